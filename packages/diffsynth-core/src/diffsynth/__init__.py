@@ -1,0 +1,1 @@
+"""The engine: contracts, discovery, loading, sampling and pipelines for diffusion models."""

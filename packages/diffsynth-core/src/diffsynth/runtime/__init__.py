@@ -1,0 +1,1 @@
+"""Units, the pipeline base class, and loading a model by name."""

@@ -1,0 +1,70 @@
+"""Units that most image pipelines share: rounding the size, and the way into and out of the autoencoder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.runtime.images import images_to_batch, tensor_to_images
+from diffsynth.runtime.unit import Unit, unit
+
+logger = logging.getLogger(__name__)
+
+
+def image_size(multiple: int, *, default: int = 1024) -> Unit:
+    """A unit that checks height and width and rounds them up to a multiple; logs both sizes if it does."""
+
+    def round_size(*, height: int = default, width: int = default) -> tuple[int, int]:
+        _check_side("height", height)
+        _check_side("width", width)
+        rounded = (round_up(height, multiple), round_up(width, multiple))
+        if rounded != (height, width):
+            logger.warning("%dx%d is rounded up to %dx%d, multiples of %d", height, width, *rounded, multiple)
+        return rounded
+
+    return unit("height", "width")(round_size)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below the value."""
+    return -(-value // multiple) * multiple
+
+
+@unit("input_latents")
+def encode_input_image(
+    vae: Any,
+    *,
+    input_image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
+    height: int,
+    width: int,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Float[Tensor, "b c h w"] | None:
+    """Latents of the image to start from, one for all results or one for each; None without an image."""
+    if input_image is None:
+        return None
+    pixels = images_to_batch(input_image, height=height, width=width).to(device, dtype)
+    if len(pixels) not in (1, batch_size):
+        raise ValueError(f"input_image has {len(pixels)} images; expected 1 or {batch_size}, one for each result")
+    return vae.encode(pixels).expand(batch_size, -1, -1, -1)
+
+
+@unit("output")
+def decode_image(
+    vae: Any, *, latents: Float[Tensor, "b c h w"], output_type: str
+) -> list[Image.Image] | Float[Tensor, "b 3 height width"]:
+    """Pictures from latents, as PIL images or as a tensor in [-1, 1]."""
+    pixels = vae.decode(latents)
+    return pixels if output_type == "tensor" else tensor_to_images(pixels)
+
+
+def _check_side(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name}={value!r}: expected a positive integer, in pixels")

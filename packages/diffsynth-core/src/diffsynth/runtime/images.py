@@ -1,0 +1,54 @@
+"""Between PIL images and tensors in [-1, 1]."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 3 height width"]:
+    """An image as fp32 in [-1, 1], scaled to cover height x width pixels and cropped about its centre if it differs."""
+    image = image.convert("RGB")
+    if image.size != (width, height):
+        logger.info("image of %dx%d is resized to cover %dx%d", *image.size, width, height)
+        image = _cover(image, height, width)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return rearrange(pixels / 127.5 - 1.0, "h w c -> 1 c h w")
+
+
+def images_to_batch(
+    images: Image.Image | Sequence[Image.Image] | Tensor, *, height: int, width: int
+) -> Float[Tensor, "b 3 height width"]:
+    """One image, several, or a ready tensor `b 3 h w` in [-1, 1].
+
+    Raises:
+        ValueError: a tensor whose last three sizes are not 3, height, width.
+    """
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
+            raise ValueError(f"image tensor of shape {tuple(images.shape)}; expected (b, 3, {height}, {width})")
+        return images
+    several = [images] if isinstance(images, Image.Image) else list(images)
+    return torch.cat([image_to_tensor(image, height, width) for image in several])
+
+
+def tensor_to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """Images from a tensor in [-1, 1]; values outside are clipped, the rest is rounded to the nearest of 256 levels."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return [Image.fromarray(array) for array in rearrange(levels, "b c h w -> b h w c").numpy()]
+
+
+def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    scale = max(width / image.width, height / image.height)
+    scaled = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return scaled.crop((left, top, left + width, top + height))

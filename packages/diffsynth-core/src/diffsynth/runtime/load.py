@@ -1,0 +1,47 @@
+"""`diffsynth.load`: a ready pipeline for a model's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsynth import registry
+from diffsynth.core.loader.config import ModelConfig
+from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.spec import resolve
+
+
+def load(
+    name: str,
+    *,
+    device: torch.device | str | None = None,
+    torch_dtype: torch.dtype = torch.bfloat16,
+    vram_limit: float | None = None,
+    base_path: Path | str | None = None,
+) -> Pipeline:
+    """Load a model with all its components.
+
+    Args:
+        name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.
+        device: where to compute; None picks the first accelerator, else the CPU.
+        torch_dtype: of parameters and activations.
+        vram_limit: GiB of weights on the device; None is no limit.
+        base_path: where files are looked up and downloaded to; None is DIFFSYNTH_MODEL_BASE_PATH, else `./models`.
+
+    Raises:
+        UnknownModel: nothing of that name is installed; the message has the nearest spelling.
+        CheckpointError: its files are missing or do not fit.
+    """
+    record = registry.get(name)
+    place: dict[str, Any] = {} if base_path is None else {"local_model_path": str(base_path)}
+    cls: type[Pipeline] = resolve(record.pipeline)
+    pipe = cls.from_pretrained(
+        torch_dtype=torch_dtype,
+        device=device,
+        model_configs=[ModelConfig.from_source(source, **place) for source in record.components.values()],
+        vram_limit=vram_limit,
+        **{f"{role}_config": ModelConfig.from_source(source, **place) for role, source in record.processors.items()},
+    )
+    return pipe.named(record.name, record.defaults)

@@ -1,0 +1,143 @@
+"""From `ModelConfig`s to components under roles: recognise everything first, load only when all of it fits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsynth import _discovery
+from diffsynth.core import device as devices
+from diffsynth.core.loader import files, header, load, recognize
+from diffsynth.core.loader.config import ModelConfig
+from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
+from diffsynth.runtime.role import Processor, Role
+from diffsynth.spec import resolve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A recognised component, not loaded yet."""
+
+    role: str
+    recognized: recognize.Recognized
+    header: header.Header
+    config: ModelConfig
+
+
+class PretrainedLoader:
+    """Fills the roles of one pipeline class.
+
+    Args:
+        roles: of the pipeline.
+        pipeline_name: for messages.
+    """
+
+    def __init__(self, roles: Mapping[str, Role | Processor], pipeline_name: str) -> None:
+        self._roles = {name: role for name, role in roles.items() if isinstance(role, Role)}
+        self._processors = {name: role for name, role in roles.items() if isinstance(role, Processor)}
+        self._pipeline_name = pipeline_name
+
+    def load(
+        self,
+        model_configs: Sequence[ModelConfig],
+        processor_configs: Mapping[str, ModelConfig | None],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
+        """Components by role, and the files each came from. Nothing is read before all of it is known to fit."""
+        self._check_processor_names(processor_configs)
+        found = self._recognize(model_configs)
+        missing = [
+            name for name, role in self._roles.items() if not role.optional and all(part.role != name for part in found)
+        ]
+        if missing:
+            raise MissingComponent(
+                f"{self._pipeline_name} needs {' and '.join(missing)}; the files given hold "
+                f"{', '.join(part.role for part in found) or 'nothing'}. Add a ModelConfig for it to model_configs."
+            )
+        target = torch.device(device) if device is not None else devices.default_device()
+        components, sources = self._load_processors(processor_configs)
+        for part in found:
+            started = time.perf_counter()
+            components[part.role] = load.load_component(part.recognized, part.header, device=target, dtype=dtype)
+            sources[part.role] = list(part.header.files)
+            _discovery.notify(
+                "component_loaded",
+                role=part.role,
+                architecture=part.recognized.architecture.name,
+                files=sources[part.role],
+                seconds=time.perf_counter() - started,
+            )
+        return components, sources
+
+    def _recognize(self, model_configs: Sequence[ModelConfig]) -> list[_Found]:
+        catalog = _discovery.catalog()
+        architectures = {declared.spec.name: declared.spec for declared in catalog.architectures}
+        checkpoints = [declared.spec for declared in catalog.checkpoints]
+        found: list[_Found] = []
+        for config in model_configs:
+            tensors = header.read_config(config, resolve=_resolve_source)
+            for recognized in recognize.recognize(tensors, architectures, checkpoints):
+                role = self._role_for(recognized, tensors, taken={part.role for part in found})
+                found.append(_Found(role, recognized, tensors, config))
+                _discovery.notify(
+                    "checkpoint_recognized",
+                    files=list(tensors.files),
+                    architecture=recognized.architecture.name,
+                    tier=recognized.tier,
+                )
+        return found
+
+    def _role_for(self, recognized: recognize.Recognized, tensors: header.Header, taken: set[str]) -> str:
+        name = recognized.architecture.name
+        fitting = [role for role, need in self._roles.items() if name in need.architectures]
+        free = [role for role in fitting if role not in taken]
+        if free:
+            return free[0]
+        where = ", ".join(str(file) for file in tensors.files) or "the given state_dict"
+        if fitting:
+            raise Unrecognized(
+                f"{where}: a second {name}; role {fitting[0]} of {self._pipeline_name} is filled already"
+            )
+        wanted = "; ".join(f"{role}: {' or '.join(need.architectures)}" for role, need in self._roles.items())
+        raise Unrecognized(
+            f"{where}: this is a {name}, which {self._pipeline_name} has no role for. It takes {wanted}."
+        )
+
+    def _check_processor_names(self, configs: Mapping[str, ModelConfig | None]) -> None:
+        known = [f"{role}_config" for role in self._processors]
+        for name in configs:
+            if name not in known:
+                raise TypeError(
+                    f"from_pretrained() of {self._pipeline_name} takes no {name!r}{did_you_mean(name, known)} "
+                    f"Besides torch_dtype, device, model_configs and vram_limit: {', '.join(known) or 'nothing'}"
+                )
+
+    def _load_processors(
+        self, configs: Mapping[str, ModelConfig | None]
+    ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
+        components: dict[str, Any] = {}
+        sources: dict[str, list[Path]] = {}
+        for role, processor in self._processors.items():
+            config = configs.get(f"{role}_config")
+            if config is None:
+                if processor.optional:
+                    continue
+                config = ModelConfig.from_source(processor.source)
+            folder = files.find(config, resolve=_resolve_source)[0]
+            components[role] = resolve(processor.loader).from_pretrained(folder, local_files_only=True)
+            sources[role] = [folder]
+        return components, sources
+
+
+def _resolve_source(source: str) -> list[Path] | None:
+    return _discovery.first("resolve_source", source=source)

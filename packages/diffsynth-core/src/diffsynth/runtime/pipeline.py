@@ -1,0 +1,317 @@
+"""The pipeline base class: components under roles, units before the loop, the loop, units after it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffsynth import _discovery
+from diffsynth.core import device as devices
+from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_you_mean
+from diffsynth.runtime.loading import PretrainedLoader
+from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, call_signature, check_request
+from diffsynth.runtime.residency import Residency
+from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.unit import REQUIRED, Program, State, Unit, can_run, check_units, needed_for, run_units
+from diffsynth.sampling.guidance import classifier_free_guidance
+from diffsynth.sampling.solver import euler
+from diffsynth.spec import resolve
+
+GIVEN = ("device", "dtype", "batch_size", "seeds", *LOOP_NAMES)
+"""Names that every pipeline gives its units, besides what they write for each other."""
+
+
+class Pipeline:
+    """A family's way from arguments to pictures.
+
+    A subclass states `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and `velocity()`
+    itself; everything else follows. Units before the loop write `latents`, `sigmas` and whatever `velocity()` names;
+    those after it read `latents` and write `output`. `per_image` names the arguments that take a text or a list.
+
+    A call keeps all its state in local values, so several threads may call one pipeline whose components stay on the
+    device (no `vram_limit`).
+    """
+
+    roles: ClassVar[Mapping[str, Role | Processor]] = MappingProxyType({})
+    units: ClassVar[tuple[Unit, ...]] = ()
+    output_units: ClassVar[tuple[Unit, ...]] = ()
+    loop: ClassVar[LoopArguments] = LoopArguments()
+    loop_roles: ClassVar[tuple[str, ...]] = ("dit",)
+    per_image: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" not in vars(cls):
+            cls.__call__ = _own_copy(cls.__call__)
+        # Shows the family's own arguments to inspect.signature(Class.__call__); instances add those of plugins.
+        own = call_signature(check_units(cls.units, GIVEN), cls.loop, {})
+        subject = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        cls.__call__.__signature__ = own.replace(parameters=[subject, *own.parameters.values()])
+
+    def __init__(
+        self,
+        components: Mapping[str, Any],
+        *,
+        device: torch.device | str | None = None,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        vram_limit: float | None = None,
+        component_files: Mapping[str, Sequence[Path]] | None = None,
+    ) -> None:
+        """Hold components and check that units, roles and `velocity()` fit together.
+
+        Raises:
+            InvalidPipeline: they do not; the message names the unit.
+            MissingComponent: a role that is not optional is empty.
+            TypeError: a role that this pipeline does not have.
+        """
+        self.device = torch.device(device) if device is not None else devices.default_device()
+        self.dtype = torch_dtype
+        self.model_name: str | None = None
+        self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
+        self.components = self._fill_roles(components)
+        self.program = check_units(_with_added_units(type(self)), GIVEN)
+        self._check_program()
+        self.__signature__ = call_signature(self.program, self.loop, {})
+        self._residency = Residency(self.components, self.device, vram_limit)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        model_configs: Sequence[Any] = (),
+        vram_limit: float | None = None,
+        **processor_configs: Any,
+    ) -> Pipeline:
+        """Load every component from files.
+
+        Args:
+            torch_dtype: of parameters and activations.
+            device: where to compute; None picks the first accelerator, else the CPU.
+            model_configs: a `ModelConfig` per checkpoint, in any order; each is recognised by its content.
+            vram_limit: GiB; see `Residency`.
+            processor_configs: `<role>_config=ModelConfig(...)` in place of a processor's usual source.
+
+        Raises:
+            CheckpointError: a file is missing, corrupt, unknown, or of a role this pipeline does not have.
+            MissingComponent: no file fills a role that the pipeline needs.
+            TypeError: an unknown argument.
+        """
+        loader = PretrainedLoader(cls.roles, cls.__name__)
+        components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device)
+        pipe = cls(components, device=device, torch_dtype=torch_dtype, vram_limit=vram_limit, component_files=files)
+        _discovery.notify("pipeline_ready", pipeline=pipe)
+        return pipe
+
+    @classmethod
+    def from_components(
+        cls, *, device: torch.device | str | None = None, torch_dtype: torch.dtype = torch.bfloat16, **components: Any
+    ) -> Pipeline:
+        """Put together modules that are in memory already, under their roles; they move to `device` and `torch_dtype`.
+
+        Roles left out stay empty: a pipeline in training may hold an autoencoder alone.
+        """
+        pipe = cls.__new__(cls)
+        for role in set(cls.roles) - set(components):
+            components[role] = None
+        pipe.__init__(components, device=device, torch_dtype=torch_dtype)  # type: ignore[misc]
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(pipe.device, torch_dtype)
+        return pipe
+
+    def named(self, name: str, defaults: Mapping[str, Any]) -> Pipeline:
+        """Make this the pipeline of a model: its name, and the call arguments it wants other than the class does.
+
+        Raises:
+            TypeError: a default that is no argument of this pipeline.
+        """
+        known = {*self.program.arguments, *LOOP_NAMES}
+        for argument in defaults:
+            if argument not in known:
+                raise TypeError(f"model {name!r} sets default {argument!r}, no argument{did_you_mean(argument, known)}")
+        self.model_name = name
+        self.__signature__ = call_signature(self.program, self.loop, defaults)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:
+        """Draw. `inspect.signature(pipe)` lists the arguments, `LoopArguments` documents those of the loop.
+
+        Returns:
+            one result for one prompt, a list (or a tensor `b ...`) for several prompts, images or seeds.
+        """
+        if prompt != "" or "prompt" in self.__signature__.parameters:
+            arguments["prompt"] = prompt
+        request = self.check(**arguments)
+        state = self._new_state(request)
+        run_units(self.program, self.components, state, around=functools.partial(self._stage, request))
+        latents = self._denoise(request, state)
+        if request.loop.output_type == "latents":
+            return latents
+        return self._output(request, state, latents)
+
+    def check(self, **arguments: Any) -> Request:
+        """Check the arguments of a call without making it; raises what the call would raise for them."""
+        return check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
+        """`dx/dsigma = noise - x0` at noise level `sigma` (`b`, fp32, in [0, 1]), of the shape of `latents`.
+
+        A family names the conditions it reads as keyword-only parameters.
+        """
+        raise NotImplementedError
+
+    def run_units(self, units: Sequence[Unit], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run some units on the `cond` branch, with gradients if they are on; for training.
+
+        Args:
+            units: a part of `self.units`, in order; see `needed_for` and `split`.
+            values: arguments and earlier results; arguments that are left out take their defaults.
+
+        Returns:
+            all values that are known afterwards.
+        """
+        defaults = {name: parameter.default for name, parameter in self.__signature__.parameters.items()}
+        batch_size = max((len(values[name]) for name in self.per_image if name in values), default=1)
+        given = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size}
+        state = State(defaults | given | dict(values))
+        known = frozenset(state.shared) | frozenset(GIVEN)
+        run_units(check_units(units, known), self.components, state)
+        return state.view("cond")
+
+    def condition_units(self, *also: str) -> tuple[Unit, ...]:
+        """The units that write what `velocity()` reads, and the further names given."""
+        return needed_for(self.program.units, {*self._conditions(), *also})
+
+    def __getattr__(self, name: str) -> Any:
+        """Roles are attributes: `pipe.dit`."""
+        if name in type(self).roles:
+            return self.components[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}{did_you_mean(name, type(self).roles)}")
+
+    def _fill_roles(self, components: Mapping[str, Any]) -> dict[str, Any]:
+        for role in components:
+            if role not in self.roles:
+                raise TypeError(
+                    f"{type(self).__name__} has no role {role!r}{did_you_mean(role, self.roles)} "
+                    f"Its roles: {', '.join(self.roles)}"
+                )
+        missing = [role for role, need in self.roles.items() if not need.optional and role not in components]
+        if missing:
+            raise MissingComponent(
+                f"{type(self).__name__} needs {' and '.join(missing)}; loaded: {', '.join(components) or 'nothing'}. "
+                f"Add the file to model_configs."
+            )
+        return {role: components.get(role) for role in self.roles}
+
+    def _check_program(self) -> None:
+        for step in (*self.program.units, *self.output_units):
+            if unknown := set(step.roles) - set(self.roles):
+                raise InvalidPipeline(f"unit {step.name!r} uses role {sorted(unknown)}, not one of {list(self.roles)}")
+        available = self.program.writes | set(self.program.arguments) | set(GIVEN)
+        reads = {"velocity()": self._conditions(required_only=True), "the loop": {"latents", "sigmas"}}
+        for step in self.output_units:
+            reads[f"unit {step.name!r}"] = {read.name for read in step.reads if read.default is REQUIRED}
+            available |= set(step.writes)
+        for reader, names in reads.items():
+            for name in sorted(names - available):
+                raise InvalidPipeline(
+                    f"{reader} of {type(self).__name__} reads {name!r}, which no unit writes"
+                    f"{did_you_mean(name, available)}"
+                )
+
+    def _conditions(self, *, required_only: bool = False) -> set[str]:
+        parameters = inspect.signature(type(self).velocity).parameters.values()
+        named = [p for p in parameters if p.kind is p.KEYWORD_ONLY and (not required_only or p.default is p.empty)]
+        return {parameter.name for parameter in named}
+
+    def _new_state(self, request: Request) -> State:
+        loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
+        given = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": request.seeds}
+        branches = ("cond",) if request.loop.cfg_scale == 1 else ("cond", "uncond")
+        return State({**request.values, **loop, **given}, branches)
+
+    @contextmanager
+    def _stage(self, request: Request, step: Unit) -> Iterator[None]:
+        _stop_if_cancelled(request)
+        with self._residency.on_device(step.roles):
+            yield
+
+    def _denoise(self, request: Request, state: State) -> Tensor:
+        # The state stays fp32: in bf16, steps near the end of the schedule would round most of their change away.
+        sigmas, latents = state.shared["sigmas"], state.shared["latents"].float()
+        num_steps = len(sigmas) - 1
+        names = self._conditions()
+        conditions = {
+            branch: {name: value for name, value in state.view(branch).items() if name in names}
+            for branch in state.branches
+        }
+
+        def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            _stop_if_cancelled(request)
+            levels = sigma.to(self.device, torch.float32).expand(len(latents))
+            rounded = latents.to(self.dtype)
+            predictions = [self.velocity(rounded, levels, **conditions[branch]).float() for branch in conditions]
+            if len(predictions) == 1:
+                return predictions[0]
+            return classifier_free_guidance(*predictions, request.loop.cfg_scale)
+
+        def on_step(index: int, latents: Tensor) -> None:
+            sigma, sigma_next = sigmas[index].item(), sigmas[index + 1].item()
+            _discovery.notify("step_done", pipeline=self, step=index, num_steps=num_steps, sigma=sigma_next)
+            if request.loop.on_step is not None:
+                request.loop.on_step(Step(index, num_steps, sigma, sigma_next, latents))
+
+        _discovery.notify("denoise_started", pipeline=self, num_steps=num_steps, shape=tuple(latents.shape))
+        with self._residency.on_device(self.loop_roles):
+            return euler(velocity, latents, sigmas, on_step=on_step, progress=request.loop.progress_bar_cmd)
+
+    def _output(self, request: Request, state: State, latents: Tensor) -> Any:
+        state.shared["latents"] = latents.to(self.dtype)
+        program = Program(self.output_units, MappingProxyType({}), frozenset(), frozenset())
+        if not all(can_run(step, self.components) for step in self.output_units):
+            raise MissingComponent(f"{type(self).__name__} cannot decode; ask for output_type='latents'")
+        run_units(program, self.components, state, around=functools.partial(self._stage, request))
+        output = state.shared["output"]
+        return output[0] if request.single and isinstance(output, list) else output
+
+
+def _with_added_units(cls: type[Pipeline]) -> tuple[Unit, ...]:
+    """The class's units and those that plugins add to it, each after the one it names."""
+    units = list(cls.units)
+    references = {f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__}
+    for declared in _discovery.catalog().units:
+        if declared.spec.pipeline not in references:
+            continue
+        names, added = [step.name for step in units], resolve(declared.spec.unit)
+        if declared.spec.after and declared.spec.after not in names:
+            raise InvalidPipeline(
+                f"unit {added.name!r} of plugin {declared.plugin!r} runs after {declared.spec.after!r}"
+                f"{did_you_mean(declared.spec.after, names)} {cls.__name__} has: {', '.join(names)}"
+            )
+        units.insert(names.index(declared.spec.after) + 1 if declared.spec.after else len(units), added)
+    return tuple(units)
+
+
+def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function object of the subclass's own, so that its signature can differ from the base's."""
+
+    @functools.wraps(function)
+    def call(self: Pipeline, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:
+        return function(self, prompt, **arguments)
+
+    return call
+
+
+def _stop_if_cancelled(request: Request) -> None:
+    if request.loop.cancel is not None and request.loop.cancel.is_set():
+        raise Cancelled("the caller set `cancel`; no result")

@@ -1,0 +1,272 @@
+"""Units: the named steps of a pipeline, and the checks that make a list of them a program.
+
+A unit is a function. Its positional parameters are the *roles* it uses, its keyword-only parameters are the names it
+*reads*, and the decorator names what it *writes*:
+
+    @unit("prompt_embeds", "prompt_mask", branches={"uncond": {"prompt": "negative_prompt"}})
+    def encode_prompt(text_encoder, tokenizer, *, prompt: str | list[str] = ""): ...
+
+A read with a default that no earlier unit writes is an argument of the pipeline. A read without one must be written
+by an earlier unit or given by the pipeline. A role with the default None is optional: the unit then runs without it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from diffsynth.errors import InvalidPipeline, MissingComponent, did_you_mean
+
+REQUIRED: Any = inspect.Parameter.empty
+"""The default of a read that has none."""
+
+_NO_BRANCHES: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Read:
+    """A name that a unit reads, with the annotation and default its parameter has."""
+
+    name: str
+    annotation: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One step: call it with its roles and reads; the result is a value per written name.
+
+    `branches` maps a branch to the names it reads in place of the plain ones; the plain names are the `cond` branch.
+    A `random` unit draws randomness, so its result is never cached.
+    """
+
+    name: str
+    function: Callable[..., Any] = field(repr=False)
+    roles: tuple[str, ...]
+    optional_roles: frozenset[str]
+    reads: tuple[Read, ...]
+    writes: tuple[str, ...]
+    branches: Mapping[str, Mapping[str, str]] = field(default=_NO_BRANCHES, hash=False)
+    random: bool = False
+
+    def __call__(self, *roles: Any, **reads: Any) -> Any:
+        """Run the function itself."""
+        return self.function(*roles, **reads)
+
+    def run(self, components: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on the components and values it names; returns {written name: value}.
+
+        Raises:
+            MissingComponent: a value is not there, because the unit that writes it lacks a role.
+        """
+        roles = [components.get(role) for role in self.roles]
+        reads = {read.name: values.get(read.name, read.default) for read in self.reads}
+        for name, value in reads.items():
+            if value is REQUIRED:
+                raise MissingComponent(
+                    f"unit {self.name!r} needs {name!r}, and the unit that writes it was left out: its role is not loaded"
+                )
+        result = self.function(*roles, **reads)
+        results = (result,) if len(self.writes) == 1 else result
+        assert len(results) == len(self.writes), f"unit {self.name!r} writes {self.writes}, returned {len(results)}"
+        return dict(zip(self.writes, results, strict=True))
+
+
+def unit(
+    *writes: str, branches: Mapping[str, Mapping[str, str]] | None = None, random: bool = False
+) -> Callable[[Callable[..., Any]], Unit]:
+    """Make a function a unit that writes the given names.
+
+    Args:
+        writes: names of the results; a function that writes one returns it bare, otherwise a tuple in this order.
+        branches: branch -> {read name: the name it has in that branch}.
+        random: the unit draws randomness.
+
+    Raises:
+        TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches` renames a name
+            that the function does not read.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Unit:
+        roles, optional, reads = [], set(), []
+        for parameter in inspect.signature(function, eval_str=False).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                reads.append(Read(parameter.name, parameter.annotation, parameter.default))
+            elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                roles.append(parameter.name)
+                if parameter.default is None:
+                    optional.add(parameter.name)
+            else:
+                raise TypeError(f"unit {function.__name__!r}: *args and **kwargs would hide what it reads")
+        renamed = {name for names in (branches or {}).values() for name in names}
+        if unread := renamed - {read.name for read in reads}:
+            raise TypeError(f"unit {function.__name__!r}: branches rename {sorted(unread)}, which it does not read")
+        return Unit(
+            name=function.__name__,
+            function=function,
+            roles=tuple(roles),
+            optional_roles=frozenset(optional),
+            reads=tuple(reads),
+            writes=writes,
+            branches=MappingProxyType(dict(branches or {})),
+            random=random,
+        )
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Program:
+    """A checked list of units: the arguments it takes, and which names and units live in a branch."""
+
+    units: tuple[Unit, ...]
+    arguments: Mapping[str, Read]
+    branched: frozenset[str]
+    writes: frozenset[str]
+
+    def is_branched(self, step: Unit) -> bool:
+        """Whether the unit runs once per branch: it says so, or reads what another wrote per branch."""
+        return bool(step.branches) or any(read.name in self.branched for read in step.reads)
+
+    def owners(self, argument: str) -> list[Unit]:
+        """The units that read an argument, in any branch."""
+        return [step for step in self.units if argument in _argument_names(step)]
+
+
+def check_units(units: Sequence[Unit], given: Collection[str]) -> Program:
+    """Check that every name is there when it is read.
+
+    Args:
+        units: in running order.
+        given: names that the pipeline itself provides.
+
+    Raises:
+        InvalidPipeline: a read that nothing provides, a rewrite of a name that is not read, one argument declared with
+            two types or defaults; the message names the unit.
+    """
+    available, written, branched = set(given), set(), set()
+    arguments: dict[str, Read] = {}
+    for step in units:
+        for read in _plain_and_branch_reads(step):
+            if read.name in available and read.name not in arguments:
+                continue
+            if read.default is REQUIRED and read.name not in available:
+                raise InvalidPipeline(
+                    f"unit {step.name!r} reads {read.name!r}, which no earlier unit writes"
+                    f"{did_you_mean(read.name, available)} Write it before, or give it a default."
+                )
+            if read.default is not REQUIRED and read.name not in written:
+                _declare(arguments, read, step)
+        available.update(arguments)
+        reads = {read.name for read in step.reads}
+        for name in step.writes:
+            if name in available and name not in reads:
+                raise InvalidPipeline(f"unit {step.name!r} rewrites {name!r} without reading it")
+        if step.branches or reads & branched:
+            branched.update(step.writes)
+        written.update(step.writes)
+        available.update(step.writes)
+    return Program(tuple(units), MappingProxyType(arguments), frozenset(branched), frozenset(written))
+
+
+def run_units(
+    program: Program,
+    components: Mapping[str, Any],
+    state: State,
+    *,
+    around: Callable[[Unit], Any] | None = None,
+) -> None:
+    """Run the units in order, writing their results into `state`.
+
+    A unit that needs a role which is not loaded is left out: its results keep the defaults of whoever reads them.
+
+    Args:
+        around: called with each unit; gives the context manager it runs in (placement, cancellation).
+    """
+    for step in program.units:
+        if not can_run(step, components):
+            continue
+        for branch in state.branches if program.is_branched(step) else ("shared",):
+            renames = step.branches.get(branch, {})
+            visible = state.view(branch)
+            values = visible | {plain: visible[name] for plain, name in renames.items() if name in visible}
+            if around is None:
+                results = step.run(components, values)
+            else:
+                with around(step):
+                    results = step.run(components, values)
+            state.write(branch, results)
+
+
+def can_run(step: Unit, components: Mapping[str, Any]) -> bool:
+    """Whether every role that the unit cannot do without is loaded."""
+    return all(components.get(role) is not None for role in step.roles if role not in step.optional_roles)
+
+
+class State:
+    """The values of one call: shared ones, and those of each branch over them."""
+
+    def __init__(self, values: Mapping[str, Any], branches: Iterable[str] = ("cond",)) -> None:
+        self.shared = dict(values)
+        self.branches: dict[str, dict[str, Any]] = {branch: {} for branch in branches}
+
+    def view(self, branch: str = "shared") -> dict[str, Any]:
+        """What a unit of this branch sees."""
+        return self.shared | self.branches.get(branch, {})
+
+    def write(self, branch: str, values: Mapping[str, Any]) -> None:
+        """Store results where the branch keeps them."""
+        (self.shared if branch == "shared" else self.branches[branch]).update(values)
+
+
+def needed_for(units: Sequence[Unit], names: Collection[str]) -> tuple[Unit, ...]:
+    """The units without which one of `names` would not be written, in running order."""
+    wanted, kept = set(names), []
+    for step in reversed(units):
+        if wanted & set(step.writes):
+            kept.append(step)
+            wanted.update(read.name for read in step.reads)
+    return tuple(reversed(kept))
+
+
+def split(units: Sequence[Unit], trained: Collection[str]) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
+    """Part units into those whose results may be cached while `trained` roles learn, and those that must run live.
+
+    A unit is live if it uses a trained role, draws randomness, or reads what a live unit writes.
+    """
+    live_names: set[str] = set()
+    frozen, live = [], []
+    for step in units:
+        depends = any(read.name in live_names for read in step.reads)
+        if step.random or depends or set(step.roles) & set(trained):
+            live.append(step)
+            live_names.update(step.writes)
+        else:
+            frozen.append(step)
+    return tuple(frozen), tuple(live)
+
+
+def _plain_and_branch_reads(step: Unit) -> list[Read]:
+    by_name = {read.name: read for read in step.reads}
+    renamed = [
+        Read(name, by_name[plain].annotation, by_name[plain].default)
+        for names in step.branches.values()
+        for plain, name in names.items()
+    ]
+    return [*step.reads, *renamed]
+
+
+def _argument_names(step: Unit) -> set[str]:
+    return {read.name for read in _plain_and_branch_reads(step)}
+
+
+def _declare(arguments: dict[str, Read], read: Read, step: Unit) -> None:
+    first = arguments.setdefault(read.name, read)
+    if (first.annotation, first.default) != (read.annotation, read.default):
+        raise InvalidPipeline(
+            f"unit {step.name!r} declares argument {read.name!r} as {read.annotation} = {read.default!r}; "
+            f"an earlier unit has {first.annotation} = {first.default!r}"
+        )

@@ -1,0 +1,239 @@
+"""The facts a plugin declares: frozen, hashable where it helps, and free of torch.
+
+Code is named by string, `"package.module:attribute"`, and resolved on first use (`resolve`), so that listing a
+hundred models imports none of them. A *source* says where files are, also by string (`parse_source`):
+
+    "Tongyi-MAI/Z-Image-Turbo:transformer/*.safetensors"     files of a hub repository
+    "package://diffsynth_zimage/nano/dit.safetensors"         a file that ships inside a wheel
+    "any-scheme://..."                                         whatever a plugin's `resolve_source` hook understands
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+API_VERSION = 1
+"""What a plugin states as `DIFFSYNTH_API`."""
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a user can name.
+
+    Args:
+        name: the repository's last segment in lower case, `"z-image-turbo"`.
+        hub_id: `"owner/repository"` on ModelScope and Hugging Face; None for a model that ships in a wheel.
+        family: the package's family name, `"z-image"`.
+        task: the hub's task word, `"text-to-image"`.
+        pipeline: reference to a `diffsynth.Pipeline` subclass.
+        components: role -> source of its weights, in the order they are loaded.
+        processors: role -> source of a tokenizer's or processor's folder.
+        defaults: call arguments that this model wants and its pipeline does not, `{"num_inference_steps": 8}`.
+        license: SPDX identifier, or the publisher's name for it.
+        paper: arXiv id or address, if there is one.
+        description: one line for listings.
+    """
+
+    name: str
+    family: str
+    task: str
+    pipeline: str
+    components: Mapping[str, str]
+    hub_id: str | None = None
+    processors: Mapping[str, str] = _NOTHING
+    defaults: Mapping[str, Any] = _NOTHING
+    license: str = "unknown"
+    paper: str = ""
+    description: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSpec:
+    """An `nn.Module` class, its config, and how a file's shapes tell the config.
+
+    Args:
+        name: `"z_image_dit"`; what `recognize` answers and what a pipeline's role accepts.
+        module: reference to the class; built as `module(config)`.
+        config: reference to a frozen dataclass of plain values (a light module).
+        infer_config: reference to `f(shapes: Mapping[str, tuple[int, ...]]) -> config` over the architecture's *own*
+            parameter names (a light module). It raises `ValueError` with a reason when a family constant does not
+            hold: that is how structure says no.
+        required: own parameter names that every variant has; `{n}` stands for every index from 0 to the largest seen.
+        tiny: reference to a config of the same kind, small enough for a test, that keeps the family's constants.
+        tiny_inputs: reference to `f(config, generator) -> dict` of forward() arguments for the tiny config.
+        atomic: references to classes whose parent reads their parameters without calling them; never wrapped inside.
+        high_precision: name patterns of parameters that stay in the file's dtype when storage is lowered (`"*.norm*"`).
+        repeated_blocks: names of the `ModuleList`s that stream and compile block by block.
+    """
+
+    name: str
+    module: str
+    config: str
+    infer_config: str
+    required: tuple[str, ...]
+    tiny: str
+    tiny_inputs: str
+    atomic: tuple[str, ...] = ()
+    high_precision: tuple[str, ...] = ()
+    repeated_blocks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSpec:
+    """One published layout of an architecture, and the files that have it.
+
+    Args:
+        name: unique within the plugin, `"z_image_dit"` or `"z_image_dit/diffusers"`.
+        architecture: name of the `ArchitectureSpec` it fills.
+        rules: reference to a tuple of `diffsynth.core.loader.convert` rules; empty means: own names, the plan is the
+            identity.
+        signature: md5 identity of the layout (see `header.signature`); empty for a layout that no file proves.
+        layout: resource `"package:path"` of key -> shape, gzipped JSON; empty if there is none.
+        files: sources known to have this layout.
+        config: fields that shapes cannot tell, given to the config over what `infer_config` says.
+    """
+
+    name: str
+    architecture: str
+    rules: str = ""
+    signature: str = ""
+    layout: str = ""
+    files: tuple[str, ...] = ()
+    config: Mapping[str, Any] = _NOTHING
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWrapperSpec:
+    """How the VRAM engine treats a layer class of another library: whole (`atomic`), or by a wrapper of its own."""
+
+    layer: str
+    atomic: bool = False
+    wrapper: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """An attention backend: `backend` names an object with `refuses(call) -> str | None` and `__call__(call)`."""
+
+    name: str
+    backend: str
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSpec:
+    """A quantization backend by reference; the contract stands in `diffsynth.core.quant`."""
+
+    name: str
+    backend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec:
+    """How a pipeline is trained.
+
+    Args:
+        pipeline: reference to the pipeline class.
+        trainable: roles that may be trained.
+        lora_targets: default module name suffixes for LoRA, by role.
+        data: manifest column -> call argument of the pipeline (`{"image": "input_image", "prompt": "prompt"}`).
+        schedule: reference to `f(num_steps) -> sigmas`, the table that training draws its indices from.
+    """
+
+    pipeline: str
+    trainable: tuple[str, ...]
+    lora_targets: Mapping[str, tuple[str, ...]] = _NOTHING
+    data: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({"prompt": "prompt"}))
+    schedule: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSpec:
+    """A training objective by reference; `objective` names a class that `diffsynth_train` documents."""
+
+    name: str
+    objective: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitSpec:
+    """A unit that this plugin adds to somebody's pipeline.
+
+    Args:
+        pipeline: reference to the pipeline class it joins (subclasses included).
+        unit: reference to the unit.
+        after: name of the unit it runs after; empty means last, before the loop.
+    """
+
+    pipeline: str
+    unit: str
+    after: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSpec:
+    """A command of the `diffsynth` program: `command` names a `click.Command`."""
+
+    name: str
+    command: str
+    help: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoorSpec:
+    """A folder of re-export modules that joins `diffsynth.pipelines`, `package:folder`."""
+
+    name: str
+    folder: str
+
+
+def resolve(reference: str) -> Any:
+    """The object that `"package.module:attribute"` names.
+
+    Raises:
+        ValueError: the reference has no colon.
+        ImportError: the module cannot be imported, or lacks the attribute; the message names the reference.
+    """
+    module_name, colon, attribute = reference.partition(":")
+    if not colon:
+        raise ValueError(f"reference {reference!r} has no ':'; expected 'package.module:attribute'")
+    module = importlib.import_module(module_name)
+    value: Any = module
+    for part in attribute.split("."):
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            raise ImportError(f"reference {reference!r}: module {module_name!r} has no {attribute!r}") from None
+    return value
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source string; exactly one of `scheme` and `model_id` is non-empty."""
+
+    text: str
+    scheme: str = ""
+    location: str = ""
+    model_id: str = ""
+    pattern: str = ""
+
+
+def parse_source(text: str) -> Source:
+    """Split a source string (see the module's docstring).
+
+    Raises:
+        ValueError: neither `scheme://...` nor `owner/repository:pattern`.
+    """
+    scheme, separator, location = text.partition("://")
+    if separator:
+        return Source(text, scheme=scheme, location=location)
+    model_id, colon, pattern = text.partition(":")
+    if not colon or model_id.count("/") != 1:
+        raise ValueError(f"source {text!r}: expected 'owner/repository:pattern' or 'scheme://location'")
+    return Source(text, model_id=model_id, pattern=pattern)

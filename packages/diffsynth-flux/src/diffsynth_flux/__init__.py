@@ -1,0 +1,1 @@
+"""FLUX.1 and FLUX.2 for diffsynth."""

@@ -1,0 +1,1 @@
+"""Training for diffsynth: recipes, objectives, adapters."""

@@ -1,0 +1,1 @@
+"""Wan video models for diffsynth."""

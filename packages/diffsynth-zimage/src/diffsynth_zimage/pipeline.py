@@ -1,0 +1,46 @@
+"""Z-Image: text to image and image to image (Tongyi-MAI 2025, arXiv:2511.22699)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+from diffsynth.runtime.image_units import decode_image
+from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.runtime.request import LoopArguments
+from diffsynth.runtime.role import Processor, Role
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diffsynth_zimage.arguments import ZImageArguments
+from diffsynth_zimage.units import UNITS
+
+
+class ZImagePipeline(Pipeline):
+    """Draws with Z-Image, Z-Image-Turbo and z-image-nano; the same classes, other weights and configs."""
+
+    roles = {
+        "dit": Role(architectures=("z_image_dit",)),
+        "text_encoder": Role(architectures=("qwen3_text_encoder",)),
+        "vae": Role(architectures=("flux_autoencoder",)),
+        "tokenizer": Processor(source="Tongyi-MAI/Z-Image-Turbo:tokenizer/"),
+    }
+    units = UNITS
+    output_units = (decode_image,)
+    loop = LoopArguments(num_inference_steps=8)
+
+    def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[ZImageArguments]) -> Any:
+        """Draw one image, or several; see `Pipeline.__call__`."""
+        return super().__call__(prompt, **arguments)
+
+    def velocity(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, "b"],
+        *,
+        prompt_embeds: Float[Tensor, "b s e"],
+        prompt_mask: Bool[Tensor, "b s"],
+    ) -> Float[Tensor, "b c h w"]:
+        """See `Pipeline.velocity`."""
+        # Z-Image's net runs time backwards: it wants 1 - sigma and returns -v.
+        return -self.dit(latents, 1 - sigma, prompt_embeds, prompt_mask)

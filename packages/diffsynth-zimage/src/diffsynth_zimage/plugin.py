@@ -1,0 +1,100 @@
+"""What diffsynth-zimage adds: the Z-Image models, their network, and how they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from diffsynth.hookspecs import hookimpl
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, TrainingSpec
+
+from diffsynth_zimage.checkpoints import ARCHITECTURES, CHECKPOINTS
+
+DIFFSYNTH_API = 1
+
+PIPELINE = "diffsynth_zimage.pipeline:ZImagePipeline"
+TEXT_ENCODER = "Tongyi-MAI/Z-Image-Turbo:text_encoder/*.safetensors"
+VAE = "Tongyi-MAI/Z-Image-Turbo:vae/diffusion_pytorch_model.safetensors"
+TOKENIZER = "Tongyi-MAI/Z-Image-Turbo:tokenizer/"
+NANO = "package://diffsynth_zimage/nano"
+
+MODELS = (
+    ModelSpec(
+        name="z-image-turbo",
+        hub_id="Tongyi-MAI/Z-Image-Turbo",
+        family="z-image",
+        task="text-to-image",
+        pipeline=PIPELINE,
+        components={
+            "dit": "Tongyi-MAI/Z-Image-Turbo:transformer/*.safetensors",
+            "text_encoder": TEXT_ENCODER,
+            "vae": VAE,
+        },
+        processors={"tokenizer": TOKENIZER},
+        license="Apache-2.0",
+        paper="arXiv:2511.22699",
+        description="6B, distilled to 8 steps without guidance",
+    ),
+    ModelSpec(
+        name="z-image",
+        hub_id="Tongyi-MAI/Z-Image",
+        family="z-image",
+        task="text-to-image",
+        pipeline=PIPELINE,
+        components={
+            "dit": "Tongyi-MAI/Z-Image:transformer/*.safetensors",
+            "text_encoder": TEXT_ENCODER,
+            "vae": VAE,
+        },
+        processors={"tokenizer": TOKENIZER},
+        defaults={"num_inference_steps": 50, "cfg_scale": 4.0},
+        license="Apache-2.0",
+        paper="arXiv:2511.22699",
+        description="6B, the undistilled base model",
+    ),
+    ModelSpec(
+        name="z-image-nano",
+        family="z-image",
+        task="text-to-image",
+        pipeline=PIPELINE,
+        components={
+            "dit": f"{NANO}/dit.safetensors",
+            "text_encoder": f"{NANO}/text_encoder.safetensors",
+            "vae": f"{NANO}/vae.safetensors",
+        },
+        processors={"tokenizer": f"{NANO}/tokenizer/"},
+        defaults={"height": 128, "width": 128},
+        license="OFL-1.1",
+        description="ships inside the wheel; draws the emoji it was trained on, in seconds on a CPU",
+    ),
+)
+
+
+@hookimpl
+def register_models(register: Callable[[ModelSpec], None]) -> None:
+    for model in MODELS:
+        register(model)
+
+
+@hookimpl
+def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
+    for architecture in ARCHITECTURES:
+        register(architecture)
+
+
+@hookimpl
+def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
+    for checkpoint in CHECKPOINTS:
+        register(checkpoint)
+
+
+@hookimpl
+def register_training(register: Callable[[TrainingSpec], None]) -> None:
+    register(
+        TrainingSpec(
+            pipeline=PIPELINE,
+            trainable=("dit", "text_encoder", "vae"),
+            lora_targets={"dit": ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")},
+            data={"prompt": "prompt", "image": "input_image"},
+            schedule="diffsynth.sampling.schedule:z_image_sigmas",
+        )
+    )

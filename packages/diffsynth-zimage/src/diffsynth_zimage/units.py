@@ -1,0 +1,79 @@
+"""The steps of the Z-Image pipeline, in the order they run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffsynth.runtime.image_units import encode_input_image, image_size
+from diffsynth.runtime.unit import unit
+from diffsynth.sampling.noise import add_noise, initial_noise
+from diffsynth.sampling.schedule import z_image_sigmas
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diffsynth_zimage.config import LATENT_CHANNELS, MAX_PROMPT_TOKENS, VAE_FACTOR
+
+logger = logging.getLogger(__name__)
+
+round_size = image_size(multiple=16)
+
+
+@unit("sigmas")
+def schedule(
+    *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float | None = None
+) -> Float[Tensor, "steps_plus_1"]:
+    """Noise levels; `sigma_shift` None is Z-Image's 3."""
+    shift = 3.0 if sigma_shift is None else sigma_shift
+    return z_image_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
+
+
+@unit("prompt_embeds", "prompt_mask", branches={"uncond": {"prompt": "negative_prompt"}})
+def encode_prompt(
+    text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
+) -> tuple[Float[Tensor, "b s e"], Bool[Tensor, "b s"]]:
+    """Hidden states of the text, and which tokens are text; equal prompts are encoded once."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    distinct = list(dict.fromkeys(prompts))
+    tokens = tokenizer(
+        [chat_text(tokenizer, text) for text in distinct],
+        padding="longest",
+        padding_side="right",  # causal attention never looks right, so padding there changes no bit of the text
+        return_tensors="pt",
+    )
+    input_ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    if input_ids.shape[1] > MAX_PROMPT_TOKENS:
+        logger.warning("a prompt of %d tokens is cut to %d", input_ids.shape[1], MAX_PROMPT_TOKENS)
+        input_ids, mask = input_ids[:, :MAX_PROMPT_TOKENS], mask[:, :MAX_PROMPT_TOKENS]
+    embeds = text_encoder(input_ids.to(device), mask.to(device))
+    order = torch.tensor([distinct.index(text) for text in prompts], device=device)
+    return embeds[order], mask.to(device, torch.bool)[order]
+
+
+def chat_text(tokenizer: Any, prompt: str) -> str:
+    """The prompt as one user message, with the thinking template that Z-Image was trained on."""
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+
+
+@unit("latents", random=True)
+def initial_latents(
+    *,
+    input_latents: Float[Tensor, "b c h w"] | None = None,
+    sigmas: Float[Tensor, "steps_plus_1"],
+    height: int,
+    width: int,
+    seeds: list[int | None],
+    rand_device: str = "cpu",
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Float[Tensor, "b c h w"]:
+    """Noise in the pipeline's dtype, or the input noised to the first level of the schedule."""
+    shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
+    noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=dtype, device=device)
+    return noise if input_latents is None else add_noise(input_latents, noise, sigmas[0])
+
+
+UNITS = (round_size, schedule, encode_prompt, encode_input_image, initial_latents)

@@ -1,0 +1,153 @@
+import inspect
+import threading
+
+import pytest
+import torch
+from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent
+from diffsynth.runtime.unit import unit
+from toy_pipeline import ToyNet, ToyPipeline, toy_pipeline
+
+
+def test_signature_of_class_and_instance():
+    names = list(inspect.signature(ToyPipeline.__call__).parameters)
+    assert names[:2] == ["self", "prompt"]
+    assert set(names[2:]) > {"height", "width", "negative_prompt", "num_inference_steps", "seed", "cancel"}
+    assert list(inspect.signature(toy_pipeline()).parameters) == names[1:]
+    assert inspect.signature(toy_pipeline()).parameters["num_inference_steps"].default == 4
+
+
+def test_it_draws_what_was_asked():
+    assert toy_pipeline()("x" * 7, seed=0) == pytest.approx(0.7, abs=1e-5)
+
+
+def test_one_prompt_gives_one_result_and_several_give_a_list():
+    pipe = toy_pipeline()
+    assert isinstance(pipe("abc", seed=0), float)
+    assert pipe(["abc", "abcde"], seed=0) == pytest.approx([0.3, 0.5], abs=1e-5)
+    assert len(pipe("abc", num_images=3)) == 3
+    assert len(pipe(["abc"], seed=0)) == 1
+
+
+def test_a_batch_has_the_latents_of_single_calls():
+    pipe = toy_pipeline()
+    batch = pipe("abc", num_images=2, seed=5, output_type="latents")
+    single = torch.cat([pipe("abc", seed=seed, output_type="latents") for seed in (5, 6)])
+    assert torch.equal(batch, single)
+    assert torch.equal(pipe(["abc", "abc"], seed=[6, 5], output_type="latents"), batch.flip(0))
+
+
+def test_guidance_pushes_away_from_the_negative_prompt():
+    guided = toy_pipeline()("x" * 6, negative_prompt="x" * 2, cfg_scale=2.0, seed=0)
+    assert guided == pytest.approx(0.2 + 2.0 * (0.6 - 0.2), abs=1e-5)
+
+
+def test_on_step_sees_every_step():
+    steps = []
+    toy_pipeline()("abc", num_inference_steps=3, on_step=steps.append)
+    assert [step.index for step in steps] == [0, 1, 2]
+    assert steps[0].sigma == 1.0
+    assert steps[-1].sigma_next == 0.0
+    assert all(step.num_steps == 3 for step in steps)
+
+
+def test_cancel_stops_between_steps():
+    cancel, seen = threading.Event(), []
+
+    def on_step(step):
+        seen.append(step.index)
+        if step.index == 1:
+            cancel.set()
+
+    with pytest.raises(Cancelled):
+        toy_pipeline()("abc", num_inference_steps=5, cancel=cancel, on_step=on_step)
+    assert seen == [0, 1]
+
+
+def test_progress_bar_cmd_wraps_the_steps():
+    lengths = []
+
+    def wrap(items):
+        items = list(items)
+        lengths.append(len(items))
+        return items
+
+    toy_pipeline()("abc", progress_bar_cmd=wrap)
+    assert lengths == [4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"promtp": "x"}, TypeError, "unknown argument 'promtp'; did you mean 'prompt'"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0: expected an integer of at least 1"),
+        ({"height": 0}, ValueError, "height=0: expected a positive integer"),
+        ({"width": 12.5}, ValueError, "width=12.5: expected a positive integer"),
+        ({"height": True}, ValueError, "height=True"),
+        ({"num_images": 0}, ValueError, "num_images=0"),
+        ({"output_type": "pill"}, ValueError, "output_type='pill'.*did you mean 'pil'"),
+        ({"cfg_scale": "high"}, ValueError, "cfg_scale='high'"),
+        ({"seed": [1, 2]}, ValueError, "list of 1 integers"),
+        ({"prompt": ["a", 3]}, ValueError, "prompt=3: expected text"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["a"]}, ValueError, "negative_prompt has 1 entries; expected 2"),
+        ({"denoising_strength": 0.0}, ValueError, "strength"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_runs(arguments, error, message):
+    pipe = toy_pipeline()
+    pipe.dit.forward = None  # would raise TypeError of its own if it were reached
+    with pytest.raises(error, match=message):
+        pipe(**arguments)
+
+
+def test_sizes_are_rounded_up_and_logged(caplog):
+    latents = toy_pipeline()("a", height=33, width=48, output_type="latents")
+    assert latents.shape == (1, 1, 6, 6)
+    assert "33x48 is rounded up to 48x48" in caplog.text
+
+
+def test_a_missing_role_is_named():
+    with pytest.raises(MissingComponent, match="ToyPipeline needs dit"):
+        ToyPipeline({}, device="cpu")
+
+
+def test_an_unknown_role_is_named():
+    with pytest.raises(TypeError, match="no role 'dti'; did you mean 'dit'"):
+        ToyPipeline({"dti": ToyNet()}, device="cpu")
+
+
+def test_an_argument_of_an_absent_component_raises():
+    @unit("adapted")
+    def adapt(adapter, *, adapter_scale: float = 1.0):
+        return adapter_scale
+
+    class Adapted(ToyPipeline):
+        units = (*ToyPipeline.units, adapt)
+
+    pipe = toy_pipeline(Adapted)
+    assert pipe("abc", seed=0) == pytest.approx(0.3, abs=1e-5)
+    with pytest.raises(MissingComponent, match="'adapter_scale' needs adapter, which is not loaded"):
+        pipe("abc", adapter_scale=0.5)
+
+
+def test_velocity_reads_only_what_units_write():
+    class Broken(ToyPipeline):
+        def velocity(self, latents, sigma, *, color):
+            return latents
+
+    with pytest.raises(InvalidPipeline, match=r"velocity\(\) of Broken reads 'color'.*did you mean 'colour'"):
+        toy_pipeline(Broken)
+
+
+def test_defaults_of_a_model_are_arguments():
+    pipe = toy_pipeline().named("toy", {"height": 64})
+    assert pipe("a", output_type="latents").shape[-2:] == (8, 4)
+    with pytest.raises(TypeError, match="model 'toy' sets default 'heigth'.*did you mean 'height'"):
+        pipe.named("toy", {"heigth": 64})
+
+
+def test_run_units_keeps_gradients():
+    pipe = toy_pipeline()
+    values = pipe.run_units(pipe.condition_units(), {"prompt": ["abcd"]})
+    latents = torch.randn(1, 1, 4, 4)
+    pipe.velocity(latents, torch.tensor([0.5]), colour=values["colour"]).sum().backward()
+    assert pipe.dit.gain.grad is not None

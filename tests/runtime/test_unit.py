@@ -1,0 +1,107 @@
+import pytest
+from diffsynth.errors import InvalidPipeline, MissingComponent
+from diffsynth.runtime.unit import State, check_units, needed_for, run_units, split, unit
+
+
+@unit("height", "width")
+def round_size(*, height: int = 1024, width: int = 1024):
+    return -(-height // 16) * 16, -(-width // 16) * 16
+
+
+@unit("embeds", branches={"uncond": {"prompt": "negative_prompt"}})
+def encode(text_encoder, *, prompt: str = ""):
+    return f"<{prompt}>"
+
+
+@unit("doubled")
+def double(*, embeds):
+    return embeds * 2
+
+
+@unit("noise", random=True)
+def draw(*, height, width):
+    return height * width
+
+
+UNITS = (round_size, encode, double, draw)
+
+
+def test_arguments_are_reads_with_a_default_that_nobody_writes():
+    program = check_units(UNITS, given=())
+    assert list(program.arguments) == ["height", "width", "prompt", "negative_prompt"]
+    assert program.arguments["negative_prompt"].default == ""
+
+
+def test_a_unit_that_reads_a_branched_name_is_branched():
+    program = check_units(UNITS, given=())
+    assert [step.name for step in program.units if program.is_branched(step)] == ["encode", "double"]
+
+
+def test_branches_run_once_each():
+    state = State({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
+    run_units(check_units(UNITS, given=()), {"text_encoder": object()}, state)
+    assert state.view("cond")["doubled"] == "<a><a>"
+    assert state.view("uncond")["doubled"] == "<b><b>"
+    assert state.shared["noise"] == 32 * 16
+
+
+def test_a_read_that_nothing_writes_is_named_with_its_unit():
+    @unit("x")
+    def broken(*, heigth):
+        return heigth
+
+    with pytest.raises(InvalidPipeline, match="unit 'broken' reads 'heigth'.*did you mean 'height'"):
+        check_units((round_size, broken), given=())
+
+
+def test_a_rewrite_needs_a_read():
+    @unit("height")
+    def overwrite():
+        return 3
+
+    with pytest.raises(InvalidPipeline, match="unit 'overwrite' rewrites 'height' without reading it"):
+        check_units((round_size, overwrite), given=())
+
+
+def test_two_units_agree_on_an_argument():
+    @unit("y")
+    def other(*, prompt: int = 3):
+        return prompt
+
+    with pytest.raises(InvalidPipeline, match="unit 'other' declares argument 'prompt' as int = 3"):
+        check_units((encode, other), given=())
+
+
+def test_branches_rename_only_what_is_read():
+    with pytest.raises(TypeError, match="promt"):
+
+        @unit("x", branches={"uncond": {"promt": "negative_prompt"}})
+        def typo(*, prompt: str = ""):
+            return prompt
+
+
+def test_hidden_reads_are_refused():
+    with pytest.raises(TypeError, match="hide"):
+
+        @unit("x")
+        def greedy(**everything):
+            return everything
+
+
+def test_a_unit_without_its_role_is_left_out_and_its_reader_says_so():
+    state = State({"height": 16, "width": 16, "prompt": "a"})
+    with pytest.raises(MissingComponent, match="unit 'double' needs 'embeds'"):
+        run_units(check_units(UNITS, given=()), {"text_encoder": None}, state)
+
+
+def test_split_keeps_the_trained_the_random_and_their_readers_live():
+    frozen, live = split(UNITS, trained={"text_encoder"})
+    assert [step.name for step in frozen] == ["round_size"]
+    assert [step.name for step in live] == ["encode", "double", "draw"]
+    frozen, live = split(UNITS, trained={"dit"})
+    assert [step.name for step in live] == ["draw"]
+
+
+def test_needed_for_walks_back():
+    assert [step.name for step in needed_for(UNITS, {"noise"})] == ["round_size", "draw"]
+    assert [step.name for step in needed_for(UNITS, {"doubled"})] == ["encode", "double"]
