@@ -3,6 +3,7 @@ import threading
 
 import pytest
 import torch
+
 from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent
 from diffsynth.runtime.unit import unit
 from toy_pipeline import ToyNet, ToyPipeline, toy_pipeline

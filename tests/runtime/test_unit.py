@@ -1,4 +1,5 @@
 import pytest
+
 from diffsynth.errors import InvalidPipeline, MissingComponent
 from diffsynth.runtime.unit import State, check_units, needed_for, run_units, split, unit
 
@@ -68,7 +69,9 @@ def test_two_units_agree_on_an_argument():
     def other(*, prompt: int = 3):
         return prompt
 
-    with pytest.raises(InvalidPipeline, match="unit 'other' declares argument 'prompt' as int = 3"):
+    with pytest.raises(
+        InvalidPipeline, match="unit 'other' declares argument 'prompt' as int = 3; an earlier unit has str = ''"
+    ):
         check_units((encode, other), given=())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from diffsynth.runtime.image_units import image_size
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments
@@ -10,7 +12,6 @@ from diffsynth.runtime.role import Role
 from diffsynth.runtime.unit import unit
 from diffsynth.sampling.noise import initial_noise
 from diffsynth.sampling.schedule import z_image_sigmas
-from torch import nn
 
 
 class ToyNet(nn.Module):

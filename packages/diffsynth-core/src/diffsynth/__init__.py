@@ -1,1 +1,65 @@
-"""The engine: contracts, discovery, loading, sampling and pipelines for diffusion models."""
+"""The engine: contracts, discovery, loading, sampling and pipelines for diffusion models.
+
+Everything here is imported on first use: `import diffsynth` alone loads neither torch nor numpy nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffsynth import errors, registry, spec
+    from diffsynth.core.loader.config import ModelConfig
+    from diffsynth.hookspecs import hookimpl
+    from diffsynth.runtime.load import load
+    from diffsynth.runtime.pipeline import Pipeline
+    from diffsynth.runtime.role import Processor, Role
+    from diffsynth.runtime.unit import unit
+
+    __version__: str
+
+__all__ = [
+    "ModelConfig",
+    "Pipeline",
+    "Processor",
+    "Role",
+    "__version__",
+    "errors",
+    "hookimpl",
+    "load",
+    "registry",
+    "spec",
+    "unit",
+]
+
+_WHERE = {
+    "ModelConfig": "diffsynth.core.loader.config",
+    "Pipeline": "diffsynth.runtime.pipeline",
+    "Processor": "diffsynth.runtime.role",
+    "Role": "diffsynth.runtime.role",
+    "hookimpl": "diffsynth.hookspecs",
+    "load": "diffsynth.runtime.load",
+    "unit": "diffsynth.runtime.unit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    value: Any
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+    elif name == "__version__":
+        import importlib.metadata
+
+        value = importlib.metadata.version("diffsynth-core")
+    elif name in __all__:
+        value = importlib.import_module(f"diffsynth.{name}")
+    else:
+        raise AttributeError(f"module 'diffsynth' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,13 +13,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 API_VERSION = 1
 """What a plugin states as `DIFFSYNTH_API`."""
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +43,8 @@ class ModelSpec:
     pipeline: str
     components: Mapping[str, str]
     hub_id: str | None = None
-    processors: Mapping[str, str] = _NOTHING
-    defaults: Mapping[str, Any] = _NOTHING
+    processors: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     license: str = "unknown"
     paper: str = ""
     description: str = ""
@@ -105,7 +102,7 @@ class CheckpointSpec:
     signature: str = ""
     layout: str = ""
     files: tuple[str, ...] = ()
-    config: Mapping[str, Any] = _NOTHING
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +145,8 @@ class TrainingSpec:
 
     pipeline: str
     trainable: tuple[str, ...]
-    lora_targets: Mapping[str, tuple[str, ...]] = _NOTHING
-    data: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({"prompt": "prompt"}))
+    lora_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=lambda: {"prompt": "prompt"})
     schedule: str = ""
 
 

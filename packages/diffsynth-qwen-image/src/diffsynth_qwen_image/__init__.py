@@ -1,1 +1,1 @@
-"""Qwen-Image for diffsynth."""
+"""Qwen-Image for diffsynth. Installed and listed by `diffsynth plugins`, but empty so far."""

@@ -1,1 +1,1 @@
-"""Wan video models for diffsynth."""
+"""Wan video models for diffsynth. Installed and listed by `diffsynth plugins`, but empty so far."""

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypedDict
 
-from diffsynth.runtime.request import OutputType, Step
 from PIL import Image
 from torch import Tensor
+
+from diffsynth.runtime.request import OutputType, Step
 
 
 class ImageArguments(TypedDict, total=False):

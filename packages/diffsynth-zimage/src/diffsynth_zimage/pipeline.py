@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+from jaxtyping import Bool, Float
+from torch import Tensor
+
 from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments
 from diffsynth.runtime.role import Processor, Role
-from jaxtyping import Bool, Float
-from torch import Tensor
-
 from diffsynth_zimage.arguments import ZImageArguments
 from diffsynth_zimage.units import UNITS
 

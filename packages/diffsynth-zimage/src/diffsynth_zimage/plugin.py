@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, TrainingSpec
-
 from diffsynth_zimage.checkpoints import ARCHITECTURES, CHECKPOINTS
 
 DIFFSYNTH_API = 1

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
 from diffsynth.runtime.image_units import encode_input_image, image_size
 from diffsynth.runtime.unit import unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.sampling.schedule import z_image_sigmas
-from jaxtyping import Bool, Float
-from torch import Tensor
-
 from diffsynth_zimage.config import LATENT_CHANNELS, MAX_PROMPT_TOKENS, VAE_FACTOR
 
 logger = logging.getLogger(__name__)

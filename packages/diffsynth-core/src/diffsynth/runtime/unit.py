@@ -23,8 +23,6 @@ from diffsynth.errors import InvalidPipeline, MissingComponent, did_you_mean
 REQUIRED: Any = inspect.Parameter.empty
 """The default of a read that has none."""
 
-_NO_BRANCHES: Mapping[str, Mapping[str, str]] = MappingProxyType({})
-
 
 @dataclass(frozen=True)
 class Read:
@@ -49,7 +47,7 @@ class Unit:
     optional_roles: frozenset[str]
     reads: tuple[Read, ...]
     writes: tuple[str, ...]
-    branches: Mapping[str, Mapping[str, str]] = field(default=_NO_BRANCHES, hash=False)
+    branches: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
     random: bool = False
 
     def __call__(self, *roles: Any, **reads: Any) -> Any:
@@ -67,7 +65,7 @@ class Unit:
         for name, value in reads.items():
             if value is REQUIRED:
                 raise MissingComponent(
-                    f"unit {self.name!r} needs {name!r}, and the unit that writes it was left out: its role is not loaded"
+                    f"unit {self.name!r} needs {name!r}, but the role of the unit that writes it is not loaded"
                 )
         result = self.function(*roles, **reads)
         results = (result,) if len(self.writes) == 1 else result
@@ -266,7 +264,7 @@ def _argument_names(step: Unit) -> set[str]:
 def _declare(arguments: dict[str, Read], read: Read, step: Unit) -> None:
     first = arguments.setdefault(read.name, read)
     if (first.annotation, first.default) != (read.annotation, read.default):
+        shown = [f"{inspect.formatannotation(each.annotation)} = {each.default!r}" for each in (read, first)]
         raise InvalidPipeline(
-            f"unit {step.name!r} declares argument {read.name!r} as {read.annotation} = {read.default!r}; "
-            f"an earlier unit has {first.annotation} = {first.default!r}"
+            f"unit {step.name!r} declares argument {read.name!r} as {shown[0]}; an earlier unit has {shown[1]}"
         )

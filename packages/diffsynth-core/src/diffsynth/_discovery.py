@@ -1,0 +1,332 @@
+"""From installed distributions to one catalog: the plugins there are, what they declare, and what is wrong with them.
+
+Light and torch-free. One plugin that fails becomes a `Problem`; it never takes another with it. What a model's record
+looks like to users stands in `registry`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from diffsynth import _env, spec
+from diffsynth._spec_checks import check_spec, duplicates, identity
+from diffsynth.errors import BrokenPlugin, did_you_mean
+
+if TYPE_CHECKING:
+    import importlib.metadata
+
+    import pluggy
+
+logger = logging.getLogger(__name__)
+
+GROUP = "diffsynth"
+CORE = ("core", "diffsynth-core")
+HEAVY = ("torch", "numpy", "transformers")
+
+SpecT = TypeVar("SpecT")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a plugin, or with an installation; `seconds` is the time spent on it."""
+
+    plugin: str
+    distribution: str
+    version: str
+    error: str
+    traceback: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.plugin} ({self.distribution} {self.version}): {self.error}"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin that loaded, and how long that took."""
+
+    name: str
+    distribution: str
+    version: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Declared(Generic[SpecT]):
+    """A declaration and its provider."""
+
+    spec: SpecT
+    plugin: str
+    distribution: str
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalog:
+    """Everything that was declared, `core` first, then by plugin name; and every plugin that failed."""
+
+    plugins: tuple[Plugin, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    models: tuple[Declared[spec.ModelSpec], ...] = ()
+    architectures: tuple[Declared[spec.ArchitectureSpec], ...] = ()
+    checkpoints: tuple[Declared[spec.CheckpointSpec], ...] = ()
+    layer_wrappers: tuple[Declared[spec.LayerWrapperSpec], ...] = ()
+    attention: tuple[Declared[spec.AttentionSpec], ...] = ()
+    quantization: tuple[Declared[spec.QuantizationSpec], ...] = ()
+    training: tuple[Declared[spec.TrainingSpec], ...] = ()
+    objectives: tuple[Declared[spec.ObjectiveSpec], ...] = ()
+    units: tuple[Declared[spec.UnitSpec], ...] = ()
+    commands: tuple[Declared[spec.CommandSpec], ...] = ()
+    doors: tuple[Declared[spec.DoorSpec], ...] = ()
+
+
+_SPECS: dict[str, type] = {
+    "models": spec.ModelSpec,
+    "architectures": spec.ArchitectureSpec,
+    "checkpoints": spec.CheckpointSpec,
+    "layer_wrappers": spec.LayerWrapperSpec,
+    "attention": spec.AttentionSpec,
+    "quantization": spec.QuantizationSpec,
+    "training": spec.TrainingSpec,
+    "objectives": spec.ObjectiveSpec,
+    "units": spec.UnitSpec,
+    "commands": spec.CommandSpec,
+    "doors": spec.DoorSpec,
+}
+
+
+@dataclass(frozen=True)
+class _Discovered:
+    catalog: Catalog
+    manager: pluggy.PluginManager
+    reported: set[tuple[str, str]] = field(default_factory=set)
+
+
+_lock = threading.RLock()
+_discovered: _Discovered | None = None
+_is_loading = False
+
+
+class _Rejected(Exception):
+    """A plugin breaks the contract; the message stands on its own."""
+
+
+def catalog() -> Catalog:
+    """What the installed plugins declare; discovered on the first call, in any thread.
+
+    Raises:
+        BrokenPlugin: a plugin failed, and DIFFSYNTH_STRICT_PLUGINS is on.
+    """
+    return _current().catalog
+
+
+def refresh() -> Catalog:
+    """Discover again: finds what was installed meanwhile. Modules that are imported already are not reloaded."""
+    global _discovered
+    import importlib
+
+    importlib.invalidate_caches()
+    with _lock:
+        _discovered = None
+        return catalog()
+
+
+def notify(hook_name: str, **values: Any) -> None:
+    """Tell every observer; one that raises is logged by its plugin's name (once per hook), and the others still run.
+
+    Raises:
+        BrokenPlugin: an observer raised, and DIFFSYNTH_STRICT_PLUGINS is on.
+    """
+    current = _current()
+    for implementation in getattr(current.manager.hook, hook_name).get_hookimpls():
+        try:
+            implementation.function(*(values[name] for name in implementation.argnames))
+        except Exception as error:
+            plugin = implementation.plugin_name
+            if _env.strict_plugins():
+                raise BrokenPlugin(f"plugin {plugin!r} failed in {hook_name}: {_message(error)}") from error
+            if (plugin, hook_name) not in current.reported:
+                current.reported.add((plugin, hook_name))
+                logger.exception("plugin %r failed in %s; the run goes on", plugin, hook_name)
+
+
+def first(hook_name: str, **values: Any) -> Any:
+    """The first answer that is not None, or None. What an implementation raises gets a note with its plugin's name."""
+    implementations = getattr(_current().manager.hook, hook_name).get_hookimpls()
+    for implementation in reversed(implementations):  # pluggy keeps the one to call first at the end
+        try:
+            answer = implementation.function(*(values[name] for name in implementation.argnames))
+        except Exception as error:
+            error.add_note(f"raised by plugin {implementation.plugin_name!r} in {hook_name}")
+            raise
+        if answer is not None:
+            return answer
+    return None
+
+
+def _current() -> _Discovered:
+    global _discovered, _is_loading
+    found = _discovered
+    if found is not None:
+        return found
+    with _lock:
+        if _discovered is not None:
+            return _discovered
+        if _is_loading:
+            raise RuntimeError("a plugin asks for the catalog while it is being made; do so on first use instead")
+        _is_loading = True
+        try:
+            _discovered = _discover()
+        finally:
+            _is_loading = False
+        return _discovered
+
+
+def _discover() -> _Discovered:
+    import pluggy
+
+    from diffsynth import hookspecs
+
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    plugins: list[Plugin] = []
+    problems: list[Problem] = []
+    declared: dict[str, list[Declared[Any]]] = {kind: [] for kind in _SPECS}
+    for entry, plugin, same_name in _entries():
+        started = time.perf_counter()
+        try:
+            if same_name:
+                raise _Rejected(f"{' and '.join(same_name)} declare a plugin of this name; uninstall all but one")
+            own = _load(manager, entry, plugin)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit at import is a broken plugin too
+            problems.append(_problem(plugin, error, time.perf_counter() - started))
+            continue
+        plugins.append(Plugin(plugin.name, plugin.distribution, plugin.version, time.perf_counter() - started))
+        for kind, specs in own.items():
+            declared[kind] += [Declared(s, plugin.name, plugin.distribution, plugin.version) for s in specs]
+    for kind in ("architectures", "doors"):
+        problems += [Problem(*clash) for clash in duplicates(declared[kind])]
+    if problems:
+        logger.warning("%s", describe(problems))
+    everything = {kind: tuple(facts) for kind, facts in declared.items()}
+    return _Discovered(Catalog(plugins=tuple(plugins), problems=tuple(problems), **everything), manager)
+
+
+def describe(problems: Sequence[Problem]) -> str:
+    """One line for logs and errors: `1 plugin is broken: flux (diffsynth-flux 0.3.1): ... Run: diffsynth plugins`."""
+    count = "1 plugin is broken" if len(problems) == 1 else f"{len(problems)} plugins are broken"
+    return f"{count}: {'; '.join(map(str, problems))}. Run: diffsynth plugins"
+
+
+def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
+    """Allowed entry points in a fixed order, each with the distributions that share its name, if others do."""
+    import importlib.metadata
+
+    allowed = _env.plugins()
+    found = []
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        name, version = (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "")
+        plugin = Plugin(entry.name, name, version)
+        # `core` holds what families share, so an allow-list of families cannot leave it out.
+        if allowed is None or entry.name in allowed or (entry.name, name) == CORE:
+            found.append((entry, plugin))
+    found.sort(key=lambda item: (item[1].name != CORE[0], item[1].name, item[1].distribution))
+    providers: dict[str, list[str]] = {}
+    for _, plugin in found:
+        providers.setdefault(plugin.name, []).append(f"{plugin.distribution} {plugin.version}")
+    return [
+        (entry, plugin, providers[plugin.name] if len(providers[plugin.name]) > 1 else []) for entry, plugin in found
+    ]
+
+
+def _load(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, plugin: Plugin) -> dict[str, list[Any]]:
+    heavy_before = {name for name in HEAVY if name in sys.modules}
+    module = entry.load()
+    _check_api(module, plugin)
+    try:
+        manager.register(module, name=plugin.name)
+        _check_hooks(manager, module)
+        own = _declarations(manager, module)
+        for name in HEAVY:
+            if name in sys.modules and name not in heavy_before:
+                raise _Rejected(f"imports {name} at import; name heavy code by string, or import it inside a function")
+    except BaseException:
+        # Sweep before the next plugin loads: check_pending() looks at everybody's implementations.
+        if manager.is_registered(module):
+            manager.unregister(module)
+        raise
+    return own
+
+
+def _check_api(module: Any, plugin: Plugin) -> None:
+    api = getattr(module, "DIFFSYNTH_API", None)
+    if api is None:
+        raise _Rejected(
+            f"states no DIFFSYNTH_API; expected DIFFSYNTH_API = {spec.API_VERSION} at the top of the module"
+        )
+    if api != spec.API_VERSION:
+        older = isinstance(api, int) and api < spec.API_VERSION
+        raise _Rejected(
+            f"written for DIFFSYNTH_API {api!r}, diffsynth-core has {spec.API_VERSION}. "
+            f"Run: pip install -U {plugin.distribution if older else CORE[1]}"
+        )
+
+
+def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
+    known = [name for name, caller in vars(manager.hook).items() if not name.startswith("_") and caller.has_spec()]
+    for caller in manager.get_hookcallers(module) or ():
+        own = next(implementation for implementation in caller.get_hookimpls() if implementation.plugin is module)
+        if not caller.has_spec() and not own.optionalhook:
+            raise _Rejected(f"implements hook {caller.name!r}, which does not exist{did_you_mean(caller.name, known)}")
+        if own.wrapper or own.hookwrapper:
+            raise _Rejected(f"wraps hook {caller.name!r}; hooks are called one by one and cannot be wrapped")
+    manager.check_pending()
+
+
+def _declarations(manager: pluggy.PluginManager, module: Any) -> dict[str, list[Any]]:
+    others = [other for other in manager.get_plugins() if other is not module]
+    own: dict[str, list[Any]] = {kind: [] for kind in _SPECS}
+    for caller in manager.get_hookcallers(module) or ():
+        kind = caller.name.removeprefix("register_")
+        if kind != caller.name and kind in own:
+            register = _collector(caller.name, _SPECS[kind], own[kind])
+            manager.subset_hook_caller(caller.name, others)(register=register)
+    return own
+
+
+def _collector(hook_name: str, expected: type, into: list[Any]) -> Callable[[Any], None]:
+    def register(fact: Any) -> None:
+        if not isinstance(fact, expected):
+            raise _Rejected(f"{hook_name}: expected {expected.__name__}, got {type(fact).__name__}: {fact!r:.80}")
+        try:
+            check_spec(fact)
+        except (TypeError, ValueError) as error:
+            raise _Rejected(f"{hook_name}: {error}") from error
+        if identity(fact) and any(identity(fact) == identity(other) for other in into):
+            raise _Rejected(f"{hook_name}: {identity(fact)!r} is declared twice")
+        into.append(fact)
+
+    return register
+
+
+def _problem(plugin: Plugin, error: BaseException, seconds: float) -> Problem:
+    if _env.strict_plugins():
+        raise BrokenPlugin(f"{plugin.name} ({plugin.distribution} {plugin.version}): {_message(error)}") from error
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    return Problem(plugin.name, plugin.distribution, plugin.version, _message(error), text, seconds)
+
+
+def _message(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    plain = isinstance(error, ImportError | _Rejected) and bool(text)
+    return text if plain else f"{type(error).__name__}: {text}".removesuffix(": ")

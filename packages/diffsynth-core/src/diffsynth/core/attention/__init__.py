@@ -1,0 +1,13 @@
+"""Attention in one layout, `b s n d`, over interchangeable backends.
+
+`attention()` is what networks call. A backend is an object with `refuses(call) -> str | None` and `__call__(call)`;
+it either honours everything that the `AttentionCall` says, or it refuses with a reason. `naive` is the truth that the
+others are tested against.
+"""
+
+from __future__ import annotations
+
+from diffsynth.core.attention.call import AttentionBackend, AttentionCall
+from diffsynth.core.attention.select import attention, available_backends, register_backend
+
+__all__ = ["AttentionBackend", "AttentionCall", "attention", "available_backends", "register_backend"]

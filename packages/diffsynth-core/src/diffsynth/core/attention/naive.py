@@ -1,0 +1,34 @@
+"""Attention as the formula says it: softmax over all scores, in fp32. Slow, and the truth for every other backend."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.core.attention.call import AttentionCall
+
+
+class NaiveAttention:
+    """Holds the whole score matrix in fp32 (fp64 for fp64 inputs)."""
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """Integers only."""
+        return None if call.q.is_floating_point() else f"dtype {call.q.dtype} is not floating point"
+
+    def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
+        """See `AttentionBackend`."""
+        precise = torch.promote_types(call.q.dtype, torch.float32)
+        q, k, v = (rearrange(x, "b s n d -> b n s d").to(precise) for x in (call.q, call.k, call.v))
+        if call.q_per_kv > 1:
+            k, v = (x.repeat_interleave(call.q_per_kv, dim=1) for x in (k, v))
+        scores = torch.einsum("bnqd,bnkd->bnqk", q, k) * call.scale
+        allowed = call.allowed()
+        if allowed is None:
+            weights = scores.softmax(-1)
+        else:
+            # A row without a key is all -inf, and its softmax NaN: it attends nothing, so its weights are zero.
+            weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+            weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+        return rearrange(weights @ v, "b n q d -> b q n d").to(call.q.dtype)

@@ -1,0 +1,155 @@
+"""Sizes of the shared networks, and how a file's shapes tell them. Light: no torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxAutoencoderConfig:
+    """The FLUX.1 and Z-Image autoencoder.
+
+    Args:
+        in_channels: of the image.
+        latent_channels: of the latents.
+        block_out_channels: width at each resolution, full resolution first; each but the first halves the side.
+        layers_per_block: residual blocks at each resolution of the encoder; the decoder has one more.
+        norm_groups: of every group norm.
+        scaling_factor: latents are `(z - shift_factor) * scaling_factor`.
+        shift_factor: see above.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self) -> None:
+        # Metadata is JSON: it gives lists where a hashable config needs tuples.
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        if any(channels % self.norm_groups for channels in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels={self.block_out_channels} must be multiples of norm_groups={self.norm_groups}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel, along one side."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+
+TINY_FLUX_AUTOENCODER = FluxAutoencoderConfig(block_out_channels=(64, 64, 128, 128), layers_per_block=1)
+
+
+def tiny_flux_autoencoder_inputs(config: FluxAutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Arguments of `FluxAutoencoder.forward`: two small images that are not square; fp32 on the CPU."""
+    import torch
+
+    size = (3 * config.factor, 2 * config.factor)
+    return {"image": torch.rand(2, config.in_channels, *size, generator=generator) * 2 - 1}
+
+
+def infer_flux_autoencoder_config(shapes: Shapes) -> FluxAutoencoderConfig:
+    """The config of a file, from its shapes under our own names.
+
+    Raises:
+        ValueError: it is another autoencoder of the same kind.
+    """
+    foreign = [name for name in shapes if name.startswith(("quant_conv", "post_quant_conv", "bn."))]
+    if foreign:
+        raise ValueError(f"it has {foreign[0]}: that is another autoencoder of the same kind")
+    levels = _count(shapes, "encoder.down_blocks")
+    latent_channels = shapes["decoder.conv_in.weight"][1]
+    if shapes["encoder.conv_out.weight"][0] != 2 * latent_channels:
+        raise ValueError(
+            f"the encoder gives {shapes['encoder.conv_out.weight'][0]} channels; "
+            f"expected mean and variance of {latent_channels} latent channels"
+        )
+    return FluxAutoencoderConfig(
+        in_channels=shapes["encoder.conv_in.weight"][1],
+        latent_channels=latent_channels,
+        block_out_channels=tuple(
+            shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)
+        ),
+        layers_per_block=_count(shapes, "encoder.down_blocks.0.resnets"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3TextEncoderConfig:
+    """A Qwen3 language model without its head (arXiv:2505.09388); the defaults are Qwen3-4B.
+
+    Args:
+        hidden_size: width of the stream.
+        num_layers: layers in the file; forward() runs only as many as it needs.
+        num_heads: query heads.
+        num_kv_heads: key heads.
+        head_dim: channels of a head; the heads together may be wider than the stream.
+        intermediate_size: inner width of the gated feed-forward.
+        vocab_size: rows of the embedding.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: of all RMS norms.
+    """
+
+    hidden_size: int = 2560
+    num_layers: int = 36
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 9728
+    vocab_size: int = 151936
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+
+
+TINY_QWEN3_TEXT_ENCODER = Qwen3TextEncoderConfig(
+    hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96, vocab_size=120
+)
+
+
+def tiny_qwen3_text_encoder_inputs(config: Qwen3TextEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Arguments of `Qwen3TextEncoder.forward`: two prompts of different length, padded on the right; on the CPU."""
+    import torch
+
+    return {
+        "input_ids": torch.randint(config.vocab_size, (2, 11), generator=generator),
+        "attention_mask": (torch.arange(11)[None, :] < torch.tensor([[11], [6]])).long(),
+    }
+
+
+def infer_qwen3_text_encoder_config(shapes: Shapes) -> Qwen3TextEncoderConfig:
+    """The config of a file, from its shapes under our own names.
+
+    Raises:
+        ValueError: queries and keys are not normalised per head, so it is no Qwen3.
+    """
+    norm = "model.layers.0.self_attn.q_norm.weight"
+    if norm not in shapes:
+        raise ValueError(f"{norm} is missing: not a Qwen3")
+    (head_dim,) = shapes[norm]
+    vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
+    return Qwen3TextEncoderConfig(
+        hidden_size=hidden_size,
+        num_layers=_count(shapes, "model.layers"),
+        num_heads=shapes["model.layers.0.self_attn.q_proj.weight"][0] // head_dim,
+        num_kv_heads=shapes["model.layers.0.self_attn.k_proj.weight"][0] // head_dim,
+        head_dim=head_dim,
+        intermediate_size=shapes["model.layers.0.mlp.gate_proj.weight"][0],
+        vocab_size=vocab_size,
+    )
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """How many items the list `prefix` has."""
+    depth = prefix.count(".") + 1
+    return max((int(key.split(".")[depth]) for key in shapes if key.startswith(f"{prefix}.")), default=-1) + 1

@@ -1,0 +1,220 @@
+"""The image autoencoder of FLUX.1 and Z-Image (Esser et al. 2024, arXiv:2403.03206; VQGAN, arXiv:2012.09841)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffsynth.core.attention import attention
+from diffsynth.models.config import FluxAutoencoderConfig
+
+
+class FluxAutoencoder(nn.Module):
+    """Images in [-1, 1] to scaled latents and back. Parameter names are those of Z-Image's `vae/` file."""
+
+    def __init__(self, config: FluxAutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(
+        self, image: Float[Tensor, "b c_in h8 w8"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Scaled latents, `(z - shift_factor) * scaling_factor`, in the dtype of `image`.
+
+        Args:
+            image: in [-1, 1]; height and width are multiples of `config.factor`.
+            generator: draws from the posterior with it; None takes the posterior's mean, as image-to-image does.
+
+        Raises:
+            ValueError: sizes that are no multiple of the factor.
+        """
+        mean, logvar = self.encode_moments(image)
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
+            mean = mean + (0.5 * logvar).exp() * noise.to(mean.device)
+        return (mean - self.config.shift_factor) * self.config.scaling_factor
+
+    def encode_moments(
+        self, image: Float[Tensor, "b c_in h8 w8"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """Mean and log-variance of the posterior of the *unscaled* latents; the latter clamped to [-30, 20].
+
+        Raises:
+            ValueError: sizes that are no multiple of the factor.
+        """
+        height, width = image.shape[-2:]
+        if height % self.config.factor or width % self.config.factor:
+            raise ValueError(f"image is {height}x{width}; expected multiples of {self.config.factor}")
+        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_in h8 w8"]:
+        """The image of scaled latents, about [-1, 1], not clamped."""
+        return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)
+
+    def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b c_in h8 w8"]:
+        """The reconstruction from the posterior's mean."""
+        return self.decode(self.encode(image))
+
+
+class Encoder(nn.Module):
+    """Image to mean and log-variance, stacked along the channels."""
+
+    def __init__(self, config: FluxAutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(config, widths[max(level - 1, 0)], width, downsample=level < len(widths) - 1)
+            for level, width in enumerate(widths)
+        )
+        self.mid_block = MidBlock(config, widths[-1])
+        self.conv_norm_out = _norm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b two_c h w"]:
+        """See the class."""
+        x = self.conv_in(image)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Unscaled latents to an image."""
+
+    def __init__(self, config: FluxAutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(config, widths[0])
+        self.up_blocks = nn.ModuleList(
+            UpBlock(config, widths[max(level - 1, 0)], width, upsample=level < len(widths) - 1)
+            for level, width in enumerate(widths)
+        )
+        self.conv_norm_out = _norm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
+
+    def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_in h8 w8"]:
+        """See the class."""
+        x = self.mid_block(self.conv_in(latents))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, then half the resolution unless it is the last level."""
+
+    def __init__(self, config: FluxAutoencoderConfig, in_dim: int, dim: int, *, downsample: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(config, dim if index else in_dim, dim) for index in range(config.layers_per_block)
+        )
+        self.downsamplers = nn.ModuleList([Downsample(dim)] if downsample else [])
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """See the class."""
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Residual blocks, then twice the resolution unless it is the last level."""
+
+    def __init__(self, config: FluxAutoencoderConfig, in_dim: int, dim: int, *, upsample: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(config, dim if index else in_dim, dim) for index in range(config.layers_per_block + 1)
+        )
+        self.upsamplers = nn.ModuleList([Upsample(dim)] if upsample else [])
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """See the class."""
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Attention over all pixels between two residual blocks, at the lowest resolution."""
+
+    def __init__(self, config: FluxAutoencoderConfig, dim: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([PixelAttention(config, dim)])
+        self.resnets = nn.ModuleList(ResidualBlock(config, dim, dim) for _ in range(2))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """See the class."""
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, each after norm and SiLU, around a shortcut."""
+
+    def __init__(self, config: FluxAutoencoderConfig, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(config, in_dim)
+        self.conv1 = nn.Conv2d(in_dim, dim, 3, padding=1)
+        self.norm2 = _norm(config, dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv_shortcut = nn.Identity() if in_dim == dim else nn.Conv2d(in_dim, dim, 1)
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h w"]:
+        """See the class."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class PixelAttention(nn.Module):
+    """One head over all pixels, with a residual."""
+
+    def __init__(self, config: FluxAutoencoderConfig, dim: int) -> None:
+        super().__init__()
+        self.group_norm = _norm(config, dim)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """See the class."""
+        tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        q, k, v = (to(tokens)[:, :, None] for to in (self.to_q, self.to_k, self.to_v))
+        h = self.to_out(attention(q, k, v)[:, :, 0])
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a strided convolution."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """See the class."""
+        # Trained with padding on the right and at the bottom only.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the resolution by repeating pixels, then a convolution."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """See the class."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _norm(config: FluxAutoencoderConfig, dim: int) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_groups, dim, eps=1e-6)

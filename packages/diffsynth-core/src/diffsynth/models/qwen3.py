@@ -1,0 +1,104 @@
+"""Qwen3 as a text encoder: transformers' layers, built from our config and run only as deep as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3Model
+
+from diffsynth.models.config import Qwen3TextEncoderConfig
+
+
+class Qwen3TextEncoder(nn.Module):
+    """Hidden states of a Qwen3 language model. Parameter names are those of the published files, without `lm_head`."""
+
+    def __init__(self, config: Qwen3TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(
+            Qwen3Config(
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                intermediate_size=config.intermediate_size,
+                vocab_size=config.vocab_size,
+                rms_norm_eps=config.norm_eps,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                attn_implementation="sdpa",
+                use_cache=False,
+            )
+        )
+        self.model.rotary_emb = Rotary(config.head_dim, config.rope_theta)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b s"],
+        attention_mask: Int[Tensor, "b s"] | Bool[Tensor, "b s"] | None = None,
+        *,
+        layers: Sequence[int] = (-2,),
+    ) -> Float[Tensor, "b s e"]:
+        """Hidden states, in the dtype of the weights.
+
+        Args:
+            input_ids: token ids.
+            attention_mask: 1 where a token is text, 0 where it is padding, on either side; None means all text.
+            layers: which hidden states: 0 is the embedding, `i` follows layer `i`, -1 is the last, normalised one.
+                Several are joined along `e`. The default, -2, is what Z-Image reads; FLUX.2-klein reads 9, 18 and 27.
+
+        Raises:
+            ValueError: a layer that the model does not have.
+        """
+        depth = self.config.num_layers
+        if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
+            raise ValueError(f"layers={tuple(layers)}; expected indices from {-depth - 1} to {depth}")
+        wanted = [layer % (depth + 1) for layer in layers]
+        hidden = self.model.embed_tokens(input_ids)
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        position_embeddings = self.model.rotary_emb(hidden, position_ids)
+        mask = _causal_mask(attention_mask)
+        states = [hidden]
+        for layer in self.model.layers[: max(wanted)]:
+            hidden = layer(
+                hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=position_embeddings
+            )
+            states.append(hidden)
+        if depth in wanted:
+            states[depth] = self.model.norm(states[depth])
+        return torch.cat([states[index] for index in wanted], dim=-1)
+
+
+class Rotary(nn.Module):
+    """Cosine and sine tables without a buffer: nothing to rebuild after meta, nothing for `.to(bfloat16)` to round."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+
+    @torch.no_grad()
+    def forward(
+        self, hidden: Float[Tensor, "b s e"], position_ids: Int[Tensor, "#b s"]
+    ) -> tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]]:
+        """For transformers' half-split rotation: both halves of a head carry the same angles."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=hidden.device) / self.head_dim
+        angles = position_ids[:, :, None].float() * (1.0 / self.theta**exponents)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+
+
+def _causal_mask(attention_mask: Tensor | None) -> Bool[Tensor, "b 1 s s"] | None:
+    """None where plain causal attention does, which has the faster kernels."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    is_text = attention_mask.bool()
+    size = is_text.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=is_text.device).tril()
+    # Padding on the left would leave its queries nothing to attend; they attend themselves.
+    alone = torch.eye(size, dtype=torch.bool, device=is_text.device)
+    return (causal & rearrange(is_text, "b k -> b 1 1 k")) | alone

@@ -1,0 +1,45 @@
+"""Rotary position embedding over several axes (Su et al. 2021, arXiv:2104.09864).
+
+The head is cut into one section per axis (time, height, width); within a section neighbouring channels `(2i, 2i + 1)`
+are a complex number that is turned by `position * theta ** (-2i / section)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def rotary_angles(
+    position_ids: Int[Tensor, "b s axes"], *, axes_dims: Sequence[int], theta: float
+) -> Float[Tensor, "b s half_d"]:
+    """Angles in radians, fp32, on the device of `position_ids`; position 0 turns nothing.
+
+    Products are formed in fp64: at position 1000 an fp32 frequency is off by 3e-5 rad already. Devices without fp64
+    get their angles from the CPU.
+
+    Args:
+        position_ids: one integer position per axis.
+        axes_dims: even section sizes, summing to the head dimension.
+        theta: base of the frequencies.
+    """
+    device = position_ids.device
+    sections = []
+    for axis, dim in enumerate(axes_dims):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+        sections.append(position_ids[..., axis, None].double() / theta**exponents)
+    return torch.cat(sections, dim=-1).float()
+
+
+def apply_rotary(
+    x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
+) -> Float[Tensor, "b s n d"]:
+    """`x` turned by the angles of `cos` and `sin`, computed in fp32, in the dtype of `x`."""
+    even, odd = rearrange(x.float(), "b s n (half two) -> two b s n half", two=2)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,35 @@
+"""Embedding of the diffusion time: sinusoids (Vaswani et al. 2017, arXiv:1706.03762), then a small MLP."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: float = 10000.0) -> Float[Tensor, "b dim"]:
+    """Cosines, then sines, of `time` at `dim / 2` frequencies from 1 down to 1 / max_period; fp32.
+
+    Args:
+        time: in the net's own unit (0 to 1000 for most).
+        dim: even.
+        max_period: the longest period, over 2 pi.
+    """
+    exponents = torch.arange(dim // 2, dtype=torch.float32, device=time.device) / (dim // 2)
+    angles = time[:, None].float() * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids through `Linear, SiLU, Linear`."""
+
+    def __init__(self, dim: int, *, hidden_dim: int, frequency_dim: int = 256) -> None:
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, dim))
+
+    def forward(self, time: Float[Tensor, "b"], *, dtype: torch.dtype) -> Float[Tensor, "b dim"]:
+        """Embedding of `time`; the sinusoids are fp32 until they enter the MLP in `dtype`."""
+        return self.mlp(sinusoidal_embedding(time, self.frequency_dim).to(dtype))

@@ -1,0 +1,1 @@
+"""Sampling as pure functions of tensors: schedules, solvers, guidance, noise."""

@@ -1,0 +1,72 @@
+"""Noise: drawing it reproducibly, and mixing it with data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def initial_noise(
+    shape: Sequence[int],
+    seeds: Sequence[int | None],
+    *,
+    rand_device: torch.device | str = "cpu",
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Float[Tensor, "b ..."]:
+    """Standard normal noise, image by image: entry i is what a call with `seeds[i]` alone would draw.
+
+    `dtype` is the one drawn in, because a generator gives other values in bf16 than in fp32. Z-Image, FLUX.2 and
+    Qwen-Image draw in the pipeline's dtype (bf16); FLUX.1 and Wan draw fp32, and their callers cast afterwards.
+
+    Args:
+        shape: of one image, `(c, h, w)` or `(c, t, h, w)`.
+        seeds: one per image; None draws from the global generator of `rand_device`.
+        rand_device: where to draw. The CPU gives one picture on every machine.
+        dtype: what to draw in, and of the result.
+        device: of the result.
+
+    Raises:
+        ValueError: no seeds, or a seed outside 64 bits.
+    """
+    if not seeds:
+        raise ValueError("seeds is empty; expected one entry per image, None for an unseeded one")
+    images = [
+        torch.randn(1, *shape, generator=_generator(seed, rand_device), device=rand_device, dtype=dtype)
+        for seed in seeds
+    ]
+    return torch.cat(images).to(device)
+
+
+def add_noise(
+    x0: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], sigma: Float[Tensor, " b"] | Float[Tensor, ""] | float
+) -> Float[Tensor, "b ..."]:
+    """`(1 - sigma) * x0 + sigma * noise`, in the dtype of `x0`.
+
+    Args:
+        x0: data.
+        noise: of the same shape.
+        sigma: noise level in [0, 1], one for all or one per entry; not checked, it may live on an accelerator.
+
+    Raises:
+        ValueError: `noise` has another shape than `x0`, or `sigma` another length.
+    """
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise is {tuple(noise.shape)}, x0 is {tuple(x0.shape)}; expected one shape")
+    if isinstance(sigma, Tensor) and sigma.ndim:
+        if sigma.shape != x0.shape[:1]:
+            raise ValueError(f"sigma is {tuple(sigma.shape)}; expected a number or ({len(x0)},), one per entry of x0")
+        sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
+    return ((1 - sigma) * x0 + sigma * noise).to(x0.dtype)
+
+
+def _generator(seed: int | None, device: torch.device | str) -> torch.Generator | None:
+    if seed is None:
+        # A new Generator starts at a constant seed; only the global one differs from run to run.
+        return None
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed!r}: expected an integer of at most 64 bits")
+    return torch.Generator(device).manual_seed(seed)

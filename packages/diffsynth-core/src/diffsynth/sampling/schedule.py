@@ -1,0 +1,217 @@
+"""Noise levels of every family, as pure functions; none of them knows a pipeline.
+
+One convention: sigma is 1 at pure noise and 0 at data, `x = (1 - sigma) * x0 + sigma * noise`. A schedule is fp32 on
+the CPU, has one entry more than there are steps, descends strictly and ends in exactly 0. `strength` cuts the grid
+*before* the shift warps it, as the published pipelines do, so a shifted schedule starts above `strength`. All steps
+always run; a lower strength makes them finer.
+
+The arithmetic is fp32 in the order of the published code, so that a known seed keeps its picture.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+FLUX1_SIGMA_MIN = 0.003 / 1.002
+"""Where FLUX.1's grid ends before its shift; the last step goes from there to 0."""
+
+QWEN_IMAGE_TERMINAL = 0.02
+"""The last level of Qwen-Image before 0."""
+
+TRAINING_MU = 0.8
+"""FLUX.2 and Qwen-Image are trained with this shift at every size."""
+
+LIGHTNING_MU = math.log(3)
+
+
+def z_image_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
+    """Noise levels of Z-Image: a uniform grid, shifted (Z-Image team 2025, arXiv:2511.22699).
+
+    Args:
+        num_steps: calls of the network, at least 1.
+        shift: above 0; 1.0 leaves the grid uniform, larger spends more steps near pure noise.
+        strength: where the unshifted grid starts, in (0, 1]; below 1 for image-to-image.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(num_steps, strength)
+    return _schedule(shift_sigmas(_uniform(num_steps, strength), shift))
+
+
+def wan_sigmas(num_steps: int, *, shift: float = 5.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
+    """Noise levels of Wan 2.1 and 2.2: Z-Image's formula with a larger shift (Wan team 2025, arXiv:2503.20314).
+
+    Arguments and errors are those of `z_image_sigmas`.
+    """
+    return z_image_sigmas(num_steps, shift=shift, strength=strength)
+
+
+def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
+    """Noise levels of FLUX.1: a grid that ends above 0, shifted; the last step jumps to 0.
+
+    The grid is 1 to 0.003/1.002, endpoints included. With one step it is its first entry.
+
+    Args:
+        num_steps: calls of the network, at least 1.
+        shift: above 0; 1.0 is none.
+        strength: in (0, 1]; interpolates the start between the two ends.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(num_steps, strength)
+    start = FLUX1_SIGMA_MIN + (1 - FLUX1_SIGMA_MIN) * strength
+    return _schedule(shift_sigmas(torch.linspace(start, FLUX1_SIGMA_MIN, num_steps), shift))
+
+
+def flux2_sigmas(
+    num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
+) -> Float[Tensor, "steps_plus_1"]:
+    """Noise levels of FLUX.2: a grid from 1 to 1/num_steps, shifted by a `mu` that grows with the image.
+
+    One step starts at 1 whatever `strength` is: the grid's two ends coincide there.
+
+    Args:
+        num_steps: calls of the network, at least 1.
+        num_tokens: image tokens, `(height // 16) * (width // 16)` of the *rounded* size; gives `mu` by `flux2_mu`.
+        mu: log of the shift, over `num_tokens`. Neither given is the training schedule, mu = 0.8.
+        strength: in (0, 1].
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(num_steps, strength)
+    if mu is None:
+        mu = TRAINING_MU if num_tokens is None else flux2_mu(num_tokens, num_steps=num_steps)
+    end = 1 / num_steps
+    return _schedule(shift_sigmas_by_mu(torch.linspace(end + (1 - end) * strength, end, num_steps), mu))
+
+
+def qwen_image_sigmas(
+    num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
+) -> Float[Tensor, "steps_plus_1"]:
+    """Noise levels of Qwen-Image: shifted, then stretched so that the last level before 0 is 0.02 (arXiv:2508.02324).
+
+    The stretch `1 - (1 - sigma) / k` keeps 1 fixed and moves the last level to 0.02. Two of its ends are ours:
+    * One step is not stretched. Its only level is the last one, so the formula gives 0/0 at full strength and a start
+      of 0.02 below it, which would not denoise; the schedule is `[shifted strength, 0]` instead.
+    * As strength goes to 0 every level goes to 0.02, not to 0.
+
+    Args:
+        num_steps: calls of the network, at least 1.
+        num_tokens: image tokens, `(height // 16) * (width // 16)` of the *rounded* size; gives `mu` by `qwen_image_mu`.
+        mu: log of the shift, over `num_tokens`. Neither given is the training schedule, mu = 0.8.
+        strength: in (0, 1].
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(num_steps, strength)
+    if mu is None:
+        mu = TRAINING_MU if num_tokens is None else qwen_image_mu(num_tokens)
+    levels = shift_sigmas_by_mu(_uniform(num_steps, strength), mu)
+    return _schedule(levels if num_steps == 1 else _stretch_to_terminal(levels, QWEN_IMAGE_TERMINAL))
+
+
+def qwen_image_lightning_sigmas(
+    num_steps: int, *, mu: float = LIGHTNING_MU, strength: float = 1.0
+) -> Float[Tensor, "steps_plus_1"]:
+    """Noise levels of the distilled Qwen-Image-Lightning: shift 3 at every size, and no terminal stretch.
+
+    Args:
+        num_steps: calls of the network, at least 1.
+        mu: log of the shift.
+        strength: in (0, 1].
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(num_steps, strength)
+    return _schedule(shift_sigmas_by_mu(_uniform(num_steps, strength), mu))
+
+
+def shift_sigmas(sigmas: Float[Tensor, " steps"], shift: float) -> Float[Tensor, " steps"]:
+    """Warp levels toward high noise: `s*u / (1 + (s-1)*u)` (SD3, Esser et al. 2024, arXiv:2403.03206). Keeps 0 and 1.
+
+    Raises:
+        ValueError: `shift` is not a finite number above 0.
+    """
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift={shift!r}: expected a finite number above 0; 1.0 is no shift")
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tensor, " steps"]:
+    """`shift_sigmas` by `exp(mu)`, in the form in which FLUX.2 and Qwen-Image publish it.
+
+    Raises:
+        ValueError: `mu` is not a number in [-80, 80], beyond which `exp(mu)` leaves fp32.
+    """
+    if not abs(mu) <= 80:
+        raise ValueError(f"mu={mu!r}: expected a number in [-80, 80]; published models use 0.3 to 3")
+    return math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
+
+
+def flux2_mu(num_tokens: int, *, num_steps: int) -> float:
+    """FLUX.2's shift: linear in the number of image tokens, and up to 4300 tokens also in the number of steps.
+
+    Raises:
+        ValueError: `num_tokens` is not a positive integer.
+    """
+    _check_positive("num_tokens", num_tokens)
+    at_200_steps = 0.00016927 * num_tokens + 0.45666666
+    if num_tokens > 4300:
+        return at_200_steps
+    at_10_steps = 8.73809524e-05 * num_tokens + 1.89833333
+    slope = (at_200_steps - at_10_steps) / 190
+    return slope * num_steps + at_200_steps - 200 * slope
+
+
+def qwen_image_mu(num_tokens: int) -> float:
+    """Qwen-Image's shift: linear in the number of image tokens, 0.5 at 256 (256x256) and 0.9 at 8192.
+
+    Raises:
+        ValueError: `num_tokens` is not a positive integer.
+    """
+    _check_positive("num_tokens", num_tokens)
+    return 0.5 + (0.9 - 0.5) * (num_tokens - 256) / (8192 - 256)
+
+
+def _uniform(num_steps: int, strength: float) -> Float[Tensor, " steps"]:
+    return torch.linspace(strength, 0, num_steps + 1)[:-1]
+
+
+def _stretch_to_terminal(sigmas: Float[Tensor, " steps"], terminal: float) -> Float[Tensor, " steps"]:
+    scale = (1 - sigmas[-1]) / (1 - terminal)
+    return 1 - (1 - sigmas) / scale
+
+
+def _schedule(levels: Float[Tensor, " steps"]) -> Float[Tensor, "steps_plus_1"]:
+    """Append the final 0, and part levels that rounding made equal.
+
+    They meet where strength is tiny (a FLUX.2 grid of 1e-8 around 1/num_steps) or the shift extreme. Moving the upper
+    one by one unit in the last place is far below what a network sees, and keeps every schedule strictly descending.
+    """
+    sigmas = torch.cat([levels.clamp(max=1), torch.zeros(1)])
+    if not (sigmas[:-1] > sigmas[1:]).all():
+        for i in reversed(range(len(levels))):
+            sigmas[i] = torch.maximum(sigmas[i], torch.nextafter(sigmas[i + 1], torch.tensor(2.0)))
+    if not (sigmas <= 1).all():
+        raise ValueError(f"the shift is too strong for {len(levels)} steps: levels near 1 coincide in fp32; lower it")
+    return sigmas
+
+
+def _check(num_steps: int, strength: float) -> None:
+    _check_positive("num_steps", num_steps)
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength!r}: expected a number above 0 and at most 1")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least 1")

@@ -1,0 +1,300 @@
+"""The Z-Image transformer: image and caption tokens in a single stream (Tongyi-MAI 2025, arXiv:2511.22699)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffsynth.core.attention import attention
+from diffsynth.nn.rms_norm import RMSNorm
+from diffsynth.nn.rope import apply_rotary, rotary_angles
+from diffsynth.nn.timestep import TimestepEmbedder
+from diffsynth_zimage.config import TOKEN_MULTIPLE, ZImageDiTConfig
+
+
+class ZImageDiT(nn.Module):
+    """Z-Image and Z-Image-Turbo. Parameter names are those of the published `transformer/*.safetensors`.
+
+    `gradient_checkpointing` is a plain switch: when set, layers recompute their activations in the backward pass.
+    """
+
+    def __init__(self, config: ZImageDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        patch = f"{config.patch_size}-1"
+        patch_dim = config.in_channels * config.patch_size**2
+        self.all_x_embedder = nn.ModuleDict({patch: nn.Linear(patch_dim, config.dim)})
+        self.all_final_layer = nn.ModuleDict({patch: FinalLayer(config, patch_dim)})
+        self.t_embedder = TimestepEmbedder(config.time_dim, hidden_dim=config.time_hidden_dim)
+        self.cap_embedder = nn.Sequential(
+            RMSNorm(config.cap_feat_dim, eps=config.norm_eps), nn.Linear(config.cap_feat_dim, config.dim)
+        )
+        self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.noise_refiner = nn.ModuleList(ZImageBlock(config) for _ in range(config.n_refiner_layers))
+        self.context_refiner = nn.ModuleList(ContextBlock(config) for _ in range(config.n_refiner_layers))
+        self.layers = nn.ModuleList(ZImageBlock(config) for _ in range(config.n_layers))
+
+    def forward(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        time: Float[Tensor, "b"],
+        prompt_embeds: Float[Tensor, "b s e"],
+        prompt_mask: Bool[Tensor, "b s"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """The negated velocity, `x0 - noise`, in the dtype of `latents`.
+
+        Args:
+            latents: noised, scaled latents; height and width are multiples of `config.patch_size`.
+            time: the net's own time in [0, 1], `1 - sigma`: 0 is pure noise. Keep it fp32.
+            prompt_embeds: hidden states of the text encoder.
+            prompt_mask: True where a token is text; None means all of them. Padding may stand on either side.
+
+        Raises:
+            ValueError: sizes that are no multiple of the patch.
+        """
+        config = self.config
+        patch = f"{config.patch_size}-1"
+        height, width = self._grid(latents)
+        lengths = _lengths(prompt_embeds, prompt_mask)
+        if prompt_mask is not None:
+            prompt_embeds = _text_first(prompt_embeds, prompt_mask, max(lengths))
+        time_embed = self.t_embedder(time * config.t_scale, dtype=latents.dtype)
+        plan = _plan(lengths, (height, width), config, latents.device)
+
+        pixels = rearrange(latents, "b c (h p) (w q) -> b (h w) (p q c)", p=config.patch_size, q=config.patch_size)
+        # Under autocast a linear answers in bf16; the stream stays in the dtype of the latents.
+        image = self.all_x_embedder[patch](pixels).to(latents.dtype)
+        padding = self.x_pad_token.to(image.dtype).expand(image.shape[0], plan.image_len - image.shape[1], -1)
+        image = torch.cat((image, padding), dim=1)
+        for block in self.noise_refiner:
+            image = self._run(block, image, plan.image_rotary, None, time_embed)
+
+        caption = self.cap_embedder(prompt_embeds).to(latents.dtype)
+        caption = F.pad(caption, (0, 0, 0, plan.caption_len - caption.shape[1]))
+        caption = torch.where(plan.is_text, caption, self.cap_pad_token.to(caption.dtype))
+        for block in self.context_refiner:
+            caption = self._run(block, caption, plan.caption_rotary, plan.caption_mask)
+
+        stream = torch.cat((image, caption), dim=1)
+        for block in self.layers:
+            stream = self._run(block, stream, plan.joint_rotary, plan.joint_mask, time_embed)
+
+        pixels = self.all_final_layer[patch](stream[:, : height * width], time_embed)
+        pixels = pixels.to(latents.dtype)
+        return rearrange(
+            pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=config.patch_size, q=config.patch_size
+        )
+
+    def init_weights(self) -> None:
+        """Start training from scratch: every layer is the identity and the output is zero (DiT, arXiv:2212.09748)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for token in (self.x_pad_token, self.cap_pad_token):
+            nn.init.normal_(token, std=0.02)
+        silent = [block.adaLN_modulation[0] for block in (*self.noise_refiner, *self.layers)]
+        for final in self.all_final_layer.values():
+            silent += [final.linear, final.adaLN_modulation[1]]
+        for linear in silent:
+            nn.init.zeros_(linear.weight)
+
+    def _grid(self, latents: Tensor) -> tuple[int, int]:
+        height, width = latents.shape[-2:]
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"latents are {height}x{width}; expected multiples of the patch size {patch}")
+        return height // patch, width // patch
+
+    def _run(self, block: nn.Module, *arguments: object) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+
+Rotary = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
+"""Cosine and sine of the angles."""
+
+
+class ContextBlock(nn.Module):
+    """A layer without modulation: norms before and after attention and feed-forward."""
+
+    def __init__(self, config: ZImageDiTConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm1 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm1 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(
+        self, x: Float[Tensor, "b s e"], rotary: Rotary, mask: Bool[Tensor, "b 1 1 s"] | None
+    ) -> Float[Tensor, "b s e"]:
+        """The stream after this layer."""
+        x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotary, mask))
+        return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+
+
+class ZImageBlock(ContextBlock):
+    """The same layer, its inputs scaled and its outputs gated by the time."""
+
+    def __init__(self, config: ZImageDiTConfig) -> None:
+        super().__init__(config)
+        self.adaLN_modulation = nn.Sequential(nn.Linear(config.time_dim, 4 * config.dim))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s e"],
+        rotary: Rotary,
+        mask: Bool[Tensor, "b 1 1 s"] | None,
+        time_embed: Float[Tensor, "b t"],
+    ) -> Float[Tensor, "b s e"]:
+        """The stream after this layer."""
+        scale_attn, gate_attn, scale_ffn, gate_ffn = self.adaLN_modulation(time_embed)[:, None].chunk(4, dim=-1)
+        h = self.attention(self.attention_norm1(x) * (1 + scale_attn), rotary, mask)
+        x = x + gate_attn.tanh() * self.attention_norm2(h)
+        h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_ffn))
+        return x + gate_ffn.tanh() * self.ffn_norm2(h)
+
+
+class SelfAttention(nn.Module):
+    """Attention with normalised and rotated queries and keys."""
+
+    def __init__(self, config: ZImageDiTConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.to_q = nn.Linear(config.dim, config.dim, bias=False)
+        self.to_k = nn.Linear(config.dim, kv_dim, bias=False)
+        self.to_v = nn.Linear(config.dim, kv_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(config.dim, config.dim, bias=False))
+        # Published with 1e-5 whatever `norm_eps` says.
+        self.norm_q = RMSNorm(config.head_dim, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(config.head_dim, eps=1e-5) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Float[Tensor, "b s e"], rotary: Rotary, mask: Bool[Tensor, "b 1 1 s"] | None
+    ) -> Float[Tensor, "b s e"]:
+        """What each token gathered from those it may attend."""
+        q, k, v = (
+            rearrange(to(x), "b s (n d) -> b s n d", d=self.head_dim) for to in (self.to_q, self.to_k, self.to_v)
+        )
+        q = apply_rotary(self.norm_q(q), *rotary)
+        k = apply_rotary(self.norm_k(k), *rotary)
+        return self.to_out(rearrange(attention(q, k, v, mask=mask), "b s n d -> b s (n d)"))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ZImageDiTConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
+        """Token by token."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class FinalLayer(nn.Module):
+    """From the stream to the pixels of a patch."""
+
+    def __init__(self, config: ZImageDiTConfig, patch_dim: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(config.dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(config.dim, patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
+
+    def forward(self, x: Float[Tensor, "b s e"], time_embed: Float[Tensor, "b t"]) -> Float[Tensor, "b s p"]:
+        """Pixels of each token's patch, channels last."""
+        scale = 1 + self.adaLN_modulation(time_embed)[:, None]
+        return self.linear(self.norm_final(x) * scale)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What depends on lengths and sizes alone: token counts, angles and masks."""
+
+    image_len: int
+    caption_len: int
+    is_text: Bool[Tensor, "b s 1"]
+    image_rotary: Rotary
+    caption_rotary: Rotary
+    joint_rotary: Rotary
+    caption_mask: Bool[Tensor, "b 1 1 s"] | None
+    joint_mask: Bool[Tensor, "b 1 1 s"] | None
+
+
+def _plan(lengths: list[int], grid: tuple[int, int], config: ZImageDiTConfig, device: torch.device) -> _Plan:
+    image_tokens = grid[0] * grid[1]
+    image_len = _padded(image_tokens)
+    padded = [_padded(length) for length in lengths]
+    caption_len = max(padded)
+    # Samples share their positions unless their captions fill different multiples.
+    ids = torch.stack([_position_ids(length, caption_len, grid, image_len) for length in sorted(set(padded))])
+    if len(ids) > 1:
+        ids = ids[[sorted(set(padded)).index(length) for length in padded]]
+    angles = rotary_angles(ids, axes_dims=config.axes_dims, theta=config.rope_theta).to(device)
+    cos, sin = angles.cos(), angles.sin()
+    index = torch.arange(caption_len, device=device)
+    is_text = index < torch.tensor(lengths, device=device)[:, None]
+    caption_mask = joint_mask = None
+    if min(padded) < caption_len:
+        attended = index < torch.tensor(padded, device=device)[:, None]
+        caption_mask = attended[:, None, None]
+        joint_mask = F.pad(attended, (image_len, 0), value=True)[:, None, None]
+    return _Plan(
+        image_len=image_len,
+        caption_len=caption_len,
+        is_text=is_text[:, :, None],
+        image_rotary=(cos[:, :image_len], sin[:, :image_len]),
+        caption_rotary=(cos[:, image_len:], sin[:, image_len:]),
+        joint_rotary=(cos, sin),
+        caption_mask=caption_mask,
+        joint_mask=joint_mask,
+    )
+
+
+def _position_ids(padded: int, caption_len: int, grid: tuple[int, int], image_len: int) -> Int[Tensor, "s axes"]:
+    """Time, height and width of image tokens, then caption tokens; on the CPU.
+
+    A caption counts 1, 2, ... along time, padding included, and the image stands at the next step. The image's own
+    padding stands at the origin.
+    """
+    ids = torch.zeros(image_len + caption_len, 3, dtype=torch.long)
+    image = ids[: grid[0] * grid[1]].view(*grid, 3)
+    image[..., 0] = padded + 1
+    image[..., 1] = torch.arange(grid[0])[:, None]
+    image[..., 2] = torch.arange(grid[1])
+    ids[image_len:, 0] = torch.arange(1, caption_len + 1)
+    return ids
+
+
+def _padded(length: int) -> int:
+    return -(-length // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def _lengths(prompt_embeds: Tensor, prompt_mask: Tensor | None) -> list[int]:
+    if prompt_mask is None:
+        return [prompt_embeds.shape[1]] * prompt_embeds.shape[0]
+    return prompt_mask.sum(1).tolist()
+
+
+def _text_first(
+    prompt_embeds: Float[Tensor, "b s e"], prompt_mask: Bool[Tensor, "b s"], longest: int
+) -> Float[Tensor, "b longest e"]:
+    """Text tokens moved to the front, in order; what stands behind them is of no account."""
+    order = (~prompt_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    return prompt_embeds.take_along_dim(order[:, :, None], dim=1)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffsynth.sampling.schedule import (
+    flux1_sigmas,
+    flux2_mu,
+    flux2_sigmas,
+    qwen_image_lightning_sigmas,
+    qwen_image_mu,
+    qwen_image_sigmas,
+    shift_sigmas,
+    shift_sigmas_by_mu,
+    wan_sigmas,
+    z_image_sigmas,
+)
+
+SCHEDULES = [
+    flux1_sigmas,
+    flux2_sigmas,
+    qwen_image_lightning_sigmas,
+    qwen_image_sigmas,
+    wan_sigmas,
+    z_image_sigmas,
+]
+SIZED = [flux2_sigmas, qwen_image_sigmas]
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "expected"),
+    [
+        pytest.param(flux1_sigmas(4), (1, 0.85769, 0.60215, 0.00893), id="flux1"),
+        pytest.param(wan_sigmas(4), (1, 0.9375, 0.83333, 0.625), id="wan"),
+        pytest.param(z_image_sigmas(4), (1, 0.9, 0.75, 0.5), id="z_image"),
+        pytest.param(qwen_image_sigmas(4, num_tokens=4096), (1, 0.76671, 0.45561, 0.02), id="qwen_image"),
+        pytest.param(flux2_sigmas(4, num_tokens=4096), (1, 0.96738, 0.90814, 0.7672), id="flux2"),
+        pytest.param(qwen_image_lightning_sigmas(4), (1, 0.9, 0.75, 0.5), id="lightning"),
+        pytest.param(qwen_image_lightning_sigmas(4, mu=0.8), (1, 0.86973, 0.68997, 0.4259), id="lightning_training"),
+        pytest.param(flux1_sigmas(4, strength=0.6), (0.81892, 0.66831, 0.43217, 0.00893), id="flux1_strength"),
+        pytest.param(z_image_sigmas(4, strength=0.5), (0.75, 9 / 14, 0.5, 0.3), id="z_image_strength"),
+        pytest.param(z_image_sigmas(4, shift=1.0), (1, 0.75, 0.5, 0.25), id="unshifted"),
+    ],
+)
+def test_four_steps_are_the_published_ones(sigmas, expected):
+    torch.testing.assert_close(sigmas, torch.tensor([*expected, 0.0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(num_steps=st.integers(1, 200), strength=st.floats(1e-45, 1, exclude_min=True))
+@settings(max_examples=60, deadline=None)
+def test_every_schedule_descends_strictly_to_zero(schedule, num_steps, strength):
+    assert_is_schedule(schedule(num_steps, strength=strength), num_steps)
+
+
+@pytest.mark.parametrize("schedule", SIZED)
+@given(num_steps=st.integers(1, 100), num_tokens=st.integers(1, 70_000), strength=st.floats(1e-12, 1))
+@settings(max_examples=60, deadline=None)
+def test_every_size_has_a_schedule(schedule, num_steps, num_tokens, strength):
+    assert_is_schedule(schedule(num_steps, num_tokens=num_tokens, strength=strength), num_steps)
+
+
+@pytest.mark.parametrize("schedule", [flux1_sigmas, wan_sigmas, z_image_sigmas])
+@given(num_steps=st.integers(1, 100), shift=st.floats(0.01, 100))
+@settings(max_examples=60, deadline=None)
+def test_every_shift_has_a_schedule(schedule, num_steps, shift):
+    assert_is_schedule(schedule(num_steps, shift=shift), num_steps)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("strength", [1.0, 0.5, 1e-8, 5e-324])
+def test_one_step_is_finite(schedule, strength):
+    assert_is_schedule(schedule(1, strength=strength), 1)
+
+
+def test_one_step_of_qwen_image_is_not_stretched():
+    """The terminal stretch of a single level is 0/0 at full strength and a start of 0.02 below it.
+
+    Neither denoises, so one step starts where the shift puts it.
+    """
+    assert qwen_image_sigmas(1).tolist() == [1.0, 0.0]
+    torch.testing.assert_close(qwen_image_sigmas(1, strength=0.6), qwen_image_lightning_sigmas(1, mu=0.8, strength=0.6))
+
+
+def test_strength_towards_zero_ends_where_each_grid_does():
+    assert z_image_sigmas(8, strength=1e-9)[0] < 1e-8
+    assert wan_sigmas(8, strength=1e-9)[0] < 1e-8
+    assert qwen_image_lightning_sigmas(8, strength=1e-9)[0] < 1e-8
+    torch.testing.assert_close(qwen_image_sigmas(8, strength=1e-9)[:-1], torch.full((8,), 0.02), atol=1e-5, rtol=0)
+    torch.testing.assert_close(flux1_sigmas(8, strength=1e-9)[:-1], torch.full((8,), 0.00893), atol=1e-5, rtol=0)
+
+
+def test_strength_is_applied_before_the_shift():
+    assert flux1_sigmas(4, strength=0.6)[0] == pytest.approx(0.81892, abs=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SIZED)
+def test_mu_beats_size_and_neither_is_the_training_shift(schedule):
+    torch.testing.assert_close(schedule(4, num_tokens=1, mu=0.8), schedule(4), rtol=0, atol=0)
+
+
+@given(shift=st.floats(0.05, 50), num_steps=st.integers(2, 50))
+@settings(max_examples=60, deadline=None)
+def test_mu_is_the_log_of_the_shift(shift, num_steps):
+    grid = torch.linspace(1, 0, num_steps + 1)[:-1]
+    torch.testing.assert_close(shift_sigmas_by_mu(grid, math.log(shift)), shift_sigmas(grid, shift), atol=1e-5, rtol=0)
+
+
+def test_mu_follows_the_size():
+    assert qwen_image_mu(256) == pytest.approx(0.5)
+    assert qwen_image_mu(8192) == pytest.approx(0.9)
+    assert qwen_image_mu(4096) == pytest.approx(0.69355, abs=1e-5)
+    assert flux2_mu(4301, num_steps=4) == flux2_mu(4301, num_steps=50) == pytest.approx(1.18470, abs=1e-5)
+    assert flux2_mu(4096, num_steps=200) == pytest.approx(0.00016927 * 4096 + 0.45666666)
+    assert flux2_mu(4096, num_steps=10) == pytest.approx(8.73809524e-05 * 4096 + 1.89833333)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "num_steps=0: expected an integer of at least 1"),
+        ({"num_steps": -3}, "num_steps=-3"),
+        ({"num_steps": 2.0}, "num_steps=2.0"),
+        ({"num_steps": True}, "num_steps=True"),
+        ({"num_steps": 4, "strength": 0.0}, "strength=0.0: expected a number above 0 and at most 1"),
+        ({"num_steps": 4, "strength": 1.01}, "strength=1.01"),
+        ({"num_steps": 4, "strength": -1}, "strength=-1"),
+        ({"num_steps": 4, "strength": math.nan}, "strength=nan"),
+    ],
+)
+def test_bad_steps_and_strength_are_refused(schedule, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        schedule(**arguments)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.inf, math.nan])
+def test_a_bad_shift_is_refused(shift):
+    with pytest.raises(ValueError, match="shift=.*: expected a finite number above 0"):
+        z_image_sigmas(4, shift=shift)
+
+
+@pytest.mark.parametrize("mu", [81.0, -81.0, math.inf, math.nan])
+def test_a_bad_mu_is_refused(mu):
+    with pytest.raises(ValueError, match="mu=.*: expected a number in"):
+        flux2_sigmas(4, mu=mu)
+
+
+@pytest.mark.parametrize("schedule", SIZED)
+@pytest.mark.parametrize("num_tokens", [0, -1, 4.5])
+def test_a_bad_size_is_refused(schedule, num_tokens):
+    with pytest.raises(ValueError, match="num_tokens=.*: expected an integer"):
+        schedule(4, num_tokens=num_tokens)
+
+
+def test_a_shift_that_leaves_no_levels_apart_is_refused():
+    with pytest.raises(ValueError, match="too strong for 4 steps"):
+        z_image_sigmas(4, shift=1e12)
+    with pytest.raises(ValueError, match="too strong for 4 steps"):
+        qwen_image_sigmas(4, mu=80)
+
+
+def assert_is_schedule(sigmas, num_steps):
+    assert sigmas.dtype == torch.float32
+    assert sigmas.shape == (num_steps + 1,)
+    assert torch.isfinite(sigmas).all()
+    assert (sigmas[:-1] > sigmas[1:]).all()
+    assert sigmas[0] <= 1
+    assert sigmas[-1] == 0

@@ -1,0 +1,46 @@
+"""The `TypedDict` that editors read and the units that the pipeline runs say the same, both ways."""
+
+import inspect
+
+from diffsynth_zimage import ZImagePipeline
+from diffsynth_zimage.arguments import ZImageArguments
+
+
+def test_typed_dict_equals_the_signature():
+    parameters = inspect.signature(ZImagePipeline.__call__).parameters
+    assert set(ZImageArguments.__annotations__) == set(parameters) - {"self", "prompt"}
+
+
+def test_types_equal_those_of_the_units():
+    parameters = inspect.signature(ZImagePipeline.__call__).parameters
+    typed = {name: getattr(kind, "__forward_arg__", kind) for name, kind in ZImageArguments.__annotations__.items()}
+    assert typed == {name: parameters[name].annotation for name in typed}
+
+
+def test_names_and_defaults_of_the_reference():
+    """`spec/features.md` A4: what an existing script passes, and what it relies on when it does not."""
+    parameters = inspect.signature(ZImagePipeline.__call__).parameters
+    expected = {
+        "prompt": "",
+        "negative_prompt": "",
+        "cfg_scale": 1.0,
+        "input_image": None,
+        "denoising_strength": 1.0,
+        "height": 1024,
+        "width": 1024,
+        "seed": None,
+        "rand_device": "cpu",
+        "num_inference_steps": 8,
+        "sigma_shift": None,
+    }
+    assert {name: parameters[name].default for name in expected} == expected
+    assert callable(parameters["progress_bar_cmd"].default)
+
+
+def test_from_pretrained_names():
+    assert list(inspect.signature(ZImagePipeline.from_pretrained).parameters)[:4] == [
+        "torch_dtype",
+        "device",
+        "model_configs",
+        "vram_limit",
+    ]
