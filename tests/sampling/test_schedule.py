@@ -41,7 +41,6 @@ SIZED = [flux2_sigmas, qwen_image_sigmas]
         pytest.param(flux2_sigmas(4, num_tokens=4096), (1, 0.96738, 0.90814, 0.7672), id="flux2"),
         pytest.param(qwen_image_lightning_sigmas(4), (1, 0.9, 0.75, 0.5), id="lightning"),
         pytest.param(qwen_image_lightning_sigmas(4, mu=0.8), (1, 0.86973, 0.68997, 0.4259), id="lightning_training"),
-        pytest.param(flux1_sigmas(4, strength=0.6), (0.81892, 0.66831, 0.43217, 0.00893), id="flux1_strength"),
         pytest.param(z_image_sigmas(4, strength=0.5), (0.75, 9 / 14, 0.5, 0.3), id="z_image_strength"),
         pytest.param(z_image_sigmas(4, shift=1.0), (1, 0.75, 0.5, 0.25), id="unshifted"),
     ],

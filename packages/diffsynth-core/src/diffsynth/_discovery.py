@@ -86,7 +86,7 @@ class Catalog:
     doors: tuple[Declared[spec.DoorSpec], ...] = ()
 
 
-_SPECS: dict[str, type] = {
+KINDS: dict[str, type] = {
     "models": spec.ModelSpec,
     "architectures": spec.ArchitectureSpec,
     "checkpoints": spec.CheckpointSpec,
@@ -197,7 +197,7 @@ def _discover() -> _Discovered:
     manager.add_hookspecs(hookspecs)
     plugins: list[Plugin] = []
     problems: list[Problem] = []
-    declared: dict[str, list[Declared[Any]]] = {kind: [] for kind in _SPECS}
+    declared: dict[str, list[Declared[Any]]] = {kind: [] for kind in KINDS}
     for entry, plugin, same_name in _entries():
         started = time.perf_counter()
         try:
@@ -293,11 +293,11 @@ def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
 
 def _declarations(manager: pluggy.PluginManager, module: Any) -> dict[str, list[Any]]:
     others = [other for other in manager.get_plugins() if other is not module]
-    own: dict[str, list[Any]] = {kind: [] for kind in _SPECS}
+    own: dict[str, list[Any]] = {kind: [] for kind in KINDS}
     for caller in manager.get_hookcallers(module) or ():
         kind = caller.name.removeprefix("register_")
         if kind != caller.name and kind in own:
-            register = _collector(caller.name, _SPECS[kind], own[kind])
+            register = _collector(caller.name, KINDS[kind], own[kind])
             manager.subset_hook_caller(caller.name, others)(register=register)
     return own
 

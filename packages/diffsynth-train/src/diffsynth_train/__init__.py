@@ -1,1 +1,1 @@
-"""Training for diffsynth: recipes, objectives, adapters."""
+"""Training for diffsynth: recipes, manifests, objectives, the loop and its checkpoints."""

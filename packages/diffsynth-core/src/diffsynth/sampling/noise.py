@@ -19,7 +19,7 @@ def initial_noise(
 ) -> Float[Tensor, "b ..."]:
     """Standard normal noise, image by image: entry i is what a call with `seeds[i]` alone would draw.
 
-    `dtype` is the one drawn in, because a generator gives other values in bf16 than in fp32. Z-Image, FLUX.2 and
+    `dtype` is the one drawn in, because a generator can give other values in bf16 than in fp32. Z-Image, FLUX.2 and
     Qwen-Image draw in the pipeline's dtype (bf16); FLUX.1 and Wan draw fp32, and their callers cast afterwards.
 
     Args:

@@ -1,0 +1,163 @@
+"""`diffsynth generate`: a prompt in, pictures out, each with the record of what made it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffsynth.cli.output import UserError, traceback_option
+
+_OPTIONS = (
+    click.option("--seed", type=int, help="Of the initial noise; drawn and recorded when left out."),
+    click.option("--steps", "num_inference_steps", type=int, help="Denoising steps."),
+    click.option("--height", type=int, help="In pixels."),
+    click.option("--width", type=int, help="In pixels."),
+    click.option("--negative-prompt", help="What to draw away from; needs --cfg-scale other than 1."),
+    click.option("--cfg-scale", type=float, help="Weight of classifier-free guidance; 1 is off."),
+    click.option("--num-images", type=int, help="Several pictures go to OUT-1.png, OUT-2.png, ..."),
+    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other argument; may be repeated."),
+    click.option("--device", help="cuda, cuda:1, cpu, ...; the first accelerator when left out."),
+    click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of weights and activations."),
+    traceback_option,
+)
+
+
+def _with_options(function: Any) -> Any:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option(
+    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT", help="A .png file."
+)
+@_with_options
+def generate(
+    model: str,
+    prompt: str,
+    out: Path,
+    device: str | None,
+    dtype: str | None,
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Draw what PROMPT describes with MODEL (see `diffsynth list`) into OUT."""
+    _check_out(out)
+    given = {name: value for name, value in options.items() if value is not None}
+    arguments = _merge({"prompt": prompt, **given}, _parse(settings))
+    arguments.setdefault("seed", secrets.randbelow(2**31))
+    pipe = _load(model, device, dtype)
+    arguments = _open_images(arguments, inspect.signature(pipe))
+    try:
+        pipe.check(**arguments)
+    except TypeError as error:  # an unknown argument, which from the command line is the user's
+        from diffsynth.cli.group import fail
+
+        fail(click.get_current_context(), error)
+    result = pipe(**arguments)
+    _save(pipe, arguments, result, out)
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise UserError(f"OUT is {str(out)!r}: expected a name that ends in .png, which can carry its record")
+    if not out.parent.is_dir():
+        raise UserError(f"OUT is {str(out)!r}: there is no folder {str(out.parent)!r}")
+
+
+def _parse(settings: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--set {setting!r}: expected NAME=VALUE")
+        try:
+            yield name, ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            yield name, text
+
+
+def _merge(arguments: dict[str, Any], settings: Iterator[tuple[str, Any]]) -> dict[str, Any]:
+    for name, value in settings:
+        if name in arguments:
+            raise UserError(f"--set {name}={value!r}: {name} is given twice")
+        if name == "output_type" and value != "pil":
+            raise UserError(f"--set output_type={value!r}: this command writes pictures; use Python for {value}")
+        arguments[name] = value
+    return arguments
+
+
+def _load(model: str, device: str | None, dtype: str | None) -> Any:
+    from diffsynth import registry
+
+    record = registry.get(model)  # a wrong name costs no import of torch
+    with _status(f"loading {record.name}"):
+        import torch
+
+        import diffsynth
+
+        chosen: dict[str, Any] = {} if dtype is None else {"torch_dtype": getattr(torch, dtype)}
+        return diffsynth.load(model, device=device, **chosen)
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+def _open_images(arguments: dict[str, Any], signature: inspect.Signature) -> dict[str, Any]:
+    """Replace paths by pictures wherever the pipeline's annotation names `Image`."""
+    return {
+        name: _opened(name, value)
+        if name in signature.parameters and "Image" in str(signature.parameters[name].annotation)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def _opened(name: str, value: Any) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(value, list | tuple):
+        return [_opened(name, one) for one in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        with Image.open(value) as image:
+            image.load()
+            return image
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"--set {name}={value}: cannot be opened as a picture: {error}") from error
+
+
+def _save(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path) -> None:
+    from diffsynth import provenance
+
+    images = result if isinstance(result, list) else [result]
+    paths = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, len(images) + 1)]
+    for index, (image, path) in enumerate(zip(images, paths, strict=True)):
+        provenance.save_png(image, path, provenance.record(pipe, _arguments_of_image(arguments, index)))
+        click.echo(str(path))
+
+
+def _arguments_of_image(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The call that draws image `index` alone: image i of several has `seed + i`, or the i-th of a list."""
+    alone = {name: value for name, value in arguments.items() if name != "num_images"}
+    seed = alone["seed"]
+    return alone | {"seed": seed[index] if isinstance(seed, list | tuple) else seed + index}

@@ -1,0 +1,109 @@
+"""The top of the program: finding commands by name, help, and turning errors into one line."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+from diffsynth import _discovery
+from diffsynth._discovery import Declared
+from diffsynth.cli.output import UserError, what_to_install
+from diffsynth.errors import DiffsynthError, did_you_mean
+from diffsynth.spec import CommandSpec, resolve
+
+_OWN = {
+    "list": ("diffsynth.cli.models:list_models", "Show the models that are installed."),
+    "plugins": ("diffsynth.cli.models:plugins", "Show the installed plugins; exit 1 if one is broken."),
+    "info": ("diffsynth.cli.models:info", "Show a model's record, or what made a PNG."),
+    "recognize": ("diffsynth.cli.recognize:recognize", "Tell what checkpoint files hold, by their headers."),
+    "generate": ("diffsynth.cli.generate:generate", "Draw what a prompt describes."),
+}
+
+
+class Program(click.Group):
+    """Commands of our own and of plugins, none imported before it runs.
+
+    A plugin's command is also there as `plugin:name`; that spelling is needed where two plugins declare one name.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All bare names: ours first, then those of plugins."""
+        return [*_OWN, *sorted({one.spec.name for one in _discovery.catalog().commands} - set(_OWN))]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command itself, imported now."""
+        if cmd_name in _OWN:
+            command = resolve(_OWN[cmd_name][0])
+            assert isinstance(command, click.Command)
+            return command
+        found = [
+            one for one in _discovery.catalog().commands if cmd_name in (one.spec.name, f"{one.plugin}:{one.spec.name}")
+        ]
+        if len(found) > 1:
+            exact = " or ".join(f"{one.plugin}:{one.spec.name}" for one in found)
+            raise UserError(f"{cmd_name!r} is a command of {len(found)} plugins; say {exact}")
+        return _plugin_command(found[0]) if found else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """As click does, but an unknown name raises with the nearest spelling and the broken plugins."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            broken = _discovery.catalog().problems
+            notes = f"  {_discovery.describe(broken)}" if broken else ""
+            known = self.list_commands(ctx)
+            raise UserError(f"there is no command {name!r}{did_you_mean(name, known)}  Run: diffsynth --help{notes}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in the help text, from declarations alone."""
+        rows = [(name, text) for name, (_, text) in _OWN.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+        if declared := sorted(_discovery.catalog().commands, key=lambda one: (one.spec.name, one.plugin)):
+            with formatter.section("Commands of plugins"):
+                formatter.write_dl([(one.spec.name, one.spec.help or f"from {one.distribution}") for one in declared])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what a user can mend becomes one line and exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except (DiffsynthError, ValueError) as error:
+            fail(ctx, error)
+
+
+def fail(ctx: click.Context, error: Exception) -> NoReturn:
+    """End the program on an error that a user can mend; with `--traceback`, show where it came from.
+
+    Raises:
+        UserError: always.
+    """
+    if ctx.find_root().meta.get("diffsynth.traceback"):
+        click.echo(traceback.format_exc(), err=True, nl=False)
+    text = str(error)
+    raise UserError(text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}") from error
+
+
+def _plugin_command(declared: Declared[CommandSpec]) -> click.Command:
+    who = f"command {declared.spec.name!r} of plugin {declared.plugin} ({declared.distribution} {declared.version})"
+    try:
+        command = resolve(declared.spec.command)
+    except Exception as error:
+        raise UserError(f"{who} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(command, click.Command):
+        raise UserError(f"{who}: {declared.spec.command!r} is no click.Command but {type(command).__name__}")
+    return command
+
+
+@click.group(cls=Program, invoke_without_command=True)
+@click.version_option(package_name="diffsynth-core", prog_name="diffsynth")
+@click.option("--traceback", is_flag=True, help="Show where an error came from.")
+@click.pass_context
+def program(ctx: click.Context, traceback: bool) -> None:
+    """Draw with diffusion models."""
+    ctx.meta["diffsynth.traceback"] = traceback
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        if not _discovery.catalog().models:
+            click.echo(f"\n{what_to_install()}")

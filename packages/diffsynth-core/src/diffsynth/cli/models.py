@@ -1,0 +1,100 @@
+"""`diffsynth list`, `diffsynth plugins` and `diffsynth info`: what is installed. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from diffsynth import _discovery, registry
+from diffsynth.cli.output import UserError, json_option, show_json, show_record, show_table, what_to_install
+from diffsynth.cli.output import traceback_option as with_traceback
+
+
+@click.command("list")
+@click.argument("pattern", required=False)
+@json_option
+@with_traceback
+def list_models(pattern: str | None, as_json: bool) -> None:
+    """Show the models that are installed.
+
+    PATTERN is part of a name or hub id, or a glob: `diffsynth list 'wan*i2v*'`.
+    """
+    if pattern is not None and not set(pattern) & set("*?["):
+        pattern = f"*{pattern}*"
+    records = registry.list(pattern)
+    if as_json:
+        show_json([record.to_dict() for record in records])
+    elif records:
+        rows = [(r.name, r.task, r.weights, r.plugin, r.description) for r in records]
+        show_table(("NAME", "TASK", "WEIGHTS", "PLUGIN", "DESCRIPTION"), rows)
+    elif registry.list():
+        click.echo(f"No installed model matches {pattern!r}. Run: diffsynth list", err=True)
+    else:
+        click.echo(what_to_install())
+
+
+@click.command()
+@json_option
+@with_traceback
+@click.pass_context
+def plugins(ctx: click.Context, as_json: bool) -> None:
+    """Show the installed plugins; exit 1 if one is broken (with --traceback: where)."""
+    catalog, problems = _discovery.catalog(), registry.problems()
+    if as_json:
+        show_json(
+            {
+                "plugins": [dataclasses.asdict(plugin) for plugin in catalog.plugins],
+                "problems": [dataclasses.asdict(problem) for problem in problems],
+            }
+        )
+    else:
+        broken = {(problem.plugin, problem.distribution) for problem in problems}
+        rows = [
+            (p.name, p.distribution, p.version, "broken" if (p.name, p.distribution) in broken else "ok", _declares(p))
+            for p in catalog.plugins
+        ]
+        loaded = {(p.name, p.distribution) for p in catalog.plugins}
+        rows += [
+            (p.plugin, p.distribution, p.version, "broken", "")
+            for p in problems
+            if (p.plugin, p.distribution) not in loaded
+        ]
+        show_table(("PLUGIN", "DISTRIBUTION", "VERSION", "STATE", "DECLARES"), rows)
+        for problem in problems:
+            click.echo(f"\n{problem}", err=True)
+            if problem.traceback and ctx.find_root().meta.get("diffsynth.traceback"):
+                click.echo(problem.traceback, err=True, nl=False)
+    ctx.exit(1 if problems else 0)
+
+
+@click.command()
+@click.argument("model_or_png", metavar="MODEL|FILE.png")
+@json_option
+@with_traceback
+def info(model_or_png: str, as_json: bool) -> None:
+    """Show a model's record, or what made a PNG."""
+    if model_or_png.lower().endswith(".png"):
+        from diffsynth import provenance
+
+        if not Path(model_or_png).is_file():
+            raise UserError(f"{model_or_png}: there is no such file")
+        values = provenance.read_png(model_or_png)
+    else:
+        values = registry.get(model_or_png).to_dict()
+    if as_json:
+        show_json(values)
+    else:
+        show_record(values)
+
+
+def _declares(plugin: _discovery.Plugin) -> str:
+    catalog = _discovery.catalog()
+    counts = {
+        kind: sum(
+            (one.plugin, one.distribution) == (plugin.name, plugin.distribution) for one in getattr(catalog, kind)
+        )
+        for kind in _discovery.KINDS
+    }
+    return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items() if count) or "nothing yet"

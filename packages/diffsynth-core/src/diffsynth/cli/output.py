@@ -1,0 +1,72 @@
+"""What commands share: tables and JSON on stdout, errors in one line, `--json` and `--traceback`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class UserError(click.ClickException):
+    """Something that the user can mend: one line on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+def json_option(function: Function) -> Function:
+    """Adds `--json`, given to the command as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def traceback_option(function: Function) -> Function:
+    """Lets `--traceback` stand behind the command, too."""
+
+    def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.find_root().meta["diffsynth.traceback"] = True
+
+    option = click.option(
+        "--traceback",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=remember,
+        help="Show where an error came from.",
+    )
+    return option(function)
+
+
+def show_json(value: Any) -> None:
+    """Print a value as JSON."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns as wide as their longest cell; never cut, so that the output can be searched and piped."""
+    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
+    for row in (headers, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_record(values: dict[str, Any], *, indent: int = 0) -> None:
+    """Print names and values, mappings below their name; empty ones are left out."""
+    shown = {name: value for name, value in values.items() if value not in (None, "", {}, [])}
+    width = max((len(name) for name in shown), default=0)
+    for name, value in shown.items():
+        if isinstance(value, dict):
+            click.echo(f"{'':{indent}}{name}")
+            show_record(value, indent=indent + 2)
+        else:
+            click.echo(f"{'':{indent}}{name:{width}}  {value}")
+
+
+def what_to_install() -> str:
+    """What to say when there are no models."""
+    if "DIFFSYNTH_PLUGINS" in os.environ:
+        return f"No models: DIFFSYNTH_PLUGINS={os.environ['DIFFSYNTH_PLUGINS']!r} allows no plugin that has any."
+    return "No models are installed. Each model family is a package: pip install diffsynth-<family>"

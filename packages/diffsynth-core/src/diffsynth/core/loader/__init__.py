@@ -1,0 +1,1 @@
+"""From files to modules: find, read the header, recognise, plan, load."""

@@ -1,0 +1,114 @@
+"""`ModelConfig`: which files hold a checkpoint, and how it is to be held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth import _env
+from diffsynth.errors import did_you_mean
+from diffsynth.spec import parse_source
+
+DOWNLOAD_SOURCES = ("modelscope", "huggingface")
+VRAM_KEYS = tuple(
+    f"{state}_{what}" for state in ("offload", "onload", "preparing", "computation") for what in ("device", "dtype")
+)
+
+
+@dataclass
+class ModelConfig:
+    """Where one logical checkpoint is. A field that is set beats the environment variable of the same meaning.
+
+    Args:
+        path: a local file, or the files of one checkpoint.
+        model_id: repository on the hub, "owner/name".
+        origin_file_pattern: glob inside the repository, or several; None, "" or "./" is the whole repository and a
+            trailing "/" a folder: both give the folder's path.
+        download_source: "modelscope" or "huggingface".
+        local_model_path: root under which `<model_id>/...` is looked up and downloaded to.
+        skip_download: never touch the network.
+        offload_device, offload_dtype, onload_device, onload_dtype, preparing_device, preparing_dtype,
+            computation_device, computation_dtype: placements of the VRAM engine.
+        clear_parameters: drop the parameters after loading.
+        state_dict: tensors in memory, in place of files.
+        quantize: quantization settings.
+
+    Raises:
+        ValueError: no source or two, an unknown download source, or a setting this version does not have yet.
+    """
+
+    path: str | Path | Sequence[str | Path] | None = None
+    model_id: str | None = None
+    origin_file_pattern: str | Sequence[str] | None = None
+    download_source: str | None = None
+    local_model_path: str | Path | None = None
+    skip_download: bool | None = None
+    offload_device: Any = None
+    offload_dtype: Any = None
+    onload_device: Any = None
+    onload_dtype: Any = None
+    preparing_device: Any = None
+    preparing_dtype: Any = None
+    computation_device: Any = None
+    computation_dtype: Any = None
+    clear_parameters: bool = False
+    state_dict: Mapping[str, Any] | None = None
+    quantize: Any = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("path", "model_id", "state_dict", "source") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"ModelConfig got {' and '.join(given) or 'no source'}; expected one of path, model_id, state_dict"
+            )
+        if self.download_source is not None and self.download_source not in DOWNLOAD_SOURCES:
+            raise ValueError(
+                f"download_source={self.download_source!r}: expected {' or '.join(DOWNLOAD_SOURCES)}"
+                f"{did_you_mean(self.download_source, DOWNLOAD_SOURCES)}"
+            )
+        later = [name for name in (*VRAM_KEYS, "quantize") if getattr(self, name) is not None]
+        if self.clear_parameters:
+            later.append("clear_parameters")
+        if later:
+            raise ValueError(
+                f"ModelConfig got {', '.join(later)}, which this version does not have yet. "
+                f"Leave it out; from_pretrained(vram_limit=...) moves whole components."
+            )
+
+    @classmethod
+    def from_source(cls, text: str, **fields: Any) -> ModelConfig:
+        """The config of a source string, `owner/repository:pattern` or `scheme://location`."""
+        parsed = parse_source(text)
+        if parsed.scheme:
+            return cls(source=text, **fields)
+        return cls(model_id=parsed.model_id, origin_file_pattern=parsed.pattern, **fields)
+
+    @property
+    def root(self) -> Path:
+        """Where files are looked up and downloaded to."""
+        return Path(self.local_model_path) if self.local_model_path is not None else _env.model_base_path()
+
+    @property
+    def offline(self) -> bool:
+        """Whether the network is out of bounds."""
+        return _env.skip_download() if self.skip_download is None else self.skip_download
+
+    @property
+    def hub(self) -> str:
+        """ "modelscope" or "huggingface"."""
+        return self.download_source or _env.download_source()
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Globs inside the repository; empty for the whole of it."""
+        pattern = self.origin_file_pattern
+        several = [pattern] if isinstance(pattern, str) or pattern is None else list(pattern)
+        return tuple(each for each in several if each not in (None, "", "./"))
+
+    def __str__(self) -> str:
+        if self.model_id is not None:
+            return f"{self.model_id}:{','.join(self.patterns)}"
+        return self.source or ("a state_dict" if self.state_dict is not None else str(self.path))

@@ -1,0 +1,183 @@
+"""Reading what a checkpoint holds without reading it: names, shapes, dtypes and where the bytes are. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffsynth.errors import CorruptFile, KeyMismatch
+
+Shape = tuple[int, ...]
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+WRAPPER_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "pipe.dit.",
+    "first_stage_model.",
+    "module.",
+    "text_encoder.",
+    "model.",
+)
+"""What trainers and other tools put before every key; tried only when the bare keys are not recognised."""
+
+_ITEM_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file.
+
+    Args:
+        dtype: as safetensors spells it, "BF16".
+        shape: row-major.
+        file: where it is; None for tensors that are in memory.
+        start, end: byte range in the file.
+    """
+
+    dtype: str
+    shape: Shape
+    file: Path | None = None
+    start: int = 0
+    end: int = 0
+
+
+@dataclass(frozen=True)
+class Header:
+    """All tensors of one logical checkpoint, which may be several files.
+
+    `tensors_in_memory` holds the tensors themselves where the source is a pickle or a given state dict.
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    tensors_in_memory: Mapping[str, Any] | None = None
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Key -> shape."""
+        return {key: info.shape for key, info in self.tensors.items()}
+
+
+def read(files: Iterable[Path]) -> Header:
+    """The merged header of one checkpoint's files.
+
+    Raises:
+        CorruptFile: truncated, or no checkpoint.
+        KeyMismatch: two files hold one key with different shapes.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    in_memory: dict[str, Any] = {}
+    files = tuple(files)
+    for file in files:
+        if file.suffix in PICKLE_SUFFIXES:
+            from diffsynth.core.loader import pickled
+
+            part = pickled.read(file)
+            in_memory.update(part.tensors_in_memory or {})
+        else:
+            part = read_safetensors(file)
+        for key, info in part.tensors.items():
+            if key in tensors and tensors[key].shape != info.shape:
+                raise KeyMismatch(
+                    f"{key!r} is {tensors[key].shape} in {tensors[key].file} and {info.shape} in {file}; "
+                    f"these files are not parts of one checkpoint"
+                )
+            tensors[key] = info
+        metadata.update(part.metadata)
+    return Header(tensors, metadata, files, in_memory or None)
+
+
+def read_safetensors(file: Path) -> Header:
+    """The header of one safetensors file: 8 bytes of length, then JSON, then the data it points into.
+
+    Raises:
+        CorruptFile: what is wrong, and with which file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        _reject_other_kinds(file, start, size)
+        (length,) = struct.unpack("<Q", start)
+        if length > size - 8:
+            raise CorruptFile(
+                f"{file} is truncated: its header says {length} bytes, {size - 8} follow. Fetch it again."
+            )
+        text = stream.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+        base = 8 + length
+        tensors = {
+            key: TensorInfo(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                file,
+                base + entry["data_offsets"][0],
+                base + entry["data_offsets"][1],
+            )
+            for key, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CorruptFile(f"{file} is not a safetensors file: its header does not parse ({error})") from None
+    _check_ranges(file, tensors, size)
+    return Header(tensors, metadata, (file,))
+
+
+def signature(shapes: Mapping[str, Shape]) -> str:
+    """The md5 identity of a layout: every `key:d0_d1` and every `key`, sorted, joined by commas."""
+    return signature_of_strings([f"{key}:{'_'.join(map(str, shape))}" for key, shape in shapes.items()] + [*shapes])
+
+
+def signature_of_strings(strings: Iterable[str]) -> str:
+    """The md5 of sorted strings; the last step of `signature`."""
+    return hashlib.md5(",".join(sorted(strings)).encode("utf-8")).hexdigest()
+
+
+def strip_prefix(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
+    """The entries under a prefix, without it."""
+    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> None:
+    for key, info in tensors.items():
+        if info.end > size:
+            end = max(other.end for other in tensors.values())
+            raise CorruptFile(f"{file} is truncated: its header says {end} bytes, the file has {size}. Fetch it again.")
+        item = _ITEM_SIZES.get(info.dtype)
+        count = 1
+        for extent in info.shape:
+            count *= extent
+        if item is not None and info.end - info.start != item * count:
+            raise CorruptFile(
+                f"{file}: tensor {key!r} of shape {info.shape} and dtype {info.dtype} "
+                f"spans {info.end - info.start} bytes, expected {item * count}"
+            )
+
+
+def _reject_other_kinds(file: Path, start: bytes, size: int) -> None:
+    if size == 0:
+        raise CorruptFile(f"{file} is empty. Fetch it again.")
+    if start.startswith(b"version "):
+        raise CorruptFile(f"{file} is a Git-LFS pointer, not the weights. Run: git lfs pull")
+    if start.startswith(b"GGUF"):
+        raise CorruptFile(f"{file} is a GGUF file; diffsynth reads safetensors. Convert it first.")
+    if start[:1] == b"<":
+        raise CorruptFile(f"{file} is a web page, not a checkpoint: the download was answered with an error page.")
+    if start.startswith(b"PK"):
+        raise CorruptFile(f"{file} is a zip archive. If it is a torch pickle, name it .pth or .bin.")
+    if len(start) < 8:
+        raise CorruptFile(f"{file} is not a safetensors file: it has {size} bytes")

@@ -1,0 +1,51 @@
+"""Torch pickles (`.pth`, `.pt`, `.bin`, `.ckpt`), read with `weights_only=True` and memory-mapped: tensors stay on disk."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsynth.core.loader.header import Header, TensorInfo
+from diffsynth.errors import CorruptFile
+
+_WRAPPERS = ("state_dict", "module", "model_state")
+_DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+def read(file: Path) -> Header:
+    """The header of a pickle; a single `state_dict`, `module` or `model_state` around it is taken off.
+
+    Raises:
+        CorruptFile: not a pickle of tensors, or one that would run code.
+    """
+    try:
+        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptFile(f"{file} is not a torch checkpoint of tensors alone: {reason}") from None
+    return of_state_dict(loaded, (file,))
+
+
+def of_state_dict(state_dict: Mapping[str, Any], files: tuple[Path, ...] = ()) -> Header:
+    """The header of tensors that are in memory; nested dicts are flattened with dots."""
+    while len(state_dict) == 1 and next(iter(state_dict)) in _WRAPPERS:
+        state_dict = next(iter(state_dict.values()))
+    tensors = dict(_flatten(state_dict))
+    infos = {key: TensorInfo(_DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}
+    return Header(infos, {}, files, tensors)
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Any:
+    for key, value in nested.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")

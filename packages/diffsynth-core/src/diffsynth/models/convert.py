@@ -1,0 +1,56 @@
+"""Key rules of published layouts of the shared networks, where names are not our own."""
+
+from __future__ import annotations
+
+from diffsynth.core.loader.convert import Drop, Rename, Reshape, Rule
+
+_LEVELS = 4
+_MID_WIDTH = 512
+
+
+def _residual_blocks(source: str, target: str) -> tuple[Rule, ...]:
+    names = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
+    return tuple(Rename(f"{source}.{theirs}.{{*}}", f"{target}.{ours}.{{*}}") for theirs, ours in names.items())
+
+
+def _middle(side: str) -> tuple[Rule, ...]:
+    source, target = f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0"
+    rules = [
+        *_residual_blocks(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0"),
+        *_residual_blocks(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1"),
+        Rename(f"{source}.norm.{{*}}", f"{target}.group_norm.{{*}}"),
+    ]
+    for theirs, ours in {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}.items():
+        # 1x1 convolutions there, linears here.
+        weight = Reshape(f"{source}.{theirs}.weight", f"{target}.{ours}.weight", (_MID_WIDTH, _MID_WIDTH))
+        rules += [weight, Rename(f"{source}.{theirs}.bias", f"{target}.{ours}.bias")]
+    return tuple(rules)
+
+
+def _up(level: int) -> tuple[Rule, ...]:
+    # They count the decoder's levels by resolution, we by order: their last runs first.
+    source, target = f"decoder.up.{level}", f"decoder.up_blocks.{_LEVELS - 1 - level}"
+    return (
+        *_residual_blocks(f"{source}.block.{{n}}", f"{target}.resnets.{{n}}"),
+        Rename(f"{source}.upsample.conv.{{*}}", f"{target}.upsamplers.0.conv.{{*}}"),
+    )
+
+
+def _ends(side: str) -> tuple[Rule, ...]:
+    names = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+    return tuple(Rename(f"{side}.{theirs}.{{*}}", f"{side}.{ours}.{{*}}") for theirs, ours in names.items())
+
+
+FLUX_AUTOENCODER_ORIGINAL: tuple[Rule, ...] = (
+    *_ends("encoder"),
+    *_residual_blocks("encoder.down.{n}.block.{m}", "encoder.down_blocks.{n}.resnets.{m}"),
+    Rename("encoder.down.{n}.downsample.conv.{*}", "encoder.down_blocks.{n}.downsamplers.0.conv.{*}"),
+    *_middle("encoder"),
+    *_ends("decoder"),
+    *_middle("decoder"),
+    *(rule for level in range(_LEVELS) for rule in _up(level)),
+)
+"""`ae.safetensors` of Black Forest Labs."""
+
+QWEN3_WITH_HEAD: tuple[Rule, ...] = (Rename("model.{*}", "model.{*}"), Drop("lm_head.weight"))
+"""Whole language models; a text encoder needs no head."""

@@ -1,0 +1,119 @@
+"""What made a picture: a record of the call, the versions and the weights, kept inside the PNG and read back from it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsynth import _discovery
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+KEY = "diffsynth"
+"""The PNG text chunk that holds the record, as JSON in UTF-8."""
+
+
+def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything needed to draw a picture again, as JSON-able values.
+
+    Args:
+        pipe: the pipeline that drew.
+        arguments: of its call; those equal to the pipeline's default are left out, but for prompt, seed and steps.
+
+    Returns:
+        model, pipeline, prompt, seed, num_inference_steps, arguments, not_recorded (names of arguments such as images,
+        which JSON cannot hold), device, dtype, versions, and weights: role -> file name -> identity of its content.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
+    always = {name: arguments.get(name, defaults.get(name)) for name in ("prompt", "seed", "num_inference_steps")}
+    others = {name: value for name, value in arguments.items() if name not in always and not _is(value, defaults[name])}
+    return {
+        "model": pipe.model_name,
+        "pipeline": f"{type(pipe).__module__}:{type(pipe).__qualname__}",
+        **always,
+        "arguments": {name: value for name, value in others.items() if _is_json(value)},
+        "not_recorded": sorted(name for name, value in others.items() if not _is_json(value)),
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "versions": _versions(pipe),
+        "weights": {role: _identities(paths) for role, paths in pipe.component_files.items()},
+    }
+
+
+def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -> None:
+    """Write a picture and its record; a file of that name is replaced, but never left half written.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    path = Path(path)
+    text = PngInfo()
+    text.add_itxt(KEY, json.dumps(made_by, ensure_ascii=False))
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        image.save(unfinished, format="PNG", pnginfo=text)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_png(path: Path | str) -> dict[str, Any]:
+    """The record inside a picture.
+
+    Raises:
+        ValueError: not a PNG, or one without a record of ours.
+        OSError: the file cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # text after the pixels is only read with them
+            text = image.text.get(KEY)  # type: ignore[attr-defined]
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a PNG file; only PNG pictures carry a record") from None
+    if text is None:
+        raise ValueError(f"{path} has no {KEY!r} text; it was not written by diffsynth, or saved again by another tool")
+    made_by = json.loads(text)
+    if not isinstance(made_by, dict):
+        raise ValueError(f"{path}: the {KEY!r} text is no JSON object: {text[:80]!r}")
+    return made_by
+
+
+def _versions(pipe: Any) -> dict[str, str]:
+    reference = f"{type(pipe).__module__}:{type(pipe).__qualname__}"
+    providers = {
+        declared.distribution: declared.version
+        for declared in _discovery.catalog().models
+        if declared.spec.pipeline == reference
+    }
+    ours = {name: importlib.metadata.version(name) for name in ("diffsynth-core", "torch")}
+    return dict(sorted((ours | providers).items()))
+
+
+def _identities(paths: list[Path]) -> dict[str, Any]:
+    from diffsynth.core.loader.identity import file_identity
+
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return {file.name: file_identity(file) for file in files if file.is_file()}
+
+
+def _is(value: Any, default: Any) -> bool:
+    # Identity first: comparing a tensor or an array gives no bool.
+    return value is default or (_is_json(value) and type(value) is type(default) and value == default)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

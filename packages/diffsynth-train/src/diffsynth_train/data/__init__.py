@@ -1,0 +1,1 @@
+"""Samples: the manifest's rows, decoded images, varied captions, cached results of frozen units."""
