@@ -233,10 +233,9 @@ def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
     allowed = _env.plugins()
     found = []
     for entry in importlib.metadata.entry_points(group=GROUP):
-        name, version = (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "")
-        plugin = Plugin(entry.name, name, version)
+        plugin = Plugin(entry.name, *_provider(entry))
         # `core` holds what families share, so an allow-list of families cannot leave it out.
-        if allowed is None or entry.name in allowed or (entry.name, name) == CORE:
+        if allowed is None or entry.name in allowed or (plugin.name, plugin.distribution) == CORE:
             found.append((entry, plugin))
     found.sort(key=lambda item: (item[1].name != CORE[0], item[1].name, item[1].distribution))
     providers: dict[str, list[str]] = {}
@@ -245,6 +244,15 @@ def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
     return [
         (entry, plugin, providers[plugin.name] if len(providers[plugin.name]) > 1 else []) for entry, plugin in found
     ]
+
+
+def _provider(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
+    """Name and version of the distribution, read line by line: its `name` would parse all of METADATA as an e-mail."""
+    if entry.dist is None:
+        return "unknown", ""
+    text = entry.dist.read_text("METADATA") or entry.dist.read_text("PKG-INFO") or ""
+    fields = dict(line.split(": ", 1) for line in text.partition("\n\n")[0].splitlines() if ": " in line)
+    return fields.get("Name", "unknown"), fields.get("Version", "")
 
 
 def _load(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, plugin: Plugin) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""What made a picture: a record of the call, the versions and the weights, kept inside the PNG and read back from it."""
+"""What made a picture: a record of the call, versions and weights, kept inside the PNG and read back from it."""
 
 from __future__ import annotations
 

@@ -79,9 +79,11 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), on fp32 weights.
+    """How fp32 weights follow their gradients.
 
     Args:
+        name: "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101), or "muon" for hidden matrices with AdamW for the
+            rest; see `diffsynth_train.optim`.
         learning_rate: the highest.
         betas: decay of the moments.
         weight_decay: on matrices and convolutions; vectors have none.
@@ -91,6 +93,7 @@ class OptimizerRecipe:
         decay_steps: length of the trapezoid's fall.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
@@ -235,5 +238,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):
         hint = typing.get_args(hint)
     if origin is not None or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise TrainingError(f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
+        raise TrainingError(
+            f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}"
+        )
     return value

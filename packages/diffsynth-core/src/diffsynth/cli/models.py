@@ -90,11 +90,9 @@ def info(model_or_png: str, as_json: bool) -> None:
 
 
 def _declares(plugin: _discovery.Plugin) -> str:
-    catalog = _discovery.catalog()
     counts = {
-        kind: sum(
-            (one.plugin, one.distribution) == (plugin.name, plugin.distribution) for one in getattr(catalog, kind)
-        )
+        kind: sum(one.plugin == plugin.name and one.distribution == plugin.distribution for one in facts)
         for kind in _discovery.KINDS
+        if (facts := getattr(_discovery.catalog(), kind))
     }
     return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items() if count) or "nothing yet"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import click
 
 from diffsynth import _discovery
 from diffsynth.cli.output import json_option, show_json, show_table, traceback_option
-from diffsynth.errors import Unrecognized
+from diffsynth.errors import NoFiles, Unrecognized
+
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5}\.\w+)")
 
 
 @click.command()
@@ -20,38 +24,52 @@ from diffsynth.errors import Unrecognized
 def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
     """Tell what checkpoint files hold, by their headers; exit 3 if one matches nothing that is installed.
 
-    Each FILE is a checkpoint of its own; shards of one are given by their folder's index or joined with commas.
+    FILE may also be an index of shards, or a folder that holds one checkpoint; a shard stands for its whole set.
     """
-    answers = [_answer(file) for file in files]
+    answers = [_answer(list(checkpoint)) for checkpoint in dict.fromkeys(_checkpoint(Path(file)) for file in files)]
     if as_json:
         show_json(answers)
-    else:
-        rows = [
-            (answer["file"], found["architecture"], found["checkpoint"] or "-", found["tier"])
-            for answer in answers
-            for found in answer["components"]
-        ]
-        if rows:
-            show_table(("FILE", "ARCHITECTURE", "CHECKPOINT", "BY"), rows)
-    unknown = [answer for answer in answers if answer["error"]]
-    for answer in unknown:
-        click.echo(answer["error"], err=True)
+    rows = [
+        (answer["files"][0], found["architecture"], found["checkpoint"] or "-", found["tier"])
+        for answer in answers
+        for found in answer["components"]
+    ]
+    if rows and not as_json:
+        show_table(("FILE", "ARCHITECTURE", "CHECKPOINT", "BY"), rows)
+    unknown = [answer["error"] for answer in answers if answer["error"]]
+    for error in unknown:
+        click.echo(error, err=True)
     ctx.exit(3 if unknown else 0)
 
 
-def _answer(file: str) -> dict[str, Any]:
+def _checkpoint(path: Path) -> tuple[Path, ...]:
+    from diffsynth.core.loader import files
+    from diffsynth.core.loader.config import ModelConfig
+
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if not found:
+            raise NoFiles(f"folder {path} holds no *.safetensors; name the files of one checkpoint")
+    elif match := _SHARD.fullmatch(path.name):
+        found = sorted(path.parent.glob(f"{match[1]}-*-of-{match[2]}")) or [path]
+    else:
+        found = [path]
+    return tuple(files.find(ModelConfig(path=found)))
+
+
+def _answer(files: list[Path]) -> dict[str, Any]:
     from diffsynth.core.loader import header
     from diffsynth.core.loader import recognize as recognition
 
     catalog = _discovery.catalog()
     architectures = {declared.spec.name: declared.spec for declared in catalog.architectures}
     checkpoints = [declared.spec for declared in catalog.checkpoints]
-    tensors = header.read(file)
+    answer: dict[str, Any] = {"files": [str(file) for file in files], "components": [], "error": None}
     try:
-        found = recognition.recognize(tensors, architectures, checkpoints)
+        found = recognition.recognize(header.read(files), architectures, checkpoints)
     except Unrecognized as error:
-        return {"file": file, "components": [], "error": str(error)}
-    return {"file": file, "components": [_component(one) for one in found], "error": None}
+        return answer | {"error": str(error)}
+    return answer | {"components": [_component(one) for one in found]}
 
 
 def _component(found: Any) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from diffsynth_train.config import DataRecipe
 from diffsynth_train.data.captions import check_templates, vary_caption
 from diffsynth_train.data.manifest import Manifest, read_manifest
 
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 _MEMORY_LIMIT = 2 << 30
 
 

@@ -26,12 +26,21 @@ def download(config: ModelConfig) -> None:
         fetch(str(config.model_id), str(folder), patterns or None)
     except Exception as error:  # each hub library raises its own kinds, and those of its http client
         other = next(hub for hub in _FETCHERS if hub != config.hub)
-        reason = str(error).splitlines()[0] if str(error) else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise DownloadFailed(
-            f"could not fetch {config} from {config.hub}: {type(error).__name__}: {reason:.200}. "
-            f"Check the network and the name; or set DIFFSYNTH_DOWNLOAD_SOURCE={other}; "
-            f"or put the files into {folder} and set DIFFSYNTH_SKIP_DOWNLOAD=true."
+            f"could not fetch {config} from {config.hub}: {type(error).__name__}: {reason:.200}. {_advice(error)}; "
+            f"or set DIFFSYNTH_DOWNLOAD_SOURCE={other}; "
+            f"or put the files into {folder} and set DIFFSYNTH_SKIP_DOWNLOAD=true; or give ModelConfig a path."
         ) from error
+
+
+def _advice(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return "The repository wants a login or an accepted license: log in with the hub's own command"
+    if status == 404:
+        return "The hub has no repository of that name: check the spelling"
+    return "Check the network and the name"
 
 
 def _from_modelscope(model_id: str, folder: str, patterns: list[str] | None) -> None:

@@ -57,13 +57,15 @@ class TensorInfo:
 class Header:
     """All tensors of one logical checkpoint, which may be several files.
 
-    `tensors_in_memory` holds the tensors themselves where the source is a pickle or a given state dict.
+    `tensors_in_memory` holds the tensors themselves where the source is a pickle or a given state dict, `nested` the
+    shapes of a pickle of dicts in dicts; `tensors` has such keys joined by dots.
     """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     tensors_in_memory: Mapping[str, Any] | None = None
+    nested: Mapping[str, Any] | None = None
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -82,12 +84,14 @@ def read(files: Iterable[Path]) -> Header:
     metadata: dict[str, str] = {}
     in_memory: dict[str, Any] = {}
     files = tuple(files)
+    nested = None
     for file in files:
         if file.suffix in PICKLE_SUFFIXES:
             from diffsynth.core.loader import pickled
 
             part = pickled.read(file)
             in_memory.update(part.tensors_in_memory or {})
+            nested = part.nested
         else:
             part = read_safetensors(file)
         for key, info in part.tensors.items():
@@ -98,7 +102,7 @@ def read(files: Iterable[Path]) -> Header:
                 )
             tensors[key] = info
         metadata.update(part.metadata)
-    return Header(tensors, metadata, files, in_memory or None)
+    return Header(tensors, metadata, files, in_memory or None, nested if len(files) == 1 else None)
 
 
 def read_safetensors(file: Path) -> Header:
@@ -137,14 +141,25 @@ def read_safetensors(file: Path) -> Header:
     return Header(tensors, metadata, (file,))
 
 
-def signature(shapes: Mapping[str, Shape]) -> str:
-    """The md5 identity of a layout: every `key:d0_d1` and every `key`, sorted, joined by commas."""
-    return signature_of_strings([f"{key}:{'_'.join(map(str, shape))}" for key, shape in shapes.items()] + [*shapes])
+def signature(shapes: Mapping[str, Any]) -> str:
+    """The md5 identity of a layout, bit-compatible with published hashes.
+
+    Every tensor gives `key:d0_d1` and `key`, a nested dict `key|` and its own entries; sorted, joined by commas.
+
+    Args:
+        shapes: key -> shape, or a nested mapping of the same kind.
+    """
+    return hashlib.md5(_signed_text(shapes).encode("utf-8")).hexdigest()
 
 
-def signature_of_strings(strings: Iterable[str]) -> str:
-    """The md5 of sorted strings; the last step of `signature`."""
-    return hashlib.md5(",".join(sorted(strings)).encode("utf-8")).hexdigest()
+def _signed_text(shapes: Mapping[str, Any]) -> str:
+    entries = []
+    for key, value in shapes.items():
+        if isinstance(value, Mapping):
+            entries.append(f"{key}|{_signed_text(value)}")
+        else:
+            entries += [f"{key}:{'_'.join(map(str, value))}", key]
+    return ",".join(sorted(entries))
 
 
 def strip_prefix(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import re
+import struct
 from pathlib import Path
 
 from diffsynth import _env
+from diffsynth.errors import NoFiles
 
 BLOCK = 2**20
 BLOCKS = 64
@@ -17,8 +19,13 @@ BLOCKS = 64
 def file_identity(path: Path) -> str:
     """`"sha256:..."` as the hub states it, or `"sampled-sha256:..."` of the size, the header and 64 blocks of 1 MiB.
 
-    Sampled identities are cached by path, size and modification time.
+    Files of at most 64 MiB are read whole. Sampled identities are cached by path, size and modification time.
+
+    Raises:
+        NoFiles: there is no such file.
     """
+    if not path.is_file():
+        raise NoFiles(f"{path} is not a file; an identity needs the weights themselves")
     known = _hub_sha256(path)
     if known:
         return f"sha256:{known}"
@@ -37,25 +44,45 @@ def file_identity(path: Path) -> str:
 def _sampled(path: Path, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
-        digest.update(stream.read(BLOCK))
+        if size <= BLOCK * BLOCKS:
+            digest.update(stream.read())
+            return digest.hexdigest()
+        digest.update(stream.read(_header_length(path, size)))
         for block in range(BLOCKS):
-            stream.seek(block * max(size - BLOCK, 0) // max(BLOCKS - 1, 1))
+            stream.seek(block * (size - BLOCK) // (BLOCKS - 1))
             digest.update(stream.read(BLOCK))
     return digest.hexdigest()
 
 
+def _header_length(path: Path, size: int) -> int:
+    """Bytes of a safetensors header with its length field; a block for anything else."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return 8 + length if length < size and stream.read(1) == b"{" else BLOCK
+
+
 def _hub_sha256(path: Path) -> str:
-    """The checksum that huggingface_hub leaves beside a download: commit, etag, time, one a line."""
+    """The checksum that huggingface_hub leaves beside a download: commit, etag, time, one a line.
+
+    A file that was written after the note is no longer what the note says.
+    """
     for folder in path.resolve().parents:
         note = folder / ".cache" / "huggingface" / "download" / f"{path.resolve().relative_to(folder)}.metadata"
         if note.is_file():
             lines = note.read_text(encoding="utf-8").splitlines()
-            if len(lines) > 1 and re.fullmatch(r"[0-9a-f]{64}", lines[1].strip()):
-                return lines[1].strip()
-            return ""
+            if len(lines) < 3 or not re.fullmatch(r"[0-9a-f]{64}", lines[1].strip()):
+                return ""
+            return lines[1].strip() if path.stat().st_mtime <= _seconds(lines[2]) + 1 else ""
         if (folder / ".cache").is_dir():
             return ""
     return ""
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def _cache_file() -> Path:

@@ -1,4 +1,4 @@
-"""Torch pickles (`.pth`, `.pt`, `.bin`, `.ckpt`), read with `weights_only=True` and memory-mapped: tensors stay on disk."""
+"""Torch pickles (`.pth`, `.pt`, `.bin`, `.ckpt`), read with `weights_only=True` and mapped, so tensors stay on disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def of_state_dict(state_dict: Mapping[str, Any], files: tuple[Path, ...] = ()) -
         state_dict = next(iter(state_dict.values()))
     tensors = dict(_flatten(state_dict))
     infos = {key: TensorInfo(_DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}
-    return Header(infos, {}, files, tensors)
+    nested = any(isinstance(value, Mapping) for value in state_dict.values())
+    return Header(infos, {}, files, tensors, _shapes(state_dict) if nested else None)
 
 
 def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Any:
@@ -49,3 +50,11 @@ def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Any:
             yield f"{prefix}{key}", value
         elif isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _shapes(nested: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _shapes(value) if isinstance(value, Mapping) else tuple(value.shape)
+        for key, value in nested.items()
+        if isinstance(value, Mapping | torch.Tensor)
+    }

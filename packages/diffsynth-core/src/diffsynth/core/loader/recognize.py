@@ -106,7 +106,7 @@ def _by_signature(
 ) -> list[Recognized]:
     known = {checkpoint.signature for checkpoint in checkpoints if checkpoint.signature}
     for prefix, shapes in _views(header):
-        identity = signature(shapes)
+        identity = signature(header.nested if header.nested is not None and not prefix else shapes)
         if identity not in known:
             continue
         found = []

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+
+from diffsynth.core.loader.recognize import ARCHITECTURE, CONFIG
 
 
 def save_component(
@@ -25,29 +27,47 @@ def save_component(
 ) -> None:
     """Write a module as safetensors under its own names, with its architecture and config in the metadata.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all. Parameters that share memory are written once each.
 
     Args:
         architecture: name of its `ArchitectureSpec`.
         config: the dataclass it was built from.
         metadata: more of it; values are text.
         dtype: of floating tensors in the file; None keeps theirs.
+
+    Raises:
+        ValueError: metadata that says what this function says, or a parameter without data.
     """
     path = Path(path)
-    tensors = {
-        name: tensor.detach().to("cpu", dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in module.state_dict().items()
-    }
+    if taken := [key for key in metadata or {} if key == "format" or key in (ARCHITECTURE, CONFIG)]:
+        raise ValueError(f"metadata has {taken[0]!r}, which save_component writes itself; leave it out")
+    tensors = _tensors(module, dtype)
     notes = {
         **(metadata or {}),
         "format": "pt",
-        "diffsynth.architecture": architecture,
-        "diffsynth.config": json.dumps(dataclasses.asdict(config), sort_keys=True),
+        ARCHITECTURE: architecture,
+        CONFIG: json.dumps(dataclasses.asdict(config), sort_keys=True),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=notes)
+        save_file(tensors, partial, metadata=notes)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _tensors(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} of {type(module).__name__} is on the meta device: there is nothing to save")
+        lowered = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        made = tensor.detach().to("cpu", lowered).contiguous()
+        # safetensors refuses tensors that share memory, as tied weights do.
+        if made.untyped_storage().data_ptr() in seen:
+            made = made.clone()
+        seen.add(made.untyped_storage().data_ptr())
+        tensors[name] = made
+    return tensors

@@ -1,0 +1,126 @@
+"""Results of units that do not learn: computed once per row, kept as safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffsynth.errors import TrainingError
+from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.runtime.unit import Unit, split
+from diffsynth_train.components import Component
+from diffsynth_train.data.dataset import Dataset
+
+logger = logging.getLogger(__name__)
+
+Row = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors without their batch axis, and plain values."""
+
+
+def split_units(units: Sequence[Unit], trained: set[str], varied: frozenset[str]) -> tuple[list[Unit], list[Unit]]:
+    """Part units into cacheable and live ones. Whatever reads an argument that varies from step to step is live too."""
+    frozen, live = split(units, trained)
+    frozen_kept: list[Unit] = []
+    live_names = set(varied) | {name for step in live for name in step.writes}
+    for step in frozen:
+        if {read.name for read in step.reads} & live_names:
+            live_names.update(step.writes)
+        else:
+            frozen_kept.append(step)
+    return frozen_kept, [step for step in units if step not in frozen_kept]
+
+
+class UnitCache:
+    """What frozen units wrote for every row.
+
+    Args:
+        folder: one file per row, named by content, units and weights; None keeps results in memory alone.
+        pipe: runs the units.
+        units: that are frozen, in order.
+        components: whose identities go into the file names.
+    """
+
+    def __init__(
+        self, folder: Path | None, pipe: Pipeline, units: Sequence[Unit], components: Mapping[str, Component]
+    ) -> None:
+        self._folder = folder
+        self._pipe = pipe
+        self._units = tuple(units)
+        self._writes = {name for step in units for name in step.writes}
+        roles = {role for step in units for role in step.roles}
+        weights = sorted((role, components[role].identity) for role in roles if role in components)
+        self._salt = json.dumps([[step.name for step in units], weights]).encode()
+        self._rows: dict[int, Row] = {}
+
+    def fill(self, dataset: Dataset, batch_size: int) -> None:
+        """Read what is there, compute the rest; a later run with the same content, units and weights reads it all."""
+        if not self._units:
+            return
+        missing = [index for index in range(len(dataset)) if not self._read(index, dataset)]
+        logger.info("%d of %d rows are cached; computing %d", len(dataset) - len(missing), len(dataset), len(missing))
+        for start in range(0, len(missing), batch_size):
+            indices = missing[start : start + batch_size]
+            for index, row in zip(indices, self._compute(dataset.batch(indices), len(indices)), strict=True):
+                self._rows[index] = row
+                self._write(index, dataset, row)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The written values for some rows, stacked.
+
+        Raises:
+            TrainingError: rows of one batch differ in a value that is no tensor, or in shape.
+        """
+        if not self._units:
+            return {}
+        rows = [self._rows[index] for index in indices]
+        plain = rows[0][1]
+        if any(row[1] != plain for row in rows):
+            raise TrainingError(f"rows of one batch differ: {plain} and others; give [data] one height and width")
+        return {name: torch.stack([row[0][name] for row in rows]) for name in rows[0][0]} | plain
+
+    @torch.no_grad()
+    def _compute(self, values: Mapping[str, Any], size: int) -> list[Row]:
+        on_device = {k: v.to(self._pipe.device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        written = self._pipe.run_units(self._units, {**on_device, "batch_size": size})
+        tensors = {name: written[name].cpu() for name in self._writes if isinstance(written[name], Tensor)}
+        plain = {name: written[name] for name in self._writes if isinstance(written[name], int | float | str)}
+        if left := self._writes - set(tensors) - set(plain):
+            raise TrainingError(f"units {[step.name for step in self._units]} write {sorted(left)}, not cacheable")
+        for name, tensor in tensors.items():
+            if len(tensor) != size:
+                raise TrainingError(f"cached value {name!r} has {len(tensor)} rows for a batch of {size}")
+        return [({name: tensor[i].clone() for name, tensor in tensors.items()}, plain) for i in range(size)]
+
+    def _path(self, index: int, dataset: Dataset) -> Path | None:
+        if self._folder is None:
+            return None
+        key = hashlib.sha256(self._salt + b"\0" + dataset.fingerprint(index)).hexdigest()
+        return self._folder / f"{key}.safetensors"
+
+    def _read(self, index: int, dataset: Dataset) -> bool:
+        path = self._path(index, dataset)
+        if path is None or not path.is_file():
+            return False
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            plain = json.loads(file.metadata()["values"])
+        self._rows[index] = (tensors, plain)
+        return True
+
+    def _write(self, index: int, dataset: Dataset, row: Row) -> None:
+        path = self._path(index, dataset)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(row[0], partial, metadata={"values": json.dumps(row[1])})
+        partial.replace(path)

@@ -1,0 +1,1 @@
+"""What a run minimises; `base.Objective` is the contract, plugins add theirs by `register_objectives`."""

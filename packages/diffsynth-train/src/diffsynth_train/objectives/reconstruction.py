@@ -1,0 +1,106 @@
+"""An autoencoder's objective: what comes out is what went in, through latents of unit scale."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.errors import TrainingError
+from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.runtime.unit import Unit
+from diffsynth.spec import TrainingSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionOptions:
+    """What a recipe may set.
+
+    Args:
+        role: of the autoencoder; it has `encode_moments`, `decode`, and a config with scaling and shift factors.
+        image: the call argument that holds images.
+        crop: side of the random square that is cut from every image, in pixels; 0 takes whole images.
+        l1_weight: of the absolute error, beside the squared one.
+        kl_weight: of the divergence from a standard normal, per latent value (Kingma & Welling 2014, arXiv:1312.6114).
+        sample: decode a draw from the posterior; false decodes its mean.
+        noise: standard deviation of noise added to what is decoded, in units of the latents' own; it teaches the
+            decoder to forgive a denoiser's errors.
+    """
+
+    role: str = "vae"
+    image: str = "input_image"
+    crop: int = 0
+    l1_weight: float = 0.0
+    kl_weight: float = 1e-6
+    sample: bool = True
+    noise: float = 0.0
+
+
+class Reconstruction:
+    """Squared error, a little absolute error, a little divergence; at the end latents get mean 0 and variance 1."""
+
+    Options: ClassVar[type] = ReconstructionOptions
+    needs_forward_only: ClassVar[bool] = False
+
+    def __init__(self, options: ReconstructionOptions, pipe: Pipeline, spec: TrainingSpec) -> None:
+        self.options = options
+        self.pipe = pipe
+        self.columns = frozenset({options.image})
+        self.autoencoder = pipe.components.get(options.role)
+        if self.autoencoder is None:
+            raise TrainingError(f"[objective] role = {options.role!r}: no such component in the recipe")
+        if options.crop % self.autoencoder.config.factor:
+            factor = self.autoencoder.config.factor
+            raise TrainingError(f"[objective] crop = {options.crop}: expected a multiple of {factor}")
+
+    def units(self) -> tuple[Unit, ...]:
+        """None: the autoencoder is called directly."""
+        return ()
+
+    def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Objective.loss`; also logs the squared error alone."""
+        options, config = self.options, self.autoencoder.config
+        image: Float[Tensor, "b c h w"] = self._crop(values[options.image], generator)
+        mean, logvar = self.autoencoder.encode_moments(image)
+        mean, logvar = mean.float(), logvar.float()
+        z = mean
+        if options.sample:
+            z = z + (0.5 * logvar).exp() * _noise_like(mean, generator)
+        if options.noise:
+            z = z + options.noise * mean.detach().std() * _noise_like(mean, generator)
+        decoded = self.autoencoder.decode((z - config.shift_factor) * config.scaling_factor).float()
+        squared = (decoded - image).square().mean()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = squared + options.l1_weight * (decoded - image).abs().mean() + options.kl_weight * divergence
+        return loss, {"mse": squared.detach()}
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Set the config's factors so that scaled latents of this data have mean 0 and variance 1."""
+        means = [self.autoencoder.encode_moments(values[self.options.image])[0].float() for values in batches]
+        z = torch.cat([mean.flatten() for mean in means]).double()
+        self.autoencoder.config = dataclasses.replace(
+            self.autoencoder.config, shift_factor=z.mean().item(), scaling_factor=1 / z.std().item()
+        )
+
+    def _crop(self, image: Float[Tensor, "b c h w"], generator: torch.Generator) -> Float[Tensor, "b c side side"]:
+        side = self.options.crop
+        if not side:
+            return image
+        height, width = image.shape[-2:]
+        if side > min(height, width):
+            raise TrainingError(f"[objective] crop = {side}: larger than the images, {height}x{width}")
+        spots = torch.rand(2, len(image), generator=generator, device=image.device)
+        tops = (spots[0] * (height - side + 1)).long().tolist()
+        lefts = (spots[1] * (width - side + 1)).long().tolist()
+        spots_of = zip(image, tops, lefts, strict=True)
+        return torch.stack([one[:, top : top + side, left : left + side] for one, top, left in spots_of])
+
+
+def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator, device=tensor.device)

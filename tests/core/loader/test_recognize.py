@@ -1,0 +1,125 @@
+"""Recognition over the architectures that core registers: the FLUX autoencoder and Qwen3."""
+
+import gzip
+import importlib.resources
+import json
+from pathlib import Path
+
+import pytest
+
+from diffsynth import _discovery
+from diffsynth.core.loader.header import Header, TensorInfo, read, signature
+from diffsynth.core.loader.recognize import recognize
+from diffsynth.errors import Unrecognized
+
+CATALOG = _discovery.catalog()
+ARCHITECTURES = {declared.spec.name: declared.spec for declared in CATALOG.architectures}
+CHECKPOINTS = [declared.spec for declared in CATALOG.checkpoints]
+PUBLISHED = [checkpoint for checkpoint in CHECKPOINTS if checkpoint.layout]
+FOREIGN = sorted((Path(__file__).parents[2] / "data" / "layouts").glob("*.json.gz"))
+
+
+def layout_of(checkpoint):
+    package, _, path = checkpoint.layout.partition(":")
+    facts = json.loads(gzip.decompress(importlib.resources.files(package).joinpath(path).read_bytes()))
+    return {key: tuple(shape) for key, shape in facts["tensors"].items()}
+
+
+def header_of(shapes, metadata=None):
+    return Header({key: TensorInfo("BF16", shape) for key, shape in shapes.items()}, metadata or {})
+
+
+def find(shapes, **options):
+    (found,) = recognize(header_of(shapes), ARCHITECTURES, CHECKPOINTS, **options)
+    return found
+
+
+@pytest.mark.parametrize("checkpoint", PUBLISHED, ids=lambda checkpoint: checkpoint.name)
+class TestPublished:
+    def test_by_signature(self, checkpoint):
+        shapes = layout_of(checkpoint)
+        assert signature(shapes) == checkpoint.signature
+        found = find(shapes, tiers=("signature",))
+        assert (found.architecture.name, found.tier) == (checkpoint.architecture, "signature")
+
+    def test_by_structure_with_the_same_config(self, checkpoint):
+        shapes = layout_of(checkpoint)
+        found = find(shapes, tiers=("structure",))
+        assert (found.architecture.name, found.tier, found.extra) == (checkpoint.architecture, "structure", ())
+        assert found.config == find(shapes, tiers=("signature",)).config
+
+    def test_under_a_wrapper_prefix(self, checkpoint):
+        shapes = {f"model.diffusion_model.{key}": shape for key, shape in layout_of(checkpoint).items()}
+        found = find(shapes)
+        assert (found.architecture.name, found.prefix) == (checkpoint.architecture, "model.diffusion_model.")
+
+    def test_with_keys_that_nobody_knows(self, checkpoint):
+        found = find(layout_of(checkpoint) | {"surprise.weight": (3,)})
+        assert found.tier == "structure"
+        assert "surprise.weight" in found.extra
+
+    def test_a_missing_block_is_not_overlooked(self, checkpoint):
+        required = next(p for p in ARCHITECTURES[checkpoint.architecture].required if "{n}" in p)
+        shapes = layout_of(checkpoint)
+        if required.format(n=0) not in shapes:
+            pytest.skip("the layout has other names than the architecture; its first block is covered by its twin")
+        del shapes[required.format(n=0)]
+        with pytest.raises(Unrecognized, match=f"it lacks {required.format(n=0)}"):
+            find(shapes)
+
+
+@pytest.mark.parametrize("layout", FOREIGN, ids=lambda path: path.name.removesuffix(".json.gz"))
+def test_what_belongs_to_nobody_is_claimed_by_nobody(layout):
+    facts = json.loads(gzip.decompress(layout.read_bytes()))
+    if facts["nested"]:
+        shapes = {f"{a}.{b}": tuple(shape) for a, inner in facts["tensors"].items() for b, shape in inner.items()}
+    else:
+        shapes = {key: tuple(shape) for key, shape in facts["tensors"].items()}
+    with pytest.raises(Unrecognized):
+        find(shapes)
+
+
+def test_our_own_files_are_recognised_by_their_metadata():
+    notes = {"diffsynth.architecture": "flux_autoencoder", "diffsynth.config": '{"latent_channels": 4}'}
+    (found,) = recognize(header_of({"x": (1,)}, notes), ARCHITECTURES, CHECKPOINTS)
+    assert (found.tier, found.config.latent_channels) == ("metadata", 4)
+
+
+def test_metadata_of_an_uninstalled_family():
+    with pytest.raises(Unrecognized, match="saved as a flux9_dit, which no installed plugin declares"):
+        recognize(header_of({"x": (1,)}, {"diffsynth.architecture": "flux9_dit"}), ARCHITECTURES, CHECKPOINTS)
+
+
+def test_metadata_whose_config_does_not_fit():
+    notes = {"diffsynth.architecture": "flux_autoencoder", "diffsynth.config": '{"latent_chanels": 4}'}
+    with pytest.raises(Unrecognized, match="latent_chanels"):
+        recognize(header_of({"x": (1,)}, notes), ARCHITECTURES, CHECKPOINTS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["blocks.0.q.lora_A.weight", "blocks.0.q.lora_B.weight"], "is a LoRA"),
+        (["optimizer.state.0.exp_avg"], "is an optimizer state"),
+        (["nothing.like.it"], "no installed architecture has keys like 'nothing.like.it'"),
+    ],
+)
+def test_a_miss_says_what_the_file_is(keys, message):
+    with pytest.raises(Unrecognized, match=message):
+        find(dict.fromkeys(keys, (1,)))
+
+
+def test_a_miss_names_the_nearest():
+    shapes = layout_of(PUBLISHED[0])
+    shapes.pop(next(iter(shapes)))
+    few = dict(list(shapes.items())[: len(shapes) // 2])
+    with pytest.raises(Unrecognized, match=r"nearest is .*shares \d+%.*is missing"):
+        find(few)
+
+
+def test_an_empty_file(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({}, tmp_path / "x.safetensors")
+    with pytest.raises(Unrecognized, match="holds no tensors"):
+        recognize(read([tmp_path / "x.safetensors"]), ARCHITECTURES, CHECKPOINTS)

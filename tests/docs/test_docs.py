@@ -1,0 +1,148 @@
+"""The manual is held against the code: it builds, its links lead somewhere, its lists are complete."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from diffsynth import _env, hookspecs
+from diffsynth_train.config import Recipe, parse_section
+from diffsynth_zimage import ZImagePipeline
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")])
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(page, language, block, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, (language, block) in enumerate(FENCED.findall(page.read_text(encoding="utf-8")))
+]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HOOKS = [name for name, value in vars(hookspecs).items() if hasattr(value, "diffsynth_spec")]
+
+
+def test_the_manual_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "site" / "models" / "z-image" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page):
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), f"{page.name} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}; its headings: {sorted(anchors(file))}"
+
+
+def anchors(page: Path) -> set[str]:
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(("page", "language", "block"), BLOCKS)
+def test_code_blocks_parse(page, language, block):
+    assert language in {"sh", "python", "toml", "csv", "text"}
+    if language == "python":
+        ast.parse(block)
+    elif language == "toml":
+        assert tomllib.loads(block)
+
+
+def test_environment_variables_are_those_of_the_code():
+    named = re.compile(r"DIFFSYNTH_[A-Z_]+")
+    in_code = set(named.findall(inspect.getsource(_env)))
+    rows = re.findall(r"^\| `(DIFFSYNTH_[A-Z_]+)` \|", page_text("environment.md"), flags=re.MULTILINE)
+    assert len(in_code) >= 7
+    assert sorted(rows) == sorted(in_code)
+    for page in PAGES:
+        assert set(named.findall(page.read_text(encoding="utf-8"))) <= in_code | {"DIFFSYNTH_API"}, page.name
+
+
+def test_every_hook_has_its_exact_signature_as_a_heading():
+    expected = [f"{name}({', '.join(inspect.signature(getattr(hookspecs, name)).parameters)})" for name in HOOKS]
+    assert len(expected) >= 19
+    assert re.findall(r"^## `(.+)`$", page_text("hooks.md"), flags=re.MULTILINE) == expected
+
+
+def test_every_hook_has_an_example_that_fits_it():
+    shown = {}
+    for language, block in FENCED.findall(page_text("hooks.md")):
+        for node in ast.walk(ast.parse(block)) if language == "python" else ():
+            if isinstance(node, ast.FunctionDef):
+                shown[node.name] = {argument.arg for argument in node.args.args}
+    assert shown.keys() == set(HOOKS)
+    for name, arguments in shown.items():
+        assert arguments <= set(inspect.signature(getattr(hookspecs, name)).parameters), name
+
+
+def test_every_dependency_has_its_line_and_every_line_its_dependency():
+    root = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    expected = {"development": names(line for group in root["dependency-groups"].values() for line in group)}
+    ours, build = set(), set()
+    for path in ROOT.glob("packages/*/pyproject.toml"):
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        ours.add(content["project"]["name"])
+        expected[content["project"]["name"]] = names(content["project"]["dependencies"])
+        build |= names(content["build-system"]["requires"])
+    expected["build"] = build
+    expected = {section: found - ours for section, found in expected.items() if found - ours}
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Dependencies")[2]
+    sections = re.findall(r"^### (\S+)\n(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    lines = {title: re.findall(r"^- `(.+?)`: .{8,}\.$", body, flags=re.MULTILINE) for title, body in sections}
+    assert {title: sorted(found) for title, found in lines.items()} == {t: sorted(f) for t, f in expected.items()}
+
+
+def names(requirements) -> set[str]:
+    return {Requirement(line).name for line in requirements}
+
+
+def test_the_arguments_of_z_image_are_those_of_its_pipeline():
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", section("models/z-image.md", "## Arguments"), flags=re.MULTILINE)
+    parameters = list(inspect.signature(ZImagePipeline.__call__).parameters.values())[1:]
+    assert sorted(name for name, _ in rows) == sorted(parameter.name for parameter in parameters)
+    documented = dict(rows)
+    for parameter in parameters:
+        if parameter.name != "progress_bar_cmd":
+            assert documented[parameter.name] == f"`{parameter.default!r}`", parameter.name
+
+
+def test_the_recipe_in_the_manual_is_one():
+    ((block, *_),) = [[text for language, text in FENCED.findall(page_text("training.md")) if language == "toml"]]
+    recipe = parse_section(Recipe, tomllib.loads(block), where="")
+    assert recipe.components["dit"].train
+    assert not recipe.components["vae"].train
+
+
+def test_ci_ends_in_the_second_command_of_the_readme():
+    commands = [block.strip() for language, block in FENCED.findall(README) if language == "sh"]
+    assert commands[1] == "pip install uv && uv run --all-packages pytest"
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] == commands[1]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+
+
+def test_the_readme_fits_a_screen_or_two():
+    assert len(README.splitlines()) <= 60
+
+
+def page_text(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def section(name: str, heading: str) -> str:
+    return re.split(r"^## ", page_text(name).partition(heading)[2], flags=re.MULTILINE)[0]
