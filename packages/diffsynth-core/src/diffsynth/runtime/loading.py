@@ -13,7 +13,7 @@ import torch
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
-from diffsynth.core.loader import files, header, load, pickled, recognize
+from diffsynth.core.loader import files, header, load, recognize
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.role import Processor, Role
@@ -85,7 +85,7 @@ class PretrainedLoader:
         checkpoints = [declared.spec for declared in catalog.checkpoints]
         found: list[_Found] = []
         for config in model_configs:
-            tensors = _read_header(config)
+            tensors = header.read_config(config, resolve=_resolve_source)
             for recognized in recognize.recognize(tensors, architectures, checkpoints):
                 role = self._role_for(recognized, tensors, taken={part.role for part in found})
                 found.append(_Found(role, recognized, tensors, config))
@@ -137,12 +137,6 @@ class PretrainedLoader:
             components[role] = resolve(processor.loader).from_pretrained(folder, local_files_only=True)
             sources[role] = [folder]
         return components, sources
-
-
-def _read_header(config: ModelConfig) -> header.Header:
-    if config.state_dict is not None:
-        return pickled.of_state_dict(config.state_dict)
-    return header.read(files.find(config, resolve=_resolve_source))
 
 
 def _resolve_source(source: str) -> list[Path] | None:

@@ -69,6 +69,11 @@ class ModelConfig:
                 f"download_source={self.download_source!r}: expected {' or '.join(DOWNLOAD_SOURCES)}"
                 f"{did_you_mean(self.download_source, DOWNLOAD_SOURCES)}"
             )
+        if self.skip_download is not None and not isinstance(self.skip_download, bool):
+            raise ValueError(f"skip_download={self.skip_download!r}: expected True, False or None (the environment)")
+        for pattern in self.patterns:
+            if pattern.startswith("/") or ".." in pattern.split("/"):
+                raise ValueError(f"origin_file_pattern={pattern!r}: expected a glob inside the repository")
         later = [name for name in (*VRAM_KEYS, "quantize") if getattr(self, name) is not None]
         if self.clear_parameters:
             later.append("clear_parameters")

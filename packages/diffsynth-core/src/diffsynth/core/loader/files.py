@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.errors import NoFiles
+from diffsynth.errors import CorruptFile, NoFiles
 from diffsynth.spec import Source, parse_source
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
@@ -23,8 +23,11 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
 
     Raises:
         NoFiles: nothing matches, or shards are missing; the message shows where it looked and what is there.
+        CorruptFile: an index of shards that is none.
         DownloadFailed: the hub could not be reached.
     """
+    if config.state_dict is not None:
+        raise ValueError("this ModelConfig has a state_dict and so no files; read its header with header.read_config")
     if config.path is not None:
         return _from_paths(config.path)
     if config.source is not None:
@@ -44,45 +47,62 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
 
 
 def weights_state(sources: Iterable[str], base_path: Path) -> str:
-    """ "present", "partial" or "absent", by looking at names alone."""
+    """ "present", "partial" or "absent", by looking at names alone; a source that core cannot look at is absent.
+
+    Raises:
+        ValueError: a source does not parse.
+    """
     states = [_is_present(parse_source(source), base_path) for source in sources]
     if states and all(states):
         return "present"
     return "partial" if any(state is not False for state in states) else "absent"
 
 
-def missing_shards(files: Iterable[Path]) -> list[str]:
-    """Names of the shards that are numbered or indexed beside these files and not among them."""
-    files = list(files)
-    names = {file.name for file in files}
-    missing: set[str] = set()
+def missing_shards(files: Iterable[Path]) -> list[Path]:
+    """The shards that are numbered or indexed beside these files and not among them; folder by folder."""
+    files = set(files)
+    wanted: set[Path] = set()
     for file in files:
         if match := _SHARD.fullmatch(file.name):
-            every = (
-                f"{match['stem']}-{i:05d}-of-{match['count']}{match['suffix']}"
-                for i in range(1, int(match["count"]) + 1)
+            count = int(match["count"])
+            wanted.update(
+                file.with_name(f"{match['stem']}-{i:05d}-of-{match['count']}{match['suffix']}")
+                for i in range(1, count + 1)
             )
-            missing.update(name for name in every if name not in names)
-    for index in {index for file in files for index in file.parent.glob("*.safetensors.index.json")}:
-        stem = index.name.removesuffix(".safetensors.index.json")
-        if any(name.startswith(stem) for name in names):
-            listed = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-            missing.update(listed - names)
-    return sorted(missing)
+    for folder in {file.parent for file in files}:
+        for index in folder.glob("*.index.json"):
+            listed = {folder / name for name in _indexed(index)}
+            # An index beside a file that it does not list speaks of another checkpoint.
+            wanted.update(listed if listed & files else ())
+    return sorted(wanted - files)
+
+
+def _indexed(index: Path) -> list[str]:
+    """Names of the shards in an index; none if it does not parse, for the shards themselves are what counts."""
+    try:
+        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def _from_paths(path: str | Path | Iterable[str | Path]) -> list[Path]:
-    paths = [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
+    paths = [Path(path)] if isinstance(path, str | Path) else sorted(Path(each) for each in path)
     if not paths:
         raise NoFiles("path is an empty list; expected the files of one checkpoint")
     for each in paths:
         if not each.exists():
             raise NoFiles(f"{each} does not exist. {_what_is_there(each.parent)}")
     if len(paths) == 1 and paths[0].name.endswith(".index.json"):
-        listed = sorted(set(json.loads(paths[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [paths[0].parent / name for name in listed]
+        index = paths[0]
+        paths = [index.parent / name for name in _indexed(index)]
+        if not paths:
+            raise CorruptFile(f"{index} is no index of shards: it has no weight_map. Fetch it again.")
         if missing := [each.name for each in paths if not each.exists()]:
-            raise NoFiles(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing)}")
+            raise NoFiles(
+                f"{len(missing)} of the {len(paths)} shards in {index} are missing: {', '.join(missing)}. "
+                f"Download them again, or check that the copy was complete."
+            )
+    _reject_missing_shards(paths)
     return paths
 
 
@@ -98,12 +118,16 @@ def _from_source(text: str, resolve: Callable[[str], list[Path] | None] | None) 
         raise NoFiles(
             f"no installed plugin resolves the source {text!r}; expected owner/repository:pattern or package://"
         )
-    return found
+    return sorted(found)
 
 
 def _package_path(source: Source) -> Path:
     package, _, inside = source.location.partition("/")
-    found = importlib.util.find_spec(package)
+    try:
+        # Finds a top-level package without importing it, and so without its torch.
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        found = None
     if found is None or not found.submodule_search_locations:
         raise NoFiles(f"{source.text}: package {package!r} is not installed")
     return Path(next(iter(found.submodule_search_locations))) / inside
@@ -111,21 +135,29 @@ def _package_path(source: Source) -> Path:
 
 def _in_folder(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     if not patterns:
-        return [folder] if folder.is_dir() and any(folder.iterdir()) else []
+        return [folder] if _has_content(folder) else []
     found: set[Path] = set()
     for pattern in patterns:
         if pattern.endswith("/"):
-            if (folder / pattern).is_dir() and any((folder / pattern).iterdir()):
+            if _has_content(folder / pattern):
                 found.add(folder / pattern)
         else:
             found.update(file for file in folder.glob(pattern) if file.is_file())
     return sorted(found)
 
 
+def _has_content(folder: Path) -> bool:
+    # Hub libraries leave hidden folders behind even when a download failed at its first byte.
+    return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+
+
 def _is_present(source: Source, base_path: Path) -> bool | None:
     """True, False, or None for a part of it."""
     if source.scheme:
-        return source.scheme == "package" and _package_path(source).exists()
+        try:
+            return source.scheme == "package" and _package_path(source).exists()
+        except NoFiles:
+            return False
     patterns = () if source.pattern in ("", "./") else (source.pattern,)
     found = _in_folder(base_path / source.model_id, patterns)
     if not found:
@@ -135,8 +167,10 @@ def _is_present(source: Source, base_path: Path) -> bool | None:
 
 def _reject_missing_shards(files: list[Path]) -> None:
     if missing := missing_shards(files):
+        named = ", ".join(file.name for file in missing[:10]) + (", ..." if len(missing) > 10 else "")
+        are = "shard is" if len(missing) == 1 else "shards are"
         raise NoFiles(
-            f"{len(missing)} shards are missing in {files[0].parent}: {', '.join(missing)}. "
+            f"{len(missing)} {are} missing in {missing[0].parent}: {named}. "
             f"Download them again, or check that the copy was complete."
         )
 
@@ -145,5 +179,5 @@ def _what_is_there(folder: Path) -> str:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
-    shown = ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
+    shown = ", ".join(names[:10]) + (f", and {len(names) - 10} more" if len(names) > 10 else "")
     return f"In {folder}: {shown or 'nothing'}."

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.files import find
 from diffsynth.errors import CorruptFile, KeyMismatch
 
 Shape = tuple[int, ...]
@@ -71,6 +73,15 @@ class Header:
     def shapes(self) -> dict[str, Shape]:
         """Key -> shape."""
         return {key: info.shape for key, info in self.tensors.items()}
+
+
+def read_config(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> Header:
+    """The header of a `ModelConfig`'s files (see `files.find`), or of the tensors it carries."""
+    if config.state_dict is not None:
+        from diffsynth.core.loader import pickled
+
+        return pickled.of_state_dict(config.state_dict)
+    return read(find(config, resolve=resolve))
 
 
 def read(files: Iterable[Path]) -> Header:

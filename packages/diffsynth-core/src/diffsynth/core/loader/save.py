@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffsynth.core.loader.recognize import ARCHITECTURE, CONFIG
+from diffsynth.core.loader.recognize import ARCHITECTURE_KEY, CONFIG_KEY
 
 
 def save_component(
@@ -39,14 +39,14 @@ def save_component(
         ValueError: metadata that says what this function says, or a parameter without data.
     """
     path = Path(path)
-    if taken := [key for key in metadata or {} if key == "format" or key in (ARCHITECTURE, CONFIG)]:
+    if taken := [key for key in metadata or {} if key == "format" or key in (ARCHITECTURE_KEY, CONFIG_KEY)]:
         raise ValueError(f"metadata has {taken[0]!r}, which save_component writes itself; leave it out")
     tensors = _tensors(module, dtype)
     notes = {
         **(metadata or {}),
         "format": "pt",
-        ARCHITECTURE: architecture,
-        CONFIG: json.dumps(dataclasses.asdict(config), sort_keys=True),
+        ARCHITECTURE_KEY: architecture,
+        CONFIG_KEY: json.dumps(dataclasses.asdict(config), sort_keys=True),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
