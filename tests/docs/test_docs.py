@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from diffsynth import _env, hookspecs
+from diffsynth.cli.generate import generate
 from diffsynth_train.config import Recipe, parse_section
 from diffsynth_zimage import ZImagePipeline
 
@@ -120,6 +121,13 @@ def test_the_arguments_of_z_image_are_those_of_its_pipeline():
     for parameter in parameters:
         if parameter.name != "progress_bar_cmd":
             assert documented[parameter.name] == f"`{parameter.default!r}`", parameter.name
+
+
+def test_the_options_of_generate_are_those_of_the_program():
+    rows = re.findall(r"^\| (`-.+?) \|", section("cli.md", "## generate"), flags=re.MULTILINE)
+    shown = {option for row in rows for option in re.findall(r"`(-[-a-z]+)", row)}
+    options = {text for parameter in generate.params for text in parameter.opts if text.startswith("-")}
+    assert shown == options - {"--traceback"}
 
 
 def test_the_recipe_in_the_manual_is_one():

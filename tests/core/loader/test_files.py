@@ -52,7 +52,7 @@ def test_a_missing_path_shows_its_neighbours(hub):
 
 def test_missing_shards_are_named_by_number(hub):
     (hub / "part-00002-of-00003.safetensors").unlink()
-    with pytest.raises(NoFiles, match="1 shards are missing.*part-00002-of-00003"):
+    with pytest.raises(NoFiles, match="1 shard is missing.*part-00002-of-00003"):
         find(ModelConfig(model_id="owner/model", origin_file_pattern="transformer/*.safetensors"))
 
 
@@ -60,8 +60,8 @@ def test_missing_shards_are_named_by_the_index(tmp_path):
     (tmp_path / "m-a.safetensors").touch()
     index = {"weight_map": {"x": "m-a.safetensors", "y": "m-b.safetensors"}}
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
-    assert missing_shards([tmp_path / "m-a.safetensors"]) == ["m-b.safetensors"]
-    with pytest.raises(NoFiles, match=r"1 of 2 shards are missing: m-b\.safetensors"):
+    assert missing_shards([tmp_path / "m-a.safetensors"]) == [tmp_path / "m-b.safetensors"]
+    with pytest.raises(NoFiles, match=r"1 of the 2 shards in .* missing: m-b\.safetensors"):
         find(ModelConfig(tmp_path / "m.safetensors.index.json"))
 
 

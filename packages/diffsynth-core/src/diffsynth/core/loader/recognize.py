@@ -12,10 +12,14 @@ from typing import Any
 
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.header import WRAPPER_PREFIXES, Header, Shape, signature, strip_prefix
-from diffsynth.errors import KeyMismatch, Unrecognized
+from diffsynth.errors import KeyMismatch, Unrecognized, did_you_mean
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, resolve
 
 TIERS = ("metadata", "signature", "structure")
+
+ARCHITECTURE_KEY = "diffsynth.architecture"
+CONFIG_KEY = "diffsynth.config"
+"""What our own files say of themselves in their metadata; the config is the JSON of its fields."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +87,20 @@ def recognize(
 
 
 def _by_metadata(header: Header, architectures: Mapping[str, ArchitectureSpec]) -> list[Recognized]:
-    name = header.metadata.get("diffsynth.architecture")
+    name = header.metadata.get(ARCHITECTURE_KEY)
     if name is None:
         return []
     if name not in architectures:
         raise Unrecognized(
-            f"{_where(header)}: saved as a {name}, which no installed plugin declares. Install the family that has it."
+            f"{_where(header)}: saved as a {name}, which no installed plugin declares{did_you_mean(name, architectures)}. "
+            f"Install the family that has it."
         )
     architecture = architectures[name]
-    values = json.loads(header.metadata.get("diffsynth.config", "{}"))
     try:
-        config = resolve(architecture.config)(**values)
+        config = resolve(architecture.config)(**json.loads(header.metadata.get(CONFIG_KEY, "{}")))
     except (TypeError, ValueError) as error:
         raise Unrecognized(
-            f"{_where(header)}: its diffsynth.config does not fit {architecture.config}: {error}"
+            f"{_where(header)}: its {CONFIG_KEY} does not fit {architecture.config}: {error}"
         ) from None
     return [Recognized(architecture, None, config, "metadata")]
 
