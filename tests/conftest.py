@@ -13,6 +13,9 @@ import pytest
 _ALLOCATORS = ("empty", "empty_like", "empty_strided")
 _OURS = ("diffsynth", "diffsynth_")
 
+for _name in [name for name in os.environ if name.startswith("DIFFSYNTH_")]:
+    del os.environ[_name]  # some tests look at the registry when they are collected
+
 
 class NetworkForbidden(RuntimeError):
     """A test reached for the network."""
@@ -29,8 +32,6 @@ def _fixed_seeds():
 
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch, tmp_path_factory):
-    for name in [name for name in os.environ if name.startswith("DIFFSYNTH_")]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("DIFFSYNTH_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

@@ -11,7 +11,11 @@ from diffsynth import _discovery, registry
 from diffsynth.errors import BrokenPlugin, UnknownModel
 from fake_plugins import good, install
 
-HEAD = "from diffsynth.hookspecs import hookimpl\nfrom diffsynth.spec import ModelSpec, DoorSpec\nDIFFSYNTH_API = 1\n@hookimpl\n"
+HEAD = """from diffsynth.hookspecs import hookimpl
+from diffsynth.spec import DoorSpec, ModelSpec
+DIFFSYNTH_API = 1
+@hookimpl
+"""
 
 BROKEN = {
     "import_error": ("import no_such_module\n", "No module named 'no_such_module'"),
@@ -40,15 +44,10 @@ BROKEN = {
     "malformed_reference": (good("x", "y").replace(":ToyPipeline", ""), "expected 'package.module:attribute'"),
     "malformed_source": (good("x", "y").replace("Owner/y:*.safe", "*.safe"), "expected 'owner/repository:pattern'"),
     "twice": (
-        good("fake_twice", "same")
-        + good("fake_twice", "same").rpartition("\n    register")[1]
-        + good("fake_twice", "same").rpartition("\n    register")[2],
+        HEAD + "def register_doors(register):\n    for _ in range(2): register(DoorSpec(name='same', folder='x:y'))\n",
         "'same' is declared twice",
     ),
-    "no_api": (
-        HEAD.replace("DIFFSYNTH_API = 1", "") + "def register_models(register): ...\n",
-        "states no DIFFSYNTH_API",
-    ),
+    "no_api": ("", "states no DIFFSYNTH_API; expected DIFFSYNTH_API = 1"),
     "old_api": ("DIFFSYNTH_API = 0\n", "Run: pip install -U fake-old-api"),
     "new_api": ("DIFFSYNTH_API = 99\n", "Run: pip install -U diffsynth-core"),
     "wrapper": (

@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -188,5 +189,8 @@ class TestIdentity:
         (tmp_path / "vae" / "x.safetensors").write_bytes(b"x")
         note = tmp_path / ".cache" / "huggingface" / "download" / "vae" / "x.safetensors.metadata"
         note.parent.mkdir(parents=True)
-        note.write_text("commit\n" + "ab" * 32 + "\n123.0\n")
+        note.write_text("commit\n" + "ab" * 32 + f"\n{time.time()}\n")
         assert file_identity(tmp_path / "vae" / "x.safetensors") == "sha256:" + "ab" * 32
+        # Written again since the download: the hub's word is about another content.
+        note.write_text("commit\n" + "ab" * 32 + "\n123.0\n")
+        assert file_identity(tmp_path / "vae" / "x.safetensors").startswith("sampled-sha256:")

@@ -114,7 +114,7 @@ def test_unused_keys_of_a_structural_match_are_named(saved, caplog):
     tensors = load_file(file) | {"surprise.weight": torch.zeros(1)}
     with caplog.at_level(logging.WARNING):
         load_file_as(pickled.of_state_dict(tensors))
-    assert "1 keys are not used: surprise.weight" in caplog.text
+    assert "1 key is not used: surprise.weight" in caplog.text
 
 
 def test_not_enough_memory_is_found_before_reading(saved, monkeypatch):

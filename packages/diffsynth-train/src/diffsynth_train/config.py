@@ -6,7 +6,7 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -79,11 +79,9 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
-    """How fp32 weights follow their gradients.
+    """How fp32 weights follow their gradients, by AdamW.
 
     Args:
-        name: "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101), or "muon" for hidden matrices with AdamW for the
-            rest; see `diffsynth_train.optim`.
         learning_rate: the highest.
         betas: decay of the moments.
         weight_decay: on matrices and convolutions; vectors have none.
@@ -93,7 +91,6 @@ class OptimizerRecipe:
         decay_steps: length of the trapezoid's fall.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
@@ -178,8 +175,12 @@ class Recipe:
     seed: int = 0
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
     """A recipe from its file.
+
+    Args:
+        path: of the TOML file.
+        changes: `"section.key=value"`, the value as TOML or, where it is none, as text.
 
     Raises:
         TrainingError: no such file, not TOML, an unknown or missing key, a value of another type; the message names
@@ -191,6 +192,8 @@ def read_recipe(path: Path) -> Recipe:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise TrainingError(f"recipe {path} is not TOML: {error}") from error
+    for change in changes:
+        _change(content, change)
     return parse_section(Recipe, content, where="")
 
 
@@ -214,6 +217,20 @@ def parse_section(section: type[Section], content: Mapping[str, Any], *, where: 
         return section(**values)
     except TrainingError as error:
         raise TrainingError(f"{at}: {error}") from error
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    keys, equals, text = change.partition("=")
+    if not equals:
+        raise TrainingError(f"{change!r}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = keys.strip().split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+    content[key] = value
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:

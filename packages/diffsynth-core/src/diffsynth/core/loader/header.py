@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.files import find
-from diffsynth.errors import CorruptFile, KeyMismatch
+from diffsynth.errors import CorruptFile, KeyMismatch, NoFiles
 
 Shape = tuple[int, ...]
 
@@ -22,12 +23,18 @@ WRAPPER_PREFIXES = (
     "model.diffusion_model.",
     "diffusion_model.",
     "pipe.dit.",
+    "pipe.",
     "first_stage_model.",
-    "module.",
+    "vae.",
+    "transformer.",
     "text_encoder.",
+    "module.",
+    "_orig_mod.",
     "model.",
 )
 """What trainers and other tools put before every key; tried only when the bare keys are not recognised."""
+
+_NAMED_TEXT_ENCODER = re.compile(r"text_encoders\.[^.]+\.(transformer\.)?")
 
 _ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -97,7 +104,7 @@ def read(files: Iterable[Path]) -> Header:
     files = tuple(files)
     nested = None
     for file in files:
-        if file.suffix in PICKLE_SUFFIXES:
+        if file.suffix.lower() in PICKLE_SUFFIXES:
             from diffsynth.core.loader import pickled
 
             part = pickled.read(file)
@@ -120,13 +127,21 @@ def read_safetensors(file: Path) -> Header:
     """The header of one safetensors file: 8 bytes of length, then JSON, then the data it points into.
 
     Raises:
+        NoFiles: there is no such file.
         CorruptFile: what is wrong, and with which file.
     """
+    reject_other_kinds(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
-        _reject_other_kinds(file, start, size)
+        if start.startswith(b"PK"):
+            raise CorruptFile(f"{file} is a zip archive. If it is a torch pickle, name it .pth or .bin.")
+        if size < 8:
+            raise CorruptFile(f"{file} is not a safetensors file: it has {size} bytes")
         (length,) = struct.unpack("<Q", start)
+        if stream.read(1) not in (b"{", b""):
+            raise CorruptFile(f"{file} is not a safetensors file: it has no header. Give the path of the weights.")
+        stream.seek(8)
         if length > size - 8:
             raise CorruptFile(
                 f"{file} is truncated: its header says {length} bytes, {size - 8} follow. Fetch it again."
@@ -178,8 +193,21 @@ def strip_prefix(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
     return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
 
 
+def wrapper_prefixes(keys: Iterable[str]) -> tuple[str, ...]:
+    """The wrapper prefixes that stand before some of these keys, the more specific first.
+
+    Which of them really wraps a component only recognition can tell: Qwen3's own names begin with `model.`.
+    """
+    keys = list(keys)
+    # A checkpoint of everything in one file, as other programs write it, names its text encoders too.
+    named = {match[0]: None for key in keys if (match := _NAMED_TEXT_ENCODER.match(key))}
+    return (*named, *(prefix for prefix in WRAPPER_PREFIXES if any(key.startswith(prefix) for key in keys)))
+
+
 def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> None:
     for key, info in tensors.items():
+        if not 0 <= info.start <= info.end:
+            raise CorruptFile(f"{file}: tensor {key!r} begins at byte {info.start} and ends at {info.end}")
         if info.end > size:
             end = max(other.end for other in tensors.values())
             raise CorruptFile(f"{file} is truncated: its header says {end} bytes, the file has {size}. Fetch it again.")
@@ -194,8 +222,19 @@ def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> N
             )
 
 
-def _reject_other_kinds(file: Path, start: bytes, size: int) -> None:
-    if size == 0:
+def reject_other_kinds(file: Path) -> None:
+    """Say what a file is that no reader of ours can read.
+
+    Raises:
+        NoFiles: there is no such file.
+        CorruptFile: empty, a Git-LFS pointer, a GGUF file or a web page.
+    """
+    if not file.is_file():
+        what = "is a folder; name the files in it" if file.is_dir() else "does not exist"
+        raise NoFiles(f"{file} {what}")
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    if not start:
         raise CorruptFile(f"{file} is empty. Fetch it again.")
     if start.startswith(b"version "):
         raise CorruptFile(f"{file} is a Git-LFS pointer, not the weights. Run: git lfs pull")
@@ -203,7 +242,3 @@ def _reject_other_kinds(file: Path, start: bytes, size: int) -> None:
         raise CorruptFile(f"{file} is a GGUF file; diffsynth reads safetensors. Convert it first.")
     if start[:1] == b"<":
         raise CorruptFile(f"{file} is a web page, not a checkpoint: the download was answered with an error page.")
-    if start.startswith(b"PK"):
-        raise CorruptFile(f"{file} is a zip archive. If it is a torch pickle, name it .pth or .bin.")
-    if len(start) < 8:
-        raise CorruptFile(f"{file} is not a safetensors file: it has {size} bytes")

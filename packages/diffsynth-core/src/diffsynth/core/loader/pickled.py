@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffsynth.core.loader.header import Header, TensorInfo
+from diffsynth.core.loader.header import Header, TensorInfo, reject_other_kinds
 from diffsynth.errors import CorruptFile
 
 _WRAPPERS = ("state_dict", "module", "model_state")
@@ -26,17 +27,24 @@ def read(file: Path) -> Header:
     Raises:
         CorruptFile: not a pickle of tensors, or one that would run code.
     """
+    reject_other_kinds(file)
     try:
-        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        # Files of before torch 1.6 are no archives, which is what can be mapped: those are read whole.
+        mapped = zipfile.is_zipfile(file)
+        loaded = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptFile(f"{file} is not a torch checkpoint of tensors alone: {reason}") from None
+    if not isinstance(loaded, Mapping):
+        raise CorruptFile(f"{file} holds a {type(loaded).__name__}; expected a dict of tensors")
     return of_state_dict(loaded, (file,))
 
 
 def of_state_dict(state_dict: Mapping[str, Any], files: tuple[Path, ...] = ()) -> Header:
     """The header of tensors that are in memory; nested dicts are flattened with dots."""
     while len(state_dict) == 1 and next(iter(state_dict)) in _WRAPPERS:
+        if not isinstance(next(iter(state_dict.values())), Mapping):
+            break
         state_dict = next(iter(state_dict.values()))
     tensors = dict(_flatten(state_dict))
     infos = {key: TensorInfo(_DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}

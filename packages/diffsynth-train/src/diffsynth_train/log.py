@@ -1,0 +1,90 @@
+"""What a run says while it runs: a progress bar, and `loss.csv`."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+class LossLog:
+    """Means over some steps, a row each, in a csv file that a resumed run goes on with.
+
+    Args:
+        path: of the file.
+        every: steps per row.
+        start: steps taken before; rows beyond it, of a run that was cut short, are dropped.
+    """
+
+    def __init__(self, path: Path, *, every: int, start: int = 0) -> None:
+        self._path = path
+        self._every = max(every, 1)
+        self._sums: dict[str, list[Tensor | float]] = {}
+        self._began = time.perf_counter()
+        self._rows = [row for row in _read(path) if int(row["step"]) <= start] if start else []
+        self._seconds = float(self._rows[-1]["seconds"]) if self._rows else 0.0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._rewrite()
+
+    def add(self, step: int, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
+        """Take in a step's numbers; gives the means when a row is full. NaN marks a number a step did not have."""
+        for name, value in values.items():
+            self._sums.setdefault(name, []).append(value)
+        if step % self._every:
+            return None
+        # Only here does the device have to wait for the host.
+        means = {name: _mean([float(value) for value in several]) for name, several in self._sums.items()}
+        self._sums = {}
+        seconds = self._seconds + time.perf_counter() - self._began
+        row = {"step": str(step), "seconds": f"{seconds:.1f}"} | {name: f"{mean:.6g}" for name, mean in means.items()}
+        self._rows.append(row)
+        self._append(row)
+        return means
+
+    def _rewrite(self) -> None:
+        with self._path.open("w", encoding="utf-8", newline="") as file:
+            if self._rows:
+                writer = csv.DictWriter(file, fieldnames=list(self._rows[0]))
+                writer.writeheader()
+                writer.writerows(self._rows)
+
+    def _append(self, row: Mapping[str, str]) -> None:
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if len(self._rows) == 1:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+@contextmanager
+def training_progress(total: int, done: int) -> Iterator[Progress]:
+    """A bar on stderr, silent where that is no terminal; advance task 0."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        progress.add_task("train", total=total, completed=done, loss="")
+        yield progress
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,215 @@
+"""The training loop, in plain sight."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffsynth import _discovery
+from diffsynth.errors import TrainingError
+from diffsynth_train import checkpoint
+from diffsynth_train.components import build_components, build_pipeline, repeated_blocks, training_spec
+from diffsynth_train.config import Recipe
+from diffsynth_train.data.cache import UnitCache, split_units
+from diffsynth_train.data.dataset import Dataset, batch_indices, step_generator, step_random
+from diffsynth_train.ema import Ema
+from diffsynth_train.log import LossLog, training_progress
+from diffsynth_train.objectives.base import build_objective
+from diffsynth_train.optim import build_optimizer, learning_rate
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CACHE_BATCH = 16
+
+
+def train(recipe: Recipe, *, resume: Path | None = None) -> list[Path]:
+    """Run a recipe to its end.
+
+    Args:
+        recipe: what to do.
+        resume: folder of a checkpoint of the same run; on the CPU the result is bit for bit that of a run never cut.
+
+    Returns:
+        the files of the weights, `<output>/<role>.safetensors`.
+
+    Raises:
+        TrainingError: the recipe, the manifest or the checkpoint is unfit; nothing was trained.
+        CheckpointError: a component's source is missing or unfit.
+    """
+    run = Run(recipe)
+    start = run.resume(resume) if resume is not None else 0
+    run.steps(start)
+    return run.finish()
+
+
+class Run:
+    """Everything of a run that lives from its first step to its last."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.device = self.accelerator.device
+        torch.manual_seed(recipe.seed)
+        spec = training_spec(recipe)
+        self.components = build_components(recipe, spec)
+        self.pipe = build_pipeline(recipe, spec, self.components, self.device)
+        self.objective = build_objective(recipe, self.pipe, spec)
+        trained = {role for role, component in self.components.items() if component.trained}
+        units = self.objective.units()
+        reads = {read.name for step in units for read in step.reads} | set(self.objective.columns)
+        columns = {column: argument for column, argument in spec.data.items() if argument in reads}
+        self.dataset = Dataset(recipe.data, columns)
+        frozen, self.live = split_units(units, trained, self.dataset.varied)
+        cache_folder = Path(recipe.data.cache) if recipe.data.cache else None
+        self.cache = UnitCache(cache_folder, self.pipe, frozen, self.components)
+        live_reads = {read.name for step in self.live for read in step.reads} | set(self.objective.columns)
+        self.live_columns = {c: a for c, a in columns.items() if a in live_reads}
+        self.cache.fill(self.dataset, _CACHE_BATCH)
+        self.dataset.columns = self.live_columns
+        self.parameters = [each for component in self.components.values() for each in component.trainable()]
+        self.optimizer = build_optimizer(recipe.optimizer, self.parameters)
+        self.ema = Ema(self.parameters, recipe.ema.decay) if recipe.ema.decay else None
+        self._prepare(trained)
+        self.output = Path(recipe.output.folder)
+
+    def resume(self, folder: Path) -> int:
+        """Put a checkpoint's state back; returns the steps taken."""
+        step, mean = checkpoint.load_state(
+            folder, seed=self.recipe.seed, parameters=self.parameters, optimizer=self.optimizer, device=self.device
+        )
+        if (self.ema is None) != (mean is None):
+            raise TrainingError(f"{folder} and the recipe disagree on [ema]")
+        if self.ema is not None and mean is not None:
+            self.ema.load_state_dict(mean)
+        return step
+
+    def steps(self, start: int) -> None:
+        """Train from step `start` to the recipe's last."""
+        loop = self.recipe.loop
+        log = LossLog(self.output / "loss.csv", every=loop.log_every, start=start)
+        with training_progress(loop.steps, start) as progress:
+            for step in range(start, loop.steps):
+                metrics = self.step(step)
+                means = log.add(step + 1, metrics)
+                progress.advance(progress.task_ids[0])
+                if means is not None:
+                    if means["loss"] != means["loss"]:
+                        raise TrainingError(f"the loss is not a number at step {step + 1}; lower the learning rate")
+                    progress.update(progress.task_ids[0], loss=f"loss {means['loss']:.4f}")
+                    logger.info("step %d: %s", step + 1, ", ".join(f"{k} {v:.4g}" for k, v in means.items()))
+                    _discovery.notify("training_step_done", step=step + 1, loss=means["loss"], metrics=means)
+                if loop.save_every and (step + 1) % loop.save_every == 0 and step + 1 < loop.steps:
+                    self.save(step + 1)
+
+    def step(self, step: int) -> dict[str, Tensor | float]:
+        """One optimizer step; 0 is the first."""
+        recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
+        rate = learning_rate(recipe.optimizer, step, recipe.loop.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rows = len(self.dataset)
+        indices = batch_indices(rows, recipe.loop.batch_size, step=step, seed=recipe.seed)[rank::world]
+        micro = recipe.loop.micro_batch or len(indices)
+        captions = step_random(recipe.seed, step, rank)
+        generator = step_generator(recipe.seed, step, self.device, rank)
+        self.optimizer.zero_grad(set_to_none=True)
+        total: dict[str, Tensor | float] = {}
+        for begin in range(0, len(indices), micro):
+            part = indices[begin : begin + micro]
+            with self._precision():
+                values = self._values(part, captions)
+                loss, numbers = self.objective.loss(values, generator)
+            share = len(part) / len(indices)
+            self.accelerator.backward(loss * share)
+            for name, number in {"loss": loss.detach(), **numbers}.items():
+                total[name] = total.get(name, 0.0) + number * share
+        norm = self._clip()
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(step)
+        return total | {"grad_norm": norm, "learning_rate": rate}
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint to go on from, with the mean of the weights beside it."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = checkpoint.step_folder(self.output, step)
+        checkpoint.save_state(
+            folder,
+            step=step,
+            seed=self.recipe.seed,
+            parameters=self.parameters,
+            optimizer=self.optimizer,
+            ema=None if self.ema is None else self.ema.state_dict(),
+            device=self.device,
+        )
+        self._save_weights(folder, step)
+        checkpoint.drop_old(self.output, self.recipe.loop.keep)
+
+    def finish(self) -> list[Path]:
+        """The last checkpoint, and the weights that ship, measured by the objective."""
+        self.save(self.recipe.loop.steps)
+        with self._mean_weights():
+            self.objective.finish(self._all_rows())
+        if not self.accelerator.is_main_process:
+            return []
+        return self._save_weights(self.output, self.recipe.loop.steps)
+
+    def _save_weights(self, folder: Path, step: int) -> list[Path]:
+        recipe = json.dumps(asdict(self.recipe), sort_keys=True)
+        notes = {"diffsynth.recipe": recipe, "diffsynth.recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest()}
+        dtype = _DTYPES[self.recipe.output.dtype]
+        with self._mean_weights():
+            return checkpoint.save_weights(folder, self.components.values(), dtype=dtype, step=step, notes=notes)
+
+    def _values(self, indices: list[int], captions: Any) -> dict[str, Any]:
+        values = self.dataset.batch(indices, captions) | self.cache.batch(indices) | {"batch_size": len(indices)}
+        moved = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return self.pipe.run_units(self.live, moved) if self.live else moved
+
+    def _all_rows(self) -> Iterator[Mapping[str, Any]]:
+        for begin in range(0, len(self.dataset), _CACHE_BATCH):
+            values = self.dataset.batch(range(begin, min(begin + _CACHE_BATCH, len(self.dataset))))
+            yield {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+    def _prepare(self, trained: set[str]) -> None:
+        loop = self.recipe.loop
+        for role in sorted(trained):
+            component = self.components[role]
+            if loop.gradient_checkpointing:
+                if not hasattr(component.module, "gradient_checkpointing"):
+                    raise TrainingError(
+                        f"{component.architecture.name} cannot recompute: turn gradient_checkpointing off"
+                    )
+                component.module.gradient_checkpointing = True
+            if loop.compile:
+                for block in repeated_blocks(component):
+                    block.compile()
+            if self.accelerator.num_processes > 1:
+                if not self.objective.needs_forward_only:
+                    raise TrainingError("this objective runs in one process only")
+                self.pipe.components[role] = self.accelerator.prepare_model(component.module)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.recipe.loop.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _clip(self) -> Tensor:
+        parameters = [parameter for _, parameter in self.parameters]
+        limit = self.recipe.optimizer.clip or float("inf")
+        return nn.utils.clip_grad_norm_(parameters, limit)
+
+    def _mean_weights(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()

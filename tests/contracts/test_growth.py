@@ -1,0 +1,63 @@
+"""Limits of house section 8. An exemption is listed with its reason, and goes when its reason does."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from source_tree import ROOT, SOURCES, modules
+
+MODULE, ARCHITECTURE, SHORT = 500, 800, 200
+FUNCTION, FORWARD, PARAMETERS, FOLDER = 60, 80, 10, 14
+
+ARCHITECTURES = {"dit.py", "vae.py", "text_encoder.py"}
+SHORTER = {"plugin.py", "hookspecs.py"}
+
+EXEMPT: dict[str, str] = {}
+"""`module` or `module:function` -> reason."""
+
+
+@pytest.mark.parametrize("name", modules())
+def test_module_length(name):
+    file = modules()[name]
+    limit = SHORT if file.name in SHORTER else ARCHITECTURE if file.name in ARCHITECTURES else MODULE
+    lines = len(file.read_text(encoding="utf-8").splitlines())
+    assert lines <= limit or name in EXEMPT, f"{file.relative_to(ROOT)} has {lines} lines, limit {limit}"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_functions(name):
+    for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or f"{name}:{node.name}" in EXEMPT:
+            continue
+        limit = FORWARD if node.name == "forward" else FUNCTION
+        assert length(node) <= limit, f"{name}:{node.lineno} {node.name} has {length(node)} lines, limit {limit}"
+        count = len(parameters(node))
+        assert count <= PARAMETERS, f"{name}:{node.lineno} {node.name} has {count} parameters, limit {PARAMETERS}"
+
+
+def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines without the docstring, which may be as long as it needs to be."""
+    docstring = node.body[0] if ast.get_docstring(node) is not None else None
+    spared = docstring.end_lineno - docstring.lineno + 1 if docstring is not None else 0
+    return node.end_lineno - node.lineno + 1 - spared
+
+
+def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return [argument.arg for argument in every if argument.arg not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent for file in modules().values()}), ids=lambda path: path.name)
+def test_folder_size(folder: Path):
+    files = sorted(file.name for file in folder.glob("*.py"))
+    assert len(files) <= FOLDER, f"{folder.relative_to(ROOT)} has {len(files)} modules, limit {FOLDER}"
+
+
+def test_exemptions_are_still_there():
+    for name in EXEMPT:
+        assert name.partition(":")[0] in modules(), f"{name} is exempt but gone"
+
+
+def test_every_package_says_it_is_typed():
+    assert [name for name, init in SOURCES.items() if not (init.parent / "py.typed").exists()] == []

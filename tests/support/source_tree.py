@@ -1,0 +1,107 @@
+"""Our source files as data, for tests that read rather than run them."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCES = {path.parent.name: path for path in sorted(ROOT.glob("packages/*/src/*/__init__.py"))}
+"""Import name -> its `__init__.py`."""
+
+FAMILIES = tuple(name for name in SOURCES if name not in ("diffsynth", "diffsynth_train"))
+
+LAYERS = ("light", "tensors", "models", "loading", "runtime", "top")
+"""Inside core, each may import only itself and those before it."""
+
+_LIGHT_FILES = {"plugin", "config", "checkpoints", "convert"}
+_LIGHT_CORE = {"__init__", "errors", "spec", "hookspecs", "_discovery", "_models", "_spec_checks", "registry", "_env"}
+_LIGHT_LOADER = {"__init__", "header", "recognize", "convert", "files", "config", "identity"}
+_FOLDERS = {
+    "core/attention": "tensors",
+    "core/gradient": "tensors",
+    "core/device": "tensors",
+    "core/data": "tensors",
+    "nn": "tensors",
+    "sampling": "tensors",
+    "models": "models",
+    "core/loader": "loading",
+    "core/vram": "loading",
+    "core/quant": "loading",
+    "lora": "loading",
+    "runtime": "runtime",
+    "pipelines": "runtime",
+    "utils": "runtime",
+    "diffusion": "runtime",
+    "provenance": "runtime",
+    "cli": "top",
+    "testing": "top",
+}
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of every module of ours."""
+    found = {}
+    for package, init in SOURCES.items():
+        for file in sorted(init.parent.rglob("*.py")):
+            parts = file.relative_to(init.parent).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join((package, *parts))] = file
+    return found
+
+
+def layer(name: str) -> str:
+    """The layer of a core module."""
+    inside = modules()[name].relative_to(SOURCES["diffsynth"].parent).with_suffix("").as_posix()
+    if is_light(name):
+        return "light"
+    for folder, its_layer in _FOLDERS.items():
+        if inside == folder or inside.startswith(f"{folder}/"):
+            return its_layer
+    raise AssertionError(f"{name} belongs to no layer: place it in a folder of house section 2, or list it here")
+
+
+def is_light(name: str) -> bool:
+    """Whether a module must do without torch."""
+    package = name.split(".")[0]
+    inside = modules()[name].relative_to(SOURCES[package].parent)
+    folder, stem = inside.parent.as_posix(), inside.stem
+    if package == "diffsynth_train":
+        return folder == "." and stem in ("__init__", "plugin")
+    if package != "diffsynth":
+        return folder == "." and stem in _LIGHT_FILES | {"__init__"}
+    names = {
+        ".": _LIGHT_CORE,
+        "core": {"__init__"},
+        "core/loader": _LIGHT_LOADER,
+        "models": _LIGHT_FILES | {"__init__"},
+    }
+    return stem in names.get(folder, ())
+
+
+def imports(name: str) -> Iterator[tuple[str, int]]:
+    """(module of ours, line) for every import in a module, at any depth, except those for type checkers alone."""
+    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names if _ours(alias.name))
+        elif isinstance(node, ast.ImportFrom) and node.module and _ours(node.module):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner if inner in modules() else node.module), node.lineno
+
+
+def _ours(name: str) -> bool:
+    return name.split(".")[0] in SOURCES

@@ -1,0 +1,35 @@
+"""The guards of `conftest.py` guard."""
+
+import os
+import socket
+
+import pytest
+import torch
+
+
+def test_the_network_is_out_of_reach():
+    with socket.socket() as client, pytest.raises(RuntimeError, match="only loopback is allowed"):
+        client.connect(("192.0.2.1", 80))
+
+
+def test_loopback_is_not():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
+        client.connect(server.getsockname())
+
+
+def test_memory_of_library_code_is_unfilled():
+    library = {"__name__": "diffsynth.nn.example", "torch": torch}
+    assert eval("torch.empty(3)", library).isnan().all()
+    assert eval("torch.empty_like(torch.zeros(3))", library).isnan().all()
+    assert eval("torch.zeros(3).new_empty(2)", library).isnan().all()
+    assert eval("torch.empty(3, dtype=torch.int64)", library).shape == (3,)
+
+
+def test_seeds_are_fixed():
+    first = torch.rand(2)
+    torch.manual_seed(0)
+    assert torch.equal(first, torch.rand(2))
+
+
+def test_settings_of_the_caller_are_gone():
+    assert [name for name in os.environ if name.startswith("DIFFSYNTH_")] == ["DIFFSYNTH_CACHE_DIR"]
