@@ -140,7 +140,7 @@ def test_a_light_module_that_imports_heavy_code(tmp_path, heavy):
         "import json; from diffsynth import _discovery; c = _discovery.catalog();"
         "print(json.dumps([[p.plugin, p.error] for p in c.problems] + [m.spec.name for m in c.models]))"
     )
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "DIFFSYNTH_PLUGINS": "heavy,light"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "DIFFSYNTH_PLUGINS": "heavy,light"}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     problem, model = json.loads(result.stdout)
     assert problem[0] == "heavy"

@@ -16,9 +16,13 @@ FAMILIES = tuple(name for name in SOURCES if name not in ("diffsynth", "diffsynt
 LAYERS = ("light", "tensors", "models", "loading", "runtime", "top")
 """Inside core, each may import only itself and those before it."""
 
-_LIGHT_FILES = {"plugin", "config", "checkpoints", "convert"}
-_LIGHT_CORE = {"__init__", "errors", "spec", "hookspecs", "_discovery", "_models", "_spec_checks", "registry", "_env"}
-_LIGHT_LOADER = {"__init__", "header", "recognize", "convert", "files", "config", "identity"}
+_LIGHT_FILES = {"__init__", "plugin", "config", "checkpoints", "convert"}
+_LIGHT = {
+    ".": {"__init__", "errors", "spec", "hookspecs", "_discovery", "_models", "_spec_checks", "registry", "_env"},
+    "core": {"__init__"},
+    "core/loader": {"__init__", "header", "recognize", "convert", "files", "config", "identity"},
+    "models": _LIGHT_FILES,
+}
 _FOLDERS = {
     "core/attention": "tensors",
     "core/gradient": "tensors",
@@ -72,14 +76,8 @@ def is_light(name: str) -> bool:
     if package == "diffsynth_train":
         return folder == "." and stem in ("__init__", "plugin")
     if package != "diffsynth":
-        return folder == "." and stem in _LIGHT_FILES | {"__init__"}
-    names = {
-        ".": _LIGHT_CORE,
-        "core": {"__init__"},
-        "core/loader": _LIGHT_LOADER,
-        "models": _LIGHT_FILES | {"__init__"},
-    }
-    return stem in names.get(folder, ())
+        return folder == "." and stem in _LIGHT_FILES
+    return stem in _LIGHT.get(folder, ())
 
 
 def imports(name: str) -> Iterator[tuple[str, int]]:

@@ -61,7 +61,8 @@ def test_truncated(tmp_path):
         (b"<!DOCTYPE html><html>", "web page"),
         (b"PK\x03\x04aaaaaaaa", "zip archive"),
         (b"abc", "not a safetensors file"),
-        (struct.pack("<Q", 5) + b"hello", "header does not parse"),
+        (struct.pack("<Q", 5) + b"hello", "has no header"),
+        (struct.pack("<Q", 6) + b"{hello", "header does not parse"),
     ],
 )
 def test_files_that_are_no_checkpoints(tmp_path, content, message):

@@ -59,7 +59,7 @@ def test_loaded_weights_do_not_alias_the_file(saved):
 
 
 def test_shards_pickles_and_state_dicts_load_alike(saved, tmp_path):
-    module, file = saved
+    _, file = saved
     tensors = load_file(file)
     keys = sorted(tensors)
     parts = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]

@@ -113,7 +113,7 @@ def test_a_miss_names_the_nearest():
     shapes = layout_of(PUBLISHED[0])
     shapes.pop(next(iter(shapes)))
     few = dict(list(shapes.items())[: len(shapes) // 2])
-    with pytest.raises(Unrecognized, match=r"nearest is .*shares \d+%.*is missing"):
+    with pytest.raises(Unrecognized, match=r"nearest is .*shares \d+%.* more are missing"):
         find(few)
 
 

@@ -73,10 +73,9 @@ def _answer(files: list[Path]) -> dict[str, Any]:
 
 
 def _component(found: Any) -> dict[str, Any]:
-    config = found.config
     return {
         "architecture": found.architecture.name,
         "checkpoint": found.checkpoint.name if found.checkpoint else None,
         "tier": found.tier,
-        "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,
+        "config": dataclasses.asdict(found.config),
     }

@@ -193,7 +193,7 @@ def _weigh(header: Header, candidates: Sequence[_Candidate]) -> list[Recognized]
         Unrecognized: two architectures explain the same keys equally well.
     """
     chosen: list[_Candidate] = []
-    for candidate in sorted(candidates, key=lambda candidate: -len(candidate.claimed)):
+    for candidate in sorted(candidates, key=lambda each: (-len(each.claimed), -len(each.dropped))):
         rivals = [other for other in chosen if other.claimed & candidate.claimed]
         for rival in rivals:
             names = {rival.recognized.architecture.name, candidate.recognized.architecture.name}

@@ -1,0 +1,25 @@
+import pytest
+from click.testing import CliRunner
+
+from diffsynth.cli.group import program
+from picture_pipeline import catalog, use
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """One model is installed, `toy-1`; returns how to change what is."""
+    monkeypatch.chdir(tmp_path)
+
+    def install(**facts):
+        use(monkeypatch, catalog(**facts))
+
+    install()
+    return install
+
+
+@pytest.fixture
+def run(installed):
+    def invoke(*arguments):
+        return CliRunner().invoke(program, [str(argument) for argument in arguments])
+
+    return invoke

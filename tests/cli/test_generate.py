@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import diffsynth
+from diffsynth import provenance
+from picture_pipeline import picture_pipeline
+
+
+@pytest.fixture
+def loaded(monkeypatch, installed):
+    """What `diffsynth.load` was asked for, and the pipeline it gave."""
+    calls = []
+
+    def load(name, **options):
+        calls.append((name, options))
+        return picture_pipeline()
+
+    monkeypatch.setattr(diffsynth, "load", load)
+    return calls
+
+
+def test_a_picture_with_its_record(run, loaded, tmp_path):
+    result = run("generate", "toy-1", "abcde", "-o", "out.png", "--seed", 5, "--steps", 2, "--width", 48)
+    assert (result.exit_code, result.stdout) == (0, "out.png\n"), result.output
+    image = Image.open(tmp_path / "out.png")
+    assert image.size == (48, 16)
+    assert abs(image.getpixel((0, 0)) - 128) <= 1  # five letters are half a grey
+    made_by = provenance.read_png("out.png")
+    assert (made_by["prompt"], made_by["seed"], made_by["num_inference_steps"]) == ("abcde", 5, 2)
+    assert made_by["arguments"] == {"width": 48}
+    assert loaded == [("toy-1", {"device": None})]
+    assert json.loads(run("info", "out.png", "--json").stdout) == made_by
+
+
+def test_options_reach_the_pipeline(run, loaded):
+    options = ("--cfg-scale", 2, "--negative-prompt", "ab", "--device", "cpu", "--dtype", "float32")
+    assert run("generate", "toy-1", "abcde", "-o", "out.png", *options).exit_code == 0
+    assert provenance.read_png("out.png")["arguments"] == {"cfg_scale": 2.0, "negative_prompt": "ab"}
+    assert loaded == [("toy-1", {"device": "cpu", "torch_dtype": torch.float32})]
+
+
+def test_a_seed_is_drawn_and_recorded(run, loaded):
+    seeds = set()
+    for _ in range(2):
+        assert run("generate", "toy-1", "abc", "-o", "out.png").exit_code == 0
+        seeds.add(provenance.read_png("out.png")["seed"])
+    assert len(seeds) == 2
+    assert all(isinstance(seed, int) for seed in seeds)
+
+
+def test_several_pictures_have_numbers_and_their_own_seeds(run, loaded):
+    result = run("generate", "toy-1", "abc", "-o", "out.png", "--num-images", 2, "--seed", 5)
+    assert result.stdout == "out-1.png\nout-2.png\n"
+    records = [provenance.read_png(f"out-{i}.png") for i in (1, 2)]
+    assert [made_by["seed"] for made_by in records] == [5, 6]
+    assert all(made_by["arguments"] == {} for made_by in records)
+
+
+def test_set_takes_literals_text_and_pictures(run, loaded, tmp_path):
+    Image.new("L", (16, 32), 200).save(tmp_path / "in.png")
+    settings = ("--set", "input_image=in.png", "--set", "denoising_strength=0.5", "--set", "rand_device=cpu")
+    assert run("generate", "toy-1", "abc", "-o", "out.png", *settings).exit_code == 0
+    assert Image.open(tmp_path / "out.png").getpixel((0, 0)) == 200
+    made_by = provenance.read_png("out.png")
+    assert made_by["arguments"] == {"denoising_strength": 0.5}
+    assert made_by["not_recorded"] == ["input_image"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "out.jpg"], "expected a name that ends in .png"),
+        (["-o", "no/where/out.png"], "there is no folder"),
+        (["--set", "heigth=5"], "unknown argument 'heigth'; did you mean 'height'?"),
+        (["--set", "height"], "expected NAME=VALUE"),
+        (["--set", "height=32", "--height", "16"], "height is given twice"),
+        (["--set", "input_image=missing.png"], "cannot be opened as a picture"),
+        (["--set", "output_type=latents"], "this command writes pictures"),
+        (["--height", "0"], "height=0: expected a positive integer"),
+        (["--steps", "0"], "num_inference_steps=0: expected an integer of at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, loaded, arguments, message, tmp_path):
+    result = run("generate", "toy-1", "abc", "-o", "out.png", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_an_unknown_model_is_told_before_anything_is_loaded(run, loaded):
+    result = run("generate", "toy-2", "abc", "-o", "out.png")
+    assert result.exit_code == 2
+    assert "did you mean 'toy-1'?" in result.stderr
+    assert loaded == []
+
+
+def test_a_fault_of_ours_keeps_its_traceback(run, loaded, monkeypatch):
+    monkeypatch.setattr(diffsynth, "load", lambda *_, **__: 1 / 0)
+    assert isinstance(run("generate", "toy-1", "abc", "-o", "out.png").exception, ZeroDivisionError)

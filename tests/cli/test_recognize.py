@@ -1,0 +1,97 @@
+"""On real headers: the layouts that ship with core, written as files without data."""
+
+import gzip
+import importlib.resources
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from diffsynth import _discovery
+from diffsynth.cli.group import program
+
+
+def write_layout(path, layout, skip=0):
+    package, _, name = layout.partition(":")
+    data = json.loads(gzip.decompress(importlib.resources.files(package).joinpath(name).read_bytes()))
+    header, end = {}, 0
+    for key, shape in list(data["tensors"].items())[skip:]:
+        size = 4
+        for extent in shape:
+            size *= extent
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)  # a hole, which takes no disk
+
+
+@pytest.fixture
+def layout():
+    found = [one.spec for one in _discovery.catalog().checkpoints if one.plugin == "core" and one.spec.layout]
+    return min(found, key=lambda spec: spec.name)
+
+
+def recognize(*arguments):
+    return CliRunner().invoke(program, ["recognize", *map(str, arguments)])
+
+
+def test_a_known_file(tmp_path, layout):
+    write_layout(tmp_path / "a.safetensors", layout.layout)
+    result = recognize(tmp_path / "a.safetensors")
+    assert result.exit_code == 0, result.output
+    assert layout.architecture in result.stdout
+    assert "signature" in result.stdout
+    (answer,) = json.loads(recognize("--json", tmp_path / "a.safetensors").stdout)
+    assert answer["components"][0]["checkpoint"] == layout.name
+    assert answer["error"] is None
+
+
+def test_a_folder_and_a_file_inside_it(tmp_path, layout):
+    write_layout(tmp_path / "a.safetensors", layout.layout)
+    assert layout.architecture in recognize(tmp_path).stdout
+
+
+def test_nothing_matches(tmp_path, layout):
+    write_layout(tmp_path / "a.safetensors", layout.layout)
+    (tmp_path / "b.safetensors").write_bytes(
+        struct.pack("<Q", 64) + b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(64) + b"\0" * 4
+    )
+    result = recognize(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert result.exit_code == 3
+    assert layout.architecture in result.stdout
+    assert "b.safetensors" in result.stderr
+    as_json = recognize("--json", tmp_path / "b.safetensors")
+    assert as_json.exit_code == 3
+    assert json.loads(as_json.stdout)[0]["error"]
+
+
+def test_files_that_cannot_be_read_are_not_unknown_ones(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    result = recognize(tmp_path / "a.safetensors")
+    assert result.exit_code == 2
+    assert "is empty" in result.stderr
+    assert recognize(tmp_path / "missing.safetensors").exit_code == 2
+    assert recognize(tmp_path / "sub").exit_code == 2
+    assert recognize().exit_code == 2
+
+
+def test_no_torch(tmp_path, layout):
+    write_layout(tmp_path / "a.safetensors", layout.layout)
+    code = """
+import sys
+from diffsynth.cli import main
+
+try:
+    main(sys.argv[1:])
+finally:
+    print([name for name in ("torch", "numpy", "transformers") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code, "recognize", str(tmp_path / "a.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"

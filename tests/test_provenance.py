@@ -1,0 +1,73 @@
+import json
+
+import pytest
+from PIL import Image
+
+from diffsynth import provenance
+from picture_pipeline import catalog, picture_pipeline, use
+
+
+@pytest.fixture
+def pipe(monkeypatch, tmp_path):
+    use(monkeypatch, catalog())
+    weights = tmp_path / "dit.safetensors"
+    weights.write_bytes(b"weights")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.json").write_text("{}")
+    return picture_pipeline(dit=[weights], adapter=[tokenizer])
+
+
+def test_a_record_has_what_it_takes_to_draw_again(pipe):
+    arguments = {"prompt": "äpple 苹果", "seed": 7, "height": 32, "width": 32, "cfg_scale": 2.0}
+    made_by = provenance.record(pipe, arguments)
+    assert (made_by["model"], made_by["pipeline"]) == ("toy-1", "picture_pipeline:PicturePipeline")
+    assert (made_by["prompt"], made_by["seed"], made_by["num_inference_steps"]) == ("äpple 苹果", 7, 4)
+    # The model's default height is 16, the class's width 32.
+    assert made_by["arguments"] == {"height": 32, "cfg_scale": 2.0}
+    assert (made_by["device"], made_by["dtype"]) == ("cpu", "float32")
+    assert made_by["versions"]["diffsynth-toy"] == "1.2"
+    assert {"torch", "diffsynth-core"} <= set(made_by["versions"])
+    assert json.loads(json.dumps(made_by)) == made_by
+
+
+def test_weights_are_told_by_their_content(pipe, tmp_path):
+    first = provenance.record(pipe, {"prompt": ""})["weights"]
+    assert set(first["dit"]) == {"dit.safetensors"}
+    assert set(first["adapter"]) == {"vocab.json"}
+    (tmp_path / "dit.safetensors").write_bytes(b"other weights")
+    assert provenance.record(pipe, {"prompt": ""})["weights"]["dit"] != first["dit"]
+
+
+def test_what_json_cannot_hold_is_named(pipe):
+    made_by = provenance.record(pipe, {"prompt": "", "input_image": Image.new("L", (8, 8)), "on_step": print})
+    assert made_by["not_recorded"] == ["input_image", "on_step"]
+    assert made_by["arguments"] == {}
+
+
+def test_png_and_back(pipe, tmp_path):
+    path = tmp_path / "out.png"
+    image = Image.new("RGB", (8, 8), "red")
+    made_by = provenance.record(pipe, {"prompt": 'äpple "苹果"\n', "seed": 1})
+    provenance.save_png(image, path, made_by)
+    assert provenance.read_png(path) == made_by
+    assert Image.open(path).tobytes() == image.tobytes()
+    assert [file.name for file in tmp_path.glob("*.part")] == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "out.png"
+    provenance.save_png(Image.new("L", (8, 8)), path, {"seed": 1})
+    with pytest.raises(TypeError):
+        provenance.save_png(Image.new("L", (8, 8)), path, {"seed": object()})
+    assert provenance.read_png(path) == {"seed": 1}
+
+
+def test_files_without_a_record(tmp_path):
+    plain, text = tmp_path / "plain.png", tmp_path / "text.png"
+    Image.new("L", (8, 8)).save(plain)
+    text.write_text("hello")
+    with pytest.raises(ValueError, match="plain.png has no 'diffsynth' text"):
+        provenance.read_png(plain)
+    with pytest.raises(ValueError, match="text.png is not a PNG file"):
+        provenance.read_png(text)
