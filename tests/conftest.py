@@ -48,6 +48,12 @@ def _unfilled_memory(monkeypatch):
     """Memory that library code allocates and forgets to fill is NaN, not the zeros of a fresh page."""
     if (torch := sys.modules.get("torch")) is None or not hasattr(torch, "empty"):
         return
+    with torch.device("meta"):
+        torch.empty(0)  # torch remembers which functions it gives a device to; it must not remember ours
+    # `with torch.device("meta")` remembers the allocators it first saw: it must see torch's own, or a 4B model is real.
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
     for name in _ALLOCATORS:
         monkeypatch.setattr(torch, name, _filled_with_nan(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _filled_with_nan(torch.Tensor.new_empty))

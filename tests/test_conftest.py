@@ -25,6 +25,13 @@ def test_memory_of_library_code_is_unfilled():
     assert eval("torch.empty(3, dtype=torch.int64)", library).shape == (3,)
 
 
+def test_a_device_context_reaches_every_allocation():
+    with torch.device("meta"):
+        assert torch.empty(3).is_meta
+        assert torch.nn.Linear(2, 2).weight.is_meta
+        assert eval("torch.empty(3)", {"__name__": "diffsynth.nn.example", "torch": torch}).is_meta
+
+
 def test_seeds_are_fixed():
     first = torch.rand(2)
     torch.manual_seed(0)

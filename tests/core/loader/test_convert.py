@@ -144,3 +144,46 @@ def test_check_names_missing_unknown_and_wrong():
     ):
         check(made, {"b": (5,), "d": (1,)}, where="x.safetensors")
     assert check(made, {"a": (1,), "b": (2,)}, where="x", unused="report") == ["c"]
+
+
+def test_constants_are_left_out_again():
+    rules = (Constant("zeros", (3,)), Constant("ones", (2,), 1.0), Rename("a", "b"))
+    back = run(invert(rules, {"a": (1,)}), run(rules, {"a": torch.full((1,), 4.0)}))
+    assert back == {"a": torch.full((1,), 4.0)}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda: Split("x", ("a", "b"), -1),
+        lambda: Fuse(("a", "b"), "x", -1),
+        lambda: ReorderChunks("x", "y", (1, 0), -1),
+    ],
+)
+def test_axes_are_counted_from_the_front(rule):
+    with pytest.raises(ValueError, match="counted from the front"):
+        rule()
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (torch.tensor(2.0), torch.full((4, 6), 2.0)),
+        (torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None].expand(4, 6)),
+        (torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None].expand(4, 6)),
+        # Blocks of 2 by 3.
+        (
+            torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+            torch.tensor([[1.0, 2.0], [3.0, 4.0]])[[0, 0, 1, 1]][:, [0, 0, 0, 1, 1, 1]],
+        ),
+    ],
+)
+def test_a_scale_may_be_of_the_tensor_a_row_or_a_block(scale, expected):
+    weight = torch.ones(4, 6, dtype=torch.float8_e4m3fn)
+    made = run((Dequantize("w", "s", "weight"),), {"w": weight, "s": scale})["weight"]
+    assert torch.equal(made, expected)
+
+
+def test_blocks_that_do_not_divide_the_weight_are_refused():
+    with pytest.raises(KeyMismatch, match=r"scale of shape \(3,\) does not fit a weight of shape \(4, 6\)"):
+        plan((Dequantize("w", "s", "weight"),), {"w": (4, 6), "s": (3,)})

@@ -27,6 +27,7 @@ class ComponentRecipe:
         init: reference to `f(module)` that draws the first weights; empty keeps what the constructor drew.
         train: whether it learns.
         freeze: name patterns of parameters that do not learn although the component does (`"encoder.*"`).
+        compile: compile the blocks that the architecture names as repeated.
     """
 
     source: str = ""
@@ -35,6 +36,7 @@ class ComponentRecipe:
     init: str = ""
     train: bool = False
     freeze: tuple[str, ...] = ()
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.source) == bool(self.architecture):
@@ -110,7 +112,6 @@ class LoopRecipe:
         micro_batch: samples in one forward pass; 0 is the whole batch of a process.
         precision: "bf16" runs forward passes under autocast; weights stay fp32 either way.
         gradient_checkpointing: recompute activations in the backward pass.
-        compile: compile the blocks that the architectures name as repeated.
         save_every: steps between checkpoints; 0 saves only at the end.
         log_every: steps between rows of `loss.csv`, which hold the means since the last row.
         keep: checkpoints that stay.
@@ -121,7 +122,6 @@ class LoopRecipe:
     micro_batch: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
-    compile: bool = False
     save_every: int = 0
     log_every: int = 10
     keep: int = 2

@@ -193,7 +193,7 @@ class Run:
                         f"{component.architecture.name} cannot recompute: turn gradient_checkpointing off"
                     )
                 component.module.gradient_checkpointing = True
-            if loop.compile:
+            if self.recipe.components[role].compile:
                 for block in repeated_blocks(component):
                     block.compile()
             if self.accelerator.num_processes > 1:

@@ -97,6 +97,9 @@ class Split(Rule):
     sources = property(lambda self: (self.source,))
     targets = property(lambda self: self.parts)
 
+    def __post_init__(self) -> None:
+        _axis(self, self.dim)
+
     def part_sizes(self, source: Shape) -> tuple[int, ...]:
         """Extent of each part along `dim`."""
         extent = source[self.dim]
@@ -126,6 +129,9 @@ class Fuse(Rule):
     sources = property(lambda self: self.parts)
     targets = property(lambda self: (self.target,))
 
+    def __post_init__(self) -> None:
+        _axis(self, self.dim)
+
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
         """The first's, with the sum of extents along `dim`."""
         first = sources[0]
@@ -152,7 +158,7 @@ class Reshape(Rule):
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
         """`shape`, with -1 worked out."""
         (source,) = sources
-        known = prod(extent for extent in self.shape if extent != -1)
+        known = max(prod(extent for extent in self.shape if extent != -1), 1)
         full = tuple(prod(source) // known if extent == -1 else extent for extent in self.shape)
         if prod(full) != prod(source):
             raise ValueError(f"{self.source} of shape {source} does not reshape to {self.shape}")
@@ -198,6 +204,9 @@ class ReorderChunks(Rule):
     sources = property(lambda self: (self.source,))
     targets = property(lambda self: (self.target,))
 
+    def __post_init__(self) -> None:
+        _axis(self, self.dim)
+
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
         """Unchanged."""
         (source,) = sources
@@ -228,7 +237,10 @@ class Tie(Rule):
 
 @dataclass(frozen=True)
 class Dequantize(Rule):
-    """A low-precision weight and the scale beside it, multiplied out in fp32."""
+    """A low-precision weight and the scale beside it, multiplied out in fp32.
+
+    The scale is one number, or has along each of its axes 1, the weight's extent, or a number of equal blocks.
+    """
 
     weight: str
     scale: str
@@ -239,7 +251,14 @@ class Dequantize(Rule):
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
         """The weight's."""
-        return sources[:1]
+        weight, scale = sources
+        # Where blocks do not divide the weight, their size cannot be told.
+        fits = len(scale) <= len(weight) and all(
+            blocks and extent % blocks == 0 for extent, blocks in zip(weight, scale, strict=False)
+        )
+        if prod(scale) != 1 and not fits:
+            raise ValueError(f"a scale of shape {scale} does not fit a weight of shape {weight}")
+        return (weight,)
 
 
 @dataclass(frozen=True)
@@ -358,8 +377,10 @@ def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
         ValueError: a rule has no inverse.
     """
     done: dict[tuple[str, ...], Rule] = {}
-    for target in plan(rules, shapes).targets.values():
-        if target.sources not in done:
+    for key, target in plan(rules, shapes).targets.items():
+        if not target.sources:
+            done[(key,)] = Drop(key, "the file leaves it out")
+        elif target.sources not in done:
             concrete = _concrete(target.rule, target.sources, rules, shapes)
             done[target.sources] = concrete.inverse(*(shapes[key] for key in target.sources))
     return list(done.values())
@@ -402,7 +423,10 @@ def _matches(rule: Rule, shapes: Mapping[str, Shape], taken: Iterable[str]) -> l
         return [{}]
     found: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
     for pattern in rule.sources:
+        start = pattern.partition("{")[0]
         for key in shapes:
+            if not key.startswith(start):
+                continue
             holes = _match(pattern, key) if key not in taken else None
             if holes is not None:
                 found.setdefault(tuple(sorted(holes.items())), holes)
@@ -433,6 +457,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         else:
             parts.append(re.escape(part))
     return re.compile("".join(parts))
+
+
+def _axis(rule: Rule, dim: int) -> None:
+    if dim < 0:
+        raise ValueError(f"{type(rule).__name__}: dim={dim}; expected an axis counted from the front")
 
 
 def _without(shape: Shape, dim: int) -> Shape:

@@ -150,11 +150,11 @@ def _dequantize(rule: convert.Dequantize, sources: tuple[Tensor, ...], index: in
     weight, scale = sources[0].float(), sources[1].float()
     if scale.numel() == 1:
         return weight * scale.reshape(())
-    # One scale a row, or one a block: blocks repeat along every axis until they cover the weight.
+    # One scale a row, or one a block of equal size.
     scale = scale.reshape(scale.shape + (1,) * (weight.dim() - scale.dim()))
     for axis, (extent, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
         if blocks not in (1, extent):
-            scale = scale.repeat_interleave(-(-extent // blocks), dim=axis).narrow(axis, 0, extent)
+            scale = scale.repeat_interleave(extent // blocks, dim=axis)
     return weight * scale
 
 
