@@ -1,0 +1,81 @@
+import pytest
+
+from diffsynth.errors import TrainingError
+from diffsynth_train.config import Recipe, parse_section, read_recipe
+
+MINIMAL = """
+pipeline = "a:B"
+[objective]
+name = "flow_match"
+[components.dit]
+architecture = "z_image_dit"
+[data]
+manifest = "x.csv"
+height = 64
+width = 64
+[loop]
+steps = 10
+[output]
+folder = "out"
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_minimal(write):
+    recipe = read_recipe(write(MINIMAL))
+    assert (recipe.loop.steps, recipe.optimizer.schedule, recipe.data.captions.drop) == (10, "constant", 0.0)
+
+
+def test_changes_win(write):
+    recipe = read_recipe(write(MINIMAL), changes=["loop.steps=3", "output.folder=elsewhere", "optimizer.clip=2"])
+    assert (recipe.loop.steps, recipe.output.folder, recipe.optimizer.clip) == (3, "elsewhere", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL.replace("steps", "stepz"), r"unknown key 'stepz' in \[loop\]; did you mean 'steps'"),
+        (MINIMAL.replace("steps = 10", ""), r"\[loop\] lacks 'steps'"),
+        (MINIMAL.replace("steps = 10", 'steps = "ten"'), r"loop.steps = 'ten': expected int, got str"),
+        (MINIMAL.replace("steps = 10", "steps = true"), r"loop.steps = True: expected int"),
+        (MINIMAL + '[optimizer]\nschedule = "cosin"', r"optimizer.schedule = 'cosin': expected one of 'constant'"),
+        (MINIMAL + "[optimizer]\nbetas = [0.9]", r"optimizer.betas has 1 entries; expected 2"),
+        (MINIMAL.replace("architecture", "archtecture"), r"'archtecture' in \[components.dit\]; did you mean"),
+        (MINIMAL.replace('architecture = "z_image_dit"', "train = true"), r"\[components.dit\]: .* either source"),
+        ("pipeline = ", "is not TOML"),
+    ],
+)
+def test_bad_recipes(write, text, message):
+    with pytest.raises(TrainingError, match=message):
+        read_recipe(write(text))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(TrainingError, match="does not exist"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_nested_sections_are_dataclasses():
+    recipe = parse_section(
+        Recipe,
+        {
+            "pipeline": "a:B",
+            "objective": {"name": "x"},
+            "components": {"vae": {"source": "v.safetensors"}},
+            "data": {"manifest": "m.csv", "height": 8, "width": 8, "captions": {"templates": ["{caption}!"]}},
+            "loop": {"steps": 1},
+            "output": {"folder": "o"},
+        },
+        where="",
+    )
+    assert recipe.components["vae"].source == "v.safetensors"
+    assert recipe.data.captions.templates == ("{caption}!",)

@@ -1,0 +1,123 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from diffsynth.errors import TrainingError
+from diffsynth_train import loop
+from diffsynth_train.checkpoint import last_checkpoint
+from diffsynth_train.config import Recipe, parse_section
+
+
+def parsed(recipe, **changes):
+    for path, value in changes.items():
+        section, key = path.split("__")
+        recipe[section][key] = value
+    return parse_section(Recipe, recipe, where="")
+
+
+def test_autoencoder_learns_and_its_latents_get_unit_scale(autoencoder_recipe, workspace):
+    recipe = parsed(autoencoder_recipe, loop__steps=30, objective__crop=0)
+    (path,) = loop.train(recipe)
+    with (workspace / "autoencoder" / "loss.csv").open() as file:
+        losses = [float(row["mse"]) for row in csv.DictReader(file)]
+    assert losses[-1] < losses[0]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    config = json.loads(metadata["diffsynth.config"])
+    assert metadata["diffsynth.architecture"] == "flux_autoencoder"
+    assert config["scaling_factor"] not in (1.0, 0.3611)
+    assert json.loads(metadata["diffsynth.recipe"])["loop"]["steps"] == 30
+
+    run = loop.Run(parsed({**autoencoder_recipe, "components": {"vae": {"source": str(path), "train": True}}}))
+    with torch.no_grad():
+        latents = run.pipe.vae.encode(run.dataset.batch(range(5))["input_image"])
+    assert latents.mean().item() == pytest.approx(0, abs=1e-3)
+    assert latents.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_resume_is_bit_exact(flow_recipe, workspace):
+    """Six steps at once, and three steps, a stop and three more, leave the same bits in both components."""
+    whole = {path.name: load_file(path) for path in loop.train(parsed(flow_recipe))}
+    halfway = workspace / "flow" / "step-0000003"
+    resumed_recipe = parsed(flow_recipe, output__folder=str(workspace / "resumed"))
+    resumed = {path.name: load_file(path) for path in loop.train(resumed_recipe, resume=halfway)}
+    assert set(whole) == {"dit.safetensors", "text_encoder.safetensors"}
+    for name, tensors in whole.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, resumed[name][key]), f"{name}: {key}"
+
+
+def test_another_seed_gives_other_weights(flow_recipe, workspace):
+    flow_recipe["loop"]["steps"] = 2
+    first = load_file(loop.train(parsed(flow_recipe))[0])
+    second = load_file(loop.train(parsed({**flow_recipe, "seed": 1}))[0])
+    assert any(not torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+def test_frozen_units_are_cached_and_read_back(flow_recipe, workspace):
+    run = loop.Run(parsed(flow_recipe))
+    assert [unit.name for unit in run.live] == ["encode_prompt"]
+    files = {path: path.stat().st_mtime_ns for path in (workspace / "cache").glob("*.safetensors")}
+    assert len(files) == 5
+    again = loop.Run(parsed(flow_recipe))
+    assert {path: path.stat().st_mtime_ns for path in (workspace / "cache").glob("*.safetensors")} == files
+    torch.testing.assert_close(run.cache.batch([3])["input_latents"], again.cache.batch([3])["input_latents"])
+
+
+def test_gradients_reach_both_components_and_spare_the_frozen_one(flow_recipe):
+    run = loop.Run(parsed(flow_recipe))
+    for step in range(4):  # output layer and gates start at zero: each step lets the gradient one layer further
+        run.step(step)
+    for role in ("dit", "text_encoder"):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in run.components[role].module.parameters())
+    assert all(p.grad is None for p in run.components["vae"].module.parameters())
+
+
+def test_micro_batches_add_up(autoencoder_recipe):
+    """The same step in one piece and in pieces: equal gradients, where nothing random differs."""
+    norms = []
+    for micro in (0, 1):
+        autoencoder_recipe["objective"] = {"name": "reconstruction", "sample": False}
+        norms.append(loop.Run(parsed(autoencoder_recipe, loop__micro_batch=micro)).step(0)["grad_norm"])
+    assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-4)
+
+
+def test_old_checkpoints_go(flow_recipe, workspace):
+    loop.train(parsed(flow_recipe, loop__save_every=1, loop__keep=2))
+    kept = sorted(path.name for path in (workspace / "flow").glob("step-*"))
+    assert kept == ["step-0000005", "step-0000006"]
+    assert last_checkpoint(workspace / "flow").name == "step-0000006"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["components"]["dit"].update(architecture="z_image_dti"), "did you mean 'z_image_dit'"),
+        (lambda r: r["components"].update(dti=r["components"].pop("dit")), "no such role; did you mean 'dit'"),
+        (lambda r: r["components"]["dit"]["config"].update(dmi=3), r"\[components.dit.config\]: unknown key 'dmi'"),
+        (lambda r: r["components"]["dit"].update(freeze=["nothing.*"]), "matches no parameter"),
+        (lambda r: [part.update(train=False) for part in r["components"].values()], "nothing learns"),
+        (lambda r: r["objective"].update(name="flow_mach"), "did you mean 'flow_match'"),
+        (lambda r: r["objective"].update(tabel=3), r"unknown key 'tabel' in \[objective\]"),
+        (lambda r: r.update(pipeline="diffsynth_zimage.pipeline:ZImagePipelin"), "no plugin says how to train"),
+        (lambda r: r["processors"].update(tokenizer="/nowhere"), "is no folder"),
+    ],
+)
+def test_unfit_recipes(flow_recipe, change, message):
+    change(flow_recipe)
+    with pytest.raises(TrainingError, match=message):
+        loop.Run(parsed(flow_recipe))
+
+
+def test_unfit_resumes(flow_recipe, workspace):
+    with pytest.raises(TrainingError, match="holds no checkpoint"):
+        last_checkpoint(workspace)
+    loop.train(parsed(flow_recipe, loop__steps=1))
+    other = loop.Run(parsed({**flow_recipe, "seed": 9}))
+    with pytest.raises(TrainingError, match="seed 0, the recipe says 9"):
+        other.resume(Path(last_checkpoint(workspace / "flow")))
