@@ -3,7 +3,6 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_tokenizer import tiny_tokenizer
 
 import diffsynth
 from diffsynth.core.loader.config import ModelConfig
@@ -14,6 +13,7 @@ from diffsynth.models.qwen3 import Qwen3TextEncoder
 from diffsynth_zimage import ZImagePipeline
 from diffsynth_zimage.config import TINY_DIT
 from diffsynth_zimage.dit import ZImageDiT
+from tiny_tokenizer import tiny_tokenizer
 
 DIT = "transformer/*.safetensors"
 TEXT_ENCODER = "text_encoder/*.safetensors"

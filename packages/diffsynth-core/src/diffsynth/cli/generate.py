@@ -56,14 +56,8 @@ def generate(
     given = {name: value for name, value in options.items() if value is not None}
     arguments = _merge({"prompt": prompt, **given}, _parse(settings))
     arguments.setdefault("seed", secrets.randbelow(2**31))
+    arguments = _check_names(model, arguments)
     pipe = _load(model, device, dtype)
-    arguments = _open_images(arguments, inspect.signature(pipe))
-    try:
-        pipe.check(**arguments)
-    except TypeError as error:  # an unknown argument, which from the command line is the user's
-        from diffsynth.cli.group import fail
-
-        fail(click.get_current_context(), error)
     result = pipe(**arguments)
     _save(pipe, arguments, result, out)
 
@@ -96,11 +90,28 @@ def _merge(arguments: dict[str, Any], settings: Iterator[tuple[str, Any]]) -> di
     return arguments
 
 
+def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, pictures opened, once it is known that the model takes them; weights are not touched."""
+    from diffsynth import registry
+    from diffsynth.spec import resolve
+
+    record = registry.get(model)  # a wrong name costs no import of torch
+    from diffsynth.runtime.request import reject_unknown
+
+    signature = resolve(record.pipeline).call_signature(record.defaults)
+    try:
+        reject_unknown(arguments, signature)
+    except TypeError as error:  # from the command line it is the user's
+        from diffsynth.cli.group import fail
+
+        fail(click.get_current_context(), error)
+    return _open_images(arguments, signature)
+
+
 def _load(model: str, device: str | None, dtype: str | None) -> Any:
     from diffsynth import registry
 
-    record = registry.get(model)  # a wrong name costs no import of torch
-    with _status(f"loading {record.name}"):
+    with _status(f"loading {registry.get(model).name}"):
         import torch
 
         import diffsynth

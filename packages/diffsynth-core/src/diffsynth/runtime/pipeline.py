@@ -77,7 +77,7 @@ class Pipeline:
         self.model_name: str | None = None
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
         self.components = self._fill_roles(components)
-        self.program = check_units(_with_added_units(type(self)), GIVEN)
+        self.program = self._whole_program()
         self._check_program()
         self.__signature__ = call_signature(self.program, self.loop, {})
         self._residency = Residency(self.components, self.device, vram_limit)
@@ -159,6 +159,18 @@ class Pipeline:
             return latents
         return self._output(request, state, latents)
 
+    @classmethod
+    def call_signature(cls, defaults: Mapping[str, Any] | None = None) -> inspect.Signature:
+        """The arguments of a call, those of units that plugins add included; nothing has to be loaded.
+
+        Args:
+            defaults: a model's own, over the class's.
+
+        Raises:
+            InvalidPipeline: units do not fit together.
+        """
+        return call_signature(cls._whole_program(), cls.loop, defaults or {})
+
     def check(self, **arguments: Any) -> Request:
         """Check the arguments of a call without making it; raises what the call would raise for them."""
         return check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
@@ -197,6 +209,10 @@ class Pipeline:
         if name in type(self).roles:
             return self.components[name]
         raise AttributeError(f"{type(self).__name__} has no {name!r}{did_you_mean(name, type(self).roles)}")
+
+    @classmethod
+    def _whole_program(cls) -> Program:
+        return check_units(_with_added_units(cls), GIVEN)
 
     def _fill_roles(self, components: Mapping[str, Any]) -> dict[str, Any]:
         for role in components:

@@ -137,7 +137,7 @@ def check_request(
         ValueError: a value out of range, or lists whose lengths do not fit.
         MissingComponent: an argument whose role is not loaded.
     """
-    _reject_unknown(arguments, signature)
+    reject_unknown(arguments, signature)
     _reject_unserved(arguments, signature, program, components)
     values = {name: parameter.default for name, parameter in signature.parameters.items()} | dict(arguments)
     loop = LoopArguments(**{name: values.pop(name) for name in LOOP_NAMES})
@@ -150,7 +150,12 @@ def check_request(
     return Request(loop, values, seeds, single and not isinstance(loop.seed, list | tuple))
 
 
-def _reject_unknown(arguments: Mapping[str, Any], signature: inspect.Signature) -> None:
+def reject_unknown(arguments: Iterable[str], signature: inspect.Signature) -> None:
+    """Raise on an argument that the signature does not have, with the nearest spelling.
+
+    Raises:
+        TypeError: see above.
+    """
     for name in arguments:
         if name not in signature.parameters:
             raise TypeError(
