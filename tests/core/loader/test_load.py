@@ -43,6 +43,12 @@ def test_round_trip_changes_no_bit(saved):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_a_saved_file_has_the_usual_mode(saved):
+    usual = saved[1].with_name("usual")
+    usual.touch()
+    assert saved[1].stat().st_mode == usual.stat().st_mode
+
+
 def test_dtype_is_converted(saved):
     module, file = saved
     loaded = load_file_as(header.read([file]), dtype=torch.bfloat16)

@@ -52,9 +52,16 @@ def save_component(
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata=notes)
+        partial.chmod(_usual_mode())  # safetensors writes files that only their owner may read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _usual_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _tensors(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
