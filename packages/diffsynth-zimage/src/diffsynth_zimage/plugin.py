@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, TrainingSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec, TrainingSpec
 from diffsynth_zimage.checkpoints import ARCHITECTURES, CHECKPOINTS
 
 DIFFSYNTH_API = 1
@@ -97,3 +97,8 @@ def register_training(register: Callable[[TrainingSpec], None]) -> None:
             schedule="diffsynth.sampling.schedule:z_image_sigmas",
         )
     )
+
+
+@hookimpl
+def register_doors(register: Callable[[DoorSpec], None]) -> None:
+    register(DoorSpec(name="z_image", folder="diffsynth_zimage:doors"))

@@ -17,7 +17,7 @@ from diffsynth import _discovery
 from diffsynth.core import device as devices
 from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_you_mean
 from diffsynth.runtime.loading import PretrainedLoader
-from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, call_signature, check_request
+from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
 from diffsynth.runtime.residency import Residency
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.runtime.unit import REQUIRED, Program, State, Unit, can_run, check_units, needed_for, run_units
@@ -52,7 +52,7 @@ class Pipeline:
         if "__call__" not in vars(cls):
             cls.__call__ = _own_copy(cls.__call__)
         # Shows the family's own arguments to inspect.signature(Class.__call__); instances add those of plugins.
-        own = call_signature(check_units(cls.units, GIVEN), cls.loop, {})
+        own = build_signature(check_units(cls.units, GIVEN), cls.loop, {})
         subject = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         cls.__call__.__signature__ = own.replace(parameters=[subject, *own.parameters.values()])
 
@@ -79,7 +79,7 @@ class Pipeline:
         self.components = self._fill_roles(components)
         self.program = self._whole_program()
         self._check_program()
-        self.__signature__ = call_signature(self.program, self.loop, {})
+        self.__signature__ = build_signature(self.program, self.loop, {})
         self._residency = Residency(self.components, self.device, vram_limit)
 
     @classmethod
@@ -105,8 +105,10 @@ class Pipeline:
             MissingComponent: no file fills a role that the pipeline needs.
             TypeError: an unknown argument.
         """
+        # Under a limit weights wait in host memory; on the device they might not fit even once.
+        home = "cpu" if vram_limit is not None else device
         loader = PretrainedLoader(cls.roles, cls.__name__)
-        components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device)
+        components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=home)
         pipe = cls(components, device=device, torch_dtype=torch_dtype, vram_limit=vram_limit, component_files=files)
         _discovery.notify("pipeline_ready", pipeline=pipe)
         return pipe
@@ -119,10 +121,8 @@ class Pipeline:
 
         Roles left out stay empty: a pipeline in training may hold an autoencoder alone.
         """
-        pipe = cls.__new__(cls)
-        for role in set(cls.roles) - set(components):
-            components[role] = None
-        pipe.__init__(components, device=device, torch_dtype=torch_dtype)  # type: ignore[misc]
+        empty = dict.fromkeys(cls.roles)
+        pipe = cls(empty | components, device=device, torch_dtype=torch_dtype)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.to(pipe.device, torch_dtype)
@@ -139,7 +139,7 @@ class Pipeline:
             if argument not in known:
                 raise TypeError(f"model {name!r} sets default {argument!r}, no argument{did_you_mean(argument, known)}")
         self.model_name = name
-        self.__signature__ = call_signature(self.program, self.loop, defaults)
+        self.__signature__ = build_signature(self.program, self.loop, defaults)
         return self
 
     @torch.no_grad()
@@ -169,7 +169,7 @@ class Pipeline:
         Raises:
             InvalidPipeline: units do not fit together.
         """
-        return call_signature(cls._whole_program(), cls.loop, defaults or {})
+        return build_signature(cls._whole_program(), cls.loop, defaults or {})
 
     def check(self, **arguments: Any) -> Request:
         """Check the arguments of a call without making it; raises what the call would raise for them."""

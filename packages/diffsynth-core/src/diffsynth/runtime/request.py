@@ -92,7 +92,7 @@ class Request:
         return len(self.seeds)
 
 
-def call_signature(program: Program, loop: LoopArguments, defaults: Mapping[str, Any]) -> inspect.Signature:
+def build_signature(program: Program, loop: LoopArguments, defaults: Mapping[str, Any]) -> inspect.Signature:
     """The arguments of a pipeline: units' first, in running order, then the loop's; all keyword-only but `prompt`."""
     parameters = [
         inspect.Parameter(

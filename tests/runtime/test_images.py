@@ -1,0 +1,51 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth.runtime.images import image_to_tensor, images_to_batch, tensor_to_images
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_there_and_back_changes_no_level():
+    image = noise(20, 12)
+    tensor = image_to_tensor(image, 12, 20)
+    assert tensor.shape == (1, 3, 12, 20)
+    assert (tensor.min() >= -1, tensor.max() <= 1) == (True, True)
+    assert np.array_equal(np.asarray(tensor_to_images(tensor)[0]), np.asarray(image))
+
+
+def test_another_size_is_covered_and_cropped_about_the_middle(caplog):
+    image = Image.new("RGB", (90, 30), "black")
+    image.paste("white", (30, 0, 60, 30))
+    with caplog.at_level(logging.INFO, logger="diffsynth"):
+        tensor = image_to_tensor(image, 16, 16)
+    assert tensor.shape == (1, 3, 16, 16)
+    assert (tensor[..., 2:-2] > 0.99).all()
+    assert "90x30 is resized to cover 16x16" in caplog.text
+
+
+def test_grey_and_transparent_pictures_become_rgb():
+    for mode in ("L", "RGBA", "P"):
+        assert image_to_tensor(Image.new(mode, (8, 8)), 8, 8).shape == (1, 3, 8, 8)
+
+
+def test_several_images_make_a_batch():
+    assert images_to_batch([noise(8, 8), noise(9, 10)], height=8, width=8).shape == (2, 3, 8, 8)
+
+
+def test_a_tensor_passes_if_its_size_fits():
+    tensor = torch.zeros(2, 3, 8, 16)
+    assert images_to_batch(tensor, height=8, width=16) is tensor
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 16\); expected \(b, 3, 16, 16\)"):
+        images_to_batch(tensor, height=16, width=16)
+
+
+def test_values_outside_are_clipped():
+    levels = np.asarray(tensor_to_images(torch.tensor([-7.0, 7.0]).view(1, 1, 1, 2).expand(1, 3, 1, 2))[0])
+    assert levels[0, :, 0].tolist() == [0, 255]
