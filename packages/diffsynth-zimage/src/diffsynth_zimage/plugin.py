@@ -61,7 +61,7 @@ MODELS = (
             "vae": f"{NANO}/vae.safetensors",
         },
         processors={"tokenizer": f"{NANO}/tokenizer/"},
-        defaults={"height": 128, "width": 128},
+        defaults={"height": 128, "width": 128, "num_inference_steps": 12, "cfg_scale": 3.0},
         license="OFL-1.1",
         description="ships inside the wheel; draws the emoji it was trained on, in seconds on a CPU",
     ),
