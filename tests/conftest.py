@@ -9,6 +9,11 @@ import socket
 import sys
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: a red test is a change's fault, not the dice's.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 _ALLOCATORS = ("empty", "empty_like", "empty_strided")
 _OURS = ("diffsynth", "diffsynth_")

@@ -194,15 +194,21 @@ def _stretch_to_terminal(sigmas: Float[Tensor, " steps"], terminal: float) -> Fl
 def _schedule(levels: Float[Tensor, " steps"]) -> Float[Tensor, "steps_plus_1"]:
     """Append the final 0, and part levels that rounding made equal.
 
-    They meet where strength is tiny (a FLUX.2 grid of 1e-8 around 1/num_steps) or the shift extreme. Moving the upper
-    one by one unit in the last place is far below what a network sees, and keeps every schedule strictly descending.
+    They meet where strength is tiny (a FLUX.2 grid of 1e-8 around 1/num_steps) or the shift extreme (FLUX.2 at 4200
+    pixels a side). One unit in the last place apart is below what a network sees, and keeps every schedule strictly
+    descending.
+
+    Raises:
+        ValueError: so strong a shift that most levels round to 1, which leaves no schedule to speak of.
     """
-    sigmas = torch.cat([levels.clamp(max=1), torch.zeros(1)])
-    if not (sigmas[:-1] > sigmas[1:]).all():
-        for i in reversed(range(len(levels))):
-            sigmas[i] = torch.maximum(sigmas[i], torch.nextafter(sigmas[i + 1], torch.tensor(2.0)))
-    if not (sigmas <= 1).all():
+    if len(levels) > 1 and not (levels < 1).sum() >= len(levels) / 2:  # NaN counts as coinciding
         raise ValueError(f"the shift is too strong for {len(levels)} steps: levels near 1 coincide in fp32; lower it")
+    sigmas = torch.cat([levels.clamp(max=1), torch.zeros(1)])
+    for i in reversed(range(len(levels))):
+        sigmas[i] = torch.maximum(sigmas[i], torch.nextafter(sigmas[i + 1], torch.tensor(2.0)))
+    sigmas[0] = sigmas[0].clamp(max=1)
+    for i in range(1, len(levels)):
+        sigmas[i] = torch.minimum(sigmas[i], torch.nextafter(sigmas[i - 1], torch.tensor(-1.0)))
     return sigmas
 
 
