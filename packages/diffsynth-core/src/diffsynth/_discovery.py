@@ -85,6 +85,10 @@ class Catalog:
     commands: tuple[Declared[spec.CommandSpec], ...] = ()
     doors: tuple[Declared[spec.DoorSpec], ...] = ()
 
+    def layouts(self) -> tuple[dict[str, spec.ArchitectureSpec], list[spec.CheckpointSpec]]:
+        """Architectures by name, and their published layouts: what recognition asks for."""
+        return {one.spec.name: one.spec for one in self.architectures}, [one.spec for one in self.checkpoints]
+
 
 KINDS: dict[str, type] = {
     "models": spec.ModelSpec,

@@ -119,9 +119,7 @@ def repeated_blocks(component: Component) -> Iterator[nn.Module]:
 def _from_file(role: str, part: ComponentRecipe) -> Component:
     source = ModelConfig.from_source(part.source) if "://" in part.source else ModelConfig(path=part.source)
     tensors = header.read_config(source, resolve=lambda text: _discovery.first("resolve_source", source=text))
-    catalog = _discovery.catalog()
-    architectures = {declared.spec.name: declared.spec for declared in catalog.architectures}
-    found = recognize.recognize(tensors, architectures, [declared.spec for declared in catalog.checkpoints])
+    found = recognize.recognize(tensors, *_discovery.catalog().layouts())
     if len(found) != 1:
         raise TrainingError(f"[components.{role}]: {part.source} holds {len(found)} components; expected one")
     module = load.load_component(found[0], tensors, device="cpu", dtype=torch.float32)
@@ -130,7 +128,7 @@ def _from_file(role: str, part: ComponentRecipe) -> Component:
 
 
 def _from_scratch(role: str, part: ComponentRecipe) -> Component:
-    declared = {each.spec.name: each.spec for each in _discovery.catalog().architectures}
+    declared, _ = _discovery.catalog().layouts()
     if part.architecture not in declared:
         near = did_you_mean(part.architecture, declared)
         raise TrainingError(f"[components.{role}]: architecture {part.architecture!r} is not installed{near}")

@@ -61,12 +61,9 @@ def _answer(files: list[Path]) -> dict[str, Any]:
     from diffsynth.core.loader import header
     from diffsynth.core.loader import recognize as recognition
 
-    catalog = _discovery.catalog()
-    architectures = {declared.spec.name: declared.spec for declared in catalog.architectures}
-    checkpoints = [declared.spec for declared in catalog.checkpoints]
     answer: dict[str, Any] = {"files": [str(file) for file in files], "components": [], "error": None}
     try:
-        found = recognition.recognize(header.read(files), architectures, checkpoints)
+        found = recognition.recognize(header.read(files), *_discovery.catalog().layouts())
     except Unrecognized as error:
         return answer | {"error": str(error)}
     return answer | {"components": [_component(one) for one in found]}

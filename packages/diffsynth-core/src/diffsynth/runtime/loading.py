@@ -80,9 +80,7 @@ class PretrainedLoader:
         return components, sources
 
     def _recognize(self, model_configs: Sequence[ModelConfig]) -> list[_Found]:
-        catalog = _discovery.catalog()
-        architectures = {declared.spec.name: declared.spec for declared in catalog.architectures}
-        checkpoints = [declared.spec for declared in catalog.checkpoints]
+        architectures, checkpoints = _discovery.catalog().layouts()
         found: list[_Found] = []
         for config in model_configs:
             tensors = header.read_config(config, resolve=_resolve_source)

@@ -182,6 +182,13 @@ class Pipeline:
         """
         raise NotImplementedError
 
+    @classmethod
+    def conditions(cls, *, required_only: bool = False) -> frozenset[str]:
+        """The names that `velocity()` reads; of them, those without a default if `required_only`."""
+        parameters = inspect.signature(cls.velocity).parameters.values()
+        named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+        return frozenset(each.name for each in named if not required_only or each.default is each.empty)
+
     def run_units(self, units: Sequence[Unit], values: Mapping[str, Any]) -> dict[str, Any]:
         """Run some units on the `cond` branch, with gradients if they are on; for training.
 
@@ -202,7 +209,7 @@ class Pipeline:
 
     def condition_units(self, *also: str) -> tuple[Unit, ...]:
         """The units that write what `velocity()` reads, and the further names given."""
-        return needed_for(self.program.units, {*self._conditions(), *also})
+        return needed_for(self.program.units, {*self.conditions(), *also})
 
     def __getattr__(self, name: str) -> Any:
         """Roles are attributes: `pipe.dit`."""
@@ -234,7 +241,7 @@ class Pipeline:
             if unknown := set(step.roles) - set(self.roles):
                 raise InvalidPipeline(f"unit {step.name!r} uses role {sorted(unknown)}, not one of {list(self.roles)}")
         available = self.program.writes | set(self.program.arguments) | set(GIVEN)
-        reads = {"velocity()": self._conditions(required_only=True), "the loop": {"latents", "sigmas"}}
+        reads = {"velocity()": self.conditions(required_only=True), "the loop": {"latents", "sigmas"}}
         for step in self.output_units:
             reads[f"unit {step.name!r}"] = {read.name for read in step.reads if read.default is REQUIRED}
             available |= set(step.writes)
@@ -244,11 +251,6 @@ class Pipeline:
                     f"{reader} of {type(self).__name__} reads {name!r}, which no unit writes"
                     f"{did_you_mean(name, available)}"
                 )
-
-    def _conditions(self, *, required_only: bool = False) -> set[str]:
-        parameters = inspect.signature(type(self).velocity).parameters.values()
-        named = [p for p in parameters if p.kind is p.KEYWORD_ONLY and (not required_only or p.default is p.empty)]
-        return {parameter.name for parameter in named}
 
     def _new_state(self, request: Request) -> State:
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
@@ -266,7 +268,7 @@ class Pipeline:
         # The state stays fp32: in bf16, steps near the end of the schedule would round most of their change away.
         sigmas, latents = state.shared["sigmas"], state.shared["latents"].float()
         num_steps = len(sigmas) - 1
-        names = self._conditions()
+        names = self.conditions()
         conditions = {
             branch: {name: value for name, value in state.view(branch).items() if name in names}
             for branch in state.branches

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -55,8 +54,7 @@ class FlowMatch:
         self.weights = bell_weights(self.sigmas) if options.weighting == "bell" else torch.ones_like(self.sigmas)
         self.first = int(options.min_index * options.table)
         self.last = max(int(options.max_index * options.table), self.first + 1)
-        parameters = inspect.signature(type(pipe).velocity).parameters.values()
-        self.conditions = frozenset(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+        self.conditions = pipe.conditions()
 
     def units(self) -> tuple[Unit, ...]:
         """Those that write the conditions and the clean latents."""
