@@ -1,13 +1,16 @@
 """Each way for a plugin to fail, alone and then all at once: it is reported by name, and a good one beside it works."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
 from diffsynth import _discovery, registry
+from diffsynth.cli.group import program
 from diffsynth.errors import BrokenPlugin, UnknownModel
 from fake_plugins import good, install
 
@@ -20,15 +23,20 @@ DIFFSYNTH_API = 1
 BROKEN = {
     "import_error": ("import no_such_module\n", "No module named 'no_such_module'"),
     "syntax_error": ("def broken(:\n", "SyntaxError"),
-    "system_exit": ("raise SystemExit(3)\n", "SystemExit: 3"),
+    "system_exit": (
+        "raise SystemExit(3)\n",
+        "ends the program while it is loaded (SystemExit: 3); leave that to a function. "
+        "Without the plugin: pip uninstall fake-system-exit",
+    ),
     "raises": ("raise RuntimeError('at import')\n", "RuntimeError: at import"),
+    "missing_attribute": ("", "has no attribute 'Nothing'"),
     "unknown_argument": (HEAD + "def register_models(register, nonsense): ...\n", "nonsense"),
     "unknown_hook": (
         HEAD + "def register_model(register): ...\n",
         "hook 'register_model', which does not exist; did you mean 'register_models'?",
     ),
     "declaration_raises": (HEAD + "def register_models(register): 1 / 0\n", "ZeroDivisionError"),
-    "declaration_exits": (HEAD + "def register_models(register): raise SystemExit\n", "SystemExit"),
+    "declaration_exits": (HEAD + "def register_models(register): raise SystemExit\n", "(SystemExit); leave"),
     "wrong_type": (
         HEAD + "def register_models(register): register({'name': 'x'})\n",
         "register_models: expected ModelSpec, got dict",
@@ -47,9 +55,16 @@ BROKEN = {
         HEAD + "def register_doors(register):\n    for _ in range(2): register(DoorSpec(name='same', folder='x:y'))\n",
         "'same' is declared twice",
     ),
+    "same_name": (good("fake_same_name", "x"), "fake-same-name 1.0 and fake-second 1.0 declare a plugin of this name"),
     "no_api": ("", "states no DIFFSYNTH_API; expected DIFFSYNTH_API = 1"),
-    "old_api": ("DIFFSYNTH_API = 0\n", "Run: pip install -U fake-old-api"),
-    "new_api": ("DIFFSYNTH_API = 99\n", "Run: pip install -U diffsynth-core"),
+    "old_api": (
+        "DIFFSYNTH_API = 0\n",
+        "written for DIFFSYNTH_API 0, diffsynth-core has 1. Run: pip install -U fake-old-api",
+    ),
+    "new_api": (
+        "DIFFSYNTH_API = 99\n",
+        "written for DIFFSYNTH_API 99, diffsynth-core has 1. Run: pip install -U diffsynth-core",
+    ),
     "wrapper": (
         HEAD.replace("@hookimpl", "@hookimpl(wrapper=True)") + "def step_done(step): return (yield)\n",
         "wraps hook 'step_done'",
@@ -61,38 +76,65 @@ BROKEN = {
 }
 
 
+KINDS = {
+    "ImportError": ("import_error", "raises"),
+    "SyntaxError": ("syntax_error",),
+    "SystemExit at import": ("system_exit", "declaration_exits"),
+    "entry point to a missing attribute": ("missing_attribute",),
+    "hook with an unknown argument": ("unknown_argument",),
+    "unknown hook name": ("unknown_hook",),
+    "declaration that raises": ("declaration_raises", "asks_too_early"),
+    "spec of a wrong type or with a dead reference": (
+        "wrong_type",
+        "wrong_kind",
+        "dead_reference",
+        "malformed_reference",
+        "malformed_source",
+    ),
+    "duplicate names": ("twice", "same_name"),
+    "torch imported by a light module": ("torch",),
+    "wrong API version": ("no_api", "old_api", "new_api", "wrapper"),
+}
+"""The ways to fail that discovery promises to survive, and the examples of each."""
+
+
+def install_broken(site, name):
+    site.install(name, BROKEN[name][0], target="fake_missing_attribute.plugin:Nothing" * (name == "missing_attribute"))
+    if name == "same_name":
+        site.install(name, BROKEN[name][0], package="fake_second")
+
+
+def test_every_example_is_of_a_kind():
+    assert len(KINDS) == 11
+    assert sorted(name for names in KINDS.values() for name in names) == sorted([*BROKEN, "torch"])
+
+
 @pytest.mark.parametrize("name", BROKEN)
-def test_each_alone(site, name, caplog):
-    code, message = BROKEN[name]
+def test_each_alone_in_the_four_places(site, name, caplog):
     site.install("zzz_good", good("fake_zzz_good", "fine"))
-    site.install(name, code)
-    catalog = site.discover()
-    (problem,) = catalog.problems
+    install_broken(site, name)
+    site.discover()
+    assert [record.name for record in registry.list()] == ["fine"]
+
+    problem, *others = registry.problems()
+    assert len(others) == (name == "same_name")
     assert (problem.plugin, problem.version) == (name, "1.0")
     assert problem.distribution == f"fake-{name}".replace("_", "-")
-    assert message in problem.error
+    assert BROKEN[name][1] in problem.error
     assert "\n" not in problem.error
     assert "Traceback" in problem.traceback
-    assert [model.spec.name for model in catalog.models] == ["fine"]
-    assert name in caplog.text
-    assert "Run: diffsynth plugins" in caplog.text
 
+    shown = CliRunner().invoke(program, ["plugins"])
+    assert shown.exit_code == 1
+    assert str(problem) in shown.stderr.splitlines()
 
-def test_all_at_once(site):
-    for name, (code, _) in BROKEN.items():
-        site.install(name, code)
-    site.install("missing", good("fake_missing", "x"), target="fake_missing.plugin:Nothing")
-    site.install("mmm_good", good("fake_mmm_good", "fine"))
-    catalog = site.discover()
-    assert {problem.plugin for problem in catalog.problems} == {*BROKEN, "missing"}
-    for problem in catalog.problems:
-        assert BROKEN.get(problem.plugin, ("", "Nothing"))[1] in problem.error
-    assert [model.spec.name for model in catalog.models] == ["fine"]
-    assert registry.get("fine").plugin == "mmm_good"
-    with pytest.raises(
-        UnknownModel, match=rf"'fin' is not installed; did you mean 'fine'\?  {len(BROKEN) + 1} plugins"
-    ):
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert str(problem) in warning
+    assert warning.endswith("Run: diffsynth plugins")
+
+    with pytest.raises(UnknownModel, match=r"'fin' is not installed; did you mean 'fine'\?  \d plugin") as caught:
         registry.get("fin")
+    assert str(problem) in str(caught.value)
 
 
 def test_keyboard_interrupt_passes(site):
@@ -123,26 +165,67 @@ def test_two_doors_of_one_name_are_a_problem_of_both(site):
             name, HEAD + f"def register_doors(register): register(DoorSpec(name='d', folder='fake_{name}:d'))\n"
         )
     catalog = site.discover()
+    keep_one = "Keep one of them: pip uninstall fake-a, or: pip uninstall fake-b"
     assert [(problem.plugin, problem.error) for problem in catalog.problems] == [
-        ("a", "door 'd' is also declared by b (fake-b)"),
-        ("b", "door 'd' is also declared by a (fake-a)"),
+        ("a", f"door 'd' is also declared by b (fake-b). {keep_one}"),
+        ("b", f"door 'd' is also declared by a (fake-a). {keep_one}"),
     ]
     assert len(catalog.doors) == 2
 
 
+PLACES = """
+import json, logging
+from click.testing import CliRunner
+from diffsynth import registry
+from diffsynth.cli.group import program
+
+warnings = []
+handler = logging.Handler()
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+problems = {problem.plugin: [problem.error, str(problem)] for problem in registry.problems()}
+shown = CliRunner().invoke(program, ["plugins"])
+try:
+    registry.get("fin")
+except Exception as error:
+    lookup = str(error)
+models = [record.name for record in registry.list()]
+print(json.dumps([problems, models, shown.exit_code, shown.stderr, warnings, lookup]))
+"""
+
+
+def four_places(folder, plugins):
+    """What a fresh process tells; the heavy packages there are fake ones, for it only counts who imported them."""
+    for heavy in _discovery.HEAVY:
+        (folder / f"{heavy}.py").write_text("")
+    install(folder, "good", good("fake_good", "fine"))
+    settings = {
+        "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
+        "DIFFSYNTH_PLUGINS": ",".join([*plugins, "good"]),
+    }
+    command = [sys.executable, "-c", PLACES]
+    result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
 @pytest.mark.parametrize("heavy", _discovery.HEAVY)
 def test_a_light_module_that_imports_heavy_code(tmp_path, heavy):
-    """The heavy package is a fake one: what counts is that it was imported by the plugin, in a fresh process."""
-    (tmp_path / f"{heavy}.py").write_text("")
     install(tmp_path, "heavy", f"import {heavy}\n" + good("fake_heavy", "a"))
-    install(tmp_path, "light", good("fake_light", "b"))
-    code = (
-        "import json; from diffsynth import _discovery; c = _discovery.catalog();"
-        "print(json.dumps([[p.plugin, p.error] for p in c.problems] + [m.spec.name for m in c.models]))"
-    )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "DIFFSYNTH_PLUGINS": "heavy,light"}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    problem, model = json.loads(result.stdout)
-    assert problem[0] == "heavy"
-    assert problem[1].startswith(f"imports {heavy} at import")
-    assert model == "b"
+    problems, models, exit_code, shown, (warning,), lookup = four_places(tmp_path, ["heavy"])
+    assert (list(problems), models, exit_code) == (["heavy"], ["fine"], 1)
+    error, text = problems["heavy"]
+    assert error.startswith(f"imports {heavy} at import; name heavy code by string, or import it inside a function")
+    assert error.endswith('To see where: python -X importtime -c "import fake_heavy.plugin"')
+    assert all(text in place for place in (shown, warning, lookup))
+
+
+def test_all_at_once_beside_a_good_one(tmp_path):
+    install(tmp_path, "torch", "import torch\n" + good("fake_torch", "a"))
+    for name, (code, _) in BROKEN.items():
+        install(tmp_path, name, code, target="fake_missing_attribute.plugin:Nothing" * (name == "missing_attribute"))
+    install(tmp_path, "same_name", good("fake_second", "x"), package="fake_second")
+    problems, models, exit_code, shown, (warning,), lookup = four_places(tmp_path, [*BROKEN, "torch"])
+    assert (problems.keys(), models, exit_code) == ({*BROKEN, "torch"}, ["fine"], 1)
+    for name, (error, text) in problems.items():
+        assert BROKEN.get(name, ("", "imports torch at import"))[1] in error
+        assert all(text in place for place in (shown, warning, lookup)), name

@@ -60,8 +60,11 @@ def test_collisions_do_not_depend_on_order(site, monkeypatch, backwards):
     site.discover()
     assert [record.exact_name for record in registry.list()] == ["alpha:shared", "beta:shared"]
     for bare in ("shared", "Owner/shared"):
-        with pytest.raises(AmbiguousModel, match="alpha:shared, beta:shared"):
+        with pytest.raises(AmbiguousModel) as caught:
             registry.get(bare)
+        assert str(caught.value) == (
+            f"{bare!r} means 2 models. Ask for one of 'alpha:shared' (fake-alpha 1.0) or 'beta:shared' (fake-beta 1.0)"
+        )
     assert registry.get("beta:shared").plugin == "beta"
     assert registry.get("ALPHA:owner/Shared").plugin == "alpha"
 
@@ -104,6 +107,13 @@ def test_an_observer_that_raises_does_not_stop_the_others(site, caplog):
     assert caplog.text.count("plugin 'bad' failed in step_done") == 1  # not once per step
     assert "plugin 'zealous' failed" in caplog.text
     assert "oops" in caplog.text
+
+
+def test_an_observer_does_not_end_its_host(site, caplog):
+    site.install("quitter", observer("raise SystemExit(3)"))
+    site.discover()
+    tell()
+    assert "plugin 'quitter' failed in step_done" in caplog.text
 
 
 def test_an_observer_that_raises_stops_a_strict_run(site, monkeypatch):

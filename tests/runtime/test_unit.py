@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 
 from diffsynth.errors import InvalidPipeline, MissingComponent
@@ -60,7 +62,7 @@ def test_a_rewrite_needs_a_read():
     def overwrite():
         return 3
 
-    with pytest.raises(InvalidPipeline, match="unit 'overwrite' rewrites 'height' without reading it"):
+    with pytest.raises(InvalidPipeline, match="'overwrite' rewrites 'height' without reading it; it is of unit 'round"):
         check_units((round_size, overwrite), given=())
 
 
@@ -70,9 +72,38 @@ def test_two_units_agree_on_an_argument():
         return prompt
 
     with pytest.raises(
-        InvalidPipeline, match="unit 'other' declares argument 'prompt' as int = 3; an earlier unit has str = ''"
+        InvalidPipeline,
+        match="unit 'other' declares argument 'prompt' as int = 3, unlike str = ''; it is of unit 'encode'. Give it",
     ):
         check_units((encode, other), given=())
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text"),
+    [
+        (float, "float"),
+        (Sequence[str], "Sequence[str]"),
+        (Sequence[str] | None, "collections.abc.Sequence[str] | None"),
+    ],
+)
+def test_a_type_and_its_text_agree(annotation, text):
+    """A module may postpone the evaluation of its annotations, and its neighbour may not."""
+
+    def first(*, tone=0): ...
+
+    def second(*, tone=0): ...
+
+    first.__annotations__["tone"], second.__annotations__["tone"] = annotation, text
+    assert list(check_units((unit("a")(first), unit("b")(second)), given=()).arguments) == ["tone"]
+
+
+def test_a_rewritten_argument_is_declared_alike_too():
+    @unit("z")
+    def other(*, height: str = "tall"):
+        return height
+
+    with pytest.raises(InvalidPipeline, match="'other' declares argument 'height' as str = 'tall', unlike int ="):
+        check_units((round_size, other), given=())
 
 
 def test_branches_rename_only_what_is_read():

@@ -87,7 +87,9 @@ class Catalog:
 
     def layouts(self) -> tuple[dict[str, spec.ArchitectureSpec], list[spec.CheckpointSpec]]:
         """Architectures by name, and their published layouts: what recognition asks for."""
-        return {one.spec.name: one.spec for one in self.architectures}, [one.spec for one in self.checkpoints]
+        # Of two with one name, which is a problem of both, the first counts: nobody replaces what core has.
+        by_name = {one.spec.name: one.spec for one in reversed(self.architectures)}
+        return by_name, [one.spec for one in self.checkpoints]
 
 
 KINDS: dict[str, type] = {
@@ -110,6 +112,7 @@ class _Discovered:
     catalog: Catalog
     manager: pluggy.PluginManager
     reported: set[tuple[str, str]] = field(default_factory=set)
+    late: list[Problem] = field(default_factory=list)
 
 
 _lock = threading.RLock()
@@ -141,6 +144,32 @@ def refresh() -> Catalog:
         return catalog()
 
 
+def problems() -> list[Problem]:
+    """What is wrong with plugins: what discovery found, and what showed only when their code was used."""
+    current = _current()
+    return [*current.catalog.problems, *current.late]
+
+
+def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None:
+    """Make what is wrong with a declaration's code a problem of its plugin; logged once.
+
+    Raises:
+        BrokenPlugin: DIFFSYNTH_STRICT_PLUGINS is on.
+    """
+    import traceback
+
+    text = "".join(traceback.format_exception(cause))
+    problem = Problem(declared.plugin, declared.distribution, declared.version, " ".join(error.split()), text)
+    if _env.strict_plugins():
+        raise BrokenPlugin(str(problem)) from cause
+    current = _current()
+    with _lock:
+        if any(str(problem) == str(known) for known in current.late):
+            return
+        current.late.append(problem)
+    logger.warning("%s", describe([problem]))
+
+
 def notify(hook_name: str, **values: Any) -> None:
     """Tell every observer; one that raises is logged by its plugin's name (once per hook), and the others still run.
 
@@ -151,7 +180,7 @@ def notify(hook_name: str, **values: Any) -> None:
     for implementation in getattr(current.manager.hook, hook_name).get_hookimpls():
         try:
             implementation.function(*(values[name] for name in implementation.argnames))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an observer does not end its host
             plugin = implementation.plugin_name
             if _env.strict_plugins():
                 raise BrokenPlugin(f"plugin {plugin!r} failed in {hook_name}: {_message(error)}") from error
@@ -211,6 +240,8 @@ def _discover() -> _Discovered:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit at import is a broken plugin too
+            if isinstance(error, SystemExit):
+                error = _exited(plugin, error)
             problems.append(_problem(plugin, error, time.perf_counter() - started))
             continue
         plugins.append(Plugin(plugin.name, plugin.distribution, plugin.version, time.perf_counter() - started))
@@ -269,7 +300,10 @@ def _load(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, p
         own = _declarations(manager, module)
         for name in HEAVY:
             if name in sys.modules and name not in heavy_before:
-                raise _Rejected(f"imports {name} at import; name heavy code by string, or import it inside a function")
+                raise _Rejected(
+                    f"imports {name} at import; name heavy code by string, or import it inside a function. "
+                    f'To see where: python -X importtime -c "import {entry.module}"'
+                )
     except BaseException:
         # Sweep before the next plugin loads: check_pending() looks at everybody's implementations.
         if manager.is_registered(module):
@@ -327,6 +361,16 @@ def _collector(hook_name: str, expected: type, into: list[Any]) -> Callable[[Any
         into.append(fact)
 
     return register
+
+
+def _exited(plugin: Plugin, error: SystemExit) -> _Rejected:
+    """The same, with what to do about it."""
+    rejected = _Rejected(
+        f"ends the program while it is loaded ({_message(error)}); leave that to a function. "
+        f"Without the plugin: pip uninstall {plugin.distribution}"
+    )
+    rejected.__cause__ = error
+    return rejected
 
 
 def _problem(plugin: Plugin, error: BaseException, seconds: float) -> Problem:

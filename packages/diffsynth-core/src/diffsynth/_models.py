@@ -70,14 +70,15 @@ def get(name: str) -> ModelRecord:
     if len(found) == 1:
         return _record(found[0])
     if found:
-        exact = sorted(f"{one.plugin}:{one.spec.name}" for one in found)
-        raise AmbiguousModel(f"{name!r} means {len(found)} models: {', '.join(exact)}. Ask for one of these spellings.")
+        providers = {f"{one.plugin}:{one.spec.name}": f"{one.distribution} {one.version}" for one in found}
+        exact = [f"{spelling!r} ({providers[spelling]})" for spelling in sorted(providers)]
+        raise AmbiguousModel(f"{name!r} means {len(found)} models. Ask for one of {' or '.join(exact)}")
     raise UnknownModel(_unknown(name, declared))
 
 
 def problems() -> list[Problem]:
     """What is wrong with plugins, and with the installation as a whole."""
-    return [*_discovery.catalog().problems, *_upstream()]
+    return [*_discovery.problems(), *_upstream()]
 
 
 def refresh() -> None:
@@ -91,7 +92,11 @@ def _record(declared: Declared[ModelSpec]) -> ModelRecord:
     fact = declared.spec
     sources = [*fact.components.values(), *fact.processors.values()]
     return ModelRecord(
-        **{field.name: getattr(fact, field.name) for field in dataclasses.fields(fact)},
+        **{
+            field.name: getattr(fact, field.name)
+            for field in dataclasses.fields(ModelRecord)
+            if hasattr(fact, field.name)
+        },
         plugin=declared.plugin,
         distribution=declared.distribution,
         version=declared.version,
@@ -111,7 +116,7 @@ def _spellings(declared: Declared[ModelSpec]) -> set[str]:
 def _unknown(name: str, declared: tuple[Declared[ModelSpec], ...]) -> str:
     known = [text for one in declared for text in (one.spec.name, one.spec.hub_id) if text]
     hint = did_you_mean(name, known) or ". Run: diffsynth list"
-    broken = _discovery.catalog().problems
+    broken = _discovery.problems()
     return f"{name!r} is not installed{hint}" + (f"  {_discovery.describe(broken)}" if broken else "")
 
 

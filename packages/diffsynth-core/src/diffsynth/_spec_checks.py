@@ -75,7 +75,14 @@ def duplicates(declared: Iterable[Any]) -> Iterator[tuple[str, str, str, str]]:
         for one in several if len(several) > 1 else ():
             others = ", ".join(f"{other.plugin} ({other.distribution})" for other in several if other is not one)
             kind = type(one.spec).__name__.removesuffix("Spec").lower()
-            yield one.plugin, one.distribution, one.version, f"{kind} {name!r} is also declared by {others}"
+            removable = sorted({each.distribution for each in several if each.plugin != "core"})
+            yield (
+                one.plugin,
+                one.distribution,
+                one.version,
+                f"{kind} {name!r} is also declared by {others}. Keep one of them: pip uninstall "
+                + ", or: pip uninstall ".join(removable),
+            )
 
 
 def _may_exist(module_name: str) -> bool:

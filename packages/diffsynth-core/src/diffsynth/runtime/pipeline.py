@@ -16,6 +16,7 @@ from torch import Tensor
 from diffsynth import _discovery
 from diffsynth.core import device as devices
 from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_you_mean
+from diffsynth.runtime.added_units import with_added_units
 from diffsynth.runtime.loading import PretrainedLoader
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
 from diffsynth.runtime.residency import Residency
@@ -23,7 +24,6 @@ from diffsynth.runtime.role import Processor, Role
 from diffsynth.runtime.unit import REQUIRED, Program, State, Unit, can_run, check_units, needed_for, run_units
 from diffsynth.sampling.guidance import classifier_free_guidance
 from diffsynth.sampling.solver import euler
-from diffsynth.spec import resolve
 
 GIVEN = ("device", "dtype", "batch_size", "seeds", *LOOP_NAMES)
 """Names that every pipeline gives its units, besides what they write for each other."""
@@ -219,7 +219,7 @@ class Pipeline:
 
     @classmethod
     def _whole_program(cls) -> Program:
-        return check_units(_with_added_units(cls), GIVEN)
+        return check_units(with_added_units(cls, GIVEN), GIVEN)
 
     def _fill_roles(self, components: Mapping[str, Any]) -> dict[str, Any]:
         for role in components:
@@ -301,23 +301,6 @@ class Pipeline:
         run_units(program, self.components, state, around=functools.partial(self._stage, request))
         output = state.shared["output"]
         return output[0] if request.single and isinstance(output, list) else output
-
-
-def _with_added_units(cls: type[Pipeline]) -> tuple[Unit, ...]:
-    """The class's units and those that plugins add to it, each after the one it names."""
-    units = list(cls.units)
-    references = {f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__}
-    for declared in _discovery.catalog().units:
-        if declared.spec.pipeline not in references:
-            continue
-        names, added = [step.name for step in units], resolve(declared.spec.unit)
-        if declared.spec.after and declared.spec.after not in names:
-            raise InvalidPipeline(
-                f"unit {added.name!r} of plugin {declared.plugin!r} runs after {declared.spec.after!r}"
-                f"{did_you_mean(declared.spec.after, names)} {cls.__name__} has: {', '.join(names)}"
-            )
-        units.insert(names.index(declared.spec.after) + 1 if declared.spec.after else len(units), added)
-    return tuple(units)
 
 
 def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:

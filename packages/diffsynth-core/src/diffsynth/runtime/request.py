@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from diffsynth import _discovery
 from diffsynth.errors import MissingComponent, did_you_mean
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Program, can_run
@@ -158,9 +159,11 @@ def reject_unknown(arguments: Iterable[str], signature: inspect.Signature) -> No
     """
     for name in arguments:
         if name not in signature.parameters:
+            broken = _discovery.problems()
             raise TypeError(
                 f"unknown argument {name!r}{did_you_mean(name, signature.parameters)} "
                 f"This pipeline takes: {', '.join(signature.parameters)}"
+                + (f"  {_discovery.describe(broken)}" if broken else "")
             )
 
 

@@ -13,6 +13,7 @@ by an earlier unit or given by the pipeline. A role with the default None is opt
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -38,7 +39,8 @@ class Unit:
     """One step: call it with its roles and reads; the result is a value per written name.
 
     `branches` maps a branch to the names it reads in place of the plain ones; the plain names are the `cond` branch.
-    A `random` unit draws randomness, so its result is never cached.
+    A `random` unit draws randomness, so its result is never cached. `provider` is the plugin that adds the unit to
+    somebody else's pipeline.
     """
 
     name: str
@@ -49,6 +51,12 @@ class Unit:
     writes: tuple[str, ...]
     branches: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
     random: bool = False
+    provider: str = field(default="", compare=False)
+
+    @property
+    def title(self) -> str:
+        """What messages call it: `unit 'blur'`, or `unit 'blur' of plugin soft (diffsynth-soft)`."""
+        return f"unit {self.name!r}" + (f" of plugin {self.provider}" if self.provider else "")
 
     def __call__(self, *roles: Any, **reads: Any) -> Any:
         """Run the function itself."""
@@ -59,17 +67,23 @@ class Unit:
 
         Raises:
             MissingComponent: a value is not there, because the unit that writes it lacks a role.
+            Exception: what the function raises, with a note that names the plugin if a plugin added the unit.
         """
         roles = [components.get(role) for role in self.roles]
         reads = {read.name: values.get(read.name, read.default) for read in self.reads}
         for name, value in reads.items():
             if value is REQUIRED:
                 raise MissingComponent(
-                    f"unit {self.name!r} needs {name!r}, but the role of the unit that writes it is not loaded"
+                    f"{self.title} needs {name!r}, but the role of the unit that writes it is not loaded"
                 )
-        result = self.function(*roles, **reads)
+        try:
+            result = self.function(*roles, **reads)
+        except Exception as error:
+            if self.provider:
+                error.add_note(f"raised by {self.title}")
+            raise
         results = (result,) if len(self.writes) == 1 else result
-        assert len(results) == len(self.writes), f"unit {self.name!r} writes {self.writes}, returned {len(results)}"
+        assert len(results) == len(self.writes), f"{self.title} writes {self.writes}, returned {len(results)}"
         return dict(zip(self.writes, results, strict=True))
 
 
@@ -153,16 +167,16 @@ def check_units(units: Sequence[Unit], given: Collection[str]) -> Program:
                 continue
             if read.default is REQUIRED and read.name not in available:
                 raise InvalidPipeline(
-                    f"unit {step.name!r} reads {read.name!r}, which no earlier unit writes"
+                    f"{step.title} reads {read.name!r}, which no earlier unit writes"
                     f"{did_you_mean(read.name, available)} Write it before, or give it a default."
                 )
-            if read.default is not REQUIRED and read.name not in written:
-                _declare(arguments, read, step)
+            if read.default is not REQUIRED and (read.name not in written or read.name in arguments):
+                _declare(arguments, read, step, units)
         available.update(arguments)
         reads = {read.name for read in step.reads}
         for name in step.writes:
             if name in available and name not in reads:
-                raise InvalidPipeline(f"unit {step.name!r} rewrites {name!r} without reading it")
+                raise InvalidPipeline(f"{step.title} rewrites {name!r} without reading it{_whose(name, step, units)}")
         if step.branches or reads & branched:
             branched.update(step.writes)
         written.update(step.writes)
@@ -261,10 +275,25 @@ def _argument_names(step: Unit) -> set[str]:
     return {read.name for read in _plain_and_branch_reads(step)}
 
 
-def _declare(arguments: dict[str, Read], read: Read, step: Unit) -> None:
+def _declare(arguments: dict[str, Read], read: Read, step: Unit, units: Sequence[Unit]) -> None:
     first = arguments.setdefault(read.name, read)
-    if (first.annotation, first.default) != (read.annotation, read.default):
-        shown = [f"{inspect.formatannotation(each.annotation)} = {each.default!r}" for each in (read, first)]
+    if (_type_text(first), first.default) != (_type_text(read), read.default):
+        shown = [f"{_type_text(each)} = {each.default!r}" for each in (read, first)]
         raise InvalidPipeline(
-            f"unit {step.name!r} declares argument {read.name!r} as {shown[0]}; an earlier unit has {shown[1]}"
+            f"{step.title} declares argument {read.name!r} as {shown[0]}, unlike {shown[1]}"
+            f"{_whose(read.name, step, units)}. Give it another name, or the same type and default"
         )
+
+
+def _type_text(read: Read) -> str:
+    """The annotation without module names: a type, or a text where its module postpones evaluation."""
+    if read.annotation is inspect.Parameter.empty:
+        return "untyped"
+    text = read.annotation if isinstance(read.annotation, str) else inspect.formatannotation(read.annotation)
+    return re.sub(r"\b(?:\w+\.)+(?=[A-Za-z_])", "", text)
+
+
+def _whose(name: str, step: Unit, units: Sequence[Unit]) -> str:
+    """Who else has a name: the first unit that writes or reads it."""
+    owner = next(each for each in units if name in each.writes or name in _argument_names(each))
+    return "" if owner is step else f"; it is of {owner.title}"

@@ -1,0 +1,147 @@
+"""Units that plugins add to the toy pipeline: a misfit is left out, says whose it is, and breaks nothing."""
+
+import inspect
+
+import pytest
+
+from diffsynth import registry
+from diffsynth.errors import BrokenPlugin
+from toy_pipeline import ToyPipeline, toy_pipeline
+
+PLUGIN = """
+from diffsynth.hookspecs import hookimpl
+from diffsynth.spec import UnitSpec
+DIFFSYNTH_API = 1
+@hookimpl
+def register_units(register):
+    register(UnitSpec(pipeline="toy_pipeline:ToyPipeline", unit="fake_{name}.units:{unit}", after="{after}"))
+"""
+
+UNITS = """
+from diffsynth.runtime.unit import unit
+{body}
+"""
+
+DARKER = """
+@unit("colour")
+def darker(*, colour, darkness: float = 0.0):
+    return colour - darkness
+"""
+
+MISFITS = {
+    "another_type": (
+        "@unit('extra')\ndef grow(*, height: str = 'tall'): return height",
+        "unit 'grow' of plugin misfit (fake-misfit) declares argument 'height' as str = 'tall', unlike int = 32; "
+        "it is of unit 'round_size'. Give it another name, or the same type and default",
+    ),
+    "another_default": (
+        "@unit('extra')\ndef grow(*, denoising_strength: float = 0.5): return 0",
+        "declares argument 'denoising_strength' as float = 0.5, unlike float = 1.0; it is of unit 'schedule'",
+    ),
+    "argument_of_the_loop": (
+        "@unit('extra')\ndef grow(*, cfg_scale: str = 'big'): return cfg_scale",
+        "unit 'grow' of plugin misfit (fake-misfit) declares 'cfg_scale', which every pipeline has. "
+        "Read it without a default",
+    ),
+    "rewrites": ("@unit('latents')\ndef grow(): return 0", "rewrites 'latents' without reading it; it is of unit 'ini"),
+    "takes_an_argument_away": (
+        "@unit('denoising_strength')\ndef grow(): return 1.0",
+        "writes 'denoising_strength' before its owner reads it",
+    ),
+    "reads_nothing_that_is_there": (
+        "@unit('extra')\ndef grow(*, colours): return 0",
+        "reads 'colours', which no earlier unit writes; did you mean 'colour'?",
+    ),
+    "a_name_that_is_there": ("@unit('extra')\ndef schedule(): return 0", "has the name of a unit that is there"),
+    "a_role_that_is_not": ("@unit('extra')\ndef grow(vae): return 0", "uses role ['vae'], not one of ['dit'"),
+    "no_unit": ("def grow(): return 0", "is a function; expected a function under @unit"),
+    "import_error": ("import no_such_module\ngrow = None", "ModuleNotFoundError: No module named 'no_such_module'"),
+    "exits": ("raise SystemExit(3)", "SystemExit: 3"),
+}
+
+
+def install(site, name, body, *, unit="", after=""):
+    unit = unit or body.partition("def ")[2].partition("(")[0] or "grow"
+    site.install(name, PLUGIN.format(name=name, unit=unit, after=after))
+    (site.folder / f"fake_{name}" / "units.py").write_text(UNITS.format(body=body))
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_misfit_is_left_out_and_the_pipeline_works(site, kind, caplog):
+    body, message = MISFITS[kind]
+    place = {"takes_an_argument_away": "round_size", "rewrites": "initial_latents"}
+    install(site, "misfit", body, after=place.get(kind, "encode_colour"))
+    install(site, "good", DARKER, after="encode_colour")
+    site.discover()
+    pipe = toy_pipeline()
+    assert pipe("x" * 7, seed=0, darkness=0.2) == pytest.approx(0.5, abs=1e-5)
+
+    (problem,) = registry.problems()
+    assert (problem.plugin, problem.distribution, problem.version) == ("misfit", "fake-misfit", "1.0")
+    assert message in problem.error
+    assert "is left out of ToyPipeline: " in problem.error
+    assert problem.error.endswith("Without the plugin: pip uninstall fake-misfit")
+    assert "Traceback" in problem.traceback or kind == "exits"
+    toy_pipeline()
+    assert caplog.text.count("is left out of") == 1  # not once per pipeline
+    assert len(registry.problems()) == 1
+
+
+def test_its_arguments_are_unknown_and_the_error_says_why(site):
+    install(site, "misfit", "@unit('latents')\ndef grow(*, growth: float = 1.0): return growth")
+    site.discover()
+    with pytest.raises(TypeError, match=r"unknown argument 'growth'.*1 plugin is broken: misfit \(fake-misfit 1\.0\)"):
+        toy_pipeline()("abc", growth=2.0)
+
+
+def test_a_misplaced_one_hears_what_there_is(site):
+    install(site, "misfit", DARKER, after="encode_color")
+    site.discover()
+    toy_pipeline()
+    (problem,) = registry.problems()
+    assert "runs after 'encode_color', which is not there; did you mean 'encode_colour'?" in problem.error
+    assert "ToyPipeline has: round_size, schedule, encode_colour, initial_latents" in problem.error
+
+
+def test_two_plugins_that_clash_name_each_other(site):
+    for name, default in (("alpha", 0.0), ("beta", 1.0)):
+        body = f"@unit('{name}')\ndef {name}_step(*, softness: float = {default}): return softness"
+        install(site, name, body)
+    site.discover()
+    pipe = toy_pipeline()
+    assert inspect.signature(pipe).parameters["softness"].default == 0.0
+    (problem,) = registry.problems()
+    assert problem.plugin == "beta"
+    assert "unit 'beta_step' of plugin beta (fake-beta) declares argument 'softness'" in problem.error
+    assert "it is of unit 'alpha_step' of plugin alpha (fake-alpha)" in problem.error
+
+
+def test_one_may_build_on_another_whatever_their_names(site):
+    install(site, "alpha", "@unit('colour')\ndef halve(*, colour, shade): return colour * shade", after="shading")
+    install(site, "beta", "@unit('shade')\ndef shading(*, shade_level: float = 0.5): return shade_level", after="")
+    site.discover()
+    assert toy_pipeline()("x" * 8, seed=0, shade_level=0.25) == pytest.approx(0.2, abs=1e-5)
+    assert registry.problems() == []
+
+
+def test_strict_mode_raises(site, monkeypatch):
+    install(site, "misfit", "@unit('latents')\ndef grow(): return 0")
+    site.discover()
+    monkeypatch.setenv("DIFFSYNTH_STRICT_PLUGINS", "1")
+    with pytest.raises(BrokenPlugin, match=r"misfit \(fake-misfit 1\.0\): unit 'fake_misfit\.units:grow' is left out"):
+        toy_pipeline()
+
+
+def test_the_class_itself_is_untouched(site):
+    install(site, "good", DARKER, after="encode_colour")
+    site.discover()
+    assert "darkness" not in inspect.signature(ToyPipeline.__call__).parameters
+    assert "darkness" in ToyPipeline.call_signature().parameters
+
+
+def test_what_an_added_unit_raises_names_its_plugin(site):
+    install(site, "late", "@unit('extra')\ndef fail(*, colour): raise RuntimeError('in the unit')")
+    site.discover()
+    with pytest.raises(RuntimeError, match="in the unit") as caught:
+        toy_pipeline()("abc")
+    assert caught.value.__notes__ == ["raised by unit 'fail' of plugin late (fake-late)"]
