@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffsynth.core.attention import attention
+from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.nn.rms_norm import RMSNorm
 from diffsynth.nn.rope import apply_rotary, rotary_angles
 from diffsynth.nn.timestep import TimestepEmbedder
@@ -116,9 +116,7 @@ class ZImageDiT(nn.Module):
         return height // patch, width // patch
 
     def _run(self, block: nn.Module, *arguments: object) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+        return gradient_checkpoint_forward(block, self.gradient_checkpointing, False, *arguments)
 
 
 Rotary = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]

@@ -1,0 +1,7 @@
+"""Trading computation for memory in the backward pass."""
+
+from __future__ import annotations
+
+from diffsynth.core.gradient.checkpoint import gradient_checkpoint_forward
+
+__all__ = ["gradient_checkpoint_forward"]
