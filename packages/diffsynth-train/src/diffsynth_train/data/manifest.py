@@ -1,14 +1,13 @@
-"""The dataset's rows: csv, json or jsonl, always UTF-8."""
+"""The dataset's rows, checked: every column is there, and every file."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsynth.core.data.manifest import read_rows
 from diffsynth.errors import TrainingError
 
 _SHOWN = 10
@@ -46,7 +45,7 @@ def read_manifest(path: Path, *, columns: Iterable[str], files: Iterable[str]) -
         TrainingError: unreadable, empty, a column missing, or files missing; all missing files are counted, the first
             ten are named.
     """
-    rows = tuple(_read_rows(path))
+    rows = tuple(read_rows(path))
     if not rows:
         raise TrainingError(f"manifest {path} has no rows")
     for number, row in enumerate(rows, start=1):
@@ -64,33 +63,3 @@ def read_manifest(path: Path, *, columns: Iterable[str], files: Iterable[str]) -
             f"manifest {path}: {len(missing)} of {len(wanted)} files are missing: {', '.join(missing[:_SHOWN])}{more}"
         )
     return manifest
-
-
-def _read_rows(path: Path) -> list[Mapping[str, Any]]:
-    readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
-    if path.suffix not in readers:
-        raise TrainingError(f"manifest {path}: expected {', '.join(readers)}, got {path.suffix or 'no suffix'!r}")
-    if not path.is_file():
-        raise TrainingError(f"manifest {path} does not exist")
-    try:
-        return readers[path.suffix](path)
-    except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
-        raise TrainingError(f"manifest {path} cannot be read as UTF-8 {path.suffix[1:]}: {error}") from error
-
-
-def _read_csv(path: Path) -> list[Mapping[str, Any]]:
-    # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _read_json(path: Path) -> list[Mapping[str, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise TrainingError(f"manifest {path}: expected a list of objects")
-    return content
-
-
-def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [json.loads(line) for line in lines]

@@ -1,0 +1,53 @@
+"""The rows of a data set's table: csv, json or jsonl, always UTF-8."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from diffsynth.errors import TrainingError
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows as they stand in the file. Cells of a csv are text, whatever they look like.
+
+    Args:
+        path: .csv with a header line, .json with a list of objects, or .jsonl with an object per line.
+
+    Raises:
+        TrainingError: another suffix, no such file, or one that does not parse.
+    """
+    readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
+    if path.suffix not in readers:
+        raise TrainingError(f"manifest {path}: expected {', '.join(readers)}, got {path.suffix or 'no suffix'!r}")
+    if not path.is_file():
+        raise TrainingError(f"manifest {path} does not exist")
+    try:
+        rows = readers[path.suffix](path)
+    except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
+        raise TrainingError(f"manifest {path} cannot be read as UTF-8 {path.suffix[1:]}: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise TrainingError(f"manifest {path}: expected a list of objects")
+    return rows
+
+
+def _read_csv(path: Path) -> Any:
+    # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise csv.Error(f"row {number} has more cells than the header; put a text with commas into quotes")
+    return rows
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_jsonl(path: Path) -> Any:
+    # Not splitlines(): it also breaks at separators that may stand inside a JSON text, such as U+2028.
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [json.loads(line) for line in lines]

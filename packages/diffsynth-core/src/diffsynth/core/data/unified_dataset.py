@@ -1,0 +1,182 @@
+"""`UnifiedDataset`: rows of a table, or files that an earlier stage cached, as training samples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from diffsynth.core.data.manifest import read_rows
+from diffsynth.core.data.operators import (
+    DataProcessingOperator,
+    DataProcessingOperatorRaw,
+    ImageCropAndResize,
+    LoadGIF,
+    LoadImage,
+    LoadTorchPickle,
+    LoadVideo,
+    RouteByExtensionName,
+    RouteByType,
+    SequentialProcess,
+    ToAbsolutePath,
+    ToList,
+)
+from diffsynth.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
+VIDEOS = ("mp4", "avi", "mov", "wmv", "mkv", "flv", "webm")
+
+Operator = Callable[[Any], Any]
+
+
+class UnifiedDataset(Dataset[Any]):
+    """Samples of a table (csv, json, jsonl), or, without a table, the `.pth` files below a folder.
+
+    Args:
+        base_path: the folder that holds the files.
+        metadata_path: the table; None reads what split training cached below `base_path`.
+        repeat: how often each row is drawn in an epoch.
+        data_file_keys: columns that name files; a row need not have all of them.
+        main_data_operator: makes a value of such a cell, as `default_image_operator` does.
+        special_operator_map: column -> operator, for any column; beats `main_data_operator`.
+        max_data_items: the length of an epoch, in place of rows x repeat: fewer samples or, by going round, more.
+
+    Raises:
+        TrainingError: no rows or no cached files, a table that cannot be read, or none of the columns with an operator
+            is in it.
+        TypeError: `data_file_keys` is one text.
+    """
+
+    def __init__(
+        self,
+        base_path: str | Path | None = None,
+        metadata_path: str | Path | None = None,
+        repeat: int = 1,
+        data_file_keys: Sequence[str] = (),
+        main_data_operator: Operator | None = None,
+        special_operator_map: Mapping[str, Operator] | None = None,
+        max_data_items: int | None = None,
+    ) -> None:
+        if isinstance(data_file_keys, str):
+            raise TypeError(f"data_file_keys is the text {data_file_keys!r}; expected column names: .split(',')")
+        self.base_path = base_path
+        self.metadata_path = metadata_path
+        self.repeat = repeat
+        self.data_file_keys = tuple(data_file_keys)
+        self.max_data_items = max_data_items
+        main = main_data_operator or DataProcessingOperatorRaw()
+        self.operators: dict[str, Operator] = {**dict.fromkeys(data_file_keys, main), **(special_operator_map or {})}
+        self.cached_data_operator: Operator = LoadTorchPickle(map_location="cpu")
+        self.data: list[dict[str, Any]] = []
+        self.cached_data: list[Path] = []
+        self.load_metadata(metadata_path)
+
+    @property
+    def load_from_cache(self) -> bool:
+        """Whether samples are cached files."""
+        return self.metadata_path is None
+
+    def load_metadata(self, metadata_path: str | Path | None) -> None:
+        """Read the rows, or find the cached files; raises as the class says."""
+        self.metadata_path = metadata_path
+        if metadata_path is None:
+            self.search_for_cached_data_files(self.base_path or ".")
+            return
+        self.data = read_rows(Path(metadata_path))
+        if not self.data:
+            raise TrainingError(f"{metadata_path} has no rows")
+        columns = {column: None for row in self.data for column in row}
+        if self.operators and not set(self.operators) & set(columns):
+            raise TrainingError(
+                f"{metadata_path} has none of the columns {', '.join(self.operators)}; it has {', '.join(columns)}"
+            )
+
+    def search_for_cached_data_files(self, path: str | Path) -> None:
+        """Find the `.pth` files below a folder, in the order of their names."""
+        self.cached_data = sorted(Path(path).rglob("*.pth"))
+        if not self.cached_data:
+            raise TrainingError(f"no .pth file below {path}; give a metadata_path, or the folder of cached samples")
+        logger.info("%d cached samples below %s", len(self.cached_data), path)
+
+    def __len__(self) -> int:
+        if self.max_data_items is not None:
+            return self.max_data_items
+        return len(self.cached_data if self.load_from_cache else self.data) * self.repeat
+
+    def __getitem__(self, index: int) -> Any:
+        """A row with its files loaded, or what a cached file holds.
+
+        Raises:
+            IndexError: not below the length.
+            TrainingError: a value cannot be made; the message names row, column and reason.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index %= len(self)
+        if self.load_from_cache:
+            return self.cached_data_operator(self.cached_data[index % len(self.cached_data)])
+        number = index % len(self.data)
+        return {column: self._value(number, column, cell) for column, cell in self.data[number].items()}
+
+    def _value(self, number: int, column: str, cell: Any) -> Any:
+        if column not in self.operators:
+            return cell
+        try:
+            return self.operators[column](cell)
+        except Exception as error:  # operators may be anybody's; whatever they raise, the row is what helps
+            raise TrainingError(f"{self.metadata_path}, row {number + 1}, column {column!r}: {error}") from error
+
+    @staticmethod
+    def check_data_equal(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+        """Whether two samples have the same columns with the same values."""
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+
+    @staticmethod
+    def default_image_operator(
+        base_path: str | Path = "",
+        max_pixels: int | None = 1920 * 1080,
+        height: int | None = None,
+        width: int | None = None,
+        height_division_factor: int = 16,
+        width_division_factor: int = 16,
+    ) -> DataProcessingOperator:
+        """Loads an image, or each of a list, and gives it a size; see `ImageCropAndResize`."""
+        resize = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
+        load = ToAbsolutePath(base_path) >> LoadImage() >> resize
+        return RouteByType([(str, load), (list, SequentialProcess(load))])
+
+    @staticmethod
+    def default_video_operator(
+        base_path: str | Path = "",
+        max_pixels: int | None = 1920 * 1080,
+        height: int | None = None,
+        width: int | None = None,
+        height_division_factor: int = 16,
+        width_division_factor: int = 16,
+        num_frames: int = 81,
+        time_division_factor: int = 4,
+        time_division_remainder: int = 1,
+    ) -> DataProcessingOperator:
+        """Loads a video, a GIF or an image as a list of frames; see `LoadVideo` and `ImageCropAndResize`."""
+        resize = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
+        frames = (num_frames, time_division_factor, time_division_remainder, resize)
+        by_suffix = RouteByExtensionName(
+            [
+                (IMAGES, LoadImage() >> resize >> ToList()),
+                (("gif",), LoadGIF(*frames)),
+                (VIDEOS, LoadVideo(*frames)),
+            ]
+        )
+        return RouteByType([(str, ToAbsolutePath(base_path) >> by_suffix)])
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return torch.equal(first, second)
+    return type(first) is type(second) and bool(first == second)

@@ -1,0 +1,159 @@
+"""What is written is what is read: pictures, their number, their speed, and the sound."""
+
+import builtins
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth.core.data.media import (
+    VideoData,
+    count_frames,
+    frame_rate_of,
+    merge_video_audio,
+    read_audio,
+    read_frames,
+    save_frames,
+    save_video,
+    save_video_with_audio,
+)
+from diffsynth.errors import CorruptFile, NoFiles, Unavailable
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "new/folder/clip.mkv", "clip.mov"])
+def test_round_trip(tmp_path, frames, levels, name):
+    path = tmp_path / name
+    save_video(frames, path, fps=12.5)
+    read = list(read_frames(path))
+    assert [image.size for image in read] == [(48, 32)] * 10
+    np.testing.assert_allclose(levels(read), levels(frames), atol=2)
+    assert (count_frames(path), frame_rate_of(path)) == (10, Fraction(25, 2))
+
+
+def test_arrays_and_odd_sizes_keep_every_pixel(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (31, 47, 3)).astype(np.uint8)
+    save_video([noise] * 3, tmp_path / "odd.mp4", fps=24, quality=10)
+    (first, *_) = read_frames(tmp_path / "odd.mp4")
+    assert first.size == (47, 31)
+    assert np.abs(np.asarray(first, dtype=int) - noise).mean() < 2
+
+
+def test_quality_and_encoder_options_reach_the_encoder(tmp_path):
+    noise = [np.random.default_rng(seed).integers(0, 256, (32, 32, 3)).astype(np.uint8) for seed in range(4)]
+    sizes = []
+    for number, settings in enumerate([{}, {"quality": 2}, {"ffmpeg_params": ["-crf", "50"]}]):
+        save_video(noise, tmp_path / f"{number}.mp4", fps=8, **settings)
+        sizes.append((tmp_path / f"{number}.mp4").stat().st_size)
+    assert sizes[0] > 2 * sizes[1] > 2 * sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "settings", "message"),
+    [
+        ([], {}, "0 frames"),
+        ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], {}, r"sizes \[\(8, 8\), \(8, 16\)\]"),
+        ([Image.new("RGB", (8, 8))], {"quality": 11}, "quality=11"),
+        ([Image.new("RGB", (8, 8))], {"ffmpeg_params": ["-crf"]}, 'pairs of "-name"'),
+    ],
+)
+def test_unfit_frames(tmp_path, pictures, settings, message):
+    with pytest.raises(ValueError, match=message):
+        save_video(pictures, tmp_path / "clip.mp4", fps=8, **settings)
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+def test_video_data_in_any_order(tmp_path, frames, levels):
+    save_video(frames, tmp_path / "clip.mp4", fps=10)
+    video = VideoData(str(tmp_path / "clip.mp4"))
+    assert len(video) == 10
+    order = [7, 7, 8, 2, -1]
+    np.testing.assert_allclose(levels(video[index] for index in order), [175, 175, 200, 50, 225], atol=2)
+    np.testing.assert_allclose(levels(video[1:4]), [25, 50, 75], atol=2)
+    assert len(video.raw_data()) == len(list(video)) == 10
+    with pytest.raises(IndexError, match="frame 10 of 10"):
+        _ = video[10]
+
+
+def test_video_data_of_a_size(tmp_path, frames):
+    save_video(frames, tmp_path / "clip.mp4", fps=10)
+    video = VideoData(tmp_path / "clip.mp4", height=20, width=20)
+    assert {frame.size for frame in video} == {(20, 20)}
+
+
+def test_frames_in_a_folder_are_in_the_order_of_their_numbers(tmp_path, frames, levels):
+    """Eleven saved frames came back as 0, 1, 10, 2, ... when they were sorted as text."""
+    pictures = [*frames, Image.new("RGB", (48, 32), (250,) * 3)]
+    save_frames(pictures, tmp_path / "frames")
+    assert levels(VideoData(image_folder=tmp_path / "frames")) == levels(pictures)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"video_file": "a.mp4", "image_folder": "a"}])
+def test_one_source(arguments):
+    with pytest.raises(ValueError, match="one of them"):
+        VideoData(**arguments)
+
+
+def test_what_is_not_there_or_no_video(tmp_path, tone):
+    with pytest.raises(NoFiles, match="gone.mp4 does not exist"):
+        VideoData(tmp_path / "gone.mp4")
+    with pytest.raises(NoFiles, match="has no images"):
+        VideoData(image_folder=tmp_path)
+    (tmp_path / "text.mp4").write_text("no video at all")
+    with pytest.raises(CorruptFile, match="text.mp4 cannot be read as video"):
+        list(read_frames(tmp_path / "text.mp4"))
+    with pytest.raises(CorruptFile, match="has no video stream"):
+        count_frames(tone(seconds=0.1))
+
+
+def test_sound(tone):
+    sound, rate = read_audio(tone(seconds=0.5, channels=2))
+    assert (sound.shape, sound.dtype, rate) == ((2, 4000), torch.float32, 8000)
+    torch.testing.assert_close(sound.abs().amax(1), torch.tensor([0.5, 0.25]), atol=2e-3, rtol=0)
+    mono, rate = read_audio(tone(seconds=0.5, channels=2), 16_000, mono=True)
+    assert rate == 16_000
+    assert mono.shape[0] == 1
+    assert abs(mono.shape[1] - 8000) <= 32
+    spectrum = torch.fft.rfft(mono[0]).abs()
+    assert abs(int(spectrum.argmax()) * 16_000 / mono.shape[1] - 440) < 3
+
+
+@pytest.mark.parametrize(("seconds", "heard"), [(3.0, 1.0), (0.4, 0.4)])
+def test_a_video_gets_its_sound(tmp_path, frames, levels, tone, seconds, heard):
+    path = tmp_path / "clip.mp4"
+    save_video_with_audio(frames, path, tone(seconds=seconds), fps=10)
+    np.testing.assert_allclose(levels(read_frames(path)), levels(frames), atol=2)
+    sound, rate = read_audio(path)
+    assert rate == 48_000
+    # The codec fills its last packet, of 1024 samples, and begins with one of silence.
+    assert abs(sound.shape[1] - heard * rate) <= 2048
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["clip.mp4", "tone.wav"]
+    with av.open(str(path)) as container:
+        assert [stream.type for stream in container.streams] == ["video", "audio"]
+
+
+def test_a_sound_that_cannot_be_read_leaves_the_video_alone(tmp_path, frames):
+    """The reference program caught every error of merging: the video came out silent, and nothing said why."""
+    path = tmp_path / "clip.mp4"
+    save_video(frames, path, fps=10)
+    before = path.read_bytes()
+    (tmp_path / "tone.wav").write_text("no sound")
+    with pytest.raises(CorruptFile, match="tone.wav cannot be read as audio"):
+        merge_video_audio(path, tmp_path / "tone.wav")
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_without_pyav(tmp_path, frames, monkeypatch):
+    real_import = builtins.__import__
+
+    def without_av(name, *rest):
+        if name == "av":
+            raise ImportError("No module named 'av'")
+        return real_import(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_av)
+    with pytest.raises(Unavailable, match="pip install av"):
+        save_video(frames, tmp_path / "clip.mp4", fps=8)
