@@ -20,7 +20,7 @@ _LIGHT_FILES = {"__init__", "plugin", "config", "checkpoints", "convert"}
 _LIGHT = {
     ".": {"__init__", "errors", "spec", "hookspecs", "_discovery", "_models", "_spec_checks", "registry", "_env"},
     "core": {"__init__"},
-    "core/loader": {"__init__", "header", "recognize", "convert", "files", "config", "identity"},
+    "core/loader": {"__init__", "header", "recognize", "convert", "files", "config", "identity", "first_party"},
     "models": _LIGHT_FILES,
 }
 _FOLDERS = {

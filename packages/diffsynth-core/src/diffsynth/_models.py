@@ -61,7 +61,8 @@ def get(name: str) -> ModelRecord:
         name: a model's name or hub id, in any case; `"plugin:name"` where two plugins declare one name.
 
     Raises:
-        UnknownModel: no plugin declares it; the message has the nearest spelling and the broken plugins.
+        UnknownModel: no plugin declares it; the message has the nearest spelling or the package to install, and the
+            broken plugins.
         AmbiguousModel: several do; the message has the exact spellings.
     """
     wanted = name.strip().lower()
@@ -114,8 +115,14 @@ def _spellings(declared: Declared[ModelSpec]) -> set[str]:
 
 
 def _unknown(name: str, declared: tuple[Declared[ModelSpec], ...]) -> str:
+    from diffsynth.core.loader import first_party
+
     known = [text for one in declared for text in (one.spec.name, one.spec.hub_id) if text]
-    hint = did_you_mean(name, known) or ". Run: diffsynth list"
+    bare = name.strip().rpartition(":")[2]
+    if home := first_party.where_is_model(bare):
+        hint = f". {home}"
+    elif not (hint := did_you_mean(name, known)):
+        hint = f". {first_party.near_model(bare) or 'Run: diffsynth list'}"
     broken = _discovery.problems()
     return f"{name!r} is not installed{hint}" + (f"  {_discovery.describe(broken)}" if broken else "")
 

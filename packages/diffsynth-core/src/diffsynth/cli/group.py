@@ -52,8 +52,11 @@ class Program(click.Group):
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             broken = _discovery.catalog().problems
             notes = f"  {_discovery.describe(broken)}" if broken else ""
+            from diffsynth.core.loader import first_party
+
             known = self.list_commands(ctx)
-            raise UserError(f"there is no command {name!r}{did_you_mean(name, known)}  Run: diffsynth --help{notes}")
+            hint = first_party.where_is_command(name) or "Run: diffsynth --help"
+            raise UserError(f"there is no command {name!r}{did_you_mean(name, known)}  {hint}{notes}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -69,4 +69,9 @@ def what_to_install() -> str:
     """What to say when there are no models."""
     if "DIFFSYNTH_PLUGINS" in os.environ:
         return f"No models: DIFFSYNTH_PLUGINS={os.environ['DIFFSYNTH_PLUGINS']!r} allows no plugin that has any."
-    return "No models are installed. Each model family is a package: pip install diffsynth-<family>"
+    from diffsynth.core.loader import first_party
+
+    packages = first_party.models_by_package()
+    width = max(map(len, packages), default=0)
+    lines = [f"  pip install {name:{width}}  # {', '.join(models)}" for name, models in packages.items()]
+    return "\n".join(["No models are installed. Each model family is a package:", *lines])

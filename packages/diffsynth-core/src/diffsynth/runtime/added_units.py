@@ -43,8 +43,8 @@ def with_added_units(cls: type[Pipeline], given: Collection[str]) -> tuple[Unit,
         if len(failed) == len(waiting):  # otherwise one that was added may be what another waits for
             break
         waiting = list(failed)
-    for declared, error in failed.items():
-        _report(cls, declared, error)
+    for declared, reason in failed.items():
+        _report(cls, declared, reason)
     return units
 
 

@@ -1,0 +1,145 @@
+"""What our own packages have, for those that are not installed: read only after a lookup or a recognition failed.
+
+`data/first_party.json` is written by `tools/first_party.py` from the families themselves:
+
+    {"diffsynth-<family>": {"models": {name: hub id or null},
+                            "commands": [name, ...],
+                            "architectures": {name: [[required key, ...] for each published layout]}}}
+
+Every number in a key is an `N`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.metadata
+import importlib.resources
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffsynth import _env
+
+_NUMBER = re.compile(r"\d+")
+_ALIKE = 0.6
+"""Share of an architecture's required keys that a file must have: layouts that other tools write rename some."""
+
+
+@functools.cache
+def packages() -> Mapping[str, Mapping[str, Any]]:
+    """Distribution -> what it has."""
+    text = importlib.resources.files("diffsynth").joinpath("data/first_party.json").read_text(encoding="utf-8")
+    found: dict[str, dict[str, Any]] = json.loads(text)
+    return found
+
+
+def models_by_package() -> dict[str, list[str]]:
+    """Distribution -> names of the models it brings, for those that bring any."""
+    return {name: sorted(contents["models"]) for name, contents in packages().items() if contents.get("models")}
+
+
+def where_is_model(name: str) -> str:
+    """Which package has the model, and what to type: `It is in diffsynth-x. Run: pip install diffsynth-x`, or nothing.
+
+    Args:
+        name: a model's name or hub id, in any case.
+    """
+    distribution = {spelling.lower(): home for spelling, home in _models().items()}.get(name.lower())
+    return f"It is in {distribution}. {how_to_get(distribution)}" if distribution else ""
+
+
+def near_model(name: str) -> str:
+    """The model of nearest spelling that a package has, and what to type; or nothing."""
+    homes = _models()
+    near = difflib.get_close_matches(name.lower(), [spelling.lower() for spelling in homes], n=1)
+    for spelling, distribution in homes.items():
+        if near == [spelling.lower()]:
+            return f"Did you mean {spelling!r} of {distribution}? {how_to_get(distribution)}"
+    return ""
+
+
+def where_is_command(name: str) -> str:
+    """Which package has a command of the program, and what to type; or nothing."""
+    return _where("commands", name)
+
+
+def where_is_architecture(name: str) -> str:
+    """Which package has an architecture, and what to type; or nothing."""
+    return _where("architectures", name)
+
+
+def whose_keys(keys: Iterable[str]) -> str:
+    """Which package that is not in use knows a file by its keys, and what to type; or nothing.
+
+    Args:
+        keys: of the file, as they are; a wrapper prefix may stand before them.
+    """
+    from diffsynth.core.loader.header import wrapper_prefixes
+
+    keys = list(keys)
+    views = [
+        {normal(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
+        for prefix in ("", *wrapper_prefixes(keys))
+    ]
+    found = [
+        (max(len(view.intersection(layout)) for view in views) / len(layout), architecture, distribution)
+        for distribution, contents in packages().items()
+        if not _in_use(distribution)
+        for architecture, layouts in contents.get("architectures", {}).items()
+        for layout in layouts
+    ]
+    score, architecture, distribution = max(found, default=(0.0, "", ""))
+    if score < _ALIKE:
+        return ""
+    return f"Its keys are those of {architecture}, which is in {distribution}. {how_to_get(distribution)}"
+
+
+def how_to_get(distribution: str) -> str:
+    """The next thing to type for a package that is missing, left out by DIFFSYNTH_PLUGINS, or too old."""
+    names = _plugin_names(distribution)
+    if names is None:
+        return f"Run: pip install {distribution}"
+    allowed = _env.plugins()
+    if allowed is not None and not names & allowed:
+        wanted = ",".join(sorted(allowed | names))
+        return f"{distribution} is installed, but DIFFSYNTH_PLUGINS leaves it out. Set: DIFFSYNTH_PLUGINS={wanted}"
+    return f"Run: pip install -U {distribution}"
+
+
+def normal(key: str) -> str:
+    """A key with every number alike."""
+    return _NUMBER.sub("N", key)
+
+
+def _models() -> dict[str, str]:
+    """Every spelling of every model -> its distribution."""
+    return {
+        spelling: distribution
+        for distribution, contents in packages().items()
+        for model, hub_id in contents.get("models", {}).items()
+        for spelling in (model, hub_id)
+        if spelling
+    }
+
+
+def _where(kind: str, name: str) -> str:
+    for distribution, contents in packages().items():
+        if name in contents.get(kind, ()):
+            return f"It is in {distribution}. {how_to_get(distribution)}"
+    return ""
+
+
+def _in_use(distribution: str) -> bool:
+    names, allowed = _plugin_names(distribution), _env.plugins()
+    return names is not None and (allowed is None or bool(names & allowed))
+
+
+def _plugin_names(distribution: str) -> frozenset[str] | None:
+    """The plugins of an installed distribution; None if it is not installed."""
+    try:
+        entries = importlib.metadata.distribution(distribution).entry_points
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return frozenset(entry.name for entry in entries if entry.group == "diffsynth")
