@@ -17,6 +17,7 @@ from diffsynth import _discovery
 from diffsynth.core import device as devices
 from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_you_mean
 from diffsynth.runtime.added_units import with_added_units
+from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.loading import PretrainedLoader
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
 from diffsynth.runtime.residency import Residency
@@ -77,6 +78,7 @@ class Pipeline:
         self.model_name: str | None = None
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
         self.components = self._fill_roles(components)
+        use_declared_backends()
         self.program = self._whole_program()
         self._check_program()
         self.__signature__ = build_signature(self.program, self.loop, {})
