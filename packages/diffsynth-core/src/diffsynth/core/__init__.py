@@ -1,1 +1,100 @@
-"""Machinery that another codebase could use on its own; it knows nothing of registry or pipelines."""
+"""Machinery that another codebase could use on its own; it knows nothing of registry or pipelines.
+
+Its public names are imported on first use: `import diffsynth.core` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_MODULES = {
+    "attention.forward": ("attention_forward",),
+    "data.operators": (
+        "DataProcessingOperator",
+        "DataProcessingOperatorRaw",
+        "DataProcessingPipeline",
+        "FrameSamplerByRateMixin",
+        "ImageCropAndResize",
+        "LoadAudio",
+        "LoadAudioWithTorchaudio",
+        "LoadGIF",
+        "LoadImage",
+        "LoadPureAudioWithTorchaudio",
+        "LoadTorchPickle",
+        "LoadVideo",
+        "RouteByExtensionName",
+        "RouteByType",
+        "SequencialProcess",
+        "SequentialProcess",
+        "ToAbsolutePath",
+        "ToFloat",
+        "ToInt",
+        "ToList",
+        "ToStr",
+    ),
+    "data.unified_dataset": ("UnifiedDataset",),
+    "device": (
+        "IS_CUDA_AVAILABLE",
+        "IS_NPU_AVAILABLE",
+        "empty_cache",
+        "enable_high_precision_for_bf16",
+        "get_available_device_type",
+        "get_device_id",
+        "get_device_name",
+        "get_device_type",
+        "get_nccl_backend",
+        "get_torch_device",
+        "parse_device_type",
+        "parse_nccl_backend",
+        "synchronize",
+    ),
+    "gradient.checkpoint": ("gradient_checkpoint_forward",),
+    "loader.config": ("ModelConfig",),
+    "loader.model": ("load_model", "skip_model_initialization"),
+    "loader.state_dict": (
+        "hash_model_file",
+        "hash_state_dict_keys",
+        "load_keys_dict",
+        "load_metadata_from_safetensors",
+        "load_state_dict",
+        "load_state_dict_from_bin",
+        "load_state_dict_from_safetensors",
+    ),
+}
+_WHERE = {name: f"diffsynth.core.{module}" for module, names in _MODULES.items() for name in names}
+
+_LATER = {
+    "the VRAM engine": (
+        "AutoTorchModule AutoWrappedLinear AutoWrappedModule AutoWrappedNonRecurseModule DiskMap LoRAHotLoadMixin "
+        "enable_vram_management enable_vram_management_recursively fill_vram_config load_model_with_disk_offload"
+    ),
+    "quantization": (
+        "AutoWrappedQuantizedModule BackendConfig MixedQuantizeConfig QUANT_BACKENDS QUANT_METHODS QuantBackend "
+        "QuantMethodSpec QuantizeConfig check_backend_contract check_differentiable describe_quant_method "
+        "register_quant_backend register_quant_method"
+    ),
+    "offloaded training": "OffloadTrainingManager",
+    "more attention backends": (
+        "flash_attention_2 flash_attention_3 flash_attention_4 flex_attention sage_attention "
+        "torch_sdpa_sliding_window xformers_attention"
+    ),
+}
+"""Part of a later version -> names that older code imports from here."""
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _WHERE:
+        # Not kept: IS_CUDA_AVAILABLE and its like are asked anew.
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    for part, names in _LATER.items():
+        if name in names.split():
+            raise AttributeError(f"diffsynth.core has no {name!r} yet: it comes with {part}, in a later version")
+    raise AttributeError(f"module 'diffsynth.core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,55 @@
+"""`ControlNetInput`: one condition of a request, and during which steps it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass
+class ControlNetInput:
+    """One condition image for one of a pipeline's ControlNets.
+
+    Args:
+        controlnet_id: which ControlNet, counted in the order in which they were loaded.
+        scale: factor on what it adds.
+        start: progress from which it holds; progress is 1 at the first step and 0 at the last.
+        end: progress down to which it holds.
+        image: the condition.
+        inpaint_image: the picture to paint in.
+        inpaint_mask: where; white is painted.
+        processor_id: kind of condition, for a ControlNet that knows several.
+
+    Raises:
+        ValueError: a negative id, or not `0 <= end <= start <= 1`.
+    """
+
+    controlnet_id: int = 0
+    scale: float = 1.0
+    start: float = 1.0
+    end: float = 0.0
+    image: Image.Image | None = None
+    inpaint_image: Image.Image | None = None
+    inpaint_mask: Image.Image | None = None
+    processor_id: Any = None
+
+    def __post_init__(self) -> None:
+        if self.controlnet_id < 0:
+            raise ValueError(f"controlnet_id={self.controlnet_id}: expected 0 or more")
+        if not 0 <= self.end <= self.start <= 1:
+            raise ValueError(
+                f"start={self.start}, end={self.end}: progress falls from 1 to 0, so expected 0 <= end <= start <= 1"
+            )
+
+    def is_active(self, step: int, num_steps: int) -> bool:
+        """Whether it holds during a step, counted from 0.
+
+        Raises:
+            ValueError: a step that is none of `num_steps`.
+        """
+        if not 0 <= step < num_steps:
+            raise ValueError(f"step {step} of {num_steps}: expected 0 to {num_steps - 1}")
+        progress = (num_steps - 1 - step) / max(num_steps - 1, 1)
+        return self.end <= progress <= self.start

@@ -1,0 +1,1 @@
+"""Doors: the module names that DiffSynth-Studio's documentation teaches, re-exported."""

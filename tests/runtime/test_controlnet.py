@@ -1,0 +1,47 @@
+import pytest
+
+from diffsynth.runtime.controlnet import ControlNetInput
+
+
+def active(num_steps, **settings):
+    condition = ControlNetInput(**settings)
+    return [step for step in range(num_steps) if condition.is_active(step, num_steps)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_steps", "expected"),
+    [
+        ({}, 5, [0, 1, 2, 3, 4]),
+        ({"end": 0.5}, 5, [0, 1, 2]),
+        ({"start": 0.5}, 5, [2, 3, 4]),
+        ({"start": 0.6, "end": 0.3}, 5, [2]),
+        ({"start": 0.0}, 5, [4]),
+        ({}, 1, [0]),
+    ],
+)
+def test_progress_falls_from_one_to_zero(settings, num_steps, expected):
+    assert active(num_steps, **settings) == expected
+
+
+def test_defaults():
+    condition = ControlNetInput()
+    assert (condition.controlnet_id, condition.scale, condition.start, condition.end) == (0, 1.0, 1.0, 0.0)
+    assert condition.image is condition.inpaint_image is condition.inpaint_mask is condition.processor_id is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start": 0.2, "end": 0.8}, "0 <= end <= start <= 1"),
+        ({"start": 30}, "start=30"),
+        ({"controlnet_id": -1}, "controlnet_id=-1"),
+    ],
+)
+def test_unfit_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ControlNetInput(**settings)
+
+
+def test_a_step_that_is_none():
+    with pytest.raises(ValueError, match="step 5 of 5"):
+        ControlNetInput().is_active(5, 5)

@@ -1,0 +1,30 @@
+"""`diffsynth.utils`: modules of re-exports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import diffsynth.utils
+
+DOORS = sorted(Path(diffsynth.utils.__file__).parent.glob("*.py"))
+
+
+def test_the_lines_of_existing_scripts():
+    from diffsynth.core.data import annotator, media
+    from diffsynth.runtime import controlnet
+    from diffsynth.utils.controlnet import Annotator, ControlNetInput
+    from diffsynth.utils.data import VideoData, save_frames, save_video, save_video_with_audio
+
+    assert (Annotator, ControlNetInput) == (annotator.Annotator, controlnet.ControlNetInput)
+    expected = (media.VideoData, media.save_video, media.save_frames, media.save_video_with_audio)
+    assert (VideoData, save_video, save_frames, save_video_with_audio) == expected
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda path: path.stem)
+def test_a_door_defines_nothing(door):
+    for statement in ast.parse(door.read_text(encoding="utf-8")).body:
+        is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        is_list = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__"
+        is_import = isinstance(statement, ast.ImportFrom) and statement.level == 0
+        assert is_docstring or is_list or is_import, ast.unparse(statement)
