@@ -48,7 +48,7 @@ def test_tiny_forward_is_finite_and_reproducible(name):
 def test_save_and_load_change_no_bit(name, tmp_path):
     architecture = ARCHITECTURES[name]
     module, config = tiny(architecture)
-    save.save_component(module, tmp_path / "x.safetensors", architecture=name, config=config)
+    save.save_checkpoint(module, tmp_path / "x.safetensors", architecture=name, config=config)
     tensors = header.read([tmp_path / "x.safetensors"])
     (found,) = recognize.recognize(tensors, ARCHITECTURES, list(CHECKPOINTS.values()))
     loaded = load.load_component(found, tensors, device="cpu", dtype=torch.float32)

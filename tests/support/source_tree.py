@@ -21,6 +21,8 @@ _LIGHT = {
     ".": {"__init__", "errors", "spec", "hookspecs", "_discovery", "_models", "_spec_checks", "registry", "_env"},
     "core": {"__init__"},
     "core/loader": {"__init__", "header", "recognize", "convert", "files", "config", "identity", "first_party"},
+    "core/loader/explain": {"__init__", "kinds", "lora", "miss", "nearest"},
+    "core/loader/layouts": {"__init__", "inverse", "published", "scaled"},
     "models": _LIGHT_FILES,
 }
 _FOLDERS = {

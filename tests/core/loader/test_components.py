@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from diffsynth.core.loader import header, load, pickled
 from diffsynth.core.loader.recognize import recognize
-from diffsynth.core.loader.save import save_component
+from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import KeyMismatch, NotEnoughMemory, Unrecognized
 
 
@@ -186,15 +186,15 @@ def test_a_signature_leaves_no_key_unused(toy, net):
 def test_tied_weights_are_saved_twice_and_come_back(toy, net, tmp_path):
     module = toy.Net(toy.NetConfig())
     module.layers[1]["q"].weight = module.layers[0]["q"].weight
-    save_component(module, tmp_path / "x.safetensors", architecture="net", config=module.config)
+    save_checkpoint(module, tmp_path / "x.safetensors", architecture="net", config=module.config)
     assert same(load_all(toy, header.read([tmp_path / "x.safetensors"]))["net"], module.state_dict())
 
 
 def test_what_cannot_be_saved(toy, tmp_path):
     module = toy.Head(toy.NetConfig())
-    with pytest.raises(ValueError, match="which save_component writes itself"):
-        save_component(
+    with pytest.raises(ValueError, match="which save_checkpoint writes itself"):
+        save_checkpoint(
             module, tmp_path / "x", architecture="head", config=module.config, metadata={"diffsynth.config": "{}"}
         )
     with pytest.raises(ValueError, match=r"proj\.weight of Head is on the meta device"):
-        save_component(module.to("meta"), tmp_path / "x", architecture="head", config=module.config)
+        save_checkpoint(module.to("meta"), tmp_path / "x", architecture="head", config=module.config)

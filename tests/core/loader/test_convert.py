@@ -108,8 +108,16 @@ def test_ops_without_an_inverse():
     assert set(made) == {"embed", "head", "weight", "zeros", "sum"}
     assert torch.equal(made["weight"], weight / 2)
     assert torch.equal(made["sum"], torch.full((2,), 2.0))
-    with pytest.raises(ValueError, match="Tie cannot be undone"):
-        invert((Tie("embed", "head"),), {"embed": (2,)})
+    with pytest.raises(ValueError, match="Dequantize cannot be undone"):
+        invert((Dequantize("w", "w_scale", "weight"),), {"w": (1, 2), "w_scale": ()})
+
+
+def test_a_tie_is_undone_while_both_are_equal():
+    rules, source = (Tie("embed", "head"),), {"embed": torch.ones(2)}
+    back = invert(rules, {"embed": (2,)})
+    assert torch.equal(run(back, run(rules, source))["embed"], source["embed"])
+    with pytest.raises(ValueError, match="no longer equal"):
+        run(back, {"embed": torch.ones(2), "head": torch.zeros(2)})
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 1))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from diffsynth import _discovery
 from diffsynth.core.loader import header, load, pickled
 from diffsynth.core.loader.recognize import recognize
-from diffsynth.core.loader.save import save_component
+from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import KeyMismatch, NotEnoughMemory
 from diffsynth.models.config import TINY_FLUX_AUTOENCODER, TINY_QWEN3_TEXT_ENCODER
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
@@ -24,7 +24,7 @@ def saved(tmp_path):
     torch.manual_seed(0)
     module = FluxAutoencoder(TINY_FLUX_AUTOENCODER)
     file = tmp_path / "vae.safetensors"
-    save_component(module, file, architecture="flux_autoencoder", config=TINY_FLUX_AUTOENCODER)
+    save_checkpoint(module, file, architecture="flux_autoencoder", config=TINY_FLUX_AUTOENCODER)
     return module, file
 
 
@@ -81,7 +81,7 @@ def test_shards_pickles_and_state_dicts_load_alike(saved, tmp_path):
 def test_a_transformers_module_leaves_nothing_on_meta(tmp_path):
     torch.manual_seed(0)
     module = Qwen3TextEncoder(TINY_QWEN3_TEXT_ENCODER).eval()
-    save_component(
+    save_checkpoint(
         module, tmp_path / "t.safetensors", architecture="qwen3_text_encoder", config=TINY_QWEN3_TEXT_ENCODER
     )
     loaded = load_file_as(header.read([tmp_path / "t.safetensors"]))
@@ -147,8 +147,8 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     def fail(*arguments, **options):
         raise OSError("disk full")
 
-    monkeypatch.setattr("diffsynth.core.loader.save.save_file", fail)
+    monkeypatch.setattr("diffsynth.core.loader.save._bytes", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_component(module, file, architecture="flux_autoencoder", config=TINY_FLUX_AUTOENCODER)
+        save_checkpoint(module, file, architecture="flux_autoencoder", config=TINY_FLUX_AUTOENCODER)
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]

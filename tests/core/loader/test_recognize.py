@@ -3,7 +3,6 @@
 import gzip
 import importlib.resources
 import json
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,6 @@ CATALOG = _discovery.catalog()
 ARCHITECTURES = {declared.spec.name: declared.spec for declared in CATALOG.architectures}
 CHECKPOINTS = [declared.spec for declared in CATALOG.checkpoints]
 PUBLISHED = [checkpoint for checkpoint in CHECKPOINTS if checkpoint.layout]
-FOREIGN = sorted((Path(__file__).parents[2] / "data" / "layouts").glob("*.json.gz"))
 
 
 def layout_of(checkpoint):
@@ -71,17 +69,6 @@ class TestPublished:
         assert "surprise.weight" in found.extra
 
 
-@pytest.mark.parametrize("layout", FOREIGN, ids=lambda path: path.name.removesuffix(".json.gz"))
-def test_what_belongs_to_nobody_is_claimed_by_nobody(layout):
-    facts = json.loads(gzip.decompress(layout.read_bytes()))
-    if facts["nested"]:
-        shapes = {f"{a}.{b}": tuple(shape) for a, inner in facts["tensors"].items() for b, shape in inner.items()}
-    else:
-        shapes = {key: tuple(shape) for key, shape in facts["tensors"].items()}
-    with pytest.raises(Unrecognized):
-        find(shapes)
-
-
 def test_our_own_files_are_recognised_by_their_metadata():
     notes = {"diffsynth.architecture": "flux_autoencoder", "diffsynth.config": '{"latent_channels": 4}'}
     (found,) = recognize(header_of({"x": (1,)}, notes), ARCHITECTURES, CHECKPOINTS)
@@ -116,7 +103,7 @@ def test_a_miss_names_the_nearest():
     shapes = layout_of(PUBLISHED[0])
     shapes.pop(next(iter(shapes)))
     few = dict(list(shapes.items())[: len(shapes) // 2])
-    with pytest.raises(Unrecognized, match=r"nearest is .*shares \d+%.* more are missing"):
+    with pytest.raises(Unrecognized, match=r"nearest is .*shares \d+ of its \d+ keys; .* more are missing"):
         find(few)
 
 

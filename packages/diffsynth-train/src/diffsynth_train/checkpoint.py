@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth import _discovery
-from diffsynth.core.loader.save import save_component
+from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import TrainingError
 from diffsynth_train.components import Component
 
@@ -38,7 +38,7 @@ def save_weights(
         if not component.trained:
             continue
         path = folder / f"{component.role}.safetensors"
-        save_component(
+        save_checkpoint(
             component.module,
             path,
             architecture=component.architecture.name,

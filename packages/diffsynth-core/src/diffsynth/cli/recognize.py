@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import click
 
 from diffsynth import _discovery
 from diffsynth.cli.output import json_option, show_json, show_table, traceback_option
-from diffsynth.errors import NoFiles, Unrecognized
+from diffsynth.errors import Unrecognized
 
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5}\.\w+)")
+_SHOWN = 8
 
 
 @click.command()
@@ -26,7 +25,9 @@ def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None
 
     FILE may also be an index of shards, or a folder that holds one checkpoint; a shard stands for its whole set.
     """
-    answers = [_answer(list(checkpoint)) for checkpoint in dict.fromkeys(_checkpoint(Path(file)) for file in files)]
+    from diffsynth.core.loader.files import checkpoint_at
+
+    answers = [_answer(list(found)) for found in dict.fromkeys(tuple(checkpoint_at(Path(file))) for file in files)]
     if as_json:
         show_json(answers)
     rows = [
@@ -36,25 +37,9 @@ def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None
     ]
     if rows and not as_json:
         show_table(("FILE", "ARCHITECTURE", "CHECKPOINT", "BY"), rows)
-    unknown = [answer["error"] for answer in answers if answer["error"]]
-    for error in unknown:
-        click.echo(error, err=True)
-    ctx.exit(3 if unknown else 0)
-
-
-def _checkpoint(path: Path) -> tuple[Path, ...]:
-    from diffsynth.core.loader import files
-    from diffsynth.core.loader.config import ModelConfig
-
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-        if not found:
-            raise NoFiles(f"folder {path} holds no *.safetensors; name the files of one checkpoint")
-    elif match := _SHARD.fullmatch(path.name):
-        found = sorted(path.parent.glob(f"{match[1]}-*-of-{match[2]}")) or [path]
-    else:
-        found = [path]
-    return tuple(files.find(ModelConfig(path=found)))
+    for line in [line for answer in answers for line in (answer["error"], _extra(answer)) if line]:
+        click.echo(line, err=True)
+    ctx.exit(3 if any(answer["error"] for answer in answers) else 0)
 
 
 def _answer(files: list[Path]) -> dict[str, Any]:
@@ -74,5 +59,17 @@ def _component(found: Any) -> dict[str, Any]:
         "architecture": found.architecture.name,
         "checkpoint": found.checkpoint.name if found.checkpoint else None,
         "tier": found.tier,
+        "prefix": found.prefix,
         "config": dataclasses.asdict(found.config),
+        "extra": list(found.extra),
     }
+
+
+def _extra(answer: dict[str, Any]) -> str:
+    """The keys of a recognised file that nothing uses."""
+    extra = [key for component in answer["components"] for key in component["extra"]]
+    if not extra:
+        return ""
+    more = ", ..." if len(extra) > _SHOWN else ""
+    keys = "key that nothing" if len(extra) == 1 else "keys that nothing"
+    return f"{answer['files'][0]}: {len(extra)} {keys} uses: {', '.join(extra[:_SHOWN])}{more}"

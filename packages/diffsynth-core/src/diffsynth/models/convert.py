@@ -5,7 +5,6 @@ from __future__ import annotations
 from diffsynth.core.loader.convert import Drop, Rename, Reshape, Rule
 
 _LEVELS = 4
-_MID_WIDTH = 512
 
 
 def _residual_blocks(source: str, target: str) -> tuple[Rule, ...]:
@@ -22,7 +21,7 @@ def _middle(side: str) -> tuple[Rule, ...]:
     ]
     for theirs, ours in {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}.items():
         # 1x1 convolutions there, linears here.
-        weight = Reshape(f"{source}.{theirs}.weight", f"{target}.{ours}.weight", (_MID_WIDTH, _MID_WIDTH))
+        weight = Reshape(f"{source}.{theirs}.weight", f"{target}.{ours}.weight", (0, 0))
         rules += [weight, Rename(f"{source}.{theirs}.bias", f"{target}.{ours}.bias")]
     return tuple(rules)
 

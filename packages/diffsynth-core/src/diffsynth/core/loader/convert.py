@@ -9,10 +9,11 @@ other side.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -146,7 +147,7 @@ class Fuse(Rule):
 
 @dataclass(frozen=True)
 class Reshape(Rule):
-    """The same elements in another shape; one extent may be -1."""
+    """The same elements in another shape; one extent may be -1, and 0 is the source's extent at that place."""
 
     source: str
     target: str
@@ -156,10 +157,11 @@ class Reshape(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """`shape`, with -1 worked out."""
+        """`shape`, with -1 and 0 worked out."""
         (source,) = sources
-        known = max(prod(extent for extent in self.shape if extent != -1), 1)
-        full = tuple(prod(source) // known if extent == -1 else extent for extent in self.shape)
+        shape = tuple(extent or source[axis] for axis, extent in enumerate(self.shape))
+        known = max(prod(extent for extent in shape if extent != -1), 1)
+        full = tuple(prod(source) // known if extent == -1 else extent for extent in shape)
         if prod(full) != prod(source):
             raise ValueError(f"{self.source} of shape {source} does not reshape to {self.shape}")
         return (full,)
@@ -233,6 +235,10 @@ class Tie(Rule):
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
         """Both as the source."""
         return sources * 2
+
+    def inverse(self, *sources: Shape) -> Apply:
+        """One of the two, which must be equal."""
+        return Apply(_equal, (self.source, self.target), self.source, lambda source, target: source)
 
 
 @dataclass(frozen=True)
@@ -330,9 +336,10 @@ def plan(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
     targets: dict[str, Target] = {}
     dropped: list[str] = []
     taken: set[str] = set()
+    ordered = sorted(shapes)
     for rule in rules:
-        for holes in _matches(rule, shapes, taken):
-            sources = tuple(_fill(pattern, holes) for pattern in rule.sources)
+        for holes in _matches(rule, ordered, taken):
+            sources = tuple(fill(pattern, holes) for pattern in rule.sources)
             if missing := [key for key in sources if key not in shapes]:
                 raise KeyMismatch(f"{type(rule).__name__} to {rule.targets} needs {missing[0]!r}, which is not there")
             taken.update(sources)
@@ -381,21 +388,20 @@ def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
         if not target.sources:
             done[(key,)] = Drop(key, "the file leaves it out")
         elif target.sources not in done:
-            concrete = _concrete(target.rule, target.sources, rules, shapes)
-            done[target.sources] = concrete.inverse(*(shapes[key] for key in target.sources))
+            rule = concrete(target.rule, target.sources)
+            done[target.sources] = rule.inverse(*(shapes[key] for key in target.sources))
     return list(done.values())
 
 
-def _concrete(rule: Rule, sources: tuple[str, ...], rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Rule:
-    from dataclasses import replace
-
-    holes = _match(rule.sources[0], sources[0]) or {}
+def concrete(rule: Rule, sources: tuple[str, ...]) -> Rule:
+    """A rule with its holes filled as they are for these sources."""
+    holes = match(rule.sources[0], sources[0]) or {}
     names: dict[str, Any] = {}
     for name, value in vars(rule).items():
         if isinstance(value, str):
-            names[name] = _fill(value, holes)
+            names[name] = fill(value, holes)
         elif isinstance(value, tuple) and value and all(isinstance(item, str) for item in value):
-            names[name] = tuple(_fill(item, holes) for item in value)
+            names[name] = tuple(fill(item, holes) for item in value)
     return replace(rule, **names)  # type: ignore[type-var]
 
 
@@ -411,36 +417,44 @@ def _add(
     except (ValueError, IndexError) as error:
         raise KeyMismatch(f"{type(rule).__name__} of {sources}: {error}") from None
     for index, (pattern, shape) in enumerate(zip(rule.targets, made, strict=True)):
-        key = _fill(pattern, holes)
+        key = fill(pattern, holes)
         if key in targets:
             raise KeyMismatch(f"{key!r} would be made twice: from {targets[key].sources} and from {sources}")
         targets[key] = Target(rule, sources, index, shape)
 
 
-def _matches(rule: Rule, shapes: Mapping[str, Shape], taken: Iterable[str]) -> list[dict[str, str]]:
-    """What fills the holes of a rule's patterns, for each set of sources that is there."""
+def _matches(rule: Rule, ordered: Sequence[str], taken: Container[str]) -> list[dict[str, str]]:
+    """What fills the holes of a rule's patterns, for each set of sources that is there, among sorted keys."""
     if not rule.sources:
         return [{}]
     found: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
     for pattern in rule.sources:
         start = pattern.partition("{")[0]
-        for key in shapes:
+        # Thousands of keys meet hundreds of rules: look only where the pattern's beginning is.
+        for index in range(bisect.bisect_left(ordered, start), len(ordered)):
+            key = ordered[index]
             if not key.startswith(start):
-                continue
-            holes = _match(pattern, key) if key not in taken else None
+                break
+            holes = match(pattern, key) if key not in taken else None
             if holes is not None:
                 found.setdefault(tuple(sorted(holes.items())), holes)
     return list(found.values())
 
 
-def _match(pattern: str, key: str) -> dict[str, str] | None:
-    match = _compiled(pattern).fullmatch(key)
-    if match is None:
+def match(pattern: str, key: str) -> dict[str, str] | None:
+    """What fills a pattern's holes so that it is this key; None if nothing does."""
+    if "{" not in pattern:
+        return {} if pattern == key else None
+    if not key.startswith(pattern.partition("{")[0]):
         return None
-    return {"{*}" if name == "rest" else f"{{{name}}}": text for name, text in match.groupdict().items()}
+    found = _compiled(pattern).fullmatch(key)
+    if found is None:
+        return None
+    return {"{*}" if name == "rest" else f"{{{name}}}": text for name, text in found.groupdict().items()}
 
 
-def _fill(pattern: str, holes: Mapping[str, str]) -> str:
+def fill(pattern: str, holes: Mapping[str, str]) -> str:
+    """A pattern with its holes filled."""
     for hole, text in holes.items():
         pattern = pattern.replace(hole, text)
     return pattern
@@ -457,6 +471,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         else:
             parts.append(re.escape(part))
     return re.compile("".join(parts))
+
+
+def _equal(source: Any, target: Any) -> Any:
+    if not bool((source == target).all()):
+        raise ValueError("two tensors that the file keeps as one are no longer equal")
+    return source
 
 
 def _axis(rule: Rule, dim: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import re
@@ -9,10 +10,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.explain import kinds
 from diffsynth.errors import CorruptFile, NoFiles
 from diffsynth.spec import Source, parse_source
 
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+_NO_WEIGHTS = re.compile(r"(optimizer|scheduler|training_args|rng_state|random_states|scaler|state)[\w-]*\.(bin|pth?)")
+"""What training programs leave beside weights."""
 
 
 def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> list[Path]:
@@ -44,6 +52,60 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
         raise NoFiles(f"no file matches {config.patterns or 'anything'} in {folder}.{how} {_what_is_there(folder)}")
     _reject_missing_shards(found)
     return found
+
+
+def checkpoint_at(path: Path) -> list[Path]:
+    """The files of the checkpoint that a path stands for: a file, any shard of a set, an index, or a folder.
+
+    Raises:
+        NoFiles: there is none, shards are missing, or the folder holds several.
+        CorruptFile: an index of shards that is none.
+    """
+    if path.is_dir():
+        return only_checkpoint(path)
+    if match := _SHARD.fullmatch(path.name):
+        found = sorted(path.parent.glob(f"{glob.escape(match['stem'])}-*-of-{match['count']}{match['suffix']}"))
+        return _from_paths(found or [path])
+    return _from_paths(path)
+
+
+def only_checkpoint(folder: Path) -> list[Path]:
+    """The files of the one checkpoint that lies in a folder; folders below it do not count.
+
+    Raises:
+        NoFiles: none, several, or shards are missing; the message says what is there.
+    """
+    found = _checkpoints_in(folder)
+    if not found:
+        below = sorted({file.parent.name for file in folder.glob("*/*") if file.suffix in WEIGHT_SUFFIXES})
+        hint = f" These folders in it do: {', '.join(below)}. Name one." if below else f" {_what_is_there(folder)}"
+        raise NoFiles(f"folder {folder} holds no {' or '.join(WEIGHT_SUFFIXES)} weights.{hint}")
+    if len(found) > 1:
+        named = "; ".join(
+            f"{files[0].name}" + (f" and its shards ({len(files)})" if files[1:] else "") for files in found
+        )
+        raise NoFiles(f"folder {folder} holds {len(found)} checkpoints: {named}. Name the files of one.")
+    _reject_missing_shards(found[0])
+    return found[0]
+
+
+def _checkpoints_in(folder: Path) -> list[list[Path]]:
+    """Its weight files, those of one checkpoint together."""
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in WEIGHT_SUFFIXES and not file.name.startswith(".") and not _NO_WEIGHTS.fullmatch(file.name)
+    )
+    if any(file.suffix == ".safetensors" for file in files):
+        # The older container of the same weights, kept for older readers.
+        files = [file for file in files if not (file.name.startswith("pytorch_model") and file.suffix == ".bin")]
+    indexed = {folder / name: index.name for index in folder.glob("*.index.json") for name in _indexed(index)}
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        match = _SHARD.fullmatch(file.name)
+        numbered = f"{match['stem']}-of-{match['count']}{match['suffix']}" if match else file.name
+        groups.setdefault(indexed.get(file, numbered), []).append(file)
+    return list(groups.values())
 
 
 def weights_state(sources: Iterable[str], base_path: Path) -> str:
@@ -80,9 +142,11 @@ def missing_shards(files: Iterable[Path]) -> list[Path]:
 def _indexed(index: Path) -> list[str]:
     """Names of the shards in an index; none if it does not parse, for the shards themselves are what counts."""
     try:
-        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
+    # A name that leads out of the folder is nothing that a checkpoint's own index would say.
+    return sorted(name for name in names if name and not Path(name).is_absolute() and ".." not in Path(name).parts)
 
 
 def _from_paths(path: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -91,7 +155,7 @@ def _from_paths(path: str | Path | Iterable[str | Path]) -> list[Path]:
         raise NoFiles("path is an empty list; expected the files of one checkpoint")
     for each in paths:
         if not each.exists():
-            raise NoFiles(f"{each} does not exist. {_what_is_there(each.parent)}")
+            raise NoFiles(f"{each} {kinds.why_not_there(each)}. {_what_is_there(each.parent)}")
     if len(paths) == 1 and paths[0].name.endswith(".index.json"):
         index = paths[0]
         paths = [index.parent / name for name in _indexed(index)]

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.loader.files import find
-from diffsynth.errors import CorruptFile, KeyMismatch, NoFiles
+from diffsynth.core.loader.explain import kinds
+from diffsynth.core.loader.files import PICKLE_SUFFIXES, find, only_checkpoint
+from diffsynth.errors import CorruptFile, KeyMismatch
 
 Shape = tuple[int, ...]
 
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+ARCHITECTURE_KEY = "diffsynth.architecture"
+CONFIG_KEY = "diffsynth.config"
+LAYOUT_KEY = "diffsynth.layout"
+SAVE_KEY = "diffsynth.save"
+"""What our own files say of themselves in their metadata: architecture, the JSON of its config's fields, the published
+layout whose names the file has, and which call of `save_checkpoint` wrote it."""
+
+HEADER_LIMIT = 100_000_000
+"""Bytes of JSON that the format allows; a longer header is a damaged length."""
 
 WRAPPER_PREFIXES = (
     "model.diffusion_model.",
@@ -36,12 +46,32 @@ WRAPPER_PREFIXES = (
 
 _NAMED_TEXT_ENCODER = re.compile(r"text_encoders\.[^.]+\.(transformer\.)?")
 
-_ITEM_SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+_ITEM_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What tells a file from one that was put in its place: bytes, time of the last change, and its number on disk."""
+
+    size: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> FileStamp:
+        """The stamp of a path or an open descriptor.
+
+        Raises:
+            OSError: there is no such file.
+        """
+        stat = os.stat(file)
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @dataclass(frozen=True)
@@ -67,7 +97,8 @@ class Header:
     """All tensors of one logical checkpoint, which may be several files.
 
     `tensors_in_memory` holds the tensors themselves where the source is a pickle or a given state dict, `nested` the
-    shapes of a pickle of dicts in dicts; `tensors` has such keys joined by dots.
+    shapes of a pickle of dicts in dicts; `tensors` has such keys joined by dots. `stamps` remembers the files as they
+    were when this was read.
     """
 
     tensors: dict[str, TensorInfo]
@@ -75,11 +106,39 @@ class Header:
     files: tuple[Path, ...] = ()
     tensors_in_memory: Mapping[str, Any] | None = None
     nested: Mapping[str, Any] | None = None
+    stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """Key -> shape."""
         return {key: info.shape for key, info in self.tensors.items()}
+
+    @property
+    def where(self) -> str:
+        """Its files, for a message."""
+        if not self.files:
+            return "the given state_dict"
+        return str(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+
+    def check_unchanged(self, file: Path, descriptor: int | None = None) -> None:
+        """Hold a file to what it was when this header was read.
+
+        Args:
+            file: one of `files`.
+            descriptor: of the file as it was opened; None asks what is there under its name.
+
+        Raises:
+            CorruptFile: it was replaced or written to since, or is gone.
+        """
+        if (before := self.stamps.get(file)) is None:
+            return
+        try:
+            now = FileStamp.of(file if descriptor is None else descriptor)
+        except OSError:
+            raise CorruptFile(f"{file} is gone since its header was read. Load it again.") from None
+        if now != before:
+            size = "" if now.size == before.size else f": it had {before.size} bytes and has {now.size} now"
+            raise CorruptFile(f"{file} changed since its header was read{size}. Load it again.")
 
 
 def read_config(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> Header:
@@ -92,79 +151,157 @@ def read_config(config: ModelConfig, *, resolve: Callable[[str], list[Path] | No
 
 
 def read(files: Iterable[Path]) -> Header:
-    """The merged header of one checkpoint's files.
+    """The merged header of one checkpoint's files, or of the one checkpoint in a folder.
 
     Raises:
+        NoFiles: a file is not there, or a folder holds no checkpoint or several.
         CorruptFile: truncated, or no checkpoint.
-        KeyMismatch: two files hold one key with different shapes.
+        KeyMismatch: these are not parts of one checkpoint.
     """
+    files = tuple(files)
+    if len(files) == 1 and files[0].is_dir():
+        files = tuple(only_checkpoint(files[0]))
+    parts = [_read_one(file) for file in files]
+    if len(parts) == 1:
+        return parts[0]
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     in_memory: dict[str, Any] = {}
-    files = tuple(files)
-    nested = None
-    for file in files:
-        if file.suffix.lower() in PICKLE_SUFFIXES:
-            from diffsynth.core.loader import pickled
+    stamps: dict[Path, FileStamp] = {}
+    for file, part in zip(files, parts, strict=True):
+        _check_same_checkpoint(tensors, metadata, part, file)
+        tensors |= part.tensors
+        metadata |= part.metadata
+        in_memory |= part.tensors_in_memory or {}
+        stamps |= part.stamps
+    return Header(tensors, metadata, files, in_memory or None, None, stamps)
 
-            part = pickled.read(file)
-            in_memory.update(part.tensors_in_memory or {})
-            nested = part.nested
-        else:
-            part = read_safetensors(file)
-        for key, info in part.tensors.items():
-            if key in tensors and tensors[key].shape != info.shape:
-                raise KeyMismatch(
-                    f"{key!r} is {tensors[key].shape} in {tensors[key].file} and {info.shape} in {file}; "
-                    f"these files are not parts of one checkpoint"
-                )
-            tensors[key] = info
-        metadata.update(part.metadata)
-    return Header(tensors, metadata, files, in_memory or None, nested if len(files) == 1 else None)
+
+def _read_one(file: Path) -> Header:
+    if file.suffix.lower() not in PICKLE_SUFFIXES:
+        return read_safetensors(file)
+    from diffsynth.core.loader import pickled
+
+    return pickled.read(file)
+
+
+def _check_same_checkpoint(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], part: Header, file: Path
+) -> None:
+    for key in part.tensors.keys() & tensors.keys():
+        if tensors[key].shape != part.tensors[key].shape:
+            raise KeyMismatch(
+                f"{key!r} is {tensors[key].shape} in {tensors[key].file} and {part.tensors[key].shape} in {file}; "
+                f"these files are not parts of one checkpoint"
+            )
+    for key in (ARCHITECTURE_KEY, CONFIG_KEY, LAYOUT_KEY, SAVE_KEY):
+        if key in metadata and metadata[key] != part.metadata.get(key, metadata[key]):
+            raise KeyMismatch(
+                f"{file} was saved with {key}={part.metadata[key]}, the files before it with {metadata[key]}; "
+                f"these files are not parts of one checkpoint. Save or fetch all of them again."
+            )
 
 
 def read_safetensors(file: Path) -> Header:
     """The header of one safetensors file: 8 bytes of length, then JSON, then the data it points into.
 
+    Gaps between tensors and bytes behind the last are allowed: nothing reads them. Tensors that overlap are not.
+
     Raises:
         NoFiles: there is no such file.
         CorruptFile: what is wrong, and with which file.
     """
-    reject_other_kinds(file)
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if start.startswith(b"PK"):
-            raise CorruptFile(f"{file} is a zip archive. If it is a torch pickle, name it .pth or .bin.")
-        if size < 8:
-            raise CorruptFile(f"{file} is not a safetensors file: it has {size} bytes")
-        (length,) = struct.unpack("<Q", start)
-        if stream.read(1) not in (b"{", b""):
-            raise CorruptFile(f"{file} is not a safetensors file: it has no header. Give the path of the weights.")
-        stream.seek(8)
-        if length > size - 8:
-            raise CorruptFile(
-                f"{file} is truncated: its header says {length} bytes, {size - 8} follow. Fetch it again."
-            )
-        text = stream.read(length)
+    with kinds.open_weights(file) as stream:
+        stamp = FileStamp.of(stream.fileno())
+        text, base = _header_text(file, stream, stamp.size)
     try:
-        entries = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
-        base = 8 + length
-        tensors = {
-            key: TensorInfo(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                file,
-                base + entry["data_offsets"][0],
-                base + entry["data_offsets"][1],
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        if not isinstance(entries, dict):
+            raise ValueError(f"it is a {type(entries).__name__}")
+        metadata = _metadata(entries.pop("__metadata__", {}))
+        tensors = {key: _tensor_info(key, entry, file, base) for key, entry in entries.items()}
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise CorruptFile(
+            f"{file} is not a safetensors file: its header does not parse ({reason}). Fetch it again."
+        ) from None
+    _check_ranges(file, tensors, stamp.size)
+    return Header(tensors, metadata, (file,), stamps={file: stamp})
+
+
+def _header_text(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, int]:
+    """The JSON, and where the data begins. What is read is at most the format's limit, whatever the file says."""
+    start = stream.read(9)
+    if size < 8:
+        raise CorruptFile(f"{file} is not a safetensors file: it has {size} bytes")
+    length = int.from_bytes(start[:8], "little")
+    if start[8:] not in (b"{", b"") or not length:
+        raise CorruptFile(f"{file} is not a safetensors file: it has no header. Give the path of the weights.")
+    if length > HEADER_LIMIT:
+        raise CorruptFile(
+            f"{file} is damaged: it announces a header of {length} bytes, and the format allows {HEADER_LIMIT}. "
+            f"Fetch it again."
+        )
+    if length > size - 8:
+        raise CorruptFile(f"{file} is truncated: its header says {length} bytes, {size - 8} follow. Fetch it again.")
+    return start[8:] + stream.read(length - 1), 8 + length
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {twice!r} twice")
+    return entries
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _metadata(entry: Any) -> dict[str, str]:
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise ValueError("its __metadata__ is not a mapping of text to text")
+    return entry
+
+
+def _tensor_info(key: str, entry: Any, file: Path, base: int) -> TensorInfo:
+    key.encode("utf-8")  # a lone surrogate is no text: UnicodeEncodeError, which is a ValueError
+    if not isinstance(entry, dict) or (missing := {"dtype", "shape", "data_offsets"} - entry.keys()):
+        what = f"lacks {', '.join(sorted(missing))}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
+        raise ValueError(f"the entry of {key!r} {what}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BITS:
+        raise ValueError(f"{key!r} has dtype {dtype!r}; expected one of {', '.join(_ITEM_BITS)}")
+    if not _are_sizes(shape):
+        raise ValueError(f"{key!r} has shape {shape!r:.100}; expected extents from 0 up")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{key!r} has data_offsets {offsets!r:.100}; expected where it begins and ends")
+    return TensorInfo(dtype, tuple(shape), file, base + offsets[0], base + offsets[1])
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> None:
+    if (end := max((info.end for info in tensors.values()), default=0)) > size:
+        raise CorruptFile(f"{file} is truncated: its header says {end} bytes, the file has {size}. Fetch it again.")
+    before, reached = "", 0
+    for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.end < info.start:
+            raise CorruptFile(f"{file}: tensor {key!r} begins at byte {info.start} and ends at {info.end}")
+        expected = -(-prod(info.shape) * _ITEM_BITS[info.dtype] // 8)
+        if info.end - info.start != expected:
+            raise CorruptFile(
+                f"{file}: tensor {key!r} of shape {info.shape} and dtype {info.dtype} "
+                f"spans {info.end - info.start} bytes, expected {expected}"
             )
-            for key, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CorruptFile(f"{file} is not a safetensors file: its header does not parse ({error})") from None
-    _check_ranges(file, tensors, size)
-    return Header(tensors, metadata, (file,))
+        if expected and info.start < reached:
+            raise CorruptFile(f"{file}: tensors {before!r} and {key!r} overlap at byte {info.start}. Fetch it again.")
+        if expected:
+            before, reached = key, info.end
 
 
 def signature(shapes: Mapping[str, Any]) -> str:
@@ -175,7 +312,7 @@ def signature(shapes: Mapping[str, Any]) -> str:
     Args:
         shapes: key -> shape, or a nested mapping of the same kind.
     """
-    return hashlib.md5(_signed_text(shapes).encode("utf-8")).hexdigest()
+    return hashlib.md5(_signed_text(shapes).encode("utf-8"), usedforsecurity=False).hexdigest()
 
 
 def _signed_text(shapes: Mapping[str, Any]) -> str:
@@ -202,43 +339,3 @@ def wrapper_prefixes(keys: Iterable[str]) -> tuple[str, ...]:
     # A checkpoint of everything in one file, as other programs write it, names its text encoders too.
     named = {match[0]: None for key in keys if (match := _NAMED_TEXT_ENCODER.match(key))}
     return (*named, *(prefix for prefix in WRAPPER_PREFIXES if any(key.startswith(prefix) for key in keys)))
-
-
-def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> None:
-    for key, info in tensors.items():
-        if not 0 <= info.start <= info.end:
-            raise CorruptFile(f"{file}: tensor {key!r} begins at byte {info.start} and ends at {info.end}")
-        if info.end > size:
-            end = max(other.end for other in tensors.values())
-            raise CorruptFile(f"{file} is truncated: its header says {end} bytes, the file has {size}. Fetch it again.")
-        item = _ITEM_SIZES.get(info.dtype)
-        count = 1
-        for extent in info.shape:
-            count *= extent
-        if item is not None and info.end - info.start != item * count:
-            raise CorruptFile(
-                f"{file}: tensor {key!r} of shape {info.shape} and dtype {info.dtype} "
-                f"spans {info.end - info.start} bytes, expected {item * count}"
-            )
-
-
-def reject_other_kinds(file: Path) -> None:
-    """Say what a file is that no reader of ours can read.
-
-    Raises:
-        NoFiles: there is no such file.
-        CorruptFile: empty, a Git-LFS pointer, a GGUF file or a web page.
-    """
-    if not file.is_file():
-        what = "is a folder; name the files in it" if file.is_dir() else "does not exist"
-        raise NoFiles(f"{file} {what}")
-    with file.open("rb") as stream:
-        start = stream.read(8)
-    if not start:
-        raise CorruptFile(f"{file} is empty. Fetch it again.")
-    if start.startswith(b"version "):
-        raise CorruptFile(f"{file} is a Git-LFS pointer, not the weights. Run: git lfs pull")
-    if start.startswith(b"GGUF"):
-        raise CorruptFile(f"{file} is a GGUF file; diffsynth reads safetensors. Convert it first.")
-    if start[:1] == b"<":
-        raise CorruptFile(f"{file} is a web page, not a checkpoint: the download was answered with an error page.")

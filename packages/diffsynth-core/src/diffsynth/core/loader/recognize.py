@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.resources
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,18 +9,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffsynth.core.loader import convert
-from diffsynth.core.loader.header import Header, Shape, signature, strip_prefix, wrapper_prefixes
+from diffsynth.core.loader.explain.miss import Miss, explain
+from diffsynth.core.loader.header import (
+    ARCHITECTURE_KEY,
+    CONFIG_KEY,
+    LAYOUT_KEY,
+    Header,
+    Shape,
+    signature,
+    strip_prefix,
+    wrapper_prefixes,
+)
+from diffsynth.core.loader.layouts import scaled
+from diffsynth.core.loader.layouts.published import layout_of, normal, rules_of
 from diffsynth.errors import KeyMismatch, Unrecognized, did_you_mean
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, resolve
 
 TIERS = ("metadata", "signature", "structure")
 
-ARCHITECTURE_KEY = "diffsynth.architecture"
-CONFIG_KEY = "diffsynth.config"
-"""What our own files say of themselves in their metadata; the config is the JSON of its fields."""
-
-
-_LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.")
+_DEPTH = 3
+"""How many wrappers may be around each other."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,14 @@ class Recognized:
 
     Args:
         architecture: what it is.
-        checkpoint: the layout it has; None for files that we saved, which use the architecture's own names.
+        checkpoint: the layout it has; None for files that we saved under the architecture's own names.
         config: its sizes.
         tier: how it was recognised: "metadata", "signature" or "structure".
         prefix: what stands before every key.
         keys: keys of the file, with their prefix, that its plan is made from: all that belong to no other component.
         extra: those of them that no published layout of the architecture has (structure only), and keys of the file
             that nobody claims.
+        scaling: rules for weights that have scales beside them; see `layouts.scaled`.
     """
 
     architecture: ArchitectureSpec
@@ -47,11 +54,12 @@ class Recognized:
     prefix: str = ""
     keys: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    scaling: tuple[convert.Rule, ...] = ()
 
     @property
     def rules(self) -> Sequence[convert.Rule]:
         """How its keys become the architecture's own."""
-        return resolve(self.checkpoint.rules) if self.checkpoint is not None and self.checkpoint.rules else ()
+        return (*self.scaling, *(rules_of(self.checkpoint) if self.checkpoint is not None else ()))
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class _Candidate:
     dropped: frozenset[str]
 
 
-_Misses = dict[tuple[str, str], str]
+_Refusals = dict[tuple[str, str], str]
 """Why structure said no, by checkpoint and prefix."""
 
 
@@ -84,23 +92,23 @@ def recognize(
     Raises:
         Unrecognized: none; the message names the nearest layout and what differs, or what the file is instead.
     """
-    misses: _Misses = {}
+    refusals: _Refusals = {}
     found: list[Recognized] = []
     rest = header
     for tier in tiers:
         if tier == "metadata":
-            found += _by_metadata(rest, architectures)
+            found += _by_metadata(rest, architectures, checkpoints)
         elif tier == "signature":
             found += _by_signature(rest, architectures, checkpoints)
         elif tier == "structure":
-            found += _by_structure(rest, architectures, checkpoints, misses)
+            found += _by_structure(rest, architectures, checkpoints, refusals)
         else:
             raise ValueError(f"tier {tier!r}: expected one of {', '.join(TIERS)}{did_you_mean(tier, TIERS)}")
         rest = _without(header, found)
         if not rest.tensors:
             break
     if not found:
-        raise Unrecognized(_explain(header, misses, checkpoints))
+        raise Unrecognized(explain(Miss(header, architectures, checkpoints, refusals, tuple(_views(header)))))
     if rest.tensors:
         found[0] = replace(found[0], extra=(*found[0].extra, *rest.tensors))
     return found
@@ -116,21 +124,29 @@ def _without(header: Header, found: Sequence[Recognized]) -> Header:
     )
 
 
-def _by_metadata(header: Header, architectures: Mapping[str, ArchitectureSpec]) -> list[Recognized]:
+def _by_metadata(
+    header: Header, architectures: Mapping[str, ArchitectureSpec], checkpoints: Sequence[CheckpointSpec]
+) -> list[Recognized]:
     name = header.metadata.get(ARCHITECTURE_KEY)
     if name is None:
         return []
     if name not in architectures:
         raise Unrecognized(
-            f"{_where(header)}: saved as a {name}, which no installed plugin declares"
+            f"{header.where}: saved as a {name}, which no installed plugin declares"
             f"{did_you_mean(name, architectures)}. Install the family that has it."
         )
     architecture = architectures[name]
     try:
         config = resolve(architecture.config)(**json.loads(header.metadata.get(CONFIG_KEY, "{}")))
-    except (TypeError, ValueError) as error:
-        raise Unrecognized(f"{_where(header)}: its {CONFIG_KEY} does not fit {architecture.config}: {error}") from None
-    return [Recognized(architecture, None, config, "metadata", keys=tuple(header.tensors))]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Unrecognized(f"{header.where}: its {CONFIG_KEY} does not fit {architecture.config}: {error}") from None
+    layout = header.metadata.get(LAYOUT_KEY)
+    checkpoint = next((one for one in checkpoints if (one.name, one.architecture) == (layout, name)), None)
+    if layout is not None and checkpoint is None:
+        return []  # its names are those of a layout that is gone; the other tiers look at the names themselves
+    scaling, plan = _plan(rules_of(checkpoint) if checkpoint else (), header.shapes)
+    keys = tuple(key for key in header.tensors if key not in set(plan.dropped))
+    return [Recognized(architecture, checkpoint, config, "metadata", keys=keys, scaling=scaling)]
 
 
 def _by_signature(
@@ -147,8 +163,9 @@ def _by_signature(
         identity = signature(header.nested if header.nested is not None and not prefix else shapes)
         for checkpoint in by_signature.get(identity, ()):
             architecture = architectures[checkpoint.architecture]
-            plan = convert.plan(_rules(checkpoint), shapes)
-            keys = tuple(prefix + key for key in shapes if key not in set(plan.dropped))
+            plan = convert.plan(rules_of(checkpoint), shapes)
+            dropped = set(plan.dropped)
+            keys = tuple(prefix + key for key in shapes if key not in dropped)
             config = _config(architecture, checkpoint, plan)
             found.append(Recognized(architecture, checkpoint, config, "signature", prefix, keys))
     return found
@@ -158,32 +175,59 @@ def _by_structure(
     header: Header,
     architectures: Mapping[str, ArchitectureSpec],
     checkpoints: Sequence[CheckpointSpec],
-    misses: _Misses,
+    refusals: _Refusals,
 ) -> list[Recognized]:
+    if scaled.packed_format(header.tensors):
+        return []
     known = _KnownNames(checkpoints)
     candidates = []
     for prefix, shapes in _views(header):
         for checkpoint in checkpoints:
-            architecture = architectures.get(checkpoint.architecture)
-            if architecture is None:
+            if checkpoint.architecture not in architectures:
                 continue
             try:
-                plan = convert.plan(_rules(checkpoint), shapes)
-                _require(architecture, plan.shapes)
-                config = _config(architecture, checkpoint, plan)
+                candidates.append(_candidate(architectures[checkpoint.architecture], checkpoint, prefix, shapes, known))
             except (KeyMismatch, ValueError, LookupError) as error:
-                missing = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-                misses[checkpoint.name, prefix] = missing
-                continue
-            claimed = frozenset(
-                prefix + source
-                for key, target in plan.targets.items()
-                if known.has(architecture, key)
-                for source in target.sources
-            )
-            recognized = Recognized(architecture, checkpoint, config, "structure", prefix)
-            candidates.append(_Candidate(recognized, claimed, frozenset(prefix + key for key in plan.dropped)))
+                lacks = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+                refusals[checkpoint.name, prefix] = lacks
     return _weigh(header, candidates)
+
+
+def _candidate(
+    architecture: ArchitectureSpec,
+    checkpoint: CheckpointSpec,
+    prefix: str,
+    shapes: Mapping[str, Shape],
+    known: _KnownNames,
+) -> _Candidate:
+    """The keys under a prefix as a checkpoint of this layout.
+
+    Raises:
+        KeyMismatch, ValueError, LookupError: they are not, and why.
+    """
+    rules = rules_of(checkpoint)
+    _require_makeable(architecture, rules, shapes)
+    scaling, plan = _plan(rules, shapes)
+    _require(architecture, plan.shapes)
+    config = _config(architecture, checkpoint, plan)
+    claimed = frozenset(
+        prefix + source
+        for key, target in plan.targets.items()
+        if known.has(architecture, key)
+        for source in target.sources
+    )
+    recognized = Recognized(architecture, checkpoint, config, "structure", prefix, scaling=scaling)
+    return _Candidate(recognized, claimed, frozenset(prefix + key for key in plan.dropped))
+
+
+def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[tuple[convert.Rule, ...], convert.Plan]:
+    """The plan of a file, and the rules for its scaled weights that it took first."""
+    scales = scaled.find(shapes)
+    declared = any(isinstance(rule, convert.Dequantize) for rule in rules)
+    if declared or not (scales.weights or scales.unused):
+        return (), convert.plan(rules, shapes)
+    scaling = scaled.rules(scales, convert.plan(rules, scales.without(shapes)))
+    return scaling, convert.plan((*scaling, *rules), shapes)
 
 
 def _weigh(header: Header, candidates: Sequence[_Candidate]) -> list[Recognized]:
@@ -199,7 +243,7 @@ def _weigh(header: Header, candidates: Sequence[_Candidate]) -> list[Recognized]
             names = {rival.recognized.architecture.name, candidate.recognized.architecture.name}
             if len(names) == 2 and rival.claimed == candidate.claimed:
                 raise Unrecognized(
-                    f"{_where(header)}: claimed by {' and '.join(sorted(names))} alike; its shapes cannot tell which"
+                    f"{header.where}: claimed by {' and '.join(sorted(names))} alike; its shapes cannot tell which"
                 )
         if candidate.claimed and not rivals:
             chosen.append(candidate)
@@ -226,22 +270,30 @@ class _KnownNames:
         """Whether a layout has it. Without any layout: whether something required starts alike."""
         if architecture.name not in self._names:
             self._names[architecture.name] = frozenset(
-                _normal(own)
+                normal(own)
                 for checkpoint in self._checkpoints
                 if checkpoint.architecture == architecture.name and checkpoint.layout
-                for own in convert.plan(_rules(checkpoint), _layout(checkpoint)).targets
+                for own in convert.plan(rules_of(checkpoint), layout_of(checkpoint)).targets
             )
         names = self._names[architecture.name]
         if names:
-            return _normal(key) in names
+            return normal(key) in names
         return any(key.split(".")[0] == pattern.split(".")[0] for pattern in architecture.required)
 
 
 def _views(header: Header) -> Iterator[tuple[str, dict[str, Shape]]]:
-    """The keys as they are, then without each wrapper prefix that is there."""
-    shapes = header.shapes
-    for prefix in ("", *wrapper_prefixes(shapes)):
-        yield prefix, strip_prefix(shapes, prefix)
+    """The keys as they are, then without each wrapper prefix that is there, also of wrappers in wrappers."""
+    waiting = [("", header.shapes, 0)]
+    seen = set()
+    while waiting:
+        prefix, shapes, depth = waiting.pop(0)
+        if prefix in seen:
+            continue
+        seen.add(prefix)
+        yield prefix, shapes
+        if depth < _DEPTH:
+            inner = wrapper_prefixes(shapes)
+            waiting += [(prefix + each, strip_prefix(shapes, each), depth + 1) for each in inner]
 
 
 def _config(architecture: ArchitectureSpec, checkpoint: CheckpointSpec, plan: convert.Plan) -> Any:
@@ -249,8 +301,26 @@ def _config(architecture: ArchitectureSpec, checkpoint: CheckpointSpec, plan: co
     return replace(config, **checkpoint.config) if checkpoint.config else config
 
 
-def _rules(checkpoint: CheckpointSpec) -> Sequence[convert.Rule]:
-    return resolve(checkpoint.rules) if checkpoint.rules else ()
+def _require_makeable(
+    architecture: ArchitectureSpec, rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]
+) -> None:
+    """Say no to most files before anything is planned: a required name is there, or a rule has what makes it.
+
+    Raises:
+        ValueError: the first required name that nothing here can become.
+    """
+    for pattern in architecture.required:
+        name = pattern.replace("{n}", "0")
+        if name not in shapes and not any(_can_make(rule, name, shapes) for rule in rules):
+            raise ValueError(f"it lacks {name}")
+
+
+def _can_make(rule: convert.Rule, name: str, shapes: Mapping[str, Shape]) -> bool:
+    return any(
+        all(convert.fill(source, holes) in shapes for source in rule.sources)
+        for target in rule.targets
+        if (holes := convert.match(target, name)) is not None
+    )
 
 
 def _require(architecture: ArchitectureSpec, own: Mapping[str, Shape]) -> None:
@@ -266,77 +336,3 @@ def _require(architecture: ArchitectureSpec, own: Mapping[str, Shape]) -> None:
             raise ValueError(
                 f"it lacks {missing[0]}" + (f" and {len(missing) - 1} like it" if len(missing) > 1 else "")
             )
-
-
-def _explain(header: Header, misses: _Misses, checkpoints: Sequence[CheckpointSpec]) -> str:
-    where, keys = _where(header), list(header.tensors)
-    if not keys:
-        return f"{where} holds no tensors."
-    if kind := _other_kind(keys):
-        return f"{where} is {kind}, not a model checkpoint."
-    best: tuple[float, CheckpointSpec, str] | None = None
-    views = {prefix: {_normal(key) for key in shapes} for prefix, shapes in _views(header)}
-    for checkpoint in checkpoints:
-        known = {_normal(key) for key in _layout(checkpoint)}
-        for prefix, names in views.items():
-            score = len(names & known) / max(len(names | known), 1)
-            if score and (best is None or score > best[0]):
-                best = (score, checkpoint, prefix)
-    if best is None:
-        return f"{where}: no installed architecture has keys like {keys[0]!r}. It has {len(keys)} tensors."
-    score, checkpoint, prefix = best
-    reason = misses.get((checkpoint.name, prefix), "")
-    differing = _differences(strip_prefix(header.shapes, prefix), _layout(checkpoint))
-    return (
-        f"{where}: nearest is {checkpoint.name}, which shares {score:.0%} of its kinds of keys"
-        + (f" under {prefix!r}" if prefix else "")
-        + (f"; it is refused because {reason}" if reason else "")
-        + (f". First differences: {'; '.join(differing)}" if differing else "")
-    )
-
-
-def _other_kind(keys: Sequence[str]) -> str:
-    lora = sum(any(mark in key for mark in _LORA_MARKS) for key in keys)
-    if lora > len(keys) / 2:
-        return "a LoRA"
-    if any(key.startswith(("optimizer", "exp_avg")) or ".exp_avg" in key for key in keys):
-        return "an optimizer state"
-    return ""
-
-
-def _differences(shapes: Mapping[str, Shape], layout: Mapping[str, Shape]) -> list[str]:
-    found = _first([key for key in layout if key not in shapes], "missing")
-    found += _first([key for key in shapes if key not in layout], "not known")
-    found += [
-        f"{key} is {shapes[key]}, published {layout[key]}"
-        for key in layout
-        if shapes.get(key, layout[key]) != layout[key]
-    ][:2]
-    return found
-
-
-def _first(keys: Sequence[str], what: str) -> list[str]:
-    if not keys:
-        return []
-    more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
-    return [f"{', '.join(keys[:2])}{more} {'is' if len(keys) == 1 else 'are'} {what}"]
-
-
-def _layout(checkpoint: CheckpointSpec) -> dict[str, Shape]:
-    """Key -> shape of the published file; empty if the plugin ships none."""
-    if not checkpoint.layout:
-        return {}
-    package, _, path = checkpoint.layout.partition(":")
-    data = importlib.resources.files(package).joinpath(path).read_bytes()
-    tensors = json.loads(gzip.decompress(data))["tensors"]
-    return {key: tuple(shape) for key, shape in tensors.items()}
-
-
-def _normal(key: str) -> str:
-    return re.sub(r"\d+", "N", key)
-
-
-def _where(header: Header) -> str:
-    if not header.files:
-        return "the given state_dict"
-    return str(header.files[0]) + (f" and {len(header.files) - 1} more" if len(header.files) > 1 else "")

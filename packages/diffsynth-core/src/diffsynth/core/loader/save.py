@@ -1,22 +1,56 @@
-"""Writing a component so that we read it back without guessing."""
+"""Writing a checkpoint so that it is whole or not there, and so that we read it back without guessing."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+import re
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffsynth.core.loader.recognize import ARCHITECTURE_KEY, CONFIG_KEY
+from diffsynth.core.loader import convert
+from diffsynth.core.loader.header import (
+    ARCHITECTURE_KEY,
+    CONFIG_KEY,
+    LAYOUT_KEY,
+    SAVE_KEY,
+    read_safetensors,
+)
+from diffsynth.core.loader.layouts import inverse
+from diffsynth.core.loader.layouts.published import layout_of, rules_of
+from diffsynth.core.loader.load import apply_rule
+from diffsynth.core.loader.pickled import DTYPE_NAMES
+from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean
+from diffsynth.spec import CheckpointSpec
+
+BASE_KEY = "diffsynth.base"
+VERSIONS_KEY = "diffsynth.versions"
+
+SHARD_SIZE = 10 * 10**9
+"""Bytes of tensors above which a checkpoint becomes several files."""
 
 
-def save_component(
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One tensor of the file to be: what the header says of it, and how it is made when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def save_checkpoint(
     module: nn.Module,
     path: Path | str,
     *,
@@ -24,57 +58,244 @@ def save_component(
     config: Any,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
-) -> None:
-    """Write a module as safetensors under its own names, with its architecture and config in the metadata.
+    layout: str | CheckpointSpec | None = None,
+    base: str = "",
+    shard_size: int = SHARD_SIZE,
+) -> list[Path]:
+    """Write a module as safetensors, with its architecture and config in the metadata.
 
-    The file appears whole or not at all. Parameters that share memory are written once each.
+    Files appear whole or not at all, and are on the disk when this returns. Above `shard_size` they are
+    `name-00001-of-0000N.safetensors` with `name.safetensors.index.json`. Memory needed: one tensor.
 
     Args:
+        module: its parameters and buffers; those that share memory are written once each.
+        path: the file; an earlier checkpoint of ours under this name is replaced, its shards too.
         architecture: name of its `ArchitectureSpec`.
         config: the dataclass it was built from.
         metadata: more of it; values are text.
         dtype: of floating tensors in the file; None keeps theirs.
+        layout: a published layout whose names and shapes the file is to have, by the name that a plugin declares it
+            under, for programs that read only that; None keeps the module's own names.
+        base: signature of the checkpoint that these weights began as.
+        shard_size: bytes.
+
+    Returns:
+        The files with tensors, in order.
 
     Raises:
-        ValueError: metadata that says what this function says, or a parameter without data.
+        ValueError: metadata that says what this function says, a parameter without data, a dtype that the format does
+            not have, or a layout that is not known or that nothing leads back to.
     """
     path = Path(path)
-    if taken := [key for key in metadata or {} if key == "format" or key in (ARCHITECTURE_KEY, CONFIG_KEY)]:
-        raise ValueError(f"metadata has {taken[0]!r}, which save_component writes itself; leave it out")
-    tensors = _tensors(module, dtype)
-    notes = {
-        **(metadata or {}),
+    notes = _notes(metadata or {}, architecture, config, base)
+    entries = _entries(module, dtype)
+    if layout is not None:
+        published = _published(layout, architecture)
+        entries = _in_layout(entries, published)
+        notes[LAYOUT_KEY] = published.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shards = _shards(entries, shard_size)
+    if len(shards) == 1:
+        _publish({path: lambda partial: _write(partial, shards[0], notes)})
+        written = [path]
+    else:
+        written = _save_shards(path, shards, notes)
+    _remove_stale(path, written)
+    return written
+
+
+def _save_shards(path: Path, shards: list[dict[str, _Entry]], notes: dict[str, str]) -> list[Path]:
+    # Should a crash leave shards of two calls under one index, a reader sees it by this.
+    notes = notes | {SAVE_KEY: uuid.uuid4().hex}
+    names = [path.with_name(f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors") for i in range(1, len(shards) + 1)]
+    index = {
+        "metadata": {"total_size": sum(entry.size for shard in shards for entry in shard.values())},
+        "weight_map": {key: name.name for name, shard in zip(names, shards, strict=True) for key in sorted(shard)},
+    }
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+
+    def writer(shard: dict[str, _Entry]) -> Callable[[Path], None]:
+        return lambda partial: _write(partial, shard, notes)
+
+    files = {name: writer(shard) for name, shard in zip(names, shards, strict=True)}
+    _publish(files | {_index(path): lambda partial: _write_bytes(partial, [text.encode()])})
+    return names
+
+
+def _publish(files: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write all under other names, then give them theirs, in order."""
+    partials = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial") for path in files}
+    try:
+        for path, write in files.items():
+            write(partials[path])
+        for path, partial in partials.items():
+            os.replace(partial, path)
+        _sync_folder(next(iter(files)).parent)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, entries: Mapping[str, _Entry], notes: Mapping[str, str]) -> None:
+    # Widest dtypes first, as the format's own library does: then every tensor is aligned to its items.
+    order = sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
+    header: dict[str, Any] = {"__metadata__": dict(notes)}
+    end = 0
+    for key in order:
+        entry = entries[key]
+        header[key] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.size],
+        }
+        end += entry.size
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def contents() -> Any:
+        yield len(text).to_bytes(8, "little") + text
+        for key in order:
+            if entries[key].size:
+                yield _bytes(key, entries[key])
+
+    _write_bytes(path, contents())
+
+
+def _write_bytes(path: Path, contents: Any) -> None:
+    with path.open("wb") as stream:
+        for part in contents:
+            stream.write(part)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _bytes(key: str, entry: _Entry) -> memoryview:
+    made = entry.make().detach().to("cpu", entry.dtype).contiguous()
+    assert tuple(made.shape) == entry.shape, f"{key} is {tuple(made.shape)}, announced {entry.shape}"
+    return memoryview(made.reshape(-1).view(torch.uint8).numpy())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # a folder cannot be opened there; its entries are written through
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(path: Path, written: list[Path]) -> None:
+    """What an earlier call left under this name, in another number of files; nobody else's files."""
+    shard = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}\.safetensors")
+    earlier = [file for file in path.parent.iterdir() if file == path or shard.fullmatch(file.name)]
+    stale = [file for file in earlier if file not in written and _is_ours(file)]
+    for file in stale:
+        file.unlink()
+    if stale and written == [path]:
+        _index(path).unlink(missing_ok=True)
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return ARCHITECTURE_KEY in read_safetensors(file).metadata
+    except CheckpointError:
+        return False
+
+
+def _index(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.safetensors.index.json")
+
+
+def _notes(metadata: Mapping[str, str], architecture: str, config: Any, base: str) -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in ("diffsynth-core", "torch", "safetensors")}
+    own = {
         "format": "pt",
         ARCHITECTURE_KEY: architecture,
         CONFIG_KEY: json.dumps(dataclasses.asdict(config), sort_keys=True),
+        VERSIONS_KEY: json.dumps(versions, sort_keys=True),
+        **({BASE_KEY: base} if base else {}),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata=notes)
-        partial.chmod(_usual_mode())  # safetensors writes files that only their owner may read
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if taken := [key for key in metadata if key in {*own, BASE_KEY, LAYOUT_KEY, SAVE_KEY}]:
+        raise ValueError(f"metadata has {taken[0]!r}, which save_checkpoint writes itself; leave it out")
+    if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
+        raise ValueError(f"metadata[{wrong[0]!r}] is {metadata[wrong[0]]!r}; expected text")
+    return {**metadata, **own}
 
 
-def _usual_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _tensors(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
+def _entries(module: nn.Module, dtype: torch.dtype | None) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
     for name, tensor in module.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"{name} of {type(module).__name__} is on the meta device: there is nothing to save")
-        lowered = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        made = tensor.detach().to("cpu", lowered).contiguous()
-        # safetensors refuses tensors that share memory, as tied weights do.
-        if made.untyped_storage().data_ptr() in seen:
-            made = made.clone()
-        seen.add(made.untyped_storage().data_ptr())
-        tensors[name] = made
-    return tensors
+        kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if kept not in DTYPE_NAMES:
+            raise ValueError(f"{name} is {kept}, which safetensors does not have; expected {_some(DTYPE_NAMES)}")
+        entries[name] = _Entry(kept, tuple(tensor.shape), lambda tensor=tensor: tensor)
+    return entries
+
+
+def _some(dtypes: Mapping[torch.dtype, str]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _published(layout: str | CheckpointSpec, architecture: str) -> CheckpointSpec:
+    if isinstance(layout, str):
+        from diffsynth import _discovery
+
+        known = {one.name: one for one in _discovery.catalog().layouts()[1] if one.architecture == architecture}
+        if layout not in known:
+            raise ValueError(
+                f"layout={layout!r}: {architecture} has the layouts {', '.join(known) or 'none'}"
+                f"{did_you_mean(layout, known)}"
+            )
+        return known[layout]
+    if layout.architecture != architecture:
+        raise ValueError(f"layout {layout.name} is one of {layout.architecture}, the module is a {architecture}")
+    return layout
+
+
+def _in_layout(entries: Mapping[str, _Entry], checkpoint: CheckpointSpec) -> dict[str, _Entry]:
+    own = {key: entry.shape for key, entry in entries.items()}
+    rules = rules_of(checkpoint)
+    try:
+        file = inverse.file_shapes(rules, own, layout_of(checkpoint))
+        plan = convert.plan(convert.invert(rules, file), own)
+    except (ValueError, KeyMismatch) as error:
+        raise ValueError(
+            f"cannot save in layout {checkpoint.name}: {error}. Leave layout out: the file then has our own names."
+        ) from None
+    for rule in rules:
+        if isinstance(rule, convert.Constant):
+            _check_constant(rule, entries, checkpoint)
+    made = {}
+    for key, target in plan.targets.items():
+        sources = [entries[source] for source in target.sources]
+        made[key] = _Entry(sources[0].dtype, target.shape, _maker(target, sources))
+    return made
+
+
+def _maker(target: convert.Target, sources: list[_Entry]) -> Callable[[], Tensor]:
+    return lambda: apply_rule(target.rule, tuple(source.make() for source in sources), target.index)
+
+
+def _check_constant(rule: convert.Constant, entries: Mapping[str, _Entry], checkpoint: CheckpointSpec) -> None:
+    if not bool((entries[rule.target].make() == rule.value).all()):
+        raise ValueError(
+            f"cannot save in layout {checkpoint.name}: it leaves out {rule.target}, which is no longer {rule.value}"
+        )
+
+
+def _shards(entries: Mapping[str, _Entry], shard_size: int) -> list[dict[str, _Entry]]:
+    """The tensors in their order, as many to a file as fit; one larger than that has a file of its own."""
+    if shard_size < 1:
+        raise ValueError(f"shard_size={shard_size}: expected bytes, at least 1")
+    shards: list[dict[str, _Entry]] = [{}]
+    size = 0
+    for key, entry in entries.items():
+        if shards[-1] and size + entry.size > shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][key] = entry
+        size += entry.size
+    return shards

@@ -1,0 +1,1 @@
+"""What a file is that nobody claims, and how near it comes: the doctor."""

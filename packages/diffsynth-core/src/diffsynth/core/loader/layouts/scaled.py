@@ -1,0 +1,115 @@
+"""Weights of low precision with scales beside them, as other programs write them: `X.weight` and `X.weight_scale`.
+
+The scales become part of the plan: a scaled weight that is only renamed is a `Dequantize`, one that is also split,
+fused or reshaped is `Scaled`. Packed formats, whose weights have other shapes than the network's, are told apart and
+not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from diffsynth.core.loader import convert
+
+Shape = tuple[int, ...]
+T = TypeVar("T")
+
+_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
+_UNUSED = ("input_scale", "scale_input", "comfy_quant")
+_MARKER = "scaled_fp8"
+
+_PACKED = {
+    "weight_scale_2": "NVFP4",
+    "qweight": "GPTQ or AWQ",
+    "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes",
+    "SCB": "bitsandbytes int8",
+    "wcscales": "SVDQuant (Nunchaku)",
+}
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The tensors of a file that only say how to read others.
+
+    Args:
+        weights: key of a weight -> key of its scale.
+        unused: keys of no use to us: scales of activations, and notes to other programs.
+    """
+
+    weights: Mapping[str, str]
+    unused: tuple[str, ...]
+
+    def without(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The other tensors."""
+        ours = {*self.weights.values(), *self.unused}
+        return {key: shape for key, shape in shapes.items() if key not in ours}
+
+
+def find(shapes: Mapping[str, Shape]) -> Scales:
+    """The scales among a file's keys."""
+    weights: dict[str, str] = {}
+    unused: list[str] = []
+    for key in shapes:
+        layer, _, last = key.rpartition(".")
+        if last in _SCALES and f"{layer}.weight" in shapes:
+            weights[f"{layer}.weight"] = key
+        elif last == _MARKER or (last in _UNUSED and f"{layer}.weight" in shapes):
+            unused.append(key)
+    return Scales(weights, tuple(unused))
+
+
+def packed_format(keys: Iterable[str]) -> str:
+    """The name of a quantisation whose weights are packed into other shapes; empty if there is no sign of any."""
+    lasts = (key.rpartition(".")[2] for key in keys)
+    return next((_PACKED[last] for last in lasts if last in _PACKED), "")
+
+
+@dataclass(frozen=True)
+class Scaled(convert.Rule):
+    """Another rule, over sources that are multiplied by their scales first.
+
+    Args:
+        rule: with all holes filled.
+        scales: key of each source's scale; "" for a source that has none.
+    """
+
+    rule: convert.Rule
+    scales: tuple[str, ...]
+
+    sources = property(lambda self: (*self.rule.sources, *filter(None, self.scales)))
+    targets = property(lambda self: self.rule.targets)
+
+    def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
+        """The inner rule's, if every scale fits its weight."""
+        return self.rule.shapes(*self.dequantized(sources, _scaled_shape))
+
+    def dequantized(self, sources: Sequence[T], multiply: Callable[[T, T], T]) -> tuple[T, ...]:
+        """The inner rule's sources: `multiply(weight, scale)` where there is a scale."""
+        count = len(self.rule.sources)
+        scales = iter(sources[count:])
+        return tuple(
+            multiply(source, next(scales)) if scale else source
+            for source, scale in zip(sources[:count], self.scales, strict=True)
+        )
+
+
+def _scaled_shape(weight: Shape, scale: Shape) -> Shape:
+    return convert.Dequantize("weight", "scale", "target").shapes(weight, scale)[0]
+
+
+def rules(scales: Scales, plan: convert.Plan) -> tuple[convert.Rule, ...]:
+    """Rules for the scaled weights of a file, to stand before those that its plan without scales was made from."""
+    made: dict[tuple[str, ...], convert.Rule] = {}
+    for key, target in plan.targets.items():
+        scales_here = tuple(scales.weights.get(source, "") for source in target.sources)
+        if target.sources in made or not any(scales_here):
+            continue
+        if isinstance(target.rule, convert.Rename):
+            made[target.sources] = convert.Dequantize(target.sources[0], scales_here[0], key)
+        else:
+            made[target.sources] = Scaled(convert.concrete(target.rule, target.sources), scales_here)
+    dropped = [scales.weights[key] for key in plan.dropped if key in scales.weights]
+    return (*made.values(), *(convert.Drop(key, "of no use here") for key in (*dropped, *scales.unused)))

@@ -1,0 +1,61 @@
+"""Every published layout at hand is claimed by those who declare it, and by nobody else."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from diffsynth import _discovery
+from diffsynth.core.loader.header import Header, TensorInfo
+from diffsynth.core.loader.recognize import recognize
+from diffsynth.errors import Unrecognized
+
+ARCHITECTURES, CHECKPOINTS = _discovery.catalog().layouts()
+LAYOUTS = sorted((Path(__file__).parents[2] / "data" / "layouts").glob("*.json.gz"))
+
+
+def header_of(file):
+    facts = json.loads(gzip.decompress(file.read_bytes()))
+    return facts["signature"], Header(
+        dict(_infos(facts["tensors"])), nested=facts["tensors"] if facts["nested"] else None
+    )
+
+
+def _infos(tensors, prefix=""):
+    for key, value in tensors.items():
+        if isinstance(value, dict):
+            yield from _infos(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", TensorInfo("BF16", tuple(value))
+
+
+def claimed(header, tiers):
+    try:
+        return recognize(header, ARCHITECTURES, CHECKPOINTS, tiers=tiers)
+    except Unrecognized as error:
+        if "claimed by" in str(error):
+            raise
+        return []
+
+
+def test_all_layouts_are_here():
+    assert len(LAYOUTS) >= 67
+
+
+@pytest.mark.parametrize("file", LAYOUTS, ids=lambda path: path.name.removesuffix(".json.gz"))
+def test_a_layout_is_claimed_by_those_who_declare_it_alone(file):
+    identity, header = header_of(file)
+    declared = {checkpoint.architecture for checkpoint in CHECKPOINTS if checkpoint.signature == identity}
+    by_signature, by_structure = claimed(header, ("signature",)), claimed(header, ("structure",))
+    assert {found.architecture.name for found in by_signature} == declared
+    assert {found.architecture.name for found in by_structure} == declared
+    configs = {found.architecture.name: found.config for found in by_signature}
+    assert {found.architecture.name: found.config for found in by_structure} == configs
+    assert all(found.extra == () for found in by_structure)
+
+
+def test_some_are_declared():
+    """So that the test above cannot pass by recognising nothing."""
+    signatures = {checkpoint.signature for checkpoint in CHECKPOINTS}
+    assert sum(header_of(file)[0] in signatures for file in LAYOUTS) >= 5

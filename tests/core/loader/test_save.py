@@ -1,0 +1,306 @@
+"""What `save_checkpoint` writes, and that every reader gets it back: whole, or not at all."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from diffsynth import _discovery
+from diffsynth.core.loader import files, header, load, save
+from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.convert import (
+    Apply,
+    Constant,
+    Dequantize,
+    Drop,
+    Fuse,
+    Permute,
+    Rename,
+    ReorderChunks,
+    Reshape,
+    Split,
+    Tie,
+)
+from diffsynth.core.loader.recognize import recognize
+from diffsynth.core.loader.save import save_checkpoint
+from diffsynth.errors import KeyMismatch
+from diffsynth.spec import CheckpointSpec
+
+
+@pytest.fixture
+def net(toy):
+    return toy.Net(toy.NetConfig())
+
+
+def store(net, path, **options):
+    return save_checkpoint(net, path, architecture="net", config=net.config, **options)
+
+
+def load_back(toy, paths, checkpoints=None, dtype=torch.float32):
+    tensors = header.read(paths)
+    (found,) = recognize(tensors, toy.ARCHITECTURES, checkpoints or toy.CHECKPOINTS)
+    return found, load.load_component(found, tensors, device="cpu", dtype=dtype)
+
+
+def same(one, other):
+    theirs = other.state_dict()
+    return all(torch.equal(value, theirs[name]) for name, value in one.state_dict().items())
+
+
+class Everything(nn.Module):
+    """A parameter of every dtype, of no elements, of no axes, and with a name that is not ASCII."""
+
+    def __init__(self):
+        super().__init__()
+        for dtype in save.DTYPE_NAMES:
+            self.register_buffer(str(dtype).replace(".", "_"), torch.arange(6).to(torch.float32).to(dtype))
+        self.register_buffer("empty", torch.zeros(0, 4))
+        self.register_buffer("scalar", torch.tensor(2.5))
+        self.register_buffer("größe_重み", torch.ones(3, 2).T)
+
+
+def test_the_official_reader_reads_it(toy, tmp_path):
+    module = Everything()
+    save_checkpoint(module, tmp_path / "x.safetensors", architecture="net", config=toy.NetConfig())
+    read = load_file(tmp_path / "x.safetensors")
+    for name, tensor in module.state_dict().items():
+        assert read[name].dtype == tensor.dtype
+        assert read[name].shape == tensor.shape
+        assert torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (read[name], tensor))), name
+    assert header.read([tmp_path / "x.safetensors"]).shapes == {k: tuple(t.shape) for k, t in read.items()}
+
+
+def test_tensors_are_aligned_to_their_items(toy, tmp_path):
+    save_checkpoint(Everything(), tmp_path / "x.safetensors", architecture="net", config=toy.NetConfig())
+    infos = header.read([tmp_path / "x.safetensors"]).tensors
+    widths = {name: dtype.itemsize for dtype, name in save.DTYPE_NAMES.items()}
+    assert all(info.start % widths[info.dtype] == 0 for info in infos.values())
+
+
+def test_metadata(net, tmp_path):
+    store(net, tmp_path / "x.safetensors", metadata={"note": "mine"}, base="ab" * 16)
+    notes = header.read([tmp_path / "x.safetensors"]).metadata
+    assert notes["note"] == "mine"
+    assert notes["diffsynth.base"] == "ab" * 16
+    assert json.loads(notes["diffsynth.versions"]).keys() == {"diffsynth-core", "torch", "safetensors"}
+    assert json.loads(notes["diffsynth.config"]) == {"width": 4, "layers": 2}
+
+
+def test_the_same_weights_make_the_same_file(net, tmp_path):
+    store(net, tmp_path / "a.safetensors")
+    store(net, tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_shards_with_an_index(toy, net, tmp_path):
+    paths = store(net, tmp_path / "x.safetensors", shard_size=200)
+    assert [path.name for path in paths] == [
+        f"x-{i:05d}-of-{len(paths):05d}.safetensors" for i in range(1, 1 + len(paths))
+    ]
+    assert len(paths) > 1
+    index = json.loads((tmp_path / "x.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(net.state_dict())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    for source in (tmp_path, tmp_path / "x.safetensors.index.json", paths):
+        found, module = load_back(toy, files.find(ModelConfig(source)))
+        assert found.tier == "metadata"
+        assert same(module, net)
+    for path in paths:
+        assert set(load_file(path)) == {key for key, file in index["weight_map"].items() if file == path.name}
+
+
+def test_fewer_files_leave_none_of_the_earlier_behind(toy, net, tmp_path):
+    store(net, tmp_path / "x.safetensors", shard_size=200)
+    (tmp_path / "x-00001-of-00002.safetensors").write_bytes(b"somebody else's")
+    store(net, tmp_path / "x.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "x-00001-of-00002.safetensors"}
+    (tmp_path / "x-00001-of-00002.safetensors").unlink()
+    paths = store(net, tmp_path / "x.safetensors", shard_size=200)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths} | {"x.safetensors.index.json"}
+    assert same(load_back(toy, [tmp_path])[1], net)
+
+
+def test_shards_of_two_saves_are_told_apart(net, tmp_path):
+    """A crash between two renames once left half of each save under one index, and nothing would have said so."""
+    paths = store(net, tmp_path / "x.safetensors", shard_size=200)
+    first = paths[0].read_bytes()
+    store(net, tmp_path / "x.safetensors", shard_size=200)
+    paths[0].write_bytes(first)
+    with pytest.raises(KeyMismatch, match=r"saved with diffsynth\.save=.*not parts of one checkpoint"):
+        header.read(paths)
+
+
+@pytest.mark.parametrize("shard_size", [10**9, 200])
+@pytest.mark.parametrize("step", ["_bytes", "os.fsync", "os.replace"])
+def test_a_save_that_fails_changes_nothing(net, tmp_path, monkeypatch, step, shard_size):
+    store(net, tmp_path / "x.safetensors", shard_size=shard_size)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with torch.no_grad():
+        net.norm.weight.add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"diffsynth.core.loader.save.{step}", fail)
+        with pytest.raises(OSError, match="No space left"):
+            store(net, tmp_path / "x.safetensors", shard_size=shard_size)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_file_and_folder_reach_the_disk_before_anything_is_said_to_be_saved(net, tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda fd: (order.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr("os.replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    store(net, tmp_path / "x.safetensors")
+    assert [entry.endswith(".partial") for entry in order] == [True, False, False]
+    assert order[1:] == ["rename", str(tmp_path)]
+
+
+def test_memory_needed_is_one_tensor(toy, tmp_path, monkeypatch):
+    """Tensors are converted when their turn comes, not all before the first byte is written."""
+    module = toy.Net(toy.NetConfig(layers=20))
+    alive, peak = [], []
+    make = save._bytes
+
+    def spy(key, entry):
+        alive.append(make(key, entry))
+        peak.append(key)
+        return alive.pop()
+
+    monkeypatch.setattr(save, "_bytes", spy)
+    save_checkpoint(module, tmp_path / "x.safetensors", architecture="net", config=module.config, dtype=torch.bfloat16)
+    assert len(peak) == len(module.state_dict())
+    assert all(info.dtype != "F32" for info in header.read([tmp_path / "x.safetensors"]).tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metadata": {"diffsynth.layout": "x"}}, "which save_checkpoint writes itself"),
+        ({"metadata": {"step": 3}}, r"metadata\['step'\] is 3; expected text"),
+        ({"shard_size": 0}, "shard_size=0: expected bytes"),
+        ({"layout": "no/such"}, "layout='no/such': net has the layouts none"),
+    ],
+)
+def test_bad_arguments(net, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        store(net, tmp_path / "x.safetensors", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_that_the_format_does_not_have(net, tmp_path):
+    net.register_buffer("wave", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"wave is torch\.complex128, which safetensors does not have"):
+        store(net, tmp_path / "x.safetensors")
+
+
+# Published layouts, by the inverse of their rules.
+
+PUBLISHED = {
+    "rename": ((Rename("final_norm.{*}", "norm.{*}"),), {}),
+    "split": ((Split("blocks.{n}.qkv", tuple(f"layers.{{n}}.{part}.weight" for part in "qkv")),), {}),
+    "fuse": (
+        (Fuse(("norm.low", "norm.high"), "norm.weight"),),
+        {"norm.low": (1,), "norm.high": (3,)},
+    ),
+    "reshape": (
+        (Reshape("conv.{n}.q", "layers.{n}.q.weight", (4, 4)),),
+        {"conv.0.q": (4, 4, 1, 1), "conv.1.q": (4, 4, 1, 1)},
+    ),
+    "permute": ((Permute("transposed.{n}", "layers.{n}.q.weight", (1, 0)),), {}),
+    "reorder": ((ReorderChunks("layers.{n}.turned", "layers.{n}.k.weight", (1, 0)),), {}),
+    "tie": ((Tie("layers.0.q.weight", "layers.1.q.weight"),), {}),
+    "constant": ((Constant("norm.bias", (4,), 0.0),), {}),
+    "drop": ((Drop("rotary.table"),), {}),
+}  # fmt: skip
+
+
+def published(toy, monkeypatch, rules, shapes):
+    monkeypatch.setattr(toy, "RULES", rules, raising=False)
+    monkeypatch.setattr(save, "layout_of", lambda checkpoint: shapes)
+    return CheckpointSpec(name="net/published", architecture="net", rules="toy_loader:RULES")
+
+
+@pytest.mark.parametrize("op", PUBLISHED)
+def test_every_rule_that_has_an_inverse_is_undone(toy, net, tmp_path, monkeypatch, op):
+    rules, shapes = PUBLISHED[op]
+    layout = published(toy, monkeypatch, rules, shapes)
+    if op == "tie":
+        net.layers[1]["q"].weight = net.layers[0]["q"].weight
+    paths = store(net, tmp_path / "x.safetensors", layout=layout)
+    written = header.read(paths)
+    assert set(written.shapes) != set(net.state_dict()) or op in ("drop",)
+    assert {key: written.shapes[key] for key in shapes} == shapes
+    # By our metadata, and without it by the rules alone, as any other program's file.
+    found, module = load_back(toy, paths, checkpoints=[layout])
+    assert (found.tier, found.checkpoint.name) == ("metadata", "net/published")
+    assert same(module, net)
+    bare = header.Header(written.tensors, {}, written.files, stamps=written.stamps)
+    (found,) = recognize(bare, toy.ARCHITECTURES, [layout])
+    assert same(load.load_component(found, bare, device="cpu", dtype=torch.float32), net)
+
+
+@pytest.mark.parametrize(
+    ("rules", "shapes", "message"),
+    [
+        ((Dequantize("w", "w_scale", "norm.weight"),), {}, "Dequantize of w, w_scale cannot be undone"),
+        ((Apply(torch.neg, ("w",), "norm.weight", lambda a: a),), {}, "Apply of w cannot be undone"),
+        ((Drop("head.weight"),), {"head.weight": (2,)}, "holds head.weight, which the network does not keep"),
+        ((Fuse(("low", "high"), "norm.weight"),), {}, "sizes of low, high cannot be told from norm.weight"),
+        ((Reshape("flat", "norm.weight", (2, 2)),), {}, "shape of flat cannot be told"),
+        ((Constant("norm.bias", (4,), 1.0),), {}, "leaves out norm.bias, which is no longer 1.0"),
+    ],
+)
+def test_a_rule_without_an_inverse_is_said_before_anything_is_written(
+    toy, net, tmp_path, monkeypatch, rules, shapes, message
+):
+    layout = published(toy, monkeypatch, rules, shapes)
+    with pytest.raises(ValueError, match=f"cannot save in layout net/published: .*{message}"):
+        store(net, tmp_path / "x.safetensors", layout=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tied_weights_that_came_apart(toy, net, tmp_path, monkeypatch):
+    layout = published(toy, monkeypatch, *PUBLISHED["tie"])
+    with pytest.raises(ValueError, match="keeps as one are no longer equal"):
+        store(net, tmp_path / "x.safetensors", layout=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layout_of_another_architecture(toy, net, tmp_path):
+    with pytest.raises(ValueError, match="layout head/parts is one of head, the module is a net"):
+        store(net, tmp_path / "x.safetensors", layout=toy.CHECKPOINTS[3])
+
+
+def test_a_layout_that_is_not_installed_any_more_is_told_by_its_names(toy, net, tmp_path):
+    paths = store(net, tmp_path / "x.safetensors", layout=toy.CHECKPOINTS[1])
+    renamed = [CheckpointSpec(name="net/other", architecture="net", rules="toy_loader:FUSED")]
+    found, module = load_back(toy, paths, checkpoints=renamed)
+    assert (found.tier, found.checkpoint.name) == ("structure", "net/other")
+    assert same(module, net)
+
+
+ARCHITECTURES, CHECKPOINTS = _discovery.catalog().layouts()
+INSTALLED = [one for one in CHECKPOINTS if one.rules]
+
+
+@pytest.mark.parametrize("checkpoint", INSTALLED, ids=lambda one: one.name)
+def test_tiny_models_in_every_installed_layout(checkpoint, tmp_path):
+    """By name; either it comes back bit by bit, or the error says which key stands in the way."""
+    architecture = ARCHITECTURES[checkpoint.architecture]
+    config = load.resolve(architecture.tiny)
+    module = load.resolve(architecture.module)(config)
+    arguments = {"architecture": architecture.name, "config": config, "layout": checkpoint.name}
+    if checkpoint.name == "qwen3_text_encoder/with_head":
+        with pytest.raises(ValueError, match=r"holds lm_head\.weight, which the network does not keep"):
+            save_checkpoint(module, tmp_path / "x.safetensors", **arguments)
+        return
+    tensors = header.read(save_checkpoint(module, tmp_path / "x.safetensors", **arguments))
+    (found,) = recognize(tensors, ARCHITECTURES, CHECKPOINTS)
+    assert found.checkpoint == checkpoint
+    assert same(load.load_component(found, tensors, device="cpu", dtype=torch.float32), module)
