@@ -50,10 +50,14 @@ def test_the_documented_names_are_there():
 
 def test_one_object_by_every_way():
     import diffsynth
+    from diffsynth.core.attention import attention_forward
     from diffsynth.core.data.operators import LoadImage
     from diffsynth.core.gradient import gradient_checkpoint_forward
+    from diffsynth.core.loader import hash_model_file, load_model
 
     assert core.ModelConfig is diffsynth.ModelConfig
+    assert (attention_forward, hash_model_file) == (core.attention_forward, core.hash_model_file)
+    assert load_model is core.load_model
     assert core.LoadImage is LoadImage
     assert core.gradient_checkpoint_forward is gradient_checkpoint_forward
 

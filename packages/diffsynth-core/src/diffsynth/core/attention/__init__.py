@@ -8,6 +8,14 @@ others are tested against.
 from __future__ import annotations
 
 from diffsynth.core.attention.call import AttentionBackend, AttentionCall
+from diffsynth.core.attention.forward import attention_forward
 from diffsynth.core.attention.select import attention, available_backends, register_backend
 
-__all__ = ["AttentionBackend", "AttentionCall", "attention", "available_backends", "register_backend"]
+__all__ = [
+    "AttentionBackend",
+    "AttentionCall",
+    "attention",
+    "attention_forward",
+    "available_backends",
+    "register_backend",
+]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from diffsynth.core.loader import pickled
-from diffsynth.core.loader.header import PICKLE_SUFFIXES, Header, read, read_safetensors, signature
+from diffsynth.core.loader.files import PICKLE_SUFFIXES
+from diffsynth.core.loader.header import Header, read, read_safetensors, signature
 from diffsynth.core.loader.load import TensorReader
 
 logger = logging.getLogger(__name__)
