@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from diffsynth import _discovery, registry
 from diffsynth._discovery import Catalog, Declared, Plugin
 from diffsynth.cli.group import program
-from diffsynth.core.loader import first_party
+from diffsynth.core.loader import first_party, header, recognize
 from diffsynth.core.loader.convert import Rename
-from diffsynth.errors import UnknownModel
+from diffsynth.errors import UnknownModel, Unrecognized
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, CommandSpec, ModelSpec
 from source_tree import ROOT
 
@@ -133,17 +133,27 @@ def test_the_real_z_image_without_its_package(monkeypatch):
             raise importlib.metadata.PackageNotFoundError(name)
         return find(name)
 
-    keys = list(tool.published("diffsynth_zimage:layouts/z_image_turbo_dit.json.gz"))
+    shapes = tool.published("diffsynth_zimage:layouts/z_image_turbo_dit.json.gz")
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     monkeypatch.setenv("DIFFSYNTH_PLUGINS", "")
     _discovery.refresh()
     try:
         with pytest.raises(UnknownModel, match=r"It is in diffsynth-zimage\. Run: pip install diffsynth-zimage$"):
             registry.get("Tongyi-MAI/Z-Image-Turbo")
+        layouts = _discovery.catalog().layouts()
+        for metadata in ({}, {"diffsynth.architecture": "z_image_dit"}):
+            with pytest.raises(Unrecognized) as caught:
+                recognize.recognize(header_of(shapes, metadata), *layouts)
+            assert "z_image_dit" in str(caught.value)
+            assert str(caught.value).endswith("in diffsynth-zimage. Run: pip install diffsynth-zimage")
     finally:
         monkeypatch.delenv("DIFFSYNTH_PLUGINS")
         _discovery.refresh()
-    assert first_party.whose_keys(keys).endswith("which is in diffsynth-zimage. Run: pip install diffsynth-zimage")
+
+
+def header_of(shapes, metadata):
+    tensors = {key: header.TensorInfo("BF16", shape) for key, shape in shapes.items()}
+    return header.Header(tensors=tensors, metadata=metadata)
 
 
 def test_core_alone_lists_what_to_install(monkeypatch):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffsynth.core.loader import convert
+from diffsynth.core.loader import convert, first_party
 from diffsynth.core.loader.explain.miss import Miss, explain
 from diffsynth.core.loader.header import (
     ARCHITECTURE_KEY,
@@ -131,9 +131,10 @@ def _by_metadata(
     if name is None:
         return []
     if name not in architectures:
+        home = first_party.where_is_architecture(name) or "Install the family that has it."
         raise Unrecognized(
             f"{header.where}: saved as a {name}, which no installed plugin declares"
-            f"{did_you_mean(name, architectures)}. Install the family that has it."
+            f"{did_you_mean(name, architectures)}. {home}"
         )
     architecture = architectures[name]
     try:

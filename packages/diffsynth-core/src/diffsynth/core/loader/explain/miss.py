@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diffsynth.core.loader import first_party
 from diffsynth.core.loader.explain import lora, nearest
 from diffsynth.core.loader.layouts import scaled
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
@@ -67,9 +68,14 @@ def _packed(miss: Miss) -> str:
     return f"{miss.where} is quantised with {name}, which packs its weights; use a file in bf16 or scaled fp8."
 
 
+def _not_installed(miss: Miss) -> str:
+    home = first_party.whose_keys(miss.header.tensors)
+    return f"{miss.where}: {home}" if home else ""
+
+
 def _nearest(miss: Miss) -> str:
     return nearest.explain(miss.where, miss.views, miss.checkpoints, miss.refusals)
 
 
-REASONS: tuple[Callable[[Miss], str], ...] = (_no_tensors, _optimizer_state, _lora, _packed, _nearest)
+REASONS: tuple[Callable[[Miss], str], ...] = (_no_tensors, _optimizer_state, _lora, _packed, _not_installed, _nearest)
 """Asked in this order; each gives a sentence or nothing, the last always a sentence."""
