@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from diffsynth.core.loader import model
 from diffsynth.core.loader.model import load_model, skip_model_initialization
 from diffsynth.errors import KeyMismatch, NoFiles
 
@@ -76,10 +77,15 @@ def test_converters(saved, tmp_path):
         same_as(found, net, torch.float32)
 
 
-def test_misfits_are_told_before_anything_is_placed(saved):
+def test_misfits_are_told_before_anything_is_read(saved, monkeypatch):
     path, net = saved
-    with pytest.raises(KeyMismatch, match=r"linear.weight \(2, 5\) for \(2, 3\)"):
-        load_model(Net, path)
+    torch.save({"linear": {"weight": torch.ones(2, 3)}, "norm": {}}, path.with_name("nested.pth"))
+    with pytest.raises(KeyMismatch, match="has beyond that linear"):
+        load_model(Net, path.with_name("nested.pth"))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "load_state_dict", lambda *args: pytest.fail("tensors were read"))
+        with pytest.raises(KeyMismatch, match=r"linear.weight \(2, 5\) for \(2, 3\)"):
+            load_model(Net, path)
     state_dict = {"other": torch.ones(1), **net.state_dict()}
     del state_dict["linear.bias"]
     with pytest.raises(KeyMismatch, match="it lacks linear.bias; it has beyond that other"):

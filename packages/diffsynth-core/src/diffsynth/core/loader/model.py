@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffsynth.core.loader.state_dict import load_state_dict
+from diffsynth.core.loader.state_dict import load_keys_dict, load_state_dict
 from diffsynth.errors import KeyMismatch
 
 Module = TypeVar("Module", bound=nn.Module)
+Path_ = str | Path | Sequence[str | Path]
 
 _SHOWN = 8
 _LATER = {
@@ -36,7 +37,7 @@ def skip_model_initialization(device: torch.device | str = "meta") -> AbstractCo
 
 def load_model(
     model_class: Callable[..., Module],
-    path: str | Path | Sequence[str | Path] | None,
+    path: Path_ | None,
     config: Mapping[str, Any] | None = None,
     torch_dtype: torch.dtype | None = torch.bfloat16,
     device: torch.device | str = "cpu",
@@ -64,31 +65,46 @@ def load_model(
 
     Raises:
         NotImplementedError: an argument that this version does not have yet.
-        KeyMismatch: the names or shapes do not fit the module.
+        KeyMismatch: the names or shapes do not fit the module; without a converter, before any tensor is read.
         CheckpointError: the file is missing or cannot be read.
+        ValueError: neither a path nor a state_dict.
     """
-    given = {
-        "use_disk_map": use_disk_map or None, "module_map": module_map, "vram_config": vram_config,
-        "vram_limit": vram_limit, "quantize": quantize,
-    }  # fmt: skip
-    _refuse_later(given)
-    if state_dict is None:
-        if path is None:
-            raise ValueError("load_model got neither a path nor a state_dict")
-        state_dict = load_state_dict(path)
-    if state_dict_converter is not None:
-        converter = state_dict_converter() if inspect.isclass(state_dict_converter) else state_dict_converter
-        state_dict = converter(dict(state_dict))
+    _refuse_later(
+        use_disk_map=use_disk_map or None,
+        module_map=module_map,
+        vram_config=vram_config,
+        vram_limit=vram_limit,
+        quantize=quantize,
+    )
     with skip_model_initialization():
         module = model_class(**(config or {}))
-    _check(module, state_dict, where=str(path or "the given state_dict"))
-    placed = {key: _placed(tensor, torch_dtype, device) for key, tensor in state_dict.items()}
+    if state_dict is None and state_dict_converter is None:
+        _check(module, load_keys_dict(_given(path)), where=str(path))
+        placed = load_state_dict(_given(path), torch_dtype, device)
+    else:
+        tensors = _converted(load_state_dict(_given(path)) if state_dict is None else state_dict, state_dict_converter)
+        shapes = {key: getattr(tensor, "shape", tensor) for key, tensor in tensors.items()}
+        _check(module, shapes, where="the given state_dict" if state_dict is not None else str(path))
+        # Each is let go of as soon as it is placed.
+        placed = {key: _placed(tensors.pop(key), torch_dtype, device) for key in shapes}
     module.load_state_dict(placed, strict=True, assign=True)
     _fill_buffers(module)
     return module.to(device).eval()
 
 
-def _refuse_later(given: Mapping[str, Any]) -> None:
+def _given(path: Path_ | None) -> Path_:
+    if path is None:
+        raise ValueError("load_model got neither a path nor a state_dict")
+    return path
+
+
+def _converted(state_dict: Mapping[str, Any], converter: Any) -> dict[str, Any]:
+    if inspect.isclass(converter):
+        converter = converter()
+    return dict(state_dict if converter is None else converter(dict(state_dict)))
+
+
+def _refuse_later(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise NotImplementedError(
@@ -97,9 +113,9 @@ def _refuse_later(given: Mapping[str, Any]) -> None:
             )
 
 
-def _check(module: nn.Module, state_dict: Mapping[str, Any], *, where: str) -> None:
+def _check(module: nn.Module, found: Mapping[str, Any], *, where: str) -> None:
     wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    shapes = {key: "a dict" if isinstance(shape, Mapping) else tuple(shape) for key, shape in found.items()}
     problems = {
         "lacks": [key for key in wanted if key not in shapes],
         "has beyond that": [key for key in shapes if key not in wanted],
