@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffsynth.core.data.clip import FrameSamplerByRateMixin, LoadGIF, LoadVideo
-from diffsynth.core.data.media import save_video
+from diffsynth.core.data.media_writer import save_video
 from diffsynth.core.data.operators import LoadAudio, LoadAudioWithTorchaudio, LoadPureAudioWithTorchaudio
 from diffsynth.errors import CorruptFile, NoFiles
 
@@ -70,7 +70,7 @@ def test_sound_operators(tmp_path, frames, tone):
     assert (tuple(sound.shape), rate) == ((2, 6000), 8000)
     assert sound[:, 4000:].abs().max() == 0
     save_video(frames, tmp_path / "clip.mkv", fps=10)
-    from diffsynth.core.data.media import merge_video_audio
+    from diffsynth.core.data.media_writer import merge_video_audio
 
     merge_video_audio(tmp_path / "clip.mkv", tone("long.wav", seconds=2.0))
     sound, rate = LoadAudioWithTorchaudio(num_frames=5)(tmp_path / "clip.mkv")

@@ -9,17 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.core.data.media import (
-    VideoData,
-    count_frames,
-    frame_rate_of,
-    merge_video_audio,
-    read_audio,
-    read_frames,
-    save_frames,
-    save_video,
-    save_video_with_audio,
-)
+from diffsynth.core.data.media import VideoData, count_frames, frame_rate_of, read_audio, read_frames
+from diffsynth.core.data.media_writer import merge_video_audio, save_frames, save_video, save_video_with_audio
 from diffsynth.errors import CorruptFile, NoFiles, Unavailable
 
 
@@ -57,12 +48,18 @@ def test_quality_and_encoder_options_reach_the_encoder(tmp_path):
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], {}, r"sizes \[\(8, 8\), \(8, 16\)\]"),
         ([Image.new("RGB", (8, 8))], {"quality": 11}, "quality=11"),
         ([Image.new("RGB", (8, 8))], {"ffmpeg_params": ["-crf"]}, 'pairs of "-name"'),
+        ([Image.new("RGB", (8, 8))], {"ffmpeg_params": ["-profile", "none"]}, "clip.mp4 cannot be written"),
     ],
 )
 def test_unfit_frames(tmp_path, pictures, settings, message):
     with pytest.raises(ValueError, match=message):
         save_video(pictures, tmp_path / "clip.mp4", fps=8, **settings)
-    assert not (tmp_path / "clip.mp4").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_suffix_of_no_container(tmp_path, frames):
+    with pytest.raises(ValueError, match=r"clip.webm ends in '.webm'; expected one of .mp4"):
+        save_video(frames, tmp_path / "clip.webm", fps=8)
 
 
 def test_video_data_in_any_order(tmp_path, frames, levels):

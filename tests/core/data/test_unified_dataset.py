@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffsynth.core.data import UnifiedDataset
-from diffsynth.core.data.media import save_video
+from diffsynth.core.data.media_writer import save_video
 from diffsynth.core.data.operators import ToFloat, ToStr
 from diffsynth.errors import TrainingError
 

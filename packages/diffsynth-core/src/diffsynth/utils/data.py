@@ -1,13 +1,7 @@
 """`diffsynth.utils.data`: reading and writing video and sound."""
 
-from diffsynth.core.data.media import (
-    VideoData,
-    merge_video_audio,
-    read_audio,
-    save_frames,
-    save_video,
-    save_video_with_audio,
-)
+from diffsynth.core.data.media import VideoData, read_audio
+from diffsynth.core.data.media_writer import merge_video_audio, save_frames, save_video, save_video_with_audio
 
 __all__ = [
     "VideoData",

@@ -90,7 +90,8 @@ class LoadVideo(DataProcessingOperator, FrameSamplerByRateMixin):
             CorruptFile: it has no video that can be read.
             Unavailable: PyAV is not installed.
         """
-        return self._processed(read_frames(data), frame_rate_of(data))
+        rate = frame_rate_of(data) if self.fix_frame_rate else Fraction(1)
+        return self._processed(read_frames(data), rate)
 
     def _processed(self, frames: Iterable[Image.Image], raw_frame_rate: Fraction) -> list[Any]:
         taken = self.take(frames, raw_frame_rate)
