@@ -50,7 +50,8 @@ class VideoData(Sequence[Image.Image]):
         self._images = [] if image_folder is None else _images_in(Path(image_folder))
         self._count: int | None = None if self._video else len(self._images)
         self._reader: Iterator[Image.Image] = iter(())
-        self._at, self._frame = -1, None
+        self._at = -1
+        self._frame: Image.Image | None = None
 
     def __len__(self) -> int:
         if self._count is None:
@@ -82,6 +83,7 @@ class VideoData(Sequence[Image.Image]):
             if frame is None:
                 raise CorruptFile(f"{self._video} ends after {self._at + 1} frames; its header says {len(self)}")
             self._at, self._frame = self._at + 1, frame
+        assert self._frame is not None
         return self._frame
 
 
