@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class ModelConfig:
         origin_file_pattern: glob inside the repository, or several; None, "" or "./" is the whole repository and a
             trailing "/" a folder: both give the folder's path.
         download_source: "modelscope" or "huggingface".
+        revision: branch, tag or commit of the repository; its files live in a folder of their own.
+        token: for repositories that want a login; None is what the hub's own login left. Shown nowhere.
         local_model_path: root under which `<model_id>/...` is looked up and downloaded to.
         skip_download: never touch the network.
         offload_device, offload_dtype, onload_device, onload_dtype, preparing_device, preparing_dtype,
@@ -57,6 +59,8 @@ class ModelConfig:
     state_dict: Mapping[str, Any] | None = None
     quantize: Any = None
     source: str | None = None
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         given = [name for name in ("path", "model_id", "state_dict", "source") if getattr(self, name) is not None]
@@ -71,6 +75,8 @@ class ModelConfig:
             )
         if self.skip_download is not None and not isinstance(self.skip_download, bool):
             raise ValueError(f"skip_download={self.skip_download!r}: expected True, False or None (the environment)")
+        if self.model_id is None and (given := [name for name in ("revision", "token") if getattr(self, name)]):
+            raise ValueError(f"ModelConfig got {' and '.join(given)} without a model_id; they are for the hub")
         for pattern in self.patterns:
             if pattern.startswith("/") or ".." in pattern.split("/"):
                 raise ValueError(f"origin_file_pattern={pattern!r}: expected a glob inside the repository")
@@ -97,6 +103,12 @@ class ModelConfig:
         return Path(self.local_model_path) if self.local_model_path is not None else _env.model_base_path()
 
     @property
+    def folder(self) -> Path:
+        """Where the repository's files are; another revision is another folder, so that two never mix."""
+        at = f"@{self.revision.replace('/', '--')}" if self.revision else ""
+        return self.root / f"{self.model_id}{at}"
+
+    @property
     def offline(self) -> bool:
         """Whether the network is out of bounds."""
         return _env.skip_download() if self.skip_download is None else self.skip_download
@@ -115,5 +127,6 @@ class ModelConfig:
 
     def __str__(self) -> str:
         if self.model_id is not None:
-            return f"{self.model_id}:{','.join(self.patterns)}"
+            at = f"@{self.revision}" if self.revision else ""
+            return f"{self.model_id}{at}:{','.join(self.patterns)}"
         return self.source or ("a state_dict" if self.state_dict is not None else str(self.path))

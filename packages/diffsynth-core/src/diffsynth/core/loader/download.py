@@ -1,61 +1,163 @@
-"""Fetching a `ModelConfig`'s files with the hub's own library."""
+"""Fetching a `ModelConfig`'s files with the hub's own library, and holding what came to what the hub announced."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import logging
-from collections.abc import Callable
-from typing import Any
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.identity import hub_sha256
 from diffsynth.errors import DownloadFailed
 
 logger = logging.getLogger(__name__)
 
+_BLOCK = 2**24
+_FOLDER_OPTION = {"huggingface": "--local-dir", "modelscope": "--local_dir"}
+
 
 def download(config: ModelConfig) -> None:
-    """Fetch what the patterns match into `<root>/<model_id>`.
+    """Fetch what the patterns match into `config.folder`; what an interrupted call left is gone on with.
 
     Raises:
-        DownloadFailed: the hub could not be reached or refused; the message says what else to try.
+        DownloadFailed: the hub could not be reached or refused, the disk is full, or the content is not what the hub
+            announced; the message says what to do.
     """
-    folder = config.root / str(config.model_id)
-    patterns = [f"{pattern}*" if pattern.endswith("/") else pattern for pattern in config.patterns]
-    logger.info("downloading %s from %s to %s", config, config.hub, folder)
-    fetch = _FETCHERS[config.hub]
+    logger.info("downloading %s from %s to %s", config, config.hub, config.folder)
+    started = time.time()
     try:
-        fetch(str(config.model_id), str(folder), patterns or None)
+        _FETCHERS[config.hub](config)
     except Exception as error:  # each hub library raises its own kinds, and those of its http client
-        other = next(hub for hub in _FETCHERS if hub != config.hub)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise DownloadFailed(
-            f"could not fetch {config} from {config.hub}: {type(error).__name__}: {reason:.200}. {_advice(error)}; "
-            f"or set DIFFSYNTH_DOWNLOAD_SOURCE={other}; "
-            f"or put the files into {folder} and set DIFFSYNTH_SKIP_DOWNLOAD=true; or give ModelConfig a path."
-        ) from error
+        # A library may quote the headers that it sent: its words pass only without the token, and not as the cause.
+        leaks = bool(config.token) and config.token in _all_words(error)
+        raise DownloadFailed(_explain(config, error)) from (None if leaks else error)
+    _check_content(config, since=started)
 
 
-def _advice(error: Exception) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return "The repository wants a login or an accepted license: log in with the hub's own command"
-    if status == 404:
-        return "The hub has no repository of that name: check the spelling"
-    return "Check the network and the name"
+def command(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
+    """What to type to fetch the same files by hand, or those of some of its patterns alone."""
+    start = {
+        "huggingface": ["hf", "download", str(config.model_id)],
+        "modelscope": ["modelscope", "download", "--model", str(config.model_id)],
+    }[config.hub]
+    include = [word for pattern in _globs(patterns or config.patterns) for word in ("--include", pattern)]
+    revision = ["--revision", config.revision] if config.revision else []
+    return shlex.join([*start, *include, *revision, _FOLDER_OPTION[config.hub], str(config.folder)])
 
 
-def _from_modelscope(model_id: str, folder: str, patterns: list[str] | None) -> None:
+def _globs(patterns: Sequence[str]) -> list[str]:
+    return [f"{pattern}*" if pattern.endswith("/") else pattern for pattern in patterns if pattern != "./"]
+
+
+def _from_modelscope(config: ModelConfig) -> None:
     from modelscope import snapshot_download
 
-    snapshot_download(model_id, local_dir=folder, allow_file_pattern=patterns)
+    snapshot_download(
+        config.model_id,
+        local_dir=str(config.folder),
+        allow_file_pattern=_globs(config.patterns) or None,
+        revision=config.revision,
+        token=config.token,
+    )
 
 
-def _from_huggingface(model_id: str, folder: str, patterns: list[str] | None) -> None:
+def _from_huggingface(config: ModelConfig) -> None:
     from huggingface_hub import snapshot_download
 
-    snapshot_download(model_id, local_dir=folder, allow_patterns=patterns)
+    snapshot_download(
+        str(config.model_id),
+        local_dir=str(config.folder),
+        allow_patterns=_globs(config.patterns) or None,
+        revision=config.revision,
+        token=config.token,
+    )
 
 
-_FETCHERS: dict[str, Callable[[str, str, Any], None]] = {
+_FETCHERS: dict[str, Callable[[ModelConfig], None]] = {
     "modelscope": _from_modelscope,
     "huggingface": _from_huggingface,
 }
+
+
+def _check_content(config: ModelConfig, *, since: float) -> None:
+    """Files that came just now and whose sha256 the hub announced; ModelScope's library looks for itself."""
+    for file in sorted(config.folder.rglob("*")):
+        # A second of grace: file systems round their times.
+        if not file.is_file() or file.stat().st_mtime < since - 1 or not (announced := hub_sha256(file)):
+            continue
+        if (found := _sha256(file)) != announced:
+            file.unlink()
+            raise DownloadFailed(
+                f"{file} came with sha256 {found}, the hub announced {announced}: it was damaged on its way, or what "
+                f"answered was not the hub. It is removed. Load again to fetch it again."
+            )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _explain(config: ModelConfig, error: Exception) -> str:
+    other = next(hub for hub in _FETCHERS if hub != config.hub)
+    # The library that tries all files before it gives up says little itself: the first file's error tells more.
+    told = next(iter(_failed_files(error)), error)
+    words = str(told).strip()
+    if config.token:
+        words = words.replace(config.token, "***")
+    reason = words.splitlines()[0] if words else "no reason given"
+    failed = f"could not fetch {config} from {config.hub}: {type(told).__name__}: {reason:.200}."
+    if _is_full(error):
+        return f"{failed} Make room on the disk of {config.folder}, then load again: what is there is kept."
+    return (
+        f"{failed} {_advice(error)}; "
+        f"or set DIFFSYNTH_DOWNLOAD_SOURCE={other}; "
+        f"or put the files into {config.folder} and set DIFFSYNTH_SKIP_DOWNLOAD=true; or give ModelConfig a path."
+    )
+
+
+def _advice(error: Exception) -> str:
+    answers = [getattr(cause, "response", None) for cause in _causes(error)]
+    status = next((answer.status_code for answer in answers if hasattr(answer, "status_code")), None)
+    if status in (401, 403):
+        return (
+            "The repository wants a login or an accepted license: accept it on its page and give ModelConfig a token, "
+            "or log in with the hub's own command"
+        )
+    if status == 404:
+        return "The hub has no repository or revision of that name: check the spelling"
+    return "Check the network and the name, then load again: what is there already is kept"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error, those that it came from, and those of single files."""
+    found: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        cause = waiting.pop(0)
+        if cause is not None and cause not in found:
+            found.append(cause)
+            waiting += [cause.__cause__, cause.__context__, *getattr(cause, "failed_files", {}).values()]
+    return found
+
+
+def _failed_files(error: BaseException) -> list[BaseException]:
+    return [each for cause in _causes(error) for each in getattr(cause, "failed_files", {}).values()]
+
+
+def _all_words(error: Exception) -> str:
+    return " ".join(f"{cause} {cause!r}" for cause in _causes(error))
+
+
+def _is_full(error: Exception) -> bool:
+    full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    return any(isinstance(cause, OSError) and cause.errno in full for cause in _causes(error)) or (
+        "No space left" in _all_words(error)
+    )

@@ -6,7 +6,7 @@ import glob
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from diffsynth.core.loader.config import ModelConfig
@@ -15,6 +15,9 @@ from diffsynth.errors import CorruptFile, NoFiles
 from diffsynth.spec import Source, parse_source
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_UNFINISHED = re.compile(r"\.(incomplete|partial|lock|tmp)$")
+"""What hub libraries and we ourselves leave beside files that are still on their way."""
+
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
@@ -40,18 +43,34 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
         return _from_paths(config.path)
     if config.source is not None:
         return _from_source(config.source, resolve)
-    folder = config.root / str(config.model_id)
-    found = _in_folder(folder, config.patterns)
-    if (not found or missing_shards(found)) and not config.offline:
+    found = _in_folder(config.folder, config.patterns)
+    if (_unmatched(config) or missing_shards(found)) and not config.offline:
         from diffsynth.core.loader.download import download
 
         download(config)
-        found = _in_folder(folder, config.patterns)
-    if not found:
-        how = "" if not config.offline else " Downloads are off (skip_download or DIFFSYNTH_SKIP_DOWNLOAD)."
-        raise NoFiles(f"no file matches {config.patterns or 'anything'} in {folder}.{how} {_what_is_there(folder)}")
-    _reject_missing_shards(found)
+        found = _in_folder(config.folder, config.patterns)
+    if unmatched := _unmatched(config):
+        named = " and ".join(map(repr, unmatched))
+        raise NoFiles(
+            f"no file matches {named} in {config.folder}. "
+            f"{_how_to_fetch(config, unmatched)}{_what_is_there(config.folder)}"
+        )
+    _reject_missing_shards(found, _how_to_fetch(config))
     return found
+
+
+def _unmatched(config: ModelConfig) -> list[str]:
+    """Patterns that nothing here matches; one may be there while another is not."""
+    patterns = config.patterns or ("./",)
+    return [pattern for pattern in patterns if not _in_folder(config.folder, () if pattern == "./" else (pattern,))]
+
+
+def _how_to_fetch(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
+    if not config.offline:
+        return f"The repository on {config.hub} has none: check the pattern. "
+    from diffsynth.core.loader.download import command
+
+    return f"Downloads are off (skip_download or DIFFSYNTH_SKIP_DOWNLOAD). Run: {command(config, patterns)}  "
 
 
 def checkpoint_at(path: Path) -> list[Path]:
@@ -206,7 +225,7 @@ def _in_folder(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
             if _has_content(folder / pattern):
                 found.add(folder / pattern)
         else:
-            found.update(file for file in folder.glob(pattern) if file.is_file())
+            found.update(file for file in folder.glob(pattern) if file.is_file() and not _UNFINISHED.search(file.name))
     return sorted(found)
 
 
@@ -229,19 +248,21 @@ def _is_present(source: Source, base_path: Path) -> bool | None:
     return None if missing_shards(found) else True
 
 
-def _reject_missing_shards(files: list[Path]) -> None:
+def _reject_missing_shards(files: list[Path], next_step: str = "") -> None:
     if missing := missing_shards(files):
         named = ", ".join(file.name for file in missing[:10]) + (", ..." if len(missing) > 10 else "")
         are = "shard is" if len(missing) == 1 else "shards are"
         raise NoFiles(
             f"{len(missing)} {are} missing in {missing[0].parent}: {named}. "
-            f"Download them again, or check that the copy was complete."
+            f"{next_step or 'Download them again, or check that the copy was complete.'}"
         )
 
 
 def _what_is_there(folder: Path) -> str:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
+    if not folder.is_dir():
+        return ""
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
     shown = ", ".join(names[:10]) + (f", and {len(names) - 10} more" if len(names) > 10 else "")
     return f"In {folder}: {shown or 'nothing'}."

@@ -26,7 +26,7 @@ def file_identity(path: Path) -> str:
     """
     if not path.is_file():
         raise NoFiles(f"{path} is not a file; an identity needs the weights themselves")
-    known = _hub_sha256(path)
+    known = hub_sha256(path)
     if known:
         return f"sha256:{known}"
     stat = path.stat()
@@ -61,7 +61,7 @@ def _header_length(path: Path, size: int) -> int:
         return 8 + length if length < size and stream.read(1) == b"{" else BLOCK
 
 
-def _hub_sha256(path: Path) -> str:
+def hub_sha256(path: Path) -> str:
     """The checksum that huggingface_hub leaves beside a download: commit, etag, time, one a line.
 
     A file that was written after the note is no longer what the note says.
