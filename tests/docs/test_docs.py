@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from diffsynth import _env, hookspecs
+from diffsynth import _env
 from diffsynth.cli.generate import generate
 from diffsynth_train.config import Recipe, parse_section
 from diffsynth_zimage import ZImagePipeline
@@ -27,7 +27,6 @@ BLOCKS = [
     for number, (language, block) in enumerate(FENCED.findall(page.read_text(encoding="utf-8")))
 ]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-HOOKS = [name for name, value in vars(hookspecs).items() if hasattr(value, "diffsynth_spec")]
 
 
 def test_the_manual_builds_without_a_warning(tmp_path):
@@ -73,23 +72,6 @@ def test_environment_variables_are_those_of_the_code():
     assert sorted(rows) == sorted(in_code)
     for page in PAGES:
         assert set(named.findall(page.read_text(encoding="utf-8"))) <= in_code | {"DIFFSYNTH_API"}, page.name
-
-
-def test_every_hook_has_its_exact_signature_as_a_heading():
-    expected = [f"{name}({', '.join(inspect.signature(getattr(hookspecs, name)).parameters)})" for name in HOOKS]
-    assert len(expected) >= 19
-    assert re.findall(r"^## `(.+)`$", page_text("hooks.md"), flags=re.MULTILINE) == expected
-
-
-def test_every_hook_has_an_example_that_fits_it():
-    shown = {}
-    for language, block in FENCED.findall(page_text("hooks.md")):
-        for node in ast.walk(ast.parse(block)) if language == "python" else ():
-            if isinstance(node, ast.FunctionDef):
-                shown[node.name] = {argument.arg for argument in node.args.args}
-    assert shown.keys() == set(HOOKS)
-    for name, arguments in shown.items():
-        assert arguments <= set(inspect.signature(getattr(hookspecs, name)).parameters), name
 
 
 def test_every_dependency_has_its_line_and_every_line_its_dependency():

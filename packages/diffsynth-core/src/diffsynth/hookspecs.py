@@ -1,4 +1,4 @@
-"""Every hook there is, on one screen. `docs/hooks.md` has an example for each.
+"""Every hook there is, on one screen. `docs/hooks/` has a page for each.
 
 A plugin implements any of these as module-level functions marked `@diffsynth.hookimpl`. Arguments are opt-in by name
 and are only ever added, so an implementation written today keeps working.

@@ -1,0 +1,287 @@
+"""A page per hook: its signature is the code's, and its example, installed as a plugin, does what the page says.
+
+The examples are further functions of `examples/third_party_plugin`, so they find its network and pipeline beside them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+import diffsynth
+from diffsynth import _discovery, hookspecs, registry
+from diffsynth.cli.group import program
+from diffsynth.core.attention import select
+from diffsynth.core.loader import header, recognize
+from diffsynth.core.loader.save import save_checkpoint
+from diffsynth.runtime import declared_backends
+from diffsynth.spec import resolve
+from diffsynth_train.components import training_spec
+from diffsynth_train.objectives.base import build_objective
+from documented import file_blocks, sections
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "hooks"
+TOY = ROOT / "examples" / "third_party_plugin" / "src" / "diffsynth_toy"
+HOOKS = [name for name, value in vars(hookspecs).items() if hasattr(value, "diffsynth_spec")]
+MODEL = ("register_models", "register_architectures", "register_checkpoints")
+
+
+def page(name: str) -> str:
+    return (FOLDER / f"{name}.md").read_text(encoding="utf-8")
+
+
+def signature(name: str) -> str:
+    return f"{name}{inspect.signature(getattr(hookspecs, name))}".replace("'", "")
+
+
+def test_a_page_per_hook_and_a_hook_per_page():
+    assert len(HOOKS) >= 19
+    assert sorted(path.stem for path in FOLDER.glob("*.md")) == sorted([*HOOKS, "index"])
+
+
+def test_the_index_and_the_navigation_list_them_in_the_order_of_the_code():
+    arguments = {name: ", ".join(inspect.signature(getattr(hookspecs, name)).parameters) for name in HOOKS}
+    rows = re.findall(r"^\| \[`(.+?)`\]\((.+?)\) \| (.+) \|$", page("index"), flags=re.MULTILINE)
+    says = {name: inspect.getdoc(getattr(hookspecs, name)).splitlines()[0] for name in HOOKS}
+    assert rows == [(f"{name}({arguments[name]})", f"{name}.md", says[name]) for name in HOOKS]
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert re.findall(r"- (\w+): hooks/(\w+)\.md$", navigation, flags=re.MULTILINE) == [(name, name) for name in HOOKS]
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_page_has_its_signature_and_its_parts(name):
+    title, line, *_ = [line for line in page(name).splitlines() if line]
+    assert title == f"# {name}"
+    assert line == f"`{signature(name)}`"
+    assert list(sections(page(name))) == ["When", "What may go wrong", "Example"]
+    assert all(text.strip() for text in sections(page(name)).values())
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_an_example_implements_its_hook_and_nothing_else(name):
+    implemented = re.findall(r"^@hookimpl\ndef (\w+)\(", page(name), flags=re.MULTILINE)
+    assert implemented == [name]
+
+
+def test_every_example_has_its_test():
+    tested = [name.removeprefix("test_effect_of_") for name in globals() if name.startswith("test_effect_of_")]
+    assert sorted(tested) == sorted(HOOKS)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Installs the examples of some pages as one plugin `toy`, beside a small network; returns the package's folder."""
+    before, folder = set(sys.modules), tmp_path / "site" / "diffsynth_toy"
+    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def install(*names: str, beside: str = "") -> Path:
+        shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("plugin.py", "*.safetensors", "__pycache__"))
+        plugin = "DIFFSYNTH_API = 1\n"
+        for name in names:
+            for file, text in file_blocks(sections(page(name))["Example"], unnamed="diffsynth_toy/plugin.py"):
+                if file == "diffsynth_toy/plugin.py":
+                    plugin += text
+                else:
+                    target = folder.parent / file
+                    assert not target.exists() or target.read_text(encoding="utf-8") == text, f"{file} differs"
+                    target.parent.mkdir(exist_ok=True)
+                    target.write_text(text, encoding="utf-8")
+        (folder / "plugin.py").write_text(plugin, encoding="utf-8")
+        information = folder.parent / "diffsynth_toy-1.0.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: diffsynth-toy\nVersion: 1.0\n")
+        (information / "entry_points.txt").write_text("[diffsynth]\ntoy = diffsynth_toy.plugin\n")
+        monkeypatch.setenv("DIFFSYNTH_PLUGINS", ",".join(["toy", beside]))
+        assert _discovery.refresh().problems == ()
+        config = resolve("diffsynth_toy.config:TINY")
+        net = resolve("diffsynth_toy.dit:ToyDiT")(config)
+        save_checkpoint(net, folder / "dit.safetensors", architecture="toy_dit", config=config, dtype=torch.float32)
+        return folder
+
+    yield install
+    for name in set(sys.modules) - before:
+        if name.startswith("diffsynth_toy"):
+            del sys.modules[name]
+    _discovery._discovered = None
+
+
+def draw(**arguments):
+    pipe = diffsynth.load("toy-1", device="cpu", torch_dtype=torch.float32)
+    return pipe("red", seed=0, num_inference_steps=2, **arguments)
+
+
+def test_effect_of_register_models(toy):
+    toy(*MODEL)
+    record = registry.get("TOY-1")
+    assert (record.exact_name, record.license, record.weights) == ("toy:toy-1", "MIT", "present")
+    pipe = diffsynth.load("toy-1", device="cpu", torch_dtype=torch.float32)
+    assert inspect.signature(pipe).parameters["num_inference_steps"].default == 8
+    assert pipe("red", seed=0).size == (32, 32)
+
+
+def test_effect_of_register_architectures(toy):
+    folder = toy("register_architectures")
+    (found,) = recognize.recognize(header.read([folder / "dit.safetensors"]), *_discovery.catalog().layouts())
+    assert (found.architecture.name, found.tier) == ("toy_dit", "metadata")
+
+
+def test_effect_of_register_checkpoints(toy, tmp_path):
+    toy("register_architectures", "register_checkpoints")
+    config = resolve("diffsynth_toy.config:TINY")
+    tensors = resolve("diffsynth_toy.dit:ToyDiT")(config).state_dict()
+    for prefix, name in (("blocks.", "toy_dit"), ("transformer_blocks.", "toy_dit/diffusers")):
+        file = tmp_path / "net.safetensors"
+        save_file({key.replace("blocks.", prefix): tensor.contiguous() for key, tensor in tensors.items()}, file)
+        (found,) = recognize.recognize(header.read([file]), *_discovery.catalog().layouts())
+        assert (found.checkpoint.name, found.config, found.tier) == (name, config, "structure")
+
+
+def test_effect_of_register_layer_wrappers(toy):
+    toy("register_layer_wrappers")
+    (declared,) = _discovery.catalog().layer_wrappers
+    assert resolve(declared.spec.layer) is torch.nn.MultiheadAttention
+    assert declared.spec.atomic
+
+
+def test_effect_of_register_attention(toy, monkeypatch):
+    monkeypatch.setattr(select, "_backends", dict(select._backends))
+    monkeypatch.setattr(select, "_priorities", dict(select._priorities))
+    monkeypatch.setattr(declared_backends, "_in_use", set())
+    toy(*MODEL, "register_attention")
+    usual = draw(output_type="tensor")
+    assert select.available_backends() == ("sdpa", "naive", "averages")
+    monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "averages")
+    assert not torch.equal(draw(output_type="tensor"), usual)
+    x = torch.randn(1, 3, 2, 8)
+    with pytest.raises(diffsynth.errors.Refused, match="it knows no mask"):
+        select.attention(x, x, x, causal=True)
+
+
+def test_effect_of_register_quantization(toy):
+    toy("register_quantization")
+    (declared,) = _discovery.catalog().quantization
+    weight = torch.randn(4, 8)
+    integers, scale = resolve(declared.spec.backend)(weight)
+    assert integers.dtype == torch.int8
+    assert (integers * scale - weight).abs().max() <= scale.max() / 2
+
+
+def test_effect_of_register_training(toy):
+    toy("register_training")
+    found = training_spec(SimpleNamespace(pipeline="diffsynth_toy.pipeline:ToyPipeline"))
+    assert found.trainable == ("dit",)
+    assert resolve(found.schedule)(4)[-1] == 0
+
+
+def test_effect_of_register_objectives(toy):
+    toy("register_training", "register_objectives")
+    recipe = SimpleNamespace(objective={"name": "root_flow_match", "table": 10}, pipeline="")
+    pipe = resolve("diffsynth_toy.pipeline:ToyPipeline").from_components(
+        dit=resolve("diffsynth_toy.dit:ToyDiT")(resolve("diffsynth_toy.config:TINY")),
+        device="cpu",
+        torch_dtype=torch.float32,
+    )
+    objective = build_objective(recipe, pipe, _discovery.catalog().training[0].spec)
+    values = {"input_latents": torch.randn(2, 3, 8, 8), "letters": torch.tensor([[1], [2]])}
+    loss, parts = objective.loss(values, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(parts["mse"].sqrt().item())
+
+
+def test_effect_of_register_units(toy):
+    toy("register_units", beside="zimage")
+    pipe = diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32)
+    assert inspect.signature(pipe).parameters["mirror"].default is False
+    request = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 0, "output_type": "latents"}
+    assert not torch.equal(pipe("apple", mirror=True, **request), pipe("apple", **request))
+    assert registry.problems() == []
+
+
+def test_effect_of_register_commands(toy):
+    toy("register_commands")
+    assert "Say what would be painted." in CliRunner().invoke(program, ["--help"]).stdout
+    assert CliRunner().invoke(program, ["paint", "red"]).stdout == "a red disc\n"
+
+
+def test_effect_of_register_doors(toy, monkeypatch):
+    import diffsynth.pipelines
+
+    toy("register_doors")
+    monkeypatch.setattr(diffsynth.pipelines, "__path__", list(diffsynth.pipelines.__path__))
+    monkeypatch.delitem(sys.modules, "diffsynth.pipelines.toy", raising=False)
+    diffsynth.pipelines.__path__ += diffsynth.pipelines._folders()
+    door = importlib.import_module("diffsynth.pipelines.toy")
+    assert door.ToyPipeline is resolve("diffsynth_toy.pipeline:ToyPipeline")
+    del sys.modules["diffsynth.pipelines.toy"]
+
+
+def test_effect_of_resolve_source(toy, tmp_path):
+    folder = toy("register_architectures", "resolve_source")
+    (tmp_path / "store").mkdir()
+    shutil.copy(folder / "dit.safetensors", tmp_path / "store" / "net.safetensors")
+    pipe = resolve("diffsynth_toy.pipeline:ToyPipeline").from_pretrained(
+        model_configs=[diffsynth.ModelConfig.from_source("store://*.safetensors")], device="cpu"
+    )
+    assert pipe.component_files["dit"] == [tmp_path / "store" / "net.safetensors"]
+
+
+@pytest.fixture
+def logged(toy, caplog):
+    """Draws under a page's observer; returns what that logged."""
+
+    def run(name: str) -> list[str]:
+        caplog.set_level(logging.INFO, logger="diffsynth_toy.plugin")
+        toy(*MODEL, name)
+        draw()
+        return [record.getMessage() for record in caplog.records if record.name == "diffsynth_toy.plugin"]
+
+    return run
+
+
+def test_effect_of_checkpoint_recognized(logged):
+    assert logged("checkpoint_recognized") == ["dit.safetensors: toy_dit, told by metadata"]
+
+
+def test_effect_of_component_loaded(logged):
+    (line,) = logged("component_loaded")
+    assert re.fullmatch(r"dit is a toy_dit, loaded in \d+\.\d s", line)
+
+
+def test_effect_of_pipeline_ready(logged):
+    assert logged("pipeline_ready") == ["ToyPipeline on cpu"]
+
+
+def test_effect_of_denoise_started(logged):
+    assert logged("denoise_started") == ["2 steps on (1, 3, 32, 32)"]
+
+
+def test_effect_of_step_done(logged):
+    assert logged("step_done") == ["1/2 at sigma 0.500", "2/2 at sigma 0.000"]
+
+
+def test_effect_of_training_step_done(toy, tmp_path):
+    toy("training_step_done")
+    for step in (10, 20):
+        _discovery.notify("training_step_done", step=step, loss=0.5, metrics={"loss": 0.5, "mse": 0.25})
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[1]) == {"step": 20, "loss": 0.5, "mse": 0.25}
+
+
+def test_effect_of_adapter_saved(toy, tmp_path):
+    folder = toy("adapter_saved")
+    _discovery.notify("adapter_saved", path=folder / "dit.safetensors", step=7)
+    assert (tmp_path / "backup" / "7-dit.safetensors").read_bytes() == (folder / "dit.safetensors").read_bytes()
