@@ -124,8 +124,8 @@ def _explain(config: ModelConfig, error: Exception) -> str:
 
 
 def _advice(error: Exception) -> str:
-    answers = [getattr(cause, "response", None) for cause in _causes(error)]
-    status = next((answer.status_code for answer in answers if hasattr(answer, "status_code")), None)
+    codes = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error))
+    status = next((code for code in codes if code is not None), None)
     if status in (401, 403):
         return (
             "The repository wants a login or an accepted license: accept it on its page and give ModelConfig a token, "
