@@ -13,7 +13,16 @@ from diffsynth.runtime.request import OutputType, Step
 
 
 class ImageArguments(TypedDict, total=False):
-    """What to draw, how large, and what to start from."""
+    """What to draw, how large, and what to start from.
+
+    Args:
+        negative_prompt: what to steer away from; read when `cfg_scale` is not 1.
+        input_image: image to start from: one, or one for each result.
+        denoising_strength: in (0, 1]; how far back towards noise the input image goes. All steps run at any strength.
+        height, width: pixels, at least 1; rounded up to a multiple of 16.
+        rand_device: where noise is drawn; the CPU gives one picture on every machine.
+        sigma_shift: warp of the schedule towards noise, above 0; None is 3.
+    """
 
     negative_prompt: str | Sequence[str]
     input_image: Image.Image | Sequence[Image.Image] | Tensor | None

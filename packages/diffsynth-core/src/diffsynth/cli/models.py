@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -74,7 +75,7 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
 @json_option
 @with_traceback
 def info(model_or_png: str, as_json: bool) -> None:
-    """Show a model's record, or what made a PNG."""
+    """Show a model's record, or what made a PNG; as JSON, a model's record has the schema of its call."""
     if model_or_png.lower().endswith(".png"):
         from diffsynth import provenance
 
@@ -83,10 +84,23 @@ def info(model_or_png: str, as_json: bool) -> None:
         values = provenance.read_png(model_or_png)
     else:
         values = registry.get(model_or_png).to_dict()
+        if as_json:
+            values["schema"] = _schema(model_or_png)
     if as_json:
         show_json(values)
     else:
         show_record(values)
+
+
+def _schema(model: str) -> dict[str, Any] | None:
+    """What the model's call takes; None, with the reason on stderr, if its pipeline cannot be imported."""
+    from diffsynth.runtime.schema import model_schema
+
+    try:
+        return model_schema(model)
+    except ImportError as error:
+        click.echo(f"no schema: {error}. Run: diffsynth plugins", err=True)
+        return None
 
 
 def _declares(plugin: _discovery.Plugin) -> str:

@@ -22,6 +22,7 @@ from diffsynth.runtime.loading import PretrainedLoader
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
 from diffsynth.runtime.residency import Residency
 from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.schema import SchemaMethod
 from diffsynth.runtime.unit import REQUIRED, Program, State, Unit, can_run, check_units, needed_for, run_units
 from diffsynth.sampling.guidance import classifier_free_guidance
 from diffsynth.sampling.solver import euler
@@ -37,9 +38,14 @@ class Pipeline:
     itself; everything else follows. Units before the loop write `latents`, `sigmas` and whatever `velocity()` names;
     those after it read `latents` and write `output`. `per_image` names the arguments that take a text or a list.
 
-    A call keeps all its state in local values, so several threads may call one pipeline whose components stay on the
-    device (no `vram_limit`).
+    Threads: a call keeps all its state in local values, so several threads may call one pipeline, and pipelines that
+    share components, and each gets the picture that it would get alone. With a `vram_limit` stages take turns, because
+    they move components; then the components must be of this pipeline only. `named()` and changes of `components` are
+    for before the first call. `on_step` runs in the caller's thread.
     """
+
+    schema: ClassVar[SchemaMethod] = SchemaMethod()
+    """`schema()`: the arguments of a call as JSON Schema; see `diffsynth.runtime.schema`."""
 
     roles: ClassVar[Mapping[str, Role | Processor]] = MappingProxyType({})
     units: ClassVar[tuple[Unit, ...]] = ()
@@ -147,6 +153,10 @@ class Pipeline:
     @torch.no_grad()
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:
         """Draw. `inspect.signature(pipe)` lists the arguments, `LoopArguments` documents those of the loop.
+
+        Args:
+            prompt: what to draw: a text, or a list of texts for several results.
+            arguments: of units and the loop.
 
         Returns:
             one result for one prompt, a list (or a tensor `b ...`) for several prompts, images or seeds.

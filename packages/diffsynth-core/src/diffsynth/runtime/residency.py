@@ -7,6 +7,7 @@ and is on the device only for the stages that use it. Block-wise streaming belon
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,7 @@ class Residency:
     def __init__(self, components: Mapping[str, Any], device: torch.device, vram_limit: float | None) -> None:
         self._modules = {role: part for role, part in components.items() if isinstance(part, torch.nn.Module)}
         self._device = device
+        self._turn = threading.RLock()
         self.offloads = vram_limit is not None and device.type != "cpu"
         if vram_limit is None:
             return
@@ -46,18 +48,20 @@ class Residency:
 
     @contextmanager
     def on_device(self, roles: Collection[str]) -> Iterator[None]:
-        """Have these roles on the device inside the `with`."""
+        """Have these roles on the device inside the `with`; under a limit, threads take turns."""
         if not self.offloads:
             yield
             return
         used = [self._modules[role] for role in roles if role in self._modules]
-        for module in used:
-            module.to(self._device)
-        try:
-            yield
-        finally:
+        # Two stages at once would take each other's components away, or fill the device past its limit.
+        with self._turn:
             for module in used:
-                module.to("cpu")
+                module.to(self._device)
+            try:
+                yield
+            finally:
+                for module in used:
+                    module.to("cpu")
 
     def _check(self, vram_limit: float) -> None:
         sizes = {role: _bytes(module) / GIB for role, module in self._modules.items()}

@@ -1,0 +1,106 @@
+"""A pipeline's call as JSON Schema (draft 2020-12), and the way back from JSON to arguments.
+
+Everything is read from what is there anyway: names and defaults from `inspect.signature`, types from annotations,
+descriptions and ranges from the "Args:" sections of docstrings. Nothing is loaded; see `documentation` for who
+documents what.
+
+Four keywords of ours are in it: `x-diffsynth-type` ("image", or the reference of a dataclass that an object becomes),
+`x-diffsynth-host-types` (types that this argument takes too, but not from JSON), `x-diffsynth-host-only` (name ->
+description of the arguments that JSON cannot hold, such as `on_step`) and `x-diffsynth-pipeline`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from diffsynth.runtime.schema.annotations import as_json, schema_of, type_of
+from diffsynth.runtime.schema.documentation import documented, with_range
+from diffsynth.runtime.schema.values import arguments_from_json
+
+if TYPE_CHECKING:
+    from diffsynth.runtime.pipeline import Pipeline
+    from diffsynth.runtime.unit import Program
+
+__all__ = ["HOST_ONLY", "SchemaMethod", "arguments_from_json", "describe", "model_schema"]
+
+HOST_ONLY = "x-diffsynth-host-only"
+"""Where a schema lists the arguments that only a program in the same process can give."""
+
+
+class SchemaMethod:
+    """`schema()` of a pipeline class, with the class's defaults, and of an instance, with those of its model."""
+
+    def __get__(self, instance: Pipeline | None, owner: type[Pipeline]) -> Callable[[], dict[str, Any]]:
+        return functools.partial(describe, owner if instance is None else instance)
+
+
+def model_schema(name: str) -> dict[str, Any]:
+    """The schema of a model's call, by name; no file of the model is looked at.
+
+    Args:
+        name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.
+
+    Raises:
+        UnknownModel: nothing of that name is installed; the message has the nearest spelling.
+        ImportError: the code of its pipeline cannot be imported.
+    """
+    from diffsynth import registry
+    from diffsynth.spec import resolve
+
+    record = registry.get(name)
+    return describe(resolve(record.pipeline), title=record.name, defaults=record.defaults)
+
+
+def describe(
+    subject: Pipeline | type[Pipeline], *, title: str | None = None, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """JSON Schema of a pipeline's call.
+
+    Args:
+        subject: a class, or an instance, which knows its model's name and defaults.
+        title: of the schema; None is the model's name, else the class's.
+        defaults: over those of a class.
+
+    Raises:
+        InvalidPipeline: units of the class do not fit together.
+    """
+    if isinstance(subject, type):
+        cls, program, signature = subject, subject._whole_program(), subject.call_signature(defaults)
+    else:
+        cls, program, signature = type(subject), subject.program, inspect.signature(subject)
+        title = title or subject.model_name
+    texts = documented(cls, program)
+    properties: dict[str, Any] = {}
+    host_only: dict[str, str] = {}
+    for name, parameter in signature.parameters.items():
+        found = _property(parameter, program, texts.get(name, ""))
+        if found is None:
+            host_only[name] = texts.get(name, "")
+        else:
+            properties[name] = found
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": title or cls.__name__,
+        "description": (inspect.getdoc(cls) or "").partition("\n\n")[0],
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in properties if signature.parameters[name].default is inspect.Parameter.empty],
+        "additionalProperties": False,
+        HOST_ONLY: host_only,
+        "x-diffsynth-pipeline": f"{cls.__module__}:{cls.__qualname__}",
+    }
+
+
+def _property(parameter: inspect.Parameter, program: Program, text: str) -> dict[str, Any] | None:
+    """One argument, or None for one that JSON cannot hold."""
+    found = schema_of(type_of(parameter, program))
+    if found is None:
+        return None
+    found = with_range(found, text)
+    if text:
+        found = {"description": text, **found}
+    default = as_json(parameter.default)
+    return found if default is NotImplemented else {**found, "default": default}

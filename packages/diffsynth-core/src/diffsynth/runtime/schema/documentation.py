@@ -1,0 +1,97 @@
+"""What docstrings say about arguments, for people and, where they state a range, for programs.
+
+Each argument is documented once, in an "Args:" section: those of the loop in `LoopArguments`, a family's own in the
+`TypedDict`s of its `arguments.py`, those of a unit that a plugin adds in the unit's docstring, and `prompt` in
+`Pipeline.__call__`. A range stands in the same words: "at least 1", "at most 4", "above 0", "in (0, 1]".
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from diffsynth.runtime.request import LoopArguments
+
+if TYPE_CHECKING:
+    from diffsynth.runtime.pipeline import Pipeline
+    from diffsynth.runtime.unit import Program
+
+_SECTION = re.compile(r"^Args:\n(.*?)(?=^\S|\Z)", flags=re.MULTILINE | re.DOTALL)
+_ENTRY = re.compile(r"^ {4}(\w+(?:,\s+\w+)*): (.+?)(?=^ {4}\w|\Z)", flags=re.MULTILINE | re.DOTALL)
+
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_BOUND = re.compile(rf"\b(at least|at most|above|below) {_NUMBER}")
+_INTERVAL = re.compile(rf"\bin ([\[(]){_NUMBER}, {_NUMBER}([\])])")
+_KEYWORD = {
+    "at least": "minimum",
+    "[": "minimum",
+    "above": "exclusiveMinimum",
+    "(": "exclusiveMinimum",
+    "at most": "maximum",
+    "]": "maximum",
+    "below": "exclusiveMaximum",
+    ")": "exclusiveMaximum",
+}
+
+
+def documented(cls: type[Pipeline], program: Program) -> dict[str, str]:
+    """Argument -> what is said of it. The family's own words count before those of a unit that it shares."""
+    found: dict[str, str] = {}
+    for owner in (*cls.__mro__, *_typed_dicts(cls), LoopArguments, *(step.function for step in program.units)):
+        text = vars(owner)["__call__"].__doc__ if "__call__" in vars(owner) else owner.__doc__
+        for name, said in _entries(text or ""):
+            found.setdefault(name, said)
+    return found
+
+
+def with_range(schema: dict[str, Any], text: str) -> dict[str, Any]:
+    """The schema, its numbers bounded as the text says."""
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [with_range(one, text) for one in schema["anyOf"]]}
+    if schema.get("type") not in ("integer", "number"):
+        return schema
+    return schema | {_KEYWORD[words]: limit for words, limit in _bounds(text)}
+
+
+def _bounds(text: str) -> Iterator[tuple[str, int | float]]:
+    for words, number in _BOUND.findall(text):
+        yield words, _number(number)
+    for opening, low, high, closing in _INTERVAL.findall(text):
+        yield opening, _number(low)
+        yield closing, _number(high)
+
+
+def _number(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
+def _entries(docstring: str) -> Iterator[tuple[str, str]]:
+    for section in _SECTION.findall(inspect.cleandoc(docstring)):
+        for names, text in _ENTRY.findall(section):
+            for name in re.split(r",\s+", names):
+                yield name, " ".join(text.split())
+
+
+def _typed_dicts(cls: type[Pipeline]) -> Iterator[Any]:
+    """The `TypedDict`s in `__call__(self, prompt, **arguments: Unpack[...])` of a class and its bases."""
+    for base in cls.__mro__:
+        function = vars(base).get("__call__")
+        annotation = getattr(function, "__annotations__", {}).get("arguments")
+        if isinstance(annotation, str) and annotation.startswith("Unpack["):
+            yield from _with_groups(typing.get_args(eval(annotation, function.__globals__))[0])
+
+
+def _with_groups(whole: Any) -> Iterator[Any]:
+    """A `TypedDict` and those that it was put together from: Python 3.11 keeps no record of its bases."""
+    yield whole
+    for kind in vars(sys.modules[whole.__module__]).values():
+        if (
+            typing.is_typeddict(kind)
+            and kind is not whole
+            and kind.__annotations__.items() <= whole.__annotations__.items()
+        ):
+            yield kind

@@ -1,0 +1,174 @@
+"""From JSON to the arguments of a call, checked against the schema that describes it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import enum
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from diffsynth.errors import did_you_mean
+from diffsynth.spec import resolve
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str,
+    "boolean": bool,
+    "integer": (int, float),
+    "number": (int, float),
+    "null": type(None),
+    "array": list,
+    "object": dict,
+}
+_WORDS = {
+    "string": "text",
+    "boolean": "true or false",
+    "integer": "an integer",
+    "number": "a number",
+    "array": "a list",
+}
+_BOUNDS = {
+    "minimum": ("at least", lambda value, limit: value >= limit),
+    "exclusiveMinimum": ("above", lambda value, limit: value > limit),
+    "maximum": ("at most", lambda value, limit: value <= limit),
+    "exclusiveMaximum": ("below", lambda value, limit: value < limit),
+}
+
+
+class _Unfit(Exception):
+    """A value that a schema does not take."""
+
+
+def arguments_from_json(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the call that a schema of `Pipeline.schema()` describes: pictures opened, numbers of their type.
+
+    Args:
+        schema: what `schema()` gave, in this process or another of the same installation.
+        values: a JSON object.
+
+    Raises:
+        TypeError: `values` is no object, or has an argument that is unknown or that JSON cannot hold.
+        ValueError: a value of a wrong type or out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"arguments are {values!r:.80}; expected a JSON object of names and values")
+    arguments = {}
+    for name, value in values.items():
+        if name not in schema["properties"]:
+            raise TypeError(_unknown(name, schema))
+        wanted = schema["properties"][name]
+        try:
+            arguments[name] = _parse(wanted, value)
+        except _Unfit as error:
+            reason = f" ({error})" if str(error) else ""
+            raise ValueError(f"{name}={_shown(value)}: expected {_expected(wanted)}{reason}") from None
+    return arguments
+
+
+def _unknown(name: str, schema: Mapping[str, Any]) -> str:
+    if name in schema.get("x-diffsynth-host-only", {}):
+        return f"argument {name!r} can only be given by a program in the same process, not as JSON. Leave it out"
+    known = schema["properties"]
+    return f"unknown argument {name!r}{did_you_mean(name, known)} {schema['title']} takes: {', '.join(known)}"
+
+
+def _parse(schema: Mapping[str, Any], value: Any) -> Any:
+    if "anyOf" in schema:
+        return _any_of(schema["anyOf"], value)
+    if "enum" in schema:
+        if not any(value == one and type(value) is type(one) for one in schema["enum"]):
+            raise _Unfit
+        return _made(schema, value)
+    kind = schema.get("type")
+    if kind is None:
+        return value
+    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        raise _Unfit
+    if kind in ("integer", "number"):
+        return _number(schema, value)
+    if kind == "array":
+        return _array(schema, value)
+    if kind == "object":
+        return _object(schema, value)
+    return _picture(value) if schema.get("x-diffsynth-type") == "image" else value
+
+
+def _any_of(choices: list[Mapping[str, Any]], value: Any) -> Any:
+    reasons = []
+    for choice in choices:
+        try:
+            return _parse(choice, value)
+        except _Unfit as error:
+            reasons.append(str(error))
+    raise _Unfit("; ".join(filter(None, reasons)))
+
+
+def _number(schema: Mapping[str, Any], value: int | float) -> int | float:
+    if schema["type"] == "integer":
+        if isinstance(value, float) and not value.is_integer():
+            raise _Unfit
+        value = int(value)
+    if not all(holds(value, schema[keyword]) for keyword, (_, holds) in _BOUNDS.items() if keyword in schema):
+        raise _Unfit
+    return value
+
+
+def _array(schema: Mapping[str, Any], value: list[Any]) -> Any:
+    if "prefixItems" in schema:
+        if len(value) != len(schema["prefixItems"]):
+            raise _Unfit
+        return tuple(_parse(item, one) for item, one in zip(schema["prefixItems"], value, strict=True))
+    return [_parse(schema.get("items", {}), one) for one in value]
+
+
+def _object(schema: Mapping[str, Any], value: dict[str, Any]) -> Any:
+    if "properties" not in schema:
+        others = schema.get("additionalProperties", {})
+        return {name: _parse(others, one) for name, one in value.items()}
+    for name in value:
+        if name not in schema["properties"]:
+            raise _Unfit(f"no field {name!r}{did_you_mean(name, schema['properties'])}")
+    if missing := [name for name in schema["required"] if name not in value]:
+        raise _Unfit(f"without {', '.join(missing)}")
+    return _made(schema, {name: _parse(schema["properties"][name], one) for name, one in value.items()})
+
+
+def _made(schema: Mapping[str, Any], value: Any) -> Any:
+    """The enum member or dataclass that a plain value stands for."""
+    if "x-diffsynth-type" not in schema:
+        return value
+    kind = resolve(schema["x-diffsynth-type"])
+    try:
+        return kind(value) if issubclass(kind, enum.Enum) else kind(**value)
+    except ValueError as error:
+        raise _Unfit(str(error)) from None
+
+
+def _picture(text: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+        image.load()
+    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _Unfit(f"{type(error).__name__}: {error!s:.80}") from None
+    return image
+
+
+def _expected(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_expected(choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return f"one of {', '.join(map(str, schema['enum']))}"
+    if schema.get("x-diffsynth-type") == "image":
+        return "a PNG picture in base64"
+    kind = schema.get("type", "")
+    bounds = " and ".join(f"{words} {schema[keyword]}" for keyword, (words, _) in _BOUNDS.items() if keyword in schema)
+    of = f" of {_expected(schema['items'])}" if schema.get("items") else ""
+    return f"{_WORDS.get(kind, kind or 'anything')}{of}" + (f", {bounds}" if bounds else "")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,112 @@
+"""What may be called from several threads at once, and that it gives what one thread gets."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import diffsynth
+from diffsynth.errors import Cancelled
+from diffsynth.runtime.residency import Residency
+
+CALLS = [
+    {"prompt": "a red apple", "seed": 0},
+    {"prompt": "dog face", "seed": 1, "cfg_scale": 3.0, "negative_prompt": "a cat"},
+    {"prompt": ["green leaf", "blue heart, large"], "seed": 2},
+    {"prompt": "a red apple", "seed": 3, "height": 48},
+] * 2
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return diffsynth.load("z-image-nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def twin(pipe):
+    """Another pipeline of the same components."""
+    return type(pipe).from_components(device="cpu", **pipe.components)
+
+
+def draw(pipe, call, **more):
+    size = {"height": 32, "width": 32, "num_inference_steps": 2, "cfg_scale": 1.0}
+    return pipe(**{**size, **call, **more}, output_type="tensor")
+
+
+def test_calls_in_threads_are_bit_equal_to_calls_in_turn(pipe, twin):
+    alone = [draw(pipe, call) for call in CALLS]
+    start = threading.Barrier(4)
+
+    def together(number):
+        if number < 4:
+            start.wait(timeout=10)
+        return draw((pipe, twin)[number % 2], CALLS[number])
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(together, range(len(CALLS))))
+    assert all(map(torch.equal, found, alone))
+    assert not torch.equal(alone[0], alone[3][..., :32, :])
+
+
+def test_components_are_shared_and_not_copied(pipe, twin):
+    assert twin.text_encoder is pipe.text_encoder
+    assert twin.tokenizer is pipe.tokenizer
+    assert [each.data_ptr() for each in twin.dit.parameters()] == [each.data_ptr() for each in pipe.dit.parameters()]
+
+
+def test_a_cancelled_call_leaves_the_others_alone(pipe):
+    alone, stop = draw(pipe, CALLS[1]), threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        stopped = threads.submit(
+            draw, pipe, CALLS[0], num_inference_steps=500, cancel=stop, on_step=lambda _: stop.set()
+        )
+        other = threads.submit(draw, pipe, CALLS[1])
+        assert torch.equal(other.result(timeout=30), alone)
+        with pytest.raises(Cancelled):
+            stopped.result(timeout=30)
+
+
+class Travels(nn.Module):
+    """Notes where it is told to go; there is no accelerator here."""
+
+    place = "cpu"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def to(self, device):
+        self.place = str(device)
+        return self
+
+
+def test_under_a_limit_stages_of_two_threads_take_turns():
+    """Without turns, the thread that ends first takes the module from under the other."""
+    module = Travels()
+    residency = Residency({"dit": module}, torch.device("cuda"), 1.0)
+    inside, both, may_end, places = threading.Event(), threading.Event(), threading.Event(), []
+
+    def first():
+        with residency.on_device(["dit"]):
+            inside.set()
+            may_end.wait(timeout=10)
+
+    def second():
+        inside.wait(timeout=10)
+        with residency.on_device(["dit"]):
+            both.set()
+            places.append((module.place, may_end.is_set()))
+
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(first), threads.submit(second)]
+        assert inside.wait(timeout=10)
+        assert not both.wait(timeout=0.2)
+        may_end.set()
+        for one in waiting:
+            one.result(timeout=10)
+    assert places == [("cuda", True)]
+    assert module.place == "cpu"
