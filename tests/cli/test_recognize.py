@@ -80,8 +80,8 @@ def test_files_that_cannot_be_read_are_not_unknown_ones(tmp_path):
     assert recognize().exit_code == 2
 
 
-def test_no_torch(tmp_path, layout):
-    write_layout(tmp_path / "a.safetensors", layout.layout)
+def in_a_fresh_process(path):
+    """The program's exit code, and which of the heavy modules it imported."""
     code = """
 import sys
 from diffsynth.cli import main
@@ -89,9 +89,33 @@ from diffsynth.cli import main
 try:
     main(sys.argv[1:])
 finally:
-    print([name for name in ("torch", "numpy", "transformers") if name in sys.modules])
+    print([name for name in ("torch", "numpy", "transformers", "safetensors") if name in sys.modules])
 """
-    command = [sys.executable, "-c", code, "recognize", str(tmp_path / "a.safetensors")]
+    command = [sys.executable, "-c", code, "recognize", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "[]"
+    return result.returncode, result.stdout.splitlines()[-1], result.stderr
+
+
+def test_no_torch(tmp_path, layout):
+    write_layout(tmp_path / "a.safetensors", layout.layout)
+    assert in_a_fresh_process(tmp_path / "a.safetensors") == (0, "[]", "")
+
+
+def test_no_torch_for_folders_shards_and_misses(tmp_path, layout):
+    first, second = (tmp_path / f"m-0000{i}-of-00002.safetensors" for i in (1, 2))
+    write_layout(first, layout.layout)
+    second.write_bytes(
+        struct.pack("<Q", 64) + b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(64) + b"\0" * 4
+    )
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": first.name, "w": second.name}}))
+    for path in (tmp_path, index, second):
+        code, heavy, said = in_a_fresh_process(path)
+        assert (code, heavy) == (0, "[]"), said
+        assert "1 key that nothing uses: w" in said
+    first.unlink()
+    index.unlink()
+    alone = second.rename(tmp_path / "alone.safetensors")
+    code, heavy, said = in_a_fresh_process(alone)
+    assert (code, heavy) == (3, "[]")
+    assert "no installed architecture has keys like" in said

@@ -73,7 +73,7 @@ def test_a_flipped_bit_of_the_length(file, bit):
         ({"a": tensor(offsets=(-8, 0))}, "'a' has data_offsets"),
         ({"a": tensor(offsets=(0, 4, 8))}, "'a' has data_offsets"),
         ({"a": tensor(shape=(2**62, 2**62), offsets=(0, 8))}, "spans 8 bytes, expected"),
-        ({"a": tensor(shape=(2**40,), offsets=(0, 2**42))}, r"truncated: its header says 4398\d+ bytes, the file has \d+"),
+        ({"a": tensor(shape=(2**40,), offsets=(0, 2**42))}, r"its header says 4398\d+ bytes, the file has \d+"),
         ({"a": {"dtype": "F32"}}, "entry of 'a' lacks data_offsets, shape"),
         ({"a": [1]}, "entry of 'a' is a list"),
         (b'{"a":NaN}', "NaN is no JSON"),

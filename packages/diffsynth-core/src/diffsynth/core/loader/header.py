@@ -336,6 +336,9 @@ def wrapper_prefixes(keys: Iterable[str]) -> tuple[str, ...]:
     Which of them really wraps a component only recognition can tell: Qwen3's own names begin with `model.`.
     """
     keys = list(keys)
+    heads = {key.partition(".")[0] for key in keys}
+    possible = [prefix for prefix in WRAPPER_PREFIXES if prefix.partition(".")[0] in heads]
     # A checkpoint of everything in one file, as other programs write it, names its text encoders too.
-    named = {match[0]: None for key in keys if (match := _NAMED_TEXT_ENCODER.match(key))}
-    return (*named, *(prefix for prefix in WRAPPER_PREFIXES if any(key.startswith(prefix) for key in keys)))
+    several = "text_encoders" in heads
+    named = {match[0]: None for key in keys if several and (match := _NAMED_TEXT_ENCODER.match(key))}
+    return (*named, *(prefix for prefix in possible if any(key.startswith(prefix) for key in keys)))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffsynth.core.loader import convert, first_party
+from diffsynth.core.loader import convert
 from diffsynth.core.loader.explain.miss import Miss, explain
 from diffsynth.core.loader.header import (
     ARCHITECTURE_KEY,
@@ -131,6 +131,8 @@ def _by_metadata(
     if name is None:
         return []
     if name not in architectures:
+        from diffsynth.core.loader import first_party
+
         home = first_party.where_is_architecture(name) or "Install the family that has it."
         raise Unrecognized(
             f"{header.where}: saved as a {name}, which no installed plugin declares"

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 _PART = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?:A|B|down|up|mid)|(?:\.|_)lora\.(?:down|up)|\.lora_magnitude_vector"
     r"|\.hada_[wt][12](?:_[ab])?|\.lokr_[wt][12](?:_[ab])?|\.oft_blocks|\.(?P<side>alpha|dora_scale|diff|diff_b))"
-    r"(?:\.\w+)?"
+    r"(?:\.\w+){0,2}"
 )
 _PREFIXES = (
     "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "pipe.dit.", "model.",

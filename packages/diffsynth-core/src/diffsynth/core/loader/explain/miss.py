@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffsynth.core.loader import first_party
 from diffsynth.core.loader.explain import lora, nearest
 from diffsynth.core.loader.layouts import scaled
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
@@ -69,6 +68,8 @@ def _packed(miss: Miss) -> str:
 
 
 def _not_installed(miss: Miss) -> str:
+    from diffsynth.core.loader import first_party  # reads metadata of every distribution: only for a miss
+
     home = first_party.whose_keys(miss.header.tensors)
     return f"{miss.where}: {home}" if home else ""
 
