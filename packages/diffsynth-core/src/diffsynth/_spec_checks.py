@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from importlib.machinery import PathFinder
 from typing import Any
 
 from diffsynth import spec
+from diffsynth.errors import did_you_mean
 
 _REFERENCES: dict[type, tuple[str, ...]] = {
-    spec.ModelSpec: ("pipeline",),
+    spec.ModelSpec: ("pipeline", "tiny_processors"),
     spec.ArchitectureSpec: ("module", "config", "infer_config", "tiny", "tiny_inputs", "atomic"),
     spec.CheckpointSpec: ("rules",),
     spec.LayerWrapperSpec: ("layer", "wrapper"),
@@ -28,7 +29,7 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
 def references(fact: Any) -> list[str]:
     """Every code reference in a declaration, empty ones left out."""
     values = [getattr(fact, name) for name in _REFERENCES[type(fact)]]
-    return [text for value in values for text in ((value,) if isinstance(value, str) else value) if text]
+    return [text for value in values for text in _texts(value) if text]
 
 
 def sources(fact: Any) -> list[str]:
@@ -36,6 +37,12 @@ def sources(fact: Any) -> list[str]:
     if isinstance(fact, spec.ModelSpec):
         return [*fact.components.values(), *fact.processors.values()]
     return list(fact.files) if isinstance(fact, spec.CheckpointSpec) else []
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return (value,) if isinstance(value, str) else value
 
 
 def identity(fact: Any) -> str:
@@ -48,7 +55,8 @@ def check_spec(fact: Any) -> None:
 
     Raises:
         TypeError: a mapping field that holds none.
-        ValueError: a malformed name, reference or source, or a reference to a module that is not there.
+        ValueError: a malformed name, reference or source, a reference to a module that is not there, or a tiny config
+            for a component that the model does not have.
     """
     name = getattr(fact, "name", "-")
     if not name or (isinstance(fact, spec.ModelSpec) and (":" in name or "/" in name)):
@@ -56,6 +64,8 @@ def check_spec(fact: Any) -> None:
     for entry in fields(fact):
         if "Mapping" in str(entry.type) and not hasattr(getattr(fact, entry.name), "items"):
             raise TypeError(f"{name!r}: {entry.name} is {getattr(fact, entry.name)!r}, expected a mapping")
+    if isinstance(fact, spec.ModelSpec):
+        _check_tiny(fact)
     for source in sources(fact):
         spec.parse_source(source)
     for reference in references(fact):
@@ -64,6 +74,17 @@ def check_spec(fact: Any) -> None:
             raise ValueError(f"reference {reference!r}: expected 'package.module:attribute'")
         if not _may_exist(module_name):
             raise ValueError(f"reference {reference!r}: there is no module {module_name!r}")
+
+
+def _check_tiny(fact: spec.ModelSpec) -> None:
+    for role, changed in fact.tiny.items():
+        if role not in fact.components:
+            raise ValueError(
+                f"{fact.name!r}: tiny has {role!r}, no component{did_you_mean(role, fact.components) or '.'} "
+                f"Its components: {', '.join(fact.components)}"
+            )
+        if not isinstance(changed, Mapping):
+            raise TypeError(f"{fact.name!r}: tiny[{role!r}] is {changed!r}, expected a mapping of config fields")
 
 
 def duplicates(declared: Iterable[Any]) -> Iterator[tuple[str, str, str, str]]:

@@ -35,6 +35,10 @@ class ModelSpec:
         license: SPDX identifier, or the publisher's name for it.
         paper: arXiv id or address, if there is one.
         description: one line for listings.
+        tiny: role -> fields changed on its architecture's tiny config, so that the tiny components of this model fit
+            each other (`diffsynth.testing.tiny_hub`); models that share a file say the same of it.
+        tiny_processors: processor role -> reference to `f(folder)` that writes a tiny one that works; a tokenizer that
+            is left out becomes a byte-level one with Qwen3's chat template.
     """
 
     name: str
@@ -48,6 +52,8 @@ class ModelSpec:
     license: str = "unknown"
     paper: str = ""
     description: str = ""
+    tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tiny_processors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,8 @@ class CheckpointSpec:
         layout: resource `"package:path"` of key -> shape, gzipped JSON; empty if there is none.
         files: sources known to have this layout.
         config: fields that shapes cannot tell, given to the config over what `infer_config` says.
+        file_stem: how the published files begin where a source leaves it open, as `transformer/*.safetensors` does:
+            "model", or "diffusion_pytorch_model".
     """
 
     name: str
@@ -103,6 +111,7 @@ class CheckpointSpec:
     layout: str = ""
     files: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    file_stem: str = "model"
 
 
 @dataclass(frozen=True, kw_only=True)

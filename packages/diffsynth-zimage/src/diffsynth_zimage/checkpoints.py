@@ -40,6 +40,7 @@ CHECKPOINTS = (
         signature="fc3a8a1247fe185ce116ccbe0e426c28",
         layout="diffsynth_zimage:layouts/z_image_turbo_dit.json.gz",
         files=("Tongyi-MAI/Z-Image-Turbo:transformer/*.safetensors", "Tongyi-MAI/Z-Image:transformer/*.safetensors"),
+        file_stem="diffusion_pytorch_model",
     ),
     CheckpointSpec(
         name="z_image_dit/fused",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -28,6 +29,31 @@ class ZImagePipeline(Pipeline):
     units = UNITS
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=8)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        model_configs: Sequence[Any] = (),
+        vram_limit: float | None = None,
+        *,
+        enable_npu_patch: bool = True,
+        **processor_configs: Any,
+    ) -> Pipeline:
+        """Load every component from files; see `Pipeline.from_pretrained`.
+
+        Args:
+            torch_dtype, device, model_configs, vram_limit, processor_configs: as there.
+            enable_npu_patch: taken for scripts that give it. It changes nothing: kernels are chosen by device, call by
+                call, and no library is patched.
+
+        Raises:
+            TypeError: `enable_npu_patch` is no bool.
+        """
+        if not isinstance(enable_npu_patch, bool):
+            raise TypeError(f"enable_npu_patch={enable_npu_patch!r}: expected True or False")
+        return super().from_pretrained(torch_dtype, device, model_configs, vram_limit, **processor_configs)
 
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[ZImageArguments]) -> Any:
         """Draw one image, or several; see `Pipeline.__call__`."""

@@ -15,6 +15,11 @@ TEXT_ENCODER = "Tongyi-MAI/Z-Image-Turbo:text_encoder/*.safetensors"
 VAE = "Tongyi-MAI/Z-Image-Turbo:vae/diffusion_pytorch_model.safetensors"
 TOKENIZER = "Tongyi-MAI/Z-Image-Turbo:tokenizer/"
 NANO = "package://diffsynth_zimage/nano"
+TINY = {
+    "dit": {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "axes_dims": (32, 48, 48), "cap_feat_dim": 64},
+    "text_encoder": {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "vocab_size": 320},
+}
+"""Small, with the heads and the RoPE axes of the family."""
 
 MODELS = (
     ModelSpec(
@@ -29,6 +34,7 @@ MODELS = (
             "vae": VAE,
         },
         processors={"tokenizer": TOKENIZER},
+        tiny=TINY,
         license="Apache-2.0",
         paper="arXiv:2511.22699",
         description="6B, distilled to 8 steps without guidance",
@@ -45,6 +51,7 @@ MODELS = (
             "vae": VAE,
         },
         processors={"tokenizer": TOKENIZER},
+        tiny=TINY,
         defaults={"num_inference_steps": 50, "cfg_scale": 4.0},
         license="Apache-2.0",
         paper="arXiv:2511.22699",

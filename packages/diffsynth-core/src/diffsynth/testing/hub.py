@@ -1,0 +1,209 @@
+"""Every registered model in miniature, as folders of a hub: the files that users' scripts name, with tiny weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsynth import _discovery, registry
+from diffsynth.core.loader import convert, load
+from diffsynth.core.loader.layouts.published import rules_of
+from diffsynth.errors import did_you_mean
+from diffsynth.runtime.role import Processor, Role
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, parse_source, resolve
+from diffsynth.testing.tiny_shapes import tiny_shapes
+from diffsynth.testing.tiny_weights import TinyFile, TinyTensor, write_weights
+
+MAX_MODEL_BYTES = 40_000_000
+"""Of one model's weights."""
+
+MARK = "tiny-hub.json"
+"""Stands at the root of a tiny hub: its models, and that the folder may be written over."""
+
+_DEFAULT_PROCESSORS = {"transformers:AutoTokenizer": "diffsynth.testing.tiny_processors:write_byte_tokenizer"}
+"""Loader of a processor -> what writes a tiny one, unless `ModelSpec.tiny_processors` says otherwise."""
+
+
+def tiny_hub(root: Path | str, models: Sequence[str] | str | None = None) -> list[Path]:
+    """Write models in miniature below `root`, so that scripts run on them unchanged.
+
+    With `DIFFSYNTH_MODEL_BASE_PATH=root` and `DIFFSYNTH_SKIP_DOWNLOAD=true`, `diffsynth.load` and `from_pretrained`
+    find under `<owner>/<repository>` the file names that the hub has, with few layers, random weights in bf16 under
+    the published key names, and processors that work. The same call writes the same bytes. Sources of another scheme,
+    such as `package://`, are somewhere else already and left out.
+
+    Args:
+        root: a folder that is empty, missing, or a tiny hub.
+        models: names or hub ids; None is every registered model.
+
+    Returns:
+        the files of weights and the folders of processors.
+
+    Raises:
+        UnknownModel: nothing of that name is installed; the message has the nearest spelling.
+        ValueError: a model's declarations give no tiny files; the message names the model and what to declare.
+        KeyMismatch: rules do not make of the published keys what the network wants.
+        FileExistsError: `root` holds something else.
+    """
+    root = Path(root)
+    tiny = [_tiny_model(spec) for spec in _chosen(models)]
+    weights, processors = _united(tiny)
+    _claim(root, [model.name for model in tiny])
+    written = []
+    for text, part in weights.items():
+        source = parse_source(text)
+        written += write_weights(root / source.model_id, source.pattern, part.contents, file_stem=part.file_stem)
+    for text, reference in processors.items():
+        source = parse_source(text)
+        folder = root / source.model_id / source.pattern
+        folder.mkdir(parents=True, exist_ok=True)
+        resolve(reference)(folder)
+        written.append(folder)
+    return sorted(written)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What one source becomes."""
+
+    contents: TinyFile
+    file_stem: str
+
+
+@dataclass(frozen=True)
+class _TinyModel:
+    """A model's sources and what they become; nothing is written yet."""
+
+    name: str
+    weights: Mapping[str, _Weights]
+    processors: Mapping[str, str]
+
+
+def _chosen(names: Sequence[str] | str | None) -> list[ModelSpec]:
+    declared = _discovery.catalog().models
+    if names is None:
+        return [one.spec for one in declared]
+    wanted = {registry.get(name).exact_name for name in ([names] if isinstance(names, str) else names)}
+    return [one.spec for one in declared if f"{one.plugin}:{one.spec.name}" in wanted]
+
+
+def _tiny_model(spec: ModelSpec) -> _TinyModel:
+    if not any(_is_on_hub(source) for source in (*spec.components.values(), *spec.processors.values())):
+        return _TinyModel(spec.name, {}, {})
+    roles: Mapping[str, Role | Processor] = resolve(spec.pipeline).roles
+    weights: dict[str, _Weights] = {}
+    for role, source in spec.components.items():
+        if _is_on_hub(source):
+            part = _component(spec, role, roles.get(role), source)
+            weights[source] = _merged(weights[source], part, source) if source in weights else part
+    size = sum(tensor.nbytes for part in weights.values() for tensor in part.contents.values())
+    if size > MAX_MODEL_BYTES:
+        largest = max(
+            ((tensor.nbytes, key, tensor.shape) for part in weights.values() for key, tensor in part.contents.items())
+        )
+        raise ValueError(
+            f"model {spec.name!r}: its tiny weights take {size:,} bytes, limit {MAX_MODEL_BYTES:,}; the largest is "
+            f"{largest[1]!r} of shape {largest[2]}. Make ModelSpec.tiny smaller."
+        )
+    return _TinyModel(spec.name, weights, dict(_tiny_processors(spec, roles)))
+
+
+def _is_on_hub(source: str) -> bool:
+    return not parse_source(source).scheme
+
+
+def _component(spec: ModelSpec, role: str, need: Role | Processor | None, source: str) -> _Weights:
+    if not isinstance(need, Role):
+        raise ValueError(f"model {spec.name!r}: {role!r} is no component of {spec.pipeline}")
+    architecture, checkpoint = _layout_for(spec, role, need, source)
+    changed = {**checkpoint.config, **spec.tiny.get(role, {})}
+    try:
+        config = replace(resolve(architecture.tiny), **changed)
+    except TypeError as error:
+        raise ValueError(f"model {spec.name!r}: tiny[{role!r}] does not fit {architecture.config}: {error}") from None
+    state = load.build(architecture, config).state_dict()
+    try:
+        shapes = tiny_shapes(checkpoint, {key: tuple(tensor.shape) for key, tensor in state.items()})
+    except ValueError as error:
+        raise ValueError(f"model {spec.name!r}, {role!r}: {error}") from None
+    return _Weights(_with_dtypes(shapes, checkpoint, state), checkpoint.file_stem)
+
+
+def _layout_for(spec: ModelSpec, role: str, need: Role, source: str) -> tuple[ArchitectureSpec, CheckpointSpec]:
+    """The checkpoint that lists this source; failing that, the one with its architecture's own names."""
+    architectures, checkpoints = _discovery.catalog().layouts()
+    fitting = [one for one in checkpoints if one.architecture in need.architectures]
+    listed = [one for one in fitting if source in one.files] or [one for one in fitting if not one.rules]
+    if not listed:
+        known = [file for one in fitting for file in one.files]
+        raise ValueError(
+            f"model {spec.name!r}: no checkpoint of {' or '.join(need.architectures)} lists {source!r}"
+            f"{did_you_mean(source, known) or '.'} Add it to the files of its CheckpointSpec."
+        )
+    return architectures[listed[0].architecture], listed[0]
+
+
+def _with_dtypes(
+    shapes: Mapping[str, tuple[int, ...]], checkpoint: CheckpointSpec, state: Mapping[str, torch.Tensor]
+) -> TinyFile:
+    """bf16, but integers where the network counts."""
+    integers = {
+        source: state[key].dtype
+        for key, target in convert.plan(rules_of(checkpoint), shapes).targets.items()
+        for source in target.sources
+        if not state[key].is_floating_point()
+    }
+    return {key: TinyTensor(shape, integers.get(key, torch.bfloat16)) for key, shape in shapes.items()}
+
+
+def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """(source, what writes it) of every processor that the model or its pipeline takes from the hub."""
+    for role, need in roles.items():
+        source = spec.processors.get(role) or ("" if not isinstance(need, Processor) or need.optional else need.source)
+        if not source or not _is_on_hub(source):
+            continue
+        reference = spec.tiny_processors.get(role) or _DEFAULT_PROCESSORS.get(need.loader)
+        if reference is None:
+            raise ValueError(
+                f"model {spec.name!r}: no tiny {role} is known for {need.loader}. Declare ModelSpec.tiny_processors["
+                f"{role!r}], a reference to f(folder) that writes one."
+            )
+        yield source, reference
+
+
+def _merged(first: _Weights, second: _Weights, source: str) -> _Weights:
+    """Two components of one file."""
+    for key in first.contents.keys() & second.contents.keys():
+        if first.contents[key] != second.contents[key]:
+            raise ValueError(f"{source}: {key!r} would be {first.contents[key]} and {second.contents[key]}")
+    return _Weights({**first.contents, **second.contents}, first.file_stem)
+
+
+def _united(models: Iterable[_TinyModel]) -> tuple[dict[str, _Weights], dict[str, str]]:
+    """Each source once. Models that share one must mean the same."""
+    found: dict[str, tuple[str, Any]] = {}
+    for model in models:
+        for source, part in (*model.weights.items(), *model.processors.items()):
+            other, known = found.setdefault(source, (model.name, part))
+            if known != part:
+                raise ValueError(
+                    f"models {other!r} and {model.name!r} share {source} and make different tiny files of it. "
+                    f"Give both the same ModelSpec.tiny and tiny_processors for it."
+                )
+    weights = {source: part for source, (_, part) in found.items() if isinstance(part, _Weights)}
+    return weights, {source: part for source, (_, part) in found.items() if isinstance(part, str)}
+
+
+def _claim(root: Path, names: Sequence[str]) -> None:
+    """Make sure that tiny weights never land among real ones."""
+    mark = root / MARK
+    if root.exists() and not mark.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(f"{root} is not empty and no tiny hub (it has no {MARK}). Name a new folder.")
+    root.mkdir(parents=True, exist_ok=True)
+    before = json.loads(mark.read_text(encoding="utf-8"))["models"] if mark.exists() else []
+    mark.write_text(json.dumps({"models": sorted({*before, *names})}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,133 @@
+"""The reference's Z-Image examples, run on the tiny hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from diffsynth.errors import NoFiles
+from diffsynth.testing import tiny_hub
+from row_harness import Harness, pictures_of_a_data_set
+from row_scripts import read_rows, script
+
+ROWS = read_rows("z_image")
+PROMPT = '"Young Chinese woman in red Hanfu, intricate embroidery. Impeccable makeup, red floral forehead pattern."'
+COMMON = {"prompt": PROMPT, "seed": "42", "rand_device": '"cuda"'}
+GUIDED = {"cfg_scale": "4", "num_inference_steps": "50"}
+
+RUN = {"z_image/Z-Image-Turbo": COMMON, "z_image/Z-Image": COMMON | GUIDED}
+"""Row -> what its call gives; the values of the reference's table."""
+
+_CONTROL = COMMON | {"controlnet_inputs": "[]", "height": "1024", "width": "1024"}
+_STYLE = COMMON | GUIDED | {"negative_prompt": '"blurred"', "positive_only_lora": "{}", "sigma_shift": "8"}
+_CONTROLNET = "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1"
+MISSING = {
+    "z_image/Z-Image-Omni-Base": ("Omni", COMMON | GUIDED | {"edit_image": "[]"}, "Tongyi-MAI/Z-Image-Omni-Base"),
+    "z_image/Z-Image-Omni-Base-i2L": ("Omni and image-to-LoRA", _STYLE, "Tongyi-MAI/Z-Image-Omni-Base"),
+    "z_image/Z-Image-i2L": ("image-to-LoRA", _STYLE, "DiffSynth-Studio/General-Image-Encoders"),
+    "z_image/ZImage-i2L-v2": ("diffusion templates", {}, "diffsynth.diffusion"),
+    "z_image/Z-Image-Turbo-Fun-Controlnet-Union-2.1": (
+        "ControlNet",
+        _CONTROL | {"num_inference_steps": "30"},
+        _CONTROLNET,
+    ),
+    "z_image/Z-Image-Turbo-Fun-Controlnet-Union-2.1-8steps": ("ControlNet", _CONTROL, _CONTROLNET),
+    "z_image/Z-Image-Turbo-Fun-Controlnet-Tile-2.1-8steps": ("ControlNet", _CONTROL, _CONTROLNET),
+}
+"""Row -> the part that is not here yet, what its call gives, and what the error must name."""
+
+UNKNOWN = {"controlnet_inputs", "edit_image", "positive_only_lora"}
+"""Arguments that come with the missing parts."""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    tiny_hub(root, ["z-image", "z-image-turbo"])
+    return root
+
+
+@pytest.fixture
+def harness(hub, monkeypatch, tmp_path) -> Harness:
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(hub))
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
+    return Harness(monkeypatch, tmp_path)
+
+
+def differs(one: Image.Image, other: Image.Image) -> bool:
+    return one.size != other.size or ImageChops.difference(one, other).getbbox() is not None
+
+
+def test_every_row_is_here():
+    assert len(ROWS) == 9
+    assert set(ROWS) == {*RUN, *MISSING}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_row_runs_and_every_argument_of_it_counts(name, harness):
+    (call,) = harness.run(script(ROWS[name], RUN[name]))
+    assert isinstance(call.output, Image.Image)
+    assert call.output.size == (64, 64)
+    assert (harness.folder / f"image_{name.rpartition('/')[2]}.jpg").is_file()
+    assert not differs(call.again(), call.output)
+    assert set(call.arguments) == set(ROWS[name]["call"])
+    changed = [argument for argument in call.arguments if not call.is_default(argument)]
+    assert {"prompt", "seed"} <= set(changed) == set(ROWS[name]["call"]) - {"rand_device"}
+    for argument in changed:
+        assert differs(call.again(**{argument: ...}), call.output), f"{argument} changes nothing"
+
+
+def test_the_same_row_under_a_memory_limit(harness):
+    name = "z_image/Z-Image-Turbo"
+    (call,) = harness.run(script(ROWS[name], RUN[name], vram_limit=True))
+    (unlimited,) = harness.run(script(ROWS[name], RUN[name]))
+    assert not differs(call.output, unlimited.output)
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_row_whose_part_is_missing_says_so(name, harness):
+    _, values, named = MISSING[name]
+    with pytest.raises((NoFiles, ModuleNotFoundError), match=named):
+        harness.run(script(ROWS[name], values))
+    assert harness.calls == []
+
+
+@pytest.mark.parametrize("argument", sorted(UNKNOWN))
+def test_an_argument_of_a_missing_part_is_not_ignored(argument, harness):
+    assert any(argument in ROWS[name]["call"] for name in MISSING)
+    row = ROWS["z_image/Z-Image-Turbo"]
+    with pytest.raises(TypeError, match=argument):
+        harness.run(script({**row, "call": [*row["call"], argument]}, COMMON | {argument: "[]"}))
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_switch_for_npus_changes_nothing_elsewhere(value, harness):
+    name = "z_image/Z-Image-Turbo"
+    plain = script(ROWS[name], RUN[name])
+    (call,) = harness.run(plain.replace("device=", f"enable_npu_patch={value}, device=", 1))
+    (reference,) = harness.run(plain)
+    assert not differs(call.output, reference.output)
+
+
+def test_the_switch_for_npus_is_a_bool(harness):
+    plain = script(ROWS["z_image/Z-Image-Turbo"], COMMON)
+    with pytest.raises(TypeError, match="enable_npu_patch='yes': expected True or False"):
+        harness.run(plain.replace("device=", 'enable_npu_patch="yes", device=', 1))
+
+
+def test_the_harness_keeps_everything_but_size_steps_and_device(harness):
+    calls = harness.run(
+        "from modelscope import dataset_snapshot_download\n"
+        "import torch\n"
+        "from PIL import Image\n"
+        "class pipe:\n"
+        "    pass\n"
+        'dataset_snapshot_download(dataset_id="a/b", local_dir="data", allow_file_pattern=["x.jpg", "y/z.png"])\n'
+        'assert torch.cuda.mem_get_info("cuda")[1] / 1024**3 == 80\n'
+        'assert Image.open("data/y/z.png").size == (64, 64)\n'
+    )
+    assert calls == []
+    assert pictures_of_a_data_set("a/b", str(harness.folder / "more"), "one.png").endswith("more")
+    assert (harness.folder / "more" / "one.png").is_file()

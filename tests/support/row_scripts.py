@@ -1,0 +1,54 @@
+"""Rows of the reference's examples as the scripts that its users have, word for word in their style."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROWS_FOLDER = Path(__file__).parents[1] / "data" / "rows"
+DOORS = {"ZImagePipeline": "diffsynth.pipelines.z_image", "TemplatePipeline": "diffsynth.diffusion.template"}
+
+
+def read_rows(family: str) -> dict[str, dict[str, Any]]:
+    """Rows of a family by name."""
+    rows = json.loads((ROWS_FOLDER / f"{family}.json").read_text(encoding="utf-8"))
+    return {row["row"]: row for row in rows}
+
+
+def script(row: Mapping[str, Any], values: Mapping[str, str], *, vram_limit: bool = False) -> str:
+    """A row's example.
+
+    Args:
+        row: what it imports, loads and gives.
+        values: call argument -> its text in the script, for every argument of the row.
+        vram_limit: as in the examples for little memory, all that the device has but half a GiB.
+    """
+    (pipeline,) = [name for name in row["pipelines"] if name != "TemplatePipeline"]
+    imports = [f"from {DOORS[pipeline]} import {pipeline}, ModelConfig"]
+    imports += [f"from {DOORS[name]} import {name}" for name in row["pipelines"] if name != pipeline]
+    tokenizer, *models = row["files"]
+    lines = [
+        *imports,
+        "import torch",
+        "",
+        f"pipe = {pipeline}.from_pretrained(",
+        "    torch_dtype=torch.bfloat16,",
+        '    device="cuda",',
+        "    model_configs=[",
+        *(f"        {_model_config(file)}," for file in models),
+        "    ],",
+        f"    tokenizer_config={_model_config(tokenizer)},",
+        *(['    vram_limit=torch.cuda.mem_get_info("cuda")[1] / (1024 ** 3) - 0.5,'] if vram_limit else []),
+        ")",
+        *(f"pipe.{name}(pipe.dit)" for name in row["methods"]),
+        f"image = pipe({', '.join(f'{name}={values[name]}' for name in row['call'])})",
+        f'image.save("image_{row["row"].rpartition("/")[2]}.jpg")',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _model_config(file: Mapping[str, str]) -> str:
+    arguments = ", ".join(f'{name}="{value}"' for name, value in file.items())
+    return f"ModelConfig({arguments})"
