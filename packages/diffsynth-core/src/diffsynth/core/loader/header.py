@@ -40,6 +40,7 @@ WRAPPER_PREFIXES = (
     "text_encoder.",
     "module.",
     "_orig_mod.",
+    "state_dict.",
     "model.",
 )
 """What trainers and other tools put before every key; tried only when the bare keys are not recognised."""
