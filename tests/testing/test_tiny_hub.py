@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -24,7 +25,9 @@ from diffsynth_zimage import ZImagePipeline
 from diffsynth_zimage import checkpoints as zimage
 from diffsynth_zimage.plugin import MODELS, TINY
 
-ON_HUB = [spec for spec in MODELS if not any("://" in source for source in spec.components.values())]
+FIRST_PARTY = [one.spec for one in _discovery.catalog().models if one.distribution.startswith("diffsynth-")]
+ON_HUB = [spec for spec in FIRST_PARTY if not any("://" in source for source in spec.components.values())]
+Z_IMAGE = {spec.name: spec for spec in MODELS}
 TURBO = "Tongyi-MAI/Z-Image-Turbo"
 TRANSFORMER = f"{TURBO}/transformer/diffusion_pytorch_model"
 
@@ -77,12 +80,13 @@ def test_an_index_lists_every_tensor_where_it_is(hub):
         file = hub / TURBO / "transformer" / f"{shard}.safetensors"
         listed = {key for key, name in index["weight_map"].items() if name == file.name}
         assert listed == set(header.read([file]).tensors) != set()
-    data = headers(hub, ON_HUB[0])["dit"].tensors.values()
+    data = headers(hub, Z_IMAGE["z-image-turbo"])["dit"].tensors.values()
     assert index["metadata"]["total_size"] == sum(info.end - info.start for info in data)
 
 
-def test_z_image_is_here():
-    assert [spec.name for spec in ON_HUB] == ["z-image-turbo", "z-image"]
+def test_all_models_of_hubs_are_tried():
+    assert {"z-image-turbo", "z-image"} <= {spec.name for spec in ON_HUB}
+    assert {spec.name for spec in FIRST_PARTY} - {spec.name for spec in ON_HUB} == {"z-image-nano"}
 
 
 @pytest.mark.parametrize("spec", ON_HUB, ids=lambda spec: spec.name)
@@ -93,14 +97,14 @@ def test_structure_alone_tells_every_file_and_its_config(spec, hub):
         (found,) = recognize.recognize(tensors, architectures, checkpoints)
         tiny = resolve(found.architecture.tiny)
         assert (found.tier, found.extra, found.prefix) == ("structure", (), "")
-        assert found.config == type(tiny)(**{**vars(tiny), **TINY.get(role, {})})
+        assert found.config == dataclasses.replace(tiny, **spec.tiny.get(role, {}))
         assert found.checkpoint.file_stem in tensors.files[0].name
 
 
-@pytest.mark.parametrize("spec", ON_HUB, ids=lambda spec: spec.name)
-def test_keys_are_published_ones_and_constants_are_kept(spec, hub):
+@pytest.mark.parametrize("name", ["z-image-turbo", "z-image"])
+def test_keys_are_published_ones_and_constants_are_kept(name, hub):
     layouts = {one.architecture: layout_of(one) for one in (*CHECKPOINTS, *zimage.CHECKPOINTS) if not one.rules}
-    tensors = headers(hub, spec)
+    tensors = headers(hub, Z_IMAGE[name])
     for role, name in {"dit": "z_image_dit", "text_encoder": "qwen3_text_encoder", "vae": "flux_autoencoder"}.items():
         assert set(tensors[role].tensors) < set(layouts[name])
         assert {info.dtype for info in tensors[role].tensors.values()} == {"BF16"}
@@ -113,6 +117,10 @@ def test_keys_are_published_ones_and_constants_are_kept(spec, hub):
 def test_sizes(spec, hub):
     found = [path for tensors in headers(hub, spec).values() for path in tensors.files]
     assert 1_000_000 < sum(path.stat().st_size for path in found) < hub_module.MAX_MODEL_BYTES == 40_000_000
+
+
+def test_size_of_all(hub):
+    assert sum(path.stat().st_size for path in hub.rglob("*") if path.is_file()) < 1_000_000_000
 
 
 @pytest.mark.parametrize("spec", ON_HUB, ids=lambda spec: spec.name)
@@ -184,22 +192,36 @@ def test_by_hand(arguments, code, text, tmp_path, monkeypatch, capsys):
 
 
 def test_models_that_share_a_file_must_agree(tmp_path, monkeypatch):
-    first, second = ON_HUB
+    first, second = Z_IMAGE["z-image-turbo"], Z_IMAGE["z-image"]
     other = {**TINY, "text_encoder": {**TINY["text_encoder"], "vocab_size": 400}}
-    changed = ModelSpec(**{**vars(second), "tiny": other})
+    changed = dataclasses.replace(second, tiny=other)
     monkeypatch.setattr(hub_module, "_chosen", lambda models: [first, changed])
     with pytest.raises(ValueError, match=r"'z-image-turbo' and 'z-image' share Tongyi-MAI/Z-Image-Turbo:text_encoder"):
         tiny_hub(tmp_path / "hub")
 
 
+def _with_components(**sources: str) -> ModelSpec:
+    turbo = Z_IMAGE["z-image-turbo"]
+    return dataclasses.replace(turbo, components={**turbo.components, **sources})
+
+
 def test_a_file_that_no_checkpoint_lists_has_the_names_of_its_architecture(tmp_path, monkeypatch):
     source = "Someone/Fine-Tune:transformer/*.safetensors"
-    tuned = ModelSpec(**{**vars(ON_HUB[0]), "components": {**ON_HUB[0].components, "dit": source}})
+    tuned = _with_components(dit=source)
     monkeypatch.setattr(hub_module, "_chosen", lambda models: [tuned])
     tiny_hub(tmp_path)
     found = headers(tmp_path, tuned)["dit"]
     assert found.files[0].name == "diffusion_pytorch_model-00001-of-00002.safetensors"
     assert "layers.1.attention.to_q.weight" in found.tensors
+
+
+def test_two_components_in_one_file(tmp_path, monkeypatch):
+    source = "Someone/All-In-One:all.safetensors"
+    whole = _with_components(text_encoder=source, vae=source)
+    monkeypatch.setattr(hub_module, "_chosen", lambda models: [whole])
+    tiny_hub(tmp_path)
+    found = recognize.recognize(headers(tmp_path, whole)["vae"], *_discovery.catalog().layouts())
+    assert {one.architecture.name for one in found} == {"qwen3_text_encoder", "flux_autoencoder"}
 
 
 def test_a_file_of_an_architecture_whose_own_names_nobody_publishes(tmp_path, monkeypatch):
@@ -215,7 +237,8 @@ def test_a_processor_that_nobody_can_make_small(tmp_path, monkeypatch):
     monkeypatch.setattr(ZImagePipeline, "roles", roles)
     with pytest.raises(ValueError, match=r"model 'z-image': no tiny tokenizer.*tiny_processors\['tokenizer'\]"):
         tiny_hub(tmp_path / "hub", "z-image")
-    own = {"tiny_processors": {"tokenizer": "diffsynth.testing.tiny_processors:write_byte_tokenizer"}}
-    monkeypatch.setattr(hub_module, "_chosen", lambda models: [ModelSpec(**{**vars(ON_HUB[1]), **own})])
-    source = parse_source(ON_HUB[1].processors["tokenizer"])
+    own = {"tokenizer": "diffsynth.testing.tiny_processors:write_byte_tokenizer"}
+    spec = dataclasses.replace(Z_IMAGE["z-image"], tiny_processors=own)
+    monkeypatch.setattr(hub_module, "_chosen", lambda models: [spec])
+    source = parse_source(spec.processors["tokenizer"])
     assert tmp_path / "hub" / source.model_id / "tokenizer" in tiny_hub(tmp_path / "hub")

@@ -38,7 +38,7 @@ DIFFSYNTH_API = 1
 @hookimpl
 def register_models(register):
     register(ModelSpec(name="odd-1", family="odd", task="text-to-image", hub_id="Odd/Odd-1",
-                       pipeline="fake_odd.parts:OddPipeline", components={{"dit": "Odd/Odd-1:net/*.safetensors"}},
+                       pipeline="fake_odd.parts:OddPipeline", components={{{components}}},
                        tiny={tiny}{more}))
 
 
@@ -96,7 +96,7 @@ class OddNet(nn.Module):
 
 
 class OddPipeline(ToyPipeline):
-    roles = {"dit": Role(architectures=("odd_net",))}
+    roles = {"dit": Role(architectures=("odd_net",)), "second": Role(architectures=("odd_net",), optional=True)}
 """
 
 LAYOUT = {
@@ -106,9 +106,12 @@ LAYOUT = {
 }
 
 
-def install(site: Site, tiny: str = "{'dit': {'width': 16}}", more: str = "", published: bool = True) -> None:
+def install(
+    site: Site, tiny: str = "{'dit': {'width': 16}}", more: str = "", *, roles: tuple = ("dit",), published: bool = True
+) -> None:
     """The plugin `odd`; unless `published`, it says nothing of files: neither layout, nor rules, nor where they are."""
-    code = PLUGIN.format(tiny=tiny, more=more)
+    components = ", ".join(f'"{role}": "Odd/Odd-1:net/*.safetensors"' for role in roles)
+    code = PLUGIN.format(tiny=tiny, more=more, components=components)
     if not published:
         code = re.sub(r", rules=.*?file_stem", ", file_stem", code, flags=re.DOTALL)
     site.install("odd", code)
@@ -160,6 +163,13 @@ def test_a_rule_made_wrong_on_purpose_makes_loading_fail(wrong, site, tmp_path, 
     with pytest.raises(KeyMismatch, match="does not fit: .*missing"):
         tiny_hub(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_two_components_of_one_file_must_agree(site, tmp_path):
+    install(site, "{'dit': {'width': 16}, 'second': {'width': 32}}", roles=("dit", "second"))
+    message = r"Odd/Odd-1:net/\*.safetensors holds two components, and 'stack.0.qkv.weight' would be \(48, 16\)"
+    with pytest.raises(ValueError, match=message):
+        tiny_hub(tmp_path / "hub")
 
 
 MISTAKES = {

@@ -178,9 +178,12 @@ def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tupl
 
 def _merged(first: _Weights, second: _Weights, source: str) -> _Weights:
     """Two components of one file."""
-    for key in first.contents.keys() & second.contents.keys():
-        if first.contents[key] != second.contents[key]:
-            raise ValueError(f"{source}: {key!r} would be {first.contents[key]} and {second.contents[key]}")
+    for key, tensor in second.contents.items():
+        if (other := first.contents.get(key, tensor)) != tensor:
+            raise ValueError(
+                f"{source} holds two components, and {key!r} would be {other.shape} for one and {tensor.shape} for the "
+                f"other. Change ModelSpec.tiny so that they agree."
+            )
     return _Weights({**first.contents, **second.contents}, first.file_stem)
 
 
