@@ -9,6 +9,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+import diffsynth
 from diffsynth import _discovery, registry
 from diffsynth.cli.group import program
 from diffsynth.errors import BrokenPlugin, UnknownModel
@@ -141,6 +142,16 @@ def test_keyboard_interrupt_passes(site):
     site.install("interrupted", "raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         site.discover()
+
+
+def test_code_that_exits_on_first_use_does_not_end_its_host(site):
+    site.install("quitter", good("fake_quitter", "fine"))
+    (site.folder / "fake_quitter" / "pipeline.py").write_text("raise SystemExit(3)\n")
+    site.discover()
+    with pytest.raises(
+        ImportError, match=r"'fake_quitter\.pipeline' ends the program when it is imported \(SystemExit: 3"
+    ):
+        diffsynth.load("fine")
 
 
 def test_strict_mode_raises(site, monkeypatch):

@@ -204,12 +204,19 @@ def resolve(reference: str) -> Any:
 
     Raises:
         ValueError: the reference has no colon.
-        ImportError: the module cannot be imported, or lacks the attribute; the message names the reference.
+        ImportError: the module cannot be imported, ends the program, or lacks the attribute; the message names the
+            reference.
     """
     module_name, colon, attribute = reference.partition(":")
     if not colon:
         raise ValueError(f"reference {reference!r} has no ':'; expected 'package.module:attribute'")
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except SystemExit as error:  # a module of a plugin does not end its host
+        raise ImportError(
+            f"reference {reference!r}: module {module_name!r} ends the program when it is imported "
+            f"(SystemExit: {error.code}); leave that to a function"
+        ) from error
     value: Any = module
     for part in attribute.split("."):
         try:

@@ -32,13 +32,13 @@ def with_added_units(cls: type[Pipeline], given: Collection[str]) -> tuple[Unit,
     """
     references = {f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__}
     waiting = [declared for declared in _discovery.catalog().units if declared.spec.pipeline in references]
-    units, failed = tuple(cls.units), dict[Declared[UnitSpec], Exception | SystemExit]()
+    units, failed = tuple(cls.units), dict[Declared[UnitSpec], Exception]()
     while waiting:
         failed = {}
         for declared in waiting:
             try:
                 units = _added(cls, units, declared, given)
-            except (Exception, SystemExit) as error:
+            except Exception as error:
                 failed[declared] = error
         if len(failed) == len(waiting):  # otherwise one that was added may be what another waits for
             break
@@ -85,7 +85,7 @@ def _check_arguments(step: Unit, before: Sequence[Unit], after: Sequence[Unit], 
             )
 
 
-def _report(cls: type[Pipeline], declared: Declared[UnitSpec], error: Exception | SystemExit) -> None:
+def _report(cls: type[Pipeline], declared: Declared[UnitSpec], error: Exception) -> None:
     text = str(error) if isinstance(error, InvalidPipeline) else f"{type(error).__name__}: {error}"
     _discovery.report(
         declared,

@@ -26,7 +26,7 @@ def use_declared_backends() -> None:
             try:
                 _use(declared.spec)
                 _in_use.add(declared)
-            except (Exception, SystemExit) as error:
+            except Exception as error:
                 _discovery.report(
                     declared,
                     f"attention backend {declared.spec.name!r} is left out: {type(error).__name__}: {error}. "
