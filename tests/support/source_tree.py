@@ -43,6 +43,7 @@ _FOLDERS = {
     "diffusion": "runtime",
     "provenance": "runtime",
     "cli": "top",
+    "diagnosis": "top",
     "testing": "top",
 }
 

@@ -1,0 +1,127 @@
+"""The machine: Python, devices, and which attention and quantization backends can be used on them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+
+from diffsynth import _discovery, _env
+from diffsynth.diagnosis.finding import Finding
+from diffsynth.spec import resolve
+
+GIB = 2**30
+
+
+def python() -> Iterator[Finding]:
+    """Interpreter and system."""
+    yield Finding("python", "ok", f"{platform.python_version()} at {sys.executable}")
+    yield Finding("system", "ok", f"{platform.platform()}, {os.cpu_count()} CPU cores")
+
+
+def devices() -> Iterator[Finding]:
+    """Where computation can happen, with free memory; each one multiplies a matrix."""
+    import torch
+
+    from diffsynth.core import device
+
+    chosen = device.get_device_type()
+    if chosen == "cpu":
+        kits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+        built_for = " and ".join(f"{kit} {version}" for kit, version in kits.items() if version)
+        reason = f"this torch is built for {built_for} and finds no device" if built_for else "this torch is CPU-only"
+        yield Finding(
+            "accelerator",
+            "note",
+            f"none ({reason}); computation happens on the CPU",
+            "If the machine has one: install its driver, and the torch that is built for it",
+        )
+    else:
+        count = device.get_torch_device().device_count()
+        for name in [chosen] if chosen == "mps" else [f"{chosen}:{index}" for index in range(count)]:
+            yield _device(name)
+    yield _device("cpu")
+
+
+def attention() -> Iterator[Finding]:
+    """Every backend that `attention()` knows, tried on a small call in bf16 on the default device."""
+    from diffsynth.core.attention import available_backends
+    from diffsynth.runtime.declared_backends import use_declared_backends
+
+    use_declared_backends()
+    wanted = _env.attention_implementation()
+    backends = available_backends()
+    tried = {name: _attend(name) for name in backends}
+    first = next((name for name in backends if not tried[name]), None)
+    for name in backends:
+        if tried[name]:
+            yield Finding(name, "note", tried[name], "Nothing, if another backend serves; `auto` passes it over")
+        else:
+            yield Finding(name, "ok", "usable; what `auto` takes" if name == first else "usable")
+    if wanted != "auto":
+        if reason := _attend(wanted):
+            yield Finding(
+                "in use",
+                "broken",
+                f"DIFFSYNTH_ATTENTION_IMPLEMENTATION={wanted}: {reason}",
+                f"Set it to auto or to one of {', '.join(backends)}; or: unset DIFFSYNTH_ATTENTION_IMPLEMENTATION",
+            )
+        else:
+            yield Finding("in use", "ok", f"{wanted}, by DIFFSYNTH_ATTENTION_IMPLEMENTATION")
+    elif first is None:
+        yield Finding("in use", "broken", "every backend refuses", "Run: pip install --force-reinstall torch")
+    else:
+        yield Finding("in use", "ok", f"auto: {first}, and call by call the next one where it refuses")
+
+
+def quantization() -> Iterator[Finding]:
+    """Every backend that a plugin declares."""
+    declared = _discovery.catalog().quantization
+    if not declared:
+        yield Finding("backends", "ok", "none: no installed plugin declares one, and weights are used as they are")
+    for one in declared:
+        try:
+            resolve(one.spec.backend)
+        except (ImportError, ValueError) as error:
+            action = f"Run: pip install -U {one.distribution}"
+            yield Finding(one.spec.name, "broken", f"of {one.distribution}: {error}", action, cause=error)
+        else:
+            yield Finding(one.spec.name, "ok", f"of {one.distribution} {one.version}")
+
+
+def in_gib(count: float | None) -> str:
+    """Bytes in GiB, or that nobody can tell."""
+    return "an unknown amount" if count is None else f"{count / GIB:.1f} GiB"
+
+
+def _device(name: str) -> Finding:
+    import torch
+
+    from diffsynth.core import device
+
+    try:
+        ones = torch.ones(8, 8, dtype=torch.bfloat16, device=name)
+        if (ones @ ones).sum().item() != 512:
+            raise RuntimeError("a product of matrices is wrong")
+        free = device.available_memory(name)
+    except Exception as error:  # each driver raises its own kinds
+        action = "Update the device's driver, or choose another with device="
+        return Finding(name, "broken", f"does not compute: {type(error).__name__}: {error}", action, cause=error)
+    label = getattr(device.get_torch_device(), "get_device_name", None) if name != "cpu" else None
+    return Finding(name, "ok", f"{label(name) + ', ' if label else ''}{in_gib(free)} of memory free")
+
+
+def _attend(backend: str) -> str:
+    """Why a backend cannot serve a usual call, or nothing."""
+    import torch
+
+    from diffsynth.core import device
+    from diffsynth.core.attention import attention
+
+    q = torch.ones(1, 64, 2, 64, dtype=torch.bfloat16, device=device.default_device())
+    try:
+        result = attention(q, q, q, backend=backend)
+    except Exception as error:  # a library's own kinds
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return "" if torch.allclose(result, q) else "its result is wrong"
