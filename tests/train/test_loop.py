@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from diffsynth.core.loader import header
 from diffsynth.errors import TrainingError
-from diffsynth_train import loop
+from diffsynth_train import checkpoint, loop
 from diffsynth_train.checkpoint import last_checkpoint
 from diffsynth_train.config import Recipe, parse_section
 
@@ -38,6 +39,12 @@ def test_autoencoder_learns_and_its_latents_get_unit_scale(autoencoder_recipe, w
         latents = run.pipe.vae.encode(run.dataset.batch(range(5))["input_image"])
     assert latents.mean().item() == pytest.approx(0, abs=1e-3)
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
+
+    parts = run.components.values()
+    (again,) = checkpoint.save_weights(workspace / "again", parts, dtype=torch.float32, step=0, notes={})
+    began_as = header.read([again]).metadata["diffsynth.base"]
+    assert began_as == header.signature(header.read([path]).shapes)
+    assert "diffsynth.base" not in metadata  # that one began as nothing
 
 
 def test_resume_is_bit_exact(flow_recipe, workspace):

@@ -45,6 +45,7 @@ def save_weights(
             config=component.config,
             metadata={**notes, "diffsynth.step": str(step)},
             dtype=dtype,
+            base=component.base,
         )
         _discovery.notify("adapter_saved", path=path, step=step)
         paths.append(path)

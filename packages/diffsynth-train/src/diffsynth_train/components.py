@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 class Component:
     """A module under a role, and what a file of it must say.
 
-    `identity` tells its weights from others, for caches; it is empty for a module that learns.
+    `identity` tells its weights from others, for caches; it is empty for a module that learns. `base` is the signature
+    of the checkpoint that its weights began as.
     """
 
     role: str
@@ -38,6 +39,7 @@ class Component:
     module: nn.Module
     trained: bool
     identity: str
+    base: str = ""
 
     @property
     def config(self) -> Any:
@@ -122,9 +124,11 @@ def _from_file(role: str, part: ComponentRecipe) -> Component:
     found = recognize.recognize(tensors, *_discovery.catalog().layouts())
     if len(found) != 1:
         raise TrainingError(f"[components.{role}]: {part.source} holds {len(found)} components; expected one")
-    module = load.load_component(found[0], tensors, device="cpu", dtype=torch.float32)
+    # Training writes to the weights, and later to files: it wants none of them mapped.
+    module = load.load_component(found[0], tensors, device="cpu", dtype=torch.float32, copy=True)
     identity = ",".join(file_identity(file) for file in tensors.files)
-    return Component(role, found[0].architecture, module, part.train, "" if part.train else identity)
+    base = header.signature(tensors.shapes)
+    return Component(role, found[0].architecture, module, part.train, "" if part.train else identity, base)
 
 
 def _from_scratch(role: str, part: ComponentRecipe) -> Component:
