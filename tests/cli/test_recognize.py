@@ -80,6 +80,27 @@ def test_files_that_cannot_be_read_are_not_unknown_ones(tmp_path):
     assert recognize().exit_code == 2
 
 
+def test_one_bad_file_does_not_silence_the_others(tmp_path, layout):
+    write_layout(tmp_path / "a.safetensors", layout.layout)
+    (tmp_path / "page.safetensors").write_bytes(b"<html>")
+    result = recognize(tmp_path / "page.safetensors", tmp_path / "missing", tmp_path / "a.safetensors")
+    assert result.exit_code == 2
+    assert layout.architecture in result.stdout
+    assert "is a web page" in result.stderr
+    assert "missing does not exist" in result.stderr
+    answers = json.loads(recognize("--json", tmp_path / "page.safetensors", tmp_path / "a.safetensors").stdout)
+    assert [answer["kind"] for answer in answers] == ["CorruptFile", None]
+    assert "Traceback" in recognize("--traceback", tmp_path / "missing").stderr
+
+
+def test_shards_of_one_set_are_answered_once(tmp_path, layout):
+    first, second = (tmp_path / f"m-0000{i}-of-00002.safetensors" for i in (1, 2))
+    write_layout(first, layout.layout)
+    write_layout(second, layout.layout)
+    answers = json.loads(recognize("--json", first, second, tmp_path).stdout)
+    assert [answer["files"] for answer in answers] == [[str(first), str(second)]]
+
+
 def in_a_fresh_process(path):
     """The program's exit code, and which of the heavy modules it imported."""
     code = """

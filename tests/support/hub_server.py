@@ -22,6 +22,7 @@ class Hub:
         cut: path -> bytes after which the connection is dropped, once for each entry.
         lies: paths of which other bytes are sent than announced.
         refuses: HTTP status for every request; 0 answers.
+        dies: refuse with 503 after the first cut.
         requests: what was asked, in order: method, path with query, headers.
     """
 
@@ -29,6 +30,7 @@ class Hub:
     cut: dict[str, list[int]] = field(default_factory=dict)
     lies: set[str] = field(default_factory=set)
     refuses: int = 0
+    dies: bool = False
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
 
     def asked_for(self, path: str) -> list[str]:
@@ -128,6 +130,7 @@ def serve() -> http.server.ThreadingHTTPServer:
             self.wfile.write(body if cut is None else body[:cut])
             if cut is not None:
                 self.wfile.flush()
+                server.hub.refuses = 503 if server.hub.dies else 0
                 self.close_connection = True
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)

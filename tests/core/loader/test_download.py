@@ -84,6 +84,22 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
     assert any(text and not text.startswith("bytes=0-") for text in ranges[1:]), ranges
 
 
+def test_a_call_that_died_halfway_is_made_again(hub, monkeypatch):
+    """ModelScope's library keeps the first half and asks for the rest; Hugging Face's begins that file again."""
+    path = "transformer/a-00001-of-00002.safetensors"
+    _no_waiting(monkeypatch)
+    hub.cut[path], hub.dies = [300_000], True
+    with pytest.raises(DownloadFailed):
+        find(config())
+    assert not (config().folder / path).exists()
+    hub.refuses, hub.dies = 0, False
+    hub.requests.clear()
+    assert find(config())[0].read_bytes() == WEIGHTS
+    (asked,) = hub.asked_for(path)
+    resumes = os.environ["DIFFSYNTH_DOWNLOAD_SOURCE"] == "modelscope"
+    assert bool(asked) == resumes
+
+
 def test_a_download_that_failed_leaves_nothing_that_looks_whole_and_is_repeated(hub, monkeypatch):
     path = "transformer/a-00001-of-00002.safetensors"
     monkeypatch.setattr(hub, "refuses", 503)

@@ -41,6 +41,14 @@ def test_folders(hub, pattern, folder):
     assert find(ModelConfig(model_id="owner/model", origin_file_pattern=pattern)) == [hub.parent / folder]
 
 
+@pytest.mark.parametrize("suffix", [".incomplete", ".partial", ".lock"])
+def test_what_is_still_on_its_way_is_not_there(hub, suffix):
+    (hub.parent / "vae").mkdir()
+    (hub.parent / "vae" / f"x.safetensors{suffix}").write_bytes(b"half")
+    with pytest.raises(NoFiles, match=r"no file matches 'vae/\*'"):
+        find(ModelConfig(model_id="owner/model", origin_file_pattern="vae/*"))
+
+
 def test_an_empty_glob_shows_what_is_there(hub):
     with pytest.raises(NoFiles, match=r"'vae/\*'.*owner/model.*DIFFSYNTH_SKIP_DOWNLOAD.*tokenizer/, transformer/"):
         find(ModelConfig(model_id="owner/model", origin_file_pattern="vae/*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from diffsynth import _discovery
 from diffsynth.cli.output import json_option, show_json, show_table, traceback_option
-from diffsynth.errors import Unrecognized
+from diffsynth.errors import CheckpointError
 
 _SHOWN = 8
 
@@ -23,11 +24,15 @@ _SHOWN = 8
 def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
     """Tell what checkpoint files hold, by their headers; exit 3 if one matches nothing that is installed.
 
-    FILE may also be an index of shards, or a folder that holds one checkpoint; a shard stands for its whole set.
+    FILE may also be an index of shards, or a folder that holds one checkpoint; a shard stands for its whole set. Exit 2
+    if one cannot be read; the others are answered all the same.
     """
-    from diffsynth.core.loader.files import checkpoint_at
-
-    answers = [_answer(list(found)) for found in dict.fromkeys(tuple(checkpoint_at(Path(file))) for file in files)]
+    show_trace = bool(ctx.find_root().meta.get("diffsynth.traceback"))
+    answers: list[dict[str, Any]] = []
+    for file in files:
+        answer = _answer(file, show_trace=show_trace)
+        if answer not in answers:  # two shards of one set
+            answers.append(answer)
     if as_json:
         show_json(answers)
     rows = [
@@ -39,19 +44,25 @@ def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None
         show_table(("FILE", "ARCHITECTURE", "CHECKPOINT", "BY"), rows)
     for line in [line for answer in answers for line in (answer["error"], _extra(answer)) if line]:
         click.echo(line, err=True)
-    ctx.exit(3 if any(answer["error"] for answer in answers) else 0)
+    kinds = {answer["kind"] for answer in answers} - {None}
+    ctx.exit(0 if not kinds else 3 if kinds == {"Unrecognized"} else 2)
 
 
-def _answer(files: list[Path]) -> dict[str, Any]:
+def _answer(file: str, *, show_trace: bool) -> dict[str, Any]:
     from diffsynth.core.loader import header
     from diffsynth.core.loader import recognize as recognition
+    from diffsynth.core.loader.files import checkpoint_at
 
-    answer: dict[str, Any] = {"files": [str(file) for file in files], "components": [], "error": None}
+    answer: dict[str, Any] = {"files": [file], "components": [], "error": None, "kind": None}
     try:
-        found = recognition.recognize(header.read(files), *_discovery.catalog().layouts())
-    except Unrecognized as error:
-        return answer | {"error": str(error)}
-    return answer | {"components": [_component(one) for one in found]}
+        found = checkpoint_at(Path(file))
+        answer["files"] = [str(path) for path in found]
+        components = recognition.recognize(header.read(found), *_discovery.catalog().layouts())
+    except CheckpointError as error:
+        if show_trace:
+            click.echo(traceback.format_exc(), err=True, nl=False)
+        return answer | {"error": str(error), "kind": type(error).__name__}
+    return answer | {"components": [_component(one) for one in components]}
 
 
 def _component(found: Any) -> dict[str, Any]:
