@@ -242,6 +242,8 @@ def test_a_dataclass_of_the_library():
         ({"spots": [{"x": 1, "wrods": []}]}, ValueError, "no field 'wrods'; did you mean 'words'?"),
         ({"spots": [{"x": 1, "words": ["a"]}]}, ValueError, "spots="),
         ({"spots": [{"x": -1}]}, ValueError, "x=-1: expected 0 or more"),
+        ({"denoising_strength": float("nan")}, ValueError, "denoising_strength=nan: expected a number"),
+        ({"height": 1e999}, ValueError, "height=inf: expected an integer"),
         ({"height": None}, ValueError, "height=None: expected an integer"),
     ],
 )

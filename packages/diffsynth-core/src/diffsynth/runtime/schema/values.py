@@ -6,6 +6,7 @@ import base64
 import binascii
 import enum
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,6 +108,8 @@ def _any_of(choices: list[Mapping[str, Any]], value: Any) -> Any:
 
 
 def _number(schema: Mapping[str, Any], value: int | float) -> int | float:
+    if not math.isfinite(value):  # Python's json reads NaN, which is none
+        raise _Unfit
     if schema["type"] == "integer":
         if isinstance(value, float) and not value.is_integer():
             raise _Unfit
