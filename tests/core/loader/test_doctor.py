@@ -215,7 +215,7 @@ def test_a_folder_whose_folders_hold_weights(put):
     [
         ("model.safetensors",),
         ("model.safetensors", "pytorch_model.bin"),
-        ("model.safetensors", "optimizer.bin", "scheduler.pt", "rng_state_0.pth", "training_args.bin"),
+        ("model.safetensors", "optimizer.bin", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "state.pt"),
         ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"),
         ("model.pth", "config.json"),
     ],
@@ -228,6 +228,10 @@ def test_a_folder_with_one_checkpoint(put, names):
     assert header.read([folder]).files == tuple(found)
     assert header.read_config(ModelConfig(folder)).files == tuple(found)
     assert files.checkpoint_at(found[-1]) == found
+
+
+def test_state_dict_is_a_name_for_weights(put):
+    assert [file.name for file in files.checkpoint_at(put("state_dict.pth", "state.pt"))] == ["state_dict.pth"]
 
 
 def test_a_folder_with_two_candidates(put):

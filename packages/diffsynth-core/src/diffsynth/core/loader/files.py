@@ -22,7 +22,9 @@ WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
-_NO_WEIGHTS = re.compile(r"(optimizer|scheduler|training_args|rng_state|random_states|scaler|state)[\w-]*\.(bin|pth?)")
+_NO_WEIGHTS = re.compile(
+    r"((optimizer|scheduler|training_args|rng_state|random_states|scaler)[\w-]*|state)\.(bin|pth?)"
+)
 """What training programs leave beside weights."""
 
 
@@ -55,7 +57,9 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
             f"no file matches {named} in {config.folder}. "
             f"{_how_to_fetch(config, unmatched)}{_what_is_there(config.folder)}"
         )
-    _reject_missing_shards(found, _how_to_fetch(config))
+    _reject_missing_shards(
+        found, _how_to_fetch(config) if config.offline else "Check that the pattern takes all of them."
+    )
     return found
 
 
