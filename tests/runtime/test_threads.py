@@ -70,6 +70,13 @@ def test_a_cancelled_call_leaves_the_others_alone(pipe):
             stopped.result(timeout=30)
 
 
+def test_two_threads_load_one_model(pipe):
+    with ThreadPoolExecutor(2) as threads:
+        loaded = list(threads.map(lambda _: diffsynth.load("z-image-nano", device="cpu"), range(2)))
+    assert loaded[0].dit is not loaded[1].dit
+    assert all(torch.equal(draw(one, CALLS[0]), draw(pipe, CALLS[0])) for one in loaded)
+
+
 class Travels(nn.Module):
     """Notes where it is told to go; there is no accelerator here."""
 

@@ -1,0 +1,115 @@
+"""The page "Use it in your app", block by block in one program; each section's effect is looked at."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffsynth import errors, provenance
+from diffsynth.cli.group import program
+from diffsynth.core import device
+from diffsynth.runtime.schema import HOST_ONLY, model_schema
+from documented import blocks, sections
+
+PAGE = (Path(__file__).parents[2] / "docs" / "host-apps.md").read_text(encoding="utf-8")
+TITLES = [
+    "Load",
+    "Describe a call",
+    "Show progress",
+    "Cancel",
+    "Threads",
+    "Share components",
+    "Errors",
+    "Keep the record",
+]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What the page's blocks define, run in order; nothing is left out."""
+    defined: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("app"))
+        patch.setattr(device, "default_device", lambda: torch.device("cpu"))
+        for title, text in sections(PAGE).items():
+            for _, language, code in blocks(text):
+                assert language == "python", f"{title}: only python is run"
+                exec(compile(code, f"host-apps.md: {title}", "exec"), defined)
+        defined["record_in_the_picture"] = provenance.read_png("apple.png")
+    return defined
+
+
+def test_sections():
+    assert list(sections(PAGE)) == TITLES
+
+
+def test_load(names):
+    assert names["pipe"].model_name == "z-image-nano"
+    assert "z-image-nano" in names["ready"]
+
+
+def test_describe_a_call(names):
+    assert names["schema"] == model_schema("z-image-nano") == json.loads(json.dumps(names["pipe"].schema()))
+    assert names["message"].startswith("unknown argument 'num_inference_step'; did you mean 'num_inference_steps'?")
+    described = re.findall(r"`(x-diffsynth-[\w-]+)` \|", PAGE)
+    text = json.dumps(names["schema"])
+    assert described
+    assert all(f'"{keyword}"' in text for keyword in described)
+    assert re.findall(r"cannot hold: (.+) \|", PAGE) == [", ".join(f"`{name}`" for name in names["schema"][HOST_ONLY])]
+
+
+def test_show_progress(names):
+    assert names["progress"] == [step / 12 for step in range(1, 13)]
+
+
+def test_cancel(names):
+    assert names["cancelled"] is True
+
+
+def test_threads(names):
+    again = [names["draw"](seed) for seed in range(4)]
+    assert [image.tobytes() for image in names["images"]] == [image.tobytes() for image in again]
+    assert len({image.tobytes() for image in again}) == 4
+
+
+def test_share_components(names):
+    pipe, twin, other = names["pipe"], names["twin"], names["other"]
+    assert all(twin.components[role] is part for role, part in pipe.components.items())
+    assert other.dit is not pipe.dit
+    assert other.text_encoder is pipe.text_encoder
+    call = {"prompt": "a red apple", "seed": 0, "height": 32, "width": 32, "num_inference_steps": 2}
+    assert other(**call).tobytes() == pipe(**call).tobytes()
+
+
+def test_errors(names):
+    assert names["not_there"] == (404, "'z-image-nan' is not installed; did you mean 'z-image-nano'?")
+    assert names["bad"] == (400, "height=-8: expected an integer, at least 1")
+    table = sections(PAGE)["Errors"].partition("| error |")[2]
+    named = [
+        name for row in re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE) for name in re.findall(r"\w+", row)
+    ]
+    assert len(named) >= 7
+    assert all(issubclass(getattr(errors, name), errors.DiffsynthError) for name in named)
+
+
+def test_keep_the_record(names):
+    record = names["record_in_the_picture"]
+    assert (record["model"], record["prompt"], record["seed"]) == ("z-image-nano", "a red apple", 0)
+
+
+def test_every_command_is_in_the_manual():
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `diffsynth ([\w-]+)", text, flags=re.MULTILINE)
+    assert set(program.list_commands(None)) == set(rows)
+
+
+def test_the_sections_of_doctor_are_in_the_manual():
+    from diffsynth.diagnosis import SECTIONS
+
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", text.partition("## doctor")[2], flags=re.MULTILINE)
+    assert rows == list(SECTIONS)
