@@ -38,7 +38,10 @@ def explain(
     if best is None:
         keys = list(views[0][1])
         shown = " and ".join(repr(key) for key in (keys[0], keys[-1]) if key)
-        return f"{where}: no installed architecture has keys like {shown}. It has {len(keys)} tensors."
+        return (
+            f"{where}: no installed architecture has keys like {shown}. It has {len(keys)} tensors. "
+            f"Is its family installed? Run: diffsynth plugins"
+        )
     _, checkpoint, prefix, shapes = best
     layout = layout_of(checkpoint)
     shared = sum(key in shapes for key in layout)
