@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffsynth.core.loader import header, load, pickled
+from diffsynth.core.loader.reading import source
+from diffsynth.core.loader.reading.blocks import BlockReader
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import KeyMismatch, NotEnoughMemory, Unrecognized
@@ -92,16 +94,16 @@ def test_a_fused_file_loads_from_every_container(toy, net, tmp_path, suffix):
 def test_part_of_the_rows_is_read_for_a_part(toy, net, tmp_path, monkeypatch):
     """A split along the first axis once read the whole source for each part."""
     save_file(fused(net), tmp_path / "net.safetensors")
-    read, call = [], load.TensorReader.__call__
+    read, call = [], BlockReader._read
 
-    def spy(self, key, rows=None):
-        tensor = call(self, key, rows)
-        read.append((key, tuple(tensor.shape)))
-        return tensor
+    def spy(self, file, start, landings):
+        read.extend(landing.numel() * landing.element_size() for landing in landings)
+        call(self, file, start, landings)
 
-    monkeypatch.setattr(load.TensorReader, "__call__", spy)
-    load_all(toy, header.read([tmp_path / "net.safetensors"]))
-    assert [shape for key, shape in read if "qkv" in key] == [(4, 4)] * 6
+    monkeypatch.setattr(BlockReader, "_read", spy)
+    tensors = header.read([tmp_path / "net.safetensors"])
+    load_all(toy, tensors)
+    assert sum(read) == sum(info.end - info.start for key, info in tensors.tensors.items() if key != "unread")
 
 
 def test_fused_parts_are_joined(toy, head):
@@ -143,15 +145,22 @@ def test_low_storage_keeps_what_needs_precision(toy, net):
     assert (module.count.dtype, int(module.count)) == (torch.int64, 7)
 
 
-def test_memory_counts_the_sources_that_are_open_at_once(toy, net, tmp_path, monkeypatch):
-    save_file(fused(net), tmp_path / "net.safetensors")
+def test_memory_counts_the_sources_that_are_held_at_once(toy, net, tmp_path, monkeypatch):
+    """A split along the last axis cannot be read in place: its source is held beside the weights."""
+    monkeypatch.setattr(toy, "FUSED", (dataclasses.replace(toy.FUSED[0], dim=1), *toy.FUSED[1:]))
+    tensors = fused(net)
+    for n in range(2):
+        tensors[f"blocks.{n}.qkv.weight"] = torch.cat([net[f"layers.{n}.{part}.weight"] for part in "qkv"], dim=1)
+    save_file(tensors, tmp_path / "net.safetensors")
     model = sum(value.numel() * 4 for value in net.values() if value.is_floating_point()) + 8
-    largest = 4 * 12 * 4
-    monkeypatch.setattr(load.devices, "available_memory", lambda device: model + largest)
-    load_all(toy, header.read([tmp_path / "net.safetensors"]))
-    monkeypatch.setattr(load.devices, "available_memory", lambda device: model + largest - 1)
-    with pytest.raises(NotEnoughMemory, match=r"net\.safetensors needs .* on cpu.*Nothing was read"):
-        load_all(toy, header.read([tmp_path / "net.safetensors"]))
+    one = 4 * 12 * 4
+    for allowed, held in ((2**28, 6 * one), (1, one)):
+        monkeypatch.setattr(source, "_WORK", allowed)
+        monkeypatch.setattr(load.devices, "available_memory", lambda device, held=held: model + held)
+        assert same(load_all(toy, header.read([tmp_path / "net.safetensors"]))["net"], net)
+        monkeypatch.setattr(load.devices, "available_memory", lambda device, held=held: model + held - 1)
+        with pytest.raises(NotEnoughMemory, match=r"net\.safetensors needs .* on cpu.*Nothing was read"):
+            load_all(toy, header.read([tmp_path / "net.safetensors"]))
 
 
 def test_a_module_that_leaves_a_buffer_on_meta_is_named(toy, net, monkeypatch):
@@ -165,7 +174,7 @@ def test_a_file_that_shrank_since_its_header_was_read(toy, net, tmp_path):
     save_file(net, file)
     tensors = header.read([file])
     file.write_bytes(file.read_bytes()[:-16])
-    with pytest.raises(header.CorruptFile, match="ends in the middle of a tensor"):
+    with pytest.raises(header.CorruptFile, match="changed since its header was read: it had"):
         load_all(toy, tensors)
 
 

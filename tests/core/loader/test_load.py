@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth import _discovery
 from diffsynth.core.loader import header, load, pickled
+from diffsynth.core.loader.reading.blocks import BlockReader
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import KeyMismatch, NotEnoughMemory
@@ -100,7 +101,7 @@ def rewritten(file, change):
 
 def test_missing_unknown_and_misshapen_keys_raise_before_reading(saved, monkeypatch):
     _, file = saved
-    monkeypatch.setattr(load.TensorReader, "__call__", None)
+    monkeypatch.setattr(load.ComponentSource, "read", None)
 
     def change(tensors):
         tensors["surprise"] = torch.zeros(1)
@@ -125,10 +126,36 @@ def test_unused_keys_of_a_structural_match_are_named(saved, caplog):
 
 def test_not_enough_memory_is_found_before_reading(saved, monkeypatch):
     _, file = saved
-    monkeypatch.setattr(load.TensorReader, "__call__", None)
+    monkeypatch.setattr(load.ComponentSource, "read", None)
     monkeypatch.setattr(load.devices, "available_memory", lambda device: 1000)
     with pytest.raises(NotEnoughMemory, match="Nothing was read"):
         load_file_as(header.read([file]))
+
+
+def test_mapped_weights_take_no_memory_that_has_to_be_free(saved, monkeypatch):
+    module, file = saved
+    monkeypatch.setattr(load.devices, "available_memory", lambda device: 1000)
+    loaded = load_file_as(header.read([file]), copy=False)
+    state = module.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    with pytest.raises(NotEnoughMemory):
+        load_file_as(header.read([file]), copy=False, dtype=torch.bfloat16)
+
+
+def test_meta_reads_nothing(saved, monkeypatch):
+    monkeypatch.setattr(BlockReader, "_read", None)
+    loaded = load_file_as(header.read([saved[1]]), device="meta", dtype=torch.bfloat16)
+    assert {(tensor.device.type, tensor.dtype) for tensor in loaded.state_dict().values()} == {("meta", torch.bfloat16)}
+
+
+def test_what_is_written_to_mapped_weights_stays_out_of_the_file(saved):
+    _, file = saved
+    before = file.read_bytes()
+    loaded = load_file_as(header.read([file]), copy=False)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    assert file.read_bytes() == before
 
 
 def test_the_config_is_in_the_metadata(saved):

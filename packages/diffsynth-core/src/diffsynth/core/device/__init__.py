@@ -26,6 +26,8 @@ __all__ = [
     "get_device_type",
     "get_nccl_backend",
     "get_torch_device",
+    "mark",
+    "page_locked",
     "parse_device_type",
     "parse_nccl_backend",
     "synchronize",
@@ -76,6 +78,27 @@ def synchronize(device: torch.device | str | None = None) -> None:
         backend.synchronize()
     elif backend is not None:
         backend.synchronize(device)
+
+
+def page_locked(size: int, device: torch.device | str) -> torch.Tensor:
+    """Bytes of host memory that a device copies from while the host goes on; ordinary memory where there is none."""
+    kind = torch.device(device).type
+    return torch.empty(size, dtype=torch.uint8, pin_memory=kind in ("cuda", "npu") and _is_available(kind))
+
+
+def mark(device: torch.device | str) -> Any:
+    """An event behind all that the device was given so far; its `synchronize()` waits for that.
+
+    None where there is nothing to wait for, or no events (MPS): there the wait is now.
+    """
+    device = torch.device(device)
+    backend = _backend(device.type)
+    if device.type not in ("cuda", "npu") or backend is None:
+        synchronize(device)
+        return None
+    event = backend.Event()
+    event.record(backend.current_stream(device))
+    return event
 
 
 def empty_cache(device: torch.device | str | None = None) -> None:

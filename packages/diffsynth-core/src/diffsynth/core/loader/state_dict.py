@@ -14,7 +14,7 @@ from torch import Tensor
 from diffsynth.core.loader import pickled
 from diffsynth.core.loader.files import PICKLE_SUFFIXES
 from diffsynth.core.loader.header import Header, read, read_safetensors, signature
-from diffsynth.core.loader.load import TensorReader
+from diffsynth.core.loader.reading.source import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,7 @@ def load_state_dict_from_safetensors(
     file_path: File, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """All tensors of a safetensors file; arguments and errors as for `load_state_dict`."""
-    header = read_safetensors(Path(file_path))
-    with TensorReader(header) as reader:
-        return {key: _placed(reader(key), torch_dtype, device) for key in header.tensors}
+    return read_tensors(read_safetensors(Path(file_path)), device=device, dtype=torch_dtype)
 
 
 def load_state_dict_from_bin(
