@@ -267,12 +267,13 @@ def test_info_carries_it():
     assert "properties" not in CliRunner().invoke(program, ["info", "z-image-turbo"]).stdout
 
 
-def test_info_of_a_model_whose_code_is_missing_still_shows_the_record(monkeypatch):
-    def missing(name):
-        raise ImportError("No module named 'av'")
+@pytest.mark.parametrize("error", [ImportError("No module named 'av'"), RuntimeError("at import")])
+def test_info_of_a_model_whose_code_is_broken_still_shows_the_record(monkeypatch, error):
+    def broken(name):
+        raise error
 
-    monkeypatch.setattr("diffsynth.runtime.schema.model_schema", missing)
+    monkeypatch.setattr("diffsynth.runtime.schema.model_schema", broken)
     result = CliRunner().invoke(program, ["info", "z-image-turbo", "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["schema"] is None
-    assert result.stderr == "no schema: No module named 'av'. Run: diffsynth plugins\n"
+    assert result.stderr == f"no schema: {type(error).__name__}: {error}. Run: diffsynth doctor\n"

@@ -98,8 +98,8 @@ def _schema(model: str) -> dict[str, Any] | None:
 
     try:
         return model_schema(model)
-    except ImportError as error:
-        click.echo(f"no schema: {error}. Run: diffsynth plugins", err=True)
+    except Exception as error:  # a stranger's module may raise anything; the record is there all the same
+        click.echo(f"no schema: {type(error).__name__}: {error}. Run: diffsynth doctor", err=True)
         return None
 
 

@@ -83,9 +83,9 @@ def quantization() -> Iterator[Finding]:
     for one in declared:
         try:
             resolve(one.spec.backend)
-        except (ImportError, ValueError) as error:
-            action = f"Run: pip install -U {one.distribution}"
-            yield Finding(one.spec.name, "broken", f"of {one.distribution}: {error}", action, cause=error)
+        except Exception as error:  # a stranger's module may raise anything
+            seen = f"of {one.distribution}: {type(error).__name__}: {error}"
+            yield Finding(one.spec.name, "broken", seen, f"Run: pip install -U {one.distribution}", cause=error)
         else:
             yield Finding(one.spec.name, "ok", f"of {one.distribution} {one.version}")
 
