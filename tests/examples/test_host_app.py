@@ -196,16 +196,16 @@ def test_two_models_share_the_text_encoder(monkeypatch, tmp_path, pipelines):
     other = Declared(dataclasses.replace(nano.spec, name="other", components=components), "toy", "toy", "1.0")
     current = _discovery._current()
     changed = dataclasses.replace(catalog, models=(*catalog.models, other))
-    monkeypatch.setattr(_discovery, "_discovered", dataclasses.replace(current, catalog=changed))
-    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
     loaded = []
-    monkeypatch.setattr(_discovery, "notify", lambda hook, **values: loaded.append(values.get("role")))
-    found = app.open_models({"nano": "z-image-nano", "other": "other"}, device="cpu")
+    with monkeypatch.context() as installed:
+        installed.setattr(_discovery, "_discovered", dataclasses.replace(current, catalog=changed))
+        installed.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
+        installed.setattr(_discovery, "notify", lambda hook, **values: loaded.append(values.get("role")))
+        found = app.open_models({"nano": "z-image-nano", "other": "other"}, device="cpu")
     assert sorted(filter(None, loaded)) == ["dit", "dit", "text_encoder", "vae"]
     assert found["other"].text_encoder is found["nano"].text_encoder
     assert found["other"].tokenizer is found["nano"].tokenizer
     assert found["other"].dit is not found["nano"].dit
-    monkeypatch.undo()
     with serving(found, workers=2) as client:
         jobs = [client.submit(model, prompt="a red apple", seed=0) for model in ("nano", "other")]
         assert [client.wait(job) for job in jobs] == ["done", "done"]
