@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ from diffsynth import _discovery
 from diffsynth.core import device as devices
 from diffsynth.core.loader import files, header, load, recognize
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
+from diffsynth.core.loader.reading.source import ComponentSource
+from diffsynth.errors import CorruptFile, MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.spec import resolve
 
 logger = logging.getLogger(__name__)
+
+_READ_AHEAD = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,11 @@ class PretrainedLoader:
             )
         target = torch.device(device) if device is not None else devices.default_device()
         components, sources = self._load_processors(processor_configs)
-        for part in found:
+        opened = [load.open_component(part.recognized, part.header, dtype=dtype) for part in found]
+        for part, (module, source), following in zip(found, opened, [*opened[1:], None], strict=True):
             started = time.perf_counter()
-            components[part.role] = load.load_component(part.recognized, part.header, device=target, dtype=dtype)
+            with _reading_ahead(following[1] if following is not None and target.type != "cpu" else None):
+                components[part.role] = load.materialize(module, source, device=target)
             sources[part.role] = list(part.header.files)
             _discovery.notify(
                 "component_loaded",
@@ -135,6 +142,34 @@ class PretrainedLoader:
             components[role] = resolve(processor.loader).from_pretrained(folder, local_files_only=True)
             sources[role] = [folder]
         return components, sources
+
+
+@contextmanager
+def _reading_ahead(source: ComponentSource | None) -> Iterator[None]:
+    """Have the next component's first GiBs cached by the system while this one is still on its way to the device.
+
+    To the CPU it would not help: there the disk is what everything waits for.
+    """
+    if source is None:
+        yield
+        return
+    done = threading.Event()
+    free = devices.available_memory("cpu")
+    limit = _READ_AHEAD if free is None else min(_READ_AHEAD, free // 4)
+
+    def read() -> None:
+        try:
+            source.read_ahead(limit=limit, stop=done.is_set)
+        except CorruptFile:
+            logger.debug("reading ahead stopped; loading will say why", exc_info=True)
+
+    thread = threading.Thread(target=read, name="diffsynth-read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _resolve_source(source: str) -> list[Path] | None:

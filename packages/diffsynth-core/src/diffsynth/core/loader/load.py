@@ -20,7 +20,7 @@ from diffsynth.core.loader.recognize import Recognized
 from diffsynth.errors import NotEnoughMemory
 from diffsynth.spec import ArchitectureSpec, resolve
 
-__all__ = ["apply_rule", "build", "dequantize", "load_component", "open_component"]
+__all__ = ["apply_rule", "build", "dequantize", "load_component", "materialize", "open_component"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
     keys = recognized.keys or tuple(key for key in header.tensors if key.startswith(prefix))
     plan = convert.plan(recognized.rules, {key.removeprefix(prefix): header.tensors[key].shape for key in keys})
     wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    where = _where(header)
+    where = ", ".join(map(str, header.files)) or "the given state_dict"
     unused = convert.check(plan, wanted, where=where, unused="report" if recognized.tier == "structure" else "raise")
     _warn_unused([prefix + source for key in unused for source in plan.targets[key].sources], recognized, where)
     targets = {key: plan.targets[key] for key in wanted}
@@ -57,7 +57,7 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
         key: _dtype(key, target, header, prefix=prefix, architecture=architecture, dtype=dtype)
         for key, target in targets.items()
     }
-    return module, ComponentSource(header, targets, dtypes, prefix=prefix)
+    return module, ComponentSource(header, targets, dtypes, prefix=prefix, where=where)
 
 
 def load_component(
@@ -80,10 +80,16 @@ def load_component(
         NotEnoughMemory: it would not fit; nothing was read.
         CorruptFile: a file changed since its header was read, or cannot be read.
     """
-    module, source = open_component(recognized, header, dtype=dtype)
+    return materialize(*open_component(recognized, header, dtype=dtype), device=device, copy=copy)
+
+
+def materialize(
+    module: nn.Module, source: ComponentSource, *, device: torch.device | str, copy: bool = True
+) -> nn.Module:
+    """What `open_component` gave, with its weights; arguments and errors as for `load_component`."""
     on_meta = torch.device(device).type == "meta"
     if not on_meta:
-        _check_memory(source, device=device, copy=copy, where=_where(header))
+        _check_memory(source, device=device, copy=copy)
     module.load_state_dict(source.read(device=device, copy=copy), strict=True, assign=True)
     if not on_meta:
         _fill_buffers(module)
@@ -127,11 +133,7 @@ def _warn_unused(unused: Sequence[str], recognized: Recognized, where: str) -> N
         logger.warning("%s: %d %s not used: %s%s", where, len(every), are, ", ".join(every[:8]), more)
 
 
-def _where(header: Header) -> str:
-    return ", ".join(map(str, header.files)) or "the given state_dict"
-
-
-def _check_memory(source: ComponentSource, *, device: torch.device | str, copy: bool, where: str) -> None:
+def _check_memory(source: ComponentSource, *, device: torch.device | str, copy: bool) -> None:
     needed = {"cpu": source.host_memory(device, copy=copy)}
     if torch.device(device).type != "cpu":
         needed[str(device)] = source.size()
@@ -139,6 +141,6 @@ def _check_memory(source: ComponentSource, *, device: torch.device | str, copy: 
         free = devices.available_memory(place)
         if free is not None and size > free:
             raise NotEnoughMemory(
-                f"{where} needs {size / 2**30:.1f} GiB on {place}, which has {free / 2**30:.1f} GiB free. "
+                f"{source.where} needs {size / 2**30:.1f} GiB on {place}, which has {free / 2**30:.1f} GiB free. "
                 f"Nothing was read. Free memory, use a smaller dtype, or pass vram_limit."
             )

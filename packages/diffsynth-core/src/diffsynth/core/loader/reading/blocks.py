@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import queue
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +93,8 @@ class BlockReader:
             ring: takes them to its device; None where they are filled in place.
         """
         blocks = _blocks([part for piece in pieces for part in piece.cut()])
-        return [functools.partial(self._fill, block, ring) for block in blocks]
+        scratch: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        return [functools.partial(self._fill, block, ring, scratch) for block in blocks]
 
     def discard(self, file: Path, start: int, end: int) -> None:
         """Read a range for the system's cache alone."""
@@ -100,12 +102,12 @@ class BlockReader:
         for first in range(start, end, BLOCK):
             self._read(file, first, [scratch[: end - first]])
 
-    def _fill(self, block: Sequence[Piece], ring: UploadRing | None) -> None:
-        with ring.buffer() if ring is not None else nullcontext() as buffer:
+    def _fill(self, block: Sequence[Piece], ring: UploadRing | None, scratch: queue.SimpleQueue[Tensor]) -> None:
+        with _borrowed(scratch) as stored, ring.buffer() if ring is not None else nullcontext() as buffer:
             finals = [piece.into for piece in block] if buffer is None else _cut(buffer, block)
             landings = [
-                final if piece.stored == final.dtype else torch.empty(final.numel(), dtype=piece.stored)
-                for piece, final in zip(block, finals, strict=True)
+                final if piece.stored == final.dtype else part
+                for piece, final, part in zip(block, finals, _cut(stored, block, stored=True), strict=True)
             ]
             self._read(block[0].file, block[0].start, landings)
             for landing, final in zip(landings, finals, strict=True):
@@ -188,11 +190,24 @@ def _blocks(pieces: list[Piece]) -> list[list[Piece]]:
     return [block for _, block in sorted(zip(turn, blocks, strict=True), key=lambda pair: pair[0])]
 
 
-def _cut(buffer: Tensor, block: Sequence[Piece]) -> list[Tensor]:
-    """A part of the buffer for each piece, of the dtype that it will have."""
+@contextmanager
+def _borrowed(scratch: queue.SimpleQueue[Tensor]) -> Iterator[Tensor]:
+    """Memory for a block as it is stored, used again: an allocator that keeps what was freed would hold the file."""
+    try:
+        memory = scratch.get_nowait()
+    except queue.Empty:
+        memory = torch.empty(BLOCK, dtype=torch.uint8)
+    try:
+        yield memory
+    finally:
+        scratch.put(memory)
+
+
+def _cut(buffer: Tensor, block: Sequence[Piece], *, stored: bool = False) -> list[Tensor]:
+    """A part of the buffer for each piece, of the dtype that it has in the file or will have."""
     parts, first = [], 0
     for piece in block:
-        size = piece.into.numel() * piece.into.dtype.itemsize
-        parts.append(buffer[first : first + size].view(piece.into.dtype))
+        dtype = piece.stored if stored else piece.into.dtype
+        parts.append(buffer[first : first + piece.into.numel() * dtype.itemsize].view(dtype))
         first += piece.room
     return parts

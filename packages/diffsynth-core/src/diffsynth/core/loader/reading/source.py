@@ -36,6 +36,7 @@ class ComponentSource:
         targets: how each key is made; from `convert.plan`.
         dtypes: of each key.
         prefix: stands before every source key.
+        where: the files, for a message.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class ComponentSource:
         dtypes: Mapping[str, torch.dtype],
         *,
         prefix: str = "",
+        where: str = "",
     ) -> None:
         self._header = header
         self._reader = BlockReader(header)
         self._targets = dict(targets)
         self._prefix = prefix
         self.dtypes = dict(dtypes)
+        self.where = where or header.where
 
     @property
     def keys(self) -> tuple[str, ...]:
