@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffsynth.testing.hub import tiny_hub
+    from diffsynth.testing.suite import CONFORMANCE_VERSION, conformance
 
-__all__ = ["tiny_hub"]
+__all__ = ["CONFORMANCE_VERSION", "conformance", "tiny_hub"]
 
-_WHERE = {"tiny_hub": "diffsynth.testing.hub"}
+_WHERE = {
+    "CONFORMANCE_VERSION": "diffsynth.testing.suite",
+    "conformance": "diffsynth.testing.suite",
+    "tiny_hub": "diffsynth.testing.hub",
+}
 
 
 def __getattr__(name: str) -> Any:

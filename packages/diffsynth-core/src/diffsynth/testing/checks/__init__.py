@@ -1,0 +1,1 @@
+"""What the conformance suite checks, by the kind of declaration it looks at."""

@@ -1,0 +1,170 @@
+"""Each architecture, at its tiny size: it builds on meta, runs, is told by its shapes, and is saved to the bit."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsynth.spec import ArchitectureSpec, resolve
+from diffsynth.testing.checks.check import Check, Subject
+from diffsynth.testing.checks.plugin import NAMES, REFERENCES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    """Five for each architecture."""
+    for fact in subject.declared("architectures"):
+        built, loaded, ran = (
+            f"{fact.name} builds on meta without memory",
+            f"{fact.name} leaves nothing on meta once loaded",
+            f"{fact.name} forward is finite and reproducible",
+        )
+        yield Check(built, functools.partial(_builds_on_meta, fact), after=(REFERENCES, NAMES))
+        yield Check(loaded, functools.partial(_leaves_nothing_on_meta, fact), after=(built,))
+        yield Check(ran, functools.partial(_runs, fact), after=(REFERENCES, NAMES))
+        yield Check(told_by_shapes(fact.name), functools.partial(_is_told_by_shapes, fact), after=(built,))
+        saved = functools.partial(_saves_and_loads, fact, subject)
+        yield Check(f"{fact.name} is saved and loaded to the bit", saved, after=(loaded, ran))
+
+
+def told_by_shapes(name: str) -> str:
+    """The name of the check that layouts of this architecture build on."""
+    return f"{name} is told by its shapes"
+
+
+def _builds_on_meta(fact: ArchitectureSpec) -> None:
+    from diffsynth.core.loader import load
+
+    module = load.build(fact, resolve(fact.tiny))
+    real = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if not tensor.is_meta]
+    assert not real, (
+        f"{', '.join(real)} took memory under torch.device('meta'); name no device where the constructor makes tensors"
+    )
+
+
+def _leaves_nothing_on_meta(fact: ArchitectureSpec) -> None:
+    """As loading does it: weights are assigned, then `reset_buffers()` fills what no file holds."""
+    from torch import Tensor
+
+    from diffsynth.core.loader import load
+
+    module = load.build(fact, resolve(fact.tiny))
+    module.load_state_dict(_real(fact).state_dict(), strict=True, assign=True)
+    for part in module.modules():
+        if hasattr(part, "reset_buffers"):
+            part.reset_buffers()
+    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    for path, part in module.named_modules():
+        left += [
+            f"{path}.{name}".lstrip(".")
+            for name, value in vars(part).items()
+            if isinstance(value, Tensor) and value.is_meta
+        ]
+    assert not left, (
+        f"{', '.join(left)} stayed on meta: no file holds it. Register it as a buffer (persistent=False) and give its "
+        "module a reset_buffers() that computes it, or compute it in forward()."
+    )
+
+
+def _runs(fact: ArchitectureSpec) -> None:
+    import torch
+
+    module = _real(fact)
+    first, again = _run(fact, module), _run(fact, module)
+    assert first, f"forward() of {fact.module} returned no tensor"
+    assert all(torch.isfinite(tensor).all() for tensor in first.values()), (
+        f"forward() of {fact.module} on tiny_inputs gave NaN or infinity; is every parameter initialised?"
+    )
+    differing = _differing(first, again)
+    assert not differing, f"forward() of {fact.module}, run twice on equal inputs, differs in {', '.join(differing)}"
+
+
+def _is_told_by_shapes(fact: ArchitectureSpec) -> None:
+    from diffsynth.core.loader import load
+
+    shapes = _shapes(load.build(fact, resolve(fact.tiny)))
+    absent = [
+        pattern
+        for pattern in fact.required
+        if not any(re.fullmatch(re.escape(pattern).replace(r"\{n\}", r"\d+"), key) for key in shapes)
+    ]
+    assert not absent, f"required names that the tiny module does not have: {', '.join(absent)}"
+    told = resolve(fact.infer_config)(shapes)
+    again = _shapes(load.build(fact, told))
+    assert again == shapes, (
+        f"{fact.infer_config} told {told} from the shapes of {fact.tiny}; a module of that config differs in "
+        f"{', '.join(sorted(key for key in shapes.keys() | again.keys() if shapes.get(key) != again.get(key))[:8])}"
+    )
+
+
+def _saves_and_loads(fact: ArchitectureSpec, subject: Subject) -> None:
+    import torch
+
+    from diffsynth.core.loader import header, load, recognize, save
+
+    module, config = _real(fact), resolve(fact.tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tiny.safetensors"
+        save.save_checkpoint(module, file, architecture=fact.name, config=config)
+        tensors = header.read([file])
+        (found,) = recognize.recognize(tensors, *subject.catalog.layouts(), tiers=("metadata",))
+        assert (found.architecture.name, found.config) == (fact.name, config), (
+            f"saved as {fact.name} with {config}, read back as {found.architecture.name} with {found.config}; "
+            "metadata is JSON, so a tuple comes back as a list: make it a tuple in __post_init__"
+        )
+        loaded = load.load_component(found, tensors, device="cpu", dtype=torch.float32)
+    differing = _differing(module.state_dict(), loaded.state_dict())
+    assert not differing, f"changed by saving and loading: {', '.join(differing)}"
+    differing = _differing(_run(fact, module), _run(fact, loaded))
+    assert not differing, f"equal weights, but the loaded module's output differs in {', '.join(differing)}"
+
+
+def _real(fact: ArchitectureSpec) -> nn.Module:
+    """The tiny module with weights in fp32, the same in every check."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module: nn.Module = resolve(fact.module)(resolve(fact.tiny))
+    return module.eval()
+
+
+def _run(fact: ArchitectureSpec, module: nn.Module) -> dict[str, Tensor]:
+    import torch
+
+    inputs = resolve(fact.tiny_inputs)(resolve(fact.tiny), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return dict(_tensors("output", module(**inputs)))
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _tensors(f"{name}[{key!r}]", inner)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _tensors(f"{name}[{index}]", inner)
+
+
+def _differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[str]:
+    import torch
+
+    return sorted(
+        key
+        for key in first.keys() | second.keys()
+        if key not in first or key not in second or not torch.equal(first[key], second[key])
+    )
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}

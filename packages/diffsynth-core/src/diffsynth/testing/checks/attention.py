@@ -1,0 +1,94 @@
+"""Each attention backend against `naive`, at odd sizes: it computes the same, or it refuses with a reason."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffsynth.errors import Unavailable
+from diffsynth.spec import AttentionSpec, resolve
+from diffsynth.testing.checks.check import Check, Subject
+from diffsynth.testing.checks.plugin import REFERENCES
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffsynth.core.attention import AttentionCall
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What sets a call apart; 3 heads of 40 channels otherwise."""
+
+    k_len: int = 63
+    n_kv: int = 3
+    is_masked: bool = False
+    causal: bool = False
+    scale: float = 40**-0.5
+
+
+_CASES = {
+    "a plain call": _Case(),
+    "another number of keys": _Case(k_len=111),
+    "grouped heads": _Case(n_kv=1),
+    "a mask": _Case(k_len=111, is_masked=True),
+    "the causal mask": _Case(k_len=111, causal=True),
+    "a scale": _Case(scale=0.5),
+}
+_TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    """One for each backend and case, on the default device."""
+    for fact in subject.declared("attention"):
+        for name, case in _CASES.items():
+            equal = functools.partial(_equals_naive, fact, case)
+            yield Check(f"attention {fact.name} equals naive with {name}", equal, after=(REFERENCES,))
+
+
+def _equals_naive(fact: AttentionSpec, case: _Case) -> None:
+    import torch
+
+    from diffsynth.core.attention.naive import NaiveAttention
+
+    backend, refusals = resolve(fact.backend), []
+    for dtype, tolerance in _TOLERANCES.items():
+        call = _call(case, getattr(torch, dtype))
+        reason = backend.refuses(call)
+        if reason is not None:
+            assert isinstance(reason, str), f"refuses() gave {reason!r}; expected a reason in words, or None"
+            assert reason, "refuses() gave an empty reason; expected words, or None"
+            refusals.append(f"{dtype}: {reason}")
+            continue
+        given = [tensor.clone() for tensor in (call.q, call.k, call.v)]
+        made, expected = backend(call), NaiveAttention()(call)
+        assert (made.shape, made.dtype) == (expected.shape, expected.dtype), (
+            f"{dtype}: gave {made.dtype} {tuple(made.shape)}; expected {expected.dtype} {tuple(expected.shape)}"
+        )
+        error = (made.float() - expected.float()).abs().max().item()
+        assert error <= tolerance, f"{dtype}: off by {error:.2g} from naive; at most {tolerance:.2g} is rounding"
+        assert all(map(torch.equal, given, (call.q, call.k, call.v))), f"{dtype}: the call changed its inputs"
+    if len(refusals) == len(_TOLERANCES):
+        raise Unavailable(f"{fact.name} refuses here: {'; '.join(refusals)}")
+
+
+def _call(case: _Case, dtype: torch.dtype) -> AttentionCall:
+    import torch
+
+    from diffsynth.core import device as devices
+    from diffsynth.core.attention import AttentionCall
+
+    generator, device = torch.Generator().manual_seed(0), devices.default_device()
+
+    def random(length: int, heads: int) -> Any:
+        return torch.randn(2, length, heads, 40, generator=generator).to(device, dtype)
+
+    mask = None
+    if case.is_masked:
+        mask = torch.rand(2, 1, 63, case.k_len, generator=generator) < 0.5
+        mask[:, :, 5] = False  # a query that may attend nothing gives zeros
+        mask = mask.to(device)
+    q, k, v = random(63, 3), random(case.k_len, case.n_kv), random(case.k_len, case.n_kv)
+    return AttentionCall(q, k, v, mask, case.causal, case.scale)

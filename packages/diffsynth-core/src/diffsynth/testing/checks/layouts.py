@@ -1,0 +1,68 @@
+"""Each published layout: it is what its signature says, no other architecture claims it, and it plans whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import importlib.resources
+import json
+from collections.abc import Iterator
+
+from diffsynth.core.loader import convert, header, recognize
+from diffsynth.errors import Unrecognized
+from diffsynth.spec import CheckpointSpec, resolve
+from diffsynth.testing.checks.architectures import told_by_shapes
+from diffsynth.testing.checks.check import Check, Subject
+from diffsynth.testing.checks.plugin import NAMES, REFERENCES
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    """Up to four for each checkpoint that ships its layout."""
+    own = {fact.name for fact in subject.declared("architectures")}
+    for fact in subject.declared("checkpoints"):
+        if not fact.layout:
+            continue
+        told = (told_by_shapes(fact.architecture),) if fact.architecture in own else ()
+        whole = f"layout {fact.name} plans with nothing missing"
+        yield Check(whole, functools.partial(_plans_whole, fact, subject), after=(REFERENCES, NAMES, *told))
+        if fact.signature:
+            signed = f"layout {fact.name} has its signature"
+            yield Check(signed, functools.partial(_has_signature, fact), after=(REFERENCES,))
+            by_signature = functools.partial(_is_claimed_once, fact, subject, "signature")
+            name = f"layout {fact.name} is recognised by signature, as one architecture"
+            yield Check(name, by_signature, after=(whole, signed))
+        name = f"layout {fact.name} is recognised by structure, as one architecture"
+        yield Check(name, functools.partial(_is_claimed_once, fact, subject, "structure"), after=(whole,))
+
+
+def _has_signature(fact: CheckpointSpec) -> None:
+    found = header.signature(_header(fact).shapes)
+    assert found == fact.signature, f"{fact.layout} has signature {found}; the CheckpointSpec says {fact.signature}"
+
+
+def _plans_whole(fact: CheckpointSpec, subject: Subject) -> None:
+    from diffsynth.core.loader import load
+
+    architecture = subject.catalog.layouts()[0][fact.architecture]
+    shapes = _header(fact).shapes
+    plan = convert.plan(resolve(fact.rules) if fact.rules else (), shapes)
+    config = resolve(architecture.infer_config)(plan.shapes)
+    module = load.build(architecture, dataclasses.replace(config, **fact.config))
+    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    convert.check(plan, wanted, where=fact.layout)
+
+
+def _is_claimed_once(fact: CheckpointSpec, subject: Subject, tier: str) -> None:
+    try:
+        found = recognize.recognize(_header(fact), *subject.catalog.layouts(), tiers=(tier,))
+    except Unrecognized as error:
+        raise AssertionError(f"{fact.layout}, by {tier}: {error}") from error
+    names = [one.architecture.name for one in found]
+    assert names == [fact.architecture], f"{fact.layout} is claimed by {' and '.join(names)}"
+
+
+def _header(fact: CheckpointSpec) -> header.Header:
+    package, _, path = fact.layout.partition(":")
+    facts = json.loads(gzip.decompress(importlib.resources.files(package).joinpath(path).read_bytes()))
+    return header.Header({key: header.TensorInfo("BF16", tuple(shape)) for key, shape in facts["tensors"].items()})

@@ -1,0 +1,90 @@
+"""Pipelines that the plugin declares or adds a unit to, its models, and how they are trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from diffsynth.errors import CheckpointError, did_you_mean
+from diffsynth.spec import ModelSpec, TrainingSpec, parse_source, resolve
+from diffsynth.testing.checks.check import Check, Subject
+from diffsynth.testing.checks.plugin import NAMES, REFERENCES, is_installed
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    """One for each pipeline, one or two for each model, one for each training declaration."""
+    models, trainings = subject.declared("models"), subject.declared("training")
+    joined = [fact.pipeline for fact in subject.declared("units") if is_installed(fact.pipeline)]
+    for pipeline in dict.fromkeys([fact.pipeline for fact in (*models, *trainings)] + joined):
+        yield Check(_units(pipeline), functools.partial(_fits_together, pipeline), after=(REFERENCES,))
+    for model in models:
+        fits = f"model {model.name} fits its pipeline"
+        yield Check(fits, functools.partial(_fits_its_pipeline, model), after=(_units(model.pipeline),))
+        if any(source.startswith("package://") for source in model.components.values()):
+            packaged = functools.partial(_packaged_files_fit, model, subject)
+            yield Check(f"model {model.name} has its packaged files", packaged, after=(fits, NAMES))
+    for training in trainings:
+        name = f"training of {training.pipeline} fits it"
+        yield Check(name, functools.partial(_trains, training), after=(_units(training.pipeline),))
+
+
+def _units(pipeline: str) -> str:
+    return f"units of {pipeline} fit together"
+
+
+def _fits_together(pipeline: str) -> None:
+    cls = resolve(pipeline)
+    cls.call_signature()
+    cls(dict.fromkeys(cls.roles), device="cpu")  # checks what velocity() and the output units read
+
+
+def _fits_its_pipeline(model: ModelSpec) -> None:
+    from diffsynth import Role
+
+    cls = resolve(model.pipeline)
+    faults = [
+        f"{role!r} is no role{did_you_mean(role, cls.roles)}"
+        for role in (*model.components, *model.processors)
+        if role not in cls.roles
+    ]
+    needed = [name for name, role in cls.roles.items() if isinstance(role, Role) and not role.optional]
+    faults += [f"nothing fills role {name!r}" for name in needed if name not in model.components]
+    arguments = cls.call_signature().parameters
+    faults += [
+        f"default {name!r} is no argument{did_you_mean(name, arguments)}"
+        for name in model.defaults
+        if name not in arguments
+    ]
+    assert not faults, f"{model.pipeline}: {'; '.join(faults)}"
+
+
+def _packaged_files_fit(model: ModelSpec, subject: Subject) -> None:
+    """Weights that ship in the wheel: there, recognised as what their role takes, and planned whole; none is read."""
+    from diffsynth import ModelConfig
+    from diffsynth.core.loader import convert, header, load, recognize
+
+    roles = resolve(model.pipeline).roles
+    for role, source in model.components.items():
+        if parse_source(source).scheme != "package":
+            continue
+        try:
+            tensors = header.read_config(ModelConfig.from_source(source))
+            (found,) = recognize.recognize(tensors, *subject.catalog.layouts())
+            module = load.build(found.architecture, found.config)
+            wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+            convert.check(convert.plan(found.rules, tensors.shapes), wanted, where=source)
+        except CheckpointError as error:
+            raise AssertionError(f"{role}: {source}: {error}") from error
+        name = found.architecture.name
+        assert name in roles[role].architectures, f"{role}: {source} is a {name}; it takes {roles[role].architectures}"
+
+
+def _trains(training: TrainingSpec) -> None:
+    cls = resolve(training.pipeline)
+    faults = [f"trainable {role!r} is no role" for role in training.trainable if role not in cls.roles]
+    faults += [
+        f"lora_targets: {role!r} is not trainable" for role in training.lora_targets if role not in training.trainable
+    ]
+    arguments = cls.call_signature().parameters
+    faults += [f"data: {name!r} is no argument" for name in training.data.values() if name not in arguments]
+    assert not faults, f"{training.pipeline}: {'; '.join(faults)}"

@@ -1,0 +1,148 @@
+"""The plugin as a whole: it is light, it loads, its names are its own, and what it names is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.resources
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffsynth import spec
+from diffsynth.errors import InvalidPipeline
+from diffsynth.testing.checks import light
+from diffsynth.testing.checks.check import Check, Subject
+
+LIGHT = "light modules import without torch"
+API = "states the API version"
+LOADS = "loads"
+NAMES = "names are its own"
+REFERENCES = "references resolve"
+
+_LIGHT_FIELDS = ("config", "infer_config", "tiny", "tiny_inputs", "rules")
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    """Those of any plugin; if it does not load, those that tell why."""
+    yield Check(LIGHT, functools.partial(_is_light, subject))
+    yield Check(API, functools.partial(_states_api, subject))
+    yield Check(LOADS, functools.partial(_loads, subject), after=(LIGHT, API))
+    if not subject.is_loaded:
+        return
+    yield Check(NAMES, functools.partial(_has_own_names, subject), after=(LOADS,))
+    yield Check(REFERENCES, functools.partial(_resolves, subject), after=(LOADS,))
+    for door in subject.declared("doors"):
+        yield Check(f"door {door.name} opens", functools.partial(_opens, door), after=(REFERENCES,))
+
+
+def _is_light(subject: Subject) -> None:
+    modules = list(subject.modules)
+    for fact in (*subject.declared("architectures"), *subject.declared("checkpoints")):
+        named = [getattr(fact, name) for name in _LIGHT_FIELDS if isinstance(getattr(fact, name, None), str)]
+        modules += [reference.partition(":")[0] for reference in named if reference]
+    found = light.heavy_imports(sorted(set(modules)))
+    assert not found, f"{'; '.join(found)}. Import it inside the function that needs it, or name that code by string."
+
+
+def _states_api(subject: Subject) -> None:
+    wrong = [str(problem) for problem in subject.problems if "DIFFSYNTH_API" in problem.error]
+    assert not wrong, "; ".join(wrong)
+
+
+def _loads(subject: Subject) -> None:
+    for problem in () if subject.is_loaded else subject.problems:
+        raise AssertionError(f"{problem}\n{problem.traceback}")
+
+
+def _has_own_names(subject: Subject) -> None:
+    assert not subject.problems, "; ".join(map(str, subject.problems))
+
+
+def _resolves(subject: Subject) -> None:
+    faults = []
+    for kind in _EXPECTED:
+        for fact in subject.declared(kind):
+            name = getattr(fact, "name", kind)
+            faults += [f"{name}: {fault}" for fault in _faults(kind, fact)]
+    known = {one.spec.name for one in subject.catalog.architectures}
+    for fact in subject.declared("checkpoints"):
+        if fact.architecture not in known:
+            faults.append(f"{fact.name}: no installed plugin declares the architecture {fact.architecture!r}")
+    assert not faults, "\n".join(faults)
+
+
+def _faults(kind: str, fact: Any) -> Iterator[str]:
+    for field, expected in _EXPECTED[kind].items():
+        value = getattr(fact, field)
+        for reference in (value,) if isinstance(value, str) else value:
+            if not reference or (kind == "units" and field == "pipeline" and not is_installed(reference)):
+                continue
+            try:
+                found = spec.resolve(reference)
+            except InvalidPipeline:
+                continue  # it is there; its own check says what is wrong with it
+            except (ImportError, ValueError) as error:
+                yield f"{field}: {error}"
+                continue
+            if not _is_a(expected, found):
+                yield f"{field}: {reference!r} is {found!r:.60}; expected {expected}"
+
+
+def is_installed(reference: str) -> bool:
+    """False if the package is not there: a unit may join a pipeline of a family that is not installed."""
+    return importlib.util.find_spec(reference.partition(":")[0].partition(".")[0]) is not None
+
+
+_EXPECTED: dict[str, dict[str, str]] = {
+    "models": {"pipeline": "a Pipeline class"},
+    "architectures": {
+        "module": "an nn.Module class",
+        "config": "a frozen dataclass",
+        "infer_config": "a function",
+        "tiny": "anything",
+        "tiny_inputs": "a function",
+        "atomic": "an nn.Module class",
+    },
+    "checkpoints": {"rules": "a tuple of rules"},
+    "layer_wrappers": {"layer": "an nn.Module class", "wrapper": "anything"},
+    "attention": {"backend": "a function"},
+    "quantization": {"backend": "anything"},
+    "training": {"pipeline": "a Pipeline class", "schedule": "a function"},
+    "objectives": {"objective": "anything"},
+    "units": {"pipeline": "a Pipeline class", "unit": "a Unit"},
+    "commands": {"command": "a click.Command"},
+}
+"""Kind of declaration -> its fields that name code -> what stands there."""
+
+
+def _is_a(expected: str, found: Any) -> bool:
+    import click
+    from torch import nn
+
+    from diffsynth.core.loader.convert import Rule
+    from diffsynth.runtime.pipeline import Pipeline
+    from diffsynth.runtime.unit import Unit
+
+    if expected == "a frozen dataclass":
+        return isinstance(found, type) and dataclasses.is_dataclass(found) and found.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    if expected == "a tuple of rules":
+        return isinstance(found, tuple) and all(isinstance(rule, Rule) for rule in found)
+    classes = {"a Pipeline class": Pipeline, "an nn.Module class": nn.Module}
+    if expected in classes:
+        return isinstance(found, type) and issubclass(found, classes[expected])
+    instances = {"a Unit": Unit, "a click.Command": click.Command}
+    if expected in instances:
+        return isinstance(found, instances[expected])
+    return callable(found) if expected == "a function" else True
+
+
+def _opens(door: spec.DoorSpec) -> None:
+    package, _, folder = door.folder.partition(":")
+    place = Path(str(importlib.resources.files(package))) / folder
+    names = sorted(file.stem for file in place.glob("*.py") if file.stem != "__init__")
+    assert names, f"{door.folder}: {place} has no module"
+    for name in names:
+        importlib.import_module(f"diffsynth.pipelines.{name}")
