@@ -20,6 +20,7 @@ _OWN = {
     "recognize": ("diffsynth.cli.recognize:recognize", "Tell what checkpoint files hold, by their headers."),
     "doctor": ("diffsynth.cli.doctor:doctor", "Tell what works here, and what to do about the rest."),
     "generate": ("diffsynth.cli.generate:generate", "Draw what a prompt describes."),
+    "new-plugin": ("diffsynth.cli.new_plugin:new_plugin", "Write a plugin package to start from."),
 }
 
 

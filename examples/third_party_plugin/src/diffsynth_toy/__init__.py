@@ -1,0 +1,1 @@
+"""Toy for diffsynth: a small network that draws coloured discs."""

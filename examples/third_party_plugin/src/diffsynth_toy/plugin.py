@@ -1,0 +1,49 @@
+"""What diffsynth-toy declares. Light: code is named by string, and imported on first use."""
+
+from diffsynth import hookimpl
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, UnitSpec
+
+DIFFSYNTH_API = 1
+WEIGHTS = "package://diffsynth_toy/dit.safetensors"
+
+
+@hookimpl
+def register_models(register):
+    register(
+        ModelSpec(
+            name="toy-1",
+            family="toy",
+            task="text-to-image",
+            pipeline="diffsynth_toy.pipeline:ToyPipeline",
+            components={"dit": WEIGHTS},
+            description="draws a disc in the colour that the prompt names",
+        )
+    )
+
+
+@hookimpl
+def register_architectures(register):
+    register(
+        ArchitectureSpec(
+            name="toy_dit",
+            module="diffsynth_toy.dit:ToyDiT",
+            config="diffsynth_toy.config:ToyDiTConfig",
+            infer_config="diffsynth_toy.config:infer_config",
+            required=("patches.weight", "letters.weight", "blocks.{n}.qkv.weight"),
+            tiny="diffsynth_toy.config:TINY",
+            tiny_inputs="diffsynth_toy.config:tiny_inputs",
+            repeated_blocks=("blocks",),
+        )
+    )
+
+
+@hookimpl
+def register_checkpoints(register):
+    register(CheckpointSpec(name="toy_dit", architecture="toy_dit", files=(WEIGHTS,)))
+
+
+@hookimpl
+def register_units(register):
+    # By name alone: where Z-Image is not installed, nothing asks for this.
+    pipeline = "diffsynth_zimage.pipeline:ZImagePipeline"
+    register(UnitSpec(pipeline=pipeline, unit="diffsynth_toy.mirror:mirror_noise", after="initial_latents"))

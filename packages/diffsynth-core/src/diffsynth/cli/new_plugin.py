@@ -1,0 +1,93 @@
+"""`diffsynth new-plugin`: a package that draws and passes its tests, for its author to change. No torch."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+import string
+import struct
+from pathlib import Path
+
+import click
+
+from diffsynth.cli.output import UserError, traceback_option
+
+WEIGHTS = "dit.safetensors"
+_FILES = {
+    "pyproject.toml": "pyproject.toml",
+    "README.md": "README.md",
+    "test.yml": ".github/workflows/test.yml",
+    "test_plugin.py": "tests/test_plugin.py",
+    **{
+        name: f"src/{{package}}/{name}"
+        for name in ("__init__.py", "plugin.py", "config.py", "dit.py", "units.py", "pipeline.py", WEIGHTS)
+    },
+}
+"""Name in `templates/` (without its suffix) -> path in the package."""
+
+
+@click.command("new-plugin")
+@click.argument("name")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Where to write; diffsynth-NAME when left out."
+)
+@traceback_option
+def new_plugin(name: str, output: Path | None) -> None:
+    """Write a plugin called NAME: a package with a small model, tests and a CI file."""
+    _check_name(name)
+    folder = output if output is not None else Path(f"diffsynth-{name}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already, and not empty; nothing was written. Choose another --output")
+    files = render(name)
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    click.echo(f"{folder}: {len(files)} files. Next: pip install -e '{folder}[test]' && pytest {folder}")
+
+
+def render(name: str) -> dict[str, bytes]:
+    """Path -> content of every file in the package of a plugin."""
+    identifier = name.replace("-", "_")
+    names = {
+        "name": name,
+        "identifier": identifier,
+        "distribution": f"diffsynth-{name}",
+        "package": f"diffsynth_{identifier}",
+        "title": "".join(word.capitalize() for word in name.split("-")),
+    }
+    templates = importlib.resources.files("diffsynth.cli") / "templates"
+    made = {f"src/{names['package']}/py.typed": b""}
+    for template, path in _FILES.items():
+        content = (templates / f"{template}.template").read_bytes()
+        made[path.format(package=names["package"])] = (
+            _renamed(content, f"{identifier}_dit")
+            if template == WEIGHTS
+            else string.Template(content.decode("utf-8")).substitute(names).encode("utf-8")
+        )
+    return made
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(("diffsynth-", "diffsynth_")):
+        raise UserError(f"{name!r}: give the name alone, {name[10:]!r}; the package is called diffsynth-NAME")
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
+        raise UserError(f"{name!r}: expected lower-case letters and digits, with single hyphens between (my-model)")
+    from diffsynth import _discovery
+
+    catalog = _discovery.catalog()
+    taken = {(one.plugin, one.distribution) for one in catalog.problems}
+    taken |= {(one.name, one.distribution) for one in catalog.plugins}
+    for plugin, distribution in sorted(taken):
+        if name == plugin or f"diffsynth-{name}" == distribution:
+            raise UserError(f"{name!r} is the plugin of {distribution}, which is installed; choose another name")
+
+
+def _renamed(weights: bytes, architecture: str) -> bytes:
+    """A safetensors file that says in its metadata that it is of this architecture."""
+    (length,) = struct.unpack("<Q", weights[:8])
+    header = json.loads(weights[8 : 8 + length])
+    header["__metadata__"]["diffsynth.architecture"] = architecture
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
+    return struct.pack("<Q", len(text)) + text + weights[8 + length :]
