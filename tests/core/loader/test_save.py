@@ -123,6 +123,19 @@ def test_fewer_files_leave_none_of_the_earlier_behind(toy, net, tmp_path):
     assert same(load_back(toy, [tmp_path])[1], net)
 
 
+@pytest.mark.parametrize("shard_size", [10**9, 200])
+def test_saving_over_the_file_that_the_weights_come_from(toy, net, tmp_path, shard_size):
+    """Loaded weights may be the file itself, mapped: what is written must not change what is still to be written."""
+    paths = store(net, tmp_path / "x.safetensors", shard_size=shard_size)
+    _, module = load_back(toy, paths)
+    with torch.no_grad():
+        module.norm.weight.add_(1)
+    wanted = {name: value.clone() for name, value in module.state_dict().items()}
+    paths = store(module, tmp_path / "x.safetensors", shard_size=shard_size)
+    assert all(torch.equal(value, wanted[name]) for name, value in module.state_dict().items())
+    assert same(load_back(toy, paths)[1], module)
+
+
 def test_shards_of_two_saves_are_told_apart(net, tmp_path):
     """A crash between two renames once left half of each save under one index, and nothing would have said so."""
     paths = store(net, tmp_path / "x.safetensors", shard_size=200)
