@@ -86,12 +86,13 @@ def open_models(
         cls: type[Pipeline] = resolve(record.pipeline)
         keys = {role: (role, source) for role, source in {**record.components, **record.processors}.items()}
         missing = {role: ModelConfig.from_source(key[1]) for role, key in keys.items() if key not in components}
-        weights = [config for role, config in missing.items() if role in record.components]
-        processors = {f"{role}_config": config for role, config in missing.items() if role in record.processors}
-        loader = PretrainedLoader({role: cls.roles[role] for role in missing}, cls.__name__)
-        loaded, read = loader.load(weights, processors, dtype=dtype, device=device)
-        components |= {keys[role]: part for role, part in loaded.items()}
-        files |= {keys[role]: paths for role, paths in read.items()}
+        if missing:
+            weights = [config for role, config in missing.items() if role in record.components]
+            processors = {f"{role}_config": config for role, config in missing.items() if role in record.processors}
+            loader = PretrainedLoader({role: cls.roles[role] for role in missing}, cls.__name__)
+            loaded, read = loader.load(weights, processors, dtype=dtype, device=device)
+            components |= {keys[role]: part for role, part in loaded.items()}
+            files |= {keys[role]: paths for role, paths in read.items()}
         pipelines[name] = cls(
             {role: components[key] for role, key in keys.items()},
             device=device,
