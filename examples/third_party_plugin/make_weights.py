@@ -11,6 +11,7 @@ from diffsynth_toy.dit import ToyDiT
 from diffsynth_toy.units import spell
 
 SIZE, BATCH, STEPS = 32, 64, 6000
+FILE = Path(__file__).parent / "src" / "diffsynth_toy" / "dit.safetensors"
 COLOURS = {
     "red": (0.9, 0.1, 0.1),
     "orange": (1.0, 0.5, 0.0),
@@ -34,15 +35,15 @@ def discs(names):
     return 2 * (inside * colours + (1 - inside)) - 1
 
 
-def main():
-    """Train, and write the weights into the package."""
+def main(file=FILE, steps=STEPS):
+    """Train, and write the weights; by default into the package."""
     torch.manual_seed(0)
     config = ToyDiTConfig()
     net = ToyDiT(config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)
     words = list(COLOURS)
-    for step in range(STEPS):
+    for step in range(steps):
         names = [words[index] for index in torch.randint(len(words), (BATCH,))]
         clean, sigma = discs(names), torch.rand(BATCH)
         noisy = add_noise(clean, torch.randn_like(clean), sigma)
@@ -53,7 +54,6 @@ def main():
         schedule.step()
         if step % 500 == 499:
             print(f"step {step + 1}: {loss.item():.4f}")
-    file = Path(__file__).parent / "src" / "diffsynth_toy" / "dit.safetensors"
     save_checkpoint(net, file, architecture="toy_dit", config=config, dtype=torch.bfloat16)
 
 

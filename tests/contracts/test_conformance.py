@@ -1,6 +1,7 @@
 """Our own distributions pass the suite that we give to strangers."""
 
 from diffsynth.testing import conformance
+from source_tree import SOURCES
 
 test_core = conformance("diffsynth-core")
 test_flux = conformance("diffsynth-flux")
@@ -8,3 +9,10 @@ test_qwen_image = conformance("diffsynth-qwen-image")
 test_train = conformance("diffsynth-train")
 test_wan = conformance("diffsynth-wan")
 test_zimage = conformance("diffsynth-zimage")
+
+
+def test_each_of_our_packages_has_its_line():
+    tested = {
+        f"diffsynth_{name.removeprefix('test_')}" for name, value in globals().items() if name.startswith("test_")
+    }
+    assert {"diffsynth_core" if name == "diffsynth" else name for name in SOURCES} <= tested
