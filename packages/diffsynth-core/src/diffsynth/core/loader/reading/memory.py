@@ -1,4 +1,4 @@
-"""Host memory for weights: huge pages where we fill it, private mappings where the file can stand for itself."""
+"""Private mappings of files, for weights that can stay in them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,8 @@ from torch import Tensor
 from diffsynth.core.loader.header import Header
 
 PAGE = mmap.PAGESIZE
-_HUGE_FROM = 4 * 2**20
-# Linux's numbers; Python's `mmap` knows the first alone, and holds the interpreter's lock meanwhile.
-_MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Unfilled host memory, on huge pages where the system has them: the first touch of small ones costs more than a
-    copy of their content.
-    """
-    tensor = torch.empty(shape, dtype=dtype)
-    size = tensor.numel() * tensor.element_size()
-    if size >= _HUGE_FROM:
-        start = -(-tensor.data_ptr() // PAGE) * PAGE
-        _advise(start, (tensor.data_ptr() + size - start) // PAGE * PAGE, _MADV_HUGEPAGE)
-    return tensor
+# Linux's number, which Python's `mmap` does not know; its `madvise` would hold the interpreter's lock meanwhile, too.
+_MADV_POPULATE_READ = 22
 
 
 class Mapping:
@@ -58,12 +45,8 @@ class Mapping:
     def populate(self, start: int, end: int) -> bool:
         """Have the bytes of a range in memory; False where the system cannot."""
         first = start // PAGE * PAGE
-        return _advise(self._start + first, end - first, _MADV_POPULATE_READ)
-
-
-def _advise(address: int, size: int, advice: int) -> bool:
-    call = _madvise()
-    return size > 0 and call is not None and call(address, size, advice) == 0
+        call = _madvise()
+        return call is not None and call(self._start + first, end - first, _MADV_POPULATE_READ) == 0
 
 
 @functools.cache

@@ -101,7 +101,7 @@ class ComponentSource:
         device = torch.device(device)
         wanted = self.keys if keys is None else tuple(map(self._known, keys))
         if device.type == "meta":
-            return {key: torch.empty(self._targets[key].shape, dtype=self.dtypes[key], device=device) for key in wanted}
+            return self._empty(wanted, device)
         made: dict[str, Tensor] = {}
         tasks: list[Task] = []
         if not copy or not self._header.files:
@@ -109,7 +109,7 @@ class ComponentSource:
         if not copy and device.type == "cpu":
             mapped, tasks = self._mapped([key for key in wanted if key not in made and self._stands_as_it_is(key)])
             made |= mapped
-        new = {key: self._allocate(key, device) for key in wanted if key not in made}
+        new = self._empty([key for key in wanted if key not in made], device)
         self._run(tasks, new)
         return {key: (made if key in made else new)[key] for key in wanted}
 
@@ -256,9 +256,8 @@ class ComponentSource:
         assert tuple(made.shape) == target.shape, f"{target.rule} made {tuple(made.shape)}, planned {target.shape}"
         return made.to(device, self.dtypes[key]).contiguous()
 
-    def _allocate(self, key: str, device: torch.device) -> Tensor:
-        shape, dtype = self._targets[key].shape, self.dtypes[key]
-        return memory.allocate(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+    def _empty(self, keys: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        return {key: torch.empty(self._targets[key].shape, dtype=self.dtypes[key], device=device) for key in keys}
 
     def _work(self, target: convert.Target) -> int:
         """Bytes of sources held while a target is made; none where it is put together in place."""
