@@ -117,6 +117,14 @@ def test_only_a_state_dict_shares_its_tensors(tmp_path):
     assert pointers[0] == found["plain"].data_ptr() != pointers[1]
 
 
+def test_parameters_of_a_given_state_dict_stay_as_they_are():
+    """Loading freezes the module; it once could have frozen the parameters that the caller had given."""
+    given = {"plain": torch.nn.Parameter(torch.ones(3)), "rows": torch.nn.Parameter(torch.ones(8, 3))}
+    made = source_of(pickled.of_state_dict(given), torch.float32, RULES[:2]).read()
+    assert not any(tensor.requires_grad_(False).requires_grad for tensor in made.values())
+    assert all(parameter.requires_grad for parameter in given.values())
+
+
 @pytest.mark.parametrize("name", [name for name in blocks._DTYPES if name != "F8_E8M0"])
 def test_every_dtype_is_read_and_converted(tmp_path, name):
     dtype = blocks._DTYPES[name]

@@ -78,7 +78,7 @@ class BlockReader:
         """
         in_memory = (self._header.tensors_in_memory or {}).get(key)
         if in_memory is not None:
-            return in_memory
+            return in_memory.detach()
         info = self._header.tensors[key]
         tensor = torch.empty(info.shape, dtype=torch_dtype(key, info))
         assert info.file is not None
