@@ -1,11 +1,13 @@
 import inspect
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent
 from diffsynth.runtime.unit import unit
+from diffsynth.sampling.noise import initial_noise
 from toy_pipeline import ToyNet, ToyPipeline, toy_pipeline
 
 
@@ -152,3 +154,33 @@ def test_run_units_keeps_gradients():
     latents = torch.randn(1, 1, 4, 4)
     pipe.velocity(latents, torch.tensor([0.5]), colour=values["colour"]).sum().backward()
     assert pipe.dit.gain.grad is not None
+
+
+class ConfiguredNet(ToyNet):
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(channels=3)
+
+
+@unit("latents", random=True)
+def latents_of_the_net(*, channels: int, height, width, seeds, device, dtype):
+    return initial_noise((channels, height // 8, width // 8), seeds, dtype=dtype, device=device)
+
+
+class FactsPipeline(ToyPipeline):
+    units = (*ToyPipeline.units[:-1], latents_of_the_net)
+    facts = {"channels": "dit.channels"}
+
+
+def test_a_unit_reads_a_fact_of_a_component():
+    pipe = FactsPipeline({"dit": ConfiguredNet()}, device="cpu", torch_dtype=torch.float32)
+    assert pipe("x", seed=0, output_type="latents").shape == (1, 3, 4, 4)
+    assert "channels" not in inspect.signature(pipe).parameters
+
+
+def test_a_fact_of_no_role_is_named():
+    class Wrong(FactsPipeline):
+        facts = {"channels": "dti.channels"}
+
+    with pytest.raises(InvalidPipeline, match=r"'channels' is 'dti.channels'"):
+        Wrong({"dit": ConfiguredNet()}, device="cpu", torch_dtype=torch.float32)

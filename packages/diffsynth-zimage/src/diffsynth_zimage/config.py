@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-LATENT_CHANNELS = 16
 VAE_FACTOR = 8
 MAX_PROMPT_TOKENS = 512
 
@@ -48,7 +47,7 @@ class ZImageDiTConfig:
     norm_eps: float = 1e-5
     qk_norm: bool = True
     cap_feat_dim: int = 2560
-    in_channels: int = LATENT_CHANNELS
+    in_channels: int = 16
     patch_size: int = 2
     axes_dims: tuple[int, int, int] = (32, 48, 48)
     axes_lens: tuple[int, int, int] = (1024, 512, 512)

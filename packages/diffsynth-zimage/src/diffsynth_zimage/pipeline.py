@@ -29,6 +29,7 @@ class ZImagePipeline(Pipeline):
     units = UNITS
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=8)
+    facts = {"latent_channels": "dit.in_channels"}
 
     @classmethod
     def from_pretrained(

@@ -14,7 +14,7 @@ from diffsynth.runtime.image_units import encode_input_image, image_size
 from diffsynth.runtime.unit import unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.sampling.schedule import z_image_sigmas
-from diffsynth_zimage.config import LATENT_CHANNELS, MAX_PROMPT_TOKENS, VAE_FACTOR
+from diffsynth_zimage.config import MAX_PROMPT_TOKENS, VAE_FACTOR
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,14 @@ def initial_latents(
     sigmas: Float[Tensor, "steps_plus_1"],
     height: int,
     width: int,
+    latent_channels: int,
     seeds: list[int | None],
     rand_device: str = "cpu",
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"]:
     """Noise in the pipeline's dtype, or the input noised to the first level of the schedule."""
-    shape = (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
+    shape = (latent_channels, height // VAE_FACTOR, width // VAE_FACTOR)
     noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=dtype, device=device)
     return noise if input_latents is None else add_noise(input_latents, noise, sigmas[0])
 

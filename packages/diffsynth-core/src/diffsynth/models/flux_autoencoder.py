@@ -61,6 +61,16 @@ class FluxAutoencoder(nn.Module):
         """The reconstruction from the posterior's mean."""
         return self.decode(self.encode(image))
 
+    def init_weights(self) -> None:
+        """Start training from scratch: every residual branch is zero (Fixup, arXiv:1901.09321)."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)
+            elif isinstance(module, PixelAttention):
+                nn.init.zeros_(module.to_out[0].weight)
+                nn.init.zeros_(module.to_out[0].bias)
+
 
 class Encoder(nn.Module):
     """Image to mean and log-variance, stacked along the channels."""

@@ -72,9 +72,10 @@ class PretrainedLoader:
         target = torch.device(device) if device is not None else devices.default_device()
         components, sources = self._load_processors(processor_configs)
         opened = [load.open_component(part.recognized, part.header, dtype=dtype) for part in found]
-        for part, (module, source), following in zip(found, opened, [*opened[1:], None], strict=True):
+        sources_ahead = [*(source for _, source in opened[1:]), None]
+        for part, (module, source), ahead in zip(found, opened, sources_ahead, strict=False):
             started = time.perf_counter()
-            with _reading_ahead(following[1] if following is not None and target.type != "cpu" else None):
+            with _reading_ahead(ahead if target.type != "cpu" else None):
                 components[part.role] = load.materialize(module, source, device=target)
             sources[part.role] = list(part.header.files)
             _discovery.notify(

@@ -37,6 +37,7 @@ class Pipeline:
     A subclass states `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and `velocity()`
     itself; everything else follows. Units before the loop write `latents`, `sigmas` and whatever `velocity()` names;
     those after it read `latents` and write `output`. `per_image` names the arguments that take a text or a list.
+    `facts` gives units a field of a component's config without moving the component: name -> "role.field".
 
     Threads: a call keeps all its state in local values, so several threads may call one pipeline, and pipelines that
     share components, and each gets the picture that it would get alone. With a `vram_limit` stages take turns, because
@@ -53,13 +54,14 @@ class Pipeline:
     loop: ClassVar[LoopArguments] = LoopArguments()
     loop_roles: ClassVar[tuple[str, ...]] = ("dit",)
     per_image: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
+    facts: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__call__" not in vars(cls):
             cls.__call__ = _own_copy(cls.__call__)
         # Shows the family's own arguments to inspect.signature(Class.__call__); instances add those of plugins.
-        own = build_signature(check_units(cls.units, GIVEN), cls.loop, {})
+        own = build_signature(check_units(cls.units, (*GIVEN, *cls.facts)), cls.loop, {})
         subject = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         cls.__call__.__signature__ = own.replace(parameters=[subject, *own.parameters.values()])
 
@@ -213,9 +215,9 @@ class Pipeline:
         """
         defaults = {name: parameter.default for name, parameter in self.__signature__.parameters.items()}
         batch_size = max((len(values[name]) for name in self.per_image if name in values), default=1)
-        given = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size}
+        given = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, **self._facts()}
         state = State(defaults | given | dict(values))
-        known = frozenset(state.shared) | frozenset(GIVEN)
+        known = frozenset(state.shared) | frozenset(GIVEN) | frozenset(self.facts)
         run_units(check_units(units, known), self.components, state)
         return state.view("cond")
 
@@ -231,7 +233,8 @@ class Pipeline:
 
     @classmethod
     def _whole_program(cls) -> Program:
-        return check_units(with_added_units(cls, GIVEN), GIVEN)
+        given = (*GIVEN, *cls.facts)
+        return check_units(with_added_units(cls, given), given)
 
     def _fill_roles(self, components: Mapping[str, Any]) -> dict[str, Any]:
         for role in components:
@@ -252,7 +255,10 @@ class Pipeline:
         for step in (*self.program.units, *self.output_units):
             if unknown := set(step.roles) - set(self.roles):
                 raise InvalidPipeline(f"unit {step.name!r} uses role {sorted(unknown)}, not one of {list(self.roles)}")
-        available = self.program.writes | set(self.program.arguments) | set(GIVEN)
+        for name, place in self.facts.items():
+            if place.partition(".")[0] not in self.roles:
+                raise InvalidPipeline(f"fact {name!r} is {place!r}; expected role.field with one of {list(self.roles)}")
+        available = self.program.writes | set(self.program.arguments) | set(GIVEN) | set(self.facts)
         reads = {"velocity()": self.conditions(required_only=True), "the loop": {"latents", "sigmas"}}
         for step in self.output_units:
             reads[f"unit {step.name!r}"] = {read.name for read in step.reads if read.default is REQUIRED}
@@ -267,8 +273,15 @@ class Pipeline:
     def _new_state(self, request: Request) -> State:
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
         given = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": request.seeds}
+        given |= self._facts()
         branches = ("cond",) if request.loop.cfg_scale == 1 else ("cond", "uncond")
         return State({**request.values, **loop, **given}, branches)
+
+    def _facts(self) -> dict[str, Any]:
+        """The facts of components that are loaded."""
+        places = {name: place.split(".") for name, place in self.facts.items()}
+        loaded = {name: (self.components[role], field) for name, (role, field) in places.items()}
+        return {name: getattr(part.config, field) for name, (part, field) in loaded.items() if part is not None}
 
     @contextmanager
     def _stage(self, request: Request, step: Unit) -> Iterator[None]:
