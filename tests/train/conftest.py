@@ -4,7 +4,7 @@ import csv
 import pytest
 from PIL import Image
 
-from tiny_tokenizer import tiny_tokenizer
+from diffsynth.testing.tiny_processors import byte_tokenizer
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def workspace(tmp_path):
         for level in range(5):
             Image.new("RGB", (32, 32), (50 * level,) * 3).save(tmp_path / f"{level}.png")
             writer.writerow((f"{level}.png", f"grey {level}"))
-    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     return tmp_path
 
 

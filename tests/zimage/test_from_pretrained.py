@@ -10,10 +10,10 @@ from diffsynth.errors import MissingComponent, NoFiles, Unrecognized
 from diffsynth.models.config import TINY_FLUX_AUTOENCODER, Qwen3TextEncoderConfig
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
 from diffsynth.models.qwen3 import Qwen3TextEncoder
+from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_zimage import ZImagePipeline
 from diffsynth_zimage.config import TINY_DIT
 from diffsynth_zimage.dit import ZImageDiT
-from tiny_tokenizer import tiny_tokenizer
 
 DIT = "transformer/*.safetensors"
 TEXT_ENCODER = "text_encoder/*.safetensors"
@@ -31,7 +31,7 @@ def modules():
         num_kv_heads=2,
         head_dim=16,
         intermediate_size=64,
-        vocab_size=len(tiny_tokenizer()),
+        vocab_size=len(byte_tokenizer()),
     )
     dit = ZImageDiT(TINY_DIT)
     for parameter in dit.parameters():
@@ -53,7 +53,7 @@ def hub(modules, tmp_path, monkeypatch):
         save_file({key: state[key].clone() for key in keys[i::3]}, shard)
     save_file(dict(modules["text_encoder"].state_dict()), folder / "text_encoder" / "model.safetensors")
     save_file(dict(modules["vae"].state_dict()), folder / "vae" / "diffusion_pytorch_model.safetensors")
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
     return folder
 
 
@@ -69,7 +69,7 @@ def test_files_give_what_the_modules_give(hub, modules):
         tokenizer_config=ModelConfig(model_id="Tongyi-MAI/Z-Image-Turbo", origin_file_pattern="tokenizer/"),
     )
     put_together = ZImagePipeline.from_components(
-        **modules, tokenizer=tiny_tokenizer(), device="cpu", torch_dtype=torch.float32
+        **modules, tokenizer=byte_tokenizer(), device="cpu", torch_dtype=torch.float32
     )
     assert torch.equal(loaded(**CALL), put_together(**CALL))
     assert [file.name[-20:-12] for file in loaded.component_files["dit"]] == ["of-00003"] * 3

@@ -13,11 +13,11 @@ from transformers import Qwen3Config, Qwen3Model
 from diffsynth.models.config import FluxAutoencoderConfig, Qwen3TextEncoderConfig
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
 from diffsynth.models.qwen3 import Qwen3TextEncoder
+from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_zimage import ZImagePipeline
 from diffsynth_zimage.config import ZImageDiTConfig
 from diffsynth_zimage.dit import ZImageDiT
 from parity import TOLERANCE, draw_weights, relative_error, shapes_of
-from tiny_tokenizer import tiny_tokenizer
 
 DIT = {
     "dim": 48,
@@ -53,7 +53,7 @@ def pipelines():
         "head_dim": 16,
         "intermediate_size": 48,
     }
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer()
     encoder = Qwen3Model(
         Qwen3Config(vocab_size=len(tokenizer), rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, **text)
     )

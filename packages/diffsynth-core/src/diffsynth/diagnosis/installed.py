@@ -123,7 +123,7 @@ def _version(distribution: str) -> str | None:
 
 def _is_for_others(marker: str | None) -> bool:
     """Whether a requirement is not for this machine; our own packages ask only for the platform."""
-    return bool(marker) and not ("sys_platform" in marker and repr(sys.platform) in marker.replace('"', "'"))
+    return marker is not None and not ("sys_platform" in marker and repr(sys.platform) in marker.replace('"', "'"))
 
 
 def _is_within(version: str, bounds: str) -> bool:

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.image import cover
+
 logger = logging.getLogger(__name__)
 
 
@@ -20,7 +22,7 @@ def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor
     image = image.convert("RGB")
     if image.size != (width, height):
         logger.info("image of %dx%d is resized to cover %dx%d", *image.size, width, height)
-        image = _cover(image, height, width)
+        image = cover(image, height, width, Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return rearrange(pixels / 127.5 - 1.0, "h w c -> 1 c h w")
 
@@ -45,10 +47,3 @@ def tensor_to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     """Images from a tensor in [-1, 1]; values outside are clipped, the rest is rounded to the nearest of 256 levels."""
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return [Image.fromarray(array) for array in rearrange(levels, "b c h w -> b h w c").numpy()]
-
-
-def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    scale = max(width / image.width, height / image.height)
-    scaled = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
-    return scaled.crop((left, top, left + width, top + height))

@@ -16,6 +16,11 @@ CHAT_TEMPLATE = (
 
 
 def write_byte_tokenizer(folder: Path) -> None:
+    """`byte_tokenizer` as the folder that `AutoTokenizer` reads."""
+    byte_tokenizer().save_pretrained(folder)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per byte and Qwen3's special tokens and chat template: 261 tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
@@ -29,4 +34,4 @@ def write_byte_tokenizer(folder: Path) -> None:
     )
     fast.add_tokens(["<think>", "</think>"])
     fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
+    return fast

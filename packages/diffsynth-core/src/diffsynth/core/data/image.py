@@ -17,13 +17,15 @@ from diffsynth.errors import CorruptFile, DownloadFailed, NoFiles
 logger = logging.getLogger(__name__)
 
 
-def cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scaled, bilinearly, to cover height x width pixels, and cropped about its centre."""
+def cover(
+    image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
+    """Scaled to cover height x width pixels, and cropped about its centre."""
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)
     size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-    scaled = image.resize(size, Image.Resampling.BILINEAR)
+    scaled = image.resize(size, resample)
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
     return scaled.crop((left, top, left + width, top + height))
 
