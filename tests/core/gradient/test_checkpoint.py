@@ -57,7 +57,9 @@ def test_offload_moves_the_inputs_alone(monkeypatch):
     assert packed == []
     for tensor, truth in zip(gradients(net, x, shift, True, True), expected, strict=True):
         assert torch.equal(tensor, truth)
-    assert packed[:2] == [(3, 5), (5,)]
+    # torch 2.11 saves an empty tensor of its own beside them.
+    moved = [shape for shape in packed if 0 not in shape]
+    assert moved[:2] == [(3, 5), (5,)]
     inside = len(packed)
     packed.clear()
     with save_on_cpu():
