@@ -59,12 +59,11 @@ def test_offload_moves_the_inputs_alone(monkeypatch):
         assert torch.equal(tensor, truth)
     # torch 2.11 saves an empty tensor of its own beside them.
     moved = [shape for shape in packed if 0 not in shape]
-    assert moved[:2] == [(3, 5), (5,)]
-    inside = len(packed)
+    assert moved == [(3, 5), (5,)]
     packed.clear()
     with save_on_cpu():
         net(x, debug=shift, factor=2.0)
-    assert inside == 2 < len(packed)
+    assert len(moved) < len(packed)
 
 
 def test_nothing_is_kept_or_repeated_without_gradients():
