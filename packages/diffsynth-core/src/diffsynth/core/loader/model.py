@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffsynth.core.loader.state_dict import load_keys_dict, load_state_dict
+from diffsynth.core.loader.state_dict import load_keys_dict, load_state_dict, placed
 from diffsynth.errors import KeyMismatch
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -80,14 +80,14 @@ def load_model(
         module = model_class(**(config or {}))
     if state_dict is None and state_dict_converter is None:
         _check(module, load_keys_dict(_given(path)), where=str(path))
-        placed = load_state_dict(_given(path), torch_dtype, device)
+        weights = load_state_dict(_given(path), torch_dtype, device)
     else:
         tensors = _converted(load_state_dict(_given(path)) if state_dict is None else state_dict, state_dict_converter)
         shapes = {key: getattr(tensor, "shape", tensor) for key, tensor in tensors.items()}
         _check(module, shapes, where="the given state_dict" if state_dict is not None else str(path))
         # Each is let go of as soon as it is placed.
-        placed = {key: _placed(tensors.pop(key), torch_dtype, device) for key in shapes}
-    module.load_state_dict(placed, strict=True, assign=True)
+        weights = {key: placed(tensors.pop(key), torch_dtype, device) for key in shapes}
+    module.load_state_dict(weights, strict=True, assign=True)
     _fill_buffers(module)
     return module.to(device).eval()
 
@@ -145,7 +145,3 @@ def _fill_buffers(module: nn.Module) -> None:
             f"{type(module).__name__} has buffers that no file holds: {', '.join(left[:_SHOWN])}. "
             f"Give it a reset_buffers() that fills them."
         )
-
-
-def _placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-    return tensor.to(device, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)

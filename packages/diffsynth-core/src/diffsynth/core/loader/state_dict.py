@@ -67,7 +67,7 @@ def load_state_dict_from_bin(
     header = pickled.read(Path(file_path))
     # The file is mapped: tensors that stayed in it would change with it.
     tensors = {
-        key: _placed(tensor.clone(), torch_dtype, device) for key, tensor in (header.tensors_in_memory or {}).items()
+        key: placed(tensor.clone(), torch_dtype, device) for key, tensor in (header.tensors_in_memory or {}).items()
     }
     return tensors if header.nested is None else _nested(header.nested, tensors)
 
@@ -106,6 +106,11 @@ def hash_state_dict_keys(state_dict: Mapping[str, Any], with_shape: bool = True)
     return _hash(_shapes(pickled.of_state_dict(state_dict)), with_shape)
 
 
+def placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    """A tensor on a device, in `dtype` if it is floating; None keeps its own."""
+    return tensor.to(device, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+
+
 def _files(path: File | Sequence[File]) -> list[Path]:
     return [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
 
@@ -125,10 +130,6 @@ def _names(shapes: Mapping[str, Any]) -> str:
 
 def _shapes(header: Header) -> dict[str, Any]:
     return dict(header.nested) if header.nested is not None else header.shapes
-
-
-def _placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-    return tensor.to(device, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
 
 
 def _nested(shapes: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:

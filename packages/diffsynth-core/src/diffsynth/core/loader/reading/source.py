@@ -169,9 +169,7 @@ class ComponentSource:
         """One target, all of its sources at once."""
         target = self._targets[key]
         with allowance.of(self._work(target)), torch.no_grad():
-            sources = tuple(self._reader.tensor(self._prefix + source) for source in target.sources)
-            made = strided(target.rule, sources, target.index)
-            assert tuple(made.shape) == target.shape, f"{target.rule} made {tuple(made.shape)}, planned {target.shape}"
+            made = self._computed(target)
             if ring is None:
                 into.copy_(made)
             else:
@@ -250,11 +248,13 @@ class ComponentSource:
         return bool(sources) and all(self._prefix + source in held for source in sources)
 
     def _shared(self, key: str, device: torch.device) -> Tensor:
-        target = self._targets[key]
+        return self._computed(self._targets[key]).to(device, self.dtypes[key]).contiguous()
+
+    def _computed(self, target: convert.Target) -> Tensor:
         sources = tuple(self._reader.tensor(self._prefix + source) for source in target.sources)
         made = strided(target.rule, sources, target.index)
         assert tuple(made.shape) == target.shape, f"{target.rule} made {tuple(made.shape)}, planned {target.shape}"
-        return made.to(device, self.dtypes[key]).contiguous()
+        return made
 
     def _empty(self, keys: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         return {key: torch.empty(self._targets[key].shape, dtype=self.dtypes[key], device=device) for key in keys}
