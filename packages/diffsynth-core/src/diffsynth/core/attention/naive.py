@@ -11,7 +11,7 @@ from diffsynth.core.attention.call import AttentionCall
 
 
 class NaiveAttention:
-    """Holds the whole score matrix in fp32 (fp64 for fp64 inputs)."""
+    """Holds the whole score matrix in fp32 (fp64 for fp64 inputs). Serves everything that a call can say."""
 
     def refuses(self, call: AttentionCall) -> str | None:
         """Integers only."""
@@ -24,11 +24,15 @@ class NaiveAttention:
         if call.q_per_kv > 1:
             k, v = (x.repeat_interleave(call.q_per_kv, dim=1) for x in (k, v))
         scores = torch.einsum("bnqd,bnkd->bnqk", q, k) * call.scale
+        if call.score_bias is not None:
+            scores = scores + call.score_bias
         allowed = call.allowed()
-        if allowed is None:
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        if allowed is None and call.score_bias is None:
             weights = scores.softmax(-1)
         else:
             # A row without a key is all -inf, and its softmax NaN: it attends nothing, so its weights are zero.
-            weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-            weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+            is_empty = (scores == -torch.inf).all(-1, keepdim=True)
+            weights = scores.masked_fill(is_empty, 0.0).softmax(-1).masked_fill(is_empty, 0.0)
         return rearrange(weights @ v, "b n q d -> b q n d").to(call.q.dtype)

@@ -6,7 +6,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffsynth import _env
-from diffsynth.core.attention.call import AttentionBackend, AttentionCall, check
+from diffsynth.core.attention.call import AttentionBackend, AttentionCall
+from diffsynth.core.attention.checking import CuSeqlens, check
 from diffsynth.core.attention.naive import NaiveAttention
 from diffsynth.core.attention.sdpa import SdpaAttention
 from diffsynth.errors import Refused, did_you_mean
@@ -24,6 +25,9 @@ def attention(
     mask: Bool[Tensor, "#b #n #q #k"] | None = None,
     causal: bool = False,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    cu_seqlens: CuSeqlens | None = None,
+    score_bias: Float[Tensor, "#b #n #q #k"] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "b q n d_v"]:
     """`softmax(scale * q k^T) v` for each head, in the dtype of `q`.
@@ -42,7 +46,9 @@ def attention(
         ValueError: unknown backend, or arguments that do not fit together.
         TypeError: a mask that is not bool.
     """
-    call = check(q, k, v, mask=mask, causal=causal, scale=scale)
+    call = check(
+        q, k, v, mask=mask, causal=causal, scale=scale, window=window, cu_seqlens=cu_seqlens, score_bias=score_bias
+    )
     name = _env.attention_implementation() if backend is None else backend
     if name == "auto":
         return _first_willing(call)(call)
