@@ -1,5 +1,26 @@
-"""The Wan video models plugin. It declares nothing yet: no model, no architecture; the family follows."""
+"""What diffsynth-wan adds: the Wan models and the networks they are made of."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from diffsynth.hookspecs import hookimpl
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth_wan.encoders import checkpoints as encoders
+
 DIFFSYNTH_API = 1
+
+ARCHITECTURES = (*encoders.ARCHITECTURES,)
+CHECKPOINTS = (*encoders.CHECKPOINTS,)
+
+
+@hookimpl
+def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
+    for architecture in ARCHITECTURES:
+        register(architecture)
+
+
+@hookimpl
+def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
+    for checkpoint in CHECKPOINTS:
+        register(checkpoint)

@@ -1,0 +1,1 @@
+"""What Wan reads of a prompt and of an image: the UMT5-XXL encoder, and CLIP's vision tower."""
