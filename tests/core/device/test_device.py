@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from diffsynth.core import device as devices
+from diffsynth.core.device import backends, memory
 
 
 def test_the_first_accelerator_wins(monkeypatch):
-    monkeypatch.setattr(devices, "_is_available", lambda kind: kind in ("npu", "mps"))
+    monkeypatch.setattr("diffsynth.core.device.names.is_available", lambda kind: kind in ("npu", "mps"))
     assert devices.get_device_type() == "npu"
-    monkeypatch.setattr(devices, "_is_available", lambda kind: False)
+    monkeypatch.setattr("diffsynth.core.device.names.is_available", lambda kind: False)
     assert devices.default_device() == torch.device("cpu")
     assert (devices.get_device_name(), devices.get_device_id()) == ("cpu", 0)
     assert (devices.IS_CUDA_AVAILABLE, devices.IS_NPU_AVAILABLE) == (False, False)
@@ -16,8 +17,8 @@ def test_the_first_accelerator_wins(monkeypatch):
 def test_free_host_memory_is_what_both_machine_and_container_allow(tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 900 kB\nMemAvailable:    512 kB\n")
-    monkeypatch.setattr(devices, "_MEMINFO", meminfo)
-    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     assert devices.available_memory("cpu") == 512 * 1024
     (tmp_path / "memory.max").write_text("300000\n")
     (tmp_path / "memory.current").write_text("200000\n")
@@ -25,7 +26,7 @@ def test_free_host_memory_is_what_both_machine_and_container_allow(tmp_path, mon
     assert devices.available_memory("cpu") == 150000
     (tmp_path / "memory.max").write_text("max\n")
     assert devices.available_memory("cpu") == 512 * 1024
-    monkeypatch.setattr(devices, "_MEMINFO", tmp_path / "nothing")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "nothing")
     assert devices.available_memory("cpu") is None
 
 
@@ -35,7 +36,7 @@ def test_free_accelerator_memory_counts_the_reserve(monkeypatch):
         memory_reserved = staticmethod(lambda device: 70)
         memory_allocated = staticmethod(lambda device: 20)
 
-    monkeypatch.setattr(devices, "_backend", lambda kind: Backend)
+    monkeypatch.setattr(backends, "torch_module", lambda kind: Backend)
     assert devices.available_memory("cuda:1") == 1050
     assert devices.available_memory("mps") is None
 
@@ -54,7 +55,7 @@ def test_the_cpu_has_nothing_to_wait_for():
 def test_names_of_the_reference():
     assert devices.parse_device_type("cuda:3") == devices.parse_device_type(torch.device("cuda", 0)) == "cuda"
     assert devices.parse_nccl_backend("npu") == "hccl"
-    with pytest.raises(ValueError, match="expected one of cuda, npu, cpu, mps"):
+    with pytest.raises(ValueError, match="expected one of cuda, npu, mps, cpu"):
         devices.parse_nccl_backend("tpu")
     missing = [name for name in devices.__all__ if not hasattr(devices, name)]
     assert missing == []
