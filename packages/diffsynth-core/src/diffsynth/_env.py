@@ -29,6 +29,11 @@ def attention_implementation() -> str:
     return os.environ.get("DIFFSYNTH_ATTENTION_IMPLEMENTATION") or "auto"
 
 
+def fused_kernels() -> bool:
+    """DIFFSYNTH_FUSED_KERNELS: off runs every layer of `diffsynth.nn` as plain torch. Default true."""
+    return _boolean("DIFFSYNTH_FUSED_KERNELS", default=True)
+
+
 def plugins() -> frozenset[str] | None:
     """DIFFSYNTH_PLUGINS: comma-separated allow-list of entry-point names; unset is all, empty is none."""
     value = os.environ.get("DIFFSYNTH_PLUGINS")
@@ -48,8 +53,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffsynth"
 
 
-def _boolean(name: str) -> bool:
-    value = os.environ.get(name, "").strip().lower()
+def _boolean(name: str, *, default: bool = False) -> bool:
+    if name not in os.environ:
+        return default
+    value = os.environ[name].strip().lower()
     if value in _TRUE:
         return True
     if value in _FALSE:

@@ -1,1 +1,31 @@
-"""Small layers that several networks share. Each file is one layer, with its functional form beside it."""
+"""Small layers that several networks share. Each file is one layer, with its functional form beside it.
+
+A layer runs as a fused Triton kernel where one can serve the call, else as its naive twin in `diffsynth.nn.naive`;
+`why_not` tells the reason. `rms_norm` and `layer_norm`, the functions, stand in the modules of their names.
+"""
+
+from __future__ import annotations
+
+from diffsynth.nn.gated_mlp import geglu, swiglu
+from diffsynth.nn.kernels import KERNELS, why_not
+from diffsynth.nn.layer_norm import LayerNorm
+from diffsynth.nn.modulation import gated_residual, modulate
+from diffsynth.nn.rms_norm import RMSNorm, rms_norm_rotary
+from diffsynth.nn.rope import apply_rotary, rotary_angles
+from diffsynth.nn.timestep import TimestepEmbedder, sinusoidal_embedding
+
+__all__ = [
+    "KERNELS",
+    "LayerNorm",
+    "RMSNorm",
+    "TimestepEmbedder",
+    "apply_rotary",
+    "gated_residual",
+    "geglu",
+    "modulate",
+    "rms_norm_rotary",
+    "rotary_angles",
+    "sinusoidal_embedding",
+    "swiglu",
+    "why_not",
+]

@@ -1,19 +1,40 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), with what networks do right after it."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffsynth.nn import naive
+from diffsynth.nn.modulation import gated_residual, modulate
+from diffsynth.nn.rope import apply_rotary
 
-def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], *, eps: float) -> Float[Tensor, "*b d"]:
-    """`x / sqrt(mean(x**2) + eps) * weight` over the last axis, computed in fp32, in the dtype of `x`."""
-    if x.dtype == weight.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    # Under autocast activations are bf16 and weights fp32: PyTorch's fused kernel takes only equal dtypes.
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+Rotary = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
+"""Cosine and sine of the angles of `rotary_angles`."""
+
+
+def rms_norm(
+    x: Float[Tensor, "*b d"],
+    weight: Float[Tensor, "d"],
+    *,
+    eps: float,
+    scale: Float[Tensor, "#b #s d"] | None = None,
+    shift: Float[Tensor, "#b #s d"] | None = None,
+    residual: Float[Tensor, "*b d"] | None = None,
+    gate: Float[Tensor, "#b #s d"] | None = None,
+) -> Float[Tensor, "*b d"]:
+    """`y = x / sqrt(mean(x**2) + eps) * weight` over the last axis, then `y * (1 + scale) + shift`, then
+    `residual + gate * y`, each where it is given; in the dtype of `x`.
+
+    Raises:
+        ValueError: `shift` without `scale`, or one of `residual` and `gate` alone.
+    """
+    _check_pairs(scale, shift, residual, gate)
+    normed = naive.rms_norm(x, weight, eps=eps)
+    if scale is not None:
+        normed = modulate(normed, scale, shift)
+    return normed if residual is None or gate is None else gated_residual(residual, normed, gate)
 
 
 class RMSNorm(nn.Module):
@@ -24,6 +45,54 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """See `rms_norm`."""
-        return rms_norm(x, self.weight, eps=self.eps)
+    def forward(
+        self,
+        x: Float[Tensor, "*b d"],
+        *,
+        scale: Float[Tensor, "#b #s d"] | None = None,
+        shift: Float[Tensor, "#b #s d"] | None = None,
+        residual: Float[Tensor, "*b d"] | None = None,
+        gate: Float[Tensor, "#b #s d"] | None = None,
+        rotary: Rotary | None = None,
+    ) -> Float[Tensor, "*b d"]:
+        """See `rms_norm`; with `rotary`, `x` is `b s n d` and is turned after it is normalised."""
+        if rotary is not None:
+            return rms_norm_rotary(x, self.weight, *rotary, eps=self.eps)
+        return rms_norm(x, self.weight, eps=self.eps, scale=scale, shift=shift, residual=residual, gate=gate)
+
+
+def rms_norm_rotary(
+    x: Float[Tensor, "b s n d"],
+    weight: Float[Tensor, "width"],
+    cos: Float[Tensor, "#b s half_d"],
+    sin: Float[Tensor, "#b s half_d"],
+    *,
+    eps: float,
+) -> Float[Tensor, "b s n d"]:
+    """Queries or keys, normalised and then turned by the angles of `cos` and `sin`, in the dtype of `x`.
+
+    Args:
+        x: heads of every token.
+        weight: of `d` elements normalises each head by itself (Z-Image, FLUX, Qwen-Image); of `n * d`, all heads of a
+            token together (Wan).
+        cos, sin: of the angles, fp32.
+        eps: added to the mean square.
+
+    Raises:
+        ValueError: `weight` has another length.
+    """
+    n, d = x.shape[2:]
+    if weight.shape[0] == d:
+        return apply_rotary(naive.rms_norm(x, weight, eps=eps), cos, sin)
+    if weight.shape[0] == n * d:
+        return apply_rotary(naive.rms_norm(x.flatten(2), weight, eps=eps).unflatten(2, (n, d)), cos, sin)
+    raise ValueError(
+        f"weight has {weight.shape[0]} elements; expected {d} for each head or {n * d} for all {n} of them"
+    )
+
+
+def _check_pairs(scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, gate: Tensor | None) -> None:
+    if shift is not None and scale is None:
+        raise ValueError("shift is given without scale; modulation is x * (1 + scale) + shift")
+    if (residual is None) != (gate is None):
+        raise ValueError("residual and gate are given one without the other; the result is residual + gate * x")

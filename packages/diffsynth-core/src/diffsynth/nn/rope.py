@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from diffsynth.nn import naive
 
 
 def rotary_angles(
@@ -39,7 +40,4 @@ def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
     """`x` turned by the angles of `cos` and `sin`, computed in fp32, in the dtype of `x`."""
-    even, odd = rearrange(x.float(), "b s n (half two) -> two b s n half", two=2)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    return naive.apply_rotary(x, cos, sin)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from diffsynth.nn import naive
 
 
 def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: float = 10000.0) -> Float[Tensor, "b dim"]:
@@ -17,9 +17,7 @@ def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: floa
         dim: even.
         max_period: the longest period, over 2 pi.
     """
-    exponents = torch.arange(dim // 2, dtype=torch.float32, device=time.device) / (dim // 2)
-    angles = time[:, None].float() * torch.exp(-math.log(max_period) * exponents)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return naive.sinusoidal_embedding(time, dim, max_period=max_period)
 
 
 class TimestepEmbedder(nn.Module):

@@ -1,0 +1,21 @@
+"""Gated activations of feed-forward layers (Shazeer 2020, arXiv:2002.05202).
+
+Plain gelu has no place here: behind a linear, torch's own is one pass over memory already.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.nn import naive
+
+
+def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
+    """`silu(gate) * up`."""
+    return naive.swiglu(gate, up)
+
+
+def geglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
+    """`gelu(gate) * up`, gelu in its tanh form."""
+    return naive.geglu(gate, up)

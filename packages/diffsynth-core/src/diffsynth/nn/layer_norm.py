@@ -1,0 +1,44 @@
+"""Layer normalisation (Ba et al. 2016, arXiv:1607.06450), followed by modulation where a network wants it."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffsynth.nn import naive
+from diffsynth.nn.modulation import modulate
+
+
+def layer_norm(
+    x: Float[Tensor, "*b d"],
+    weight: Float[Tensor, "d"] | None = None,
+    bias: Float[Tensor, "d"] | None = None,
+    *,
+    eps: float,
+    scale: Float[Tensor, "#b #s d"] | None = None,
+    shift: Float[Tensor, "#b #s d"] | None = None,
+) -> Float[Tensor, "*b d"]:
+    """`y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis, then `y * (1 + scale) + shift`
+    where they are given; in the dtype of `x`.
+
+    Raises:
+        ValueError: `shift` without `scale`.
+    """
+    if shift is not None and scale is None:
+        raise ValueError("shift is given without scale; modulation is x * (1 + scale) + shift")
+    normed = naive.layer_norm(x, weight, bias, eps=eps)
+    return normed if scale is None else modulate(normed, scale, shift)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's layer over the last axis, which modulates in the same breath: `norm(x, scale=scale, shift=shift)`."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "*b d"],
+        *,
+        scale: Float[Tensor, "#b #s d"] | None = None,
+        shift: Float[Tensor, "#b #s d"] | None = None,
+    ) -> Float[Tensor, "*b d"]:
+        """See `layer_norm`."""
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, scale=scale, shift=shift)
