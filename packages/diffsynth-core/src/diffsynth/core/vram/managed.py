@@ -1,0 +1,393 @@
+"""A module whose blocks come and go: `wrap` makes it, and it changes no bit of what the module computes."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from diffsynth.core import device as devices
+from diffsynth.core.loader.reading.source import ComponentSource
+from diffsynth.core.vram.masters import DiskMaster, HostMaster, Master
+from diffsynth.core.vram.packing import Packing
+from diffsynth.core.vram.partition import SMALL, Block, partition
+from diffsynth.core.vram.placement import Placement, Policy, State
+from diffsynth.core.vram.places import REST, buffers_of, frozen, places_of, read_buffers, surround
+from diffsynth.core.vram.report import TransferReport
+from diffsynth.core.vram.stream import BlockStream
+from diffsynth.errors import did_you_mean
+
+SLOTS = 2
+"""Blocks that are on the device at once unless a plan says otherwise: one computes, the next is on its way."""
+
+_ATTRIBUTE = "_diffsynth_managed"
+
+
+def managed(module: nn.Module) -> ManagedModule | None:
+    """What `wrap` made of a module, if it is wrapped."""
+    return vars(module).get(_ATTRIBUTE)
+
+
+def wrap(
+    module: nn.Module,
+    policy: Policy,
+    *,
+    source: ComponentSource | None = None,
+    repeated: Sequence[str] = (),
+    atomic: tuple[type, ...] = (),
+    whole: tuple[type, ...] = (),
+    smallest: int = SMALL,
+    high_precision: Sequence[str] = (),
+) -> ManagedModule:
+    """Put a module under a policy; its classes, its names and its results stay what they are.
+
+        managed = wrap(model, Policy.preset("cpu-offload", "cuda"))
+        with managed:
+            output = model(inputs.to("cuda"))
+
+    Args:
+        module: frozen, in eval mode. With a source it may be on meta.
+        policy: where its weights are in which state.
+        source: its weights on disk; without one they are what the module holds, and a policy may not name the disk.
+        repeated, atomic, whole, smallest: where it may be cut; see `partition`.
+        high_precision: name patterns of parameters that keep their dtype where storage is narrower than 16 bits.
+
+    Raises:
+        ValueError: the module is wrapped already, learns, is a tensor subclass's, or is to wait on disk without a
+            source.
+    """
+    if managed(module) is not None:
+        raise ValueError(f"this {type(module).__name__} is wrapped already; managed(module) gives what wraps it")
+    if source is None and (policy.offload.on_disk or policy.onload.on_disk):
+        raise ValueError(
+            f"{type(module).__name__} is to wait on disk, but it has no file that could be read block by block. "
+            "Load it from a safetensors file with the policy, or use offload_device='cpu'"
+        )
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(f"{name} learns; only frozen weights can come and go: module.requires_grad_(False)")
+        if type(parameter.data) is not Tensor:
+            raise ValueError(f"{name} is a {type(parameter.data).__name__}; expected a plain tensor")
+    made = ManagedModule(
+        module,
+        policy,
+        blocks=partition(module, repeated=repeated, atomic=atomic, whole=whole, smallest=smallest).blocks,
+        source=source,
+        high_precision=high_precision,
+    )
+    vars(module)[_ATTRIBUTE] = made
+    return made
+
+
+class ManagedModule:
+    """The lifetime of a wrapped module: `wrap` gives it, `unwrap()` ends it.
+
+    `enter()` is the beginning of a stage that uses the module and `leave()` its end; `with` does both. The module may
+    be called without: it enters by itself and stays until `leave()`. Threads take turns, block by block.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        policy: Policy,
+        *,
+        blocks: Sequence[Block],
+        source: ComponentSource | None,
+        high_precision: Sequence[str],
+    ) -> None:
+        self.module = module
+        self.policy = policy
+        self.report = TransferReport()
+        self.slots = SLOTS
+        self.resident: frozenset[str] | None = None
+        self._lock = threading.RLock()
+        self._blocks = {block.name: block for block in blocks}
+        self._source = source
+        self._state = State.OFFLOAD
+        self._bound: str | None = None
+        self._ready: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, int], dict[str, nn.Parameter]] = {}
+        self._stream: BlockStream | None = None
+        self._computed = torch.empty(0, dtype=torch.uint8)
+        self._places = places_of(module, self._blocks)
+        self._packings = {name: self._packing(name, high_precision) for name in self._places}
+        # What a block was given when the module was made or read; nothing is kept twice.
+        self._masters: dict[str, Master] = self._first_masters()
+        self._rest_parameters = {name: self._at_rest(name) for name in self._places}
+        for name in self._places:
+            self._bind(name, self._rest_parameters[name])
+        if source is not None:
+            read_buffers(module, source)
+        self._install()
+
+    @property
+    def state(self) -> State:
+        """OFFLOAD, ONLOAD between blocks, COMPUTATION inside one."""
+        return State.COMPUTATION if self._bound is not None else self._state
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks."""
+        return tuple(self._blocks)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the component holds on its device now."""
+        if self._state is State.OFFLOAD:
+            return 0
+        own = {
+            memory.untyped_storage().data_ptr(): memory.numel()
+            for memory in self._ready.values()
+            if self._is_ours(memory)
+        }
+        slots = self._stream.device_bytes if self._stream is not None else 0
+        return sum(own.values()) + slots + self._computed.numel()
+
+    def configure(self, *, resident: Collection[str] | None, slots: int) -> None:
+        """What the next stage keeps on the device.
+
+        Args:
+            resident: blocks that stay for the whole stage; None is all. A policy that keeps nothing ready, or
+                everything, has the last word.
+            slots: blocks on the device at once among the others, at least 1.
+
+        Raises:
+            ValueError: an unknown block, or no slot.
+        """
+        for name in resident or ():
+            if name not in self._blocks:
+                raise ValueError(f"there is no block {name!r}{did_you_mean(name, self._blocks)}")
+        if slots < 1:
+            raise ValueError(f"slots={slots}: expected 1 or more")
+        chosen = None if resident is None else frozenset(resident)
+        with self._lock:
+            if (chosen, slots) != (self.resident, self.slots):
+                self.leave()
+                self.resident, self.slots = chosen, slots
+
+    def enter(self) -> None:
+        """A stage begins: what stays on the device goes there, the first blocks set out."""
+        with self._lock:
+            if self._state is not State.OFFLOAD:
+                return
+            try:
+                self._onload()
+            except BaseException:
+                self._drop()
+                raise
+
+    def leave(self) -> None:
+        """The stage is over: nothing of the module is on the device any more."""
+        with self._lock:
+            if self._state is not State.OFFLOAD:
+                self._drop()
+
+    def unwrap(self) -> nn.Module:
+        """End it: the module is an ordinary one again, on the CPU, in the dtypes it is stored in.
+
+        Weights that were on disk stay on meta.
+        """
+        with self._lock:
+            self.leave()
+            for part in (self.module, *(block.module for block in self._blocks.values())):
+                vars(part).pop("forward", None)
+            vars(self.module).pop(_ATTRIBUTE, None)
+        return self.module
+
+    def __enter__(self) -> ManagedModule:
+        self.enter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.leave()
+
+    def _onload(self) -> None:
+        self._state = State.ONLOAD
+        if self.policy.offload.on_disk and not self.policy.onload.on_disk:
+            for name, master in self._masters.items():
+                self._masters[name] = HostMaster.read(master, device=self.policy.device, lock=self._locks())
+        streamed = {}
+        for name in self._places:
+            if name == REST or self._stays(name):
+                self._ready[name] = self._to_device(name)
+            else:
+                streamed[name] = self._masters[name]
+        if streamed:
+            self._stream = BlockStream(streamed, self.policy.device, slots=self.slots, report=self.report)
+        size = max((p.computed_bytes for name, p in self._packings.items() if name != REST and p.converts), default=0)
+        self._computed = torch.empty(size, dtype=torch.uint8, device=self.policy.device)
+        rest = self._ready[REST]
+        self._bind(REST, frozen(self._packings[REST].computed_views(rest)))
+        for part, key, buffer in buffers_of(self.module):
+            part._buffers[key] = buffer.to(self.policy.device)
+
+    def _drop(self) -> None:
+        if self._bound is not None:
+            self._unbind(self._bound)
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        self._ready.clear()
+        self._views.clear()
+        self._computed = torch.empty(0, dtype=torch.uint8)
+        self._bind(REST, self._rest_parameters[REST])
+        for part, key, buffer in buffers_of(self.module):
+            part._buffers[key] = buffer.to("cpu")
+        if self._source is not None and self.policy.offload.on_disk:
+            self._masters = {name: DiskMaster(packing, self._source) for name, packing in self._packings.items()}
+        self._state = State.OFFLOAD
+
+    def _stays(self, name: str) -> bool:
+        onload: Placement = self.policy.onload
+        in_place = self.policy.device.type == "cpu" and self._masters[name].memory is not None
+        if in_place or (not onload.on_disk and devices.check_device(onload.device).type == self.policy.device.type):
+            return True
+        return self.policy.keeps_ready and (self.resident is None or name in self.resident)
+
+    def _to_device(self, name: str) -> Tensor:
+        """Packed weights on the device, for the stage; those outside blocks as they are computed with."""
+        master, packing = self._masters[name], self._packings[name]
+        memory = master.memory
+        if memory is None:
+            memory = torch.empty(packing.stored_bytes, dtype=torch.uint8)
+            master.fill(memory)
+        if self.policy.device.type != "cpu":
+            self.report.copied(packing.stored_bytes, 0.0)
+        stored = memory.to(self.policy.device, non_blocking=True)
+        if name != REST or not packing.converts:
+            return stored
+        computed = torch.empty(packing.computed_bytes, dtype=torch.uint8, device=self.policy.device)
+        packing.convert(stored, computed)
+        return computed
+
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[int | None]:
+        """The weights of a block are in place inside the `with`; gives the memory that others will use after it."""
+        with self._lock:
+            self.enter()
+            with self._weights(name) as (memory, is_lent):
+                key = (name, memory.data_ptr())
+                if key not in self._views:
+                    self._views[key] = frozen(self._packings[name].computed_views(memory))
+                try:
+                    self._bound = name
+                    self._bind(name, self._views[key])
+                    yield memory.untyped_storage().data_ptr() if is_lent else None
+                finally:
+                    self._unbind(name)
+
+    @contextmanager
+    def _weights(self, name: str) -> Iterator[tuple[Tensor, bool]]:
+        """A block's weights as they are computed with, and whether their memory will be another block's."""
+        packing, ready = self._packings[name], self._ready.get(name)
+        if ready is not None:
+            stored, release = ready, None
+        else:
+            assert self._stream is not None
+            stored, release = self._stream.acquire(name), self._stream.release
+        try:
+            if packing.converts:
+                packing.convert(stored, self._computed)
+                if release is not None:
+                    # What was converted is not read again, so the next block may set out already.
+                    release(name)
+                    release = None
+                yield self._computed, True
+            else:
+                yield stored, release is not None
+        finally:
+            if release is not None:
+                release(name)
+
+    def _run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block's forward with its weights there."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{name} is streamed, which cannot be compiled from outside; compile its blocks instead")
+        if torch.is_grad_enabled() and any(_wants_grad(value) for value in pytree.tree_leaves((args, kwargs))):
+            raise RuntimeError(
+                f"{name} would be gone by the time its gradient is wanted; run it under torch.no_grad(), or do not "
+                "wrap a module that gradients pass through"
+            )
+        with self._turn(name) as lent:
+            output = forward(*args, **kwargs)
+            # A block may give out a weight, or a part of one; its memory is about to be another block's.
+            return pytree.tree_map(lambda value: value.clone() if _is_in(value, lent) else value, output)
+
+    def _enter_and_run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.enter()
+        return forward(*args, **kwargs)
+
+    def _install(self) -> None:
+        if REST not in self._blocks:
+            surround(self.module, self._enter_and_run)
+        for name, block in self._blocks.items():
+            surround(block.module, functools.partial(self._run, name))
+
+    def _bind(self, name: str, parameters: dict[str, nn.Parameter]) -> None:
+        for part, key, full in self._places[name]:
+            part._parameters[key] = parameters[full]
+
+    def _unbind(self, name: str) -> None:
+        self._bind(name, self._rest_parameters[name])
+        self._bound = None
+
+    def _packing(self, name: str, high_precision: Sequence[str]) -> Packing:
+        tensors = {full: part._parameters[key] for part, key, full in self._places[name]}
+        return Packing(tensors, {full: self._dtypes(full, tensor, high_precision) for full, tensor in tensors.items()})
+
+    def _dtypes(self, name: str, tensor: Tensor, high_precision: Sequence[str]) -> tuple[torch.dtype, torch.dtype]:
+        own = tensor.dtype
+        if not own.is_floating_point:
+            return own, own
+        stored, computed = self.policy.stored_dtype(own), self.policy.computed_dtype(own)
+        if stored.itemsize < 2 <= own.itemsize and any(fnmatch.fnmatchcase(name, each) for each in high_precision):
+            stored = min(own, computed, key=lambda dtype: dtype.itemsize)
+        return stored, computed
+
+    def _first_masters(self) -> dict[str, Master]:
+        if self._source is not None:
+            on_disk = {name: DiskMaster(packing, self._source) for name, packing in self._packings.items()}
+            if self.policy.offload.on_disk:
+                return dict(on_disk)
+            return {name: self._read(master) for name, master in on_disk.items()}
+        masters: dict[str, Master] = {}
+        for name, places in self._places.items():
+            tensors = {full: part._parameters[key] for part, key, full in places}
+            masters[name] = HostMaster(self._packings[name], tensors, device=self.policy.device, lock=self._locks())
+            views = self._packings[name].stored_views(masters[name].memory)
+            # At once, so that no more than one block is in memory twice.
+            self._bind(name, frozen(views))
+        return masters
+
+    def _read(self, master: Master) -> HostMaster:
+        return HostMaster.read(master, device=self.policy.device, lock=self._locks())
+
+    def _locks(self) -> bool:
+        """Whether page-locked memory for all of it leaves the host half of what is free."""
+        free = devices.available_memory("cpu")
+        return free is None or 2 * sum(packing.stored_bytes for packing in self._packings.values()) < free
+
+    def _at_rest(self, name: str) -> dict[str, nn.Parameter]:
+        """What stands in the module while a block is not in use."""
+        packing, memory = self._packings[name], self._masters[name].memory
+        if memory is not None:
+            return frozen(packing.stored_views(memory))
+        return frozen(packing.computed_views(torch.empty(packing.computed_bytes, dtype=torch.uint8, device="meta")))
+
+    def _is_ours(self, memory: Tensor) -> bool:
+        return all(memory is not master.memory for master in self._masters.values())
+
+
+def _wants_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _is_in(value: Any, memory: int | None) -> bool:
+    return isinstance(value, Tensor) and memory is not None and value.untyped_storage().data_ptr() == memory

@@ -1,0 +1,198 @@
+"""Blocks that come to the device ahead of their turn, in a ring of slots, while earlier ones compute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth.core import device as devices
+from diffsynth.core.vram.masters import Master, host_memory
+from diffsynth.core.vram.report import TransferReport
+
+
+@dataclass
+class _Slot:
+    """Device memory for one block.
+
+    Args:
+        memory: bytes.
+        block: whose weights are in it or on their way.
+        arriving: the thread's part of the way, if one works on it.
+        ready: event behind the copy.
+        used: event behind the last computation that read it.
+    """
+
+    memory: Tensor
+    block: str | None = None
+    arriving: Future[Any] | None = None
+    ready: Any = None
+    used: Any = None
+
+
+@dataclass
+class _Staging:
+    """Page-locked memory between disk or ordinary memory and the device; `copied` is the event behind its last use."""
+
+    memory: Tensor
+    copied: Any = None
+
+
+class BlockStream:
+    """Gives each block its memory on the device when its turn comes, and has the next ones on their way by then.
+
+    The order is learnt: whoever followed a block last time follows it next time. Before the first pass it is that of
+    `masters`. A wrong guess costs time, never a wrong weight.
+
+    Page-locked masters are copied by the device alone, on a stream of its own. Others, those on disk among them, go
+    through two staging buffers, by a thread. On the CPU the thread reads into the slot itself.
+
+    Args:
+        masters: of the blocks that take turns, by name.
+        device: where they go.
+        slots: blocks on the device at once, at least 1; with 1 nothing is hidden.
+        report: counts what happens.
+    """
+
+    def __init__(
+        self, masters: Mapping[str, Master], device: torch.device, *, slots: int, report: TransferReport
+    ) -> None:
+        names = list(masters)
+        largest = max((master.packing.stored_bytes for master in masters.values()), default=0)
+        self._masters = dict(masters)
+        self._device = device
+        self._report = report
+        self._next = dict(zip(names, [*names[1:], *names[:1]], strict=True))
+        self._last: str | None = None
+        self._in_use: _Slot | None = None
+        self._side = devices.side_stream(device)
+        memories = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(slots, len(names)))]
+        # The allocator may give out memory that earlier work of the computing stream still reads.
+        self._slots = [_Slot(memory, used=devices.mark(device)) for memory in memories]
+        staged = device.type != "cpu" and any(not _is_locked(master) for master in masters.values())
+        self._staging = [_Staging(host_memory(largest, device)) for _ in range(2 if staged else 0)]
+        needs_thread = staged or (device.type == "cpu" and bool(names))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffsynth-vram") if needs_thread else None
+        for name in names[: len(self._slots)]:
+            self._begin(self._free_slot(()), name)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the slots take on the device."""
+        return sum(slot.memory.numel() for slot in self._slots)
+
+    def acquire(self, name: str) -> Tensor:
+        """The packed weights of a block, on the device, until `release`; the next blocks set out."""
+        slot = self._slot_of(name)
+        hit = slot is not None
+        if slot is None:
+            slot = self._free_slot(())
+            self._begin(slot, name)
+        started = time.perf_counter()
+        if slot.arriving is not None:
+            try:
+                slot.arriving.result()
+            except BaseException:
+                slot.block = None
+                raise
+        devices.wait_for(slot.ready, self._device)
+        self._report.waited(time.perf_counter() - started, hit=hit)
+        if self._last is not None:
+            self._next[self._last] = name
+        self._last = name
+        self._in_use = slot
+        self._look_ahead(name)
+        return slot.memory
+
+    def release(self, name: str) -> None:
+        """The block has been given to the device; its slot is free once that is done."""
+        slot = self._in_use
+        assert slot is not None, f"{name} is released, but nothing is in use"
+        assert slot.block == name, f"{name} is released, but it is {slot.block}'s turn"
+        slot.used = devices.mark(self._device)
+        self._in_use = None
+        if len(self._slots) > 1:
+            self._look_ahead(name)
+
+    def close(self) -> None:
+        """Let go of threads, staging and slots; whatever is still on its way arrives first."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        # The slots' memory goes back to an allocator that knows nothing of the side stream.
+        devices.wait_for(self._side.mark(), self._device)
+        for staging in self._staging:
+            if staging.copied is not None:
+                staging.copied.synchronize()
+        self._slots, self._staging, self._in_use = [], [], None
+
+    def _look_ahead(self, name: str) -> None:
+        coming = tuple(self._coming(name))
+        for following in coming:
+            if self._slot_of(following) is None:
+                slot = self._free_slot((name, *coming))
+                if slot is None:
+                    return
+                self._begin(slot, following)
+
+    def _coming(self, name: str) -> Iterator[str]:
+        """The blocks that follow, as many as there is room for."""
+        room = len(self._slots) - (self._in_use is not None)
+        following = self._next[name]
+        seen = {name}
+        while room > 0 and following not in seen:
+            yield following
+            seen.add(following)
+            following = self._next[following]
+            room -= 1
+
+    def _slot_of(self, name: str) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.block == name), None)
+
+    def _free_slot(self, wanted: tuple[str, ...]) -> Any:
+        """A slot whose block is not wanted, an empty one first; None if there is none."""
+        free = [slot for slot in self._slots if slot is not self._in_use and slot.block not in wanted]
+        return min(free, key=lambda slot: slot.block is not None, default=None)
+
+    def _begin(self, slot: _Slot, name: str) -> None:
+        slot.block = name
+        master = self._masters[name]
+        if self._device.type != "cpu" and _is_locked(master):
+            slot.arriving = None
+            self._upload(slot, master.memory, master.packing.stored_bytes)
+        else:
+            assert self._thread is not None
+            slot.arriving = self._thread.submit(self._bring, slot, master)
+
+    def _bring(self, slot: _Slot, master: Master) -> None:
+        """In the thread: from disk or ordinary memory towards the device."""
+        started = time.perf_counter()
+        size = master.packing.stored_bytes
+        if self._device.type == "cpu":
+            master.fill(slot.memory[:size])
+            self._report.copied(size, time.perf_counter() - started)
+            return
+        staging = self._staging[0]
+        self._staging.reverse()
+        if staging.copied is not None:
+            staging.copied.synchronize()
+        master.fill(staging.memory[:size])
+        self._upload(slot, staging.memory, size)
+        staging.copied = slot.ready
+
+    def _upload(self, slot: _Slot, memory: Tensor | None, size: int) -> None:
+        assert memory is not None
+        started = time.perf_counter()
+        self._side.wait(slot.used)
+        with self._side.run():
+            slot.memory[:size].copy_(memory[:size], non_blocking=True)
+        slot.ready = self._side.mark()
+        self._report.copied(size, time.perf_counter() - started)
+
+
+def _is_locked(master: Master) -> bool:
+    return master.memory is not None and master.memory.is_pinned()
