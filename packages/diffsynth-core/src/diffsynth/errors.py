@@ -15,6 +15,7 @@ DiffsynthError
 ├── PipelineError
 │   ├── InvalidPipeline     units, roles and velocity() do not fit together
 │   ├── MissingComponent    an argument or a stage needs a role that is not loaded
+│   ├── Unplannable         what a call would take cannot be told without making it
 │   └── Cancelled           the caller's `cancel` event was set
 ├── TrainingError
 └── BackendError
@@ -88,6 +89,10 @@ class InvalidPipeline(PipelineError):
 
 class MissingComponent(PipelineError):
     """A role that this call needs is not loaded."""
+
+
+class Unplannable(PipelineError):
+    """What a call would take cannot be told without making it."""
 
 
 class Cancelled(PipelineError):

@@ -1,0 +1,56 @@
+"""Bytes that are alive, on the device and on the host, and the most that there were."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+from torch import Tensor
+
+GRANULE = 512
+"""Bytes to which torch's allocators for accelerators round up; on the CPU a tensor of that size is no matter."""
+
+
+class Ledger:
+    """Counts storages, not tensors: views of one storage count once, and it counts until the last of them is gone.
+
+    Storages on the meta device are the device's, all others the host's.
+    """
+
+    def __init__(self) -> None:
+        self.live = {"device": 0, "host": 0}
+        self.peak = dict(self.live)
+        self._known: dict[int, weakref.ref[object]] = {}
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count these: weights, which are counted elsewhere."""
+        for tensor in tensors:
+            self._remember(tensor, "device", 0)
+
+    def allocated(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor, unless it is counted already."""
+        size = tensor.untyped_storage().nbytes()
+        self._remember(tensor, "device" if tensor.is_meta else "host", -(-size // GRANULE) * GRANULE)
+
+    def scratch(self, size: int) -> None:
+        """Count memory of the device that an operation takes while it runs."""
+        self.peak["device"] = max(self.peak["device"], self.live["device"] + size)
+
+    def restart_peak(self) -> None:
+        """Look for the most from now on."""
+        self.peak = dict(self.live)
+
+    def _remember(self, tensor: Tensor, place: str, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            del self._known[key]
+            self.live[place] -= size
+
+        # torch keeps the Python object of a storage as long as the storage itself.
+        self._known[key] = weakref.ref(storage, gone)
+        self.live[place] += size
+        self.peak[place] = max(self.peak[place], self.live[place])

@@ -1,0 +1,259 @@
+"""The rehearsal itself: operations on the meta device, watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from diffsynth.core.attention.on_meta import MetaCall, call_of_sdpa, watched
+from diffsynth.core.vram.rehearsal.ledger import Ledger
+from diffsynth.core.vram.rehearsal.values import KnownValues
+from diffsynth.core.vram.rehearsal.workspace import workspace
+from diffsynth.errors import Unplannable
+
+_aten = torch.ops.aten
+_FACTORIES = (torch.tensor, torch.as_tensor, torch.asarray)
+_NEEDS_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One run of a block.
+
+    Args:
+        role: of its component.
+        block: its name in the component.
+        flops: floating-point operations of its matrix products, convolutions and attention.
+    """
+
+    role: str
+    block: str
+    flops: int
+
+
+@dataclass
+class Stage:
+    """What one stage took.
+
+    Args:
+        name: of the stage.
+        device_bytes: the most that was alive on the device at once, weights not counted.
+        host_bytes: the same in host memory.
+        flops: of everything in it, blocks included.
+        visits: blocks in the order they ran.
+    """
+
+    name: str
+    device_bytes: int = 0
+    host_bytes: int = 0
+    flops: int = 0
+    visits: list[Visit] = field(default_factory=list)
+
+
+class Rehearsal:
+    """Watches code that runs on the meta device inside `with rehearsal:`.
+
+    Args:
+        device_type: of the device that is meant, "cuda" or "cpu"; kernels there take different workspaces.
+        components: role -> module, all on meta.
+        blocks: role -> the blocks whose runs are noted, by name.
+    """
+
+    def __init__(
+        self,
+        device_type: str,
+        components: Mapping[str, nn.Module],
+        blocks: Mapping[str, Mapping[str, nn.Module]] | None = None,
+    ) -> None:
+        self.device_type = device_type
+        self.stages: list[Stage] = []
+        self.ledger = Ledger()
+        self.values = KnownValues()
+        self._blocks = blocks or {}
+        self._running: list[tuple[str, str, int]] = []
+        self._exit = ExitStack()
+        for module in components.values():
+            self.ledger.ignore((*module.parameters(), *module.buffers()))
+
+    def __enter__(self) -> Rehearsal:
+        with ExitStack() as entered:
+            for role, blocks in self._blocks.items():
+                for name, module in blocks.items():
+                    self._note_runs(entered, role, name, module)
+            entered.enter_context(watched(self._attention))
+            entered.enter_context(_Calls(self))
+            entered.enter_context(_Operations(self))
+            self._exit = entered.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """What happens inside belongs to this stage; stages follow each other and are kept in `stages`."""
+        stage = Stage(name)
+        self.stages.append(stage)
+        self.ledger.restart_peak()
+        yield stage
+        stage.device_bytes, stage.host_bytes = self.ledger.peak["device"], self.ledger.peak["host"]
+
+    def count(self, flops: int) -> None:
+        """Add floating-point operations to the stage, and so to the block that runs."""
+        if self.stages:
+            self.stages[-1].flops += flops
+
+    def _attention(self, call: MetaCall) -> None:
+        self.ledger.allocated(call.out)
+        self.ledger.scratch(call.workspace(self.device_type))
+        self.count(call.flops)
+
+    def _note_runs(self, entered: ExitStack, role: str, name: str, module: nn.Module) -> None:
+        def begins(*_: object) -> None:
+            if self.stages:
+                self._running.append((role, name, self.stages[-1].flops))
+
+        def ends(*_: object) -> None:
+            if self.stages:
+                _, _, before = self._running.pop()
+                self.stages[-1].visits.append(Visit(role, name, self.stages[-1].flops - before))
+
+        entered.callback(module.register_forward_pre_hook(begins).remove)
+        entered.callback(module.register_forward_hook(ends).remove)
+
+
+class _Operations(TorchDispatchMode):
+    """Below autograd: every operation of torch, one at a time."""
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        super().__init__()
+        self._rehearsal = rehearsal
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        watcher, values = self._rehearsal, self._rehearsal.values
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(tag in func.tags for tag in _NEEDS_VALUES) and (known := _by_value(values, func, args, kwargs)):
+            return known[0]
+        if func is _aten._to_copy.default and inputs[0].is_meta and _goes_to_cpu(kwargs):
+            return self._to_host(inputs[0], kwargs)
+        if any(tensor.is_meta for tensor in inputs):
+            if func is _aten.copy_.default and not args[0].is_meta:
+                values.spoil(func, args, kwargs)
+                return args[0]
+            args, kwargs = tree_map_only(Tensor, _as_meta(values), (args, kwargs))
+            if func.overloadpacket in _INDEXED:
+                args = (args[0], _long_indices(values, func, args[1]), *args[2:])
+        out = func(*args, **kwargs)
+        values.follow(func, args, kwargs, out)
+        for result in tree_leaves(out):
+            if isinstance(result, Tensor):
+                watcher.ledger.allocated(result)
+        if count := flop_registry.get(func.overloadpacket):
+            watcher.count(count(*args, **kwargs, out_val=out))
+            watcher.ledger.scratch(workspace(func, args, out, watcher.device_type))
+        return out
+
+    def _to_host(self, tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """A real tensor where the value is known. Elsewhere it stays on meta, in the account of the device."""
+        dtype = kwargs.get("dtype") or tensor.dtype
+        twin = self._rehearsal.values.of(tensor)
+        if twin is not None:
+            moved = twin.to(dtype, copy=True)
+        else:
+            moved = torch.empty_like(tensor, dtype=dtype)
+        self._rehearsal.ledger.allocated(moved)
+        return moved
+
+
+class _Calls(TorchFunctionMode):
+    """Above autograd: calls that must not be taken apart into operations."""
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        super().__init__()
+        self._rehearsal = rehearsal
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args and args[0].is_meta:
+            call = call_of_sdpa(*args, **kwargs)
+            self._rehearsal._attention(call)
+            return call.out.transpose(1, 2)
+        if func is F.rms_norm and self._rehearsal.device_type != "cpu" and args[0].is_meta:
+            # One kernel on accelerators; on meta it would be taken apart as on the CPU.
+            return torch.empty_like(args[0])
+        if func in _FACTORIES and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            # torch fills no memory on meta, and the value would be lost.
+            return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
+        return func(*args, **kwargs)
+
+
+def _goes_to_cpu(kwargs: Mapping[str, Any]) -> bool:
+    device = kwargs.get("device")
+    return device is not None and device.type == "cpu"
+
+
+def _by_value(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
+    """The result, in a tuple, of an operation that depends on values; None if nothing in it is on meta.
+
+    Raises:
+        Unplannable: a value is not known.
+    """
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    known = values.arguments(args, kwargs)
+    if known is None:
+        shape = tuple(inputs[0].shape) if inputs else ()
+        raise Unplannable(
+            f"{func} asks for the values of a tensor of shape {shape} that depends on weights or pixels; a plan knows "
+            f"only values that follow from the arguments of a call. Run it instead, and look at the peak"
+        )
+    if not any(tensor.is_meta for tensor in inputs):
+        return None
+
+    def on_meta(result: Tensor) -> Tensor:
+        made = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+        values.learn(made, result)
+        return made
+
+    return (tree_map_only(Tensor, on_meta, func(*known[0], **known[1])),)
+
+
+def _as_meta(values: KnownValues) -> Any:
+    """Beside tensors on meta all are, but for single numbers."""
+
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.is_meta or tensor.ndim == 0:
+            return tensor
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        if (twin := values.of(tensor)) is not None:
+            values.learn(made, twin)
+        return made
+
+    return change
+
+
+def _long_indices(values: KnownValues, func: Any, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices with masks replaced by the places where they are True."""
+    long: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            long.append(index)
+            continue
+        (places,) = _by_value(values, _aten.nonzero.default, (index,), {}) or (index.nonzero(),)
+        for axis in range(index.ndim):
+            long.append(places[:, axis])
+            twin = values.of(places)
+            assert twin is not None
+            values.learn(long[-1], twin[:, axis])
+    return long
