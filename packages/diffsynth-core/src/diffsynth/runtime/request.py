@@ -13,7 +13,7 @@ from torch import Tensor
 from diffsynth import _discovery
 from diffsynth.errors import MissingComponent, did_you_mean
 from diffsynth.runtime.progress import progress_bar
-from diffsynth.runtime.unit import Program, can_run
+from diffsynth.runtime.unit import Program, can_run, needed_roles
 
 OutputType = Literal["pil", "tensor", "latents"]
 
@@ -174,7 +174,7 @@ def _reject_unserved(
         owners = program.owners(name)
         if not owners or value is signature.parameters[name].default or any(can_run(o, components) for o in owners):
             continue
-        missing = [role for role in owners[0].roles if components.get(role) is None]
+        missing = [role for role in needed_roles(owners[0]) if components.get(role) is None]
         raise MissingComponent(
             f"argument {name!r} needs {' and '.join(missing)}, which is not loaded; "
             f"add its file to model_configs, or leave {name!r} out"

@@ -39,8 +39,9 @@ class Unit:
     """One step: call it with its roles and reads; the result is a value per written name.
 
     `branches` maps a branch to the names it reads in place of the plain ones; the plain names are the `cond` branch.
-    A `random` unit draws randomness, so its result is never cached. `provider` is the plugin that adds the unit to
-    somebody else's pipeline.
+    A `random` unit draws randomness, so its result is never cached. `requires` names roles that it does not use but
+    is nothing without: its arguments are theirs. `provider` is the plugin that adds the unit to somebody else's
+    pipeline.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Unit:
     writes: tuple[str, ...]
     branches: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
     random: bool = False
+    requires: tuple[str, ...] = ()
     provider: str = field(default="", compare=False)
 
     @property
@@ -88,7 +90,10 @@ class Unit:
 
 
 def unit(
-    *writes: str, branches: Mapping[str, Mapping[str, str]] | None = None, random: bool = False
+    *writes: str,
+    branches: Mapping[str, Mapping[str, str]] | None = None,
+    random: bool = False,
+    requires: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Unit]:
     """Make a function a unit that writes the given names.
 
@@ -96,6 +101,7 @@ def unit(
         writes: names of the results; a function that writes one returns it bare, otherwise a tuple in this order.
         branches: branch -> {read name: the name it has in that branch}.
         random: the unit draws randomness.
+        requires: roles that must be loaded for it to run, though it does not use them and they need not be at hand.
 
     Raises:
         TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches` renames a name
@@ -125,6 +131,7 @@ def unit(
             writes=writes,
             branches=MappingProxyType(dict(branches or {})),
             random=random,
+            requires=tuple(requires),
         )
 
     return decorate
@@ -215,7 +222,12 @@ def run_units(
 
 def can_run(step: Unit, components: Mapping[str, Any]) -> bool:
     """Whether every role that the unit cannot do without is loaded."""
-    return all(components.get(role) is not None for role in step.roles if role not in step.optional_roles)
+    return all(components.get(role) is not None for role in needed_roles(step))
+
+
+def needed_roles(step: Unit) -> tuple[str, ...]:
+    """The roles without which the unit does not run."""
+    return (*(role for role in step.roles if role not in step.optional_roles), *step.requires)
 
 
 class State:
