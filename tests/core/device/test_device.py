@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from diffsynth.core import device as devices
-from diffsynth.core.device import backends, memory
 
 
 def test_the_first_accelerator_wins(monkeypatch):
@@ -12,33 +11,6 @@ def test_the_first_accelerator_wins(monkeypatch):
     assert devices.default_device() == torch.device("cpu")
     assert (devices.get_device_name(), devices.get_device_id()) == ("cpu", 0)
     assert (devices.IS_CUDA_AVAILABLE, devices.IS_NPU_AVAILABLE) == (False, False)
-
-
-def test_free_host_memory_is_what_both_machine_and_container_allow(tmp_path, monkeypatch):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 900 kB\nMemAvailable:    512 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert devices.available_memory("cpu") == 512 * 1024
-    (tmp_path / "memory.max").write_text("300000\n")
-    (tmp_path / "memory.current").write_text("200000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
-    assert devices.available_memory("cpu") == 150000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert devices.available_memory("cpu") == 512 * 1024
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "nothing")
-    assert devices.available_memory("cpu") is None
-
-
-def test_free_accelerator_memory_counts_the_reserve(monkeypatch):
-    class Backend:
-        mem_get_info = staticmethod(lambda device: (1000, 9000))
-        memory_reserved = staticmethod(lambda device: 70)
-        memory_allocated = staticmethod(lambda device: 20)
-
-    monkeypatch.setattr(backends, "torch_module", lambda kind: Backend)
-    assert devices.available_memory("cuda:1") == 1050
-    assert devices.available_memory("mps") is None
 
 
 def test_a_seed_gives_the_same_numbers():

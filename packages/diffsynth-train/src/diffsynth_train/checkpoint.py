@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth import _discovery
+from diffsynth.core import device as devices
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import TrainingError
 from diffsynth_train.components import Component
@@ -73,7 +74,8 @@ def save_state(
         "optimizer": optimizer.state_dict(),
         "ema": None if ema is None else dict(ema),
         "random": torch.get_rng_state(),
-        "random_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "device_type": device.type,
+        "random_device": None if device.type == "cpu" else devices.random_state(device),
     }
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{STATE}.partial"
@@ -108,8 +110,9 @@ def load_state(
             parameter.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"].cpu())
-    if state["random_device"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["random_device"].cpu(), device)
+    # States of another kind of device do not fit, and its numbers would be others anyway.
+    if state["random_device"] is not None and state.get("device_type", device.type) == device.type:
+        devices.set_random_state(state["random_device"], device)
     return state["step"], state["ema"]
 
 

@@ -22,14 +22,10 @@ def python() -> Iterator[Finding]:
 
 def devices() -> Iterator[Finding]:
     """Where computation can happen, with free memory; each one multiplies a matrix."""
-    import torch
-
     from diffsynth.core import device
 
-    chosen = device.get_device_type()
-    if chosen == "cpu":
-        kits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
-        built_for = " and ".join(f"{kit} {version}" for kit, version in kits.items() if version)
+    if device.get_device_type() == "cpu":
+        built_for = " and ".join(device.built_for())
         reason = f"this torch is built for {built_for} and finds no device" if built_for else "this torch is CPU-only"
         yield Finding(
             "accelerator",
@@ -37,11 +33,8 @@ def devices() -> Iterator[Finding]:
             f"none ({reason}); computation happens on the CPU",
             "If the machine has one: install its driver, and the torch that is built for it",
         )
-    else:
-        count = device.get_torch_device().device_count()
-        for name in [chosen] if chosen == "mps" else [f"{chosen}:{index}" for index in range(count)]:
-            yield _device(name)
-    yield _device("cpu")
+    for name in device.present_devices():
+        yield _device(name)
 
 
 def attention() -> Iterator[Finding]:
@@ -104,12 +97,11 @@ def _device(name: str) -> Finding:
         ones = torch.ones(8, 8, dtype=torch.bfloat16, device=name)
         if (ones @ ones).sum().item() != 512:
             raise RuntimeError("a product of matrices is wrong")
-        free = device.available_memory(name)
+        free, card = device.available_memory(name), device.card_name(name)
     except Exception as error:  # each driver raises its own kinds
         action = "Update the device's driver, or choose another with device="
         return Finding(name, "broken", f"does not compute: {type(error).__name__}: {error}", action, cause=error)
-    label = getattr(device.get_torch_device(), "get_device_name", None) if name != "cpu" else None
-    return Finding(name, "ok", f"{label(name) + ', ' if label else ''}{in_gib(free)} of memory free")
+    return Finding(name, "ok", f"{card}, {in_gib(free)} of memory free")
 
 
 def _attend(backend: str) -> str:

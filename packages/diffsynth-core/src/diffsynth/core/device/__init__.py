@@ -17,9 +17,11 @@ from diffsynth.core.device.memory import (
     total_memory,
 )
 from diffsynth.core.device.names import (
+    built_for,
     card_name,
     check_device,
     check_dtype,
+    compute_capability,
     default_device,
     enable_high_precision_for_bf16,
     get_available_device_type,
@@ -41,9 +43,11 @@ __all__ = [
     "IS_NPU_AVAILABLE",
     "SideStream",
     "available_memory",
+    "built_for",
     "card_name",
     "check_device",
     "check_dtype",
+    "compute_capability",
     "default_device",
     "empty_cache",
     "enable_high_precision_for_bf16",

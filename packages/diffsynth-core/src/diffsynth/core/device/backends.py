@@ -93,9 +93,23 @@ ACCELERATORS = tuple(kind for kind in BACKENDS if kind != "cpu")
 """In the order they are preferred."""
 
 
-def kind_of(device: torch.device | str | int) -> str:
-    """The type in a device or its name; a name need not parse, as "npu" does not where torch_npu is missing."""
-    return device.partition(":")[0] if isinstance(device, str) else torch.device(device).type
+def parts(device: torch.device | str | int) -> tuple[str, int | None]:
+    """Type and index of a device or its name.
+
+    Names are read here, not by torch: it knows no "npu" where torch_npu is missing, and takes "cuda:256" for "cuda:0".
+
+    Raises:
+        ValueError: a name with something else than a number behind its colon.
+    """
+    if not isinstance(device, str):
+        parsed = torch.device(device)
+        return parsed.type, parsed.index
+    kind, colon, index = device.partition(":")
+    if not colon:
+        return kind, None
+    if not index.isdecimal():
+        raise ValueError(f"device {device!r}: expected a name such as 'cuda:0'")
+    return kind, int(index)
 
 
 def torch_module(kind: str) -> Any:
@@ -119,7 +133,7 @@ def driven(device: torch.device | str) -> tuple[Backend, Any]:
     Raises:
         ValueError: a kind of device that diffsynth does not know.
     """
-    kind = kind_of(device)
+    kind, _ = parts(device)
     if kind not in BACKENDS:
         raise ValueError(f"device type {kind!r}: expected one of {', '.join(BACKENDS)}")
     return BACKENDS[kind], torch_module(kind)

@@ -43,7 +43,9 @@ def total_memory(device: torch.device | str) -> int | None:
         return _host_memory()
     if module is None:
         return None
-    return int(module.mem_get_info(torch.device(device))[1] if backend.counts else module.recommended_max_memory())
+    if backend.counts:
+        return int(module.mem_get_info(torch.device(device))[1])
+    return int(module.recommended_max_memory()) if backend.kind == "mps" else None
 
 
 def memory_in_use(device: torch.device | str) -> int | None:
@@ -56,7 +58,9 @@ def memory_in_use(device: torch.device | str) -> int | None:
         return _status("VmRSS")
     if module is None:
         return None
-    return int(module.memory_allocated(torch.device(device)) if backend.counts else module.current_allocated_memory())
+    if backend.counts:
+        return int(module.memory_allocated(torch.device(device)))
+    return int(module.current_allocated_memory()) if backend.kind == "mps" else None
 
 
 def peak_memory(device: torch.device | str) -> int | None:

@@ -15,8 +15,9 @@ from diffsynth.core.device.backends import (
     CONVERTIBLE,
     driven,
     is_available,
-    kind_of,
+    parts,
 )
+from diffsynth.errors import did_you_mean
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -43,19 +44,24 @@ def check_device(device: torch.device | str | int) -> torch.device:
         ValueError: not a device, one of a kind that diffsynth does not know, or one that is not on this machine.
     """
     try:
-        kind = kind_of(device)
-    except (RuntimeError, TypeError):
+        kind, index = parts(device)
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"device {device!r}: expected a name such as 'cuda:0'; {_these()}") from None
     if kind not in BACKENDS:
-        raise ValueError(f"device {str(device)!r}: diffsynth computes on {', '.join(BACKENDS)}; {_these()}")
+        near = did_you_mean(kind, BACKENDS)
+        raise ValueError(f"device {str(device)!r}: diffsynth computes on {', '.join(BACKENDS)}; {_these()}{near}")
+    backend, module = driven(kind)
     if not is_available(kind):
-        label, needs = BACKENDS[kind].label, BACKENDS[kind].needs
-        raise ValueError(f"device {str(device)!r}: there is no {label} device, which needs {needs}; {_these()}")
-    try:
-        parsed = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r}: {' '.join(str(error).split())}; {_these()}") from None
-    return _with_index(parsed)
+        raise ValueError(
+            f"device {str(device)!r}: there is no {backend.label} device, which needs {backend.needs}; {_these()}"
+        )
+    if index is None:
+        index = int(module.current_device()) if backend.indexed else 0
+    count = int(module.device_count()) if backend.indexed else 1
+    if not 0 <= index < count:
+        number = f"there {'are' if count > 1 else 'is'} {count} {backend.label} device{'s' if count > 1 else ''}"
+        raise ValueError(f"device {str(device)!r}: {number}; {_these()}")
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, index)
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
@@ -80,6 +86,21 @@ def card_name(device: torch.device | str) -> str:
     if backend.indexed and module is not None:
         return str(module.get_device_name(torch.device(device)))
     return _processor()
+
+
+def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
+    """The generation of a CUDA device, (9, 0) for Hopper; None for every other kind and for ROCm, which counts anew."""
+    backend, module = driven(device)
+    if backend.kind != "cuda" or torch.version.hip is not None or not is_available(backend.kind):
+        return None
+    major, minor = module.get_device_capability(torch.device(device))
+    return int(major), int(minor)
+
+
+def built_for() -> tuple[str, ...]:
+    """What this torch is compiled for besides the CPU: `("CUDA 13.2",)`. Packages such as torch_npu do not tell."""
+    kits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    return tuple(f"{kit} {version}" for kit, version in kits.items() if version)
 
 
 def get_device_type() -> str:
@@ -109,7 +130,7 @@ def get_torch_device() -> Any:
 
 def parse_device_type(device: torch.device | str) -> str:
     """The type in a device or its name, `"cuda"` of `"cuda:1"`."""
-    return kind_of(device)
+    return parts(device)[0]
 
 
 def parse_nccl_backend(device_type: str) -> str:
@@ -137,20 +158,6 @@ def enable_high_precision_for_bf16() -> None:
     elif kind == "npu":
         # Ascend's counterpart of TF32.
         driven(kind)[1].matmul.allow_hf32 = False
-
-
-def _with_index(device: torch.device) -> torch.device:
-    backend, module = driven(device)
-    if not backend.indexed:
-        if device.index:
-            raise ValueError(f"device {str(device)!r}: there is one {backend.label}, {backend.kind!r}; {_these()}")
-        return torch.device(backend.kind) if backend.kind == "cpu" else torch.device(backend.kind, 0)
-    index = int(module.current_device()) if device.index is None else device.index
-    count = int(module.device_count())
-    if index >= count:
-        number = f"{count} {backend.label} device{'s are' if count > 1 else ' is'}"
-        raise ValueError(f"device {str(device)!r}: {number} here; {_these()}")
-    return torch.device(backend.kind, index)
 
 
 def _these() -> str:

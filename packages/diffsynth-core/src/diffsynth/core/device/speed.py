@@ -1,0 +1,212 @@
+"""How fast a link, a device and a disk are: measured once a machine, then read from `speed.json` in the cache folder.
+
+For a device that is not here an assumption, which says that it is one. Delete the file to measure again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from diffsynth import _env
+from diffsynth.core.device.backends import driven, is_available
+from diffsynth.core.device.memory import page_locked
+from diffsynth.core.device.names import card_name, check_device, check_dtype
+from diffsynth.core.device.streams import synchronize
+
+_REPEATS = 5
+_LINK_BYTES = 256 * 2**20
+_DISK_BYTES = 128 * 2**20
+_DISK_BLOCK, _DISK_THREADS = 8 * 2**20, 4
+"""As the loader reads; one thread does not keep an NVMe drive busy."""
+_FIRST_WIDTH, _LAST_WIDTH, _LONG_ENOUGH = 256, 8192, 0.02
+"""Rows and columns of the matrices grow until a product takes these seconds; a CPU may be 10**6 times slower."""
+
+_COMPUTES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A rate.
+
+    Attributes:
+        value: bytes/s of a link or a disk, FLOP/s of a device; a product of two n x n matrices is 2 n**3 FLOP.
+        measured: False for an assumption.
+        source: what was measured, or what is assumed and why.
+    """
+
+    value: float
+    measured: bool
+    source: str = ""
+
+
+_PCIE = Speed(25e9, measured=False, source="assumed: PCIe 4.0 x16 reaches about 25 GB/s of its 31.5")
+_LINKS = {
+    "cuda": _PCIE,
+    "npu": _PCIE,
+    "mps": Speed(30e9, measured=False, source="assumed: a copy within the 68 GB/s of an Apple M1's memory"),
+    "cpu": Speed(5e9, measured=False, source="assumed: a copy in the memory of a small machine"),
+}
+_RTX_4090 = "assumed: 60 % of an RTX 4090, whose data sheet says 165 TFLOP/s of bf16 and 83 of fp32"
+_M2_MAX = Speed(8e12, measured=False, source="assumed: 60 % of the 13.6 TFLOP/s of an Apple M2 Max")
+_NVME = Speed(3e9, measured=False, source="assumed: an NVMe drive on PCIe 3.0 x4 reads about 3 GB/s")
+
+
+def link_speed(device: torch.device | str) -> Speed:
+    """Bytes/s from page-locked host memory to a device: 256 MiB, the median of five. On the CPU, of a copy in memory.
+
+    Assumed where this machine has no such kind of device, or no room on it.
+
+    Raises:
+        ValueError: an unknown kind of device, or an index that is not there.
+    """
+    backend, _ = driven(device)
+    if not is_available(backend.kind):
+        return _LINKS[backend.kind]
+    device = check_device(device)
+    return _once(f"link, {_hardware(device)}", lambda: _measure_link(device), _LINKS[backend.kind])
+
+
+def compute_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
+    """FLOP/s that a large product of matrices reaches in a dtype: the median of five.
+
+    Assumed where this machine has no such kind of device, or no room on it.
+
+    Raises:
+        ValueError: an unknown kind of device, an index that is not there, or a dtype that it does not compute in.
+    """
+    backend, _ = driven(device)
+    if check_dtype(dtype, device) not in _COMPUTES:
+        names = ", ".join(str(one).removeprefix("torch.") for one in _COMPUTES)
+        raise ValueError(f"{dtype}: products of matrices are measured in {names}")
+    assumed = _assumed_compute(backend.kind, dtype)
+    if not is_available(backend.kind):
+        return assumed
+    device = check_device(device)
+    return _once(f"compute, {_hardware(device)}, {dtype}", lambda: _measure_compute(device, dtype), assumed)
+
+
+def disk_speed(folder: Path | str) -> Speed:
+    """Bytes/s read from the disk under a folder, past the cache of the system.
+
+    Four threads read a file of 128 MiB that is written there, in the nearest folder above if the folder does not exist,
+    and removed again. A drive that still holds it in a cache of its own looks faster than it is. Assumed where nothing
+    can be written, and where the system cannot be told to forget a file (macOS, Windows).
+    """
+    folder = Path(folder).absolute()
+    folder = next(parent for parent in [folder, *folder.parents] if parent.is_dir())
+    if not hasattr(os, "posix_fadvise"):
+        return _NVME
+    mount = next(parent for parent in [folder, *folder.parents] if parent.is_mount())
+    return _once(f"disk, {platform.node()}, {mount}", lambda: _measure_disk(folder), _NVME)
+
+
+def _assumed_compute(kind: str, dtype: torch.dtype) -> Speed:
+    if kind == "mps":
+        return _M2_MAX
+    return Speed(100e12 if dtype.itemsize == 2 else 50e12, measured=False, source=_RTX_4090)
+
+
+def _hardware(device: torch.device) -> str:
+    cores = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{card_name(device)}{cores}, torch {torch.__version__}"
+
+
+def _once(key: str, measure: Callable[[], float], assumed: Speed) -> Speed:
+    """What the cache holds under a key, else the measurement; the assumption, not kept, where that fails."""
+    known = _read_cache().get(key)
+    if not isinstance(known, float):
+        try:
+            known = measure()
+        except (OSError, RuntimeError) as error:
+            return Speed(assumed.value, False, f"{assumed.source}; not measured: {' '.join(str(error).split())}")
+        _write_cache(_read_cache() | {key: known})
+    return Speed(known, True, f"measured: {key}")
+
+
+def _measure_link(device: torch.device) -> float:
+    source = page_locked(_LINK_BYTES, device).fill_(1)
+    destination = torch.zeros(_LINK_BYTES, dtype=torch.uint8, device=device)
+    return _LINK_BYTES / _seconds(lambda: destination.copy_(source, non_blocking=True), device)
+
+
+def _measure_compute(device: torch.device, dtype: torch.dtype) -> float:
+    width = _FIRST_WIDTH
+    while (seconds := _product_seconds(width, device, dtype)) < _LONG_ENOUGH and width < _LAST_WIDTH:
+        width *= 2
+    return 2 * width**3 / seconds
+
+
+def _product_seconds(width: int, device: torch.device, dtype: torch.dtype) -> float:
+    left, right = (torch.full((width, width), 0.5, dtype=dtype, device=device) for _ in range(2))
+    # The layout of a Linear: CPUs that emulate bf16 are ten times slower in others.
+    return _seconds(lambda: torch.nn.functional.linear(left, right), device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    # The first is slow: it loads kernels, and the clock of an idle device is low.
+    return median([_timed(run, device) for _ in range(_REPEATS + 1)][1:])
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _measure_disk(folder: Path) -> float:
+    # Random: some file systems store zeros and repeats in no space.
+    block = os.urandom(_DISK_BLOCK)
+    with tempfile.TemporaryFile(dir=folder, prefix=".diffsynth-speed-") as stream:
+        for position in range(0, _DISK_BYTES, _DISK_BLOCK):
+            stream.write(position.to_bytes(8, "little") + block[8:])
+        stream.flush()
+        os.fsync(stream.fileno())  # only pages that are on the disk are forgotten
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        with ThreadPoolExecutor(_DISK_THREADS) as pool:
+            count = sum(pool.map(lambda first: _read_lane(stream.fileno(), first), range(_DISK_THREADS)))
+        return count / (time.perf_counter() - start)
+
+
+def _read_lane(file: int, first: int) -> int:
+    """Every fourth block of a file; the bytes read."""
+    memory = [bytearray(_DISK_BLOCK)]
+    starts = range(first * _DISK_BLOCK, _DISK_BYTES, _DISK_THREADS * _DISK_BLOCK)
+    return sum(os.preadv(file, memory, start) for start in starts)
+
+
+def _cache_file() -> Path:
+    return _env.cache_dir() / "speed.json"
+
+
+def _read_cache() -> dict[str, object]:
+    try:
+        cache = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}
+
+
+def _write_cache(cache: dict[str, object]) -> None:
+    file = _cache_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(cache, indent=1), encoding="utf-8")
+        os.replace(partial, file)
+    except OSError:
+        # A read-only home costs a measurement next time, nothing else.
+        return

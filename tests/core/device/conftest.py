@@ -1,0 +1,3 @@
+from fake_devices import bare, recorded
+
+__all__ = ["bare", "recorded"]

@@ -1,0 +1,105 @@
+"""Queues and events, on a device that writes down what it is given and on one that has neither."""
+
+import pytest
+import torch
+
+from diffsynth.core import device as devices
+from diffsynth.core.device.upload import UploadRing
+from fake_devices import BARE, FULL, Bare, Event, Recorded, Stream
+
+
+def test_copies_of_the_side_stream_come_between_what_they_wait_for_and_what_waits_for_them(recorded):
+    side = devices.side_stream("cuda:1")
+    assert side.overlaps
+    recorded.work("computes block 0")
+    used = devices.mark("cuda:1")
+    side.wait(used)
+    with side.run():
+        recorded.work("copies block 1")
+    copied = side.mark()
+    recorded.work("computes on")
+    devices.wait_for(copied, "cuda:1")
+    recorded.work("computes block 1")
+    name = "side1 of cuda:1"
+    assert recorded.log == [
+        ("main", "computes block 0"),
+        ("main", "records event1"),
+        (name, "waits for event1"),
+        (name, "copies block 1"),
+        (name, "records event2"),
+        ("main", "computes on"),
+        ("main", "waits for event2"),
+        ("main", "computes block 1"),
+    ]
+
+
+def test_leaving_the_side_stream_by_an_error_leaves_it(recorded):
+    with pytest.raises(KeyboardInterrupt), devices.side_stream(FULL).run():
+        raise KeyboardInterrupt
+    assert recorded.current.name == "main"
+
+
+def test_nothing_to_wait_for(recorded):
+    side = devices.side_stream(FULL)
+    side.wait(None)
+    devices.wait_for(None, FULL)
+    assert recorded.log == []
+
+
+@pytest.mark.parametrize("device", ["cpu", f"{BARE}:0"])
+def test_without_streams_all_happens_in_order(bare, device):
+    side = devices.side_stream(device)
+    assert not side.overlaps
+    done = []
+    with side.run():
+        done.append("inside")
+    event = side.mark()
+    assert (event, devices.mark(device), done) == (None, None, ["inside"])
+    side.wait(event)
+    devices.wait_for(event, device)
+    assert bare.waited == (0 if device == "cpu" else 2)  # an event that cannot be had is waited for at once
+    with pytest.raises(ValueError, match="'an event': (CPU|Toy) has no events"):
+        side.wait("an event")
+
+
+@pytest.mark.parametrize("fixture", ["recorded", "bare"])
+def test_the_ring_of_buffers_on_both(request, fixture):
+    module = request.getfixturevalue(fixture)
+    ring = UploadRing(FULL if fixture == "recorded" else BARE, buffers=2, size=8)
+    arrived = torch.zeros(8, dtype=torch.uint8)
+    for number in range(4):
+        with ring.buffer() as buffer:
+            buffer.fill_(number)
+            ring.upload([(buffer, arrived)])
+    ring.wait()
+    assert arrived.tolist() == [3] * 8
+    if fixture == "recorded":
+        waits = [what for who, what in module.log if who == "host"]
+        assert waits == ["waits for event1", "waits for event2", "waits for cuda"]
+    else:
+        assert module.waited == 5
+
+
+def test_waiting_for_a_device(recorded, bare):
+    devices.synchronize(BARE)
+    assert bare.waited == 1
+    devices.synchronize("cpu")
+    devices.empty_cache("cpu")
+    with pytest.raises(ValueError, match="device type 'meta': expected one of cuda, npu, mps, cpu"):
+        devices.synchronize("meta")
+
+
+def test_the_fakes_have_no_name_that_torch_lacks():
+    ours = {"log", "count", "streams", "events", "current", "work"}
+    for names, real in (
+        (names_of(Recorded()) - ours, torch.cuda),
+        (names_of(Bare()) - {"waited", "is_available"}, torch.mps),
+        ({"recommended_max_memory", "current_allocated_memory"}, torch.mps),
+        (names_of(Stream), torch.cuda.Stream),
+        (names_of(Event), torch.cuda.Event),
+    ):
+        assert [name for name in names if not hasattr(real, name)] == []
+
+
+def names_of(thing):
+    return {name for name in dir(thing) if not name.startswith("_")}
