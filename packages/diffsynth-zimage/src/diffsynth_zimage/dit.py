@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
-from diffsynth.nn.rms_norm import RMSNorm
-from diffsynth.nn.rope import apply_rotary, rotary_angles
-from diffsynth.nn.timestep import TimestepEmbedder
+from diffsynth.nn import LayerNorm, RMSNorm, TimestepEmbedder, apply_rotary, rotary_angles, swiglu
 from diffsynth_zimage.config import TOKEN_MULTIPLE, ZImageDiTConfig
 
 
@@ -159,10 +157,10 @@ class ZImageBlock(ContextBlock):
     ) -> Float[Tensor, "b s e"]:
         """The stream after this layer."""
         scale_attn, gate_attn, scale_ffn, gate_ffn = self.adaLN_modulation(time_embed)[:, None].chunk(4, dim=-1)
-        h = self.attention(self.attention_norm1(x) * (1 + scale_attn), rotary, mask)
-        x = x + gate_attn.tanh() * self.attention_norm2(h)
-        h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_ffn))
-        return x + gate_ffn.tanh() * self.ffn_norm2(h)
+        h = self.attention(self.attention_norm1(x, scale=scale_attn), rotary, mask)
+        x = self.attention_norm2(h, residual=x, gate=gate_attn.tanh())
+        h = self.feed_forward(self.ffn_norm1(x, scale=scale_ffn))
+        return self.ffn_norm2(h, residual=x, gate=gate_ffn.tanh())
 
 
 class SelfAttention(nn.Module):
@@ -177,8 +175,8 @@ class SelfAttention(nn.Module):
         self.to_v = nn.Linear(config.dim, kv_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(config.dim, config.dim, bias=False))
         # Published with 1e-5 whatever `norm_eps` says.
-        self.norm_q = RMSNorm(config.head_dim, eps=1e-5) if config.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(config.head_dim, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(config.head_dim, eps=1e-5) if config.qk_norm else None
+        self.norm_k = RMSNorm(config.head_dim, eps=1e-5) if config.qk_norm else None
 
     def forward(
         self, x: Float[Tensor, "b s e"], rotary: Rotary, mask: Bool[Tensor, "b 1 1 s"] | None
@@ -187,8 +185,8 @@ class SelfAttention(nn.Module):
         q, k, v = (
             rearrange(to(x), "b s (n d) -> b s n d", d=self.head_dim) for to in (self.to_q, self.to_k, self.to_v)
         )
-        q = apply_rotary(self.norm_q(q), *rotary)
-        k = apply_rotary(self.norm_k(k), *rotary)
+        q = apply_rotary(q, *rotary) if self.norm_q is None else self.norm_q(q, rotary=rotary)
+        k = apply_rotary(k, *rotary) if self.norm_k is None else self.norm_k(k, rotary=rotary)
         return self.to_out(rearrange(attention(q, k, v, mask=mask), "b s n d -> b s (n d)"))
 
 
@@ -203,7 +201,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
         """Token by token."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class FinalLayer(nn.Module):
@@ -211,14 +209,14 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: ZImageDiTConfig, patch_dim: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(config.dim, elementwise_affine=False, eps=1e-6)
+        self.norm_final = LayerNorm(config.dim, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(config.dim, patch_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
 
     def forward(self, x: Float[Tensor, "b s e"], time_embed: Float[Tensor, "b t"]) -> Float[Tensor, "b s p"]:
         """Pixels of each token's patch, channels last."""
-        scale = 1 + self.adaLN_modulation(time_embed)[:, None]
-        return self.linear(self.norm_final(x) * scale)
+        scale = self.adaLN_modulation(time_embed)[:, None]
+        return self.linear(self.norm_final(x, scale=scale))
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.nn import naive
+from diffsynth.nn import fused, naive
 
 
 def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
     """`silu(gate) * up`."""
-    return naive.swiglu(gate, up)
+    out = fused.gated_activation(gate, up, "silu")
+    return naive.swiglu(gate, up) if out is None else out
 
 
 def geglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
     """`gelu(gate) * up`, gelu in its tanh form."""
-    return naive.geglu(gate, up)
+    out = fused.gated_activation(gate, up, "gelu")
+    return naive.geglu(gate, up) if out is None else out

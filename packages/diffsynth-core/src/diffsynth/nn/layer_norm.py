@@ -5,8 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffsynth.nn import naive
-from diffsynth.nn.modulation import modulate
+from diffsynth.nn import fused, naive
 
 
 def layer_norm(
@@ -26,8 +25,11 @@ def layer_norm(
     """
     if shift is not None and scale is None:
         raise ValueError("shift is given without scale; modulation is x * (1 + scale) + shift")
+    out = fused.norm(x, weight, bias, kind="layer", eps=eps, scale=scale, shift=shift)
+    if out is not None:
+        return out
     normed = naive.layer_norm(x, weight, bias, eps=eps)
-    return normed if scale is None else modulate(normed, scale, shift)
+    return normed if scale is None else naive.modulate(normed, scale, shift)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -5,18 +5,20 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.nn import naive
+from diffsynth.nn import fused, naive
 
 
 def modulate(
     x: Float[Tensor, "b s e"], scale: Float[Tensor, "#b #s e"], shift: Float[Tensor, "#b #s e"] | None = None
 ) -> Float[Tensor, "b s e"]:
     """`x * (1 + scale) + shift`, in the dtype of `x`. After a norm, give `scale` and `shift` to the norm instead."""
-    return naive.modulate(x, scale, shift)
+    out = fused.norm(x, kind="none", scale=scale, shift=shift)
+    return naive.modulate(x, scale, shift) if out is None else out
 
 
 def gated_residual(
     x: Float[Tensor, "b s e"], h: Float[Tensor, "b s e"], gate: Float[Tensor, "#b #s e"]
 ) -> Float[Tensor, "b s e"]:
     """`x + gate * h`, in the dtype of `x`: what a layer adds to its stream."""
-    return naive.gated_residual(x, h, gate)
+    out = fused.norm(h, kind="none", residual=x, gate=gate)
+    return naive.gated_residual(x, h, gate) if out is None else out

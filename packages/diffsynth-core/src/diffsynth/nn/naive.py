@@ -44,10 +44,26 @@ def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
     """Neighbouring channels `(2i, 2i + 1)` turned as complex numbers, computed in fp32 (fp64 for fp64)."""
-    even, odd = rearrange(x.to(torch.promote_types(x.dtype, torch.float32)), "b s n (half two) -> two b s n half", two=2)
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    even, odd = rearrange(precise, "b s n (half two) -> two b s n half", two=2)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def rms_norm_rotary(
+    x: Float[Tensor, "b s n d"],
+    weight: Float[Tensor, "width"],
+    cos: Float[Tensor, "#b s half_d"],
+    sin: Float[Tensor, "#b s half_d"],
+    *,
+    eps: float,
+) -> Float[Tensor, "b s n d"]:
+    """`rms_norm` over `d`, or over `n * d` if `weight` has as many elements, then `apply_rotary`."""
+    n, d = x.shape[2:]
+    if weight.shape[0] == d:
+        return apply_rotary(rms_norm(x, weight, eps=eps), cos, sin)
+    return apply_rotary(rms_norm(x.flatten(2), weight, eps=eps).unflatten(2, (n, d)), cos, sin)
 
 
 def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:

@@ -6,9 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffsynth.nn import naive
-from diffsynth.nn.modulation import gated_residual, modulate
-from diffsynth.nn.rope import apply_rotary
+from diffsynth.nn import fused, naive
 
 Rotary = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
 """Cosine and sine of the angles of `rotary_angles`."""
@@ -31,10 +29,13 @@ def rms_norm(
         ValueError: `shift` without `scale`, or one of `residual` and `gate` alone.
     """
     _check_pairs(scale, shift, residual, gate)
+    out = fused.norm(x, weight, kind="rms", eps=eps, scale=scale, shift=shift, residual=residual, gate=gate)
+    if out is not None:
+        return out
     normed = naive.rms_norm(x, weight, eps=eps)
     if scale is not None:
-        normed = modulate(normed, scale, shift)
-    return normed if residual is None or gate is None else gated_residual(residual, normed, gate)
+        normed = naive.modulate(normed, scale, shift)
+    return normed if residual is None or gate is None else naive.gated_residual(residual, normed, gate)
 
 
 class RMSNorm(nn.Module):
@@ -82,13 +83,10 @@ def rms_norm_rotary(
         ValueError: `weight` has another length.
     """
     n, d = x.shape[2:]
-    if weight.shape[0] == d:
-        return apply_rotary(naive.rms_norm(x, weight, eps=eps), cos, sin)
-    if weight.shape[0] == n * d:
-        return apply_rotary(naive.rms_norm(x.flatten(2), weight, eps=eps).unflatten(2, (n, d)), cos, sin)
-    raise ValueError(
-        f"weight has {weight.shape[0]} elements; expected {d} for each head or {n * d} for all {n} of them"
-    )
+    if weight.shape[0] not in (d, n * d):
+        raise ValueError(f"weight has {weight.shape[0]} elements; expected {d} for each head or {n * d} for all")
+    out = fused.norm_rotary(x, weight, cos, sin, eps=eps)
+    return naive.rms_norm_rotary(x, weight, cos, sin, eps=eps) if out is None else out
 
 
 def _check_pairs(scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, gate: Tensor | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffsynth.nn import naive
+from diffsynth.nn import fused, naive
 
 
 def rotary_angles(
@@ -40,4 +40,5 @@ def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
     """`x` turned by the angles of `cos` and `sin`, computed in fp32, in the dtype of `x`."""
-    return naive.apply_rotary(x, cos, sin)
+    out = fused.norm_rotary(x, None, cos, sin)
+    return naive.apply_rotary(x, cos, sin) if out is None else out

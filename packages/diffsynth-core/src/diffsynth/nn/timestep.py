@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffsynth.nn import naive
+from diffsynth.nn import fused, naive
 
 
 def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: float = 10000.0) -> Float[Tensor, "b dim"]:
@@ -17,7 +17,8 @@ def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: floa
         dim: even.
         max_period: the longest period, over 2 pi.
     """
-    return naive.sinusoidal_embedding(time, dim, max_period=max_period)
+    out = fused.sinusoidal_embedding(time, dim, max_period=max_period)
+    return naive.sinusoidal_embedding(time, dim, max_period=max_period) if out is None else out
 
 
 class TimestepEmbedder(nn.Module):
