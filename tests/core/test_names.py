@@ -69,7 +69,6 @@ def test_one_object_by_every_way():
         ("DiskMap", "the VRAM engine"),
         ("QuantizeConfig", "quantization"),
         ("OffloadTrainingManager", "offloaded training"),
-        ("flash_attention_3", "more attention backends"),
     ],
 )
 def test_what_comes_later_says_so(name, part):

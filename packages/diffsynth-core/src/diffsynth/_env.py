@@ -25,13 +25,18 @@ def download_source() -> str:
 
 
 def attention_implementation() -> str:
-    """DIFFSYNTH_ATTENTION_IMPLEMENTATION: a backend by name, or `auto` (default)."""
-    return os.environ.get("DIFFSYNTH_ATTENTION_IMPLEMENTATION") or "auto"
+    """DIFFSYNTH_ATTENTION_IMPLEMENTATION: a backend by name, in any case, or `auto` (default)."""
+    return os.environ.get("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "").strip().lower() or "auto"
 
 
 def fused_kernels() -> bool:
     """DIFFSYNTH_FUSED_KERNELS: off runs every layer of `diffsynth.nn` as plain torch. Default true."""
     return _boolean("DIFFSYNTH_FUSED_KERNELS", default=True)
+
+
+def triton_interpret() -> bool:
+    """TRITON_INTERPRET: Triton's own switch; kernels run step by step on the CPU, very slowly. Default false."""
+    return _boolean("TRITON_INTERPRET")
 
 
 def plugins() -> frozenset[str] | None:

@@ -9,6 +9,15 @@ from typing import Any
 
 _MODULES = {
     "attention.forward": ("attention_forward",),
+    "attention.named": (
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flex_attention",
+        "sage_attention",
+        "torch_sdpa_sliding_window",
+        "xformers_attention",
+    ),
     "data.operators": (
         "DataProcessingOperator",
         "DataProcessingOperatorRaw",
@@ -74,10 +83,6 @@ _LATER = {
         "register_quant_backend register_quant_method"
     ),
     "offloaded training": "OffloadTrainingManager",
-    "more attention backends": (
-        "flash_attention_2 flash_attention_3 flash_attention_4 flex_attention sage_attention "
-        "torch_sdpa_sliding_window xformers_attention"
-    ),
 }
 """Part of a later version -> names that older code imports from here."""
 

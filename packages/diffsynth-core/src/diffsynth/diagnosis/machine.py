@@ -6,12 +6,19 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from diffsynth import _discovery, _env
 from diffsynth.diagnosis.finding import Finding
 from diffsynth.spec import resolve
 
+if TYPE_CHECKING:
+    from diffsynth.core.attention import AttentionCall
+
 GIB = 2**30
+
+_COMPILED_AT_FIRST = {"flex"}
+"""Attention backends that are not tried: their first call takes as long as everything else here together."""
 
 
 def python() -> Iterator[Finding]:
@@ -40,32 +47,47 @@ def devices() -> Iterator[Finding]:
 def attention() -> Iterator[Finding]:
     """Every backend that `attention()` knows, tried on a small call in bf16 on the default device."""
     from diffsynth.core.attention import available_backends
+    from diffsynth.core.attention.select import avoidance, choose
+    from diffsynth.errors import Refused
     from diffsynth.runtime.declared_backends import use_declared_backends
 
     use_declared_backends()
-    wanted = _env.attention_implementation()
+    call = _usual_call()
     backends = available_backends()
-    tried = {name: _attend(name) for name in backends}
-    first = next((name for name in backends if not tried[name]), None)
+    try:
+        first = choose(call)
+    except Refused:
+        first = None
+    why_not = {name: _why_unusable(name, call) for name in backends}
     for name in backends:
-        if tried[name]:
-            yield Finding(name, "note", tried[name], "Nothing, if another backend serves; `auto` passes it over")
+        if why_not[name]:
+            yield Finding(name, "note", why_not[name], "Nothing, if another backend serves; `auto` passes it over")
+        elif name == first:
+            yield Finding(name, "ok", "usable; what `auto` takes")
         else:
-            yield Finding(name, "ok", "usable; what `auto` takes" if name == first else "usable")
+            reason = avoidance(name, call)
+            yield Finding(name, "ok", f"usable by name: {reason}" if reason else "usable")
+    yield _attention_in_use(first, why_not, call)
+
+
+def _attention_in_use(first: str | None, why_not: dict[str, str], call: AttentionCall) -> Finding:
+    wanted = _env.attention_implementation()
     if wanted != "auto":
-        if reason := _attend(wanted):
-            yield Finding(
+        if reason := _why_unusable(wanted, call):
+            return Finding(
                 "in use",
                 "broken",
                 f"DIFFSYNTH_ATTENTION_IMPLEMENTATION={wanted}: {reason}",
-                f"Set it to auto or to one of {', '.join(backends)}; or: unset DIFFSYNTH_ATTENTION_IMPLEMENTATION",
+                f"Set it to auto or to one of {', '.join(why_not)}; or: unset DIFFSYNTH_ATTENTION_IMPLEMENTATION",
             )
-        else:
-            yield Finding("in use", "ok", f"{wanted}, by DIFFSYNTH_ATTENTION_IMPLEMENTATION")
-    elif first is None:
-        yield Finding("in use", "broken", "every backend refuses", "Run: pip install --force-reinstall torch")
-    else:
-        yield Finding("in use", "ok", f"auto: {first}, and call by call the next one where it refuses")
+        return Finding("in use", "ok", f"{wanted}, by DIFFSYNTH_ATTENTION_IMPLEMENTATION")
+    if first is None:
+        return Finding("in use", "broken", "every backend refuses", "Run: pip install --force-reinstall torch")
+    if why_not[first]:
+        usable = ", ".join(name for name, reason in why_not.items() if not reason)
+        action = f"Set DIFFSYNTH_ATTENTION_IMPLEMENTATION to one of {usable}, or uninstall what brings {first}"
+        return Finding("in use", "broken", f"auto: {first}, but {why_not[first]}", action)
+    return Finding("in use", "ok", f"auto: {first}, and call by call the next one where it refuses")
 
 
 def quantization() -> Iterator[Finding]:
@@ -104,16 +126,28 @@ def _device(name: str) -> Finding:
     return Finding(name, "ok", f"{card}, {in_gib(free)} of memory free")
 
 
-def _attend(backend: str) -> str:
-    """Why a backend cannot serve a usual call, or nothing."""
+def _usual_call() -> AttentionCall:
     import torch
 
     from diffsynth.core import device
-    from diffsynth.core.attention import attention
+    from diffsynth.core.attention.checking import check
 
     q = torch.ones(1, 64, 2, 64, dtype=torch.bfloat16, device=device.default_device())
+    return check(q, q, q)
+
+
+def _why_unusable(backend: str, call: AttentionCall) -> str:
+    """Why a backend cannot serve a usual call, or nothing."""
+    import torch
+
+    from diffsynth.core.attention.select import refusal, serve
+
     try:
-        result = attention(q, q, q, backend=backend)
+        if reason := refusal(backend, call):
+            return reason
+        if backend in _COMPILED_AT_FIRST:
+            return ""
+        result = serve(call, backend)
     except Exception as error:  # a library's own kinds
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return "" if torch.allclose(result, q) else "its result is wrong"
+    return "" if torch.allclose(result, call.q) else "its result is wrong"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
 from diffsynth.models.config import Qwen3TextEncoderConfig
+from diffsynth.models.transformers_attention import attn_implementation
 
 
 class Qwen3TextEncoder(nn.Module):
@@ -30,7 +31,7 @@ class Qwen3TextEncoder(nn.Module):
                 vocab_size=config.vocab_size,
                 rms_norm_eps=config.norm_eps,
                 rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                attn_implementation="sdpa",
+                attn_implementation=attn_implementation(),
                 use_cache=False,
             )
         )

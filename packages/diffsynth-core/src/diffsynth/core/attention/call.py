@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,7 +66,7 @@ class AttentionCall:
         """Tokens of the longest sample, queries and keys; where only the device knows, all tokens: an upper bound."""
         if self.offsets is None:
             return self.q_len, self.k_len
-        q_len, k_len = (max(after - before for before, after in zip(x, x[1:], strict=False)) for x in self.offsets)
+        q_len, k_len = (max(after - before for before, after in itertools.pairwise(x)) for x in self.offsets)
         return q_len, k_len
 
     @property
@@ -134,7 +135,11 @@ class AttentionCall:
 
 
 class AttentionBackend(Protocol):
-    """An implementation of attention."""
+    """An implementation of attention.
+
+    It may also have `avoids(call) -> str | None`: why the automatic choice should first look for another backend,
+    although this one can serve the call. Reasons are logged once each, so they name no sizes that change per call.
+    """
 
     def refuses(self, call: AttentionCall) -> str | None:
         """Why this call cannot be served exactly as described, or None if it can."""

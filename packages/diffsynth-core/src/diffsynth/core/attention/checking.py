@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -140,7 +142,7 @@ def _packed(
 
 def _checked_offsets(name: str, cu: Tensor, length: int) -> tuple[int, ...]:
     offsets = tuple(cu.tolist())
-    if offsets[0] != 0 or offsets[-1] != length or any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
+    if offsets[0] != 0 or offsets[-1] != length or any(b < a for a, b in itertools.pairwise(offsets)):
         shown = str(list(offsets)) if len(offsets) <= 16 else f"[{offsets[0]}, ..., {offsets[-1]}]"
         raise ValueError(
             f"attention cu_seqlens of {name} is {shown}; expected offsets from 0 to {length}, the number of {name}, "

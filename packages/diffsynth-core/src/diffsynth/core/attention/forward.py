@@ -10,7 +10,9 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-from diffsynth.core.attention.select import attention
+from diffsynth.core.attention import flex
+from diffsynth.core.attention.checking import check
+from diffsynth.core.attention.select import serve
 from diffsynth.errors import Refused
 
 _LAYOUT = "b s n d"
@@ -30,7 +32,7 @@ def attention_forward(
     scale: float | None = None,
     is_causal: bool = False,
     compatibility_mode: bool = False,
-    window_size: tuple[int, int] | None = None,
+    window_size: int | tuple[int, int] | None = None,
     use_flex: bool = False,
     score_mod: Callable[..., Any] | None = None,
 ) -> Tensor:
@@ -40,18 +42,20 @@ def attention_forward(
         q, k, v: queries, keys and values.
         q_pattern, k_pattern, v_pattern, out_pattern: einops patterns of the axes b, s, n and d, "b s (n d)".
         dims: sizes of the axes that a pattern joins, `{"n": 24}`.
-        attn_mask: bool, True = may attend; broadcasts to `b n q k` from the right.
+        attn_mask: bool, True = may attend, or floating point, added to the scaled scores, as PyTorch has it;
+            broadcasts to `b n q k` from the right.
         scale: None is `d ** -0.5`.
         is_causal: query `i` may attend key `j` only if `j <= i + (k_len - q_len)`.
         compatibility_mode: the backend that is everywhere, torch's.
-        window_size: None or (-1, -1), no window.
-        use_flex, score_mod: not in this version.
+        window_size: how many tokens are seen on the left and on the right, or on both sides; -1 is no limit. With
+            `is_causal`, none are seen on the right.
+        use_flex: the backend `flex`.
+        score_mod: changes scores, `f(score, batch, head, query, key)`; `flex` alone does it.
 
     Raises:
-        Refused: a mask that is added to scores, a window, or a changed score: no backend of this version does it.
-        ValueError: a pattern of other axes, or tensors that do not fit.
+        Refused: the backend that is in force cannot do it.
+        ValueError: a pattern of other axes, tensors that do not fit, or `compatibility_mode` with flex.
     """
-    _refuse(attn_mask, window_size, use_flex, score_mod)
     q, k, v = (
         _arranged(tensor, f"{_checked(pattern, name)} -> {_LAYOUT}", dims)
         for tensor, pattern, name in ((q, q_pattern, "q"), (k, k_pattern, "k"), (v, v_pattern, "v"))
@@ -59,21 +63,34 @@ def attention_forward(
     _checked(out_pattern, "out")
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
-    backend = "sdpa" if compatibility_mode else None
-    out = attention(q, k, v, mask=attn_mask, causal=is_causal, scale=scale, backend=backend)
+    is_bias = attn_mask is not None and attn_mask.dtype != torch.bool
+    call = check(
+        q,
+        k,
+        v,
+        mask=None if is_bias else attn_mask,
+        score_bias=attn_mask if is_bias else None,
+        causal=is_causal,
+        scale=scale,
+        window=_window(window_size, is_causal),
+    )
+    wants_flex = use_flex or score_mod is not None
+    if wants_flex and compatibility_mode:
+        raise ValueError("attention_forward: compatibility_mode=True is torch's backend, which is not flex; give one")
+    if score_mod is None:
+        out = serve(call, "flex" if use_flex else "sdpa" if compatibility_mode else None)
+    else:
+        if reason := flex.FlexAttention().refuses(call):
+            raise Refused(f"attention_forward with score_mod: flex refuses this call: {reason} ({call.describe()})")
+        out = flex.flex(call, score_mod)
     return _arranged(out, f"{_LAYOUT} -> {out_pattern}", None)
 
 
-def _refuse(mask: Tensor | None, window_size: Any, use_flex: bool, score_mod: Any) -> None:
-    reasons = {
-        "attn_mask": mask is not None and mask.dtype != torch.bool and "it is no bool mask; True = may attend",
-        "window_size": window_size not in (None, (-1, -1)) and f"{window_size} would need a sliding window",
-        "use_flex": use_flex and "there is no flex attention",
-        "score_mod": score_mod is not None and "no backend changes scores",
-    }
-    for name, reason in reasons.items():
-        if reason:
-            raise Refused(f"attention_forward refuses {name}: {reason}; this version's backends cannot do it")
+def _window(size: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    left, right = (size, size) if isinstance(size, int) else size
+    return (left, -1 if left == -1 else 0) if is_causal else (left, right)
 
 
 def _checked(pattern: str, name: str) -> str:

@@ -17,6 +17,10 @@ class NaiveAttention:
         """Integers only."""
         return None if call.q.is_floating_point() else f"dtype {call.q.dtype} is not floating point"
 
+    def avoids(self, call: AttentionCall) -> str | None:
+        """Everything: it is for tests, and for what nobody else does."""
+        return "it holds the whole score matrix"
+
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
         """See `AttentionBackend`."""
         precise = torch.promote_types(call.q.dtype, torch.float32)

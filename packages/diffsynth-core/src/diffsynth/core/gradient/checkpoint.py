@@ -10,6 +10,8 @@ import torch
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from diffsynth.core.attention.choice import chosen, restored_choice
+
 
 def gradient_checkpoint_forward(
     model: Callable[..., Any],
@@ -36,5 +38,7 @@ def gradient_checkpoint_forward(
     def call(*values: Any) -> Any:
         return model(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
+    # The second forward runs when the choice of an attention backend may have ended, and perhaps in another thread.
+    again = {} if chosen() is None else {"context_fn": lambda: (nullcontext(), restored_choice())}
     with save_on_cpu() if use_gradient_checkpointing_offload else nullcontext():
-        return checkpoint(call, *args, *kwargs.values(), use_reentrant=False)
+        return checkpoint(call, *args, *kwargs.values(), use_reentrant=False, **again)

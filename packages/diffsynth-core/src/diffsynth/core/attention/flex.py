@@ -1,0 +1,137 @@
+"""FlexAttention (He et al. 2024, arXiv:2412.05496): one kernel for any mask and any change of scores, made to order.
+
+Blocks of 128 by 128 that may attend nothing are skipped. On an accelerator the kernel is compiled at the first call of
+its kind; on the CPU it runs uncompiled and holds the score matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.core.attention.call import AttentionCall
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(score, batch, head, query, key) -> score; scalars all, and the places integers."""
+
+_DEVICES = ("cpu", "cuda", "xpu")
+_FEWEST_FEATURES = 16
+"""Narrower heads than this its kernels cannot multiply; the CPU can."""
+
+
+class FlexAttention:
+    """Serves everything that a call can say; on the CPU without gradients."""
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """Dtypes and devices that it has no kernels for, and gradients on the CPU."""
+        device = call.q.device.type
+        if device not in _DEVICES:
+            return f"tensors are on {device}; flex needs one of {', '.join(_DEVICES)}"
+        halves = (torch.float16, torch.bfloat16, torch.float32)
+        if call.q.dtype not in (halves if device != "cpu" else (*halves, torch.float64)):
+            return f"dtype {call.q.dtype} is none of fp16, bf16, fp32"
+        if device == "cpu" and call.needs_grad:
+            return "on the CPU it has no gradients"
+        if device != "cpu" and min(call.q.shape[-1], call.v.shape[-1]) < _FEWEST_FEATURES:
+            return f"head dims below {_FEWEST_FEATURES} have no kernel"
+        return None
+
+    def avoids(self, call: AttentionCall) -> str | None:
+        """Everything: the first call of each kind would wait for a compiler."""
+        return "it compiles a kernel for each kind of call; it is for those who ask for it"
+
+    def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
+        """See `AttentionBackend`."""
+        return flex(call)
+
+
+def flex(call: AttentionCall, score_mod: ScoreMod | None = None) -> Float[Tensor, "b q n d_v"]:
+    """The result of a call; `score_mod` changes the scaled scores after `score_bias`, before masks."""
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    out = _kernel(call.q.device.type != "cpu")(
+        q,
+        k,
+        v,
+        score_mod=_score_mod(call.score_bias, score_mod),
+        block_mask=_block_mask(call),
+        scale=call.scale,
+        enable_gqa=call.q_per_kv > 1,
+    )
+    return out.transpose(1, 2)
+
+
+def _block_mask(call: AttentionCall) -> Any:
+    """Which blocks are computed, and which keys of them may be attended; None where that is all."""
+    mask_mod = _mask_mod(call)
+    if mask_mod is None:
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    b, n = (1, 1) if call.mask is None else call.mask.shape[:2]
+    make = torch.compile(create_block_mask) if call.q.device.type != "cpu" else create_block_mask
+    return make(mask_mod, b, n, call.q_len, call.k_len, device=call.q.device)
+
+
+def _mask_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
+    conditions: list[Callable[..., Tensor]] = []
+    shift: Callable[[Tensor], Tensor | int]
+    if call.cu_seqlens is None:
+        length = call.k_len - call.q_len
+
+        def shift(q: Tensor) -> Tensor | int:
+            return length
+    else:
+        of_q, of_k = (_samples(cu, size) for cu, size in zip(call.cu_seqlens, (call.q_len, call.k_len), strict=True))
+        shifts = (call.cu_seqlens[1][1:] - call.cu_seqlens[0][1:])[of_q]
+
+        def shift(q: Tensor) -> Tensor | int:
+            return shifts[q]
+
+        conditions.append(lambda b, n, q, k: of_q[q] == of_k[k])
+    left, right = call.limits
+    if left >= 0:
+        conditions.append(lambda b, n, q, k: k >= q + shift(q) - left)
+    if right >= 0:
+        conditions.append(lambda b, n, q, k: k <= q + shift(q) + right)
+    if call.mask is not None:
+        conditions.append(_lookup(call.mask))
+    if not conditions:
+        return None
+    return lambda b, n, q, k: functools.reduce(torch.logical_and, (one(b, n, q, k) for one in conditions))
+
+
+def _samples(cu: Tensor, length: int) -> Tensor:
+    """The sample of each token."""
+    return torch.bucketize(torch.arange(length, dtype=cu.dtype, device=cu.device), cu[1:], right=True)
+
+
+def _score_mod(bias: Tensor | None, score_mod: ScoreMod | None) -> ScoreMod | None:
+    if bias is None:
+        return score_mod
+    of = _lookup(bias)
+    if score_mod is None:
+        return lambda score, b, n, q, k: score + of(b, n, q, k)
+    return lambda score, b, n, q, k: score_mod(score + of(b, n, q, k), b, n, q, k)
+
+
+def _lookup(tensor: Tensor) -> Callable[..., Tensor]:
+    """The entry of a place in a tensor that broadcasts to 'b n q k'."""
+    b_is_1, n_is_1, q_is_1, k_is_1 = (size == 1 for size in tensor.shape)
+
+    def entry(b: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return tensor[b * (not b_is_1), n * (not n_is_1), q * (not q_is_1), k * (not k_is_1)]
+
+    return entry
+
+
+@functools.cache
+def _kernel(is_compiled: bool) -> Callable[..., Tensor]:
+    # Importing it is slow, so it waits until somebody asks for it.
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if is_compiled else flex_attention

@@ -1,0 +1,88 @@
+"""FlashAttention 2, 3 and 4 (Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608).
+
+All three take `b s n d`, share key heads among query heads, align `causal` and windows to the last query and key as we
+do (2 since its version 2.1), and give zeros for a query without keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.core.attention.call import AttentionCall
+from diffsynth.core.attention.libraries.probing import device_refusal, function, half_refusal, missing
+
+_PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+
+@dataclass(frozen=True)
+class FlashAttention:
+    """One generation of the library.
+
+    Args:
+        name: of the backend.
+        module: where its `flash_attn_func` and `flash_attn_varlen_func` are.
+        capabilities: NVIDIA's generations that it has kernels for.
+        rocm: whether it has kernels for AMD's devices.
+        no_limit: what its windows have on a side without limit.
+        has_gradients: whether a backward pass may follow.
+        most: widest head.
+    """
+
+    name: str
+    module: str
+    capabilities: range
+    rocm: bool = False
+    no_limit: int | None = -1
+    has_gradients: bool = True
+    most: int = 256
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """Masks, biases, fp32, wide heads, devices without kernels, and a library that is not there or too old."""
+        if reason := device_refusal(self.name, call, self.capabilities, rocm=self.rocm) or missing(self.module):
+            return reason
+        if reason := half_refusal(call, most=self.most):
+            return reason
+        if call.mask is not None:
+            return "it takes no mask"
+        if call.score_bias is not None:
+            return "it takes no score_bias"
+        if call.needs_grad and not self.has_gradients:
+            return "its gradients are not complete"
+        found = self._function(call)
+        return found if isinstance(found, str) else None
+
+    def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
+        """See `AttentionBackend`."""
+        attend = self._function(call)
+        assert not isinstance(attend, str)
+        window = call.window or (-1, -1)
+        settings: dict[str, Any] = {
+            "softmax_scale": call.scale,
+            "causal": call.causal,
+            "window_size": tuple(self.no_limit if side < 0 else side for side in window),
+        }
+        if call.cu_seqlens is None:
+            return _first(attend(call.q, call.k, call.v, **settings))
+        packed = dict(zip(_PACKED, (*call.cu_seqlens, *call.longest), strict=True))
+        return _first(attend(call.q[0], call.k[0], call.v[0], **packed, **settings))[None]
+
+    def _function(self, call: AttentionCall) -> Any:
+        if call.cu_seqlens is None:
+            return function(self.module, "flash_attn_func", "softmax_scale", "causal", "window_size")
+        return function(self.module, "flash_attn_varlen_func", *_PACKED, "softmax_scale", "causal", "window_size")
+
+
+def _first(given: Any) -> Tensor:
+    """Version 4, and some of 3, also give the logarithms of the sums."""
+    return given if isinstance(given, Tensor) else given[0]
+
+
+FLASH_ATTENTION_2 = FlashAttention("flash_attention_2", "flash_attn", range(8, 13), rocm=True)
+FLASH_ATTENTION_3 = FlashAttention("flash_attention_3", "flash_attn_interface", range(9, 10))
+FLASH_ATTENTION_4 = FlashAttention(
+    "flash_attention_4", "flash_attn.cute", range(9, 11), no_limit=None, has_gradients=False, most=128
+)

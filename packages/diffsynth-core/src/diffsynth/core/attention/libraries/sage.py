@@ -1,0 +1,74 @@
+"""SageAttention (Zhang et al. 2024, arXiv:2410.02367): scores of 8-bit queries and keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.core.attention.call import AttentionCall
+from diffsynth.core.attention.libraries.probing import device_refusal, function, half_refusal, missing
+
+_NAME = "sage_attention"
+_PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+
+class SageAttention:
+    """Inference only, and its results differ from exact attention by what 8 bits lose."""
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """Masks, windows, biases, gradients, fp32, heads that it has no kernel for, devices without CUDA."""
+        if reason := device_refusal(_NAME, call, range(8, 13)) or missing("sageattention"):
+            return reason
+        if reason := half_refusal(call, most=128) or _content_refusal(call):
+            return reason
+        found = self._function(call)
+        return found if isinstance(found, str) else None
+
+    def avoids(self, call: AttentionCall) -> str | None:
+        """Everything: what it computes is not what was asked for, but near it."""
+        return "its 8-bit scores are inexact; it is for those who ask for it"
+
+    def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
+        """See `AttentionBackend`."""
+        attend = self._function(call)
+        settings = {"is_causal": call.causal, "sm_scale": call.scale}
+        if call.cu_seqlens is None:
+            return attend(call.q, call.k, call.v, tensor_layout="NHD", **settings)
+        packed = dict(zip(_PACKED, (*call.cu_seqlens, *call.longest), strict=True))
+        return attend(call.q[0], call.k[0], call.v[0], **packed, **settings)[None]
+
+    def _function(self, call: AttentionCall) -> Any:
+        if call.cu_seqlens is None:
+            return function("sageattention", "sageattn", "tensor_layout", "is_causal", "sm_scale")
+        return function("sageattention", "sageattn_varlen", *_PACKED, "is_causal", "sm_scale")
+
+
+def _content_refusal(call: AttentionCall) -> str | None:
+    if call.mask is not None:
+        return "it takes no mask"
+    if call.window is not None:
+        return "it takes no window"
+    if call.score_bias is not None:
+        return "it takes no score_bias"
+    if call.needs_grad:
+        return "it has no gradients"
+    dims = (64, 96, 128) if call.cu_seqlens is None else (64, 128)
+    if call.q.shape[-1] not in dims:
+        return f"head dim {call.q.shape[-1]} is none of {', '.join(map(str, dims))}"
+    if call.causal:
+        # Its causal mask stands at the first key, ours at the last.
+        if call.cu_seqlens is None and call.q_len != call.k_len:
+            return f"causal over {call.q_len} queries and {call.k_len} keys: it aligns them at the first"
+        if call.cu_seqlens is not None and (call.offsets is None or call.offsets[0] != call.offsets[1]):
+            return "causal over samples whose queries and keys are not known to be as many: it aligns them at the first"
+    if call.cu_seqlens is not None and (call.offsets is None or _has_keyless(call)):
+        return "packed samples of unknown lengths, or with queries and no keys"
+    return None
+
+
+def _has_keyless(call: AttentionCall) -> bool:
+    assert call.offsets is not None
+    of_q, of_k = call.offsets
+    return any(of_q[i] < of_q[i + 1] and of_k[i] == of_k[i + 1] for i in range(len(of_q) - 1))

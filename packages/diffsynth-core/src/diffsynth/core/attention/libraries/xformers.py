@@ -1,0 +1,88 @@
+"""xFormers' memory-efficient attention."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.core.attention.call import AttentionCall
+from diffsynth.core.attention.libraries.probing import device_refusal, function, missing
+
+_MOST = 256
+"""Of the head dim, for all of its kernels."""
+
+
+class XformersAttention:
+    """Plain, causal, windowed, or over packed samples; masks and biases it would need padded, so it gets none."""
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """Masks, biases, windows over packed samples, queries without keys, devices without CUDA."""
+        if reason := device_refusal("xformers", call) or missing("xformers"):
+            return reason
+        if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"dtype {call.q.dtype} is none of fp16, bf16, fp32"
+        if max(call.q.shape[-1], call.v.shape[-1]) > _MOST or call.q.shape[-1] % 8 or call.v.shape[-1] % 8:
+            return f"head dims {call.q.shape[-1]} and {call.v.shape[-1]} are not multiples of 8 up to {_MOST}"
+        if reason := _content_refusal(call):
+            return reason
+        found = function("xformers.ops", "memory_efficient_attention", "attn_bias", "scale")
+        return found if isinstance(found, str) else None
+
+    def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
+        """See `AttentionBackend`."""
+        attend = function("xformers.ops", "memory_efficient_attention", "attn_bias", "scale")
+        assert not isinstance(attend, str)
+        q, k, v = call.q, call.k, call.v
+        if call.q_per_kv > 1:
+            # Grouped heads are an axis of their own, of keys as well; expanding copies nothing.
+            q = q.unflatten(2, (k.shape[2], call.q_per_kv))
+            k, v = (x[:, :, :, None].expand(-1, -1, -1, call.q_per_kv, -1) for x in (k, v))
+        out = attend(q, k, v, attn_bias=_bias(call), scale=call.scale)
+        return out.flatten(2, 3) if call.q_per_kv > 1 else out
+
+
+def _content_refusal(call: AttentionCall) -> str | None:
+    if call.mask is not None:
+        return "it takes no bool mask"
+    if call.score_bias is not None:
+        return "score_bias would have to be padded for it"
+    if call.cu_seqlens is not None:
+        if call.window is not None:
+            return "it takes no window over packed samples"
+        if call.offsets is None:
+            return "it needs the lengths of packed samples on the CPU"
+        if any(q > 0 and (k == 0 or (call.causal and q > k)) for q, k in zip(*_lengths(call), strict=True)):
+            return "a packed sample has queries without keys"
+    elif call.limits != (-1, -1) and call.q_len > call.k_len:
+        return f"causal or windowed, {call.q_len} queries over {call.k_len} keys: the first have no key"
+    return None
+
+
+def _bias(call: AttentionCall) -> Any:
+    """What xFormers calls a bias: an object that says which keys a query may attend."""
+    if call.is_plain:
+        return None
+    biases = importlib.import_module("xformers.ops.fmha.attn_bias")
+    if call.cu_seqlens is not None:
+        of_q, of_k = _lengths(call)
+        packed = biases.BlockDiagonalMask.from_seqlens(of_q, of_k)
+        return packed.make_causal_from_bottomright() if call.causal else packed
+    left, right = call.limits
+    if (left, right) == (-1, 0):
+        return biases.LowerTriangularFromBottomRightMask()
+    # It has no word for a side without limit: as many tokens as there are.
+    everything = max(call.q_len, call.k_len)
+    return biases.LocalAttentionFromBottomRightMask(
+        window_left=everything if left < 0 else left, window_right=everything if right < 0 else right
+    )
+
+
+def _lengths(call: AttentionCall) -> tuple[list[int], list[int]]:
+    assert call.offsets is not None
+    of_q, of_k = ([after - before for before, after in itertools.pairwise(x)] for x in call.offsets)
+    return of_q, of_k

@@ -1,0 +1,146 @@
+"""Functions that ask for one backend by name, with the arguments that older code gives them.
+
+New code calls `attention(..., backend=)`. Patterns, `dims`, `scale`, `is_causal` and `window_size` are those of
+`attention_forward`. Each raises `Refused`, with the reason, where its backend cannot serve the call or is not
+installed, and ValueError where the arguments do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffsynth.core.attention.choice import use_attention
+from diffsynth.core.attention.forward import attention_forward
+
+_DEFAULT = "b n s d"
+
+
+def flash_attention_2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pattern: str = _DEFAULT,
+    k_pattern: str = _DEFAULT,
+    v_pattern: str = _DEFAULT,
+    out_pattern: str = _DEFAULT,
+    dims: Mapping[str, int] | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window_size: int | tuple[int, int] | None = None,
+) -> Tensor:
+    """Attention by FlashAttention 2."""
+    patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
+    with use_attention("flash_attention_2"):
+        return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
+
+
+def flash_attention_3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pattern: str = _DEFAULT,
+    k_pattern: str = _DEFAULT,
+    v_pattern: str = _DEFAULT,
+    out_pattern: str = _DEFAULT,
+    dims: Mapping[str, int] | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window_size: int | tuple[int, int] | None = None,
+) -> Tensor:
+    """Attention by FlashAttention 3."""
+    patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
+    with use_attention("flash_attention_3"):
+        return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
+
+
+def flash_attention_4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pattern: str = _DEFAULT,
+    k_pattern: str = _DEFAULT,
+    v_pattern: str = _DEFAULT,
+    out_pattern: str = _DEFAULT,
+    dims: Mapping[str, int] | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window_size: int | tuple[int, int] | None = None,
+) -> Tensor:
+    """Attention by FlashAttention 4."""
+    patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
+    with use_attention("flash_attention_4"):
+        return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
+
+
+def sage_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pattern: str = _DEFAULT,
+    k_pattern: str = _DEFAULT,
+    v_pattern: str = _DEFAULT,
+    out_pattern: str = _DEFAULT,
+    dims: Mapping[str, int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention by SageAttention, whose scores have 8 bits."""
+    patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
+    with use_attention("sage_attention"):
+        return attention_forward(q, k, v, *patterns, dims, scale=scale)
+
+
+def xformers_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pattern: str = _DEFAULT,
+    k_pattern: str = _DEFAULT,
+    v_pattern: str = _DEFAULT,
+    out_pattern: str = _DEFAULT,
+    dims: Mapping[str, int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention by xFormers."""
+    patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
+    with use_attention("xformers"):
+        return attention_forward(q, k, v, *patterns, dims, scale=scale)
+
+
+def flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pattern: str = _DEFAULT,
+    k_pattern: str = _DEFAULT,
+    v_pattern: str = _DEFAULT,
+    out_pattern: str = _DEFAULT,
+    dims: Mapping[str, int] | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    score_mod: Callable[..., Any] | None = None,
+) -> Tensor:
+    """Attention by PyTorch's FlexAttention; `score_mod` as in `attention_forward`."""
+    patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
+    with use_attention("flex"):
+        return attention_forward(q, k, v, *patterns, dims, attn_mask=attn_mask, scale=scale, score_mod=score_mod)
+
+
+def torch_sdpa_sliding_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sliding_window: int,
+    q_pattern: str = _DEFAULT,
+    k_pattern: str = _DEFAULT,
+    v_pattern: str = _DEFAULT,
+    out_pattern: str = _DEFAULT,
+    dims: Mapping[str, int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention by PyTorch, each query over `sliding_window` tokens on each side of it."""
+    patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
+    with use_attention("sdpa"):
+        return attention_forward(q, k, v, *patterns, dims, scale=scale, window_size=sliding_window)
