@@ -1,5 +1,6 @@
 import inspect
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -184,3 +185,57 @@ def test_a_fact_of_no_role_is_named():
 
     with pytest.raises(InvalidPipeline, match=r"'channels' is 'dti.channels'"):
         Wrong({"dit": ConfiguredNet()}, device="cpu", torch_dtype=torch.float32)
+
+
+def test_a_unit_that_only_requires_a_role_speaks_for_its_arguments():
+    @unit("boundary", requires=("adapter",))
+    def choose_boundary(*, boundary_sigma: float = 0.5):
+        return boundary_sigma
+
+    class Experts(ToyPipeline):
+        units = (*ToyPipeline.units, choose_boundary)
+
+    pipe = toy_pipeline(Experts)
+    assert pipe("abc", seed=0) == pytest.approx(0.3, abs=1e-5)
+    with pytest.raises(MissingComponent, match="'boundary_sigma' needs adapter, which is not loaded"):
+        pipe("abc", boundary_sigma=0.7)
+    unknown = unit("boundary", requires=("adaptor",))(choose_boundary.function)
+    Experts.units = (*ToyPipeline.units, unknown)
+    with pytest.raises(InvalidPipeline, match="unit 'choose_boundary' uses role \\['adaptor'\\]"):
+        toy_pipeline(Experts)
+
+
+def test_only_the_expert_of_the_moment_is_on_the_device(monkeypatch):
+    """A pipeline of two experts says which of them a noise level wants; they change places once, at the boundary."""
+
+    class Experts(ToyPipeline):
+        def roles_at(self, sigma, values):
+            return ("dit",) if sigma >= values["boundary"] else ("adapter",)
+
+        def velocity(self, latents, sigma, *, colour):
+            on_device.append(tuple(present))
+            return self.dit(latents, sigma, colour)
+
+    @unit("boundary")
+    def choose_boundary():
+        return 0.8
+
+    Experts.units = (*ToyPipeline.units, choose_boundary)
+    pipe = Experts({"dit": ToyNet(), "adapter": ToyNet()}, device="cpu", torch_dtype=torch.float32)
+    present, stages, on_device = [], [], []
+
+    @contextmanager
+    def placed(roles):
+        stages.append(tuple(roles))
+        present.extend(roles)
+        yield
+        del present[len(present) - len(tuple(roles)) :]
+
+    monkeypatch.setattr(pipe._residency, "on_device", placed)
+    sigmas = []
+    pipe("abc", seed=0, cfg_scale=2.0, num_inference_steps=4, on_step=lambda step: sigmas.append(step.sigma))
+    expected = [("dit",) if sigma >= 0.8 else ("adapter",) for sigma in sigmas for branch in ("cond", "uncond")]
+    assert len(set(expected)) == 2
+    assert on_device == expected
+    assert [stage for stage in stages if stage] == [("dit",), ("adapter",)]
+    assert present == []

@@ -7,11 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import nn
 
 import diffsynth
 from diffsynth.errors import Cancelled
-from diffsynth.runtime.residency import Residency
 
 CALLS = [
     {"prompt": "a red apple", "seed": 0},
@@ -75,45 +73,3 @@ def test_two_threads_load_one_model(pipe):
         loaded = list(threads.map(lambda _: diffsynth.load("z-image-nano", device="cpu"), range(2)))
     assert loaded[0].dit is not loaded[1].dit
     assert all(torch.equal(draw(one, CALLS[0]), draw(pipe, CALLS[0])) for one in loaded)
-
-
-class Travels(nn.Module):
-    """Notes where it is told to go; there is no accelerator here."""
-
-    place = "cpu"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def to(self, device):
-        self.place = str(device)
-        return self
-
-
-def test_under_a_limit_stages_of_two_threads_take_turns():
-    """Without turns, the thread that ends first takes the module from under the other."""
-    module = Travels()
-    residency = Residency({"dit": module}, torch.device("cuda"), 1.0)
-    inside, both, may_end, places = threading.Event(), threading.Event(), threading.Event(), []
-
-    def first():
-        with residency.on_device(["dit"]):
-            inside.set()
-            may_end.wait(timeout=10)
-
-    def second():
-        inside.wait(timeout=10)
-        with residency.on_device(["dit"]):
-            both.set()
-            places.append((module.place, may_end.is_set()))
-
-    with ThreadPoolExecutor(2) as threads:
-        waiting = [threads.submit(first), threads.submit(second)]
-        assert inside.wait(timeout=10)
-        assert not both.wait(timeout=0.2)
-        may_end.set()
-        for one in waiting:
-            one.result(timeout=10)
-    assert places == [("cuda", True)]
-    assert module.place == "cpu"

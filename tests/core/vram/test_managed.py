@@ -204,7 +204,8 @@ def test_unwrap_gives_an_ordinary_module_back() -> None:
     module(TOKENS)
     wrapped.unwrap()
     assert managed(module) is None
-    assert "forward" not in vars(module) and "forward" not in vars(module.layers[0])
+    assert "forward" not in vars(module)
+    assert "forward" not in vars(module.layers[0])
     assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
     assert torch.equal(module(TOKENS), tower()(TOKENS))
 

@@ -9,6 +9,7 @@ import torch
 
 from diffsynth import registry
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.runtime.memory.placing import Policies
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.spec import resolve
 
@@ -19,6 +20,7 @@ def load(
     device: torch.device | str | None = None,
     torch_dtype: torch.dtype = torch.bfloat16,
     vram_limit: float | None = None,
+    policy: Policies = None,
     base_path: Path | str | None = None,
 ) -> Pipeline:
     """Load a model with all its components.
@@ -27,7 +29,8 @@ def load(
         name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.
         device: where to compute; None picks the first accelerator, else the CPU.
         torch_dtype: of parameters and activations.
-        vram_limit: GiB of weights on the device; None is no limit.
+        vram_limit: GiB that a call may take on the device; None is no limit.
+        policy: where weights wait; see `Pipeline.from_pretrained`.
         base_path: where files are looked up and downloaded to; None is DIFFSYNTH_MODEL_BASE_PATH, else `./models`.
 
     Raises:
@@ -42,6 +45,7 @@ def load(
         device=device,
         model_configs=[ModelConfig.from_source(source, **place) for source in record.components.values()],
         vram_limit=vram_limit,
+        policy=policy,
         **{f"{role}_config": ModelConfig.from_source(source, **place) for role, source in record.processors.items()},
     )
     return pipe.named(record.name, record.defaults)

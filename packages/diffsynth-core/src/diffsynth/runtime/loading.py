@@ -18,7 +18,9 @@ from diffsynth.core import device as devices
 from diffsynth.core.loader import files, header, load, recognize
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.reading.source import ComponentSource
+from diffsynth.core.vram.placement import Policy
 from diffsynth.errors import CorruptFile, MissingComponent, Unrecognized, did_you_mean
+from diffsynth.runtime.memory.placing import Placing
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.spec import resolve
 
@@ -55,11 +57,11 @@ class PretrainedLoader:
         model_configs: Sequence[ModelConfig],
         processor_configs: Mapping[str, ModelConfig | None],
         *,
-        dtype: torch.dtype,
-        device: torch.device | str | None,
+        placing: Placing,
     ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
         """Components by role, and the files each came from. Nothing is read before all of it is known to fit."""
         self._check_processor_names(processor_configs)
+        placing.check_roles(self._roles)
         found = self._recognize(model_configs)
         missing = [
             name for name, role in self._roles.items() if not role.optional and all(part.role != name for part in found)
@@ -69,14 +71,26 @@ class PretrainedLoader:
                 f"{self._pipeline_name} needs {' and '.join(missing)}; the files given hold "
                 f"{', '.join(part.role for part in found) or 'nothing'}. Add a ModelConfig for it to model_configs."
             )
-        target = torch.device(device) if device is not None else devices.default_device()
+        policies = [placing.policy(part.role, part.config) for part in found]
         components, sources = self._load_processors(processor_configs)
-        opened = [load.open_component(part.recognized, part.header, dtype=dtype) for part in found]
+        opened = [
+            load.open_component(part.recognized, part.header, dtype=_dtype(policy, placing))
+            for part, policy in zip(found, policies, strict=True)
+        ]
         sources_ahead = [*(source for _, source in opened[1:]), None]
-        for part, (module, source), ahead in zip(found, opened, sources_ahead, strict=False):
+        for part, policy, (module, source), ahead in zip(found, policies, opened, sources_ahead, strict=False):
             started = time.perf_counter()
-            with _reading_ahead(ahead if target.type != "cpu" else None):
-                components[part.role] = load.materialize(module, source, device=target)
+            if policy is not None:
+                components[part.role] = placing.read(
+                    module,
+                    source,
+                    header=part.header,
+                    architecture=part.recognized.architecture,
+                    policy=policy,
+                )
+            else:
+                with _reading_ahead(ahead if placing.device.type != "cpu" else None):
+                    components[part.role] = load.materialize(module, source, device=placing.device)
             sources[part.role] = list(part.header.files)
             _discovery.notify(
                 "component_loaded",
@@ -125,7 +139,7 @@ class PretrainedLoader:
             if name not in known:
                 raise TypeError(
                     f"from_pretrained() of {self._pipeline_name} takes no {name!r}{did_you_mean(name, known)} "
-                    f"Besides torch_dtype, device, model_configs and vram_limit: {', '.join(known) or 'nothing'}"
+                    f"Besides torch_dtype, device, model_configs, vram_limit, policy: {', '.join(known) or 'nothing'}"
                 )
 
     def _load_processors(
@@ -143,6 +157,10 @@ class PretrainedLoader:
             components[role] = resolve(processor.loader).from_pretrained(folder, local_files_only=True)
             sources[role] = [folder]
         return components, sources
+
+
+def _dtype(policy: Policy | None, placing: Placing) -> torch.dtype:
+    return placing.dtype if policy is None else policy.computation.dtype or placing.dtype
 
 
 @contextmanager

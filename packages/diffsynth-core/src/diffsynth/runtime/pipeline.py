@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
+from diffsynth.core.vram.managed import managed
+from diffsynth.core.vram.report import TransferReport
 from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_you_mean
 from diffsynth.runtime.added_units import with_added_units
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.loading import PretrainedLoader
+from diffsynth.runtime.memory.placing import Placing, Policies
+from diffsynth.runtime.memory.residency import Residency
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
-from diffsynth.runtime.residency import Residency
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.runtime.schema import SchemaMethod
 from diffsynth.runtime.unit import REQUIRED, Program, State, Unit, can_run, check_units, needed_for, run_units
@@ -72,6 +75,7 @@ class Pipeline:
         device: torch.device | str | None = None,
         torch_dtype: torch.dtype = torch.bfloat16,
         vram_limit: float | None = None,
+        policy: Policies = None,
         component_files: Mapping[str, Sequence[Path]] | None = None,
     ) -> None:
         """Hold components and check that units, roles and `velocity()` fit together.
@@ -90,7 +94,8 @@ class Pipeline:
         self.program = self._whole_program()
         self._check_program()
         self.__signature__ = build_signature(self.program, self.loop, {})
-        self._residency = Residency(self.components, self.device, vram_limit)
+        Placing(self.device, torch_dtype, vram_limit, policy).hold(self.components)
+        self._residency = Residency(self.components, self.device)
 
     @classmethod
     def from_pretrained(
@@ -99,6 +104,8 @@ class Pipeline:
         device: torch.device | str | None = None,
         model_configs: Sequence[Any] = (),
         vram_limit: float | None = None,
+        *,
+        policy: Policies = None,
         **processor_configs: Any,
     ) -> Pipeline:
         """Load every component from files.
@@ -107,7 +114,9 @@ class Pipeline:
             torch_dtype: of parameters and activations.
             device: where to compute; None picks the first accelerator, else the CPU.
             model_configs: a `ModelConfig` per checkpoint, in any order; each is recognised by its content.
-            vram_limit: GiB; see `Residency`.
+            vram_limit: GiB that a call may take on the device; None is no limit, 0 keeps no weights there.
+            policy: where weights wait, by a preset's name, "cpu-offload", "fp8", "disk", for all components or for each
+                role; see `diffsynth.core.vram.placement.Policy`. A config's own eight keys have precedence.
             processor_configs: `<role>_config=ModelConfig(...)` in place of a processor's usual source.
 
         Raises:
@@ -115,10 +124,10 @@ class Pipeline:
             MissingComponent: no file fills a role that the pipeline needs.
             TypeError: an unknown argument.
         """
-        # Under a limit weights wait in host memory; on the device they might not fit even once.
-        home = "cpu" if vram_limit is not None else device
+        device = devices.default_device() if device is None else devices.check_device(device)
         loader = PretrainedLoader(cls.roles, cls.__name__)
-        components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=home)
+        placing = Placing(device, torch_dtype, vram_limit, policy)
+        components, files = loader.load(model_configs, processor_configs, placing=placing)
         pipe = cls(components, device=device, torch_dtype=torch_dtype, vram_limit=vram_limit, component_files=files)
         _discovery.notify("pipeline_ready", pipeline=pipe)
         return pipe
@@ -134,9 +143,14 @@ class Pipeline:
         empty = dict.fromkeys(cls.roles)
         pipe = cls(empty | components, device=device, torch_dtype=torch_dtype)
         for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
+            if isinstance(part, torch.nn.Module) and managed(part) is None:
                 part.to(pipe.device, torch_dtype)
         return pipe
+
+    @property
+    def transfers(self) -> Mapping[str, TransferReport]:
+        """What moving the weights of each component under a policy cost so far; a report prints itself."""
+        return self._residency.reports
 
     def named(self, name: str, defaults: Mapping[str, Any]) -> Pipeline:
         """Make this the pipeline of a model: its name, and the call arguments it wants other than the class does.
@@ -196,6 +210,15 @@ class Pipeline:
         """
         raise NotImplementedError
 
+    def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """The roles that `velocity()` calls at a noise level: `loop_roles`, where it has no experts to choose from.
+
+        Args:
+            sigma: in (0, 1].
+            values: arguments and what units wrote.
+        """
+        return self.loop_roles
+
     @classmethod
     def conditions(cls, *, required_only: bool = False) -> frozenset[str]:
         """The names that `velocity()` reads; of them, those without a default if `required_only`."""
@@ -253,7 +276,7 @@ class Pipeline:
 
     def _check_program(self) -> None:
         for step in (*self.program.units, *self.output_units):
-            if unknown := set(step.roles) - set(self.roles):
+            if unknown := {*step.roles, *step.requires} - set(self.roles):
                 raise InvalidPipeline(f"unit {step.name!r} uses role {sorted(unknown)}, not one of {list(self.roles)}")
         for name, place in self.facts.items():
             if place.partition(".")[0] not in self.roles:
@@ -299,8 +322,15 @@ class Pipeline:
             for branch in state.branches
         }
 
+        stage, held = ExitStack(), None
+
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal held
             _stop_if_cancelled(request)
+            if (roles := self.roles_at(float(sigma), state.view("cond"))) != held:
+                stage.close()
+                stage.enter_context(self._residency.on_device(roles))
+                held = roles
             levels = sigma.to(self.device, torch.float32).expand(len(latents))
             rounded = latents.to(self.dtype)
             predictions = [self.velocity(rounded, levels, **conditions[branch]).float() for branch in conditions]
@@ -315,7 +345,7 @@ class Pipeline:
                 request.loop.on_step(Step(index, num_steps, sigma, sigma_next, latents))
 
         _discovery.notify("denoise_started", pipeline=self, num_steps=num_steps, shape=tuple(latents.shape))
-        with self._residency.on_device(self.loop_roles):
+        with stage:
             return euler(velocity, latents, sigmas, on_step=on_step, progress=request.loop.progress_bar_cmd)
 
     def _output(self, request: Request, state: State, latents: Tensor) -> Any:

@@ -80,13 +80,10 @@ class ModelConfig:
         for pattern in self.patterns:
             if pattern.startswith("/") or ".." in pattern.split("/"):
                 raise ValueError(f"origin_file_pattern={pattern!r}: expected a glob inside the repository")
-        later = [name for name in (*VRAM_KEYS, "quantize") if getattr(self, name) is not None]
-        if self.clear_parameters:
-            later.append("clear_parameters")
+        later = [name for name in ("quantize", "clear_parameters") if getattr(self, name)]
         if later:
             raise ValueError(
-                f"ModelConfig got {', '.join(later)}, which this version does not have yet. "
-                f"Leave it out; from_pretrained(vram_limit=...) moves whole components."
+                f"ModelConfig got {' and '.join(later)}, which this version does not have yet; leave it out"
             )
 
     @classmethod
@@ -96,6 +93,11 @@ class ModelConfig:
         if parsed.scheme:
             return cls(source=text, **fields)
         return cls(model_id=parsed.model_id, origin_file_pattern=parsed.pattern, **fields)
+
+    @property
+    def vram_keys(self) -> dict[str, Any]:
+        """The eight placements as they were given."""
+        return {name: getattr(self, name) for name in VRAM_KEYS}
 
     @property
     def root(self) -> Path:

@@ -20,7 +20,7 @@ from diffsynth.core.loader.recognize import Recognized
 from diffsynth.errors import NotEnoughMemory
 from diffsynth.spec import ArchitectureSpec, resolve
 
-__all__ = ["apply_rule", "build", "dequantize", "load_component", "materialize", "open_component"]
+__all__ = ["apply_rule", "build", "dequantize", "fill_buffers", "load_component", "materialize", "open_component"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +92,18 @@ def materialize(
         _check_memory(source, device=device, copy=copy)
     module.load_state_dict(source.read(device=device, copy=copy), strict=True, assign=True)
     if not on_meta:
-        _fill_buffers(module)
+        fill_buffers(module)
         module.to(device)
     return module.eval().requires_grad_(False)
 
 
-def _fill_buffers(module: nn.Module) -> None:
+def fill_buffers(module: nn.Module) -> None:
+    """Compute the buffers that no file holds."""
     for part in module.modules():
         if hasattr(part, "reset_buffers"):
             part.reset_buffers()
-    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    in_files = module.state_dict().keys()
+    left = [name for name, tensor in module.named_buffers() if tensor.is_meta and name not in in_files]
     assert not left, f"{type(module).__name__} leaves {left} on meta; give it a reset_buffers()"
 
 

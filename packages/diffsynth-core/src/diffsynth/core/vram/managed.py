@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from diffsynth.core.vram.partition import SMALL, Block, partition
 from diffsynth.core.vram.placement import Placement, Policy, State
 from diffsynth.core.vram.places import REST, buffers_of, frozen, places_of, read_buffers, surround
 from diffsynth.core.vram.report import TransferReport
-from diffsynth.core.vram.stream import BlockStream
+from diffsynth.core.vram.stream import BlockStream, Order
 from diffsynth.errors import did_you_mean
 
 SLOTS = 2
@@ -115,6 +116,7 @@ class ManagedModule:
         self._ready: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int], dict[str, nn.Parameter]] = {}
         self._stream: BlockStream | None = None
+        self._order = Order(tuple(self._blocks))
         self._computed = torch.empty(0, dtype=torch.uint8)
         self._places = places_of(module, self._blocks)
         self._packings = {name: self._packing(name, high_precision) for name in self._places}
@@ -210,6 +212,7 @@ class ManagedModule:
 
     def _onload(self) -> None:
         self._state = State.ONLOAD
+        self._order.begin()
         if self.policy.offload.on_disk and not self.policy.onload.on_disk:
             for name, master in self._masters.items():
                 self._masters[name] = HostMaster.read(master, device=self.policy.device, lock=self._locks())
@@ -220,7 +223,9 @@ class ManagedModule:
             else:
                 streamed[name] = self._masters[name]
         if streamed:
-            self._stream = BlockStream(streamed, self.policy.device, slots=self.slots, report=self.report)
+            self._stream = BlockStream(
+                streamed, self.policy.device, slots=self.slots, order=self._order, report=self.report
+            )
         size = max((p.computed_bytes for name, p in self._packings.items() if name != REST and p.converts), default=0)
         self._computed = torch.empty(size, dtype=torch.uint8, device=self.policy.device)
         rest = self._ready[REST]
@@ -254,13 +259,16 @@ class ManagedModule:
     def _to_device(self, name: str) -> Tensor:
         """Packed weights on the device, for the stage; those outside blocks as they are computed with."""
         master, packing = self._masters[name], self._packings[name]
+        started = time.perf_counter()
         memory = master.memory
         if memory is None:
             memory = torch.empty(packing.stored_bytes, dtype=torch.uint8)
             master.fill(memory)
-        if self.policy.device.type != "cpu":
-            self.report.copied(packing.stored_bytes, 0.0)
         stored = memory.to(self.policy.device, non_blocking=True)
+        if stored is not master.memory:
+            seconds = time.perf_counter() - started
+            self.report.copied(packing.stored_bytes, seconds)
+            self.report.waited(seconds)
         if name != REST or not packing.converts:
             return stored
         computed = torch.empty(packing.computed_bytes, dtype=torch.uint8, device=self.policy.device)
@@ -272,6 +280,7 @@ class ManagedModule:
         """The weights of a block are in place inside the `with`; gives the memory that others will use after it."""
         with self._lock:
             self.enter()
+            self._order.saw(name)
             with self._weights(name) as (memory, is_lent):
                 key = (name, memory.data_ptr())
                 if key not in self._views:

@@ -98,16 +98,14 @@ def partition(
 
 def _blocks(name: str, module: nn.Module, lists: Collection[str], atomic: tuple[type, ...]) -> Iterator[Block]:
     inside = f"{name}." if name else ""
-    is_list = name in lists
     holds_list = any(other.startswith(inside) and other != name for other in lists)
-    if not is_list and (not holds_list or isinstance(module, atomic)):
+    # Lists and dicts of modules have no forward: it is their items that are run.
+    is_run = type(module).forward is not nn.Module.forward and name not in lists
+    if is_run and (not holds_list or isinstance(module, atomic)):
         yield Block(name, module)
         return
     for child_name, child in module.named_children():
-        if is_list:
-            yield Block(inside + child_name, child)
-        else:
-            yield from _blocks(inside + child_name, child, lists, atomic)
+        yield from _blocks(inside + child_name, child, lists, atomic)
 
 
 def _named_lists(module: nn.Module, repeated: Sequence[str], atomic: tuple[type, ...]) -> tuple[str, ...]:

@@ -43,12 +43,12 @@ class TransferReport:
             self.bytes_moved += size
             self.seconds_copying += seconds
 
-    def waited(self, seconds: float, *, hit: bool) -> None:
-        """Count a block's turn."""
+    def waited(self, seconds: float, *, hit: bool | None = None) -> None:
+        """Count a wait; `hit` says whether it was for a block that was on its way, None that it was for no block."""
         with self._guard:
             self.seconds_waited += seconds
-            self.hits += hit
-            self.misses += not hit
+            self.hits += hit is True
+            self.misses += hit is False
 
     def clear(self) -> None:
         """Begin anew."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +44,44 @@ class _Staging:
     copied: Any = None
 
 
+class Order:
+    """The order in which blocks run, learnt: whoever followed a block last time follows it next time.
+
+    Args:
+        names: the order to begin with.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._next = dict(zip(names, [*names[1:], *names[:1]], strict=True))
+        self._first = next(iter(names), None)
+        self._last: str | None = None
+
+    def begin(self) -> None:
+        """A stage begins: who runs next is first."""
+        self._last = None
+
+    def saw(self, name: str) -> None:
+        """A block has its turn."""
+        if self._last is None:
+            self._first = name
+        else:
+            self._next[self._last] = name
+        self._last = name
+
+    def after(self, name: str | None) -> Iterator[str]:
+        """Those expected after a block, or from the first on after None, each once."""
+        seen = {name}
+        following = self._first if name is None else self._next[name]
+        while following is not None and following not in seen:
+            yield following
+            seen.add(following)
+            following = self._next[following]
+
+
 class BlockStream:
     """Gives each block its memory on the device when its turn comes, and has the next ones on their way by then.
 
-    The order is learnt: whoever followed a block last time follows it next time. Before the first pass it is that of
-    `masters`. A wrong guess costs time, never a wrong weight.
+    A wrong guess of the order costs time, never a wrong weight.
 
     Page-locked masters are copied by the device alone, on a stream of its own. Others, those on disk among them, go
     through two staging buffers, by a thread. On the CPU the thread reads into the slot itself.
@@ -56,30 +90,28 @@ class BlockStream:
         masters: of the blocks that take turns, by name.
         device: where they go.
         slots: blocks on the device at once, at least 1; with 1 nothing is hidden.
+        order: who is expected after whom; the caller tells it who has a turn.
         report: counts what happens.
     """
 
     def __init__(
-        self, masters: Mapping[str, Master], device: torch.device, *, slots: int, report: TransferReport
+        self, masters: Mapping[str, Master], device: torch.device, *, slots: int, order: Order, report: TransferReport
     ) -> None:
-        names = list(masters)
         largest = max((master.packing.stored_bytes for master in masters.values()), default=0)
         self._masters = dict(masters)
         self._device = device
         self._report = report
-        self._next = dict(zip(names, [*names[1:], *names[:1]], strict=True))
-        self._last: str | None = None
+        self._order = order
         self._in_use: _Slot | None = None
         self._side = devices.side_stream(device)
-        memories = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(slots, len(names)))]
+        memories = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(slots, len(masters)))]
         # The allocator may give out memory that earlier work of the computing stream still reads.
         self._slots = [_Slot(memory, used=devices.mark(device)) for memory in memories]
         staged = device.type != "cpu" and any(not _is_locked(master) for master in masters.values())
         self._staging = [_Staging(host_memory(largest, device)) for _ in range(2 if staged else 0)]
-        needs_thread = staged or (device.type == "cpu" and bool(names))
+        needs_thread = staged or (device.type == "cpu" and bool(masters))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffsynth-vram") if needs_thread else None
-        for name in names[: len(self._slots)]:
-            self._begin(self._free_slot(()), name)
+        self._look_ahead(None)
 
     @property
     def device_bytes(self) -> int:
@@ -92,6 +124,7 @@ class BlockStream:
         hit = slot is not None
         if slot is None:
             slot = self._free_slot(())
+            assert slot is not None, "one block at a time"
             self._begin(slot, name)
         started = time.perf_counter()
         if slot.arriving is not None:
@@ -102,9 +135,6 @@ class BlockStream:
                 raise
         devices.wait_for(slot.ready, self._device)
         self._report.waited(time.perf_counter() - started, hit=hit)
-        if self._last is not None:
-            self._next[self._last] = name
-        self._last = name
         self._in_use = slot
         self._look_ahead(name)
         return slot.memory
@@ -130,30 +160,22 @@ class BlockStream:
                 staging.copied.synchronize()
         self._slots, self._staging, self._in_use = [], [], None
 
-    def _look_ahead(self, name: str) -> None:
-        coming = tuple(self._coming(name))
+    def _look_ahead(self, name: str | None) -> None:
+        """Have the blocks after this one set out, as many as there is room for."""
+        room = len(self._slots) - (self._in_use is not None)
+        expected = (each for each in self._order.after(name) if each in self._masters)
+        coming = tuple(itertools.islice(expected, room))
         for following in coming:
             if self._slot_of(following) is None:
-                slot = self._free_slot((name, *coming))
+                slot = self._free_slot(coming if name is None else (name, *coming))
                 if slot is None:
                     return
                 self._begin(slot, following)
 
-    def _coming(self, name: str) -> Iterator[str]:
-        """The blocks that follow, as many as there is room for."""
-        room = len(self._slots) - (self._in_use is not None)
-        following = self._next[name]
-        seen = {name}
-        while room > 0 and following not in seen:
-            yield following
-            seen.add(following)
-            following = self._next[following]
-            room -= 1
-
     def _slot_of(self, name: str) -> _Slot | None:
         return next((slot for slot in self._slots if slot.block == name), None)
 
-    def _free_slot(self, wanted: tuple[str, ...]) -> Any:
+    def _free_slot(self, wanted: Collection[str]) -> _Slot | None:
         """A slot whose block is not wanted, an empty one first; None if there is none."""
         free = [slot for slot in self._slots if slot is not self._in_use and slot.block not in wanted]
         return min(free, key=lambda slot: slot.block is not None, default=None)

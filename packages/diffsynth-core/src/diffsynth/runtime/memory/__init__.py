@@ -1,0 +1,1 @@
+"""How a pipeline's components share a device: policies, stages, plans."""

@@ -1,0 +1,126 @@
+"""Which policy a component is under, and where it may be cut: from declarations to `diffsynth.core.vram.wrap`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsynth import _discovery
+from diffsynth.core.loader import load
+from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.header import Header
+from diffsynth.core.loader.reading.source import ComponentSource
+from diffsynth.core.vram.managed import managed, wrap
+from diffsynth.core.vram.placement import Policy
+from diffsynth.errors import did_you_mean
+from diffsynth.spec import ArchitectureSpec, resolve
+
+logger = logging.getLogger(__name__)
+
+Policies = str | Policy | Mapping[str, str | Policy] | None
+"""A preset's name or a policy for every component, or for the roles named; None leaves it to the configs."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How the components of one pipeline are held.
+
+    Args:
+        device: where computation happens.
+        dtype: of parameters and activations.
+        vram_limit: GiB, or None for no limit.
+        policies: for all, or by role; the eight keys of a `ModelConfig` have precedence.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    vram_limit: float | None = None
+    policies: Policies = field(default=None)
+
+    def check_roles(self, roles: Mapping[str, Any]) -> None:
+        """Refuse policies for roles that there are not.
+
+        Raises:
+            ValueError: naming the role.
+        """
+        for role in self.policies if isinstance(self.policies, Mapping) else ():
+            if role not in roles:
+                raise ValueError(f"policy for {role!r}, which is no role{did_you_mean(role, roles)} {', '.join(roles)}")
+
+    def policy(self, role: str, config: ModelConfig | None = None) -> Policy | None:
+        """Of a component; None if it stays on the device.
+
+        Raises:
+            ValueError: an unknown preset, a hole in the keys, a device or dtype that is not there.
+        """
+        if config is not None:
+            spelled = Policy.from_keys(config.vram_keys, device=self.device, dtype=self.dtype)
+            if spelled is not None:
+                return spelled
+        wanted = self.policies.get(role) if isinstance(self.policies, Mapping) else self.policies
+        if wanted is None and self.vram_limit is not None and self.device.type != "cpu":
+            wanted = "dynamic"
+        if wanted is None or wanted == "none":
+            return None
+        return wanted if isinstance(wanted, Policy) else Policy.preset(wanted, self.device, self.dtype)
+
+    def read(
+        self,
+        module: nn.Module,
+        source: ComponentSource,
+        *,
+        header: Header,
+        architecture: ArchitectureSpec,
+        policy: Policy,
+    ) -> nn.Module:
+        """A module whose weights wait where its policy says; `open_component` gave the first two.
+
+        Raises:
+            ValueError: the policy wants weights read block by block from a file that is a pickle, or from no file.
+        """
+        if header.tensors_in_memory is not None and (policy.offload.on_disk or policy.onload.on_disk):
+            files = " ".join(map(str, header.files))
+            remedy = f"Run: diffsynth convert {files} -o model.safetensors" if files else "Give its file"
+            raise ValueError(f"{source.where}: a policy with 'disk' reads safetensors files block by block. {remedy}")
+        load.materialize(module, source, device="meta")
+        load.fill_buffers(module)
+        wrap(module, policy, source=source, **cuts(architecture))
+        return module
+
+    def hold(self, components: Mapping[str, Any]) -> None:
+        """Wrap modules that are in memory and not wrapped yet, where a limit or a policy asks for it."""
+        modules = {role: part for role, part in components.items() if isinstance(part, nn.Module)}
+        for role, module in modules.items():
+            policy = self.policy(role) if managed(module) is None else None
+            if policy is not None:
+                wrap(module, policy, **cuts(architecture_of(module)))
+        if self.vram_limit is not None and not any(managed(module) for module in modules.values()):
+            logger.warning("vram_limit=%s has no effect: the pipeline runs on %s", self.vram_limit, self.device)
+
+
+def architecture_of(module: nn.Module) -> ArchitectureSpec | None:
+    """The declaration of a module's class, if there is one."""
+    reference = f"{type(module).__module__}:{type(module).__qualname__}"
+    declared = (each.spec for each in _discovery.catalog().architectures)
+    return next((spec for spec in declared if spec.module == reference), None)
+
+
+def cuts(architecture: ArchitectureSpec | None) -> dict[str, Any]:
+    """The arguments of `wrap` that a declaration makes, with the layer classes that plugins declared whole."""
+    declared = [each.spec for each in _discovery.catalog().layer_wrappers]
+    layers = [spec.layer for spec in declared if spec.atomic]
+    # A class whose module nobody imported has no instances, so it is left alone.
+    atomic = [resolve(layer) for layer in layers if layer.partition(":")[0] in sys.modules]
+    if architecture is None:
+        return {"atomic": tuple(atomic)}
+    return {
+        "repeated": architecture.repeated_blocks,
+        "atomic": (*atomic, *(resolve(layer) for layer in architecture.atomic)),
+        "high_precision": architecture.high_precision,
+    }

@@ -1,0 +1,49 @@
+"""Which components are on the device while a stage runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from diffsynth.core.vram.managed import ManagedModule, managed
+from diffsynth.core.vram.occupants import occupants
+from diffsynth.core.vram.report import TransferReport
+
+
+class Residency:
+    """Brings the wrapped modules of a pipeline to its device for the stages that use them.
+
+    Modules that are not wrapped are where they are, and processors never move.
+
+    Args:
+        components: role -> module or processor.
+        device: where computation happens.
+    """
+
+    def __init__(self, components: Mapping[str, Any], device: torch.device) -> None:
+        found = {role: managed(part) for role, part in components.items() if isinstance(part, torch.nn.Module)}
+        self._managed: dict[str, ManagedModule] = {role: module for role, module in found.items() if module is not None}
+        self._occupants = occupants(device)
+
+    @property
+    def reports(self) -> dict[str, TransferReport]:
+        """What the transfers of each wrapped component cost."""
+        return {role: module.report for role, module in self._managed.items()}
+
+    @contextmanager
+    def on_device(self, roles: Collection[str]) -> Iterator[None]:
+        """Have these roles on the device inside the `with`; threads that share a device take turns."""
+        used = [self._managed[role] for role in roles if role in self._managed]
+        if not used:
+            yield
+            return
+        with self._occupants.stage(used):
+            yield
+
+    def leave(self) -> None:
+        """Have every component leave the device."""
+        for module in self._managed.values():
+            module.leave()
