@@ -27,7 +27,7 @@ class Recorded:
         self.streams, self.events = itertools.count(1), itertools.count(1)
         self.current = Stream(self, "main")
         self.Stream = lambda device: Stream(self, f"side{next(self.streams)} of {device}")
-        self.Event = lambda: Event(self, f"event{next(self.events)}")
+        self.Event = lambda enable_timing=False: Event(self, f"event{next(self.events)}")
 
     def is_available(self) -> bool:
         return self.count > 0
@@ -104,6 +104,9 @@ class Event:
 
     def synchronize(self) -> None:
         self.module.log.append(("host", f"waits for {self.name}"))
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1000.0 * (int(later.name.removeprefix("event")) - int(self.name.removeprefix("event")))
 
 
 class Bare:

@@ -46,6 +46,22 @@ def test_a_block_copied_by_the_side_stream_is_there_when_it_is_waited_for(device
 
 
 @every_device
+def test_a_long_copy_takes_longer_than_a_short_one(device):
+    side = devices.side_stream(device)
+
+    def seconds(size):
+        host, there = devices.page_locked(size, device).fill_(1), torch.zeros(size, dtype=torch.uint8, device=device)
+        side.wait(devices.mark(device))
+        start = side.timestamp()
+        with side.run():
+            there.copy_(host, non_blocking=True)
+        return side.timestamp().seconds_since(start)
+
+    seconds(MIB)
+    assert 0 < min(seconds(MIB) for _ in range(3)) < min(seconds(64 * MIB) for _ in range(3))
+
+
+@every_device
 def test_the_ring_uploads(device):
     ring = UploadRing(device, buffers=2, size=MIB)
     there = torch.zeros(8, MIB, dtype=torch.uint8, device=device)

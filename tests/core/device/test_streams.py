@@ -1,5 +1,7 @@
 """Queues and events, on a device that writes down what it is given and on one that has neither."""
 
+import time
+
 import pytest
 import torch
 
@@ -60,6 +62,23 @@ def test_without_streams_all_happens_in_order(bare, device):
     assert bare.waited == (0 if device == "cpu" else 2)  # an event that cannot be had is waited for at once
     with pytest.raises(ValueError, match="'an event': (CPU|Toy) has no events"):
         side.wait("an event")
+
+
+def test_times_are_those_of_the_queue(recorded):
+    side = devices.side_stream(FULL)
+    start, on_main, end = side.timestamp(), devices.timestamp(FULL), side.timestamp()
+    assert end.seconds_since(start) == 2
+    assert on_main.seconds_since(start) == 1
+    assert [what for _, what in recorded.log[:3]] == ["records event1", "records event2", "records event3"]
+    assert recorded.log[3:] == [("host", "waits for event3"), ("host", "waits for event2")]  # none before it is asked
+
+
+@pytest.mark.parametrize("device", ["cpu", BARE])
+def test_times_without_queues_are_the_hosts(bare, device):
+    side = devices.side_stream(device)
+    start = side.timestamp()
+    time.sleep(0.002)
+    assert 0.002 <= devices.timestamp(device).seconds_since(start) < 1
 
 
 @pytest.mark.parametrize("fixture", ["recorded", "bare"])

@@ -35,13 +35,14 @@ from diffsynth.core.device.names import (
     present_devices,
 )
 from diffsynth.core.device.random import generator, random_state, set_random_state
-from diffsynth.core.device.streams import SideStream, mark, side_stream, synchronize, wait_for
+from diffsynth.core.device.streams import SideStream, Timestamp, mark, side_stream, synchronize, timestamp, wait_for
 
 __all__ = [
     "ACCELERATORS",
     "IS_CUDA_AVAILABLE",
     "IS_NPU_AVAILABLE",
     "SideStream",
+    "Timestamp",
     "available_memory",
     "built_for",
     "card_name",
@@ -70,6 +71,7 @@ __all__ = [
     "set_random_state",
     "side_stream",
     "synchronize",
+    "timestamp",
     "total_memory",
     "wait_for",
 ]

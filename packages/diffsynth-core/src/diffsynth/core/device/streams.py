@@ -6,6 +6,7 @@ is the only stream, an event is None, and there is never anything left to wait f
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -47,6 +48,10 @@ class SideStream:
         """
         wait_for(event, self.device)
 
+    def timestamp(self) -> Timestamp:
+        """When the queue has done what it was given so far."""
+        return timestamp(self.device)
+
 
 class _Queue(SideStream):
     overlaps = True
@@ -67,6 +72,30 @@ class _Queue(SideStream):
     def wait(self, event: Any) -> None:
         if event is not None:
             self._stream.wait_event(event)
+
+    def timestamp(self) -> Timestamp:
+        event = self._module.Event(enable_timing=True)
+        event.record(self._stream)
+        return Timestamp(event)
+
+
+class Timestamp:
+    """A moment in a queue of work; without queues the moment it was made.
+
+    Args:
+        event: behind the work, one that tells the time; None where there are no events.
+    """
+
+    def __init__(self, event: Any = None) -> None:
+        self._event = event
+        self._moment = time.perf_counter()
+
+    def seconds_since(self, earlier: Timestamp) -> float:
+        """Seconds from an earlier one of the same device to this; the host waits until this one is reached."""
+        if self._event is None:
+            return self._moment - earlier._moment
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
 def side_stream(device: torch.device | str) -> SideStream:
@@ -94,6 +123,17 @@ def mark(device: torch.device | str) -> Any:
     event = module.Event()
     event.record(module.current_stream(torch.device(device)))
     return event
+
+
+def timestamp(device: torch.device | str) -> Timestamp:
+    """When the device has done what its current stream was given so far. Without events (MPS) the host waits now."""
+    backend, module = driven(device)
+    if not backend.streams or module is None:
+        synchronize(device)
+        return Timestamp()
+    event = module.Event(enable_timing=True)
+    event.record(module.current_stream(torch.device(device)))
+    return Timestamp(event)
 
 
 def wait_for(event: Any, device: torch.device | str) -> None:
