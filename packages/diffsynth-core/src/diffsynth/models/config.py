@@ -149,6 +149,102 @@ def infer_qwen3_text_encoder_config(shapes: Shapes) -> Qwen3TextEncoderConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class WanAutoencoderConfig:
+    """The causal video autoencoder of Wan 2.1 and Qwen-Image (arXiv:2503.20314).
+
+    Args:
+        in_channels: of a frame: 3, or 4 with transparency.
+        latent_channels: of the latents.
+        dim: width at full resolution.
+        dim_mult: multiples of it at each resolution, full resolution first; each but the first halves the sides.
+        num_res_blocks: residual blocks at each resolution of the encoder; the decoder has one more.
+        temporal_downsample: whether the frames are halved, too, on the way to the next resolution.
+        latents_mean: of each latent channel; latents are `(z - latents_mean) / latents_std`.
+        latents_std: see above.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 16
+    dim: int = 96
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )  # fmt: skip
+    latents_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"temporal_downsample={self.temporal_downsample}: expected one of each step between the "
+                f"{len(self.dim_mult)} resolutions of dim_mult"
+            )
+        if not len(self.latents_mean) == len(self.latents_std) == self.latent_channels:
+            raise ValueError(
+                f"latents_mean and latents_std have {len(self.latents_mean)} and {len(self.latents_std)} values; "
+                f"expected one of each for {self.latent_channels} latent channels"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel, along one side."""
+        return 1 << len(self.temporal_downsample)
+
+    @property
+    def time_factor(self) -> int:
+        """Frames per latent frame; the first one stands alone."""
+        return 1 << sum(self.temporal_downsample)
+
+
+TINY_WAN_AUTOENCODER = WanAutoencoderConfig(dim=8)
+
+
+def tiny_wan_autoencoder_inputs(config: WanAutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Arguments of `WanAutoencoder.forward`: a video of two latent frames that are not square; fp32 on the CPU."""
+    import torch
+
+    size = (config.time_factor + 1, 3 * config.factor, 2 * config.factor)
+    return {"video": torch.rand(1, config.in_channels, *size, generator=generator) * 2 - 1}
+
+
+def infer_wan_autoencoder_config(shapes: Shapes) -> WanAutoencoderConfig:
+    """The config of a file, from its shapes under our own names.
+
+    Raises:
+        ValueError: it is another autoencoder of the same kind.
+    """
+    latent_channels = shapes["conv2.weight"][0]
+    known = WanAutoencoderConfig().latent_channels
+    if latent_channels != known:
+        raise ValueError(
+            f"it has {latent_channels} latent channels; the means and deviations known here are of {known}"
+        )
+    dim, in_channels = shapes["encoder.conv1.weight"][:2]
+    blocks = range(_count(shapes, "encoder.downsamples"))
+    steps = [index for index in blocks if f"encoder.downsamples.{index}.resample.1.weight" in shapes]
+    if not steps or steps[0] == 0:
+        raise ValueError("its encoder has no block at full resolution, or one resolution only")
+    # The last block of each resolution stands before the step to the next one, or at the end.
+    widths = [
+        shapes[f"encoder.downsamples.{last}.residual.6.weight"][0] for last in (*(i - 1 for i in steps), blocks[-1])
+    ]
+    return WanAutoencoderConfig(
+        in_channels=in_channels,
+        dim=dim,
+        dim_mult=tuple(width // dim for width in widths),
+        num_res_blocks=steps[0],
+        temporal_downsample=tuple(f"encoder.downsamples.{step}.time_conv.weight" in shapes for step in steps),
+    )
+
+
 def _count(shapes: Shapes, prefix: str) -> int:
     """How many items the list `prefix` has."""
     depth = prefix.count(".") + 1

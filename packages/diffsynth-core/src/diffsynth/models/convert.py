@@ -53,3 +53,60 @@ FLUX_AUTOENCODER_ORIGINAL: tuple[Rule, ...] = (
 
 QWEN3_WITH_HEAD: tuple[Rule, ...] = (Rename("model.{*}", "model.{*}"), Drop("lm_head.weight"))
 """Whole language models; a text encoder needs no head."""
+
+_WAN_RESIDUAL = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
+
+
+def wan_residual_blocks(source: str, target: str) -> tuple[Rule, ...]:
+    """diffusers' names of a causal residual block to ours."""
+    return (
+        *(
+            Rename(f"{source}.{theirs}.{{*}}", f"{target}.residual.{ours}.{{*}}")
+            for theirs, ours in _WAN_RESIDUAL.items()
+        ),
+        Rename(f"{source}.conv_shortcut.{{*}}", f"{target}.shortcut.{{*}}"),
+    )
+
+
+def wan_resampling(source: str, target: str) -> tuple[Rule, ...]:
+    """diffusers' names of a step between resolutions to ours."""
+    return tuple(Rename(f"{source}.{name}.{{*}}", f"{target}.{name}.{{*}}") for name in ("resample", "time_conv"))
+
+
+def wan_ends(side: str) -> tuple[Rule, ...]:
+    """diffusers' names of what stands around the resolutions of an encoder or decoder to ours."""
+    names = {"conv_in": "conv1", "mid_block.attentions.0": "middle.1", "norm_out": "head.0", "conv_out": "head.2"}
+    return (
+        *(Rename(f"{side}.{theirs}.{{*}}", f"{side}.{ours}.{{*}}") for theirs, ours in names.items()),
+        *wan_residual_blocks(f"{side}.mid_block.resnets.0", f"{side}.middle.0"),
+        *wan_residual_blocks(f"{side}.mid_block.resnets.1", f"{side}.middle.2"),
+    )
+
+
+WAN_LATENT_CONVS: tuple[Rule, ...] = (
+    Rename("quant_conv.{*}", "conv1.{*}"),
+    Rename("post_quant_conv.{*}", "conv2.{*}"),
+)
+"""diffusers' names of the convolutions on both sides of the latents to ours."""
+
+
+def _wan_up_blocks() -> tuple[Rule, ...]:
+    # Theirs are grouped by resolution: three residual blocks and the step to the next; ours stand in one row.
+    rules: list[Rule] = []
+    for level in range(_LEVELS):
+        source = f"decoder.up_blocks.{level}"
+        for index in range(3):
+            rules += wan_residual_blocks(f"{source}.resnets.{index}", f"decoder.upsamples.{4 * level + index}")
+        rules += wan_resampling(f"{source}.upsamplers.0", f"decoder.upsamples.{4 * level + 3}")
+    return tuple(rules)
+
+
+WAN_AUTOENCODER_DIFFUSERS: tuple[Rule, ...] = (
+    *wan_ends("encoder"),
+    *wan_residual_blocks("encoder.down_blocks.{n}", "encoder.downsamples.{n}"),
+    *wan_resampling("encoder.down_blocks.{n}", "encoder.downsamples.{n}"),
+    *WAN_LATENT_CONVS,
+    *wan_ends("decoder"),
+    *_wan_up_blocks(),
+)
+"""The `vae/` of Qwen-Image and of Wan 2.1 in diffusers."""

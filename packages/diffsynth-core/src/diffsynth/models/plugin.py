@@ -49,6 +49,29 @@ QWEN3_TEXT_ENCODER = ArchitectureSpec(
     repeated_blocks=("model.layers",),
 )
 
+WAN_AUTOENCODER = ArchitectureSpec(
+    name="wan_autoencoder",
+    module="diffsynth.models.wan_autoencoder:WanAutoencoder",
+    config="diffsynth.models.config:WanAutoencoderConfig",
+    infer_config="diffsynth.models.config:infer_wan_autoencoder_config",
+    required=(
+        "encoder.conv1.weight",
+        "encoder.downsamples.0.residual.2.weight",
+        "encoder.middle.1.to_qkv.weight",
+        "encoder.head.2.weight",
+        "conv1.weight",
+        "conv2.weight",
+        "decoder.conv1.weight",
+        "decoder.middle.1.to_qkv.weight",
+        "decoder.upsamples.0.residual.2.weight",
+        "decoder.head.2.weight",
+    ),
+    tiny="diffsynth.models.config:TINY_WAN_AUTOENCODER",
+    tiny_inputs="diffsynth.models.config:tiny_wan_autoencoder_inputs",
+    high_precision=("*.gamma",),
+    repeated_blocks=("encoder.downsamples", "decoder.upsamples"),
+)
+
 CHECKPOINTS = (
     CheckpointSpec(
         name="flux_autoencoder",
@@ -83,12 +106,31 @@ CHECKPOINTS = (
         layout="diffsynth.models:layouts/qwen3_8b_with_head.json.gz",
         files=("black-forest-labs/FLUX.2-klein-9B:text_encoder/*.safetensors",),
     ),
+    CheckpointSpec(
+        name="wan_autoencoder",
+        architecture="wan_autoencoder",
+        signature="ccc42284ea13e1ad04693284c7a09be6",
+        layout="diffsynth.models:layouts/wan2.1_autoencoder.json.gz",
+        files=(
+            "Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth",
+            "Wan-AI/Wan2.1-T2V-14B:Wan2.1_VAE.pth",
+            "DiffSynth-Studio/Wan-Series-Converted-Safetensors:Wan2.1_VAE.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name="wan_autoencoder/diffusers",
+        architecture="wan_autoencoder",
+        rules="diffsynth.models.convert:WAN_AUTOENCODER_DIFFUSERS",
+        signature="ed4ea5824d55ec3107b09815e318123a",
+        layout="diffsynth.models:layouts/qwen_image_autoencoder.json.gz",
+        files=("Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors",),
+    ),
 )
 
 
 @hookimpl
 def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
-    for architecture in (FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER):
+    for architecture in (FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER, WAN_AUTOENCODER):
         register(architecture)
 
 

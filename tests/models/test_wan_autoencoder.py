@@ -1,0 +1,342 @@
+"""WanAutoencoder against diffusers' AutoencoderKLWan, through the published key names, and against itself in pieces."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+import parity
+from diffsynth import _discovery
+from diffsynth.core.loader import convert, header, load, pickled, recognize
+from diffsynth.models.config import WanAutoencoderConfig, infer_wan_autoencoder_config
+from diffsynth.models.wan_autoencoder import WanAutoencoder
+
+CONFIG = WanAutoencoderConfig(dim=8, dim_mult=(1, 2, 4), temporal_downsample=(False, True))
+"""Every kind of layer, and one level less than the published sizes: a proof runs the oracle once for each parameter."""
+FULL = WanAutoencoderConfig(dim=8)
+"""The published numbers of levels, two of them in time."""
+
+WIDE = WanAutoencoderConfig(dim=96, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,))
+LAYOUTS = Path(__file__).parents[1] / "data" / "layouts"
+TILES = {"tiled": True, "tile_size": (4, 5), "tile_stride": (2, 3)}
+
+
+def draw_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """As `parity` does; norms at 1 +- 0.3, and frames so small that diffusers, which clamps them, clamps nothing."""
+    weights = parity.draw_weights(shapes)
+    for name, weight in weights.items():
+        if name.endswith("gamma"):
+            weights[name] = 1 + 0.3 * weight.clamp(-1, 1)
+        if name.startswith(("decoder.conv_out", "decoder.head.2")):
+            weights[name] = 0.1 * weight
+    return weights
+
+
+def loaded(published: dict[str, torch.Tensor], config: WanAutoencoderConfig) -> WanAutoencoder:
+    """What the loader makes of a file, told by its structure."""
+    tensors = pickled.of_state_dict(published)
+    (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts())
+    assert (found.architecture.name, found.config) == ("wan_autoencoder", config)
+    return load.load_component(found, tensors, device="cpu", dtype=torch.float32).eval()
+
+
+def build_pair(config: WanAutoencoderConfig = CONFIG) -> tuple[WanAutoencoder, AutoencoderKLWan]:
+    oracle = AutoencoderKLWan(
+        base_dim=config.dim,
+        z_dim=config.latent_channels,
+        dim_mult=list(config.dim_mult),
+        num_res_blocks=config.num_res_blocks,
+        temperal_downsample=list(config.temporal_downsample),
+    ).eval()
+    weights = draw_weights(parity.shapes_of(oracle))
+    oracle.load_state_dict(weights)
+    return loaded(weights, config), oracle
+
+
+def build(config: WanAutoencoderConfig) -> WanAutoencoder:
+    ours = WanAutoencoder(config).eval()
+    ours.load_state_dict(draw_weights(parity.shapes_of(ours)), assign=True)
+    return ours
+
+
+def scales(oracle: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
+    """As diffusers' pipelines read them from its config."""
+    facts = (oracle.config.latents_mean, oracle.config.latents_std)
+    mean, std = (torch.tensor(fact).view(1, -1, 1, 1, 1) for fact in facts)
+    return mean, std
+
+
+def oracle_latents(oracle: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+    mean, std = scales(oracle)
+    return (oracle.encode(video).latent_dist.mode() - mean) / std
+
+
+def oracle_video(oracle: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    mean, std = scales(oracle)
+    return oracle.decode((latents * std + mean).to(oracle.dtype)).sample
+
+
+def draw_video(frames: int, height: int = 40, width: int = 24, batch: int = 1) -> torch.Tensor:
+    return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def draw_latents(frames: int, height: int = 5, width: int = 3, batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 16, frames, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("config", "frames"), [(CONFIG, 1), (CONFIG, 9), (FULL, 9)])
+@torch.no_grad()
+def test_encode_equals_diffusers(config: WanAutoencoderConfig, frames: int) -> None:
+    ours, oracle = build_pair(config)
+    video = draw_video(frames, batch=2)
+    truth = oracle_latents(oracle, video)
+    assert truth.shape[2] == (frames - 1) // config.time_factor + 1
+    assert parity.relative_error(ours.encode(video), truth) <= parity.TOLERANCE
+
+
+@pytest.mark.parametrize(("config", "frames"), [(CONFIG, 1), (CONFIG, 3), (FULL, 3)])
+@torch.no_grad()
+def test_decode_equals_diffusers(config: WanAutoencoderConfig, frames: int) -> None:
+    ours, oracle = build_pair(config)
+    latents = draw_latents(frames, batch=2)
+    truth = oracle_video(oracle, latents)
+    assert float(truth.abs().max()) < 1  # else diffusers would have clamped, and hidden a difference
+    assert parity.relative_error(ours.decode(latents), truth) <= parity.TOLERANCE
+
+
+@torch.no_grad()
+def test_moments_equal_diffusers() -> None:
+    ours, oracle = build_pair()
+    posterior = oracle.encode(draw_video(5)).latent_dist
+    mean, logvar = ours.encode_moments(draw_video(5))
+    assert parity.relative_error(mean, posterior.mean) <= parity.TOLERANCE
+    assert parity.relative_error(logvar, posterior.logvar) <= parity.TOLERANCE
+
+
+def test_every_parameter_matters() -> None:
+    _, oracle = build_pair()
+    video, latents = draw_video(5, 4, 4), draw_latents(2, 1, 1)
+    assert parity.neutral_parameters(oracle.encoder, lambda: oracle_latents(oracle, video)) == []
+    assert parity.neutral_parameters(oracle.decoder, lambda: oracle_video(oracle, latents)) == []
+    assert parity.neutral_parameters(oracle.quant_conv, lambda: oracle_latents(oracle, video)) == []
+    assert parity.neutral_parameters(oracle.post_quant_conv, lambda: oracle_video(oracle, latents)) == []
+
+
+@torch.no_grad()
+def test_bf16_is_as_good_as_the_oracles() -> None:
+    ours, oracle = build_pair()
+    video, latents = draw_video(5, 16, 16), draw_latents(2, 2, 2)
+    encoded, decoded = oracle_latents(oracle, video), oracle_video(oracle, latents)
+    ours, oracle = ours.bfloat16(), oracle.bfloat16()
+    theirs = parity.relative_error(oracle_latents(oracle, video.bfloat16()), encoded)
+    assert parity.relative_error(ours.encode(video.bfloat16()), encoded) <= 1.5 * theirs
+    theirs = parity.relative_error(oracle_video(oracle, latents.bfloat16()), decoded)
+    assert parity.relative_error(ours.decode(latents.bfloat16()), decoded) <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("per_piece", [1, 2])
+@torch.no_grad()
+def test_pieces_equal_the_whole_at_a_real_width(per_piece: int) -> None:
+    ours = build(WIDE)
+    video, latents = draw_video(7, 6, 4), draw_latents(4, 3, 2)
+    whole = ours.encode(video, latents_per_piece=4)
+    assert parity.relative_error(ours.encode(video, latents_per_piece=per_piece), whole) <= 1e-5
+    whole = ours.decode(latents, latents_per_piece=4)
+    assert parity.relative_error(ours.decode(latents, latents_per_piece=per_piece), whole) <= 1e-5
+
+
+@torch.no_grad()
+def test_equal_pieces_give_equal_bits() -> None:
+    ours = build(CONFIG)
+    latents, video = draw_latents(3), draw_video(5)
+    streamed = list(ours.decode_pieces(latents.split(2, dim=2)))
+    assert [piece.shape[2] for piece in streamed] == [3, 2]
+    assert torch.equal(torch.cat(streamed, dim=2), ours.decode(latents, latents_per_piece=2))
+    streamed = list(ours.encode_pieces(video.split([1, 2, 2], dim=2)))
+    assert torch.equal(torch.cat(streamed, dim=2), ours.encode(video))
+
+
+@torch.no_grad()
+def test_pieces_come_before_the_last_is_asked_for() -> None:
+    """A writer that stops early must not have waited for the end, nor have paid for it."""
+    ours = build(CONFIG)
+    asked = []
+
+    def latents():
+        for index in range(100):
+            asked.append(index)
+            yield draw_latents(1, 1, 1)
+
+    frames = ours.decode_pieces(latents())
+    assert next(frames).shape == (1, 3, 1, 4, 4)
+    assert next(frames).shape == (1, 3, 2, 4, 4)
+    assert len(asked) == 3
+
+
+@torch.no_grad()
+def test_no_frame_sees_a_later_one() -> None:
+    ours = build(CONFIG)
+    video, latents = draw_video(5), draw_latents(3)
+    assert torch.allclose(ours.encode(video)[:, :, :2], ours.encode(video[:, :, :3]), atol=1e-5)
+    assert torch.allclose(ours.decode(latents)[:, :, :3], ours.decode(latents[:, :, :2]), atol=1e-5)
+
+
+@pytest.mark.parametrize("tiling", [TILES, TILES | {"tile_stride": (4, 5)}, TILES | {"tile_stride": (3, 2)}])
+@torch.no_grad()
+def test_tiles_cover_every_pixel(tiling: dict) -> None:
+    ours = build(CONFIG)
+    latents, video = draw_latents(1, 7, 9), draw_video(1, 28, 36)
+    assert bool(ours.decode(latents, **tiling).isfinite().all())
+    assert bool(ours.encode(video, **tiling).isfinite().all())
+
+
+@torch.no_grad()
+def test_a_tile_that_holds_everything_is_the_whole_to_the_bit() -> None:
+    ours = build(CONFIG)
+    assert torch.equal(ours.decode(draw_latents(2), tiled=True), ours.decode(draw_latents(2)))
+    assert torch.equal(ours.encode(draw_video(5), tiled=True), ours.encode(draw_video(5)))
+
+
+@torch.no_grad()
+def test_tiles_equal_the_same_tiles_by_hand() -> None:
+    """The twin: each tile decoded alone, weighted by a pyramid that is written out here, and divided by the sum."""
+    ours = build(CONFIG)
+    latents = draw_latents(2, 4, 6)
+    got = ours.decode(latents, tiled=True, tile_size=(4, 4), tile_stride=(4, 2))
+    left, right = ours.decode(latents[..., :4]), ours.decode(latents[..., 2:])
+    ramp = torch.arange(1, 9) / 8
+    total = torch.zeros_like(got)
+    total[..., :16] += left * torch.cat((torch.ones(8), ramp.flip(0)))
+    total[..., 8:] += right * torch.cat((ramp, torch.ones(8)))
+    weight = torch.cat((torch.ones(8), ramp + ramp.flip(0), torch.ones(8)))
+    assert parity.relative_error(got, total / weight) <= 1e-6
+
+
+@torch.no_grad()
+def test_the_second_video_has_the_tiles_of_the_first() -> None:
+    """Tile sizes once grew with every video that was encoded, so only the first of several was right."""
+    ours = build(CONFIG)
+    first = ours.encode(draw_video(1, 28, 36), **TILES)
+    assert torch.equal(ours.encode(draw_video(1, 28, 36), **TILES), first)
+    assert torch.allclose(ours.encode(draw_video(1, 28, 36).repeat(2, 1, 1, 1, 1), **TILES)[1:], first, atol=1e-5)
+
+
+@torch.no_grad()
+def test_caches_of_tiles_may_wait_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsynth.core import device
+    from diffsynth.models.causal_video import FrameCache
+
+    ours = build(CONFIG)
+    expected = ours.decode(draw_latents(2, 4, 6), **TILES)
+    moves = []
+    move = FrameCache.to
+    monkeypatch.setattr(FrameCache, "to", lambda self, place: (moves.append(str(place)), move(self, place)))
+    monkeypatch.setattr(device, "available_memory", lambda _: 1)
+    assert torch.equal(ours.decode(draw_latents(2, 4, 6), **TILES), expected)
+    assert len(moves) > 4
+
+
+def test_memory_of_a_stream_does_not_grow() -> None:
+    """What waits between two pieces is as much after fifty as after two."""
+    from diffsynth.models.causal_video import FrameCache
+
+    ours = build(CONFIG)
+    cache, waiting = FrameCache(), []
+    with torch.no_grad():
+        for _ in range(6):
+            ours._decode_piece(draw_latents(1, 2, 2), cache)
+            cache.is_first = False
+            waiting.append(cache.nbytes)
+    assert waiting[2:] == [waiting[2]] * 4
+    cache.is_last = True
+    ours._decode_piece(draw_latents(1, 2, 2), cache)
+    assert cache.nbytes == 0
+
+
+@torch.no_grad()
+def test_progress_counts_pieces() -> None:
+    ours = build(CONFIG)
+    counts = []
+
+    def progress(pieces):
+        counts.append(len(pieces))
+        yield from pieces
+
+    ours.decode(draw_latents(3, 1, 1), progress=progress)
+    ours.encode(draw_video(7, 4, 4), progress=progress, latents_per_piece=2)
+    assert counts == [3, 2]
+
+
+def test_gradients_pass_through_pieces() -> None:
+    ours = build(CONFIG)
+    latents = draw_latents(2, 1, 1).requires_grad_()
+    ours.decode(latents).square().mean().backward()
+    assert bool((latents.grad.abs().sum(dim=(0, 1, 3, 4)) > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (draw_video(4), "video has 4 frames; expected a multiple of 2 and one more"),
+        (draw_video(5, 38, 24), "video is 38x24; expected multiples of 4"),
+    ],
+)
+def test_videos_that_do_not_fit_are_refused(video: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(CONFIG).encode(video)
+
+
+@torch.no_grad()
+def test_pieces_that_do_not_fit_are_refused() -> None:
+    ours = build(CONFIG)
+    with pytest.raises(ValueError, match="a piece of 4 frames; expected a multiple of 2 and one more, the first"):
+        list(ours.encode_pieces([draw_video(4)]))
+    with pytest.raises(ValueError, match="a piece of 3 frames; expected a multiple of 2$"):
+        list(ours.encode_pieces([draw_video(1), draw_video(3)]))
+
+
+@pytest.mark.parametrize(
+    ("tiling", "message"),
+    [
+        ({"tile_size": (0, 5)}, r"tile_size=\(0, 5\): expected two positive integers"),
+        ({"tile_stride": (2, 2.5)}, r"tile_stride=\(2, 2.5\): expected two positive integers"),
+        ({"tile_size": (4, 4), "tile_stride": (5, 4)}, "larger than tile_size=.* would leave gaps"),
+    ],
+)
+def test_tiles_that_do_not_fit_are_refused(tiling: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(CONFIG).decode(draw_latents(1), tiled=True, **tiling)
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-14B--wan_video_vae", "Qwen-Image--qwen_image_vae"])
+@pytest.mark.parametrize("tier", ["signature", "structure"])
+def test_published_layouts_load_strictly(name: str, tier: str) -> None:
+    facts = json.loads(gzip.decompress((LAYOUTS / f"{name}.json.gz").read_bytes()))["tensors"]
+    tensors = header.Header({key: header.TensorInfo("F32", tuple(shape)) for key, shape in facts.items()})
+    (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts(), tiers=(tier,))
+    assert (found.architecture.name, found.config) == ("wan_autoencoder", WanAutoencoderConfig())
+    network = load.build(found.architecture, found.config)
+    plan = convert.plan(found.rules, tensors.shapes)
+    assert convert.check(plan, parity.shapes_of(network), where=name) == []
+
+
+def test_transparency_and_width_are_told_by_shapes() -> None:
+    config = WanAutoencoderConfig(
+        in_channels=4, dim=4, dim_mult=(1, 3, 2), num_res_blocks=1, temporal_downsample=(True, False)
+    )
+    with torch.device("meta"):
+        assert infer_wan_autoencoder_config(parity.shapes_of(WanAutoencoder(config))) == config
+
+
+def test_other_autoencoders_are_refused() -> None:
+    with pytest.raises(ValueError, match="it has 48 latent channels"):
+        infer_wan_autoencoder_config({"conv2.weight": (48, 48, 1, 1, 1)})
+    with pytest.raises(ValueError, match="expected one of each step between the 4 resolutions"):
+        WanAutoencoderConfig(temporal_downsample=(True,))
+    with pytest.raises(ValueError, match="expected one of each for 20 latent channels"):
+        WanAutoencoderConfig(latent_channels=20)
