@@ -1,0 +1,78 @@
+"""The backend `triton`: our own flash attention. Imports Triton when it is first asked to compute."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth import _env
+from diffsynth.core.attention.call import AttentionCall
+from diffsynth.core.attention.libraries.probing import device_refusal, missing
+from diffsynth.core.attention.triton.configs import capability_of, rows_for
+
+_NAME = "triton"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LARGEST_HEAD_DIM = 256
+_TILE = 64
+
+
+class TritonAttention:
+    """FlashAttention-2 with masks, windows, packed samples and grouped heads, forward and backward.
+
+    On a CPU it works only under TRITON_INTERPRET=1, set before Triton is imported: to check it, never to use it.
+    """
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """Devices that are not NVIDIA's from sm_80 on, head dims over 256 or no multiple of 8, biases, fp64."""
+        return missing("triton") or _device_refusal(call) or _content_refusal(call)
+
+    def avoids(self, call: AttentionCall) -> str | None:
+        """What nobody timed on such a device, where it may be slower than others; and the interpreter."""
+        capability = capability_of(call.q.device)
+        if capability is None:
+            return "Triton's interpreter is slow"
+        rows = rows_for(capability, fp32=call.q.dtype == torch.float32)
+        return None if all(row.tuned for row in rows) else f"its kernels were not timed on sm_{capability}"
+
+    def workspace(self, call: AttentionCall, device_type: str) -> int:
+        """An fp32 sum per query; with a mask, an int32 for each of its blocks, and what sorting those takes."""
+        b, q_len, n, _ = call.q.shape
+        size = 4 * b * n * q_len
+        if call.mask is not None:
+            tiles = call.mask.shape[0] * call.mask.shape[1] * -(-q_len // _TILE) * -(-call.k_len // _TILE)
+            size += tiles * (1 + 8 + 4)
+        return size
+
+    def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
+        """See `AttentionBackend`."""
+        from diffsynth.core.attention.triton.op import flash_attention
+
+        cu_seqlens = list(call.cu_seqlens or ())
+        out, _ = flash_attention(call.q, call.k, call.v, call.mask, cu_seqlens, call.scale, list(call.limits))
+        return out
+
+
+def _device_refusal(call: AttentionCall) -> str | None:
+    if call.q.device.type != "cpu":
+        return device_refusal(_NAME, call, range(8, 13))
+    if not _env.triton_interpret():
+        return "tensors are on cpu; there TRITON_INTERPRET=1 runs the kernels step by step"
+    if call.q.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bf16 as if it were integers"
+    return None
+
+
+def _content_refusal(call: AttentionCall) -> str | None:
+    if call.q.dtype not in _DTYPES:
+        return f"dtype {call.q.dtype} is none of fp16, bf16, fp32"
+    for tensors, dim in (("queries and keys", call.q.shape[3]), ("values", call.v.shape[3])):
+        if dim % 8 or dim > _LARGEST_HEAD_DIM:
+            return f"head dim {dim} of {tensors} is not a multiple of 8 up to {_LARGEST_HEAD_DIM}"
+    if call.score_bias is not None:
+        return "it takes no score_bias"
+    if call.mask is not None and call.cu_seqlens is not None:
+        return "it takes a mask or cu_seqlens, not both"
+    if not call.scale > 0:
+        return f"scale {call.scale} is not above 0"
+    return None

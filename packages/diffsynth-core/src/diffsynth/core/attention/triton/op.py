@@ -1,0 +1,179 @@
+"""The kernels as two operators of PyTorch, `diffsynth::flash_attention` and its backward.
+
+`triton_op` shows the kernels to `torch.compile`: no graph break, and the graph holds them rather than a black box.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op
+
+from diffsynth.core.attention.triton.backward import flash_delta_kernel, flash_dkdv_kernel, flash_dq_kernel
+from diffsynth.core.attention.triton.configs import Config, Kernel, capability_of, config_for
+from diffsynth.core.attention.triton.forward import flash_fwd_kernel
+from diffsynth.core.attention.triton.tiles import block_lists, launchable
+
+_LOG2_E = math.log2(math.e)
+_DELTA_ROWS = 32
+
+
+@triton_op("diffsynth::flash_attention", mutates_args=())
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Sequence[Tensor],
+    scale: float,
+    limits: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The output, `b q n d_v`, and the logsumexp in base 2, fp32 `b n q`. Differentiable once.
+
+    Args:
+        q, k, v: `b s n d`, as in `AttentionCall`.
+        mask: as in `AttentionCall`; not beside `cu_seqlens`.
+        cu_seqlens: of queries and of keys, or empty.
+        scale: above 0.
+        limits: `AttentionCall.limits`.
+    """
+    q, k, v = (_with_dense_rows(tensor) for tensor in (q, k, v))
+    b, q_len, n, _ = q.shape
+    out = torch.empty(b, q_len, n, v.shape[3], dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, n, q_len, dtype=torch.float32, device=q.device)
+    config = _config("fwd", q, v)
+    settings = _settings(config, (q, k, v), mask, cu_seqlens, limits, by_keys=False)
+    launchable(flash_fwd_kernel)[(settings["tiles"] * n * b,)](
+        q, k, v, out, lse, **settings, scale_log2=scale * _LOG2_E
+    )
+    return out, lse
+
+
+@triton_op("diffsynth::flash_attention_backward", mutates_args=())
+def flash_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Sequence[Tensor],
+    scale: float,
+    limits: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `q`, `k` and `v`, given that of `out`; the others as `flash_attention` took and gave them."""
+    q, k, v = (_with_dense_rows(tensor) for tensor in (q, k, v))
+    d_out, out = d_out.contiguous(), out.contiguous()
+    b, q_len, n, d_v = out.shape
+    rows, block_dv = b * q_len * n, _padded(d_v)
+    delta = torch.empty_like(lse)
+    launchable(flash_delta_kernel)[(triton.cdiv(rows, _DELTA_ROWS),)](
+        out, d_out, delta, n, rows, q_len, D_V=d_v, BLOCK_DV=block_dv, BLOCK_M=_DELTA_ROWS
+    )
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    factors = {"scale": scale, "scale_log2": scale * _LOG2_E}
+    by_keys = _settings(_config("dkdv", q, v), (q, k, v), mask, cu_seqlens, limits, by_keys=True)
+    launchable(flash_dkdv_kernel)[(by_keys["tiles"] * k.shape[2] * b,)](
+        q, k, v, d_out, lse, delta, dk, dv, **by_keys, **factors
+    )
+    by_queries = _settings(_config("dq", q, v), (q, k, v), mask, cu_seqlens, limits, by_keys=False)
+    launchable(flash_dq_kernel)[(by_queries["tiles"] * n * b,)](q, k, v, d_out, lse, delta, dq, **by_queries, **factors)
+    return dq, dk, dv
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, cu_seqlens, ctx.scale, ctx.limits = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, mask, *cu_seqlens)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx: Any, d_out: Tensor, _d_lse: Tensor | None) -> tuple[Any, ...]:
+    *tensors, mask, cu_q, cu_k = (*ctx.saved_tensors, None, None)[:8]
+    cu_seqlens = [] if cu_q is None else [cu_q, cu_k]
+    gradients = flash_attention_backward(d_out, *tensors, mask, cu_seqlens, ctx.scale, ctx.limits)
+    return *gradients, None, [None] * len(cu_seqlens), None, None
+
+
+flash_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _settings(
+    config: Config,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Sequence[Tensor],
+    limits: Sequence[int],
+    *,
+    by_keys: bool,
+) -> dict[str, Any]:
+    """The arguments that the kernels have in common."""
+    q, k, v = qkv
+    (_, q_len, n, d), k_len, d_v = q.shape, k.shape[1], v.shape[3]
+    left, right = limits
+    cu_q, cu_k = cu_seqlens or (None, None)
+    samples = 0 if cu_q is None else cu_q.shape[0] - 1
+    tokens, block = (k_len, config.block_n) if by_keys else (q_len, config.block_m)
+    lists, mask_strides = None, (0, 0, 0, 0)
+    if mask is not None:
+        lists = block_lists(mask, (q_len, k_len), (left, right), (config.block_m, config.block_n), by_keys=by_keys)
+        mask_strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    strides = {
+        **_strides("q", "bsn", q.stride()),
+        **_strides("k", "bsn", k.stride()),
+        **_strides("v", "bsn", v.stride()),
+        **_strides("m", "bnqk", mask_strides),
+        **_strides("t", "bnt", (0, 0, 0) if lists is None else lists.strides),
+    }
+    return {
+        **strides,
+        "mask": mask,
+        "blocks": None if lists is None else lists.blocks,
+        "counts": None if lists is None else lists.counts,
+        "cu_q": cu_q,
+        "cu_k": cu_k,
+        "heads": n,
+        # A packed sample begins a tile of its own: at most one tile more for each, known without asking the device.
+        "tiles": tokens // block + samples if samples else triton.cdiv(tokens, block),
+        "q_len": q_len,
+        "k_len": k_len,
+        "samples": samples,
+        "left": left,
+        "right": right,
+        "Q_PER_KV": n // k.shape[2],
+        "D": d,
+        "D_V": d_v,
+        "BLOCK_D": _padded(d),
+        "BLOCK_DV": _padded(d_v),
+        "HAS_LEFT": left >= 0,
+        "HAS_RIGHT": right >= 0,
+        "HAS_MASK": mask is not None,
+        "SAMPLES": triton.next_power_of_2(samples) if samples else 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _strides(tensor: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
+    return {f"stride_{tensor}{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _with_dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _config(kernel: Kernel, q: Tensor, v: Tensor) -> Config:
+    head_dim = max(_padded(q.shape[3]), _padded(v.shape[3]))
+    return config_for(kernel, head_dim, capability_of(q.device), fp32=q.dtype == torch.float32)
