@@ -144,7 +144,7 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         watcher, values = self._rehearsal, self._rehearsal.values
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(tag in func.tags for tag in _NEEDS_VALUES) and (known := _by_value(values, func, args, kwargs)):
+        if _needs_values(func) and (known := _by_value(values, func, args, kwargs)):
             return known[0]
         if func is _aten._to_copy.default and inputs[0].is_meta and _goes_to_cpu(kwargs):
             return self._to_host(inputs[0], kwargs)
@@ -169,10 +169,7 @@ class _Operations(TorchDispatchMode):
         """A real tensor where the value is known. Elsewhere it stays on meta, in the account of the device."""
         dtype = kwargs.get("dtype") or tensor.dtype
         twin = self._rehearsal.values.of(tensor)
-        if twin is not None:
-            moved = twin.to(dtype, copy=True)
-        else:
-            moved = torch.empty_like(tensor, dtype=dtype)
+        moved = torch.empty_like(tensor, dtype=dtype) if twin is None else twin.to(dtype, copy=True)
         self._rehearsal.ledger.allocated(moved)
         return moved
 
@@ -197,6 +194,11 @@ class _Calls(TorchFunctionMode):
             # torch fills no memory on meta, and the value would be lost.
             return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
         return func(*args, **kwargs)
+
+
+def _needs_values(func: Any) -> bool:
+    # Indexing does with masks alone, which become places.
+    return func.overloadpacket not in _INDEXED and any(tag in func.tags for tag in _NEEDS_VALUES)
 
 
 def _goes_to_cpu(kwargs: Mapping[str, Any]) -> bool:

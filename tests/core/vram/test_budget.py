@@ -1,0 +1,180 @@
+"""The arithmetic of a budget: what it keeps, what it gives up first, and how long a step then takes."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffsynth.core.vram.budget import (
+    BlockLoad,
+    ComponentLoad,
+    Run,
+    Speeds,
+    StageLoad,
+    Turn,
+    Workload,
+    plan_memory,
+    step_seconds,
+)
+from diffsynth.core.vram.budget.planner import spread
+from diffsynth.errors import NotEnoughMemory
+
+GIB = 2**30
+SPEEDS = Speeds(link=25e9, compute=100e12, disk=3e9)
+
+
+def component(role, gib, count, *, computed=1):
+    size = int(gib * GIB / count)
+    return ComponentLoad(role, tuple(BlockLoad(f"{role}.{i}", size, computed * size) for i in range(count)))
+
+
+def runs(part, flops):
+    return tuple(Run(part.role, block.name, int(flops)) for block in part.blocks)
+
+
+def workload(*, dit=12.0, text_encoder=8.0, act=1.5, decode=4.0, tiled=1.0, **changes):
+    """A text-to-image call of about the size of FLUX.1."""
+    parts = component("dit", dit, 38), component("text_encoder", text_encoder, 36), component("vae", 0.2, 1)
+    stages = (
+        StageLoad("encode_prompt", ("text_encoder",), GIB // 5, runs=runs(parts[1], 1e10)),
+        StageLoad("denoise", ("dit",), int(act * GIB), runs=runs(parts[0], 6e11), steps=8),
+        StageLoad("decode", ("vae",), int(decode * GIB), runs=runs(parts[2], 1e13), tiled=int(tiled * GIB)),
+    )
+    return Workload(parts, stages, base=GIB // 2, **changes)
+
+
+def denoise(plan):
+    return next(stage for stage in plan.stages if stage.name == "denoise")
+
+
+def test_without_a_limit_everything_is_on_the_device_and_nothing_moves():
+    plan = plan_memory(workload(), speeds=SPEEDS)
+    assert plan.evicted == () and not plan.tiled
+    assert plan.peak_vram == pytest.approx((12 + 8 + 0.2 + 4) * GIB, rel=1e-6)
+    assert [stage.bytes_per_step + stage.bytes_once for stage in plan.stages] == [0, 0, 0]
+    assert plan.peak_ram == GIB // 2
+    assert all(residence.waits == "device" for stage in plan.stages for residence in stage.residences)
+
+
+def test_with_zero_nothing_stays_and_as_little_as_possible_is_taken():
+    plan = plan_memory(workload(), vram_limit=0, speeds=SPEEDS)
+    assert all(not residence.resident for stage in plan.stages for residence in stage.residences)
+    assert plan.peak_vram == plan.smallest_vram
+    assert denoise(plan).residences[0].slots == 1
+    assert denoise(plan).bytes_per_step == pytest.approx(12 * GIB, rel=1e-6)
+
+
+@given(st.floats(1.9, 30.0))
+@settings(deadline=None)
+def test_any_limit_is_kept_in_every_stage(limit):
+    plan = plan_memory(workload(), vram_limit=limit, speeds=SPEEDS)
+    assert plan.peak_vram <= limit * GIB
+    for stage in plan.stages:
+        for residence in stage.residences:
+            assert {*residence.resident, *residence.streamed} == {
+                block.name for block in workload().component(residence.role).blocks
+            }
+
+
+def test_what_costs_least_is_given_up_first():
+    evicted = {limit: plan_memory(workload(), vram_limit=limit, speeds=SPEEDS) for limit in (25, 17, 14, 8, 3)}
+    assert evicted[25].evicted == ()
+    assert evicted[17].evicted == ("text_encoder",)
+    assert not denoise(evicted[14]).residences[0].streamed
+    assert denoise(evicted[8]).residences[0].streamed and not evicted[8].tiled
+    assert evicted[3].tiled
+
+
+def test_more_memory_is_never_slower_and_never_moves_more():
+    plans = [plan_memory(workload(), vram_limit=limit, speeds=SPEEDS) for limit in (2, 3, 4, 6, 8, 10, 12, 14, 24, 32)]
+    for less, more in zip(plans, plans[1:], strict=False):
+        assert more.seconds_per_step <= less.seconds_per_step + 1e-9
+        assert more.bytes_per_step <= less.bytes_per_step
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can():
+    with pytest.raises(
+        NotEnoughMemory, match=r"denoise.*activations alone take 1\.50 GiB.*smallest.*is 1\.82 GiB"
+    ) as got:
+        plan_memory(workload(), vram_limit=1.0, speeds=SPEEDS)
+    smallest = float(str(got.value).split(" GiB; a smaller")[0].rpartition(" ")[2])
+    plan_memory(workload(), vram_limit=smallest, speeds=SPEEDS)
+    with pytest.raises(NotEnoughMemory):
+        plan_memory(workload(), vram_limit=smallest - 0.02, speeds=SPEEDS)
+
+
+def test_storage_is_tried_in_the_order_it_is_offered():
+    half = [dataclasses.replace(part, blocks=component(part.role, gib / 2, count, computed=2).blocks)
+            for part, gib, count in zip(workload().components, (12, 8, 0.2), (38, 36, 1), strict=True)]  # fmt: skip
+    small = dataclasses.replace(workload(), components=tuple(half), storage="float8_e4m3fn")
+    assert plan_memory(workload(), small, vram_limit=8, speeds=SPEEDS).storage == ""
+    tight = workload(act=1.7)
+    small = dataclasses.replace(tight, components=tuple(half), storage="float8_e4m3fn")
+    with pytest.raises(NotEnoughMemory):
+        plan_memory(tight, vram_limit=1.9, speeds=SPEEDS)
+    # What it is good for is less to move; the converted block stands beside the one that waits.
+    assert (
+        denoise(plan_memory(small, vram_limit=8, speeds=SPEEDS)).bytes_per_step
+        < denoise(plan_memory(tight, vram_limit=8, speeds=SPEEDS)).bytes_per_step
+    )
+
+
+def test_weights_wait_on_disk_where_host_memory_is_short_those_first_that_move_least():
+    plan = plan_memory(workload(), vram_limit=8, ram_limit=16, speeds=SPEEDS)
+    waits = {residence.role: residence.waits for stage in plan.stages for residence in stage.residences}
+    assert waits == {"text_encoder": "disk", "dit": "host", "vae": "disk"}
+    assert plan.peak_ram <= 16 * GIB
+    with pytest.raises(NotEnoughMemory, match="even if all weights wait on disk"):
+        plan_memory(workload(), vram_limit=8, ram_limit=0.6, speeds=SPEEDS)
+
+
+def test_on_the_cpu_weights_and_activations_share_the_hosts_memory():
+    plan = plan_memory(workload(on_host=True), speeds=SPEEDS)
+    assert plan.peak_vram == 0 and plan.peak_ram == pytest.approx((0.5 + 20.2 + 4) * GIB, rel=1e-6)
+    less = plan_memory(workload(on_host=True), ram_limit=8, speeds=SPEEDS)
+    assert less.peak_ram <= 8 * GIB and denoise(less).residences[0].waits == "disk"
+
+
+def test_resident_blocks_are_spread_evenly():
+    assert sorted(spread(3, 9)) == [2, 5, 8]
+    assert spread(0, 5) == frozenset() and len(spread(5, 5)) == 5
+    gaps = [b - a for a, b in zip(sorted(spread(13, 38)), sorted(spread(13, 38))[1:], strict=False)]
+    assert set(gaps) <= {2, 3}
+
+
+def test_limits_below_zero_are_refused():
+    with pytest.raises(ValueError, match="vram_limit=-1"):
+        plan_memory(workload(), vram_limit=-1, speeds=SPEEDS)
+
+
+times = st.floats(0.01, 1.0)
+
+
+@given(times, times, st.integers(2, 40))
+@settings(deadline=None)
+def test_equal_blocks_take_as_long_as_the_closed_form_says(compute, copy, count):
+    turns = [Turn(compute, copy)] * count
+    assert step_seconds(turns, slots=2) == pytest.approx(count * max(compute, copy), rel=1e-6)
+    assert step_seconds(turns, slots=1) == pytest.approx(count * (compute + copy), rel=1e-6)
+
+
+@given(times, times, st.integers(1, 10))
+@settings(deadline=None)
+def test_resident_blocks_between_streamed_ones_hide_copies(compute, copy, pairs):
+    turns = [Turn(compute), Turn(compute, copy)] * pairs
+    assert step_seconds(turns, slots=2) == pytest.approx(pairs * max(2 * compute, copy), rel=1e-6)
+
+
+@given(st.lists(st.tuples(times, st.one_of(st.just(0.0), times)), min_size=1, max_size=20), st.integers(1, 4))
+@settings(deadline=None)
+def test_no_step_is_faster_than_its_computation_or_its_copies(pairs, slots):
+    turns = [Turn(*pair) for pair in pairs]
+    least = max(sum(turn.compute for turn in turns), sum(turn.copy for turn in turns))
+    most = sum(turn.compute + turn.copy for turn in turns)
+    assert least - 1e-6 <= step_seconds(turns, slots=slots) <= most + 1e-6
+
+
+def test_streaming_without_a_slot_is_refused():
+    with pytest.raises(ValueError, match="0 slots"):
+        step_seconds([Turn(1.0, 1.0)], slots=0)
