@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth_wan import checkpoints as transformers
 from diffsynth_wan.encoders import checkpoints as encoders
 
 DIFFSYNTH_API = 1
 
-ARCHITECTURES = (*encoders.ARCHITECTURES,)
-CHECKPOINTS = (*encoders.CHECKPOINTS,)
+ARCHITECTURES = (*transformers.ARCHITECTURES, *encoders.ARCHITECTURES)
+CHECKPOINTS = (*transformers.CHECKPOINTS, *encoders.CHECKPOINTS)
 
 
 @hookimpl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -184,16 +184,24 @@ def _by_structure(
         return []
     known = _KnownNames(checkpoints)
     candidates = []
+    alike = _alike(checkpoint for checkpoint in checkpoints if checkpoint.architecture in architectures)
     for prefix, shapes in _views(header):
-        for checkpoint in checkpoints:
-            if checkpoint.architecture not in architectures:
-                continue
+        for first, *others in alike:
             try:
-                candidates.append(_candidate(architectures[checkpoint.architecture], checkpoint, prefix, shapes, known))
+                candidates.append(_candidate(architectures[first.architecture], first, prefix, shapes, known))
             except (KeyMismatch, ValueError, LookupError) as error:
                 lacks = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-                refusals[checkpoint.name, prefix] = lacks
+                refusals.update({(checkpoint.name, prefix): lacks for checkpoint in (first, *others)})
     return _weigh(header, candidates)
+
+
+def _alike(checkpoints: Iterable[CheckpointSpec]) -> list[list[CheckpointSpec]]:
+    """Checkpoints that structure cannot tell apart, together: a family may publish one set of names in many sizes."""
+    found: dict[tuple[str, str, str], list[CheckpointSpec]] = {}
+    for checkpoint in checkpoints:
+        fields = repr(sorted(checkpoint.config.items()))
+        found.setdefault((checkpoint.architecture, checkpoint.rules, fields), []).append(checkpoint)
+    return list(found.values())
 
 
 def _candidate(
@@ -332,7 +340,8 @@ def _require(architecture: ArchitectureSpec, own: Mapping[str, Shape]) -> None:
             missing = [] if pattern in own else [pattern]
         else:
             before, _, after = pattern.partition("{n}")
-            blocks = {int(match[1]) for key in own if (match := re.match(re.escape(before) + r"(\d+)\.", key))}
+            numbered = re.compile(re.escape(before) + r"(\d+)\.").match
+            blocks = {int(match[1]) for key in own if (match := numbered(key))}
             expected = range(max(blocks, default=0) + 1)
             missing = [f"{before}{n}{after}" for n in expected if f"{before}{n}{after}" not in own]
         if missing:

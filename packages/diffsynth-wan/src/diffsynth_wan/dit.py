@@ -1,0 +1,323 @@
+"""The Wan video transformer (Team Wan 2025, arXiv:2503.20314): one network for all its variants.
+
+Text-to-video, image-to-video, first-last-frame, Fun and two-expert models differ in sizes and in which optional parts
+they have, which the config says. What changes the pass itself is an extension (`diffsynth_wan.extension`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffsynth.core.attention import attention
+from diffsynth.core.gradient import gradient_checkpoint_forward
+from diffsynth.nn import LayerNorm, RMSNorm, gated_residual, rotary_angles, sinusoidal_embedding
+from diffsynth_wan.config import WanDiTConfig, WanVaceConfig
+from diffsynth_wan.extension import Attend, Extension, Positions, Rotary, Stream
+from diffsynth_wan.variants.camera import CameraAdapter
+
+TIME_SCALE = 1000.0
+"""The network's own unit of time; `forward` takes sigma."""
+
+
+class WanDiT(nn.Module):
+    """Wan 2.1 and 2.2. Parameter names are those of the first published `diffusion_pytorch_model*.safetensors`.
+
+    `gradient_checkpointing` is a plain switch: when set, blocks recompute their activations in the backward pass.
+    """
+
+    def __init__(self, config: WanDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        dim, patch = config.dim, config.patch_size
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            WanBlock(config, image_branch=config.image_dim > 0) for _ in range(config.num_layers)
+        )
+        self.head = Head(config)
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config)
+        if config.reference_channels:
+            self.ref_conv = nn.Conv2d(config.reference_channels, dim, kernel_size=patch[1:], stride=patch[1:])
+        if config.camera_channels:
+            self.control_adapter = CameraAdapter(config)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "b c t h w"],
+        time: Float[Tensor, "b"] | Float[Tensor, "b g"],
+        prompt_embeds: Float[Tensor, "b l text_dim"],
+        image_embeds: Float[Tensor, "b i image_dim"] | None = None,
+        condition_latents: Float[Tensor, "b c_condition t h w"] | None = None,
+        *,
+        extensions: Sequence[Extension] = (),
+        skip_blocks: Collection[int] = (),
+    ) -> Float[Tensor, "b c t h w"]:
+        """The velocity `noise - x0`, in the dtype of `latents`.
+
+        Args:
+            latents: noised, scaled latents; sizes are multiples of `config.patch_size`.
+            time: sigma in [0, 1], of the whole video; or of each of `g` runs of equally many tokens: `g` frames, or
+                `g` tokens. Keep it fp32.
+            prompt_embeds: of the text encoder, padded with zeros as it is given to the network in training.
+            image_embeds: hidden states of the image encoder, for a network with an image branch and no other.
+            condition_latents: further channels behind those of `latents`: a mask and an encoded image, a control video.
+            extensions: applied in this order between embedding and blocks; see `diffsynth_wan.extension`.
+            skip_blocks: blocks that are left out, with what stands behind them.
+
+        Raises:
+            ValueError: sizes, channels or image do not fit this network.
+        """
+        stream = self.embed(latents, time, prompt_embeds, image_embeds, condition_latents)
+        for extension in extensions:
+            stream = extension(self, stream)
+        tokens = stream.tokens
+        for index, block in enumerate(self.blocks):
+            if index in skip_blocks:
+                continue
+            tokens = self.run_block(block, index, tokens, stream)
+            for residual in stream.residuals.get(index, ()):
+                tokens = tokens + residual(tokens)
+        pixels = stream.join(self.head(tokens, stream.time))
+        frames, height, width = stream.grid
+        return rearrange(
+            pixels[:, stream.lead * height * width :].to(latents.dtype),
+            "b (t h w) (p q r c) -> b c (t p) (h q) (w r)",
+            t=frames - stream.lead,
+            h=height,
+            w=width,
+            p=self.config.patch_size[0],
+            q=self.config.patch_size[1],
+            r=self.config.patch_size[2],
+        )
+
+    def embed(
+        self,
+        latents: Float[Tensor, "b c t h w"],
+        time: Float[Tensor, "b"] | Float[Tensor, "b g"],
+        prompt_embeds: Float[Tensor, "b l text_dim"],
+        image_embeds: Float[Tensor, "b i image_dim"] | None,
+        condition_latents: Float[Tensor, "b c_condition t h w"] | None,
+    ) -> Stream:
+        """What enters the blocks of the plain network; arguments and errors as for `forward`."""
+        grid = self._grid(latents)
+        if condition_latents is not None:
+            latents = torch.cat((latents, condition_latents), dim=1)
+        self._check(latents, image_embeds)
+        times = time[:, None] if time.ndim == 1 else time
+        embedded = sinusoidal_embedding(TIME_SCALE * times.float().flatten(), self.config.freq_dim).to(latents.dtype)
+        time_embed = self.time_embedding(embedded).unflatten(0, times.shape)
+        positions = (tuple(range(grid[0])), tuple(range(grid[1])), tuple(range(grid[2])))
+        return Stream(
+            tokens=self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous().to(latents.dtype),
+            positions=positions,
+            rotary=rotary_at(positions, self.config, latents.device),
+            context=self.text_embedding(prompt_embeds),
+            image_context=None if image_embeds is None else self.img_emb(image_embeds),
+            time=time_embed,
+            modulation=self.time_projection(time_embed).float().unflatten(-1, (6, -1)),
+        )
+
+    def place(self, stream: Stream, positions: Positions) -> Stream:
+        """The stream with its tokens at these positions."""
+        return replace(stream, positions=positions, rotary=rotary_at(positions, self.config, stream.tokens.device))
+
+    def run_block(self, block: nn.Module, index: int, tokens: Float[Tensor, "b s e"], stream: Stream) -> Tensor:
+        """The tokens behind `block`, which stands at `index` or beside it."""
+        return gradient_checkpoint_forward(
+            block,
+            self.gradient_checkpointing,
+            False,
+            tokens,
+            stream.context,
+            stream.image_context,
+            stream.modulation,
+            stream.rotary,
+            stream.attend(index),
+        )
+
+    def _grid(self, latents: Tensor) -> tuple[int, int, int]:
+        sizes, patch = tuple(latents.shape[2:]), self.config.patch_size
+        if any(size % extent for size, extent in zip(sizes, patch, strict=True)):
+            raise ValueError(f"latents are {'x'.join(map(str, sizes))}; expected multiples of the patch {patch}")
+        frames, height, width = (size // extent for size, extent in zip(sizes, patch, strict=True))
+        return frames, height, width
+
+    def _check(self, latents: Tensor, image_embeds: Tensor | None) -> None:
+        config = self.config
+        if latents.shape[1] != config.in_channels:
+            raise ValueError(
+                f"latents and condition_latents have {latents.shape[1]} channels together; this network takes "
+                f"{config.in_channels}, of which {config.out_channels} are latents"
+            )
+        if (image_embeds is None) == (config.image_dim > 0):
+            has = (
+                "wants the image_embeds of an image"
+                if config.image_dim
+                else "has no image branch; give no image_embeds"
+            )
+            raise ValueError(f"this network {has}")
+        if image_embeds is not None and config.image_tokens not in (0, image_embeds.shape[1]):
+            raise ValueError(
+                f"image_embeds have {image_embeds.shape[1]} tokens; this network has positions for "
+                f"{config.image_tokens}: those of the first and of the last image"
+            )
+
+
+class WanBlock(nn.Module):
+    """Self-attention and feed-forward, both modulated by the time, and between them attention to prompt and image."""
+
+    def __init__(self, config: WanDiTConfig | WanVaceConfig, *, image_branch: bool) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.self_attn = SelfAttention(config)
+        self.cross_attn = CrossAttention(config, image_branch=image_branch)
+        self.norm1 = LayerNorm(dim, eps=eps, elementwise_affine=False)
+        self.norm2 = LayerNorm(dim, eps=eps, elementwise_affine=False)
+        self.norm3 = LayerNorm(dim, eps=eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s e"],
+        context: Float[Tensor, "b l e"],
+        image_context: Float[Tensor, "b i e"] | None,
+        modulation: Float[Tensor, "b g 6 e"],
+        rotary: Rotary,
+        attend: Attend,
+    ) -> Float[Tensor, "b s e"]:
+        """The tokens after this block."""
+        runs = modulation.shape[1]
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = _per_run(self.modulation, modulation)
+        h = self.norm1(_in_runs(x, runs), scale=scale, shift=shift).view(x.shape)
+        h = self.self_attn(h, rotary, attend)
+        x = gated_residual(_in_runs(x, runs), _in_runs(h, runs), gate).view(x.shape)
+        x = x + self.cross_attn(self.norm3(x), context, image_context)
+        h = self.ffn(self.norm2(_in_runs(x, runs), scale=scale_ffn, shift=shift_ffn))
+        return gated_residual(_in_runs(x, runs), h, gate_ffn).view(x.shape)
+
+
+class SelfAttention(nn.Module):
+    """Attention of all tokens to all, or to what `attend` gives them."""
+
+    def __init__(self, config: WanDiTConfig | WanVaceConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps=config.eps)
+        self.norm_k = RMSNorm(dim, eps=config.eps)
+
+    def forward(self, x: Float[Tensor, "b s e"], rotary: Rotary, attend: Attend) -> Float[Tensor, "b s e"]:
+        """What each token gathered."""
+        q = self.norm_q(self.heads(self.q(x)), rotary=rotary)
+        k = self.norm_k(self.heads(self.k(x)), rotary=rotary)
+        return self.o(attend(q, k, self.heads(self.v(x))).flatten(2))
+
+    def heads(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s n d"]:
+        """The heads of every token."""
+        return x.unflatten(2, (self.num_heads, -1))
+
+
+class CrossAttention(SelfAttention):
+    """Attention to the prompt and, beside it with keys of its own, to an image; the two are added."""
+
+    def __init__(self, config: WanDiTConfig | WanVaceConfig, *, image_branch: bool) -> None:
+        super().__init__(config)
+        if image_branch:
+            self.k_img = nn.Linear(config.dim, config.dim)
+            self.v_img = nn.Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim, eps=config.eps)
+
+    def forward(
+        self, x: Float[Tensor, "b s e"], context: Float[Tensor, "b l e"], image_context: Float[Tensor, "b i e"] | None
+    ) -> Float[Tensor, "b s e"]:
+        """What each token read."""
+        q = self.heads(self.norm_q(self.q(x)))
+        read = attention(q, self.heads(self.norm_k(self.k(context))), self.heads(self.v(context)))
+        if image_context is not None:
+            k = self.heads(self.norm_k_img(self.k_img(image_context)))
+            read = read + attention(q, k, self.heads(self.v_img(image_context)))
+        return self.o(read.flatten(2))
+
+
+class ImageEmbedding(nn.Module):
+    """From the image encoder's hidden states to tokens of the context; learned positions where two images are given."""
+
+    def __init__(self, config: WanDiTConfig) -> None:
+        super().__init__()
+        image_dim = config.image_dim
+        self.proj = nn.Sequential(
+            LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, config.dim),
+            LayerNorm(config.dim),
+        )
+        self.emb_pos = nn.Parameter(torch.zeros(1, config.image_tokens, image_dim)) if config.image_tokens else None
+
+    def forward(self, image_embeds: Float[Tensor, "b i image_dim"]) -> Float[Tensor, "b i e"]:
+        """Token by token."""
+        if self.emb_pos is not None:
+            image_embeds = image_embeds + self.emb_pos.to(image_embeds.dtype)
+        return self.proj(image_embeds)
+
+
+class Head(nn.Module):
+    """From the stream to the latents of a patch."""
+
+    def __init__(self, config: WanDiTConfig) -> None:
+        super().__init__()
+        frames, height, width = config.patch_size
+        self.norm = LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, config.out_channels * frames * height * width)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Float[Tensor, "b s e"], time: Float[Tensor, "b g e"]) -> Float[Tensor, "b s p"]:
+        """Latents of each token's patch, channels last."""
+        runs = time.shape[1]
+        shift, scale = _per_run(self.modulation, time.float()[:, :, None])
+        return self.head(self.norm(_in_runs(x, runs), scale=scale, shift=shift).view(x.shape))
+
+
+def rotary_at(positions: Positions, config: WanDiTConfig, device: torch.device) -> Rotary:
+    """Of a grid of tokens, on `device`; angles are formed in fp64 on the CPU, once per row of an axis."""
+    sections = []
+    for axis, (places, dim) in enumerate(zip(positions, config.axes_dims, strict=True)):
+        angles = rotary_angles(torch.tensor(places)[None, :, None], axes_dims=(dim,), theta=config.rope_theta)[0]
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = len(places)
+        sections.append(angles.view(shape).to(device))
+    grid = [len(places) for places in positions]
+    cos, sin = (
+        torch.cat([turn(angles).expand(*grid, -1) for angles in sections], dim=-1).flatten(0, 2)[None]
+        for turn in (torch.cos, torch.sin)
+    )
+    return cos, sin
+
+
+def _per_run(own: Float[Tensor, "1 k e"], given: Float[Tensor, "b g #k e"]) -> tuple[Float[Tensor, "bg 1 e"], ...]:
+    """The `k` modulations of each run of tokens, fp32."""
+    return (own.float() + given).flatten(0, 1).unsqueeze(2).unbind(1)
+
+
+def _in_runs(x: Float[Tensor, "b s e"], runs: int) -> Float[Tensor, "bg m e"]:
+    """The tokens of each run, as a batch."""
+    return x.unflatten(1, (runs, -1)).flatten(0, 1)
