@@ -60,12 +60,21 @@ def test_memory_of_a_device_that_does_not_count(bare):
     devices.empty_cache(BARE)
 
 
+def test_memory_of_a_device_that_is_not_here(recorded):
+    recorded.count = 0
+    for ask in (devices.available_memory, devices.total_memory, devices.memory_in_use, devices.peak_memory):
+        assert ask("cuda") is None
+        assert ask("npu") is None
+    assert not devices.reset_peak_memory("cuda")
+
+
 def test_memory_of_metal(monkeypatch):
     class Metal:
         recommended_max_memory = staticmethod(lambda: 5)
         current_allocated_memory = staticmethod(lambda: 3)
 
     monkeypatch.setattr("diffsynth.core.device.backends.torch_module", {"mps": Metal}.get)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert (devices.total_memory("mps"), devices.memory_in_use("mps")) == (5, 3)
     assert (devices.available_memory("mps"), devices.peak_memory("mps")) == (None, None)
 

@@ -1,13 +1,14 @@
-"""How much memory a device has, has free, and took; and host memory that a device copies from."""
+"""How much memory a device has, has free, and took, None for one that is not here; host memory that it copies from."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from diffsynth.core.device.backends import driven, is_available
+from diffsynth.core.device.backends import Backend, driven, is_available
 from diffsynth.core.device.names import default_device
 
 _log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _SELF = Path("/proc/self")
 
 def available_memory(device: torch.device | str) -> int | None:
     """Free bytes on a device; None where the backend cannot tell (MPS, and hosts without /proc)."""
-    backend, module = driven(device)
+    backend, module = _here(device)
     if backend.kind == "cpu":
         return _free_host_memory()
     if not backend.counts or module is None:
@@ -38,7 +39,7 @@ def total_memory(device: torch.device | str) -> int | None:
 
     On MPS what Metal recommends as the most to use.
     """
-    backend, module = driven(device)
+    backend, module = _here(device)
     if backend.kind == "cpu":
         return _host_memory()
     if module is None:
@@ -53,7 +54,7 @@ def memory_in_use(device: torch.device | str) -> int | None:
 
     None where nobody can tell.
     """
-    backend, module = driven(device)
+    backend, module = _here(device)
     if backend.kind == "cpu":
         return _status("VmRSS")
     if module is None:
@@ -68,7 +69,7 @@ def peak_memory(device: torch.device | str) -> int | None:
 
     None where nobody counts: on MPS, and on hosts without /proc.
     """
-    backend, module = driven(device)
+    backend, module = _here(device)
     if backend.kind == "cpu":
         return _status("VmHWM")
     return int(module.max_memory_allocated(torch.device(device))) if backend.counts and module is not None else None
@@ -76,7 +77,7 @@ def peak_memory(device: torch.device | str) -> int | None:
 
 def reset_peak_memory(device: torch.device | str) -> bool:
     """Have `peak_memory` count from now on; False where it does not count, or the system does not allow it."""
-    backend, module = driven(device)
+    backend, module = _here(device)
     if backend.kind == "cpu":
         return _reset_status()
     if not backend.counts or module is None:
@@ -106,6 +107,12 @@ def page_locked(size: int, device: torch.device | str) -> torch.Tensor:
         except RuntimeError as error:
             _tell_once(backend.label, size, " ".join(str(error).split()))
     return torch.empty(size, dtype=torch.uint8)
+
+
+def _here(device: torch.device | str) -> tuple[Backend, Any]:
+    """Like `driven`, but no module for a device that this machine lacks: nothing is known of its memory."""
+    backend, module = driven(device)
+    return backend, module if is_available(backend.kind) else None
 
 
 def _tell_once(label: str, size: int, reason: str) -> None:

@@ -65,18 +65,14 @@ class _Queue(SideStream):
         return self._module.stream(self._stream)
 
     def mark(self) -> Any:
-        event = self._module.Event()
-        event.record(self._stream)
-        return event
+        return _recorded(self._module.Event(), self._stream)
 
     def wait(self, event: Any) -> None:
         if event is not None:
             self._stream.wait_event(event)
 
     def timestamp(self) -> Timestamp:
-        event = self._module.Event(enable_timing=True)
-        event.record(self._stream)
-        return Timestamp(event)
+        return Timestamp(_recorded(self._module.Event(enable_timing=True), self._stream))
 
 
 class Timestamp:
@@ -120,9 +116,7 @@ def mark(device: torch.device | str) -> Any:
     if not backend.streams or module is None:
         synchronize(device)
         return None
-    event = module.Event()
-    event.record(module.current_stream(torch.device(device)))
-    return event
+    return _recorded(module.Event(), module.current_stream(torch.device(device)))
 
 
 def timestamp(device: torch.device | str) -> Timestamp:
@@ -131,9 +125,7 @@ def timestamp(device: torch.device | str) -> Timestamp:
     if not backend.streams or module is None:
         synchronize(device)
         return Timestamp()
-    event = module.Event(enable_timing=True)
-    event.record(module.current_stream(torch.device(device)))
-    return Timestamp(event)
+    return Timestamp(_recorded(module.Event(enable_timing=True), module.current_stream(torch.device(device))))
 
 
 def wait_for(event: Any, device: torch.device | str) -> None:
@@ -156,6 +148,11 @@ def synchronize(device: torch.device | str | None = None) -> None:
     backend, module = driven(device)
     if module is not None:
         module.synchronize(device) if backend.indexed else module.synchronize()
+
+
+def _recorded(event: Any, stream: Any) -> Any:
+    event.record(stream)
+    return event
 
 
 @contextmanager
