@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from diffsynth.core import device as devices
 from diffsynth.core.loader.reading.source import ComponentSource
-from diffsynth.core.vram.masters import DiskMaster, HostMaster, Master
+from diffsynth.core.vram.masters import DiskMaster, HostArena, HostMaster, Master
 from diffsynth.core.vram.packing import Packing
 from diffsynth.core.vram.partition import SMALL, Block, partition
 from diffsynth.core.vram.placement import Placement, Policy, State
@@ -214,8 +214,7 @@ class ManagedModule:
         self._state = State.ONLOAD
         self._order.begin()
         if self.policy.offload.on_disk and not self.policy.onload.on_disk:
-            for name, master in self._masters.items():
-                self._masters[name] = HostMaster.read(master, device=self.policy.device, lock=self._locks())
+            self._masters = self._read_all(self._masters)
         streamed = {}
         for name in self._places:
             if name == REST or self._stays(name):
@@ -365,23 +364,27 @@ class ManagedModule:
             on_disk = {name: DiskMaster(packing, self._source) for name, packing in self._packings.items()}
             if self.policy.offload.on_disk:
                 return dict(on_disk)
-            return {name: self._read(master) for name, master in on_disk.items()}
+            return self._read_all(on_disk)
         masters: dict[str, Master] = {}
+        arena = self._arena()
         for name, places in self._places.items():
             tensors = {full: part._parameters[key] for part, key, full in places}
-            masters[name] = HostMaster(self._packings[name], tensors, device=self.policy.device, lock=self._locks())
-            views = self._packings[name].stored_views(masters[name].memory)
+            packing = self._packings[name]
+            memory = arena.take(packing.stored_bytes)
+            masters[name] = HostMaster.copy(packing, tensors, memory)
             # At once, so that no more than one block is in memory twice.
-            self._bind(name, frozen(views))
+            self._bind(name, frozen(packing.stored_views(memory)))
         return masters
 
-    def _read(self, master: Master) -> HostMaster:
-        return HostMaster.read(master, device=self.policy.device, lock=self._locks())
+    def _read_all(self, masters: Mapping[str, Master]) -> dict[str, Master]:
+        arena = self._arena()
+        return {name: HostMaster.read(each, arena.take(each.packing.stored_bytes)) for name, each in masters.items()}
 
-    def _locks(self) -> bool:
-        """Whether page-locked memory for all of it leaves the host half of what is free."""
+    def _arena(self) -> HostArena:
+        """Page-locked if that leaves the host half of what is free."""
+        sizes = [packing.stored_bytes for packing in self._packings.values()]
         free = devices.available_memory("cpu")
-        return free is None or 2 * sum(packing.stored_bytes for packing in self._packings.values()) < free
+        return HostArena(sizes, self.policy.device, lock=free is None or 2 * sum(sizes) < free)
 
     def _at_rest(self, name: str) -> dict[str, nn.Parameter]:
         """What stands in the module while a block is not in use."""

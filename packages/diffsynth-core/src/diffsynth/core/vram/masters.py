@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -29,27 +29,25 @@ class HostMaster:
 
     Args:
         packing: of the block.
-        tensors: by name.
-        device: that will copy from it.
-        lock: whether to page-lock.
+        memory: `stored_bytes` bytes.
     """
 
-    def __init__(
-        self, packing: Packing, tensors: Mapping[str, Tensor], *, device: torch.device, lock: bool = True
-    ) -> None:
+    def __init__(self, packing: Packing, memory: Tensor) -> None:
         self.packing = packing
-        self.memory: Tensor | None = host_memory(packing.stored_bytes, device, lock=lock)
-        for name, view in packing.stored_views(self.memory).items():
-            view.copy_(tensors[name].detach())
+        self.memory: Tensor | None = memory
 
     @classmethod
-    def read(cls, master: Master, *, device: torch.device, lock: bool = True) -> HostMaster:
+    def copy(cls, packing: Packing, tensors: Mapping[str, Tensor], memory: Tensor) -> HostMaster:
+        """Of tensors by name."""
+        for name, view in packing.stored_views(memory).items():
+            view.copy_(tensors[name].detach())
+        return cls(packing, memory)
+
+    @classmethod
+    def read(cls, master: Master, memory: Tensor) -> HostMaster:
         """Of another master's weights."""
-        new = cls.__new__(cls)
-        new.packing = master.packing
-        new.memory = host_memory(master.packing.stored_bytes, device, lock=lock)
-        master.fill(new.memory)
-        return new
+        master.fill(memory)
+        return cls(master.packing, memory)
 
     def fill(self, memory: Tensor) -> None:
         """See `Master`."""
@@ -84,3 +82,33 @@ def host_memory(size: int, device: torch.device, *, lock: bool = True) -> Tensor
     if device.type == "cpu" or not lock:
         return torch.empty(size, dtype=torch.uint8)
     return devices.page_locked(size, device)
+
+
+class HostArena:
+    """Host memory for the blocks of a component, in few page-locked slabs whose sizes are powers of two.
+
+    torch's allocator rounds page-locked memory up to a power of two, block by block up to twice of what is asked for.
+
+    Args:
+        sizes: bytes of the blocks, in the order they are taken.
+        device: that will copy from it.
+        lock: whether to page-lock.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device, *, lock: bool = True) -> None:
+        self._left = sum(sizes)
+        self._device = device
+        self._lock = lock and device.type != "cpu"
+        self._slab = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """Memory for the next block."""
+        self._left -= size
+        if not self._lock:
+            return torch.empty(size, dtype=torch.uint8)
+        if size > self._slab.numel():
+            left = size + max(self._left, 0)
+            largest = 1 << (left.bit_length() - 1)
+            self._slab = host_memory(max(largest, 1 << max(size - 1, 0).bit_length()), self._device)
+        taken, self._slab = self._slab[:size], self._slab[size:]
+        return taken

@@ -5,6 +5,11 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+from diffsynth.core.device import Timestamp
+
+_PENDING = 4096
+"""Copies whose times are asked for together."""
+
 
 @dataclass
 class TransferReport:
@@ -23,7 +28,8 @@ class TransferReport:
     seconds_waited: float = 0.0
     hits: int = 0
     misses: int = 0
-    _guard: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _pending: list[tuple[Timestamp, Timestamp, Timestamp]] = field(default_factory=list, repr=False, compare=False)
+    _guard: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @property
     def bytes_per_second(self) -> float:
@@ -50,9 +56,26 @@ class TransferReport:
             self.hits += hit is True
             self.misses += hit is False
 
+    def timed(self, began: Timestamp, ended: Timestamp, asked: Timestamp) -> None:
+        """Count the time of a copy by the device's clock, and the wait of a block that asked for it."""
+        with self._guard:
+            self._pending.append((began, ended, asked))
+            if len(self._pending) >= _PENDING:
+                self.settle()
+
+    def settle(self) -> TransferReport:
+        """Ask the device for the times that are still out; the host waits until they are known."""
+        with self._guard:
+            pending, self._pending = self._pending, []
+            for began, ended, asked in pending:
+                self.seconds_copying += ended.seconds_since(began)
+                self.seconds_waited += max(ended.seconds_since(asked), 0.0)
+        return self
+
     def clear(self) -> None:
         """Begin anew."""
         with self._guard:
+            self._pending.clear()
             self.bytes_moved, self.hits, self.misses = 0, 0, 0
             self.seconds_copying = self.seconds_waited = 0.0
 

@@ -26,6 +26,7 @@ class _Slot:
         block: whose weights are in it or on their way.
         arriving: the thread's part of the way, if one works on it.
         ready: event behind the copy.
+        times: when the copy began and ended, by the device's clock.
         used: event behind the last computation that read it.
     """
 
@@ -33,6 +34,7 @@ class _Slot:
     block: str | None = None
     arriving: Future[Any] | None = None
     ready: Any = None
+    times: tuple[devices.Timestamp, devices.Timestamp] | None = None
     used: Any = None
 
 
@@ -107,9 +109,10 @@ class BlockStream:
         memories = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(slots, len(masters)))]
         # The allocator may give out memory that earlier work of the computing stream still reads.
         self._slots = [_Slot(memory, used=devices.mark(device)) for memory in memories]
-        staged = device.type != "cpu" and any(not _is_locked(master) for master in masters.values())
+        self._on_host = device.type == "cpu" and not self._side.overlaps
+        staged = not self._on_host and any(not _is_locked(master) for master in masters.values())
         self._staging = [_Staging(host_memory(largest, device)) for _ in range(2 if staged else 0)]
-        needs_thread = staged or (device.type == "cpu" and bool(masters))
+        needs_thread = staged or (self._on_host and bool(masters))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffsynth-vram") if needs_thread else None
         self._look_ahead(None)
 
@@ -133,6 +136,9 @@ class BlockStream:
             except BaseException:
                 slot.block = None
                 raise
+        if slot.times is not None:
+            self._report.timed(*slot.times, devices.timestamp(self._device))
+            slot.times = None
         devices.wait_for(slot.ready, self._device)
         self._report.waited(time.perf_counter() - started, hit=hit)
         self._in_use = slot
@@ -183,7 +189,7 @@ class BlockStream:
     def _begin(self, slot: _Slot, name: str) -> None:
         slot.block = name
         master = self._masters[name]
-        if self._device.type != "cpu" and _is_locked(master):
+        if not self._on_host and _is_locked(master):
             slot.arriving = None
             self._upload(slot, master.memory, master.packing.stored_bytes)
         else:
@@ -194,7 +200,7 @@ class BlockStream:
         """In the thread: from disk or ordinary memory towards the device."""
         started = time.perf_counter()
         size = master.packing.stored_bytes
-        if self._device.type == "cpu":
+        if self._on_host:
             master.fill(slot.memory[:size])
             self._report.copied(size, time.perf_counter() - started)
             return
@@ -208,12 +214,13 @@ class BlockStream:
 
     def _upload(self, slot: _Slot, memory: Tensor | None, size: int) -> None:
         assert memory is not None
-        started = time.perf_counter()
         self._side.wait(slot.used)
+        began = self._side.timestamp()
         with self._side.run():
             slot.memory[:size].copy_(memory[:size], non_blocking=True)
         slot.ready = self._side.mark()
-        self._report.copied(size, time.perf_counter() - started)
+        slot.times = (began, self._side.timestamp())
+        self._report.copied(size, 0.0)
 
 
 def _is_locked(master: Master) -> bool:
