@@ -11,8 +11,9 @@ import torch
 from diffusers import AutoencoderKLWan
 
 import parity
+import wan_vae_oracle
 from diffsynth import _discovery
-from diffsynth.core.loader import convert, header, load, pickled, recognize
+from diffsynth.core.loader import convert, header, load, recognize
 from diffsynth.models.config import WanAutoencoderConfig, infer_wan_autoencoder_config
 from diffsynth.models.wan_autoencoder import WanAutoencoder
 
@@ -26,25 +27,6 @@ LAYOUTS = Path(__file__).parents[1] / "data" / "layouts"
 TILES = {"tiled": True, "tile_size": (4, 5), "tile_stride": (2, 3)}
 
 
-def draw_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """As `parity` does; norms at 1 +- 0.3, and frames so small that diffusers, which clamps them, clamps nothing."""
-    weights = parity.draw_weights(shapes)
-    for name, weight in weights.items():
-        if name.endswith("gamma"):
-            weights[name] = 1 + 0.3 * weight.clamp(-1, 1)
-        if name.startswith(("decoder.conv_out", "decoder.head.2")):
-            weights[name] = 0.1 * weight
-    return weights
-
-
-def loaded(published: dict[str, torch.Tensor], config: WanAutoencoderConfig) -> WanAutoencoder:
-    """What the loader makes of a file, told by its structure."""
-    tensors = pickled.of_state_dict(published)
-    (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts())
-    assert (found.architecture.name, found.config) == ("wan_autoencoder", config)
-    return load.load_component(found, tensors, device="cpu", dtype=torch.float32).eval()
-
-
 def build_pair(config: WanAutoencoderConfig = CONFIG) -> tuple[WanAutoencoder, AutoencoderKLWan]:
     oracle = AutoencoderKLWan(
         base_dim=config.dim,
@@ -53,36 +35,19 @@ def build_pair(config: WanAutoencoderConfig = CONFIG) -> tuple[WanAutoencoder, A
         num_res_blocks=config.num_res_blocks,
         temperal_downsample=list(config.temporal_downsample),
     ).eval()
-    weights = draw_weights(parity.shapes_of(oracle))
+    weights = wan_vae_oracle.draw_weights(parity.shapes_of(oracle))
     oracle.load_state_dict(weights)
-    return loaded(weights, config), oracle
+    return wan_vae_oracle.loaded(weights, "wan_autoencoder", config), oracle
 
 
 def build(config: WanAutoencoderConfig) -> WanAutoencoder:
     ours = WanAutoencoder(config).eval()
-    ours.load_state_dict(draw_weights(parity.shapes_of(ours)), assign=True)
+    ours.load_state_dict(wan_vae_oracle.draw_weights(parity.shapes_of(ours)), assign=True)
     return ours
 
 
-def scales(oracle: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
-    """As diffusers' pipelines read them from its config."""
-    facts = (oracle.config.latents_mean, oracle.config.latents_std)
-    mean, std = (torch.tensor(fact).view(1, -1, 1, 1, 1) for fact in facts)
-    return mean, std
-
-
-def oracle_latents(oracle: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-    mean, std = scales(oracle)
-    return (oracle.encode(video).latent_dist.mode() - mean) / std
-
-
-def oracle_video(oracle: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    mean, std = scales(oracle)
-    return oracle.decode((latents * std + mean).to(oracle.dtype)).sample
-
-
 def draw_video(frames: int, height: int = 40, width: int = 24, batch: int = 1) -> torch.Tensor:
-    return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return wan_vae_oracle.draw_video(frames, height, width, batch)
 
 
 def draw_latents(frames: int, height: int = 5, width: int = 3, batch: int = 1) -> torch.Tensor:
@@ -94,7 +59,7 @@ def draw_latents(frames: int, height: int = 5, width: int = 3, batch: int = 1) -
 def test_encode_equals_diffusers(config: WanAutoencoderConfig, frames: int) -> None:
     ours, oracle = build_pair(config)
     video = draw_video(frames, batch=2)
-    truth = oracle_latents(oracle, video)
+    truth = wan_vae_oracle.latents_of(oracle, video)
     assert truth.shape[2] == (frames - 1) // config.time_factor + 1
     assert parity.relative_error(ours.encode(video), truth) <= parity.TOLERANCE
 
@@ -104,7 +69,7 @@ def test_encode_equals_diffusers(config: WanAutoencoderConfig, frames: int) -> N
 def test_decode_equals_diffusers(config: WanAutoencoderConfig, frames: int) -> None:
     ours, oracle = build_pair(config)
     latents = draw_latents(frames, batch=2)
-    truth = oracle_video(oracle, latents)
+    truth = wan_vae_oracle.video_of(oracle, latents)
     assert float(truth.abs().max()) < 1  # else diffusers would have clamped, and hidden a difference
     assert parity.relative_error(ours.decode(latents), truth) <= parity.TOLERANCE
 
@@ -121,21 +86,21 @@ def test_moments_equal_diffusers() -> None:
 def test_every_parameter_matters() -> None:
     _, oracle = build_pair()
     video, latents = draw_video(5, 4, 4), draw_latents(2, 1, 1)
-    assert parity.neutral_parameters(oracle.encoder, lambda: oracle_latents(oracle, video)) == []
-    assert parity.neutral_parameters(oracle.decoder, lambda: oracle_video(oracle, latents)) == []
-    assert parity.neutral_parameters(oracle.quant_conv, lambda: oracle_latents(oracle, video)) == []
-    assert parity.neutral_parameters(oracle.post_quant_conv, lambda: oracle_video(oracle, latents)) == []
+    assert parity.neutral_parameters(oracle.encoder, lambda: wan_vae_oracle.latents_of(oracle, video)) == []
+    assert parity.neutral_parameters(oracle.decoder, lambda: wan_vae_oracle.video_of(oracle, latents)) == []
+    assert parity.neutral_parameters(oracle.quant_conv, lambda: wan_vae_oracle.latents_of(oracle, video)) == []
+    assert parity.neutral_parameters(oracle.post_quant_conv, lambda: wan_vae_oracle.video_of(oracle, latents)) == []
 
 
 @torch.no_grad()
 def test_bf16_is_as_good_as_the_oracles() -> None:
     ours, oracle = build_pair()
     video, latents = draw_video(5, 16, 16), draw_latents(2, 2, 2)
-    encoded, decoded = oracle_latents(oracle, video), oracle_video(oracle, latents)
+    encoded, decoded = wan_vae_oracle.latents_of(oracle, video), wan_vae_oracle.video_of(oracle, latents)
     ours, oracle = ours.bfloat16(), oracle.bfloat16()
-    theirs = parity.relative_error(oracle_latents(oracle, video.bfloat16()), encoded)
+    theirs = parity.relative_error(wan_vae_oracle.latents_of(oracle, video.bfloat16()), encoded)
     assert parity.relative_error(ours.encode(video.bfloat16()), encoded) <= 1.5 * theirs
-    theirs = parity.relative_error(oracle_video(oracle, latents.bfloat16()), decoded)
+    theirs = parity.relative_error(wan_vae_oracle.video_of(oracle, latents.bfloat16()), decoded)
     assert parity.relative_error(ours.decode(latents.bfloat16()), decoded) <= 1.5 * theirs
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
 from diffsynth_wan import checkpoints as transformers
+from diffsynth_wan.autoencoder import checkpoints as autoencoder
 from diffsynth_wan.encoders import checkpoints as encoders
 
 DIFFSYNTH_API = 1
 
-ARCHITECTURES = (*transformers.ARCHITECTURES, *encoders.ARCHITECTURES)
-CHECKPOINTS = (*transformers.CHECKPOINTS, *encoders.CHECKPOINTS)
+ARCHITECTURES = (*transformers.ARCHITECTURES, *encoders.ARCHITECTURES, *autoencoder.ARCHITECTURES)
+CHECKPOINTS = (*transformers.CHECKPOINTS, *encoders.CHECKPOINTS, *autoencoder.CHECKPOINTS)
 
 
 @hookimpl
