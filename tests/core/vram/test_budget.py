@@ -1,6 +1,7 @@
 """The arithmetic of a budget: what it keeps, what it gives up first, and how long a step then takes."""
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -50,7 +51,8 @@ def denoise(plan):
 
 def test_without_a_limit_everything_is_on_the_device_and_nothing_moves():
     plan = plan_memory(workload(), speeds=SPEEDS)
-    assert plan.evicted == () and not plan.tiled
+    assert plan.evicted == ()
+    assert not plan.tiled
     assert plan.peak_vram == pytest.approx((12 + 8 + 0.2 + 4) * GIB, rel=1e-6)
     assert [stage.bytes_per_step + stage.bytes_once for stage in plan.stages] == [0, 0, 0]
     assert plan.peak_ram == GIB // 2
@@ -82,13 +84,14 @@ def test_what_costs_least_is_given_up_first():
     assert evicted[25].evicted == ()
     assert evicted[17].evicted == ("text_encoder",)
     assert not denoise(evicted[14]).residences[0].streamed
-    assert denoise(evicted[8]).residences[0].streamed and not evicted[8].tiled
+    assert denoise(evicted[8]).residences[0].streamed
+    assert not evicted[8].tiled
     assert evicted[3].tiled
 
 
 def test_more_memory_is_never_slower_and_never_moves_more():
     plans = [plan_memory(workload(), vram_limit=limit, speeds=SPEEDS) for limit in (2, 3, 4, 6, 8, 10, 12, 14, 24, 32)]
-    for less, more in zip(plans, plans[1:], strict=False):
+    for less, more in itertools.pairwise(plans):
         assert more.seconds_per_step <= less.seconds_per_step + 1e-9
         assert more.bytes_per_step <= less.bytes_per_step
 
@@ -131,14 +134,17 @@ def test_weights_wait_on_disk_where_host_memory_is_short_those_first_that_move_l
 
 def test_on_the_cpu_weights_and_activations_share_the_hosts_memory():
     plan = plan_memory(workload(on_host=True), speeds=SPEEDS)
-    assert plan.peak_vram == 0 and plan.peak_ram == pytest.approx((0.5 + 20.2 + 4) * GIB, rel=1e-6)
+    assert plan.peak_vram == 0
+    assert plan.peak_ram == pytest.approx((0.5 + 20.2 + 4) * GIB, rel=1e-6)
     less = plan_memory(workload(on_host=True), ram_limit=8, speeds=SPEEDS)
-    assert less.peak_ram <= 8 * GIB and denoise(less).residences[0].waits == "disk"
+    assert less.peak_ram <= 8 * GIB
+    assert denoise(less).residences[0].waits == "disk"
 
 
 def test_resident_blocks_are_spread_evenly():
     assert sorted(spread(3, 9)) == [2, 5, 8]
-    assert spread(0, 5) == frozenset() and len(spread(5, 5)) == 5
+    assert spread(0, 5) == frozenset()
+    assert len(spread(5, 5)) == 5
     gaps = [b - a for a, b in zip(sorted(spread(13, 38)), sorted(spread(13, 38))[1:], strict=False)]
     assert set(gaps) <= {2, 3}
 

@@ -16,7 +16,7 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
     spec.ArchitectureSpec: ("module", "config", "infer_config", "tiny", "tiny_inputs", "atomic"),
     spec.CheckpointSpec: ("rules",),
     spec.LayerWrapperSpec: ("layer", "wrapper"),
-    spec.AttentionSpec: ("backend",),
+    spec.AttentionSpec: ("backend", "workspace"),
     spec.QuantizationSpec: ("backend",),
     spec.TrainingSpec: ("pipeline", "schedule"),
     spec.ObjectiveSpec: ("objective",),

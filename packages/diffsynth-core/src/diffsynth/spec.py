@@ -20,6 +20,20 @@ API_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeaCacheSpec:
+    """What TeaCache (Liu et al. 2024, arXiv:2411.19108) needs to know of a model: a polynomial, and of what.
+
+    Args:
+        coefficients: highest power first; from the signal's relative L1 change to the output's.
+        signal: `"argument:NAME"`, an argument of the first repeated block, or `"module:NAME"`, what a submodule of it
+            gives.
+    """
+
+    coefficients: tuple[float, ...]
+    signal: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What a user can name.
 
@@ -39,6 +53,7 @@ class ModelSpec:
             each other (`diffsynth.testing.tiny_hub`); models that share a file say the same of it.
         tiny_processors: processor role -> reference to `f(folder)` that writes a tiny one that works; a tokenizer that
             is left out becomes a byte-level one with Qwen3's chat template.
+        tea_cache: published coefficients, if there are any.
     """
 
     name: str
@@ -54,6 +69,7 @@ class ModelSpec:
     description: str = ""
     tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tiny_processors: Mapping[str, str] = field(default_factory=dict)
+    tea_cache: TeaCacheSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +141,20 @@ class LayerWrapperSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """An attention backend: `backend` names an object with `refuses(call) -> str | None` and `__call__(call)`."""
+    """An attention backend.
+
+    Args:
+        name: unique among backends.
+        backend: reference to an object with `refuses(call) -> str | None` and `__call__(call)`.
+        priority: `auto` tries higher ones first; torch's own has 0.
+        workspace: reference to `f(call, device_type) -> int`, bytes that it takes beside inputs and output, for plans;
+            empty asks the object's own `workspace`, and without one as much as the output is assumed.
+    """
 
     name: str
     backend: str
     priority: int = 0
+    workspace: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,4 +39,5 @@ def _use(fact: AttentionSpec) -> None:
     backend = resolve(fact.backend)
     if not callable(backend) or not callable(getattr(backend, "refuses", None)):
         raise TypeError(f"{fact.backend!r} is {backend!r}; expected an object with refuses(call) and __call__(call)")
-    register_backend(fact.name, backend, priority=fact.priority)
+    workspace = resolve(fact.workspace) if fact.workspace else None
+    register_backend(fact.name, backend, priority=fact.priority, workspace=workspace)

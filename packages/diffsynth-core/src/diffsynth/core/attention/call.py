@@ -139,6 +139,9 @@ class AttentionBackend(Protocol):
 
     It may also have `avoids(call) -> str | None`: why the automatic choice should first look for another backend,
     although this one can serve the call. Reasons are logged once each, so they name no sizes that change per call.
+
+    And `workspace(call, device_type) -> int`: bytes that it takes there beside inputs and output. Plans ask it with
+    tensors on meta; `core.attention.workspace` has the usual ones.
     """
 
     def refuses(self, call: AttentionCall) -> str | None:

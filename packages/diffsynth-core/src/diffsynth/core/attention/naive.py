@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention.call import AttentionCall
+from diffsynth.core.attention.workspace import score_matrix
 
 
 class NaiveAttention:
@@ -20,6 +21,10 @@ class NaiveAttention:
     def avoids(self, call: AttentionCall) -> str | None:
         """Everything: it is for tests, and for what nobody else does."""
         return "it holds the whole score matrix"
+
+    def workspace(self, call: AttentionCall, device_type: str) -> int:
+        """See `AttentionBackend`."""
+        return score_matrix(call, dtype=torch.promote_types(call.q.dtype, torch.float32))
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
         """See `AttentionBackend`."""

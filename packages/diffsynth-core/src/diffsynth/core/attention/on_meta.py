@@ -10,34 +10,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from diffsynth.core.attention.call import AttentionBackend, AttentionCall
+from diffsynth.core.attention.call import AttentionCall
 from diffsynth.core.attention.sdpa import SdpaAttention
+
+Workspace = Callable[[AttentionCall, str], int]
+"""(call, device type) -> bytes beside inputs and output."""
 
 
 @dataclass(frozen=True)
 class MetaCall:
-    """A call on the meta device, and the backend that would serve it.
+    """A call on the meta device, and what the backend that would serve it takes.
 
     Args:
         call: the call.
-        backend: that was chosen for it.
         out: `b q n d_v`, contiguous, as kernels give it.
+        declared: what the backend says that it takes, if it says anything.
     """
 
     call: AttentionCall
-    backend: AttentionBackend
     out: Tensor
+    declared: Workspace | None
 
     def workspace(self, device_type: str) -> int:
         """Bytes that the backend takes beside its output; as much again as the output where it does not say."""
-        declared = getattr(self.backend, "workspace", None)
-        if declared is None:
+        if self.declared is None:
             return self.out.numel() * self.out.element_size()
-        return int(declared(self.call, device_type))
+        return int(self.declared(self.call, device_type))
 
     @property
     def flops(self) -> int:
@@ -59,9 +60,9 @@ def watched(watcher: Callable[[MetaCall], None]) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def attend_on_meta(call: AttentionCall, backend: AttentionBackend) -> Tensor:
-    """What `backend` would give, without memory."""
-    meta = _meta_call(call, backend)
+def attend_on_meta(call: AttentionCall, workspace: Workspace | None) -> Tensor:
+    """The output of a backend that takes this workspace, without memory."""
+    meta = _meta_call(call, workspace)
     if (watcher := _watcher.get()) is not None:
         watcher(meta)
     return meta.out
@@ -90,9 +91,9 @@ def call_of_sdpa(
         query.shape[-1] ** -0.5 if scale is None else scale,
         score_bias=None if is_bool else mask,
     )
-    return _meta_call(call, SdpaAttention())
+    return _meta_call(call, SdpaAttention().workspace)
 
 
-def _meta_call(call: AttentionCall, backend: Any) -> MetaCall:
+def _meta_call(call: AttentionCall, workspace: Workspace | None) -> MetaCall:
     b, q_len, n, _ = call.q.shape
-    return MetaCall(call, backend, call.q.new_empty(b, q_len, n, call.v.shape[3]))
+    return MetaCall(call, call.q.new_empty(b, q_len, n, call.v.shape[3]), workspace)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffsynth.core.attention import pieces
+from diffsynth.core.attention import pieces, workspace
 from diffsynth.core.attention.call import AttentionCall
 
 Kernel = Literal["flash", "cudnn", "efficient", "math"]
@@ -53,6 +53,10 @@ class SdpaAttention:
         if call.q.device.type != "cpu" and (call.window is not None or call.cu_seqlens is not None):
             return "PyTorch has no kernel for windows and packed samples; it would go piece by piece"
         return None
+
+    def workspace(self, call: AttentionCall, device_type: str) -> int:
+        """See `AttentionBackend`."""
+        return workspace.score_matrix(call) if self.kernel == "math" else workspace.fused(call)
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
         """See `AttentionBackend`."""

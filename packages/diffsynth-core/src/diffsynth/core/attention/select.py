@@ -12,12 +12,13 @@ from diffsynth import _env
 from diffsynth.core.attention.call import AttentionBackend, AttentionCall
 from diffsynth.core.attention.checking import CuSeqlens, check
 from diffsynth.core.attention.choice import chosen
-from diffsynth.core.attention.on_meta import attend_on_meta
+from diffsynth.core.attention.on_meta import Workspace, attend_on_meta
 from diffsynth.errors import Refused, did_you_mean
 
 _ALIASES = {"torch": "sdpa"}
 _backends: dict[str, AttentionBackend] = {}
 _priorities: dict[str, int] = {}
+_workspaces: dict[str, Workspace] = {}
 _told: set[tuple[str, str]] = set()
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,12 @@ def serve(call: AttentionCall, backend: str | None = None) -> Float[Tensor, "b q
 
 def _attend(backend: AttentionBackend, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
     # Without memory there is nothing to compute: a plan asks what it would take.
-    return attend_on_meta(call, backend) if call.q.is_meta else backend(call)
+    return attend_on_meta(call, _workspace(backend)) if call.q.is_meta else backend(call)
+
+
+def _workspace(backend: AttentionBackend) -> Workspace | None:
+    declared = (_workspaces[name] for name, each in _backends.items() if each is backend and name in _workspaces)
+    return next(declared, getattr(backend, "workspace", None))
 
 
 def choose(call: AttentionCall) -> str:
@@ -133,8 +139,13 @@ def avoidance(name: str, call: AttentionCall) -> str | None:
     return _avoidance(_named(name), call)
 
 
-def register_backend(name: str, backend: AttentionBackend, *, priority: int = 0) -> None:
+def register_backend(
+    name: str, backend: AttentionBackend, *, priority: int = 0, workspace: Workspace | None = None
+) -> None:
     """Make `backend` known as `name`; `auto` tries higher priorities first (`sdpa` has 0, `naive` -100).
+
+    Args:
+        workspace: what a plan counts for it; None is its own `workspace(call, device_type)`, if it has one.
 
     Raises:
         ValueError: the name is taken.
@@ -142,6 +153,8 @@ def register_backend(name: str, backend: AttentionBackend, *, priority: int = 0)
     if name in _backends or name in _ALIASES or name == "auto":
         raise ValueError(f"attention backend {name!r} is already registered")
     _priorities[name] = priority
+    if workspace is not None:
+        _workspaces[name] = workspace
     _backends[name] = backend
     in_order = sorted(_backends.items(), key=lambda item: -_priorities[item[0]])
     _backends.clear()
