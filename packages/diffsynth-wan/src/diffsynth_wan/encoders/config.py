@@ -11,9 +11,6 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-MAX_PROMPT_TOKENS = 512
-"""Wan's networks are given this many text tokens, whatever the length of the prompt; zeros behind its end."""
-
 CLIP_HEAD_DIM = 80
 """Of ViT-H/14, and no shape tells it."""
 

@@ -1,0 +1,107 @@
+"""The arguments of a Wan call, for editors; a contract test holds them equal to the units, both ways."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypedDict
+
+from PIL import Image
+
+from diffsynth.runtime.acceleration.choice import StepCacheArgument
+from diffsynth.runtime.request import OutputType, Step
+from diffsynth_wan.units.clips import Clip
+from diffsynth_wan.units.control import Direction
+
+
+class ShapeArguments(TypedDict, total=False):
+    """How large the video is, and where it starts.
+
+    Args:
+        negative_prompt: what to steer away from; read when `cfg_scale` is not 1.
+        height, width: pixels, at least 1; rounded up to a multiple of 16 (of 32 with the autoencoder of Wan 2.2).
+        num_frames: at least 1; rounded up to 4 k + 1.
+        rand_device: where noise is drawn; the CPU gives one video on every machine.
+        sigma_shift: warp of the schedule towards noise, above 0.
+        input_video: clip to start from: at least `num_frames` frames, or a tensor `1 3 t h w` in [-1, 1].
+        denoising_strength: in (0, 1]; how far back towards noise the input video goes. All steps run at any strength.
+        tiled: the autoencoder works in tiles where frames are larger than one.
+        tile_size: height and width of a tile, in latent pixels.
+        tile_stride: from one tile to the next, in latent pixels.
+        switch_DiT_boundary: in [0, 1]; the noise level below which the second of two experts draws.
+    """
+
+    negative_prompt: str | Sequence[str]
+    height: int
+    width: int
+    num_frames: int
+    rand_device: str
+    sigma_shift: float
+    input_video: Clip | None
+    denoising_strength: float
+    tiled: bool
+    tile_size: tuple[int, int]
+    tile_stride: tuple[int, int]
+    switch_DiT_boundary: float
+
+
+class ImageArguments(TypedDict, total=False):
+    """Images to begin and to end with.
+
+    Args:
+        input_image: the first frame, for image-to-video networks.
+        end_image: the last frame, for networks that take one.
+        reference_image: what the video looks like, for Fun-Control networks V1.1 and 2.2.
+    """
+
+    input_image: Image.Image | None
+    end_image: Image.Image | None
+    reference_image: Image.Image | None
+
+
+class ControlArguments(TypedDict, total=False):
+    """What the video follows.
+
+    Args:
+        control_video: poses, depth or edges, at least `num_frames` frames, for Fun-Control networks.
+        camera_control_direction: where the camera turns, for Control-Camera networks; None leaves it at rest.
+        camera_control_speed: change of the camera's matrix from frame to frame.
+        camera_control_origin: the first camera, a line of 19 numbers; see `diffsynth_wan.units.camera_path.ORIGIN`.
+        motion_bucket_id: how much moves, from 0 to 100, for the speed controller.
+    """
+
+    control_video: Clip | None
+    camera_control_direction: Direction | None
+    camera_control_speed: float
+    camera_control_origin: tuple[float, ...]
+    motion_bucket_id: float | None
+
+
+class VaceArguments(TypedDict, total=False):
+    """Of VACE.
+
+    Args:
+        vace_video: what the video follows or keeps, at least `num_frames` frames.
+        vace_video_mask: white where it may change, a mask for each frame of `vace_video`; None is everywhere.
+        vace_reference_image: what the video looks like: one image or several.
+        vace_scale: how much VACE counts; 0 is not at all.
+    """
+
+    vace_video: Clip | None
+    vace_video_mask: Clip | None
+    vace_reference_image: Image.Image | Sequence[Image.Image] | None
+    vace_scale: float
+
+
+class WanArguments(ShapeArguments, ImageArguments, ControlArguments, VaceArguments, total=False):
+    """All of a call but the prompt."""
+
+    num_inference_steps: int
+    cfg_scale: float
+    seed: int | Sequence[int] | None
+    num_images: int
+    output_type: OutputType
+    on_step: Callable[[Step], None] | None
+    cancel: threading.Event | None
+    progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]]
+    step_cache: StepCacheArgument

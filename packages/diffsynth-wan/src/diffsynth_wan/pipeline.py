@@ -1,0 +1,177 @@
+"""Wan: text, images and control videos to video (Wan team 2025, arXiv:2503.20314)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.core.loader.config import ModelConfig
+from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.runtime.request import LoopArguments, Request
+from diffsynth.runtime.role import Processor, Role
+from diffsynth_wan.arguments import WanArguments
+from diffsynth_wan.encoders.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
+from diffsynth_wan.extension import Extension
+from diffsynth_wan.units import OUTPUT_UNITS, UNITS
+from diffsynth_wan.units.checks import check_experts, check_inputs
+from diffsynth_wan.units.vace import VaceCondition
+from diffsynth_wan.variants.vace import VaceControl
+
+COMMON_FILES = (f"{TEXT_ENCODER_FILE}.pth", f"{IMAGE_ENCODER_FILE}.pth", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+"""Files that many repositories hold alike; one repository has them as safetensors."""
+
+OUTPUT_TYPES = {"quantized": "pil", "floatpoint": "tensor"}
+"""Names that scripts for DiffSynth-Studio give."""
+
+DIT = Role(architectures=("wan_dit",))
+OPTIONAL_DIT = Role(architectures=("wan_dit",), optional=True)
+VACE = Role(architectures=("wan_vace",), optional=True)
+
+
+class WanVideoPipeline(Pipeline):
+    """Draws with Wan 2.1 and 2.2; which arguments count is a matter of the networks that are loaded.
+
+    With two experts, `dit` draws at high noise levels and `dit2` at low ones, as they stand in `model_configs`.
+    """
+
+    roles = {
+        "dit": DIT,
+        "dit2": OPTIONAL_DIT,
+        "text_encoder": Role(architectures=("wan_text_encoder",)),
+        "image_encoder": Role(architectures=("wan_image_encoder",), optional=True),
+        "vae": Role(architectures=("wan_autoencoder", "wan22_autoencoder")),
+        "vace": VACE,
+        "vace2": VACE,
+        "motion_controller": Role(architectures=("wan_motion_controller",), optional=True),
+        "tokenizer": Processor(source="Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"),
+    }
+    units = UNITS
+    output_units = OUTPUT_UNITS
+    loop = LoopArguments(num_inference_steps=50, cfg_scale=5.0)
+    loop_roles = ("dit", "vace")
+    facts = {
+        "in_channels": "dit.in_channels",
+        "latent_channels": "dit.out_channels",
+        "image_dim": "dit.image_dim",
+        "image_tokens": "dit.image_tokens",
+        "frame_times": "dit.frame_times",
+        "vae_factor": "vae.factor",
+        "time_factor": "vae.time_factor",
+    }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        model_configs: Sequence[Any] = (),
+        vram_limit: float | None = None,
+        *,
+        redirect_common_files: bool = True,
+        use_usp: bool = False,
+        **processor_configs: Any,
+    ) -> Pipeline:
+        """Load every component from files; see `Pipeline.from_pretrained`.
+
+        Args:
+            torch_dtype, device, model_configs, vram_limit, processor_configs: as there.
+            redirect_common_files: take text encoder, image encoder and autoencoder from the one repository that has
+                them as safetensors, instead of downloading them again for each model. Files that are here already stay.
+            use_usp: taken for scripts that give False.
+
+        Raises:
+            MissingComponent: one of two experts is missing.
+            ValueError: `use_usp=True`.
+        """
+        if use_usp:
+            raise ValueError("use_usp=True: this version draws on one device; leave it out")
+        configs = [_redirected(config) if redirect_common_files else config for config in model_configs]
+        check_experts([str(config) for config in configs])
+        return super().from_pretrained(torch_dtype, device, configs, vram_limit, **processor_configs)
+
+    def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[WanArguments]) -> Any:
+        """Draw one video, a list of frames, or several; see `Pipeline.__call__`.
+
+        With `output_type="tensor"` videos are `b 3 t h w`; "latents" are those of the loop, with reference frames of
+        VACE still in front.
+        """
+        return super().__call__(prompt, **arguments)
+
+    def check(self, **arguments: Any) -> Request:
+        """Check the arguments of a call without making it; raises what the call would raise for them."""
+        if "output_type" in arguments:
+            given = arguments["output_type"]
+            arguments["output_type"] = OUTPUT_TYPES.get(given, given)
+        request = super().check(**arguments)
+        check_inputs(request.values, self.components)
+        return request
+
+    def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """One expert at a time."""
+        second = sigma < values.get("expert_boundary", 0.0)
+        return ("dit2", "vace2") if second else ("dit", "vace")
+
+    def velocity(
+        self,
+        latents: Float[Tensor, "b c t h w"],
+        sigma: Float[Tensor, "b"],
+        *,
+        prompt_embeds: Float[Tensor, "b s e"],
+        image_embeds: Float[Tensor, "#b i e_image"] | None = None,
+        condition_latents: Float[Tensor, "#b c_condition t h w"] | None = None,
+        first_latents: Float[Tensor, "#b c t_first h w"] | None = None,
+        extensions: tuple[Extension, ...] = (),
+        vace_condition: VaceCondition | None = None,
+        expert_boundary: float = 0.0,
+    ) -> Float[Tensor, "b c t h w"]:
+        """See `Pipeline.velocity`. A batch is of one expert: all levels on one side of `expert_boundary`.
+
+        Args:
+            latents, sigma: as there.
+            prompt_embeds: of the text encoder.
+            image_embeds: of the image encoder.
+            condition_latents: what stands beside the latents.
+            first_latents: clean frames that the video begins with, for a network with a noise level for each frame.
+            extensions: of the network.
+            vace_condition: for VACE.
+            expert_boundary: below this level the second expert draws.
+        """
+        dit, vace = self._expert(sigma, expert_boundary)
+        if vace_condition is not None:
+            control = vace_condition.latents.expand(len(latents), -1, -1, -1, -1)
+            extensions = (*extensions, VaceControl(vace, control, vace_condition.scale))
+        time, given = sigma, 0
+        if first_latents is not None:
+            given = first_latents.shape[2]
+            clean = first_latents.to(latents.dtype).expand(len(latents), -1, -1, -1, -1)
+            latents = torch.cat([clean, latents[:, :, given:]], dim=2)
+            time = sigma[:, None].repeat(1, latents.shape[2])
+            time[:, :given] = 0
+        image_embeds, condition_latents = (
+            None if each is None else each.expand(len(latents), *each.shape[1:])
+            for each in (image_embeds, condition_latents)
+        )
+        velocity = dit(latents, time, prompt_embeds, image_embeds, condition_latents, extensions=extensions)
+        if given:
+            velocity[:, :, :given] = 0  # a frame that is given stays
+        return velocity
+
+    def _expert(self, sigma: Float[Tensor, "b"], boundary: float) -> tuple[Any, Any]:
+        """The network and the VACE of a noise level."""
+        if self.dit2 is None or float(sigma[0]) >= boundary:
+            return self.dit, self.vace
+        return self.dit2, self.vace2
+
+
+def _redirected(config: ModelConfig) -> ModelConfig:
+    """The config of the same file in the repository that all models share, unless the file is here."""
+    name = config.origin_file_pattern
+    if config.model_id is None or name not in COMMON_FILES or (config.folder / str(name)).exists():
+        return config
+    shared = f"{str(name).removesuffix('.pth')}.safetensors"
+    return replace(config, model_id=CONVERTED, origin_file_pattern=shared, revision=None)

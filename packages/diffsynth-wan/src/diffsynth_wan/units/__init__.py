@@ -1,0 +1,34 @@
+"""The steps of the Wan pipeline, in the order they run; each group of arguments is a module of its own."""
+
+from __future__ import annotations
+
+from diffsynth_wan.units.control import control_speed, encode_control, move_camera, place_reference
+from diffsynth_wan.units.experts import set_boundary
+from diffsynth_wan.units.image import encode_first_frame, encode_images, encode_with_clip, join_conditions
+from diffsynth_wan.units.latents import decode_video, draw_noise, encode_video, initial_latents, schedule
+from diffsynth_wan.units.prompt import encode_prompt
+from diffsynth_wan.units.shape import round_shape, stretch_canvas
+from diffsynth_wan.units.vace import encode_references, encode_vace
+
+UNITS = (
+    round_shape,
+    stretch_canvas,
+    schedule,
+    set_boundary,
+    encode_prompt,
+    encode_video,
+    encode_with_clip,
+    encode_images,
+    encode_first_frame,
+    encode_control,
+    join_conditions,
+    place_reference,
+    move_camera,
+    control_speed,
+    encode_references,
+    encode_vace,
+    draw_noise,
+    initial_latents,
+)
+
+OUTPUT_UNITS = (decode_video,)

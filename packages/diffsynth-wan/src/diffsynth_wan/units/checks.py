@@ -1,0 +1,117 @@
+"""What a call is refused for before anything is decoded, encoded or brought to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from diffsynth.errors import MissingComponent
+from diffsynth_wan.config import WanDiTConfig
+from diffsynth_wan.units.canvas import rounded_shape
+from diffsynth_wan.units.clips import check_clip, clip_length
+
+CLIPS = ("input_video", "control_video", "vace_video", "vace_video_mask")
+IMAGES = ("input_image", "end_image", "reference_image")
+
+
+def check_inputs(values: Mapping[str, Any], components: Mapping[str, Any]) -> None:
+    """Hold the pictures and clips of a call to each other and to the loaded networks.
+
+    Raises:
+        ValueError: a clip too short, of mixed sizes or of another length than its mask, an end without a beginning, a
+            picture that the network takes none of or one that it wants; the message says what to give.
+        TypeError: no pictures at all.
+        MissingComponent: the second expert's part, or the image encoder, is not loaded.
+    """
+    _check_clips(values, components["vae"])
+    _check_images(values)
+    if components["dit"] is not None:
+        _check_network(values, components["dit"].config, components)
+
+
+def _check_clips(values: Mapping[str, Any], vae: Any) -> None:
+    shape = {"height": values["height"], "width": values["width"], "num_frames": values["num_frames"]}
+    if vae is not None:
+        names = ("height", "width", "num_frames")
+        config = vae.config
+        rounded = rounded_shape(**shape, vae_factor=config.factor, time_factor=config.time_factor)
+        shape = dict(zip(names, rounded, strict=True))
+    for name in CLIPS:
+        if values.get(name) is not None:
+            check_clip(name, values[name], **shape)
+    video, mask = values.get("vace_video"), values.get("vace_video_mask")
+    if video is not None and mask is not None and clip_length(video) != clip_length(mask):
+        raise ValueError(
+            f"vace_video_mask has {clip_length(mask)} frames, vace_video {clip_length(video)}; expected one mask for "
+            f"each frame"
+        )
+
+
+def _check_images(values: Mapping[str, Any]) -> None:
+    for name in IMAGES:
+        image = values.get(name)
+        if image is not None and not isinstance(image, Image.Image):
+            raise TypeError(f"{name}={image!r}: expected a PIL image")
+    references = values.get("vace_reference_image")
+    if references is not None and not isinstance(references, Image.Image):
+        if not isinstance(references, Sequence) or not references:
+            raise TypeError(f"vace_reference_image={references!r}: expected a PIL image, or a list of them")
+        for reference in references:
+            if not isinstance(reference, Image.Image):
+                raise TypeError(f"vace_reference_image holds {reference!r}; expected PIL images")
+    if values.get("end_image") is not None and values.get("input_image") is None:
+        raise ValueError("end_image without input_image; give the image that the video begins with, too")
+    if values.get("end_image") is not None and values["num_frames"] < 2:
+        raise ValueError(f"end_image with num_frames={values['num_frames']}: a video of one frame has no other end")
+
+
+def _check_network(values: Mapping[str, Any], config: WanDiTConfig, components: Mapping[str, Any]) -> None:
+    channels = config.in_channels - config.out_channels
+    first, last = values.get("input_image"), values.get("end_image")
+    takes_image = channels > 0 or config.frame_times or config.image_dim > 0
+    takes_control = channels >= 2 * config.out_channels
+    if first is not None and not takes_image:
+        raise ValueError("input_image is given, but this network takes none; load an image-to-video model")
+    if first is None and channels > 0 and not takes_control and not _is_animated(values):
+        raise ValueError("this network draws videos that begin with an image; give input_image")
+    if last is not None and (config.frame_times or channels == config.out_channels):
+        raise ValueError("end_image is given, but this network takes an image for the beginning alone")
+    if last is None and config.image_tokens:
+        raise ValueError("this network draws what lies between two images; give end_image, too")
+    if values.get("control_video") is None and takes_control:
+        raise ValueError("this network follows a control video; give control_video")
+    if values.get("control_video") is not None and not takes_control:
+        raise ValueError("control_video is given, but this network takes none; load a Fun-Control model")
+    if values.get("reference_image") is not None and not config.reference_channels:
+        raise ValueError("reference_image is given, but this network takes none; load a Control model V1.1 or 2.2")
+    if values.get("camera_control_direction") is not None and not config.camera_channels:
+        raise ValueError("camera_control_direction is given, but this network has no camera; load a Camera model")
+    pictures = (first, last, values.get("reference_image"))
+    if config.image_dim and components["image_encoder"] is None and any(each is not None for each in pictures):
+        raise MissingComponent("this network looks at images through image_encoder; add the CLIP file to model_configs")
+    if (components["vace"] is None) != (components["vace2"] is None) and components["dit2"] is not None:
+        raise MissingComponent("one of two experts has VACE and the other has not; add the second expert's files")
+
+
+def _is_animated(values: Mapping[str, Any]) -> bool:
+    return False
+
+
+def check_experts(names: Sequence[str]) -> None:
+    """Refuse one expert without the other, by the folders that published models keep them in.
+
+    Args:
+        names: paths or patterns of the files that are about to be loaded.
+
+    Raises:
+        MissingComponent: there is `high_noise_model` and no `low_noise_model`, or the other way round.
+    """
+    high, low = (any(folder in name for name in names) for folder in ("high_noise_model", "low_noise_model"))
+    if high != low:
+        there, missing = ("high", "low") if high else ("low", "high")
+        raise MissingComponent(
+            f"model_configs has the {there}-noise expert alone; this model draws with two. "
+            f"Add a ModelConfig for {missing}_noise_model/ of the same repository."
+        )

@@ -1,0 +1,89 @@
+"""Clips that a user gives, as tensors: their length and their frames' sizes are checked, and they are fitted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.runtime.images import image_to_tensor
+
+logger = logging.getLogger(__name__)
+
+Clip: TypeAlias = Sequence[Image.Image] | Tensor
+"""Frames in order, decoded or to be decoded one by one, or a tensor `1 3 t h w` in [-1, 1]."""
+
+
+def clip_length(clip: Clip) -> int:
+    """Its number of frames."""
+    return clip.shape[2] if isinstance(clip, Tensor) else len(clip)
+
+
+def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: int) -> None:
+    """Refuse what cannot become a video of this size, before anything is decoded or encoded.
+
+    Raises:
+        TypeError: neither frames nor a tensor.
+        ValueError: it is too short, its frames differ in size, or a tensor does not fit.
+    """
+    if isinstance(clip, Image.Image):
+        raise TypeError(f"{name} is one image; expected a clip, a sequence of {num_frames} images")
+    if isinstance(clip, Tensor):
+        expected = f"(1, 3, {num_frames} or more, {height}, {width})"
+        if clip.ndim != 5 or (*clip.shape[:2], *clip.shape[3:]) != (1, 3, height, width):
+            raise ValueError(f"{name} is a tensor of shape {tuple(clip.shape)}; expected {expected}")
+    elif not isinstance(clip, Sequence) or isinstance(clip, str):
+        raise TypeError(f"{name}={clip!r}: expected a sequence of images or a tensor; open a file with VideoData(...)")
+    length = clip_length(clip)
+    if length < num_frames:
+        fitting = 4 * ((length - 1) // 4) + 1
+        advice = f"a longer clip, or num_frames={fitting}" if length else "a clip with frames"
+        raise ValueError(f"{name} has {length} frames, and the video wants {num_frames} of it; give {advice}")
+    if isinstance(clip, list | tuple):
+        for index, frame in enumerate(clip[:num_frames]):
+            if not isinstance(frame, Image.Image):
+                raise TypeError(f"frame {index} of {name} is {type(frame).__name__}; expected a PIL image")
+            _check_size(name, index, frame, clip[0])
+
+
+def clip_pieces(
+    name: str, clip: Clip, *, num_frames: int, height: int, width: int, piece: int
+) -> Iterator[Float[Tensor, "1 3 t height width"]]:
+    """The first `num_frames` frames in [-1, 1] as fp32 on the CPU: one alone, then `piece` at a time.
+
+    Frames of another size are scaled to cover height x width and cropped about their centre.
+    """
+    if (length := clip_length(clip)) > num_frames:
+        logger.info("%s has %d frames; the first %d are used", name, length, num_frames)
+    if isinstance(clip, Tensor):
+        yield clip[:, :, :1].float().cpu()
+        for start in range(1, num_frames, piece):
+            yield clip[:, :, start : min(start + piece, num_frames)].float().cpu()
+        return
+    frames = _same_size(name, islice(clip, num_frames))
+    yield image_to_tensor(next(frames), height, width)[:, :, None]
+    while part := list(islice(frames, piece)):
+        yield torch.stack([image_to_tensor(frame, height, width) for frame in part], dim=2)
+
+
+def _same_size(name: str, frames: Iterator[Image.Image]) -> Iterator[Image.Image]:
+    """A lazily decoded clip shows only now that a frame differs."""
+    first = None
+    for index, frame in enumerate(frames):
+        first = frame if first is None else first
+        _check_size(name, index, frame, first)
+        yield frame
+
+
+def _check_size(name: str, index: int, frame: Image.Image, first: Image.Image) -> None:
+    if frame.size != first.size:
+        raise ValueError(
+            f"frame {index} of {name} is {frame.width}x{frame.height}, the first one {first.width}x{first.height}; "
+            f"expected one size"
+        )

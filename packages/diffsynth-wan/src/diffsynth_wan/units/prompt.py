@@ -1,0 +1,59 @@
+"""From a prompt to what the network reads of it."""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.runtime.unit import unit
+from diffsynth_wan.config import MAX_PROMPT_TOKENS
+
+logger = logging.getLogger(__name__)
+
+_QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'" * 4 + '"' * 4)
+_COMPATIBLE = re.compile("[\u3000\uff01-\uffe6\ufb00-\ufb06]+")
+"""Full- and half-width letters, and Latin ligatures."""
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]")
+
+
+@unit("prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}})
+def encode_prompt(
+    text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
+) -> Float[Tensor, "b s e"]:
+    """Hidden states of the text, 512 of them with zeros behind its end; equal prompts are encoded once."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    distinct = list(dict.fromkeys(prompts))
+    embeds = torch.cat([_encode(text_encoder, tokenizer, text, device) for text in distinct])
+    return embeds[torch.tensor([distinct.index(text) for text in prompts], device=device)]
+
+
+def _encode(text_encoder: Any, tokenizer: Any, text: str, device: torch.device) -> Float[Tensor, "1 s e"]:
+    """One by one: without padding no token is computed that nobody reads."""
+    tokens = tokenizer([clean_prompt(text)], add_special_tokens=True, return_tensors="pt")["input_ids"]
+    if tokens.shape[1] > MAX_PROMPT_TOKENS:
+        logger.warning("a prompt of %d tokens is cut to %d", tokens.shape[1], MAX_PROMPT_TOKENS)
+        # The end of the text is a token of its own, and stays.
+        tokens = torch.cat([tokens[:, : MAX_PROMPT_TOKENS - 1], tokens[:, -1:]], dim=1)
+    hidden = text_encoder(tokens.to(device))
+    return F.pad(hidden, (0, 0, 0, MAX_PROMPT_TOKENS - hidden.shape[1]))
+
+
+def clean_prompt(text: str) -> str:
+    """The text as Wan's training data had it: no HTML entities, plain quotes, letters of one width, single spaces.
+
+    The published code runs `ftfy.fix_text`; this is what that does to text whose encoding is sound.
+    """
+    text = html.unescape(html.unescape(text)).translate(_QUOTES)
+    text = _COMPATIBLE.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
+    text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,125 @@
+"""Tiny Wan networks twice: diffusers' and transformers', and ours with the same weights through the published rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
+)
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from diffsynth_wan.encoders.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
+from parity import draw_weights, shapes_of
+from published_tensors import load_components, load_published
+
+TEXT_DIM, IMAGE_DIM = 24, 80
+SHIFT = 5.0
+
+DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 32,
+    "ffn_dim": 96,
+    "num_layers": 2,
+    "rope_max_seq_len": 64,
+}
+
+
+class UniformScheduler(FlowMatchEulerDiscreteScheduler):
+    """On the grid that Wan was published with: from 1 down to, but without, 0; diffusers' own ends at 1/1000."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        super().set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=device)
+
+
+def drawn(module: nn.Module, seed: int) -> nn.Module:
+    """With weights in which nothing is neutral."""
+    module.eval().load_state_dict(draw_weights(shapes_of(module), seed=seed))
+    return module.requires_grad_(False)
+
+
+def oracle_dit(seed: int = 0, **changed: Any) -> WanTransformer3DModel:
+    """diffusers' transformer."""
+    return drawn(WanTransformer3DModel(**DIT | changed), seed)
+
+
+def our_dit(oracle: nn.Module) -> nn.Module:
+    """Ours with its weights."""
+    return load_published(oracle.state_dict(), expect="wan_dit/t2v_14b_diffusers")
+
+
+def oracle_vace_dit(seed: int = 0) -> WanVACETransformer3DModel:
+    """diffusers' transformer with VACE."""
+    return drawn(WanVACETransformer3DModel(**DIT, vace_layers=[0], vace_in_channels=96), seed)
+
+
+def our_vace(oracle: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Our transformer and our VACE with its weights."""
+    found = load_components(oracle.state_dict())
+    return found["wan_dit/diffusers_with_vace"], found["wan_vace/diffusers"]
+
+
+def oracle_vae(seed: int = 10) -> AutoencoderKLWan:
+    """diffusers' autoencoder of Wan 2.1, thin."""
+    return drawn(AutoencoderKLWan(base_dim=8), seed)
+
+
+def our_vae(oracle: nn.Module) -> nn.Module:
+    """Ours with its weights."""
+    return load_published(oracle.state_dict(), expect="wan_autoencoder/diffusers")
+
+
+def oracle_text_encoder(seed: int = 20) -> UMT5EncoderModel:
+    """transformers' UMT5."""
+    config = UMT5Config(
+        vocab_size=VOCAB_SIZE,
+        d_model=TEXT_DIM,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    module = UMT5EncoderModel(config).eval()
+    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    weights = draw_weights(shapes, seed=seed)
+    weights["shared.weight"] *= TEXT_DIM**0.5
+    module.load_state_dict(weights, strict=False)
+    return module.requires_grad_(False)
+
+
+def our_text_encoder(oracle: UMT5EncoderModel) -> nn.Module:
+    """Ours with its weights."""
+    state = oracle.state_dict()
+    state.pop("encoder.embed_tokens.weight", None)
+    return load_published(state, expect="wan_text_encoder/transformers")
+
+
+def shared_parts() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Text encoder, tokenizer and autoencoder of an oracle pipeline (and its scheduler), and those of ours."""
+    text_encoder, vae, tokenizer = oracle_text_encoder(), oracle_vae(), tiny_tokenizer()
+    theirs = {
+        "text_encoder": text_encoder,
+        "vae": vae,
+        "tokenizer": tokenizer,
+        "scheduler": UniformScheduler(num_train_timesteps=1000, shift=SHIFT),
+    }
+    ours = {"text_encoder": our_text_encoder(text_encoder), "vae": our_vae(vae), "tokenizer": tokenizer}
+    return theirs, ours
+
+
+def noise(seed: int, frames: int, height: int, width: int, *, channels: int = 16, factor: int = 8) -> torch.Tensor:
+    """What our pipeline draws for this seed."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (1, channels, (frames - 1) // 4 + 1, height // factor, width // factor)
+    return torch.randn(shape, generator=generator)
