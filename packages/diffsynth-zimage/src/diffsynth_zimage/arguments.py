@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.runtime.acceleration.choice import StepCacheArgument
 from diffsynth.runtime.request import OutputType, Step
 
 
@@ -44,3 +45,4 @@ class ZImageArguments(ImageArguments, total=False):
     on_step: Callable[[Step], None] | None
     cancel: threading.Event | None
     progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]]
+    step_cache: StepCacheArgument

@@ -15,13 +15,18 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
+from diffsynth.core.vram.budget import MemoryPlan
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
 from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_you_mean
+from diffsynth.runtime.acceleration.caching import step_caching
+from diffsynth.runtime.acceleration.compiling import compile_components
+from diffsynth.runtime.acceleration.session import StepCaching
 from diffsynth.runtime.added_units import with_added_units
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.loading import PretrainedLoader
 from diffsynth.runtime.memory.placing import Placing, Policies
+from diffsynth.runtime.memory.planning import plan_call
 from diffsynth.runtime.memory.residency import Residency
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
 from diffsynth.runtime.role import Processor, Role
@@ -201,7 +206,57 @@ class Pipeline:
 
     def check(self, **arguments: Any) -> Request:
         """Check the arguments of a call without making it; raises what the call would raise for them."""
-        return check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
+        request = check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
+        self._step_caching(request)
+        return request
+
+    def compile_pipeline(
+        self,
+        mode: str | None = "default",
+        dynamic: bool | None = True,
+        fullgraph: bool = False,
+        compile_models: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        """Have the repeated blocks of the networks compiled by `torch.compile` when they are first called.
+
+        Args:
+            mode, dynamic, fullgraph, options: of `torch.compile`; `dynamic` lets one code serve every size.
+            compile_models: roles; None is those that the loop calls. Without repeated blocks a role is compiled whole.
+
+        Raises:
+            TypeError: an unknown role, one that holds no module, or an option that `torch.compile` does not have.
+            MissingComponent: an empty role.
+        """
+        loaded = [role for role in self.loop_roles if self.components[role] is not None]
+        roles = loaded if compile_models is None else compile_models
+        compile_components(
+            self.components, roles, **{"mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, **options}
+        )
+
+    def plan(
+        self,
+        *,
+        vram_limit: float | None = None,
+        ram_limit: float | None = None,
+        policy: str | None = None,
+        device: torch.device | str | None = None,
+        **arguments: Any,
+    ) -> MemoryPlan:
+        """What a call with these arguments would take, without making it: memory by stage, transfers, seconds.
+
+        Args:
+            vram_limit, ram_limit, policy: GiB and a preset to plan for, see `plan_memory`; not those of this pipeline.
+            device: that the call is meant for; None is the pipeline's. It need not be in this machine.
+            arguments: of the call. Without a prompt one of 512 tokens is assumed.
+
+        Raises:
+            TypeError, ValueError: an argument that the call would refuse, too.
+            NotEnoughMemory: a limit cannot be kept; the message has the smallest that can.
+            Unplannable: the code asks for values that only a real run has.
+        """
+        limits = {"vram_limit": vram_limit, "ram_limit": ram_limit, "policy": policy}
+        return plan_call(self, arguments, device=self.device if device is None else device, **limits)
 
     def velocity(self, latents: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
         """`dx/dsigma = noise - x0` at noise level `sigma` (`b`, fp32, in [0, 1]), of the shape of `latents`.
@@ -323,6 +378,11 @@ class Pipeline:
         }
 
         stage, held = ExitStack(), None
+        caching = self._step_caching(request)
+
+        def predict(branch: str, latents: Tensor, sigma: Tensor, is_last: bool) -> Tensor:
+            with caching.evaluating(branch, is_last=is_last):
+                return self.velocity(latents, sigma, **conditions[branch]).float()
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             nonlocal held
@@ -333,20 +393,23 @@ class Pipeline:
                 held = roles
             levels = sigma.to(self.device, torch.float32).expand(len(latents))
             rounded = latents.to(self.dtype)
-            predictions = [self.velocity(rounded, levels, **conditions[branch]).float() for branch in conditions]
+            predictions = [predict(branch, rounded, levels, bool(sigma == sigmas[-2])) for branch in conditions]
             if len(predictions) == 1:
                 return predictions[0]
             return classifier_free_guidance(*predictions, request.loop.cfg_scale)
 
         def on_step(index: int, latents: Tensor) -> None:
-            sigma, sigma_next = sigmas[index].item(), sigmas[index + 1].item()
+            sigma, sigma_next, reused = sigmas[index].item(), sigmas[index + 1].item(), caching.take_reused()
             _discovery.notify("step_done", pipeline=self, step=index, num_steps=num_steps, sigma=sigma_next)
             if request.loop.on_step is not None:
-                request.loop.on_step(Step(index, num_steps, sigma, sigma_next, latents))
+                request.loop.on_step(Step(index, num_steps, sigma, sigma_next, latents, reused))
 
         _discovery.notify("denoise_started", pipeline=self, num_steps=num_steps, shape=tuple(latents.shape))
-        with stage:
+        with stage, caching:
             return euler(velocity, latents, sigmas, on_step=on_step, progress=request.loop.progress_bar_cmd)
+
+    def _step_caching(self, request: Request) -> StepCaching:
+        return step_caching(request.loop.step_cache, self.components, self.loop_roles, self.model_name)
 
     def _output(self, request: Request, state: State, latents: Tensor) -> Any:
         state.shared["latents"] = latents.to(self.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.errors import MissingComponent, did_you_mean
+from diffsynth.runtime.acceleration.choice import StepCacheArgument, parse_step_cache
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Program, can_run, needed_roles
 
@@ -28,6 +29,7 @@ class Step:
         sigma: the noise level this step started from.
         sigma_next: the level it reached.
         latents: `b c h w` (or `b c t h w`), not a copy.
+        reused: the branches in which a step cache left blocks out.
     """
 
     index: int
@@ -35,6 +37,7 @@ class Step:
     sigma: float
     sigma_next: float
     latents: Tensor
+    reused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class LoopArguments:
         on_step: called with a `Step` after each step.
         cancel: checked between units and between steps; when set, `Cancelled` is raised.
         progress_bar_cmd: wraps the iterator over steps, as `tqdm` does.
+        step_cache: leave out blocks that would repeat earlier steps: a step cache, or its text
+            "first_block:threshold=0.1"; None computes everything.
     """
 
     num_inference_steps: int = 30
@@ -60,8 +65,10 @@ class LoopArguments:
     on_step: Callable[[Step], None] | None = None
     cancel: threading.Event | None = None
     progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]] = progress_bar
+    step_cache: StepCacheArgument = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "step_cache", parse_step_cache(self.step_cache))
         for name in ("num_inference_steps", "num_images"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

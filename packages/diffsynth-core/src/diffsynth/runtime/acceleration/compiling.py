@@ -1,0 +1,67 @@
+"""Regional compilation: the repeated blocks of a network, each class of them once, rather than the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsynth.errors import MissingComponent, did_you_mean
+from diffsynth.runtime.acceleration.blocks import stacks_of
+
+_COMPILED = "_torchdynamo_orig_callable"
+"""torch's mark on what `torch.compile` gave: the function that it was given."""
+
+
+def compile_components(components: Mapping[str, Any], roles: Collection[str], **options: Any) -> None:
+    """Have the blocks of these roles compiled when they are first called.
+
+    Compiling again replaces what was compiled before. Blocks of one class and of equal settings share their code. A
+    component whose architecture declares no blocks is compiled whole.
+
+    Args:
+        components: role -> module or processor.
+        roles: which of them.
+        options: of `torch.compile`.
+
+    Raises:
+        TypeError: an unknown role, one that holds no module, or an option that `torch.compile` does not have.
+        MissingComponent: an empty role.
+    """
+    modules = [_module(components, role) for role in roles]
+    for module in modules:
+        blocks = [block for stack in stacks_of(module) for block in stack.blocks]
+        for block in blocks or [module]:
+            compile_forward(block, **options)
+
+
+def compile_forward(module: nn.Module, **options: Any) -> None:
+    """Compile a module's own `forward`, underneath whatever was put around it on this instance.
+
+    Hooks and the VRAM engine move weights around a block's forward: that part must not be traced.
+    """
+    outside: Callable[..., Any] | None = None
+    forward = module.forward
+    while not hasattr(forward, _COMPILED) and hasattr(forward, "__wrapped__"):
+        outside, forward = forward, forward.__wrapped__
+    compiled = torch.compile(getattr(forward, _COMPILED, forward), **options)
+    if outside is None:
+        vars(module)["forward"] = compiled
+    else:
+        outside.__wrapped__ = compiled  # type: ignore[attr-defined]
+
+
+def _module(components: Mapping[str, Any], role: str) -> nn.Module:
+    if role not in components:
+        raise TypeError(
+            f"compile_models names {role!r}, no role of this pipeline{did_you_mean(role, components)}; "
+            f"its roles: {', '.join(components)}"
+        )
+    part = components[role]
+    if part is None:
+        raise MissingComponent(f"compile_models names {role!r}, which is not loaded; add its file, or leave it out")
+    if not isinstance(part, nn.Module):
+        raise TypeError(f"compile_models names {role!r}, a {type(part).__name__}; only modules can be compiled")
+    return part

@@ -1,0 +1,270 @@
+"""A step cache at work in one call of a pipeline: what its blocks give, or what they would have given.
+
+Blocks are taken out of the network's own code by what stands around their `forward`; it is put there while a call with
+a cache runs, and asks a context variable whether this thread's call has one. So calls do not see each other's caches,
+and the VRAM engine, which stands further inside, does not fetch the weights of blocks that are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffsynth.core.vram.places import surround
+from diffsynth.errors import Refused
+from diffsynth.runtime.acceleration.blocks import Stack
+from diffsynth.runtime.acceleration.step_cache import Form, Probe, Rule, StepCache, as_streams
+from diffsynth.spec import ModelSpec
+
+_call: ContextVar[Evaluation | None] = ContextVar("diffsynth_step_cache", default=None)
+_surrounded: dict[int, int] = {}
+_lock = threading.Lock()
+
+
+class StepCaching:
+    """The caches of one call: one per network, branch, and place in an evaluation of the branch.
+
+        with caching:
+            with caching.evaluating("cond", is_last=False):
+                velocity = ...
+
+    Args:
+        cache: None caches nothing.
+        networks: the stacks of each network that may be left out.
+        model: the pipeline's, if it has a name.
+    """
+
+    def __init__(
+        self, cache: StepCache | None, networks: Sequence[Sequence[Stack]] = (), model: ModelSpec | None = None
+    ) -> None:
+        self._cache, self._model = cache, model
+        self._networks = networks if cache is not None else ()
+        self._places = {
+            id(block): Place(number, index, position, stack)
+            for number, stacks in enumerate(self._networks)
+            for index, stack in enumerate(stacks)
+            for position, block in enumerate(stack.blocks)
+        }
+        self._tracks: dict[tuple[int, str, int], Track] = {}
+        self._reused: list[str] = []
+
+    def __enter__(self) -> StepCaching:
+        for block in self._blocks():
+            _surround(block)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for block in self._blocks():
+            _release(block)
+
+    @contextmanager
+    def evaluating(self, branch: str, *, is_last: bool) -> Iterator[None]:
+        """One evaluation of a branch's velocity inside the `with`."""
+        evaluation = Evaluation(self, branch, is_last)
+        token = _call.set(evaluation if self._places else None)
+        try:
+            yield
+        finally:
+            _call.reset(token)
+        if evaluation.reused:
+            self._reused.append(branch)
+
+    def take_reused(self) -> tuple[str, ...]:
+        """The branches that reused something since this was last asked."""
+        reused, self._reused = tuple(self._reused), []
+        return reused
+
+    def place(self, block: nn.Module) -> Place | None:
+        """Where a block stands, if it is one that may be left out."""
+        return self._places.get(id(block))
+
+    def track(self, network: int, branch: str, ordinal: int) -> Track:
+        """What is known of a branch, at its `ordinal`-th call of a network within an evaluation."""
+        key = (network, branch, ordinal)
+        if key not in self._tracks:
+            assert self._cache is not None
+            self._tracks[key] = Track(self._cache.rule(self._model), len(self._networks[network]))
+        return self._tracks[key]
+
+    def _blocks(self) -> Iterator[nn.Module]:
+        return (block for stacks in self._networks for stack in stacks for block in stack.blocks)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block's network, the index of its stack, and its position in it."""
+
+    network: int
+    index: int
+    position: int
+    stack: Stack
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the stack ends here."""
+        return self.position == len(self.stack.blocks) - 1
+
+
+@dataclass
+class Track:
+    """One branch of one network, over all steps of a call.
+
+    Args:
+        rule: what decides.
+        num_stacks: how many stacks must have run before any may be left out.
+    """
+
+    rule: Rule
+    num_stacks: int
+    index: int = -1
+    decider: int = 0
+    reusing: bool = False
+    forms: dict[int, Form] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
+    begun: dict[int, tuple[Sequence[Any], Any]] = field(default_factory=dict)
+
+    def begin(self, decider: int) -> None:
+        """A call of the network begins, with the first block of stack `decider`."""
+        self.index, self.decider, self.reusing, self.begun = self.index + 1, decider, False, {}
+
+    def form_of(self, stack: int, values: Sequence[Any], given: Any, *, name: str) -> Form:
+        """The form of a stack, learnt from its first block."""
+        if stack not in self.forms:
+            self.forms[stack] = _learn(values, given, name)
+        return self.forms[stack]
+
+    def ran(self, place: Place, values: Sequence[Any], given: Any) -> None:
+        """A block ran."""
+        stack = place.index
+        if place.position == 0:
+            self.form_of(stack, values, given, name=place.stack.name)
+            self.begun[stack] = (values, given)
+        first_values, first_given = self.begun[stack]
+        if place.position == 1:
+            self.forms[stack] = _confirm(self.forms[stack], values, first_given)
+        if place.is_last:
+            after_first = stack == self.decider and self.rule.after_first
+            start = as_streams(first_given) if after_first else self.forms[stack].streams(first_values)
+            self.rule.computed(stack, self.index, start, as_streams(given))
+            self.known.add(stack)
+            self.begun[stack] = ((), None)  # the streams of a step are not kept until the next
+
+
+class Evaluation:
+    """One evaluation of one branch."""
+
+    def __init__(self, caching: StepCaching, branch: str, is_last: bool) -> None:
+        self._caching, self._branch, self._is_last = caching, branch, is_last
+        self._open: dict[int, tuple[int, Track]] = {}
+        self.reused = False
+
+    def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a block gives, or would have given."""
+        place = self._caching.place(block)
+        if place is None:
+            return forward(*args, **kwargs)
+        bound = _signature(type(block)).bind(block, *args, **kwargs)
+        values = _flat(bound)
+        track, begins = self._track(place)
+        if begins:
+            return self._decide(track, place, block, functools.partial(forward, *args, **kwargs), bound)
+        if track.reusing:
+            form = track.forms[place.index]
+            start = form.streams(values)
+            return form.result(start if place.position else track.rule.predicted(place.index, track.index, start))
+        given = forward(*args, **kwargs)
+        track.ran(place, values, given)
+        return given
+
+    def _track(self, place: Place) -> tuple[Track, bool]:
+        """The track of a block, and whether a call of the network begins with it."""
+        ordinal, track = self._open.get(place.network, (-1, None))
+        again = track is not None and place.position == 0 and place.index == track.decider
+        if track is not None and not again:
+            return track, False
+        track = self._caching.track(place.network, self._branch, ordinal + 1)
+        self._open[place.network] = (ordinal + 1, track)
+        track.begin(place.index)
+        return track, True
+
+    def _decide(
+        self, track: Track, place: Place, block: nn.Module, run: Callable[[], Any], bound: inspect.BoundArguments
+    ) -> Any:
+        """The first block of a call of the network, and whether the rest is left out."""
+        values = _flat(bound)
+        form_of = functools.partial(track.form_of, place.index, values, name=place.stack.name)
+        probe = Probe(track.index, self._is_last, bound.arguments, values, block, run, form_of)
+        track.reusing = track.rule.reuses(probe) and len(track.known) == track.num_stacks
+        if not track.reusing:
+            track.ran(place, values, probe.given)
+            return probe.given
+        self.reused = True
+        form = track.forms[place.index]
+        start = probe.output if track.rule.after_first else form.streams(values)
+        return form.result(track.rule.predicted(place.index, track.index, start))
+
+
+def _run(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    evaluation = _call.get()
+    return forward(*args, **kwargs) if evaluation is None else evaluation.run(block, forward, args, kwargs)
+
+
+def _surround(block: nn.Module) -> None:
+    with _lock:
+        count = _surrounded.get(id(block), 0)
+        if count == 0:
+            surround(block, functools.partial(_run, block))
+        _surrounded[id(block)] = count + 1
+
+
+def _release(block: nn.Module) -> None:
+    """Take away what stands around a block when the last call that needs it is over."""
+    with _lock:
+        _surrounded[id(block)] -= 1
+        if _surrounded[id(block)]:
+            return
+        del _surrounded[id(block)]
+        inner = vars(block).pop("forward").__wrapped__
+        if getattr(inner, "__self__", None) is not block:  # somebody else's: the VRAM engine's, or a compiled one
+            vars(block)["forward"] = inner
+
+
+def _learn(values: Sequence[Any], given: Any, name: str) -> Form:
+    """Streams are the first arguments, in the order in which they are given back."""
+    streams = as_streams(given)
+    shapes = [tuple(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__ for stream in streams]
+    taken = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
+    if not all(isinstance(stream, Tensor) for stream in streams) or taken[: len(shapes)] != shapes:
+        raise Refused(
+            f"step_cache: blocks of {name!r} take {taken} and give {shapes}; a cache needs blocks that give "
+            "the tensors which they take first, in the same shapes"
+        )
+    return Form(tuple(range(len(streams))), isinstance(given, tuple | list))
+
+
+def _confirm(form: Form, values: Sequence[Any], given: Any) -> Form:
+    """The form, its order put right where the next block is seen to take the very tensors that this one gave."""
+    places = [next((i for i, value in enumerate(values) if value is stream), None) for stream in as_streams(given)]
+    return Form(tuple(places), form.is_tuple) if None not in places else form  # type: ignore[arg-type]
+
+
+@functools.cache
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(kind.forward)
+
+
+def _flat(bound: inspect.BoundArguments) -> list[Any]:
+    """The values of a call in order, without the module itself."""
+    flat: list[Any] = []
+    for name, value in bound.arguments.items():
+        many = bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+        flat.extend(value if many else [value])
+    return flat[1:]
