@@ -203,7 +203,9 @@ def test_a_folder_without_room_or_permission(monkeypatch, tmp_path):
 def test_attention_backends_and_the_one_in_use(monkeypatch):
     found = named(machine.attention())
     assert found["sdpa"].seen == "usable; what `auto` takes"
-    assert found["naive"].seen == "usable"
+    assert found["naive"].seen == "usable by name: it holds the whole score matrix"
+    assert found["flash_attention_2"].seen == "tensors are on cpu; flash_attention_2 needs cuda"
+    assert found["flex"].state == "ok"
     assert found["in use"].seen.startswith("auto: sdpa")
     monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "naive")
     assert named(machine.attention())["in use"].seen == "naive, by DIFFSYNTH_ATTENTION_IMPLEMENTATION"
@@ -235,8 +237,22 @@ def test_the_reason_why_a_backend_is_not_usable(monkeypatch):
     found = named(machine.attention())
     assert "head dim 64 is not 128" in found["picky"].seen
     assert found["wrong"].seen == "its result is wrong"
+    assert (found["in use"].state, found["in use"].seen) == (
+        "ok",
+        "auto: sdpa, and call by call the next one where it refuses",
+    )
     assert found["broken"].seen == "ImportError: libflash.so: cannot open"
     assert {found[name].state for name in ("picky", "wrong", "broken")} == {"note"}
+
+
+def test_auto_takes_one_that_does_not_work(monkeypatch):
+    class IsWrongAndWilling(IsWrong):
+        avoids = None
+
+    monkeypatch.setattr(select, "_backends", {"wrong": IsWrongAndWilling(), **select._backends})
+    found = named(machine.attention())["in use"]
+    assert (found.state, found.seen) == ("broken", "auto: wrong, but its result is wrong")
+    assert "Set DIFFSYNTH_ATTENTION_IMPLEMENTATION to one of sdpa, " in found.next_action
 
 
 def test_quantization_backends(monkeypatch):

@@ -164,7 +164,7 @@ def test_effect_of_register_attention(toy, monkeypatch):
     monkeypatch.setattr(declared_backends, "_in_use", set())
     toy(*MODEL, "register_attention")
     usual = draw(output_type="tensor")
-    assert select.available_backends() == ("sdpa", "naive", "averages")
+    assert select.available_backends()[-2:] == ("naive", "averages")
     monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "averages")
     assert not torch.equal(draw(output_type="tensor"), usual)
     x = torch.randn(1, 3, 2, 8)

@@ -1,10 +1,10 @@
-"""`attention_forward` is `attention()` in any axis order; what it cannot do, it refuses."""
+"""`attention_forward` is `attention()` in any axis order; nothing that it is given is dropped."""
 
 import pytest
 import torch
 from einops import rearrange
 
-from diffsynth.core.attention import attention
+from diffsynth.core.attention import attention, named
 from diffsynth.core.attention.forward import attention_forward
 from diffsynth.errors import Refused
 
@@ -64,18 +64,51 @@ def test_masks_broadcast_from_the_right(qkv, shape):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("theirs", "ours"),
     [
-        {"attn_mask": torch.zeros(37, 63)},
-        {"window_size": (4, 4)},
-        {"use_flex": True},
-        {"score_mod": lambda score, b, h, q, k: score},
+        ({"window_size": 4}, {"window": (4, 4)}),
+        ({"window_size": (5, 2)}, {"window": (5, 2)}),
+        ({"window_size": (5, 5), "is_causal": True}, {"window": (5, 0), "causal": True}),
+        ({"window_size": -1, "is_causal": True}, {"causal": True}),
+        ({"attn_mask": 3 * torch.rand(37, 63)}, {"score_bias": 1}),
     ],
 )
-def test_nothing_is_dropped(qkv, settings):
-    (name,) = settings
-    with pytest.raises(Refused, match=f"refuses {name}"):
-        attention_forward(*qkv, *["b s n d"] * 4, **settings)
+def test_windows_and_biases(qkv, theirs, ours):
+    if "score_bias" in ours:
+        ours = {"score_bias": theirs["attn_mask"][None, None]}
+    found = attention_forward(*qkv, *["b s n d"] * 4, **theirs)
+    torch.testing.assert_close(found, attention(*qkv, **ours))
+    assert not torch.allclose(found, attention(*qkv))
+
+
+def test_flex_and_changed_scores(qkv):
+    patterns = ["b s n d"] * 4
+    mask = torch.rand(37, 63) < 0.7
+    found = attention_forward(*qkv, *patterns, use_flex=True, attn_mask=mask)
+    torch.testing.assert_close(found, attention(*qkv, mask=mask[None, None]))
+
+    def slope(score, b, n, q, k):
+        return score + 0.1 * n * (k - q)
+
+    bias = 0.1 * torch.arange(6)[:, None, None] * (torch.arange(63)[None, :] - torch.arange(37)[:, None])
+    found = attention_forward(*qkv, *patterns, score_mod=slope, scale=0.2)
+    torch.testing.assert_close(found, attention(*qkv, score_bias=bias[None], scale=0.2))
+    with pytest.raises(ValueError, match="compatibility_mode=True is torch's backend"):
+        attention_forward(*qkv, *patterns, score_mod=slope, compatibility_mode=True)
+    with pytest.raises(Refused, match="score_mod: flex refuses this call: on the CPU it has no gradients"):
+        attention_forward(qkv[0].requires_grad_(), *qkv[1:], *patterns, score_mod=slope)
+
+
+def test_functions_by_name(qkv):
+    equal = tuple(tensor.transpose(1, 2) for tensor in (qkv[1], qkv[1], qkv[2]))
+    found = named.torch_sdpa_sliding_window(*equal, 4, scale=0.3)
+    torch.testing.assert_close(found.transpose(1, 2), attention(*qkv[1:2], *qkv[1:], scale=0.3, window=(4, 4)))
+    for function in ("flash_attention_2", "flash_attention_3", "flash_attention_4", "sage_attention"):
+        with pytest.raises(Refused, match=f"'{function}' refuses this call: tensors are on cpu"):
+            getattr(named, function)(*equal)
+    with pytest.raises(Refused, match="'xformers' refuses this call: tensors are on cpu"):
+        named.xformers_attention(*equal)
+    torch.testing.assert_close(named.flex_attention(*equal, scale=0.3), attention_forward(*equal, scale=0.3))
 
 
 @pytest.mark.parametrize("name", ["q_pattern", "k_pattern", "v_pattern", "out_pattern"])

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Case:
-    """What sets a call apart; 3 heads of 40 channels otherwise."""
+    """What sets a call apart; 2 rows of 63 queries and 3 heads of 40 channels otherwise."""
 
     k_len: int = 63
     n_kv: int = 3
     is_masked: bool = False
     causal: bool = False
     scale: float = 40**-0.5
+    window: tuple[int, int] | None = None
+    is_packed: bool = False
+    is_biased: bool = False
 
 
 _CASES = {
@@ -36,6 +39,9 @@ _CASES = {
     "a mask": _Case(k_len=111, is_masked=True),
     "the causal mask": _Case(k_len=111, causal=True),
     "a scale": _Case(scale=0.5),
+    "a window": _Case(k_len=111, window=(9, 3)),
+    "packed samples": _Case(k_len=111, is_packed=True),
+    "a score bias": _Case(k_len=111, is_biased=True),
 }
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 
@@ -78,17 +84,27 @@ def _call(case: _Case, dtype: torch.dtype) -> AttentionCall:
     import torch
 
     from diffsynth.core import device as devices
-    from diffsynth.core.attention import AttentionCall
+    from diffsynth.core.attention.checking import check
 
     generator, device = torch.Generator().manual_seed(0), devices.default_device()
+    batch = 1 if case.is_packed else 2
 
-    def random(length: int, heads: int) -> Any:
-        return torch.randn(2, length, heads, 40, generator=generator).to(device, dtype)
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
+    q, k, v = (
+        random(batch, length, n, 40) for length, n in ((63, 3), (case.k_len, case.n_kv), (case.k_len, case.n_kv))
+    )
+    more: dict[str, Any] = {}
     mask = None
     if case.is_masked:
         mask = torch.rand(2, 1, 63, case.k_len, generator=generator) < 0.5
         mask[:, :, 5] = False  # a query that may attend nothing gives zeros
         mask = mask.to(device)
-    q, k, v = random(63, 3), random(case.k_len, case.n_kv), random(case.k_len, case.n_kv)
-    return AttentionCall(q, k, v, mask, case.causal, case.scale)
+    if case.is_packed:
+        more["cu_seqlens"] = tuple(
+            torch.tensor(offsets, dtype=torch.int32) for offsets in ((0, 20, 20, 63), (0, 31, 70, case.k_len))
+        )
+    if case.is_biased:
+        more["score_bias"] = random(1, 3, 63, case.k_len)
+    return check(q, k, v, mask=mask, causal=case.causal, scale=case.scale, window=case.window, **more)

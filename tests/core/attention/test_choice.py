@@ -1,0 +1,173 @@
+"""Who chooses the backend: the call, then the context or module, then the environment, then the call's own content."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffsynth.core.attention import AttentionCall, attention, register_backend, select, use_attention
+from diffsynth.core.gradient import gradient_checkpoint_forward
+from diffsynth.errors import Refused
+
+X = torch.randn(1, 3, 2, 4)
+
+
+class Recorder:
+    """Counts its calls; its results are the queries times its number."""
+
+    def __init__(self, number: int, refusal: str | None = None, avoidance: str | None = None) -> None:
+        self.number = number
+        self.refusal = refusal
+        self.avoidance = avoidance
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        return self.refusal
+
+    def avoids(self, call: AttentionCall) -> str | None:
+        return self.avoidance
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        return call.q * self.number
+
+
+@pytest.fixture(autouse=True)
+def _recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("_backends", "_priorities"):
+        monkeypatch.setattr(select, name, {})
+    monkeypatch.setattr(select, "_told", set())
+    register_backend("one", Recorder(1))
+    register_backend("two", Recorder(2))
+    register_backend("three", Recorder(3))
+    yield
+    assert used() == 1, "a choice outlived its test"
+
+
+class Net(nn.Module):
+    def forward(self, x: Tensor, *, fails: bool = False) -> Tensor:
+        if fails:
+            raise RuntimeError("on purpose")
+        return attention(x, x, x)
+
+
+def used() -> int:
+    return round(float((attention(X, X, X) / X).mean()))
+
+
+def test_the_order_of_who_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert used() == 1
+    monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "Two")
+    assert used() == 2
+    with use_attention("three"):
+        assert used() == 3
+        torch.testing.assert_close(attention(X, X, X, backend="one"), X)
+        with use_attention("auto"):
+            assert used() == 1
+        assert used() == 3
+    assert used() == 2
+    monkeypatch.delenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION")
+
+
+def test_a_module_has_its_own() -> None:
+    net, other = Net(), Net()
+    with use_attention("two", module=net) as choice:
+        torch.testing.assert_close(net(X), 2 * X)
+        torch.testing.assert_close(other(X), X)
+        with use_attention("three"):
+            torch.testing.assert_close(net(X), 2 * X)  # the innermost is the module's
+            torch.testing.assert_close(other(X), 3 * X)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            net(X, fails=True)
+        assert used() == 1
+    torch.testing.assert_close(net(X), X)
+    choice.remove()
+    assert (len(net._forward_hooks), len(net._forward_pre_hooks)) == (0, 0)
+
+
+def test_a_module_keeps_its_own_until_it_is_removed() -> None:
+    net = Net()
+    choice = use_attention("two", module=net)
+    torch.testing.assert_close(nn.Sequential(net)(X), 2 * X)
+    choice.remove()
+    torch.testing.assert_close(net(X), X)
+
+
+def test_an_error_before_ours_began_ends_nothing() -> None:
+    net = Net()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("on purpose")
+
+    net.register_forward_pre_hook(fail)
+    with use_attention("two"):
+        with use_attention("three", module=net), pytest.raises(RuntimeError, match="on purpose"):
+            net(X)
+        assert used() == 2
+
+
+def test_threads_do_not_share_a_choice_but_share_modules() -> None:
+    net, found = Net(), {}
+
+    def work() -> None:
+        found["plain"] = used()
+        found["module"] = round(float((net(X) / X).mean()))
+
+    with use_attention("three"), use_attention("two", module=net):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == {"plain": 1, "module": 2}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_second_forward_of_a_checkpoint_uses_the_same(offload: bool) -> None:
+    """It runs in the backward pass, when the block of `use_attention` has ended."""
+    x = X.clone().requires_grad_()
+    with use_attention("three"):
+        out = gradient_checkpoint_forward(Net(), True, offload, x)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 3.0))
+
+
+def test_names_are_checked_when_they_are_given() -> None:
+    with pytest.raises(ValueError, match=r"'tow' is unknown; did you mean 'two'\?"):
+        use_attention("tow")
+    with use_attention("two") as choice, pytest.raises(ValueError, match="entered already"), choice:
+        pass
+
+
+def test_one_that_avoids_a_call_serves_if_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    select._backends["one"].avoidance = "slow here"
+    assert used() == 2
+    for name in ("two", "three"):
+        select._backends[name].refusal = "no device"
+    assert used() == 1
+    select._backends["one"].refusal = "no library"
+    with pytest.raises(Refused, match="one: no library; two: no device; three: no device"):
+        attention(X, X, X)
+    select._backends["one"] = Recorder(1)
+
+
+def test_who_is_passed_over_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    select._backends["one"].refusal = "no device"
+    with caplog.at_level(logging.INFO, logger=select.logger.name):
+        assert [used() for _ in range(3)] == [2, 2, 2]
+        select._backends["one"].refusal = "head dim 4"
+        assert used() == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention passes over one: no device",
+        "attention passes over one: head dim 4",
+    ]
+    select._backends["one"] = Recorder(1)
+
+
+def test_a_choice_within_compiled_code() -> None:
+    compiled = torch.compile(lambda x: attention(x, x, x), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X), X)
+    with use_attention("three"):
+        torch.testing.assert_close(compiled(X), 3 * X)
+    torch.testing.assert_close(compiled(X), X)
