@@ -187,6 +187,18 @@ BROKEN = {
         "    depth: int = 2\n    axes: tuple = (1, 2)\n",
         f"{DIT} is saved and loaded",
     ),
+    "a weight read past its layer": (
+        "dit.py",
+        RETURNED,
+        RETURNED + " + self.places.weight.mean()",
+        f"{DIT} reads no part",
+    ),
+    "a list of blocks that is not there": (
+        "plugin.py",
+        'repeated_blocks=("blocks",)',
+        'repeated_blocks=("layers",)',
+        f"{DIT} is the same wherever",
+    ),
     "another signature": ("plugin.py", 'signature="', 'signature="0', f"{LAYOUT} has its signature"),
     "rules that lose a key": (
         "convert.py",
@@ -239,10 +251,28 @@ BROKEN = {
         f"{NAIVE} * (call.q_per_kv == 1)",
         "attention made equals naive with grouped heads",
     ),
+    "attention without windows": (
+        "attention.py",
+        NAIVE,
+        "NaiveAttention()(replace(call, window=None))",
+        "attention made equals naive with a window",
+    ),
+    "attention that mixes samples": (
+        "attention.py",
+        NAIVE,
+        "NaiveAttention()(replace(call, cu_seqlens=None))",
+        "attention made equals naive with packed samples",
+    ),
+    "attention without the bias": (
+        "attention.py",
+        NAIVE,
+        "NaiveAttention()(replace(call, score_bias=None))",
+        "attention made equals naive with a score bias",
+    ),
     "attention for self-attention alone": (
         "attention.py",
         NAIVE,
-        f"{NAIVE} * (1 + 0 ** abs(call.k.shape[1] - 111) * (call.mask is None) * (not call.causal))",
+        f"{NAIVE} * (1 + 0 ** abs(call.k.shape[1] - 111) * call.is_plain)",
         "attention made equals naive with another number of keys",
     ),
     "attention that misjudges the plain case": (

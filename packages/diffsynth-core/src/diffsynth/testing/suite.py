@@ -11,7 +11,7 @@ from typing import Any
 from diffsynth.errors import Unavailable
 from diffsynth.testing.checks.check import Check, Subject
 
-CONFORMANCE_VERSION = 1
+CONFORMANCE_VERSION = 2
 """Raised whenever a check is added or becomes stricter, so that a plugin can say what it passed."""
 
 
@@ -52,10 +52,11 @@ def checks_of(distribution: str) -> list[Check]:
     Raises:
         ValueError: no distribution of that name offers an allowed plugin.
     """
-    from diffsynth.testing.checks import architectures, attention, layouts, pipelines, plugin
+    from diffsynth.testing.checks import architectures, attention, layouts, pipelines, plugin, wrapping
 
     subject = Subject.find(distribution)
-    return [check for part in (plugin, architectures, layouts, pipelines, attention) for check in part.checks(subject)]
+    parts = (plugin, architectures, wrapping, layouts, pipelines, attention)
+    return [check for part in parts for check in part.checks(subject)]
 
 
 class _Verdicts:

@@ -22,8 +22,8 @@ def checks(subject: Subject) -> Iterator[Check]:
     for fact in subject.declared("architectures"):
         built, loaded, ran = (
             f"{fact.name} builds on meta without memory",
-            f"{fact.name} leaves nothing on meta once loaded",
-            f"{fact.name} forward is finite and reproducible",
+            leaves_nothing_on_meta(fact.name),
+            runs(fact.name),
         )
         yield Check(built, functools.partial(_builds_on_meta, fact), after=(REFERENCES, NAMES))
         yield Check(loaded, functools.partial(_leaves_nothing_on_meta, fact), after=(built,))
@@ -31,6 +31,16 @@ def checks(subject: Subject) -> Iterator[Check]:
         yield Check(told_by_shapes(fact.name), functools.partial(_is_told_by_shapes, fact), after=(built,))
         saved = functools.partial(_saves_and_loads, fact, subject)
         yield Check(f"{fact.name} is saved and loaded to the bit", saved, after=(loaded, ran))
+
+
+def runs(name: str) -> str:
+    """The name of the check that whatever runs this architecture builds on."""
+    return f"{name} forward is finite and reproducible"
+
+
+def leaves_nothing_on_meta(name: str) -> str:
+    """The name of the check that whatever loads this architecture builds on."""
+    return f"{name} leaves nothing on meta once loaded"
 
 
 def told_by_shapes(name: str) -> str:
@@ -55,7 +65,7 @@ def _leaves_nothing_on_meta(fact: ArchitectureSpec) -> None:
     from diffsynth.core.loader import load
 
     module = load.build(fact, resolve(fact.tiny))
-    module.load_state_dict(_real(fact).state_dict(), strict=True, assign=True)
+    module.load_state_dict(tiny_real(fact).state_dict(), strict=True, assign=True)
     for part in module.modules():
         if hasattr(part, "reset_buffers"):
             part.reset_buffers()
@@ -75,14 +85,14 @@ def _leaves_nothing_on_meta(fact: ArchitectureSpec) -> None:
 def _runs(fact: ArchitectureSpec) -> None:
     import torch
 
-    module = _real(fact)
-    first, again = _run(fact, module), _run(fact, module)
+    module = tiny_real(fact)
+    first, again = tiny_output(fact, module), tiny_output(fact, module)
     assert first, f"forward() of {fact.module} returned no tensor"
     assert all(torch.isfinite(tensor).all() for tensor in first.values()), (
         f"forward() of {fact.module} on tiny_inputs gave NaN or infinity; is every parameter initialised?"
     )
-    differing = _differing(first, again)
-    assert not differing, f"forward() of {fact.module}, run twice on equal inputs, differs in {', '.join(differing)}"
+    changed = differing(first, again)
+    assert not changed, f"forward() of {fact.module}, run twice on equal inputs, differs in {', '.join(changed)}"
 
 
 def _is_told_by_shapes(fact: ArchitectureSpec) -> None:
@@ -108,7 +118,7 @@ def _saves_and_loads(fact: ArchitectureSpec, subject: Subject) -> None:
 
     from diffsynth.core.loader import header, load, recognize, save
 
-    module, config = _real(fact), resolve(fact.tiny)
+    module, config = tiny_real(fact), resolve(fact.tiny)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tiny.safetensors"
         save.save_checkpoint(module, file, architecture=fact.name, config=config)
@@ -119,13 +129,13 @@ def _saves_and_loads(fact: ArchitectureSpec, subject: Subject) -> None:
             "metadata is JSON, so a tuple comes back as a list: make it a tuple in __post_init__"
         )
         loaded = load.load_component(found, tensors, device="cpu", dtype=torch.float32)
-    differing = _differing(module.state_dict(), loaded.state_dict())
-    assert not differing, f"changed by saving and loading: {', '.join(differing)}"
-    differing = _differing(_run(fact, module), _run(fact, loaded))
-    assert not differing, f"equal weights, but the loaded module's output differs in {', '.join(differing)}"
+    changed = differing(module.state_dict(), loaded.state_dict())
+    assert not changed, f"changed by saving and loading: {', '.join(changed)}"
+    changed = differing(tiny_output(fact, module), tiny_output(fact, loaded))
+    assert not changed, f"equal weights, but the loaded module's output differs in {', '.join(changed)}"
 
 
-def _real(fact: ArchitectureSpec) -> nn.Module:
+def tiny_real(fact: ArchitectureSpec) -> nn.Module:
     """The tiny module with weights in fp32, the same in every check."""
     import torch
 
@@ -135,7 +145,8 @@ def _real(fact: ArchitectureSpec) -> nn.Module:
     return module.eval()
 
 
-def _run(fact: ArchitectureSpec, module: nn.Module) -> dict[str, Tensor]:
+def tiny_output(fact: ArchitectureSpec, module: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that the module returns for its tiny inputs, by where it is in the output."""
     import torch
 
     inputs = resolve(fact.tiny_inputs)(resolve(fact.tiny), torch.Generator().manual_seed(0))
@@ -156,7 +167,8 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(f"{name}[{index}]", inner)
 
 
-def _differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[str]:
+def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that are not equal to the bit, or on one side only."""
     import torch
 
     return sorted(
