@@ -1,0 +1,44 @@
+"""The page about attention: its blocks run, and its tables are what there is."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from diffsynth.core.attention import attention, available_backends, select
+
+PAGE = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+def first_cells(header):
+    """The first column of the table with that header."""
+    (table,) = re.findall(rf"^\| {header} \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, flags=re.MULTILINE)
+    return [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_runs(block):
+    exec(block, {"__name__": "block"})
+
+
+def test_every_argument_is_explained():
+    assert set(first_cells("argument")) == set(inspect.signature(attention).parameters) - {"q", "k", "v"}
+
+
+def test_every_backend_is_listed():
+    assert set(first_cells("name")) == {*available_backends(), *select._ALIASES}
+
+
+def test_values_that_the_reference_knows():
+    for name in [
+        "auto",
+        "flash_attention_4",
+        "flash_attention_3",
+        "flash_attention_2",
+        "sage_attention",
+        "xformers",
+        "torch",
+    ]:
+        select.check_known(name)
