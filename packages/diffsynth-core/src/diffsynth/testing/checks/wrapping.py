@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth.spec import ArchitectureSpec
@@ -12,6 +14,8 @@ from diffsynth.testing.checks.check import Check, Subject
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from diffsynth.core.loader.reading.source import ComponentSource
 
 
 def checks(subject: Subject) -> Iterator[Check]:
@@ -47,28 +51,34 @@ def _is_the_same_wrapped(fact: ArchitectureSpec) -> None:
 
 def _wrapped(fact: ArchitectureSpec, module: nn.Module, preset: str, **cut: Any) -> list[str]:
     """Where the output differs from that of the module as it was."""
-    import torch
-
-    from diffsynth.core.loader import convert, header, load
-    from diffsynth.core.loader.config import ModelConfig
-    from diffsynth.core.loader.reading.source import ComponentSource
+    from diffsynth.core.loader import load
     from diffsynth.core.vram.managed import wrap
     from diffsynth.core.vram.placement import Policy
     from diffsynth.runtime.memory.placing import cuts
 
     expected = tiny_output(fact, module)
-    weights = module.state_dict()
-    source = None
-    if preset == "disk":
-        held = header.read_config(ModelConfig(state_dict=weights))
-        targets = convert.plan((), held.shapes).targets
-        source = ComponentSource(held, targets, {key: tensor.dtype for key, tensor in weights.items()})
-        module = load.materialize(load.build(fact, module.config), source, device="meta")
-        load.fill_buffers(module)
-    module.requires_grad_(False)
-    with torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder:
+        source = None
+        if preset == "disk":
+            source = _on_disk(module, Path(folder) / "tiny.safetensors")
+            module = load.materialize(load.build(fact, module.config), source, device="meta")
+            load.fill_buffers(module)
+        module.requires_grad_(False)
         wrapped = wrap(module, Policy.preset(preset, "cpu"), source=source, smallest=0, **cuts(fact) | cut)
         wrapped.configure(resident=(), slots=2)
         with wrapped:
             outputs = [tiny_output(fact, module) for _ in range(2)]
     return sorted({name for output in outputs for name in differing(expected, output)})
+
+
+def _on_disk(module: nn.Module, file: Path) -> ComponentSource:
+    from safetensors.torch import save_file
+
+    from diffsynth.core.loader import convert, header
+    from diffsynth.core.loader.reading.source import ComponentSource
+
+    weights = {key: tensor.clone().contiguous() for key, tensor in module.state_dict().items()}
+    save_file(weights, file)
+    held = header.read([file])
+    dtypes = {key: tensor.dtype for key, tensor in weights.items()}
+    return ComponentSource(held, convert.plan((), held.shapes).targets, dtypes)
