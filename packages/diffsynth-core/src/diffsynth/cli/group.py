@@ -20,6 +20,7 @@ _OWN = {
     "recognize": ("diffsynth.cli.recognize:recognize", "Tell what checkpoint files hold, by their headers."),
     "doctor": ("diffsynth.cli.doctor:doctor", "Tell what works here, and what to do about the rest."),
     "generate": ("diffsynth.cli.generate:generate", "Draw what a prompt describes."),
+    "plan": ("diffsynth.cli.plan:plan", "Tell what a model would take, before it is downloaded."),
     "new-plugin": ("diffsynth.cli.new_plugin:new_plugin", "Write a plugin package to start from."),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth import _env
+from diffsynth.core import device as devices
 from diffsynth.core.device.memory import memory_in_use
 from diffsynth.core.device.speed import compute_speed, disk_speed, link_speed
 from diffsynth.core.vram.budget import (
@@ -30,12 +32,14 @@ from diffsynth.core.vram.placement import PRESETS
 from diffsynth.core.vram.rehearsal import Rehearsal, Stage
 from diffsynth.errors import did_you_mean
 from diffsynth.runtime.memory.placing import architecture_of, cuts
-from diffsynth.runtime.memory.stand_ins import StandInTokenizer, without_weights
+from diffsynth.runtime.memory.stand_ins import StandInTokenizer, declared_components, without_weights
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.request import Request
 from diffsynth.runtime.unit import Unit, run_units
+from diffsynth.spec import resolve
 
 if TYPE_CHECKING:
+    from diffsynth._models import ModelRecord
     from diffsynth.runtime.pipeline import Pipeline
 
 PROMPT_TOKENS = 512
@@ -100,6 +104,33 @@ def plan_call(
         offloads=policy not in (None, "none"),
         disk=tuple(modules) if policy == "disk" else (),
     )
+
+
+def plan_model(
+    record: ModelRecord,
+    arguments: Mapping[str, Any],
+    *,
+    device: torch.device | str | None = None,
+    dtype: str = "bfloat16",
+    **limits: Any,
+) -> MemoryPlan:
+    """The plan of one call of a model that need not be here: no weights are read, and no device is used.
+
+    Args:
+        record: of the model.
+        arguments: of the call.
+        device: None is the first accelerator, and cuda where there is none.
+        dtype: name of a torch dtype, of weights and activations.
+        limits: as of `plan_call`; so are the errors.
+    """
+    if device is None:
+        device = devices.default_device()
+        device = "cuda" if device.type == "cpu" else device
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    cls: type[Pipeline] = resolve(record.pipeline)
+    components = dict.fromkeys(cls.roles) | declared_components(record, torch_dtype)
+    pipe = cls(components, device="meta", torch_dtype=torch_dtype).named(record.name, record.defaults)
+    return plan_call(pipe, arguments, device=device, **limits)
 
 
 def _storage(policy: str | None, vram_limit: float | None, device: torch.device) -> torch.dtype | None:
@@ -219,8 +250,6 @@ def _runs(stage: Stage, roles: Sequence[str], rehearsed: int) -> tuple[Run, ...]
 
 
 def _with_tiles(whole: StageLoad, tiled: StageLoad) -> StageLoad:
-    from dataclasses import replace
-
     return replace(whole, tiled=tiled.activations) if tiled.activations < whole.activations else whole
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BatchEncoding
 
 from diffsynth import _discovery, _env
 from diffsynth._models import ModelRecord
@@ -34,8 +33,10 @@ class StandInTokenizer:
 
     def __call__(
         self, text: str | Sequence[str], *, padding: Any = False, max_length: int | None = None, **_: Any
-    ) -> BatchEncoding:
-        """`input_ids` and `attention_mask`, each `b s`."""
+    ) -> Any:
+        """`input_ids` and `attention_mask`, each `b s`, as a `BatchEncoding`."""
+        from transformers import BatchEncoding
+
         count = 1 if isinstance(text, str) else len(text)
         length = self.length if max_length is None else min(self.length, max_length)
         if padding == "max_length" and max_length is not None:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from diffsynth.core.attention.on_meta import MetaCall, call_of_sdpa, watched
 from diffsynth.core.vram.rehearsal.ledger import Ledger
-from diffsynth.core.vram.rehearsal.values import KnownValues
+from diffsynth.core.vram.rehearsal.values import KnownValues, tensors_in
 from diffsynth.core.vram.rehearsal.workspace import workspace
 from diffsynth.errors import Unplannable
 
@@ -143,7 +143,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         watcher, values = self._rehearsal, self._rehearsal.values
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = tensors_in(args, kwargs)
         if _needs_values(func) and (known := _by_value(values, func, args, kwargs)):
             return known[0]
         if func is _aten._to_copy.default and inputs[0].is_meta and _goes_to_cpu(kwargs):
@@ -152,14 +152,14 @@ class _Operations(TorchDispatchMode):
             if func is _aten.copy_.default and not args[0].is_meta:
                 values.spoil(func, args, kwargs)
                 return args[0]
-            args, kwargs = tree_map_only(Tensor, _as_meta(values), (args, kwargs))
+            if not all(tensor.is_meta for tensor in inputs):
+                args, kwargs = tree_map_only(Tensor, _as_meta(values), (args, kwargs))
             if func.overloadpacket in _INDEXED:
                 args = (args[0], _long_indices(values, func, args[1]), *args[2:])
         out = func(*args, **kwargs)
         values.follow(func, args, kwargs, out)
-        for result in tree_leaves(out):
-            if isinstance(result, Tensor):
-                watcher.ledger.allocated(result)
+        for result in tensors_in(out):
+            watcher.ledger.allocated(result)
         if count := flop_registry.get(func.overloadpacket):
             watcher.count(count(*args, **kwargs, out_val=out))
             watcher.ledger.scratch(workspace(func, args, out, watcher.device_type))
@@ -212,7 +212,7 @@ def _by_value(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tuple[A
     Raises:
         Unplannable: a value is not known.
     """
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    inputs = tensors_in(args, kwargs)
     known = values.arguments(args, kwargs)
     if known is None:
         shape = tuple(inputs[0].shape) if inputs else ()

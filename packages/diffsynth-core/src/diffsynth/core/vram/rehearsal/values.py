@@ -8,13 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 LIMIT = 2**20
 """Elements up to which a value is worth knowing: lengths, masks and positions are, activations are not."""
 
 _UNFILLED = ("aten::empty", "aten::new_empty", "aten::_empty")
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """The tensors among arguments or results of an operation, which nest no deeper than lists; faster than a pytree."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
 
 
 class KnownValues:
@@ -43,21 +56,21 @@ class KnownValues:
             args, kwargs: what it was given.
             out: what it returned.
         """
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        results = tensors_in(out)
         if not any(result.is_meta for result in results):
             return
         known = None if any(result.numel() > LIMIT for result in results) else self.arguments(args, kwargs)
         if known is None or _is_open(func):
             self.spoil(func, args, kwargs)
             return
-        twins = [leaf for leaf in tree_leaves(func(*known[0], **known[1])) if isinstance(leaf, Tensor)]
+        twins = tensors_in(func(*known[0], **known[1]))
         for result, twin in zip(results, twins, strict=True):
             if result.is_meta and result not in self._twins:
                 self._twins[result] = twin
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """The arguments with known values in place of tensors, to be computed on the CPU; None if one is not known."""
-        tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        tensors = tensors_in(args, kwargs)
         if any(tensor.numel() > LIMIT or self.of(tensor) is None for tensor in tensors):
             return None
         on_cpu = tree_map_only(Tensor, self.of, (tuple(args), dict(kwargs)))
@@ -71,6 +84,8 @@ class KnownValues:
 
     def spoil(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """What the operation writes to is unknown from now on."""
+        if not func._schema.is_mutable:
+            return
         for argument, value in zip(func._schema.arguments, args, strict=False):
             self._spoil(argument, value)
         for argument in func._schema.arguments:
@@ -79,9 +94,9 @@ class KnownValues:
     def _spoil(self, argument: Any, value: Any) -> None:
         if argument.alias_info is None or not argument.alias_info.is_write:
             return
-        for tensor in tree_leaves(value):
-            twin = self._twins.get(tensor) if isinstance(tensor, Tensor) and tensor.is_meta else tensor
-            if isinstance(twin, Tensor):
+        for tensor in tensors_in(value):
+            twin = self._twins.get(tensor) if tensor.is_meta else tensor
+            if twin is not None:
                 storage = twin.untyped_storage()
                 key = id(storage)
                 self._spoilt[key] = weakref.ref(storage, lambda _, key=key: self._spoilt.pop(key, None))
