@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ N, N_KV, D = 4, 2, 64
 def _on_a_device_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on the CPU pass for tensors of a GPU, and what was found out about modules is forgotten."""
     monkeypatch.setattr(probing, "_missing", {})
+    monkeypatch.setattr(probing, "_refusals", {})
+    monkeypatch.setattr(probing, "_functions", {})
     for module in (flash_attention, sage, xformers):
         monkeypatch.setattr(module, "device_refusal", lambda *_, **__: None)
 
@@ -287,6 +290,26 @@ def test_a_library_that_cannot_be_imported(provide: Callable[..., None]) -> None
     provide("flash_attn")
     with pytest.raises(Refused, match=r"flash_attn.flash_attn_func cannot be imported: AttributeError"):
         attention(*draw(17, 23), backend="flash_attention_2")
+
+
+def test_looking_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package whose import fails, or takes long, is only imported when a call needs it."""
+    (tmp_path / "broken_kernels" / "inner").mkdir(parents=True)
+    (tmp_path / "broken_kernels" / "__init__.py").write_text("raise OSError('libcudart.so.11: cannot open')")
+    (tmp_path / "broken_kernels" / "inner" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert probing.missing("broken_kernels.inner") is None
+    assert probing.missing("broken_kernels.other") == "broken_kernels.other is not installed"
+    assert "cannot be imported: OSError: libcudart" in str(probing.function_refusal("broken_kernels.inner", "attend"))
+
+
+def test_compiled_code_sees_through_the_lookup(provide: Callable[..., None]) -> None:
+    provide("flash_attn", flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+    compiled = torch.compile(
+        lambda *x: attention(*x, causal=True, backend="flash_attention_2"), fullgraph=True, backend="eager"
+    )
+    q, k, v = draw(17, 23)
+    torch.testing.assert_close(compiled(q, k, v), attention(q, k, v, causal=True, backend="flash_attention_2"))
 
 
 def test_nothing_is_probed_before_it_is_needed() -> None:

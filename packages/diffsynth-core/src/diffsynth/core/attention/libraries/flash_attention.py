@@ -13,7 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention.call import AttentionCall
-from diffsynth.core.attention.libraries.probing import device_refusal, function, half_refusal, missing
+from diffsynth.core.attention.libraries.probing import (
+    device_refusal,
+    function,
+    function_refusal,
+    half_refusal,
+    missing,
+)
 
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
@@ -52,13 +58,12 @@ class FlashAttention:
             return "it takes no score_bias"
         if call.needs_grad and not self.has_gradients:
             return "its gradients are not complete"
-        found = self._function(call)
-        return found if isinstance(found, str) else None
+        packed = () if call.cu_seqlens is None else _PACKED
+        return function_refusal(self.module, _function_name(call), *packed, "softmax_scale", "causal", "window_size")
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
         """See `AttentionBackend`."""
-        attend = self._function(call)
-        assert not isinstance(attend, str)
+        attend = function(self.module, _function_name(call))
         window = call.window or (-1, -1)
         settings: dict[str, Any] = {
             "softmax_scale": call.scale,
@@ -70,10 +75,9 @@ class FlashAttention:
         packed = dict(zip(_PACKED, (*call.cu_seqlens, *call.longest), strict=True))
         return _first(attend(call.q[0], call.k[0], call.v[0], **packed, **settings))[None]
 
-    def _function(self, call: AttentionCall) -> Any:
-        if call.cu_seqlens is None:
-            return function(self.module, "flash_attn_func", "softmax_scale", "causal", "window_size")
-        return function(self.module, "flash_attn_varlen_func", *_PACKED, "softmax_scale", "causal", "window_size")
+
+def _function_name(call: AttentionCall) -> str:
+    return "flash_attn_func" if call.cu_seqlens is None else "flash_attn_varlen_func"
 
 
 def _first(given: Any) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -13,41 +14,40 @@ import torch
 from diffsynth.core.attention.call import AttentionCall
 
 _missing: dict[str, str | None] = {}
+_refusals: dict[tuple[str, ...], str | None] = {}
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def missing(module: str) -> str | None:
-    """Why a module cannot be imported, or None. Looked up once, without importing it."""
+    """Why a module cannot be imported, or None. Looked up once, without importing it or the package around it."""
     if module not in _missing:
-        package = module.partition(".")[0]
-        try:
-            is_there = importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
-        except (ImportError, ValueError):
-            is_there = False
-        _missing[module] = None if is_there else f"{module} is not installed"
+        _missing[module] = None if _is_there(module) else f"{module} is not installed"
     return _missing[module]
 
 
-# What torch.compiler.assume_constant_result() sets; calling it would load the compiler at import.
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def function(module: str, name: str, *arguments: str) -> Callable[..., Any] | str:
-    """A library's function, or why it cannot be used: it fails to import, or takes no such arguments.
+def function_refusal(module: str, name: str, *arguments: str) -> str | None:
+    """Why a library's function cannot be used: it is not there, fails to import, or takes no such arguments.
 
     A version that does not know an argument would raise in the middle of a run, or not mean what we mean.
     """
-    if reason := missing(module):
-        return reason
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:
-        return f"{module}.{name} cannot be imported: {type(error).__name__}: {error}"
-    known = inspect.signature(found).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
-        return found
-    if unknown := [argument for argument in arguments if argument not in known]:
-        return f"{module}.{name} of this version takes no {', '.join(unknown)}"
-    return found
+    key = (module, name, *arguments)
+    if key not in _refusals:
+        _refusals[key] = missing(module) or _function_refusal(module, name, arguments)
+    return _refusals[key]
+
+
+def function(module: str, name: str) -> Callable[..., Any]:
+    """A library's function, of which `function_refusal` said nothing."""
+    return _functions[module, name]
+
+
+def _major_and_minor(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+# What torch.compiler.assume_constant_result() sets; calling it would load the compiler at import.
+for _constant in (missing, function_refusal, _major_and_minor):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def device_refusal(
@@ -68,7 +68,7 @@ def device_refusal(
         return None if rocm else "it has no kernels for ROCm"
     if capabilities is None:
         return None
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _major_and_minor(device.index)
     if major not in capabilities:
         return f"it has no kernels for sm_{major}{minor}; {name} needs sm_{capabilities[0]}x to sm_{capabilities[-1]}x"
     return None
@@ -84,3 +84,27 @@ def half_refusal(call: AttentionCall, *, most: int, multiple: int = 8) -> str | 
     if dim > most or dim % multiple:
         return f"head dim {dim} is not a multiple of {multiple} up to {most}"
     return None
+
+
+def _is_there(module: str) -> bool:
+    if module in sys.modules:
+        return True
+    parts, found = module.split("."), None
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        # importlib.util.find_spec() would import the package to look inside it.
+        found = PathFinder.find_spec(name, None if found is None else found.submodule_search_locations)
+        if found is None:
+            return False
+    return True
+
+
+def _function_refusal(module: str, name: str, arguments: tuple[str, ...]) -> str | None:
+    try:
+        _functions[module, name] = getattr(importlib.import_module(module), name)
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        return f"{module}.{name} cannot be imported: {type(error).__name__}: {error}"
+    known = inspect.signature(_functions[module, name]).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    unknown = [] if takes_any else [argument for argument in arguments if argument not in known]
+    return f"{module}.{name} of this version takes no {', '.join(unknown)}" if unknown else None

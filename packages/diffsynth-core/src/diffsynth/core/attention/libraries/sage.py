@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention.call import AttentionCall
-from diffsynth.core.attention.libraries.probing import device_refusal, function, half_refusal, missing
+from diffsynth.core.attention.libraries.probing import (
+    device_refusal,
+    function,
+    function_refusal,
+    half_refusal,
+    missing,
+)
 
 _NAME = "sage_attention"
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
@@ -23,8 +27,9 @@ class SageAttention:
             return reason
         if reason := half_refusal(call, most=128) or _content_refusal(call):
             return reason
-        found = self._function(call)
-        return found if isinstance(found, str) else None
+        if call.cu_seqlens is None:
+            return function_refusal("sageattention", "sageattn", "tensor_layout", "is_causal", "sm_scale")
+        return function_refusal("sageattention", "sageattn_varlen", *_PACKED, "is_causal", "sm_scale")
 
     def avoids(self, call: AttentionCall) -> str | None:
         """Everything: what it computes is not what was asked for, but near it."""
@@ -32,17 +37,13 @@ class SageAttention:
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
         """See `AttentionBackend`."""
-        attend = self._function(call)
         settings = {"is_causal": call.causal, "sm_scale": call.scale}
         if call.cu_seqlens is None:
+            attend = function("sageattention", "sageattn")
             return attend(call.q, call.k, call.v, tensor_layout="NHD", **settings)
         packed = dict(zip(_PACKED, (*call.cu_seqlens, *call.longest), strict=True))
+        attend = function("sageattention", "sageattn_varlen")
         return attend(call.q[0], call.k[0], call.v[0], **packed, **settings)[None]
-
-    def _function(self, call: AttentionCall) -> Any:
-        if call.cu_seqlens is None:
-            return function("sageattention", "sageattn", "tensor_layout", "is_causal", "sm_scale")
-        return function("sageattention", "sageattn_varlen", *_PACKED, "is_causal", "sm_scale")
 
 
 def _content_refusal(call: AttentionCall) -> str | None:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention.call import AttentionCall
-from diffsynth.core.attention.libraries.probing import device_refusal, function, missing
+from diffsynth.core.attention.libraries.probing import device_refusal, function, function_refusal, missing
 
 _MOST = 256
 """Of the head dim, for all of its kernels."""
@@ -30,13 +30,11 @@ class XformersAttention:
             return f"head dims {call.q.shape[-1]} and {call.v.shape[-1]} are not multiples of 8 up to {_MOST}"
         if reason := _content_refusal(call):
             return reason
-        found = function("xformers.ops", "memory_efficient_attention", "attn_bias", "scale")
-        return found if isinstance(found, str) else None
+        return function_refusal("xformers.ops", "memory_efficient_attention", "attn_bias", "scale")
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
         """See `AttentionBackend`."""
-        attend = function("xformers.ops", "memory_efficient_attention", "attn_bias", "scale")
-        assert not isinstance(attend, str)
+        attend = function("xformers.ops", "memory_efficient_attention")
         q, k, v = call.q, call.k, call.v
         if call.q_per_kv > 1:
             # Grouped heads are an axis of their own, of keys as well; expanding copies nothing.
