@@ -21,6 +21,9 @@ _OURS = ("diffsynth", "diffsynth_")
 for _name in [name for name in os.environ if name.startswith("DIFFSYNTH_")]:
     del os.environ[_name]  # some tests look at the registry when they are collected
 
+# Our kernels run on the CPU. Triton reads this once, when it is imported, and every module with kernels imports it.
+os.environ["TRITON_INTERPRET"] = "1"
+
 
 class NetworkForbidden(RuntimeError):
     """A test reached for the network."""

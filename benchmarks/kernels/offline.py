@@ -31,6 +31,34 @@ _MMA = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
 @dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration, as a module `*_cases.py` beside this one lists it in `cases()`.
+
+    Args:
+        name: kernel, dtype, sizes and variant, for people; unique beside `target`.
+        kernel, signature, constexprs, target, num_warps, num_stages: as `compile_report` takes them.
+        tuned: whether somebody timed this configuration on such a device.
+        is_default: compiled in CI.
+    """
+
+    name: str
+    kernel: Callable[..., None]
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    target: int
+    num_warps: int
+    num_stages: int
+    tuned: bool = False
+    is_default: bool = False
+
+    def report(self) -> Report:
+        """What it takes."""
+        return compile_report(
+            self.kernel, self.signature, self.constexprs, self.target, self.num_warps, self.num_stages
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """What one kernel in one configuration takes of one kind of GPU.
 

@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 
 from diffsynth.core.attention.triton.places import (
+    block_at,
     columns_to_visit,
     load_rows,
     locate,
     may_attend,
-    phase_of,
     place,
     rows_to_visit,
+    visits,
 )
 
 
@@ -82,13 +83,13 @@ def flash_dkdv_kernel(
         p_q = q + i_batch * stride_qb + i_head * stride_qn + q_start * stride_qs
         p_do = d_out + ((i_batch * tokens + q_start) * heads + i_head) * D_V
         i_stat = (i_batch * heads + i_head) * tokens + q_start
-        for PHASE in tl.static_range(0 if HAS_RIGHT and not HAS_MASK else 1, 3):
-            begin, end = phase_of(first, full_first, full_last, last, PHASE)
+        for MASKED in tl.static_range(2):
+            begin, end = visits(first, full_first, full_last, last, MASKED)
             for i in range(begin, end):
-                i_block = tl.load(blocks + i_list * q_tiles + i) if HAS_MASK else i
+                i_block = block_at(i, blocks, i_list, q_tiles, full_first, full_last, MASKED, HAS_MASK)
                 row = i_block * BLOCK_M
                 m_rows = row + o_m < q_len
-                ends = HAS_MASK or PHASE != 1  # a listed full block may be a short last one: only its columns count
+                ends = HAS_MASK or MASKED  # a listed full block may be a short last one: only its columns count
                 b_q = load_rows(p_q + row.to(tl.int64) * stride_qs + o_q, m_rows, m_d, ends, D < BLOCK_D)
                 p_rows = p_do + row.to(tl.int64) * (heads * D_V)
                 b_do = load_rows(p_rows + o_do, m_rows, m_dv, ends, D_V < BLOCK_DV)
@@ -96,7 +97,7 @@ def flash_dkdv_kernel(
                 b_delta = tl.load(delta + i_stat + row + o_m, mask=m_rows, other=0.0)
                 b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
                 b_weights = tl.exp2(tl.fma(b_scores, scale_log2, -b_lse[None, :]))
-                if PHASE != 1:
+                if MASKED:
                     p_mask = mask
                     if HAS_MASK:
                         p_mask = mask + i_head * stride_mn + row.to(tl.int64) * stride_mq
@@ -151,17 +152,17 @@ def flash_dq_kernel(
     )
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for PHASE in tl.static_range(0 if HAS_LEFT and not HAS_MASK else 1, 3):
-        begin, end = phase_of(first, full_first, full_last, last, PHASE)
+    for MASKED in tl.static_range(2):
+        begin, end = visits(first, full_first, full_last, last, MASKED)
         for i in range(begin, end):
-            i_block = tl.load(blocks + i_list * k_tiles + i) if HAS_MASK else i
+            i_block = block_at(i, blocks, i_list, k_tiles, full_first, full_last, MASKED, HAS_MASK)
             column = i_block * BLOCK_N
             m_columns = column + o_n < k_len
-            b_k = load_rows(p_k + column.to(tl.int64) * stride_ks + o_k, m_columns, m_d, PHASE != 1, D < BLOCK_D)
-            b_v = load_rows(p_v + column.to(tl.int64) * stride_vs + o_v, m_columns, m_dv, PHASE != 1, D_V < BLOCK_DV)
+            b_k = load_rows(p_k + column.to(tl.int64) * stride_ks + o_k, m_columns, m_d, MASKED, D < BLOCK_D)
+            b_v = load_rows(p_v + column.to(tl.int64) * stride_vs + o_v, m_columns, m_dv, MASKED, D_V < BLOCK_DV)
             b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             b_weights = tl.exp2(tl.fma(b_scores, scale_log2, -b_lse[:, None]))
-            if PHASE != 1:
+            if MASKED:
                 p_mask = mask
                 if HAS_MASK:
                     p_mask = mask + column.to(tl.int64) * stride_mk

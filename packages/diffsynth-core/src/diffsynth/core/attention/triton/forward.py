@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffsynth.core.attention.triton.places import columns_to_visit, load_rows, locate, may_attend, phase_of, place
+from diffsynth.core.attention.triton.places import (
+    block_at,
+    columns_to_visit,
+    load_rows,
+    locate,
+    may_attend,
+    place,
+    visits,
+)
 
 
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "samples", "left", "right"])
@@ -50,15 +58,15 @@ def flash_fwd_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for PHASE in tl.static_range(0 if HAS_LEFT and not HAS_MASK else 1, 3):
-        begin, end = phase_of(first, full_first, full_last, last, PHASE)
+    for MASKED in tl.static_range(2):
+        begin, end = visits(first, full_first, full_last, last, MASKED)
         for i in range(begin, end):
-            i_block = tl.load(blocks + i_list * k_tiles + i) if HAS_MASK else i
+            i_block = block_at(i, blocks, i_list, k_tiles, full_first, full_last, MASKED, HAS_MASK)
             column = i_block * BLOCK_N
             m_columns = column + o_n < k_len
-            b_k = load_rows(p_k + column.to(tl.int64) * stride_ks + o_k, m_columns, m_d, PHASE != 1, D < BLOCK_D)
+            b_k = load_rows(p_k + column.to(tl.int64) * stride_ks + o_k, m_columns, m_d, MASKED, D < BLOCK_D)
             b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-            if PHASE != 1:
+            if MASKED:
                 p_mask = mask
                 if HAS_MASK:
                     p_mask = mask + column.to(tl.int64) * stride_mk
@@ -68,8 +76,8 @@ def flash_fwd_kernel(
                     HAS_LEFT, HAS_RIGHT, HAS_MASK,
                 )  # fmt: skip
                 b_scores = tl.where(m_pairs, b_scores, float("-inf"))
-            b_weights, b_decay, b_peak, b_sum = _softmax_step(b_scores, b_peak, b_sum, scale_log2, PHASE != 1)
-            b_v = load_rows(p_v + column.to(tl.int64) * stride_vs + o_v, m_columns, m_dv, PHASE != 1, D_V < BLOCK_DV)
+            b_weights, b_decay, b_peak, b_sum = _softmax_step(b_scores, b_peak, b_sum, scale_log2, MASKED)
+            b_v = load_rows(p_v + column.to(tl.int64) * stride_vs + o_v, m_columns, m_dv, MASKED, D_V < BLOCK_DV)
             b_acc = tl.dot(b_weights.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
 
     b_total = tl.where(b_sum == 0.0, 1.0, b_sum)

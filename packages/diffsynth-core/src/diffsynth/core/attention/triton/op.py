@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.library import triton_op
 
 from diffsynth.core.attention.triton.backward import flash_delta_kernel, flash_dkdv_kernel, flash_dq_kernel
-from diffsynth.core.attention.triton.configs import Config, Kernel, capability_of, config_for
+from diffsynth.core.attention.triton.configs import Kernel, capability_of, config_for
 from diffsynth.core.attention.triton.forward import flash_fwd_kernel
 from diffsynth.core.attention.triton.tiles import block_lists, launchable
+from diffsynth.core.device.backends import torch_module
 
 _LOG2_E = math.log2(math.e)
 _DELTA_ROWS = 32
@@ -46,11 +48,11 @@ def flash_attention(
     b, q_len, n, _ = q.shape
     out = torch.empty(b, q_len, n, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(b, n, q_len, dtype=torch.float32, device=q.device)
-    config = _config("fwd", q, v)
-    settings = _settings(config, (q, k, v), mask, cu_seqlens, limits, by_keys=False)
-    launchable(flash_fwd_kernel)[(settings["tiles"] * n * b,)](
-        q, k, v, out, lse, **settings, scale_log2=scale * _LOG2_E
-    )
+    with _current(q.device):
+        settings = _settings("fwd", (q, k, v), mask, cu_seqlens, limits)
+        launchable(flash_fwd_kernel)[(settings["tiles"] * n * b,)](
+            q, k, v, out, lse, **settings, scale_log2=scale * _LOG2_E
+        )
     return out, lse
 
 
@@ -71,19 +73,22 @@ def flash_attention_backward(
     q, k, v = (_with_dense_rows(tensor) for tensor in (q, k, v))
     d_out, out = d_out.contiguous(), out.contiguous()
     b, q_len, n, d_v = out.shape
-    rows, block_dv = b * q_len * n, _padded(d_v)
+    rows = b * q_len * n
     delta = torch.empty_like(lse)
-    launchable(flash_delta_kernel)[(triton.cdiv(rows, _DELTA_ROWS),)](
-        out, d_out, delta, n, rows, q_len, D_V=d_v, BLOCK_DV=block_dv, BLOCK_M=_DELTA_ROWS
-    )
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     factors = {"scale": scale, "scale_log2": scale * _LOG2_E}
-    by_keys = _settings(_config("dkdv", q, v), (q, k, v), mask, cu_seqlens, limits, by_keys=True)
-    launchable(flash_dkdv_kernel)[(by_keys["tiles"] * k.shape[2] * b,)](
-        q, k, v, d_out, lse, delta, dk, dv, **by_keys, **factors
-    )
-    by_queries = _settings(_config("dq", q, v), (q, k, v), mask, cu_seqlens, limits, by_keys=False)
-    launchable(flash_dq_kernel)[(by_queries["tiles"] * n * b,)](q, k, v, d_out, lse, delta, dq, **by_queries, **factors)
+    with _current(q.device):
+        launchable(flash_delta_kernel)[(triton.cdiv(rows, _DELTA_ROWS),)](
+            out, d_out, delta, n, rows, q_len, D_V=d_v, BLOCK_DV=_padded(d_v), BLOCK_M=_DELTA_ROWS
+        )
+        by_keys = _settings("dkdv", (q, k, v), mask, cu_seqlens, limits)
+        launchable(flash_dkdv_kernel)[(by_keys["tiles"] * k.shape[2] * b,)](
+            q, k, v, d_out, lse, delta, dk, dv, **by_keys, **factors
+        )
+        by_queries = _settings("dq", (q, k, v), mask, cu_seqlens, limits)
+        launchable(flash_dq_kernel)[(by_queries["tiles"] * n * b,)](
+            q, k, v, d_out, lse, delta, dq, **by_queries, **factors
+        )
     return dq, dk, dv
 
 
@@ -105,17 +110,18 @@ flash_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _settings(
-    config: Config,
+    kernel: Kernel,
     qkv: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
     cu_seqlens: Sequence[Tensor],
     limits: Sequence[int],
-    *,
-    by_keys: bool,
 ) -> dict[str, Any]:
     """The arguments that the kernels have in common."""
     q, k, v = qkv
     (_, q_len, n, d), k_len, d_v = q.shape, k.shape[1], v.shape[3]
+    by_keys = kernel == "dkdv"
+    head_dim = max(_padded(d), _padded(d_v))
+    config = config_for(kernel, head_dim, capability_of(q.device), fp32=q.dtype == torch.float32)
     left, right = limits
     cu_q, cu_k = cu_seqlens or (None, None)
     samples = 0 if cu_q is None else cu_q.shape[0] - 1
@@ -174,6 +180,7 @@ def _with_dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _config(kernel: Kernel, q: Tensor, v: Tensor) -> Config:
-    head_dim = max(_padded(q.shape[3]), _padded(v.shape[3]))
-    return config_for(kernel, head_dim, capability_of(q.device), fp32=q.dtype == torch.float32)
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    module = torch_module(device.type)
+    return nullcontext() if module is None else module.device(device)

@@ -2,7 +2,7 @@
 
 Letters: `i_*` indices, `o_*` offsets, `b_*` loaded blocks, `p_*` pointers, `m_*` masks. Rows are queries, columns are
 keys. `shift` is `k_len - q_len` of the sample: row `i` stands beside column `i + shift`. Blocks `[first, full_first)`
-and `[full_last, last)` are visited with masks, `[full_first, full_last)` without, all others not at all.
+and `[full_last, last)` are visited MASKED, `[full_first, full_last)` without masks, all others not at all.
 """
 
 # ruff: noqa: N803 - constexpr parameters are in capitals, as everywhere in Triton
@@ -110,15 +110,23 @@ def _in_blocks(first, full_first, full_last, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def phase_of(first, full_first, full_last, last, PHASE: tl.constexpr):
-    """Begin and end of the masked blocks before (0), the full blocks (1) and the masked blocks after (2)."""
-    if PHASE == 0:
-        begin, end = first, full_first
-    elif PHASE == 1:
-        begin, end = full_first, full_last
+def visits(first, full_first, full_last, last, MASKED: tl.constexpr):
+    """Range of `block_at` that visits the full blocks, or else those before and after them."""
+    if MASKED:
+        begin, end = first, last - (full_last - full_first)
     else:
-        begin, end = full_last, last
+        begin, end = full_first, full_last
     return begin, end
+
+
+@triton.jit
+def block_at(i, blocks, i_list, length, full_first, full_last, MASKED: tl.constexpr, HAS_MASK: tl.constexpr):
+    """The block of one visit, looked up in its list of `length` where there is a mask."""
+    if MASKED:
+        i += tl.where(i < full_first, 0, full_last - full_first)
+    if HAS_MASK:
+        i = tl.load(blocks + i_list * length + i)
+    return i
 
 
 @triton.jit

@@ -1,0 +1,104 @@
+"""Compile every kernel, in every configuration of its table, for GPUs that are not there, and keep what they take.
+
+    python benchmarks/kernels/compile.py                    all: minutes to an hour; compiled.json and README.md
+    python benchmarks/kernels/compile.py --only flash_fwd --target 90 --changed
+    python benchmarks/kernels/compile.py --default --dry    what CI compiles; writes nothing
+
+Exits with 1 if a kernel spills or wants more shared memory than there is. Modules `*_cases.py` beside this file list
+the kernels. Nothing here runs one: speed is measured by `benchmarks/attention.py`, on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when kernels are made, which the import of `*_cases` does
+
+import triton
+from offline import Case
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "compiled.json"
+COLUMNS = (
+    "kernel",
+    "sm",
+    "blocks",
+    "warps",
+    "stages",
+    "registers",
+    "spilled",
+    "shared",
+    "matrix instructions",
+    "timed",
+)
+
+
+def main() -> int:
+    """0 if every compiled kernel may be launched."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of the case's name")
+    parser.add_argument("--target", type=int, help="compute capability, 90 for sm_90")
+    parser.add_argument("--default", action="store_true", help="only the default configurations")
+    parser.add_argument("--changed", action="store_true", help="leave out what compiled.json has of this configuration")
+    parser.add_argument("--dry", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    known = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
+    every = {f"{case.name} @ {case.target}": case for case in listed()}
+    known = {key: row for key, row in known.items() if key in every}
+    bad = []
+    for key, case in every.items():
+        skipped = args.only not in case.name or args.target not in (None, case.target)
+        if skipped or (args.default and not case.is_default) or (args.changed and is_known(case, known.get(key))):
+            continue
+        report = case.report()
+        known[key] = {**dataclasses.asdict(report), "blocks": blocks(case), "tuned": case.tuned}
+        print(f"{key}: {report.registers} registers, {report.spilled} spilled, {report.shared} B shared", flush=True)
+        bad += report.problems()
+        if not args.dry:
+            write({key: known[key] for key in every if key in known})
+    for problem in bad:
+        print(f"PROBLEM {problem}", file=sys.stderr)
+    return int(bool(bad))
+
+
+def listed() -> list[Case]:
+    """The cases of all modules beside this one."""
+    names = sorted(path.stem for path in HERE.glob("*_cases.py"))
+    return [case for name in names for case in importlib.import_module(name).cases()]
+
+
+def blocks(case: Case) -> str:
+    """Sizes of blocks, `128 x 64`."""
+    return " x ".join(str(value) for name, value in case.constexprs.items() if name in ("BLOCK_M", "BLOCK_N", "BLOCK"))
+
+
+def is_known(case: Case, row: dict[str, object] | None) -> bool:
+    """Whether a row is of this configuration; changes of the kernel's code do not show."""
+    wanted = (blocks(case), case.num_warps, case.num_stages)
+    return row is not None and (row["blocks"], row["num_warps"], row["num_stages"]) == wanted
+
+
+def write(rows: dict[str, dict[str, object]]) -> None:
+    """`compiled.json`, and the table of README.md made from it."""
+    RESULTS.write_text(json.dumps({"triton": triton.__version__, "cases": rows}, indent=1) + "\n")
+    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    for key, row in rows.items():
+        mma = ", ".join(f"{count} {name}" for name, count in row["mma"].items()) or "none"
+        timed = "yes" if row["tuned"] else "untuned"
+        cells = (key.rpartition(" @ ")[0], row["arch"], row["blocks"], row["num_warps"], row["num_stages"])
+        cells += (row["registers"], row["spilled"], row["shared"], mma, timed)
+        lines.append(" | ".join(str(cell) for cell in cells))
+    readme = HERE / "README.md"
+    head, mark, _ = readme.read_text(encoding="utf-8").partition("<!-- made by compile.py -->\n")
+    table = "\n".join(f"| {line} |" for line in lines)
+    readme.write_text(f"{head}{mark}\nTriton {triton.__version__}.\n\n{table}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""What the backend does not serve, it refuses with the reason; and `auto` looks for another one first."""
+
+import pytest
+import torch
+
+from diffsynth.core.attention import attention, select
+from diffsynth.core.attention.checking import check
+from diffsynth.core.attention.triton.backend import TritonAttention
+from diffsynth.errors import Refused
+
+
+def zeros(q_len=4, k_len=4, d=16, d_v=None, dtype=torch.float32, device="cpu"):
+    sizes = ((q_len, d), (k_len, d), (k_len, d_v or d))
+    return [torch.zeros(1, length, 2, dim, dtype=dtype, device=device) for length, dim in sizes]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "arguments", "reason"),
+    [
+        ({"d": 60}, {}, "head dim 60 of queries and keys is not a multiple of 8 up to 256"),
+        ({"d": 264}, {}, "head dim 264 of queries and keys"),
+        ({"d_v": 12}, {}, "head dim 12 of values"),
+        ({"dtype": torch.float64}, {}, "dtype torch.float64 is none of fp16, bf16, fp32"),
+        ({"dtype": torch.bfloat16}, {}, "interpreter multiplies bf16 as if it were integers"),
+        ({"device": "meta"}, {}, "tensors are on meta; triton needs cuda"),
+        ({}, {"score_bias": torch.zeros(1, 1, 4, 4)}, "it takes no score_bias"),
+        ({}, {"scale": -1.0}, "scale -1.0 is not above 0"),
+        ({}, {"scale": float("nan")}, "scale nan is not above 0"),
+    ],
+)
+def test_reasons(tensors, arguments, reason):
+    assert reason in TritonAttention().refuses(check(*zeros(**tensors), **arguments))
+
+
+def test_a_mask_beside_packed_samples():
+    packed = torch.tensor([0, 4], dtype=torch.int32)
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    with pytest.raises(Refused, match="'triton' refuses this call: it takes a mask or cu_seqlens, not both"):
+        attention(*zeros(), mask=mask, cu_seqlens=packed, backend="triton")
+
+
+def test_a_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(Refused, match="tensors are on cpu; there TRITON_INTERPRET=1 runs the kernels step by step"):
+        attention(*zeros(), backend="triton")
+
+
+def test_auto_takes_another_one():
+    call = check(*zeros())
+    assert TritonAttention().avoids(call) == "Triton's interpreter is slow"
+    assert select.choose(call) != "triton"
+
+
+def test_what_nobody_timed_is_avoided(monkeypatch):
+    monkeypatch.setattr("diffsynth.core.attention.triton.backend.capability_of", lambda device: 100)
+    assert TritonAttention().avoids(check(*zeros())) == "its kernels were not timed on sm_100"
+
+
+def test_workspace_is_a_sum_per_query_and_a_word_per_block():
+    q, k, v = zeros(130, 70)
+    assert TritonAttention().workspace(check(q, k, v), "cpu") == 4 * 2 * 130
+    mask = torch.ones(1, 1, 1, 70, dtype=torch.bool)
+    assert TritonAttention().workspace(check(q, k, v, mask=mask), "cpu") == 4 * 2 * 130 + 3 * 2 * 13
