@@ -61,7 +61,9 @@ def _is_claimed_once(fact: CheckpointSpec, subject: Subject, tier: str) -> None:
     names = sorted(one.architecture.name for one in found)
     # A file may hold several components: each has a checkpoint of this layout, whose rules drop the others.
     expected = sorted(one.architecture for one in subject.declared("checkpoints") if one.layout == fact.layout)
-    assert names == expected, f"{fact.layout} is claimed by {' and '.join(names)}, declared for {' and '.join(expected)}"
+    assert names == expected, (
+        f"{fact.layout} is claimed by {' and '.join(names)}, but declared for {' and '.join(expected)}"
+    )
 
 
 def _header(fact: CheckpointSpec) -> header.Header:
