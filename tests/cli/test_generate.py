@@ -6,7 +6,9 @@ from PIL import Image
 
 import diffsynth
 from diffsynth import provenance
-from picture_pipeline import picture_pipeline
+from diffsynth.core.data.media import VideoData
+from diffsynth.core.data.media_writer import save_video
+from picture_pipeline import VideoPipeline, picture_pipeline
 
 
 @pytest.fixture
@@ -72,7 +74,8 @@ def test_set_takes_literals_text_and_pictures(run, loaded, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "out.jpg"], "expected a name that ends in .png"),
+        (["-o", "out.jpg"], "toy-1 makes pictures: expected a name that ends in .png"),
+        (["--fps", "8"], "toy-1 makes pictures, which have no frames per second"),
         (["-o", "no/where/out.png"], "there is no folder"),
         (["--set", "heigth=5"], "unknown argument 'heigth'; did you mean 'height'?"),
         (["--set", "height"], "expected NAME=VALUE"),
@@ -101,3 +104,52 @@ def test_an_unknown_model_is_told_before_anything_is_loaded(run, loaded):
 def test_a_fault_of_ours_keeps_its_traceback(run, loaded, monkeypatch):
     monkeypatch.setattr(diffsynth, "load", lambda *_, **__: 1 / 0)
     assert isinstance(run("generate", "toy-1", "abc", "-o", "out.png").exception, ZeroDivisionError)
+
+
+@pytest.fixture
+def filming(installed, monkeypatch):
+    installed(task="text-to-video", pipeline="VideoPipeline")
+    monkeypatch.setattr(diffsynth, "load", lambda name, **options: picture_pipeline(VideoPipeline))
+
+
+def test_a_video_with_its_record(run, filming):
+    result = run("generate", "toy-1", "abc", "-o", "out.mp4", "--seed", 5, "--width", 48, "--fps", 8)
+    assert (result.exit_code, result.stdout) == (0, "out.mp4\n"), result.output
+    video = VideoData("out.mp4")
+    assert (len(video), video.frame_rate, video[0].size) == (3, 8, (48, 16))
+    assert [round(frame.getpixel((0, 0))[0], -1) for frame in video] == [200, 150, 100]
+    made_by = json.loads(run("info", "out.mp4", "--json").stdout)
+    assert (made_by["prompt"], made_by["seed"], made_by["arguments"]) == ("abc", 5, {"width": 48})
+
+
+def test_a_video_has_fifteen_frames_per_second_unless_told(run, filming):
+    assert run("generate", "toy-1", "abc", "-o", "out.mp4").exit_code == 0
+    assert VideoData("out.mp4").frame_rate == 15
+
+
+def test_several_videos_have_numbers(run, filming):
+    result = run("generate", "toy-1", "abc", "-o", "out.mp4", "--num-images", 2, "--seed", 5)
+    assert result.stdout == "out-1.mp4\nout-2.mp4\n"
+    assert [provenance.read_video(f"out-{i}.mp4")["seed"] for i in (1, 2)] == [5, 6]
+
+
+def test_a_clip_is_opened_as_one(run, filming):
+    save_video([Image.new("RGB", (16, 32), (level,) * 3) for level in (10, 90, 170, 250)], "in.mp4", fps=8)
+    result = run("generate", "toy-1", "abc", "-o", "out.mp4", "--set", "input_image=in.mp4")
+    assert result.exit_code == 0, result.output
+    assert [round(frame.getpixel((8, 8))[0], -1) for frame in VideoData("out.mp4")] == [10, 90, 170]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "out.png"], "toy-1 makes a video: expected a name that ends in .mp4"),
+        (["-o", "out.mp4", "--fps", "0"], "--fps 0: expected a positive number"),
+        (["-o", "out.mp4", "--set", "input_image=missing.mp4"], "missing.mp4 does not exist"),
+    ],
+)
+def test_bad_input_of_a_video(run, filming, arguments, message, tmp_path):
+    result = run("generate", "toy-1", "abc", *arguments)
+    assert result.exit_code != 0
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []

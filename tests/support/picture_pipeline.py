@@ -29,19 +29,31 @@ class PicturePipeline(ToyPipeline):
     output_units = (draw,)
 
 
-def picture_pipeline(**files) -> PicturePipeline:
-    pipe = PicturePipeline({"dit": ToyNet()}, device="cpu", torch_dtype=torch.float32, component_files=files)
+@unit("output")
+def film(*, latents, tint):
+    """Three frames, each darker than the one before; of a given clip, the first three."""
+    size = (latents.shape[3] * 8, latents.shape[2] * 8)
+    shades = [Image.new("RGB", size, (200 - 50 * index,) * 3) for index in range(3)]
+    return [shades if tint is None else list(tint[:3]) for _ in latents]
+
+
+class VideoPipeline(PicturePipeline):
+    output_units = (film,)
+
+
+def picture_pipeline(kind: type[PicturePipeline] = PicturePipeline, **files) -> PicturePipeline:
+    pipe = kind({"dit": ToyNet()}, device="cpu", torch_dtype=torch.float32, component_files=files)
     return pipe.named("toy-1", {"height": 16})
 
 
-def catalog(**facts) -> Catalog:
+def catalog(task: str = "text-to-image", pipeline: str = "PicturePipeline", **facts) -> Catalog:
     """One model, `toy-1`, of plugin `toy`."""
     spec = ModelSpec(
         name="toy-1",
         hub_id="Owner/Toy-1",
         family="toy",
-        task="text-to-image",
-        pipeline="picture_pipeline:PicturePipeline",
+        task=task,
+        pipeline=f"picture_pipeline:{pipeline}",
         components={"dit": "Owner/Toy-1:dit.safetensors"},
     )
     plugins = (Plugin("toy", "diffsynth-toy", "1.2"),)

@@ -1,6 +1,8 @@
 """What is written is what is read: pictures, their number, their speed, and the sound."""
 
 import builtins
+import tracemalloc
+import weakref
 from fractions import Fraction
 
 import av
@@ -9,8 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from diffsynth.core.data.contact_sheet import contact_sheet
 from diffsynth.core.data.media import VideoData, count_frames, frame_rate_of, read_audio, read_frames
-from diffsynth.core.data.media_writer import merge_video_audio, save_frames, save_video, save_video_with_audio
+from diffsynth.core.data.media_writer import (
+    merge_video_audio,
+    read_comment,
+    save_frames,
+    save_video,
+    save_video_with_audio,
+)
 from diffsynth.errors import CorruptFile, NoFiles, Unavailable
 
 
@@ -45,7 +54,10 @@ def test_quality_and_encoder_options_reach_the_encoder(tmp_path):
     ("pictures", "settings", "message"),
     [
         ([], {}, "0 frames"),
-        ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], {}, r"sizes \[\(8, 8\), \(8, 16\)\]"),
+        ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], {}, "frame 1 is 8x16, the first one 8x8"),
+        ([Image.new("RGB", (8, 8))], {"fps": 0}, "fps=0: expected a positive number"),
+        (torch.zeros(2, 3, 5, 8, 8), {}, r"shape \(2, 3, 5, 8, 8\); expected \(3, t, h, w\)"),
+        (torch.zeros(5, 8, 8, 3), {}, r"shape \(5, 8, 8, 3\); expected \(3, t, h, w\)"),
         ([Image.new("RGB", (8, 8))], {"quality": 11}, "quality=11"),
         ([Image.new("RGB", (8, 8))], {"ffmpeg_params": ["-crf"]}, 'pairs of "-name"'),
         ([Image.new("RGB", (8, 8))], {"ffmpeg_params": ["-profile", "none"]}, "clip.mp4 cannot be written"),
@@ -53,8 +65,41 @@ def test_quality_and_encoder_options_reach_the_encoder(tmp_path):
 )
 def test_unfit_frames(tmp_path, pictures, settings, message):
     with pytest.raises(ValueError, match=message):
-        save_video(pictures, tmp_path / "clip.mp4", fps=8, **settings)
+        save_video(pictures, tmp_path / "clip.mp4", **{"fps": 8, **settings})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["float", "batch", "uint8"])
+def test_tensors(tmp_path, frames, levels, kind):
+    bytes_ = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
+    video = bytes_.permute(3, 0, 1, 2) / 127.5 - 1
+    tensor = {"float": video, "batch": video[None].bfloat16(), "uint8": bytes_}[kind]
+    save_video(tensor, tmp_path / "clip.mp4")
+    np.testing.assert_allclose(levels(read_frames(tmp_path / "clip.mp4")), levels(frames), atol=2)
+    assert frame_rate_of(tmp_path / "clip.mp4") == 15
+
+
+def test_frames_are_written_while_they_are_made(tmp_path, levels):
+    """A decoder that hands over frame after frame must not have them gathered in a list first."""
+    alive = []
+
+    def frames():
+        for level in range(0, 250, 5):
+            frame = Image.new("RGB", (48, 32), (level,) * 3)
+            alive.append(weakref.ref(frame))
+            yield frame
+            del frame
+            assert sum(each() is not None for each in alive) <= 3
+
+    save_video(frames(), tmp_path / "clip.mp4", fps=10)
+    np.testing.assert_allclose(levels(read_frames(tmp_path / "clip.mp4")), range(0, 250, 5), atol=2)
+
+
+def test_a_comment(tmp_path, frames):
+    text = '{"prompt": "eine Straße, 雨"}' + "x" * 5000
+    save_video(frames, tmp_path / "said.mp4", comment=text)
+    save_video(frames, tmp_path / "unsaid.mp4")
+    assert (read_comment(tmp_path / "said.mp4"), read_comment(tmp_path / "unsaid.mp4")) == (text, None)
 
 
 def test_a_suffix_of_no_container(tmp_path, frames):
@@ -78,6 +123,98 @@ def test_video_data_of_a_size(tmp_path, frames):
     save_video(frames, tmp_path / "clip.mp4", fps=10)
     video = VideoData(tmp_path / "clip.mp4", height=20, width=20)
     assert {frame.size for frame in video} == {(20, 20)}
+
+
+def write_irregular(path, levels, milliseconds):
+    """Frames of one grey each, the n-th shown at `milliseconds[n]`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for level, time in zip(levels, milliseconds, strict=True):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (48, 32), (level,) * 3))
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def test_a_variable_frame_rate_is_told_and_helped(tmp_path, levels):
+    """A recording whose frames come when something moves runs at another speed if each is taken for the next one."""
+    path = tmp_path / "screen.mkv"
+    write_irregular(path, [0, 50, 100, 150, 200], [0, 100, 200, 700, 800])
+    with pytest.raises(CorruptFile, match="shown for 100 ms as a rule and for 500 ms at most. Give VideoData an fps"):
+        VideoData(path)
+    video = VideoData(path, fps=10)
+    assert video.frame_rate == 10
+    np.testing.assert_allclose(levels(video[:9]), [0, 50, 100, 100, 100, 100, 100, 150, 200], atol=3)
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"), [(5, [0, 50, 100, 150, 200]), (20, [0, 0, 25, 25, 50, 50]), (10, [0, 25])]
+)
+def test_video_data_at_another_rate_keeps_its_speed(tmp_path, frames, levels, fps, expected):
+    save_video(frames, tmp_path / "clip.mp4", fps=10)
+    video = VideoData(tmp_path / "clip.mp4", fps=fps)
+    assert len(video) == fps
+    np.testing.assert_allclose(levels(video[: len(expected)]), expected, atol=3)
+
+
+def test_mixed_sizes_in_a_folder(tmp_path):
+    for index, size in enumerate([(48, 32), (48, 32), (32, 48)]):
+        Image.new("RGB", size).save(tmp_path / f"{index}.png")
+    with pytest.raises(ValueError, match=r"images of 2 sizes in .*: 0.png of 48x32, 2.png of 32x48; give a height and"):
+        VideoData(image_folder=tmp_path)
+    assert {frame.size for frame in VideoData(image_folder=tmp_path, height=16, width=16)} == {(16, 16)}
+
+
+def test_a_damaged_file(tmp_path, frames):
+    save_video(frames, tmp_path / "clip.mp4")
+    whole = (tmp_path / "clip.mp4").read_bytes()
+    (tmp_path / "clip.mp4").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptFile, match="clip.mp4 cannot be read as video"):
+        VideoData(tmp_path / "clip.mp4")
+
+
+def test_one_frame_is_held_at_a_time(tmp_path):
+    """Two minutes of 1080p are 18 GB as pictures."""
+    save_video((np.full((270, 480, 3), level, dtype=np.uint8) for level in range(60)), tmp_path / "clip.mp4")
+    video = VideoData(tmp_path / "clip.mp4")
+    tracemalloc.start()
+    for frame in video:
+        assert frame.size == (480, 270)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 480 * 270 * 3
+
+
+def test_a_contact_sheet_shows_first_and_last(tmp_path, frames):
+    sheet = contact_sheet(frames, columns=2, rows=2, width=24, gap=2)
+    assert sheet.size == (50, 34)
+    greys = [sheet.getpixel(place)[0] for place in ((0, 0), (49, 0), (0, 33), (49, 33), (24, 0))]
+    assert greys == [0, 75, 150, 225, 0]
+    assert contact_sheet(frames[:1], width=24).size == (24, 16)
+    assert contact_sheet(frames[:3], columns=2, width=24, gap=0).size == (48, 32)
+    with pytest.raises(ValueError, match="0 frames"):
+        contact_sheet([])
+    with pytest.raises(ValueError, match="columns=0"):
+        contact_sheet(frames, columns=0)
+
+
+def test_sound_of_another_video_is_kept(tmp_path, frames, tone):
+    save_video_with_audio(frames, tmp_path / "first.mp4", tone(seconds=1), fps=10)
+    save_video_with_audio(frames, tmp_path / "second.mp4", tmp_path / "first.mp4", fps=10)
+    sound, _ = read_audio(tmp_path / "second.mp4")
+    spectrum = torch.fft.rfft(sound[0]).abs()
+    assert abs(int(spectrum.argmax()) * 48_000 / sound.shape[1] - 440) < 3
+
+
+def test_a_sound_that_is_not_there_is_told_before_frames_are_made(tmp_path):
+    def frames():
+        raise AssertionError("made a frame")
+        yield
+
+    with pytest.raises(NoFiles, match="gone.wav does not exist"):
+        save_video_with_audio(frames(), tmp_path / "clip.mp4", tmp_path / "gone.wav")
 
 
 def test_frames_in_a_folder_are_in_the_order_of_their_numbers(tmp_path, frames, levels):

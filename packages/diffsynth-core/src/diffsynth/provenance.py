@@ -1,4 +1,4 @@
-"""What made a picture: a record of the call, versions and weights, kept inside the PNG and read back from it."""
+"""What made a picture or video: a record of the call, versions and weights, kept inside the file and read from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,33 @@ def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def save_video(frames: Sequence[Image.Image], path: Path | str, made_by: Mapping[str, Any], *, fps: float) -> None:
+    """Write a video and its record, the comment of the file; see `diffsynth.core.data.media_writer.save_video`."""
+    from diffsynth.core.data import media_writer
+
+    media_writer.save_video(frames, path, fps=fps, comment=json.dumps({KEY: made_by}, ensure_ascii=False))
+
+
+def read_video(path: Path | str) -> dict[str, Any]:
+    """The record inside a video.
+
+    Raises:
+        ValueError: a video without a record of ours.
+        CheckpointError: the file is not there, or no video.
+        Unavailable: PyAV is not installed.
+    """
+    from diffsynth.core.data.media_writer import read_comment
+
+    comment = read_comment(path)
+    try:
+        made_by = json.loads(comment or "")[KEY]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} carries no {KEY!r} record; it was not written by diffsynth, or saved again") from None
+    if not isinstance(made_by, dict):
+        raise ValueError(f"{path}: the {KEY!r} record is no JSON object: {str(made_by)[:80]!r}")
+    return made_by
 
 
 def read_png(path: Path | str) -> dict[str, Any]:

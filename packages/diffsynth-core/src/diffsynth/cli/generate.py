@@ -1,9 +1,9 @@
-"""`diffsynth generate`: a prompt in, pictures out, each with the record of what made it."""
+"""`diffsynth generate`: a prompt in, pictures or a video out, each with the record of what made it."""
 
 from __future__ import annotations
 
 import ast
-import inspect
+import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +14,9 @@ import click
 
 from diffsynth.cli.output import UserError, traceback_option
 
+_FPS = 15
+_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
+
 _OPTIONS = (
     click.option("--seed", type=int, help="Of the initial noise; drawn and recorded when left out."),
     click.option("--steps", "num_inference_steps", type=int, help="Denoising steps."),
@@ -21,7 +24,8 @@ _OPTIONS = (
     click.option("--width", type=int, help="In pixels."),
     click.option("--negative-prompt", help="What to draw away from; needs --cfg-scale other than 1."),
     click.option("--cfg-scale", type=float, help="Weight of classifier-free guidance; 1 is off."),
-    click.option("--num-images", type=int, help="Several pictures go to OUT-1.png, OUT-2.png, ..."),
+    click.option("--num-images", type=int, help="Several results go to OUT-1.png, OUT-2.png, ..."),
+    click.option("--fps", type=float, help="Frames per second of a video; 15 when left out."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other argument; may be repeated."),
     click.option("--device", help="cuda, cuda:1, cpu, ...; the first accelerator when left out."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of weights and activations."),
@@ -39,7 +43,13 @@ def _with_options(function: Any) -> Any:
 @click.argument("model")
 @click.argument("prompt")
 @click.option(
-    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="OUT", help="A .png file."
+    "-o",
+    "--output",
+    "out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="A .png file; an .mp4 file where MODEL makes videos.",
 )
 @_with_options
 def generate(
@@ -49,22 +59,37 @@ def generate(
     device: str | None,
     dtype: str | None,
     settings: tuple[str, ...],
+    fps: float | None,
     **options: Any,
 ) -> None:
     """Draw what PROMPT describes with MODEL (see `diffsynth list`) into OUT."""
-    _check_out(out)
+    _check_out(model, out, fps)
     given = {name: value for name, value in options.items() if value is not None}
     arguments = _merge({"prompt": prompt, **given}, _parse(settings))
     arguments.setdefault("seed", secrets.randbelow(2**31))
     arguments = _check_names(model, arguments)
     pipe = _load(model, device, dtype)
     result = pipe(**arguments)
-    _save(pipe, arguments, result, out)
+    if out.suffix.lower() == ".mp4":
+        _save_videos(pipe, arguments, result, out, fps)
+    else:
+        _save_pictures(pipe, arguments, result, out)
 
 
-def _check_out(out: Path) -> None:
-    if out.suffix.lower() != ".png":
-        raise UserError(f"OUT is {str(out)!r}: expected a name that ends in .png, which can carry its record")
+def _check_out(model: str, out: Path, fps: float | None) -> None:
+    from diffsynth import registry
+
+    record = registry.get(model)
+    suffix, holds = (".mp4", "a video") if record.task.endswith("video") else (".png", "pictures")
+    if out.suffix.lower() != suffix:
+        raise UserError(
+            f"OUT is {str(out)!r}, and {record.name} makes {holds}: expected a name that ends in {suffix}, which can "
+            "carry its record"
+        )
+    if fps is not None and suffix == ".png":
+        raise UserError(f"--fps {fps:g}: {record.name} makes pictures, which have no frames per second")
+    if fps is not None and not fps > 0:
+        raise UserError(f"--fps {fps:g}: expected a positive number")
     if not out.parent.is_dir():
         raise UserError(f"OUT is {str(out)!r}: there is no folder {str(out.parent)!r}")
 
@@ -85,7 +110,9 @@ def _merge(arguments: dict[str, Any], settings: Iterator[tuple[str, Any]]) -> di
         if name in arguments:
             raise UserError(f"--set {name}={value!r}: {name} is given twice")
         if name == "output_type" and value != "pil":
-            raise UserError(f"--set output_type={value!r}: this command writes pictures; use Python for {value}")
+            raise UserError(
+                f"--set output_type={value!r}: this command writes pictures or a video; use Python for {value}"
+            )
         arguments[name] = value
     return arguments
 
@@ -98,14 +125,15 @@ def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     record = registry.get(model)  # a wrong name costs no import of torch
     from diffsynth.runtime.request import reject_unknown
 
-    signature = resolve(record.pipeline).call_signature(record.defaults)
+    pipeline = resolve(record.pipeline)
+    signature = pipeline.call_signature(record.defaults)
     try:
         reject_unknown(arguments, signature)
     except TypeError as error:  # from the command line it is the user's
         from diffsynth.cli.group import fail
 
         fail(click.get_current_context(), error)
-    return _open_images(arguments, signature)
+    return _open_pictures(arguments, pipeline.schema()["properties"])
 
 
 def _load(model: str, device: str | None, dtype: str | None) -> Any:
@@ -132,14 +160,10 @@ def _status(text: str) -> Iterator[None]:
         yield
 
 
-def _open_images(arguments: dict[str, Any], signature: inspect.Signature) -> dict[str, Any]:
-    """Replace paths by pictures wherever the pipeline's annotation names `Image`."""
-    return {
-        name: _opened(name, value)
-        if name in signature.parameters and "Image" in str(signature.parameters[name].annotation)
-        else value
-        for name, value in arguments.items()
-    }
+def _open_pictures(arguments: dict[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace paths by pictures, and paths of videos by their frames, wherever the argument takes pictures."""
+    takes = {name for name, schema in schemas.items() if '"x-diffsynth-type": "image"' in json.dumps(schema)}
+    return {name: _opened(name, value) if name in takes else value for name, value in arguments.items()}
 
 
 def _opened(name: str, value: Any) -> Any:
@@ -149,6 +173,10 @@ def _opened(name: str, value: Any) -> Any:
         return [_opened(name, one) for one in value]
     if not isinstance(value, str):
         return value
+    if Path(value).suffix.lower() in _VIDEOS:
+        from diffsynth.core.data.media import VideoData
+
+        return VideoData(value)
     try:
         with Image.open(value) as image:
             image.load()
@@ -157,18 +185,31 @@ def _opened(name: str, value: Any) -> Any:
         raise UserError(f"--set {name}={value}: cannot be opened as a picture: {error}") from error
 
 
-def _save(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path) -> None:
+def _save_pictures(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path) -> None:
     from diffsynth import provenance
 
     images = result if isinstance(result, list) else [result]
-    paths = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, len(images) + 1)]
-    for index, (image, path) in enumerate(zip(images, paths, strict=True)):
+    for index, (image, path) in enumerate(zip(images, _numbered(out, len(images)), strict=True)):
         provenance.save_png(image, path, provenance.record(pipe, _arguments_of_image(arguments, index)))
         click.echo(str(path))
 
 
+def _save_videos(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path, fps: float | None) -> None:
+    from diffsynth import provenance
+
+    videos = result if isinstance(result[0], list) else [result]
+    for index, (frames, path) in enumerate(zip(videos, _numbered(out, len(videos)), strict=True)):
+        made_by = provenance.record(pipe, _arguments_of_image(arguments, index))
+        provenance.save_video(frames, path, made_by, fps=fps or _FPS)
+        click.echo(str(path))
+
+
+def _numbered(out: Path, count: int) -> list[Path]:
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
+
+
 def _arguments_of_image(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The call that draws image `index` alone: image i of several has `seed + i`, or the i-th of a list."""
+    """The call that draws result `index` alone: number i of several has `seed + i`, or the i-th of a list."""
     alone = {name: value for name, value in arguments.items() if name != "num_images"}
     seed = alone["seed"]
     return alone | {"seed": seed[index] if isinstance(seed, list | tuple) else seed + index}

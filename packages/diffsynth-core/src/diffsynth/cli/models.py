@@ -71,21 +71,22 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model_or_png", metavar="MODEL|FILE.png")
+@click.argument("subject", metavar="MODEL|FILE")
 @json_option
 @with_traceback
-def info(model_or_png: str, as_json: bool) -> None:
-    """Show a model's record, or what made a PNG; as JSON, a model's record has the schema of its call."""
-    if model_or_png.lower().endswith(".png"):
+def info(subject: str, as_json: bool) -> None:
+    """Show a model's record, or what made a .png or .mp4; as JSON, a model's record has the schema of its call."""
+    if subject.lower().endswith((".png", ".mp4")):
         from diffsynth import provenance
 
-        if not Path(model_or_png).is_file():
-            raise UserError(f"{model_or_png}: there is no such file")
-        values = provenance.read_png(model_or_png)
+        if not Path(subject).is_file():
+            raise UserError(f"{subject}: there is no such file")
+        is_video = subject.lower().endswith(".mp4")
+        values = provenance.read_video(subject) if is_video else provenance.read_png(subject)
     else:
-        values = registry.get(model_or_png).to_dict()
+        values = registry.get(subject).to_dict()
         if as_json:
-            values["schema"] = _schema(model_or_png)
+            values["schema"] = _schema(subject)
     if as_json:
         show_json(values)
     else:

@@ -1,10 +1,12 @@
 """`diffsynth.utils.data`: reading and writing video and sound."""
 
+from diffsynth.core.data.contact_sheet import contact_sheet
 from diffsynth.core.data.media import VideoData, read_audio
 from diffsynth.core.data.media_writer import merge_video_audio, save_frames, save_video, save_video_with_audio
 
 __all__ = [
     "VideoData",
+    "contact_sheet",
     "merge_video_audio",
     "read_audio",
     "save_frames",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from diffsynth.core.data.image import LoadImage, cover
@@ -23,15 +26,22 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class VideoData(Sequence[Image.Image]):
     """The frames of a video file or of a folder of images, read when they are asked for; cheapest in order.
 
+    One frame is in memory at a time. A file is looked through once, without decoding, when this is made.
+
     Args:
         video_file: the video.
         image_folder: or the images, in the order of the numbers in their names.
         height: with `width`, each frame is scaled to cover this size and cropped about its centre.
         width: likewise.
+        fps: frames per second of this view: of a video those shown at these times are taken, so that it keeps its
+            speed. None takes every frame.
 
     Raises:
-        ValueError: no source or two, or one of height and width alone.
+        ValueError: no source or two, one of height and width alone, an `fps` that is not positive or of a folder, or
+            images of several sizes without a height and a width.
         NoFiles: the source is not there, or a folder without images.
+        CorruptFile: a file that has no video, or, without `fps`, one whose frames do not come at a constant rate.
+        Unavailable: PyAV is not installed.
     """
 
     def __init__(
@@ -40,24 +50,32 @@ class VideoData(Sequence[Image.Image]):
         image_folder: Location | None = None,
         height: int | None = None,
         width: int | None = None,
+        fps: float | None = None,
     ) -> None:
         if (video_file is None) == (image_folder is None):
             raise ValueError("VideoData takes a video_file or an image_folder, one of them")
         if (height is None) != (width is None):
             raise ValueError(f"height={height} and width={width}: give both, or neither for the frames' own size")
+        if fps is not None and (image_folder is not None or fps <= 0):
+            raise ValueError(f"fps={fps}: expected a positive number, of a video file; images have no times")
         self.height, self.width = height, width
+        self.frame_rate: Fraction | None = None
         self._video = None if video_file is None else _existing(video_file)
         self._images = [] if image_folder is None else _images_in(Path(image_folder))
-        self._count: int | None = None if self._video else len(self._images)
+        if self._video is None:
+            self._indices: Sequence[int] = range(len(self._images))
+            if height is None:
+                _reject_mixed_sizes(self._images)
+        else:
+            timeline = Timeline.of(self._video)
+            self.frame_rate = timeline.frame_rate if fps is None else Fraction(fps).limit_denominator(1001)
+            self._indices = timeline.every_frame() if fps is None else timeline.at_rate(self.frame_rate)
         self._reader: Iterator[Image.Image] = iter(())
         self._at = -1
         self._frame: Image.Image | None = None
 
     def __len__(self) -> int:
-        if self._count is None:
-            assert self._video is not None
-            self._count = count_frames(self._video)
-        return self._count
+        return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
         """A frame, or a list of frames for a slice."""
@@ -67,7 +85,8 @@ class VideoData(Sequence[Image.Image]):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"frame {index} of {len(self)}")
-        frame = self._decoded(index) if self._video else LoadImage()(self._images[index])
+        source = self._indices[index]
+        frame = self._decoded(source) if self._video else LoadImage()(self._images[source])
         return frame if self.height is None or self.width is None else cover(frame, self.height, self.width)
 
     def raw_data(self) -> list[Image.Image]:
@@ -81,10 +100,72 @@ class VideoData(Sequence[Image.Image]):
         while self._at < index:
             frame = next(self._reader, None)
             if frame is None:
-                raise CorruptFile(f"{self._video} ends after {self._at + 1} frames; its header says {len(self)}")
+                raise CorruptFile(
+                    f"{self._video} ends after {self._at + 1} frames, and was to have more; it is damaged"
+                )
             self._at, self._frame = self._at + 1, frame
         assert self._frame is not None
         return self._frame
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of a video are shown.
+
+    Args:
+        path: of the file, for messages.
+        times: of each frame in seconds since the first one's, ascending.
+        frame_rate: frames per second, as the file says.
+    """
+
+    path: Path
+    times: tuple[float, ...]
+    frame_rate: Fraction
+
+    @classmethod
+    def of(cls, path: Location) -> Timeline:
+        """Read from the packets, which are not decoded; raises like `read_frames`."""
+        rate = frame_rate_of(path)
+        with opened(path, "video") as (container, stream):
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
+            base = stream.time_base
+        if not packets:
+            raise CorruptFile(f"{path} has a video of no frames")
+        if len(stamps) < len(packets):  # containers that keep no times, such as old AVIs: the rate is all there is
+            return cls(Path(path), tuple(float(index / rate) for index in range(len(packets))), rate)
+        return cls(Path(path), tuple(float((stamp - stamps[0]) * base) for stamp in stamps), rate)
+
+    @property
+    def usual_step(self) -> float:
+        """Seconds that a frame is shown, the median."""
+        steps = sorted(self._steps)
+        return steps[len(steps) // 2] if steps else float(1 / self.frame_rate)
+
+    @property
+    def _steps(self) -> list[float]:
+        return [later - earlier for earlier, later in pairwise(self.times)]
+
+    def every_frame(self) -> range:
+        """Indices of all frames.
+
+        Raises:
+            CorruptFile: they do not come at a constant rate, so that a network would see them at a wrong speed.
+        """
+        longest = max(self._steps, default=self.usual_step)
+        if longest > 1.5 * self.usual_step:
+            raise CorruptFile(
+                f"{self.path} has no constant frame rate: a frame is shown for {1000 * self.usual_step:.0f} ms as a "
+                f"rule and for {1000 * longest:.0f} ms at most. Give VideoData an fps: it takes frames by their times."
+            )
+        return range(len(self.times))
+
+    def at_rate(self, frame_rate: Fraction) -> list[int]:
+        """Which frame is shown at each tick of a clock of `frame_rate`, until the video ends."""
+        seconds = self.times[-1] + self.usual_step
+        ticks = max(round(seconds * float(frame_rate)), 1)
+        # A time that a container rounds to milliseconds is not to miss its tick.
+        return [bisect_right(self.times, float(tick / frame_rate) + 1e-3) - 1 for tick in range(ticks)]
 
 
 def read_frames(path: Location) -> Iterator[Image.Image]:
@@ -188,6 +269,19 @@ def _images_in(folder: Path) -> list[Path]:
     if not found:
         raise NoFiles(f"image_folder {folder} has no images; expected {', '.join(_PICTURES)}")
     return sorted(found, key=_by_number)
+
+
+def _reject_mixed_sizes(images: Sequence[Path]) -> None:
+    sizes: dict[tuple[int, int], str] = {}
+    for file in images:
+        try:
+            with Image.open(file) as image:
+                sizes.setdefault(image.size, file.name)
+        except (UnidentifiedImageError, OSError) as error:
+            raise CorruptFile(f"{file} is not an image that can be read: {error}") from error
+    if len(sizes) > 1:
+        named = ", ".join(f"{name} of {width}x{height}" for (width, height), name in sizes.items())
+        raise ValueError(f"images of {len(sizes)} sizes in {images[0].parent}: {named}; give a height and a width")
 
 
 def _by_number(file: Path) -> tuple[int, str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -19,42 +22,65 @@ _CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".flv")
 _SOUND_RATE = 48_000
 
 
+Frames = Iterable[Image.Image | np.ndarray] | Tensor
+
+
 def save_video(
-    frames: Sequence[Image.Image | np.ndarray],
+    frames: Frames,
     save_path: Location,
-    fps: float,
+    fps: float = 15,
     quality: float = 9,
     ffmpeg_params: Sequence[str] | None = None,
+    *,
+    comment: str | None = None,
 ) -> None:
     """Write frames as a video; the suffix decides the container, H.264 is the codec.
 
     Args:
-        frames: images, or arrays `h w 3` of uint8, of one size. An odd height or width is kept, at the cost of a
-            pixel format (4:4:4) that some players do not show.
+        frames: images, or arrays `h w 3` of uint8, of one size, taken one by one: they may come while they are made.
+            Or a tensor: `c t h w` or `1 c t h w` in [-1, 1], or `t h w 3` of uint8. An odd height or width is kept, at
+            the cost of a pixel format (4:4:4) that some players do not show.
         save_path: of the file; missing folders are made.
         fps: frames per second.
         quality: 0 to 10, which is H.264's crf 51 to 0.
         ffmpeg_params: options of the encoder, as "-name", "value" pairs: `["-preset", "slow"]`.
+        comment: a text that the file carries.
 
     Raises:
-        ValueError: no frames, different sizes, options that are no pairs, or a suffix of no container.
+        ValueError: no frames, different sizes, a tensor of another shape, options that are no pairs, or a suffix of no
+            container.
         Unavailable: PyAV is not installed.
     """
-    images = [frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames]
-    sizes = {image.size for image in images}
-    if len(sizes) != 1:
-        raise ValueError(f"{len(images)} frames of sizes {sorted(sizes)}; expected at least one frame, all of one size")
     if not 0 <= quality <= 10:
         raise ValueError(f"quality={quality}: expected 0 to 10")
-    (size,) = sizes
+    if not fps > 0:
+        raise ValueError(f"fps={fps}: expected a positive number")
     options = {"crf": str(round((1 - quality / 10) * 51)), **_encoder_options(ffmpeg_params or ())}
+    images = iter(_pictures(frames))
+    first = next(images, None)
+    if first is None:
+        raise ValueError("0 frames; expected at least one")
     with _written(save_path) as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
         stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
-        for image in images:
+        stream.width, stream.height = first.size
+        stream.pix_fmt = "yuv444p" if first.width % 2 or first.height % 2 else "yuv420p"
+        for index, image in enumerate(chain([first], images)):
+            if image.size != first.size:
+                raise ValueError(
+                    f"frame {index} is {image.width}x{image.height}, the first one {first.width}x{first.height}; "
+                    "expected frames of one size"
+                )
             container.mux(stream.encode(pyav().VideoFrame.from_image(image.convert("RGB"))))
         container.mux(stream.encode(None))
+
+
+def read_comment(path: Location) -> str | None:
+    """The text that a video carries, if it has one; raises like `read_frames`."""
+    with opened(path, "video") as (container, _):
+        text = container.metadata.get("comment")
+        return None if text is None else str(text)
 
 
 def save_frames(frames: Sequence[Image.Image], save_path: Location) -> None:
@@ -89,14 +115,15 @@ def merge_video_audio(video_path: Location, audio_path: Location) -> None:
 
 
 def save_video_with_audio(
-    frames: Sequence[Image.Image | np.ndarray],
+    frames: Frames,
     save_path: Location,
     audio_path: Location,
     fps: float = 16,
     quality: float = 9,
     ffmpeg_params: Sequence[str] | None = None,
 ) -> None:
-    """`save_video`, then `merge_video_audio`; raises what they raise."""
+    """`save_video`, then `merge_video_audio`; raises what they raise. The sound may be that of another video."""
+    read_audio(audio_path)  # before the frames are written, or even made
     save_video(frames, save_path, fps=fps, quality=quality, ffmpeg_params=ffmpeg_params)
     merge_video_audio(save_path, audio_path)
 
@@ -117,6 +144,26 @@ def _written(path: Location) -> Iterator[Any]:
         raise ValueError(f"{path} cannot be written: {error}; check ffmpeg_params and the frames' size") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _pictures(frames: Frames) -> Iterator[Image.Image]:
+    if isinstance(frames, Tensor):
+        frames = _arrays(frames)
+    return (frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames)
+
+
+def _arrays(video: Tensor) -> Iterator[np.ndarray]:
+    """Frames of a tensor, one by one, as uint8 `h w 3`."""
+    if video.dtype == torch.uint8 and video.ndim == 4 and video.shape[3] == 3:
+        return (frame.cpu().numpy() for frame in video)
+    if not video.is_floating_point() or (*video.shape[:-3],) not in {(3,), (1, 3)}:
+        raise ValueError(
+            f"a tensor of {video.dtype} and shape {tuple(video.shape)}; expected (3, t, h, w) or (1, 3, t, h, w) in "
+            "[-1, 1], or uint8 of (t, h, w, 3)"
+        )
+    frames = video.reshape(video.shape[-4:]).unbind(dim=1)
+    levels = (((frame.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8) for frame in frames)
+    return (rearrange(level, "c h w -> h w c").numpy() for level in levels)
 
 
 def _encoder_options(parameters: Sequence[str]) -> dict[str, str]:
