@@ -11,7 +11,7 @@ from diffsynth.errors import Refused
 from diffsynth.runtime.acceleration.blocks import long_stacks
 from diffsynth.runtime.acceleration.session import StepCaching
 from diffsynth.runtime.acceleration.step_cache import StepCache
-from diffsynth.spec import ModelSpec
+from diffsynth.runtime.acceleration.tea import model_named
 
 
 def step_caching(
@@ -30,7 +30,7 @@ def step_caching(
     """
     if cache is None:
         return StepCaching(None)
-    model = _model(model_name)
+    model = None if model_name is None else model_named(model_name)
     if (reason := cache.refuses(model)) is not None:
         raise Refused(f"step_cache={cache!r} is refused: {reason}")
     loaded = {role: components[role] for role in loop_roles if isinstance(components.get(role), nn.Module)}
@@ -42,11 +42,3 @@ def step_caching(
             "its architecture names them in repeated_blocks"
         )
     return StepCaching(cache, networks, model)
-
-
-def _model(name: str | None) -> ModelSpec | None:
-    if name is None:
-        return None
-    from diffsynth import registry
-
-    return registry.get(name).spec

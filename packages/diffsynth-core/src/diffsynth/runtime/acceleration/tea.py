@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffsynth import _discovery, registry
 from diffsynth.runtime.acceleration.step_cache import Probe, Rule, StepCache, relative_change
 from diffsynth.spec import ModelSpec, TeaCacheSpec
 
@@ -35,7 +36,7 @@ class TeaCache(StepCache):
         """See `StepCache`."""
         if self.fitted is not None:
             return None
-        named = self._named() if self.model else model
+        named = model_named(self.model) if self.model else model
         if named is None:
             return "this pipeline has no model's name; say whose coefficients to use, TeaCache(model=...)"
         if named.tea_cache is None:
@@ -44,15 +45,21 @@ class TeaCache(StepCache):
 
     def rule(self, model: ModelSpec | None) -> Rule:
         """See `StepCache`."""
-        named = self._named() if self.model else model
+        named = model_named(self.model) if self.model else model
         fitted = self.fitted or (named.tea_cache if named is not None else None)
         assert fitted is not None, "refuses() comes first"
         return _TeaRule(self.threshold, fitted)
 
-    def _named(self) -> ModelSpec:
-        from diffsynth import registry
 
-        return registry.get(self.model).spec
+def model_named(name: str) -> ModelSpec:
+    """What a plugin declared of a model.
+
+    Raises:
+        UnknownModel, AmbiguousModel: see `diffsynth.registry.get`.
+    """
+    record = registry.get(name)
+    declared = _discovery.catalog().models
+    return next(one.spec for one in declared if (one.plugin, one.spec.name) == (record.plugin, record.name))
 
 
 class _TeaRule(Rule):

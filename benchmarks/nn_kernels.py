@@ -1,0 +1,238 @@
+"""The fused kernels of `diffsynth.nn`: bandwidth beside a plain copy's on a GPU, resources of the binaries anywhere.
+
+    python benchmarks/nn_kernels.py [--tokens 4096 32768] [--json FILE]     on a GPU: correct first, then timed
+    python benchmarks/nn_kernels.py --offline 80 90 [--json FILE]           registers, shared memory, spills; no GPU
+    TRITON_INTERPRET=1 python benchmarks/nn_kernels.py --tiny               every case runs once, on the CPU
+
+Bytes are those that must be read and written once; the goal is 0.8 of what a copy of as many bytes reaches. A kernel
+that is not equal to its naive twin is not timed. Medians of --repeats runs, by events on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth.nn import naive
+from diffsynth.nn.triton import gated_activation, norm, norm_rotary, sinusoidal
+
+TOLERANCE = {torch.bfloat16: 2**-6, torch.float32: 1e-4}
+"""Relative to the largest value. The naive twin rounds after every step."""
+
+WIDTHS = {"Z-Image": (3840, 30, 10240), "FLUX": (3072, 24, 12288), "Wan 14B": (5120, 40, 13824)}
+"""Width of the stream, heads of 128, width of the feed-forward layer."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call by kernel and by twin, and the bytes that it has to move."""
+
+    name: str
+    kernel: Callable[[], Tensor]
+    twin: Callable[[], Tensor]
+    moved: int
+
+
+def cases(tokens: int, widths: tuple[int, int, int], device: str, dtype: torch.dtype) -> Iterator[Case]:
+    e, n, f = widths
+    d = e // n
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    x, residual, weight = draw(1, tokens, e), draw(1, tokens, e), draw(e)
+    scale, shift, gate = draw(1, 1, e), draw(1, 1, e), draw(1, 1, e)
+    row = x.numel() * x.element_size()
+    yield Case(
+        "rms norm, scale",
+        lambda: norm.norm(x, weight, None, scale, None, None, None, "rms", 1e-6),
+        lambda: naive.modulate(naive.rms_norm(x, weight, eps=1e-6), scale),
+        2 * row,
+    )
+    yield Case(
+        "layer norm, scale, shift",
+        lambda: norm.norm(x, None, None, scale, shift, None, None, "layer", 1e-6),
+        lambda: naive.modulate(naive.layer_norm(x, None, None, eps=1e-6), scale, shift),
+        2 * row,
+    )
+    yield Case(
+        "rms norm, gated residual",
+        lambda: norm.norm(x, weight, None, None, None, residual, gate, "rms", 1e-6),
+        lambda: naive.gated_residual(residual, naive.rms_norm(x, weight, eps=1e-6), gate),
+        3 * row,
+    )
+    yield Case(
+        "gated residual",
+        lambda: norm.norm(x, None, None, None, None, residual, gate, "none", 0.0),
+        lambda: naive.gated_residual(residual, x, gate),
+        3 * row,
+    )
+    q, angles = draw(1, tokens, n, d), draw(1, tokens, d // 2, dtype=torch.float32)
+    cos, sin = angles.cos(), angles.sin()
+    for name, over in (("each head", weight[:d]), ("all heads", weight)):
+        yield Case(
+            f"rms norm of {name}, rope",
+            lambda over=over: norm_rotary.norm_rotary(q, over, cos, sin, 1e-6),
+            lambda over=over: naive.rms_norm_rotary(q, over, cos, sin, eps=1e-6),
+            2 * row + 2 * cos.numel() * 4,
+        )
+    a, b = draw(1, tokens, f), draw(1, tokens, f)
+    for name, twin in (("silu", naive.swiglu), ("gelu", naive.geglu)):
+        yield Case(
+            f"{name}, gated",
+            lambda name=name: gated_activation.gated_activation(a, b, name),
+            lambda twin=twin: twin(a, b),
+            3 * a.numel() * a.element_size(),
+        )
+    times = 1000 * torch.rand(64, device=device)
+    yield Case(
+        "sinusoids of 64 times",
+        lambda: sinusoidal.sinusoidal_embedding(times, 256, 10000.0),
+        lambda: naive.sinusoidal_embedding(times, 256, max_period=10000.0),
+        64 * 257 * 4,
+    )
+
+
+def error(case: Case) -> float:
+    ours, truth = case.kernel().double(), case.twin().double()
+    return float((ours - truth).abs().max() / truth.abs().max())
+
+
+def seconds(call: Callable[[], Any], repeats: int, device: str) -> float:
+    """Median time of a call; the caches are flushed before each on a GPU."""
+    if device == "cpu":
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    flush, times = torch.empty(256 * 2**20, dtype=torch.uint8, device=device), []
+    for _ in range(repeats + 3):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[3:])
+
+
+def measure(tokens: list[int], widths: dict[str, tuple[int, int, int]], repeats: int, device: str) -> list[dict]:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rows = []
+    for model, sizes in widths.items():
+        for count in tokens:
+            for case in cases(count, sizes, device, dtype):
+                if (off := error(case)) > TOLERANCE[dtype]:
+                    sys.exit(f"{case.name}, {model}, {count} tokens: differs from its twin by {off:.1e}; not timed")
+                source = torch.empty(max(case.moved // 2, 1), dtype=torch.uint8, device=device)
+                target = torch.empty_like(source)
+                copy = seconds(lambda to=target, source=source: to.copy_(source), repeats, device)
+                kernel, twin = (seconds(call, repeats, device) for call in (case.kernel, case.twin))
+                rows.append(
+                    {
+                        "case": case.name,
+                        "model": model,
+                        "tokens": count,
+                        "error": off,
+                        "kernel_us": kernel * 1e6,
+                        "twin_us": twin * 1e6,
+                        "gb_per_s": case.moved / kernel / 1e9,
+                        "of_copy": copy / kernel,
+                        "times_faster": twin / kernel,
+                    }
+                )
+    return rows
+
+
+def offline(archs: list[int]) -> list[dict]:
+    """What the binaries of the default configs take, at the widths of the models."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from kernels.offline import compile_report
+
+    line = [f"stride_{tensor}{axis}" for tensor in "xchrg" for axis in "bs"]
+    flags = {f"HAS_{part}": True for part in ("WEIGHT", "BIAS", "SCALE", "SHIFT", "RESIDUAL")}
+    tensors = ("x", "weight", "bias", "scale", "shift", "residual", "gate", "out")
+    turns = ["stride_xn", *(f"stride_{tensor}{axis}" for tensor in "xcs" for axis in "bs")]
+    builds: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
+    for model, (e, n, f) in WIDTHS.items():
+        integers = dict.fromkeys((*line, "width"), "i32:16") | {"rows": "i32", "eps": "fp32"}
+        signature = dict.fromkeys(tensors, "*bf16:16") | integers
+        for kind in (1, 2):
+            sizes = norm.config(e) | flags | {"KIND": kind}
+            builds.append((f"norm {norm.KINDS[kind]}, {model}", norm.norm_fwd_kernel, signature, sizes))
+        signature = dict.fromkeys(("x", "weight", "out"), "*bf16:16") | dict.fromkeys(("cos", "sin"), "*fp32:16")
+        signature |= dict.fromkeys((*turns, "dim"), "i32:16") | {"tokens": "i32", "heads": "i32", "eps": "fp32"}
+        for over in (norm_rotary.PER_HEAD, norm_rotary.ALL_HEADS):
+            sizes = norm_rotary.config(n, e // n) | {"NORM": over}
+            builds.append((f"rope, norm {over}, {model}", norm_rotary.norm_rotary_fwd_kernel, signature, sizes))
+        signature = dict.fromkeys(("gate", "up", "out"), "*bf16:16")
+        signature |= dict.fromkeys(("stride_gate", "stride_up", "width"), "i32:16") | {"rows": "i32"}
+        for gelu in (False, True):
+            sizes = gated_activation.config(f) | {"GELU": gelu}
+            name = f"gated {'gelu' if gelu else 'silu'}, {model}"
+            builds.append((name, gated_activation.gated_activation_fwd_kernel, signature, sizes))
+    signature = {"time": "*fp32:16", "out": "*fp32:16", "stride_time": "i32", "half": "i32:16"}
+    sizes = {"MINUS_LOG_PERIOD": -9.2, "BLOCK_H": 128, "num_warps": 1}
+    builds.append(("sinusoids", sinusoidal.sinusoidal_fwd_kernel, signature, sizes))
+    seen, rows = set(), []
+    for name, kernel, signature, sizes in builds:
+        constexprs = dict(sizes)
+        num_warps = constexprs.pop("num_warps")
+        key = (kernel.__name__, *sorted(sizes.items()))
+        if key in seen:
+            continue
+        seen.add(key)
+        for arch in archs:
+            report = compile_report(kernel, signature, constexprs, target=arch, num_warps=num_warps)
+            row = {"case": name, "arch": arch, "warps": num_warps, "registers": report.registers}
+            rows.append(row | {"spilled": report.spilled, "shared": report.shared, "problems": report.problems()})
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    names = list(rows[0])
+    table = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *table, strict=True)]
+    for line in (names, *table):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--tiny", action="store_true", help="on the CPU, in Triton's interpreter")
+    parser.add_argument("--offline", type=int, nargs="+", metavar="ARCH", help="80, 86, 89, 90, 100 or 120")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.offline:
+        rows, device = offline(options.offline), "none"
+    elif options.tiny:
+        rows, device = measure([5], {"tiny": (96, 2, 60)}, 1, "cpu"), "cpu"
+    elif torch.cuda.is_available():
+        rows, device = measure(options.tokens, WIDTHS, options.repeats, "cuda"), torch.cuda.get_device_name()
+    else:
+        parser.error("there is no GPU here; use --offline ARCH, or --tiny")
+    show(rows)
+    if options.json:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+        report = {"device": device, "python": platform.python_version(), "versions": versions, "rows": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if any(row.get("problems") for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

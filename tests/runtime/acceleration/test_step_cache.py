@@ -1,0 +1,257 @@
+"""Step caches on a tiny Z-Image, and on networks whose blocks hand on more than one stream."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from diffsynth.core.vram.managed import managed, wrap
+from diffsynth.core.vram.placement import Policy
+from diffsynth.errors import Refused
+from diffsynth.runtime.acceleration import (
+    FirstBlockCache,
+    TaylorSeer,
+    TeaCache,
+    measure_step_cache,
+    parse_step_cache,
+)
+from diffsynth.runtime.acceleration.blocks import Stack, long_stacks
+from diffsynth.runtime.acceleration.session import StepCaching
+from diffsynth.spec import ModelSpec, TeaCacheSpec
+from tiny_z_image import SMALL, tiny_z_image
+
+CALL = {"prompt": "a cat", "num_inference_steps": 6, "cfg_scale": 2.0, **SMALL}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_z_image()
+
+
+@pytest.fixture(scope="module")
+def truth(pipe):
+    return pipe(**CALL)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        FirstBlockCache(threshold=0),
+        TaylorSeer(interval=1),
+        TeaCache(threshold=0, fitted=TeaCacheSpec(coefficients=(-1.0, 0.0), signal="argument:time_embed")),
+    ],
+)
+def test_settings_that_reuse_nothing_change_no_bit(pipe, truth, cache) -> None:
+    assert torch.equal(pipe(**CALL, step_cache=cache), truth)
+
+
+def test_first_block_cache_leaves_out_what_repeats(pipe, truth) -> None:
+    report = measure_step_cache(pipe, FirstBlockCache(threshold=100.0, max_reused=2), **without_output(CALL))
+    assert report.reused == {"cond": (1, 2, 4, 5), "uncond": (1, 2, 4, 5)}
+    assert 0 < report.relative_l1 < 1
+    assert "cond: 4 of 6 steps reused (1, 2, 4, 5)" in str(report)
+
+
+def test_layers_run_only_where_they_are_not_left_out(pipe) -> None:
+    """The first of six layers always runs, the others twice in six steps; short stacks run at every step."""
+    runs = dict.fromkeys(("first", "last", "refiner"), 0)
+
+    def count(name):
+        def hook(*_):
+            runs[name] += 1
+
+        return hook
+
+    inner = {
+        "first": pipe.dit.layers[0].attention,
+        "last": pipe.dit.layers[-1].attention,
+        "refiner": pipe.dit.noise_refiner[0].attention,
+    }
+    handles = [module.register_forward_hook(count(name)) for name, module in inner.items()]
+    pipe(**{**CALL, "cfg_scale": 1.0}, step_cache=FirstBlockCache(threshold=100.0, max_reused=2))
+    for handle in handles:
+        handle.remove()
+    assert runs == {"first": 6, "last": 2, "refiner": 6}
+    assert not any("forward" in vars(module) for module in pipe.dit.modules())
+
+
+def test_taylor_seer_is_exact_where_the_change_is_a_polynomial() -> None:
+    """A stack that adds `step ** order` in every step is foretold without an error once its derivatives are known."""
+    for order in (0, 1, 2):
+        network = Staircase(order)
+        caching = StepCaching(TaylorSeer(interval=4, order=order, warmup_steps=order + 1), [network.stacks()])
+        with caching:
+            for step in range(order + 4):
+                with caching.evaluating("cond", is_last=False):
+                    got = network(torch.zeros(3), step)
+                if order < 2:  # from order 2 on, backward differences are no derivatives any more
+                    assert got.tolist() == pytest.approx([2.0 * step**order] * 3)
+        assert caching.take_reused() == ("cond",) * 3
+
+
+def test_tea_cache_adds_up_its_polynomial(pipe) -> None:
+    """Coefficients that give 0.4 a step, and a threshold of 1: two steps are left out, the third runs."""
+    for signal in ("argument:time_embed", "module:attention_norm1"):
+        fitted = TeaCacheSpec(coefficients=(0.0, 0.4), signal=signal)
+        report = measure_step_cache(
+            pipe, TeaCache(threshold=1.0, fitted=fitted), **without_output({**CALL, "cfg_scale": 1.0})
+        )
+        assert report.reused == {"cond": (1, 2, 4)}
+
+
+def test_tea_cache_needs_a_model_that_has_coefficients(pipe) -> None:
+    with pytest.raises(Refused, match="this pipeline has no model's name"):
+        pipe.check(**CALL, step_cache=TeaCache(threshold=0.1))
+    with pytest.raises(Refused, match="nobody has published coefficients for 'z-image-turbo'"):
+        pipe.check(**CALL, step_cache="tea:threshold=0.1,model=z-image-turbo")
+    fitted = TeaCacheSpec(coefficients=(1.0, 0.0), signal="argument:t")
+    model = ModelSpec(name="x", family="x", task="x", pipeline="x:X", components={}, tea_cache=fitted)
+    assert TeaCache(threshold=0.1).refuses(model) is None
+
+
+def test_branches_have_caches_of_their_own(pipe) -> None:
+    """One cache for both would compare a branch with the other: at 100 it would leave out the second of each pair."""
+    guided = measure_step_cache(pipe, FirstBlockCache(threshold=100.0), **without_output(CALL))
+    assert guided.reused["cond"] == guided.reused["uncond"] == (1, 2, 3, 4, 5)
+    alone = measure_step_cache(pipe, FirstBlockCache(threshold=100.0), **without_output({**CALL, "cfg_scale": 1.0}))
+    assert alone.reused == {"cond": (1, 2, 3, 4, 5)}
+
+
+def test_calls_in_other_threads_do_not_see_it(pipe, truth) -> None:
+    results = {}
+
+    def call(name, **arguments):
+        results[name] = pipe(**CALL, **arguments)
+
+    threads = [
+        threading.Thread(target=call, args=("cached",), kwargs={"step_cache": "first_block:threshold=100"}),
+        threading.Thread(target=call, args=("plain",)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(results["plain"], truth)
+    assert not torch.equal(results["cached"], truth)
+
+
+def test_a_streamed_network_gives_the_same(pipe) -> None:
+    cache = FirstBlockCache(threshold=100.0, max_reused=2)
+    streamed = tiny_z_image()
+    wrap(streamed.dit.requires_grad_(False).eval(), Policy.preset("cpu-offload", "cpu"), smallest=0)
+    assert torch.equal(streamed(**CALL, step_cache=cache), pipe(**CALL, step_cache=cache))
+    assert managed(streamed.dit) is not None
+    assert "forward" in vars(streamed.dit.layers[0])  # the engine's own is still there
+
+
+def test_two_streams_in_any_order() -> None:
+    """Blocks take `(image, text)` and give `(text, image)` of equal shapes: the next block's arguments tell which."""
+    network = TwoStreams()
+    plain = [network(torch.ones(2), torch.ones(2), step) for step in range(4)]
+    caching = StepCaching(FirstBlockCache(threshold=0.6), [network.stacks()])
+    with caching:
+        for step in range(4):
+            with caching.evaluating("cond", is_last=False):
+                image, text = network(torch.ones(2), torch.ones(2), step)
+            if step > 1:
+                assert image.tolist() != text.tolist()
+                assert abs(image - plain[step][0]).max() < abs(image - plain[step][1]).max()
+    assert caching.take_reused()
+
+
+def test_blocks_that_hand_on_something_else_are_refused() -> None:
+    network = Stack("blocks", (nn.Linear(3, 3), nn.Linear(3, 5)))
+    caching = StepCaching(FirstBlockCache(threshold=0.1), [(Stack("blocks", (nn.Linear(3, 5), nn.Linear(5, 3))),)])
+    assert network.name == "blocks"
+    with caching, caching.evaluating("cond", is_last=False), pytest.raises(Refused, match=r"take \[\(2, 3\)\]"):
+        caching.place(next(iter(caching._blocks()))).stack.blocks[0](torch.ones(2, 3))
+
+
+def test_short_stacks_are_left_alone(pipe) -> None:
+    assert [stack.name for stack in long_stacks(pipe.dit)] == ["layers"]
+    assert long_stacks(nn.Linear(2, 2)) == ()
+
+
+def test_a_network_without_blocks_is_refused() -> None:
+    from toy_pipeline import toy_pipeline
+
+    with pytest.raises(Refused, match=r"dit \(ToyNet\) has no repeated blocks"):
+        toy_pipeline().check(step_cache="taylor")
+
+
+def test_texts() -> None:
+    assert parse_step_cache("first_block:threshold=0.1,max_reused=3") == FirstBlockCache(threshold=0.1, max_reused=3)
+    assert parse_step_cache("taylor") == TaylorSeer()
+    assert parse_step_cache("tea:threshold=0.2,model=wan2.1-t2v-14b") == TeaCache(threshold=0.2, model="wan2.1-t2v-14b")
+    for text, message in {
+        "first_blok": "did you mean 'first_block'",
+        "first_block": "first_block needs threshold",
+        "first_block:treshold=1": "did you mean 'threshold'",
+        "first_block:threshold=-1": "at least 0",
+        "taylor:order=9": "at most 4",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            parse_step_cache(text)
+    with pytest.raises(TypeError, match="expected a StepCache"):
+        parse_step_cache(0.1)
+
+
+def test_the_command_line_takes_a_text() -> None:
+    from diffsynth.cli.group import program
+
+    line = ["generate", "z-image-turbo", "a cat", "-o", "x.png", "--set", "step_cach=taylor"]
+    result = CliRunner().invoke(program, line)
+    assert result.exit_code != 0
+    assert "did you mean 'step_cache'" in result.output
+
+
+def without_output(arguments):
+    return {name: value for name, value in arguments.items() if name != "output_type"}
+
+
+class Staircase(nn.Module):
+    """Two blocks, each adding `step ** order`."""
+
+    def __init__(self, order: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Adding(order), Adding(order)])
+
+    def stacks(self):
+        return (Stack("blocks", tuple(self.blocks)),)
+
+    def forward(self, x, step):
+        for block in self.blocks:
+            x = block(x, step)
+        return x
+
+
+class Adding(nn.Module):
+    def __init__(self, order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x, step):
+        return x + float(step) ** self.order
+
+
+class Swapping(nn.Module):
+    def forward(self, image, text, step):
+        return text + 10 + step, image + 1 + 0.1 * step
+
+
+class TwoStreams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Swapping() for _ in range(3))
+
+    def stacks(self):
+        return (Stack("blocks", tuple(self.blocks)),)
+
+    def forward(self, image, text, step):
+        for block in self.blocks:
+            text, image = block(image, text, step)
+        return image, text
