@@ -49,7 +49,7 @@ def test_a_stage_has_its_roles_and_no_others():
     assert states(held)["dit"] is State.ONLOAD, "it stays until another stage wants the room"
     with held.on_device(["vae"]):
         assert states(held) == {"dit": State.OFFLOAD, "vae": State.ONLOAD}
-    held.leave()
+    held.rest(None)
     assert set(states(held).values()) == {State.OFFLOAD}
 
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from diffsynth.runtime.acceleration.session import StepCaching
 from diffsynth.runtime.added_units import with_added_units
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.loading import PretrainedLoader
+from diffsynth.runtime.memory.keeping import LimitKeeper
 from diffsynth.runtime.memory.placing import Placing, Policies
 from diffsynth.runtime.memory.planning import plan_call
 from diffsynth.runtime.memory.residency import Residency
@@ -101,6 +103,8 @@ class Pipeline:
         self.__signature__ = build_signature(self.program, self.loop, {})
         Placing(self.device, torch_dtype, vram_limit, policy).hold(self.components)
         self._residency = Residency(self.components, self.device)
+        keeps = vram_limit is not None and self.device.type != "cpu" and self._residency.is_needed
+        self._limit = LimitKeeper(self, vram_limit, self.device) if keeps else None
 
     @classmethod
     def from_pretrained(
@@ -184,13 +188,11 @@ class Pipeline:
         """
         if prompt != "" or "prompt" in self.__signature__.parameters:
             arguments["prompt"] = prompt
-        request = self.check(**arguments)
-        state = self._new_state(request)
-        run_units(self.program, self.components, state, around=functools.partial(self._stage, request))
-        latents = self._denoise(request, state)
-        if request.loop.output_type == "latents":
-            return latents
-        return self._output(request, state, latents)
+        request = self._planned(arguments)
+        try:
+            return self._draw(request)
+        finally:
+            self._residency.rest(request.plan)
 
     @classmethod
     def call_signature(cls, defaults: Mapping[str, Any] | None = None) -> inspect.Signature:
@@ -309,6 +311,24 @@ class Pipeline:
             return self.components[name]
         raise AttributeError(f"{type(self).__name__} has no {name!r}{did_you_mean(name, type(self).roles)}")
 
+    def _planned(self, arguments: Mapping[str, Any]) -> Request:
+        """The call, checked, with the plan that keeps the limit; the plan may decide to decode in tiles."""
+        request = self.check(**arguments)
+        if self._limit is None:
+            return request
+        plan = self._limit.plan(request, arguments)
+        if plan.tiled:
+            request = self.check(**{**arguments, "tiled": True})
+        return replace(request, plan=plan)
+
+    def _draw(self, request: Request) -> Any:
+        state = self._new_state(request)
+        run_units(self.program, self.components, state, around=functools.partial(self._stage, request))
+        latents = self._denoise(request, state)
+        if request.loop.output_type == "latents":
+            return latents
+        return self._output(request, state, latents)
+
     @classmethod
     def _whole_program(cls) -> Program:
         given = (*GIVEN, *cls.facts)
@@ -364,7 +384,8 @@ class Pipeline:
     @contextmanager
     def _stage(self, request: Request, step: Unit) -> Iterator[None]:
         _stop_if_cancelled(request)
-        with self._residency.on_device(step.roles):
+        stage = "decode" if step in self.output_units else step.name
+        with self._residency.on_device(step.roles, stage, request.plan):
             yield
 
     def _denoise(self, request: Request, state: State) -> Tensor:
@@ -389,7 +410,7 @@ class Pipeline:
             _stop_if_cancelled(request)
             if (roles := self.roles_at(float(sigma), state.view("cond"))) != held:
                 stage.close()
-                stage.enter_context(self._residency.on_device(roles))
+                stage.enter_context(self._residency.on_device(roles, "denoise", request.plan))
                 held = roles
             levels = sigma.to(self.device, torch.float32).expand(len(latents))
             rounded = latents.to(self.dtype)

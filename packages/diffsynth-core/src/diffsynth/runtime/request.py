@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from diffsynth import _discovery
+from diffsynth.core.vram.budget import MemoryPlan
 from diffsynth.errors import MissingComponent, did_you_mean
 from diffsynth.runtime.acceleration.choice import StepCacheArgument, parse_step_cache
 from diffsynth.runtime.progress import progress_bar
@@ -87,12 +88,16 @@ LOOP_NAMES = tuple(field.name for field in fields(LoopArguments))
 
 @dataclass(frozen=True)
 class Request:
-    """A checked call: every argument has a value, and the batch is laid out image by image."""
+    """A checked call: every argument has a value, and the batch is laid out image by image.
+
+    `plan` is how a memory limit is kept, if there is one.
+    """
 
     loop: LoopArguments
     values: dict[str, Any]
     seeds: list[int | None]
     single: bool
+    plan: MemoryPlan | None = None
 
     @property
     def batch_size(self) -> int:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from diffsynth.core.vram.budget import MemoryPlan
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.core.vram.occupants import occupants
 from diffsynth.core.vram.report import TransferReport
+from diffsynth.runtime.memory.keeping import follow
 
 
 class Residency:
@@ -29,21 +31,36 @@ class Residency:
         self._occupants = occupants(device)
 
     @property
+    def is_needed(self) -> bool:
+        """Whether anything moves."""
+        return bool(self._managed)
+
+    @property
     def reports(self) -> dict[str, TransferReport]:
         """What the transfers of each wrapped component cost."""
         return {role: module.report for role, module in self._managed.items()}
 
     @contextmanager
-    def on_device(self, roles: Collection[str]) -> Iterator[None]:
-        """Have these roles on the device inside the `with`; threads that share a device take turns."""
+    def on_device(self, roles: Collection[str], stage: str = "", plan: MemoryPlan | None = None) -> Iterator[None]:
+        """Have these roles on the device inside the `with`; threads that share a device take turns.
+
+        Args:
+            roles: that the stage uses.
+            stage: its name in the plan.
+            plan: what stays, what streams and what may be there meanwhile; without one each role is there whole, and
+                alone.
+        """
         used = [self._managed[role] for role in roles if role in self._managed]
         if not used:
             yield
             return
-        with self._occupants.stage(used):
-            yield
+        with self._occupants.turn():
+            beside = [] if plan is None else follow(plan, stage, roles, self._managed)
+            with self._occupants.stage(used, beside=beside):
+                yield
 
-    def leave(self) -> None:
-        """Have every component leave the device."""
-        for module in self._managed.values():
-            module.leave()
+    def rest(self, plan: MemoryPlan | None) -> None:
+        """After a call: what the plan did not let stay leaves the device; without one everything does."""
+        for role, module in self._managed.items():
+            if plan is None or role in plan.evicted:
+                module.leave()

@@ -1,0 +1,118 @@
+"""A limit that is kept: a plan for each kind of call, made before it runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.core.vram.budget import MemoryPlan
+from diffsynth.core.vram.managed import ManagedModule, managed
+from diffsynth.runtime.memory.planning import plan_call
+from diffsynth.runtime.request import Request
+
+if TYPE_CHECKING:
+    from diffsynth.runtime.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+_OF_NO_ACCOUNT = frozenset({"seed", "on_step", "cancel", "progress_bar_cmd"})
+"""Arguments that no size depends on."""
+
+
+class LimitKeeper:
+    """The plans of a pipeline's calls, one for each kind: equal sizes, counts and switches.
+
+    Args:
+        pipe: whose components are wrapped.
+        vram_limit: GiB on the device.
+        device: that the limit is of.
+    """
+
+    def __init__(self, pipe: Pipeline, vram_limit: float, device: torch.device) -> None:
+        self._pipe = pipe
+        self._device = device
+        self._limit = vram_limit
+        self._plans: dict[Any, MemoryPlan] = {}
+        self._guard = threading.Lock()
+
+    def plan(self, request: Request, arguments: Mapping[str, Any]) -> MemoryPlan:
+        """The plan of a call.
+
+        Args:
+            request: the call, checked.
+            arguments: as they were given.
+
+        Raises:
+            NotEnoughMemory: the limit cannot be kept; the message has the smallest that can.
+            Unplannable: the pipeline's code asks for values that only a real run has.
+        """
+        texts = self._pipe.per_image
+        kept = {name: value for name, value in arguments.items() if name not in _OF_NO_ACCOUNT and name not in texts}
+        kept["num_images"] = request.batch_size
+        kind = frozenset((name, _kind(value)) for name, value in kept.items())
+        with self._guard:
+            if kind not in self._plans:
+                self._plans[kind] = plan_call(
+                    self._pipe, kept, device=self._device, vram_limit=self._limit, policy=self._preset()
+                )
+                self._tell(self._plans[kind])
+            return self._plans[kind]
+
+    def _preset(self) -> str | None:
+        """The preset whose plan fits the components' policies; that of weights in host memory if they differ."""
+        modules = [part for part in self._pipe.components.values() if isinstance(part, torch.nn.Module)]
+        policies = [wrapped.policy for wrapped in map(managed, modules) if wrapped is not None]
+        if all(policy.onload.on_disk for policy in policies):
+            return "disk"
+        if all(policy.stored_dtype(torch.bfloat16).itemsize < 2 for policy in policies):
+            return "fp8"
+        return None
+
+    def _tell(self, plan: MemoryPlan) -> None:
+        logger.info(
+            "vram_limit=%s GiB: at most %.2f GiB, %.2f GB moved a step%s%s",
+            self._limit,
+            plan.peak_vram / 2**30,
+            plan.bytes_per_step / 1e9,
+            f"; {', '.join(plan.evicted)} leave between stages" if plan.evicted else "",
+            "; decodes in tiles" if plan.tiled else "",
+        )
+
+
+def follow(
+    plan: MemoryPlan, stage: str, roles: Collection[str], modules: Mapping[str, ManagedModule]
+) -> list[ManagedModule]:
+    """Set the components of a stage up as planned; gives those that may stay on the device beside them.
+
+    Args:
+        plan: of the call.
+        stage: its name. One that the plan has no line for, as it costs next to nothing, has its components as another
+            stage has them.
+        roles: that it uses: where experts take turns, each has a stage of the loop.
+        modules: wrapped components by role.
+    """
+    lines = plan.loop if stage == "denoise" else [line for line in plan.stages if line.name == stage]
+    exact = [line for line in lines if set(line.roles) == set(roles)] or lines
+    for residence in (each for line in exact or plan.stages for each in line.residences):
+        if residence.role in roles and residence.role in modules:
+            modules[residence.role].configure(resident=residence.resident, slots=max(residence.slots, 1))
+    return [module for role, module in modules.items() if role not in plan.evicted]
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument's value sizes may depend on."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Image.Image):
+        return ("image", value.size)
+    if isinstance(value, Tensor):
+        return ("tensor", tuple(value.shape), value.dtype)
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, *map(_kind, value))
+    return type(value).__qualname__
