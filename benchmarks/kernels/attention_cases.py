@@ -35,6 +35,8 @@ def _case(row: configs.Config, arch: int, variant: str, dtype: str) -> Case:
     flags = {"HAS_LEFT": False, "HAS_RIGHT": False, "HAS_MASK": False, "SAMPLES": 0} | _VARIANTS[variant]
     sizes = {"Q_PER_KV": 1, "D": row.head_dim, "D_V": row.head_dim, "BLOCK_D": row.head_dim, "BLOCK_DV": row.head_dim}
     constexprs = {**sizes, **flags, "BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "stride_mk": 1}
+    if row.kernel == "fwd":
+        constexprs |= {"q_scales": None, "k_scales": None, "INT8": False}
     if not flags["HAS_MASK"]:
         constexprs |= dict.fromkeys(("mask", "blocks", "counts"))
     if not flags["SAMPLES"]:

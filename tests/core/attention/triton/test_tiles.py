@@ -21,8 +21,7 @@ def state_by_hand(allowed: torch.Tensor) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize("by_keys", [False, True])
-@pytest.mark.parametrize("limits", [(-1, -1), (20, 0), (-1, 9)])
+@pytest.mark.parametrize(("limits", "by_keys"), [((-1, -1), True), ((20, 0), False), ((-1, 9), True)])
 def test_blocks_are_full_then_partial_and_empty_ones_are_left_out(limits, by_keys):
     mask = torch.rand(1, 2, 70, 40) < 0.9
     mask[:, :, :, 16:32], mask[:, :, 32:64, 16:32], mask[:, 0, :32] = True, False, True

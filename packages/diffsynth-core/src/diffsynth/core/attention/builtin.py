@@ -9,7 +9,7 @@ from diffsynth.core.attention.libraries.xformers import XformersAttention
 from diffsynth.core.attention.naive import NaiveAttention
 from diffsynth.core.attention.sdpa import SdpaAttention
 from diffsynth.core.attention.select import register_backend
-from diffsynth.core.attention.triton.backend import TritonAttention
+from diffsynth.core.attention.triton.backend import TritonAttention, TritonInt8Attention
 
 
 def register_builtin_backends() -> None:
@@ -21,6 +21,7 @@ def register_builtin_backends() -> None:
     register_backend("flash_attention_2", FLASH_ATTENTION_2, priority=-10)
     register_backend("xformers", XformersAttention(), priority=-20)
     register_backend("sage_attention", SageAttention(), priority=-30)
+    register_backend("triton_int8", TritonInt8Attention(), priority=-40)
     register_backend("flex", FlexAttention(), priority=-80)
     for kernel in ("flash", "cudnn", "efficient", "math"):
         register_backend(f"sdpa_{kernel}", SdpaAttention(kernel), priority=-90)

@@ -1,4 +1,4 @@
-"""The backend `triton`: our own flash attention. Imports Triton when it is first asked to compute."""
+"""The backends `triton` and `triton_int8`: our own flash attention. They import Triton when first asked to compute."""
 
 from __future__ import annotations
 
@@ -53,9 +53,37 @@ class TritonAttention:
         return out
 
 
-def _device_refusal(call: AttentionCall) -> str | None:
+class TritonInt8Attention:
+    """The same kernel over queries and keys of 8 bits: inference only, and inexact by what 8 bits lose."""
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        """What `triton` refuses; gradients, fp32, packed samples."""
+        if reason := missing("triton") or _device_refusal(call, "triton_int8") or _content_refusal(call):
+            return reason
+        if call.q.dtype == torch.float32:
+            return "dtype torch.float32 is neither fp16 nor bf16"
+        if call.cu_seqlens is not None:
+            return "it takes no cu_seqlens"
+        return "it has no gradients" if call.needs_grad else None
+
+    def avoids(self, call: AttentionCall) -> str | None:
+        """Everything: what it computes is not what was asked for, but near it."""
+        return "its 8-bit scores are inexact; it is for those who ask for it"
+
+    def workspace(self, call: AttentionCall, device_type: str) -> int:
+        """As of `triton`, and queries and keys in 8 bits."""
+        return TritonAttention().workspace(call, device_type) + call.q.numel() + call.k.numel()
+
+    def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
+        """See `AttentionBackend`."""
+        from diffsynth.core.attention.triton.int8 import flash_attention_int8
+
+        return flash_attention_int8(call.q, call.k, call.v, call.mask, call.scale, list(call.limits))
+
+
+def _device_refusal(call: AttentionCall, name: str = _NAME) -> str | None:
     if call.q.device.type != "cpu":
-        return device_refusal(_NAME, call, range(8, 13))
+        return device_refusal(name, call, range(8, 13))
     if not _env.triton_interpret():
         return "tensors are on cpu; there TRITON_INTERPRET=1 runs the kernels step by step"
     if call.q.dtype == torch.bfloat16:

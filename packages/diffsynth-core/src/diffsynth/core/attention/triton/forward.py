@@ -24,18 +24,20 @@ from diffsynth.core.attention.triton.places import (
 
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "samples", "left", "right"])
 def flash_fwd_kernel(
-    q, k, v, out, lse, mask, blocks, counts, cu_q, cu_k,
+    q, k, v, out, lse, q_scales, k_scales, mask, blocks, counts, cu_q, cu_k,
     stride_qb, stride_qs, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn,
     stride_mb, stride_mn, stride_mq, stride_mk, stride_tb, stride_tn, stride_tt,
     heads, tiles, q_len, k_len, samples, scale_log2, left, right,
     Q_PER_KV: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one head against the keys that it may attend.
 
     Without `mask`, positions bound the loop. With it, each row of `blocks` lists the key blocks that a tile may attend
     in full, then those in part, and `counts` says how many are full and how many there are: `tiles.block_lists`.
+
+    INT8: `q` and `k` are 8 bits wide, and `q_scales` and `k_scales`, `b n blocks`, say what 1 of each block stands for.
     """
     i_tile, i_head, i_batch = place(tl.program_id(0), tiles, heads, HAS_RIGHT)
     i_row, i_stat, k_tiles = i_batch * q_len, (i_batch * heads + i_head) * q_len, tl.cdiv(k_len, BLOCK_N)
@@ -50,6 +52,9 @@ def flash_fwd_kernel(
     o_k, o_v = o_n[:, None] * stride_ks + o_d[None, :], o_n[:, None] * stride_vs + o_dv[None, :]
     if HAS_MASK:
         mask += i_batch * stride_mb + i_head * stride_mn + row.to(tl.int64) * stride_mq
+    if INT8:
+        q_scale = tl.load(q_scales + (i_batch * heads + i_head) * tiles + i_tile)
+        k_scales += (i_batch * heads + i_head) // Q_PER_KV * k_tiles
     i_list = i_batch * stride_tb + i_head * stride_tn + i_tile * stride_tt
     first, full_first, full_last, last = columns_to_visit(
         counts, i_list, row, q_len, k_len, left, right, HAS_LEFT, HAS_RIGHT, HAS_MASK, BLOCK_M, BLOCK_N
@@ -66,6 +71,8 @@ def flash_fwd_kernel(
             m_columns = column + o_n < k_len
             b_k = load_rows(p_k + column.to(tl.int64) * stride_ks + o_k, m_columns, m_d, MASKED, D < BLOCK_D)
             b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            if INT8:
+                b_scores = b_scores.to(tl.float32) * (q_scale * tl.load(k_scales + i_block))
             if MASKED:
                 p_mask = mask
                 if HAS_MASK:

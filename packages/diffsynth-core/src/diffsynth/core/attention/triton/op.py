@@ -21,7 +21,7 @@ from diffsynth.core.attention.triton.forward import flash_fwd_kernel
 from diffsynth.core.attention.triton.tiles import block_lists, launchable
 from diffsynth.core.device.backends import torch_module
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _DELTA_ROWS = 32
 
 
@@ -48,10 +48,10 @@ def flash_attention(
     b, q_len, n, _ = q.shape
     out = torch.empty(b, q_len, n, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(b, n, q_len, dtype=torch.float32, device=q.device)
-    with _current(q.device):
-        settings = _settings("fwd", (q, k, v), mask, cu_seqlens, limits)
+    with current(q.device):
+        settings = settings_of("fwd", (q, k, v), mask, cu_seqlens, limits)
         launchable(flash_fwd_kernel)[(settings["tiles"] * n * b,)](
-            q, k, v, out, lse, **settings, scale_log2=scale * _LOG2_E
+            q, k, v, out, lse, None, None, **settings, scale_log2=scale * LOG2_E
         )
     return out, lse
 
@@ -76,16 +76,16 @@ def flash_attention_backward(
     rows = b * q_len * n
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    factors = {"scale": scale, "scale_log2": scale * _LOG2_E}
-    with _current(q.device):
+    factors = {"scale": scale, "scale_log2": scale * LOG2_E}
+    with current(q.device):
         launchable(flash_delta_kernel)[(triton.cdiv(rows, _DELTA_ROWS),)](
-            out, d_out, delta, n, rows, q_len, D_V=d_v, BLOCK_DV=_padded(d_v), BLOCK_M=_DELTA_ROWS
+            out, d_out, delta, n, rows, q_len, D_V=d_v, BLOCK_DV=padded(d_v), BLOCK_M=_DELTA_ROWS
         )
-        by_keys = _settings("dkdv", (q, k, v), mask, cu_seqlens, limits)
+        by_keys = settings_of("dkdv", (q, k, v), mask, cu_seqlens, limits)
         launchable(flash_dkdv_kernel)[(by_keys["tiles"] * k.shape[2] * b,)](
             q, k, v, d_out, lse, delta, dk, dv, **by_keys, **factors
         )
-        by_queries = _settings("dq", (q, k, v), mask, cu_seqlens, limits)
+        by_queries = settings_of("dq", (q, k, v), mask, cu_seqlens, limits)
         launchable(flash_dq_kernel)[(by_queries["tiles"] * n * b,)](
             q, k, v, d_out, lse, delta, dq, **by_queries, **factors
         )
@@ -109,7 +109,7 @@ def _backward(ctx: Any, d_out: Tensor, _d_lse: Tensor | None) -> tuple[Any, ...]
 flash_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _settings(
+def settings_of(
     kernel: Kernel,
     qkv: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
@@ -120,7 +120,7 @@ def _settings(
     q, k, v = qkv
     (_, q_len, n, d), k_len, d_v = q.shape, k.shape[1], v.shape[3]
     by_keys = kernel == "dkdv"
-    head_dim = max(_padded(d), _padded(d_v))
+    head_dim = max(padded(d), padded(d_v))
     config = config_for(kernel, head_dim, capability_of(q.device), fp32=q.dtype == torch.float32)
     left, right = limits
     cu_q, cu_k = cu_seqlens or (None, None)
@@ -155,8 +155,8 @@ def _settings(
         "Q_PER_KV": n // k.shape[2],
         "D": d,
         "D_V": d_v,
-        "BLOCK_D": _padded(d),
-        "BLOCK_DV": _padded(d_v),
+        "BLOCK_D": padded(d),
+        "BLOCK_DV": padded(d_v),
         "HAS_LEFT": left >= 0,
         "HAS_RIGHT": right >= 0,
         "HAS_MASK": mask is not None,
@@ -172,7 +172,8 @@ def _strides(tensor: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
     return {f"stride_{tensor}{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
 
 
-def _padded(dim: int) -> int:
+def padded(dim: int) -> int:
+    """The head dim of a block: a power of two that a matrix product takes."""
     return max(16, triton.next_power_of_2(dim))
 
 
@@ -180,7 +181,7 @@ def _with_dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def current(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     module = torch_module(device.type)
     return nullcontext() if module is None else module.device(device)

@@ -149,11 +149,11 @@ def may_attend(
 def load_rows(pointers, m_rows, m_inner, MASK_ROWS: tl.constexpr, MASK_INNER: tl.constexpr):
     """A block whose first axis may end early (the last tokens) and whose second may be padded (the head dim)."""
     if MASK_ROWS and MASK_INNER:
-        b_rows = tl.load(pointers, mask=m_rows[:, None] & m_inner[None, :], other=0.0)
+        b_rows = tl.load(pointers, mask=m_rows[:, None] & m_inner[None, :], other=0)
     elif MASK_ROWS:
-        b_rows = tl.load(pointers, mask=m_rows[:, None], other=0.0)
+        b_rows = tl.load(pointers, mask=m_rows[:, None], other=0)
     elif MASK_INNER:
-        b_rows = tl.load(pointers, mask=m_inner[None, :], other=0.0)
+        b_rows = tl.load(pointers, mask=m_inner[None, :], other=0)
     else:
         b_rows = tl.load(pointers)
     return b_rows

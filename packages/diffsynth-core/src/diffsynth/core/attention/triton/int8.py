@@ -1,0 +1,82 @@
+"""Attention whose scores are products of 8-bit integers: SageAttention (Zhang et al. 2024, arXiv:2410.02367).
+
+The mean key of each head is taken off first: it adds the same to all scores of a query, which a softmax does not see,
+and it is most of what makes keys hard to say in 8 bits. Queries and keys then have one scale per block of tokens, the
+block of the forward kernel; weights and values stay in 16 bits. Forward only.
+"""
+
+# ruff: noqa: N803 - constexpr parameters are in capitals, as everywhere in Triton
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from diffsynth.core.attention.triton.forward import flash_fwd_kernel
+from diffsynth.core.attention.triton.op import LOG2_E, current, padded, settings_of
+from diffsynth.core.attention.triton.places import load_rows, place
+from diffsynth.core.attention.triton.tiles import launchable
+
+
+@triton_op("diffsynth::flash_attention_int8", mutates_args=())
+def flash_attention_int8(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, limits: Sequence[int]
+) -> Tensor:
+    """The output, `b q n d_v`; arguments as of `op.flash_attention`."""
+    v = v if v.stride(-1) == 1 else v.contiguous()
+    b, q_len, n, _ = q.shape
+    out = torch.empty(b, q_len, n, v.shape[3], dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, n, q_len, dtype=torch.float32, device=q.device)
+    with current(q.device):
+        settings = settings_of("fwd", (q, k, v), mask, [], limits)
+        q_small, q_scales = _quantized(q, None, settings["BLOCK_M"])
+        k_small, k_scales = _quantized(k, k.mean(1, dtype=torch.float32), settings["BLOCK_N"])
+        for name, small in (("q", q_small), ("k", k_small)):
+            settings |= {f"stride_{name}{axis}": stride for axis, stride in zip("bsn", small.stride(), strict=False)}
+        launchable(flash_fwd_kernel)[(settings["tiles"] * n * b,)](
+            q_small, k_small, v, out, lse, q_scales, k_scales, **settings, scale_log2=scale * LOG2_E, INT8=True
+        )
+    return out
+
+
+def _quantized(x: Tensor, mean: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """`x`, less the mean of its tokens where one is given, in 8 bits; and fp32 scales, `b n blocks`."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    b, length, n, d = x.shape
+    tiles = triton.cdiv(length, block)
+    small = torch.empty(b, length, n, d, dtype=torch.int8, device=x.device)
+    scales = torch.empty(b, n, tiles, dtype=torch.float32, device=x.device)
+    launchable(quantize_kernel)[(tiles * n * b,)](
+        x, mean, small, scales, *x.stride()[:3], n, tiles, length,
+        HAS_MEAN=mean is not None, D=d, BLOCK_D=padded(d), BLOCK=block,
+    )  # fmt: skip
+    return small, scales
+
+
+@triton.jit(do_not_specialize=["tiles", "length"])
+def quantize_kernel(
+    x, mean, small, scales, stride_b, stride_s, stride_n, heads, tiles, length,
+    HAS_MEAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`small = round((x - mean) / scale)` for BLOCK tokens of one head, `scale = max|x - mean| / 127`.
+
+    x is `b s n d`, mean `b n d`, small `b s n d`, scales `b n tiles`; the last three contiguous.
+    """
+    i_tile, i_head, i_batch = place(tl.program_id(0), tiles, heads, False)
+    row = i_tile * BLOCK
+    o_s, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    m_rows, m_d = row + o_s < length, o_d < D
+    p_x = x + i_batch * stride_b + i_head * stride_n + row.to(tl.int64) * stride_s
+    b_x = load_rows(p_x + o_s[:, None] * stride_s + o_d[None, :], m_rows, m_d, True, D < BLOCK_D).to(tl.float32)
+    if HAS_MEAN:
+        b_x -= tl.load(mean + (i_batch * heads + i_head) * D + o_d, mask=m_d, other=0.0)[None, :]
+    m_block = m_rows[:, None] & m_d[None, :]
+    largest = tl.max(tl.max(tl.where(m_block, tl.abs(b_x), 0.0), 1), 0)
+    scale = tl.where(largest == 0.0, 1.0, largest / 127.0)
+    p_small = small + ((i_batch * length + row) * heads + i_head) * D
+    tl.store(p_small + o_s[:, None] * (heads * D) + o_d[None, :], tl.floor(b_x / scale + 0.5).to(tl.int8), mask=m_block)
+    tl.store(scales + (i_batch * heads + i_head) * tiles + i_tile, scale)
