@@ -237,6 +237,33 @@ def test_progress_counts_pieces() -> None:
     assert counts == [3, 2]
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs):
+        return self.inner(*inputs)
+
+
+@torch.no_grad()
+def test_layers_may_be_wrapped() -> None:
+    """A layer that was told by its class lost its cache when something took its place, to move it."""
+    ours = build(CONFIG)
+    expected = ours.decode(draw_latents(2, 1, 1))
+    for index, layer in enumerate(ours.decoder.upsamples):
+        ours.decoder.upsamples[index] = Wrapper(layer)
+    assert torch.equal(ours.decode(draw_latents(2, 1, 1)), expected)
+
+
+def test_blocks_can_be_streamed() -> None:
+    from diffsynth.core.vram.partition import partition
+    from diffsynth.models.plugin import WAN_AUTOENCODER
+
+    parts = partition(build(CONFIG), repeated=WAN_AUTOENCODER.repeated_blocks, smallest=0)
+    assert {"encoder.downsamples.0", "decoder.upsamples.0"} <= {block.name for block in parts.blocks}
+
+
 def test_gradients_pass_through_pieces() -> None:
     ours = build(CONFIG)
     latents = draw_latents(2, 1, 1).requires_grad_()

@@ -56,10 +56,15 @@ class CausalLayer(nn.Module):
 class CausalSequential(nn.Sequential, CausalLayer):
     """Layers in a row, some of them causal."""
 
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        # Noted now: what takes a layer's place later, to move or quantise it, need not be of its class.
+        self._is_causal = tuple(isinstance(layer, CausalLayer) for layer in layers)
+
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
         """See the class."""
-        for layer in self:
-            x = layer(x, cache) if isinstance(layer, CausalLayer) else layer(x)
+        for layer, is_causal in zip(self, self._is_causal, strict=True):
+            x = layer(x, cache) if is_causal else layer(x)
         return x
 
 
