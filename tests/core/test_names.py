@@ -16,6 +16,8 @@ empty_cache get_torch_device get_device_id enable_high_precision_for_bf16 FrameS
 ToInt ToFloat ToStr ToList ToAbsolutePath LoadImage LoadVideo LoadGIF LoadAudio LoadAudioWithTorchaudio
 LoadPureAudioWithTorchaudio LoadTorchPickle ImageCropAndResize SequencialProcess RouteByExtensionName
 RouteByType DataProcessingOperatorRaw DataProcessingOperator DataProcessingPipeline
+AutoTorchModule AutoWrappedModule AutoWrappedNonRecurseModule AutoWrappedLinear DiskMap enable_vram_management
+enable_vram_management_recursively fill_vram_config load_model_with_disk_offload
 """
 
 
@@ -65,8 +67,8 @@ def test_one_object_by_every_way():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("enable_vram_management", "the VRAM engine"),
-        ("DiskMap", "the VRAM engine"),
+        ("AutoWrappedQuantizedModule", "quantization"),
+        ("LoRAHotLoadMixin", "LoRA"),
         ("QuantizeConfig", "quantization"),
         ("OffloadTrainingManager", "offloaded training"),
     ],

@@ -6,7 +6,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffsynth.core.loader import model
-from diffsynth.core.loader.model import load_model, skip_model_initialization
+from diffsynth.core.loader.model import load_model, load_model_with_disk_offload, skip_model_initialization
+from diffsynth.core.vram import managed
+from diffsynth.core.vram.doors import AutoWrappedLinear
 from diffsynth.errors import KeyMismatch, NoFiles
 
 
@@ -101,21 +103,91 @@ def test_buffers_that_no_file_holds(saved):
         load_model(Net, path, {"width": 5, "table": True})
 
 
-@pytest.mark.parametrize(
-    ("settings", "part"),
-    [
-        ({"use_disk_map": True}, "the VRAM engine"),
-        ({"module_map": {}}, "the VRAM engine"),
-        ({"vram_config": {}}, "the VRAM engine"),
-        ({"vram_limit": 8.0}, "the VRAM engine"),
-        ({"quantize": "fp8"}, "quantization"),
-    ],
-)
-def test_what_comes_later_is_refused(saved, settings, part):
-    (name,) = settings
-    with pytest.raises(NotImplementedError, match=f"load_model\\({name}=.*comes with {part}"):
-        load_model(Net, saved[0], {"width": 5}, **settings)
-    load_model(Net, saved[0], {"width": 5}, use_disk_map=False, vram_limit=None)
+HOST = {"offload_device": "cpu", "offload_dtype": torch.float32}
+DISK = {f"{state}_{part}": "disk" for state in ("offload", "onload") for part in ("device", "dtype")}
+
+
+@pytest.mark.parametrize("vram_config", [HOST, DISK], ids=["host", "disk"])
+@pytest.mark.parametrize("module_map", [None, {nn.Linear: AutoWrappedLinear}], ids=["blocks", "layers"])
+@pytest.mark.parametrize("converter", [None, lambda tensors: {f"{key}": tensor for key, tensor in tensors.items()}])
+def test_under_a_policy(saved, vram_config, module_map, converter):
+    """What is computed is what the plain module computes, wherever its weights are."""
+    path, net = saved
+    x = torch.randn(3, 5)
+    found = load_model(
+        Net,
+        path,
+        {"width": 5},
+        torch.float32,
+        state_dict_converter=converter,
+        module_map=module_map,
+        vram_config=vram_config,
+        vram_limit=1,
+    )
+    assert found.vram_management_enabled
+    assert not found.training
+    assert found.norm.num_batches_tracked.item() == 7
+    assert found.linear.weight.is_meta == ("disk" in vram_config.values())
+    with managed(found):
+        assert torch.equal(found.norm(found.linear(x)), net.eval().norm(net.linear(x)))
+
+
+def test_under_a_policy_from_tensors_and_from_a_pickle(saved):
+    path, net = saved
+    same_as(
+        load_model(Net, None, {"width": 5}, torch.float32, state_dict=net.state_dict(), vram_config=HOST),
+        net,
+        torch.float32,
+    )
+    same_as(
+        load_model(Net, path.with_suffix(".pth"), {"width": 5}, torch.float32, vram_config=HOST), net, torch.float32
+    )
+    with pytest.raises(ValueError, match=r"diffsynth convert .*net\.pth -o model\.safetensors"):
+        load_model(Net, path.with_suffix(".pth"), {"width": 5}, vram_config=DISK)
+    with pytest.raises(ValueError, match="no file that could be read block by block"):
+        load_model(Net, None, {"width": 5}, state_dict=net.state_dict(), vram_config=DISK)
+
+
+def test_a_disk_map_reads_what_the_converter_takes(saved, tmp_path, monkeypatch):
+    _, net = saved
+    save_file(
+        {"other": torch.ones(4), **{f"net.{key}": t for key, t in net.state_dict().items()}},
+        tmp_path / "all.safetensors",
+    )
+
+    def converter(tensors):
+        return {key.removeprefix("net."): tensor for key, tensor in tensors.items() if key.startswith("net.")}
+
+    monkeypatch.setattr(model, "load_state_dict", lambda *args: pytest.fail("all of it was read"))
+    found = load_model(
+        Net,
+        tmp_path / "all.safetensors",
+        {"width": 5},
+        torch.float32,
+        state_dict_converter=converter,
+        use_disk_map=True,
+    )
+    same_as(found, net, torch.float32)
+
+
+def test_disk_offload_rounds_weights_to_fp8(saved):
+    path, net = saved
+    found = load_model_with_disk_offload(Net, path, {"width": 5}, torch.float32)
+    assert found.linear.weight.is_meta
+    rounded = net.linear.weight.to(torch.float8_e4m3fn).float()
+    x = torch.randn(3, 5)
+    with managed(found):
+        assert torch.equal(found.linear(x), nn.functional.linear(x, rounded, found.linear.bias))
+
+
+def test_memory_arguments_that_say_nothing_are_refused(saved):
+    for settings in ({"module_map": {}}, {"vram_limit": 8.0}):
+        with pytest.raises(ValueError, match="without a vram_config"):
+            load_model(Net, saved[0], {"width": 5}, **settings)
+    with pytest.raises(NotImplementedError, match=r"load_model\(quantize=.*comes with quantization"):
+        load_model(Net, saved[0], {"width": 5}, quantize="fp8")
+    with pytest.raises(ValueError, match="computation_device='cpu' without computation_dtype"):
+        load_model(Net, saved[0], {"width": 5}, torch_dtype=None, vram_config=HOST)
 
 
 def test_skipping_initialisation_is_a_matter_of_one_thread():

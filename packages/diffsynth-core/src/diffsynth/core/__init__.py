@@ -59,7 +59,7 @@ _MODULES = {
     ),
     "gradient.checkpoint": ("gradient_checkpoint_forward",),
     "loader.config": ("ModelConfig",),
-    "loader.model": ("load_model", "skip_model_initialization"),
+    "loader.model": ("load_model", "load_model_with_disk_offload", "skip_model_initialization"),
     "loader.state_dict": (
         "hash_model_file",
         "hash_state_dict_keys",
@@ -69,14 +69,21 @@ _MODULES = {
         "load_state_dict_from_bin",
         "load_state_dict_from_safetensors",
     ),
+    "vram.disk_map": ("DiskMap",),
+    "vram.doors": (
+        "AutoTorchModule",
+        "AutoWrappedLinear",
+        "AutoWrappedModule",
+        "AutoWrappedNonRecurseModule",
+        "enable_vram_management",
+        "enable_vram_management_recursively",
+        "fill_vram_config",
+    ),
 }
 _WHERE = {name: f"diffsynth.core.{module}" for module, names in _MODULES.items() for name in names}
 
 _LATER = {
-    "the VRAM engine": (
-        "AutoTorchModule AutoWrappedLinear AutoWrappedModule AutoWrappedNonRecurseModule DiskMap LoRAHotLoadMixin "
-        "enable_vram_management enable_vram_management_recursively fill_vram_config load_model_with_disk_offload"
-    ),
+    "LoRA": "LoRAHotLoadMixin",
     "quantization": (
         "AutoWrappedQuantizedModule BackendConfig MixedQuantizeConfig QUANT_BACKENDS QUANT_METHODS QuantBackend "
         "QuantMethodSpec QuantizeConfig check_backend_contract check_differentiable describe_quant_method "

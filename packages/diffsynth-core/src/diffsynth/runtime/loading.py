@@ -18,6 +18,7 @@ from diffsynth.core import device as devices
 from diffsynth.core.loader import files, header, load, recognize
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.reading.source import ComponentSource
+from diffsynth.core.vram.managed import check_source
 from diffsynth.core.vram.placement import Policy
 from diffsynth.errors import CorruptFile, MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.memory.placing import Placing
@@ -77,6 +78,12 @@ class PretrainedLoader:
             load.open_component(part.recognized, part.header, dtype=_dtype(policy, placing))
             for part, policy in zip(found, policies, strict=True)
         ]
+        for policy, (module, source) in zip(policies, opened, strict=True):
+            if policy is not None:
+                check_source(policy, source, type(module).__name__)
+        for part, policy, (module, _) in zip(found, policies, opened, strict=True):
+            if policy is not None:
+                placing.check_limit(part.role, module, architecture=part.recognized.architecture, policy=policy)
         sources_ahead = [*(source for _, source in opened[1:]), None]
         for part, policy, (module, source), ahead in zip(found, policies, opened, sources_ahead, strict=False):
             started = time.perf_counter()
@@ -84,7 +91,6 @@ class PretrainedLoader:
                 components[part.role] = placing.read(
                     module,
                     source,
-                    header=part.header,
                     architecture=part.recognized.architecture,
                     policy=policy,
                 )

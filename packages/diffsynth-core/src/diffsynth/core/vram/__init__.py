@@ -1,1 +1,31 @@
-"""Weights that come and go: policies, blocks that stream, budgets and plans."""
+"""Weights that come and go: policies, blocks that stream, budgets and plans.
+
+    managed = wrap(model, Policy.preset("cpu-offload", "cuda"))
+
+`budget` and `rehearsal` are packages of their own: what fits into how much memory, and what a call would take.
+"""
+
+from __future__ import annotations
+
+from diffsynth.core.vram.disk_map import DiskMap
+from diffsynth.core.vram.managed import ManagedModule, managed, wrap
+from diffsynth.core.vram.occupants import Occupants, occupants
+from diffsynth.core.vram.partition import Block, Partition, partition
+from diffsynth.core.vram.placement import Placement, Policy, State
+from diffsynth.core.vram.report import TransferReport
+
+__all__ = [
+    "Block",
+    "DiskMap",
+    "ManagedModule",
+    "Occupants",
+    "Partition",
+    "Placement",
+    "Policy",
+    "State",
+    "TransferReport",
+    "managed",
+    "occupants",
+    "partition",
+    "wrap",
+]

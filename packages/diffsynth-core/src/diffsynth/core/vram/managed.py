@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from diffsynth.core import device as devices
 from diffsynth.core.loader.reading.source import ComponentSource
+from diffsynth.core.vram.budget.workload import BlockLoad, ComponentLoad
 from diffsynth.core.vram.masters import DiskMaster, HostArena, HostMaster, Master
 from diffsynth.core.vram.packing import Packing
 from diffsynth.core.vram.partition import SMALL, Block, partition
@@ -29,6 +30,8 @@ SLOTS = 2
 """Blocks that are on the device at once unless a plan says otherwise: one computes, the next is on its way."""
 
 _ATTRIBUTE = "_diffsynth_managed"
+_FLAG = "vram_management_enabled"
+"""What older code asks a module for."""
 
 
 def managed(module: nn.Module) -> ManagedModule | None:
@@ -62,15 +65,11 @@ def wrap(
 
     Raises:
         ValueError: the module is wrapped already, learns, is a tensor subclass's, or is to wait on disk without a
-            source.
+            source that can be read block by block.
     """
     if managed(module) is not None:
         raise ValueError(f"this {type(module).__name__} is wrapped already; managed(module) gives what wraps it")
-    if source is None and (policy.offload.on_disk or policy.onload.on_disk):
-        raise ValueError(
-            f"{type(module).__name__} is to wait on disk, but it has no file that could be read block by block. "
-            "Load it from a safetensors file with the policy, or use offload_device='cpu'"
-        )
+    check_source(policy, source, type(module).__name__)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             raise ValueError(f"{name} learns; only frozen weights can come and go: module.requires_grad_(False)")
@@ -84,7 +83,33 @@ def wrap(
         high_precision=high_precision,
     )
     vars(module)[_ATTRIBUTE] = made
+    vars(module)[_FLAG] = True
     return made
+
+
+def check_source(policy: Policy, source: ComponentSource | None, name: str) -> None:
+    """Refuse to have weights wait on disk where nothing could read them block by block.
+
+    Args:
+        policy: that they are to be under.
+        source: of the weights, or None.
+        name: what the message calls the module if it has no source.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if not (policy.offload.on_disk or policy.onload.on_disk):
+        return
+    if source is None or not (source.streams or source.files):
+        raise ValueError(
+            f"{name if source is None else source.where} is to wait on disk, but it has no file that could be read "
+            "block by block. Load it from a safetensors file with the policy, or use offload_device='cpu'"
+        )
+    if not source.streams:
+        raise ValueError(
+            f"{source.where}: a policy with 'disk' reads safetensors files block by block. "
+            f"Run: diffsynth convert {' '.join(map(str, source.files))} -o model.safetensors"
+        )
 
 
 class ManagedModule:
@@ -140,6 +165,11 @@ class ManagedModule:
         return tuple(self._blocks)
 
     @property
+    def streamed(self) -> tuple[str, ...]:
+        """Blocks that are away between their turns, as it is configured."""
+        return tuple(name for name in self._blocks if not self._stays(name))
+
+    @property
     def device_bytes(self) -> int:
         """Bytes that the component holds on its device now."""
         if self._state is State.OFFLOAD:
@@ -151,6 +181,18 @@ class ManagedModule:
         }
         slots = self._stream.device_bytes if self._stream is not None else 0
         return sum(own.values()) + slots + self._computed.numel()
+
+    def load(self, role: str = "") -> ComponentLoad:
+        """What its weights take, for a plan."""
+        rest = self._packings[REST]
+        buffers = sum(buffer.numel() * buffer.element_size() for _, _, buffer in buffers_of(self.module))
+        packed = [(name, self._packings[name]) for name in self._blocks]
+        return ComponentLoad(
+            role,
+            tuple(BlockLoad(name, packing.stored_bytes, packing.computed_bytes) for name, packing in packed),
+            rest.computed_bytes + buffers,
+            rest.stored_bytes + buffers,
+        )
 
     def configure(self, *, resident: Collection[str] | None, slots: int) -> None:
         """What the next stage keeps on the device.
@@ -200,7 +242,8 @@ class ManagedModule:
             self.leave()
             for part in (self.module, *(block.module for block in self._blocks.values())):
                 vars(part).pop("forward", None)
-            vars(self.module).pop(_ATTRIBUTE, None)
+            for name in (_ATTRIBUTE, _FLAG):
+                vars(self.module).pop(name, None)
         return self.module
 
     def __enter__(self) -> ManagedModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class Partition:
 
     Args:
         blocks: in the order of the module tree, which is near the order of execution.
-        rest: parameters outside blocks: a container's own, those that two blocks share, those of small modules.
+        rest: parameters outside blocks: a container's own, those that a block shares, those of small modules.
         buffers: all of them. They may be written to, so they never travel with a block.
     """
 
@@ -84,11 +85,8 @@ def partition(
     else:
         lists = _named_lists(module, repeated, atomic) if repeated else _found_lists(module, atomic)
         blocks = list(_blocks("", module, lists, atomic))
-    owners: dict[int, set[str]] = {}
-    for block in blocks:
-        for parameter in block.parameters().values():
-            owners.setdefault(id(parameter), set()).add(block.name)
-    shared = {name for names in owners.values() if len(names) > 1 for name in names}
+    everywhere = _places(module)
+    shared = {each.name for each in blocks if any(everywhere[key] > n for key, n in _places(each.module).items())}
     # A module that cannot be cut at all is rest, too: it comes and goes with its stage.
     kept = tuple(each for each in blocks if each.name and each.name not in shared and 0 < each.bytes() >= smallest)
     held = {id(parameter) for block in kept for parameter in block.parameters().values()}
@@ -138,6 +136,11 @@ def _outermost(module: nn.Module, classes: tuple[type, ...]) -> Iterator[tuple[s
         if isinstance(part, classes) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
             found.append(name)
             yield name, part
+
+
+def _places(module: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    return Counter(id(own) for part in module.modules() for own in part._parameters.values() if own is not None)
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:

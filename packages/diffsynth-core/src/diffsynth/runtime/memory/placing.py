@@ -14,11 +14,11 @@ from torch import nn
 from diffsynth import _discovery
 from diffsynth.core.loader import load
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.loader.header import Header
 from diffsynth.core.loader.reading.source import ComponentSource
 from diffsynth.core.vram.managed import managed, wrap
+from diffsynth.core.vram.partition import partition
 from diffsynth.core.vram.placement import Policy
-from diffsynth.errors import did_you_mean
+from diffsynth.errors import NotEnoughMemory, did_you_mean
 from diffsynth.spec import ArchitectureSpec, resolve
 
 logger = logging.getLogger(__name__)
@@ -70,24 +70,42 @@ class Placing:
             return None
         return wanted if isinstance(wanted, Policy) else Policy.preset(wanted, self.device, self.dtype)
 
+    def check_limit(self, role: str, module: nn.Module, *, architecture: ArchitectureSpec, policy: Policy) -> None:
+        """Refuse a limit that is too small for the largest block alone; what a call takes beside it is planned then.
+
+        Args:
+            role: of the component.
+            module: on meta.
+            architecture, policy: of it.
+
+        Raises:
+            NotEnoughMemory: with the least that it takes.
+        """
+        if not self.vram_limit or self.device.type == "cpu":
+            return
+        where = {name: value for name, value in cuts(architecture).items() if name != "high_precision"}
+        parts = partition(module, **where)
+        dtype = policy.computation.dtype or self.dtype
+        least = parts.rest_bytes(dtype) + max((block.bytes(dtype) for block in parts.blocks), default=0)
+        if least > self.vram_limit * 2**30:
+            raise NotEnoughMemory(
+                f"vram_limit={self.vram_limit} GiB: {role} takes {least / 2**30:.2f} GiB for its largest block and what "
+                "stays beside it, before any activation. Nothing was loaded; diffsynth plan MODEL tells what a call takes"
+            )
+
     def read(
         self,
         module: nn.Module,
         source: ComponentSource,
         *,
-        header: Header,
         architecture: ArchitectureSpec,
         policy: Policy,
     ) -> nn.Module:
         """A module whose weights wait where its policy says; `open_component` gave the first two.
 
         Raises:
-            ValueError: the policy wants weights read block by block from a file that is a pickle, or from no file.
+            ValueError: see `check_source`.
         """
-        if header.tensors_in_memory is not None and (policy.offload.on_disk or policy.onload.on_disk):
-            files = " ".join(map(str, header.files))
-            remedy = f"Run: diffsynth convert {files} -o model.safetensors" if files else "Give its file"
-            raise ValueError(f"{source.where}: a policy with 'disk' reads safetensors files block by block. {remedy}")
         load.materialize(module, source, device="meta")
         load.fill_buffers(module)
         wrap(module, policy, source=source, **cuts(architecture))

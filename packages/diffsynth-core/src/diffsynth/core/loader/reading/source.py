@@ -65,6 +65,16 @@ class ComponentSource:
         """Target key -> shape."""
         return {key: target.shape for key, target in self._targets.items()}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from; empty for tensors in memory."""
+        return self._header.files
+
+    @property
+    def streams(self) -> bool:
+        """Whether a part of it costs the memory of that part alone: so it is with safetensors files."""
+        return self._header.tensors_in_memory is None
+
     def targets_of(self, prefix: str) -> tuple[str, ...]:
         """The target keys under a module's name, `"layers.3."`."""
         return tuple(key for key in self._targets if key.startswith(prefix))

@@ -1,0 +1,120 @@
+"""Tensors of a file by name, read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth.core.loader import convert, header
+from diffsynth.core.loader.reading.source import ComponentSource, stored_dtype
+from diffsynth.core.loader.reading.traced import trace
+from diffsynth.errors import KeyMismatch
+
+_SHOWN = 8
+
+
+class DiskMap(Mapping[str, Tensor]):
+    """The tensors of a checkpoint as a mapping; each is read anew whenever it is looked up.
+
+    No file is held open and no tensor kept, so there is nothing to flush.
+
+    Args:
+        path: a file, or the files of one checkpoint.
+        device: where tensors go.
+        torch_dtype: of floating ones; None keeps the file's.
+        state_dict_converter: makes other names, or other tensors, of the file's; it is run once, on tensors without
+            values (see `diffsynth.core.loader.reading.traced`).
+        buffer_size: has no effect.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be read.
+        ValueError: a converter that needs values.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        device: torch.device | str = "cpu",
+        torch_dtype: torch.dtype | None = None,
+        state_dict_converter: Callable[[dict[str, Any]], Any] | None = None,
+        buffer_size: int = 10**9,
+    ) -> None:
+        self.device = torch.device(device)
+        self.torch_dtype = torch_dtype
+        self._header = header.read([Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path])
+        if state_dict_converter is None:
+            self._targets = convert.plan((), self._header.shapes).targets
+            found = {key: stored_dtype(self._header, key) for key in self._targets}
+        else:
+            self._targets, found = trace(state_dict_converter, self._header)
+        wanted = {
+            key: torch_dtype if torch_dtype is not None and own.is_floating_point else own for key, own in found.items()
+        }
+        self.source = ComponentSource(self._header, self._targets, wanted)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.source.read([name], device=self.device)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source.keys)
+
+    def __len__(self) -> int:
+        return len(self.source.keys)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._targets
+
+    def flush_files(self) -> None:
+        """Nothing to do: no file is held open."""
+
+    def source_of(self, module: nn.Module, prefix: str = "") -> ComponentSource:
+        """The weights of a module, for `wrap`; other names are left alone.
+
+        Args:
+            module: whose parameters, and buffers that are on meta, the file must hold.
+            prefix: stands before their names in this mapping, `"encoder."`.
+
+        Raises:
+            KeyMismatch: it lacks some, or has them in other shapes; a buffer is on meta that no file holds.
+        """
+        wanted = dict(module.named_parameters()) | {
+            name: buffer for name, buffer in module.named_buffers() if buffer.is_meta or prefix + name in self
+        }
+        if lost := [name for name in wanted if name not in module.state_dict()]:
+            raise KeyMismatch(
+                f"{type(module).__name__} has buffers on meta that no file holds: {_some(lost)}. Fill them first"
+            )
+        places = {name: prefix + name for name in wanted} | self._places_of_shared(module, prefix)
+        shapes = self.source.shapes
+        wrong = [
+            f"{place} {shapes.get(place, 'is not there')} for {tuple(wanted[name].shape)}"
+            for name, place in places.items()
+            if shapes.get(place) != tuple(wanted[name].shape)
+        ]
+        if wrong:
+            raise KeyMismatch(
+                f"{self.source.where} does not fit {type(module).__name__}: {_some(wrong)}. "
+                "Give a state_dict_converter, or the prefix of its names"
+            )
+        targets = {name: self._targets[place] for name, place in places.items()}
+        dtypes = {name: self.source.dtypes[place] for name, place in places.items()}
+        return ComponentSource(self._header, targets, dtypes)
+
+    def _places_of_shared(self, module: nn.Module, prefix: str) -> dict[str, str]:
+        """First name of each parameter that has several -> the one of them that the file has."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        return {
+            several[0]: next((prefix + name for name in several if prefix + name in self), prefix + several[0])
+            for several in names.values()
+            if len(several) > 1
+        }
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:_SHOWN]) + (f" and {len(texts) - _SHOWN} more" if texts[_SHOWN:] else "")
