@@ -130,7 +130,7 @@ class Policy:
             return cls(Placement("cpu", small), Placement("cpu", small), Placement(str(device), small), here)
         if name == "disk":
             return cls(Placement(DISK), Placement(DISK), here, here)
-        raise ValueError(f"policy {name!r} is unknown{did_you_mean(name, PRESETS)} expected {', '.join(PRESETS)}")
+        raise ValueError(f"policy {name!r} is unknown{did_you_mean(name, PRESETS)} Expected {', '.join(PRESETS)}")
 
     @classmethod
     def from_keys(
