@@ -35,7 +35,7 @@ class AnimateMotion:
     Args:
         adapter: whose blocks read the face.
         pose_tokens, face_tokens: what `WanAnimateAdapter.forward` gave. Frame 0 of the stream is the character's
-            image; the pose begins at frame 1.
+            image; the pose begins at frame 1. One pose and face may serve a batch of videos.
     """
 
     adapter: WanAnimateAdapter
@@ -58,11 +58,12 @@ class AnimateMotion:
             )
         if len(dit.blocks) % len(fusers):
             raise ValueError(f"{len(fusers)} blocks read the face; they do not spread evenly over {len(dit.blocks)}")
+        face_tokens = self.face_tokens.expand(len(stream.tokens), -1, -1, -1)
         posed = stream.tokens[:, per_frame:] + self.pose_tokens
         stream = replace(stream, tokens=torch.cat((stream.tokens[:, :per_frame], posed), dim=1))
         for number, fuser in enumerate(fusers):
             block = number * (len(dit.blocks) // len(fusers))
-            stream = stream.with_residual(block, _Face(fuser, self.face_tokens, stream))
+            stream = stream.with_residual(block, _Face(fuser, face_tokens, stream))
         return stream
 
 

@@ -44,6 +44,6 @@ class ReferenceFrame:
                 f"the reference image gives {tuple(reference.shape[2:])} tokens, a frame of the video has "
                 f"{(len(height), len(width))}; resize the image to the size of the video"
             )
-        reference = reference.flatten(2).transpose(1, 2).to(stream.tokens.dtype)
+        reference = reference.flatten(2).transpose(1, 2).to(stream.tokens.dtype).expand(len(stream.tokens), -1, -1)
         stream = replace(stream, tokens=torch.cat((reference, stream.tokens), dim=1), lead=stream.lead + 1)
         return dit.place(stream, ((0, *(frame + 1 for frame in time)), height, width))
