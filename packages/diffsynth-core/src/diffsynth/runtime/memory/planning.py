@@ -201,7 +201,9 @@ def _rehearse(
             with rehearsal.stage(name) as seen:
                 yield
             load = StageLoad(name, used, seen.device_bytes, seen.host_bytes, _runs(seen, used, rehearsed), steps)
-            if (used and seen.flops) or max(load.activations, load.host) >= _WORTH_A_STAGE:
+            if loads and loads[-1].name == name:  # the same unit, for another branch
+                loads[-1] = _joined(loads[-1], load)
+            elif (used and seen.flops) or max(load.activations, load.host) >= _WORTH_A_STAGE:
                 loads.append(load)
 
         _run(pipe, request, stage, decodes=decodes)
@@ -247,6 +249,15 @@ def _runs(stage: Stage, roles: Sequence[str], rehearsed: int) -> tuple[Run, ...]
     runs = [Run(visit.role, visit.block, visit.flops) for visit in last]
     rest = stage.flops // rehearsed - sum(run.flops for run in runs)
     return (*runs, Run(roles[0] if roles else "", "", max(rest, 0)))
+
+
+def _joined(first: StageLoad, second: StageLoad) -> StageLoad:
+    return replace(
+        first,
+        activations=max(first.activations, second.activations),
+        host=max(first.host, second.host),
+        runs=(*first.runs, *second.runs),
+    )
 
 
 def _with_tiles(whole: StageLoad, tiled: StageLoad) -> StageLoad:

@@ -23,6 +23,7 @@ from diffsynth.errors import Unplannable
 
 _aten = torch.ops.aten
 _FACTORIES = (torch.tensor, torch.as_tensor, torch.asarray)
+_READERS = (Tensor.tolist, Tensor.numpy)
 _NEEDS_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
 
@@ -190,6 +191,8 @@ class _Calls(TorchFunctionMode):
         if func is F.rms_norm and self._rehearsal.device_type != "cpu" and args[0].is_meta:
             # One kernel on accelerators; on meta it would be taken apart as on the CPU.
             return torch.empty_like(args[0])
+        if func in _READERS and args[0].is_meta:
+            return func(_known(self._rehearsal.values, func.__name__, args[0]))
         if func in _FACTORIES and torch.device(kwargs.get("device") or "cpu").type == "meta":
             # torch fills no memory on meta, and the value would be lost.
             return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
@@ -215,11 +218,7 @@ def _by_value(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tuple[A
     inputs = tensors_in(args, kwargs)
     known = values.arguments(args, kwargs)
     if known is None:
-        shape = tuple(inputs[0].shape) if inputs else ()
-        raise Unplannable(
-            f"{func} asks for the values of a tensor of shape {shape} that depends on weights or pixels; a plan knows "
-            f"only values that follow from the arguments of a call. Run it instead, and look at the peak"
-        )
+        raise _unplannable(str(func), inputs[0])
     if not any(tensor.is_meta for tensor in inputs):
         return None
 
@@ -229,6 +228,25 @@ def _by_value(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tuple[A
         return made
 
     return (tree_map_only(Tensor, on_meta, func(*known[0], **known[1])),)
+
+
+def _known(values: KnownValues, what: str, tensor: Tensor) -> Tensor:
+    """The value of a tensor.
+
+    Raises:
+        Unplannable: it is not known.
+    """
+    twin = values.of(tensor)
+    if twin is None:
+        raise _unplannable(what, tensor)
+    return twin
+
+
+def _unplannable(what: str, tensor: Tensor) -> Unplannable:
+    return Unplannable(
+        f"{what} asks for the values of a tensor of shape {tuple(tensor.shape)} that depends on weights or pixels; "
+        f"a plan knows only values that follow from the arguments of a call. Run it instead, and look at the peak"
+    )
 
 
 def _as_meta(values: KnownValues) -> Any:

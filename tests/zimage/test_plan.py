@@ -1,0 +1,151 @@
+"""Plans of Z-Image: from its published layout without a weight, and of pipelines in memory beside what they take."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from diffsynth import registry
+from diffsynth.cli.group import program
+from diffsynth.core.loader.load import build
+from diffsynth.core.vram.budget import Speeds
+from diffsynth.core.vram.rehearsal import Rehearsal
+from diffsynth.errors import NotEnoughMemory, Unplannable
+from diffsynth.models.config import TINY_FLUX_AUTOENCODER, TINY_QWEN3_TEXT_ENCODER
+from diffsynth.models.plugin import FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER
+from diffsynth.runtime.memory import planning, stand_ins
+from diffsynth.runtime.memory.stand_ins import StandInTokenizer
+from diffsynth_zimage import ZImagePipeline
+from diffsynth_zimage.checkpoints import ARCHITECTURES
+from diffsynth_zimage.config import TINY_DIT
+
+GIB = 2**30
+SIZE = {"height": 64, "width": 48}
+
+
+@pytest.fixture(autouse=True)
+def _known_speeds(monkeypatch):
+    """Nothing is measured."""
+    monkeypatch.setattr(planning, "_speeds", lambda device, dtype: Speeds(25e9, 100e12, 3e9))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A pipeline with random weights on the CPU."""
+    text = dataclasses.replace(TINY_QWEN3_TEXT_ENCODER, hidden_size=TINY_DIT.cap_feat_dim)
+    parts = {
+        "dit": build(ARCHITECTURES[0], TINY_DIT),
+        "text_encoder": build(QWEN3_TEXT_ENCODER, text),
+        "vae": build(FLUX_AUTOENCODER, TINY_FLUX_AUTOENCODER),
+    }
+    for part in parts.values():
+        part.to_empty(device="cpu").eval().requires_grad_(False)
+        for parameter in part.parameters():
+            parameter.normal_(std=0.02)
+    return ZImagePipeline(parts | {"tokenizer": StandInTokenizer(40)}, device="cpu", torch_dtype=torch.float32)
+
+
+def test_a_pipeline_is_planned_by_its_own_code_and_left_as_it_was(tiny):
+    before = {role: {name: one.data_ptr() for name, one in tiny.components[role].named_parameters()}
+              for role in ("dit", "vae")}  # fmt: skip
+    plan = tiny.plan(**SIZE, device="cuda", num_inference_steps=5, cfg_scale=3.0)
+    assert [(stage.name, stage.steps) for stage in plan.stages] == [("encode_prompt", 1), ("denoise", 5), ("decode", 1)]
+    weights = sum(one.numel() * 4 for role in before for one in tiny.components[role].parameters())
+    assert plan.peak_vram > weights
+    after = {role: {name: one.data_ptr() for name, one in tiny.components[role].named_parameters()} for role in before}
+    assert after == before
+
+
+def test_guidance_runs_the_network_twice(tiny):
+    once, twice = (tiny.plan(**SIZE, device="cuda", cfg_scale=scale) for scale in (1.0, 3.0))
+    assert twice.seconds_per_step == pytest.approx(2 * once.seconds_per_step)
+
+
+def test_more_pixels_take_more(tiny):
+    small, large = (tiny.plan(height=side, width=side, device="cuda").stages[-1] for side in (128, 256))
+    assert 3 * small.activations < large.activations < 5 * small.activations
+
+
+def test_what_a_call_would_refuse_is_refused(tiny):
+    with pytest.raises(TypeError, match="num_frames"):
+        tiny.plan(num_frames=81)
+    with pytest.raises(ValueError, match="height=-1"):
+        tiny.plan(height=-1)
+    with pytest.raises(ValueError, match="policy 'fp9' is unknown; did you mean 'fp8'"):
+        tiny.plan(policy="fp9")
+    with pytest.raises(ValueError, match="limit ram_limit"):
+        tiny.plan(vram_limit=4)
+
+
+def test_a_limit_below_the_activations_is_refused_with_the_smallest(tiny):
+    plan = tiny.plan(**SIZE, device="cuda")
+    with pytest.raises(NotEnoughMemory, match="smallest limit that can be kept"):
+        tiny.plan(**SIZE, device="cuda", vram_limit=plan.smallest_vram / GIB / 2)
+
+
+def test_the_peak_of_a_stage_is_what_torch_allocates(tiny):
+    """Rehearsed and real, on the same code: what the profiler of torch counts while the network runs once."""
+    latents, mask = torch.randn(1, 16, 8, 6), torch.ones(1, 40, dtype=torch.bool)
+    embeds, time = torch.randn(1, 40, TINY_DIT.cap_feat_dim), torch.tensor([0.5])
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profiler:
+        tiny.dit(latents, time, embeds, mask)
+    events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    twin = stand_ins.without_weights(tiny.dit, torch.float32)
+    inputs = [one.to("meta") for one in (latents, time, embeds)]
+    with torch.no_grad(), Rehearsal("cpu", {"dit": twin}) as rehearsal, rehearsal.stage("dit") as stage:
+        twin(*inputs, mask.to("meta"))
+    given = sum(one.numel() * one.element_size() for one in (latents, time, embeds, mask))
+    assert stage.device_bytes + stage.host_bytes - given == pytest.approx(peak, rel=0.1)
+
+
+def run(*arguments):
+    return CliRunner().invoke(program, ["plan", *map(str, arguments)])
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """A machine without the model's files."""
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
+
+
+def test_a_model_that_nobody_downloaded_is_planned_from_its_published_layout(nowhere):
+    result = run("z-image-turbo", "--vram", 8, "--height", 512, "--width", 512, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["fits"]
+    assert plan["peak_vram"] <= 8 * GIB
+    assert plan["speeds"]["measured"] is False or torch.cuda.is_available()
+    denoise = next(stage for stage in plan["stages"] if stage["name"] == "denoise")
+    (dit,) = denoise["residences"]
+    assert len(dit["resident"]) + len(dit["streamed"]) > 30
+    assert denoise["steps"] == 8
+    # 6.15 billion parameters in bf16 and 4.02 of the text encoder.
+    assert 18.5 * GIB < plan["peak_ram"] < 22 * GIB
+
+
+def test_the_command_says_what_does_not_fit_and_what_it_does_not_know(nowhere):
+    assert run("z-image-tubro").exit_code == 2
+    frames = run("z-image-turbo", "--frames", 81)
+    assert (frames.exit_code, "num_frames" in frames.stderr) == (2, True)
+
+
+def test_the_model_in_the_wheel_is_planned_from_its_files(nowhere):
+    result = run("z-image-nano", "--device", "cpu", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    first = [line.split()[0] for line in result.stdout.splitlines()[:4]]
+    assert first == ["STAGE", "encode_prompt", "denoise", "decode"]
+    small = run("z-image-nano", "--ram", 0.01, "--device", "cpu")
+    assert small.exit_code == 1
+    assert "does not fit" in small.stderr
+
+
+def test_a_model_without_files_and_layout_cannot_be_planned(nowhere):
+    record = dataclasses.replace(registry.get("z-image-turbo"), components={"dit": "nobody/nothing:x.safetensors"})
+    with pytest.raises(Unplannable, match="nobody/nothing"):
+        stand_ins.declared_components(record, torch.bfloat16)
