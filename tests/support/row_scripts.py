@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROWS_FOLDER = Path(__file__).parents[1] / "data" / "rows"
-DOORS = {"ZImagePipeline": "diffsynth.pipelines.z_image", "TemplatePipeline": "diffsynth.diffusion.template"}
+DOORS = {
+    "TemplatePipeline": "diffsynth.diffusion.template",
+    "WanVideoPipeline": "diffsynth.pipelines.wan_video",
+    "ZImagePipeline": "diffsynth.pipelines.z_image",
+}
 
 
 def read_rows(family: str) -> dict[str, dict[str, Any]]:
@@ -46,6 +50,58 @@ def script(row: Mapping[str, Any], values: Mapping[str, str], *, vram_limit: boo
         f"image = pipe({', '.join(f'{name}={values[name]}' for name in row['call'])})",
         f'image.save("image_{row["row"].rpartition("/")[2]}.jpg")',
     ]
+    return "\n".join(lines) + "\n"
+
+
+def video_script(
+    row: Mapping[str, Any],
+    calls: Sequence[Mapping[str, str]],
+    *,
+    media: Mapping[str, str] | None = None,
+    fps: int = 15,
+    vram_limit: bool = False,
+) -> str:
+    """A row's example of a video model: one call after the other, and a file of each.
+
+    Args:
+        row: what it imports, loads and gives.
+        calls: argument -> its text in the script, for each call; together they give every argument of the row.
+        media: name of a variable -> a file of the data set, a picture or a video.
+        fps: of the files.
+        vram_limit: see `script`.
+    """
+    (pipeline,) = row["pipelines"]
+    tokenizers = [file for file in row["files"] if file["origin_file_pattern"].endswith("umt5-xxl/")]
+    lines = [
+        "import torch",
+        "from PIL import Image",
+        "from diffsynth.utils.data import save_video, VideoData",
+        f"from {DOORS[pipeline]} import {pipeline}, ModelConfig",
+        "from modelscope import dataset_snapshot_download",
+        "",
+        f"pipe = {pipeline}.from_pretrained(",
+        "    torch_dtype=torch.bfloat16,",
+        '    device="cuda",',
+        "    model_configs=[",
+        *(f"        {_model_config(file)}," for file in row["files"] if file not in tokenizers),
+        "    ],",
+        *(f"    tokenizer_config={_model_config(file)}," for file in tokenizers),
+        *(['    vram_limit=torch.cuda.mem_get_info("cuda")[1] / (1024 ** 3) - 0.5,'] if vram_limit else []),
+        ")",
+    ]
+    files = ", ".join(f'"{file}"' for file in (media or {}).values())
+    if media:
+        lines.append(
+            f'dataset_snapshot_download("DiffSynth-Studio/examples", local_dir="./", allow_file_pattern=[{files}])'
+        )
+    for name, file in (media or {}).items():
+        opened = f'VideoData("{file}", height=480, width=832)' if file.endswith(".mp4") else f'Image.open("{file}")'
+        lines.append(f"{name} = {opened}")
+    for number, values in enumerate(calls, start=1):
+        lines += [
+            f"video = pipe({', '.join(f'{name}={value}' for name, value in values.items())})",
+            f'save_video(video, "video_{number}_{row["row"].rpartition("/")[2]}.mp4", fps={fps}, quality=5)',
+        ]
     return "\n".join(lines) + "\n"
 
 

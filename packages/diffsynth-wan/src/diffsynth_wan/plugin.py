@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec
 from diffsynth_wan import checkpoints as transformers
 from diffsynth_wan.autoencoder import checkpoints as autoencoder
 from diffsynth_wan.encoders import checkpoints as encoders
+from diffsynth_wan.models import MODELS
 
 DIFFSYNTH_API = 1
 
 ARCHITECTURES = (*transformers.ARCHITECTURES, *encoders.ARCHITECTURES, *autoencoder.ARCHITECTURES)
 CHECKPOINTS = (*transformers.CHECKPOINTS, *encoders.CHECKPOINTS, *autoencoder.CHECKPOINTS)
+
+
+@hookimpl
+def register_models(register: Callable[[ModelSpec], None]) -> None:
+    for model in MODELS:
+        register(model)
 
 
 @hookimpl
@@ -26,3 +33,8 @@ def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None
 def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
     for checkpoint in CHECKPOINTS:
         register(checkpoint)
+
+
+@hookimpl
+def register_doors(register: Callable[[DoorSpec], None]) -> None:
+    register(DoorSpec(name="wan_video", folder="diffsynth_wan:doors"))

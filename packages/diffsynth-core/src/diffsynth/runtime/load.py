@@ -40,10 +40,12 @@ def load(
     record = registry.get(name)
     place: dict[str, Any] = {} if base_path is None else {"local_model_path": str(base_path)}
     cls: type[Pipeline] = resolve(record.pipeline)
+    # A file may hold several components.
+    sources = dict.fromkeys(record.components.values())
     pipe = cls.from_pretrained(
         torch_dtype=torch_dtype,
         device=device,
-        model_configs=[ModelConfig.from_source(source, **place) for source in record.components.values()],
+        model_configs=[ModelConfig.from_source(source, **place) for source in sources],
         vram_limit=vram_limit,
         policy=policy,
         **{f"{role}_config": ModelConfig.from_source(source, **place) for role, source in record.processors.items()},

@@ -69,10 +69,17 @@ def tiny_hub(root: Path | str, models: Sequence[str] | str | None = None) -> lis
 
 @dataclass(frozen=True)
 class _Weights:
-    """What one source becomes."""
+    """What one source becomes.
+
+    Args:
+        contents: of the file.
+        file_stem: see `CheckpointSpec`.
+        dropped: keys of it that the component does not read.
+    """
 
     contents: TinyFile
     file_stem: str
+    dropped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,8 @@ def _component(spec: ModelSpec, role: str, need: Role | Processor | None, source
         shapes = tiny_shapes(checkpoint, {key: tuple(tensor.shape) for key, tensor in state.items()})
     except ValueError as error:
         raise ValueError(f"model {spec.name!r}, {role!r}: {error}") from None
-    return _Weights(_with_dtypes(shapes, checkpoint, state), checkpoint.file_stem)
+    dropped = frozenset(convert.plan(rules_of(checkpoint), shapes).dropped)
+    return _Weights(_with_dtypes(shapes, checkpoint, state), checkpoint.file_stem, dropped)
 
 
 def _layout_for(spec: ModelSpec, role: str, need: Role, source: str) -> tuple[ArchitectureSpec, CheckpointSpec]:
@@ -177,14 +185,19 @@ def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tupl
 
 
 def _merged(first: _Weights, second: _Weights, source: str) -> _Weights:
-    """Two components of one file."""
-    for key, tensor in second.contents.items():
-        if (other := first.contents.get(key, tensor)) != tensor:
+    """Two components of one file: what either reads, and what both leave unread."""
+    read = [
+        {key: tensor for key, tensor in part.contents.items() if key not in part.dropped} for part in (first, second)
+    ]
+    for key, tensor in read[1].items():
+        if (other := read[0].get(key, tensor)) != tensor:
             raise ValueError(
                 f"{source} holds two components, and {key!r} would be {other.shape} for one and {tensor.shape} for the "
                 f"other. Change ModelSpec.tiny so that they agree."
             )
-    return _Weights({**first.contents, **second.contents}, first.file_stem)
+    unread = first.dropped & second.dropped
+    rest = {key: tensor for key, tensor in first.contents.items() if key in unread}
+    return _Weights({**read[0], **read[1], **rest}, first.file_stem, unread)
 
 
 def _united(models: Iterable[_TinyModel]) -> tuple[dict[str, _Weights], dict[str, str]]:

@@ -18,6 +18,9 @@ from diffsynth.spec import CheckpointSpec
 
 _MOST_PROPOSALS = 100_000
 
+_LARGEST_UNREAD = 16
+"""Extent of what rules drop, where nothing that stays has the like: the text tower beside a vision tower."""
+
 
 def tiny_shapes(checkpoint: CheckpointSpec, wanted: Mapping[str, Shape]) -> dict[str, Shape]:
     """Published key -> small shape, in the layout's order, so that the file fills a small module.
@@ -55,7 +58,10 @@ def tiny_shapes(checkpoint: CheckpointSpec, wanted: Mapping[str, Shape]) -> dict
                 raise ValueError(f"checkpoint {checkpoint.name!r}, key {sources[0]!r}: {error}") from None
             small.update(zip(sources, shrunk, strict=True))
     learned = _learn((published[key], small[key]) for key in small)
-    small |= {key: tuple(learned.get(extent, extent) for extent in published[key]) for key in plan.dropped}
+    small |= {
+        key: tuple(learned.get(extent, min(extent, _LARGEST_UNREAD)) for extent in published[key])
+        for key in plan.dropped
+    }
     ordered = {key: small[key] for key in published if key in small}
     convert.check(convert.plan(rules, ordered), wanted, where=f"the tiny file of checkpoint {checkpoint.name!r}")
     return ordered

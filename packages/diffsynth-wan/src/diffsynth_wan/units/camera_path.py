@@ -43,6 +43,17 @@ def camera_rays(
     Raises:
         ValueError: an unknown direction, or an origin that is no camera line.
     """
+    check_camera(direction, origin)
+    poses = _relative_poses(_world_to_camera(direction, num_frames, speed, origin))
+    directions = _pixel_directions(origin, height, width)
+    turned = torch.einsum("tij,jhw->tihw", poses[:, :3, :3], directions)
+    places = poses[:, :3, 3, None, None].expand_as(turned)
+    moments = torch.linalg.cross(places, turned, dim=1)
+    return rearrange(torch.cat([moments, turned], dim=1), "t c h w -> c t h w")
+
+
+def check_camera(direction: str, origin: Sequence[float]) -> None:
+    """Raise what `camera_rays` raises for these."""
     if direction not in DIRECTIONS:
         raise ValueError(
             f"camera_control_direction={direction!r}: expected one of {', '.join(DIRECTIONS)}"
@@ -50,12 +61,6 @@ def camera_rays(
         )
     if len(origin) != len(ORIGIN):
         raise ValueError(f"camera_control_origin has {len(origin)} numbers; expected {len(ORIGIN)}, see ORIGIN")
-    poses = _relative_poses(_world_to_camera(direction, num_frames, speed, origin))
-    directions = _pixel_directions(origin, height, width)
-    turned = torch.einsum("tij,jhw->tihw", poses[:, :3, :3], directions)
-    places = poses[:, :3, 3, None, None].expand_as(turned)
-    moments = torch.linalg.cross(places, turned, dim=1)
-    return rearrange(torch.cat([moments, turned], dim=1), "t c h w -> c t h w")
 
 
 def _world_to_camera(direction: str, num_frames: int, speed: float, origin: Sequence[float]) -> Float[Tensor, "t 4 4"]:

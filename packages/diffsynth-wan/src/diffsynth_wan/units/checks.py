@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffsynth.errors import MissingComponent
 from diffsynth_wan.config import WanDiTConfig
+from diffsynth_wan.units.camera_path import check_camera
 from diffsynth_wan.units.canvas import rounded_shape
 from diffsynth_wan.units.clips import check_clip, clip_length
 
@@ -86,8 +87,11 @@ def _check_network(values: Mapping[str, Any], config: WanDiTConfig, components: 
         raise ValueError("control_video is given, but this network takes none; load a Fun-Control model")
     if values.get("reference_image") is not None and not config.reference_channels:
         raise ValueError("reference_image is given, but this network takes none; load a Control model V1.1 or 2.2")
-    if values.get("camera_control_direction") is not None and not config.camera_channels:
+    direction = values.get("camera_control_direction")
+    if direction is not None and not config.camera_channels:
         raise ValueError("camera_control_direction is given, but this network has no camera; load a Camera model")
+    if direction is not None:
+        check_camera(direction, values["camera_control_origin"])
     pictures = (first, last, values.get("reference_image"))
     if config.image_dim and components["image_encoder"] is None and any(each is not None for each in pictures):
         raise MissingComponent("this network looks at images through image_encoder; add the CLIP file to model_configs")

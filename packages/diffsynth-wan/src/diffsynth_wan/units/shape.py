@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from diffsynth.models.video_tiles import cover
 from diffsynth.runtime.unit import unit
 from diffsynth_wan.extension import Extension
 from diffsynth_wan.units.canvas import PATCH, Canvas, rounded_shape
@@ -40,7 +41,11 @@ def stretch_canvas(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Canvas, tuple[Extension, ...], int]:
-    """What the other units draw on; no extension of the network yet, and no latent frame in front of the video."""
+    """What the other units draw on; no extension of the network yet, and no latent frame in front of the video.
+
+    Raises:
+        ValueError: tiles of no size, or that leave gaps.
+    """
     canvas = Canvas(
         num_frames=num_frames,
         height=height,
@@ -51,4 +56,5 @@ def stretch_canvas(
         device=device,
         dtype=dtype,
     )
+    cover(*canvas.latent_size[1:], **canvas.tiling)  # tells now what the autoencoder would tell much later
     return canvas, (), 0

@@ -1,0 +1,211 @@
+"""The Wan models that a user can name. Light: no torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffsynth.spec import ModelSpec
+from diffsynth_wan.encoders.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
+from diffsynth_wan.tea_cache import TEA_CACHE
+
+PIPELINE = "diffsynth_wan.pipeline:WanVideoPipeline"
+TOKENIZER = "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"
+TEXT_ENCODER = f"{CONVERTED}:{TEXT_ENCODER_FILE}.safetensors"
+IMAGE_ENCODER = f"{CONVERTED}:{IMAGE_ENCODER_FILE}.safetensors"
+VAE = f"{CONVERTED}:Wan2.1_VAE.safetensors"
+VAE_22 = f"{CONVERTED}:Wan2.2_VAE.safetensors"
+NETWORK = "diffusion_pytorch_model*.safetensors"
+T2V, I2V, V2V = "text-to-video", "image-to-video", "video-to-video"
+
+TEXT_DIM, IMAGE_DIM, IMAGE_TOKENS = 64, 160, 17
+"""Of the tiny encoders."""
+
+TINY_ENCODERS = {"text_encoder": {"dim": TEXT_DIM, "vocab_size": 320}, "image_encoder": {"dim": IMAGE_DIM}}
+INPAINT, CAMERA, CONTROL, CONTROL_AND_MASK = 36, 32, 48, 52
+"""Channels in: 16 of latents, and those of a mask and an image; an image; a control video and an image; all of them."""
+
+
+def _model(
+    hub_id: str,
+    task: str,
+    description: str,
+    *,
+    files: Mapping[str, str] | None = None,
+    sees_images: bool = False,
+    tiny: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    vae: str = VAE,
+    license: str = "Apache-2.0",
+    paper: str = "arXiv:2503.20314",
+) -> ModelSpec:
+    """A model of one network or of several.
+
+    Args:
+        hub_id, task, description, defaults, license, paper: as in `ModelSpec`.
+        files: role -> file, in this repository if it names no other; the network of the repository is the default.
+        sees_images: it has an image encoder, and its network a branch for it.
+        tiny: fields of the tiny networks, all alike.
+        vae: source of the autoencoder.
+    """
+    sources = {role: file if ":" in file else f"{hub_id}:{file}" for role, file in (files or {"dit": NETWORK}).items()}
+    encoders = {"text_encoder": TEXT_ENCODER} | ({"image_encoder": IMAGE_ENCODER} if sees_images else {})
+    network = dict(tiny or {}) | ({"image_dim": IMAGE_DIM} if sees_images else {})
+    name = hub_id.rpartition("/")[2].lower()
+    return ModelSpec(
+        name=name,
+        hub_id=hub_id,
+        family="wan",
+        task=task,
+        pipeline=PIPELINE,
+        components={**sources, **encoders, "vae": vae},
+        processors={"tokenizer": TOKENIZER},
+        tiny={role: network for role in sources if role in ("dit", "dit2")}
+        | {role: TINY_ENCODERS[role] for role in encoders},
+        tiny_processors={"tokenizer": "diffsynth_wan.encoders.tiny_tokenizer:write_tiny_tokenizer"},
+        defaults=defaults or {},
+        license=license,
+        paper=paper,
+        description=description,
+        tea_cache=TEA_CACHE.get(name),
+    )
+
+
+def _experts(*parts: str) -> dict[str, str]:
+    """Files of two experts; a VACE stands in the file of its network."""
+    high, low = f"high_noise_model/{NETWORK}", f"low_noise_model/{NETWORK}"
+    return dict.fromkeys(parts, high) | {f"{part}2": low for part in parts}
+
+
+VACE = {"dit": NETWORK, "vace": NETWORK}
+
+MODELS = (
+    _model("Wan-AI/Wan2.1-T2V-1.3B", T2V, "1.3B, text or video to video at 480p"),
+    _model("Wan-AI/Wan2.1-T2V-14B", T2V, "14B, text or video to video at 480p and 720p"),
+    _model(
+        "Wan-AI/Wan2.1-I2V-14B-480P",
+        I2V,
+        "14B, begins with an image, 480p",
+        sees_images=True,
+        tiny={"in_channels": INPAINT},
+    ),
+    _model(
+        "Wan-AI/Wan2.1-I2V-14B-720P",
+        I2V,
+        "14B, begins with an image, 720p",
+        sees_images=True,
+        tiny={"in_channels": INPAINT},
+        defaults={"height": 720, "width": 1280},
+    ),
+    _model(
+        "Wan-AI/Wan2.1-FLF2V-14B-720P",
+        I2V,
+        "14B, what lies between a first and a last image",
+        sees_images=True,
+        tiny={"in_channels": INPAINT, "image_tokens": 2 * IMAGE_TOKENS},
+        defaults={"height": 720, "width": 1280, "sigma_shift": 16.0},
+    ),
+    _model("iic/VACE-Wan2.1-1.3B-Preview", V2V, "1.3B, control, edits and references", files=VACE),
+    _model("Wan-AI/Wan2.1-VACE-1.3B", V2V, "1.3B, control, edits and references", files=VACE),
+    _model("Wan-AI/Wan2.1-VACE-14B", V2V, "14B, control, edits and references", files=VACE),
+    *(
+        _model(
+            f"PAI/Wan2.1-Fun-{version}{size}-InP",
+            I2V,
+            f"{size}, begins and ends with images",
+            sees_images=True,
+            tiny={"in_channels": INPAINT},
+        )
+        for version in ("", "V1.1-")
+        for size in ("1.3B", "14B")
+    ),
+    *(
+        _model(
+            f"PAI/Wan2.1-Fun-{size}-Control",
+            V2V,
+            f"{size}, follows poses, depth or edges",
+            sees_images=True,
+            tiny={"in_channels": CONTROL},
+        )
+        for size in ("1.3B", "14B")
+    ),
+    *(
+        _model(
+            f"PAI/Wan2.1-Fun-V1.1-{size}-Control",
+            V2V,
+            f"{size}, follows poses, depth or edges, and a reference image",
+            sees_images=True,
+            tiny={"in_channels": CONTROL, "reference_channels": 16},
+        )
+        for size in ("1.3B", "14B")
+    ),
+    *(
+        _model(
+            f"PAI/Wan2.1-Fun-V1.1-{size}-Control-Camera",
+            I2V,
+            f"{size}, begins with an image, seen by a camera that turns",
+            sees_images=True,
+            tiny={"in_channels": CAMERA, "camera_channels": 24},
+        )
+        for size in ("1.3B", "14B")
+    ),
+    _model(
+        "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1",
+        T2V,
+        "Wan2.1-T2V-1.3B with a control of how much moves",
+        files={"dit": f"Wan-AI/Wan2.1-T2V-1.3B:{NETWORK}", "motion_controller": "model.safetensors"},
+        tiny={},
+    ),
+    _model(
+        "krea/krea-realtime-video",
+        T2V,
+        "14B, distilled to 6 steps without guidance",
+        files={"dit": "krea-realtime-video-14b.safetensors"},
+        defaults={"num_inference_steps": 6, "cfg_scale": 1.0, "sigma_shift": 20.0},
+        paper="",
+    ),
+    _model("Wan-AI/Wan2.2-T2V-A14B", T2V, "two experts of 14B, text or video to video", files=_experts("dit")),
+    _model(
+        "Wan-AI/Wan2.2-I2V-A14B",
+        I2V,
+        "two experts of 14B, begins with an image",
+        files=_experts("dit"),
+        tiny={"in_channels": INPAINT},
+        defaults={"switch_DiT_boundary": 0.9},
+    ),
+    _model(
+        "Wan-AI/Wan2.2-TI2V-5B",
+        I2V,
+        "5B, with or without a first image, 720p at 24 frames per second",
+        tiny={"in_channels": 48, "out_channels": 48, "frame_times": True},
+        defaults={"height": 704, "width": 1280, "num_frames": 121},
+        vae=VAE_22,
+    ),
+    _model(
+        "PAI/Wan2.2-VACE-Fun-A14B",
+        V2V,
+        "two experts of 14B, control, edits and references",
+        files=_experts("dit", "vace"),
+    ),
+    _model(
+        "PAI/Wan2.2-Fun-A14B-InP",
+        I2V,
+        "two experts of 14B, begins and ends with images",
+        files=_experts("dit"),
+        tiny={"in_channels": INPAINT},
+    ),
+    _model(
+        "PAI/Wan2.2-Fun-A14B-Control",
+        V2V,
+        "two experts of 14B, follows poses, depth or edges, and a reference image",
+        files=_experts("dit"),
+        tiny={"in_channels": CONTROL_AND_MASK, "reference_channels": 16},
+    ),
+    _model(
+        "PAI/Wan2.2-Fun-A14B-Control-Camera",
+        I2V,
+        "two experts of 14B, begins with an image, seen by a camera that turns",
+        files=_experts("dit"),
+        tiny={"in_channels": INPAINT, "camera_channels": 24},
+    ),
+)

@@ -1,0 +1,219 @@
+"""The reference's Wan examples, run on the tiny hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageChops
+
+from diffsynth.core.data.media import count_frames, frame_rate_of
+from diffsynth.errors import CheckpointError, MissingComponent
+from diffsynth.testing import tiny_hub
+from diffsynth_wan.models import MODELS
+from row_harness import Call, Harness
+from row_scripts import read_rows, video_script
+
+ROWS = read_rows("wan")
+STEPS = 10
+"""50 become 5: one level of theirs lies between the two boundaries that experts switch at, 0.9 and 0.875."""
+
+PROMPT = {
+    "prompt": '"Documentary photography style. A lively puppy runs across a green lawn."',
+    "negative_prompt": '"overexposed, static, blurred"',
+    "seed": "0",
+    "tiled": "True",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """Calls of a script, and the pictures and videos it opens."""
+
+    calls: tuple[dict[str, str], ...]
+    media: dict[str, str] = field(default_factory=dict)
+    fps: int = 15
+    vram_limit: bool = False
+
+
+def example(*calls: dict[str, str], fps: int = 15, vram_limit: bool = False, **media: str) -> Example:
+    files = {name: f"data/examples/wan/{file}" for name, file in media.items()}
+    return Example(tuple(PROMPT | call for call in calls), files, fps, vram_limit)
+
+
+IMAGE = {"input_image": "image"}
+CONTROL = {"control_video": "control", "height": "832", "width": "576", "num_frames": "49"}
+REFERENCE = CONTROL | {"reference_image": "reference"}
+CAMERAS = [IMAGE | {"camera_control_direction": f'"{turn}"', "camera_control_speed": "0.01"} for turn in ("Left", "Up")]
+VACE = [{"vace_video": "control"}, {"vace_reference_image": "image"}]
+VACE.append(VACE[0] | VACE[1])
+TEXT = example({})
+I2V = example(IMAGE, image="input_image.jpg")
+FUN_CONTROL = example(CONTROL, control="control_video.mp4")
+FUN_REFERENCE = example(REFERENCE, control="control_video.mp4", reference="reference_image.png")
+CAMERA = example(*CAMERAS, image="input_image.jpg")
+VACE_EXAMPLE = example(*VACE, control="depth_video.mp4", image="cat_fightning.jpg")
+LARGE = {"height": "704", "width": "1248", "num_frames": "121"}
+
+RUN: dict[str, Example] = {
+    "Wan2.1-T2V-1.3B": example(
+        {},
+        {"input_video": 'VideoData("video_1_Wan2.1-T2V-1.3B.mp4", height=480, width=832)', "denoising_strength": "0.7"},
+    ),
+    "Wan2.1-T2V-14B": TEXT,
+    "Wan2.1-I2V-14B-480P": I2V,
+    "Wan2.1-I2V-14B-720P": example(IMAGE | {"height": "720", "width": "1280"}, image="input_image.jpg"),
+    "Wan2.1-FLF2V-14B-720P": example(
+        {"input_image": "first", "end_image": "last", "height": "960", "width": "960", "num_frames": "33"}
+        | {"sigma_shift": "16"},
+        first="first_frame.jpeg",
+        last="last_frame.jpeg",
+    ),
+    "Wan2.1-VACE-1.3B-Preview": VACE_EXAMPLE,
+    "Wan2.1-VACE-1.3B": VACE_EXAMPLE,
+    "Wan2.1-VACE-14B": VACE_EXAMPLE,
+    "Wan2.1-Fun-1.3B-InP": I2V,
+    "Wan2.1-Fun-14B-InP": I2V,
+    "Wan2.1-Fun-V1.1-1.3B-InP": I2V,
+    "Wan2.1-Fun-V1.1-14B-InP": I2V,
+    "Wan2.1-Fun-1.3B-Control": FUN_CONTROL,
+    "Wan2.1-Fun-14B-Control": FUN_CONTROL,
+    "Wan2.1-Fun-V1.1-1.3B-Control": FUN_REFERENCE,
+    "Wan2.1-Fun-V1.1-14B-Control": FUN_REFERENCE,
+    "Wan2.1-Fun-V1.1-1.3B-Control-Camera": CAMERA,
+    "Wan2.1-Fun-V1.1-14B-Control-Camera": CAMERA,
+    "Wan2.1-1.3b-speedcontrol-v1": example({"motion_bucket_id": "0"}, {"motion_bucket_id": "100"}),
+    "krea-realtime-video": Example(
+        (
+            {name: PROMPT[name] for name in ("prompt", "seed", "tiled")}
+            | {"num_inference_steps": "6", "num_frames": "81", "cfg_scale": "1", "sigma_shift": "20"},
+        )
+    ),
+    "Wan2.2-T2V-A14B": TEXT,
+    "Wan2.2-I2V-A14B": example(IMAGE | {"switch_DiT_boundary": "0.9"}, image="input_image.jpg"),
+    "Wan2.2-TI2V-5B": example(LARGE, LARGE | IMAGE, image="cat_fightning.jpg"),
+    "Wan2.2-VACE-Fun-A14B": Example(VACE_EXAMPLE.calls, VACE_EXAMPLE.media, vram_limit=True),
+    "Wan2.2-Fun-A14B-InP": I2V,
+    "Wan2.2-Fun-A14B-Control": FUN_REFERENCE,
+    "Wan2.2-Fun-A14B-Control-Camera": CAMERA,
+}
+"""Row -> its calls; the values of the reference's table."""
+
+LATER = {
+    "LongCat-Video",
+    "Video-As-Prompt-Wan2.1-14B",
+    "Wan-Dancer-14B-global",
+    "Wan-Dancer-14B-local",
+    "Wan2.2-Animate-14B",
+    "Wan2.2-Animate-2-14B",
+    "Wan2.2-Animate-2-14B-Distilled",
+    "Wan2.2-S2V-14B",
+    "Wan2.2-S2V-14B_multi_clips",
+}
+"""Rows whose parts are not here yet."""
+
+COUNTED = [
+    "Wan2.1-T2V-1.3B",
+    "Wan2.1-I2V-14B-720P",
+    "Wan2.1-FLF2V-14B-720P",
+    "Wan2.1-VACE-1.3B",
+    "Wan2.1-Fun-V1.1-1.3B-Control",
+    "Wan2.1-Fun-V1.1-1.3B-Control-Camera",
+    "Wan2.1-1.3b-speedcontrol-v1",
+    "krea-realtime-video",
+    "Wan2.2-I2V-A14B",
+    "Wan2.2-TI2V-5B",
+    "Wan2.2-Fun-A14B-Control",
+]
+"""One row of each kind: the others load networks of the same parts in another size, and only run."""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    tiny_hub(root, [model.name for model in MODELS])
+    return root
+
+
+@pytest.fixture
+def harness(hub, monkeypatch, tmp_path) -> Harness:
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(hub))
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
+    return Harness(monkeypatch, tmp_path, steps=STEPS, precise=True)
+
+
+def run(harness: Harness, name: str) -> list[Call]:
+    one = RUN[name]
+    script = video_script(ROWS[f"wanvideo/{name}"], one.calls, media=one.media, fps=one.fps, vram_limit=one.vram_limit)
+    return harness.run(script)
+
+
+def differs(one: list[Image.Image], other: list[Image.Image]) -> bool:
+    return len(one) != len(other) or any(
+        a.size != b.size or ImageChops.difference(a, b).getbbox() is not None for a, b in zip(one, other, strict=True)
+    )
+
+
+def size_of(call: Call, name: str) -> int:
+    """As the harness makes it small, and the pipeline rounds it up."""
+    default = call.pipe.__signature__.parameters[name].default
+    multiple = 2 * call.pipe.vae.config.factor
+    return -(-(call.arguments.get(name, default) // 16) // multiple) * multiple
+
+
+def test_every_row_is_here():
+    assert len(ROWS) == 36
+    assert {name.removeprefix("wanvideo/") for name in ROWS} == {*RUN, *LATER}
+    assert set(COUNTED) <= set(RUN)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_row_runs(name, harness):
+    harness.steps = 50
+    calls = run(harness, name)
+    row = ROWS[f"wanvideo/{name}"]
+    assert set().union(*(call.arguments for call in calls)) == set(row["call"])
+    for number, call in enumerate(calls, start=1):
+        frames = {81: 9, 49: 5, 33: 5, 121: 13}[call.arguments.get("num_frames", 81)]
+        file = harness.folder / f"video_{number}_{name}.mp4"
+        assert {frame.size for frame in call.output} == {(size_of(call, "width"), size_of(call, "height"))}
+        assert (len(call.output), count_frames(file), frame_rate_of(file)) == (frames, frames, RUN[name].fps)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_every_argument_of_a_row_counts(name, harness):
+    call = run(harness, name)[-1]
+    changed = [argument for argument in call.arguments if not call.is_default(argument)]
+    assert {"prompt", "seed"} <= set(changed) | {"seed"}
+    assert not differs(call.again(), call.output)
+    for argument in changed:
+        try:
+            other: Any = call.again(**{argument: ...})
+        except (ValueError, MissingComponent):
+            continue  # the network cannot do without it
+        assert differs(other, call.output), f"{argument} changes nothing"
+
+
+def test_common_files_come_from_one_repository_unless_they_are_here(harness, hub):
+    (call,) = run(harness, "Wan2.1-T2V-14B")
+    (file,) = call.pipe.component_files["vae"]
+    assert file.relative_to(hub).parts[:2] == ("DiffSynth-Studio", "Wan-Series-Converted-Safetensors")
+    script = video_script(ROWS["wanvideo/Wan2.1-T2V-14B"], TEXT.calls)
+    with pytest.raises(CheckpointError, match=r"Wan-AI/Wan2.1-T2V-14B.*models_t5_umt5-xxl-enc-bf16.pth"):
+        harness.run(script.replace("torch_dtype=", "redirect_common_files=False, torch_dtype=", 1))
+
+
+def test_one_expert_alone_is_refused_before_anything_is_loaded(harness):
+    row = ROWS["wanvideo/Wan2.2-T2V-A14B"]
+    files = [file for file in row["files"] if "low_noise_model" not in file["origin_file_pattern"]]
+    with pytest.raises(MissingComponent, match="high-noise expert alone.*low_noise_model"):
+        harness.run(video_script({**row, "files": files}, TEXT.calls))
+
+
+@pytest.mark.parametrize("argument", ["s2v_pose_video", "longcat_video", "vap_video", "animate2_reference_video"])
+def test_an_argument_of_a_missing_part_is_not_ignored(argument, harness):
+    script = video_script(ROWS["wanvideo/Wan2.1-T2V-14B"], [PROMPT | {argument: "[]"}])
+    with pytest.raises(TypeError, match=argument):
+        harness.run(script)

@@ -1,0 +1,128 @@
+"""What a call is refused for, before a network runs."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth.errors import MissingComponent
+from diffsynth.testing.tiny_processors import byte_tokenizer
+from diffsynth_wan import WanVideoPipeline
+from diffsynth_wan.config import WanDiTConfig
+
+SIZE = {"height": 32, "width": 32, "num_frames": 9}
+RED, BLUE = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (64, 32), "blue")
+
+
+class NeverRuns(torch.nn.Module):
+    """A network of which nothing but its config may be asked."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, *given, **named):
+        raise AssertionError("a network ran before the arguments were refused")
+
+    encode_pieces = decode_pieces = forward
+
+
+def pipeline(*, image_encoder=None, dit2=None, vace=None, vace2=None, **config) -> WanVideoPipeline:
+    dit = NeverRuns(WanDiTConfig(**config))
+    return WanVideoPipeline.from_components(
+        dit=dit,
+        dit2=dit2 and NeverRuns(dit.config),
+        text_encoder=NeverRuns(None),
+        vae=NeverRuns(SimpleNamespace(factor=8, time_factor=4)),
+        image_encoder=image_encoder,
+        vace=vace and NeverRuns(None),
+        vace2=vace2 and NeverRuns(None),
+        tokenizer=byte_tokenizer(),
+        device="cpu",
+        torch_dtype=torch.float32,
+    )
+
+
+TEXT = {}
+IMAGE = {"in_channels": 36}
+BOTH_ENDS = {"in_channels": 36, "image_dim": 1280, "image_tokens": 514}
+FRAMES = {"in_channels": 48, "out_channels": 48, "frame_times": True}
+CONTROL = {"in_channels": 48}
+CAMERA = {"in_channels": 32, "camera_channels": 24}
+VACE = {"vace": True}
+
+
+@pytest.mark.parametrize(
+    ("networks", "arguments", "error", "message"),
+    [
+        (TEXT, {"input_video": [RED] * 5}, ValueError, "input_video has 5 frames.*wants 9.*num_frames=5"),
+        (TEXT, {"input_video": []}, ValueError, "input_video has 0 frames"),
+        (TEXT, {"input_video": [RED] * 8 + [BLUE]}, ValueError, "frame 8 of input_video is 64x32, the first one 32x32"),
+        (TEXT, {"input_video": RED}, TypeError, "input_video is one image; expected a clip"),
+        (TEXT, {"input_video": "clip.mp4"}, TypeError, "open a file with VideoData"),
+        (TEXT, {"input_video": [RED] * 8 + ["x"]}, TypeError, "frame 8 of input_video is str"),
+        (TEXT, {"input_video": torch.zeros(1, 3, 9, 16, 32)}, ValueError, r"shape \(1, 3, 9, 16, 32\); expected"),
+        (TEXT, {"input_video": [RED] * 9, "num_frames": 10}, ValueError, "input_video has 9 frames.*wants 13"),
+        (TEXT, {"input_image": RED}, ValueError, "this network takes none; load an image-to-video model"),
+        (TEXT, {"control_video": [RED] * 9}, ValueError, "takes none; load a Fun-Control"),
+        (TEXT, {"reference_image": RED}, ValueError, "reference_image is given"),
+        (TEXT, {"camera_control_direction": "Left"}, ValueError, "no camera; load a Camera model"),
+        (TEXT, {"switch_DiT_boundary": 0.9}, MissingComponent, "'switch_DiT_boundary' needs dit2"),
+        (TEXT, {"vace_video": [RED] * 9}, MissingComponent, "'vace_video' needs vace"),
+        (TEXT, {"motion_bucket_id": 3}, MissingComponent, "'motion_bucket_id' needs motion_controller"),
+        (TEXT, {"num_frames": 0}, ValueError, "num_frames=0: expected a positive integer"),
+        (TEXT, {"height": 32.5}, ValueError, "height=32.5"),
+        (TEXT, {"tile_stride": (40, 26)}, ValueError, "would leave gaps"),
+        (TEXT, {"tile_size": (0, 52)}, ValueError, "tile_size=\\(0, 52\\): expected two positive integers"),
+        (TEXT, {"denoising_strength": 0.0}, ValueError, "strength=0.0"),
+        (
+            TEXT | {"dit2": True},
+            {"switch_DiT_boundary": 875},
+            ValueError,
+            "switch_DiT_boundary=875: expected a noise level",
+        ),
+        (TEXT, {"tea_cache_l1_thresh": 0.1}, TypeError, "unknown argument 'tea_cache_l1_thresh'"),
+        (TEXT, {"input_videos": []}, TypeError, "did you mean 'input_video'"),
+        (TEXT, {"output_type": "quantised"}, ValueError, "output_type='quantised'"),
+        (IMAGE, {}, ValueError, "begin with an image; give input_image"),
+        (IMAGE, {"end_image": RED}, ValueError, "end_image without input_image"),
+        (IMAGE, {"input_image": "a.jpg"}, TypeError, "input_image='a.jpg': expected a PIL image"),
+        (IMAGE, {"input_image": RED, "end_image": RED, "num_frames": 1}, ValueError, "one frame has no other end"),
+        (BOTH_ENDS, {"input_image": RED}, ValueError, "between two images; give end_image"),
+        (BOTH_ENDS, {"input_image": RED, "end_image": RED}, MissingComponent, "add the CLIP file"),
+        (FRAMES, {"input_image": RED, "end_image": RED}, ValueError, "the beginning alone"),
+        (CONTROL, {}, ValueError, "follows a control video; give control_video"),
+        (CONTROL, {"control_video": [RED] * 4}, ValueError, "control_video has 4 frames"),
+        (CAMERA, {"input_image": RED, "camera_control_direction": "Lift"}, ValueError, "did you mean 'Left'"),
+        (CAMERA, {"input_image": RED, "end_image": RED}, ValueError, "the beginning alone"),
+        (
+            VACE,
+            {"vace_video": [RED] * 9, "vace_video_mask": [RED] * 10},
+            ValueError,
+            "mask has 10 frames, vace_video 9",
+        ),
+        (VACE, {"vace_reference_image": [RED, "x"]}, TypeError, "holds 'x'"),
+        (VACE | {"dit2": True}, {"vace_video": [RED] * 9}, MissingComponent, "one of two experts has VACE"),
+    ],
+)
+def test_refused(networks, arguments, error, message):
+    with pytest.raises(error, match=message):
+        pipeline(**networks)("a puppy", **SIZE | arguments)
+
+
+def test_frames_and_sides_off_the_rule_are_rounded_and_logged(caplog):
+    pipe = pipeline()
+    unit = pipe.program.units[0]
+    with caplog.at_level(logging.WARNING):
+        rounded = unit(height=33, width=32, num_frames=10, vae_factor=8, time_factor=4)
+    assert rounded == (48, 32, 13)
+    assert "33x32 is rounded up to 48x32, multiples of 16" in caplog.text
+    assert "10 frames are rounded up to 13, 4 k + 1" in caplog.text
+
+
+def test_one_frame_is_a_picture():
+    assert pipeline().program.units[0](height=32, width=32, num_frames=1, vae_factor=16, time_factor=4) == (32, 32, 1)
