@@ -159,7 +159,7 @@ class CausalAutoencoder(nn.Module):
         """Every piece through `run`. Each tile is a video of its own, with its own cache; all advance together."""
         tiles: list[Tile] = []
         caches: list[FrameCache] = []
-        wait_on_host = False
+        wait_on_host: bool | None = None
         for piece, is_last in _with_last(pieces):
             height, width = _latent_size(piece, scale_in)
             if not tiles:
@@ -174,7 +174,8 @@ class CausalAutoencoder(nn.Module):
                 blend = blend or Blend(height, width, scale_out, like=part)
                 blend.add(tile, part)
                 cache.is_first = False
-                wait_on_host = wait_on_host or _too_many(cache, len(tiles), piece.device)
+                if wait_on_host is None:
+                    wait_on_host = _too_many(cache, len(tiles), piece.device)
                 if wait_on_host:
                     cache.to("cpu")
             assert blend is not None
@@ -248,6 +249,7 @@ def _with_last(pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
 
 
 def _too_many(cache: FrameCache, count: int, device: torch.device) -> bool:
-    """Whether as many such caches would take more than half of what the device has free."""
+    """Whether as many such caches, now after their first piece, would take more than half of what is free."""
     free = devices.available_memory(device) if count > 1 else None
-    return free is not None and cache.nbytes * count > free // 2
+    # After one frame a cache is half full.
+    return free is not None and 2 * cache.nbytes * count > free // 2
