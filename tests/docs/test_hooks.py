@@ -26,7 +26,9 @@ from diffsynth.cli.group import program
 from diffsynth.core.attention import select
 from diffsynth.core.loader import header, recognize
 from diffsynth.core.loader.save import save_checkpoint
+from diffsynth.core.vram import DiskMap, Policy, wrap
 from diffsynth.runtime import declared_backends
+from diffsynth.runtime.memory import placing
 from diffsynth.spec import resolve
 from diffsynth_train.components import training_spec
 from diffsynth_train.objectives.base import build_objective
@@ -151,11 +153,38 @@ def test_effect_of_register_checkpoints(toy, tmp_path):
         assert (found.checkpoint.name, found.config, found.tier) == (name, config, "structure")
 
 
-def test_effect_of_register_layer_wrappers(toy):
+class ReadsItsParts(torch.nn.MultiheadAttention):
+    """Holds a list and reads the parameters in it without calling its items, so it must not be cut there."""
+
+    def __init__(self):
+        super().__init__(8, 2)
+        self.parts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        return x @ self.parts[0].weight + x @ self.parts[1].weight
+
+
+def test_effect_of_register_layer_wrappers(toy, tmp_path):
+    module, x = torch.nn.Sequential(ReadsItsParts(), ReadsItsParts()).requires_grad_(False), torch.randn(3, 8)
+    expected = module(x)
+    save_file(module.state_dict(), tmp_path / "net.safetensors")
+    source = DiskMap(tmp_path / "net.safetensors").source_of(module)
+
+    def streamed():
+        handle = wrap(module.to("meta"), Policy.preset("disk", "cpu"), source=source, smallest=0, **placing.cuts(None))
+        handle.configure(resident=(), slots=1)
+        try:
+            return handle.blocks, module(x)
+        finally:
+            handle.unwrap()
+
+    blocks, output = streamed()
+    assert blocks == ("0.out_proj", "0.parts.0", "0.parts.1", "1.out_proj", "1.parts.0", "1.parts.1")
+    assert not torch.equal(output, expected), "it read weights that were not there"
     toy("register_layer_wrappers")
-    (declared,) = _discovery.catalog().layer_wrappers
-    assert resolve(declared.spec.layer) is torch.nn.MultiheadAttention
-    assert declared.spec.atomic
+    blocks, output = streamed()
+    assert blocks == ("0", "1")
+    assert torch.equal(output, expected)
 
 
 def test_effect_of_register_attention(toy, monkeypatch):

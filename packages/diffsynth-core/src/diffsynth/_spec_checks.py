@@ -15,7 +15,7 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
     spec.ModelSpec: ("pipeline", "tiny_processors"),
     spec.ArchitectureSpec: ("module", "config", "infer_config", "tiny", "tiny_inputs", "atomic"),
     spec.CheckpointSpec: ("rules",),
-    spec.LayerWrapperSpec: ("layer", "wrapper"),
+    spec.LayerWrapperSpec: ("layer",),
     spec.AttentionSpec: ("backend", "workspace"),
     spec.QuantizationSpec: ("backend",),
     spec.TrainingSpec: ("pipeline", "schedule"),
@@ -55,8 +55,8 @@ def check_spec(fact: Any) -> None:
 
     Raises:
         TypeError: a mapping field that holds none.
-        ValueError: a malformed name, reference or source, a reference to a module that is not there, or a tiny config
-            for a component that the model does not have.
+        ValueError: a malformed name, reference or source, a reference to a module that is not there, a declaration that
+            says nothing, or a tiny config for a component that the model does not have.
     """
     name = getattr(fact, "name", "-")
     if not name or (isinstance(fact, spec.ModelSpec) and (":" in name or "/" in name)):
@@ -66,6 +66,8 @@ def check_spec(fact: Any) -> None:
             raise TypeError(f"{name!r}: {entry.name} is {getattr(fact, entry.name)!r}, expected a mapping")
     if isinstance(fact, spec.ModelSpec):
         _check_tiny(fact)
+    if isinstance(fact, spec.LayerWrapperSpec) and not fact.atomic:
+        raise ValueError(f"LayerWrapperSpec({fact.layer!r}) says nothing of that class; expected atomic=True")
     for source in sources(fact):
         spec.parse_source(source)
     for reference in references(fact):

@@ -132,11 +132,16 @@ class CheckpointSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWrapperSpec:
-    """How the VRAM engine treats a layer class of another library: whole (`atomic`), or by a wrapper of its own."""
+    """How the VRAM engine treats a layer class of another library.
+
+    Args:
+        layer: reference to the class, and so to those derived from it.
+        atomic: its weights are all on the device whenever it runs: it is never cut. For a layer that reads a parameter
+            of a part of it without calling that part.
+    """
 
     layer: str
     atomic: bool = False
-    wrapper: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ _EXPECTED: dict[str, dict[str, str]] = {
         "atomic": "an nn.Module class",
     },
     "checkpoints": {"rules": "a tuple of rules"},
-    "layer_wrappers": {"layer": "an nn.Module class", "wrapper": "anything"},
+    "layer_wrappers": {"layer": "an nn.Module class"},
     "attention": {"backend": "a function"},
     "quantization": {"backend": "anything"},
     "training": {"pipeline": "a Pipeline class", "schedule": "a function"},
