@@ -1,0 +1,65 @@
+"""Wan's networks under a memory policy: no bit of a result changes, although extensions call parts of a network."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import parity
+from diffsynth.core.vram import Policy, wrap
+from diffsynth_wan.checkpoints import ARCHITECTURES
+from diffsynth_wan.config import TINY_ANIMATE, TINY_DIT, TINY_VACE, tiny_animate_inputs, tiny_dit_inputs
+from diffsynth_wan.dit import WanDiT
+from diffsynth_wan.extension import Extension
+from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
+from diffsynth_wan.variants.camera import CameraMotion
+from diffsynth_wan.variants.reference import ReferenceFrame
+from diffsynth_wan.variants.vace import VaceControl, WanVace
+
+REPEATED = {spec.module.partition(":")[2]: spec.repeated_blocks for spec in ARCHITECTURES}
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    module.load_state_dict(parity.draw_weights(parity.shapes_of(module)) | dict(module.named_buffers()))
+    return module.eval().requires_grad_(False)
+
+
+def network(case: str) -> tuple[list[nn.Module], list[Extension]]:
+    config = replace(TINY_DIT, num_layers=4)
+    if case == "camera":
+        return [drawn(WanDiT(replace(config, camera_channels=24)))], [CameraMotion(rand(2, 24, 3, 48, 64))]
+    if case == "reference":
+        return [drawn(WanDiT(replace(config, reference_channels=16)))], [ReferenceFrame(rand(2, 16, 6, 8))]
+    dit = drawn(WanDiT(config))
+    if case == "vace":
+        vace = drawn(WanVace(replace(TINY_VACE, num_layers=2)))
+        return [dit, vace], [VaceControl(vace, rand(2, 96, 3, 6, 8))]
+    adapter = drawn(WanAnimateAdapter(replace(TINY_ANIMATE, num_layers=2)))
+    faces = tiny_animate_inputs(TINY_ANIMATE, torch.Generator().manual_seed(0))["face_pixels"]
+    return [dit, adapter], [AnimateMotion(adapter, *adapter(rand(1, 16, 2, 6, 8), faces))]
+
+
+@pytest.mark.parametrize("preset", ["none", "cpu-offload"])
+@pytest.mark.parametrize("case", ["camera", "reference", "vace", "animate"])
+@torch.no_grad()
+def test_no_bit_changes(case: str, preset: str) -> None:
+    modules, extensions = network(case)
+    inputs = tiny_dit_inputs(TINY_DIT, torch.Generator().manual_seed(0)) | {"latents": rand(2, 16, 3, 6, 8)}
+    truth = modules[0](**inputs, extensions=extensions)
+    wrapped = [
+        wrap(module, Policy.preset(preset, "cpu"), repeated=REPEATED[type(module).__name__], smallest=0)
+        for module in modules
+    ]
+    with ExitStack() as stack:
+        for one in wrapped:
+            stack.enter_context(one)
+        for _ in range(2):
+            assert torch.equal(modules[0](**inputs, extensions=extensions), truth)
