@@ -329,3 +329,32 @@ def test_animate_2_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Animate2(monkeypatch)
     inputs = pair.inputs()
     assert torch.equal(pair.run(inputs, offload=True), pair.run(inputs))
+
+
+def lowered(inputs: dict[str, Any]) -> dict[str, Any]:
+    """In bf16, but for the time."""
+    return {
+        name: lowered(x) if isinstance(x, dict) else x if name == "time" else x.bfloat16() for name, x in inputs.items()
+    }
+
+
+@torch.no_grad()
+def test_vace_in_bf16_is_as_good_as_the_oracle() -> None:
+    pair = Vace()
+    inputs = pair.inputs()
+    truth = pair.run_oracle(**inputs)
+    for network in (pair.oracle, pair.dit, pair.vace):
+        network.bfloat16()
+    theirs = parity.relative_error(pair.run_oracle(**lowered(inputs)), truth)
+    assert parity.relative_error(pair.run(**lowered(inputs)), truth) <= 1.5 * theirs
+
+
+@torch.no_grad()
+def test_animate_2_in_bf16_is_as_good_as_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Animate2(monkeypatch)
+    inputs = pair.inputs()
+    truth = pair.run_oracle(inputs)
+    for network in (pair.oracle, pair.dit):
+        network.bfloat16()
+    theirs = parity.relative_error(pair.run_oracle(lowered(inputs)), truth)
+    assert parity.relative_error(pair.run(lowered(inputs)), truth) <= 1.5 * theirs
