@@ -8,7 +8,7 @@ import torch
 import diffsynth
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.errors import NotEnoughMemory
-from diffsynth.runtime.memory import placing, planning
+from diffsynth.runtime.memory import placing
 from diffsynth.runtime.memory.keeping import LimitKeeper
 from diffsynth.runtime.progress import no_progress
 
@@ -28,8 +28,7 @@ MODULES = ("dit", "text_encoder", "vae")
 @pytest.fixture(autouse=True)
 def every_block_travels(monkeypatch):
     cuts = placing.cuts
-    for module in (placing, planning):
-        monkeypatch.setattr(module, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**16})
+    monkeypatch.setattr(placing, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**16})
 
 
 @pytest.fixture(scope="module")

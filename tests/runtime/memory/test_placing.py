@@ -144,6 +144,17 @@ def test_what_cannot_be_is_refused_before_loading(hub, memory, message, monkeypa
         loaded(hub, **memory)
 
 
+def test_a_limit_below_one_block_is_refused_before_loading(hub, monkeypatch):
+    from diffsynth.core import device as devices
+    from diffsynth.core.loader import load
+    from diffsynth.errors import NotEnoughMemory
+
+    monkeypatch.setattr(devices, "check_device", torch.device)
+    monkeypatch.setattr(load, "materialize", None)
+    with pytest.raises(NotEnoughMemory, match=r"vram_limit=0\.001 GiB: dit takes 0\.\d+ GiB for its largest block"):
+        loaded(hub, device="cuda:0", vram_limit=0.001)
+
+
 def test_a_limit_that_nothing_is_under_is_said_to_have_no_effect(hub, caplog):
     with caplog.at_level(logging.WARNING):
         loaded(hub, vram_limit=1.0)

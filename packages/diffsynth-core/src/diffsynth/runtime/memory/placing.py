@@ -89,8 +89,8 @@ class Placing:
         least = parts.rest_bytes(dtype) + max((block.bytes(dtype) for block in parts.blocks), default=0)
         if least > self.vram_limit * 2**30:
             raise NotEnoughMemory(
-                f"vram_limit={self.vram_limit} GiB: {role} takes {least / 2**30:.2f} GiB for its largest block and what "
-                "stays beside it, before any activation. Nothing was loaded; diffsynth plan MODEL tells what a call takes"
+                f"vram_limit={self.vram_limit} GiB: {role} takes {least / 2**30:.2f} GiB for its largest block and "
+                "what stays beside it, before any activation. Nothing was loaded. Run: diffsynth plan MODEL"
             )
 
     def read(

@@ -26,6 +26,7 @@ from diffsynth.core.vram.budget import (
     Workload,
     plan_memory,
 )
+from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.core.vram.packing import Packing
 from diffsynth.core.vram.partition import partition
 from diffsynth.core.vram.placement import PRESETS
@@ -82,13 +83,16 @@ def plan_call(
     base = _base(pipe)
     twin = _on_meta(pipe, arguments, prompt_tokens)
     modules = {role: part for role, part in twin.components.items() if isinstance(part, nn.Module)}
-    parts = {role: partition(part, **_cuts(part)) for role, part in modules.items()}
-    blocks = {role: {block.name: block.module for block in part.blocks} for role, part in parts.items()}
+    wrapped = {role: managed(pipe.components[role]) for role in modules}
+    blocks = {role: _blocks(module, wrapped[role]) for role, module in modules.items()}
     stages = _rehearse(twin, arguments, modules, blocks, device.type)
     if "tiled" in twin.__signature__.parameters and "tiled" not in arguments and vram_limit is not None:
         tiled = _rehearse(twin, {**arguments, "tiled": True}, modules, blocks, device.type)
         stages = [_with_tiles(*pair) for pair in zip(stages, tiled, strict=True)]
-    components = tuple(_component(role, module, parts[role].rest, stored) for role, module in modules.items())
+    components = tuple(
+        _component(role, module, stored) if (held := wrapped[role]) is None else held.load(role)
+        for role, module in modules.items()
+    )
     workload = Workload(
         components,
         tuple(stages),
@@ -264,7 +268,14 @@ def _with_tiles(whole: StageLoad, tiled: StageLoad) -> StageLoad:
     return replace(whole, tiled=tiled.activations) if tiled.activations < whole.activations else whole
 
 
-def _component(role: str, module: nn.Module, rest: Mapping[str, Tensor], stored: torch.dtype | None) -> ComponentLoad:
+def _blocks(module: nn.Module, wrapped: ManagedModule | None) -> dict[str, nn.Module]:
+    """By name, cut as the component is, or as it would be."""
+    if wrapped is not None:
+        return {name: module.get_submodule(name) for name in wrapped.blocks}
+    return {block.name: block.module for block in partition(module, **_cuts(module)).blocks}
+
+
+def _component(role: str, module: nn.Module, stored: torch.dtype | None) -> ComponentLoad:
     architecture = architecture_of(module)
     keeps = architecture.high_precision if architecture is not None else ()
 
@@ -274,10 +285,11 @@ def _component(role: str, module: nn.Module, rest: Mapping[str, Tensor], stored:
         )
 
     blocks = []
-    for block in partition(module, **_cuts(module)).blocks:
+    parts = partition(module, **_cuts(module))
+    for block in parts.blocks:
         packed = packing(block.parameters())
         blocks.append(BlockLoad(block.name, packed.stored_bytes, packed.computed_bytes))
-    outside = packing(rest)
+    outside = packing(parts.rest)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     return ComponentLoad(role, tuple(blocks), outside.computed_bytes + buffers, outside.stored_bytes + buffers)
 
