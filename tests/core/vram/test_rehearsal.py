@@ -155,9 +155,16 @@ def test_a_value_that_depends_on_weights_cannot_be_planned(name):
         rehearse(UNKNOWN[name])
 
 
-def test_attention_holds_no_scores_whoever_calls_it():
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q: F.scaled_dot_product_attention(q, q, q),
+        lambda q: F.scaled_dot_product_attention(query=q, key=q, value=q),  # as diffusers does
+    ],
+)
+def test_attention_holds_no_scores_whoever_calls_it(attend):
     q = on_meta(1, 8, 4096, 64, dtype=torch.bfloat16)
-    stage = rehearse(lambda: F.scaled_dot_product_attention(q, q, q))
+    stage = rehearse(lambda: attend(q))
     assert stage.device_bytes == 2 * q.numel() * 2 + 4 * 8 * 4096
     assert stage.flops == 4 * 8 * 4096 * 4096 * 64
 

@@ -184,7 +184,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args and args[0].is_meta:
+        if func is F.scaled_dot_product_attention and (args[0] if args else kwargs["query"]).is_meta:
             call = call_of_sdpa(*args, **kwargs)
             self._rehearsal._attention(call)
             return call.out.transpose(1, 2)
