@@ -70,7 +70,19 @@ _SM_90 = (
     Config("dq", 256, 32, 32, 4, 1),
 )
 
-TABLE: dict[int, tuple[Config, ...]] = {80: _SM_80, 86: _SM_86, 89: _SM_86, 90: _SM_90, 100: _SM_90}
+_SM_100 = (
+    Config("fwd", 64, 128, 128, 8, 3),
+    Config("fwd", 128, 128, 64, 8, 3),
+    Config("fwd", 256, 64, 32, 8, 2),
+    Config("dkdv", 64, 64, 128, 8, 1),
+    Config("dkdv", 128, 64, 128, 8, 1),
+    Config("dkdv", 256, 16, 32, 8, 1),
+    Config("dq", 64, 128, 64, 8, 2),
+    Config("dq", 128, 128, 64, 8, 2),
+    Config("dq", 256, 32, 32, 4, 1),
+)
+
+TABLE: dict[int, tuple[Config, ...]] = {80: _SM_80, 86: _SM_86, 89: _SM_86, 90: _SM_90, 100: _SM_100}
 """Compute capability -> rows for 16-bit tensors."""
 
 FP32: tuple[Config, ...] = (

@@ -30,7 +30,7 @@ def flash_fwd_kernel(
     heads, tiles, q_len, k_len, samples, scale_log2, left, right,
     Q_PER_KV: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr = False,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one head against the keys that it may attend.
 

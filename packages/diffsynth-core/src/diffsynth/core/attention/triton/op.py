@@ -51,7 +51,7 @@ def flash_attention(
     with current(q.device):
         settings = settings_of("fwd", (q, k, v), mask, cu_seqlens, limits)
         launchable(flash_fwd_kernel)[(settings["tiles"] * n * b,)](
-            q, k, v, out, lse, None, None, **settings, scale_log2=scale * LOG2_E
+            q, k, v, out, lse, None, None, **settings, scale_log2=scale * LOG2_E, INT8=False
         )
     return out, lse
 
