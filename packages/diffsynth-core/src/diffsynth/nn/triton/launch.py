@@ -35,4 +35,5 @@ def warps(elements: int) -> int:
 
 def block(size: int) -> int:
     """The power of two that holds `size` elements."""
-    return triton.next_power_of_2(size)
+    # While torch.compile traces, a size may be a symbol: block sizes are of one width, and shifting symbols never ends.
+    return triton.next_power_of_2(int(size))
