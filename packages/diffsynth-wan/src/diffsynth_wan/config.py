@@ -158,7 +158,7 @@ class WanAnimateConfig:
     @property
     def face_size(self) -> int:
         """Side of the face video in pixels."""
-        return 4 * 2 ** (len(self.motion_channels) - 1)
+        return 4 << (len(self.motion_channels) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +262,7 @@ def infer_motion_controller_config(shapes: Shapes) -> WanMotionControllerConfig:
     """
     dim, freq_dim = shapes["linear.0.weight"]
     expected = {"linear.0": (dim, freq_dim), "linear.2": (dim, dim), "linear.4": (6 * dim, dim)}
-    wanted = {f"{name}.weight": shape for name, shape in expected.items()}
+    wanted: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in expected.items()}
     wanted |= {f"{name}.bias": shape[:1] for name, shape in expected.items()}
     if dict(shapes) != wanted:
         raise ValueError(f"three layers to 6 times the width {dim}, and nothing else, were expected")
