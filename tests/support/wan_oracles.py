@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    WanAnimateTransformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
@@ -123,3 +124,32 @@ def noise(seed: int, frames: int, height: int, width: int, *, channels: int = 16
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (1, channels, (frames - 1) // 4 + 1, height // factor, width // factor)
     return torch.randn(shape, generator=generator)
+
+
+def oracle_animate_dit(seed: int = 0) -> WanAnimateTransformer3DModel:
+    """diffusers' transformer with Animate, narrow but for faces of 512 x 512 pixels: it knows that depth alone."""
+    widths = (3, 4, 4, 5, 6, 7, 8, 8)
+    module = WanAnimateTransformer3DModel(
+        **DIT | {"in_channels": 36},
+        image_dim=IMAGE_DIM,
+        added_kv_proj_dim=256,
+        motion_encoder_channel_sizes={str(512 >> number): width for number, width in enumerate(widths)},
+        motion_style_dim=12,
+        motion_dim=5,
+        motion_encoder_dim=14,
+        face_encoder_hidden_dim=24,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    ).eval()
+    weights = draw_weights({name: tuple(value.shape) for name, value in module.named_parameters()}, seed=seed)
+    for name, weight in weights.items():
+        if name.startswith("motion_encoder.") and weight.ndim > 1:
+            weight.mul_(weight[0].numel() ** 0.5)  # these layers divide by it themselves
+    module.load_state_dict(module.state_dict() | weights)
+    return module.requires_grad_(False)
+
+
+def our_animate(oracle: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Our transformer and our adapter with its weights."""
+    found = load_components(oracle.state_dict())
+    return found["wan_dit/diffusers_with_animate"], found["wan_animate_adapter/diffusers"]

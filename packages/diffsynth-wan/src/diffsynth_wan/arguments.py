@@ -93,7 +93,23 @@ class VaceArguments(TypedDict, total=False):
     vace_scale: float
 
 
-class WanArguments(ShapeArguments, ImageArguments, ControlArguments, VaceArguments, total=False):
+class AnimateArguments(TypedDict, total=False):
+    """Of Animate; the character is `input_image`. Clips have at least `num_frames - 4` frames, and so many come out.
+
+    Args:
+        animate_pose_video: how the character moves.
+        animate_face_video: its face.
+        animate_inpaint_video: the scene that it is put into; None is a new one.
+        animate_mask_video: white where the scene changes, a mask for each frame of `animate_inpaint_video`.
+    """
+
+    animate_pose_video: Clip | None
+    animate_face_video: Clip | None
+    animate_inpaint_video: Clip | None
+    animate_mask_video: Clip | None
+
+
+class WanArguments(ShapeArguments, ImageArguments, ControlArguments, VaceArguments, AnimateArguments, total=False):
     """All of a call but the prompt."""
 
     num_inference_steps: int

@@ -182,6 +182,16 @@ MODELS = (
         vae=VAE_22,
     ),
     _model(
+        "Wan-AI/Wan2.2-Animate-14B",
+        V2V,
+        "14B, a character moves as a clip says, or takes the place of one in it",
+        files={"dit": NETWORK, "animate_adapter": NETWORK},
+        sees_images=True,
+        tiny={"in_channels": INPAINT},
+        defaults={"height": 720, "width": 1280, "num_inference_steps": 20, "cfg_scale": 1.0},
+        paper="arXiv:2509.14055",
+    ),
+    _model(
         "PAI/Wan2.2-VACE-Fun-A14B",
         V2V,
         "two experts of 14B, control, edits and references",

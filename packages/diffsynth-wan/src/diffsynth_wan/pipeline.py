@@ -47,13 +47,14 @@ class WanVideoPipeline(Pipeline):
         "vae": Role(architectures=("wan_autoencoder", "wan22_autoencoder")),
         "vace": VACE,
         "vace2": VACE,
+        "animate_adapter": Role(architectures=("wan_animate_adapter",), optional=True),
         "motion_controller": Role(architectures=("wan_motion_controller",), optional=True),
         "tokenizer": Processor(source="Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"),
     }
     units = UNITS
     output_units = OUTPUT_UNITS
     loop = LoopArguments(num_inference_steps=50, cfg_scale=5.0)
-    loop_roles = ("dit", "vace")
+    loop_roles = ("dit", "vace", "animate_adapter")
     facts = {
         "in_channels": "dit.in_channels",
         "latent_channels": "dit.out_channels",
@@ -114,7 +115,7 @@ class WanVideoPipeline(Pipeline):
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
         """One expert at a time."""
         second = sigma < values.get("expert_boundary", 0.0)
-        return ("dit2", "vace2") if second else ("dit", "vace")
+        return ("dit2", "vace2", "animate_adapter") if second else self.loop_roles
 
     def velocity(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffsynth_wan.units.animate import encode_character, lead_with_character, move_character, tell_branches
 from diffsynth_wan.units.control import control_speed, encode_control, move_camera, place_reference
 from diffsynth_wan.units.experts import set_boundary
 from diffsynth_wan.units.image import encode_first_frame, encode_images, encode_with_clip, join_conditions
@@ -18,6 +19,7 @@ UNITS = (
     encode_prompt,
     encode_video,
     encode_with_clip,
+    encode_character,
     encode_images,
     encode_first_frame,
     encode_control,
@@ -25,9 +27,12 @@ UNITS = (
     place_reference,
     move_camera,
     control_speed,
+    tell_branches,
+    move_character,
     encode_references,
     encode_vace,
     draw_noise,
+    lead_with_character,
     initial_latents,
 )
 

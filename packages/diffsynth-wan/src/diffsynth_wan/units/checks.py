@@ -14,6 +14,7 @@ from diffsynth_wan.units.canvas import rounded_shape
 from diffsynth_wan.units.clips import check_clip, clip_length
 
 CLIPS = ("input_video", "control_video", "vace_video", "vace_video_mask")
+ANIMATE_CLIPS = ("animate_pose_video", "animate_face_video", "animate_inpaint_video", "animate_mask_video")
 IMAGES = ("input_image", "end_image", "reference_image")
 
 
@@ -28,6 +29,7 @@ def check_inputs(values: Mapping[str, Any], components: Mapping[str, Any]) -> No
     """
     _check_clips(values, components["vae"])
     _check_images(values)
+    _check_animate(values, components)
     if components["dit"] is not None:
         _check_network(values, components["dit"].config, components)
 
@@ -42,6 +44,12 @@ def _check_clips(values: Mapping[str, Any], vae: Any) -> None:
     for name in CLIPS:
         if values.get(name) is not None:
             check_clip(name, values[name], **shape)
+    if values.get("animate_pose_video") is not None and shape["num_frames"] < 5:
+        raise ValueError(f"num_frames={shape['num_frames']}: Animate spends 4 on the character; expected 5 or more")
+    for name in ANIMATE_CLIPS:
+        if values.get(name) is not None:
+            face = name == "animate_face_video"
+            check_clip(name, values[name], **shape | {"num_frames": shape["num_frames"] - 4}, fitted=not face)
     video, mask = values.get("vace_video"), values.get("vace_video_mask")
     if video is not None and mask is not None and clip_length(video) != clip_length(mask):
         raise ValueError(
@@ -75,7 +83,7 @@ def _check_network(values: Mapping[str, Any], config: WanDiTConfig, components: 
     takes_control = channels >= 2 * config.out_channels
     if first is not None and not takes_image:
         raise ValueError("input_image is given, but this network takes none; load an image-to-video model")
-    if first is None and channels > 0 and not takes_control and not _is_animated(values):
+    if first is None and channels > 0 and not takes_control:
         raise ValueError("this network draws videos that begin with an image; give input_image")
     if last is not None and (config.frame_times or channels == config.out_channels):
         raise ValueError("end_image is given, but this network takes an image for the beginning alone")
@@ -99,8 +107,15 @@ def _check_network(values: Mapping[str, Any], config: WanDiTConfig, components: 
         raise MissingComponent("one of two experts has VACE and the other has not; add the second expert's files")
 
 
-def _is_animated(values: Mapping[str, Any]) -> bool:
-    return False
+def _check_animate(values: Mapping[str, Any], components: Mapping[str, Any]) -> None:
+    pose, face, scene, mask = (values.get(name) is not None for name in ANIMATE_CLIPS)
+    if components["animate_adapter"] is None:
+        return  # arguments of an absent part were refused already
+    if not pose or not face:
+        missing = " and ".join(name for name, there in zip(ANIMATE_CLIPS, (pose, face), strict=False) if not there)
+        raise ValueError(f"this model animates a character; give {missing}")
+    if scene != mask:
+        raise ValueError("animate_inpaint_video and animate_mask_video belong together; give both, or neither")
 
 
 def check_experts(names: Sequence[str]) -> None:

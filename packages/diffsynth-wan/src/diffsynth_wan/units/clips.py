@@ -25,8 +25,14 @@ def clip_length(clip: Clip) -> int:
     return clip.shape[2] if isinstance(clip, Tensor) else len(clip)
 
 
-def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: int) -> None:
+def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: int, fitted: bool = True) -> None:
     """Refuse what cannot become a video of this size, before anything is decoded or encoded.
+
+    Args:
+        name: of the argument, for messages.
+        clip: what was given.
+        num_frames, height, width: of the video.
+        fitted: a tensor must be of its size; a face may be of another.
 
     Raises:
         TypeError: neither frames nor a tensor.
@@ -36,7 +42,8 @@ def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: in
         raise TypeError(f"{name} is one image; expected a clip, a sequence of {num_frames} images")
     if isinstance(clip, Tensor):
         expected = f"(1, 3, {num_frames} or more, {height}, {width})"
-        if clip.ndim != 5 or (*clip.shape[:2], *clip.shape[3:]) != (1, 3, height, width):
+        size = (height, width) if fitted else tuple(clip.shape[3:])
+        if clip.ndim != 5 or (*clip.shape[:2], *clip.shape[3:]) != (1, 3, *size):
             raise ValueError(f"{name} is a tensor of shape {tuple(clip.shape)}; expected {expected}")
     elif not isinstance(clip, Sequence) or isinstance(clip, str):
         raise TypeError(f"{name}={clip!r}: expected a sequence of images or a tensor; open a file with VideoData(...)")

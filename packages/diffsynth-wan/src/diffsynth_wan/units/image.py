@@ -22,6 +22,7 @@ def encode_images(
     *,
     input_image: Image.Image | None = None,
     end_image: Image.Image | None = None,
+    animate_latents: Float[Tensor, "1 c_image t h w"] | None = None,
     canvas: Canvas,
     in_channels: int,
     latent_channels: int,
@@ -30,8 +31,10 @@ def encode_images(
     """A mask of the frames that are given, and the latents of a clip that shows them and is grey between.
 
     Networks with as many image channels as latents (Control-Camera of Wan 2.1) were trained on the latents of the
-    first frame alone, and zeros behind it.
+    first frame alone, and zeros behind it. Animate has its own.
     """
+    if animate_latents is not None:
+        return animate_latents
     if input_image is None or frame_times:
         return None
     first = canvas.pixels(input_image)
