@@ -5,9 +5,12 @@ import torch
 from PIL import Image
 
 import diffsynth
-from diffsynth import provenance
+from diffsynth import Pipeline, provenance
+from diffsynth.cli.output import POLICIES
 from diffsynth.core.data.media import VideoData
 from diffsynth.core.data.media_writer import save_video
+from diffsynth.core.vram import TransferReport
+from diffsynth.core.vram.placement import PRESETS
 from picture_pipeline import VideoPipeline, picture_pipeline
 
 
@@ -153,3 +156,18 @@ def test_bad_input_of_a_video(run, filming, arguments, message, tmp_path):
     assert result.exit_code != 0
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_options_reach_the_loading_and_the_report_is_printed(run, loaded, monkeypatch):
+    report = TransferReport(bytes_moved=2 * 10**9, seconds_copying=1.0, hits=3)
+    monkeypatch.setattr(Pipeline, "transfers", {"dit": report})
+    result = run("generate", "toy-1", "abc", "-o", "out.png", "--vram", "8.5", "--policy", "fp8", "-v")
+    assert result.exit_code == 0, result.output
+    assert loaded == [("toy-1", {"device": None, "vram_limit": 8.5, "policy": "fp8"})]
+    assert "dit: 2.00 GB moved at 2.0 GB/s, 100% of it hidden" in result.stderr
+    assert result.stdout == "out.png\n"
+    assert "GB moved" not in run("generate", "toy-1", "abc", "-o", "out.png").stderr
+
+
+def test_the_policies_are_the_presets():
+    assert POLICIES == PRESETS

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from diffsynth.cli.output import UserError, traceback_option
+from diffsynth.cli.output import POLICIES, UserError, traceback_option
 
 _FPS = 15
 _VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
@@ -29,6 +29,9 @@ _OPTIONS = (
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other argument; may be repeated."),
     click.option("--device", help="cuda, cuda:1, cpu, ...; the first accelerator when left out."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of weights and activations."),
+    click.option("--vram", "vram_limit", type=float, metavar="GIB", help="Keep the call within so much of the device."),
+    click.option("--policy", type=click.Choice(POLICIES), help="Where weights wait; with --vram it is dynamic."),
+    click.option("-v", "--verbose", is_flag=True, help="Say what moving weights cost, on stderr."),
     traceback_option,
 )
 
@@ -60,16 +63,20 @@ def generate(
     dtype: str | None,
     settings: tuple[str, ...],
     fps: float | None,
+    verbose: bool,
     **options: Any,
 ) -> None:
     """Draw what PROMPT describes with MODEL (see `diffsynth list`) into OUT."""
     _check_out(model, out, fps)
     given = {name: value for name, value in options.items() if value is not None}
+    memory = {name: given.pop(name) for name in ("vram_limit", "policy") if name in given}
     arguments = _merge({"prompt": prompt, **given}, _parse(settings))
     arguments.setdefault("seed", secrets.randbelow(2**31))
     arguments = _check_names(model, arguments)
-    pipe = _load(model, device, dtype)
+    pipe = _load(model, device, dtype, memory)
     result = pipe(**arguments)
+    for role, report in pipe.transfers.items() if verbose else ():
+        click.echo(f"{role}: {report.settle()}", err=True)
     if out.suffix.lower() == ".mp4":
         _save_videos(pipe, arguments, result, out, fps)
     else:
@@ -136,7 +143,7 @@ def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return _open_pictures(arguments, pipeline.schema()["properties"])
 
 
-def _load(model: str, device: str | None, dtype: str | None) -> Any:
+def _load(model: str, device: str | None, dtype: str | None, memory: Mapping[str, Any]) -> Any:
     from diffsynth import registry
 
     with _status(f"loading {registry.get(model).name}"):
@@ -145,7 +152,7 @@ def _load(model: str, device: str | None, dtype: str | None) -> Any:
         import diffsynth
 
         chosen: dict[str, Any] = {} if dtype is None else {"torch_dtype": getattr(torch, dtype)}
-        return diffsynth.load(model, device=device, **chosen)
+        return diffsynth.load(model, device=device, **chosen, **memory)
 
 
 @contextmanager

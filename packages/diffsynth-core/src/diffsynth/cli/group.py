@@ -18,6 +18,7 @@ _OWN = {
     "plugins": ("diffsynth.cli.models:plugins", "Show the installed plugins; exit 1 if one is broken."),
     "info": ("diffsynth.cli.models:info", "Show a model's record, or what made a PNG."),
     "recognize": ("diffsynth.cli.recognize:recognize", "Tell what checkpoint files hold, by their headers."),
+    "convert": ("diffsynth.cli.convert:convert", "Make one safetensors file of a checkpoint."),
     "doctor": ("diffsynth.cli.doctor:doctor", "Tell what works here, and what to do about the rest."),
     "generate": ("diffsynth.cli.generate:generate", "Draw what a prompt describes."),
     "plan": ("diffsynth.cli.plan:plan", "Tell what a model would take, before it is downloaded."),

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffsynth.cli.output import json_option, show_json, show_table, traceback_option
+from diffsynth.cli.output import POLICIES, json_option, show_json, show_table, traceback_option
 
 if TYPE_CHECKING:
     from diffsynth._models import ModelRecord
     from diffsynth.core.vram.budget import MemoryPlan, Residence, StagePlan
 
 GIB = 2**30
-_POLICIES = ("none", "cpu-offload", "dynamic", "fp8", "disk")
 
 
 @click.command()
@@ -30,7 +29,7 @@ _POLICIES = ("none", "cpu-offload", "dynamic", "fp8", "disk")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt.")
 @click.option("--device", help="cuda, cpu, ...; what is here, else cuda with assumed speeds.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of weights and activations.")
-@click.option("--policy", type=click.Choice(_POLICIES), help="Where weights wait; with --vram it is dynamic.")
+@click.option("--policy", type=click.Choice(POLICIES), help="Where weights wait; with --vram it is dynamic.")
 @json_option
 @traceback_option
 def plan(

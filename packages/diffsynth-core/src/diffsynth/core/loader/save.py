@@ -27,6 +27,7 @@ from diffsynth.core.loader.layouts import inverse
 from diffsynth.core.loader.layouts.published import layout_of, rules_of
 from diffsynth.core.loader.load import apply_rule
 from diffsynth.core.loader.pickled import DTYPE_NAMES
+from diffsynth.core.loader.reading.source import ComponentSource
 from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean
 from diffsynth.spec import CheckpointSpec
 
@@ -102,6 +103,36 @@ def save_checkpoint(
         written = _save_shards(path, shards, notes)
     _remove_stale(path, written)
     return written
+
+
+def save_source(
+    source: ComponentSource,
+    path: Path,
+    *,
+    architecture: str = "",
+    config: Any = None,
+    metadata: Mapping[str, str] | None = None,
+    base: str = "",
+) -> None:
+    """Write what a source gives as one safetensors file: whole or not at all, with one tensor in memory at a time.
+
+    Args:
+        source: its keys, shapes and dtypes are those of the file.
+        path: the file; its folder is there.
+        architecture, config, metadata, base: as for `save_checkpoint`; without an architecture the file does not say
+            what it is.
+
+    Raises:
+        ValueError: as for `save_checkpoint`.
+        CorruptFile: what is read changed, or cannot be read.
+    """
+    _check_dtypes(source.dtypes)
+    shapes = source.shapes
+    entries = {
+        key: _Entry(source.dtypes[key], shapes[key], lambda key=key: source.read([key])[key]) for key in source.keys
+    }
+    notes = _notes(metadata or {}, architecture, config, base) if architecture else {**(metadata or {}), "format": "pt"}
+    _publish({path: lambda partial: _write(partial, entries, notes)})
 
 
 def _save_shards(path: Path, shards: list[dict[str, _Entry]], notes: dict[str, str]) -> list[Path]:
@@ -229,10 +260,15 @@ def _entries(module: nn.Module, dtype: torch.dtype | None) -> dict[str, _Entry]:
         if tensor.is_meta:
             raise ValueError(f"{name} of {type(module).__name__} is on the meta device: there is nothing to save")
         kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if kept not in DTYPE_NAMES:
-            raise ValueError(f"{name} is {kept}, which safetensors does not have; expected {_some(DTYPE_NAMES)}")
         entries[name] = _Entry(kept, tuple(tensor.shape), lambda tensor=tensor: tensor)
+    _check_dtypes({name: entry.dtype for name, entry in entries.items()})
     return entries
+
+
+def _check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name} is {dtype}, which safetensors does not have; expected {_some(DTYPE_NAMES)}")
 
 
 def _some(dtypes: Mapping[torch.dtype, str]) -> str:
