@@ -21,7 +21,7 @@ from diffsynth.core.vram.masters import DiskMaster, HostArena, HostMaster, Maste
 from diffsynth.core.vram.packing import Packing
 from diffsynth.core.vram.partition import SMALL, Block, partition
 from diffsynth.core.vram.placement import Placement, Policy, State
-from diffsynth.core.vram.places import REST, buffers_of, frozen, places_of, read_buffers, surround
+from diffsynth.core.vram.places import REST, away, buffers_of, frozen, places_of, read_buffers, surround
 from diffsynth.core.vram.report import TransferReport
 from diffsynth.core.vram.stream import BlockStream, Order
 from diffsynth.errors import did_you_mean
@@ -244,6 +244,9 @@ class ManagedModule:
                 vars(part).pop("forward", None)
             for name in (_ATTRIBUTE, _FLAG):
                 vars(self.module).pop(name, None)
+            for name, packing in self._packings.items():
+                if self._masters[name].memory is None:
+                    self._bind(name, frozen(self._on_meta(packing)))
         return self.module
 
     def __enter__(self) -> ManagedModule:
@@ -434,7 +437,11 @@ class ManagedModule:
         packing, memory = self._packings[name], self._masters[name].memory
         if memory is not None:
             return frozen(packing.stored_views(memory))
-        return frozen(packing.computed_views(torch.empty(packing.computed_bytes, dtype=torch.uint8, device="meta")))
+        return away(self._on_meta(packing))
+
+    @staticmethod
+    def _on_meta(packing: Packing) -> dict[str, Tensor]:
+        return packing.computed_views(torch.empty(packing.computed_bytes, dtype=torch.uint8, device="meta"))
 
     def _is_ours(self, memory: Tensor) -> bool:
         return all(memory is not master.memory for master in self._masters.values())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from diffsynth.core.loader.reading.source import ComponentSource
 from diffsynth.core.vram.partition import Block
@@ -61,6 +62,43 @@ def surround(module: nn.Module, around: Callable[..., Any]) -> None:
         return around(forward.__wrapped__, *args, **kwargs)  # type: ignore[attr-defined]
 
     vars(module)["forward"] = forward
+
+
+class Away(Tensor):
+    """A weight that is in no memory now. It has a shape, a dtype and a name; to compute with it is an error.
+
+    A plain tensor on meta would not do: torch multiplies one by a matrix that is there, and gives whatever was in the
+    memory of the result.
+    """
+
+    full_name: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuses to have it together with tensors that are there.
+
+        Raises:
+            RuntimeError: always then.
+        """
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        there = [value for value in tensors if not isinstance(value, cls)]
+        if any(not value.is_meta for value in there):
+            names = {value.full_name for value in tensors if isinstance(value, cls) and hasattr(value, "full_name")}
+            raise RuntimeError(
+                f"{' and '.join(sorted(names)) or 'a weight'} is read while its block does not run, so it is not "
+                "there. Name the class of the module that reads it in `atomic`: then it is not cut"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def away(tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Tensors on meta as parameters that nobody can compute with."""
+    parameters = frozen({name: tensor.as_subclass(Away) for name, tensor in tensors.items()})
+    for name, parameter in parameters.items():
+        parameter.full_name = name  # type: ignore[attr-defined]
+    return parameters
 
 
 def frozen(views: dict[str, Tensor]) -> dict[str, nn.Parameter]:
