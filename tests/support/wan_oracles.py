@@ -16,6 +16,7 @@ from diffusers import (
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from diffsynth_wan.autoencoder.config import Wan22AutoencoderConfig
 from diffsynth_wan.encoders.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
 from parity import draw_weights, shapes_of
 from published_tensors import load_components, load_published
@@ -78,6 +79,29 @@ def oracle_vae(seed: int = 10) -> AutoencoderKLWan:
 def our_vae(oracle: nn.Module) -> nn.Module:
     """Ours with its weights."""
     return load_published(oracle.state_dict(), expect="wan_autoencoder/diffusers")
+
+
+def oracle_vae_22(seed: int = 10) -> AutoencoderKLWan:
+    """diffusers' autoencoder of Wan 2.2, thin."""
+    facts = Wan22AutoencoderConfig()
+    module = AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=48,
+        latents_mean=list(facts.latents_mean),
+        latents_std=list(facts.latents_std),
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    )
+    return drawn(module, seed)
+
+
+def our_vae_22(oracle: nn.Module) -> nn.Module:
+    """Ours with its weights."""
+    return load_published(oracle.state_dict(), expect="wan22_autoencoder/diffusers")
 
 
 def oracle_text_encoder(seed: int = 20) -> UMT5EncoderModel:

@@ -11,7 +11,17 @@ from PIL import Image
 
 from diffsynth_wan import WanVideoPipeline
 from parity import TOLERANCE, relative_error
-from wan_oracles import IMAGE_DIM, noise, oracle_dit, oracle_vace_dit, our_dit, our_vace, shared_parts
+from wan_oracles import (
+    IMAGE_DIM,
+    noise,
+    oracle_dit,
+    oracle_vace_dit,
+    oracle_vae_22,
+    our_dit,
+    our_vace,
+    our_vae_22,
+    shared_parts,
+)
 
 SIZE = {"height": 48, "width": 64, "num_frames": 9}
 CALL = {"prompt": "a red apple on a table", "negative_prompt": "blurry", "num_inference_steps": 3, **SIZE}
@@ -239,6 +249,30 @@ def test_vace_at_scale_zero_is_the_network_alone(parts):
     assert torch.equal(ours(**CALL, seed=7, output_type="latents"), plain)
     scaled_to_zero = ours(**CALL, vace_video=clip_of(2, 9), vace_scale=0.0, seed=7, output_type="latents")
     assert relative_error(scaled_to_zero, plain) < 1e-6
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+def test_frames_with_times_of_their_own(parts, pictures, embedded, with_image):
+    """TI2V: the autoencoder of Wan 2.2, and an image as a first frame that has no noise."""
+    dit, vae = oracle_dit(in_channels=48, out_channels=48), oracle_vae_22()
+    theirs, ours = parts[0] | {"vae": vae}, parts[1] | {"vae": our_vae_22(vae)}
+    frames = {"transformer": dit, "expand_timesteps": True}
+    if with_image:
+        oracle = oracle_with((theirs,), WanImageToVideoPipeline, image_encoder=None, image_processor=None, **frames)
+    else:
+        oracle = oracle_with((theirs,), **frames)
+    size = {"height": 64, "width": 96}
+    image = pictures[0].resize((96, 64))
+    expected = oracle(
+        **embedded | size,
+        **({"image": image} if with_image else {}),
+        guidance_scale=5.0,
+        latents=noise(7, 9, 64, 96, channels=48, factor=16),
+        output_type="latent",
+    ).frames
+    pipe = ours_with((theirs, ours), dit=our_dit(dit))
+    latents = pipe(**CALL | size, input_image=image if with_image else None, seed=7, output_type="latents")
+    assert relative_error(latents, expected) < TOLERANCE
 
 
 def test_a_batch_equals_single_calls(text_to_video):
