@@ -1,7 +1,8 @@
 """How the kernels are cut into blocks, by architecture: a table, so that no first call tunes for minutes.
 
-Every row compiles for its architecture without a spill and within its shared memory; `benchmarks/kernels/compile.py`
-checks that without a GPU. Whether it is fast, only a GPU tells: until somebody timed a row there it is `tuned=False`.
+`benchmarks/kernels/compile.py` compiles rows without a GPU, and its README lists what they take. Those of sm_80 and
+sm_90 must neither spill nor want too much shared memory. Whether a row is fast, only a GPU tells: until somebody timed
+it there it is `tuned=False`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Config:
         block_m: queries of a block.
         block_n: keys of a block.
         num_warps, num_stages: launch options.
-        tuned: timed on this architecture, against its neighbours. False is untuned: a guess that compiles.
+        tuned: timed on this architecture, against its neighbours. False is untuned: a guess.
     """
 
     kernel: Kernel
