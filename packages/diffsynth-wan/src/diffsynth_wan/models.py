@@ -22,6 +22,9 @@ TEXT_DIM, IMAGE_DIM, IMAGE_TOKENS = 64, 160, 17
 """Of the tiny encoders."""
 
 TINY_ENCODERS = {"text_encoder": {"dim": TEXT_DIM, "vocab_size": 320}, "image_encoder": {"dim": IMAGE_DIM}}
+TINY_PARTS = {"animate_adapter": {"motion_channels": (4,) * 8}}
+"""The motion encoder keeps its depth: names of its published layers go by it."""
+
 INPAINT, CAMERA, CONTROL, CONTROL_AND_MASK = 36, 32, 48, 52
 """Channels in: 16 of latents, and those of a mask and an image; an image; a control video and an image; all of them."""
 
@@ -61,7 +64,8 @@ def _model(
         components={**sources, **encoders, "vae": vae},
         processors={"tokenizer": TOKENIZER},
         tiny={role: network for role in sources if role in ("dit", "dit2")}
-        | {role: TINY_ENCODERS[role] for role in encoders},
+        | {role: TINY_ENCODERS[role] for role in encoders}
+        | {role: TINY_PARTS[role] for role in sources if role in TINY_PARTS},
         tiny_processors={"tokenizer": "diffsynth_wan.encoders.tiny_tokenizer:write_tiny_tokenizer"},
         defaults=defaults or {},
         license=license,
