@@ -88,10 +88,10 @@ TABLE: dict[int, tuple[Config, ...]] = {80: _SM_80, 86: _SM_86, 89: _SM_86, 90: 
 
 FP32: tuple[Config, ...] = (
     Config("fwd", 64, 32, 32, 4, 1),
-    Config("fwd", 128, 32, 32, 4, 1),
+    Config("fwd", 128, 16, 16, 4, 1),
     Config("fwd", 256, 16, 16, 4, 1),
     Config("dkdv", 64, 32, 32, 4, 1),
-    Config("dkdv", 128, 16, 32, 4, 1),
+    Config("dkdv", 128, 16, 16, 4, 1),
     Config("dkdv", 256, 16, 16, 4, 1),
     Config("dq", 64, 32, 32, 4, 1),
     Config("dq", 128, 32, 16, 4, 1),
