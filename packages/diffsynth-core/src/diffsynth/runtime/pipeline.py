@@ -421,16 +421,21 @@ class Pipeline:
 
         def on_step(index: int, latents: Tensor) -> None:
             sigma, sigma_next, reused = sigmas[index].item(), sigmas[index + 1].item(), caching.take_reused()
-            _discovery.notify("step_done", pipeline=self, step=index, num_steps=num_steps, sigma=sigma_next)
+            self._notify("step_done", step=index, num_steps=num_steps, sigma=sigma_next)
             if request.loop.on_step is not None:
                 request.loop.on_step(Step(index, num_steps, sigma, sigma_next, latents, reused))
 
-        _discovery.notify("denoise_started", pipeline=self, num_steps=num_steps, shape=tuple(latents.shape))
+        self._notify("denoise_started", num_steps=num_steps, shape=tuple(latents.shape))
         with stage, caching:
             return euler(velocity, latents, sigmas, on_step=on_step, progress=request.loop.progress_bar_cmd)
 
     def _step_caching(self, request: Request) -> StepCaching:
         return step_caching(request.loop.step_cache, self.components, self.loop_roles, self.model_name)
+
+    def _notify(self, hook: str, **facts: Any) -> None:
+        # On meta nothing is drawn: it is a rehearsal.
+        if self.device.type != "meta":
+            _discovery.notify(hook, pipeline=self, **facts)
 
     def _output(self, request: Request, state: State, latents: Tensor) -> Any:
         state.shared["latents"] = latents.to(self.dtype)

@@ -123,13 +123,13 @@ def plan_model(
     Args:
         record: of the model.
         arguments: of the call.
-        device: None is the first accelerator, and cuda where there is none.
+        device: None is the first accelerator, and where there is none the kind that is preferred.
         dtype: name of a torch dtype, of weights and activations.
         limits: as of `plan_call`; so are the errors.
     """
     if device is None:
         device = devices.default_device()
-        device = "cuda" if device.type == "cpu" else device
+        device = devices.ACCELERATORS[0] if device.type == "cpu" else device
     torch_dtype: torch.dtype = getattr(torch, dtype)
     cls: type[Pipeline] = resolve(record.pipeline)
     components = dict.fromkeys(cls.roles) | declared_components(record, torch_dtype)
