@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: its tests, then its benchmarks, in parts of at most ten minutes, thirty in all.
+#
+#   benchmarks/gpu.sh PART...     one or more of the parts below, or `all`
+#   benchmarks/gpu.sh --dry-run PART...     the commands alone
+#   benchmarks/gpu.sh --list
+#
+# JSON and logs go to $OUT, or to benchmarks/results where that is not set; a short table comes last. A step that fails
+# or runs out of time is said in it, the others go on, and the exit code is 1.
+#
+# It needs Python 3.11 or newer with torch, triton, transformers, safetensors, einops, pluggy, numpy, pillow, pytest and
+# hypothesis, and no network. Our packages are taken from packages/*/src; nothing is installed but wheels from the
+# folder $WHEELS (.whl), into $SITE. To fill that folder, for what a machine lacks, on one that has a network:
+#
+#   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl \
+#       diffusers==0.42.1 importlib_metadata==10.2.0 jaxtyping==0.3.11 wadler-lindig==0.1.8 \
+#       huggingface_hub==1.33.0 modelscope==1.40.2 modelscope_hub==0.5.1 click==8.5.1 rich==15.0.0
+#
+# One version of each; what else they require and the machine lacks is to be named, too.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+wheels=${WHEELS:-.whl}
+site=${SITE:-/tmp/diffsynth-gpu-site}
+out=${OUT:-benchmarks/results}
+
+# Seconds that a part may take: below ten minutes, and thirty together.
+declare -A limit=([tests]=300 [attention]=360 [kernels]=150 [loading]=150 [plan]=120
+    [vram-flux]=240 [vram-wan]=280 [vram-z-image]=120)
+parts=(tests attention kernels loading plan vram-flux vram-wan vram-z-image)
+
+# The steps of a part, one a line: name, then the command.
+steps() {
+    case $1 in
+        tests) echo "tests $python -m pytest tests/gpu -q -p no:cacheprovider" ;;
+        attention) echo "attention $python benchmarks/attention.py --repeats 10 --json $out/attention-gpu.json" ;;
+        kernels) echo "kernels $python benchmarks/nn_kernels.py --json $out/nn_kernels-gpu.json" ;;
+        loading) echo "loading $python benchmarks/loading.py --size-gb 4 --repeats 2 --contenders load_file diffusers diffsynth --json $out/loading-gpu.json" ;;
+        plan) echo "plan $python benchmarks/plan.py --json $out/plan-gpu.json" ;;
+        vram-*) echo "$1 $python benchmarks/vram.py --networks ${1#vram-} --json $out/$1-gpu.json" ;;
+    esac
+}
+
+usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
+
+dry=0 wanted=()
+for argument in "$@"; do
+    case $argument in
+        -h | --help) usage; exit 0 ;;
+        --list) printf '%s\n' "${parts[@]}"; exit 0 ;;
+        --dry-run) dry=1 ;;
+        all) wanted+=("${parts[@]}") ;;
+        *)
+            if [[ ${limit[$argument]+there} ]]; then
+                wanted+=("$argument")
+            else
+                echo "gpu.sh: there is no part $argument; expected all, ${parts[*]}" >&2
+                exit 2
+            fi
+            ;;
+    esac
+done
+if ((${#wanted[@]} == 0)); then
+    echo "gpu.sh: which part? all, ${parts[*]}" >&2
+    exit 2
+fi
+
+# Our packages as if they were installed: a path each, and the metadata that plugins are found by.
+prepare() {
+    mkdir -p "$site" "$out"
+    shopt -s nullglob
+    local found=("$wheels"/*.whl)
+    if ((${#found[@]})); then
+        "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "${found[@]}" || return 1
+    fi
+    "$python" - "$site" <<'PYTHON' || return 1
+import pathlib
+import sys
+import tomllib
+
+site = pathlib.Path(sys.argv[1])
+for file in sorted(pathlib.Path("packages").glob("*/pyproject.toml")):
+    project = tomllib.loads(file.read_text())["project"]
+    name, version = project["name"], project["version"]
+    folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    groups = {"console_scripts": project.get("scripts", {}), **project.get("entry-points", {})}
+    lines = [f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in rows.items()) for group, rows in groups.items()]
+    (folder / "entry_points.txt").write_text("\n".join(lines))
+PYTHON
+    PYTHONPATH=$site$(printf ':%s' "$PWD"/packages/*/src):$PWD${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONPATH PYTHONUNBUFFERED=1
+    unset TRITON_INTERPRET
+}
+
+rows=() failed=0
+((dry)) || prepare || { echo "gpu.sh: the packages could not be set up" >&2; exit 1; }
+for part in "${wanted[@]}"; do
+    while read -r name command; do
+        if ((dry)); then
+            echo "timeout ${limit[$part]} $command"
+            continue
+        fi
+        started=$SECONDS
+        # Split into words on purpose: no argument has a space in it.
+        timeout --kill-after=10 "${limit[$part]}" $command </dev/null 2>&1 | tee "$out/$name.log"
+        code=${PIPESTATUS[0]}
+        verdict=done
+        ((code == 0)) || verdict="failed, exit code $code" failed=1
+        ((code != 124 && code != 137)) || verdict="out of time"
+        rows+=("$(printf '%-14s %5d s  %s' "$name" $((SECONDS - started)) "$verdict")")
+        rows+=("$(tail -n 12 "$out/$name.log" | cut -c 1-150 | sed 's/^/    /')")
+    done < <(steps "$part")
+done
+((dry)) || { echo; echo "=== summary ==="; printf '%s\n' "${rows[@]}"; }
+exit $failed
