@@ -58,7 +58,6 @@ def why_not(kernel: str, *tensors: Tensor | None) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def no_kernels_on(device_type: str) -> str | None:
     """Why no kernel runs on this kind of device, or None."""
     if not _env.fused_kernels():
@@ -66,6 +65,10 @@ def no_kernels_on(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"tensors are on {device_type}; the kernels run on cuda"
     return None if _triton_is_installed() else "triton is not installed"
+
+
+# What torch.compiler.assume_constant_result() sets; calling it would load the compiler at import.
+no_kernels_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(kernel: str, reason: str | None) -> bool:

@@ -86,7 +86,8 @@ def plan_call(
     wrapped = {role: managed(pipe.components[role]) for role in modules}
     blocks = {role: _blocks(module, wrapped[role]) for role, module in modules.items()}
     stages = _rehearse(twin, arguments, modules, blocks, device.type)
-    if "tiled" in twin.__signature__.parameters and "tiled" not in arguments and vram_limit is not None:
+    could_tile = "tiled" in twin.__signature__.parameters and not twin.__signature__.parameters["tiled"].default
+    if could_tile and "tiled" not in arguments and vram_limit is not None:
         tiled = _rehearse(twin, {**arguments, "tiled": True}, modules, blocks, device.type)
         stages = [_with_tiles(*pair) for pair in zip(stages, tiled, strict=True)]
     components = tuple(

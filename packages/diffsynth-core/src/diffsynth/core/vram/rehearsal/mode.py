@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from diffsynth.core.attention.on_meta import MetaCall, call_of_sdpa, watched
 from diffsynth.core.vram.rehearsal.ledger import Ledger
+from diffsynth.core.vram.rehearsal.results import Results
 from diffsynth.core.vram.rehearsal.values import KnownValues, tensors_in
 from diffsynth.core.vram.rehearsal.workspace import workspace
 from diffsynth.errors import Unplannable
@@ -140,6 +141,7 @@ class _Operations(TorchDispatchMode):
     def __init__(self, rehearsal: Rehearsal) -> None:
         super().__init__()
         self._rehearsal = rehearsal
+        self._results = Results()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -157,7 +159,7 @@ class _Operations(TorchDispatchMode):
                 args, kwargs = tree_map_only(Tensor, _as_meta(values), (args, kwargs))
             if func.overloadpacket in _INDEXED:
                 args = (args[0], _long_indices(values, func, args[1]), *args[2:])
-        out = func(*args, **kwargs)
+        out = self._results(func, args, kwargs)
         values.follow(func, args, kwargs, out)
         for result in tensors_in(out):
             watcher.ledger.allocated(result)
