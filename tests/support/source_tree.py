@@ -30,6 +30,7 @@ _FOLDERS = {
     "core/gradient": "tensors",
     "core/device": "tensors",
     "core/data": "tensors",
+    "core/parallel": "tensors",
     "nn": "tensors",
     "sampling": "tensors",
     "models": "models",

@@ -4,13 +4,17 @@ An extension is a callable `(dit, stream) -> stream`. `WanDiT.forward` applies t
 embedding and blocks. What an extension can do is what `Stream` holds: put tokens in front, add to them, move them in
 space and time, add a context, change the modulation, replace the attention of a block, or leave a function that adds
 a residual behind one. Each variant of `diffsynth_wan.variants` is such a callable.
+
+Where several processes share a video, each has a part of the tokens. An extension says with a class attribute
+`sees: ClassVar[Sees]` on which side of that it stands; `diffsynth_wan.sharing` puts them in order and refuses one that
+does not say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -33,6 +37,11 @@ Residual: TypeAlias = Callable[[Float[Tensor, "b s e"]], Float[Tensor, "b s e"]]
 
 Positions: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Where the tokens stand along time, height and width; their numbers are the grid of tokens."""
+
+
+Sees: TypeAlias = Literal["whole", "part"]
+"""The stream before its tokens are shared out, free to change it; or behind, where `Stream.split` takes this process's
+part of what is added."""
 
 
 def attend_plainly(block: int) -> Attend:
@@ -59,8 +68,10 @@ class Stream:
         modulation: shift, scale and gate of attention and of feed-forward, before a block adds its own; fp32.
         attend: block -> its self-attention.
         residuals: block -> functions whose results are added behind it, in order.
-        split: takes this process's part of a tensor along its tokens, axis 1, where several processes share a video.
+        split: takes this process's part of a tensor along its tokens, axis 1, where several processes share a video;
+            it is one run of tokens.
         join: the opposite: the whole, from the parts.
+        first: where in the grid the first of `tokens` stands; not 0 behind `split`.
     """
 
     tokens: Float[Tensor, "b s e"]
@@ -75,6 +86,7 @@ class Stream:
     residuals: Mapping[int, tuple[Residual, ...]] = field(default_factory=dict)
     split: Callable[[Tensor], Tensor] = _same
     join: Callable[[Tensor], Tensor] = _same
+    first: int = 0
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -99,6 +111,7 @@ class FramesFrom:
     """
 
     start: int
+    sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`."""

@@ -11,12 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.parallel import join_processes
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Processor, Role
 from diffsynth_wan.arguments import WanArguments
 from diffsynth_wan.encoders.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
 from diffsynth_wan.extension import Extension
+from diffsynth_wan.sharing import shared_out
 from diffsynth_wan.units import OUTPUT_UNITS, UNITS
 from diffsynth_wan.units.checks import check_experts, check_inputs
 from diffsynth_wan.units.vace import VaceCondition
@@ -55,6 +57,7 @@ class WanVideoPipeline(Pipeline):
     output_units = OUTPUT_UNITS
     loop = LoopArguments(num_inference_steps=50, cfg_scale=5.0)
     loop_roles = ("dit", "vace", "animate_adapter")
+    shares_tokens = True
     facts = {
         "in_channels": "dit.in_channels",
         "latent_channels": "dit.out_channels",
@@ -83,17 +86,19 @@ class WanVideoPipeline(Pipeline):
             torch_dtype, device, model_configs, vram_limit, processor_configs: as there.
             redirect_common_files: take text encoder, image encoder and autoencoder from the one repository that has
                 them as safetensors, instead of downloading them again for each model. Files that are here already stay.
-            use_usp: taken for scripts that give False.
+            use_usp: share the tokens of a video among all processes that `torchrun` started, each on a device of its
+                own of this kind, as `parallel()` does; in scripts for DiffSynth-Studio.
 
         Raises:
             MissingComponent: one of two experts is missing.
-            ValueError: `use_usp=True`.
+            Unavailable: `use_usp=True` in a process that `torchrun` did not start.
         """
         if use_usp:
-            raise ValueError("use_usp=True: this version draws on one device; leave it out")
+            device = join_processes(device)
         configs = [_redirected(config) if redirect_common_files else config for config in model_configs]
         check_experts([str(config) for config in configs])
-        return super().from_pretrained(torch_dtype, device, configs, vram_limit, **processor_configs)
+        pipe = super().from_pretrained(torch_dtype, device, configs, vram_limit, **processor_configs)
+        return pipe.parallel() if use_usp else pipe
 
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[WanArguments]) -> Any:
         """Draw one video, a list of frames, or several; see `Pipeline.__call__`.
@@ -146,6 +151,7 @@ class WanVideoPipeline(Pipeline):
         if vace_condition is not None:
             control = vace_condition.latents.expand(len(latents), -1, -1, -1, -1)
             extensions = (*extensions, VaceControl(vace, control, vace_condition.scale))
+        extensions = shared_out(extensions, self.team.tokens)
         time, given = sigma, 0
         if first_latents is not None:
             given = first_latents.shape[2]

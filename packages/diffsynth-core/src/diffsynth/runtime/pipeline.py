@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
+from diffsynth.core.parallel import Team, compute_each, form_team
 from diffsynth.core.vram.budget import MemoryPlan
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
@@ -30,6 +31,7 @@ from diffsynth.runtime.memory.keeping import LimitKeeper
 from diffsynth.runtime.memory.placing import Placing, Policies
 from diffsynth.runtime.memory.planning import plan_call
 from diffsynth.runtime.memory.residency import Residency
+from diffsynth.runtime.progress import no_progress
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.runtime.schema import SchemaMethod
@@ -65,6 +67,8 @@ class Pipeline:
     loop_roles: ClassVar[tuple[str, ...]] = ("dit",)
     per_image: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
     facts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    shares_tokens: ClassVar[bool] = False
+    """Whether `velocity()` shares the tokens out among the processes of `self.team.tokens`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,6 +98,7 @@ class Pipeline:
         """
         self.device = torch.device(device) if device is not None else devices.default_device()
         self.dtype = torch_dtype
+        self.team = Team()
         self.model_name: str | None = None
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
         self.components = self._fill_roles(components)
@@ -210,7 +215,29 @@ class Pipeline:
         """Check the arguments of a call without making it; raises what the call would raise for them."""
         request = check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
         self._step_caching(request)
+        loop = request.loop
+        self.team.check_call(cfg_scale=loop.cfg_scale, step_cache=loop.step_cache, cancel=loop.cancel)
         return request
+
+    def parallel(self, *, cfg: int = 1, sequence: int | None = None) -> Pipeline:
+        """Draw together with the other processes of `torch.distributed`, which make the same calls; `docs/parallel.md`.
+
+        Args:
+            cfg: 2 gives each branch of classifier-free guidance processes of its own, which every pipeline can.
+            sequence: how many processes share the tokens of a branch; None is all. 1 for a pipeline that cannot.
+
+        Raises:
+            Unavailable: there is no process group.
+            ValueError: sizes that do not make up the number of processes, or tokens that this pipeline cannot share.
+        """
+        team = form_team(cfg=cfg, sequence=sequence, device=self.device)
+        if team.tokens.size > 1 and not self.shares_tokens:
+            raise ValueError(
+                f"{type(self).__name__} cannot share the tokens of a result among {team.tokens.size} processes; it can "
+                f"share the two branches of guidance: parallel(cfg=2) with 2 processes"
+            )
+        self.team = team
+        return self
 
     def compile_pipeline(
         self,
@@ -370,7 +397,8 @@ class Pipeline:
 
     def _new_state(self, request: Request) -> State:
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
-        given = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": request.seeds}
+        seeds = self.team.agreed_seeds(request.seeds)
+        given = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
         given |= self._facts()
         branches = ("cond",) if request.loop.cfg_scale == 1 else ("cond", "uncond")
         return State({**request.values, **loop, **given}, branches)
@@ -414,7 +442,8 @@ class Pipeline:
                 held = roles
             levels = sigma.to(self.device, torch.float32).expand(len(latents))
             rounded = latents.to(self.dtype)
-            predictions = [predict(branch, rounded, levels, bool(sigma == sigmas[-2])) for branch in conditions]
+            own = functools.partial(predict, latents=rounded, sigma=levels, is_last=bool(sigma == sigmas[-2]))
+            predictions = compute_each(list(conditions), own, self.team.branches)
             if len(predictions) == 1:
                 return predictions[0]
             return classifier_free_guidance(*predictions, request.loop.cfg_scale)
@@ -427,7 +456,8 @@ class Pipeline:
 
         self._notify("denoise_started", num_steps=num_steps, shape=tuple(latents.shape))
         with stage, caching:
-            return euler(velocity, latents, sigmas, on_step=on_step, progress=request.loop.progress_bar_cmd)
+            progress = request.loop.progress_bar_cmd if self.team.is_first else no_progress
+            return euler(velocity, latents, sigmas, on_step=on_step, progress=progress)
 
     def _step_caching(self, request: Request) -> StepCaching:
         return step_caching(request.loop.step_cache, self.components, self.loop_roles, self.model_name)

@@ -7,7 +7,7 @@ time, so `WanAnimateAdapter.forward` runs once for all steps.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffsynth.core.attention import attention
 from diffsynth.nn import LayerNorm, RMSNorm
 from diffsynth_wan.config import WanAnimateConfig
-from diffsynth_wan.extension import Stream
+from diffsynth_wan.extension import Sees, Stream
 from diffsynth_wan.variants.motion_encoder import MotionEncoder
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class AnimateMotion:
     adapter: WanAnimateAdapter
     pose_tokens: Float[Tensor, "b s e"]
     face_tokens: Float[Tensor, "b t n e"]
+    sees: ClassVar[Sees] = "part"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`.
@@ -59,11 +60,11 @@ class AnimateMotion:
         if len(dit.blocks) % len(fusers):
             raise ValueError(f"{len(fusers)} blocks read the face; they do not spread evenly over {len(dit.blocks)}")
         face_tokens = self.face_tokens.expand(len(stream.tokens), -1, -1, -1)
-        posed = stream.tokens[:, per_frame:] + self.pose_tokens
-        stream = replace(stream, tokens=torch.cat((stream.tokens[:, :per_frame], posed), dim=1))
+        posed = stream.tokens + stream.split(F.pad(self.pose_tokens, (0, 0, per_frame, 0)))
+        stream = replace(stream, tokens=posed)
         for number, fuser in enumerate(fusers):
             block = number * (len(dit.blocks) // len(fusers))
-            stream = stream.with_residual(block, _Face(fuser, face_tokens, stream))
+            stream = stream.with_residual(block, _Face(fuser, face_tokens, stream.first, per_frame))
         return stream
 
 
@@ -71,11 +72,16 @@ class AnimateMotion:
 class _Face:
     fuser: FaceBlock
     face_tokens: Tensor
-    stream: Stream
+    first: int
+    per_frame: int
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        # A frame may lie in the parts of two processes.
-        return self.stream.split(self.fuser(self.stream.join(tokens), self.face_tokens))
+        # A frame may lie in the parts of two processes: each fills it up with tokens that nobody reads.
+        frame, before = divmod(self.first, self.per_frame)
+        behind = -(before + tokens.shape[1]) % self.per_frame
+        filled = F.pad(tokens, (0, 0, before, behind)) if before or behind else tokens
+        frames = filled.shape[1] // self.per_frame
+        return self.fuser(filled, self.face_tokens[:, frame : frame + frames])[:, before : before + tokens.shape[1]]
 
 
 class WanAnimateAdapter(nn.Module):

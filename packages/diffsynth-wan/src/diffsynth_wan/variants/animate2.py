@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention import attention
-from diffsynth_wan.extension import Attend, Stream
+from diffsynth_wan.extension import Attend, Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
@@ -65,6 +65,7 @@ class ReadReference:
     """
 
     video: ReferenceVideo
+    sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`."""
@@ -90,6 +91,7 @@ class FollowReference:
 
     video: ReferenceVideo
     log_scale: float = 0.0
+    sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth_wan.config import CAMERA_PIXELS, WanDiTConfig
-from diffsynth_wan.extension import Stream
+from diffsynth_wan.extension import Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
@@ -27,6 +27,7 @@ class CameraMotion:
     """
 
     rays: Float[Tensor, "b 24 t height width"]
+    sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth_wan.extension import Stream
+from diffsynth_wan.extension import Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
@@ -24,6 +24,7 @@ class ReferenceFrame:
     """
 
     latents: Float[Tensor, "b c h w"]
+    sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.nn import sinusoidal_embedding
 from diffsynth_wan.config import WanMotionControllerConfig
-from diffsynth_wan.extension import Stream
+from diffsynth_wan.extension import Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
@@ -49,6 +49,7 @@ class Speed:
     """
 
     modulation: Float[Tensor, "b 6 e"]
+    sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`."""

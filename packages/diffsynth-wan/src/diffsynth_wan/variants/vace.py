@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth_wan.config import WanVaceConfig
 from diffsynth_wan.dit import WanBlock
-from diffsynth_wan.extension import Attend, Rotary, Stream
+from diffsynth_wan.extension import Attend, Rotary, Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
@@ -32,6 +32,7 @@ class VaceControl:
     vace: WanVace
     control_latents: Float[Tensor, "b c t h w"]
     scale: float = 1.0
+    sees: ClassVar[Sees] = "part"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`.

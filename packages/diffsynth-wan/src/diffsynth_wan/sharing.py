@@ -1,0 +1,90 @@
+"""The tokens of a video, shared out among the processes of `diffsynth.core.parallel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import gcd
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.core.parallel import Ranks, attend_together, join_shares, share
+from diffsynth_wan.extension import Extension, Sees, Stream
+
+if TYPE_CHECKING:
+    from diffsynth_wan.dit import WanDiT
+
+
+def shared_out(extensions: Sequence[Extension], ranks: Ranks) -> tuple[Extension, ...]:
+    """The same extensions, and between those that see the whole stream and those that see a part, `ShareTokens`.
+
+    Raises:
+        ValueError: an extension does not say what it sees, or sees the whole and stands behind one that sees a part.
+    """
+    if ranks.size == 1:
+        return tuple(extensions)
+    whole: list[Extension] = []
+    part: list[Extension] = []
+    for extension in extensions:
+        name = getattr(extension, "__name__", type(extension).__name__)
+        sees = getattr(extension, "sees", None)
+        if sees not in ("whole", "part"):
+            raise ValueError(
+                f"{name} cannot be shared among {ranks.size} processes: it does not say what it sees, "
+                f"sees='whole' or sees='part' of the tokens; draw in one process, or with parallel(cfg=2)"
+            )
+        if sees == "whole" and part:
+            raise ValueError(f"{name} sees the whole stream; it must stand before {type(part[0]).__name__}")
+        (whole if sees == "whole" else part).append(extension)
+    return (*whole, ShareTokens(ranks), *part)
+
+
+@dataclass(frozen=True, eq=False)
+class ShareTokens:
+    """From here on the stream has the tokens of this process; its self-attention is that of all processes together.
+
+    Behind it, extensions read tokens of their own through `Stream.split`; before it they may change how many there
+    are, where they stand, and how they attend: to all tokens, in some heads.
+    """
+
+    ranks: Ranks
+    sees: ClassVar[Sees] = "whole"
+
+    def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
+        """See `Extension`.
+
+        Raises:
+            ValueError: fewer tokens than processes.
+        """
+        total, ranks = stream.tokens.shape[1], self.ranks
+        if total < ranks.size:
+            raise ValueError(f"{total} tokens cannot be shared among {ranks.size} processes; draw a larger video")
+        own = share(total, ranks)
+        cos, sin = stream.rotary
+        return replace(
+            stream,
+            tokens=stream.tokens[:, own],
+            rotary=(cos[:, own], sin[:, own]),
+            time=runs_of(stream.time, own, total),
+            modulation=runs_of(stream.modulation, own, total),
+            attend=lambda block: attend_together(stream.attend(block), total, ranks),
+            split=lambda x: x[:, own],
+            join=partial(join_shares, total=total, ranks=ranks),
+            first=own.start,
+        )
+
+
+def runs_of(x: Float[Tensor, "b g ..."], own: slice, total: int) -> Float[Tensor, "b g_own ..."]:
+    """What belongs to the tokens in `own`, again in equal runs, from what belongs to `g` equal runs of `total` tokens.
+
+    A run that two processes share is cut, and all others with it, into the longest pieces that fit both.
+    """
+    run = total // x.shape[1]
+    if own.start // run == (own.stop - 1) // run:
+        return x[:, own.start // run : own.start // run + 1]
+    piece = gcd(run, own.start, own.stop)
+    return x[:, torch.arange(own.start, own.stop, piece, device=x.device) // run]

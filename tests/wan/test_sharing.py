@@ -1,0 +1,248 @@
+"""Several processes draw what one draws: every variant, tokens and heads that do not divide, whole calls of a pipeline.
+
+Networks, inputs and what one process gives are made once, before the processes are forked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import parity
+from diffsynth.core.parallel import ALONE, Ranks, form_team
+from diffsynth.errors import Refused, Unavailable
+from diffsynth_wan import WanVideoPipeline
+from diffsynth_wan.autoencoder.config import TINY_WAN22_AUTOENCODER
+from diffsynth_wan.autoencoder.vae import Wan22Autoencoder
+from diffsynth_wan.config import (
+    TINY_ANIMATE,
+    TINY_DIT,
+    TINY_MOTION_CONTROLLER,
+    TINY_VACE,
+    WanDiTConfig,
+    tiny_animate_inputs,
+    tiny_dit_inputs,
+)
+from diffsynth_wan.dit import WanDiT
+from diffsynth_wan.encoders.config import TINY_TEXT_ENCODER
+from diffsynth_wan.encoders.text_encoder import WanTextEncoder
+from diffsynth_wan.encoders.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
+from diffsynth_wan.extension import Extension, Stream
+from diffsynth_wan.sharing import ShareTokens, runs_of, shared_out
+from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
+from diffsynth_wan.variants.animate2 import FollowReference, ReadReference, ReferenceVideo
+from diffsynth_wan.variants.camera import CameraMotion
+from diffsynth_wan.variants.reference import ReferenceFrame
+from diffsynth_wan.variants.speed import Speed, WanMotionController
+from diffsynth_wan.variants.vace import VaceControl, WanVace
+from processes import run_together
+
+WIDTH = {"dim": 384, "num_heads": 3}
+"""Three heads: two processes have 2 and 1, the fourth of four has none."""
+
+NARROW = replace(TINY_DIT, **WIDTH)
+TOLERANCE = 1e-5
+
+Run = Callable[[Ranks], Tensor]
+
+
+def rand(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(module: torch.nn.Module) -> Any:
+    constants = dict(module.named_buffers())
+    module.load_state_dict(parity.draw_weights(parity.shapes_of(module)) | constants)
+    return module.eval().requires_grad_(False)
+
+
+def run_of(
+    config: WanDiTConfig = NARROW, extensions: Sequence[Extension] = (), dit: WanDiT | None = None, **given: Any
+) -> Run:
+    """A pass over 3 x 3 x 2 tokens, two videos at once; 18 tokens do not divide by 4, and 4 parts cut a frame of 6."""
+    dit = drawn(WanDiT(config)) if dit is None else dit
+    inputs = tiny_dit_inputs(config, torch.Generator().manual_seed(0)) | given
+    return lambda ranks: dit(**inputs, extensions=shared_out(extensions, ranks))
+
+
+def image_to_video() -> Run:
+    config = replace(NARROW, in_channels=36, image_dim=8)
+    return run_of(
+        config, latents=rand(2, 16, 3, 6, 4), condition_latents=rand(2, 20, 3, 6, 4), image_embeds=rand(2, 7, 8)
+    )
+
+
+def animate() -> Run:
+    adapter = drawn(WanAnimateAdapter(replace(TINY_ANIMATE, **WIDTH)))
+    faces = tiny_animate_inputs(TINY_ANIMATE, torch.Generator().manual_seed(0))["face_pixels"]
+    return run_of(extensions=[AnimateMotion(adapter, *adapter(rand(1, 16, 2, 6, 4), faces))])
+
+
+def animate_2() -> Run:
+    """The reference is read by all processes together, too: each keeps all of its tokens, in the heads that it has."""
+    dit = drawn(WanDiT(NARROW))
+
+    def run(ranks: Ranks) -> Tensor:
+        video = ReferenceVideo()
+        run_of(dit=dit, latents=rand(2, 16, 2, 6, 4), extensions=[ReadReference(video)])(ranks)
+        return run_of(dit=dit, extensions=[FollowReference(video, -1.3)])(ranks)
+
+    return run
+
+
+def everything_at_once() -> Run:
+    """Whatever may stand beside each other, in the order of the pipeline."""
+    config = replace(NARROW, reference_channels=16, camera_channels=24)
+    vace = drawn(WanVace(replace(TINY_VACE, **WIDTH)))
+    controller = drawn(WanMotionController(replace(TINY_MOTION_CONTROLLER, dim=384)))
+    camera, reference = CameraMotion(rand(2, 24, 3, 48, 32)), ReferenceFrame(rand(2, 16, 6, 4))
+    speed = Speed(controller(torch.tensor([40.0])))
+    return run_of(config, [camera, reference, speed, VaceControl(vace, rand(2, 96, 3, 6, 4))])
+
+
+RUNS: dict[str, Callable[[], Run]] = {
+    "text to video": run_of,
+    "image to video": image_to_video,
+    "a time for each frame": lambda: run_of(time=rand(2, 3).sigmoid()),
+    "a time for each token": lambda: run_of(time=rand(2, 18).sigmoid()),
+    "VACE": lambda: run_of(
+        extensions=[VaceControl(drawn(WanVace(replace(TINY_VACE, **WIDTH))), rand(2, 96, 2, 6, 4), scale=0.7)]
+    ),
+    "Animate": animate,
+    "Animate-2": animate_2,
+    "camera": lambda: run_of(replace(NARROW, camera_channels=24), [CameraMotion(rand(2, 24, 3, 48, 32))]),
+    "all at once": everything_at_once,
+}
+
+
+class Parts:
+    """A tiny TI2V pipeline, calls of it, and what one process draws."""
+
+    def __init__(self) -> None:
+        dit = WanDiT(replace(NARROW, in_channels=48, out_channels=48, text_dim=32, frame_times=True))
+        self.pipe = WanVideoPipeline.from_components(
+            dit=drawn(dit),
+            text_encoder=drawn(WanTextEncoder(replace(TINY_TEXT_ENCODER, vocab_size=VOCAB_SIZE))),
+            tokenizer=tiny_tokenizer(),
+            vae=drawn(Wan22Autoencoder(TINY_WAN22_AUTOENCODER)),
+            device="cpu",
+            torch_dtype=torch.float32,
+        )
+        pixels = np.random.default_rng(0).integers(0, 255, (96, 64, 3), dtype=np.uint8)
+        size = {"height": 96, "width": 64, "num_frames": 9, "num_inference_steps": 2, "seed": 3}
+        self.call = {"prompt": "an apple", "negative_prompt": "blurry", "output_type": "latents", **size}
+        self.image = {"input_image": Image.fromarray(pixels)}
+
+    def draw(self, **changes: Any) -> Any:
+        return self.pipe(**self.call | changes)
+
+
+@cache
+def prepared() -> tuple[dict[str, Run], dict[str, Tensor], Parts, dict[str, Tensor]]:
+    """Runs of networks and calls of a pipeline, each with what one process gives."""
+    runs = {name: make() for name, make in RUNS.items()}
+    parts = Parts()
+    with torch.no_grad():
+        truths = {name: run(ALONE) for name, run in runs.items()}
+    drawn = {"text": parts.draw(), "image": parts.draw(**parts.image), "unguided": parts.draw(cfg_scale=1.0)}
+    return runs, truths, parts, drawn
+
+
+@torch.no_grad()
+def all_runs(rank: int) -> dict[str, float]:
+    runs, truths, _, _ = prepared()
+    team = form_team(device="cpu")
+    return {name: parity.relative_error(run(team.tokens), truths[name]) for name, run in runs.items()}
+
+
+def all_calls(rank: int) -> dict[str, float]:
+    """Errors of a pipeline's calls; and how much of a pass this process did."""
+    _, _, parts, truths = prepared()
+    errors = {}
+    tokens: list[int] = []
+    parts.pipe.dit.blocks[0].register_forward_hook(lambda block, given, made: tokens.append(made.shape[1]))
+    guided = {"text": {}, "image": parts.image}
+    parts.pipe.parallel()
+    size = parts.pipe.team.tokens.size
+    for name, changes in (guided | {"unguided": {"cfg_scale": 1.0}}).items():
+        errors[f"{name}, tokens"] = parity.relative_error(parts.draw(**changes), truths[name])
+    assert len(tokens) == 2 * (2 + 2 + 1)
+    assert max(tokens) <= -(-18 // size)
+    with pytest.raises(Refused, match="step_cache"):
+        parts.draw(step_cache="first_block:threshold=0.1")
+    tokens.clear()
+    parts.pipe.parallel(cfg=2)
+    for name, changes in guided.items():
+        errors[f"{name}, branches"] = parity.relative_error(parts.draw(**changes), truths[name])
+    assert len(tokens) == 2 * 2
+    with pytest.raises(ValueError, match="cfg_scale=1.0 has one branch"):
+        parts.draw(cfg_scale=1.0)
+    unseeded = parts.draw(seed=None, cfg_scale=2.0)
+    errors["unseeded"] = float(unseeded.double().sum())
+    return errors
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_variant(size: int) -> None:
+    prepared()
+    for errors in run_together(size, all_runs):
+        assert set(errors) == set(RUNS)
+        assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_calls_of_a_pipeline(size: int) -> None:
+    """Tokens are shared, then branches and, of four processes, the tokens of each; all draw the same noise."""
+    prepared()
+    answers = run_together(size, all_calls)
+    assert len({errors.pop("unseeded") for errors in answers}) == 1
+    for errors in answers:
+        assert len(errors) == 5
+        assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_without_torchrun_nothing_is_loaded() -> None:
+    with pytest.raises(Unavailable, match="there is no process group"):
+        WanVideoPipeline.from_pretrained(device="cpu", use_usp=True)
+    with pytest.raises(Unavailable, match="there is no process group"):
+        prepared()[2].pipe.parallel(cfg=2)
+
+
+def test_a_variant_that_does_not_say_what_it_sees_is_named() -> None:
+    def brighten(dit: WanDiT, stream: Stream) -> Stream:
+        return stream
+
+    two, speed = Ranks(None, 0, 2), Speed(torch.zeros(0))
+    assert shared_out([brighten], ALONE) == (brighten,)
+    with pytest.raises(ValueError, match="brighten cannot be shared among 2 processes: it does not say what it sees"):
+        shared_out([speed, brighten], two)
+    late = VaceControl(None, torch.zeros(0))
+    with pytest.raises(ValueError, match="Speed sees the whole stream; it must stand before VaceControl"):
+        shared_out([late, speed], two)
+    ordered = shared_out([speed, late], two)
+    assert [type(each) for each in ordered] == [Speed, ShareTokens, VaceControl]
+
+
+@torch.no_grad()
+def test_fewer_tokens_than_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match="18 tokens cannot be shared among 19 processes"):
+        run_of()(Ranks(None, 0, 19))
+
+
+@pytest.mark.parametrize("own", [slice(0, 5), slice(5, 10), slice(6, 12), slice(7, 8), slice(3, 18), slice(0, 18)])
+@pytest.mark.parametrize("groups", [1, 3, 18])
+def test_runs_are_those_of_the_tokens(groups: int, own: slice) -> None:
+    x = rand(2, groups, 4)
+    mine = runs_of(x, own, 18)
+    count = own.stop - own.start
+    assert count % mine.shape[1] == 0
+    of_each = x.repeat_interleave(18 // groups, dim=1)[:, own]
+    assert torch.equal(mine.repeat_interleave(count // mine.shape[1], dim=1), of_each)
