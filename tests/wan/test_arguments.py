@@ -49,6 +49,8 @@ def test_names_and_defaults_of_the_reference():
         "tiled": True,
         "tile_size": (30, 52),
         "tile_stride": (15, 26),
+        "sliding_window_size": None,
+        "sliding_window_stride": None,
     }
     assert {name: parameters[name].default for name in expected} == expected
     assert callable(parameters["progress_bar_cmd"].default)

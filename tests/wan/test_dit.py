@@ -12,7 +12,7 @@ import parity
 from diffsynth.core.attention import attention
 from diffsynth_wan.config import TINY_DIT, WanDiTConfig, tiny_dit_inputs
 from diffsynth_wan.dit import WanDiT
-from diffsynth_wan.extension import FramesFrom, Stream
+from diffsynth_wan.extension import FramesAt, Stream
 
 
 def build(config: WanDiTConfig = TINY_DIT) -> WanDiT:
@@ -73,14 +73,14 @@ def test_a_window_stands_where_its_frames_are() -> None:
     """Attention sees differences of positions: frames moved together change nothing, frames moved apart do."""
     dit, arguments = build(), inputs()
     truth = dit(**arguments)
-    assert parity.relative_error(dit(**arguments, extensions=[FramesFrom(7)]), truth) < 1e-4
+    assert parity.relative_error(dit(**arguments, extensions=[FramesAt((7, 8, 9))]), truth) < 1e-4
 
     def apart(dit: WanDiT, stream: Stream) -> Stream:
         _, height, width = stream.positions
         return dit.place(stream, ((0, 1, 9), height, width))
 
     assert parity.relative_error(dit(**arguments, extensions=[apart]), truth) > 1e-3
-    rotary = FramesFrom(7)(dit, dit.embed(**arguments, image_embeds=None, condition_latents=None)).rotary
+    rotary = FramesAt((7, 8, 9))(dit, dit.embed(**arguments, image_embeds=None, condition_latents=None)).rotary
     longer = dit.embed(torch.zeros(2, 16, 10, 6, 4), arguments["time"], arguments["prompt_embeds"], None, None).rotary
     assert all(torch.equal(window, whole[:, 42:]) for window, whole in zip(rotary, longer, strict=True))
 

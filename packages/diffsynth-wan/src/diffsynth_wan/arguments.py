@@ -28,6 +28,8 @@ class ShapeArguments(TypedDict, total=False):
         tiled: the autoencoder works in tiles where frames are larger than one.
         tile_size: height and width of a tile, in latent pixels.
         tile_stride: from one tile to the next, in latent pixels.
+        sliding_window_size: latent frames that the network draws at once; None is all.
+        sliding_window_stride: latent frames from one such window to the next; what is left is blended.
         switch_DiT_boundary: in [0, 1]; the noise level below which the second of two experts draws.
     """
 
@@ -42,6 +44,8 @@ class ShapeArguments(TypedDict, total=False):
     tiled: bool
     tile_size: tuple[int, int]
     tile_stride: tuple[int, int]
+    sliding_window_size: int | None
+    sliding_window_stride: int | None
     switch_DiT_boundary: float
 
 

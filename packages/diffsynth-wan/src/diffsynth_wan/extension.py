@@ -3,7 +3,8 @@
 An extension is a callable `(dit, stream) -> stream`. `WanDiT.forward` applies those it is given, in order, between
 embedding and blocks. What an extension can do is what `Stream` holds: put tokens in front, add to them, move them in
 space and time, add a context, change the modulation, replace the attention of a block, or leave a function that adds
-a residual behind one. Each variant of `diffsynth_wan.variants` is such a callable.
+a residual behind one. Each variant of `diffsynth_wan.variants` is such a callable. Those that a long video may have
+have a method `in_window(window)` too, which gives the extension for a `diffsynth_wan.windows.Window` of it.
 
 Where several processes share a video, each has a part of the tokens. An extension says with a class attribute
 `sees: ClassVar[Sees]` on which side of that it stands; `diffsynth_wan.sharing` puts them in order and refuses one that
@@ -104,16 +105,22 @@ Extension: TypeAlias = Callable[["WanDiT", Stream], Stream]
 
 
 @dataclass(frozen=True)
-class FramesFrom:
-    """The latents are a window of a longer video and begin at its latent frame `start`.
+class FramesAt:
+    """The latents are a window of a longer video: where each of their frames stands in it.
 
     Stands before extensions that put frames in front.
     """
 
-    start: int
+    frames: tuple[int, ...]
     sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
-        """See `Extension`."""
+        """See `Extension`.
+
+        Raises:
+            ValueError: another number of frames than the latents have.
+        """
         time, height, width = stream.positions
-        return dit.place(stream, (tuple(frame + self.start for frame in time), height, width))
+        if len(self.frames) != len(time):
+            raise ValueError(f"{len(self.frames)} places are given for {len(time)} frames of latents")
+        return dit.place(stream, (self.frames, height, width))

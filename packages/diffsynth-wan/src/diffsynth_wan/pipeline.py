@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -20,9 +21,10 @@ from diffsynth_wan.encoders.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TE
 from diffsynth_wan.extension import Extension
 from diffsynth_wan.sharing import shared_out
 from diffsynth_wan.units import OUTPUT_UNITS, UNITS
-from diffsynth_wan.units.checks import check_experts, check_inputs
+from diffsynth_wan.units.checks import check_experts, check_inputs, check_windows
 from diffsynth_wan.units.vace import VaceCondition
 from diffsynth_wan.variants.vace import VaceControl
+from diffsynth_wan.windows import SlidingWindow, blend_windows
 
 COMMON_FILES = (f"{TEXT_ENCODER_FILE}.pth", f"{IMAGE_ENCODER_FILE}.pth", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 """Files that many repositories hold alike; one repository has them as safetensors."""
@@ -115,6 +117,7 @@ class WanVideoPipeline(Pipeline):
             arguments["output_type"] = OUTPUT_TYPES.get(given, given)
         request = super().check(**arguments)
         check_inputs(request.values, self.components)
+        check_windows(request, self.program, self.components["vae"])
         return request
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -134,6 +137,7 @@ class WanVideoPipeline(Pipeline):
         extensions: tuple[Extension, ...] = (),
         vace_condition: VaceCondition | None = None,
         expert_boundary: float = 0.0,
+        sliding_window: SlidingWindow | None = None,
     ) -> Float[Tensor, "b c t h w"]:
         """See `Pipeline.velocity`. A batch is of one expert: all levels on one side of `expert_boundary`.
 
@@ -146,7 +150,21 @@ class WanVideoPipeline(Pipeline):
             extensions: of the network.
             vace_condition: for VACE.
             expert_boundary: below this level the second expert draws.
+            sliding_window: how a long video is drawn window by window.
         """
+        if sliding_window is not None:
+            windows = sliding_window.windows(latents.shape[2] - sliding_window.lead)
+            if len(windows) > 1:
+                conditions = {
+                    "prompt_embeds": prompt_embeds,
+                    "image_embeds": image_embeds,
+                    "condition_latents": condition_latents,
+                    "first_latents": first_latents,
+                    "extensions": extensions,
+                    "vace_condition": vace_condition,
+                    "expert_boundary": expert_boundary,
+                }
+                return blend_windows(partial(self.velocity, sigma=sigma), windows, latents, conditions)
         dit, vace = self._expert(sigma, expert_boundary)
         if vace_condition is not None:
             control = vace_condition.latents.expand(len(latents), -1, -1, -1, -1)

@@ -8,7 +8,7 @@ from diffsynth_wan.units.experts import set_boundary
 from diffsynth_wan.units.image import encode_first_frame, encode_images, encode_with_clip, join_conditions
 from diffsynth_wan.units.latents import decode_video, draw_noise, encode_video, initial_latents, schedule
 from diffsynth_wan.units.prompt import encode_prompt
-from diffsynth_wan.units.shape import round_shape, stretch_canvas
+from diffsynth_wan.units.shape import round_shape, slide_window, stretch_canvas
 from diffsynth_wan.units.vace import encode_references, encode_vace
 
 UNITS = (
@@ -33,6 +33,7 @@ UNITS = (
     encode_vace,
     draw_noise,
     lead_with_character,
+    slide_window,
     initial_latents,
 )
 

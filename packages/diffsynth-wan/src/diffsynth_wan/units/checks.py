@@ -8,13 +8,19 @@ from typing import Any
 from PIL import Image
 
 from diffsynth.errors import MissingComponent
+from diffsynth.runtime.request import Request
+from diffsynth.runtime.unit import Program, Unit
 from diffsynth_wan.config import WanDiTConfig
 from diffsynth_wan.units.camera_path import check_camera
 from diffsynth_wan.units.canvas import rounded_shape
 from diffsynth_wan.units.clips import check_clip, clip_length
+from diffsynth_wan.units.shape import asked_window
 
 CLIPS = ("input_video", "control_video", "vace_video", "vace_video_mask")
 ANIMATE_CLIPS = ("animate_pose_video", "animate_face_video", "animate_inpaint_video", "animate_mask_video")
+CUT_UNITS = frozenset({"stretch_canvas", "place_reference", "move_camera", "control_speed", "move_character"})
+"""Our units that write extensions, all of which can be cut into windows."""
+
 IMAGES = ("input_image", "end_image", "reference_image")
 
 
@@ -32,6 +38,43 @@ def check_inputs(values: Mapping[str, Any], components: Mapping[str, Any]) -> No
     _check_animate(values, components)
     if components["dit"] is not None:
         _check_network(values, components["dit"].config, components)
+
+
+def check_windows(request: Request, program: Program, vae: Any) -> None:
+    """Refuse to cut a video into windows where a condition could not be cut with it.
+
+    A unit that writes `extensions` says that each of them has `in_window` by reading `sliding_window_size`; ours have.
+
+    Raises:
+        ValueError: such a unit is in use and does not say so; or a step cache, which knows one window; the message
+            names it. Sizes that make no windows.
+    """
+    values = request.values
+    asked = asked_window(values["sliding_window_size"], values["sliding_window_stride"])
+    if asked is None or vae is None:
+        return
+    shape = (values["height"], values["width"], values["num_frames"])
+    *_, frames = rounded_shape(*shape, vae_factor=vae.config.factor, time_factor=vae.config.time_factor)
+    if len(asked.windows((frames - 1) // vae.config.time_factor + 1)) == 1:
+        return
+    if request.loop.step_cache is not None:
+        raise ValueError(
+            f"step_cache={request.loop.step_cache!r} with sliding_window_size={asked.size}: a cache keeps the last "
+            "step of one window; leave one of the two out"
+        )
+    for step in program.units:
+        knows = step.name in CUT_UNITS or any(read.name == "sliding_window_size" for read in step.reads)
+        if "extensions" in step.writes and not knows and _is_used(step, program, values):
+            raise ValueError(
+                f"{step.title} adds to the network what cannot be cut into windows; leave out sliding_window_size, or "
+                f"what the unit is for. A unit whose extensions have in_window() says so by reading sliding_window_size"
+            )
+
+
+def _is_used(step: Unit, program: Program, values: Mapping[str, Any]) -> bool:
+    """Whether an argument that is this unit's alone is given; a unit without any always is."""
+    own = [read for read in step.reads if read.name in program.arguments and program.owners(read.name) == [step]]
+    return not own or any(values.get(read.name, read.default) is not read.default for read in own)
 
 
 def _check_clips(values: Mapping[str, Any], vae: Any) -> None:

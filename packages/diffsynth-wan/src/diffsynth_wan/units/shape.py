@@ -10,6 +10,7 @@ from diffsynth.models.video_tiles import cover
 from diffsynth.runtime.unit import unit
 from diffsynth_wan.extension import Extension
 from diffsynth_wan.units.canvas import PATCH, Canvas, rounded_shape
+from diffsynth_wan.windows import SlidingWindow
 
 logger = logging.getLogger(__name__)
 
@@ -58,3 +59,29 @@ def stretch_canvas(
     )
     cover(*canvas.latent_size[1:], **canvas.tiling)  # tells now what the autoencoder would tell much later
     return canvas, (), 0
+
+
+@unit("sliding_window")
+def slide_window(
+    *, sliding_window_size: int | None = None, sliding_window_stride: int | None = None, lead_frames: int
+) -> SlidingWindow | None:
+    """How a long video is cut, None to draw it whole; behind all units that put frames in front."""
+    return asked_window(sliding_window_size, sliding_window_stride, lead=lead_frames)
+
+
+def asked_window(size: int | None, stride: int | None, *, lead: int = 0) -> SlidingWindow | None:
+    """The windows that the two arguments ask for.
+
+    Raises:
+        ValueError: one without the other, no positive integer, or a stride that leaves gaps.
+    """
+    if size is None and stride is None:
+        return None
+    for name, value in (("sliding_window_size", size), ("sliding_window_stride", stride)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a positive number of latent frames; give both, or neither")
+    assert size is not None
+    assert stride is not None
+    if stride > size:
+        raise ValueError(f"sliding_window_stride={stride} is larger than sliding_window_size={size} and leaves gaps")
+    return SlidingWindow(size, stride, lead)

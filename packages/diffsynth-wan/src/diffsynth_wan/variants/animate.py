@@ -23,6 +23,7 @@ from diffsynth_wan.variants.motion_encoder import MotionEncoder
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
+    from diffsynth_wan.windows import Window
 
 FACES_AT_ONCE = 8
 """Frames in a batch of the motion encoder, which works on 512 x 512 pixels."""
@@ -66,6 +67,13 @@ class AnimateMotion:
             block = number * (len(dit.blocks) // len(fusers))
             stream = stream.with_residual(block, _Face(fuser, face_tokens, stream.first, per_frame))
         return stream
+
+    def in_window(self, window: Window) -> AnimateMotion:
+        """Pose and face of its frames; the character's image is in front of every window."""
+        assert window.lead, "the character's image is frame 0, in front of the video"
+        pose = self.pose_tokens.unflatten(1, (self.face_tokens.shape[1] - 1, -1))
+        pose = replace(window, lead=window.lead - 1).cut(pose, dim=1).flatten(1, 2)
+        return replace(self, pose_tokens=pose, face_tokens=window.cut(self.face_tokens, dim=1))
 
 
 @dataclass(frozen=True, eq=False)

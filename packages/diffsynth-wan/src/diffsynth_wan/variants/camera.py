@@ -15,6 +15,7 @@ from diffsynth_wan.extension import Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
+    from diffsynth_wan.windows import Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,10 @@ class CameraMotion:
         if not dit.config.camera_channels:
             raise ValueError("this network has no camera adapter (control_adapter); use a Control-Camera model")
         return replace(stream, tokens=stream.tokens + dit.control_adapter(self.rays))
+
+    def in_window(self, window: Window) -> CameraMotion:
+        """The rays of its frames."""
+        return CameraMotion(window.cut(self.rays))
 
 
 class CameraAdapter(nn.Module):

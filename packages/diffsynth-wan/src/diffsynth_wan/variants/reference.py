@@ -13,6 +13,7 @@ from diffsynth_wan.extension import Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
+    from diffsynth_wan.windows import Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,3 +49,7 @@ class ReferenceFrame:
         reference = reference.flatten(2).transpose(1, 2).to(stream.tokens.dtype).expand(len(stream.tokens), -1, -1)
         stream = replace(stream, tokens=torch.cat((reference, stream.tokens), dim=1), lead=stream.lead + 1)
         return dit.place(stream, ((0, *(frame + 1 for frame in time)), height, width))
+
+    def in_window(self, window: Window) -> ReferenceFrame:
+        """Every window sees it, at time 0."""
+        return self

@@ -14,6 +14,7 @@ from diffsynth_wan.extension import Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
+    from diffsynth_wan.windows import Window
 
 BUCKET_SCALE = 10.0
 """The net's own unit of motion."""
@@ -54,3 +55,7 @@ class Speed:
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`."""
         return replace(stream, modulation=stream.modulation + self.modulation[:, None].float())
+
+    def in_window(self, window: Window) -> Speed:
+        """One number for the whole video."""
+        return self

@@ -1,0 +1,266 @@
+"""Long videos: windows, what each of them is given, how they are blended, and what cannot be cut."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import parity
+from diffsynth.runtime.unit import unit
+from diffsynth.testing.tiny_processors import byte_tokenizer
+from diffsynth_wan import WanVideoPipeline
+from diffsynth_wan.config import TINY_ANIMATE, TINY_DIT, TINY_VACE, WanDiTConfig
+from diffsynth_wan.dit import WanDiT
+from diffsynth_wan.extension import FramesAt
+from diffsynth_wan.units import UNITS
+from diffsynth_wan.units.vace import VaceCondition
+from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
+from diffsynth_wan.variants.camera import CameraMotion
+from diffsynth_wan.variants.reference import ReferenceFrame
+from diffsynth_wan.variants.speed import Speed
+from diffsynth_wan.variants.vace import VaceControl, WanVace
+from diffsynth_wan.windows import SlidingWindow
+from wan_oracles import oracle_dit, our_dit, shared_parts
+
+SIGMA = torch.tensor([0.7])
+PROMPT = torch.randn(1, 7, TINY_DIT.text_dim, generator=torch.Generator().manual_seed(1))
+
+
+def rand(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    module.load_state_dict(parity.draw_weights(parity.shapes_of(module)) | dict(module.named_buffers()))
+    return module.eval().requires_grad_(False)
+
+
+class Idle(nn.Module):
+    """A component that is not asked for anything but its sizes."""
+
+    config = SimpleNamespace(factor=8, time_factor=4)
+
+
+def pipeline(dit: nn.Module, cls: type[WanVideoPipeline] = WanVideoPipeline, **more: nn.Module) -> WanVideoPipeline:
+    return cls.from_components(
+        dit=dit,
+        text_encoder=Idle(),
+        vae=Idle(),
+        tokenizer=byte_tokenizer(),
+        device="cpu",
+        torch_dtype=torch.float32,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(("frames", "size", "stride"), [(21, 8, 4), (9, 4, 3), (10, 4, 4), (7, 3, 2), (5, 2, 1)])
+def test_windows_are_those_of_the_reference(frames, size, stride):
+    """Its loop, written again: windows from every `stride`, until one reaches the end; ramps over the overlap."""
+    expected = []
+    for start in range(0, frames, stride):
+        if start - stride >= 0 and start - stride + size >= frames:
+            continue
+        stop = min(start + size, frames)
+        mask, border = torch.ones(stop - start), size - stride
+        ramp = (torch.arange(border) + 0.5) / max(border, 1)
+        if border and start > 0:
+            mask[:border] = ramp
+        if border and stop < frames:
+            mask[-border:] = ramp.flip(0)
+        expected.append((start, stop, mask))
+    windows = SlidingWindow(size, stride).windows(frames)
+    assert [(each.start, each.stop) for each in windows] == [each[:2] for each in expected]
+    for window, (_, _, mask) in zip(windows, expected, strict=True):
+        assert torch.allclose(window.weights(), mask)
+
+
+def test_an_overlap_of_more_than_half_fades_on_both_sides():
+    _, middle, *_ = SlidingWindow(4, 1).windows(9)
+    assert torch.allclose(middle.weights(), torch.tensor([1, 3, 3, 1]) / 6)
+
+
+def blended(parts: list[tuple[list[int], list[float], Tensor]], frames: int) -> Tensor:
+    """Frame by frame, in fp64."""
+    rows = []
+    for frame in range(frames):
+        hits = [(w[f.index(frame)], v[:, :, f.index(frame)].double()) for f, w, v in parts if frame in f]
+        rows.append(sum(weight * value for weight, value in hits) / sum(weight for weight, _ in hits))
+    return torch.stack(rows, dim=2).float()
+
+
+CUTS = [([0, 1, 2, 3], [1, 1, 0.75, 0.25]), ([2, 3, 4, 5], [0.25, 0.75, 0.75, 0.25]), ([4, 5, 6], [0.25, 0.75, 1])]
+"""Seven frames in windows of 4, from every second."""
+
+LATENTS = rand(1, 16, 7, 4, 4)
+WITH_LEAD = rand(1, 16, 8, 4, 4)
+
+
+@torch.no_grad()
+def test_image_latents_and_camera_are_cut_and_reference_and_speed_are_not():
+    config = replace(TINY_DIT, in_channels=36, camera_channels=24, reference_channels=16)
+    dit = drawn(WanDiT(config))
+    image, rays = rand(1, 20, 7, 4, 4, seed=6), rand(1, 24, 7, 32, 32, seed=7)
+    whole = (Speed(rand(1, 6, config.dim, seed=8)), ReferenceFrame(rand(1, 16, 4, 4, seed=9)))
+    for camera in (True, False):  # no published network has both a camera and a reference image
+        parts = []
+        for frames, weights in CUTS:
+            extensions = [FramesAt(tuple(frames)), *whole[: 1 if camera else 2]]
+            extensions += [CameraMotion(rays[:, :, frames])] if camera else []
+            velocity = dit(LATENTS[:, :, frames], SIGMA, PROMPT, None, image[:, :, frames], extensions=extensions)
+            parts.append((frames, weights, velocity))
+        found = pipeline(dit).velocity(
+            LATENTS,
+            SIGMA,
+            prompt_embeds=PROMPT,
+            condition_latents=image,
+            extensions=(whole[0], CameraMotion(rays)) if camera else whole,
+            sliding_window=SlidingWindow(4, 2),
+        )
+        assert torch.allclose(found, blended(parts, 7), atol=1e-5)
+
+
+@torch.no_grad()
+def test_vace_is_cut_and_every_window_sees_the_reference_images():
+    dit, vace = drawn(WanDiT(TINY_DIT)), drawn(WanVace(TINY_VACE))
+    control = rand(1, 96, 8, 4, 4, seed=6)
+    parts = []
+    for frames, weights in CUTS:
+        frames, weights = [0, *(frame + 1 for frame in frames)], [1, *weights]
+        extensions = [FramesAt(tuple(frames)), VaceControl(vace, control[:, :, frames], 0.5)]
+        velocity = dit(WITH_LEAD[:, :, frames], SIGMA, PROMPT, extensions=extensions)
+        parts.append((frames, weights, velocity))
+    found = pipeline(dit, vace=vace).velocity(
+        WITH_LEAD,
+        SIGMA,
+        prompt_embeds=PROMPT,
+        vace_condition=VaceCondition(control, 0.5),
+        sliding_window=SlidingWindow(4, 2, lead=1),
+    )
+    assert torch.allclose(found, blended(parts, 8), atol=1e-5)
+
+
+@torch.no_grad()
+def test_animate_is_cut_and_every_window_sees_the_character():
+    dit, adapter = drawn(WanDiT(TINY_DIT)), drawn(WanAnimateAdapter(TINY_ANIMATE))
+    pose, face = rand(1, 7 * 4, TINY_DIT.dim, seed=6), rand(1, 8, 3, TINY_DIT.dim, seed=7)
+    by_frame = pose.unflatten(1, (7, 4))
+    parts = []
+    for frames, weights in CUTS:
+        places = [0, *(frame + 1 for frame in frames)]
+        motion = AnimateMotion(adapter, by_frame[:, frames].flatten(1, 2), face[:, places])
+        velocity = dit(WITH_LEAD[:, :, places], SIGMA, PROMPT, extensions=[FramesAt(tuple(places)), motion])
+        parts.append((places, [1, *weights], velocity))
+    found = pipeline(dit, animate_adapter=adapter).velocity(
+        WITH_LEAD,
+        SIGMA,
+        prompt_embeds=PROMPT,
+        extensions=(AnimateMotion(adapter, pose, face),),
+        sliding_window=SlidingWindow(4, 2, lead=1),
+    )
+    assert torch.allclose(found, blended(parts, 8), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_given_frame_is_clean_in_its_windows_and_stays():
+    """TI2V: only windows with that frame have a time for each frame."""
+    dit = drawn(WanDiT(replace(TINY_DIT, frame_times=True)))
+    first = rand(1, 16, 1, 4, 4, seed=6)
+    parts = []
+    for frames, weights in CUTS:
+        latents, time = LATENTS[:, :, frames].clone(), SIGMA[:, None].repeat(1, len(frames))
+        if 0 in frames:
+            latents[:, :, :1], time[:, 0] = first, 0
+        velocity = dit(latents, time, PROMPT, extensions=[FramesAt(tuple(frames))])
+        if 0 in frames:
+            velocity[:, :, 0] = 0
+        parts.append((frames, weights, velocity))
+    found = pipeline(dit).velocity(
+        LATENTS, SIGMA, prompt_embeds=PROMPT, first_latents=first, sliding_window=SlidingWindow(4, 2)
+    )
+    assert torch.allclose(found, blended(parts, 7), atol=1e-4)
+    assert not found[:, :, 0].any()
+
+
+def test_a_window_as_long_as_the_video_changes_no_bit():
+    pipe = WanVideoPipeline.from_components(
+        **shared_parts()[1], dit=our_dit(oracle_dit()), device="cpu", torch_dtype=torch.float32
+    )
+    call = {"height": 32, "width": 32, "num_frames": 13, "num_inference_steps": 2, "seed": 0, "output_type": "latents"}
+    plain = pipe("a puppy", **call)
+    assert torch.equal(pipe("a puppy", **call, sliding_window_size=4, sliding_window_stride=2), plain)
+    shorter = pipe("a puppy", **call, sliding_window_size=3, sliding_window_stride=2)
+    assert parity.relative_error(shorter, plain) > 1e-3
+    assert parity.relative_error(shorter, plain) < 1
+
+
+class Watched(nn.Module):
+    """A network that tells how much it was given, and how many of its results are still there."""
+
+    config = WanDiTConfig()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self.alive, self.results = 0, 0, []
+
+    def forward(self, latents, *given, **named):
+        self.most = max(self.most, latents.shape[2])
+        self.alive = max(self.alive, sum(result() is not None for result in self.results))
+        result = latents * 1
+        self.results.append(weakref.ref(result))
+        return result
+
+
+def test_one_window_is_in_memory_however_many_there_are():
+    seen = []
+    for frames in (9, 41):
+        dit = Watched()
+        pipeline(dit).velocity(
+            torch.zeros(1, 16, frames, 4, 4), SIGMA, prompt_embeds=PROMPT, sliding_window=SlidingWindow(4, 2)
+        )
+        seen.append((dit.most, dit.alive))
+    assert len(dit.results) == 20
+    assert seen[0] == seen[1] == (4, 0)
+
+
+@unit("extensions")
+def paint_stripes(*, extensions: tuple, stripes: int = 0) -> tuple:
+    """Of a plugin; says nothing of windows."""
+    return (*extensions, lambda dit, stream: stream) if stripes else extensions
+
+
+class Striped(WanVideoPipeline):
+    """With one more unit."""
+
+    units = (*UNITS[:-1], paint_stripes, UNITS[-1])
+
+
+LONG = {"height": 32, "width": 32, "num_frames": 33}
+CUT = {"sliding_window_size": 4, "sliding_window_stride": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sliding_window_size": 4}, "sliding_window_stride=None.*give both"),
+        ({"sliding_window_stride": 4}, "sliding_window_size=None.*give both"),
+        ({"sliding_window_size": 0, "sliding_window_stride": 1}, "sliding_window_size=0: expected a positive number"),
+        ({"sliding_window_size": 4, "sliding_window_stride": 5}, "leaves gaps"),
+        (CUT | {"step_cache": "first_block:threshold=0.1"}, "step_cache=.*leave one of the two out"),
+        (CUT | {"stripes": 3}, "unit 'paint_stripes' adds to the network what cannot be cut"),
+    ],
+)
+def test_refused_before_anything_runs(arguments, message):
+    pipe = pipeline(WanDiT(TINY_DIT), Striped)
+    with pytest.raises(ValueError, match=message):
+        pipe.check(prompt="a puppy", **LONG | arguments)
+
+
+def test_what_is_not_used_or_not_cut_is_not_refused():
+    pipe = pipeline(WanDiT(TINY_DIT), Striped)
+    assert pipe.check(prompt="a puppy", **LONG, **CUT).values["stripes"] == 0
+    pipe.check(prompt="a puppy", **LONG, sliding_window_size=9, sliding_window_stride=9, stripes=3)
