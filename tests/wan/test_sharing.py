@@ -58,9 +58,9 @@ def rand(*shape: int, seed: int = 5) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def drawn(module: torch.nn.Module) -> Any:
+def drawn(module: torch.nn.Module, seed: int = 0) -> Any:
     constants = dict(module.named_buffers())
-    module.load_state_dict(parity.draw_weights(parity.shapes_of(module)) | constants)
+    module.load_state_dict(parity.draw_weights(parity.shapes_of(module), seed) | constants)
     return module.eval().requires_grad_(False)
 
 
@@ -127,15 +127,18 @@ class Parts:
     """A tiny TI2V pipeline, calls of it, and what one process draws."""
 
     def __init__(self) -> None:
-        dit = WanDiT(replace(NARROW, in_channels=48, out_channels=48, text_dim=32, frame_times=True))
-        self.pipe = WanVideoPipeline.from_components(
-            dit=drawn(dit),
-            text_encoder=drawn(WanTextEncoder(replace(TINY_TEXT_ENCODER, vocab_size=VOCAB_SIZE))),
-            tokenizer=tiny_tokenizer(),
-            vae=drawn(Wan22Autoencoder(TINY_WAN22_AUTOENCODER)),
-            device="cpu",
-            torch_dtype=torch.float32,
-        )
+        config = replace(NARROW, in_channels=48, out_channels=48, text_dim=32, frame_times=True)
+        first, second = drawn(WanDiT(config)), drawn(WanDiT(config), seed=1)
+        vace = drawn(WanVace(replace(TINY_VACE, in_channels=352, **WIDTH)))
+        parts = {
+            "text_encoder": drawn(WanTextEncoder(replace(TINY_TEXT_ENCODER, vocab_size=VOCAB_SIZE))),
+            "tokenizer": tiny_tokenizer(),
+            "vae": drawn(Wan22Autoencoder(TINY_WAN22_AUTOENCODER)),
+            "device": "cpu",
+            "torch_dtype": torch.float32,
+        }
+        self.pipe = WanVideoPipeline.from_components(dit=first, **parts)
+        self.experts = WanVideoPipeline.from_components(dit=first, dit2=second, vace=vace, vace2=vace, **parts)
         pixels = np.random.default_rng(0).integers(0, 255, (96, 64, 3), dtype=np.uint8)
         size = {"height": 96, "width": 64, "num_frames": 9, "num_inference_steps": 2, "seed": 3}
         self.call = {"prompt": "an apple", "negative_prompt": "blurry", "output_type": "latents", **size}
@@ -143,6 +146,11 @@ class Parts:
 
     def draw(self, **changes: Any) -> Any:
         return self.pipe(**self.call | changes)
+
+    def draw_with_experts(self) -> Any:
+        """One step of each, with a reference image for VACE."""
+        image = self.image["input_image"]
+        return self.experts(**self.call, vace_reference_image=image, switch_DiT_boundary=0.9, cfg_scale=1.0)
 
 
 @cache
@@ -153,6 +161,7 @@ def prepared() -> tuple[dict[str, Run], dict[str, Tensor], Parts, dict[str, Tens
     with torch.no_grad():
         truths = {name: run(ALONE) for name, run in runs.items()}
     drawn = {"text": parts.draw(), "image": parts.draw(**parts.image), "unguided": parts.draw(cfg_scale=1.0)}
+    drawn["experts"] = parts.draw_with_experts()
     return runs, truths, parts, drawn
 
 
@@ -178,6 +187,8 @@ def all_calls(rank: int) -> dict[str, float]:
     assert max(tokens) <= -(-18 // size)
     with pytest.raises(Refused, match="step_cache"):
         parts.draw(step_cache="first_block:threshold=0.1")
+    parts.experts.parallel()
+    errors["experts, tokens"] = parity.relative_error(parts.draw_with_experts(), truths["experts"])
     tokens.clear()
     parts.pipe.parallel(cfg=2)
     for name, changes in guided.items():
@@ -205,7 +216,7 @@ def test_calls_of_a_pipeline(size: int) -> None:
     answers = run_together(size, all_calls)
     assert len({errors.pop("unseeded") for errors in answers}) == 1
     for errors in answers:
-        assert len(errors) == 5
+        assert len(errors) == 6
         assert max(errors.values()) < TOLERANCE, errors
 
 
