@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from diffsynth.runtime.memory.keeping import LimitKeeper
 from diffsynth.runtime.memory.placing import Placing, Policies
 from diffsynth.runtime.memory.planning import plan_call
 from diffsynth.runtime.memory.residency import Residency
+from diffsynth.runtime.memory.turns import Turns
 from diffsynth.runtime.progress import no_progress
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
 from diffsynth.runtime.role import Processor, Role
@@ -426,7 +427,8 @@ class Pipeline:
             for branch in state.branches
         }
 
-        stage, held = ExitStack(), None
+        view = state.view("cond")
+        turns = Turns(self._residency, [self.roles_at(float(sigma), view) for sigma in sigmas[:-1]], request.plan)
         caching = self._step_caching(request)
 
         def predict(branch: str, latents: Tensor, sigma: Tensor, is_last: bool) -> Tensor:
@@ -434,12 +436,8 @@ class Pipeline:
                 return self.velocity(latents, sigma, **conditions[branch]).float()
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-            nonlocal held
             _stop_if_cancelled(request)
-            if (roles := self.roles_at(float(sigma), state.view("cond"))) != held:
-                stage.close()
-                stage.enter_context(self._residency.on_device(roles, "denoise", request.plan))
-                held = roles
+            turns.begin_step()
             levels = sigma.to(self.device, torch.float32).expand(len(latents))
             rounded = latents.to(self.dtype)
             own = functools.partial(predict, latents=rounded, sigma=levels, is_last=bool(sigma == sigmas[-2]))
@@ -455,7 +453,7 @@ class Pipeline:
                 request.loop.on_step(Step(index, num_steps, sigma, sigma_next, latents, reused))
 
         self._notify("denoise_started", num_steps=num_steps, shape=tuple(latents.shape))
-        with stage, caching:
+        with turns, caching:
             progress = request.loop.progress_bar_cmd if self.team.is_first else no_progress
             return euler(velocity, latents, sigmas, on_step=on_step, progress=progress)
 

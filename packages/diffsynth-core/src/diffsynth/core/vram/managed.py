@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from diffsynth.core import device as devices
 from diffsynth.core.loader.reading.source import ComponentSource
 from diffsynth.core.vram.budget.workload import BlockLoad, ComponentLoad
+from diffsynth.core.vram.heralds import Herald
 from diffsynth.core.vram.masters import DiskMaster, HostArena, HostMaster, Master
 from diffsynth.core.vram.packing import Packing
 from diffsynth.core.vram.partition import SMALL, Block, partition
@@ -141,6 +142,7 @@ class ManagedModule:
         self._ready: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int], dict[str, nn.Parameter]] = {}
         self._stream: BlockStream | None = None
+        self._herald: Herald | None = None
         self._order = Order(tuple(self._blocks))
         self._computed = torch.empty(0, dtype=torch.uint8)
         self._places = places_of(module, self._blocks)
@@ -216,9 +218,20 @@ class ManagedModule:
                 self.leave()
                 self.resident, self.slots = chosen, slots
 
+    def prepare(self) -> None:
+        """A hint that a stage begins soon: meanwhile a thread has the system cache what `enter()` will read from disk.
+
+        Takes no memory of the process and changes no weight. Weights in host memory have nothing to prepare.
+        """
+        with self._lock:
+            waits = self._state is State.OFFLOAD and self.policy.offload.on_disk
+            if waits and self._source is not None and self._herald is None:
+                self._herald = Herald(self._source)
+
     def enter(self) -> None:
         """A stage begins: what stays on the device goes there, the first blocks set out."""
         with self._lock:
+            self._dismiss()
             if self._state is not State.OFFLOAD:
                 return
             try:
@@ -230,6 +243,7 @@ class ManagedModule:
     def leave(self) -> None:
         """The stage is over: nothing of the module is on the device any more."""
         with self._lock:
+            self._dismiss()
             if self._state is not State.OFFLOAD:
                 self._drop()
 
@@ -255,6 +269,11 @@ class ManagedModule:
 
     def __exit__(self, *error: object) -> None:
         self.leave()
+
+    def _dismiss(self) -> None:
+        if self._herald is not None:
+            self._herald.stop()
+            self._herald = None
 
     def _onload(self) -> None:
         self._state = State.ONLOAD

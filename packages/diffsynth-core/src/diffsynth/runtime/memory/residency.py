@@ -59,6 +59,12 @@ class Residency:
             with self._occupants.stage(used, beside=beside):
                 yield
 
+    def prepare(self, roles: Collection[str]) -> None:
+        """A hint: these roles are wanted soon, by another stage than the one that runs. See `ManagedModule.prepare`."""
+        for role in roles:
+            if role in self._managed:
+                self._managed[role].prepare()
+
     def rest(self, plan: MemoryPlan | None) -> None:
         """After a call: what the plan did not let stay leaves the device; without one everything does."""
         for role, module in self._managed.items():

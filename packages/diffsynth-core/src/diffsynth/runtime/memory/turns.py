@@ -1,0 +1,43 @@
+"""Experts of the loop take turns: each is on the device for its steps, and the next one is told one step ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from diffsynth.core.vram.budget import MemoryPlan
+from diffsynth.runtime.memory.residency import Residency
+
+
+class Turns:
+    """The components of every step of a loop, from the first step on.
+
+    Args:
+        residency: of the pipeline.
+        roles: that each step uses.
+        plan: of the call, if there is one.
+    """
+
+    def __init__(self, residency: Residency, roles: Sequence[tuple[str, ...]], plan: MemoryPlan | None) -> None:
+        self._residency = residency
+        self._roles = list(roles)
+        self._plan = plan
+        self._step = -1
+        self._stage = ExitStack()
+
+    def begin_step(self) -> None:
+        """Have the components of the next step on the device; before the last step of one expert, hint at another."""
+        before = self._roles[self._step] if self._step >= 0 else None
+        self._step += 1
+        roles = self._roles[self._step]
+        if roles != before:
+            self._stage.close()
+            self._stage.enter_context(self._residency.on_device(roles, "denoise", self._plan))
+        following = self._roles[self._step + 1] if self._step + 1 < len(self._roles) else roles
+        self._residency.prepare([role for role in following if role not in roles])
+
+    def __enter__(self) -> Turns:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stage.close()
