@@ -171,3 +171,19 @@ def test_a_choice_within_compiled_code() -> None:
     with use_attention("three"):
         torch.testing.assert_close(compiled(X), 3 * X)
     torch.testing.assert_close(compiled(X), X)
+
+
+def test_compiled_code_serves_the_next_choice_of_the_same_name() -> None:
+    """A choice per step must not compile per step: only the name counts, not who chose it."""
+    graphs: list[object] = []
+
+    def count(module: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(module)
+        return module
+
+    compiled = torch.compile(lambda x: attention(x, x, x), backend=count)
+    for _ in range(3):
+        for name, number in (("two", 2), ("three", 3)):
+            with use_attention(name):
+                torch.testing.assert_close(compiled(X), number * X)
+    assert len(graphs) <= 2

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from PIL import Image
 
 from diffsynth.runtime.acceleration.choice import StepCacheArgument
+from diffsynth.runtime.acceleration.step_attention import AttentionArgument
 from diffsynth.runtime.request import OutputType, Step
 from diffsynth_wan.units.clips import Clip
 from diffsynth_wan.units.control import Direction
@@ -125,3 +126,4 @@ class WanArguments(ShapeArguments, ImageArguments, ControlArguments, VaceArgumen
     cancel: threading.Event | None
     progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]]
     step_cache: StepCacheArgument
+    attention: AttentionArgument

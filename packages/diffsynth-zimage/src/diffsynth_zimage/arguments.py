@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.acceleration.choice import StepCacheArgument
+from diffsynth.runtime.acceleration.step_attention import AttentionArgument
 from diffsynth.runtime.request import OutputType, Step
 
 
@@ -46,3 +47,4 @@ class ZImageArguments(ImageArguments, total=False):
     cancel: threading.Event | None
     progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]]
     step_cache: StepCacheArgument
+    attention: AttentionArgument

@@ -24,6 +24,7 @@ from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_y
 from diffsynth.runtime.acceleration.caching import step_caching
 from diffsynth.runtime.acceleration.compiling import compile_components
 from diffsynth.runtime.acceleration.session import StepCaching
+from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
 from diffsynth.runtime.added_units import with_added_units
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.loading import PretrainedLoader
@@ -216,6 +217,7 @@ class Pipeline:
         """Check the arguments of a call without making it; raises what the call would raise for them."""
         request = check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
         self._step_caching(request)
+        check_attention(request.loop.attention, self.device, self.dtype)
         loop = request.loop
         self.team.check_call(cfg_scale=loop.cfg_scale, step_cache=loop.step_cache, cancel=loop.cancel)
         return request
@@ -427,12 +429,12 @@ class Pipeline:
             for branch in state.branches
         }
 
-        view = state.view("cond")
+        step, view = 0, state.view("cond")
         turns = Turns(self._residency, [self.roles_at(float(sigma), view) for sigma in sigmas[:-1]], request.plan)
         caching = self._step_caching(request)
 
         def predict(branch: str, latents: Tensor, sigma: Tensor, is_last: bool) -> Tensor:
-            with caching.evaluating(branch, is_last=is_last):
+            with caching.evaluating(branch, is_last=is_last), attention_at(request.loop.attention, step, num_steps):
                 return self.velocity(latents, sigma, **conditions[branch]).float()
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -447,6 +449,8 @@ class Pipeline:
             return classifier_free_guidance(*predictions, request.loop.cfg_scale)
 
         def on_step(index: int, latents: Tensor) -> None:
+            nonlocal step
+            step = index + 1
             sigma, sigma_next, reused = sigmas[index].item(), sigmas[index + 1].item(), caching.take_reused()
             self._notify("step_done", step=index, num_steps=num_steps, sigma=sigma_next)
             if request.loop.on_step is not None:

@@ -14,6 +14,7 @@ from diffsynth import _discovery
 from diffsynth.core.vram.budget import MemoryPlan
 from diffsynth.errors import MissingComponent, did_you_mean
 from diffsynth.runtime.acceleration.choice import StepCacheArgument, parse_step_cache
+from diffsynth.runtime.acceleration.step_attention import AttentionArgument, parse_step_attention
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Program, can_run, needed_roles
 
@@ -56,6 +57,8 @@ class LoopArguments:
         progress_bar_cmd: wraps the iterator over steps, as `tqdm` does.
         step_cache: leave out blocks that would repeat earlier steps: a step cache, or its text
             "first_block:threshold=0.1"; None computes everything.
+        attention: the attention backend of the networks that the loop calls: a name, or by step a `StepAttention` or
+            its text "triton_int8:first=2,last=2"; None leaves it to `use_attention` and what comes after that.
     """
 
     num_inference_steps: int = 30
@@ -67,9 +70,11 @@ class LoopArguments:
     cancel: threading.Event | None = None
     progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]] = progress_bar
     step_cache: StepCacheArgument = None
+    attention: AttentionArgument = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_cache", parse_step_cache(self.step_cache))
+        object.__setattr__(self, "attention", parse_step_attention(self.attention))
         for name in ("num_inference_steps", "num_images"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

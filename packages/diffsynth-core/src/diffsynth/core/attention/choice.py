@@ -11,6 +11,9 @@ from torch import nn
 _wanted: ContextVar[tuple[tuple[int, str], ...]] = ContextVar("diffsynth_attention", default=())
 """Who wants which backend, by thread and by task; the innermost is last."""
 
+_innermost: ContextVar[str | None] = ContextVar("diffsynth_attention_name", default=None)
+"""The backend of the last of them: what compiled code looks at, so that it serves the next choice of the same name."""
+
 _is_used = False
 """Whether anybody ever chose. Until then compiled code does not look at the context."""
 
@@ -75,13 +78,13 @@ class use_attention:  # noqa: N801 - it is used like a function
             self._end()
 
     def _begin(self) -> None:
-        _wanted.set((*_wanted.get(), self._entry))
+        _want((*_wanted.get(), self._entry))
 
     def _end(self) -> None:
         # Another hook's error may come before ours began: then there is nothing to end.
         entries = _wanted.get()
         if entries and entries[-1] == self._entry:
-            _wanted.set(entries[:-1])
+            _want(entries[:-1])
 
 
 class restored_choice:  # noqa: N801
@@ -92,15 +95,18 @@ class restored_choice:  # noqa: N801
         self._entries = _wanted.get()
 
     def __enter__(self) -> None:
-        self._token = _wanted.set(self._entries)
+        self._before = _wanted.get()
+        _want(self._entries)
 
     def __exit__(self, *_: object) -> None:
-        _wanted.reset(self._token)
+        _want(self._before)
 
 
 def chosen() -> str | None:
     """The innermost choice here, or None."""
-    if not _is_used:
-        return None
-    entries = _wanted.get()
-    return entries[-1][1] if entries else None
+    return _innermost.get() if _is_used else None
+
+
+def _want(entries: tuple[tuple[int, str], ...]) -> None:
+    _wanted.set(entries)
+    _innermost.set(entries[-1][1] if entries else None)

@@ -73,7 +73,8 @@ def serve(call: AttentionCall, backend: str | None = None) -> Float[Tensor, "b q
     if name == "auto":
         return _attend(_backends[choose(call)], call)
     named = _named(name)
-    reason = named.refuses(call)
+    # On meta, the device that a plan is meant for is not known: what was asked for by name is taken at its word.
+    reason = None if call.q.is_meta else named.refuses(call)
     if reason is not None:
         raise Refused(
             f"attention backend {name!r} refuses this call: {reason} ({call.describe()}); "

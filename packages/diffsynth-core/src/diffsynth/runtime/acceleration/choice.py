@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffsynth.runtime.acceleration.first_block import FirstBlockCache
 from diffsynth.runtime.acceleration.step_cache import StepCache
 from diffsynth.runtime.acceleration.taylor import TaylorSeer
 from diffsynth.runtime.acceleration.tea import TeaCache
+from diffsynth.runtime.acceleration.texts import settings_in
 
 STEP_CACHES: dict[str, type[StepCache]] = {"first_block": FirstBlockCache, "taylor": TaylorSeer, "tea": TeaCache}
 
@@ -38,22 +38,8 @@ def parse_step_cache(value: Any) -> StepCache | None:
             f"expected one of {', '.join(STEP_CACHES)}"
         )
     kind = STEP_CACHES[name]
-    settings = dict(_setting(value, kind, part) for part in rest.split(",") if part)
+    settings = settings_in(rest, [each.name for each in fields(kind)], f"step_cache={value!r}")
     missing = [each.name for each in fields(kind) if each.default is MISSING and each.name not in settings]
     if missing:
         raise ValueError(f"step_cache={value!r}: {name} needs {missing[0]}, as in '{name}:{missing[0]}=0.1'")
     return kind(**settings)
-
-
-def _setting(value: str, kind: type[StepCache], part: str) -> tuple[str, Any]:
-    known = [each.name for each in fields(kind)]
-    name, equals, text = part.partition("=")
-    if not equals or name not in known:
-        raise ValueError(
-            f"step_cache={value!r}: {part!r}{did_you_mean(name, known)}; expected setting=value with one of "
-            f"{', '.join(known)}"
-        )
-    try:
-        return name, ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return name, text
