@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh --dry-run PART...     the commands alone
 #   benchmarks/gpu.sh --list
 #
-# JSON and logs go to $OUT, or to benchmarks/results where that is not set; a short table comes last. A step that fails
+# A JSON file and a log of each part go to $OUT, or to benchmarks/results if that is not set; a short table comes last. A step that fails
 # or runs out of time is said in it, the others go on, and the exit code is 1.
 #
 # It needs Python 3.11 or newer with torch, triton, transformers, safetensors, einops, pluggy, numpy, pillow, pytest and
@@ -26,18 +26,21 @@ site=${SITE:-/tmp/diffsynth-gpu-site}
 out=${OUT:-benchmarks/results}
 
 # Seconds that a part may take: below ten minutes, and thirty together.
-declare -A limit=([tests]=300 [attention]=360 [kernels]=150 [loading]=150 [plan]=120
-    [vram-flux]=240 [vram-wan]=280 [vram-z-image]=120)
-parts=(tests attention kernels loading plan vram-flux vram-wan vram-z-image)
+declare -A limit=([tests]=240 [attention]=360 [accuracy]=80 [kernels]=120 [loading]=150 [plan]=120
+    [vram-flux]=240 [vram-wan]=330 [vram-z-image]=150)
+parts=(tests attention accuracy kernels loading plan vram-flux vram-wan vram-z-image)
 
 # The steps of a part, one a line: name, then the command.
 steps() {
     case $1 in
         tests) echo "tests $python -m pytest tests/gpu -q -p no:cacheprovider" ;;
         attention) echo "attention $python benchmarks/attention.py --repeats 10 --json $out/attention-gpu.json" ;;
+        accuracy) echo "accuracy $python benchmarks/attention_accuracy.py --device cuda --json $out/attention-accuracy-gpu.json" ;;
         kernels) echo "kernels $python benchmarks/nn_kernels.py --json $out/nn_kernels-gpu.json" ;;
         loading) echo "loading $python benchmarks/loading.py --size-gb 4 --repeats 2 --contenders load_file diffusers diffsynth --json $out/loading-gpu.json" ;;
         plan) echo "plan $python benchmarks/plan.py --json $out/plan-gpu.json" ;;
+        # A step takes seconds here, and 28 GB are page-locked for each contender: fewer of both.
+        vram-wan) echo "$1 $python benchmarks/vram.py --networks wan --warmup 1 --repeats 2 --without fp8 --json $out/$1-gpu.json" ;;
         vram-*) echo "$1 $python benchmarks/vram.py --networks ${1#vram-} --json $out/$1-gpu.json" ;;
     esac
 }

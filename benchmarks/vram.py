@@ -21,6 +21,7 @@ give the bits that the unmanaged module gives, or the exit code is 1. A step is 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import json
 import os
@@ -71,10 +72,12 @@ def run_one(name: str, contender: str, options: argparse.Namespace) -> list[dict
         setting = contenders.Setting(
             network, device, dtype, options.repeats, options.warmup, Path(folder), not options.warm_cache, load
         )
-        before = devices.memory_in_use("cpu") or 0
+        before, free = devices.memory_in_use("cpu") or 0, devices.available_memory("cpu") or 0
         rows = []
         for row in contenders.CONTENDERS[contender](setting):
             row["memory"] = row["peak_vram"] if device.type != "cpu" else (row["peak_ram"] or 0) - before
+            # Page-locked memory may stand in no account of the process.
+            row["host_taken"] = free - (devices.available_memory("cpu") or 0)
             rows.append({"contender": contender, "network": network.name, **row})
         return rows
 
@@ -152,11 +155,18 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def write(report: dict[str, Any], file: Path | None) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--library", choices=["diffsynth", "diffusers"], default="diffsynth", help="whose networks")
     parser.add_argument("--contenders", nargs="+", choices=contenders.CONTENDERS, help="default: all but disk on a GPU")
+    parser.add_argument("--without", nargs="+", default=[], help="parts of the names of contenders that are left out")
     parser.add_argument("--scale", choices=SCALES, help="default: full on a GPU, small on the CPU")
     parser.add_argument("--device", help="default: the first accelerator, else cpu")
     parser.add_argument("--repeats", type=int, default=3)
@@ -173,6 +183,7 @@ def arguments() -> argparse.Namespace:
     options.contenders = options.contenders or [
         name for name in contenders.CONTENDERS if on_cpu or name != "diffsynth disk"
     ]
+    options.contenders = [name for name in options.contenders if not any(part in name for part in options.without)]
     return options
 
 
@@ -184,15 +195,18 @@ def main() -> int:
         return 0
     report: dict[str, Any] = {**machine(options), "rows": []}
     for name in () if options.simulate else options.networks:
-        rows = [row for each in options.contenders for row in in_a_process(name, each, options)]
-        report["rows"] += compare(rows)
+        before, rows = report["rows"], []
+        for contender in options.contenders:
+            rows += in_a_process(name, contender, options)
+            # Again after each, so that a run that is cut short leaves what it has.
+            report["rows"] = before + compare(copy.deepcopy(rows))
+            write(report, options.json)
+            print(f"{name}: {contender} is done", file=sys.stderr)
     show(report["rows"])
     if options.simulate:
         report["simulated"] = curve.simulated(options.scale if options.scale == "tiny" else "full", options.networks)
         print("\n" + "\n".join(curve.show(report["simulated"])))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report, options.json)
     wrong = [row for row in report["rows"] if row["contender"] in EXACT and not row.get("same_bits", True)]
     return int(bool(wrong))
 

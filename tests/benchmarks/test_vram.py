@@ -24,12 +24,12 @@ def benchmark():
 @pytest.fixture
 def options(tmp_path):
     return argparse.Namespace(
-        device="cpu", scale="tiny", library="diffsynth", repeats=1, warmup=2, folder=tmp_path, warm_cache=False
+        device="cpu", scale="tiny", library="diffsynth", repeats=1, warmup=1, folder=tmp_path, warm_cache=False
     )
 
 
-def test_contenders_run_the_same_network(benchmark, options):
-    contenders = ["resident", "diffsynth cpu-offload", "diffsynth fp8", "diffsynth disk", "diffusers block_level"]
+def test_our_policies_run_the_same_network(benchmark, options):
+    contenders = ["resident", "diffsynth cpu-offload", "diffsynth fp8", "diffsynth disk"]
     rows = benchmark.compare([row for name in contenders for row in benchmark.run_one("z-image", name, options)])
     by_name = {(row["name"], row["stays"], row.get("slots")): row for row in rows}
     assert all(row["same_bits"] for row in rows if row["contender"] in benchmark.EXACT)
@@ -38,8 +38,16 @@ def test_contenders_run_the_same_network(benchmark, options):
     assert nothing["moved"] > half["moved"] > by_name["diffsynth disk", 1.0, 2]["moved"] == 0
     assert nothing["misses"] == 0
     assert nothing["simulated"] > 0
-    assert by_name["diffusers block_level, groups of 1, disk", 0.0, None]["moved"] >= nothing["moved"]
     assert [row["of_resident"] for row in rows if row["contender"] == "resident"] == [1.0]
+
+
+def test_diffusers_offload_runs_it_too(benchmark, options, monkeypatch):
+    """Importing diffusers takes most of the time, where no other test has done so."""
+    monkeypatch.setattr(benchmark.contenders, "GROUPS", (2,))
+    (row,) = benchmark.run_one("z-image", "diffusers block_level", options)
+    assert row["name"] == "diffusers block_level, groups of 2, disk"
+    assert row["moved"] > 0
+    assert row["memory"] is not None
 
 
 def test_each_figure_is_from_the_right_rows(benchmark):
