@@ -40,6 +40,12 @@ def test_near_the_naive_twin(bias, arguments):
     assert relative < 0.02
 
 
+def test_head_dims_that_are_padded():
+    tensors = draw(bias=6.0, d=60)
+    cosine, _ = errors(attention(*tensors, backend="triton_int8"), tensors)
+    assert cosine > 0.9998
+
+
 def test_without_the_mean_key_the_error_is_worse(monkeypatch):
     tensors = draw(bias=30.0)
     _, with_it = errors(attention(*tensors, backend="triton_int8"), tensors)

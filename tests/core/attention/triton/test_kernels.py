@@ -68,6 +68,8 @@ def served(call: AttentionCall) -> Tensor:
         (111, 63, {"n": 4, "n_kv": 2}),
         (257, 5, {"n": 1, "n_kv": 1, "d": 8}),
         (40, 33, {"n": 3, "n_kv": 1, "d": 56}),
+        (33, 40, {"d": 60, "n": 1, "n_kv": 1}),  # padded to 64; rows that are no multiple of 16 bytes
+        (20, 33, {"d": 7, "d_v": 1, "n": 2, "n_kv": 1}),
     ],
 )
 def test_lengths_and_heads(q_len, k_len, heads):
@@ -171,7 +173,7 @@ def calls(draw_one) -> tuple[dict[str, int], dict[str, object]]:
         "b": b,
         "n": n_kv * group,
         "n_kv": n_kv,
-        "d": 8 * draw_one(st.integers(1, 3)),
+        "d": draw_one(st.integers(1, 24)),
     }
     arguments: dict[str, object] = {"causal": draw_one(st.booleans())}
     if not arguments["causal"] and draw_one(st.booleans()):

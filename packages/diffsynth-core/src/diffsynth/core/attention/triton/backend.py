@@ -24,7 +24,7 @@ class TritonAttention:
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Devices that are not NVIDIA's from sm_80 on, head dims over 256 or no multiple of 8, biases, fp64."""
+        """Devices that are not NVIDIA's from sm_80 on, head dims over 256, biases, fp64."""
         return missing("triton") or _device_refusal(call) or _content_refusal(call)
 
     def avoids(self, call: AttentionCall) -> str | None:
@@ -95,8 +95,8 @@ def _content_refusal(call: AttentionCall) -> str | None:
     if call.q.dtype not in _DTYPES:
         return f"dtype {call.q.dtype} is none of fp16, bf16, fp32"
     for tensors, dim in (("queries and keys", call.q.shape[3]), ("values", call.v.shape[3])):
-        if dim % 8 or dim > _LARGEST_HEAD_DIM:
-            return f"head dim {dim} of {tensors} is not a multiple of 8 up to {_LARGEST_HEAD_DIM}"
+        if dim > _LARGEST_HEAD_DIM:
+            return f"head dim {dim} of {tensors} is over {_LARGEST_HEAD_DIM}"
     if call.score_bias is not None:
         return "it takes no score_bias"
     if call.mask is not None and call.cu_seqlens is not None:
