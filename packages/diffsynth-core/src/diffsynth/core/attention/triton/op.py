@@ -22,7 +22,8 @@ from diffsynth.core.attention.triton.tiles import block_lists, launchable
 from diffsynth.core.device.backends import torch_module
 
 LOG2_E = math.log2(math.e)
-_DELTA_ROWS = 32
+DELTA_ROWS = 32
+"""Rows of `out` that a program of `flash_delta_kernel` sums; any number does, none was timed."""
 
 
 @triton_op("diffsynth::flash_attention", mutates_args=())
@@ -78,8 +79,8 @@ def flash_attention_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     factors = {"scale": scale, "scale_log2": scale * LOG2_E}
     with current(q.device):
-        launchable(flash_delta_kernel)[(triton.cdiv(rows, _DELTA_ROWS),)](
-            out, d_out, delta, n, rows, q_len, D_V=d_v, BLOCK_DV=padded(d_v), BLOCK_M=_DELTA_ROWS
+        launchable(flash_delta_kernel)[(triton.cdiv(rows, DELTA_ROWS),)](
+            out, d_out, delta, n, rows, q_len, D_V=d_v, BLOCK_DV=padded(d_v), BLOCK_M=DELTA_ROWS
         )
         by_keys = settings_of("dkdv", (q, k, v), mask, cu_seqlens, limits)
         launchable(flash_dkdv_kernel)[(by_keys["tiles"] * k.shape[2] * b,)](
