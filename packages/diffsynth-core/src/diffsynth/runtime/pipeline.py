@@ -54,9 +54,9 @@ class Pipeline:
     `facts` gives units a field of a component's config without moving the component: name -> "role.field".
 
     Threads: a call keeps all its state in local values, so several threads may call one pipeline, and pipelines that
-    share components, and each gets the picture that it would get alone. With a `vram_limit` stages take turns, because
-    they move components; then the components must be of this pipeline only. `named()` and changes of `components` are
-    for before the first call. `on_step` runs in the caller's thread.
+    share components, and each gets the picture that it would get alone. Where components are under a policy, stages on
+    one device take turns, because they move components. `named()` and changes of `components` are for before the first
+    call. `on_step` runs in the caller's thread.
     """
 
     schema: ClassVar[SchemaMethod] = SchemaMethod()
