@@ -64,15 +64,19 @@ class ShareTokens:
         if total < ranks.size:
             raise ValueError(f"{total} tokens cannot be shared among {ranks.size} processes; draw a larger video")
         own = share(total, ranks)
+
+        def split(x: Tensor) -> Tensor:
+            return x[:, own].contiguous()
+
         cos, sin = stream.rotary
         return replace(
             stream,
-            tokens=stream.tokens[:, own],
-            rotary=(cos[:, own], sin[:, own]),
+            tokens=split(stream.tokens),
+            rotary=(split(cos), split(sin)),
             time=runs_of(stream.time, own, total),
             modulation=runs_of(stream.modulation, own, total),
             attend=lambda block: attend_together(stream.attend(block), total, ranks),
-            split=lambda x: x[:, own],
+            split=split,
             join=partial(join_shares, total=total, ranks=ranks),
             first=own.start,
         )
