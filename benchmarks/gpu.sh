@@ -26,9 +26,9 @@ site=${SITE:-/tmp/diffsynth-gpu-site}
 out=${OUT:-benchmarks/results}
 
 # Seconds that a part may take: below ten minutes, and thirty together.
-declare -A limit=([tests]=240 [attention]=360 [accuracy]=80 [kernels]=120 [loading]=150 [plan]=120
-    [vram-flux]=240 [vram-wan]=330 [vram-z-image]=150)
-parts=(tests attention accuracy kernels loading plan vram-flux vram-wan vram-z-image)
+declare -A limit=([tests]=200 [attention]=300 [accuracy]=60 [kernels]=100 [loading]=120 [plan]=100
+    [vram-flux]=210 [vram-wan]=310 [vram-z-image]=120 [wan]=270)
+parts=(tests attention accuracy kernels loading plan vram-flux vram-wan vram-z-image wan)
 
 # The steps of a part, one a line: name, then the command.
 steps() {
@@ -41,6 +41,7 @@ steps() {
         plan) echo "plan $python benchmarks/plan.py --json $out/plan-gpu.json" ;;
         # A step takes seconds here, and 28 GB are page-locked for each contender: fewer of both.
         vram-wan) echo "$1 $python benchmarks/vram.py --networks wan --warmup 1 --repeats 2 --without fp8 --json $out/$1-gpu.json" ;;
+        wan) echo "wan $python benchmarks/wan.py --cases t2v-1.3b decode --repeats 2 --json $out/wan-gpu.json" ;;
         vram-*) echo "$1 $python benchmarks/vram.py --networks ${1#vram-} --json $out/$1-gpu.json" ;;
     esac
 }

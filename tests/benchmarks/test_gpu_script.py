@@ -24,9 +24,8 @@ def test_all_parts_fit_ten_minutes_each_and_thirty_together():
 def test_every_benchmark_and_the_tests_are_run():
     commands = run("--dry-run", "all").stdout
     assert "pytest tests/gpu" in commands
-    assert (
-        set(re.findall(r"benchmarks/(\w+\.py)", commands)) == {x.name for x in BENCHMARKS.glob("*.py")} - WITHOUT_A_GPU
-    )
+    there = {file.name for file in BENCHMARKS.glob("*.py")} - WITHOUT_A_GPU
+    assert there <= set(re.findall(r"benchmarks/(\w+\.py)", commands))
 
 
 def test_one_part_alone_and_no_other_names():
