@@ -83,7 +83,8 @@ def rms_norm_rotary(
         ValueError: `weight` has another length.
     """
     n, d = x.shape[2:]
-    if weight.shape[0] not in (d, n * d):
+    # Not `in (d, n * d)`: torch.compile of torch 2.11, with sizes that are symbols, finds it false for equal ones.
+    if weight.shape[0] != d and weight.shape[0] != n * d:
         raise ValueError(f"weight has {weight.shape[0]} elements; expected {d} for each head or {n * d} for all")
     out = fused.norm_rotary(x, weight, cos, sin, eps=eps)
     return naive.rms_norm_rotary(x, weight, cos, sin, eps=eps) if out is None else out
