@@ -19,6 +19,7 @@ from torch import Tensor
 import parity
 from diffsynth.core.parallel import ALONE, Ranks, form_team
 from diffsynth.errors import Refused, Unavailable
+from diffsynth.runtime.pipeline import Pipeline
 from diffsynth_wan import WanVideoPipeline
 from diffsynth_wan.autoencoder.config import TINY_WAN22_AUTOENCODER
 from diffsynth_wan.autoencoder.vae import Wan22Autoencoder
@@ -142,6 +143,12 @@ class Parts:
         pixels = np.random.default_rng(0).integers(0, 255, (96, 64, 3), dtype=np.uint8)
         size = {"height": 96, "width": 64, "num_frames": 9, "num_inference_steps": 2, "seed": 3}
         self.call = {"prompt": "an apple", "negative_prompt": "blurry", "output_type": "latents", **size}
+        self.windows = {
+            "num_frames": 17,
+            "sliding_window_size": 3,
+            "sliding_window_stride": 2,
+            "num_inference_steps": 1,
+        }
         self.image = {"input_image": Image.fromarray(pixels)}
 
     def draw(self, **changes: Any) -> Any:
@@ -162,6 +169,7 @@ def prepared() -> tuple[dict[str, Run], dict[str, Tensor], Parts, dict[str, Tens
         truths = {name: run(ALONE) for name, run in runs.items()}
     drawn = {"text": parts.draw(), "image": parts.draw(**parts.image), "unguided": parts.draw(cfg_scale=1.0)}
     drawn["experts"] = parts.draw_with_experts()
+    drawn["windows"] = parts.draw(**parts.windows, cfg_scale=1.0)
     return runs, truths, parts, drawn
 
 
@@ -187,6 +195,7 @@ def all_calls(rank: int) -> dict[str, float]:
     assert max(tokens) <= -(-18 // size)
     with pytest.raises(Refused, match="step_cache"):
         parts.draw(step_cache="first_block:threshold=0.1")
+    errors["windows, tokens"] = parity.relative_error(parts.draw(**parts.windows, cfg_scale=1.0), truths["windows"])
     parts.experts.parallel()
     errors["experts, tokens"] = parity.relative_error(parts.draw_with_experts(), truths["experts"])
     tokens.clear()
@@ -216,8 +225,24 @@ def test_calls_of_a_pipeline(size: int) -> None:
     answers = run_together(size, all_calls)
     assert len({errors.pop("unseeded") for errors in answers}) == 1
     for errors in answers:
-        assert len(errors) == 6
+        assert len(errors) == 7
         assert max(errors.values()) < TOLERANCE, errors
+
+
+def with_usp(rank: int) -> tuple[str, int, float]:
+    """`from_pretrained(use_usp=True)` around a loader that has everything ready."""
+    _, _, parts, truths = prepared()
+    given = []
+    Pipeline.from_pretrained = lambda dtype, device, *rest, **more: given.append(str(device)) or parts.pipe
+    pipe = WanVideoPipeline.from_pretrained(torch.float32, "cpu", use_usp=True)
+    return given[0], pipe.team.tokens.size, parity.relative_error(parts.draw(), truths["text"])
+
+
+def test_scripts_for_the_reference_share_tokens() -> None:
+    prepared()
+    for device, size, error in run_together(2, with_usp):
+        assert (device, size) == ("cpu", 2)
+        assert error < TOLERANCE
 
 
 def test_without_torchrun_nothing_is_loaded() -> None:
