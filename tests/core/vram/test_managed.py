@@ -165,6 +165,7 @@ def test_a_weight_that_a_block_gives_out_is_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_nothing_is_left_after_an_error(error: type[BaseException], tmp_path: Path) -> None:
+    others = set(threading.enumerate())  # of modules that other tests did not leave
     module, wrapped = on(STREAMED, tmp_path)
     expected = tower()(TOKENS)
     wrapped.configure(resident=(), slots=3)
@@ -179,7 +180,7 @@ def test_nothing_is_left_after_an_error(error: type[BaseException], tmp_path: Pa
     assert wrapped.state is State.OFFLOAD
     assert wrapped.device_bytes == 0
     assert all(parameter.is_meta for parameter in module.parameters())
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("diffsynth-vram")]
+    assert not [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("diffsynth-vram")]
     with wrapped:
         assert torch.equal(module(TOKENS), expected)
 
@@ -208,6 +209,28 @@ def test_unwrap_gives_an_ordinary_module_back() -> None:
     assert "forward" not in vars(module.layers[0])
     assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
     assert torch.equal(module(TOKENS), tower()(TOKENS))
+
+
+def test_what_comes_for_the_stage_is_timed_by_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The host's clock saw page-locked copies being asked for, not made: the report told of 10 TB/s."""
+
+    class Moment:
+        made = 0
+
+        def __init__(self) -> None:
+            Moment.made += 1
+            self.number = Moment.made
+
+        def seconds_since(self, earlier: "Moment") -> float:
+            return 100.0 * (self.number - earlier.number)
+
+    _, wrapped = on(STREAMED, tmp_path)
+    monkeypatch.setattr("diffsynth.core.device.timestamp", lambda device: Moment())
+    with wrapped:
+        report = wrapped.report.settle()
+        count = len(wrapped.blocks) + 1
+        assert 100 * count <= report.seconds_copying < 100 * count + 5
+        assert 100 * count <= report.seconds_waited < 100 * count + 5
 
 
 def test_a_wrapped_module_is_freed() -> None:

@@ -328,11 +328,14 @@ class ManagedModule:
         if memory is None:
             memory = torch.empty(packing.stored_bytes, dtype=torch.uint8)
             master.fill(memory)
+        seconds = time.perf_counter() - started
+        began = devices.timestamp(self.policy.device)
         stored = memory.to(self.policy.device, non_blocking=True)
         if stored is not master.memory:
-            seconds = time.perf_counter() - started
             self.report.copied(packing.stored_bytes, seconds)
             self.report.waited(seconds)
+            # The host does not stay for the copy, so its clock would tell how long the asking took.
+            self.report.timed(began, devices.timestamp(self.policy.device), began)
         if name != REST or not packing.converts:
             return stored
         computed = torch.empty(packing.computed_bytes, dtype=torch.uint8, device=self.policy.device)
