@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from diffsynth.core.attention import attention, available_backends, select
+from diffsynth.runtime.acceleration import StepAttention
+from diffsynth.runtime.request import LoopArguments
 
 PAGE = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -20,7 +22,12 @@ def first_cells(header):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_runs(block):
-    exec(block, {"__name__": "block"})
+    exec(block, {"__name__": "block", "pipe": lambda prompt, **arguments: LoopArguments(**arguments)})
+
+
+def test_the_text_form_on_the_page_is_the_first_schedule():
+    (text,) = re.findall(r"--set attention=(\S+)", PAGE)
+    assert LoopArguments(attention=text).attention == StepAttention("triton_int8", first=2, last=2)
 
 
 def test_every_argument_is_explained():
