@@ -225,7 +225,7 @@ def test_only_the_expert_of_the_moment_is_on_the_device(monkeypatch):
     present, stages, on_device = [], [], []
 
     @contextmanager
-    def placed(roles):
+    def placed(roles, *_):
         stages.append(tuple(roles))
         present.extend(roles)
         yield
