@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth.core.vram.rehearsal.values import tensors_in
+
 
 class Results:
     """Calls operations whose tensors are on meta; one that is called again with alike arguments is not called again."""
@@ -23,7 +25,8 @@ class Results:
         key = (func, key)
         if key not in self._known:
             out = func(*args, **kwargs)
-            self._known[key] = _form(out)
+            if not _shares(out, (args, kwargs)):
+                self._known[key] = _form(out)
             return out
         return _made(self._known[key])
 
@@ -34,6 +37,12 @@ def _makes_new_tensors(func: Any) -> bool:
     schema = func._schema
     aliases = [each.alias_info for each in (*schema.arguments, *schema.returns)]
     return bool(schema.returns) and not any(aliases) and torch.Tag.nondeterministic_seeded not in func.tags
+
+
+def _shares(out: Any, given: Any) -> bool:
+    """Whether a result is a view of an argument after all: the schema of `_unsafe_view` keeps silent about it."""
+    storages = {id(tensor.untyped_storage()) for tensor in tensors_in(given)}
+    return any(id(tensor.untyped_storage()) in storages for tensor in tensors_in(out))
 
 
 def _key(value: Any) -> Any:
