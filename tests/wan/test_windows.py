@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import parity
@@ -25,7 +26,7 @@ from diffsynth_wan.variants.reference import ReferenceFrame
 from diffsynth_wan.variants.speed import Speed
 from diffsynth_wan.variants.vace import VaceControl, WanVace
 from diffsynth_wan.windows import SlidingWindow
-from wan_oracles import oracle_dit, our_dit, shared_parts
+from wan_oracles import oracle_dit, oracle_vace_dit, our_dit, our_vace, shared_parts
 
 SIGMA = torch.tensor([0.7])
 PROMPT = torch.randn(1, 7, TINY_DIT.text_dim, generator=torch.Generator().manual_seed(1))
@@ -196,6 +197,23 @@ def test_a_window_as_long_as_the_video_changes_no_bit():
     shorter = pipe("a puppy", **call, sliding_window_size=3, sliding_window_stride=2)
     assert parity.relative_error(shorter, plain) > 1e-3
     assert parity.relative_error(shorter, plain) < 1
+
+
+def test_a_call_tells_windows_of_the_frames_in_front(monkeypatch):
+    dit, vace = our_vace(oracle_vace_dit())
+    pipe = WanVideoPipeline.from_components(
+        **shared_parts()[1], dit=dit, vace=vace, device="cpu", torch_dtype=torch.float32
+    )
+    seen = []
+    embed = dit.embed
+    monkeypatch.setattr(dit, "embed", lambda latents, *given: seen.append(latents.shape[2]) or embed(latents, *given))
+    call = {"height": 32, "width": 32, "num_frames": 13, "num_inference_steps": 1, "cfg_scale": 1.0, "seed": 0}
+    images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    cut = {"sliding_window_size": 3, "sliding_window_stride": 2, "output_type": "latents"}
+    latents = pipe("a puppy", **call, vace_reference_image=images, **cut)
+    assert latents.shape[2] == 2 + 4
+    assert seen == [2 + 3, 2 + 2]
+    assert latents.isfinite().all()
 
 
 class Watched(nn.Module):
