@@ -8,9 +8,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def progress_bar(
-    items: Iterable[Item], *, description: str = "denoise", total: float | None = None
-) -> Iterator[Item]:
+def progress_bar(items: Iterable[Item], *, description: str = "denoise", total: float | None = None) -> Iterator[Item]:
     """Yield the items behind a rich bar on stderr; silent where stderr is no terminal.
 
     Args:
