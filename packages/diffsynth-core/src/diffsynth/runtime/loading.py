@@ -21,7 +21,7 @@ from diffsynth.core.loader.reading.source import ComponentSource
 from diffsynth.core.vram.managed import check_source
 from diffsynth.core.vram.placement import Policy
 from diffsynth.errors import CorruptFile, MissingComponent, Unrecognized, did_you_mean
-from diffsynth.runtime.memory.placing import Placing
+from diffsynth.runtime.memory.placing import Placing, Policies
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.spec import resolve
 
@@ -58,10 +58,18 @@ class PretrainedLoader:
         model_configs: Sequence[ModelConfig],
         processor_configs: Mapping[str, ModelConfig | None],
         *,
-        placing: Placing,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        vram_limit: float | None = None,
+        policy: Policies = None,
     ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
-        """Components by role, and the files each came from. Nothing is read before all of it is known to fit."""
+        """Components by role, and the files each came from. Nothing is read before all of it is known to fit.
+
+        Arguments and errors are those of `Pipeline.from_pretrained`.
+        """
         self._check_processor_names(processor_configs)
+        device = devices.default_device() if device is None else devices.check_device(device)
+        placing = Placing(device, dtype, vram_limit, policy)
         placing.check_roles(self._roles)
         found = self._recognize(model_configs)
         missing = [

@@ -142,8 +142,8 @@ class Pipeline:
         """
         device = devices.default_device() if device is None else devices.check_device(device)
         loader = PretrainedLoader(cls.roles, cls.__name__)
-        placing = Placing(device, torch_dtype, vram_limit, policy)
-        components, files = loader.load(model_configs, processor_configs, placing=placing)
+        memory = {"vram_limit": vram_limit, "policy": policy}
+        components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device, **memory)
         pipe = cls(components, device=device, torch_dtype=torch_dtype, vram_limit=vram_limit, component_files=files)
         _discovery.notify("pipeline_ready", pipeline=pipe)
         return pipe
