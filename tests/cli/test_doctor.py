@@ -170,7 +170,7 @@ def test_settings_show_values_and_where_they_are_bad(monkeypatch):
 
 
 def test_every_variable_is_among_the_settings():
-    readers = [name for name, value in vars(_env).items() if places._is_reader(value)]
+    readers = [name for name, value in vars(_env).items() if places._is_reader(value) and name != "triton_interpret"]
     found = named(places.settings())
     assert len([name for name in found if name.startswith("DIFFSYNTH_")]) == len(readers) >= 7
 

@@ -300,6 +300,16 @@ def test_a_layout_that_is_not_installed_any_more_is_told_by_its_names(toy, net, 
 
 ARCHITECTURES, CHECKPOINTS = _discovery.catalog().layouts()
 INSTALLED = [one for one in CHECKPOINTS if one.rules]
+NOT_KEPT = r"holds [\w.]+, which the network does not keep"
+REFUSED = {
+    "qwen3_text_encoder/with_head": r"holds lm_head\.weight, which the network does not keep",
+    # The file holds two networks, and each of them knows its own half.
+    **dict.fromkeys(("wan_dit/vace_1.3b", "wan_vace/vace_1.3b", "wan_dit/vace_14b", "wan_vace/vace_14b"), NOT_KEPT),
+    **dict.fromkeys(("wan_dit/animate_14b", "wan_animate_adapter/animate_14b"), NOT_KEPT),
+    "wan_image_encoder": NOT_KEPT,
+    "wan_image_encoder/transformers": r"Apply of [\w.]+ cannot be undone",
+    "wan_animate_adapter/diffusers": r"the shape of [\w.]+ cannot be told from",
+}
 
 
 @pytest.mark.parametrize("checkpoint", INSTALLED, ids=lambda one: one.name)
@@ -309,8 +319,8 @@ def test_tiny_models_in_every_installed_layout(checkpoint, tmp_path):
     config = load.resolve(architecture.tiny)
     module = load.resolve(architecture.module)(config)
     arguments = {"architecture": architecture.name, "config": config, "layout": checkpoint.name}
-    if checkpoint.name == "qwen3_text_encoder/with_head":
-        with pytest.raises(ValueError, match=r"holds lm_head\.weight, which the network does not keep"):
+    if checkpoint.name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[checkpoint.name]):
             save_checkpoint(module, tmp_path / "x.safetensors", **arguments)
         return
     tensors = header.read(save_checkpoint(module, tmp_path / "x.safetensors", **arguments))

@@ -452,11 +452,11 @@ class Pipeline:
             nonlocal step
             step = index + 1
             sigma, sigma_next, reused = sigmas[index].item(), sigmas[index + 1].item(), caching.take_reused()
-            self._notify("step_done", step=index, num_steps=num_steps, sigma=sigma_next)
+            self._notify("step_done", pipeline=self, step=index, num_steps=num_steps, sigma=sigma_next)
             if request.loop.on_step is not None:
                 request.loop.on_step(Step(index, num_steps, sigma, sigma_next, latents, reused))
 
-        self._notify("denoise_started", num_steps=num_steps, shape=tuple(latents.shape))
+        self._notify("denoise_started", pipeline=self, num_steps=num_steps, shape=tuple(latents.shape))
         with turns, caching:
             progress = request.loop.progress_bar_cmd if self.team.is_first else no_progress
             return euler(velocity, latents, sigmas, on_step=on_step, progress=progress)
@@ -467,7 +467,7 @@ class Pipeline:
     def _notify(self, hook: str, **facts: Any) -> None:
         # On meta nothing is drawn: it is a rehearsal.
         if self.device.type != "meta":
-            _discovery.notify(hook, pipeline=self, **facts)
+            _discovery.notify(hook, **facts)
 
     def _output(self, request: Request, state: State, latents: Tensor) -> Any:
         state.shared["latents"] = latents.to(self.dtype)
