@@ -259,8 +259,12 @@ class ManagedModule:
             for name in (_ATTRIBUTE, _FLAG):
                 vars(self.module).pop(name, None)
             for name, packing in self._packings.items():
-                if self._masters[name].memory is None:
+                memory = self._masters[name].memory
+                if memory is None:
                     self._bind(name, frozen(self._on_meta(packing)))
+                elif memory.is_pinned():
+                    # Page-locked memory is for transfers, and there will be none.
+                    self._bind(name, frozen(packing.stored_views(memory.clone())))
         return self.module
 
     def __enter__(self) -> ManagedModule:
