@@ -144,6 +144,16 @@ def test_what_cannot_be_is_refused_before_loading(hub, memory, message, monkeypa
         loaded(hub, **memory)
 
 
+def test_a_role_that_is_to_stay_is_not_wrapped_by_the_limit(hub, monkeypatch):
+    """The policy of a role was read while loading and forgotten afterwards. Then the limit wrapped what was to stay."""
+    from diffsynth.runtime import pipeline
+
+    given = []
+    monkeypatch.setattr(pipeline, "Placing", lambda *args: given.append(args) or placing.Placing(*args))
+    loaded(hub, policy={"vae": "none"})
+    assert given == [(torch.device("cpu"), torch.float32, None, {"vae": "none"})]
+
+
 def test_a_limit_below_one_block_is_refused_before_loading(hub, monkeypatch):
     from diffsynth.core import device as devices
     from diffsynth.core.loader import load

@@ -86,11 +86,9 @@ class PretrainedLoader:
             load.open_component(part.recognized, part.header, dtype=_dtype(policy, placing))
             for part, policy in zip(found, policies, strict=True)
         ]
-        for policy, (module, source) in zip(policies, opened, strict=True):
+        for part, policy, (module, source) in zip(found, policies, opened, strict=True):
             if policy is not None:
                 check_source(policy, source, type(module).__name__)
-        for part, policy, (module, _) in zip(found, policies, opened, strict=True):
-            if policy is not None:
                 placing.check_limit(part.role, module, architecture=part.recognized.architecture, policy=policy)
         sources_ahead = [*(source for _, source in opened[1:]), None]
         for part, policy, (module, source), ahead in zip(found, policies, opened, sources_ahead, strict=False):

@@ -144,7 +144,7 @@ class Pipeline:
         loader = PretrainedLoader(cls.roles, cls.__name__)
         memory = {"vram_limit": vram_limit, "policy": policy}
         components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device, **memory)
-        pipe = cls(components, device=device, torch_dtype=torch_dtype, vram_limit=vram_limit, component_files=files)
+        pipe = cls(components, device=device, torch_dtype=torch_dtype, component_files=files, **memory)
         _discovery.notify("pipeline_ready", pipeline=pipe)
         return pipe
 

@@ -16,7 +16,7 @@ from diffsynth.core.loader import load
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.reading.source import ComponentSource
 from diffsynth.core.vram.managed import managed, wrap
-from diffsynth.core.vram.partition import partition
+from diffsynth.core.vram.partition import Partition, partition
 from diffsynth.core.vram.placement import Policy
 from diffsynth.errors import NotEnoughMemory, did_you_mean
 from diffsynth.spec import ArchitectureSpec, resolve
@@ -83,8 +83,7 @@ class Placing:
         """
         if not self.vram_limit or self.device.type == "cpu":
             return
-        where = {name: value for name, value in cuts(architecture).items() if name != "high_precision"}
-        parts = partition(module, **where)
+        parts = partition_by(architecture, module)
         dtype = policy.computation.dtype or self.dtype
         least = parts.rest_bytes(dtype) + max((block.bytes(dtype) for block in parts.blocks), default=0)
         if least > self.vram_limit * 2**30:
@@ -127,6 +126,11 @@ def architecture_of(module: nn.Module) -> ArchitectureSpec | None:
     reference = f"{type(module).__module__}:{type(module).__qualname__}"
     declared = (each.spec for each in _discovery.catalog().architectures)
     return next((spec for spec in declared if spec.module == reference), None)
+
+
+def partition_by(architecture: ArchitectureSpec | None, module: nn.Module) -> Partition:
+    """A module in the parts that `wrap` would cut it into."""
+    return partition(module, **{name: cut for name, cut in cuts(architecture).items() if name != "high_precision"})
 
 
 def cuts(architecture: ArchitectureSpec | None) -> dict[str, Any]:

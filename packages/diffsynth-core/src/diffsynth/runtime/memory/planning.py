@@ -28,11 +28,10 @@ from diffsynth.core.vram.budget import (
 )
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.core.vram.packing import Packing
-from diffsynth.core.vram.partition import partition
 from diffsynth.core.vram.placement import PRESETS
 from diffsynth.core.vram.rehearsal import Rehearsal, Stage
 from diffsynth.errors import did_you_mean
-from diffsynth.runtime.memory.placing import architecture_of, cuts
+from diffsynth.runtime.memory.placing import architecture_of, partition_by
 from diffsynth.runtime.memory.stand_ins import StandInTokenizer, declared_components, without_weights
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.request import Request
@@ -180,10 +179,6 @@ def _on_meta(pipe: Pipeline, arguments: Mapping[str, Any], prompt_tokens: int) -
     return twin
 
 
-def _cuts(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in cuts(architecture_of(module)).items() if name != "high_precision"}
-
-
 @torch.no_grad()
 def _rehearse(
     pipe: Pipeline,
@@ -273,7 +268,7 @@ def _blocks(module: nn.Module, wrapped: ManagedModule | None) -> dict[str, nn.Mo
     """By name, cut as the component is, or as it would be."""
     if wrapped is not None:
         return {name: module.get_submodule(name) for name in wrapped.blocks}
-    return {block.name: block.module for block in partition(module, **_cuts(module)).blocks}
+    return {block.name: block.module for block in partition_by(architecture_of(module), module).blocks}
 
 
 def _component(role: str, module: nn.Module, stored: torch.dtype | None) -> ComponentLoad:
@@ -286,7 +281,7 @@ def _component(role: str, module: nn.Module, stored: torch.dtype | None) -> Comp
         )
 
     blocks = []
-    parts = partition(module, **_cuts(module))
+    parts = partition_by(architecture, module)
     for block in parts.blocks:
         packed = packing(block.parameters())
         blocks.append(BlockLoad(block.name, packed.stored_bytes, packed.computed_bytes))
