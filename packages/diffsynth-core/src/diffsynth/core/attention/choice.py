@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 _wanted: ContextVar[tuple[tuple[int, str], ...]] = ContextVar("diffsynth_attention", default=())
@@ -13,6 +15,17 @@ _wanted: ContextVar[tuple[tuple[int, str], ...]] = ContextVar("diffsynth_attenti
 
 _innermost: ContextVar[str | None] = ContextVar("diffsynth_attention_name", default=None)
 """The backend of the last of them: what compiled code looks at, so that it serves the next choice of the same name."""
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.innermost: str | None = None
+
+
+_of_thread = _OfThread()
+"""The same by thread alone, for compiled code of torch before 2.15, whose graphs break where a ContextVar is read."""
+
+_is_context_traced = torch.__version__ >= (2, 15)
 
 _is_used = False
 """Whether anybody ever chose. Until then compiled code does not look at the context."""
@@ -28,7 +41,8 @@ class use_attention:  # noqa: N801 - it is used like a function
         choice.remove()
 
     The innermost choice wins; `backend=` of a call comes before it, DIFFSYNTH_ATTENTION_IMPLEMENTATION behind. A
-    choice holds for the thread or task that made it; one for a module holds in every thread that calls the module.
+    choice holds for the thread or task that made it (in code compiled by torch before 2.15, for the thread alone); one
+    for a module holds in every thread that calls the module.
 
     Args:
         backend: a name of `available_backends()`, or `auto`.
@@ -104,9 +118,13 @@ class restored_choice:  # noqa: N801
 
 def chosen() -> str | None:
     """The innermost choice here, or None."""
-    return _innermost.get() if _is_used else None
+    if not _is_used:
+        return None
+    return _innermost.get() if _is_context_traced or not torch.compiler.is_compiling() else _of_thread.innermost
 
 
 def _want(entries: tuple[tuple[int, str], ...]) -> None:
+    name = entries[-1][1] if entries else None
     _wanted.set(entries)
-    _innermost.set(entries[-1][1] if entries else None)
+    _innermost.set(name)
+    _of_thread.innermost = name
