@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -10,6 +12,10 @@ from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
 from diffsynth.models.config import FluxAutoencoderConfig
+from diffsynth.models.tiles import Tile, Tiling, cover, tile_by_tile
+
+TILE_SIZE, TILE_STRIDE = 64, 48
+"""Sides in latent pixels unless a caller says otherwise: 512 pixels, of which 128 overlap."""
 
 
 class FluxAutoencoder(nn.Module):
@@ -22,40 +28,50 @@ class FluxAutoencoder(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(
-        self, image: Float[Tensor, "b c_in h8 w8"], *, generator: torch.Generator | None = None
+        self,
+        image: Float[Tensor, "b c_in h8 w8"],
+        *,
+        generator: torch.Generator | None = None,
+        **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c h w"]:
         """Scaled latents, `(z - shift_factor) * scaling_factor`, in the dtype of `image`.
 
         Args:
             image: in [-1, 1]; height and width are multiples of `config.factor`.
             generator: draws from the posterior with it; None takes the posterior's mean, as image-to-image does.
+            tiling: see `Tiling`; tiles are 64 latent pixels wide and 48 apart. With more than one the latents are not
+                those of the whole: norms and attention see a tile at a time.
 
         Raises:
-            ValueError: sizes that are no multiple of the factor.
+            ValueError: sizes that are no multiple of the factor, or tiles that would leave gaps.
         """
-        mean, logvar = self.encode_moments(image)
+        mean, logvar = self.encode_moments(image, **tiling)
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
             mean = mean + (0.5 * logvar).exp() * noise.to(mean.device)
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
     def encode_moments(
-        self, image: Float[Tensor, "b c_in h8 w8"]
+        self, image: Float[Tensor, "b c_in h8 w8"], **tiling: Unpack[Tiling]
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         """Mean and log-variance of the posterior of the *unscaled* latents; the latter clamped to [-30, 20].
 
         Raises:
-            ValueError: sizes that are no multiple of the factor.
+            ValueError: sizes that are no multiple of the factor, or tiles that would leave gaps.
         """
         height, width = image.shape[-2:]
-        if height % self.config.factor or width % self.config.factor:
-            raise ValueError(f"image is {height}x{width}; expected multiples of {self.config.factor}")
-        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        factor = self.config.factor
+        if height % factor or width % factor:
+            raise ValueError(f"image is {height}x{width}; expected multiples of {factor}")
+        tiles = _tiles(height // factor, width // factor, tiling)
+        mean, logvar = tile_by_tile(self.encoder, image, tiles, (factor, 1)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_in h8 w8"]:
-        """The image of scaled latents, about [-1, 1], not clamped."""
-        return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)
+    def decode(self, latents: Float[Tensor, "b c h w"], **tiling: Unpack[Tiling]) -> Float[Tensor, "b c_in h8 w8"]:
+        """The image of scaled latents, about [-1, 1], not clamped; `tiling` and errors are those of `encode`."""
+        unscaled = latents / self.config.scaling_factor + self.config.shift_factor
+        tiles = _tiles(*latents.shape[-2:], tiling)
+        return tile_by_tile(self.decoder, unscaled, tiles, (1, self.config.factor))
 
     def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b c_in h8 w8"]:
         """The reconstruction from the posterior's mean."""
@@ -228,3 +244,8 @@ class Upsample(nn.Module):
 
 def _norm(config: FluxAutoencoderConfig, dim: int) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, dim, eps=1e-6)
+
+
+def _tiles(height: int, width: int, tiling: Tiling) -> list[Tile]:
+    size: Tiling = {"tile_size": (TILE_SIZE, TILE_SIZE), "tile_stride": (TILE_STRIDE, TILE_STRIDE)}
+    return cover(height, width, even=True, **(size | tiling))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffsynth.core import device as devices
 from diffsynth.models.causal_video import Decoder, Downsample, Encoder, FrameCache, ResidualBlock, Upsample
 from diffsynth.models.config import WanAutoencoderConfig
-from diffsynth.models.video_tiles import Blend, Tile, Tiling, cover
+from diffsynth.models.tiles import Blend, Tile, Tiling, cover
 
 Progress = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 """Yields the pieces it is given while it shows how far it is, as `tqdm` does."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.models.video_tiles import Tiling
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.image_units import round_up
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth.runtime.progress import progress_bar

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from diffsynth.models.video_tiles import cover
+from diffsynth.models.tiles import cover
 from diffsynth.runtime.unit import unit
 from diffsynth_wan.extension import Extension
 from diffsynth_wan.units.canvas import PATCH, Canvas, rounded_shape
