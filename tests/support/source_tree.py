@@ -37,7 +37,7 @@ _FOLDERS = {
     "core/loader": "loading",
     "core/vram": "loading",
     "core/quant": "loading",
-    "lora": "loading",
+    "core/lora": "loading",
     "runtime": "runtime",
     "pipelines": "runtime",
     "utils": "runtime",

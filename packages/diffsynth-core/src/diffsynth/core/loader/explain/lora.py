@@ -7,7 +7,7 @@ of LyCORIS (`lycoris_X_Y.lokr_w1`) and of plain differences (`X.diff`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffsynth.core.loader import convert
@@ -45,8 +45,7 @@ def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[Check
     modules = target_modules(shapes)
     if not modules:
         return ""
-    bases = [_compare(modules, checkpoint, _weights(checkpoint, checkpoints)) for checkpoint in checkpoints]
-    best = max(bases, key=lambda base: (base.named >= _ENOUGH, base.fitting, base.named), default=None)
+    bases, best = _bases(modules, checkpoints)
     count = f"it changes {len(modules)} modules"
     if best is None or best.named < _ENOUGH:
         return (
@@ -56,10 +55,41 @@ def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[Check
     name = best.checkpoint.architecture
     if best.fitting < _ENOUGH:
         return f"{where} is a LoRA for another size of {name}, not a model checkpoint: {count}."
-    same = [base.checkpoint for base in bases if base.checkpoint.architecture == name and base.fitting >= _ENOUGH]
-    models = _models(same)
-    of = f"{' or '.join(models)} ({name})" if models else name
+    of = _named(bases, best)
     return f"{where} is a LoRA for {of}, not a model checkpoint: {count}. Load that model, then add the LoRA to it."
+
+
+def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> str:
+    """What a LoRA that changes these modules is for, its models and its architecture; empty if that is not known.
+
+    Args:
+        modules: as `target_modules` gives them.
+        checkpoints: to choose from.
+    """
+    bases, best = _bases(modules, checkpoints)
+    if best is None or best.named < _ENOUGH:
+        return ""
+    if best.fitting < _ENOUGH:
+        return f"another size of {best.checkpoint.architecture}"
+    return _named(bases, best)
+
+
+def without_prefix(module: str, names: Container[str], underscored: Mapping[str, str]) -> str | None:
+    """The name that a LoRA's name for a module stands for; None if there is no such module.
+
+    Args:
+        module: with a program's prefix before it, or with underscores for dots.
+        names: of modules.
+        underscored: each name with underscores for dots -> the name.
+    """
+    if match := _UNDERSCORED.match(module):
+        return underscored.get(module[match.end() :])
+    while module not in names:
+        prefix = next((each for each in _PREFIXES if module.startswith(each)), "")
+        if not prefix:
+            return None
+        module = module.removeprefix(prefix)
+    return module
 
 
 def target_modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
@@ -77,28 +107,32 @@ def target_modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
     return modules if sure and parts > len(shapes) / 2 else {}
 
 
+def _bases(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> tuple[list[_Base], _Base | None]:
+    """Each layout as a base, and the best of them."""
+    bases = [_compare(modules, checkpoint, _weights(checkpoint, checkpoints)) for checkpoint in checkpoints]
+    return bases, max(bases, key=lambda base: (base.named >= _ENOUGH, base.fitting, base.named), default=None)
+
+
+def _named(bases: Sequence[_Base], best: _Base) -> str:
+    name = best.checkpoint.architecture
+    models = _models([each.checkpoint for each in bases if _is_like(each, name)])
+    return f"{' or '.join(models)} ({name})" if models else name
+
+
+def _is_like(base: _Base, architecture: str) -> bool:
+    return base.checkpoint.architecture == architecture and base.fitting >= _ENOUGH
+
+
 def _compare(modules: Mapping[str, int], checkpoint: CheckpointSpec, weights: Mapping[str, Shape]) -> _Base:
-    underscored = {name.replace(".", "_"): shape for name, shape in weights.items()}
+    underscored = {name.replace(".", "_"): name for name in weights}
     found = [
-        (inputs, shape)
+        (inputs, weights[name])
         for module, inputs in modules.items()
-        if (shape := _shape(module, weights, underscored)) is not None
+        if (name := without_prefix(module, weights, underscored)) is not None
     ]
     told = [(inputs, shape) for inputs, shape in found if inputs and len(shape) > 1]
     fitting = sum(inputs == shape[1] for inputs, shape in told) / len(told) if told else float(bool(found))
     return _Base(checkpoint, len(found) / len(modules), fitting)
-
-
-def _shape(module: str, weights: Mapping[str, Shape], underscored: Mapping[str, Shape]) -> Shape | None:
-    if match := _UNDERSCORED.match(module):
-        return underscored.get(module[match.end() :])
-    while True:
-        if module in weights:
-            return weights[module]
-        prefix = next((each for each in _PREFIXES if module.startswith(each)), "")
-        if not prefix:
-            return None
-        module = module.removeprefix(prefix)
 
 
 def _weights(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> dict[str, Shape]:

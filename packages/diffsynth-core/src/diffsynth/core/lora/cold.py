@@ -1,0 +1,73 @@
+"""LoRAs in the weights: at no cost when the module runs, and for good."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth.core.lora.layer import LoRA
+from diffsynth.core.vram.managed import managed
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_diffsynth_fused_loras"
+
+
+@torch.no_grad()
+def fuse(module: nn.Module, lora: LoRA, alpha: float = 1.0) -> None:
+    """Add a LoRA to a module's weights: `W + alpha * scale * up @ down`, in fp32, rounded once to the weight's dtype.
+
+    What rounding took is lost, so only loading the weights anew takes a LoRA out again.
+
+    Args:
+        module: that `fit` fitted the LoRA to. If it is wrapped by the VRAM engine, its weights wait in host memory.
+        lora: named as the module's layers.
+        alpha: its strength.
+
+    Raises:
+        ValueError: the weights are on disk, in 8 bits, or of a tensor subclass; or they hold this LoRA already.
+    """
+    held = managed(module)
+    if held is not None:
+        held.leave()
+    weights = {name: module.get_submodule(name).weight for name in lora.layers}
+    for name, weight in weights.items():
+        _check(name, weight)
+    mark = _fingerprint(lora)
+    fused: dict[Any, float] = vars(module).setdefault(_ATTRIBUTE, {})
+    if mark in fused:
+        raise ValueError(
+            f"{lora.where} is in these weights already, with alpha={fused[mark]:g}, and would be there twice. Load the "
+            "model anew for another alpha, or use hotload=True and clear_lora()"
+        )
+    for name, layer in lora.layers.items():
+        weight = weights[name].data
+        change = layer.scaled_up(alpha).to(weight.device) @ layer.down.to(weight.device, torch.float32)
+        weight.copy_(weight.float() + change)
+    fused[mark] = alpha
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether LoRAs are in a module's weights."""
+    return bool(vars(module).get(_ATTRIBUTE))
+
+
+def _check(name: str, weight: Any) -> None:
+    remedy = "Use hotload=True, which adds the LoRA when the layer runs"
+    if weight.is_meta:
+        raise ValueError(f"{name} waits on disk, so a LoRA cannot be added to its weight. {remedy}")
+    if type(weight.data) is not Tensor:
+        raise ValueError(f"{name} holds a {type(weight.data).__name__}; expected a plain weight. {remedy}")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"{name} is kept as {weight.dtype}, too coarse to add a LoRA to. {remedy}")
+
+
+def _fingerprint(lora: LoRA) -> frozenset[tuple[str, float, float]]:
+    """Equal for equal LoRAs, whatever file they come from."""
+    return frozenset(
+        (name, layer.down.double().abs().sum().item(), layer.scaled_up().double().sum().item())
+        for name, layer in lora.layers.items()
+    )

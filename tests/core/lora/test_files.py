@@ -1,0 +1,77 @@
+"""Saving, merging, and changing the rank."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import lora_networks as small
+from diffsynth.core.lora import fit, merge_lora, parse, read_lora, reset_lora_rank, save_lora
+from diffsynth.core.lora.arithmetic import to_state_dict
+from diffsynth.errors import KeyMismatch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [None, 0.3])
+def test_what_is_saved_is_read_to_the_bit(dtype, alpha, tmp_path):
+    made = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in small.factors().items()}
+    lora = parse(small.state_dict(made=made, alpha=alpha))
+    file = save_lora(lora, tmp_path / "new" / "style.safetensors", metadata={"rank": "3"})
+    again = fit(read_lora(file), small.network())
+    assert again.where == str(file)
+    found, expected = to_state_dict(again), to_state_dict(lora)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype for key in found)
+    with safe_open(file, "pt") as opened:
+        assert all(key.startswith("diffusion_model.") for key in opened.keys())  # noqa: SIM118
+        assert opened.metadata() == {"rank": "3", "format": "pt"}
+
+
+def test_metadata_is_text(tmp_path):
+    with pytest.raises(ValueError, match=r"metadata\['rank'\] is 3; expected text"):
+        save_lora(small.state_dict(), tmp_path / "a.safetensors", metadata={"rank": 3})
+    assert list(tmp_path.iterdir()) == []
+
+
+def product(layer):
+    return layer.scaled_up() @ layer.down.float()
+
+
+def test_merged_is_the_sum():
+    """Of layers that both change, and of those that one does; spelled alike or not, with alpha or without."""
+    first = small.state_dict("{}.lora_{down,up}.weight", small.factors(seed=1), alpha=2)
+    second = small.state_dict(made=small.factors(names=small.TARGETS[2:], rank=5, seed=2))
+    merged = parse(merge_lora([first, second], alpha=0.5)).layers
+    one, other = parse(first).layers, parse(second).layers
+    assert merged.keys() == one.keys()
+    assert merged[small.TARGETS[2]].rank == 8
+    for name, layer in merged.items():
+        expected = 0.5 * (product(one[name]) + (product(other[name]) if name in other else 0))
+        torch.testing.assert_close(product(layer), expected)
+
+
+def test_nothing_to_merge():
+    with pytest.raises(ValueError, match="got no LoRA"):
+        merge_lora([])
+    wide = small.state_dict(made={small.TARGETS[0]: (torch.ones(2, 16), torch.ones(16, 2))})
+    with pytest.raises(KeyMismatch, match="of different models"):
+        merge_lora([small.state_dict(), wide])
+
+
+def test_a_smaller_rank_is_the_nearest():
+    """What is left out is what the singular values beyond the rank say, no more."""
+    keys = small.state_dict(made=small.factors(rank=5), alpha=2)
+    before, after = parse(keys).layers, parse(reset_lora_rank(keys, 2)).layers
+    for name, layer in after.items():
+        assert (layer.rank, layer.scale) == (2, 1)
+        lost = torch.linalg.matrix_norm(product(before[name]) - product(layer))
+        least = torch.linalg.svdvals(product(before[name]))[2:].norm()
+        torch.testing.assert_close(lost, least, rtol=1e-4, atol=1e-5)
+
+
+def test_a_larger_rank_changes_nothing():
+    keys = small.state_dict()
+    for name, layer in parse(reset_lora_rank(keys, 12)).layers.items():
+        assert layer.rank == 12
+        torch.testing.assert_close(product(layer), product(parse(keys).layers[name]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="rank=0: expected 1 or more"):
+        reset_lora_rank(keys, 0)

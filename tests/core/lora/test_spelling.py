@@ -1,0 +1,79 @@
+"""Every usual spelling of a LoRA is one LoRA, and what is none, or more than one, says so by name."""
+
+import pytest
+import torch
+
+import lora_networks as small
+from diffsynth.core.lora import fit, parse
+from diffsynth.errors import KeyMismatch
+
+SPELLINGS = {
+    "bare": "{}.lora_{A,B}.weight",
+    "of an adapter": "{}.lora_{A,B}.default.weight",
+    "down and up": "{}.lora_{down,up}.weight",
+    "old diffusers": "transformer.{}.lora.{down,up}.weight",
+    "comfy": "diffusion_model.{}.lora_{A,B}.weight",
+    "diffusers": "transformer.{}.lora_{A,B}.weight",
+    "peft": "base_model.model.{}.lora_{A,B}.weight",
+    "peft of a transformer": "base_model.model.transformer.{}.lora_{A,B}.default.weight",
+    "kohya": "lora_unet_[].lora_{down,up}.weight",
+    "of a pipeline": "pipe.dit.{}.lora_{A,B}.weight",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings(spelling):
+    made = small.factors()
+    lora = fit(parse(small.state_dict(SPELLINGS[spelling], made)), small.network())
+    assert lora.layers.keys() == made.keys()
+    for name, (down, up) in made.items():
+        assert torch.equal(lora.layers[name].down, down)
+        assert torch.equal(lora.layers[name].up, up)
+        assert lora.layers[name].scale == 1
+
+
+def test_alpha_is_each_layers_own():
+    """DiffSynth-Studio took the first alpha for all layers."""
+    alphas = {name: float(1 + number) for number, name in enumerate(small.TARGETS)}
+    keys = small.state_dict(SPELLINGS["kohya"], alpha=alphas, alpha_key="lora_unet_[].alpha")
+    layers = fit(parse(keys), small.network()).layers
+    assert {name: layer.scale for name, layer in layers.items()} == {name: alpha / 3 for name, alpha in alphas.items()}
+
+
+def test_a_linear_layer_written_as_a_convolution_of_one_pixel():
+    made = {name: (a[..., None, None], b[..., None, None]) for name, (a, b) in small.factors().items()}
+    layer = parse(small.state_dict(made=made)).layers[small.TARGETS[0]]
+    assert torch.equal(layer.down, small.factors()[small.TARGETS[0]][0])
+
+
+NAME = small.TARGETS[0]
+REFUSED = {
+    "no LoRA": (lambda _: {"blocks.0.attn.to_q.weight": torch.ones(2, 2)}, "holds no LoRA: none of its 1 keys"),
+    "nothing": (lambda _: {}, "holds no LoRA: none of its 0 keys"),
+    "DoRA": (lambda keys: keys | {f"{NAME}.lora_magnitude_vector": torch.ones(8)}, "lora_magnitude_vector: DoRA"),
+    "DoRA of kohya": (lambda keys: keys | {f"{NAME}.dora_scale": torch.ones(8)}, "dora_scale: DoRA"),
+    "LoKr": (lambda keys: {f"{NAME}.lokr_w1": torch.ones(2, 2)}, "lokr_w1: LoHa, LoKr or OFT"),
+    "a bias": (lambda keys: keys | {f"{NAME}.lora_B.bias": torch.ones(8)}, "lora_B.bias: a LoRA with biases"),
+    "a difference": (lambda keys: keys | {"norm.diff": torch.ones(8)}, "norm.diff: a plain difference"),
+    "unknown": (lambda keys: keys | {"text_projection": torch.ones(8)}, "text_projection: no part of a LoRA"),
+    "half": (lambda keys: {k: v for k, v in keys.items() if "lora_B" not in k}, "the down matrix of blocks.0.*alone"),
+    "two ranks": (lambda keys: keys | {f"{NAME}.lora_B.weight": torch.ones(8, 5)}, "rank 3, and the up .*rank 5"),
+    "a convolution": (lambda keys: keys | {f"{NAME}.lora_A.weight": torch.ones(3, 8, 3, 3)}, "expected 2 axes each"),
+    "no rank": (
+        lambda keys: {f"{NAME}.lora_A.weight": torch.ones(0, 8), f"{NAME}.lora_B.weight": torch.ones(8, 0)},
+        "has rank 0",
+    ),
+    "two adapters": (
+        lambda keys: keys | small.state_dict("{}.lora_{A,B}.style.weight"),
+        "several adapters: '', 'style'",
+    ),
+    "twice": (lambda keys: keys | small.state_dict("{}.lora_{down,up}.weight"), "the same matrix under another"),
+    "alpha alone": (lambda keys: keys | {"blocks.9.alpha": torch.tensor(1.0)}, "alpha but no matrices for blocks.9"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    break_it, message = REFUSED[name]
+    with pytest.raises(KeyMismatch, match=message):
+        parse(break_it(small.state_dict()))
