@@ -30,6 +30,7 @@ def test_the_plan_needs_room_for_one_expert():
     assert "dit2" in second.roles
     assert "dit" not in second.roles
     assert (first.steps, second.steps) == (2, 1)
+    assert 0.8 < second.bytes_ahead / second.bytes_once < 1  # all but what is outside of blocks
     one = pipeline(1).plan(device="cuda", policy="cpu-offload", prompt="a", **CALL)
     assert first.vram == second.vram == pytest.approx(one.loop[0].vram, rel=0.01)
 

@@ -149,6 +149,24 @@ def test_resident_blocks_are_spread_evenly():
     assert set(gaps) <= {2, 3}
 
 
+@pytest.mark.parametrize(
+    ("limit", "steps", "blocks"), [(17, 6, 40), (14.5, 1, 1), (8, 6, None), (None, 6, 40), (0, 6, 0)]
+)
+def test_the_second_expert_takes_the_place_of_the_first(limit, steps, blocks):
+    """Two of 12 GiB in 40 blocks: those that the plan keeps in place of others, and what fits beside them."""
+    parts = component("dit", 12, 40), component("dit2", 12, 40)
+    stages = [
+        StageLoad(f"denoise ({part.role})", (part.role,), 2 * GIB, runs=runs(part, 1e12), steps=number)
+        for part, number in zip(parts, (steps, 4), strict=True)
+    ]
+    plan = plan_memory(Workload(parts, tuple(stages)), vram_limit=limit, speeds=SPEEDS, offloads=True)
+    first, second = plan.stages
+    expected = len(second.residences[0].resident) if blocks is None else blocks
+    assert first.bytes_ahead == 0
+    assert second.bytes_ahead == expected * parts[1].blocks[0].stored
+    assert second.bytes_ahead <= second.bytes_once
+
+
 def test_limits_below_zero_are_refused():
     with pytest.raises(ValueError, match="vram_limit=-1"):
         plan_memory(workload(), vram_limit=-1, speeds=SPEEDS)

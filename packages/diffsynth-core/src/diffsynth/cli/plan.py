@@ -100,6 +100,9 @@ def _show(record: ModelRecord, made: MemoryPlan) -> None:
         click.echo(f"smallest  --vram {-(-made.smallest_vram * 100 // GIB) / 100:.2f}")
     if made.evicted:
         click.echo(f"leaves    {', '.join(made.evicted)}: off the device between stages")
+    for stage in (stage for stage in made.stages if stage.bytes_ahead):
+        click.echo(f"ahead     {stage.bytes_ahead / 1e9:.1f} of {stage.bytes_once / 1e9:.1f} GB of {stage.name} come "
+                   "while the last step before it computes")  # fmt: skip
     if made.storage:
         click.echo(f"stored    in {made.storage}, which changes the picture")
     if made.tiled:

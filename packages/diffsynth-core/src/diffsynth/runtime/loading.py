@@ -18,7 +18,7 @@ from diffsynth.core import device as devices
 from diffsynth.core.loader import files, header, load, recognize
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.reading.source import ComponentSource
-from diffsynth.core.vram.managed import check_source
+from diffsynth.core.vram.masters import check_source
 from diffsynth.core.vram.placement import Policy
 from diffsynth.errors import CorruptFile, MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.memory.placing import Placing, Policies

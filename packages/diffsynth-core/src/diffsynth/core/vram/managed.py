@@ -5,10 +5,9 @@ from __future__ import annotations
 import fnmatch
 import functools
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,18 @@ from diffsynth.core import device as devices
 from diffsynth.core.loader.reading.source import ComponentSource
 from diffsynth.core.vram.budget.workload import BlockLoad, ComponentLoad
 from diffsynth.core.vram.heralds import Herald
-from diffsynth.core.vram.masters import DiskMaster, HostArena, HostMaster, Master
+from diffsynth.core.vram.masters import DiskMaster, HostArena, HostMaster, Master, check_source
 from diffsynth.core.vram.packing import Packing
 from diffsynth.core.vram.partition import SMALL, Block, partition
 from diffsynth.core.vram.placement import Placement, Policy, State
 from diffsynth.core.vram.places import REST, away, buffers_of, frozen, places_of, read_buffers, surround
 from diffsynth.core.vram.report import TransferReport
+from diffsynth.core.vram.residents import Residents
 from diffsynth.core.vram.stream import BlockStream, Order
 from diffsynth.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from diffsynth.core.vram.occupants import Handover
 
 SLOTS = 2
 """Blocks that are on the device at once unless a plan says otherwise: one computes, the next is on its way."""
@@ -88,31 +91,6 @@ def wrap(
     return made
 
 
-def check_source(policy: Policy, source: ComponentSource | None, name: str) -> None:
-    """Refuse to have weights wait on disk where nothing could read them block by block.
-
-    Args:
-        policy: that they are to be under.
-        source: of the weights, or None.
-        name: what the message calls the module if it has no source.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-    if not (policy.offload.on_disk or policy.onload.on_disk):
-        return
-    if source is None or not (source.streams or source.files):
-        raise ValueError(
-            f"{name if source is None else source.where} is to wait on disk, but it has no file that could be read "
-            "block by block. Load it from a safetensors file with the policy, or use offload_device='cpu'"
-        )
-    if not source.streams:
-        raise ValueError(
-            f"{source.where}: a policy with 'disk' reads safetensors files block by block. "
-            f"Run: diffsynth convert {' '.join(map(str, source.files))} -o model.safetensors"
-        )
-
-
 class ManagedModule:
     """The lifetime of a wrapped module: `wrap` gives it, `unwrap()` ends it.
 
@@ -134,12 +112,13 @@ class ManagedModule:
         self.report = TransferReport()
         self.slots = SLOTS
         self.resident: frozenset[str] | None = None
+        self.handover: Handover | None = None
         self._lock = threading.RLock()
         self._blocks = {block.name: block for block in blocks}
         self._source = source
         self._state = State.OFFLOAD
         self._bound: str | None = None
-        self._ready: dict[str, Tensor] = {}
+        self._residents = Residents(policy.device, self.report)
         self._views: dict[tuple[str, int], dict[str, nn.Parameter]] = {}
         self._stream: BlockStream | None = None
         self._herald: Herald | None = None
@@ -174,12 +153,8 @@ class ManagedModule:
     @property
     def device_bytes(self) -> int:
         """Bytes that the component holds on its device now."""
-        if self._state is State.OFFLOAD:
-            return 0
         own = {
-            memory.untyped_storage().data_ptr(): memory.numel()
-            for memory in self._ready.values()
-            if self._is_ours(memory)
+            memory.untyped_storage().data_ptr(): memory.numel() for memory in self._residents if self._is_ours(memory)
         }
         slots = self._stream.device_bytes if self._stream is not None else 0
         return sum(own.values()) + slots + self._computed.numel()
@@ -244,8 +219,47 @@ class ManagedModule:
         """The stage is over: nothing of the module is on the device any more."""
         with self._lock:
             self._dismiss()
-            if self._state is not State.OFFLOAD:
+            if self._state is State.OFFLOAD:
+                self._residents.drop()
+            else:
                 self._drop()
+
+    def begin_round(self, *, forgets: bool = False) -> None:
+        """A step of a loop begins: how often blocks run in it is counted, and expected of the next one.
+
+        Args:
+            forgets: what ran before was no step of this loop.
+        """
+        self._order.begin_round(forgets=forgets)
+
+    def expected_runs(self, name: str) -> int:
+        """How often a block ran in the step before this one."""
+        return self._order.runs_before(name)
+
+    def to_send(self) -> list[tuple[str, int]]:
+        """Blocks that could set out now for a stage that has not begun, and their bytes."""
+        if self._state is not State.OFFLOAD:
+            return []
+        away = [name for name in self._blocks if name not in self._residents and self._stays(name)]
+        return [
+            (name, self._packings[name].stored_bytes) for name in away if self._residents.can_send(self._masters[name])
+        ]
+
+    def send(self, name: str) -> None:
+        """Have one of `to_send()` set out: it arrives while the device computes, and stays like those of the stage."""
+        with self._lock:
+            self._residents.send(name, self._masters[name])
+
+    def let_go(self, name: str) -> int:
+        """Have a block leave before its stage ends, since it is not expected to run again; gives the bytes it took."""
+        with self._lock:
+            if self._stream is not None:
+                self._stream.finish(name)
+            if self._state is State.OFFLOAD or name not in self._residents:
+                return 0
+            self._residents.drop([name])
+            self._views = {key: views for key, views in self._views.items() if key[0] != name}
+            return self._packings[name].stored_bytes
 
     def unwrap(self) -> nn.Module:
         """End it: the module is an ordinary one again, on the CPU, in the dtypes it is stored in.
@@ -287,7 +301,7 @@ class ManagedModule:
         streamed = {}
         for name in self._places:
             if name == REST or self._stays(name):
-                self._ready[name] = self._to_device(name)
+                self._bring(name)
             else:
                 streamed[name] = self._masters[name]
         if streamed:
@@ -296,8 +310,7 @@ class ManagedModule:
             )
         size = max((p.computed_bytes for name, p in self._packings.items() if name != REST and p.converts), default=0)
         self._computed = torch.empty(size, dtype=torch.uint8, device=self.policy.device)
-        rest = self._ready[REST]
-        self._bind(REST, frozen(self._packings[REST].computed_views(rest)))
+        self._bind(REST, frozen(self._packings[REST].computed_views(self._bring(REST))))
         for part, key, buffer in buffers_of(self.module):
             part._buffers[key] = buffer.to(self.policy.device)
 
@@ -307,7 +320,7 @@ class ManagedModule:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        self._ready.clear()
+        self._residents.drop()
         self._views.clear()
         self._computed = torch.empty(0, dtype=torch.uint8)
         self._bind(REST, self._rest_parameters[REST])
@@ -324,27 +337,9 @@ class ManagedModule:
             return True
         return self.policy.keeps_ready and (self.resident is None or name in self.resident)
 
-    def _to_device(self, name: str) -> Tensor:
+    def _bring(self, name: str) -> Tensor:
         """Packed weights on the device, for the stage; those outside blocks as they are computed with."""
-        master, packing = self._masters[name], self._packings[name]
-        started = time.perf_counter()
-        memory = master.memory
-        if memory is None:
-            memory = torch.empty(packing.stored_bytes, dtype=torch.uint8)
-            master.fill(memory)
-        seconds = time.perf_counter() - started
-        began = devices.timestamp(self.policy.device)
-        stored = memory.to(self.policy.device, non_blocking=True)
-        if stored is not master.memory:
-            self.report.copied(packing.stored_bytes, seconds)
-            self.report.waited(seconds)
-            # The host does not stay for the copy, so its clock would tell how long the asking took.
-            self.report.timed(began, devices.timestamp(self.policy.device), began)
-        if name != REST or not packing.converts:
-            return stored
-        computed = torch.empty(packing.computed_bytes, dtype=torch.uint8, device=self.policy.device)
-        packing.convert(stored, computed)
-        return computed
+        return self._residents.bring(name, self._masters[name], converted=name == REST)
 
     @contextmanager
     def _turn(self, name: str) -> Iterator[int | None]:
@@ -366,7 +361,12 @@ class ManagedModule:
     @contextmanager
     def _weights(self, name: str) -> Iterator[tuple[Tensor, bool]]:
         """A block's weights as they are computed with, and whether their memory will be another block's."""
-        packing, ready = self._packings[name], self._ready.get(name)
+        packing, ready = self._packings[name], self._residents.get(name)
+        if ready is None and self._stays(name):
+            # It was let go too early.
+            if self.handover is not None:
+                self.handover.withdraw()
+            ready = self._bring(name)
         if ready is not None:
             stored, release = ready, None
         else:
@@ -398,7 +398,10 @@ class ManagedModule:
         with self._turn(name) as lent:
             output = forward(*args, **kwargs)
             # A block may give out a weight, or a part of one; its memory is about to be another block's.
-            return pytree.tree_map(lambda value: value.clone() if _is_in(value, lent) else value, output)
+            output = pytree.tree_map(lambda value: value.clone() if _is_in(value, lent) else value, output)
+        if self.handover is not None:
+            self.handover.ran(self, name)
+        return output
 
     def _enter_and_run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.enter()

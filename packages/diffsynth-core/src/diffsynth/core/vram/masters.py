@@ -11,6 +11,7 @@ from torch import Tensor
 from diffsynth.core import device as devices
 from diffsynth.core.loader.reading.source import ComponentSource
 from diffsynth.core.vram.packing import Packing
+from diffsynth.core.vram.placement import Policy
 
 
 class Master(Protocol):
@@ -75,6 +76,36 @@ class DiskMaster:
             CorruptFile: the file changed since its header was read, or cannot be read.
         """
         self._source.fill(self.packing.stored_views(memory))
+
+
+def check_source(policy: Policy, source: ComponentSource | None, name: str) -> None:
+    """Refuse to have weights wait on disk where nothing could read them block by block.
+
+    Args:
+        policy: that they are to be under.
+        source: of the weights, or None.
+        name: what the message calls the module if it has no source.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if not (policy.offload.on_disk or policy.onload.on_disk):
+        return
+    if source is None or not (source.streams or source.files):
+        raise ValueError(
+            f"{name if source is None else source.where} is to wait on disk, but it has no file that could be read "
+            "block by block. Load it from a safetensors file with the policy, or use offload_device='cpu'"
+        )
+    if not source.streams:
+        raise ValueError(
+            f"{source.where}: a policy with 'disk' reads safetensors files block by block. "
+            f"Run: diffsynth convert {' '.join(map(str, source.files))} -o model.safetensors"
+        )
+
+
+def is_locked(master: Master) -> bool:
+    """Whether a device copies from it while the host goes on."""
+    return master.memory is not None and master.memory.is_pinned()
 
 
 def host_memory(size: int, device: torch.device, *, lock: bool = True) -> Tensor:

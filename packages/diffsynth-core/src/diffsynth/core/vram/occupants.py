@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -50,6 +51,28 @@ class Occupants:
                     module.leave()
                 raise
 
+    @contextmanager
+    def hand_over(
+        self, leaving: Collection[ManagedModule], coming: Collection[ManagedModule], *, room: int = 0
+    ) -> Iterator[None]:
+        """Inside the `with` the last step of a stage runs; see `Handover`. Where nothing can set out nothing changes.
+
+        Args:
+            leaving: modules of the stage that the next one does not use.
+            coming: those that it uses and this does not, configured for it.
+            room: bytes that they may take beside what leaves.
+        """
+        with self._turn:
+            if not any(module.to_send() for module in coming):
+                yield
+                return
+            self._present.update(coming)
+            handover = Handover(leaving, coming, room=room)
+            try:
+                yield
+            finally:
+                handover.close()
+
     def clear(self, *, but: Collection[ManagedModule] = ()) -> None:
         """Have all but some leave the device."""
         with self._turn:
@@ -57,6 +80,54 @@ class Occupants:
                 if module not in but:
                     module.leave()
                     self._present.discard(module)
+
+
+class Handover:
+    """A device goes from some modules to others, block by block, while the last step of the first runs.
+
+    A block that has run for the last time leaves, and in its place the next one of the others sets out, so all together
+    they never take more than the first took, and `room`. Which run is the last is learnt from the step before; without
+    one, `room` is all there is. A block that is asked for once more after all takes its place back: that costs time,
+    never a wrong weight.
+
+    Args:
+        leaving, coming, room: as of `Occupants.hand_over`.
+    """
+
+    def __init__(self, leaving: Collection[ManagedModule], coming: Collection[ManagedModule], *, room: int) -> None:
+        self._leaving, self._coming = tuple(leaving), tuple(coming)
+        self._room = room
+        self._runs_left = {
+            (module, name): module.expected_runs(name) for module in self._leaving for name in module.blocks
+        }
+        self._waiting = deque((module, *block) for module in self._coming for block in module.to_send())
+        for module in self._leaving:
+            module.handover = self
+        self._send()
+
+    def ran(self, module: ManagedModule, name: str) -> None:
+        """A block of those that leave has run."""
+        self._runs_left[module, name] -= 1
+        if self._runs_left[module, name] == 0:
+            self._room += module.let_go(name)
+            self._send()
+
+    def withdraw(self) -> None:
+        """A block that was let go is asked for: those that came in its place make room, and no other sets out."""
+        self._waiting.clear()
+        for module in self._coming:
+            module.leave()
+
+    def close(self) -> None:
+        """The step is over."""
+        for module in self._leaving:
+            module.handover = None
+
+    def _send(self) -> None:
+        while self._waiting and self._waiting[0][2] <= self._room:
+            module, name, size = self._waiting.popleft()
+            module.send(name)
+            self._room -= size
 
 
 @functools.cache

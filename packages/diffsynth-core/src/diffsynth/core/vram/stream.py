@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.core import device as devices
-from diffsynth.core.vram.masters import Master, host_memory
+from diffsynth.core.vram.masters import Master, host_memory, is_locked
 from diffsynth.core.vram.report import TransferReport
 
 
@@ -49,6 +50,8 @@ class _Staging:
 class Order:
     """The order in which blocks run, learnt: whoever followed a block last time follows it next time.
 
+    A round is a step of a loop; how often a block ran in the last one is how often it is expected to in this.
+
     Args:
         names: the order to begin with.
     """
@@ -57,6 +60,16 @@ class Order:
         self._next = dict(zip(names, [*names[1:], *names[:1]], strict=True))
         self._first = next(iter(names), None)
         self._last: str | None = None
+        self._runs: Counter[str] = Counter()
+        self._runs_before: Counter[str] = Counter()
+
+    def begin_round(self, *, forgets: bool) -> None:
+        """From now on runs are counted anew; nothing is known of a round before if it `forgets`."""
+        self._runs_before, self._runs = Counter() if forgets else self._runs, Counter()
+
+    def runs_before(self, name: str) -> int:
+        """How often a block ran in the round before this."""
+        return self._runs_before[name]
 
     def begin(self) -> None:
         """A stage begins: who runs next is first."""
@@ -64,6 +77,7 @@ class Order:
 
     def saw(self, name: str) -> None:
         """A block has its turn."""
+        self._runs[name] += 1
         if self._last is None:
             self._first = name
         else:
@@ -105,12 +119,13 @@ class BlockStream:
         self._report = report
         self._order = order
         self._in_use: _Slot | None = None
+        self._over: set[str] = set()
         self._side = devices.side_stream(device)
         memories = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(slots, len(masters)))]
         # The allocator may give out memory that earlier work of the computing stream still reads.
         self._slots = [_Slot(memory, used=devices.mark(device)) for memory in memories]
         self._on_host = device.type == "cpu" and not self._side.overlaps
-        staged = not self._on_host and any(not _is_locked(master) for master in masters.values())
+        staged = not self._on_host and any(not is_locked(master) for master in masters.values())
         self._staging = [_Staging(host_memory(largest, device)) for _ in range(2 if staged else 0)]
         needs_thread = staged or (self._on_host and bool(masters))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffsynth-vram") if needs_thread else None
@@ -155,6 +170,10 @@ class BlockStream:
         if len(self._slots) > 1:
             self._look_ahead(name)
 
+    def finish(self, name: str) -> None:
+        """A block is not expected to have another turn; if it has one after all, it comes then."""
+        self._over.add(name)
+
     def close(self) -> None:
         """Let go of threads, staging and slots; whatever is still on its way arrives first."""
         if self._thread is not None:
@@ -169,7 +188,7 @@ class BlockStream:
     def _look_ahead(self, name: str | None) -> None:
         """Have the blocks after this one set out, as many as there is room for."""
         room = len(self._slots) - (self._in_use is not None)
-        expected = (each for each in self._order.after(name) if each in self._masters)
+        expected = (each for each in self._order.after(name) if each in self._masters and each not in self._over)
         coming = tuple(itertools.islice(expected, room))
         for following in coming:
             if self._slot_of(following) is None:
@@ -189,7 +208,7 @@ class BlockStream:
     def _begin(self, slot: _Slot, name: str) -> None:
         slot.block = name
         master = self._masters[name]
-        if not self._on_host and _is_locked(master):
+        if not self._on_host and is_locked(master):
             slot.arriving = None
             self._upload(slot, master.memory, master.packing.stored_bytes)
         else:
@@ -221,7 +240,3 @@ class BlockStream:
         slot.ready = self._side.mark()
         slot.times = (began, self._side.timestamp())
         self._report.copied(size, 0.0)
-
-
-def _is_locked(master: Master) -> bool:
-    return master.memory is not None and master.memory.is_pinned()

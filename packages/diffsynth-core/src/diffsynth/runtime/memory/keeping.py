@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.core.vram.budget import MemoryPlan
+from diffsynth.core.vram.budget import MemoryPlan, StagePlan
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.runtime.memory.planning import plan_call
 from diffsynth.runtime.request import Request
@@ -81,7 +81,7 @@ class LimitKeeper:
             plan.peak_vram / 2**30,
             plan.bytes_per_step / 1e9,
             f"; {', '.join(plan.evicted)} leave between stages" if plan.evicted else "",
-            "; decodes in tiles" if plan.tiled else "",
+            "; the autoencoder works in tiles" if plan.tiled else "",
         )
 
 
@@ -97,12 +97,31 @@ def follow(
         roles: that it uses: where experts take turns, each has a stage of the loop.
         modules: wrapped components by role.
     """
-    lines = plan.loop if stage == "denoise" else [line for line in plan.stages if line.name == stage]
-    exact = [line for line in lines if set(line.roles) == set(roles)] or lines
-    for residence in (each for line in exact or plan.stages for each in line.residences):
+    for residence in (each for line in _lines(plan, stage, roles) or plan.stages for each in line.residences):
         if residence.role in roles and residence.role in modules:
             modules[residence.role].configure(resident=residence.resident, slots=max(residence.slots, 1))
     return [module for role, module in modules.items() if role not in plan.evicted]
+
+
+def spare_room(plan: MemoryPlan, stage: str, roles: Collection[str], coming: Mapping[str, ManagedModule]) -> int:
+    """Bytes on the device that components of the next stage may take before this one ends.
+
+    Args:
+        plan: of the call.
+        stage, roles: the stage that runs, as for `follow`.
+        coming: wrapped components of the next, by role.
+    """
+    kept = sum(module.load(role).whole for role, module in coming.items() if role not in plan.evicted)
+    lines = _lines(plan, stage, roles)
+    if plan.vram_limit is None or not lines:
+        return kept
+    return kept + max(int(plan.vram_limit * 2**30) - max(line.vram for line in lines), 0)
+
+
+def _lines(plan: MemoryPlan, stage: str, roles: Collection[str]) -> list[StagePlan]:
+    """The plan's lines for a stage: those of these roles alone, if there are any; some of them may not be loaded."""
+    lines = [line for line in plan.stages if line.name == stage] if stage != "denoise" else list(plan.loop)
+    return [line for line in lines if set(line.roles) <= set(roles)] or lines
 
 
 def _kind(value: Any) -> Any:

@@ -12,7 +12,7 @@ from diffsynth.core.vram.budget import MemoryPlan
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.core.vram.occupants import occupants
 from diffsynth.core.vram.report import TransferReport
-from diffsynth.runtime.memory.keeping import follow
+from diffsynth.runtime.memory.keeping import follow, spare_room
 
 
 class Residency:
@@ -64,6 +64,41 @@ class Residency:
         for role in roles:
             if role in self._managed:
                 self._managed[role].prepare()
+
+    def begin_step(self, roles: Collection[str], *, is_first: bool) -> None:
+        """A step of a loop begins, with these roles.
+
+        Args:
+            roles: that it uses.
+            is_first: no step before it was like it, so nothing is known of how often their blocks run.
+        """
+        for role in roles:
+            if role in self._managed:
+                self._managed[role].begin_round(forgets=is_first)
+
+    @contextmanager
+    def hand_over(
+        self, roles: Collection[str], following: Collection[str], stage: str, plan: MemoryPlan | None
+    ) -> Iterator[None]:
+        """Inside the `with` the last step that uses some roles runs, and those that the next one uses set out.
+
+        Args:
+            roles, following: of this step and of the next.
+            stage: name of both in the plan.
+            plan: what may be on the device; without one what comes takes the place of what goes.
+        """
+        coming = {role: self._managed[role] for role in following if role in self._managed and role not in roles}
+        leaving = [
+            self._managed[role]
+            for role in roles
+            if role in self._managed and role not in following and (plan is None or role in plan.evicted)
+        ]
+        room = 0
+        if plan is not None:
+            follow(plan, stage, following, coming)
+            room = spare_room(plan, stage, roles, coming)
+        with self._occupants.hand_over(leaving, list(coming.values()), room=room):
+            yield
 
     def rest(self, plan: MemoryPlan | None) -> None:
         """After a call: what the plan did not let stay leaves the device; without one everything does."""

@@ -1,4 +1,4 @@
-"""Experts of the loop take turns: each is on the device for its steps, and the next one is told one step ahead."""
+"""Experts of the loop take turns: each is on the device for its steps, and the next one comes as the last one goes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ class Turns:
         self._stage = ExitStack()
 
     def begin_step(self) -> None:
-        """Have the components of the next step on the device; before the last step of one expert, hint at another."""
+        """Have the components of the next step on the device; in the last step of one expert, have another set out."""
         before = self._roles[self._step] if self._step >= 0 else None
         self._step += 1
         roles = self._roles[self._step]
         if roles != before:
             self._stage.close()
             self._stage.enter_context(self._residency.on_device(roles, "denoise", self._plan))
+        self._residency.begin_step(roles, is_first=roles != before)
         following = self._roles[self._step + 1] if self._step + 1 < len(self._roles) else roles
-        self._residency.prepare([role for role in following if role not in roles])
+        if following != roles:
+            self._residency.prepare([role for role in following if role not in roles])
+            self._stage.enter_context(self._residency.hand_over(roles, following, "denoise", self._plan))
 
     def __enter__(self) -> Turns:
         return self

@@ -44,7 +44,8 @@ class StagePlan:
         bytes_per_step: that go there in each step.
         steps: how many there are.
         seconds_per_step: in the long run; products of matrices, convolutions and attention alone are counted.
-        tiled: the autoencoder works tile by tile.
+        tiled: the plan has the autoencoder work tile by tile here.
+        bytes_ahead: of `bytes_once`, those that set out while the stage before computes its last step.
     """
 
     name: str
@@ -57,6 +58,7 @@ class StagePlan:
     steps: int
     seconds_per_step: float
     tiled: bool = False
+    bytes_ahead: int = 0
 
     @property
     def roles(self) -> tuple[str, ...]:
