@@ -59,6 +59,23 @@ def test_resume_is_bit_exact(flow_recipe, workspace):
             assert torch.equal(tensor, resumed[name][key]), f"{name}: {key}"
 
 
+def test_autocast_and_muon_train_network_and_text_encoder(flow_recipe):
+    run = loop.Run(parsed(flow_recipe, loop__precision="bf16", optimizer__name="muon", optimizer__learning_rate=3e-2))
+    losses = [float(run.step(step)["loss"]) for step in range(24)]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    assert {parameter.dtype for _, parameter in run.parameters} == {torch.float32}
+
+
+def test_channels_last_changes_the_layout_and_not_the_loss(autoencoder_recipe):
+    autoencoder_recipe["optimizer"] = {"name": "muon"}
+    plain = loop.Run(parsed(autoencoder_recipe))
+    autoencoder_recipe["components"]["vae"]["channels_last"] = True
+    innermost = loop.Run(parsed(autoencoder_recipe))
+    assert innermost.components["vae"].module.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    for step in range(2):
+        assert float(innermost.step(step)["loss"]) == pytest.approx(float(plain.step(step)["loss"]), rel=1e-4)
+
+
 def test_another_seed_gives_other_weights(flow_recipe, workspace):
     flow_recipe["loop"]["steps"] = 2
     first = load_file(loop.train(parsed(flow_recipe))[0])

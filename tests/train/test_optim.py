@@ -34,7 +34,7 @@ def test_trapezoid():
 
 def test_only_matrices_decay():
     net = nn.Linear(3, 3)
-    optimizer = build_optimizer(OptimizerRecipe(learning_rate=0.1, weight_decay=0.5), net.named_parameters())
+    optimizer = build_optimizer(OptimizerRecipe(learning_rate=0.1, weight_decay=0.5), net.parameters())
     before = [parameter.detach().clone() for parameter in (net.weight, net.bias)]
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)

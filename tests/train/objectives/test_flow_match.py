@@ -55,6 +55,15 @@ def test_range_of_indices():
         asked(FlowMatchOptions(min_index=0.7, max_index=0.3))
 
 
+def test_shift_moves_levels_towards_noise():
+    pipe, _, _ = asked(FlowMatchOptions(shift=6))
+    sigma = pipe.asked[1]
+    assert sigma.median().item() == pytest.approx(18 / 19, abs=0.01)
+    assert sigma.max() <= 1
+    with pytest.raises(TrainingError, match="shift = 0: expected a positive number"):
+        asked(FlowMatchOptions(shift=0))
+
+
 def test_bell_weights():
     """Mean 1, minimum 0, and the published peak for Z-Image."""
     table = torch.linspace(1, 0, 1001)[:-1]

@@ -28,6 +28,7 @@ class ComponentRecipe:
         train: whether it learns.
         freeze: name patterns of parameters that do not learn although the component does (`"encoder.*"`).
         compile: compile the blocks that the architecture names as repeated.
+        channels_last: keep convolutions with their channels innermost, which suits bf16 and tensor cores.
     """
 
     source: str = ""
@@ -37,6 +38,7 @@ class ComponentRecipe:
     train: bool = False
     freeze: tuple[str, ...] = ()
     compile: bool = False
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.source) == bool(self.architecture):
@@ -81,9 +83,10 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
-    """How fp32 weights follow their gradients, by AdamW.
+    """How fp32 weights follow their gradients.
 
     Args:
+        name: "adamw", or "muon": matrices and convolutions by Muon, embeddings and vectors by AdamW, at one rate.
         learning_rate: the highest.
         betas: decay of the moments.
         weight_decay: on matrices and convolutions; vectors have none.
@@ -93,6 +96,7 @@ class OptimizerRecipe:
         decay_steps: length of the trapezoid's fall.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01

@@ -78,7 +78,8 @@ class Run:
         self.cache.fill(self.dataset, _CACHE_BATCH)
         self.dataset.columns = self.live_columns
         self.parameters = [each for component in self.components.values() for each in component.trainable()]
-        self.optimizer = build_optimizer(recipe.optimizer, self.parameters)
+        tables = (m.weight for c in self.components.values() for m in c.module.modules() if isinstance(m, nn.Embedding))
+        self.optimizer = build_optimizer(recipe.optimizer, (each for _, each in self.parameters), tables)
         self.ema = Ema(self.parameters, recipe.ema.decay) if recipe.ema.decay else None
         self._prepare(trained)
         self.output = Path(recipe.output.folder)
@@ -193,6 +194,8 @@ class Run:
                         f"{component.architecture.name} cannot recompute: turn gradient_checkpointing off"
                     )
                 component.module.gradient_checkpointing = True
+            if self.recipe.components[role].channels_last:
+                component.module.to(memory_format=torch.channels_last)
             if self.recipe.components[role].compile:
                 for block in repeated_blocks(component):
                     block.compile()

@@ -9,17 +9,33 @@ import torch
 from torch import nn
 
 from diffsynth_train.config import OptimizerRecipe
+from diffsynth_train.muon import Muon
 
 
-def build_optimizer(recipe: OptimizerRecipe, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; only matrices decay."""
-    matrices, vectors = [], []
-    for _, parameter in parameters:
-        (matrices if parameter.ndim > 1 and min(parameter.shape[:2]) > 1 else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=recipe.learning_rate, betas=recipe.betas
-    )
+def build_optimizer(
+    recipe: OptimizerRecipe, parameters: Iterable[nn.Parameter], tables: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """What the recipe names: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) or Muon.
+
+    Args:
+        recipe: its learning rate, betas and weight decay; only matrices decay.
+        parameters: those that learn.
+        tables: those of them that are looked up row by row (embeddings), which Muon leaves to AdamW.
+    """
+    looked_up = {id(table) for table in tables}
+    matrices, rows, vectors = [], [], []
+    for parameter in parameters:
+        if parameter.ndim < 2 or min(parameter.shape[:2]) == 1:
+            vectors.append(parameter)
+        else:
+            (rows if id(parameter) in looked_up else matrices).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay, "orthogonal": True},
+        {"params": rows, "weight_decay": recipe.weight_decay, "orthogonal": False},
+        {"params": vectors, "weight_decay": 0.0, "orthogonal": False},
+    ]
+    optimizer = Muon if recipe.name == "muon" else torch.optim.AdamW
+    return optimizer([group for group in groups if group["params"]], lr=recipe.learning_rate, betas=recipe.betas)
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:
