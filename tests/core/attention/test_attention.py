@@ -233,3 +233,12 @@ def test_names_are_taken_once() -> None:
 
 def test_public_names_are_sorted() -> None:
     assert package.__all__ == sorted(package.__all__)
+
+
+def test_autocast_casts_what_layers_left_in_different_dtypes() -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attention(q, k, v.bfloat16(), backend="naive")
+        lowered = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend="naive")
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, lowered)

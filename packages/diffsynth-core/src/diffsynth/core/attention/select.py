@@ -38,6 +38,8 @@ def attention(
 ) -> Float[Tensor, "b q n d_v"]:
     """`softmax(scale * q k^T + score_bias) v` for each head, in the dtype of `q`.
 
+    Under `torch.autocast` q, k and v are cast first, as torch's own attention casts them.
+
     Everything that is given is honoured together: a query may attend a key if all of `mask`, `causal`, `window` and
     `cu_seqlens` allow it. A query that may attend nothing gives zeros.
 
@@ -61,10 +63,20 @@ def attention(
         ValueError: unknown backend, or arguments that do not fit together.
         TypeError: a mask that is not bool, a bias that is no float, offsets that are not int32.
     """
+    q, k, v = _under_autocast(q, k, v)
     call = check(
         q, k, v, mask=mask, causal=causal, scale=scale, window=window, cu_seqlens=cu_seqlens, score_bias=score_bias
     )
     return serve(call, backend)
+
+
+def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    # A linear layer answers in the lower dtype, a norm in fp32: so q and k come to differ from v.
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(each if each.dtype == torch.float64 else each.to(dtype) for each in tensors)
 
 
 def serve(call: AttentionCall, backend: str | None = None) -> Float[Tensor, "b q n d_v"]:
