@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the Newton-Schulz step: they bring singular values of (0, 1] near 1 in five steps, not exactly to 1."""
+"""Coefficients of the Newton-Schulz step: they bring singular values of (0, 1] near 1, not to 1, in five steps."""
 _NEWTON_SCHULZ_STEPS = 5
 _MOMENTUM = 0.95
 _ADAM_SCALE = 0.2

@@ -25,9 +25,9 @@ class FlowMatchOptions:
         table: levels in the schedule that indices are drawn from.
         min_index: share of the table where the drawn range begins, in [0, 1): 0 is pure noise.
         max_index: share where it ends, in (0, 1]: 1 is data.
-        shift: moves levels towards noise, `shift sigma / (1 + (shift - 1) sigma)`, on top of the schedule's own shift; 1
-            leaves them. Only where there is next to nothing but noise does a picture hang on its caption alone, so more
-            draws there teach captions sooner.
+        shift: moves levels towards noise, `shift sigma / (1 + (shift - 1) sigma)`, on top of the schedule's own
+            shift; 1 leaves them. A picture hangs on its caption alone only where there is next to nothing but noise,
+            so more draws there teach captions sooner.
         weighting: "none", or "bell", which favours the middle of the noise range.
     """
 
