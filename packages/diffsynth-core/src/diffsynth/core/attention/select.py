@@ -73,7 +73,7 @@ def attention(
 def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     # A linear layer answers in the lower dtype, a norm in fp32: so q and k come to differ from v.
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if tensors[0].is_meta or not torch.is_autocast_enabled(kind):  # torch refuses to say for meta
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(each if each.dtype == torch.float64 else each.to(dtype) for each in tensors)
