@@ -159,6 +159,9 @@ class _Planner:
 
     def _least_beside(self, stage: StageLoad, stays: frozenset[str]) -> int:
         parts = [self._load.component(role) for role in stage.roles if role not in stays]
+        if stage.steps > 1 and (self._loop_roles & stays) - set(stage.roles):
+            # One expert does not stay at the price of streaming another in each of its steps.
+            return sum(part.whole for part in parts)
         return sum(part.on_device(frozenset(), slots=2) for part in parts) if stays else 0
 
     def _room(self, stage: StageLoad, stays: frozenset[str], limit: int) -> int:
@@ -260,6 +263,30 @@ class _Planner:
             seconds_per_step=self._seconds(stage, choice.resident, choice.slots),
             tiled=choice.tiled,
         )
+
+    def _sent_ahead(self, stages: list[StagePlan], limit: int | None) -> tuple[StagePlan, ...]:
+        """Where experts take turns, blocks of the next take the place of those that have run for the last time.
+
+        That is learnt from the step before, so where there is none only free memory counts. See `Handover`.
+        """
+        for index, (earlier, later) in enumerate(pairwise(stages), start=1):
+            coming = [each for each in later.residences if each.role not in earlier.roles and each.waits == "host"]
+            if not (earlier.name.startswith("denoise") and later.name.startswith("denoise")):
+                continue
+            leaving = [each for each in earlier.residences if each.role not in later.roles and not each.stays]
+            room = max(limit - earlier.vram, 0) if limit else 0
+            room += sum(self._sizes(leaving)) if earlier.steps > 1 else 0
+            ahead = [
+                sent for sent in accumulate(self._sizes(each for each in coming if not each.stays)) if sent <= room
+            ]
+            stages[index] = replace(later, bytes_ahead=max(ahead, default=0))
+        return tuple(stages)
+
+    def _sizes(self, residences: Iterable[Residence]) -> Iterator[int]:
+        """Of resident blocks, as they move."""
+        for residence in residences:
+            kept = frozenset(residence.resident)
+            yield from (block.stored for block in self._load.component(residence.role).blocks if block.name in kept)
 
     def _sent_ahead(self, stages: list[StagePlan], limit: int | None) -> tuple[StagePlan, ...]:
         """Where experts take turns, blocks of the next take the place of those that have run for the last time.
