@@ -168,9 +168,6 @@ class _Planner:
         return limit - stage.activations - sum(self._load.component(role).whole for role in stays)
 
     def _choose(self, stage: StageLoad, stays: frozenset[str], limit: int | None) -> _Choice:
-        if stage.steps > 1 and (self._loop_roles & stays) - set(stage.roles):
-            # One expert does not stay at the price of streaming another in each of its steps.
-            return sum(part.whole for part in parts)
         parts = [self._load.component(role) for role in stage.roles]
         whole = {part.role: frozenset(block.name for block in part.blocks) for part in parts}
         if limit is None:
@@ -263,30 +260,6 @@ class _Planner:
             seconds_per_step=self._seconds(stage, choice.resident, choice.slots),
             tiled=choice.tiled,
         )
-
-    def _sent_ahead(self, stages: list[StagePlan], limit: int | None) -> tuple[StagePlan, ...]:
-        """Where experts take turns, blocks of the next take the place of those that have run for the last time.
-
-        That is learnt from the step before, so where there is none only free memory counts. See `Handover`.
-        """
-        for index, (earlier, later) in enumerate(pairwise(stages), start=1):
-            coming = [each for each in later.residences if each.role not in earlier.roles and each.waits == "host"]
-            if not (earlier.name.startswith("denoise") and later.name.startswith("denoise")):
-                continue
-            leaving = [each for each in earlier.residences if each.role not in later.roles and not each.stays]
-            room = max(limit - earlier.vram, 0) if limit else 0
-            room += sum(self._sizes(leaving)) if earlier.steps > 1 else 0
-            ahead = [
-                sent for sent in accumulate(self._sizes(each for each in coming if not each.stays)) if sent <= room
-            ]
-            stages[index] = replace(later, bytes_ahead=max(ahead, default=0))
-        return tuple(stages)
-
-    def _sizes(self, residences: Iterable[Residence]) -> Iterator[int]:
-        """Of resident blocks, as they move."""
-        for residence in residences:
-            kept = frozenset(residence.resident)
-            yield from (block.stored for block in self._load.component(residence.role).blocks if block.name in kept)
 
     def _sent_ahead(self, stages: list[StagePlan], limit: int | None) -> tuple[StagePlan, ...]:
         """Where experts take turns, blocks of the next take the place of those that have run for the last time.
