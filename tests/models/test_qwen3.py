@@ -104,3 +104,14 @@ def test_unknown_layer_is_refused() -> None:
     ours, _ = build_pair()
     with pytest.raises(ValueError, match=r"layers=\(4,\); expected indices from -4 to 3"):
         ours(draw_inputs()[0], layers=(4,))
+
+
+def test_drawn_weights_keep_the_scale_of_the_stream() -> None:
+    torch.manual_seed(0)
+    encoder = Qwen3TextEncoder(CONFIG)
+    encoder.init_weights()
+    token_ids = torch.arange(16)[None] % CONFIG.vocab_size
+    with torch.no_grad():
+        first, last = (encoder(token_ids, layers=(layer,)) for layer in (0, CONFIG.num_layers - 1))
+    assert first.std().item() == pytest.approx(1, abs=0.1)
+    assert 0.1 < (last - first).std().item() < 10, "layers neither vanish nor take over"
