@@ -68,7 +68,6 @@ def test_one_object_by_every_way():
     ("name", "part"),
     [
         ("AutoWrappedQuantizedModule", "quantization"),
-        ("LoRAHotLoadMixin", "LoRA"),
         ("QuantizeConfig", "quantization"),
         ("OffloadTrainingManager", "offloaded training"),
     ],

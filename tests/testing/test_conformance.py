@@ -199,6 +199,14 @@ BROKEN = {
         'repeated_blocks=("layers",)',
         f"{DIT} is the same wherever",
     ),
+    "a layer to change that is not there": ("plugin.py", '("qkv", "out")', '("qkv", "to_q")', f"{DIT} has the layers"),
+    "a layer that is more than a product": (
+        "dit.py",
+        "self.qkv = nn.Linear(width, 3 * width)",
+        'self.qkv = type("Odd", (nn.Linear,), {"forward": lambda self, x: nn.Linear.forward(self, x).abs()})'
+        "(width, 3 * width)",
+        f"{DIT} takes a LoRA",
+    ),
     "another signature": ("plugin.py", 'signature="', 'signature="0', f"{LAYOUT} has its signature"),
     "rules that lose a key": (
         "convert.py",

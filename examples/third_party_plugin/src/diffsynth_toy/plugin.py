@@ -33,6 +33,7 @@ def register_architectures(register):
             tiny="diffsynth_toy.config:TINY",
             tiny_inputs="diffsynth_toy.config:tiny_inputs",
             repeated_blocks=("blocks",),
+            lora_targets=("qkv", "out"),
         )
     )
 

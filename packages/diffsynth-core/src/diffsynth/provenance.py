@@ -28,7 +28,8 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         model, pipeline, prompt, seed, num_inference_steps, arguments, not_recorded (names of arguments such as images,
-        which JSON cannot hold), device, dtype, versions, and weights: role -> file name -> identity of its content.
+        which JSON cannot hold), device, dtype, versions, weights: role -> file name -> identity of its content, and, if
+        there are any, loras: role, alpha, hot, and files likewise.
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
     always = {name: arguments.get(name, defaults.get(name)) for name in ("prompt", "seed", "num_inference_steps")}
@@ -43,6 +44,7 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": _versions(pipe),
         "weights": {role: _identities(paths) for role, paths in pipe.component_files.items()},
+        **({"loras": [_lora(lora) for lora in pipe.loras]} if pipe.loras else {}),
     }
 
 
@@ -124,6 +126,10 @@ def _versions(pipe: Any) -> dict[str, str]:
     }
     ours = {name: importlib.metadata.version(name) for name in ("diffsynth-core", "torch")}
     return dict(sorted((ours | providers).items()))
+
+
+def _lora(lora: Any) -> dict[str, Any]:
+    return {"role": lora.role, "alpha": lora.alpha, "hot": lora.hot, "files": _identities(list(lora.files))}
 
 
 def _identities(paths: list[Path]) -> dict[str, Any]:

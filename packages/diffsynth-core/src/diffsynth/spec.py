@@ -89,6 +89,8 @@ class ArchitectureSpec:
         atomic: references to classes whose parent reads their parameters without calling them; never wrapped inside.
         high_precision: name patterns of parameters that stay in the file's dtype when storage is lowered (`"*.norm*"`).
         repeated_blocks: names of the `ModuleList`s that stream and compile block by block.
+        lora_targets: linear layers that a LoRA usually changes, by how their names end (`"to_q"`, `"ffn.0"`). Any
+            linear layer may be changed; the conformance suite holds these to it.
     """
 
     name: str
@@ -101,6 +103,7 @@ class ArchitectureSpec:
     atomic: tuple[str, ...] = ()
     high_precision: tuple[str, ...] = ()
     repeated_blocks: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ _BLOCK = (
     "ffn.2.weight",
 )
 
+LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+
 ARCHITECTURES = (
     ArchitectureSpec(
         name=DIT,
@@ -56,6 +58,7 @@ ARCHITECTURES = (
             "*modulation",
         ),
         repeated_blocks=("blocks",),
+        lora_targets=LORA_TARGETS,
     ),
     ArchitectureSpec(
         name=VACE,
@@ -72,6 +75,7 @@ ARCHITECTURES = (
         tiny_inputs="diffsynth_wan.config:tiny_vace_inputs",
         high_precision=("vace_patch_embedding.*", "*norm*", "*modulation"),
         repeated_blocks=("vace_blocks",),
+        lora_targets=LORA_TARGETS,
     ),
     ArchitectureSpec(
         name=ANIMATE,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
 
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+
 ARCHITECTURES = (
     ArchitectureSpec(
         name="z_image_dit",
@@ -30,6 +32,7 @@ ARCHITECTURES = (
         tiny_inputs="diffsynth_zimage.config:tiny_dit_inputs",
         high_precision=("t_embedder.*", "cap_embedder.*", "*norm*", "*_pad_token"),
         repeated_blocks=("noise_refiner", "context_refiner", "layers"),
+        lora_targets=LORA_TARGETS,
     ),
 )
 

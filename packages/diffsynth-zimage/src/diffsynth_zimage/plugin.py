@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec, TrainingSpec
-from diffsynth_zimage.checkpoints import ARCHITECTURES, CHECKPOINTS
+from diffsynth_zimage.checkpoints import ARCHITECTURES, CHECKPOINTS, LORA_TARGETS
 
 DIFFSYNTH_API = 1
 
@@ -99,7 +99,7 @@ def register_training(register: Callable[[TrainingSpec], None]) -> None:
         TrainingSpec(
             pipeline=PIPELINE,
             trainable=("dit", "text_encoder", "vae"),
-            lora_targets={"dit": ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")},
+            lora_targets={"dit": LORA_TARGETS},
             data={"prompt": "prompt", "image": "input_image"},
             schedule="diffsynth.sampling.schedule:z_image_sigmas",
         )

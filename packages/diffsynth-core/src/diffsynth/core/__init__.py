@@ -69,6 +69,7 @@ _MODULES = {
         "load_state_dict_from_bin",
         "load_state_dict_from_safetensors",
     ),
+    "lora.hot": ("LoRAHotLoadMixin",),
     "vram.disk_map": ("DiskMap",),
     "vram.doors": (
         "AutoTorchModule",
@@ -83,7 +84,6 @@ _MODULES = {
 _WHERE = {name: f"diffsynth.core.{module}" for module, names in _MODULES.items() for name in names}
 
 _LATER = {
-    "LoRA": "LoRAHotLoadMixin",
     "quantization": (
         "AutoWrappedQuantizedModule BackendConfig MixedQuantizeConfig QUANT_BACKENDS QUANT_METHODS QuantBackend "
         "QuantMethodSpec QuantizeConfig check_backend_contract check_differentiable describe_quant_method "

@@ -28,6 +28,7 @@ from diffsynth.runtime.acceleration.step_attention import attention_at, check_at
 from diffsynth.runtime.added_units import with_added_units
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.loading import PretrainedLoader
+from diffsynth.runtime.lora import LoRAMethods
 from diffsynth.runtime.memory.keeping import LimitKeeper
 from diffsynth.runtime.memory.placing import Placing, Policies
 from diffsynth.runtime.memory.planning import plan_call
@@ -45,7 +46,7 @@ GIVEN = ("device", "dtype", "batch_size", "seeds", *LOOP_NAMES)
 """Names that every pipeline gives its units, besides what they write for each other."""
 
 
-class Pipeline:
+class Pipeline(LoRAMethods):
     """A family's way from arguments to pictures.
 
     A subclass states `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and `velocity()`

@@ -11,7 +11,7 @@ from typing import Any
 from diffsynth.errors import Unavailable
 from diffsynth.testing.checks.check import Check, Subject
 
-CONFORMANCE_VERSION = 2
+CONFORMANCE_VERSION = 3
 """Raised whenever a check is added or becomes stricter, so that a plugin can say what it passed."""
 
 
@@ -52,10 +52,10 @@ def checks_of(distribution: str) -> list[Check]:
     Raises:
         ValueError: no distribution of that name offers an allowed plugin.
     """
-    from diffsynth.testing.checks import architectures, attention, layouts, pipelines, plugin, wrapping
+    from diffsynth.testing.checks import architectures, attention, layouts, lora, pipelines, plugin, wrapping
 
     subject = Subject.find(distribution)
-    parts = (plugin, architectures, wrapping, layouts, pipelines, attention)
+    parts = (plugin, architectures, wrapping, lora, layouts, pipelines, attention)
     return [check for part in parts for check in part.checks(subject)]
 
 

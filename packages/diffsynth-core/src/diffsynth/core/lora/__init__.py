@@ -10,7 +10,7 @@ from __future__ import annotations
 from diffsynth.core.lora.arithmetic import merge_lora, reset_lora_rank
 from diffsynth.core.lora.cold import fuse
 from diffsynth.core.lora.files import read_lora, save_lora
-from diffsynth.core.lora.fitting import fit
+from diffsynth.core.lora.fitting import fit, target_layers
 from diffsynth.core.lora.hot import LoRAHotLoadMixin, add_hot, clear_hot, is_hot
 from diffsynth.core.lora.layer import LoRA, LoRALayer
 from diffsynth.core.lora.spelling import parse
@@ -29,4 +29,5 @@ __all__ = [
     "read_lora",
     "reset_lora_rank",
     "save_lora",
+    "target_layers",
 ]

@@ -31,8 +31,8 @@ def read_lora(source: str | Path | Sequence[Path] | Mapping[str, Tensor]) -> LoR
     """
     if isinstance(source, Mapping):
         return parse(source)
-    where = str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))
-    return parse(load_state_dict(source), where)
+    paths = [Path(source)] if isinstance(source, str | Path) else list(source)
+    return parse(load_state_dict(paths), ", ".join(map(str, paths)))
 
 
 def save_lora(
@@ -49,7 +49,8 @@ def save_lora(
     Args:
         lora: by a network's own names; or a state dict, in any spelling.
         path: the file; one that is there is replaced.
-        prefix: before each name. peft wants `"base_model.model."`; a text encoder, `"text_encoder."`.
+        prefix: before each name that does not begin with it. peft wants `"base_model.model."`, a text encoder
+            `"text_encoder."`.
         metadata: more of it; values are text.
 
     Returns:
@@ -60,6 +61,7 @@ def save_lora(
         KeyMismatch: a state dict that is no plain LoRA.
     """
     made = lora if isinstance(lora, LoRA) else parse(lora)
+    made = LoRA({name.removeprefix(prefix): layer for name, layer in made.layers.items()})
     tensors = pickled.of_state_dict(to_state_dict(made, prefix))
     targets = convert.plan((), tensors.shapes).targets
     path = Path(path)

@@ -112,6 +112,26 @@ def fit(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec] = (
     raise KeyMismatch(_complaint(lora, module, best, checkpoints, architecture))
 
 
+def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
+    """The linear layers whose names are these, or end in a dot and one of these; in the module's order.
+
+    Args:
+        module: on any device.
+        targets: `"to_q"`, `"ffn.0"`.
+
+    Raises:
+        ValueError: one that no linear layer is called by.
+    """
+    layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            last = [name.rpartition(".")[2] for name in layers]
+            raise ValueError(
+                f"{type(module).__name__} has no linear layer {target!r}{did_you_mean(target, (*layers, *last))}"
+            )
+    return tuple(name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets)))
+
+
 def _layouts(module: nn.Module, checkpoints: Sequence[CheckpointSpec]) -> Iterator[_Layout]:
     """The module's own names, then each set of rules once."""
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}

@@ -64,6 +64,11 @@ class LimitKeeper:
                 self._tell(self._plans[kind])
             return self._plans[kind]
 
+    def forget(self) -> None:
+        """The components take other memory now: plan anew."""
+        with self._guard:
+            self._plans.clear()
+
     def _preset(self) -> str | None:
         """The preset whose plan fits the components' policies; that of weights in host memory if they differ."""
         modules = [part for part in self._pipe.components.values() if isinstance(part, torch.nn.Module)]
