@@ -10,7 +10,7 @@ from diffsynth.cli.output import POLICIES
 from diffsynth.core.data.media import VideoData
 from diffsynth.core.data.media_writer import save_video
 from diffsynth.core.vram import TransferReport
-from diffsynth.core.vram.placement import PRESETS
+from diffsynth.core.vram.placement import AUTO, PRESETS
 from picture_pipeline import VideoPipeline, picture_pipeline
 
 
@@ -170,4 +170,4 @@ def test_memory_options_reach_the_loading_and_the_report_is_printed(run, loaded,
 
 
 def test_the_policies_are_the_presets():
-    assert POLICIES == PRESETS
+    assert (*PRESETS, AUTO) == POLICIES

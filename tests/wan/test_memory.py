@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import parity
 from diffsynth.core.vram import Policy, wrap
+from diffsynth_wan import WanVideoPipeline
 from diffsynth_wan.checkpoints import ARCHITECTURES
 from diffsynth_wan.config import TINY_ANIMATE, TINY_DIT, TINY_VACE, tiny_animate_inputs, tiny_dit_inputs
 from diffsynth_wan.dit import WanDiT
@@ -19,6 +20,7 @@ from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
 from diffsynth_wan.variants.camera import CameraMotion
 from diffsynth_wan.variants.reference import ReferenceFrame
 from diffsynth_wan.variants.vace import VaceControl, WanVace
+from wan_oracles import oracle_dit, our_dit, shared_parts
 
 REPEATED = {spec.module.partition(":")[2]: spec.repeated_blocks for spec in ARCHITECTURES}
 
@@ -45,6 +47,16 @@ def network(case: str) -> tuple[list[nn.Module], list[Extension]]:
     adapter = drawn(WanAnimateAdapter(replace(TINY_ANIMATE, num_layers=2)))
     faces = tiny_animate_inputs(TINY_ANIMATE, torch.Generator().manual_seed(0))["face_pixels"]
     return [dit, adapter], [AnimateMotion(adapter, *adapter(rand(1, 16, 2, 6, 8), faces))]
+
+
+def test_a_plan_reckons_with_tiles_which_are_on_unless_a_call_says_otherwise() -> None:
+    parts = shared_parts()[1] | {"dit": our_dit(oracle_dit(0))}
+    pipe = WanVideoPipeline.from_components(**parts, device="cpu", torch_dtype=torch.float32)
+    call = {"height": 64, "width": 96, "num_frames": 1, "num_inference_steps": 1, "prompt": "a"}
+    tiles = {"tile_size": (4, 6), "tile_stride": (3, 4)}
+    tiled, whole = (pipe.plan(**call, **tiles, **more, device="cuda") for more in ({}, {"tiled": False}))
+    assert [(plan.asks_for_tiles, plan.tiled) for plan in (tiled, whole)] == [(True, False), (False, False)]
+    assert tiled.stages[-1].activations < 0.7 * whole.stages[-1].activations
 
 
 @pytest.mark.parametrize("preset", ["none", "cpu-offload"])

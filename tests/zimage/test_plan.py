@@ -16,6 +16,7 @@ from diffsynth.errors import NotEnoughMemory, Unplannable
 from diffsynth.models.config import TINY_FLUX_AUTOENCODER, TINY_QWEN3_TEXT_ENCODER
 from diffsynth.models.plugin import FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER
 from diffsynth.runtime.memory import planning, stand_ins
+from diffsynth.runtime.memory.keeping import LimitKeeper
 from diffsynth.runtime.memory.stand_ins import StandInTokenizer
 from diffsynth_zimage import ZImagePipeline
 from diffsynth_zimage.checkpoints import ARCHITECTURES
@@ -73,6 +74,8 @@ def test_what_a_call_would_refuse_is_refused(tiny):
         tiny.plan(num_frames=81)
     with pytest.raises(ValueError, match="height=-1"):
         tiny.plan(height=-1)
+    with pytest.raises(ValueError, match="whatever vram_limit=4 says; policy='dynamic' keeps a limit"):
+        tiny.plan(device="cuda", policy="none", vram_limit=4)
     with pytest.raises(ValueError, match="policy 'fp9' is unknown; did you mean 'fp8'"):
         tiny.plan(policy="fp9")
     with pytest.raises(ValueError, match="limit ram_limit"):
@@ -83,6 +86,66 @@ def test_a_limit_below_the_activations_is_refused_with_the_smallest(tiny):
     plan = tiny.plan(**SIZE, device="cuda")
     with pytest.raises(NotEnoughMemory, match="smallest limit that can be kept"):
         tiny.plan(**SIZE, device="cuda", vram_limit=plan.smallest_vram / GIB / 2)
+
+
+IN_TILES = {"height": 128, "width": 96, "tile_size": 8, "tile_stride": 6, "num_inference_steps": 1, "seed": 3}
+"""Of 16 x 12 latent pixels."""
+
+
+@pytest.fixture(scope="module")
+def needs(tiny):
+    """The least bytes that a call takes whole, and in tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_speeds", lambda device, dtype: Speeds(25e9, 100e12, 3e9))
+        plans = [tiny.plan(**IN_TILES, tiled=tiled, device="cuda", vram_limit=8) for tiled in (False, True)]
+    assert [(plan.tiled, plan.asks_for_tiles) for plan in plans] == [(False, False), (False, True)]
+    return [plan.smallest_vram for plan in plans]
+
+
+@pytest.fixture
+def decoded(tiny):
+    """Sizes of what the decoder is given in earnest."""
+    seen = []
+
+    def note(module, given):
+        if not given[0].is_meta:
+            seen.append(tuple(given[0].shape[-2:]))
+
+    handle = tiny.vae.decoder.register_forward_pre_hook(note)
+    yield seen
+    handle.remove()
+
+
+def limited(tiny, monkeypatch, gib):
+    """The CPU in place of a device with so much memory."""
+    monkeypatch.setattr(tiny, "_limit", LimitKeeper(tiny, gib, torch.device("cuda")))
+    return tiny
+
+
+def test_tiles_are_turned_on_where_the_whole_does_not_fit_and_only_there(tiny, needs, decoded, monkeypatch):
+    whole, in_tiles = needs
+    assert in_tiles < 0.9 * whole
+    call = IN_TILES | {"output_type": "tensor"}
+    expected = {limit: tiny("a red apple", **call, tiled=limit < whole) for limit in (sum(needs) / 2, whole)}
+    for limit, ran in ((sum(needs) / 2, {(8, 8)}), (whole, {(16, 12)})):
+        plan = tiny.plan(**IN_TILES, device="cuda", vram_limit=limit / GIB)
+        assert [stage.name for stage in plan.stages if stage.tiled] == (["decode"] if limit < whole else [])
+        assert plan.peak_vram <= limit
+        assert plan.smallest_vram == in_tiles
+        decoded.clear()
+        assert torch.equal(limited(tiny, monkeypatch, limit / GIB)("a red apple", **call), expected[limit])
+        assert set(decoded) == ran
+
+
+def test_what_a_call_says_of_tiles_is_never_changed(tiny, needs, decoded, monkeypatch):
+    for tiled, least in zip((False, True, None), (*needs, needs[1]), strict=True):
+        pipe = limited(tiny, monkeypatch, 0.98 * least / GIB)
+        with pytest.raises(NotEnoughMemory, match=rf"smallest limit .* is {-(-least * 100 // GIB) / 100:.2f} GiB"):
+            pipe("a red apple", **IN_TILES, tiled=tiled)
+    assert not decoded
+    for wrong in ({"tile_size": 0}, {"tile_size": (8, 8), "tile_stride": 9}, {"tiled": "yes"}):
+        with pytest.raises(ValueError, match="tile"):
+            tiny("a red apple", **IN_TILES | wrong)
 
 
 def test_the_peak_of_a_stage_is_what_torch_allocates(tiny):

@@ -107,20 +107,73 @@ def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can():
         plan_memory(workload(), vram_limit=smallest - 0.02, speeds=SPEEDS)
 
 
-def test_storage_is_tried_in_the_order_it_is_offered():
-    half = [dataclasses.replace(part, blocks=component(part.role, gib / 2, count, computed=2).blocks)
-            for part, gib, count in zip(workload().components, (12, 8, 0.2), (38, 36, 1), strict=True)]  # fmt: skip
-    small = dataclasses.replace(workload(), components=tuple(half), storage="float8_e4m3fn")
-    assert plan_memory(workload(), small, vram_limit=8, speeds=SPEEDS).storage == ""
-    tight = workload(act=1.7)
-    small = dataclasses.replace(tight, components=tuple(half), storage="float8_e4m3fn")
-    with pytest.raises(NotEnoughMemory):
-        plan_memory(tight, vram_limit=1.9, speeds=SPEEDS)
-    # What it is good for is less to move; the converted block stands beside the one that waits.
-    assert (
-        denoise(plan_memory(small, vram_limit=8, speeds=SPEEDS)).bytes_per_step
-        < denoise(plan_memory(tight, vram_limit=8, speeds=SPEEDS)).bytes_per_step
+def narrow(wide):
+    """The same call with weights of half the size, converted block by block."""
+    parts = tuple(
+        dataclasses.replace(
+            part, blocks=tuple(BlockLoad(each.name, each.stored // 2, each.stored) for each in part.blocks)
+        )
+        for part in wide.components
     )
+    return dataclasses.replace(wide, components=parts, storage="float8_e4m3fn")
+
+
+def slower(wide, factor):
+    stages = [dataclasses.replace(stage, runs=tuple(dataclasses.replace(run, flops=factor * run.flops)
+                                                    for run in stage.runs)) for stage in wide.stages]  # fmt: skip
+    return dataclasses.replace(wide, stages=tuple(stages))
+
+
+@pytest.mark.parametrize(
+    ("limit", "compute", "chosen"),
+    [
+        (None, 1, ""),
+        (25, 1, ""),
+        (14, 1, ""),
+        (13, 1, ""),
+        (8, 1, "float8_e4m3fn"),
+        (8, 10, ""),
+        (0, 1, "float8_e4m3fn"),
+    ],
+)
+def test_weights_are_rounded_only_where_steps_become_faster(limit, compute, chosen):
+    """With nearly everything on the device, or computing long enough to hide the copies, there is nothing to gain."""
+    wide = slower(workload(act=1.5), compute)
+    alone = [plan_memory(each, vram_limit=limit, speeds=SPEEDS) for each in (wide, narrow(wide))]
+    plan = plan_memory(wide, narrow(wide), vram_limit=limit, speeds=SPEEDS)
+    assert plan.storage == chosen
+    assert [option.storage for option in plan.options] == ["", "float8_e4m3fn"]
+    assert [option.seconds_per_step for option in plan.options] == [each.seconds_per_step for each in alone]
+    assert dataclasses.replace(plan, options=()) == alone[bool(chosen)]
+    assert plan.to_dict()["options"][1]["bytes_per_step"] == alone[1].bytes_per_step
+    assert alone[0].options == ()
+
+
+def test_what_does_not_fit_is_not_chosen_and_said():
+    """A converted block stands beside the one that waits, so that fp8 alone needs more than the wide dtype."""
+    wide = workload(tiled=0.5)
+    limit = (plan_memory(wide, vram_limit=0, speeds=SPEEDS).smallest_vram + 2**20) / GIB
+    for offered in ((wide, narrow(wide)), (narrow(wide), wide)):
+        plan = plan_memory(*offered, vram_limit=limit, speeds=SPEEDS)
+        assert plan.storage == ""
+        reasons = {option.storage: option.reason for option in plan.options}
+        assert reasons[""] == ""
+        assert "stored in float8_e4m3fn" in reasons["float8_e4m3fn"]
+        assert "float8_e4m3fn: does not fit" in map(str, plan.options)
+    with pytest.raises(NotEnoughMemory, match="denoise: its.*denoise stored in float8_e4m3fn: its"):
+        plan_memory(wide, narrow(wide), vram_limit=1, speeds=SPEEDS)
+
+
+def test_tiles_are_for_all_stages_of_a_call_or_for_none():
+    """An image that is encoded in tiles too may take a little more so; what counts is what runs."""
+    wide = workload()
+    encode = StageLoad("encode_image", ("vae",), GIB, runs=wide.stages[2].runs, tiled=int(1.1 * GIB))
+    call = dataclasses.replace(wide, stages=(encode, *wide.stages))
+    roomy, tight = (plan_memory(call, vram_limit=limit, speeds=SPEEDS) for limit in (8, 3))
+    assert [stage.tiled for stage in roomy.stages] == [False] * 4
+    assert [stage.tiled for stage in tight.stages] == [True, False, False, True]
+    assert [stage.activations for stage in tight.stages][::3] == [encode.tiled, GIB]
+    assert tight.smallest_vram == roomy.smallest_vram
 
 
 def test_weights_wait_on_disk_where_host_memory_is_short_those_first_that_move_least():

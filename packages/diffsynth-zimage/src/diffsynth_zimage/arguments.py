@@ -22,6 +22,10 @@ class ImageArguments(TypedDict, total=False):
         input_image: image to start from: one, or one for each result.
         denoising_strength: in (0, 1]; how far back towards noise the input image goes. All steps run at any strength.
         height, width: pixels, at least 1; rounded up to a multiple of 16.
+        tiled: the autoencoder works in overlapping tiles, blended: less memory, other pixels. None leaves it to the
+            plan that keeps `vram_limit`: whole if that fits.
+        tile_size: height and width of a tile, in latent pixels; one number is for both.
+        tile_stride: from one tile to the next at most, in latent pixels; the rest of a tile is its overlap.
         rand_device: where noise is drawn; the CPU gives one picture on every machine.
         sigma_shift: warp of the schedule towards noise, above 0; None is 3.
     """
@@ -31,6 +35,9 @@ class ImageArguments(TypedDict, total=False):
     denoising_strength: float
     height: int
     width: int
+    tiled: bool | None
+    tile_size: int | tuple[int, int]
+    tile_stride: int | tuple[int, int]
     rand_device: str
     sigma_shift: float | None
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffsynth.runtime.image_units import decode_image
+from diffsynth.runtime.image_units import check_tiling, decode_image
 from diffsynth.runtime.pipeline import Pipeline
-from diffsynth.runtime.request import LoopArguments
+from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Processor, Role
 from diffsynth_zimage.arguments import ZImageArguments
 from diffsynth_zimage.units import UNITS
@@ -59,6 +59,12 @@ class ZImagePipeline(Pipeline):
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[ZImageArguments]) -> Any:
         """Draw one image, or several; see `Pipeline.__call__`."""
         return super().__call__(prompt, **arguments)
+
+    def check(self, **arguments: Any) -> Request:
+        """Check the arguments of a call without making it; raises what the call would raise for them."""
+        request = super().check(**arguments)
+        check_tiling(request.values)
+        return request
 
     def velocity(
         self,

@@ -73,7 +73,7 @@ def generate(
     arguments = _merge({"prompt": prompt, **given}, _parse(settings))
     arguments.setdefault("seed", secrets.randbelow(2**31))
     arguments = _check_names(model, arguments)
-    pipe = _load(model, device, dtype, memory)
+    pipe = _load(model, device, dtype, memory, arguments)
     result = pipe(**arguments)
     for role, report in pipe.transfers.items() if verbose else ():
         click.echo(f"{role}: {report.settle()}", err=True)
@@ -143,14 +143,19 @@ def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return _open_pictures(arguments, pipeline.schema()["properties"])
 
 
-def _load(model: str, device: str | None, dtype: str | None, memory: Mapping[str, Any]) -> Any:
+def _load(
+    model: str, device: str | None, dtype: str | None, memory: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Any:
     from diffsynth import registry
 
     with _status(f"loading {registry.get(model).name}"):
         import torch
 
         import diffsynth
+        from diffsynth.core.vram.placement import AUTO, Auto
 
+        if memory.get("policy") == AUTO:
+            memory = {**memory, "policy": Auto(arguments)}
         chosen: dict[str, Any] = {} if dtype is None else {"torch_dtype": getattr(torch, dtype)}
         return diffsynth.load(model, device=device, **chosen, **memory)
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-POLICIES = ("none", "cpu-offload", "fp8", "dynamic", "disk")
-"""Presets of `diffsynth.core.vram`, which would import torch to say them; a test holds both equal."""
+POLICIES = ("none", "cpu-offload", "fp8", "dynamic", "disk", "auto")
+"""Policies of `diffsynth.core.vram`, which would import torch to say them; a test holds both equal."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

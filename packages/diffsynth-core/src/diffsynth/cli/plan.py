@@ -105,8 +105,11 @@ def _show(record: ModelRecord, made: MemoryPlan) -> None:
                    "while the last step before it computes")  # fmt: skip
     if made.storage:
         click.echo(f"stored    in {made.storage}, which changes the picture")
-    if made.tiled:
-        click.echo("tiles     the autoencoder works tile by tile (tiled=True), which may change pixels at the seams")
+    if made.options:
+        click.echo(f"choice    {'; '.join(map(str, made.options))}")
+    if made.tiled or made.asks_for_tiles:
+        whose = "because of the limit" if made.tiled else "as the call says"
+        click.echo(f"tiles     the autoencoder works tile by tile (tiled=True) {whose}, which may change its pixels")
     click.echo(f"speed     {made.speeds.link / 1e9:.1f} GB/s, {made.speeds.compute / 1e12:.1f} TFLOP/s: "
                f"{'measured' if made.speeds.measured else 'not measured here'}. {made.speeds.source}")  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.models.flux_autoencoder import TILE_SIZE, TILE_STRIDE
+from diffsynth.models.tiles import Tiling, check_tiles
 from diffsynth.runtime.images import images_to_batch, tensor_to_images
 from diffsynth.runtime.unit import Unit, unit
 
@@ -43,6 +45,9 @@ def encode_input_image(
     input_image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
     height: int,
     width: int,
+    tiled: bool | None = None,
+    tile_size: int | tuple[int, int] = TILE_SIZE,
+    tile_stride: int | tuple[int, int] = TILE_STRIDE,
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -53,16 +58,41 @@ def encode_input_image(
     pixels = images_to_batch(input_image, height=height, width=width).to(device, dtype)
     if len(pixels) not in (1, batch_size):
         raise ValueError(f"input_image has {len(pixels)} images; expected 1 or {batch_size}, one for each result")
-    return vae.encode(pixels).expand(batch_size, -1, -1, -1)
+    tiling = image_tiling(tiled, tile_size, tile_stride)
+    return vae.encode(pixels, **tiling).expand(batch_size, -1, -1, -1)
 
 
 @unit("output")
 def decode_image(
-    vae: Any, *, latents: Float[Tensor, "b c h w"], output_type: str
+    vae: Any,
+    *,
+    latents: Float[Tensor, "b c h w"],
+    tiled: bool | None = None,
+    tile_size: int | tuple[int, int] = TILE_SIZE,
+    tile_stride: int | tuple[int, int] = TILE_STRIDE,
+    output_type: str,
 ) -> list[Image.Image] | Float[Tensor, "b 3 height width"]:
     """Pictures from latents, as PIL images or as a tensor in [-1, 1]."""
-    pixels = vae.decode(latents)
+    pixels = vae.decode(latents, **image_tiling(tiled, tile_size, tile_stride))
     return pixels if output_type == "tensor" else tensor_to_images(pixels)
+
+
+def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride: int | Sequence[int]) -> Tiling:
+    """How an autoencoder of images is to work: whole unless `tiled`. One number is for both sides.
+
+    Raises:
+        ValueError: tiles of no size, or that leave gaps.
+    """
+    if tiled not in (None, True, False):
+        raise ValueError(f"tiled={tiled!r}: expected True, False, or None, which leaves it to the plan")
+    size, stride = (tuple(side) if isinstance(side, Sequence) else (side, side) for side in (tile_size, tile_stride))
+    check_tiles(size, stride)
+    return {"tiled": bool(tiled), "tile_size": size, "tile_stride": stride}
+
+
+def check_tiling(values: Mapping[str, Any]) -> None:
+    """Refuse the arguments of a call that `image_tiling` would refuse, before anything runs."""
+    image_tiling(*(values[name] for name in ("tiled", "tile_size", "tile_stride")))
 
 
 def _check_side(name: str, value: int) -> None:

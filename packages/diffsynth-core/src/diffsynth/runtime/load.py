@@ -9,7 +9,7 @@ import torch
 
 from diffsynth import registry
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.runtime.memory.placing import Policies
+from diffsynth.runtime.memory.placing import Policies, for_call
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.spec import resolve
 
@@ -47,7 +47,7 @@ def load(
         device=device,
         model_configs=[ModelConfig.from_source(source, **place) for source in sources],
         vram_limit=vram_limit,
-        policy=policy,
+        policy=for_call(policy, record.defaults),
         **{f"{role}_config": ModelConfig.from_source(source, **place) for role, source in record.processors.items()},
     )
     return pipe.named(record.name, record.defaults)

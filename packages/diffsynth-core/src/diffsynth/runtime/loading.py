@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +46,16 @@ class PretrainedLoader:
     Args:
         roles: of the pipeline.
         pipeline_name: for messages.
+        choose: settles what a policy leaves open, see `choose_before_reading`; None if nothing is.
     """
 
-    def __init__(self, roles: Mapping[str, Role | Processor], pipeline_name: str) -> None:
+    def __init__(
+        self,
+        roles: Mapping[str, Role | Processor],
+        pipeline_name: str,
+        choose: Callable[..., Placing] | None = None,
+    ) -> None:
+        self._choose = choose
         self._roles = {name: role for name, role in roles.items() if isinstance(role, Role)}
         self._processors = {name: role for name, role in roles.items() if isinstance(role, Processor)}
         self._pipeline_name = pipeline_name
@@ -86,6 +93,10 @@ class PretrainedLoader:
             load.open_component(part.recognized, part.header, dtype=_dtype(policy, placing))
             for part, policy in zip(found, policies, strict=True)
         ]
+        if self._choose is not None:
+            by_role = {part.role: pair for part, pair in zip(found, opened, strict=True)}
+            placing = self._choose(placing, by_role, components, {part.role: part.config for part in found})
+            policies = [placing.policy(part.role, part.config) for part in found]
         for part, policy, (module, source) in zip(found, policies, opened, strict=True):
             if policy is not None:
                 check_source(policy, source, type(module).__name__)

@@ -20,7 +20,7 @@ from diffsynth.core.parallel import Team, compute_each, form_team
 from diffsynth.core.vram.budget import MemoryPlan
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
-from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_you_mean
+from diffsynth.errors import Cancelled, MissingComponent, did_you_mean
 from diffsynth.runtime.acceleration.caching import step_caching
 from diffsynth.runtime.acceleration.compiling import compile_components
 from diffsynth.runtime.acceleration.session import StepCaching
@@ -29,6 +29,7 @@ from diffsynth.runtime.added_units import with_added_units
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.loading import PretrainedLoader
 from diffsynth.runtime.lora import LoRAMethods
+from diffsynth.runtime.memory.choosing import choose, choose_before_reading
 from diffsynth.runtime.memory.keeping import LimitKeeper
 from diffsynth.runtime.memory.placing import Placing, Policies
 from diffsynth.runtime.memory.planning import plan_call
@@ -36,9 +37,9 @@ from diffsynth.runtime.memory.residency import Residency
 from diffsynth.runtime.memory.turns import Turns
 from diffsynth.runtime.progress import no_progress
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
-from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.role import Processor, Role, check_program, fill_roles
 from diffsynth.runtime.schema import SchemaMethod
-from diffsynth.runtime.unit import REQUIRED, Program, State, Unit, can_run, check_units, needed_for, run_units
+from diffsynth.runtime.unit import Program, State, Unit, can_run, check_units, needed_for, run_units
 from diffsynth.sampling.guidance import classifier_free_guidance
 from diffsynth.sampling.solver import euler
 
@@ -104,12 +105,12 @@ class Pipeline(LoRAMethods):
         self.team = Team()
         self.model_name: str | None = None
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
-        self.components = self._fill_roles(components)
+        self.components = fill_roles(type(self), components)
         use_declared_backends()
         self.program = self._whole_program()
-        self._check_program()
+        check_program(type(self), self.program, GIVEN)
         self.__signature__ = build_signature(self.program, self.loop, {})
-        Placing(self.device, torch_dtype, vram_limit, policy).hold(self.components)
+        choose(self, Placing(self.device, torch_dtype, vram_limit, policy)).hold(self.components)
         self._residency = Residency(self.components, self.device)
         keeps = vram_limit is not None and self.device.type != "cpu" and self._residency.is_needed
         self._limit = LimitKeeper(self, vram_limit, self.device) if keeps else None
@@ -133,7 +134,8 @@ class Pipeline(LoRAMethods):
             model_configs: a `ModelConfig` per checkpoint, in any order; each is recognised by its content.
             vram_limit: GiB that a call may take on the device; None is no limit, 0 keeps no weights there.
             policy: where weights wait, by a preset's name, "cpu-offload", "fp8", "disk", for all components or for each
-                role; see `diffsynth.core.vram.placement.Policy`. A config's own eight keys have precedence.
+                role; see `diffsynth.core.vram.placement.Policy`. "auto" leaves their dtype to a plan of the default
+                call, `Auto(arguments)` to one of another. A config's own eight keys have precedence.
             processor_configs: `<role>_config=ModelConfig(...)` in place of a processor's usual source.
 
         Raises:
@@ -142,7 +144,7 @@ class Pipeline(LoRAMethods):
             TypeError: an unknown argument.
         """
         device = devices.default_device() if device is None else devices.check_device(device)
-        loader = PretrainedLoader(cls.roles, cls.__name__)
+        loader = PretrainedLoader(cls.roles, cls.__name__, functools.partial(choose_before_reading, cls))
         memory = {"vram_limit": vram_limit, "policy": policy}
         components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device, **memory)
         pipe = cls(components, device=device, torch_dtype=torch_dtype, component_files=files, **memory)
@@ -279,7 +281,8 @@ class Pipeline(LoRAMethods):
         """What a call with these arguments would take, without making it: memory by stage, transfers, seconds.
 
         Args:
-            vram_limit, ram_limit, policy: GiB and a preset to plan for, see `plan_memory`; not those of this pipeline.
+            vram_limit, ram_limit: GiB to plan for, see `plan_memory`; not those of this pipeline.
+            policy: a preset, or "auto", to plan for; None is how the components are held.
             device: that the call is meant for; None is the pipeline's. It need not be in this machine.
             arguments: of the call. Without a prompt one of 512 tokens is assumed.
 
@@ -364,40 +367,6 @@ class Pipeline(LoRAMethods):
     def _whole_program(cls) -> Program:
         given = (*GIVEN, *cls.facts)
         return check_units(with_added_units(cls, given), given)
-
-    def _fill_roles(self, components: Mapping[str, Any]) -> dict[str, Any]:
-        for role in components:
-            if role not in self.roles:
-                raise TypeError(
-                    f"{type(self).__name__} has no role {role!r}{did_you_mean(role, self.roles)} "
-                    f"Its roles: {', '.join(self.roles)}"
-                )
-        missing = [role for role, need in self.roles.items() if not need.optional and role not in components]
-        if missing:
-            raise MissingComponent(
-                f"{type(self).__name__} needs {' and '.join(missing)}; loaded: {', '.join(components) or 'nothing'}. "
-                f"Add the file to model_configs."
-            )
-        return {role: components.get(role) for role in self.roles}
-
-    def _check_program(self) -> None:
-        for step in (*self.program.units, *self.output_units):
-            if unknown := {*step.roles, *step.requires} - set(self.roles):
-                raise InvalidPipeline(f"unit {step.name!r} uses role {sorted(unknown)}, not one of {list(self.roles)}")
-        for name, place in self.facts.items():
-            if place.partition(".")[0] not in self.roles:
-                raise InvalidPipeline(f"fact {name!r} is {place!r}; expected role.field with one of {list(self.roles)}")
-        available = self.program.writes | set(self.program.arguments) | set(GIVEN) | set(self.facts)
-        reads = {"velocity()": self.conditions(required_only=True), "the loop": {"latents", "sigmas"}}
-        for step in self.output_units:
-            reads[f"unit {step.name!r}"] = {read.name for read in step.reads if read.default is REQUIRED}
-            available |= set(step.writes)
-        for reader, names in reads.items():
-            for name in sorted(names - available):
-                raise InvalidPipeline(
-                    f"{reader} of {type(self).__name__} reads {name!r}, which no unit writes"
-                    f"{did_you_mean(name, available)}"
-                )
 
     def _new_state(self, request: Request) -> State:
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}

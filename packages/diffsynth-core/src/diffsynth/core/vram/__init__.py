@@ -11,10 +11,11 @@ from diffsynth.core.vram.disk_map import DiskMap
 from diffsynth.core.vram.managed import ManagedModule, managed, wrap
 from diffsynth.core.vram.occupants import Occupants, occupants
 from diffsynth.core.vram.partition import Block, Partition, partition
-from diffsynth.core.vram.placement import Placement, Policy, State
+from diffsynth.core.vram.placement import Auto, Placement, Policy, State
 from diffsynth.core.vram.report import TransferReport
 
 __all__ = [
+    "Auto",
     "Block",
     "DiskMap",
     "ManagedModule",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,25 @@ DISK = "disk"
 """The device of weights that are read from their file whenever they are needed."""
 
 PRESETS = ("none", "cpu-offload", "fp8", "dynamic", "disk")
+
+AUTO = "auto"
+"""The name of a choice between two presets, see `Auto`."""
+
+FP8 = torch.float8_e4m3fn
+"""What the preset "fp8" stores weights in."""
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A pipeline's plan chooses, when it is loaded: "dynamic", or "fp8" where its steps are predicted to be faster.
+
+    It is chosen once, so that pictures do not depend on which calls came before.
+
+    Args:
+        call: the arguments of the call that it is chosen for; those left out have their defaults.
+    """
+
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 class State(enum.Enum):
@@ -121,16 +140,17 @@ class Policy:
         """
         here = Placement(str(device), dtype)
         host = Placement("cpu", dtype)
-        small = torch.float8_e4m3fn
         if name == "none":
             return cls(here, here, here, here)
         if name in ("cpu-offload", "dynamic"):
             return cls(host, host, here, here)
         if name == "fp8":
-            return cls(Placement("cpu", small), Placement("cpu", small), Placement(str(device), small), here)
+            return cls(Placement("cpu", FP8), Placement("cpu", FP8), Placement(str(device), FP8), here)
         if name == "disk":
             return cls(Placement(DISK), Placement(DISK), here, here)
-        raise ValueError(f"policy {name!r} is unknown{did_you_mean(name, PRESETS)} Expected {', '.join(PRESETS)}")
+        if name == AUTO:
+            raise ValueError("policy 'auto' is for a pipeline, whose plan chooses: expected 'dynamic' or 'fp8' here")
+        raise ValueError(unknown(name))
 
     @classmethod
     def from_keys(
@@ -176,6 +196,12 @@ class Policy:
         if here.type != "cpu":
             raise ValueError(f"weights on {here} for computation on {device}: expected disk, cpu or {device}")
         return 1
+
+
+def unknown(name: str) -> str:
+    """What to say of a policy's name that there is not."""
+    names = (*PRESETS, AUTO)
+    return f"policy {name!r} is unknown{did_you_mean(name, names)} Expected {', '.join(names)}"
 
 
 def _same(one: torch.device, other: torch.device) -> bool:

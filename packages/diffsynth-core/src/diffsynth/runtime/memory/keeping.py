@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.vram.budget import MemoryPlan, StagePlan
-from diffsynth.core.vram.managed import ManagedModule, managed
+from diffsynth.core.vram.managed import ManagedModule
 from diffsynth.runtime.memory.planning import plan_call
 from diffsynth.runtime.request import Request
 
@@ -58,9 +58,7 @@ class LimitKeeper:
         kind = frozenset((name, _kind(value)) for name, value in kept.items())
         with self._guard:
             if kind not in self._plans:
-                self._plans[kind] = plan_call(
-                    self._pipe, kept, device=self._device, vram_limit=self._limit, policy=self._preset()
-                )
+                self._plans[kind] = plan_call(self._pipe, kept, device=self._device, vram_limit=self._limit)
                 self._tell(self._plans[kind])
             return self._plans[kind]
 
@@ -68,16 +66,6 @@ class LimitKeeper:
         """The components take other memory now: plan anew."""
         with self._guard:
             self._plans.clear()
-
-    def _preset(self) -> str | None:
-        """The preset whose plan fits the components' policies; that of weights in host memory if they differ."""
-        modules = [part for part in self._pipe.components.values() if isinstance(part, torch.nn.Module)]
-        policies = [wrapped.policy for wrapped in map(managed, modules) if wrapped is not None]
-        if all(policy.onload.on_disk for policy in policies):
-            return "disk"
-        if all(policy.stored_dtype(torch.bfloat16).itemsize < 2 for policy in policies):
-            return "fp8"
-        return None
 
     def _tell(self, plan: MemoryPlan) -> None:
         logger.info(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,17 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.reading.source import ComponentSource
 from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.core.vram.partition import Partition, partition
-from diffsynth.core.vram.placement import Policy
+from diffsynth.core.vram.placement import AUTO, Auto, Policy
 from diffsynth.errors import NotEnoughMemory, did_you_mean
 from diffsynth.spec import ArchitectureSpec, resolve
 
 logger = logging.getLogger(__name__)
 
-Policies = str | Policy | Mapping[str, str | Policy] | None
-"""A preset's name or a policy for every component, or for the roles named; None leaves it to the configs."""
+Policies = str | Policy | Auto | Mapping[str, str | Policy | Auto] | None
+"""A preset's name or a policy for every component, or for the roles named; None leaves it to the configs.
+
+"auto", or an `Auto`, leaves the dtype that weights are stored in to a plan.
+"""
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,31 @@ class Placing:
             spelled = Policy.from_keys(config.vram_keys, device=self.device, dtype=self.dtype)
             if spelled is not None:
                 return spelled
-        wanted = self.policies.get(role) if isinstance(self.policies, Mapping) else self.policies
+        wanted = self._wanted(role)
         if wanted is None and self.vram_limit is not None and self.device.type != "cpu":
             wanted = "dynamic"
+        if wanted == AUTO or isinstance(wanted, Auto):
+            wanted = "dynamic"  # until a plan has chosen
         if wanted is None or wanted == "none":
             return None
         return wanted if isinstance(wanted, Policy) else Policy.preset(wanted, self.device, self.dtype)
+
+    def is_open(self, role: str, config: ModelConfig | None = None) -> bool:
+        """Whether a plan is to choose how the weights of a component are stored."""
+        wanted = self._wanted(role)
+        is_spelled = config is not None and any(value is not None for value in config.vram_keys.values())
+        return not is_spelled and (wanted == AUTO or isinstance(wanted, Auto))
+
+    @property
+    def open_call(self) -> dict[str, Any]:
+        """The arguments of the call that it is chosen for."""
+        every = self.policies.values() if isinstance(self.policies, Mapping) else [self.policies]
+        return dict(next((each.call for each in every if isinstance(each, Auto)), {}))
+
+    def settled(self, presets: Mapping[str, str], roles: Iterable[str]) -> Placing:
+        """The same with these presets in place of what was open; other roles are as they were."""
+        fixed = {role: wanted for role in roles if (wanted := self._wanted(role)) is not None}
+        return replace(self, policies=fixed | dict(presets))
 
     def check_limit(self, role: str, module: nn.Module, *, architecture: ArchitectureSpec, policy: Policy) -> None:
         """Refuse a limit that is too small for the largest block alone; what a call takes beside it is planned then.
@@ -91,6 +113,9 @@ class Placing:
                 f"vram_limit={self.vram_limit} GiB: {role} takes {least / 2**30:.2f} GiB for its largest block and "
                 "what stays beside it, before any activation. Nothing was loaded. Run: diffsynth plan MODEL"
             )
+
+    def _wanted(self, role: str) -> str | Policy | Auto | None:
+        return self.policies.get(role) if isinstance(self.policies, Mapping) else self.policies
 
     def read(
         self,
@@ -119,6 +144,15 @@ class Placing:
                 wrap(module, policy, **cuts(architecture_of(module)))
         if self.vram_limit is not None and not any(managed(module) for module in modules.values()):
             logger.warning("vram_limit=%s has no effect: the pipeline runs on %s", self.vram_limit, self.device)
+
+
+def for_call(policies: Policies, call: Mapping[str, Any]) -> Policies:
+    """The same, and what is open in it is chosen for a call with these arguments, unless it says others itself."""
+    if isinstance(policies, Mapping):
+        return {role: for_call(policy, call) for role, policy in policies.items()}  # type: ignore[misc]
+    if policies == AUTO:
+        return Auto(call)
+    return Auto({**call, **policies.call}) if isinstance(policies, Auto) else policies
 
 
 def architecture_of(module: nn.Module) -> ArchitectureSpec | None:

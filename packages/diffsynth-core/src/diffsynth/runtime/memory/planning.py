@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,23 +15,20 @@ from diffsynth import _env
 from diffsynth.core import device as devices
 from diffsynth.core.device.memory import memory_in_use
 from diffsynth.core.device.speed import compute_speed, disk_speed, link_speed
-from diffsynth.core.vram.budget import (
-    BlockLoad,
-    ComponentLoad,
-    MemoryPlan,
-    Run,
-    Speeds,
-    StageLoad,
-    Workload,
-    plan_memory,
-)
+from diffsynth.core.vram.budget import MemoryPlan, Run, Speeds, StageLoad, Workload, plan_memory
 from diffsynth.core.vram.managed import ManagedModule, managed
-from diffsynth.core.vram.packing import Packing
-from diffsynth.core.vram.placement import PRESETS
 from diffsynth.core.vram.rehearsal import Rehearsal, Stage
-from diffsynth.errors import did_you_mean
+from diffsynth.errors import NotEnoughMemory
 from diffsynth.runtime.memory.placing import architecture_of, partition_by
 from diffsynth.runtime.memory.stand_ins import StandInTokenizer, declared_components, without_weights
+from diffsynth.runtime.memory.storage import (
+    Waiting,
+    check_policy,
+    component_load,
+    offered,
+    storage_name,
+    waiting_under,
+)
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.request import Request
 from diffsynth.runtime.unit import Unit, run_units
@@ -60,6 +56,7 @@ def plan_call(
     vram_limit: float | None = None,
     ram_limit: float | None = None,
     policy: str | None = None,
+    waiting: Mapping[str, Waiting] | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> MemoryPlan:
     """The plan of one call of a pipeline.
@@ -69,7 +66,9 @@ def plan_call(
         arguments: of the call. Without a prompt a text of `prompt_tokens` tokens is assumed.
         device: that the call is meant for. It need not be here: then its speed is assumed.
         vram_limit, ram_limit: GiB; see `plan_memory`.
-        policy: a preset's name; None is "dynamic" with a limit and "none" without.
+        policy: a preset's name, or "auto"; None is how components are held, and for those that are not "dynamic" with
+            a limit and "none" without.
+        waiting: how the weights of each component wait, in place of `policy`.
         prompt_tokens: see above.
 
     Raises:
@@ -78,36 +77,57 @@ def plan_call(
         Unplannable: the pipeline's code asks for values that only a real run has.
     """
     device = torch.device(device)
-    stored = _storage(policy, vram_limit, device)
+    check_policy(policy, vram_limit, device)
     base = _base(pipe)
     twin = _on_meta(pipe, arguments, prompt_tokens)
     modules = {role: part for role, part in twin.components.items() if isinstance(part, nn.Module)}
     wrapped = {role: managed(pipe.components[role]) for role in modules}
     blocks = {role: _blocks(module, wrapped[role]) for role, module in modules.items()}
     stages = _rehearse(twin, arguments, modules, blocks, device.type)
-    could_tile = "tiled" in twin.__signature__.parameters and not twin.__signature__.parameters["tiled"].default
-    if could_tile and "tiled" not in arguments and vram_limit is not None:
-        tiled = _rehearse(twin, {**arguments, "tiled": True}, modules, blocks, device.type)
-        stages = [_with_tiles(*pair) for pair in zip(stages, tiled, strict=True)]
-    components = tuple(
-        _component(role, module, stored) if (held := wrapped[role]) is None else held.load(role)
-        for role, module in modules.items()
-    )
-    workload = Workload(
-        components,
-        tuple(stages),
-        storage="" if stored is None else str(stored).removeprefix("torch."),
-        base=base,
-        on_host=device.type == "cpu",
-    )
-    return plan_memory(
-        workload,
-        vram_limit=vram_limit,
-        ram_limit=ram_limit,
-        speeds=_speeds(device, twin.dtype),
-        offloads=policy not in (None, "none"),
-        disk=tuple(modules) if policy == "disk" else (),
-    )
+    asked = _tiles_asked_for(twin, arguments)
+    if asked is None and vram_limit is not None:
+        tiled = _rehearse(twin, {**arguments, "tiled": True}, modules, blocks, device.type, loops=False)
+        stages = [_with_tiles(stage, tiled) for stage in stages]
+    if waiting is None:
+        waiting = _waiting(policy, wrapped, twin.dtype)
+
+    def workload(waiting: Mapping[str, Waiting]) -> Workload:
+        components = tuple(component_load(role, module, waiting[role]) for role, module in modules.items())
+        facts = {"storage": storage_name(waiting), "base": base, "on_host": device.type == "cpu"}
+        return Workload(components, tuple(stages), asks_for_tiles=bool(asked), **facts)
+
+    limits: dict[str, Any] = {
+        "vram_limit": vram_limit,
+        "ram_limit": ram_limit,
+        "speeds": _speeds(device, twin.dtype),
+        "offloads": policy not in (None, "none"),
+        "disk": tuple(role for role, each in waiting.items() if each.on_disk),
+    }
+    choices = offered(waiting, device)
+    try:
+        return plan_memory(*map(workload, choices), **limits)
+    except NotEnoughMemory as error:
+        for name in ("dynamic", "fp8"):
+            others = [each for each in offered(waiting_under(name, modules), device) if each not in choices]
+            if others and _fits(workload(others[0]), limits):
+                raise NotEnoughMemory(f"{error}. policy={name!r} can keep this limit") from None
+        raise
+
+
+def _waiting(policy: str | None, wrapped: Mapping[str, ManagedModule | None], dtype: torch.dtype) -> dict[str, Waiting]:
+    if policy is not None:
+        return waiting_under(policy, wrapped)
+    return {
+        role: Waiting() if held is None else Waiting.under(held.policy, dtype, held) for role, held in wrapped.items()
+    }
+
+
+def _fits(workload: Workload, limits: Mapping[str, Any]) -> bool:
+    try:
+        plan_memory(workload, **limits)
+    except NotEnoughMemory:
+        return False
+    return True
 
 
 def plan_model(
@@ -137,21 +157,6 @@ def plan_model(
     return plan_call(pipe, arguments, device=device, **limits)
 
 
-def _storage(policy: str | None, vram_limit: float | None, device: torch.device) -> torch.dtype | None:
-    """The dtype that weights wait in; None is their own.
-
-    Raises:
-        ValueError: an unknown policy, or one that a limit contradicts.
-    """
-    if policy is not None and policy not in PRESETS:
-        raise ValueError(f"policy {policy!r} is unknown{did_you_mean(policy, PRESETS)} Expected {', '.join(PRESETS)}")
-    if policy == "none" and vram_limit is not None:
-        raise ValueError(f"policy 'none' keeps everything on the device, whatever vram_limit={vram_limit} says")
-    if vram_limit is not None and device.type == "cpu":
-        raise ValueError(f"vram_limit={vram_limit}: the CPU has no memory of its own; limit ram_limit")
-    return torch.float8_e4m3fn if policy == "fp8" else None
-
-
 def _base(pipe: Pipeline) -> int:
     """Host memory of this process without the pipeline's weights; 0 where nobody can tell."""
     tensors = {
@@ -179,6 +184,15 @@ def _on_meta(pipe: Pipeline, arguments: Mapping[str, Any], prompt_tokens: int) -
     return twin
 
 
+def _tiles_asked_for(pipe: Pipeline, arguments: Mapping[str, Any]) -> bool | None:
+    """What the call says of tiles; None leaves it to the plan, as a pipeline does whose own default is not True."""
+    parameter = pipe.__signature__.parameters.get("tiled")
+    if parameter is None:
+        return False
+    given = arguments.get("tiled", parameter.default or None)
+    return None if given is None else bool(given)
+
+
 @torch.no_grad()
 def _rehearse(
     pipe: Pipeline,
@@ -186,8 +200,10 @@ def _rehearse(
     modules: Mapping[str, nn.Module],
     blocks: Mapping[str, Mapping[str, nn.Module]],
     device_type: str,
+    *,
+    loops: bool = True,
 ) -> list[StageLoad]:
-    """The stages of a call, in running order."""
+    """The stages of a call, in running order; without `loops`, those of the loop are left out."""
     quiet = {"progress_bar_cmd": iter} if arguments.get("progress_bar_cmd", progress_bar) is progress_bar else {}
     decodes = arguments.get("output_type") != "latents"
     # Pictures are made of pixels, and there are none.
@@ -206,11 +222,11 @@ def _rehearse(
             elif (used and seen.flops) or max(load.activations, load.host) >= _WORTH_A_STAGE:
                 loads.append(load)
 
-        _run(pipe, request, stage, decodes=decodes)
+        _run(pipe, request, stage, decodes=decodes, loops=loops)
     return loads
 
 
-def _run(pipe: Pipeline, request: Request, stage: Any, *, decodes: bool) -> None:
+def _run(pipe: Pipeline, request: Request, stage: Any, *, decodes: bool, loops: bool) -> None:
     """What `Pipeline.__call__` does, stage by stage, with as many steps as differ."""
 
     def around(step: Unit) -> Any:
@@ -219,8 +235,8 @@ def _run(pipe: Pipeline, request: Request, stage: Any, *, decodes: bool) -> None
     state = pipe._new_state(request)
     run_units(pipe.program, pipe.components, state, around=around)
     sigmas = state.shared["sigmas"]
-    groups = _by_roles(pipe, sigmas, state.view("cond"))
-    latents = state.shared["latents"]
+    groups = _by_roles(pipe, sigmas, state.view("cond")) if loops else []
+    latents = state.shared["latents"].float()  # as the loop leaves them
     for roles, levels in groups:
         rehearsed = min(len(levels), _REHEARSED_STEPS)
         state.shared["sigmas"] = torch.tensor([pair[0] for pair in levels[:rehearsed]] + [levels[rehearsed - 1][1]])
@@ -260,8 +276,11 @@ def _joined(first: StageLoad, second: StageLoad) -> StageLoad:
     )
 
 
-def _with_tiles(whole: StageLoad, tiled: StageLoad) -> StageLoad:
-    return replace(whole, tiled=tiled.activations) if tiled.activations < whole.activations else whole
+def _with_tiles(whole: StageLoad, tiled: Sequence[StageLoad]) -> StageLoad:
+    same = next((stage for stage in tiled if stage.name == whole.name), None)
+    if same is None or (same.activations, same.runs) == (whole.activations, whole.runs):
+        return whole
+    return replace(whole, tiled=same.activations, tiled_runs=same.runs)
 
 
 def _blocks(module: nn.Module, wrapped: ManagedModule | None) -> dict[str, nn.Module]:
@@ -269,31 +288,6 @@ def _blocks(module: nn.Module, wrapped: ManagedModule | None) -> dict[str, nn.Mo
     if wrapped is not None:
         return {name: module.get_submodule(name) for name in wrapped.blocks}
     return {block.name: block.module for block in partition_by(architecture_of(module), module).blocks}
-
-
-def _component(role: str, module: nn.Module, stored: torch.dtype | None) -> ComponentLoad:
-    architecture = architecture_of(module)
-    keeps = architecture.high_precision if architecture is not None else ()
-
-    def packing(tensors: Mapping[str, Tensor]) -> Packing:
-        return Packing(
-            tensors, {name: (_kept(name, tensor, stored, keeps), tensor.dtype) for name, tensor in tensors.items()}
-        )
-
-    blocks = []
-    parts = partition_by(architecture, module)
-    for block in parts.blocks:
-        packed = packing(block.parameters())
-        blocks.append(BlockLoad(block.name, packed.stored_bytes, packed.computed_bytes))
-    outside = packing(parts.rest)
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
-    return ComponentLoad(role, tuple(blocks), outside.computed_bytes + buffers, outside.stored_bytes + buffers)
-
-
-def _kept(name: str, tensor: Tensor, stored: torch.dtype | None, keeps: Sequence[str]) -> torch.dtype:
-    if stored is None or not tensor.is_floating_point() or any(fnmatch.fnmatchcase(name, one) for one in keeps):
-        return tensor.dtype
-    return stored
 
 
 def _speeds(device: torch.device, dtype: torch.dtype) -> Speeds:

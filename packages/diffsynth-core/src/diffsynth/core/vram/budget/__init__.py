@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffsynth.core.vram.budget.overlap import Turn, step_seconds
-from diffsynth.core.vram.budget.plan import MemoryPlan, Residence, StagePlan
+from diffsynth.core.vram.budget.plan import MemoryPlan, Residence, StagePlan, StorageOption
 from diffsynth.core.vram.budget.planner import plan_memory
 from diffsynth.core.vram.budget.workload import BlockLoad, ComponentLoad, Run, Speeds, StageLoad, Workload
 
@@ -16,6 +16,7 @@ __all__ = [
     "Speeds",
     "StageLoad",
     "StagePlan",
+    "StorageOption",
     "Turn",
     "Workload",
     "plan_memory",

@@ -67,6 +67,28 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class StorageOption:
+    """What a call would be with its weights stored in one dtype.
+
+    Args:
+        storage: the dtype's name, or empty for each tensor's own.
+        seconds_per_step, bytes_per_step: predicted; 0 if the limits cannot be kept.
+        reason: why they cannot be kept; empty if they can.
+    """
+
+    storage: str
+    seconds_per_step: float = 0.0
+    bytes_per_step: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        name = self.storage or "their own dtype"
+        if self.reason:
+            return f"{name}: does not fit"
+        return f"{name}: {self.seconds_per_step:.3g} s and {self.bytes_per_step / 1e9:.2f} GB a step"
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """A whole call.
 
@@ -79,6 +101,8 @@ class MemoryPlan:
         storage: dtype that weights wait in, or empty for their own.
         evicted: components that leave the device between stages.
         speeds: that times are predicted from.
+        asks_for_tiles: the call has tiles by its own arguments, so they are none of the plan's.
+        options: dtypes that `storage` was chosen from, if there was a choice.
     """
 
     stages: tuple[StagePlan, ...]
@@ -89,6 +113,8 @@ class MemoryPlan:
     storage: str
     evicted: tuple[str, ...]
     speeds: Speeds
+    asks_for_tiles: bool = False
+    options: tuple[StorageOption, ...] = ()
 
     @property
     def peak_vram(self) -> int:
@@ -117,7 +143,7 @@ class MemoryPlan:
 
     @property
     def tiled(self) -> bool:
-        """Whether an autoencoder works tile by tile."""
+        """Whether the plan turns tiles on: without them the call would not keep its limit."""
         return any(stage.tiled for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class StageLoad:
         host: the same in host memory.
         runs: of blocks, in one step.
         steps: how often those repeat.
-        tiled: `activations` if the autoencoder works tile by tile; None if it cannot.
+        tiled: `activations` if the autoencoder works tile by tile; None if it cannot, or if that changes nothing.
+        tiled_runs: `runs` then.
+        in_tiles: it does.
     """
 
     name: str
@@ -84,11 +86,15 @@ class StageLoad:
     runs: tuple[Run, ...] = ()
     steps: int = 1
     tiled: int | None = None
+    tiled_runs: tuple[Run, ...] = ()
+    in_tiles: bool = False
 
-    @property
-    def fewest_activations(self) -> int:
-        """With tiles if that is less."""
-        return self.activations if self.tiled is None else min(self.activations, self.tiled)
+    def cut(self) -> StageLoad:
+        """The same where the autoencoder works tile by tile."""
+        if self.tiled is None:
+            return self
+        runs = self.tiled_runs or self.runs
+        return replace(self, activations=self.tiled, runs=runs, tiled=None, tiled_runs=(), in_tiles=True)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class Workload:
         storage: how weights wait: a dtype's name, or empty for each tensor's own.
         base: host memory of the process before it holds any weights.
         on_host: the device is the host: weights and activations share its memory.
+        asks_for_tiles: the call itself has the autoencoder work tile by tile, whatever memory there is.
     """
 
     components: tuple[ComponentLoad, ...]
@@ -108,6 +115,11 @@ class Workload:
     storage: str = ""
     base: int = 0
     on_host: bool = False
+    asks_for_tiles: bool = False
+
+    def cut(self) -> Workload:
+        """The same call with tiles: one argument of it, so all stages have them or none."""
+        return replace(self, stages=tuple(stage.cut() for stage in self.stages))
 
     def component(self, role: str) -> ComponentLoad:
         """By role."""
