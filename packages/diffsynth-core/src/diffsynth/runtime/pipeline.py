@@ -43,7 +43,7 @@ from diffsynth.runtime.unit import Program, State, Unit, can_run, check_units, n
 from diffsynth.sampling.guidance import classifier_free_guidance
 from diffsynth.sampling.solver import euler
 
-GIVEN = ("device", "dtype", "batch_size", "seeds", *LOOP_NAMES)
+GIVEN = ("device", "dtype", "batch_size", "seeds", "team", *LOOP_NAMES)
 """Names that every pipeline gives its units, besides what they write for each other."""
 
 
@@ -372,7 +372,7 @@ class Pipeline(LoRAMethods):
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
         seeds = self.team.agreed_seeds(request.seeds)
         given = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
-        given |= self._facts()
+        given |= {"team": self.team, **self._facts()}
         branches = ("cond",) if request.loop.cfg_scale == 1 else ("cond", "uncond")
         return State({**request.values, **loop, **given}, branches)
 

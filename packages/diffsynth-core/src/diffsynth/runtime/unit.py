@@ -40,8 +40,8 @@ class Unit:
 
     `branches` maps a branch to the names it reads in place of the plain ones; the plain names are the `cond` branch.
     A `random` unit draws randomness, so its result is never cached. `requires` names roles that it does not use but
-    is nothing without: its arguments are theirs. `provider` is the plugin that adds the unit to somebody else's
-    pipeline.
+    is nothing without: its arguments are theirs. Where the argument `only_with` is None the unit is left out, and no
+    role comes to the device for it. `provider` is the plugin that adds the unit to somebody else's pipeline.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Unit:
     branches: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
     random: bool = False
     requires: tuple[str, ...] = ()
+    only_with: str = ""
     provider: str = field(default="", compare=False)
 
     @property
@@ -94,6 +95,7 @@ def unit(
     branches: Mapping[str, Mapping[str, str]] | None = None,
     random: bool = False,
     requires: Sequence[str] = (),
+    only_with: str = "",
 ) -> Callable[[Callable[..., Any]], Unit]:
     """Make a function a unit that writes the given names.
 
@@ -102,10 +104,12 @@ def unit(
         branches: branch -> {read name: the name it has in that branch}.
         random: the unit draws randomness.
         requires: roles that must be loaded for it to run, though it does not use them and they need not be at hand.
+        only_with: the argument that it is there for. Where that is None it does not run: what it would write keeps the
+            value it had, or the default of whoever reads it.
 
     Raises:
-        TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches` renames a name
-            that the function does not read.
+        TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches` or `only_with`
+            have a name that the function does not read.
     """
 
     def decorate(function: Callable[..., Any]) -> Unit:
@@ -122,6 +126,8 @@ def unit(
         renamed = {name for names in (branches or {}).values() for name in names}
         if unread := renamed - {read.name for read in reads}:
             raise TypeError(f"unit {function.__name__!r}: branches rename {sorted(unread)}, which it does not read")
+        if only_with and only_with not in {read.name for read in reads}:
+            raise TypeError(f"unit {function.__name__!r}: only_with={only_with!r} is a name that it does not read")
         return Unit(
             name=function.__name__,
             function=function,
@@ -132,6 +138,7 @@ def unit(
             branches=MappingProxyType(dict(branches or {})),
             random=random,
             requires=tuple(requires),
+            only_with=only_with,
         )
 
     return decorate
@@ -200,13 +207,14 @@ def run_units(
 ) -> None:
     """Run the units in order, writing their results into `state`.
 
-    A unit that needs a role which is not loaded is left out: its results keep the defaults of whoever reads them.
+    A unit that needs a role which is not loaded, or whose `only_with` is not given, is left out: its results keep the
+    defaults of whoever reads them.
 
     Args:
         around: called with each unit; gives the context manager it runs in (placement, cancellation).
     """
     for step in program.units:
-        if not can_run(step, components):
+        if not can_run(step, components) or not is_asked_for(step, state.shared):
             continue
         for branch in state.branches if program.is_branched(step) else ("shared",):
             renames = step.branches.get(branch, {})
@@ -223,6 +231,11 @@ def run_units(
 def can_run(step: Unit, components: Mapping[str, Any]) -> bool:
     """Whether every role that the unit cannot do without is loaded."""
     return all(components.get(role) is not None for role in needed_roles(step))
+def is_asked_for(step: Unit, values: Mapping[str, Any]) -> bool:
+    """Whether the argument that the unit is there for, if it is there for one, is given."""
+    return not step.only_with or values.get(step.only_with) is not None
+
+
 
 
 def needed_roles(step: Unit) -> tuple[str, ...]:
