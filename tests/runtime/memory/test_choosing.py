@@ -100,7 +100,9 @@ def test_a_plan_of_auto_has_both_predictions(free):
     ]
     assert plan.bytes_per_step == plans["fp8"].bytes_per_step < 0.6 * plans["dynamic"].bytes_per_step
     assert plans["fp8"].options == ()
-    assert free.plan(**CALL, device="mps", vram_limit=0, policy="auto").storage == "", "there is no float8 there"
+    for elsewhere in ({"device": "mps", "vram_limit": 0}, {"device": "cpu", "ram_limit": 8}):
+        plan = free.plan(**CALL, **elsewhere, policy="auto")
+        assert (plan.storage, plan.options) == ("", ()), "no float8 on the first, no link on the second"
 
 
 def test_the_refusal_names_the_policy_that_could(free):
