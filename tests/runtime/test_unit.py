@@ -49,6 +49,28 @@ def test_branches_run_once_each():
     assert state.shared["noise"] == 32 * 16
 
 
+@pytest.mark.parametrize(
+    ("clip", "expected"), [(None, {"size": 1}), ([], {"size": 1, "extra": []}), ("ab", {"size": 3, "extra": "ab"})]
+)
+def test_a_unit_is_left_out_without_the_argument_that_it_is_there_for(clip, expected):
+    """Nor does anything come to the device for it."""
+
+    @unit("size", "extra", only_with="clip")
+    def read_clip(vae, *, size, clip=None):
+        return size + len(clip), clip
+
+    program, stages = check_units((read_clip, double), given=("size", "embeds")), []
+    state = State({"size": 1, "embeds": "", "clip": clip})
+    run_units(program, {"vae": object()}, state, around=lambda step: stages.append(step.name) or nullcontext())
+    assert {name: state.shared[name] for name in ("size", "extra") if name in state.shared} == expected
+    assert stages == (["double"] if clip is None else ["read_clip", "double"])
+
+
+def test_the_argument_that_a_unit_is_there_for_is_one_that_it_reads():
+    with pytest.raises(TypeError, match="only_with='film' is a name that it does not read"):
+        unit("size", only_with="film")(lambda *, clip: clip)
+
+
 def test_a_read_that_nothing_writes_is_named_with_its_unit():
     @unit("x")
     def broken(*, heigth):
@@ -74,28 +96,6 @@ def test_two_units_agree_on_an_argument():
 
     with pytest.raises(
         InvalidPipeline,
-@pytest.mark.parametrize(
-    ("clip", "expected"), [(None, {"size": 1}), ([], {"size": 1, "extra": []}), ("ab", {"size": 3, "extra": "ab"})]
-)
-def test_a_unit_is_left_out_without_the_argument_that_it_is_there_for(clip, expected):
-    """Nor does anything come to the device for it."""
-
-    @unit("size", "extra", only_with="clip")
-    def read_clip(vae, *, size, clip=None):
-        return size + len(clip), clip
-
-    program, stages = check_units((read_clip, double), given=("size", "embeds")), []
-    state = State({"size": 1, "embeds": "", "clip": clip})
-    run_units(program, {"vae": object()}, state, around=lambda step: stages.append(step.name) or nullcontext())
-    assert {name: state.shared[name] for name in ("size", "extra") if name in state.shared} == expected
-    assert stages == (["double"] if clip is None else ["read_clip", "double"])
-
-
-def test_the_argument_that_a_unit_is_there_for_is_one_that_it_reads():
-    with pytest.raises(TypeError, match="only_with='film' is a name that it does not read"):
-        unit("size", only_with="film")(lambda *, clip: clip)
-
-
         match="unit 'other' declares argument 'prompt' as int = 3, unlike str = ''; it is of unit 'encode'. Give it",
     ):
         check_units((encode, other), given=())

@@ -231,11 +231,11 @@ def run_units(
 def can_run(step: Unit, components: Mapping[str, Any]) -> bool:
     """Whether every role that the unit cannot do without is loaded."""
     return all(components.get(role) is not None for role in needed_roles(step))
+
+
 def is_asked_for(step: Unit, values: Mapping[str, Any]) -> bool:
     """Whether the argument that the unit is there for, if it is there for one, is given."""
     return not step.only_with or values.get(step.only_with) is not None
-
-
 
 
 def needed_roles(step: Unit) -> tuple[str, ...]:
