@@ -177,3 +177,8 @@ def our_animate(oracle: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Our transformer and our adapter with its weights."""
     found = load_components(oracle.state_dict())
     return found["wan_dit/diffusers_with_animate"], found["wan_animate_adapter/diffusers"]
+
+
+def our_animate_2(oracle: nn.Module) -> nn.Module:
+    """Our transformer with its weights."""
+    return load_published(oracle.state_dict(), expect="wan_dit/animate_2_diffusers")

@@ -54,6 +54,8 @@ FRAMES = {"in_channels": 48, "out_channels": 48, "frame_times": True}
 CONTROL = {"in_channels": 48}
 CAMERA = {"in_channels": 32, "camera_channels": 24}
 VACE = {"vace": True}
+ANIMATE_2 = {"in_channels": 36, "reference_video": True}
+DANCE = {"animate2_reference_image": RED, "animate2_reference_video": [RED] * 9}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,41 @@ VACE = {"vace": True}
             "mask has 10 frames, vace_video 9",
         ),
         (VACE, {"vace_reference_image": [RED, "x"]}, TypeError, "holds 'x'"),
+        (
+            TEXT,
+            {"animate2_reference_video": [RED] * 9},
+            ValueError,
+            "animate2_reference_video.*load an Animate-2 model",
+        ),
+        (IMAGE, {"input_image": RED, "animate2_log_scale": -1.3}, ValueError, "animate2_log_scale.*an Animate-2 model"),
+        (ANIMATE_2, {}, ValueError, "give animate2_reference_image and animate2_reference_video"),
+        (ANIMATE_2, {"animate2_reference_image": RED}, ValueError, "moves; give animate2_reference_video"),
+        (ANIMATE_2, DANCE | {"animate2_reference_video": [RED] * 4}, ValueError, "reference_video has 4 frames"),
+        (
+            ANIMATE_2,
+            DANCE | {"animate2_reference_image": "a.jpg"},
+            TypeError,
+            "reference_image='a.jpg': expected a PIL",
+        ),
+        (
+            ANIMATE_2,
+            DANCE | {"input_image": RED},
+            ValueError,
+            "input_image.*takes a character as animate2_reference_image",
+        ),
+        (
+            ANIMATE_2,
+            DANCE | {"input_video": [RED] * 9},
+            ValueError,
+            "input_video.*go on from as animate2_refert_images",
+        ),
+        (ANIMATE_2, DANCE | {"animate2_refert_images": []}, ValueError, "animate2_refert_images has 0 frames"),
+        (ANIMATE_2, DANCE | {"animate2_refert_images": RED}, TypeError, "refert_images is one image; expected a clip"),
+        (ANIMATE_2, DANCE | {"animate2_refert_images": [RED] * 9}, ValueError, "has 9 frames and leaves none of 9"),
+        (ANIMATE_2, DANCE | {"animate2_refert_images": [RED, BLUE]}, ValueError, "frame 1 of animate2_refert_images"),
+        (ANIMATE_2, DANCE | {"animate2_prompt_ref": ["a"]}, TypeError, r"animate2_prompt_ref=\['a'\]: expected a text"),
+        (ANIMATE_2, DANCE | {"animate2_log_scale": "low"}, ValueError, "animate2_log_scale='low': expected a number"),
+        (ANIMATE_2 | {"image_dim": 1280}, DANCE, MissingComponent, "add the CLIP file"),
         (VACE | {"dit2": True}, {"vace_video": [RED] * 9}, MissingComponent, "one of two experts has VACE"),
     ],
 )

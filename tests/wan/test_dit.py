@@ -110,7 +110,11 @@ def test_a_block_that_is_skipped_is_as_if_it_were_not_there() -> None:
     dit, arguments = build(), inputs()
     shorter = build(replace(TINY_DIT, num_layers=1))
     shorter.load_state_dict({k: v for k, v in dit.state_dict().items() if not k.startswith("blocks.1.")})
-    assert torch.equal(dit(**arguments, skip_blocks={1}), shorter(**arguments))
+
+    def skip(dit: WanDiT, stream: Stream) -> Stream:
+        return replace(stream, skip_blocks=frozenset({1}))
+
+    assert torch.equal(dit(**arguments, extensions=[skip]), shorter(**arguments))
 
 
 @torch.no_grad()

@@ -131,6 +131,7 @@ class Parts:
         config = replace(NARROW, in_channels=48, out_channels=48, text_dim=32, frame_times=True)
         first, second = drawn(WanDiT(config)), drawn(WanDiT(config), seed=1)
         vace = drawn(WanVace(replace(TINY_VACE, in_channels=352, **WIDTH)))
+        follower = drawn(WanDiT(replace(config, in_channels=100, frame_times=False, reference_video=True)))
         parts = {
             "text_encoder": drawn(WanTextEncoder(replace(TINY_TEXT_ENCODER, vocab_size=VOCAB_SIZE))),
             "tokenizer": tiny_tokenizer(),
@@ -140,6 +141,7 @@ class Parts:
         }
         self.pipe = WanVideoPipeline.from_components(dit=first, **parts)
         self.experts = WanVideoPipeline.from_components(dit=first, dit2=second, vace=vace, vace2=vace, **parts)
+        self.follower = WanVideoPipeline.from_components(dit=follower, **parts)
         pixels = np.random.default_rng(0).integers(0, 255, (96, 64, 3), dtype=np.uint8)
         size = {"height": 96, "width": 64, "num_frames": 9, "num_inference_steps": 2, "seed": 3}
         self.call = {"prompt": "an apple", "negative_prompt": "blurry", "output_type": "latents", **size}
@@ -150,9 +152,15 @@ class Parts:
             "num_inference_steps": 1,
         }
         self.image = {"input_image": Image.fromarray(pixels)}
+        moves = [Image.fromarray(np.roll(pixels, 9 * turn, axis=0)) for turn in range(9)]
+        self.dance = {"animate2_reference_image": moves[0], "animate2_reference_video": moves, "num_inference_steps": 1}
 
     def draw(self, **changes: Any) -> Any:
         return self.pipe(**self.call | changes)
+
+    def follow(self) -> Any:
+        """Animate-2: the processes read the reference video together, too."""
+        return self.follower(**self.call | self.dance)
 
     def draw_with_experts(self) -> Any:
         """One step of each, with a reference image for VACE."""
@@ -169,6 +177,7 @@ def prepared() -> tuple[dict[str, Run], dict[str, Tensor], Parts, dict[str, Tens
         truths = {name: run(ALONE) for name, run in runs.items()}
     drawn = {"text": parts.draw(), "image": parts.draw(**parts.image), "unguided": parts.draw(cfg_scale=1.0)}
     drawn["experts"] = parts.draw_with_experts()
+    drawn["Animate-2"] = parts.follow()
     drawn["windows"] = parts.draw(**parts.windows, cfg_scale=1.0)
     return runs, truths, parts, drawn
 
@@ -198,6 +207,10 @@ def all_calls(rank: int) -> dict[str, float]:
     errors["windows, tokens"] = parity.relative_error(parts.draw(**parts.windows, cfg_scale=1.0), truths["windows"])
     parts.experts.parallel()
     errors["experts, tokens"] = parity.relative_error(parts.draw_with_experts(), truths["experts"])
+    parts.follower.parallel()
+    errors["Animate-2, tokens"] = parity.relative_error(parts.follow(), truths["Animate-2"])
+    parts.follower.parallel(cfg=2)
+    errors["Animate-2, branches"] = parity.relative_error(parts.follow(), truths["Animate-2"])
     tokens.clear()
     parts.pipe.parallel(cfg=2)
     for name, changes in guided.items():
@@ -225,7 +238,7 @@ def test_calls_of_a_pipeline(size: int) -> None:
     answers = run_together(size, all_calls)
     assert len({errors.pop("unseeded") for errors in answers}) == 1
     for errors in answers:
-        assert len(errors) == 7
+        assert len(errors) == 9
         assert max(errors.values()) < TOLERANCE, errors
 
 

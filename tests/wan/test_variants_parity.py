@@ -203,8 +203,7 @@ class Animate2:
         return self.dit(
             **inputs["new"],
             time=torch.tensor([0.7]),
-            extensions=[FollowReference(video)],
-            skip_blocks=() if prompted else SKIPPED_BLOCKS,
+            extensions=[FollowReference(video, skip_blocks=frozenset() if prompted else SKIPPED_BLOCKS)],
         )
 
     def run_oracle(self, inputs: dict[str, dict[str, Tensor]], *, prompted: bool = True) -> Tensor:

@@ -19,8 +19,10 @@ from diffsynth_wan.config import TINY_ANIMATE, TINY_DIT, TINY_VACE, WanDiTConfig
 from diffsynth_wan.dit import WanDiT
 from diffsynth_wan.extension import FramesAt
 from diffsynth_wan.units import UNITS
+from diffsynth_wan.units.animate2 import read_reference
 from diffsynth_wan.units.vace import VaceCondition
 from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
+from diffsynth_wan.variants.animate2 import REFERENCE_TIME, FollowReference, ReadReference, ReferenceVideo
 from diffsynth_wan.variants.camera import CameraMotion
 from diffsynth_wan.variants.reference import ReferenceFrame
 from diffsynth_wan.variants.speed import Speed
@@ -162,6 +164,40 @@ def test_animate_is_cut_and_every_window_sees_the_character():
         prompt_embeds=PROMPT,
         extensions=(AnimateMotion(adapter, pose, face),),
         sliding_window=SlidingWindow(4, 2, lead=1),
+    )
+    assert torch.allclose(found, blended(parts, 8), atol=1e-5)
+
+
+@torch.no_grad()
+def test_animate_2_is_cut_and_every_window_reads_its_own_part_of_the_reference():
+    """Only the window with the first frames has the end of the clip before to look at less."""
+    dit = drawn(WanDiT(replace(TINY_DIT, in_channels=36, reference_video=True)))
+    reference, condition = rand(1, 16, 7, 4, 4, seed=6), rand(1, 20, 8, 4, 4, seed=7)
+    parts = []
+    for frames, weights in CUTS:
+        video, places = ReferenceVideo(), [0, *(frame + 1 for frame in frames)]
+        clean = reference[:, :, frames]
+        given = torch.cat([torch.ones(1, 4, *clean.shape[2:]), clean], dim=1)
+        read = [FramesAt(tuple(frames)), ReadReference(video)]
+        dit(clean, torch.tensor([REFERENCE_TIME]), PROMPT, None, given, extensions=read)
+        follow = [FramesAt(tuple(places)), FollowReference(video, -1.3 if 0 in frames else 0.0, frozenset({1}))]
+        velocity = dit(WITH_LEAD[:, :, places], SIGMA, PROMPT, None, condition[:, :, places], extensions=follow)
+        parts.append((places, [1, *weights], velocity))
+    sliding_window = SlidingWindow(4, 2, lead=1)
+    windows = read_reference(
+        dit,
+        reference_latents=reference,
+        reference_prompt_embeds=PROMPT,
+        sliding_window=sliding_window,
+        canvas=SimpleNamespace(latent_size=(7, 4, 4)),
+    )
+    found = pipeline(dit).velocity(
+        WITH_LEAD,
+        SIGMA,
+        prompt_embeds=PROMPT,
+        condition_latents=condition,
+        extensions=(FollowReference(windows[0], -1.3, frozenset({1}), windows),),
+        sliding_window=sliding_window,
     )
     assert torch.allclose(found, blended(parts, 8), atol=1e-5)
 

@@ -39,7 +39,8 @@ class ModelSpec:
 
     Args:
         name: the repository's last segment in lower case, `"z-image-turbo"`.
-        hub_id: `"owner/repository"` on ModelScope and Hugging Face; None for a model that ships in a wheel.
+        hub_id: `"owner/repository"` on ModelScope and Hugging Face; None for a model that ships in a wheel, and
+            for a second one in a repository.
         family: the package's family name, `"z-image"`.
         task: the hub's task word, `"text-to-image"`.
         pipeline: reference to a `diffsynth.Pipeline` subclass.

@@ -114,7 +114,37 @@ class AnimateArguments(TypedDict, total=False):
     animate_mask_video: Clip | None
 
 
-class WanArguments(ShapeArguments, ImageArguments, ControlArguments, VaceArguments, AnimateArguments, total=False):
+class Animate2Arguments(TypedDict, total=False):
+    """Of Animate-2.
+
+    Args:
+        animate2_reference_image: the character.
+        animate2_reference_video: how it moves, at least `num_frames` frames.
+        animate2_prompt_ref: what the reference video shows.
+        animate2_refert_images: end of the clip before this one, to go on from, fewer frames than `num_frames`; None for
+            the first clip.
+        animate2_offload_kv: keep what the network read of the reference video on the CPU, a block at a time on the
+            device; the frames stay the same.
+        animate2_log_scale: added to the attention to the first latent frame; -1.3 for the distilled model.
+    """
+
+    animate2_reference_image: Image.Image | None
+    animate2_reference_video: Clip | None
+    animate2_prompt_ref: str
+    animate2_refert_images: Clip | None
+    animate2_offload_kv: bool
+    animate2_log_scale: float
+
+
+class WanArguments(
+    ShapeArguments,
+    ImageArguments,
+    ControlArguments,
+    VaceArguments,
+    AnimateArguments,
+    Animate2Arguments,
+    total=False,
+):
     """All of a call but the prompt."""
 
     num_inference_steps: int

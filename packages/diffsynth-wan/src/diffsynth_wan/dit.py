@@ -6,7 +6,7 @@ they have, which the config says. What changes the pass itself is an extension (
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -62,7 +62,6 @@ class WanDiT(nn.Module):
         condition_latents: Float[Tensor, "b c_condition t h w"] | None = None,
         *,
         extensions: Sequence[Extension] = (),
-        skip_blocks: Collection[int] = (),
     ) -> Float[Tensor, "b c t h w"]:
         """The velocity `noise - x0`, in the dtype of `latents`.
 
@@ -74,7 +73,6 @@ class WanDiT(nn.Module):
             image_embeds: hidden states of the image encoder, for a network with an image branch and no other.
             condition_latents: further channels behind those of `latents`: a mask and an encoded image, a control video.
             extensions: applied in this order between embedding and blocks; see `diffsynth_wan.extension`.
-            skip_blocks: blocks that are left out, with what stands behind them.
 
         Raises:
             ValueError: sizes, channels or image do not fit this network.
@@ -84,7 +82,7 @@ class WanDiT(nn.Module):
             stream = extension(self, stream)
         tokens = stream.tokens
         for index, block in enumerate(self.blocks):
-            if index in skip_blocks:
+            if index in stream.skip_blocks:
                 continue
             tokens = self.run_block(block, index, tokens, stream)
             for residual in stream.residuals.get(index, ()):

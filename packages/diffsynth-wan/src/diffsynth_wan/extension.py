@@ -2,9 +2,10 @@
 
 An extension is a callable `(dit, stream) -> stream`. `WanDiT.forward` applies those it is given, in order, between
 embedding and blocks. What an extension can do is what `Stream` holds: put tokens in front, add to them, move them in
-space and time, add a context, change the modulation, replace the attention of a block, or leave a function that adds
-a residual behind one. Each variant of `diffsynth_wan.variants` is such a callable. Those that a long video may have
-have a method `in_window(window)` too, which gives the extension for a `diffsynth_wan.windows.Window` of it.
+space and time, add a context, change the modulation, replace the attention of a block, leave a block out, or leave a
+function that adds a residual behind one. Each variant of `diffsynth_wan.variants` is such a callable. Those that a long
+video may have have a method `in_window(window)` too, which gives the extension for a `diffsynth_wan.windows.Window` of
+it.
 
 Where several processes share a video, each has a part of the tokens. An extension says with a class attribute
 `sees: ClassVar[Sees]` on which side of that it stands; `diffsynth_wan.sharing` puts them in order and refuses one that
@@ -69,6 +70,7 @@ class Stream:
         modulation: shift, scale and gate of attention and of feed-forward, before a block adds its own; fp32.
         attend: block -> its self-attention.
         residuals: block -> functions whose results are added behind it, in order.
+        skip_blocks: that are left out, with what stands behind them.
         split: takes this process's part of a tensor along its tokens, axis 1, where several processes share a video;
             it is one run of tokens.
         join: the opposite: the whole, from the parts.
@@ -85,6 +87,7 @@ class Stream:
     lead: int = 0
     attend: Callable[[int], Attend] = attend_plainly
     residuals: Mapping[int, tuple[Residual, ...]] = field(default_factory=dict)
+    skip_blocks: frozenset[int] = frozenset()
     split: Callable[[Tensor], Tensor] = _same
     join: Callable[[Tensor], Tensor] = _same
     first: int = 0

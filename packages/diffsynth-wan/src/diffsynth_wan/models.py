@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffsynth.spec import ModelSpec
@@ -82,6 +83,37 @@ def _experts(*parts: str) -> dict[str, str]:
 
 
 VACE = {"dit": NETWORK, "vace": NETWORK}
+
+ANIMATE_2 = replace(
+    _model(
+        "Wan-AI/Wan2.2-Animate-2-14B",
+        V2V,
+        "14B, a character moves as the person of a video does, clip by clip",
+        files={"dit": "wan_animate_2/wan_animate_2_bf16.safetensors"},
+        sees_images=True,
+        tiny={"in_channels": INPAINT},
+        defaults={
+            "height": 1280,
+            "width": 720,
+            "num_inference_steps": 40,
+            "cfg_scale": 3.0,
+            "animate2_offload_kv": True,
+        },
+        paper="",
+    ),
+    processors={"tokenizer": "Wan-AI/Wan2.2-Animate-2-14B:videomodel/Wan-AI/umt5-xxl/"},
+)
+ANIMATE_2_DISTILLED = replace(
+    ANIMATE_2,
+    name="wan2.2-animate-2-14b-distilled",
+    hub_id=None,  # the repository's name is that of the other model in it
+    components={
+        **ANIMATE_2.components,
+        "dit": "Wan-AI/Wan2.2-Animate-2-14B:wan_animate_2/wan_animate_2_bf16_distillation.safetensors",
+    },
+    defaults={**ANIMATE_2.defaults, "num_inference_steps": 10, "cfg_scale": 1.0, "animate2_log_scale": -1.3},
+    description="Wan2.2-Animate-2-14B, distilled to 10 steps without guidance",
+)
 
 MODELS = (
     _model("Wan-AI/Wan2.1-T2V-1.3B", T2V, "1.3B, text or video to video at 480p"),
@@ -195,6 +227,8 @@ MODELS = (
         defaults={"height": 720, "width": 1280, "num_inference_steps": 20, "cfg_scale": 1.0},
         paper="arXiv:2509.14055",
     ),
+    ANIMATE_2,
+    ANIMATE_2_DISTILLED,
     _model(
         "PAI/Wan2.2-VACE-Fun-A14B",
         V2V,

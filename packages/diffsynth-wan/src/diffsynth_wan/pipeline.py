@@ -195,8 +195,9 @@ class WanVideoPipeline(Pipeline):
 
 def _redirected(config: ModelConfig) -> ModelConfig:
     """The config of the same file in the repository that all models share, unless the file is here."""
-    name = config.origin_file_pattern
-    if config.model_id is None or name not in COMMON_FILES or (config.folder / str(name)).exists():
+    pattern = config.origin_file_pattern
+    name = str(pattern).rpartition("/")[2]
+    if config.model_id is None or name not in COMMON_FILES or (config.folder / str(pattern)).exists():
         return config
-    shared = f"{str(name).removesuffix('.pth')}.safetensors"
+    shared = f"{name.removesuffix('.pth')}.safetensors"
     return replace(config, model_id=CONVERTED, origin_file_pattern=shared, revision=None)

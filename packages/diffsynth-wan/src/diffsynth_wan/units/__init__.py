@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from diffsynth_wan.units.animate import encode_character, lead_with_character, move_character, tell_branches
+from diffsynth_wan.units.animate2 import (
+    encode_cast,
+    encode_reference,
+    encode_reference_prompt,
+    follow_reference,
+    lead_with_cast,
+    read_reference,
+    see_reference,
+)
 from diffsynth_wan.units.control import control_speed, encode_control, move_camera, place_reference
 from diffsynth_wan.units.experts import set_boundary
 from diffsynth_wan.units.image import encode_first_frame, encode_images, encode_with_clip, join_conditions
@@ -17,9 +26,13 @@ UNITS = (
     schedule,
     set_boundary,
     encode_prompt,
+    encode_reference_prompt,
     encode_video,
     encode_with_clip,
+    see_reference,
     encode_character,
+    encode_cast,
+    encode_reference,
     encode_images,
     encode_first_frame,
     encode_control,
@@ -31,9 +44,12 @@ UNITS = (
     move_character,
     encode_references,
     encode_vace,
+    lead_with_cast,
     draw_noise,
     lead_with_character,
     slide_window,
+    read_reference,
+    follow_reference,
     initial_latents,
 )
 

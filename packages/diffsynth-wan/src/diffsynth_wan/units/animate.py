@@ -17,9 +17,9 @@ from diffsynth_wan.units.clips import Clip, clip_pieces
 from diffsynth_wan.variants.animate import AnimateMotion
 
 
-@unit("shows_face", "shows_no_face")
+@unit("steers_towards", "steers_away")
 def tell_branches() -> tuple[bool, bool]:
-    """What the two branches of guidance are given of the face."""
+    """What the two branches of guidance are for, as `steers_towards` of each says."""
     return True, False
 
 
@@ -66,7 +66,7 @@ def _kept(mask: Clip | None, canvas: Canvas, frames: int) -> Float[Tensor, "1 ti
     return kept.unflatten(0, (-1, canvas.time_factor)).transpose(0, 1)[None]
 
 
-@unit("extensions", branches={"uncond": {"shows_face": "shows_no_face"}})
+@unit("extensions", branches={"uncond": {"steers_towards": "steers_away"}})
 def move_character(
     animate_adapter: Any,
     vae: Any,
@@ -74,7 +74,7 @@ def move_character(
     extensions: tuple[Extension, ...],
     animate_pose_video: Clip | None = None,
     animate_face_video: Clip | None = None,
-    shows_face: bool,
+    steers_towards: bool,
     canvas: Canvas,
 ) -> tuple[Extension, ...]:
     """Pose and face of the character; guidance steers away from a black face."""
@@ -84,7 +84,7 @@ def move_character(
     pose = canvas.encode_clip(vae, "animate_pose_video", animate_pose_video, num_frames=frames)
     side = animate_adapter.config.face_size
     face = torch.full((1, 3, frames, side, side), -1.0)
-    if shows_face:
+    if steers_towards:
         assert animate_face_video is not None, "checked before anything was encoded"
         size = {"num_frames": frames, "height": side, "width": side}
         pieces = clip_pieces("animate_face_video", animate_face_video, piece=canvas.time_factor, **size)

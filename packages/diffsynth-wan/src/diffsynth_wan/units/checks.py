@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from PIL import Image
@@ -16,12 +17,23 @@ from diffsynth_wan.units.canvas import rounded_shape
 from diffsynth_wan.units.clips import check_clip, clip_length
 from diffsynth_wan.units.shape import asked_window
 
-CLIPS = ("input_video", "control_video", "vace_video", "vace_video_mask")
+CLIPS = ("input_video", "control_video", "vace_video", "vace_video_mask", "animate2_reference_video")
 ANIMATE_CLIPS = ("animate_pose_video", "animate_face_video", "animate_inpaint_video", "animate_mask_video")
-CUT_UNITS = frozenset({"stretch_canvas", "place_reference", "move_camera", "control_speed", "move_character"})
+CUT_UNITS = frozenset(
+    {"stretch_canvas", "place_reference", "move_camera", "control_speed", "move_character", "follow_reference"}
+)
 """Our units that write extensions, all of which can be cut into windows."""
 
-IMAGES = ("input_image", "end_image", "reference_image")
+IMAGES = ("input_image", "end_image", "reference_image", "animate2_reference_image")
+ANIMATE2 = {
+    "animate2_reference_image": None,
+    "animate2_reference_video": None,
+    "animate2_refert_images": None,
+    "animate2_prompt_ref": " ",
+    "animate2_offload_kv": False,
+    "animate2_log_scale": 0.0,
+}
+"""Arguments of Animate-2, and their values in a call that gives none."""
 
 
 def check_inputs(values: Mapping[str, Any], components: Mapping[str, Any]) -> None:
@@ -37,7 +49,9 @@ def check_inputs(values: Mapping[str, Any], components: Mapping[str, Any]) -> No
     _check_images(values)
     _check_animate(values, components)
     if components["dit"] is not None:
-        _check_network(values, components["dit"].config, components)
+        config = components["dit"].config
+        _check_animate2(values, config)
+        _check_network(values, config, components)
 
 
 def check_windows(request: Request, program: Program, vae: Any) -> None:
@@ -93,6 +107,7 @@ def _check_clips(values: Mapping[str, Any], vae: Any) -> None:
         if values.get(name) is not None:
             face = name == "animate_face_video"
             check_clip(name, values[name], **shape | {"num_frames": shape["num_frames"] - 4}, fitted=not face)
+    _check_ending(values, shape)
     video, mask = values.get("vace_video"), values.get("vace_video_mask")
     if video is not None and mask is not None and clip_length(video) != clip_length(mask):
         raise ValueError(
@@ -122,11 +137,11 @@ def _check_images(values: Mapping[str, Any]) -> None:
 def _check_network(values: Mapping[str, Any], config: WanDiTConfig, components: Mapping[str, Any]) -> None:
     channels = config.in_channels - config.out_channels
     first, last = values.get("input_image"), values.get("end_image")
-    takes_image = channels > 0 or config.frame_times or config.image_dim > 0
+    takes_image = (channels > 0 or config.frame_times or config.image_dim > 0) and not config.reference_video
     takes_control = channels >= 2 * config.out_channels
     if first is not None and not takes_image:
         raise ValueError("input_image is given, but this network takes none; load an image-to-video model")
-    if first is None and channels > 0 and not takes_control:
+    if first is None and takes_image and channels > 0 and not takes_control:
         raise ValueError("this network draws videos that begin with an image; give input_image")
     if last is not None and (config.frame_times or channels == config.out_channels):
         raise ValueError("end_image is given, but this network takes an image for the beginning alone")
@@ -143,7 +158,7 @@ def _check_network(values: Mapping[str, Any], config: WanDiTConfig, components: 
         raise ValueError("camera_control_direction is given, but this network has no camera; load a Camera model")
     if direction is not None:
         check_camera(direction, values["camera_control_origin"])
-    pictures = (first, last, values.get("reference_image"))
+    pictures = (first, last, values.get("reference_image"), values.get("animate2_reference_image"))
     if config.image_dim and components["image_encoder"] is None and any(each is not None for each in pictures):
         raise MissingComponent("this network looks at images through image_encoder; add the CLIP file to model_configs")
     if (components["vace"] is None) != (components["vace2"] is None) and components["dit2"] is not None:
@@ -159,6 +174,41 @@ def _check_animate(values: Mapping[str, Any], components: Mapping[str, Any]) -> 
         raise ValueError(f"this model animates a character; give {missing}")
     if scene != mask:
         raise ValueError("animate_inpaint_video and animate_mask_video belong together; give both, or neither")
+
+
+def _check_animate2(values: Mapping[str, Any], config: WanDiTConfig) -> None:
+    if not config.reference_video:
+        for name, default in ANIMATE2.items():
+            value = values.get(name, default)
+            if value is default or (default is not None and value == default):
+                continue
+            raise ValueError(f"{name} is given, but this network follows no reference video; load an Animate-2 model")
+        return
+    missing = [name for name in list(ANIMATE2)[:2] if values.get(name) is None]
+    if missing:
+        raise ValueError(f"this model animates a character as a video moves; give {' and '.join(missing)}")
+    for name in ("input_image", "end_image", "input_video"):
+        if values.get(name) is not None:
+            raise ValueError(
+                f"{name} is given, but this network takes a character as animate2_reference_image, and frames to go on "
+                f"from as animate2_refert_images"
+            )
+    if not isinstance(values["animate2_prompt_ref"], str):
+        raise TypeError(f"animate2_prompt_ref={values['animate2_prompt_ref']!r}: expected a text")
+    log_scale = values["animate2_log_scale"]
+    if isinstance(log_scale, bool) or not isinstance(log_scale, int | float) or not isfinite(log_scale):
+        raise ValueError(f"animate2_log_scale={log_scale!r}: expected a number; 0, or -1.3 for the distilled model")
+
+
+def _check_ending(values: Mapping[str, Any], shape: Mapping[str, int]) -> None:
+    """The end of the clip before this one."""
+    clip, name, frames = values.get("animate2_refert_images"), "animate2_refert_images", shape["num_frames"]
+    if clip is None:
+        return
+    check_clip(name, clip, **{**shape, "num_frames": 1})
+    if (length := clip_length(clip)) >= frames:
+        raise ValueError(f"{name} has {length} frames and leaves none of {frames} to draw; give the last few of a clip")
+    check_clip(name, clip, **{**shape, "num_frames": length})
 
 
 def check_experts(names: Sequence[str]) -> None:

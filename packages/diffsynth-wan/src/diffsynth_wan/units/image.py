@@ -73,17 +73,18 @@ def encode_with_clip(
     input_image: Image.Image | None = None,
     end_image: Image.Image | None = None,
     reference_image: Image.Image | None = None,
+    animate2_reference_image: Image.Image | None = None,
     canvas: Canvas,
     image_dim: int,
     image_tokens: int,
 ) -> Float[Tensor, "1 s e"] | None:
-    """What the image encoder sees, for networks that read it: of the reference image if there is one, else of the first
-    image, and of the last where there are positions for two; zeros without any.
+    """What the image encoder sees, for networks that read it: of the reference image or the character if there is one,
+    else of the first image, and of the last where there are positions for two; zeros without any.
     """
     if not image_dim:
         return None
-    if reference_image is not None:
-        images = [reference_image]
+    if reference_image is not None or animate2_reference_image is not None:
+        images = [reference_image or animate2_reference_image]
     else:
         images = [image for image in (input_image, end_image if image_tokens else None) if image is not None]
     if not images:

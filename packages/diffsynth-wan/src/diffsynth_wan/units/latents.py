@@ -77,7 +77,7 @@ def decode_video(
     pieces = list(latents[:, :, lead_frames:].split(1, dim=2))
     decoded = vae.decode_pieces(progress_bar(pieces, description="decode", total=len(pieces)), **canvas.tiling)
     if output_type == "tensor":
-        return torch.cat(list(decoded), dim=2)
+        return torch.cat(list(decoded), dim=2).clamp_(-1, 1)
     videos: list[list[Image.Image]] = [[] for _ in latents]
     for piece in decoded:
         # At once: as floats the pixels of the whole video would take two or four times as much.

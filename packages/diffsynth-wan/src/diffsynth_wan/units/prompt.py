@@ -33,12 +33,12 @@ def encode_prompt(
     """Hidden states of the text, 512 of them with zeros behind its end; equal prompts are encoded once."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
-    embeds = torch.cat([_encode(text_encoder, tokenizer, text, device) for text in distinct])
+    embeds = torch.cat([encode_text(text_encoder, tokenizer, text, device) for text in distinct])
     return embeds[torch.tensor([distinct.index(text) for text in prompts], device=device)]
 
 
-def _encode(text_encoder: Any, tokenizer: Any, text: str, device: torch.device) -> Float[Tensor, "1 s e"]:
-    """One by one: without padding no token is computed that nobody reads."""
+def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.device) -> Float[Tensor, "1 s e"]:
+    """Of one text, see `encode_prompt`: without padding no token is computed that nobody reads."""
     tokens = tokenizer([clean_prompt(text)], add_special_tokens=True, return_tensors="pt")["input_ids"]
     if tokens.shape[1] > MAX_PROMPT_TOKENS:
         logger.warning("a prompt of %d tokens is cut to %d", tokens.shape[1], MAX_PROMPT_TOKENS)

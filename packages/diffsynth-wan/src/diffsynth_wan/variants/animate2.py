@@ -6,6 +6,7 @@ attends to the whole of it and to its own frame of the reference. There are no p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -19,12 +20,13 @@ from diffsynth_wan.extension import Attend, Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
+    from diffsynth_wan.windows import Window
 
 REFERENCE_TIME = 0.001
 """Sigma of the pass over the reference video."""
 
 SKIPPED_BLOCKS = frozenset({9})
-"""Left out of the pass without a prompt, which makes guidance stronger; `skip_blocks` of `WanDiT.forward`."""
+"""Left out of the pass without a prompt, which makes guidance stronger; for `FollowReference`."""
 
 
 @dataclass(eq=False)
@@ -87,16 +89,29 @@ class FollowReference:
         video: what `ReadReference` kept.
         log_scale: added to the scores of all tokens with those of frame 1, where the end of a clip before this one is
             given; below 0 they count for less. 0 for the model, -1.3 for the distilled one.
+        skip_blocks: of the network.
+        windows: of a long video: first frame of a window -> what `ReadReference` kept of its frames.
     """
 
     video: ReferenceVideo
     log_scale: float = 0.0
+    skip_blocks: frozenset[int] = frozenset()
+    windows: Mapping[int, ReferenceVideo] = field(default_factory=dict)
     sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
         """See `Extension`."""
         frames, height, width = stream.grid
-        return replace(stream, attend=lambda block: partial(self._attend, block, frames, height * width))
+        return replace(
+            stream,
+            attend=lambda block: partial(self._attend, block, frames, height * width),
+            skip_blocks=stream.skip_blocks | self.skip_blocks,
+        )
+
+    def in_window(self, window: Window) -> FollowReference:
+        """What was read of its frames. Frame 0 is in front of every window, frame 1 in the first alone."""
+        log_scale = 0.0 if window.start else self.log_scale
+        return FollowReference(self.windows[window.start], log_scale, self.skip_blocks)
 
     def _attend(self, block: int, frames: int, per_frame: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         reference_k, reference_v = (x.expand(len(k), -1, -1, -1) for x in self.video.of(block, q.device))
