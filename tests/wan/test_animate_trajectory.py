@@ -9,6 +9,7 @@ from diffusers import WanAnimatePipeline
 from PIL import Image
 
 from diffsynth_wan import WanVideoPipeline
+from diffsynth_wan.units.prompt import encode_prompt
 from parity import TOLERANCE, relative_error
 from wan_oracles import IMAGE_DIM, noise, oracle_animate_dit, our_animate, shared_parts
 
@@ -61,10 +62,9 @@ def mask():
 
 
 def texts(ours):
-    encode = ours.program.units[4]
-    assert encode.name == "encode_prompt"
     return [
-        encode(ours.text_encoder, ours.tokenizer, prompt=[text], device=ours.device) for text in ("a man", "blurry")
+        encode_prompt(ours.text_encoder, ours.tokenizer, prompt=[text], device=ours.device)
+        for text in ("a man", "blurry")
     ]
 
 
