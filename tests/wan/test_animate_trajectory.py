@@ -121,6 +121,9 @@ def test_refused(pipelines):
     moved = call | {"animate_pose_video": clip, "animate_face_video": clip}
     with pytest.raises(ValueError, match="belong together"):
         ours("a man", **moved, animate_inpaint_video=clip)
+    scene = {"animate_inpaint_video": clip, "animate_mask_video": [*clip, clip[0]]}
+    with pytest.raises(ValueError, match="animate_mask_video has 6 frames, animate_inpaint_video 5; expected one mask"):
+        ours("a man", **moved, **scene)
     with pytest.raises(ValueError, match="animate_face_video has 4 frames, and the video wants 5"):
         ours("a man", **moved | {"animate_face_video": clip[:4]})
     with pytest.raises(ValueError, match="Animate spends 4 on the character"):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+import diffsynth
+from diffsynth.cli.group import program
+from diffsynth.core.data.media_writer import save_video
 from diffsynth.errors import MissingComponent
 from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_wan import WanVideoPipeline
@@ -149,6 +154,44 @@ DANCE = {"animate2_reference_image": RED, "animate2_reference_video": [RED] * 9}
 def test_refused(networks, arguments, error, message):
     with pytest.raises(error, match=message):
         pipeline(**networks)("a puppy", **SIZE | arguments)
+
+
+@pytest.fixture
+def told(monkeypatch, tmp_path):
+    """What `diffsynth generate` says on stderr for arguments, in a folder of clips; loading anything fails the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diffsynth, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for name, frames in (("short.mp4", 5), ("clip.mp4", 9), ("long.mp4", 10)):
+        save_video([RED] * frames, name)
+    RED.save("red.png")
+    Path("damaged.mp4").write_bytes(Path("clip.mp4").read_bytes()[:100])
+
+    def tell(model, **settings):
+        sets = [f"--set={name}={value}" for name, value in {"num_frames": 9, **settings}.items()]
+        result = CliRunner().invoke(program, ["generate", model, "a puppy", "-o", "out.mp4", *sets])
+        assert result.exit_code != 0
+        return result.stderr
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("wan2.1-t2v-1.3b", {"input_video": "short.mp4"}, "input_video has 5 frames, and the video wants 9"),
+        ("wan2.1-t2v-1.3b", {"input_video": "damaged.mp4"}, "damaged.mp4 cannot be read as video"),
+        ("wan2.1-t2v-1.3b", {"num_frames": 0}, "num_frames=0: expected a positive integer"),
+        ("wan2.1-flf2v-14b-720p", {"end_image": "red.png"}, "end_image without input_image"),
+        (
+            "wan2.1-vace-1.3b",
+            {"vace_video": "clip.mp4", "vace_video_mask": "long.mp4"},
+            "vace_video_mask has 10 frames, vace_video 9",
+        ),
+        ("wan2.2-animate-2-14b", {"animate2_reference_image": "red.png"}, "give animate2_reference_video"),
+    ],
+)
+def test_the_command_line_tells_before_a_model_is_loaded(told, model, arguments, message):
+    assert message in told(model, **arguments)
 
 
 def test_frames_and_sides_off_the_rule_are_rounded_and_logged(caplog):

@@ -73,6 +73,7 @@ def generate(
     arguments = _merge({"prompt": prompt, **given}, _parse(settings))
     arguments.setdefault("seed", secrets.randbelow(2**31))
     arguments = _check_names(model, arguments)
+    _check_values(model, arguments)
     pipe = _load(model, device, dtype, memory, arguments)
     result = pipe(**arguments)
     for role, report in pipe.transfers.items() if verbose else ():
@@ -141,6 +142,14 @@ def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
         fail(click.get_current_context(), error)
     return _open_pictures(arguments, pipeline.schema()["properties"])
+
+
+def _check_values(model: str, arguments: Mapping[str, Any]) -> None:
+    """Loading takes minutes for a large model; what is wrong with the arguments is told before."""
+    from diffsynth import registry
+    from diffsynth.runtime.memory.planning import check_before_loading
+
+    check_before_loading(registry.get(model), arguments)
 
 
 def _load(

@@ -109,11 +109,14 @@ def _check_clips(values: Mapping[str, Any], vae: Any) -> None:
             check_clip(name, values[name], **shape | {"num_frames": shape["num_frames"] - 4}, fitted=not face)
     _check_ending(values, shape)
     video, mask = values.get("vace_video"), values.get("vace_video_mask")
-    if video is not None and mask is not None and clip_length(video) != clip_length(mask):
-        raise ValueError(
-            f"vace_video_mask has {clip_length(mask)} frames, vace_video {clip_length(video)}; expected one mask for "
-            f"each frame"
-        )
+    if video is not None and mask is not None:
+        _check_mask(values, "vace_video_mask", "vace_video")
+
+
+def _check_mask(values: Mapping[str, Any], mask: str, video: str) -> None:
+    masks, frames = clip_length(values[mask]), clip_length(values[video])
+    if masks != frames:
+        raise ValueError(f"{mask} has {masks} frames, {video} {frames}; expected one mask for each frame")
 
 
 def _check_images(values: Mapping[str, Any]) -> None:
@@ -174,6 +177,8 @@ def _check_animate(values: Mapping[str, Any], components: Mapping[str, Any]) -> 
         raise ValueError(f"this model animates a character; give {missing}")
     if scene != mask:
         raise ValueError("animate_inpaint_video and animate_mask_video belong together; give both, or neither")
+    if scene:
+        _check_mask(values, "animate_mask_video", "animate_inpaint_video")
 
 
 def _check_animate2(values: Mapping[str, Any], config: WanDiTConfig) -> None:

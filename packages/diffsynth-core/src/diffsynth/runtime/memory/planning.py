@@ -18,7 +18,7 @@ from diffsynth.core.device.speed import compute_speed, disk_speed, link_speed
 from diffsynth.core.vram.budget import MemoryPlan, Run, Speeds, StageLoad, Workload, plan_memory
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.core.vram.rehearsal import Rehearsal, Stage
-from diffsynth.errors import NotEnoughMemory
+from diffsynth.errors import NotEnoughMemory, Unplannable
 from diffsynth.runtime.memory.placing import architecture_of, partition_by
 from diffsynth.runtime.memory.stand_ins import StandInTokenizer, declared_components, without_weights
 from diffsynth.runtime.memory.storage import (
@@ -31,6 +31,7 @@ from diffsynth.runtime.memory.storage import (
 )
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.request import Request
+from diffsynth.runtime.role import Processor
 from diffsynth.runtime.unit import Unit, run_units
 from diffsynth.spec import resolve
 
@@ -150,11 +151,40 @@ def plan_model(
     if device is None:
         device = devices.default_device()
         device = devices.ACCELERATORS[0] if device.type == "cpu" else device
-    torch_dtype: torch.dtype = getattr(torch, dtype)
+    return plan_call(_unloaded(record, getattr(torch, dtype)), arguments, device=device, **limits)
+
+
+def check_before_loading(record: ModelRecord, arguments: Mapping[str, Any]) -> None:
+    """Refuse what a call would refuse before its first stage, while no weights are read yet.
+
+    A model whose files are neither here nor declared, and what depends on the device, is left to the call.
+
+    Args:
+        record: of the model.
+        arguments: of the call.
+
+    Raises:
+        Exception: what the call would raise for them.
+    """
+    try:
+        pipe = _unloaded(record, torch.bfloat16)
+    except Unplannable:
+        return
+    for role, need in pipe.roles.items():
+        if isinstance(need, Processor) and not need.optional:
+            pipe.components[role] = StandInTokenizer(PROMPT_TOKENS)
+    pipe.check(**{name: value for name, value in arguments.items() if name != "attention"})
+
+
+def _unloaded(record: ModelRecord, dtype: torch.dtype) -> Pipeline:
+    """The pipeline of a model, on meta and without its processors.
+
+    Raises:
+        Unplannable: a file is neither here nor declared.
+    """
     cls: type[Pipeline] = resolve(record.pipeline)
-    components = dict.fromkeys(cls.roles) | declared_components(record, torch_dtype)
-    pipe = cls(components, device="meta", torch_dtype=torch_dtype).named(record.name, record.defaults)
-    return plan_call(pipe, arguments, device=device, **limits)
+    components = dict.fromkeys(cls.roles) | declared_components(record, dtype)
+    return cls(components, device="meta", torch_dtype=dtype).named(record.name, record.defaults)
 
 
 def _base(pipe: Pipeline) -> int:
