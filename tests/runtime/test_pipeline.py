@@ -1,5 +1,6 @@
 import inspect
 import threading
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -22,6 +23,32 @@ def test_signature_of_class_and_instance():
 
 def test_it_draws_what_was_asked():
     assert toy_pipeline()("x" * 7, seed=0) == pytest.approx(0.7, abs=1e-5)
+
+
+def test_what_only_the_loop_reads_is_freed_before_pictures_are_made():
+    """What Animate-2 keeps of a reference video takes tens of gigabytes, and stood beside the decoder's."""
+    kept = []
+
+    @unit("ballast", "weight")
+    def load():
+        ballast = torch.zeros(2)
+        kept.append(weakref.ref(ballast))
+        return ballast, 1.0
+
+    @unit("colour")
+    def shift(*, colour, ballast):
+        return colour + ballast[:1]
+
+    @unit("output")
+    def decode(*, latents, weight):
+        assert kept[0]() is None
+        return [float(latents.mean()) * weight]
+
+    class Laden(ToyPipeline):
+        units = (*ToyPipeline.units, load, shift)
+        output_units = (decode,)
+
+    assert toy_pipeline(Laden)("x" * 7, seed=0) == pytest.approx(0.7, abs=1e-5)
 
 
 def test_one_prompt_gives_one_result_and_several_give_a_list():

@@ -139,3 +139,9 @@ def test_what_was_read_may_wait_on_the_cpu_and_one_window_is_the_whole(clips):
     assert torch.equal(clips.first(**one_step, animate2_offload_kv=True), plain)
     assert torch.equal(clips.first(**one_step, sliding_window_size=2, sliding_window_stride=1), plain)
     assert relative_error(clips.first(**one_step | {"animate2_log_scale": 0.0}), plain) > 1e-3
+
+
+def test_one_reference_serves_several_videos(clips):
+    one_step = {"num_inference_steps": 1, "output_type": "latents", "cfg_scale": 1.0}
+    both = clips.first(**one_step, prompt=["a robot", TEXTS["prompt"]], seed=[9, 7])
+    assert relative_error(both[1:], clips.first(**one_step)) < TOLERANCE

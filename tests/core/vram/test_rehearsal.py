@@ -62,6 +62,18 @@ def test_live_bytes_are_those_of_a_real_run():
     assert stage.device_bytes == pytest.approx(real, rel=0.01)
 
 
+def test_what_waits_on_the_host_is_counted_there():
+    """Keys and values of a reference video once stood in the device's account though a call had them moved."""
+
+    def run():
+        first = (on_meta(1024) + 1).cpu()
+        second = (on_meta(1024) + 1).cpu()
+        return first.to("meta", copy=True), second
+
+    stage = rehearse(run)
+    assert (stage.device_bytes, stage.host_bytes) == (2 * 4096, 2 * 4096)
+
+
 def test_blocks_are_noted_with_their_operations():
     with torch.device("meta"):
         net = Net()

@@ -440,6 +440,7 @@ class Pipeline(LoRAMethods):
             _discovery.notify(hook, **facts)
 
     def _output(self, request: Request, state: State, latents: Tensor) -> Any:
+        state.keep({read.name for step in self.output_units for read in step.reads})
         state.shared["latents"] = latents.to(self.dtype)
         program = Program(self.output_units, MappingProxyType({}), frozenset(), frozenset())
         if not all(can_run(step, self.components) for step in self.output_units):

@@ -258,6 +258,12 @@ class State:
         """Store results where the branch keeps them."""
         (self.shared if branch == "shared" else self.branches[branch]).update(values)
 
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all other values, so that their memory is free."""
+        for values in (self.shared, *self.branches.values()):
+            for name in values.keys() - names:
+                del values[name]
+
 
 def needed_for(units: Sequence[Unit], names: Collection[str]) -> tuple[Unit, ...]:
     """The units without which one of `names` would not be written, in running order."""

@@ -56,7 +56,9 @@ class ReferenceVideo:
                 f"block {block} of the reference video was not read; run the pass with ReadReference first"
             )
         k, v = self.blocks[block]
-        return k.to(device, non_blocking=True), v.to(device, non_blocking=True)
+        # A copy is one on meta, too, where a plan counts what is on the device.
+        how = {"non_blocking": True, "copy": self.offload}
+        return k.to(device, **how), v.to(device, **how)
 
 
 @dataclass(frozen=True, eq=False)

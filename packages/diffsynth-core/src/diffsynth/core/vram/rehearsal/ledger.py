@@ -14,7 +14,7 @@ GRANULE = 512
 class Ledger:
     """Counts storages, not tensors: views of one storage count once, and it counts until the last of them is gone.
 
-    Storages on the meta device are the device's, all others the host's.
+    Storages on the meta device are the device's unless told otherwise, all others the host's.
     """
 
     def __init__(self) -> None:
@@ -27,10 +27,16 @@ class Ledger:
         for tensor in tensors:
             self._remember(tensor, "device", 0)
 
-    def allocated(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor, unless it is counted already."""
+    def allocated(self, tensor: Tensor, *, on_host: bool = False) -> None:
+        """Count the storage of a tensor, unless it is counted already.
+
+        Args:
+            tensor: that was made.
+            on_host: it is on meta, and stands for one in host memory.
+        """
         size = tensor.untyped_storage().nbytes()
-        self._remember(tensor, "device" if tensor.is_meta else "host", -(-size // GRANULE) * GRANULE)
+        place = "device" if tensor.is_meta and not on_host else "host"
+        self._remember(tensor, place, -(-size // GRANULE) * GRANULE)
 
     def scratch(self, size: int) -> None:
         """Count memory of the device that an operation takes while it runs."""

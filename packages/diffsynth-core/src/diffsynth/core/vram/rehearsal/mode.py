@@ -169,11 +169,11 @@ class _Operations(TorchDispatchMode):
         return out
 
     def _to_host(self, tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """A real tensor where the value is known. Elsewhere it stays on meta, in the account of the device."""
+        """A real tensor where the value is known. Elsewhere it stays on meta, in the account of the host."""
         dtype = kwargs.get("dtype") or tensor.dtype
         twin = self._rehearsal.values.of(tensor)
         moved = torch.empty_like(tensor, dtype=dtype) if twin is None else twin.to(dtype, copy=True)
-        self._rehearsal.ledger.allocated(moved)
+        self._rehearsal.ledger.allocated(moved, on_host=True)
         return moved
 
 
