@@ -37,8 +37,33 @@ def test_arguments_are_reads_with_a_default_that_nobody_writes():
 
 
 def test_a_unit_that_reads_a_branched_name_is_branched():
-    program = check_units(UNITS, given=())
-    assert [step.name for step in program.units if program.is_branched(step)] == ["encode", "double"]
+    seen = []
+    state = State({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
+    around = lambda step: seen.append(step.name) or nullcontext()  # noqa: E731
+    run_units(check_units(UNITS, given=()), {"text_encoder": object()}, state, around=around)
+    assert seen == ["round_size", "encode", "encode", "double", "double", "draw"]
+
+
+def test_a_unit_before_the_first_branched_one_runs_once_though_both_write_one_name():
+    """As reference images did: encoded once for each branch, because a unit behind them tells branches apart."""
+
+    @unit("parts")
+    def begin() -> tuple:
+        return ()
+
+    @unit("parts")
+    def refer(*, parts):
+        return (*parts, object())
+
+    @unit("parts", branches={"uncond": {"prompt": "negative_prompt"}})
+    def steer(*, parts, prompt=""):
+        return (*parts, prompt)
+
+    state = State({"prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
+    run_units(check_units((begin, refer, steer), given=()), {}, state)
+    cond, uncond = (state.view(branch)["parts"] for branch in ("cond", "uncond"))
+    assert cond[0] is uncond[0]
+    assert (cond[1], uncond[1]) == ("a", "b")
 
 
 def test_branches_run_once_each():

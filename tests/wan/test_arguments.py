@@ -48,6 +48,7 @@ def test_names_and_defaults_of_the_reference():
         "width": 832,
         "num_frames": 81,
         "cfg_scale": 5.0,
+        "cfg_merge": False,
         "switch_DiT_boundary": 0.875,
         "num_inference_steps": 50,
         "sigma_shift": 5.0,

@@ -32,6 +32,7 @@ class ShapeArguments(TypedDict, total=False):
         sliding_window_size: latent frames that the network draws at once; None is all.
         sliding_window_stride: latent frames from one such window to the next; what is left is blended.
         switch_DiT_boundary: in [0, 1]; the noise level below which the second of two experts draws.
+        cfg_merge: prompt and negative prompt go through the network as one batch, in more memory and fewer calls.
     """
 
     negative_prompt: str | Sequence[str]
@@ -48,6 +49,7 @@ class ShapeArguments(TypedDict, total=False):
     sliding_window_size: int | None
     sliding_window_stride: int | None
     switch_DiT_boundary: float
+    cfg_merge: bool
 
 
 class ImageArguments(TypedDict, total=False):

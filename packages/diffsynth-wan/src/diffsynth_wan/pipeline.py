@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.parallel import join_processes
+from diffsynth.runtime.acceleration.branches import check_merging
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Processor, Role
@@ -28,6 +29,9 @@ from diffsynth_wan.windows import SlidingWindow, blend_windows
 
 COMMON_FILES = (f"{TEXT_ENCODER_FILE}.pth", f"{IMAGE_ENCODER_FILE}.pth", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 """Files that many repositories hold alike; one repository has them as safetensors."""
+
+TENSORS = frozenset({"prompt_embeds", "image_embeds", "condition_latents", "first_latents"})
+"""Conditions that the branches of guidance can have in one batch."""
 
 OUTPUT_TYPES = {"quantized": "pil", "floatpoint": "tensor"}
 """Names that scripts for DiffSynth-Studio give."""
@@ -118,6 +122,9 @@ class WanVideoPipeline(Pipeline):
         request = super().check(**arguments)
         check_inputs(request.values, self.components)
         check_windows(request, self.program, self.components["vae"])
+        if request.values["cfg_merge"] and request.loop.cfg_scale != 1:
+            given = {"tensors": TENSORS, "conditions": self.conditions(), "ranks": self.team.branches}
+            check_merging(self.program, self.components, request.values, **given)
         return request
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:

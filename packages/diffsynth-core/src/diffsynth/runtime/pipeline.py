@@ -16,11 +16,12 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
-from diffsynth.core.parallel import Team, compute_each, form_team
+from diffsynth.core.parallel import Team, form_team
 from diffsynth.core.vram.budget import MemoryPlan
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
 from diffsynth.errors import Cancelled, MissingComponent, did_you_mean
+from diffsynth.runtime.acceleration.branches import MERGES, Branches
 from diffsynth.runtime.acceleration.caching import step_caching
 from diffsynth.runtime.acceleration.compiling import compile_components
 from diffsynth.runtime.acceleration.session import StepCaching
@@ -403,17 +404,23 @@ class Pipeline(LoRAMethods):
         turns = Turns(self._residency, [self.roles_at(float(sigma), view) for sigma in sigmas[:-1]], request.plan)
         caching = self._step_caching(request)
 
-        def predict(branch: str, latents: Tensor, sigma: Tensor, is_last: bool) -> Tensor:
+        branches = Branches(
+            conditions,
+            merges=view.get(MERGES, False),
+            batch_size=request.batch_size,
+            ranks=self.team.branches,
+        )
+
+        def predict(branch: str, latents: Tensor, levels: Tensor, given: Mapping[str, Any]) -> Tensor:
+            is_last = step == num_steps - 1
             with caching.evaluating(branch, is_last=is_last), attention_at(request.loop.attention, step, num_steps):
-                return self.velocity(latents, sigma, **conditions[branch]).float()
+                return self.velocity(latents, levels, **given).float()
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             _stop_if_cancelled(request)
             turns.begin_step()
             levels = sigma.to(self.device, torch.float32).expand(len(latents))
-            rounded = latents.to(self.dtype)
-            own = functools.partial(predict, latents=rounded, sigma=levels, is_last=bool(sigma == sigmas[-2]))
-            predictions = compute_each(list(conditions), own, self.team.branches)
+            predictions = branches.predict(predict, latents.to(self.dtype), levels)
             if len(predictions) == 1:
                 return predictions[0]
             return classifier_free_guidance(*predictions, request.loop.cfg_scale)
@@ -442,7 +449,7 @@ class Pipeline(LoRAMethods):
     def _output(self, request: Request, state: State, latents: Tensor) -> Any:
         state.keep({read.name for step in self.output_units for read in step.reads})
         state.shared["latents"] = latents.to(self.dtype)
-        program = Program(self.output_units, MappingProxyType({}), frozenset(), frozenset())
+        program = Program(self.output_units, MappingProxyType({}), frozenset())
         if not all(can_run(step, self.components) for step in self.output_units):
             raise MissingComponent(f"{type(self).__name__} cannot decode; ask for output_type='latents'")
         run_units(program, self.components, state, around=functools.partial(self._stage, request))

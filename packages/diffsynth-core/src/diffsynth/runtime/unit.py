@@ -146,16 +146,11 @@ def unit(
 
 @dataclass(frozen=True)
 class Program:
-    """A checked list of units: the arguments it takes, and which names and units live in a branch."""
+    """A checked list of units: the arguments it takes, and the names that are written."""
 
     units: tuple[Unit, ...]
     arguments: Mapping[str, Read]
-    branched: frozenset[str]
     writes: frozenset[str]
-
-    def is_branched(self, step: Unit) -> bool:
-        """Whether the unit runs once per branch: it says so, or reads what another wrote per branch."""
-        return bool(step.branches) or any(read.name in self.branched for read in step.reads)
 
     def owners(self, argument: str) -> list[Unit]:
         """The units that read an argument, in any branch."""
@@ -173,7 +168,7 @@ def check_units(units: Sequence[Unit], given: Collection[str]) -> Program:
         InvalidPipeline: a read that nothing provides, a rewrite of a name that is not read, one argument declared with
             two types or defaults; the message names the unit.
     """
-    available, written, branched = set(given), set(), set()
+    available, written = set(given), set()
     arguments: dict[str, Read] = {}
     for step in units:
         for read in _plain_and_branch_reads(step):
@@ -191,11 +186,9 @@ def check_units(units: Sequence[Unit], given: Collection[str]) -> Program:
         for name in step.writes:
             if name in available and name not in reads:
                 raise InvalidPipeline(f"{step.title} rewrites {name!r} without reading it{_whose(name, step, units)}")
-        if step.branches or reads & branched:
-            branched.update(step.writes)
         written.update(step.writes)
         available.update(step.writes)
-    return Program(tuple(units), MappingProxyType(arguments), frozenset(branched), frozenset(written))
+    return Program(tuple(units), MappingProxyType(arguments), frozenset(written))
 
 
 def run_units(
@@ -216,7 +209,7 @@ def run_units(
     for step in program.units:
         if not can_run(step, components) or not is_asked_for(step, state.shared):
             continue
-        for branch in state.branches if program.is_branched(step) else ("shared",):
+        for branch in state.branches if is_per_branch(step, state.branched) else ("shared",):
             renames = step.branches.get(branch, {})
             visible = state.view(branch)
             values = visible | {plain: visible[name] for plain, name in renames.items() if name in visible}
@@ -226,6 +219,11 @@ def run_units(
                 with around(step):
                     results = step.run(components, values)
             state.write(branch, results)
+
+
+def is_per_branch(step: Unit, branched: Collection[str]) -> bool:
+    """Whether a unit runs once per branch: it says so, or reads one of the names that branches have each for itself."""
+    return bool(step.branches) or any(read.name in branched for read in step.reads)
 
 
 def can_run(step: Unit, components: Mapping[str, Any]) -> bool:
@@ -249,6 +247,11 @@ class State:
     def __init__(self, values: Mapping[str, Any], branches: Iterable[str] = ("cond",)) -> None:
         self.shared = dict(values)
         self.branches: dict[str, dict[str, Any]] = {branch: {} for branch in branches}
+
+    @property
+    def branched(self) -> set[str]:
+        """Names that a branch has for itself."""
+        return {name for values in self.branches.values() for name in values}
 
     def view(self, branch: str = "shared") -> dict[str, Any]:
         """What a unit of this branch sees."""

@@ -16,7 +16,7 @@ from diffsynth_wan.units.control import control_speed, encode_control, move_came
 from diffsynth_wan.units.experts import set_boundary
 from diffsynth_wan.units.image import encode_first_frame, encode_images, encode_with_clip, join_conditions
 from diffsynth_wan.units.latents import decode_video, draw_noise, encode_video, initial_latents, schedule
-from diffsynth_wan.units.prompt import encode_prompt
+from diffsynth_wan.units.prompt import encode_prompt, merge_branches
 from diffsynth_wan.units.shape import round_shape, slide_window, stretch_canvas
 from diffsynth_wan.units.vace import encode_references, encode_vace
 
@@ -25,6 +25,7 @@ UNITS = (
     stretch_canvas,
     schedule,
     set_boundary,
+    merge_branches,
     encode_prompt,
     encode_reference_prompt,
     encode_video,

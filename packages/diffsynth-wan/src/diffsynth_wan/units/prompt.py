@@ -57,3 +57,9 @@ def clean_prompt(text: str) -> str:
     text = _COMPATIBLE.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
     text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
     return re.sub(r"\s+", " ", text).strip()
+
+
+@unit("merges_branches")
+def merge_branches(*, cfg_merge: bool = False) -> bool:
+    """Whether prompt and negative prompt are one batch for the network, or two calls of it."""
+    return cfg_merge

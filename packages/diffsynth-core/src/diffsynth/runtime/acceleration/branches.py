@@ -1,0 +1,120 @@
+"""The branches of guidance in one call: each evaluated by itself, or all of them as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth.core.parallel import Ranks, compute_each
+from diffsynth.runtime.unit import Program, Unit, can_run, is_asked_for, is_per_branch
+
+MERGES = "merges_branches"
+"""What a unit writes to have the branches evaluated as one batch: True or False."""
+
+Predict = Callable[[str, Tensor, Tensor, Mapping[str, Any]], Tensor]
+"""Branch, latents, levels, conditions -> what the network says."""
+
+
+class Branches:
+    """What the branches of one call are given.
+
+    Args:
+        conditions: branch -> name -> value.
+        merges: evaluate them as one batch, in this order; see `merge_conditions`.
+        batch_size: of one branch.
+        ranks: processes that have a branch each, if they are not merged.
+    """
+
+    def __init__(
+        self, conditions: Mapping[str, Mapping[str, Any]], *, merges: bool, batch_size: int, ranks: Ranks
+    ) -> None:
+        self._conditions = conditions
+        self._ranks = ranks
+        self._merged = merge_conditions(conditions, batch_size) if merges and len(conditions) > 1 else None
+
+    def predict(self, predict: Predict, latents: Tensor, levels: Tensor) -> list[Tensor]:
+        """What `predict` says of each branch. All branches together have a name of their own, `cond+uncond`."""
+        if self._merged is None:
+            return compute_each(
+                list(self._conditions),
+                lambda branch: predict(branch, latents, levels, self._conditions[branch]),
+                self._ranks,
+            )
+        count, name = len(self._conditions), "+".join(self._conditions)
+        together = predict(name, torch.cat([latents] * count), levels.repeat(count), self._merged)
+        return list(together.chunk(count))
+
+
+def merge_conditions(conditions: Mapping[str, Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+    """Of one batch that holds all branches: tensors that differ stand one behind the other along their first axis.
+
+    What all branches have alike stays, but that tensors for each of several videos are repeated.
+
+    Raises:
+        ValueError: something that differs is no tensor.
+    """
+    branches = list(conditions.values())
+    merged = {}
+    for name, first in branches[0].items():
+        values = [branch[name] for branch in branches]
+        if all(value is first for value in values):
+            repeats = isinstance(first, Tensor) and first.ndim > 0 and first.shape[0] == batch_size > 1
+            merged[name] = torch.cat(values) if repeats else first
+        elif all(isinstance(value, Tensor) for value in values):
+            merged[name] = torch.cat([value.expand(batch_size, *value.shape[1:]) for value in values])
+        elif all(value == first for value in values):
+            merged[name] = first
+        else:
+            raise ValueError(f"{name} differs between the branches of guidance and cannot be merged into one batch")
+    return merged
+
+
+def check_merging(
+    program: Program,
+    components: Mapping[str, Any],
+    values: Mapping[str, Any],
+    *,
+    tensors: Collection[str],
+    conditions: Collection[str],
+    ranks: Ranks,
+) -> None:
+    """Refuse to merge branches that cannot be, before anything is encoded.
+
+    Args:
+        program: the pipeline's units.
+        components: role -> what is loaded.
+        values: arguments of the call.
+        tensors: names of conditions that `merge_conditions` can put together.
+        conditions: names of all.
+        ranks: processes that share the branches.
+
+    Raises:
+        ValueError: a unit in use gives each branch a condition that is no tensor, by its name; or each branch has a
+            process of its own.
+    """
+    if ranks.size > 1:
+        raise ValueError(
+            f"cfg_merge=True and pipe.parallel(cfg={ranks.size}), which gives each branch a process; leave out one"
+        )
+    branched: set[str] = set()
+    for step in program.units:
+        runs = can_run(step, components) and is_asked_for(step, values)
+        if not runs or not is_per_branch(step, branched):
+            continue
+        branched |= set(step.writes)
+        separate = sorted(set(step.writes) & (set(conditions) - set(tensors)))
+        if separate and _is_used(step, program, values):
+            raise ValueError(
+                f"cfg_merge=True: {step.title} gives each branch of guidance its own {' and '.join(separate)}, which "
+                "cannot be put into one batch; leave out cfg_merge, or guide not at all with cfg_scale=1"
+            )
+
+
+def _is_used(step: Unit, program: Program, values: Mapping[str, Any]) -> bool:
+    """Whether an argument that is this unit's alone is given; a unit without any always is, as is one asked for."""
+    own = [read for read in step.reads if read.name in program.arguments and program.owners(read.name) == [step]]
+    given = (values.get(read.name, read.default) is not read.default for read in own)
+    return bool(step.only_with) or not own or any(given)
