@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from diffsynth_wan.units.camera_path import DIRECTIONS, ORIGIN, camera_rays
+from diffsynth_wan.units.control import move_camera
 
 SIZE = {"num_frames": 3, "height": 10, "width": 14}
 SIGNS = {"Left": (9, 1), "Right": (9, -1), "Up": (13, 1), "Down": (13, -1)}
@@ -59,3 +62,56 @@ def test_without_speed_nothing_moves():
 def test_an_origin_has_nineteen_numbers():
     with pytest.raises(ValueError, match="camera_control_origin has 3 numbers; expected 19"):
         camera_rays("Left", **SIZE, origin=(1, 2, 3))
+
+
+CORNER = (-0.631487, -0.346299, 0.693759)
+"""By hand, of 18 x 32 pixels, where focal lengths are 0.532139961 x 32 = 0.946026558 x 18 = 17.02848 pixels: the centre
+of the corner is ((0.5 - 16) / 17.02848, (0.5 - 9) / 17.02848, 1), a vector of length 1.441423."""
+
+TURNS = {
+    "Left": (-1, 0),
+    "Right": (1, 0),
+    "Up": (0, -1),
+    "Down": (0, 1),
+    "LeftUp": (-1, -1),
+    "LeftDown": (-1, 1),
+    "RightUp": (1, -1),
+    "RightDown": (1, 1),
+}
+"""Where rays go with each frame. A matrix is [[1, 0, a], [0, 1, b], [0, 0, 1]]; its inverse has -a, -b."""
+
+
+@pytest.mark.parametrize("direction", TURNS)
+def test_the_corner_by_hand(direction):
+    x, y, z = CORNER
+    shift = 0.03 * z  # the fourth frame at 0.01
+    expected = [0, 0, 0, x + TURNS[direction][0] * shift, y + TURNS[direction][1] * shift, z]
+    rays = camera_rays(direction, num_frames=5, height=18, width=32, speed=0.01)
+    assert rays[:, 3, 0, 0].tolist() == pytest.approx(expected, abs=2e-6)
+    assert rays[:, 0, 0, 0].tolist() == pytest.approx([0, 0, 0, *CORNER], abs=2e-6)
+
+
+def test_a_camera_elsewhere_by_hand():
+    """At (1, 2, 3) the way from the fourth camera to the first is 0.09 along x; the moment is that times the ray."""
+    origin = (*ORIGIN[:10], 1, *ORIGIN[11:14], 2, *ORIGIN[15:18], 3)
+    rays = camera_rays("Left", num_frames=4, height=18, width=32, speed=0.01, origin=origin)
+    expected = [0, -0.09 * 0.693759, 0.09 * -0.346299, -0.652300, -0.346299, 0.693759]
+    assert rays[:, 3, 0, 0].tolist() == pytest.approx(expected, abs=2e-6)
+
+
+def test_the_usual_camera_and_its_speed():
+    """Of `spec/features.md` A4: 1/54 a frame, and 19 numbers."""
+    assert ORIGIN == (0, 0.532139961, 0.946026558, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
+    assert sorted(DIRECTIONS) == sorted(TURNS)
+    usual = camera_rays("Up", num_frames=3, height=18, width=32)
+    assert usual[4, 2, 0, 0].item() == pytest.approx(-0.346299 - 2 / 54 * 0.693759, abs=2e-6)
+
+
+def test_the_frames_of_a_latent_frame_are_channels():
+    """Coordinate by coordinate, four frames each; the first frame stands for four."""
+    canvas = SimpleNamespace(num_frames=5, height=18, width=32, time_factor=4, device="cpu", dtype=torch.float32)
+    (motion,) = move_camera(extensions=(), camera_control_direction="Left", camera_control_speed=0.01, canvas=canvas)
+    assert motion.rays.shape == (1, 24, 2, 18, 32)
+    corner = motion.rays[0, :, :, 0, 0]
+    assert corner[12:16, 0].tolist() == pytest.approx([-0.631487] * 4, abs=2e-6)
+    assert corner[12:16, 1].tolist() == pytest.approx([-0.631487 - 0.00693759 * t for t in (1, 2, 3, 4)], abs=2e-6)
