@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from PIL import Image
 
 import diffsynth
-from diffsynth import Pipeline, provenance
+from diffsynth import Pipeline, provenance, registry
 from diffsynth.cli.output import POLICIES
 from diffsynth.core.data.media import VideoData
 from diffsynth.core.data.media_writer import save_video
@@ -128,6 +129,14 @@ def test_a_video_with_its_record(run, filming):
 def test_a_video_has_fifteen_frames_per_second_unless_told(run, filming):
     assert run("generate", "toy-1", "abc", "-o", "out.mp4").exit_code == 0
     assert VideoData("out.mp4").frame_rate == 15
+
+
+def test_a_video_has_the_frame_rate_of_its_model_unless_told(run, filming, monkeypatch):
+    record = dataclasses.replace(registry.get("toy-1"), fps=24)
+    monkeypatch.setattr(registry, "get", lambda name: record)
+    assert run("generate", "toy-1", "abc", "-o", "out.mp4").exit_code == 0
+    assert run("generate", "toy-1", "abc", "-o", "told.mp4", "--fps", 8).exit_code == 0
+    assert [VideoData(name).frame_rate for name in ("out.mp4", "told.mp4")] == [24, 8]
 
 
 def test_several_videos_have_numbers(run, filming):

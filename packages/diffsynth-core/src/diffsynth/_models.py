@@ -36,6 +36,7 @@ class ModelRecord:
     distribution: str
     version: str
     weights: str
+    fps: float | None = None
 
     @property
     def exact_name(self) -> str:

@@ -55,6 +55,7 @@ class ModelSpec:
         tiny_processors: processor role -> reference to `f(folder)` that writes a tiny one that works; a tokenizer that
             is left out becomes a byte-level one with Qwen3's chat template.
         tea_cache: published coefficients, if there are any.
+        fps: frames per second that its videos show the world at, if it makes videos and its publisher says.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ModelSpec:
     tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tiny_processors: Mapping[str, str] = field(default_factory=dict)
     tea_cache: TeaCacheSpec | None = None
+    fps: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

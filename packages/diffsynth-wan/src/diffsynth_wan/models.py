@@ -17,6 +17,7 @@ IMAGE_ENCODER = f"{CONVERTED}:{IMAGE_ENCODER_FILE}.safetensors"
 VAE = f"{CONVERTED}:Wan2.1_VAE.safetensors"
 VAE_22 = f"{CONVERTED}:Wan2.2_VAE.safetensors"
 NETWORK = "diffusion_pytorch_model*.safetensors"
+FPS = 16.0
 T2V, I2V, V2V = "text-to-video", "image-to-video", "video-to-video"
 
 TEXT_DIM, IMAGE_DIM, IMAGE_TOKENS = 64, 160, 17
@@ -73,6 +74,7 @@ def _model(
         paper=paper,
         description=description,
         tea_cache=TEA_CACHE.get(name),
+        fps=FPS,
     )
 
 
@@ -102,6 +104,7 @@ ANIMATE_2 = replace(
         paper="",
     ),
     processors={"tokenizer": "Wan-AI/Wan2.2-Animate-2-14B:videomodel/Wan-AI/umt5-xxl/"},
+    fps=24.0,
 )
 ANIMATE_2_DISTILLED = replace(
     ANIMATE_2,
@@ -209,13 +212,16 @@ MODELS = (
         tiny={"in_channels": INPAINT},
         defaults={"switch_DiT_boundary": 0.9},
     ),
-    _model(
-        "Wan-AI/Wan2.2-TI2V-5B",
-        I2V,
-        "5B, with or without a first image, 720p at 24 frames per second",
-        tiny={"in_channels": 48, "out_channels": 48, "frame_times": True},
-        defaults={"height": 704, "width": 1280, "num_frames": 121},
-        vae=VAE_22,
+    replace(
+        _model(
+            "Wan-AI/Wan2.2-TI2V-5B",
+            I2V,
+            "5B, with or without a first image, 720p at 24 frames per second",
+            tiny={"in_channels": 48, "out_channels": 48, "frame_times": True},
+            defaults={"height": 704, "width": 1280, "num_frames": 121},
+            vae=VAE_22,
+        ),
+        fps=24.0,
     ),
     _model(
         "Wan-AI/Wan2.2-Animate-14B",

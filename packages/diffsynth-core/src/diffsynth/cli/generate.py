@@ -15,6 +15,8 @@ import click
 from diffsynth.cli.output import POLICIES, UserError, traceback_option
 
 _FPS = 15
+"""Of a model that says nothing of its own."""
+
 _VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
 
 _OPTIONS = (
@@ -25,7 +27,7 @@ _OPTIONS = (
     click.option("--negative-prompt", help="What to draw away from; needs --cfg-scale other than 1."),
     click.option("--cfg-scale", type=float, help="Weight of classifier-free guidance; 1 is off."),
     click.option("--num-images", type=int, help="Several results go to OUT-1.png, OUT-2.png, ..."),
-    click.option("--fps", type=float, help="Frames per second of a video; 15 when left out."),
+    click.option("--fps", type=float, help="Frames per second of a video; the model's own when left out."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other argument; may be repeated."),
     click.option("--device", help="cuda, cuda:1, cpu, ...; the first accelerator when left out."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of weights and activations."),
@@ -79,7 +81,7 @@ def generate(
     for role, report in pipe.transfers.items() if verbose else ():
         click.echo(f"{role}: {report.settle()}", err=True)
     if out.suffix.lower() == ".mp4":
-        _save_videos(pipe, arguments, result, out, fps)
+        _save_videos(pipe, arguments, result, out, fps or _frame_rate(model))
     else:
         _save_pictures(pipe, arguments, result, out)
 
@@ -215,14 +217,20 @@ def _save_pictures(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Pa
         click.echo(str(path))
 
 
-def _save_videos(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path, fps: float | None) -> None:
+def _save_videos(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path, fps: float) -> None:
     from diffsynth import provenance
 
     videos = result if isinstance(result[0], list) else [result]
     for index, (frames, path) in enumerate(zip(videos, _numbered(out, len(videos)), strict=True)):
         made_by = provenance.record(pipe, _arguments_of_image(arguments, index))
-        provenance.save_video(frames, path, made_by, fps=fps or _FPS)
+        provenance.save_video(frames, path, made_by, fps=fps)
         click.echo(str(path))
+
+
+def _frame_rate(model: str) -> float:
+    from diffsynth import registry
+
+    return registry.get(model).fps or _FPS
 
 
 def _numbered(out: Path, count: int) -> list[Path]:
