@@ -1,0 +1,17 @@
+"""A prompt becomes a video.
+
+wan2.1-t2v-1.3b
+wan2.1-t2v-14b
+wan2.2-t2v-a14b     two experts of 14B; vram_limit=24 in load() has them take turns on 24 GiB
+"""
+
+import diffsynth
+from diffsynth.utils.data import save_video
+
+pipe = diffsynth.load("wan2.1-t2v-1.3b")
+video = pipe(
+    prompt="a lively puppy runs across a green lawn, documentary photography",
+    negative_prompt="overexposed, static, blurred",
+    seed=0,
+)
+save_video(video, "puppy.mp4", fps=16, quality=5)
