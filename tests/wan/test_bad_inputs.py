@@ -147,6 +147,12 @@ DANCE = {"animate2_reference_image": RED, "animate2_reference_video": [RED] * 9}
         (ANIMATE_2, DANCE | {"animate2_refert_images": [RED, BLUE]}, ValueError, "frame 1 of animate2_refert_images"),
         (ANIMATE_2, DANCE | {"animate2_prompt_ref": ["a"]}, TypeError, r"animate2_prompt_ref=\['a'\]: expected a text"),
         (ANIMATE_2, DANCE | {"animate2_log_scale": "low"}, ValueError, "animate2_log_scale='low': expected a number"),
+        (
+            ANIMATE_2,
+            DANCE | {"cfg_merge": True},
+            ValueError,
+            "'follow_reference' gives each branch of guidance",
+        ),
         (ANIMATE_2 | {"image_dim": 1280}, DANCE, MissingComponent, "add the CLIP file"),
         (VACE | {"dit2": True}, {"vace_video": [RED] * 9}, MissingComponent, "one of two experts has VACE"),
     ],
