@@ -43,7 +43,10 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts pages in /proc")
 def test_memory_is_flat_over_calls_and_windows(tmp_path):
-    """The peak after two short videos and after two of five windows, each encoded from a clip, in its own process."""
+    """The peak after two short videos and after two of five windows, each encoded from a clip.
+
+    In its own process, which loads torch and its libraries and writes the tiny hub: half of the time.
+    """
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **GIVES_BACK})
     assert result.returncode == 0, result.stderr
