@@ -44,8 +44,7 @@ def opened(script: str) -> list[str]:
 def test_every_model_has_its_example():
     named = [model for script in SCRIPTS for model in models_of(script)]
     known = {record.name for record in registry.list() if record.family == "wan"}
-    assert set(named) <= known
-    assert {name for name in known - set(named) if "animate-2" not in name} == set()
+    assert known == set(named)
     assert all(re.search(r'diffsynth\.load\("(.+?)"\)', text_of(script))[1] in models_of(script) for script in SCRIPTS)
 
 

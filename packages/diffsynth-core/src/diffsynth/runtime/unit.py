@@ -156,6 +156,16 @@ class Program:
         """The units that read an argument, in any branch."""
         return [step for step in self.units if argument in _argument_names(step)]
 
+    def is_used(self, step: Unit, values: Mapping[str, Any]) -> bool:
+        """Whether a call gives a unit what it is there for: its `only_with`, or an argument that no other unit reads.
+
+        A unit that has neither is always used.
+        """
+        if step.only_with:
+            return is_asked_for(step, values)
+        own = [read for read in step.reads if read.name in self.arguments and self.owners(read.name) == [step]]
+        return not own or any(values.get(read.name, read.default) is not read.default for read in own)
+
 
 def check_units(units: Sequence[Unit], given: Collection[str]) -> Program:
     """Check that every name is there when it is read.

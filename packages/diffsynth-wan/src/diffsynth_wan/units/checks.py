@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffsynth.errors import MissingComponent
 from diffsynth.runtime.request import Request
-from diffsynth.runtime.unit import Program, Unit
+from diffsynth.runtime.unit import Program
 from diffsynth_wan.config import WanDiTConfig
 from diffsynth_wan.units.camera_path import check_camera
 from diffsynth_wan.units.canvas import rounded_shape
@@ -78,17 +78,11 @@ def check_windows(request: Request, program: Program, vae: Any) -> None:
         )
     for step in program.units:
         knows = step.name in CUT_UNITS or any(read.name == "sliding_window_size" for read in step.reads)
-        if "extensions" in step.writes and not knows and _is_used(step, program, values):
+        if "extensions" in step.writes and not knows and program.is_used(step, values):
             raise ValueError(
                 f"{step.title} adds to the network what cannot be cut into windows; leave out sliding_window_size, or "
                 f"what the unit is for. A unit whose extensions have in_window() says so by reading sliding_window_size"
             )
-
-
-def _is_used(step: Unit, program: Program, values: Mapping[str, Any]) -> bool:
-    """Whether an argument that is this unit's alone is given; a unit without any always is."""
-    own = [read for read in step.reads if read.name in program.arguments and program.owners(read.name) == [step]]
-    return not own or any(values.get(read.name, read.default) is not read.default for read in own)
 
 
 def _check_clips(values: Mapping[str, Any], vae: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.core.parallel import Ranks, compute_each
-from diffsynth.runtime.unit import Program, Unit, can_run, is_asked_for, is_per_branch
+from diffsynth.runtime.unit import Program, can_run, is_asked_for, is_per_branch
 
 MERGES = "merges_branches"
 """What a unit writes to have the branches evaluated as one batch: True or False."""
@@ -106,15 +106,8 @@ def check_merging(
             continue
         branched |= set(step.writes)
         separate = sorted(set(step.writes) & (set(conditions) - set(tensors)))
-        if separate and _is_used(step, program, values):
+        if separate and program.is_used(step, values):
             raise ValueError(
                 f"cfg_merge=True: {step.title} gives each branch of guidance its own {' and '.join(separate)}, which "
                 "cannot be put into one batch; leave out cfg_merge, or guide not at all with cfg_scale=1"
             )
-
-
-def _is_used(step: Unit, program: Program, values: Mapping[str, Any]) -> bool:
-    """Whether an argument that is this unit's alone is given; a unit without any always is, as is one asked for."""
-    own = [read for read in step.reads if read.name in program.arguments and program.owners(read.name) == [step]]
-    given = (values.get(read.name, read.default) is not read.default for read in own)
-    return bool(step.only_with) or not own or any(given)
