@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.core.repeats import repeated
+
 
 class Tiling(TypedDict, total=False):
     """How an autoencoder cuts pictures or frames, as pipelines name it.
@@ -136,7 +138,7 @@ def tile_by_tile(
     scale_in, scale_out = scales
     blend = None
     for tile in tiles:
-        part = run(tile.cut(x, scale_in))
+        part = repeated(run, tile.cut(x, scale_in))
         blend = blend or Blend(x.shape[-2] // scale_in, x.shape[-1] // scale_in, scale_out, like=part)
         blend.add(tile, part)
     assert blend is not None

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.core import device as devices
+from diffsynth.core.repeats import repeated
 from diffsynth.models.causal_video import Decoder, Downsample, Encoder, FrameCache, ResidualBlock, Upsample
 from diffsynth.models.config import WanAutoencoderConfig
 from diffsynth.models.tiles import Blend, Tile, Tiling, cover
@@ -170,7 +171,7 @@ class CausalAutoencoder(nn.Module):
                 cache.is_last = is_last
                 if wait_on_host:
                     cache.to(piece.device)
-                part = run(tile.cut(piece, scale_in), cache)
+                part = repeated(run, tile.cut(piece, scale_in), cache)
                 blend = blend or Blend(height, width, scale_out, like=part)
                 blend.add(tile, part)
                 cache.is_first = False

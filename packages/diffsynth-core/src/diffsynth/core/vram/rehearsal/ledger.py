@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -45,6 +46,23 @@ class Ledger:
     def restart_peak(self) -> None:
         """Look for the most from now on."""
         self.peak = dict(self.live)
+
+    @contextmanager
+    def above(self) -> Iterator[Mapping[str, int]]:
+        """The most that is alive inside, above what is alive at its beginning, by place; filled in at its end."""
+        before, peak, most = dict(self.live), self.peak, {"device": 0, "host": 0}
+        self.restart_peak()
+        try:
+            yield most
+        finally:
+            for place, size in before.items():
+                most[place] = self.peak[place] - size
+                self.peak[place] = max(self.peak[place], peak[place])
+
+    def repeat(self, most: Mapping[str, int]) -> None:
+        """Count again what went on in `above`."""
+        for place, size in most.items():
+            self.peak[place] = max(self.peak[place], self.live[place] + size)
 
     def _remember(self, tensor: Tensor, place: str, size: int) -> None:
         storage = tensor.untyped_storage()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from diffsynth.core.attention.on_meta import MetaCall, call_of_sdpa, watched
+from diffsynth.core.repeats import made_by
 from diffsynth.core.vram.rehearsal.ledger import Ledger
+from diffsynth.core.vram.rehearsal.repeats import Repeats
 from diffsynth.core.vram.rehearsal.results import Results
 from diffsynth.core.vram.rehearsal.values import KnownValues, tensors_in
 from diffsynth.core.vram.rehearsal.workspace import workspace
@@ -94,6 +97,7 @@ class Rehearsal:
                 for name, module in blocks.items():
                     self._note_runs(entered, role, name, module)
             entered.enter_context(watched(self._attention))
+            entered.enter_context(made_by(Repeats(self)))
             entered.enter_context(_Calls(self))
             entered.enter_context(_Operations(self))
             self._exit = entered.pop_all()
@@ -201,6 +205,7 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@functools.cache
 def _needs_values(func: Any) -> bool:
     # Indexing does with masks alone, which become places.
     return func.overloadpacket not in _INDEXED and any(tag in func.tags for tag in _NEEDS_VALUES)
