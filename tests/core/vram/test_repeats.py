@@ -163,6 +163,19 @@ def test_what_an_object_keeps_is_made_again():
         assert rehearsal.ledger.live["device"] == 0
 
 
+def swap(x, cache):
+    cache.kept = None
+    cache.kept = x.new_empty(768)
+
+
+def test_what_an_object_kept_goes_before_the_new_comes():
+    with Rehearsal("cuda", {}) as rehearsal, rehearsal.stage("stage") as stage:
+        caches = [Kept(on_meta(1024)) for _ in range(3)]
+        for cache in caches:
+            repeated(swap, on_meta(1), cache)
+    assert stage.device_bytes == 3 * 4096 + 512
+
+
 def test_outside_a_rehearsal_every_call_is_made():
     function, cache = Twice(keep), Kept()
     assert [repeated(function, torch.tensor([1.0]), cache).item() for _ in range(3)] == [2, 2, 2]
