@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 from diffsynth.core.data.media import count_frames, frame_rate_of
+from diffsynth.core.loader import header
 from diffsynth.errors import CheckpointError, MissingComponent
 from diffsynth.testing import tiny_hub
 from row_harness import Call, Harness
@@ -36,6 +38,7 @@ class Example:
     media: dict[str, str] = field(default_factory=dict)
     fps: int = 15
     vram_limit: bool = False
+    lora: dict[str, str] | None = None
 
 
 def example(*calls: dict[str, str], fps: int = 15, vram_limit: bool = False, **media: str) -> Example:
@@ -105,6 +108,7 @@ RUN: dict[str, Example] = {
     "Wan2.2-Animate-14B": Example(
         tuple({**UNGUIDED, **call} for call in (ANIMATED, ANIMATED | SCENE)),
         {name: f"data/examples/wan/{file}" for name, file in ANIMATE_MEDIA.items()},
+        lora={"model_id": "Wan-AI/Wan2.2-Animate-14B", "origin_file_pattern": "relighting_lora.ckpt"},
     ),
     "Wan2.2-Animate-2-14B": Example((PROMPT | DANCE, PROMPT | DANCE | NEXT_CLIP), DANCE_MEDIA, fps=24),
     "Wan2.2-Animate-2-14B-Distilled": Example(
@@ -163,8 +167,24 @@ def harness(hub, monkeypatch, tmp_path) -> Harness:
 def run(harness: Harness, name: str) -> list[Call]:
     tiny_hub(os.environ["DIFFSYNTH_MODEL_BASE_PATH"], MODEL_OF.get(name, name))
     one = RUN[name]
-    script = video_script(ROWS[f"wanvideo/{name}"], one.calls, media=one.media, fps=one.fps, vram_limit=one.vram_limit)
+    if one.lora is not None:
+        write_lora(
+            Path(os.environ["DIFFSYNTH_MODEL_BASE_PATH"]) / one.lora["model_id"], one.lora["origin_file_pattern"]
+        )
+    row = ROWS[f"wanvideo/{name}"]
+    script = video_script(row, one.calls, media=one.media, fps=one.fps, vram_limit=one.vram_limit, lora=one.lora)
     return harness.run(script)
+
+
+def write_lora(folder: Path, name: str) -> None:
+    """A LoRA, as training writes it, of the queries of the network in a folder."""
+    shapes = header.read(sorted(folder.glob("diffusion_pytorch_model*.safetensors"))).shapes
+    weights = {}
+    for key, (outputs, inputs) in ((key, shape) for key, shape in shapes.items() if key.endswith("self_attn.q.weight")):
+        module = key.removesuffix(".weight")
+        weights[f"diffusion_model.{module}.lora_A.default.weight"] = torch.randn(2, inputs)
+        weights[f"diffusion_model.{module}.lora_B.default.weight"] = torch.randn(outputs, 2)
+    torch.save(weights, folder / name)
 
 
 def differs(one: list[Image.Image], other: list[Image.Image]) -> bool:
@@ -193,6 +213,7 @@ def test_a_row_runs(name, harness):
     calls = run(harness, name)
     row = ROWS[f"wanvideo/{name}"]
     assert set().union(*(call.arguments for call in calls)) == set(row["call"])
+    assert bool(row["methods"]) == bool(RUN[name].lora) == bool(calls[-1].pipe.loras)
     for number, call in enumerate(calls, start=1):
         frames = {81: 9, 49: 5, 33: 5, 121: 13}[call.arguments.get("num_frames", 81)]
         frames -= 4 * ("animate_pose_video" in call.arguments)

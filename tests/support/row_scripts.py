@@ -60,6 +60,7 @@ def video_script(
     media: Mapping[str, str] | None = None,
     fps: int = 15,
     vram_limit: bool = False,
+    lora: Mapping[str, str] | None = None,
 ) -> str:
     """A row's example of a video model: one call after the other, and a file of each.
 
@@ -69,6 +70,7 @@ def video_script(
         media: name of a variable -> a file of the data set, a picture or a video.
         fps: of the files.
         vram_limit: see `script`.
+        lora: a file of a LoRA, which is loaded before the last call.
     """
     (pipeline,) = row["pipelines"]
     tokenizers = [file for file in row["files"] if file["origin_file_pattern"].endswith("umt5-xxl/")]
@@ -98,6 +100,8 @@ def video_script(
         opened = f'VideoData("{file}", height=480, width=832)' if file.endswith(".mp4") else f'Image.open("{file}")'
         lines.append(f"{name} = {opened}")
     for number, values in enumerate(calls, start=1):
+        if lora and number == len(calls):
+            lines.append(f"pipe.load_lora(pipe.dit, {_model_config(lora)})")
         lines += [
             f"video = pipe({', '.join(f'{name}={value}' for name, value in values.items())})",
             f'save_video(video, "video_{number}_{row["row"].rpartition("/")[2]}.mp4", fps={fps}, quality=5)',
