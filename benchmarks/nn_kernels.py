@@ -1,11 +1,11 @@
-"""The fused kernels of `diffsynth.nn`: bandwidth beside a plain copy's on a GPU, resources of the binaries anywhere.
+"""The fused kernels of `diffsynth.nn`: bandwidth beside a plain copy's on a GPU.
 
     python benchmarks/nn_kernels.py [--tokens 4096 32768] [--json FILE]     on a GPU: correct first, then timed
-    python benchmarks/nn_kernels.py --offline 80 90 [--json FILE]           registers, shared memory, spills; no GPU
     TRITON_INTERPRET=1 python benchmarks/nn_kernels.py --tiny               every case runs once, on the CPU
 
 Bytes are those that must be read and written once; the goal is 0.8 of what a copy of as many bytes reaches. A kernel
 that is not equal to its naive twin is not timed. Medians of --repeats runs, by events on the device.
+What the binaries take is in `kernels/README.md`.
 """
 
 from __future__ import annotations
@@ -156,51 +156,6 @@ def measure(tokens: list[int], widths: dict[str, tuple[int, int, int]], repeats:
     return rows
 
 
-def offline(archs: list[int]) -> list[dict]:
-    """What the binaries of the default configs take, at the widths of the models."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from kernels.offline import compile_report
-
-    line = [f"stride_{tensor}{axis}" for tensor in "xchrg" for axis in "bs"]
-    flags = {f"HAS_{part}": True for part in ("WEIGHT", "BIAS", "SCALE", "SHIFT", "RESIDUAL")}
-    tensors = ("x", "weight", "bias", "scale", "shift", "residual", "gate", "out")
-    turns = ["stride_xn", *(f"stride_{tensor}{axis}" for tensor in "xcs" for axis in "bs")]
-    builds: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
-    for model, (e, n, f) in WIDTHS.items():
-        integers = dict.fromkeys((*line, "width"), "i32:16") | {"rows": "i32", "eps": "fp32"}
-        signature = dict.fromkeys(tensors, "*bf16:16") | integers
-        for kind in (1, 2):
-            sizes = norm.config(e) | flags | {"KIND": kind}
-            builds.append((f"norm {norm.KINDS[kind]}, {model}", norm.norm_fwd_kernel, signature, sizes))
-        signature = dict.fromkeys(("x", "weight", "out"), "*bf16:16") | dict.fromkeys(("cos", "sin"), "*fp32:16")
-        signature |= dict.fromkeys((*turns, "dim"), "i32:16") | {"tokens": "i32", "heads": "i32", "eps": "fp32"}
-        for over in (norm_rotary.PER_HEAD, norm_rotary.ALL_HEADS):
-            sizes = norm_rotary.config(n, e // n) | {"NORM": over}
-            builds.append((f"rope, norm {over}, {model}", norm_rotary.norm_rotary_fwd_kernel, signature, sizes))
-        signature = dict.fromkeys(("gate", "up", "out"), "*bf16:16")
-        signature |= dict.fromkeys(("stride_gate", "stride_up", "width"), "i32:16") | {"rows": "i32"}
-        for gelu in (False, True):
-            sizes = gated_activation.config(f) | {"GELU": gelu}
-            name = f"gated {'gelu' if gelu else 'silu'}, {model}"
-            builds.append((name, gated_activation.gated_activation_fwd_kernel, signature, sizes))
-    signature = {"time": "*fp32:16", "out": "*fp32:16", "stride_time": "i32", "half": "i32:16"}
-    sizes = {"MINUS_LOG_PERIOD": -9.2, "BLOCK_H": 128, "num_warps": 1}
-    builds.append(("sinusoids", sinusoidal.sinusoidal_fwd_kernel, signature, sizes))
-    seen, rows = set(), []
-    for name, kernel, signature, sizes in builds:
-        constexprs = dict(sizes)
-        num_warps = constexprs.pop("num_warps")
-        key = (kernel.__name__, *sorted(sizes.items()))
-        if key in seen:
-            continue
-        seen.add(key)
-        for arch in archs:
-            report = compile_report(kernel, signature, constexprs, target=arch, num_warps=num_warps)
-            row = {"case": name, "arch": arch, "warps": num_warps, "registers": report.registers}
-            rows.append(row | {"spilled": report.spilled, "shared": report.shared, "problems": report.problems()})
-    return rows
-
-
 def show(rows: list[dict]) -> None:
     names = list(rows[0])
     table = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in rows]
@@ -214,24 +169,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--tiny", action="store_true", help="on the CPU, in Triton's interpreter")
-    parser.add_argument("--offline", type=int, nargs="+", metavar="ARCH", help="80, 86, 89, 90, 100 or 120")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.offline:
-        rows, device = offline(options.offline), "none"
-    elif options.tiny:
+    if options.tiny:
         rows, device = measure([5], {"tiny": (96, 2, 60)}, 1, "cpu"), "cpu"
     elif torch.cuda.is_available():
         rows, device = measure(options.tokens, WIDTHS, options.repeats, "cuda"), torch.cuda.get_device_name()
     else:
-        parser.error("there is no GPU here; use --offline ARCH, or --tiny")
+        parser.error("there is no GPU here; use --tiny")
     show(rows)
     if options.json:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
         report = {"device": device, "python": platform.python_version(), "versions": versions, "rows": rows}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if any(row.get("problems") for row in rows):
-        sys.exit(1)
 
 
 if __name__ == "__main__":

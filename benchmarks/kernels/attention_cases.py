@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from offline import Case
 
-from diffsynth.core.attention.triton import backward, configs, forward
+from diffsynth.core.attention.triton import backward, configs, forward, op
 
 _KERNELS = {"fwd": forward.flash_fwd_kernel, "dkdv": backward.flash_dkdv_kernel, "dq": backward.flash_dq_kernel}
 _VARIANTS = {
@@ -20,27 +20,30 @@ _VARIANTS = {
     "packed": {"SAMPLES": 8},
 }
 _INT8_VARIANTS = ("plain", "mask", "window")
+_NARROWER = {64: 48, 128: 96, 256: 192}
+"""Head dims that fill a part of a row's blocks. They are multiples of 16: `op.aligned` sees to it,
+and `tiles.aligned_rows` to the rows of masks."""
 
 
 def cases() -> Iterator[Case]:
-    """Every row of the table in every variant; the default one is bf16, head dim 128, plain."""
+    """Every row of the table in every variant; the default ones are bf16, head dim 128, plain, for sm_90."""
     for arch, rows in configs.TABLE.items():
         for row in rows:
             for variant in _VARIANTS:
-                yield _case(row, arch, variant, "bf16")
-            yield _case(row, arch, "plain", "bf16", narrower=4)
+                yield _case(row, arch, variant, "bf16", row.head_dim)
+            yield _case(row, arch, "plain", "bf16", _NARROWER[row.head_dim])
             if row.kernel == "fwd":
                 for variant in _INT8_VARIANTS:
-                    yield _case(row, arch, variant, "int8")
+                    yield _case(row, arch, variant, "int8", row.head_dim)
     for row in configs.FP32:
-        yield _case(row, 80, "plain", "fp32")
+        yield _case(row, 80, "plain", "fp32", row.head_dim)
 
 
-def _case(row: configs.Config, arch: int, variant: str, dtype: str, *, narrower: int = 0) -> Case:
-    """`narrower`: how much smaller the head dim is than the row's, so that rows are no multiples of 16 bytes."""
-    kernel, head_dim = _KERNELS[row.kernel], row.head_dim - narrower
-    flags = {"HAS_LEFT": False, "HAS_RIGHT": False, "HAS_MASK": False, "SAMPLES": 0} | _VARIANTS[variant]
-    sizes = {"Q_PER_KV": 1, "D": head_dim, "D_V": head_dim, "BLOCK_D": row.head_dim, "BLOCK_DV": row.head_dim}
+def _case(row: configs.Config, arch: int, variant: str, dtype: str, head_dim: int) -> Case:
+    kernel = _KERNELS[row.kernel]
+    flags = {"HAS_LEFT": False, "HAS_RIGHT": False, "HAS_MASK": False, "SAMPLES": 0, "Q_PER_KV": 1}
+    flags |= _VARIANTS[variant]
+    sizes = {"D": head_dim, "D_V": head_dim, "BLOCK_D": op.padded(head_dim), "BLOCK_DV": op.padded(head_dim)}
     constexprs = {**sizes, **flags, "BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "stride_mk": 1}
     if row.kernel == "fwd":
         constexprs |= {"INT8": dtype == "int8"}
@@ -58,9 +61,7 @@ def _case(row: configs.Config, arch: int, variant: str, dtype: str, *, narrower:
         ("blocks", "counts", "cu_q", "cu_k"), "*i32:16"
     )
     types |= {"mask": "*i1:16"} | dict.fromkeys(("scale", "scale_log2"), "fp32")
-    # Strides of tensors whose rows begin at multiples of 16 bytes, as the models' do.
-    stride = "i32" if narrower else "i32:16"
-    types |= {f"stride_{tensor}{axis}": stride for tensor in "qkv" for axis in "bsn"}
+    types |= {f"stride_{tensor}{axis}": "i32:16" for tensor in "qkv" for axis in "bsn"}
     types |= {f"stride_m{axis}": "i32:16" for axis in "bnq"} | {f"stride_t{axis}": "i32" for axis in "bnt"}
     types |= dict.fromkeys(("heads", "tiles", "q_len", "k_len", "samples", "left", "right"), "i32")
     return Case(
@@ -72,5 +73,5 @@ def _case(row: configs.Config, arch: int, variant: str, dtype: str, *, narrower:
         num_warps=row.num_warps,
         num_stages=row.num_stages,
         tuned=row.tuned,
-        is_default=variant == "plain" and dtype == "bf16" and head_dim == 128 and arch in (80, 90),
+        is_default=variant == "plain" and dtype == "bf16" and head_dim == 128 and arch == 90,
     )

@@ -2,7 +2,7 @@
 
     python benchmarks/kernels/compile.py                    all: minutes to an hour; compiled.json and README.md
     python benchmarks/kernels/compile.py --only flash_fwd --target 90 --changed
-    python benchmarks/kernels/compile.py --default --dry    what CI compiles; writes nothing
+    python benchmarks/kernels/compile.py --default --complete --dry     what CI compiles and checks; writes nothing
 
 Exits with 1 if a kernel spills or wants more shared memory than there is. Modules `*_cases.py` beside this file list
 the kernels. Nothing here runs one: speed is measured by `benchmarks/attention.py`, on a GPU.
@@ -17,11 +17,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when kernels are made, which the import of `*_cases` does
 
 import triton
-from offline import Case
+from offline import Case, Report
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "compiled.json"
@@ -38,6 +39,8 @@ COLUMNS = (
     "timed",
 )
 
+_BLOCKS = ("BLOCK", *(f"BLOCK_{axis}" for axis in "MNRTEFH"))
+
 
 def main() -> int:
     """0 if every compiled kernel may be launched."""
@@ -46,12 +49,15 @@ def main() -> int:
     parser.add_argument("--target", type=int, help="compute capability, 90 for sm_90")
     parser.add_argument("--default", action="store_true", help="only the default configurations")
     parser.add_argument("--changed", action="store_true", help="leave out what compiled.json has of this configuration")
+    parser.add_argument(
+        "--complete", action="store_true", help="fail, too, if compiled.json lacks or has what it must not"
+    )
     parser.add_argument("--dry", action="store_true", help="write nothing")
     args = parser.parse_args()
     known = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
     every = {f"{case.name} @ {case.target}": case for case in listed()}
     known = {key: row for key, row in known.items() if key in every}
-    bad = []
+    bad = problems_of_table(every, known) if args.complete else []
     for key, case in every.items():
         skipped = args.only not in case.name or args.target not in (None, case.target)
         if skipped or (args.default and not case.is_default) or (args.changed and is_known(case, known.get(key))):
@@ -73,9 +79,19 @@ def listed() -> list[Case]:
     return [case for name in names for case in importlib.import_module(name).cases()]
 
 
+def problems_of_table(every: dict[str, Case], known: dict[str, dict[str, Any]]) -> list[str]:
+    """Cases that were not compiled in their configuration, and what was compiled that must not be launched."""
+    found = [
+        f"compiled.json lacks {key} as it is now" for key, case in every.items() if not is_known(case, known.get(key))
+    ]
+    for row in known.values():
+        found += Report(**{field.name: row[field.name] for field in dataclasses.fields(Report)}).problems()
+    return found
+
+
 def blocks(case: Case) -> str:
     """Sizes of blocks, `128 x 64`."""
-    return " x ".join(str(value) for name, value in case.constexprs.items() if name in ("BLOCK_M", "BLOCK_N", "BLOCK"))
+    return " x ".join(str(value) for name, value in case.constexprs.items() if name in _BLOCKS)
 
 
 def is_known(case: Case, row: dict[str, object] | None) -> bool:

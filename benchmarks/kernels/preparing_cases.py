@@ -17,7 +17,7 @@ _WARPS, _STAGES = 4, 3
 
 
 def cases() -> Iterator[Case]:
-    """One for each size of block that a row of the table asks for."""
+    """One for each size of block that a row of the table asks for; the default ones are those of head dim 128."""
     for arch, rows in configs.TABLE.items():
         for head_dim in (64, 128, 256):
             yield _delta(head_dim, arch)
@@ -56,4 +56,5 @@ def _quantize(what: str, head_dim: int, block: int, arch: int) -> Case:
 
 
 def _case(name: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], arch: int) -> Case:
-    return Case(name, kernel, types, constexprs, arch, _WARPS, _STAGES)
+    default = "head dim 128" in name or name.startswith("mask_tiles, 128 x 64")
+    return Case(name, kernel, types, constexprs, arch, _WARPS, _STAGES, is_default=arch == 90 and default)

@@ -1,17 +1,12 @@
-"""The kernels outside the interpreter, without a GPU: what torch.compile sees of them, and what they take of a device.
+"""What torch.compile sees of the kernels, without a GPU: outside the interpreter, so in a process of its own.
 
-Both need processes of their own, because TRITON_INTERPRET is read when kernels are made.
+What they take of a device is in tests/benchmarks/test_kernels.py.
 """
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
-
-COMPILE = Path(__file__).parents[4] / "benchmarks" / "kernels" / "compile.py"
 
 TRACED = """
 import json
@@ -53,25 +48,11 @@ print(json.dumps([[sorted(node.kwargs["tensors_to_clone"]) for node in nodes] fo
 """
 
 
-def run(*command: object, timeout: float = 300) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=timeout)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout
-
-
 def test_torch_compile_sees_the_kernels_and_what_they_write():
     """One graph forward and one backward, each with the kernels and, as there is a mask, those that list its blocks."""
-    forward, backward = json.loads(run(sys.executable, "-c", TRACED).splitlines()[-1])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    forward, backward = json.loads(done.stdout.splitlines()[-1])
     assert forward == [["state"], ["lse", "out"]]
     assert backward == [["delta"], ["state"], ["dk", "dv"], ["state"], ["dq"]]
-
-
-@pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("kernel", ["flash_fwd", "flash_dkdv", "flash_dq"])
-def test_the_default_configs_compile_without_a_spill(kernel, target, tmp_path, monkeypatch):
-    """For GPUs that are not here. Seconds each: they are whole runs of Triton, LLVM and ptxas, with nothing cached."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    told = run(sys.executable, COMPILE, "--default", "--dry", "--only", kernel, "--target", str(target))
-    assert f"{kernel}, bf16, head dim 128, plain @ {target}" in told
-    assert ", 0 spilled, " in told

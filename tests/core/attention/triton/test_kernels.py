@@ -13,7 +13,9 @@ import parity
 from diffsynth.core.attention import AttentionCall, attention
 from diffsynth.core.attention.checking import check
 from diffsynth.core.attention.naive import NaiveAttention
+from diffsynth.core.attention.triton import op
 from diffsynth.core.attention.triton.backend import TritonAttention
+from diffsynth.core.attention.triton.tiles import aligned_rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 
@@ -56,6 +58,30 @@ def compare(tensors: list[Tensor], *, d_out: Tensor | None = None, **arguments) 
 def served(call: AttentionCall) -> Tensor:
     assert TritonAttention().refuses(call) is None
     return TritonAttention()(call)
+
+
+def test_kernels_get_rows_that_begin_at_multiples_of_16(monkeypatch):
+    """Head dim 60 was loaded number by number, which took so many registers that kernels spilled."""
+    seen, settings_of = [], op.settings_of
+    monkeypatch.setattr(
+        op, "settings_of", lambda kernel, qkv, *rest: seen.extend(qkv) or settings_of(kernel, qkv, *rest)
+    )
+    wide = torch.randn(1, 5, 2, 41)
+    compare([wide[..., :32], wide[..., 9:], torch.randn(1, 5, 2, 12)])
+    assert len(seen) == 9
+    assert all(x.stride(3) == 1 and x.shape[3] % 16 == 0 for x in seen)
+    assert all(stride % 16 == 0 for x in seen for stride in x.stride()[:3])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 41), (2, 1, 1, 41), (1, 2, 5, 1), (2, 2, 5, 48)])
+def test_kernels_get_masks_whose_rows_begin_at_multiples_of_16(shape):
+    """A mask of 41 keys was loaded byte by byte, which took so many registers that kernels spilled."""
+    mask = torch.rand(shape) < 0.5
+    for laid_out in (mask, mask.expand(2, 2, 5, shape[3]), mask.transpose(2, 3).contiguous().transpose(2, 3)):
+        got = aligned_rows(laid_out)
+        assert torch.equal(got[..., : shape[3]].expand(2, 2, 5, -1), laid_out.expand(2, 2, 5, -1))
+        sizes = zip(got.shape[:3], got.stride(), strict=False)
+        assert shape[3] == 1 or (got.stride(3) == 1 and all(size == 1 or stride % 16 == 0 for size, stride in sizes))
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,10 @@ def test_what_nobody_timed_is_avoided(monkeypatch):
     assert TritonAttention().avoids(check(*zeros())) == "its kernels were not timed on sm_100"
 
 
-def test_workspace_is_a_sum_per_query_and_a_word_per_block():
+def test_workspace_is_a_sum_per_query_a_word_per_block_and_what_is_padded():
     q, k, v = zeros(130, 70)
     assert TritonAttention().workspace(check(q, k, v), "cpu") == 4 * 2 * 130
     mask = torch.ones(1, 1, 1, 70, dtype=torch.bool)
-    assert TritonAttention().workspace(check(q, k, v, mask=mask), "cpu") == 4 * 2 * 130 + 3 * 2 * 13
+    assert TritonAttention().workspace(check(q, k, v, mask=mask), "cpu") == 4 * 2 * 130 + 3 * 2 * 13 + 80
+    q, k, v = zeros(130, 70, d=60, d_v=64)
+    assert TritonAttention().workspace(check(q, k, v), "cpu") == 4 * 2 * 130 + 4 * 2 * 64 * (130 + 70)

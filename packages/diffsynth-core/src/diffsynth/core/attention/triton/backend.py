@@ -36,12 +36,13 @@ class TritonAttention:
         return None if all(row.tuned for row in rows) else f"its kernels were not timed on sm_{capability}"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """An fp32 sum per query; with a mask, an int32 for each of its blocks, and what sorting those takes."""
+        """An fp32 sum per query; with a mask, an int32 for each of its blocks, and what sorting those takes; copies of
+        tensors and masks whose rows are no multiple of 16 long."""
         b, q_len, n, _ = call.q.shape
-        size = 4 * b * n * q_len
+        size = 4 * b * n * q_len + sum(map(_padded_bytes, (call.q, call.k, call.v)))
         if call.mask is not None:
             tiles = call.mask.shape[0] * call.mask.shape[1] * -(-q_len // _TILE) * -(-call.k_len // _TILE)
-            size += tiles * (1 + 8 + 4)
+            size += tiles * (1 + 8 + 4) + _padded_bytes(call.mask)
         return size
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
@@ -79,6 +80,11 @@ class TritonInt8Attention:
         from diffsynth.core.attention.triton.int8 import flash_attention_int8
 
         return flash_attention_int8(call.q, call.k, call.v, call.mask, call.scale, list(call.limits))
+
+
+def _padded_bytes(x: Tensor) -> int:
+    d = x.shape[3]
+    return x.numel() // d * (d + -d % 16) * x.element_size() if d % 16 else 0
 
 
 def _device_refusal(call: AttentionCall, name: str = _NAME) -> str | None:

@@ -53,19 +53,18 @@ def flash_dkdv_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`dk`, `dv` of one tile of BLOCK_N keys of one key head, over the queries of all heads that read it.
+    """`dk`, `dv` of one tile of BLOCK_N keys, as one query head reads them.
 
     `blocks` and `counts` as in the forward kernel, but a row lists the query blocks of a tile of keys.
     """
-    kv_heads = heads // Q_PER_KV
-    i_tile, i_kv_head, i_batch = place(tl.program_id(0), tiles, kv_heads, HAS_LEFT)
+    i_tile, i_head, i_batch = place(tl.program_id(0), tiles, heads, HAS_LEFT)
     tokens, i_key, q_tiles = q_len, i_batch * k_len, tl.cdiv(q_len, BLOCK_M)
     i_tile, q_start, k_start, q_len, k_len = locate(cu_k, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK_N, SAMPLES)
     column = i_tile * BLOCK_N
     o_m, o_n, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     m_columns, m_d, m_dv = column + o_n < k_len, o_d < D, o_dv < D_V
-    p_k = k + i_batch * stride_kb + i_kv_head * stride_kn + (k_start + column) * stride_ks
-    p_v = v + i_batch * stride_vb + i_kv_head * stride_vn + (k_start + column) * stride_vs
+    p_k = k + i_batch * stride_kb + (i_head // Q_PER_KV) * stride_kn + (k_start + column) * stride_ks
+    p_v = v + i_batch * stride_vb + (i_head // Q_PER_KV) * stride_vn + (k_start + column) * stride_vs
     b_k = load_rows(p_k + o_n[:, None] * stride_ks + o_d[None, :], m_columns, m_d, True, D < BLOCK_D)
     b_v = load_rows(p_v + o_n[:, None] * stride_vs + o_dv[None, :], m_columns, m_dv, True, D_V < BLOCK_DV)
     o_q, o_do = o_m[:, None] * stride_qs + o_d[None, :], o_m[:, None] * (heads * D_V) + o_dv[None, :]
@@ -74,47 +73,45 @@ def flash_dkdv_kernel(
 
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
-    for i_group in range(Q_PER_KV):
-        i_head = i_kv_head * Q_PER_KV + i_group
-        i_list = i_batch * stride_tb + i_head * stride_tn + i_tile * stride_tt
-        first, full_first, full_last, last = rows_to_visit(
-            counts, i_list, column, q_len, k_len, left, right, HAS_LEFT, HAS_RIGHT, HAS_MASK, BLOCK_M, BLOCK_N
-        )
-        p_q = q + i_batch * stride_qb + i_head * stride_qn + q_start * stride_qs
-        p_do = d_out + ((i_batch * tokens + q_start) * heads + i_head) * D_V
-        i_stat = (i_batch * heads + i_head) * tokens + q_start
-        for MASKED in tl.static_range(2):
-            begin, end = visits(first, full_first, full_last, last, MASKED)
-            for i in range(begin, end):
-                i_block = block_at(i, blocks, i_list, q_tiles, full_first, full_last, MASKED, HAS_MASK)
-                row = i_block * BLOCK_M
-                m_rows = row + o_m < q_len
-                ends = HAS_MASK or MASKED  # a listed full block may be a short last one: only its columns count
-                b_q = load_rows(p_q + row.to(tl.int64) * stride_qs + o_q, m_rows, m_d, ends, D < BLOCK_D)
-                p_rows = p_do + row.to(tl.int64) * (heads * D_V)
-                b_do = load_rows(p_rows + o_do, m_rows, m_dv, ends, D_V < BLOCK_DV)
-                b_lse = tl.load(lse + i_stat + row + o_m, mask=m_rows, other=float("inf"))
-                b_delta = tl.load(delta + i_stat + row + o_m, mask=m_rows, other=0.0)
-                b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-                b_weights = tl.exp2(tl.fma(b_scores, scale_log2, -b_lse[None, :]))
-                if MASKED:
-                    p_mask = mask
-                    if HAS_MASK:
-                        p_mask = mask + i_head * stride_mn + row.to(tl.int64) * stride_mq
-                        p_mask += o_m[None, :] * stride_mq + o_n[:, None] * stride_mk
-                    m_pairs = may_attend(
-                        row + o_m[None, :], column + o_n[:, None], q_len, k_len, left, right, p_mask,
-                        HAS_LEFT, HAS_RIGHT, HAS_MASK,
-                    )  # fmt: skip
-                    b_weights = tl.where(m_pairs, b_weights, 0.0)
-                b_dv = tl.dot(b_weights.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-                b_dw = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-                b_ds = b_weights * (b_dw - b_delta[None, :])
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    i_list = i_batch * stride_tb + i_head * stride_tn + i_tile * stride_tt
+    first, full_first, full_last, last = rows_to_visit(
+        counts, i_list, column, q_len, k_len, left, right, HAS_LEFT, HAS_RIGHT, HAS_MASK, BLOCK_M, BLOCK_N
+    )
+    p_q = q + i_batch * stride_qb + i_head * stride_qn + q_start * stride_qs
+    p_do = d_out + ((i_batch * tokens + q_start) * heads + i_head) * D_V
+    i_stat = (i_batch * heads + i_head) * tokens + q_start
+    for MASKED in tl.static_range(2):
+        begin, end = visits(first, full_first, full_last, last, MASKED)
+        for i in range(begin, end):
+            i_block = block_at(i, blocks, i_list, q_tiles, full_first, full_last, MASKED, HAS_MASK)
+            row = i_block * BLOCK_M
+            m_rows = row + o_m < q_len
+            ends = HAS_MASK or MASKED  # a listed full block may be a short last one: only its columns count
+            b_q = load_rows(p_q + row.to(tl.int64) * stride_qs + o_q, m_rows, m_d, ends, D < BLOCK_D)
+            p_rows = p_do + row.to(tl.int64) * (heads * D_V)
+            b_do = load_rows(p_rows + o_do, m_rows, m_dv, ends, D_V < BLOCK_DV)
+            b_lse = tl.load(lse + i_stat + row + o_m, mask=m_rows, other=float("inf"))
+            b_delta = tl.load(delta + i_stat + row + o_m, mask=m_rows, other=0.0)
+            b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+            b_weights = tl.exp2(tl.fma(b_scores, scale_log2, -b_lse[None, :]))
+            if MASKED:
+                p_mask = mask
+                if HAS_MASK:
+                    p_mask = mask + i_head * stride_mn + row.to(tl.int64) * stride_mq
+                    p_mask += o_m[None, :] * stride_mq + o_n[:, None] * stride_mk
+                m_pairs = may_attend(
+                    row + o_m[None, :], column + o_n[:, None], q_len, k_len, left, right, p_mask,
+                    HAS_LEFT, HAS_RIGHT, HAS_MASK,
+                )  # fmt: skip
+                b_weights = tl.where(m_pairs, b_weights, 0.0)
+            b_dv = tl.dot(b_weights.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+            b_dw = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+            b_ds = b_weights * (b_dw - b_delta[None, :])
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
 
-    i_out = (i_key + k_start + column) * kv_heads + i_kv_head
-    _store_rows(dk + i_out * D + o_n[:, None] * (kv_heads * D) + o_d[None, :], b_dk * scale, m_columns, m_d)
-    _store_rows(dv + i_out * D_V + o_n[:, None] * (kv_heads * D_V) + o_dv[None, :], b_dv, m_columns, m_dv)
+    i_out = (i_key + k_start + column) * heads + i_head
+    _store_rows(dk + i_out * D + o_n[:, None] * (heads * D) + o_d[None, :], b_dk * scale, m_columns, m_d)
+    _store_rows(dv + i_out * D_V + o_n[:, None] * (heads * D_V) + o_dv[None, :], b_dv, m_columns, m_dv)
 
 
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "samples", "left", "right"])

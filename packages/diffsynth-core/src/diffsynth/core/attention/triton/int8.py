@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from diffsynth.core.attention.triton.forward import flash_fwd_kernel
-from diffsynth.core.attention.triton.op import LOG2_E, current, padded, settings_of
+from diffsynth.core.attention.triton.op import LOG2_E, aligned, current, padded, settings_of
 from diffsynth.core.attention.triton.places import load_rows, place
 from diffsynth.core.attention.triton.tiles import launchable
 
@@ -27,7 +27,8 @@ def flash_attention_int8(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, limits: Sequence[int]
 ) -> Tensor:
     """The output, `b q n d_v`; arguments as of `op.flash_attention`."""
-    v = v if v.stride(-1) == 1 else v.contiguous()
+    d_v = v.shape[3]
+    q, k, v = (aligned(tensor) for tensor in (q, k, v))
     b, q_len, n, _ = q.shape
     out = torch.empty(b, q_len, n, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(b, n, q_len, dtype=torch.float32, device=q.device)
@@ -40,12 +41,11 @@ def flash_attention_int8(
         launchable(flash_fwd_kernel)[(settings["tiles"] * n * b,)](
             q_small, k_small, v, out, lse, q_scales, k_scales, **settings, scale_log2=scale * LOG2_E, INT8=True
         )
-    return out
+    return out[..., :d_v]
 
 
 def _quantized(x: Tensor, mean: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
     """`x`, less the mean of its tokens where one is given, in 8 bits; and fp32 scales, `b n blocks`."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
     b, length, n, d = x.shape
     tiles = triton.cdiv(length, block)
     small = torch.empty(b, length, n, d, dtype=torch.int8, device=x.device)

@@ -14,11 +14,12 @@ import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op
+from torch.nn.functional import pad
 
 from diffsynth.core.attention.triton.backward import flash_delta_kernel, flash_dkdv_kernel, flash_dq_kernel
 from diffsynth.core.attention.triton.configs import Kernel, capability_of, config_for
 from diffsynth.core.attention.triton.forward import flash_fwd_kernel
-from diffsynth.core.attention.triton.tiles import block_lists, launchable
+from diffsynth.core.attention.triton.tiles import aligned_rows, block_lists, launchable
 from diffsynth.core.device.backends import torch_module
 
 LOG2_E = math.log2(math.e)
@@ -45,7 +46,8 @@ def flash_attention(
         scale: above 0.
         limits: `AttentionCall.limits`.
     """
-    q, k, v = (_with_dense_rows(tensor) for tensor in (q, k, v))
+    d_v = v.shape[3]
+    q, k, v = (aligned(tensor) for tensor in (q, k, v))
     b, q_len, n, _ = q.shape
     out = torch.empty(b, q_len, n, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(b, n, q_len, dtype=torch.float32, device=q.device)
@@ -54,7 +56,7 @@ def flash_attention(
         launchable(flash_fwd_kernel)[(settings["tiles"] * n * b,)](
             q, k, v, out, lse, None, None, **settings, scale_log2=scale * LOG2_E, INT8=False
         )
-    return out, lse
+    return out[..., :d_v], lse
 
 
 @triton_op("diffsynth::flash_attention_backward", mutates_args=())
@@ -71,26 +73,31 @@ def flash_attention_backward(
     limits: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `q`, `k` and `v`, given that of `out`; the others as `flash_attention` took and gave them."""
-    q, k, v = (_with_dense_rows(tensor) for tensor in (q, k, v))
-    d_out, out = d_out.contiguous(), out.contiguous()
-    b, q_len, n, d_v = out.shape
+    (n_kv, d), d_v = k.shape[2:], v.shape[3]
+    q, k, v = (aligned(tensor) for tensor in (q, k, v))
+    d_out, out = (aligned(tensor).contiguous() for tensor in (d_out, out))
+    b, q_len, n, _ = out.shape
     rows = b * q_len * n
     delta = torch.empty_like(lse)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # One for each query head, added up below: a loop over the heads that share a key head makes the kernel spill.
+    dk, dv = (torch.empty(b, x.shape[1], n, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
     factors = {"scale": scale, "scale_log2": scale * LOG2_E}
     with current(q.device):
         launchable(flash_delta_kernel)[(triton.cdiv(rows, DELTA_ROWS),)](
-            out, d_out, delta, n, rows, q_len, D_V=d_v, BLOCK_DV=padded(d_v), BLOCK_M=DELTA_ROWS
+            out, d_out, delta, n, rows, q_len, D_V=out.shape[3], BLOCK_DV=padded(d_v), BLOCK_M=DELTA_ROWS
         )
         by_keys = settings_of("dkdv", (q, k, v), mask, cu_seqlens, limits)
-        launchable(flash_dkdv_kernel)[(by_keys["tiles"] * k.shape[2] * b,)](
+        launchable(flash_dkdv_kernel)[(by_keys["tiles"] * n * b,)](
             q, k, v, d_out, lse, delta, dk, dv, **by_keys, **factors
         )
         by_queries = settings_of("dq", (q, k, v), mask, cu_seqlens, limits)
         launchable(flash_dq_kernel)[(by_queries["tiles"] * n * b,)](
             q, k, v, d_out, lse, delta, dq, **by_queries, **factors
         )
-    return dq, dk, dv
+    if n > n_kv:
+        dk, dv = (x.unflatten(2, (n_kv, -1)).sum(3) for x in (dk, dv))
+    return dq[..., :d], dk[..., :d], dv[..., :d_v]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -130,6 +137,7 @@ def settings_of(
     lists, mask_strides = None, (0, 0, 0, 0)
     if mask is not None:
         lists = block_lists(mask, (q_len, k_len), (left, right), (config.block_m, config.block_n), by_keys=by_keys)
+        mask = aligned_rows(mask)  # lists are kept for the mask that was given
         mask_strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     strides = {
         **_strides("q", "bsn", q.stride()),
@@ -178,8 +186,15 @@ def padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _with_dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy whose rows are dense and begin at multiples of 16 elements, with zeros behind the head dim.
+
+    Triton loads such rows many numbers at a time. Loads of single numbers need so many registers that kernels spill.
+    """
+    if behind := -tensor.shape[3] % 16:
+        return pad(tensor, (0, behind)).contiguous()
+    is_aligned = tensor.stride(3) == 1 and all(stride % 16 == 0 for stride in tensor.stride()[:3])
+    return tensor if is_aligned else tensor.contiguous()
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
+from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffsynth.core.attention.triton.places import may_attend
@@ -66,6 +67,21 @@ def block_lists(
     return kept[key]
 
 
+def aligned_rows(mask: Tensor) -> Tensor:
+    """The mask, axes that it is expanded along cut to 1; a copy if its rows do not begin at multiples of 16 bytes.
+
+    Triton loads such rows many bytes at a time. Loads of single bytes need so many registers that kernels spill.
+    """
+    for axis in (0, 1, 2):
+        if mask.stride(axis) == 0:
+            mask = mask.narrow(axis, 0, 1)
+    *leading, k_len = mask.shape
+    strides = [stride for size, stride in zip(leading, mask.stride(), strict=False) if size > 1]
+    if k_len == 1 or (mask.stride(3) == 1 and all(stride % 16 == 0 for stride in strides)):
+        return mask
+    return pad(mask, (0, -k_len % 16)).contiguous()
+
+
 def launchable(kernel: Any) -> Any:
     """The kernel for `[grid](...)` inside a `triton_op`; under TRITON_INTERPRET=1 there is nothing to trace."""
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
@@ -74,9 +90,7 @@ def launchable(kernel: Any) -> Any:
 def _lists(
     mask: Tensor, lengths: tuple[int, int], limits: tuple[int, int], blocks: tuple[int, int], by_keys: bool
 ) -> BlockLists:
-    for axis in (0, 1):
-        if mask.stride(axis) == 0:  # expanded: one for all
-            mask = mask.narrow(axis, 0, 1)
+    mask = aligned_rows(mask)
     b, n, rows, _ = mask.shape
     (q_len, k_len), (left, right), (block_m, block_n) = lengths, limits, blocks
     if rows == 1 and limits == (-1, -1) and not by_keys:
