@@ -185,7 +185,7 @@ def test_a_layer_that_is_read_past_its_forward():
 
 
 def test_compiled_blocks_notice():
-    """A graph is guarded by the classes of the layers in it."""
+    """torch 2.11 does not guard a graph by the classes of the layers in it."""
     module, expected = small.network(), small.network()
     for block in module.blocks:
         compile_forward(block, backend="eager")

@@ -81,6 +81,7 @@ def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[
             _become(part, _with_lora(type(part)))
         part.register_buffer("lora_down", whole.down, persistent=False)
         part.register_buffer("lora_up", whole.up, persistent=False)
+    _forget_compiled(module)
 
 
 def clear_hot(module: nn.Module) -> int:
@@ -92,6 +93,7 @@ def clear_hot(module: nn.Module) -> int:
     for part in changed:
         del part.lora_down, part.lora_up
         _become(part, type(part).__mro__[2])
+    _forget_compiled(module)
     return len(changed)
 
 
@@ -110,6 +112,12 @@ def _become(part: Any, kind: type[nn.Module]) -> None:
     if around := _around(part):
         # The engine put itself around the forward of this very object, which is still the old class's.
         around[-1].__wrapped__ = types.MethodType(kind.forward, part)  # type: ignore[attr-defined]
+
+
+def _forget_compiled(module: nn.Module) -> None:
+    # Graphs of torch 2.11 are not guarded by the classes of the layers in them, and would run on without the LoRA.
+    if any(hasattr(around, _COMPILED) for part in module.modules() for around in _around(part)):
+        torch.compiler.reset()
 
 
 def _around(part: nn.Module) -> list[Callable[..., Any]]:
