@@ -1,6 +1,7 @@
 """The stream of blocks on a device with queues, in the worst order that its waits allow: never a wrong weight."""
 
 import random
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,30 @@ def test_every_computation_reads_its_own_block(device, kind, slots):
     wrong, turns, report = run(device, orders, locked=LOCKED[kind], slots=slots)
     assert wrong == []
     assert report.hits + report.misses == turns
+
+
+def test_a_wrong_guess_does_not_come_late(device, monkeypatch):
+    """The thread is at a block in ordinary memory when a page-locked one takes its slot: 'mixed', above, by luck."""
+    gate, fill, read = threading.Event(), Master.fill, []
+
+    def fill_late(self, memory):
+        assert gate.wait(10)
+        fill(self, memory)
+
+    monkeypatch.setattr(Master, "fill", fill_late)
+    masters = {"guessed": Master(1, locked=False), "wanted": Master(0, locked=True)}
+    order = Order(list(masters))
+    stream = BlockStream(masters, torch.device("cuda", 0), slots=1, order=order, report=TransferReport())
+    timer = threading.Timer(0.05, gate.set)
+    timer.start()
+    memory = stream.acquire("wanted").as_subclass(torch.Tensor)
+    timer.join()
+    stream._thread.submit(int).result()  # whatever the thread was at is done
+    device.submit(lambda: read.extend(memory.tolist()))
+    stream.release("wanted")
+    stream.close()
+    device.synchronize()
+    assert set(read) == {0}
 
 
 @pytest.mark.parametrize("broken", ["copies do not wait", "computation does not wait"])

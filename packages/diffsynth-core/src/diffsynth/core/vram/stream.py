@@ -206,6 +206,10 @@ class BlockStream:
         return min(free, key=lambda slot: slot.block is not None, default=None)
 
     def _begin(self, slot: _Slot, name: str) -> None:
+        if slot.arriving is not None and not slot.arriving.cancel():
+            # A wrong guess that the thread is still at would come after, and over, what is copied without it. If it
+            # failed, whoever wants that block hears of it.
+            slot.arriving.exception()
         slot.block = name
         master = self._masters[name]
         if not self._on_host and is_locked(master):
