@@ -39,7 +39,7 @@ steps() {
         kernels) echo "kernels $python benchmarks/nn_kernels.py --json $out/nn_kernels-gpu.json" ;;
         loading) echo "loading $python benchmarks/loading.py --size-gb 4 --repeats 2 --contenders load_file diffusers diffsynth --json $out/loading-gpu.json" ;;
         plan) echo "plan $python benchmarks/plan.py --json $out/plan-gpu.json" ;;
-        # A step takes seconds here, and 28 GB are page-locked for each contender: fewer of both.
+        # A step takes seconds here, and 28 GB are pinned for each contender: fewer of both.
         vram-wan) echo "$1 $python benchmarks/vram.py --networks wan --warmup 1 --repeats 2 --without fp8 --json $out/$1-gpu.json" ;;
         wan) echo "wan $python benchmarks/wan.py --cases t2v-1.3b decode --repeats 2 --json $out/wan-gpu.json" ;;
         vram-*) echo "$1 $python benchmarks/vram.py --networks ${1#vram-} --json $out/$1-gpu.json" ;;

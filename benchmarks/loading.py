@@ -118,11 +118,11 @@ def diffsynth(folder: Path, device: str, *, copy: bool) -> list[Any]:
     import torch
 
     from diffsynth import _discovery
-    from diffsynth.core.loader import header, load, recognize
+    from diffsynth.core.loader import component, header, recognize
 
     tensors = header.read(shards_in(folder))
     (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts())
-    module = load.load_component(found, tensors, device=device, dtype=torch.bfloat16, copy=copy)
+    module = component.load_component(found, tensors, device=device, dtype=torch.bfloat16, copy=copy)
     return list(module.state_dict().values())
 
 
@@ -131,8 +131,8 @@ CONTENDERS: dict[str, tuple[Callable[[Path, str], list[Any]], str]] = {
     "raw read, 4 threads": (lambda folder, device: raw_read(folder, device, threads=4), "torch"),
     "load_file": (load_file, "safetensors.torch"),
     "diffusers": (diffusers, "diffusers.models.transformers.transformer_z_image"),
-    "diffsynth": (lambda folder, device: diffsynth(folder, device, copy=True), "diffsynth.runtime.loading"),
-    "diffsynth, mapped": (lambda folder, device: diffsynth(folder, device, copy=False), "diffsynth.runtime.loading"),
+    "diffsynth": (lambda folder, device: diffsynth(folder, device, copy=True), "diffsynth.runtime.pretrained"),
+    "diffsynth, mapped": (lambda folder, device: diffsynth(folder, device, copy=False), "diffsynth.runtime.pretrained"),
 }
 """Name -> (loads, module imported before the clock starts)."""
 

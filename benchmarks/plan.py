@@ -73,7 +73,7 @@ def pipeline(case: dict[str, Any], device: str) -> Any:
     from diffsynth.models.config import TINY_QWEN3_TEXT_ENCODER, FluxAutoencoderConfig
     from diffsynth.models.flux_autoencoder import FluxAutoencoder
     from diffsynth.models.qwen3 import Qwen3TextEncoder
-    from diffsynth.runtime.memory.stand_ins import StandInTokenizer
+    from diffsynth.runtime.meta_components import FixedLengthTokenizer
     from diffsynth_zimage import ZImagePipeline
     from diffsynth_zimage.config import ZImageDiTConfig
     from diffsynth_zimage.dit import ZImageDiT
@@ -93,7 +93,7 @@ def pipeline(case: dict[str, Any], device: str) -> Any:
             part.to_empty(device=device)
             for tensor in part.parameters():
                 tensor.normal_(std=0.02)
-    return ZImagePipeline(parts | {"tokenizer": StandInTokenizer(512)}, device=device, torch_dtype=torch.float32)
+    return ZImagePipeline(parts | {"tokenizer": FixedLengthTokenizer(512)}, device=device, torch_dtype=torch.float32)
 
 
 def call(case: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def call(case: dict[str, Any]) -> dict[str, Any]:
 
 def predict(name: str) -> dict[str, Any]:
     """In a process of its own: what the plan says."""
-    from diffsynth.runtime.memory.planning import plan_call
+    from diffsynth.runtime.planning import plan_call
 
     case = CASES[name]
     pipe = pipeline(case, "meta")

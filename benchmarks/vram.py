@@ -39,7 +39,7 @@ from offload import contenders, curve
 from offload.networks import NETWORKS, SCALES
 
 from diffsynth.core import device as devices
-from diffsynth.core.vram.budget import Turn, step_seconds
+from diffsynth.core.planning import BlockTiming, step_seconds
 
 GIB = 2**30
 EXACT = ("diffsynth cpu-offload", "diffsynth disk")
@@ -67,7 +67,7 @@ def run_one(name: str, contender: str, options: argparse.Namespace) -> list[dict
     device = torch.device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     network = NETWORKS[name](options.scale, "diffusers" if name == "flux" else options.library)
-    load = contenders.rehearsed(network, device, dtype)
+    load = contenders.traced(network, device, dtype)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         setting = contenders.Setting(
             network, device, dtype, options.repeats, options.warmup, Path(folder), not options.warm_cache, load
@@ -76,7 +76,7 @@ def run_one(name: str, contender: str, options: argparse.Namespace) -> list[dict
         rows = []
         for row in contenders.CONTENDERS[contender](setting):
             row["memory"] = row["peak_vram"] if device.type != "cpu" else (row["peak_ram"] or 0) - before
-            # Page-locked memory may stand in no account of the process.
+            # Pinned memory may stand in no account of the process.
             row["host_taken"] = free - (devices.available_memory("cpu") or 0)
             rows.append({"contender": contender, "network": network.name, **row})
         return rows
@@ -113,7 +113,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["hidden"] = min(max(1 - (row["seconds"] - base["seconds"]) * speed / row["moved"], 0.0), 1.0)
             if flow is not None:
                 of_flop = base["seconds"] / sum(flops for flops, _ in flow)
-                turns = [Turn(flops * of_flop, size / speed) for flops, size in flow]
+                turns = [BlockTiming(flops * of_flop, size / speed) for flops, size in flow]
                 row["simulated"] = step_seconds(turns, slots=row["slots"])
         if row.get("predicted") and row["memory"]:
             row["memory_error"] = row["predicted"] / row["memory"] - 1

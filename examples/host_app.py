@@ -40,7 +40,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffsynth import ModelConfig, Pipeline, provenance, registry
 from diffsynth.core.device import default_device
 from diffsynth.errors import Cancelled, DiffsynthError
-from diffsynth.runtime.loading import PretrainedLoader
+from diffsynth.runtime.pretrained import PretrainedLoader
 from diffsynth.runtime.progress import no_progress
 from diffsynth.runtime.request import Step
 from diffsynth.runtime.schema import HOST_ONLY, arguments_from_json

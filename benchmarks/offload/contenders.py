@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diffsynth.core import device as devices
+from diffsynth.core.planning import Speeds, Workload
+from diffsynth.core.planning.planner import spread
 from diffsynth.core.vram import Policy, wrap
-from diffsynth.core.vram.budget import Speeds, Workload
-from diffsynth.core.vram.budget.planner import spread
 from diffsynth.core.vram.managed import ManagedModule
 from diffsynth.errors import Unplannable
 
@@ -57,7 +57,7 @@ class Setting:
         return self.network.build(self.device, self.dtype)
 
 
-def rehearsed(network: Network, device: torch.device, dtype: torch.dtype) -> Workload | None:
+def traced(network: Network, device: torch.device, dtype: torch.dtype) -> Workload | None:
     """Sizes and operations of a step; None if its code asks for values."""
     try:
         return workload(network, device.type, dtype)
@@ -179,7 +179,7 @@ def _simulation(setting: Setting, wrapped: ManagedModule, kept: frozenset[str]) 
     if setting.load is None:
         return {}
     here = frozenset(wrapped.blocks) - frozenset(wrapped.streamed) | kept
-    component = wrapped.load("net")
+    component = wrapped.footprint("net")
     activations = setting.load.stages[0].activations
     sizes = {block.name: block.stored for block in component.blocks if block.name not in here}
     flow = [(turn.compute, sizes.get(run.block, 0)) for turn, run in _paired(setting.load)]
@@ -205,7 +205,7 @@ def _source(module: nn.Module, folder: Path) -> Any:
     from safetensors.torch import save_file
 
     from diffsynth.core.loader import convert, header
-    from diffsynth.core.loader.reading.source import ComponentSource
+    from diffsynth.core.loader.reader.source import ComponentSource
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)

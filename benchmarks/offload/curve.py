@@ -1,7 +1,7 @@
 """The schedule without a device: seconds per step by the share of blocks that stays, and by a limit.
 
 A link and a device are one number each. Weights, activations and operations are those of a rehearsal of the network at
-its published size, on meta; the schedule is `diffsynth.core.vram.budget`, the arithmetic that users' plans are made of.
+its published size, on meta; the schedule is `diffsynth.core.planning`, the arithmetic that users' plans are made of.
 """
 
 from __future__ import annotations
@@ -11,11 +11,20 @@ from typing import Any
 import torch
 from offload.networks import NETWORKS, Network
 
-from diffsynth.core.vram.budget import ComponentLoad, Run, Speeds, StageLoad, Turn, Workload, plan_memory, step_seconds
-from diffsynth.core.vram.budget.planner import spread
-from diffsynth.core.vram.budget.workload import BlockLoad
+from diffsynth.core.planning import (
+    BlockCall,
+    BlockTiming,
+    ComponentFootprint,
+    Speeds,
+    StageCost,
+    Workload,
+    plan_memory,
+    step_seconds,
+)
+from diffsynth.core.planning.planner import spread
+from diffsynth.core.planning.tracer import MetaTracer
+from diffsynth.core.planning.workload import BlockFootprint
 from diffsynth.core.vram.partition import partition
-from diffsynth.core.vram.rehearsal import Rehearsal
 
 GIB = 2**30
 SHARES = (0.0, 0.25, 0.42, 0.75, 1.0)
@@ -38,22 +47,22 @@ def workload(network: Network, device_type: str = "cuda", dtype: torch.dtype = t
     module = network.build(meta, dtype)
     parts = partition(module, smallest=network.smallest)
     blocks = {block.name: block.module for block in parts.blocks}
-    rehearsal = Rehearsal(device_type, {"net": module}, {"net": blocks})
-    with rehearsal, torch.no_grad(), rehearsal.stage("denoise") as stage:
+    tracer = MetaTracer(device_type, {"net": module}, {"net": blocks})
+    with tracer, torch.no_grad(), tracer.stage("denoise") as stage:
         inputs = network.draw(meta, dtype)
         module(**inputs)
-    runs = tuple(Run("net", visit.block, visit.flops) for visit in stage.visits)
-    outside = Run("net", "", max(stage.flops - sum(run.flops for run in runs), 0))
-    loads = tuple(BlockLoad(block.name, block.bytes(), block.bytes()) for block in parts.blocks)
-    component = ComponentLoad("net", loads, parts.rest_bytes(), parts.rest_bytes())
-    return Workload((component,), (StageLoad("denoise", ("net",), stage.device_bytes, runs=(*runs, outside), steps=8),))
+    runs = tuple(BlockCall("net", block_run.block, block_run.flops) for block_run in stage.blocks_run)
+    outside = BlockCall("net", "", max(stage.flops - sum(run.flops for run in runs), 0))
+    loads = tuple(BlockFootprint(block.name, block.bytes(), block.bytes()) for block in parts.blocks)
+    component = ComponentFootprint("net", loads, parts.rest_bytes(), parts.rest_bytes())
+    return Workload((component,), (StageCost("denoise", ("net",), stage.device_bytes, runs=(*runs, outside), steps=8),))
 
 
-def turns(load: Workload, resident: frozenset[str], speeds: Speeds) -> list[Turn]:
+def turns(load: Workload, resident: frozenset[str], speeds: Speeds) -> list[BlockTiming]:
     """Each run of a step, with the copy that it needs."""
     (component,), (stage,) = load.components, load.stages
     sizes = {block.name: block.stored for block in component.blocks if block.name not in resident}
-    return [Turn(run.flops / speeds.compute, sizes.get(run.block, 0) / speeds.link) for run in stage.runs]
+    return [BlockTiming(run.flops / speeds.compute, sizes.get(run.block, 0) / speeds.link) for run in stage.runs]
 
 
 def by_share(load: Workload, speeds: Speeds) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from diffsynth.cli.output import POLICIES
 from diffsynth.core.data.media import VideoData
 from diffsynth.core.data.media_writer import save_video
 from diffsynth.core.vram import TransferReport
-from diffsynth.core.vram.placement import AUTO, PRESETS
+from diffsynth.core.vram.policy import AUTO, PRESETS
 from picture_pipeline import VideoPipeline, picture_pipeline
 
 

@@ -15,12 +15,12 @@ SHORTER = {"plugin.py", "hookspecs.py"}
 
 EXEMPT: dict[str, str] = {
     "diffsynth.core.attention.forward:attention_forward": "the arguments that users' code passes it",
-    "diffsynth.core.attention.named:flash_attention_2": "the arguments that users' code passes it",
-    "diffsynth.core.attention.named:flash_attention_3": "the arguments that users' code passes it",
-    "diffsynth.core.attention.named:flash_attention_4": "the arguments that users' code passes it",
-    "diffsynth.core.attention.named:flex_attention": "the arguments that users' code passes it",
-    "diffsynth.core.attention.named:torch_sdpa_sliding_window": "the arguments that users' code passes it",
-    "diffsynth.core.loader.model:load_model": "the arguments that users' code passes it",
+    "diffsynth.compat.attention:flash_attention_2": "the arguments that users' code passes it",
+    "diffsynth.compat.attention:flash_attention_3": "the arguments that users' code passes it",
+    "diffsynth.compat.attention:flash_attention_4": "the arguments that users' code passes it",
+    "diffsynth.compat.attention:flex_attention": "the arguments that users' code passes it",
+    "diffsynth.compat.attention:torch_sdpa_sliding_window": "the arguments that users' code passes it",
+    "diffsynth.compat.load_model:load_model": "the arguments that users' code passes it",
 }
 """`module` or `module:function` -> reason."""
 

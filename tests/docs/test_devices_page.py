@@ -24,7 +24,7 @@ def row(backend: Backend) -> str:
 
 
 def test_the_names_it_speaks_of_exist():
-    for name in ("side_stream", "mark", "wait_for", "page_locked", "card_name", "compute_capability", "check_device"):
+    for name in ("side_stream", "mark", "wait_for", "pinned_memory", "card_name", "compute_capability", "check_device"):
         assert f"{name}(" in PAGE or f"`{name}`" in PAGE
         assert name in devices.__all__
 

@@ -27,8 +27,7 @@ from diffsynth.core.attention import select
 from diffsynth.core.loader import header, recognize
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.vram import DiskMap, Policy, wrap
-from diffsynth.runtime import declared_backends
-from diffsynth.runtime.memory import placing
+from diffsynth.runtime import declared_backends, memory_options
 from diffsynth.spec import resolve
 from diffsynth_train.components import training_spec
 from diffsynth_train.objectives.base import build_objective
@@ -171,7 +170,9 @@ def test_effect_of_register_layer_wrappers(toy, tmp_path):
     source = DiskMap(tmp_path / "net.safetensors").source_of(module)
 
     def streamed():
-        handle = wrap(module.to("meta"), Policy.preset("disk", "cpu"), source=source, smallest=0, **placing.cuts(None))
+        handle = wrap(
+            module.to("meta"), Policy.preset("disk", "cpu"), source=source, smallest=0, **memory_options.cuts(None)
+        )
         handle.configure(resident=(), slots=1)
         try:
             return handle.blocks, module(x)

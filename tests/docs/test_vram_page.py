@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from diffsynth.core.loader.config import VRAM_KEYS
-from diffsynth.core.vram.placement import PRESETS, Placement, Policy, State
+from diffsynth.core.vram.policy import PRESETS, BlockState, Placement, Policy
 
 PAGE = (Path(__file__).parents[2] / "docs" / "vram.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -34,7 +34,7 @@ def test_presets(monkeypatch):
     assert {row[0] for row in rows} == set(PRESETS)
     for name, *cells in rows:
         policy = Policy.preset(name, "cuda:0")
-        assert cells == [cell(getattr(policy, state.value), "cuda:0") for state in State], name
+        assert cells == [cell(getattr(policy, state.value), "cuda:0") for state in BlockState], name
 
 
 def test_the_eight_keys():

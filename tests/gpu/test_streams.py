@@ -12,10 +12,10 @@ from tests.core.vram.networks import Tower, tower
 from tests.core.vram.sources import emptied, on_disk
 
 from diffsynth.core import device as devices
+from diffsynth.core.planning import StageCost, Workload, plan_memory
+from diffsynth.core.planning.planner import spread
+from diffsynth.core.planning.workload import BlockCall, Speeds
 from diffsynth.core.vram import Policy, wrap
-from diffsynth.core.vram.budget import StageLoad, Workload, plan_memory
-from diffsynth.core.vram.budget.planner import spread
-from diffsynth.core.vram.budget.workload import Run, Speeds
 
 WIDTH, DEPTH = 2048, 8  # blocks of 64 MiB in fp32
 MIB = 2**20
@@ -85,8 +85,8 @@ def test_memory_is_what_was_planned_and_all_of_it_comes_back(tokens, device):
     module = tower(width=WIDTH, depth=DEPTH)
     wrapped = wrap(module, Policy.preset("cpu-offload", device))
     component = wrapped.load("net")
-    runs = tuple(Run("net", block.name, 10**9) for block in component.blocks)
-    load = Workload((component,), (StageLoad("denoise", ("net",), MIB, runs=runs, steps=4),))
+    runs = tuple(BlockCall("net", block.name, 10**9) for block in component.blocks)
+    load = Workload((component,), (StageCost("denoise", ("net",), MIB, runs=runs, steps=4),))
     run(module, tokens, 1)  # cuBLAS takes its workspace once
     wrapped.leave()
     gc.collect()
@@ -127,7 +127,7 @@ def test_nothing_is_left_after_an_interrupt(tokens, device):
     assert torch.equal(first, second)
 
 
-def test_page_locked_memory_is_given_back(tokens, device):
+def test_pinned_memory_is_given_back(tokens, device):
     def one():
         module = tower(width=WIDTH, depth=DEPTH)
         with wrap(module, Policy.preset("cpu-offload", device)):

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 import parity
 import wan_vae_oracle
 from diffsynth import _discovery
-from diffsynth.core.loader import convert, header, load, recognize
+from diffsynth.core.loader import component, convert, header, recognize
 from diffsynth.models.config import WanAutoencoderConfig, infer_wan_autoencoder_config
 from diffsynth.models.wan_autoencoder import WanAutoencoder
 
@@ -312,7 +312,7 @@ def test_published_layouts_load_strictly(name: str, tier: str) -> None:
     tensors = header.Header({key: header.TensorInfo("F32", tuple(shape)) for key, shape in facts.items()})
     (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts(), tiers=(tier,))
     assert (found.architecture.name, found.config) == ("wan_autoencoder", WanAutoencoderConfig())
-    network = load.build(found.architecture, found.config)
+    network = component.build(found.architecture, found.config)
     plan = convert.plan(found.rules, tensors.shapes)
     assert convert.check(plan, parity.shapes_of(network), where=name) == []
 

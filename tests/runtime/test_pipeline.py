@@ -258,7 +258,7 @@ def test_only_the_expert_of_the_moment_is_on_the_device(monkeypatch):
         yield
         del present[len(present) - len(tuple(roles)) :]
 
-    monkeypatch.setattr(pipe._residency, "on_device", placed)
+    monkeypatch.setattr(pipe._offloader, "on_device", placed)
     sigmas = []
     pipe("abc", seed=0, cfg_scale=2.0, num_inference_steps=4, on_step=lambda step: sigmas.append(step.sigma))
     expected = [("dit",) if sigma >= 0.8 else ("adapter",) for sigma in sigmas for branch in ("cond", "uncond")]

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from diffsynth.errors import CorruptFile
-from diffsynth.runtime import loading
+from diffsynth.runtime import pretrained
 
 
 class Source:
@@ -26,25 +26,25 @@ class Source:
 
 @pytest.mark.parametrize("free", [None, 400])
 def test_it_ends_with_the_upload(monkeypatch, free):
-    monkeypatch.setattr(loading.devices, "available_memory", lambda device: free)
+    monkeypatch.setattr(pretrained.devices, "available_memory", lambda device: free)
     source = Source()
-    with loading._reading_ahead(source):
+    with pretrained._reading_ahead(source):
         assert source.begun.wait(5)
         assert not source.ended
     assert source.ended
-    assert source.limit == (loading._READ_AHEAD if free is None else 100)
+    assert source.limit == (pretrained._READ_AHEAD if free is None else 100)
 
 
 def test_it_ends_with_a_failed_upload():
     source = Source()
-    with pytest.raises(RuntimeError), loading._reading_ahead(source):
+    with pytest.raises(RuntimeError), pretrained._reading_ahead(source):
         raise RuntimeError
     assert source.ended
 
 
 def test_its_own_trouble_is_left_to_the_load_itself():
     source = Source(CorruptFile("changed"))
-    with loading._reading_ahead(source):
+    with pretrained._reading_ahead(source):
         assert source.begun.wait(5)
-    with loading._reading_ahead(None):
+    with pretrained._reading_ahead(None):
         pass

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import pytest
 
 from diffsynth.errors import InvalidPipeline, MissingComponent
-from diffsynth.runtime.unit import State, check_units, needed_for, run_units, split, unit
+from diffsynth.runtime.unit import CallValues, check_units, needed_for, run_units, split, unit
 
 
 @unit("height", "width")
@@ -38,7 +38,7 @@ def test_arguments_are_reads_with_a_default_that_nobody_writes():
 
 def test_a_unit_that_reads_a_branched_name_is_branched():
     seen = []
-    state = State({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
+    state = CallValues({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
     around = lambda step: seen.append(step.name) or nullcontext()  # noqa: E731
     run_units(check_units(UNITS, given=()), {"text_encoder": object()}, state, around=around)
     assert seen == ["round_size", "encode", "encode", "double", "double", "draw"]
@@ -59,7 +59,7 @@ def test_a_unit_before_the_first_branched_one_runs_once_though_both_write_one_na
     def steer(*, parts, prompt=""):
         return (*parts, prompt)
 
-    state = State({"prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
+    state = CallValues({"prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
     run_units(check_units((begin, refer, steer), given=()), {}, state)
     cond, uncond = (state.view(branch)["parts"] for branch in ("cond", "uncond"))
     assert cond[0] is uncond[0]
@@ -67,7 +67,7 @@ def test_a_unit_before_the_first_branched_one_runs_once_though_both_write_one_na
 
 
 def test_branches_run_once_each():
-    state = State({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
+    state = CallValues({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
     run_units(check_units(UNITS, given=()), {"text_encoder": object()}, state)
     assert state.view("cond")["doubled"] == "<a><a>"
     assert state.view("uncond")["doubled"] == "<b><b>"
@@ -85,7 +85,7 @@ def test_a_unit_is_left_out_without_the_argument_that_it_is_there_for(clip, expe
         return size + len(clip), clip
 
     program, stages = check_units((read_clip, double), given=("size", "embeds")), []
-    state = State({"size": 1, "embeds": "", "clip": clip})
+    state = CallValues({"size": 1, "embeds": "", "clip": clip})
     run_units(program, {"vae": object()}, state, around=lambda step: stages.append(step.name) or nullcontext())
     assert {name: state.shared[name] for name in ("size", "extra") if name in state.shared} == expected
     assert stages == (["double"] if clip is None else ["read_clip", "double"])
@@ -171,7 +171,7 @@ def test_hidden_reads_are_refused():
 
 
 def test_a_unit_without_its_role_is_left_out_and_its_reader_says_so():
-    state = State({"height": 16, "width": 16, "prompt": "a"})
+    state = CallValues({"height": 16, "width": 16, "prompt": "a"})
     with pytest.raises(MissingComponent, match="unit 'double' needs 'embeds'"):
         run_units(check_units(UNITS, given=()), {"text_encoder": None}, state)
 

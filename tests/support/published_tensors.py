@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth import _discovery
-from diffsynth.core.loader import load, pickled
+from diffsynth.core.loader import component, pickled
 from diffsynth.core.loader.recognize import recognize
 
 
@@ -24,4 +24,6 @@ def load_components(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     header = pickled.of_state_dict({key: tensor.detach().contiguous() for key, tensor in tensors.items()})
     found = recognize(header, *_discovery.catalog().layouts(), tiers=("structure",))
     assert [one.extra for one in found] == [()] * len(found)
-    return {one.checkpoint.name: load.load_component(one, header, device="cpu", dtype=torch.float32) for one in found}
+    return {
+        one.checkpoint.name: component.load_component(one, header, device="cpu", dtype=torch.float32) for one in found
+    }

@@ -129,7 +129,7 @@ class SlowTensor(torch.Tensor):
 
 
 class LockedTensor(torch.Tensor):
-    """Host memory that says it is page-locked."""
+    """Host memory that says it is pinned."""
 
     def is_pinned(self, device: Any = None) -> bool:
         return True

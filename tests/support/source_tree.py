@@ -37,6 +37,7 @@ _FOLDERS = {
     "models": "models",
     "core/loader": "loading",
     "core/vram": "loading",
+    "core/planning": "loading",
     "core/quant": "loading",
     "core/lora": "loading",
     "runtime": "runtime",
@@ -45,6 +46,7 @@ _FOLDERS = {
     "diffusion": "runtime",
     "provenance": "runtime",
     "cli": "top",
+    "compat": "top",
     "diagnosis": "top",
     "testing": "top",
 }

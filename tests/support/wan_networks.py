@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import parity
 from diffsynth import _discovery
-from diffsynth.core.loader import load, pickled, recognize
+from diffsynth.core.loader import component, pickled, recognize
 from diffsynth_wan.config import WanDiTConfig
 from diffsynth_wan.dit import WanDiT
 
@@ -25,7 +25,9 @@ def load_published(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     header = pickled.of_state_dict(dict(tensors))
     found = recognize.recognize(header, *_discovery.catalog().layouts(), tiers=("structure",))
     assert [one.extra for one in found] == [()] * len(found)
-    return {one.architecture.name: load.load_component(one, header, device="cpu", dtype=torch.float32) for one in found}
+    return {
+        one.architecture.name: component.load_component(one, header, device="cpu", dtype=torch.float32) for one in found
+    }
 
 
 def draw(*modules: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import parity
 from diffsynth import _discovery
-from diffsynth.core.loader import load, pickled, recognize
+from diffsynth.core.loader import component, pickled, recognize
 
 
 def draw_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def loaded(published: dict[str, Tensor], architecture: str, config: Any) -> nn.M
     tensors = pickled.of_state_dict(published)
     (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts())
     assert (found.architecture.name, found.config) == (architecture, config)
-    return load.load_component(found, tensors, device="cpu", dtype=torch.float32).eval()
+    return component.load_component(found, tensors, device="cpu", dtype=torch.float32).eval()
 
 
 def latents_of(oracle: AutoencoderKLWan, video: Tensor) -> Tensor:

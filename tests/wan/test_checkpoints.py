@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffsynth import _discovery
-from diffsynth.core.loader import header, load, recognize
+from diffsynth.core.loader import component, header, recognize
 from diffsynth.core.loader.header import Header, TensorInfo
 from diffsynth.core.loader.layouts.published import layout_of
 from diffsynth.errors import Unrecognized
@@ -91,7 +91,7 @@ def test_a_published_layout_is_recognised_and_loaded(layout: str, tier: str) -> 
     assert {one.architecture.name: one.config for one in found} == expected
     for one in found:
         assert one.extra == ()
-        module = load.load_component(one, file, device="meta", dtype=torch.bfloat16)
+        module = component.load_component(one, file, device="meta", dtype=torch.bfloat16)
         assert all(tensor.is_meta for tensor in module.state_dict().values())
 
 

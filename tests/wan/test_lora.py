@@ -5,7 +5,7 @@ from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from safetensors.torch import load_file
 
 from diffsynth import _discovery
-from diffsynth.core.loader import load
+from diffsynth.core.loader import component
 from diffsynth.core.lora import LoRA, LoRALayer, fit, parse, save_lora, target_layers
 from diffsynth_wan.checkpoints import ARCHITECTURES
 from diffsynth_wan.config import TINY_DIT
@@ -15,7 +15,7 @@ OTHERS = ("time_projection.1", "text_embedding.0", "text_embedding.2", "time_emb
 
 def test_there_and_back(tmp_path):
     architecture, dice = ARCHITECTURES[0], torch.Generator().manual_seed(0)
-    dit = load.build(architecture, TINY_DIT)
+    dit = component.build(architecture, TINY_DIT)
     checkpoints = _discovery.catalog().layouts()[1]
     layers = {}
     for name in (*target_layers(dit, architecture.lora_targets), *OTHERS):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import diffsynth
-from diffsynth.core.parallel import Ranks, Team
+from diffsynth.core.parallel import MeshAxis, ProcessMesh
 from diffsynth.runtime.progress import no_progress
 from diffsynth.testing import tiny_hub
 from diffsynth_wan import WanVideoPipeline
@@ -82,6 +82,6 @@ def test_what_cannot_be_merged_is_refused_by_name(load):
 
 def test_branches_of_two_processes_are_not_merged(load):
     pipe = load("wan2.1-t2v-1.3b")
-    pipe.team = Team(branches=Ranks(size=2))
+    pipe.mesh = ProcessMesh(branches=MeshAxis(size=2))
     with pytest.raises(ValueError, match=r"cfg_merge=True and pipe.parallel\(cfg=2\)"):
         pipe.check(**CALL, cfg_merge=True)

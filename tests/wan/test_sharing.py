@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import parity
-from diffsynth.core.parallel import ALONE, Ranks, form_team
+from diffsynth.core.parallel import ALONE, MeshAxis, form_mesh
 from diffsynth.errors import Refused, Unavailable
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth_wan import WanVideoPipeline
@@ -52,7 +52,7 @@ WIDTH = {"dim": 384, "num_heads": 3}
 NARROW = replace(TINY_DIT, **WIDTH)
 TOLERANCE = 1e-5
 
-Run = Callable[[Ranks], Tensor]
+Run = Callable[[MeshAxis], Tensor]
 
 
 def rand(*shape: int, seed: int = 5) -> Tensor:
@@ -91,7 +91,7 @@ def animate_2() -> Run:
     """The reference is read by all processes together, too: each keeps all of its tokens, in the heads that it has."""
     dit = drawn(WanDiT(NARROW))
 
-    def run(ranks: Ranks) -> Tensor:
+    def run(ranks: MeshAxis) -> Tensor:
         video = ReferenceVideo()
         run_of(dit=dit, latents=rand(2, 16, 2, 6, 4), extensions=[ReadReference(video)])(ranks)
         return run_of(dit=dit, extensions=[FollowReference(video, -1.3)])(ranks)
@@ -185,8 +185,8 @@ def prepared() -> tuple[dict[str, Run], dict[str, Tensor], Parts, dict[str, Tens
 @torch.no_grad()
 def all_runs(rank: int) -> dict[str, float]:
     runs, truths, _, _ = prepared()
-    team = form_team(device="cpu")
-    return {name: parity.relative_error(run(team.tokens), truths[name]) for name, run in runs.items()}
+    mesh = form_mesh(device="cpu")
+    return {name: parity.relative_error(run(mesh.tokens), truths[name]) for name, run in runs.items()}
 
 
 def all_calls(rank: int) -> dict[str, float]:
@@ -197,7 +197,7 @@ def all_calls(rank: int) -> dict[str, float]:
     parts.pipe.dit.blocks[0].register_forward_hook(lambda block, given, made: tokens.append(made.shape[1]))
     guided = {"text": {}, "image": parts.image}
     parts.pipe.parallel()
-    size = parts.pipe.team.tokens.size
+    size = parts.pipe.mesh.tokens.size
     for name, changes in (guided | {"unguided": {"cfg_scale": 1.0}}).items():
         errors[f"{name}, tokens"] = parity.relative_error(parts.draw(**changes), truths[name])
     assert len(tokens) == 2 * (2 + 2 + 1)
@@ -248,7 +248,7 @@ def with_usp(rank: int) -> tuple[str, int, float]:
     given = []
     Pipeline.from_pretrained = lambda dtype, device, *rest, **more: given.append(str(device)) or parts.pipe
     pipe = WanVideoPipeline.from_pretrained(torch.float32, "cpu", use_usp=True)
-    return given[0], pipe.team.tokens.size, parity.relative_error(parts.draw(), truths["text"])
+    return given[0], pipe.mesh.tokens.size, parity.relative_error(parts.draw(), truths["text"])
 
 
 def test_scripts_for_the_reference_share_tokens() -> None:
@@ -269,7 +269,7 @@ def test_a_variant_that_does_not_say_what_it_sees_is_named() -> None:
     def brighten(dit: WanDiT, stream: Stream) -> Stream:
         return stream
 
-    two, speed = Ranks(None, 0, 2), Speed(torch.zeros(0))
+    two, speed = MeshAxis(None, 0, 2), Speed(torch.zeros(0))
     assert shared_out([brighten], ALONE) == (brighten,)
     with pytest.raises(ValueError, match="brighten cannot be shared among 2 processes: it does not say what it sees"):
         shared_out([speed, brighten], two)
@@ -283,7 +283,7 @@ def test_a_variant_that_does_not_say_what_it_sees_is_named() -> None:
 @torch.no_grad()
 def test_fewer_tokens_than_processes_are_refused() -> None:
     with pytest.raises(ValueError, match="18 tokens cannot be shared among 19 processes"):
-        run_of()(Ranks(None, 0, 19))
+        run_of()(MeshAxis(None, 0, 19))
 
 
 @pytest.mark.parametrize("own", [slice(0, 5), slice(5, 10), slice(6, 12), slice(7, 8), slice(3, 18), slice(0, 18)])

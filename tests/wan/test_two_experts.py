@@ -7,7 +7,7 @@ import torch
 
 from diffsynth.core.vram import Policy, wrap
 from diffsynth.core.vram.managed import managed
-from diffsynth.core.vram.placement import State
+from diffsynth.core.vram.policy import BlockState
 from diffsynth_wan import WanVideoPipeline
 from wan_oracles import oracle_dit, our_dit, shared_parts
 
@@ -50,7 +50,7 @@ def test_one_expert_is_there_at_a_time_and_the_second_is_told_a_step_ahead(monke
         monkeypatch.setattr(expert, "prepare", lambda role=role: events.append(f"prepare {role}"))
 
     def on_step(step):
-        there = [r for r in ("dit", "dit2") if managed(pipe.components[r]).state is not State.OFFLOAD]
+        there = [r for r in ("dit", "dit2") if managed(pipe.components[r]).state is not BlockState.OFFLOAD]
         events.append(f"step {step.index} of {'+'.join(there)}")
 
     assert torch.equal(moved(**call, on_step=on_step), plain)

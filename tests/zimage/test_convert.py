@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_utils import (
 )
 
 from diffsynth import _discovery
-from diffsynth.core.loader import load, pickled, recognize
+from diffsynth.core.loader import component, pickled, recognize
 from diffsynth_zimage.config import TINY_DIT
 from diffsynth_zimage.dit import ZImageDiT
 
@@ -24,7 +24,7 @@ CHECKPOINTS = [one.spec for one in CATALOG.checkpoints]
 def load_tensors(tensors):
     header = pickled.of_state_dict(tensors)
     (found,) = recognize.recognize(header, ARCHITECTURES, CHECKPOINTS)
-    return found, load.load_component(found, header, device="cpu", dtype=torch.float32).state_dict()
+    return found, component.load_component(found, header, device="cpu", dtype=torch.float32).state_dict()
 
 
 def fused_file():

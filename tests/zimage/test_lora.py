@@ -6,7 +6,7 @@ from diffusers.loaders.lora_pipeline import ZImageLoraLoaderMixin
 from safetensors.torch import load_file
 
 from diffsynth import _discovery
-from diffsynth.core.loader import load
+from diffsynth.core.loader import component
 from diffsynth.core.lora import LoRA, LoRALayer, fit, parse, save_lora, target_layers
 from diffsynth.core.lora.arithmetic import to_state_dict
 from diffsynth_zimage.checkpoints import ARCHITECTURES
@@ -15,7 +15,7 @@ from diffsynth_zimage.config import TINY_DIT
 
 @pytest.fixture(scope="module")
 def dit():
-    return load.build(ARCHITECTURES[0], TINY_DIT)
+    return component.build(ARCHITECTURES[0], TINY_DIT)
 
 
 def fitted(state_dict, module):

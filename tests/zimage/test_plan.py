@@ -9,15 +9,15 @@ from click.testing import CliRunner
 
 from diffsynth import registry
 from diffsynth.cli.group import program
-from diffsynth.core.loader.load import build
-from diffsynth.core.vram.budget import Speeds
-from diffsynth.core.vram.rehearsal import Rehearsal
+from diffsynth.core.loader.component import build
+from diffsynth.core.planning import Speeds
+from diffsynth.core.planning.tracer import MetaTracer
 from diffsynth.errors import NotEnoughMemory, Unplannable
 from diffsynth.models.config import TINY_FLUX_AUTOENCODER, TINY_QWEN3_TEXT_ENCODER
 from diffsynth.models.plugin import FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER
-from diffsynth.runtime.memory import planning, stand_ins
-from diffsynth.runtime.memory.keeping import LimitKeeper
-from diffsynth.runtime.memory.stand_ins import StandInTokenizer
+from diffsynth.runtime import meta_components, planning
+from diffsynth.runtime.meta_components import FixedLengthTokenizer
+from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth_zimage import ZImagePipeline
 from diffsynth_zimage.checkpoints import ARCHITECTURES
 from diffsynth_zimage.config import TINY_DIT
@@ -45,7 +45,7 @@ def tiny():
         part.to_empty(device="cpu").eval().requires_grad_(False)
         for parameter in part.parameters():
             parameter.normal_(std=0.02)
-    return ZImagePipeline(parts | {"tokenizer": StandInTokenizer(40)}, device="cpu", torch_dtype=torch.float32)
+    return ZImagePipeline(parts | {"tokenizer": FixedLengthTokenizer(40)}, device="cpu", torch_dtype=torch.float32)
 
 
 def test_a_pipeline_is_planned_by_its_own_code_and_left_as_it_was(tiny):
@@ -118,7 +118,7 @@ def decoded(tiny):
 
 def limited(tiny, monkeypatch, gib):
     """The CPU in place of a device with so much memory."""
-    monkeypatch.setattr(tiny, "_limit", LimitKeeper(tiny, gib, torch.device("cuda")))
+    monkeypatch.setattr(tiny, "_limit", PlanCache(tiny, gib, torch.device("cuda")))
     return tiny
 
 
@@ -159,9 +159,9 @@ def test_the_peak_of_a_stage_is_what_torch_allocates(tiny):
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    twin = stand_ins.without_weights(tiny.dit, torch.float32)
+    twin = meta_components.without_weights(tiny.dit, torch.float32)
     inputs = [one.to("meta") for one in (latents, time, embeds)]
-    with torch.no_grad(), Rehearsal("cpu", {"dit": twin}) as rehearsal, rehearsal.stage("dit") as stage:
+    with torch.no_grad(), MetaTracer("cpu", {"dit": twin}) as tracer, tracer.stage("dit") as stage:
         twin(*inputs, mask.to("meta"))
     given = sum(one.numel() * one.element_size() for one in (latents, time, embeds, mask))
     assert stage.device_bytes + stage.host_bytes - given == pytest.approx(peak, rel=0.1)
@@ -211,4 +211,4 @@ def test_the_model_in_the_wheel_is_planned_from_its_files(nowhere):
 def test_a_model_without_files_and_layout_cannot_be_planned(nowhere):
     record = dataclasses.replace(registry.get("z-image-turbo"), components={"dit": "nobody/nothing:x.safetensors"})
     with pytest.raises(Unplannable, match="nobody/nothing"):
-        stand_ins.declared_components(record, torch.bfloat16)
+        meta_components.declared_components(record, torch.bfloat16)

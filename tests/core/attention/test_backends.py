@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffsynth.core.attention import attention, pieces
+from diffsynth.core.attention import attention, chunks
 from diffsynth.core.attention.checking import check
 from diffsynth.core.attention.sdpa import SdpaAttention
 from diffsynth.core.attention.select import refusal
@@ -161,12 +161,12 @@ def test_long_windows_go_chunk_by_chunk(
     settings_: dict[str, Any], q_len: int, k_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No piece holds a mask of all queries and all keys, and every row is right where pieces meet."""
-    monkeypatch.setattr(pieces, "CHUNK", 64)
+    monkeypatch.setattr(chunks, "CHUNK", 64)
     q, k, v = (torch.randn(1, size, 2, 4, dtype=torch.float64) for size in (q_len, k_len, k_len))
     mask = torch.rand(1, 2, 1, k_len) < 0.8
     call = check(q, k, v, mask=mask, **settings_)
-    cut = [piece for _, piece in pieces.by_chunk(call) if piece is not None]
-    assert sum(size for size, _ in pieces.by_chunk(call)) == q_len
+    cut = [piece for _, piece in chunks.by_chunk(call) if piece is not None]
+    assert sum(size for size, _ in chunks.by_chunk(call)) == q_len
     assert max(piece.q_len * piece.k_len for piece in cut) < q_len * k_len
     truth = attention(q, k, v, mask=mask, **settings_, backend="naive")
     torch.testing.assert_close(attention(q, k, v, mask=mask, **settings_, backend="sdpa"), truth, atol=1e-10, rtol=0)

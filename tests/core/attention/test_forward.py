@@ -4,7 +4,8 @@ import pytest
 import torch
 from einops import rearrange
 
-from diffsynth.core.attention import attention, named
+from diffsynth.compat import attention as named
+from diffsynth.core.attention import attention
 from diffsynth.core.attention.forward import attention_forward
 from diffsynth.errors import Refused
 

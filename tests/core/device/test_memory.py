@@ -91,15 +91,15 @@ def test_where_no_more_can_be_locked_it_is_ordinary_memory_and_said_once(recorde
 
     monkeypatch.setattr(torch, "empty", refusing)
     with caplog.at_level(logging.WARNING):
-        given = [devices.page_locked(16, "cuda:0") for _ in range(3)]
+        given = [devices.pinned_memory(16, "cuda:0") for _ in range(3)]
     assert [(tensor.numel(), tensor.dtype) for tensor in given] == [(16, torch.uint8)] * 3
     (record,) = caplog.records
-    assert "16 bytes of host memory cannot be page-locked for CUDA (CUDA error: out of memory)" in record.getMessage()
+    assert "16 bytes of host memory cannot be pinned for CUDA (CUDA error: out of memory)" in record.getMessage()
 
 
 @pytest.mark.parametrize("device", ["cpu", BARE])
 def test_a_device_that_does_not_pin_gets_ordinary_memory_in_silence(bare, device, caplog):
-    assert devices.page_locked(16, device).numel() == 16
+    assert devices.pinned_memory(16, device).numel() == 16
     assert caplog.records == []
 
 

@@ -34,7 +34,7 @@ def test_a_device_is_what_its_tensors_say(device):
 
 @every_device
 def test_a_block_copied_by_the_side_stream_is_there_when_it_is_waited_for(device):
-    host = devices.page_locked(16 * MIB, device).fill_(7)
+    host = devices.pinned_memory(16 * MIB, device).fill_(7)
     there = torch.zeros(16 * MIB, dtype=torch.uint8, device=device)
     side = devices.side_stream(device)
     side.wait(devices.mark(device))
@@ -50,7 +50,7 @@ def test_a_long_copy_takes_longer_than_a_short_one(device):
     side = devices.side_stream(device)
 
     def seconds(size):
-        host, there = devices.page_locked(size, device).fill_(1), torch.zeros(size, dtype=torch.uint8, device=device)
+        host, there = devices.pinned_memory(size, device).fill_(1), torch.zeros(size, dtype=torch.uint8, device=device)
         side.wait(devices.mark(device))
         start = side.timestamp()
         with side.run():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffsynth.core.loader import header, load, pickled
-from diffsynth.core.loader.reading import source
-from diffsynth.core.loader.reading.blocks import BlockReader
+from diffsynth.core.loader import component, header, pickled
+from diffsynth.core.loader.reader import source
+from diffsynth.core.loader.reader.blocks import BlockReader
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import KeyMismatch, NotEnoughMemory, Unrecognized
@@ -48,7 +48,8 @@ def recognized(toy, tensors, **options):
 def load_all(toy, tensors, **options):
     arguments = {"device": "cpu", "dtype": torch.float32} | options
     return {
-        found.architecture.name: load.load_component(found, tensors, **arguments) for found in recognized(toy, tensors)
+        found.architecture.name: component.load_component(found, tensors, **arguments)
+        for found in recognized(toy, tensors)
     }
 
 
@@ -156,9 +157,9 @@ def test_memory_counts_the_sources_that_are_held_at_once(toy, net, tmp_path, mon
     one = 4 * 12 * 4
     for allowed, held in ((2**28, 6 * one), (1, one)):
         monkeypatch.setattr(source, "_WORK", allowed)
-        monkeypatch.setattr(load.devices, "available_memory", lambda device, held=held: model + held)
+        monkeypatch.setattr(component.devices, "available_memory", lambda device, held=held: model + held)
         assert same(load_all(toy, header.read([tmp_path / "net.safetensors"]))["net"], net)
-        monkeypatch.setattr(load.devices, "available_memory", lambda device, held=held: model + held - 1)
+        monkeypatch.setattr(component.devices, "available_memory", lambda device, held=held: model + held - 1)
         with pytest.raises(NotEnoughMemory, match=r"net\.safetensors needs .* on cpu.*Nothing was read"):
             load_all(toy, header.read([tmp_path / "net.safetensors"]))
 
@@ -189,7 +190,7 @@ def test_a_signature_leaves_no_key_unused(toy, net):
     assert found.tier == "signature"
     wide = dataclasses.replace(found, config=toy.NetConfig(layers=1))
     with pytest.raises(KeyMismatch, match=r"3 unknown \(layers\.1\.[qkv]\.weight"):
-        load.load_component(wide, tensors, device="cpu", dtype=torch.float32)
+        component.load_component(wide, tensors, device="cpu", dtype=torch.float32)
 
 
 def test_tied_weights_are_saved_twice_and_come_back(toy, net, tmp_path):

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffsynth.core.loader.component import apply_rule
 from diffsynth.core.loader.convert import (
     Apply,
     Constant,
@@ -19,7 +20,6 @@ from diffsynth.core.loader.convert import (
     invert,
     plan,
 )
-from diffsynth.core.loader.load import apply_rule
 from diffsynth.errors import KeyMismatch
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from diffsynth.core.loader import header
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.files import find
-from diffsynth.core.loader.reading.source import read_tensors
+from diffsynth.core.loader.reader.source import read_tensors
 from diffsynth.errors import CheckpointError, CorruptFile, NoFiles
 
 VALID = save({"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}, {"note": "x"})

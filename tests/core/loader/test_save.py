@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffsynth import _discovery
-from diffsynth.core.loader import files, header, load, save
+from diffsynth.core.loader import component, files, header, save
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.convert import (
     Apply,
@@ -42,7 +42,7 @@ def store(net, path, **options):
 def load_back(toy, paths, checkpoints=None, dtype=torch.float32):
     tensors = header.read(paths)
     (found,) = recognize(tensors, toy.ARCHITECTURES, checkpoints or toy.CHECKPOINTS)
-    return found, load.load_component(found, tensors, device="cpu", dtype=dtype)
+    return found, component.load_component(found, tensors, device="cpu", dtype=dtype)
 
 
 def same(one, other):
@@ -255,7 +255,7 @@ def test_every_rule_that_has_an_inverse_is_undone(toy, net, tmp_path, monkeypatc
     assert same(module, net)
     bare = header.Header(written.tensors, {}, written.files, stamps=written.stamps)
     (found,) = recognize(bare, toy.ARCHITECTURES, [layout])
-    assert same(load.load_component(found, bare, device="cpu", dtype=torch.float32), net)
+    assert same(component.load_component(found, bare, device="cpu", dtype=torch.float32), net)
 
 
 @pytest.mark.parametrize(
@@ -316,8 +316,8 @@ REFUSED = {
 def test_tiny_models_in_every_installed_layout(checkpoint, tmp_path):
     """By name; either it comes back bit by bit, or the error says which key stands in the way."""
     architecture = ARCHITECTURES[checkpoint.architecture]
-    config = load.resolve(architecture.tiny)
-    module = load.resolve(architecture.module)(config)
+    config = component.resolve(architecture.tiny)
+    module = component.resolve(architecture.module)(config)
     arguments = {"architecture": architecture.name, "config": config, "layout": checkpoint.name}
     if checkpoint.name in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[checkpoint.name]):
@@ -326,4 +326,4 @@ def test_tiny_models_in_every_installed_layout(checkpoint, tmp_path):
     tensors = header.read(save_checkpoint(module, tmp_path / "x.safetensors", **arguments))
     (found,) = recognize(tensors, ARCHITECTURES, CHECKPOINTS)
     assert found.checkpoint == checkpoint
-    assert same(load.load_component(found, tensors, device="cpu", dtype=torch.float32), module)
+    assert same(component.load_component(found, tensors, device="cpu", dtype=torch.float32), module)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffsynth import _discovery
-from diffsynth.core.loader import convert, header, load
+from diffsynth.core.loader import component, convert, header
 from diffsynth.core.loader.header import Header, TensorInfo
 from diffsynth.core.loader.layouts import inverse, scaled
 from diffsynth.core.loader.layouts.published import rules_of
@@ -108,7 +108,7 @@ def test_the_weights_come_out_multiplied(toy, tmp_path, fused):
     save_file(file, tmp_path / "x.safetensors")
     tensors = header.read([tmp_path / "x.safetensors"])
     (found,) = recognize(tensors, toy.ARCHITECTURES, toy.CHECKPOINTS)
-    module = load.load_component(found, tensors, device="cpu", dtype=torch.float32)
+    module = component.load_component(found, tensors, device="cpu", dtype=torch.float32)
     assert all(torch.equal(value, wanted[key]) for key, value in module.state_dict().items())
 
 
@@ -148,6 +148,6 @@ def test_another_size_by_structure():
 
     config = ZImageDiTConfig(dim=1536, n_layers=12, n_heads=12, n_kv_heads=12, cap_feat_dim=1024)
     architecture = ARCHITECTURES["z_image_dit"]
-    shapes = {key: tuple(value.shape) for key, value in load.build(architecture, config).state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, value in component.build(architecture, config).state_dict().items()}
     (found,) = recognize(header_of(shapes | {"ema_step": ()}), ARCHITECTURES, CHECKPOINTS)
     assert (found.tier, found.config, found.extra) == ("structure", config, ("ema_step",))

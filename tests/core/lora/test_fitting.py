@@ -7,7 +7,7 @@ from torch import nn
 import lora_networks as small
 from diffsynth import _discovery
 from diffsynth.core.loader import convert
-from diffsynth.core.loader.reading.ops import apply_rule
+from diffsynth.core.loader.reader.ops import apply_rule
 from diffsynth.core.lora import fit, parse
 from diffsynth.errors import KeyMismatch
 

@@ -9,11 +9,11 @@ from torch import Tensor, distributed
 from diffsynth.core.attention import attention
 from diffsynth.core.parallel import (
     ALONE,
-    Ranks,
-    Team,
+    MeshAxis,
+    ProcessMesh,
     attend_together,
     compute_each,
-    form_team,
+    form_mesh,
     join_processes,
     join_shares,
     share,
@@ -36,62 +36,62 @@ def test_shares_are_even_and_complete(total: int, size: int) -> None:
     sizes = shares(total, size)
     assert sum(sizes) == total
     assert max(sizes) - min(sizes) <= 1
-    places = [place for index in range(size) for place in range(total)[share(total, Ranks(None, index, size))]]
+    places = [place for index in range(size) for place in range(total)[share(total, MeshAxis(None, index, size))]]
     assert places == list(range(total))
 
 
 def exchanges(rank: int) -> dict[str, float]:
     """Errors of everything that is exchanged, against one process; and who is in which team."""
-    team = form_team(device="cpu")
+    mesh = form_mesh(device="cpu")
     errors = {}
     for tokens, heads in SIZES:
         q, k, v = (rand(2, tokens, heads, 8, seed=seed) for seed in range(3))
-        own = share(tokens, team.tokens)
+        own = share(tokens, mesh.tokens)
         seen = []
 
         def attend(q: Tensor, k: Tensor, v: Tensor, seen: list = seen) -> Tensor:
             seen.append(q.shape[1:3])
             return attention(q, k, v)
 
-        read = attend_together(attend, tokens, team.tokens)(q[:, own], k[:, own], v[:, own])
+        read = attend_together(attend, tokens, mesh.tokens)(q[:, own], k[:, own], v[:, own])
         errors[f"attend {tokens} {heads}"] = relative_error(read, attention(q, k, v)[:, own])
-        mine = shares(heads, team.tokens.size)[rank]
+        mine = shares(heads, mesh.tokens.size)[rank]
         assert seen == ([(tokens, mine)] if mine else [])
-        errors[f"join {tokens}"] = relative_error(join_shares(q[:, own], tokens, team.tokens), q)
+        errors[f"join {tokens}"] = relative_error(join_shares(q[:, own], tokens, mesh.tokens), q)
         half = q.bfloat16()
-        errors[f"bf16 {tokens}"] = relative_error(join_shares(half[:, own], tokens, team.tokens), half)
+        errors[f"bf16 {tokens}"] = relative_error(join_shares(half[:, own], tokens, mesh.tokens), half)
     q = rand(1, 8, 4, 8)
     with pytest.raises(ValueError, match="expected one shape to share"):
-        attend_together(attention, 8, team.tokens)(q, q[:, :, :1], q[:, :, :1])
+        attend_together(attention, 8, mesh.tokens)(q, q[:, :, :1], q[:, :, :1])
     with pytest.raises(Refused, match="what they exchange has no gradient"):
-        attend_together(attention, 8, team.tokens)(q.requires_grad_(), q, q)
+        attend_together(attention, 8, mesh.tokens)(q.requires_grad_(), q, q)
     with pytest.raises(Refused, match="what they exchange has no gradient"):
-        join_shares(q, 8, team.tokens)
+        join_shares(q, 8, mesh.tokens)
     return errors
 
 
 def layouts(rank: int) -> None:
     """Rows of branches, columns of tokens; each process computes its branch and has all of them."""
-    team = form_team(cfg=2, device="cpu")
+    mesh = form_mesh(cfg=2, device="cpu")
     world = distributed.get_world_size()
-    assert (team.branches.size, team.tokens.size) == (2, world // 2)
-    assert rank == team.branches.index * team.tokens.size + team.tokens.index
-    assert team.is_first == (rank == 0)
+    assert (mesh.branches.size, mesh.tokens.size) == (2, world // 2)
+    assert rank == mesh.branches.index * mesh.tokens.size + mesh.tokens.index
+    assert mesh.is_first == (rank == 0)
     asked = []
     given = compute_each(
         ["cond", "uncond"],
-        lambda name: asked.append(name) or torch.full((2, 3), float(len(name) + 10 * team.tokens.index)),
-        team.branches,
+        lambda name: asked.append(name) or torch.full((2, 3), float(len(name) + 10 * mesh.tokens.index)),
+        mesh.branches,
     )
-    assert asked == [["cond", "uncond"][team.branches.index]]
-    assert [float(each[0, 0]) for each in given] == [4 + 10 * team.tokens.index, 6 + 10 * team.tokens.index]
+    assert asked == [["cond", "uncond"][mesh.branches.index]]
+    assert [float(each[0, 0]) for each in given] == [4 + 10 * mesh.tokens.index, 6 + 10 * mesh.tokens.index]
     torch.manual_seed(rank)
-    own = torch.tensor(team.agreed_seeds([None, 7]))
+    own = torch.tensor(mesh.agreed_seeds([None, 7]))
     of_all = [torch.zeros_like(own) for _ in range(world)]
     distributed.all_gather(of_all, own)
     assert all(torch.equal(own, other) for other in of_all)
     assert own[1] == 7
-    assert own[0] != Team().agreed_seeds([3])[0]
+    assert own[0] != ProcessMesh().agreed_seeds([3])[0]
 
 
 def refusals(rank: int) -> None:
@@ -99,7 +99,7 @@ def refusals(rank: int) -> None:
     world = distributed.get_world_size()
     for wrong in ({"sequence": 3}, {"cfg": 2, "sequence": world}, {"sequence": 0}, {"sequence": True}):
         with pytest.raises(ValueError, match=f"are not the {world} processes of torch.distributed"):
-            form_team(**wrong, device="cpu")
+            form_mesh(**wrong, device="cpu")
 
 
 def everything(rank: int) -> dict[str, float]:
@@ -118,9 +118,9 @@ def test_together(size: int) -> None:
 
 def odd(rank: int) -> None:
     with pytest.raises(ValueError, match="cfg=2 does not divide the 1 processes"):
-        form_team(cfg=2, device="cpu")
-    team = form_team(device="cpu")
-    assert (team.branches, team.tokens, team.everybody) == (ALONE, ALONE, ALONE)
+        form_mesh(cfg=2, device="cpu")
+    mesh = form_mesh(device="cpu")
+    assert (mesh.branches, mesh.tokens, mesh.everybody) == (ALONE, ALONE, ALONE)
 
 
 def test_a_team_of_one() -> None:
@@ -129,24 +129,24 @@ def test_a_team_of_one() -> None:
 
 def test_without_processes_a_team_is_refused() -> None:
     with pytest.raises(Unavailable, match="there is no process group; start the script with `torchrun"):
-        form_team(device="cpu")
+        form_mesh(device="cpu")
     with pytest.raises(ValueError, match="cfg=3: guidance has 2 branches"):
-        form_team(cfg=3, device="cpu")
+        form_mesh(cfg=3, device="cpu")
 
 
 def test_one_process_exchanges_nothing() -> None:
     x = rand(1, 4, 2)
     assert join_shares(x, 4, ALONE) is x
     assert [float(each) for each in compute_each(["a", "bc"], lambda name: torch.tensor(len(name)), ALONE)] == [1, 2]
-    assert Team().agreed_seeds([None, 3]) == [None, 3]
+    assert ProcessMesh().agreed_seeds([None, 3]) == [None, 3]
 
 
 def test_calls_that_would_wait_for_ever_are_refused() -> None:
-    two = Ranks(None, 0, 2)
-    branches, tokens = Team(branches=two, everybody=two), Team(tokens=two, everybody=two)
+    two = MeshAxis(None, 0, 2)
+    branches, tokens = ProcessMesh(branches=two, everybody=two), ProcessMesh(tokens=two, everybody=two)
     branches.check_call(cfg_scale=2, step_cache="first_block", cancel=None)
     tokens.check_call(cfg_scale=1, step_cache=None, cancel=None)
-    Team().check_call(cfg_scale=1, step_cache="first_block", cancel=object())
+    ProcessMesh().check_call(cfg_scale=1, step_cache="first_block", cancel=object())
     with pytest.raises(ValueError, match=r"cfg_scale=1 has one branch, and pipe.parallel\(cfg=2\)"):
         branches.check_call(cfg_scale=1, step_cache=None, cancel=None)
     with pytest.raises(ValueError, match="cancel: the other processes would wait"):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffsynth.core.loader import convert, header
-from diffsynth.core.loader.reading.source import ComponentSource
+from diffsynth.core.loader.reader.source import ComponentSource
 
 
 def on_disk(module: nn.Module, folder: Path) -> ComponentSource:

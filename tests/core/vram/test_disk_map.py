@@ -10,7 +10,7 @@ from tests.core.vram.networks import tower
 from torch import nn
 
 from diffsynth.core import DiskMap
-from diffsynth.core.loader.reading import source as reading
+from diffsynth.core.loader.reader import source as reading
 from diffsynth.errors import KeyMismatch
 
 TENSORS = {

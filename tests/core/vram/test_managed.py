@@ -13,7 +13,7 @@ from tests.core.vram.sources import emptied, on_disk
 from torch import Tensor, nn
 
 from diffsynth.core.vram.managed import ManagedModule, managed, wrap
-from diffsynth.core.vram.placement import DISK, Placement, Policy, State
+from diffsynth.core.vram.policy import DISK, BlockState, Placement, Policy
 
 TOKENS = torch.arange(12).view(2, 6)
 HOST = Policy.preset("cpu-offload", "cpu")
@@ -177,7 +177,7 @@ def test_nothing_is_left_after_an_error(error: type[BaseException], tmp_path: Pa
     with pytest.raises(error), wrapped:
         module(TOKENS)
     hook.remove()
-    assert wrapped.state is State.OFFLOAD
+    assert wrapped.state is BlockState.OFFLOAD
     assert wrapped.device_bytes == 0
     assert all(parameter.is_meta for parameter in module.parameters())
     assert not [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("diffsynth-vram")]
@@ -212,7 +212,7 @@ def test_unwrap_gives_an_ordinary_module_back() -> None:
 
 
 def test_what_comes_for_the_stage_is_timed_by_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The host's clock saw page-locked copies being asked for, not made: the report told of 10 TB/s."""
+    """The host's clock saw pinned copies being asked for, not made: the report told of 10 TB/s."""
 
     class Moment:
         made = 0

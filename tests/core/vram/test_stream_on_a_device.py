@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from diffsynth.core.device import backends
-from diffsynth.core.vram import masters as masters_module
+from diffsynth.core.vram import block_weights as block_weights_module
 from diffsynth.core.vram import stream as stream_module
 from diffsynth.core.vram.report import TransferReport
-from diffsynth.core.vram.stream import BlockStream, Order
+from diffsynth.core.vram.stream import BlockOrder, BlockStream
 from slow_device import LockedTensor, SlowDevice
 
 SIZE = 32
 
 
 class Master:
-    """A block whose bytes are all its number; page-locked, or read by the thread."""
+    """A block whose bytes are all its number; pinned, or read by the thread."""
 
     def __init__(self, number: int, *, locked: bool) -> None:
         self.packing = SimpleNamespace(stored_bytes=SIZE - number % 3)
@@ -40,7 +40,7 @@ def device(request, monkeypatch):
         on_device = device is not None and torch.device(device).type == "cuda"
         return slow.tensor(*size) if on_device else allocate(*size, device=device, **options)
 
-    for module in (stream_module, masters_module):
+    for module in (stream_module, block_weights_module):
         monkeypatch.setattr(module.torch, "empty", empty)
     return slow
 
@@ -48,9 +48,9 @@ def device(request, monkeypatch):
 def run(slow, orders, *, locked, slots):
     """What the computation of each block read from its slot, pass after pass, and the report."""
     names = [f"block{number}" for number in range(7)]
-    masters = {name: Master(number, locked=locked(number)) for number, name in enumerate(names)}
-    report, order = TransferReport(), Order(names)
-    stream = BlockStream(masters, torch.device("cuda", 0), slots=slots, order=order, report=report)
+    block_weights = {name: Master(number, locked=locked(number)) for number, name in enumerate(names)}
+    report, order = TransferReport(), BlockOrder(names)
+    stream = BlockStream(block_weights, torch.device("cuda", 0), slots=slots, order=order, report=report)
     wrong, turns = [], 0
     for numbers in orders:
         order.begin()
@@ -89,7 +89,7 @@ def test_every_computation_reads_its_own_block(device, kind, slots):
 
 
 def test_a_wrong_guess_does_not_come_late(device, monkeypatch):
-    """The thread is at a block in ordinary memory when a page-locked one takes its slot: 'mixed', above, by luck."""
+    """The thread is at a block in ordinary memory when a pinned one takes its slot: 'mixed', above, by luck."""
     gate, fill, read = threading.Event(), Master.fill, []
 
     def fill_late(self, memory):
@@ -97,9 +97,9 @@ def test_a_wrong_guess_does_not_come_late(device, monkeypatch):
         fill(self, memory)
 
     monkeypatch.setattr(Master, "fill", fill_late)
-    masters = {"guessed": Master(1, locked=False), "wanted": Master(0, locked=True)}
-    order = Order(list(masters))
-    stream = BlockStream(masters, torch.device("cuda", 0), slots=1, order=order, report=TransferReport())
+    block_weights = {"guessed": Master(1, locked=False), "wanted": Master(0, locked=True)}
+    order = BlockOrder(list(block_weights))
+    stream = BlockStream(block_weights, torch.device("cuda", 0), slots=1, order=order, report=TransferReport())
     timer = threading.Timer(0.05, gate.set)
     timer.start()
     memory = stream.acquire("wanted").as_subclass(torch.Tensor)
@@ -125,7 +125,7 @@ def test_a_missing_wait_is_seen(device, broken, monkeypatch):
     assert device.prefer == "either" or (wrong != []) == (device.prefer == found_by)
 
 
-def test_the_host_waits_for_nothing_when_everything_is_page_locked(device, monkeypatch):
+def test_the_host_waits_for_nothing_when_everything_is_pinned(device, monkeypatch):
     """Two passes are given to the device before it has done the first step of them."""
     done = []
     monkeypatch.setattr(device, "go_on", lambda enough: done.append(enough))

@@ -8,7 +8,7 @@ from torch import nn
 
 import parity
 from diffsynth.core.vram.managed import wrap
-from diffsynth.core.vram.placement import Policy
+from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import MissingComponent
 from diffsynth.runtime.acceleration.compiling import compile_forward
 from tiny_z_image import SMALL, tiny_z_image

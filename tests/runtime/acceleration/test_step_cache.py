@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from diffsynth.core.vram.managed import managed, wrap
-from diffsynth.core.vram.placement import Policy
+from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import Refused
 from diffsynth.runtime.acceleration import (
     FirstBlockCache,
@@ -20,7 +20,7 @@ from diffsynth.runtime.acceleration import (
     parse_step_cache,
 )
 from diffsynth.runtime.acceleration.blocks import Stack, long_stacks
-from diffsynth.runtime.acceleration.session import StepCaching
+from diffsynth.runtime.acceleration.session import StepCacheSession
 from diffsynth.spec import ModelSpec, TeaCacheSpec
 from tiny_z_image import SMALL, tiny_z_image
 
@@ -83,10 +83,10 @@ def test_taylor_seer_is_exact_where_the_change_is_a_polynomial() -> None:
     """A stack that adds `step ** order` in every step is foretold without an error once its derivatives are known."""
     for order in (0, 1, 2):
         network = Staircase(order)
-        caching = StepCaching(TaylorSeer(interval=4, order=order, warmup_steps=order + 1), [network.stacks()])
+        caching = StepCacheSession(TaylorSeer(interval=4, order=order, warmup_steps=order + 1), [network.stacks()])
         with caching:
             for step in range(order + 4):
-                with caching.evaluating("cond", is_last=False):
+                with caching.forward_pass("cond", is_last=False):
                     got = network(torch.zeros(3), step)
                 if order < 2:  # from order 2 on, backward differences are no derivatives any more
                     assert got.tolist() == pytest.approx([2.0 * step**order] * 3)
@@ -152,10 +152,10 @@ def test_two_streams_in_any_order() -> None:
     """Blocks take `(image, text)` and give `(text, image)` of equal shapes: the next block's arguments tell which."""
     network = TwoStreams()
     plain = [network(torch.ones(2), torch.ones(2), step) for step in range(4)]
-    caching = StepCaching(FirstBlockCache(threshold=0.6), [network.stacks()])
+    caching = StepCacheSession(FirstBlockCache(threshold=0.6), [network.stacks()])
     with caching:
         for step in range(4):
-            with caching.evaluating("cond", is_last=False):
+            with caching.forward_pass("cond", is_last=False):
                 image, text = network(torch.ones(2), torch.ones(2), step)
             if step > 1:
                 assert image.tolist() != text.tolist()
@@ -165,9 +165,9 @@ def test_two_streams_in_any_order() -> None:
 
 def test_blocks_that_hand_on_something_else_are_refused() -> None:
     network = Stack("blocks", (nn.Linear(3, 3), nn.Linear(3, 5)))
-    caching = StepCaching(FirstBlockCache(threshold=0.1), [(Stack("blocks", (nn.Linear(3, 5), nn.Linear(5, 3))),)])
+    caching = StepCacheSession(FirstBlockCache(threshold=0.1), [(Stack("blocks", (nn.Linear(3, 5), nn.Linear(5, 3))),)])
     assert network.name == "blocks"
-    with caching, caching.evaluating("cond", is_last=False), pytest.raises(Refused, match=r"take \[\(2, 3\)\]"):
+    with caching, caching.forward_pass("cond", is_last=False), pytest.raises(Refused, match=r"take \[\(2, 3\)\]"):
         caching.place(next(iter(caching._blocks()))).stack.blocks[0](torch.ones(2, 3))
 
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 import parity
 import wan_vae_oracle
 from diffsynth import _discovery
-from diffsynth.core.loader import convert, files, header, load, recognize
+from diffsynth.core.loader import component, convert, files, header, recognize
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth_wan.autoencoder.config import Wan22AutoencoderConfig, infer_wan22_autoencoder_config
 from diffsynth_wan.autoencoder.vae import Wan22Autoencoder
@@ -122,7 +122,7 @@ def test_the_published_layout_loads_strictly(tier: str) -> None:
     (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts(), tiers=(tier,))
     assert (found.architecture.name, found.config) == ("wan22_autoencoder", Wan22AutoencoderConfig())
     plan = convert.plan(found.rules, tensors.shapes)
-    assert convert.check(plan, parity.shapes_of(load.build(found.architecture, found.config)), where="") == []
+    assert convert.check(plan, parity.shapes_of(component.build(found.architecture, found.config)), where="") == []
 
 
 def test_a_pickle_loads_as_its_tensors_do(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_pickle_loads_as_its_tensors_do(tmp_path: Path) -> None:
     torch.save(ours.state_dict(), tmp_path / "Wan2.2_VAE.pth")
     tensors = header.read(files.find(ModelConfig(path=tmp_path / "Wan2.2_VAE.pth")))
     (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts())
-    again = load.load_component(found, tensors, device="cpu", dtype=torch.float32)
+    again = component.load_component(found, tensors, device="cpu", dtype=torch.float32)
     assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in again.state_dict().items())
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from diffsynth import _discovery, registry
-from diffsynth.core.loader import header, load, recognize
+from diffsynth.core.loader import component, header, recognize
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.identity import file_identity
 from diffsynth.errors import TrainingError, did_you_mean
@@ -125,7 +125,7 @@ def _from_file(role: str, part: ComponentRecipe) -> Component:
     if len(found) != 1:
         raise TrainingError(f"[components.{role}]: {part.source} holds {len(found)} components; expected one")
     # Training writes to the weights, and later to files: it wants none of them mapped.
-    module = load.load_component(found[0], tensors, device="cpu", dtype=torch.float32, copy=True)
+    module = component.load_component(found[0], tensors, device="cpu", dtype=torch.float32, copy=True)
     identity = ",".join(file_identity(file) for file in tensors.files)
     base = header.signature(tensors.shapes)
     return Component(role, found[0].architecture, module, part.train, "" if part.train else identity, base)

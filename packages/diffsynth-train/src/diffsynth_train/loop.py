@@ -47,13 +47,13 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> list[Path]:
         TrainingError: the recipe, the manifest or the checkpoint is unfit; nothing was trained.
         CheckpointError: a component's source is missing or unfit.
     """
-    run = Run(recipe)
+    run = TrainingRun(recipe)
     start = run.resume(resume) if resume is not None else 0
     run.steps(start)
     return run.finish()
 
 
-class Run:
+class TrainingRun:
     """Everything of a run that lives from its first step to its last."""
 
     def __init__(self, recipe: Recipe) -> None:

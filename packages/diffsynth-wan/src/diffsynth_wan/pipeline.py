@@ -123,7 +123,7 @@ class WanVideoPipeline(Pipeline):
         check_inputs(request.values, self.components)
         check_windows(request, self.program, self.components["vae"])
         if request.values["cfg_merge"] and request.loop.cfg_scale != 1:
-            given = {"tensors": TENSORS, "conditions": self.conditions(), "ranks": self.team.branches}
+            given = {"tensors": TENSORS, "conditions": self.conditions(), "ranks": self.mesh.branches}
             check_merging(self.program, self.components, request.values, **given)
         return request
 
@@ -176,7 +176,7 @@ class WanVideoPipeline(Pipeline):
         if vace_condition is not None:
             control = vace_condition.latents.expand(len(latents), -1, -1, -1, -1)
             extensions = (*extensions, VaceControl(vace, control, vace_condition.scale))
-        extensions = shared_out(extensions, self.team.tokens)
+        extensions = shared_out(extensions, self.mesh.tokens)
         time, given = sigma, 0
         if first_latents is not None:
             given = first_latents.shape[2]

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.core.parallel import Ranks, attend_together, join_shares, share
+from diffsynth.core.parallel import MeshAxis, attend_together, join_shares, share
 from diffsynth_wan.extension import Extension, Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
 
 
-def shared_out(extensions: Sequence[Extension], ranks: Ranks) -> tuple[Extension, ...]:
+def shared_out(extensions: Sequence[Extension], ranks: MeshAxis) -> tuple[Extension, ...]:
     """The same extensions, and between those that see the whole stream and those that see a part, `ShareTokens`.
 
     Raises:
@@ -51,7 +51,7 @@ class ShareTokens:
     are, where they stand, and how they attend: to all tokens, in some heads.
     """
 
-    ranks: Ranks
+    ranks: MeshAxis
     sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:

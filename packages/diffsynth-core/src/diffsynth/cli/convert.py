@@ -12,7 +12,7 @@ from diffsynth.cli.output import UserError, traceback_option
 
 if TYPE_CHECKING:
     from diffsynth.core.loader.header import Header
-    from diffsynth.core.loader.reading.source import ComponentSource
+    from diffsynth.core.loader.reader.source import ComponentSource
 
 
 @click.command()
@@ -69,7 +69,7 @@ def _as_it_is(held: Header, dtype: str | None) -> tuple[ComponentSource, dict[st
 
     from diffsynth.core.loader import convert as rules
     from diffsynth.core.loader.header import SAVE_KEY
-    from diffsynth.core.loader.reading.source import ComponentSource, stored_dtype
+    from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 
     targets = rules.plan((), held.shapes).targets
     dtypes = {key: stored_dtype(held, key) for key in targets}
@@ -87,13 +87,13 @@ def _in_own_names(held: Header, dtype: str | None) -> tuple[ComponentSource, dic
     import torch
 
     from diffsynth import _discovery
-    from diffsynth.core.loader import load, recognize
+    from diffsynth.core.loader import component, recognize
     from diffsynth.core.loader.header import signature
 
     found = recognize.recognize(held, *_discovery.catalog().layouts())
     if len(found) > 1:
         names = ", ".join(each.architecture.name for each in found)
         raise UserError(f"{held.where} holds {names}; --own-names is for one component, so convert without it")
-    _, source = load.open_component(found[0], held, dtype=getattr(torch, dtype))
+    _, source = component.open_component(found[0], held, dtype=getattr(torch, dtype))
     base = signature(held.nested if held.nested is not None else held.shapes)
     return source, {"architecture": found[0].architecture.name, "config": found[0].config, "base": base}

@@ -149,7 +149,7 @@ def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
 def _check_values(model: str, arguments: Mapping[str, Any]) -> None:
     """Loading takes minutes for a large model; what is wrong with the arguments is told before."""
     from diffsynth import registry
-    from diffsynth.runtime.memory.planning import check_before_loading
+    from diffsynth.runtime.planning import check_before_loading
 
     check_before_loading(registry.get(model), arguments)
 
@@ -163,7 +163,7 @@ def _load(
         import torch
 
         import diffsynth
-        from diffsynth.core.vram.placement import AUTO, Auto
+        from diffsynth.core.vram.policy import AUTO, Auto
 
         if memory.get("policy") == AUTO:
             memory = {**memory, "policy": Auto(arguments)}

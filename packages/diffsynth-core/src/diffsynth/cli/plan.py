@@ -11,7 +11,7 @@ from diffsynth.cli.output import POLICIES, json_option, show_json, show_table, t
 
 if TYPE_CHECKING:
     from diffsynth._models import ModelRecord
-    from diffsynth.core.vram.budget import MemoryPlan, Residence, StagePlan
+    from diffsynth.core.planning import ComponentPlan, MemoryPlan, StagePlan
 
 GIB = 2**30
 
@@ -53,7 +53,7 @@ def plan(
     arguments = {name: value for name, value in options.items() if value is not None}
     _check_names(record, arguments)
     from diffsynth.errors import NotEnoughMemory
-    from diffsynth.runtime.memory.planning import plan_model
+    from diffsynth.runtime.planning import plan_model
 
     try:
         made = plan_model(
@@ -124,17 +124,17 @@ def _row(stage: StagePlan, *, has_device: bool) -> tuple[str, ...]:
         stage.name,
         f"{stage.vram / GIB:.2f}" if has_device else "-",
         f"{stage.ram / GIB:.2f}",
-        "; ".join(_where(residence) for residence in stage.residences) or "-",
+        "; ".join(_where(component) for component in stage.components) or "-",
         f"{stage.bytes_per_step / 1e9:.2f}",
         str(stage.steps),
         f"{stage.seconds_per_step:.3g}",
     )
 
 
-def _where(residence: Residence) -> str:
+def _where(component: ComponentPlan) -> str:
     """`dit: 12 of 34 blocks stay, the rest come from host through 2 slots`."""
-    count = len(residence.resident) + len(residence.streamed)
-    if not residence.streamed:
-        return f"{residence.role}: whole" + ("" if residence.waits == "device" else f", from {residence.waits}")
-    slots = f"{residence.slots} slot{'s' if residence.slots > 1 else ''}"
-    return f"{residence.role}: {len(residence.resident)} of {count} blocks stay, others from {residence.waits}, {slots}"
+    count = len(component.resident) + len(component.streamed)
+    if not component.streamed:
+        return f"{component.role}: whole" + ("" if component.waits == "device" else f", from {component.waits}")
+    slots = f"{component.slots} slot{'s' if component.slots > 1 else ''}"
+    return f"{component.role}: {len(component.resident)} of {count} blocks stay, others from {component.waits}, {slots}"

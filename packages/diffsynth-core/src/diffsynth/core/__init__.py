@@ -9,7 +9,7 @@ from typing import Any
 
 _MODULES = {
     "attention.forward": ("attention_forward",),
-    "attention.named": (
+    "compat.attention": (
         "flash_attention_2",
         "flash_attention_3",
         "flash_attention_4",
@@ -59,7 +59,7 @@ _MODULES = {
     ),
     "gradient.checkpoint": ("gradient_checkpoint_forward",),
     "loader.config": ("ModelConfig",),
-    "loader.model": ("load_model", "load_model_with_disk_offload", "skip_model_initialization"),
+    "compat.load_model": ("load_model", "load_model_with_disk_offload", "skip_model_initialization"),
     "loader.state_dict": (
         "hash_model_file",
         "hash_state_dict_keys",
@@ -71,7 +71,7 @@ _MODULES = {
     ),
     "lora.hot": ("LoRAHotLoadMixin",),
     "vram.disk_map": ("DiskMap",),
-    "vram.doors": (
+    "compat.vram": (
         "AutoTorchModule",
         "AutoWrappedLinear",
         "AutoWrappedModule",
@@ -81,7 +81,11 @@ _MODULES = {
         "fill_vram_config",
     ),
 }
-_WHERE = {name: f"diffsynth.core.{module}" for module, names in _MODULES.items() for name in names}
+_WHERE = {
+    name: f"diffsynth.{module}" if module.startswith("compat.") else f"diffsynth.core.{module}"
+    for module, names in _MODULES.items()
+    for name in names
+}
 
 _LATER = {
     "quantization": (

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from diffsynth.diagnosis.finding import Finding
+from diffsynth.diagnosis.folders import folders, settings
 from diffsynth.diagnosis.installed import distributions, models, plugins, requirements
 from diffsynth.diagnosis.machine import attention, devices, python, quantization
-from diffsynth.diagnosis.places import folders, settings
 from diffsynth.diagnosis.questions import QUESTIONS
 
 __all__ = ["Finding", "diagnose", "is_usable"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-State = Literal["ok", "note", "broken"]
+CheckResult = Literal["ok", "note", "broken"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Finding:
     """
 
     name: str
-    state: State
+    state: CheckResult
     seen: str
     next_action: str = ""
     cause: BaseException | None = field(default=None, compare=False, repr=False)

@@ -9,7 +9,7 @@ import torch
 
 from diffsynth import registry
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.runtime.memory.placing import Policies, for_call
+from diffsynth.runtime.memory_options import Policies, for_call
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.spec import resolve
 

@@ -18,10 +18,10 @@ from diffsynth.core.lora import LoRA, add_hot, clear_hot, fit, fuse, read_lora
 from diffsynth.core.lora.cold import is_fused
 from diffsynth.core.vram.managed import managed
 from diffsynth.runtime.acceleration.blocks import architecture_of
-from diffsynth.runtime.memory.placing import cuts
+from diffsynth.runtime.memory_options import cuts
 
 if TYPE_CHECKING:
-    from diffsynth.runtime.memory.keeping import LimitKeeper
+    from diffsynth.runtime.plan_cache import PlanCache
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class LoRAMethods:
     """What `Pipeline` does about LoRAs. Call these between calls of the pipeline, not during one."""
 
     components: dict[str, Any]
-    _limit: LimitKeeper | None
+    _limit: PlanCache | None
 
     @property
     def loras(self) -> tuple[LoadedLoRA, ...]:

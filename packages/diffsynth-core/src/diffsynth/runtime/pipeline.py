@@ -16,35 +16,35 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
-from diffsynth.core.parallel import Team, form_team
-from diffsynth.core.vram.budget import MemoryPlan
+from diffsynth.core.parallel import ProcessMesh, form_mesh
+from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
 from diffsynth.errors import Cancelled, MissingComponent, did_you_mean
 from diffsynth.runtime.acceleration.branches import MERGES, Branches
-from diffsynth.runtime.acceleration.caching import step_caching
+from diffsynth.runtime.acceleration.caching import step_cache_session
 from diffsynth.runtime.acceleration.compiling import compile_components
-from diffsynth.runtime.acceleration.session import StepCaching
+from diffsynth.runtime.acceleration.session import StepCacheSession
 from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
 from diffsynth.runtime.added_units import with_added_units
 from diffsynth.runtime.declared_backends import use_declared_backends
-from diffsynth.runtime.loading import PretrainedLoader
+from diffsynth.runtime.expert_switcher import ExpertSwitcher
 from diffsynth.runtime.lora import LoRAMethods
-from diffsynth.runtime.memory.choosing import choose, choose_before_reading
-from diffsynth.runtime.memory.keeping import LimitKeeper
-from diffsynth.runtime.memory.placing import Placing, Policies
-from diffsynth.runtime.memory.planning import plan_call
-from diffsynth.runtime.memory.residency import Residency
-from diffsynth.runtime.memory.turns import Turns
+from diffsynth.runtime.memory_options import MemoryOptions, Policies
+from diffsynth.runtime.plan_cache import PlanCache
+from diffsynth.runtime.planning import plan_call
+from diffsynth.runtime.policy_choice import choose, choose_before_reading
+from diffsynth.runtime.pretrained import PretrainedLoader
 from diffsynth.runtime.progress import no_progress
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
 from diffsynth.runtime.role import Processor, Role, check_program, fill_roles
 from diffsynth.runtime.schema import SchemaMethod
-from diffsynth.runtime.unit import Program, State, Unit, can_run, check_units, needed_for, run_units
+from diffsynth.runtime.stage_offloader import StageOffloader
+from diffsynth.runtime.unit import CallValues, Program, Unit, can_run, check_units, needed_for, run_units
 from diffsynth.sampling.guidance import classifier_free_guidance
 from diffsynth.sampling.solver import euler
 
-GIVEN = ("device", "dtype", "batch_size", "seeds", "team", *LOOP_NAMES)
+GIVEN = ("device", "dtype", "batch_size", "seeds", "mesh", *LOOP_NAMES)
 """Names that every pipeline gives its units, besides what they write for each other."""
 
 
@@ -103,7 +103,7 @@ class Pipeline(LoRAMethods):
         """
         self.device = torch.device(device) if device is not None else devices.default_device()
         self.dtype = torch_dtype
-        self.team = Team()
+        self.mesh = ProcessMesh()
         self.model_name: str | None = None
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
         self.components = fill_roles(type(self), components)
@@ -111,10 +111,10 @@ class Pipeline(LoRAMethods):
         self.program = self._whole_program()
         check_program(type(self), self.program, GIVEN)
         self.__signature__ = build_signature(self.program, self.loop, {})
-        choose(self, Placing(self.device, torch_dtype, vram_limit, policy)).hold(self.components)
-        self._residency = Residency(self.components, self.device)
-        keeps = vram_limit is not None and self.device.type != "cpu" and self._residency.is_needed
-        self._limit = LimitKeeper(self, vram_limit, self.device) if keeps else None
+        choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).hold(self.components)
+        self._offloader = StageOffloader(self.components, self.device)
+        keeps = vram_limit is not None and self.device.type != "cpu" and self._offloader.is_needed
+        self._limit = PlanCache(self, vram_limit, self.device) if keeps else None
 
     @classmethod
     def from_pretrained(
@@ -135,7 +135,7 @@ class Pipeline(LoRAMethods):
             model_configs: a `ModelConfig` per checkpoint, in any order; each is recognised by its content.
             vram_limit: GiB that a call may take on the device; None is no limit, 0 keeps no weights there.
             policy: where weights wait, by a preset's name, "cpu-offload", "fp8", "disk", for all components or for each
-                role; see `diffsynth.core.vram.placement.Policy`. "auto" leaves their dtype to a plan of the default
+                role; see `diffsynth.core.vram.policy.Policy`. "auto" leaves their dtype to a plan of the default
                 call, `Auto(arguments)` to one of another. A config's own eight keys have precedence.
             processor_configs: `<role>_config=ModelConfig(...)` in place of a processor's usual source.
 
@@ -170,7 +170,7 @@ class Pipeline(LoRAMethods):
     @property
     def transfers(self) -> Mapping[str, TransferReport]:
         """What moving the weights of each component under a policy cost so far; a report prints itself."""
-        return self._residency.reports
+        return self._offloader.reports
 
     def named(self, name: str, defaults: Mapping[str, Any]) -> Pipeline:
         """Make this the pipeline of a model: its name, and the call arguments it wants other than the class does.
@@ -203,7 +203,7 @@ class Pipeline(LoRAMethods):
         try:
             return self._draw(request)
         finally:
-            self._residency.rest(request.plan)
+            self._offloader.rest(request.plan)
 
     @classmethod
     def call_signature(cls, defaults: Mapping[str, Any] | None = None) -> inspect.Signature:
@@ -220,10 +220,10 @@ class Pipeline(LoRAMethods):
     def check(self, **arguments: Any) -> Request:
         """Check the arguments of a call without making it; raises what the call would raise for them."""
         request = check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
-        self._step_caching(request)
+        self._step_cache_session(request)
         check_attention(request.loop.attention, self.device, self.dtype)
         loop = request.loop
-        self.team.check_call(cfg_scale=loop.cfg_scale, step_cache=loop.step_cache, cancel=loop.cancel)
+        self.mesh.check_call(cfg_scale=loop.cfg_scale, step_cache=loop.step_cache, cancel=loop.cancel)
         return request
 
     def parallel(self, *, cfg: int = 1, sequence: int | None = None) -> Pipeline:
@@ -237,13 +237,13 @@ class Pipeline(LoRAMethods):
             Unavailable: there is no process group.
             ValueError: sizes that do not make up the number of processes, or tokens that this pipeline cannot share.
         """
-        team = form_team(cfg=cfg, sequence=sequence, device=self.device)
-        if team.tokens.size > 1 and not self.shares_tokens:
+        mesh = form_mesh(cfg=cfg, sequence=sequence, device=self.device)
+        if mesh.tokens.size > 1 and not self.shares_tokens:
             raise ValueError(
-                f"{type(self).__name__} cannot share the tokens of a result among {team.tokens.size} processes; it can "
+                f"{type(self).__name__} cannot share the tokens of a result among {mesh.tokens.size} processes; it can "
                 f"share the two branches of guidance: parallel(cfg=2) with 2 processes"
             )
-        self.team = team
+        self.mesh = mesh
         return self
 
     def compile_pipeline(
@@ -331,7 +331,7 @@ class Pipeline(LoRAMethods):
         defaults = {name: parameter.default for name, parameter in self.__signature__.parameters.items()}
         batch_size = max((len(values[name]) for name in self.per_image if name in values), default=1)
         given = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, **self._facts()}
-        state = State(defaults | given | dict(values))
+        state = CallValues(defaults | given | dict(values))
         known = frozenset(state.shared) | frozenset(GIVEN) | frozenset(self.facts)
         run_units(check_units(units, known), self.components, state)
         return state.view("cond")
@@ -369,13 +369,13 @@ class Pipeline(LoRAMethods):
         given = (*GIVEN, *cls.facts)
         return check_units(with_added_units(cls, given), given)
 
-    def _new_state(self, request: Request) -> State:
+    def _new_state(self, request: Request) -> CallValues:
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
-        seeds = self.team.agreed_seeds(request.seeds)
+        seeds = self.mesh.agreed_seeds(request.seeds)
         given = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
-        given |= {"team": self.team, **self._facts()}
+        given |= {"mesh": self.mesh, **self._facts()}
         branches = ("cond",) if request.loop.cfg_scale == 1 else ("cond", "uncond")
-        return State({**request.values, **loop, **given}, branches)
+        return CallValues({**request.values, **loop, **given}, branches)
 
     def _facts(self) -> dict[str, Any]:
         """The facts of components that are loaded."""
@@ -387,10 +387,10 @@ class Pipeline(LoRAMethods):
     def _stage(self, request: Request, step: Unit) -> Iterator[None]:
         _stop_if_cancelled(request)
         stage = "decode" if step in self.output_units else step.name
-        with self._residency.on_device(step.roles, stage, request.plan):
+        with self._offloader.on_device(step.roles, stage, request.plan):
             yield
 
-    def _denoise(self, request: Request, state: State) -> Tensor:
+    def _denoise(self, request: Request, state: CallValues) -> Tensor:
         # The state stays fp32: in bf16, steps near the end of the schedule would round most of their change away.
         sigmas, latents = state.shared["sigmas"], state.shared["latents"].float()
         num_steps = len(sigmas) - 1
@@ -401,24 +401,29 @@ class Pipeline(LoRAMethods):
         }
 
         step, view = 0, state.view("cond")
-        turns = Turns(self._residency, [self.roles_at(float(sigma), view) for sigma in sigmas[:-1]], request.plan)
-        caching = self._step_caching(request)
+        experts = ExpertSwitcher(
+            self._offloader, [self.roles_at(float(sigma), view) for sigma in sigmas[:-1]], request.plan
+        )
+        step_cache = self._step_cache_session(request)
 
         branches = Branches(
             conditions,
             merges=view.get(MERGES, False),
             batch_size=request.batch_size,
-            ranks=self.team.branches,
+            ranks=self.mesh.branches,
         )
 
         def predict(branch: str, latents: Tensor, levels: Tensor, given: Mapping[str, Any]) -> Tensor:
             is_last = step == num_steps - 1
-            with caching.evaluating(branch, is_last=is_last), attention_at(request.loop.attention, step, num_steps):
+            with (
+                step_cache.forward_pass(branch, is_last=is_last),
+                attention_at(request.loop.attention, step, num_steps),
+            ):
                 return self.velocity(latents, levels, **given).float()
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             _stop_if_cancelled(request)
-            turns.begin_step()
+            experts.begin_step()
             levels = sigma.to(self.device, torch.float32).expand(len(latents))
             predictions = branches.predict(predict, latents.to(self.dtype), levels)
             if len(predictions) == 1:
@@ -428,25 +433,25 @@ class Pipeline(LoRAMethods):
         def on_step(index: int, latents: Tensor) -> None:
             nonlocal step
             step = index + 1
-            sigma, sigma_next, reused = sigmas[index].item(), sigmas[index + 1].item(), caching.take_reused()
+            sigma, sigma_next, reused = sigmas[index].item(), sigmas[index + 1].item(), step_cache.take_reused()
             self._notify("step_done", pipeline=self, step=index, num_steps=num_steps, sigma=sigma_next)
             if request.loop.on_step is not None:
                 request.loop.on_step(Step(index, num_steps, sigma, sigma_next, latents, reused))
 
         self._notify("denoise_started", pipeline=self, num_steps=num_steps, shape=tuple(latents.shape))
-        with turns, caching:
-            progress = request.loop.progress_bar_cmd if self.team.is_first else no_progress
+        with experts, step_cache:
+            progress = request.loop.progress_bar_cmd if self.mesh.is_first else no_progress
             return euler(velocity, latents, sigmas, on_step=on_step, progress=progress)
 
-    def _step_caching(self, request: Request) -> StepCaching:
-        return step_caching(request.loop.step_cache, self.components, self.loop_roles, self.model_name)
+    def _step_cache_session(self, request: Request) -> StepCacheSession:
+        return step_cache_session(request.loop.step_cache, self.components, self.loop_roles, self.model_name)
 
     def _notify(self, hook: str, **facts: Any) -> None:
         # On meta nothing is drawn: it is a rehearsal.
         if self.device.type != "meta":
             _discovery.notify(hook, **facts)
 
-    def _output(self, request: Request, state: State, latents: Tensor) -> Any:
+    def _output(self, request: Request, state: CallValues, latents: Tensor) -> Any:
         state.keep({read.name for step in self.output_units for read in step.reads})
         state.shared["latents"] = latents.to(self.dtype)
         program = Program(self.output_units, MappingProxyType({}), frozenset())

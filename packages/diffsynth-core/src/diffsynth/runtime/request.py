@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from diffsynth import _discovery
-from diffsynth.core.vram.budget import MemoryPlan
+from diffsynth.core.planning import MemoryPlan
 from diffsynth.errors import MissingComponent, did_you_mean
 from diffsynth.runtime.acceleration.choice import StepCacheArgument, parse_step_cache
 from diffsynth.runtime.acceleration.step_attention import AttentionArgument, parse_step_attention

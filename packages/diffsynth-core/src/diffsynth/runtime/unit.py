@@ -204,7 +204,7 @@ def check_units(units: Sequence[Unit], given: Collection[str]) -> Program:
 def run_units(
     program: Program,
     components: Mapping[str, Any],
-    state: State,
+    state: CallValues,
     *,
     around: Callable[[Unit], Any] | None = None,
 ) -> None:
@@ -251,7 +251,7 @@ def needed_roles(step: Unit) -> tuple[str, ...]:
     return (*(role for role in step.roles if role not in step.optional_roles), *step.requires)
 
 
-class State:
+class CallValues:
     """The values of one call: shared ones, and those of each branch over them."""
 
     def __init__(self, values: Mapping[str, Any], branches: Iterable[str] = ("cond",)) -> None:

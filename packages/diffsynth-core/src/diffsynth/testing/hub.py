@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffsynth import _discovery, registry
-from diffsynth.core.loader import convert, load
+from diffsynth.core.loader import component, convert
 from diffsynth.core.loader.layouts.published import rules_of
 from diffsynth.errors import did_you_mean
 from diffsynth.runtime.role import Processor, Role
@@ -133,7 +133,7 @@ def _component(spec: ModelSpec, role: str, need: Role | Processor | None, source
         config = replace(resolve(architecture.tiny), **changed)
     except TypeError as error:
         raise ValueError(f"model {spec.name!r}: tiny[{role!r}] does not fit {architecture.config}: {error}") from None
-    state = load.build(architecture, config).state_dict()
+    state = component.build(architecture, config).state_dict()
     try:
         shapes = tiny_shapes(checkpoint, {key: tuple(tensor.shape) for key, tensor in state.items()})
     except ValueError as error:

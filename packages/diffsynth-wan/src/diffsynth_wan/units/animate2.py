@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.core.parallel import ALONE, Ranks, Team
+from diffsynth.core.parallel import ALONE, MeshAxis, ProcessMesh
 from diffsynth.runtime.unit import unit
 from diffsynth_wan.extension import Extension, FramesAt
 from diffsynth_wan.sharing import shared_out
@@ -120,14 +120,14 @@ def read_reference(
     reference_image_embeds: Float[Tensor, "1 i e_image"] | None = None,
     sliding_window: SlidingWindow | None = None,
     canvas: Canvas,
-    team: Team | None = None,
+    mesh: ProcessMesh | None = None,
 ) -> dict[int, ReferenceVideo]:
     """What the network keeps of the reference video, all steps and both branches alike: by the first frame of each
     window of a long video, which reads its own frames and no others.
     """
     frames = canvas.latent_size[0]
     windows = [Window(0, frames)] if sliding_window is None else sliding_window.windows(frames)
-    ranks = ALONE if team is None else team.tokens
+    ranks = ALONE if mesh is None else mesh.tokens
     read = {}
     for window in windows:
         read[window.start] = ReferenceVideo(offload=animate2_offload_kv)
@@ -143,7 +143,7 @@ def _read(
     video: ReferenceVideo,
     prompt_embeds: Float[Tensor, "1 s e"],
     image_embeds: Float[Tensor, "1 i e_image"] | None,
-    ranks: Ranks,
+    ranks: MeshAxis,
 ) -> None:
     """One pass over clean latents, all of whose frames are given."""
     masked = dit.config.in_channels - 2 * latents.shape[1]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffsynth.core.attention import pieces, workspace
+from diffsynth.core.attention import chunks, workspace
 from diffsynth.core.attention.call import AttentionCall
 
 Kernel = Literal["flash", "cudnn", "efficient", "math"]
@@ -61,10 +61,10 @@ class SdpaAttention:
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
         """See `AttentionBackend`."""
         if call.offsets is not None:
-            return pieces.joined(pieces.by_sample(call), call, self)
+            return chunks.joined(chunks.by_sample(call), call, self)
         is_banded = call.limits != (-1, -1) and not _is_plain_causal(call) and call.cu_seqlens is None
-        if is_banded and call.q_len > pieces.CHUNK:
-            return pieces.joined(pieces.by_chunk(call), call, self._attend)
+        if is_banded and call.q_len > chunks.CHUNK:
+            return chunks.joined(chunks.by_chunk(call), call, self._attend)
         return self._attend(call)
 
     def _attend(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffsynth.core.attention import pieces
+from diffsynth.core.attention import chunks
 from diffsynth.core.attention.call import AttentionCall
 
 
@@ -47,6 +47,6 @@ def _added(call: AttentionCall) -> int:
 
 
 def _chunk(call: AttentionCall) -> int:
-    """Queries of a piece, see `pieces.by_chunk`."""
+    """Queries of a piece, see `chunks.by_chunk`."""
     left, right = call.limits
-    return max(pieces.CHUNK, left + right + 1 if left >= 0 and right >= 0 else 4 * pieces.CHUNK)
+    return max(chunks.CHUNK, left + right + 1 if left >= 0 and right >= 0 else 4 * chunks.CHUNK)

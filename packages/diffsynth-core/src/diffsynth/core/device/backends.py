@@ -52,7 +52,7 @@ class Backend:
         collectives: what torch.distributed uses there.
         indexed: more than one can be there, "cuda:0" and "cuda:1".
         streams: queues and events beside the current one; without, everything happens in order.
-        pins: copies from page-locked host memory go on while the host does.
+        pins: copies from pinned host memory go on while the host does.
         counts: torch's allocator tells what is allocated, reserved and free, and the peak.
         lacks: of `CONVERTIBLE`, the dtypes that it has no conversion for.
         needs: what to install where torch alone does not bring it.

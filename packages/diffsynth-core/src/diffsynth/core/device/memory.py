@@ -93,7 +93,7 @@ def empty_cache(device: torch.device | str | None = None) -> None:
         module.empty_cache()
 
 
-def page_locked(size: int, device: torch.device | str) -> torch.Tensor:
+def pinned_memory(size: int, device: torch.device | str) -> torch.Tensor:
     """Bytes of host memory that a device copies from while the host goes on.
 
     torch's allocator takes the next power of two of what is asked for: one slab of 2**n bytes, cut into parts, wastes
@@ -119,7 +119,7 @@ def _tell_once(label: str, size: int, reason: str) -> None:
     if label not in _TOLD:
         _TOLD.add(label)
         _log.warning(
-            "%d bytes of host memory cannot be page-locked for %s (%s): copies from them will not overlap with "
+            "%d bytes of host memory cannot be pinned for %s (%s): copies from them will not overlap with "
             "computation. Raise the limit on locked memory, or free host memory",
             size,
             label,

@@ -20,7 +20,7 @@ import torch
 
 from diffsynth import _env
 from diffsynth.core.device.backends import driven, is_available
-from diffsynth.core.device.memory import page_locked
+from diffsynth.core.device.memory import pinned_memory
 from diffsynth.core.device.names import card_name, check_device, check_dtype
 from diffsynth.core.device.streams import synchronize
 
@@ -63,7 +63,7 @@ _NVME = Speed(3e9, measured=False, source="assumed: an NVMe drive on PCIe 3.0 x4
 
 
 def link_speed(device: torch.device | str) -> Speed:
-    """Bytes/s from page-locked host memory to a device: 256 MiB, the median of five. On the CPU, of a copy in memory.
+    """Bytes/s from pinned host memory to a device: 256 MiB, the median of five. On the CPU, of a copy in memory.
 
     Assumed where this machine has no such kind of device, or no room on it.
 
@@ -135,7 +135,7 @@ def _once(key: str, measure: Callable[[], float], assumed: Speed) -> Speed:
 
 
 def _measure_link(device: torch.device) -> float:
-    source = page_locked(_LINK_BYTES, device).fill_(1)
+    source = pinned_memory(_LINK_BYTES, device).fill_(1)
     destination = torch.zeros(_LINK_BYTES, dtype=torch.uint8, device=device)
     return _LINK_BYTES / _seconds(lambda: destination.copy_(source, non_blocking=True), device)
 

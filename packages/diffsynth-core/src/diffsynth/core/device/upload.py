@@ -1,4 +1,4 @@
-"""Host to accelerator through a ring of page-locked buffers, so that reading goes on while copies are in flight."""
+"""Host to accelerator through a ring of pinned buffers, so that reading goes on while copies are in flight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class UploadRing:
         self.device = torch.device(device)
         self._free: queue.SimpleQueue[tuple[Tensor, Any]] = queue.SimpleQueue()
         for _ in range(buffers):
-            self._free.put((devices.page_locked(size, self.device), None))
+            self._free.put((devices.pinned_memory(size, self.device), None))
 
     @contextmanager
     def buffer(self) -> Iterator[Tensor]:

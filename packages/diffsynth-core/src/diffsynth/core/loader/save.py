@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.core.loader import convert
+from diffsynth.core.loader.component import apply_rule
 from diffsynth.core.loader.header import (
     ARCHITECTURE_KEY,
     CONFIG_KEY,
@@ -25,9 +26,8 @@ from diffsynth.core.loader.header import (
 )
 from diffsynth.core.loader.layouts import inverse
 from diffsynth.core.loader.layouts.published import layout_of, rules_of
-from diffsynth.core.loader.load import apply_rule
 from diffsynth.core.loader.pickled import DTYPE_NAMES
-from diffsynth.core.loader.reading.source import ComponentSource
+from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean
 from diffsynth.spec import CheckpointSpec
 

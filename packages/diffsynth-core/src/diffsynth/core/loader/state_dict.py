@@ -14,7 +14,7 @@ from torch import Tensor
 from diffsynth.core.loader import pickled
 from diffsynth.core.loader.files import PICKLE_SUFFIXES
 from diffsynth.core.loader.header import Header, read, read_safetensors, signature
-from diffsynth.core.loader.reading.source import read_tensors
+from diffsynth.core.loader.reader.source import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def load_state_dict(
         file_path: safetensors or pickle, by suffix; several files are parts of one checkpoint.
         torch_dtype: of floating tensors; None keeps the file's.
         device: where they go.
-        pin_memory: page-lock those that stay in host memory; needs an accelerator.
+        pin_memory: pin those that stay in host memory; needs an accelerator.
         verbose: 1 logs each file.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffsynth.core.loader import convert, pickled
-from diffsynth.core.loader.reading.source import ComponentSource, stored_dtype
+from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.save import save_source
 from diffsynth.core.loader.state_dict import load_state_dict
 from diffsynth.core.lora.arithmetic import to_state_dict

@@ -18,7 +18,7 @@ from diffsynth.core.loader import convert
 from diffsynth.core.loader.explain.lora import base_of, without_prefix
 from diffsynth.core.loader.layouts import inverse
 from diffsynth.core.loader.layouts.published import layout_of, rules_of
-from diffsynth.core.loader.reading.ops import apply_rule
+from diffsynth.core.loader.reader.ops import apply_rule
 from diffsynth.core.lora.layer import LoRA, LoRALayer
 from diffsynth.core.lora.spelling import some
 from diffsynth.errors import KeyMismatch, did_you_mean

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, distributed
 
-from diffsynth.core.parallel.team import Ranks
+from diffsynth.core.parallel.mesh import MeshAxis
 from diffsynth.errors import Refused
 
 Attend: TypeAlias = Callable[
@@ -24,14 +24,14 @@ def shares(total: int, size: int) -> tuple[int, ...]:
     return tuple(total // size + (index < total % size) for index in range(size))
 
 
-def share(total: int, ranks: Ranks) -> slice:
+def share(total: int, ranks: MeshAxis) -> slice:
     """Which of `total` things are this process's."""
     sizes = shares(total, ranks.size)
     start = sum(sizes[: ranks.index])
     return slice(start, start + sizes[ranks.index])
 
 
-def join_shares(x: Float[Tensor, "b s_own ..."], total: int, ranks: Ranks) -> Float[Tensor, "b s ..."]:
+def join_shares(x: Float[Tensor, "b s_own ..."], total: int, ranks: MeshAxis) -> Float[Tensor, "b s ..."]:
     """The whole along axis 1, in every process, from the `share` that each one has.
 
     Raises:
@@ -49,7 +49,7 @@ def join_shares(x: Float[Tensor, "b s_own ..."], total: int, ranks: Ranks) -> Fl
     return torch.cat([part[:, :size] for part, size in zip(given, sizes, strict=True)], dim=1)
 
 
-def attend_together(attend: Attend, tokens: int, ranks: Ranks) -> Attend:
+def attend_together(attend: Attend, tokens: int, ranks: MeshAxis) -> Attend:
     """Self-attention of processes that each have a `share` of the tokens, all heads of them.
 
     Before it they trade tokens for heads, and behind it back (DeepSpeed-Ulysses, Jacobs et al. 2023,
@@ -84,7 +84,7 @@ def attend_together(attend: Attend, tokens: int, ranks: Ranks) -> Attend:
     return together
 
 
-def compute_each(names: Sequence[str], compute: Callable[[str], Tensor], ranks: Ranks) -> list[Tensor]:
+def compute_each(names: Sequence[str], compute: Callable[[str], Tensor], ranks: MeshAxis) -> list[Tensor]:
     """`[compute(name) for name in names]`, where process `i` computes the `i`-th; results are of one shape.
 
     One process computes all.
@@ -99,7 +99,7 @@ def compute_each(names: Sequence[str], compute: Callable[[str], Tensor], ranks: 
     return given
 
 
-def _trade(pieces: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], ranks: Ranks) -> list[Tensor]:
+def _trade(pieces: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], ranks: MeshAxis) -> list[Tensor]:
     """Send the `i`-th piece to process `i`; what each sent in return, of these shapes."""
     sent = torch.cat([piece.reshape(-1) for piece in pieces])
     counts = [prod(shape) for shape in shapes]

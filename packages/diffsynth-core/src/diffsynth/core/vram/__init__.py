@@ -8,25 +8,25 @@
 from __future__ import annotations
 
 from diffsynth.core.vram.disk_map import DiskMap
+from diffsynth.core.vram.loaded_modules import LoadedModules, loaded_modules
 from diffsynth.core.vram.managed import ManagedModule, managed, wrap
-from diffsynth.core.vram.occupants import Occupants, occupants
 from diffsynth.core.vram.partition import Block, Partition, partition
-from diffsynth.core.vram.placement import Auto, Placement, Policy, State
+from diffsynth.core.vram.policy import Auto, BlockState, Placement, Policy
 from diffsynth.core.vram.report import TransferReport
 
 __all__ = [
     "Auto",
     "Block",
+    "BlockState",
     "DiskMap",
+    "LoadedModules",
     "ManagedModule",
-    "Occupants",
     "Partition",
     "Placement",
     "Policy",
-    "State",
     "TransferReport",
+    "loaded_modules",
     "managed",
-    "occupants",
     "partition",
     "wrap",
 ]

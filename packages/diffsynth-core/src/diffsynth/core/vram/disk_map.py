@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.core.loader import convert, header
-from diffsynth.core.loader.reading.source import ComponentSource, stored_dtype
-from diffsynth.core.loader.reading.traced import trace
+from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
+from diffsynth.core.loader.reader.traced import trace
 from diffsynth.errors import KeyMismatch
 
 _SHOWN = 8
@@ -27,7 +27,7 @@ class DiskMap(Mapping[str, Tensor]):
         device: where tensors go.
         torch_dtype: of floating ones; None keeps the file's.
         state_dict_converter: makes other names, or other tensors, of the file's; it is run once, on tensors without
-            values (see `diffsynth.core.loader.reading.traced`).
+            values (see `diffsynth.core.loader.reader.traced`).
         buffer_size: has no effect.
 
     Raises:

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diffsynth.core import device as devices
-from diffsynth.core.loader.reading.source import ComponentSource
-from diffsynth.core.vram.budget.workload import BlockLoad, ComponentLoad
-from diffsynth.core.vram.heralds import Herald
-from diffsynth.core.vram.masters import DiskMaster, HostArena, HostMaster, Master, check_source
+from diffsynth.core.loader.file_prefetcher import FilePrefetcher
+from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.planning.workload import BlockFootprint, ComponentFootprint
+from diffsynth.core.vram.block_weights import BlockWeights, DiskWeights, HostWeights, PinnedPool, check_source
 from diffsynth.core.vram.packing import Packing
+from diffsynth.core.vram.parameters import REST, away, buffers_of, frozen, places_of, read_buffers, surround
 from diffsynth.core.vram.partition import SMALL, Block, partition
-from diffsynth.core.vram.placement import Placement, Policy, State
-from diffsynth.core.vram.places import REST, away, buffers_of, frozen, places_of, read_buffers, surround
+from diffsynth.core.vram.policy import BlockState, Placement, Policy
 from diffsynth.core.vram.report import TransferReport
-from diffsynth.core.vram.residents import Residents
-from diffsynth.core.vram.stream import BlockStream, Order
+from diffsynth.core.vram.resident_blocks import ResidentBlocks
+from diffsynth.core.vram.stream import BlockOrder, BlockStream
 from diffsynth.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from diffsynth.core.vram.occupants import Handover
+    from diffsynth.core.vram.loaded_modules import OverlappedSwap
 
 SLOTS = 2
 """Blocks that are on the device at once unless a plan says otherwise: one computes, the next is on its way."""
@@ -112,22 +112,22 @@ class ManagedModule:
         self.report = TransferReport()
         self.slots = SLOTS
         self.resident: frozenset[str] | None = None
-        self.handover: Handover | None = None
+        self.swap: OverlappedSwap | None = None
         self._lock = threading.RLock()
         self._blocks = {block.name: block for block in blocks}
         self._source = source
-        self._state = State.OFFLOAD
+        self._state = BlockState.OFFLOAD
         self._bound: str | None = None
-        self._residents = Residents(policy.device, self.report)
+        self._residents = ResidentBlocks(policy.device, self.report)
         self._views: dict[tuple[str, int], dict[str, nn.Parameter]] = {}
         self._stream: BlockStream | None = None
-        self._herald: Herald | None = None
-        self._order = Order(tuple(self._blocks))
+        self._prefetcher: FilePrefetcher | None = None
+        self._order = BlockOrder(tuple(self._blocks))
         self._computed = torch.empty(0, dtype=torch.uint8)
         self._places = places_of(module, self._blocks)
         self._packings = {name: self._packing(name, high_precision) for name in self._places}
         # What a block was given when the module was made or read; nothing is kept twice.
-        self._masters: dict[str, Master] = self._first_masters()
+        self._weights_of: dict[str, BlockWeights] = self._first_weights()
         self._rest_parameters = {name: self._at_rest(name) for name in self._places}
         for name in self._places:
             self._bind(name, self._rest_parameters[name])
@@ -136,9 +136,9 @@ class ManagedModule:
         self._install()
 
     @property
-    def state(self) -> State:
+    def state(self) -> BlockState:
         """OFFLOAD, ONLOAD between blocks, COMPUTATION inside one."""
-        return State.COMPUTATION if self._bound is not None else self._state
+        return BlockState.COMPUTATION if self._bound is not None else self._state
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -159,14 +159,14 @@ class ManagedModule:
         slots = self._stream.device_bytes if self._stream is not None else 0
         return sum(own.values()) + slots + self._computed.numel()
 
-    def load(self, role: str = "") -> ComponentLoad:
+    def footprint(self, role: str = "") -> ComponentFootprint:
         """What its weights take, for a plan."""
         rest = self._packings[REST]
         buffers = sum(buffer.numel() * buffer.element_size() for _, _, buffer in buffers_of(self.module))
         packed = [(name, self._packings[name]) for name in self._blocks]
-        return ComponentLoad(
+        return ComponentFootprint(
             role,
-            tuple(BlockLoad(name, packing.stored_bytes, packing.computed_bytes) for name, packing in packed),
+            tuple(BlockFootprint(name, packing.stored_bytes, packing.computed_bytes) for name, packing in packed),
             rest.computed_bytes + buffers,
             rest.stored_bytes + buffers,
         )
@@ -199,15 +199,15 @@ class ManagedModule:
         Takes no memory of the process and changes no weight. Weights in host memory have nothing to prepare.
         """
         with self._lock:
-            waits = self._state is State.OFFLOAD and self.policy.offload.on_disk
-            if waits and self._source is not None and self._herald is None:
-                self._herald = Herald(self._source)
+            waits = self._state is BlockState.OFFLOAD and self.policy.offload.on_disk
+            if waits and self._source is not None and self._prefetcher is None:
+                self._prefetcher = FilePrefetcher(self._source)
 
     def enter(self) -> None:
         """A stage begins: what stays on the device goes there, the first blocks set out."""
         with self._lock:
             self._dismiss()
-            if self._state is not State.OFFLOAD:
+            if self._state is not BlockState.OFFLOAD:
                 return
             try:
                 self._onload()
@@ -219,7 +219,7 @@ class ManagedModule:
         """The stage is over: nothing of the module is on the device any more."""
         with self._lock:
             self._dismiss()
-            if self._state is State.OFFLOAD:
+            if self._state is BlockState.OFFLOAD:
                 self._residents.drop()
             else:
                 self._drop()
@@ -238,24 +238,26 @@ class ManagedModule:
 
     def to_send(self) -> list[tuple[str, int]]:
         """Blocks that could set out now for a stage that has not begun, and their bytes."""
-        if self._state is not State.OFFLOAD:
+        if self._state is not BlockState.OFFLOAD:
             return []
         away = [name for name in self._blocks if name not in self._residents and self._stays(name)]
         return [
-            (name, self._packings[name].stored_bytes) for name in away if self._residents.can_send(self._masters[name])
+            (name, self._packings[name].stored_bytes)
+            for name in away
+            if self._residents.can_send(self._weights_of[name])
         ]
 
     def send(self, name: str) -> None:
         """Have one of `to_send()` set out: it arrives while the device computes, and stays like those of the stage."""
         with self._lock:
-            self._residents.send(name, self._masters[name])
+            self._residents.send(name, self._weights_of[name])
 
     def let_go(self, name: str) -> int:
         """Have a block leave before its stage ends, since it is not expected to run again; gives the bytes it took."""
         with self._lock:
             if self._stream is not None:
                 self._stream.finish(name)
-            if self._state is State.OFFLOAD or name not in self._residents:
+            if self._state is BlockState.OFFLOAD or name not in self._residents:
                 return 0
             self._residents.drop([name])
             self._views = {key: views for key, views in self._views.items() if key[0] != name}
@@ -273,11 +275,11 @@ class ManagedModule:
             for name in (_ATTRIBUTE, _FLAG):
                 vars(self.module).pop(name, None)
             for name, packing in self._packings.items():
-                memory = self._masters[name].memory
+                memory = self._weights_of[name].memory
                 if memory is None:
                     self._bind(name, frozen(self._on_meta(packing)))
                 elif memory.is_pinned():
-                    # Page-locked memory is for transfers, and there will be none.
+                    # Pinned memory is for transfers, and there will be none.
                     self._bind(name, frozen(packing.stored_views(memory.clone())))
         return self.module
 
@@ -289,21 +291,21 @@ class ManagedModule:
         self.leave()
 
     def _dismiss(self) -> None:
-        if self._herald is not None:
-            self._herald.stop()
-            self._herald = None
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher = None
 
     def _onload(self) -> None:
-        self._state = State.ONLOAD
+        self._state = BlockState.ONLOAD
         self._order.begin()
         if self.policy.offload.on_disk and not self.policy.onload.on_disk:
-            self._masters = self._read_all(self._masters)
+            self._weights_of = self._read_all(self._weights_of)
         streamed = {}
         for name in self._places:
             if name == REST or self._stays(name):
                 self._bring(name)
             else:
-                streamed[name] = self._masters[name]
+                streamed[name] = self._weights_of[name]
         if streamed:
             self._stream = BlockStream(
                 streamed, self.policy.device, slots=self.slots, order=self._order, report=self.report
@@ -327,19 +329,19 @@ class ManagedModule:
         for part, key, buffer in buffers_of(self.module):
             part._buffers[key] = buffer.to("cpu")
         if self._source is not None and self.policy.offload.on_disk:
-            self._masters = {name: DiskMaster(packing, self._source) for name, packing in self._packings.items()}
-        self._state = State.OFFLOAD
+            self._weights_of = {name: DiskWeights(packing, self._source) for name, packing in self._packings.items()}
+        self._state = BlockState.OFFLOAD
 
     def _stays(self, name: str) -> bool:
         onload: Placement = self.policy.onload
-        in_place = self.policy.device.type == "cpu" and self._masters[name].memory is not None
+        in_place = self.policy.device.type == "cpu" and self._weights_of[name].memory is not None
         if in_place or (not onload.on_disk and devices.check_device(onload.device).type == self.policy.device.type):
             return True
         return self.policy.keeps_ready and (self.resident is None or name in self.resident)
 
     def _bring(self, name: str) -> Tensor:
         """Packed weights on the device, for the stage; those outside blocks as they are computed with."""
-        return self._residents.bring(name, self._masters[name], converted=name == REST)
+        return self._residents.bring(name, self._weights_of[name], converted=name == REST)
 
     @contextmanager
     def _turn(self, name: str) -> Iterator[int | None]:
@@ -364,8 +366,8 @@ class ManagedModule:
         packing, ready = self._packings[name], self._residents.get(name)
         if ready is None and self._stays(name):
             # It was let go too early.
-            if self.handover is not None:
-                self.handover.withdraw()
+            if self.swap is not None:
+                self.swap.withdraw()
             ready = self._bring(name)
         if ready is not None:
             stored, release = ready, None
@@ -399,8 +401,8 @@ class ManagedModule:
             output = forward(*args, **kwargs)
             # A block may give out a weight, or a part of one; its memory is about to be another block's.
             output = pytree.tree_map(lambda value: value.clone() if _is_in(value, lent) else value, output)
-        if self.handover is not None:
-            self.handover.ran(self, name)
+        if self.swap is not None:
+            self.swap.ran(self, name)
         return output
 
     def _enter_and_run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -434,36 +436,36 @@ class ManagedModule:
             stored = min(own, computed, key=lambda dtype: dtype.itemsize)
         return stored, computed
 
-    def _first_masters(self) -> dict[str, Master]:
+    def _first_weights(self) -> dict[str, BlockWeights]:
         if self._source is not None:
-            on_disk = {name: DiskMaster(packing, self._source) for name, packing in self._packings.items()}
+            on_disk = {name: DiskWeights(packing, self._source) for name, packing in self._packings.items()}
             if self.policy.offload.on_disk:
                 return dict(on_disk)
             return self._read_all(on_disk)
-        masters: dict[str, Master] = {}
-        arena = self._arena()
+        weights: dict[str, BlockWeights] = {}
+        pool = self._pool()
         for name, places in self._places.items():
             tensors = {full: part._parameters[key] for part, key, full in places}
             packing = self._packings[name]
-            memory = arena.take(packing.stored_bytes)
-            masters[name] = HostMaster.copy(packing, tensors, memory)
+            memory = pool.take(packing.stored_bytes)
+            weights[name] = HostWeights.copy(packing, tensors, memory)
             # At once, so that no more than one block is in memory twice.
             self._bind(name, frozen(packing.stored_views(memory)))
-        return masters
+        return weights
 
-    def _read_all(self, masters: Mapping[str, Master]) -> dict[str, Master]:
-        arena = self._arena()
-        return {name: HostMaster.read(each, arena.take(each.packing.stored_bytes)) for name, each in masters.items()}
+    def _read_all(self, weights: Mapping[str, BlockWeights]) -> dict[str, BlockWeights]:
+        pool = self._pool()
+        return {name: HostWeights.read(each, pool.take(each.packing.stored_bytes)) for name, each in weights.items()}
 
-    def _arena(self) -> HostArena:
-        """Page-locked if that leaves the host half of what is free."""
+    def _pool(self) -> PinnedPool:
+        """Pinned if that leaves the host half of what is free."""
         sizes = [packing.stored_bytes for packing in self._packings.values()]
         free = devices.available_memory("cpu")
-        return HostArena(sizes, self.policy.device, lock=free is None or 2 * sum(sizes) < free)
+        return PinnedPool(sizes, self.policy.device, lock=free is None or 2 * sum(sizes) < free)
 
     def _at_rest(self, name: str) -> dict[str, nn.Parameter]:
         """What stands in the module while a block is not in use."""
-        packing, memory = self._packings[name], self._masters[name].memory
+        packing, memory = self._packings[name], self._weights_of[name].memory
         if memory is not None:
             return frozen(packing.stored_views(memory))
         return away(self._on_meta(packing))
@@ -473,7 +475,7 @@ class ManagedModule:
         return packing.computed_views(torch.empty(packing.computed_bytes, dtype=torch.uint8, device="meta"))
 
     def _is_ours(self, memory: Tensor) -> bool:
-        return all(memory is not master.memory for master in self._masters.values())
+        return all(memory is not weights.memory for weights in self._weights_of.values())
 
 
 def _wants_grad(value: Any) -> bool:

@@ -14,7 +14,7 @@ ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Slot:
+class PackedTensorInfo:
     """The place of one tensor.
 
     Args:
@@ -54,11 +54,11 @@ class Packing:
     def __init__(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> None:
         pairs = list(dict.fromkeys(dtypes[name] for name in tensors))
         counts = [0] * len(pairs)
-        self.slots: dict[str, Slot] = {}
+        self.slots: dict[str, PackedTensorInfo] = {}
         for name, tensor in tensors.items():
             group = pairs.index(dtypes[name])
             stride = tensor.stride() if _is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
-            self.slots[name] = Slot(tensor.shape, stride, *dtypes[name], group, counts[group])
+            self.slots[name] = PackedTensorInfo(tensor.shape, stride, *dtypes[name], group, counts[group])
             counts[group] += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
         self.groups: list[Group] = []
         stored_start = computed_start = 0
@@ -95,7 +95,7 @@ def _run(memory: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
     return memory[start : start + count * dtype.itemsize].view(dtype)
 
 
-def _view(run: Tensor, slot: Slot) -> Tensor:
+def _view(run: Tensor, slot: PackedTensorInfo) -> Tensor:
     return run.as_strided(slot.shape, slot.stride, run.storage_offset() + slot.first)
 
 

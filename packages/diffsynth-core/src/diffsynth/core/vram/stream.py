@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.core import device as devices
-from diffsynth.core.vram.masters import Master, host_memory, is_locked
+from diffsynth.core.vram.block_weights import BlockWeights, host_memory, is_pinned
 from diffsynth.core.vram.report import TransferReport
 
 
@@ -41,13 +41,13 @@ class _Slot:
 
 @dataclass
 class _Staging:
-    """Page-locked memory between disk or ordinary memory and the device; `copied` is the event behind its last use."""
+    """Pinned memory between disk or ordinary memory and the device; `copied` is the event behind its last use."""
 
     memory: Tensor
     copied: Any = None
 
 
-class Order:
+class BlockOrder:
     """The order in which blocks run, learnt: whoever followed a block last time follows it next time.
 
     A round is a step of a loop; how often a block ran in the last one is how often it is expected to in this.
@@ -99,7 +99,7 @@ class BlockStream:
 
     A wrong guess of the order costs time, never a wrong weight.
 
-    Page-locked masters are copied by the device alone, on a stream of its own. Others, those on disk among them, go
+    Pinned masters are copied by the device alone, on a stream of its own. Others, those on disk among them, go
     through two staging buffers, by a thread. On the CPU the thread reads into the slot itself.
 
     Args:
@@ -111,23 +111,31 @@ class BlockStream:
     """
 
     def __init__(
-        self, masters: Mapping[str, Master], device: torch.device, *, slots: int, order: Order, report: TransferReport
+        self,
+        block_weights: Mapping[str, BlockWeights],
+        device: torch.device,
+        *,
+        slots: int,
+        order: BlockOrder,
+        report: TransferReport,
     ) -> None:
-        largest = max((master.packing.stored_bytes for master in masters.values()), default=0)
-        self._masters = dict(masters)
+        largest = max((weights.packing.stored_bytes for weights in block_weights.values()), default=0)
+        self._block_weights = dict(block_weights)
         self._device = device
         self._report = report
         self._order = order
         self._in_use: _Slot | None = None
         self._over: set[str] = set()
         self._side = devices.side_stream(device)
-        memories = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(slots, len(masters)))]
+        memories = [
+            torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(slots, len(block_weights)))
+        ]
         # The allocator may give out memory that earlier work of the computing stream still reads.
         self._slots = [_Slot(memory, used=devices.mark(device)) for memory in memories]
         self._on_host = device.type == "cpu" and not self._side.overlaps
-        staged = not self._on_host and any(not is_locked(master) for master in masters.values())
+        staged = not self._on_host and any(not is_pinned(weights) for weights in block_weights.values())
         self._staging = [_Staging(host_memory(largest, device)) for _ in range(2 if staged else 0)]
-        needs_thread = staged or (self._on_host and bool(masters))
+        needs_thread = staged or (self._on_host and bool(block_weights))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffsynth-vram") if needs_thread else None
         self._look_ahead(None)
 
@@ -188,7 +196,7 @@ class BlockStream:
     def _look_ahead(self, name: str | None) -> None:
         """Have the blocks after this one set out, as many as there is room for."""
         room = len(self._slots) - (self._in_use is not None)
-        expected = (each for each in self._order.after(name) if each in self._masters and each not in self._over)
+        expected = (each for each in self._order.after(name) if each in self._block_weights and each not in self._over)
         coming = tuple(itertools.islice(expected, room))
         for following in coming:
             if self._slot_of(following) is None:
@@ -211,27 +219,27 @@ class BlockStream:
             # failed, whoever wants that block hears of it.
             slot.arriving.exception()
         slot.block = name
-        master = self._masters[name]
-        if not self._on_host and is_locked(master):
+        weights = self._block_weights[name]
+        if not self._on_host and is_pinned(weights):
             slot.arriving = None
-            self._upload(slot, master.memory, master.packing.stored_bytes)
+            self._upload(slot, weights.memory, weights.packing.stored_bytes)
         else:
             assert self._thread is not None
-            slot.arriving = self._thread.submit(self._bring, slot, master)
+            slot.arriving = self._thread.submit(self._bring, slot, weights)
 
-    def _bring(self, slot: _Slot, master: Master) -> None:
+    def _bring(self, slot: _Slot, weights: BlockWeights) -> None:
         """In the thread: from disk or ordinary memory towards the device."""
         started = time.perf_counter()
-        size = master.packing.stored_bytes
+        size = weights.packing.stored_bytes
         if self._on_host:
-            master.fill(slot.memory[:size])
+            weights.fill(slot.memory[:size])
             self._report.copied(size, time.perf_counter() - started)
             return
         staging = self._staging[0]
         self._staging.reverse()
         if staging.copied is not None:
             staging.copied.synchronize()
-        master.fill(staging.memory[:size])
+        weights.fill(staging.memory[:size])
         self._upload(slot, staging.memory, size)
         staging.copied = slot.ready
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsynth.core.parallel import Ranks, compute_each
+from diffsynth.core.parallel import MeshAxis, compute_each
 from diffsynth.runtime.unit import Program, can_run, is_asked_for, is_per_branch
 
 MERGES = "merges_branches"
@@ -29,7 +29,7 @@ class Branches:
     """
 
     def __init__(
-        self, conditions: Mapping[str, Mapping[str, Any]], *, merges: bool, batch_size: int, ranks: Ranks
+        self, conditions: Mapping[str, Mapping[str, Any]], *, merges: bool, batch_size: int, ranks: MeshAxis
     ) -> None:
         self._conditions = conditions
         self._ranks = ranks
@@ -79,7 +79,7 @@ def check_merging(
     *,
     tensors: Collection[str],
     conditions: Collection[str],
-    ranks: Ranks,
+    ranks: MeshAxis,
 ) -> None:
     """Refuse to merge branches that cannot be, before anything is encoded.
 

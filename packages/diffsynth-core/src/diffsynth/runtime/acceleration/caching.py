@@ -9,14 +9,14 @@ from torch import nn
 
 from diffsynth.errors import Refused
 from diffsynth.runtime.acceleration.blocks import long_stacks
-from diffsynth.runtime.acceleration.session import StepCaching
+from diffsynth.runtime.acceleration.session import StepCacheSession
 from diffsynth.runtime.acceleration.step_cache import StepCache
 from diffsynth.runtime.acceleration.tea import model_named
 
 
-def step_caching(
+def step_cache_session(
     cache: StepCache | None, components: Mapping[str, Any], loop_roles: Collection[str], model_name: str | None
-) -> StepCaching:
+) -> StepCacheSession:
     """The caches of one call, empty still.
 
     Args:
@@ -29,7 +29,7 @@ def step_caching(
         Refused: the model, or the form of its network, is not served; the message says why.
     """
     if cache is None:
-        return StepCaching(None)
+        return StepCacheSession(None)
     model = None if model_name is None else model_named(model_name)
     if (reason := cache.refuses(model)) is not None:
         raise Refused(f"step_cache={cache!r} is refused: {reason}")
@@ -41,4 +41,4 @@ def step_caching(
             f"step_cache={cache!r} is refused: {kinds or 'no network'} has no repeated blocks that could be left out; "
             "its architecture names them in repeated_blocks"
         )
-    return StepCaching(cache, networks, model)
+    return StepCacheSession(cache, networks, model)

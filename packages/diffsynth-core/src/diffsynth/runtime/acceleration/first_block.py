@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from diffsynth.runtime.acceleration.step_cache import Probe, Rule, StepCache, Streams, difference, relative_change
+from diffsynth.runtime.acceleration.step_cache import (
+    CacheStrategy,
+    FirstBlockCall,
+    StepCache,
+    Streams,
+    difference,
+    relative_change,
+)
 from diffsynth.spec import ModelSpec
 
 
@@ -34,12 +41,12 @@ class FirstBlockCache(StepCache):
         if self.max_reused is not None and self.max_reused < 1:
             raise ValueError(f"max_reused={self.max_reused!r}: expected at least 1, or None")
 
-    def rule(self, model: ModelSpec | None) -> Rule:
+    def strategy(self, model: ModelSpec | None) -> CacheStrategy:
         """See `StepCache`."""
-        return _FirstBlockRule(self)
+        return _FirstBlockStrategy(self)
 
 
-class _FirstBlockRule(Rule):
+class _FirstBlockStrategy(CacheStrategy):
     after_first = True
 
     def __init__(self, settings: FirstBlockCache) -> None:
@@ -48,15 +55,15 @@ class _FirstBlockRule(Rule):
         self._residual: Streams | None = None
         self._in_a_row = 0
 
-    def reuses(self, probe: Probe) -> bool:
-        residual = difference(probe.output, probe.streams)
-        if self._may_reuse(probe) and relative_change(residual, self._residual or ()) < self._settings.threshold:
+    def reuses(self, first_call: FirstBlockCall) -> bool:
+        residual = difference(first_call.output, first_call.streams)
+        if self._may_reuse(first_call) and relative_change(residual, self._residual or ()) < self._settings.threshold:
             self._in_a_row += 1
             return True
         self._residual, self._in_a_row = residual, 0
         return False
 
-    def _may_reuse(self, probe: Probe) -> bool:
+    def _may_reuse(self, first_call: FirstBlockCall) -> bool:
         limit = self._settings.max_reused
         allowed = limit is None or self._in_a_row < limit
-        return self._residual is not None and probe.index >= self._settings.warmup_steps and allowed
+        return self._residual is not None and first_call.index >= self._settings.warmup_steps and allowed

@@ -18,18 +18,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffsynth.core.vram.places import surround
+from diffsynth.core.vram.parameters import surround
 from diffsynth.errors import Refused
 from diffsynth.runtime.acceleration.blocks import Stack
-from diffsynth.runtime.acceleration.step_cache import Form, Probe, Rule, StepCache, as_streams
+from diffsynth.runtime.acceleration.step_cache import (
+    CacheStrategy,
+    FirstBlockCall,
+    ForwardPattern,
+    StepCache,
+    as_streams,
+)
 from diffsynth.spec import ModelSpec
 
-_call: ContextVar[Evaluation | None] = ContextVar("diffsynth_step_cache", default=None)
+_call: ContextVar[ForwardPass | None] = ContextVar("diffsynth_step_cache", default=None)
 _surrounded: dict[int, int] = {}
 _lock = threading.Lock()
 
 
-class StepCaching:
+class StepCacheSession:
     """The caches of one call: one per network, branch, and place in an evaluation of the branch.
 
         with caching:
@@ -48,15 +54,15 @@ class StepCaching:
         self._cache, self._model = cache, model
         self._networks = networks if cache is not None else ()
         self._places = {
-            id(block): Place(number, index, position, stack)
+            id(block): BlockPosition(number, index, position, stack)
             for number, stacks in enumerate(self._networks)
             for index, stack in enumerate(stacks)
             for position, block in enumerate(stack.blocks)
         }
-        self._tracks: dict[tuple[int, str, int], Track] = {}
+        self._histories: dict[tuple[int, str, int], BranchHistory] = {}
         self._reused: list[str] = []
 
-    def __enter__(self) -> StepCaching:
+    def __enter__(self) -> StepCacheSession:
         for block in self._blocks():
             _surround(block)
         return self
@@ -66,15 +72,15 @@ class StepCaching:
             _release(block)
 
     @contextmanager
-    def evaluating(self, branch: str, *, is_last: bool) -> Iterator[None]:
+    def forward_pass(self, branch: str, *, is_last: bool) -> Iterator[None]:
         """One evaluation of a branch's velocity inside the `with`."""
-        evaluation = Evaluation(self, branch, is_last)
-        token = _call.set(evaluation if self._places else None)
+        forward_pass = ForwardPass(self, branch, is_last)
+        token = _call.set(forward_pass if self._places else None)
         try:
             yield
         finally:
             _call.reset(token)
-        if evaluation.reused:
+        if forward_pass.reused:
             self._reused.append(branch)
 
     def take_reused(self) -> tuple[str, ...]:
@@ -82,24 +88,24 @@ class StepCaching:
         reused, self._reused = tuple(self._reused), []
         return reused
 
-    def place(self, block: nn.Module) -> Place | None:
+    def place(self, block: nn.Module) -> BlockPosition | None:
         """Where a block stands, if it is one that may be left out."""
         return self._places.get(id(block))
 
-    def track(self, network: int, branch: str, ordinal: int) -> Track:
+    def history(self, network: int, branch: str, ordinal: int) -> BranchHistory:
         """What is known of a branch, at its `ordinal`-th call of a network within an evaluation."""
         key = (network, branch, ordinal)
-        if key not in self._tracks:
+        if key not in self._histories:
             assert self._cache is not None
-            self._tracks[key] = Track(self._cache.rule(self._model), len(self._networks[network]))
-        return self._tracks[key]
+            self._histories[key] = BranchHistory(self._cache.strategy(self._model), len(self._networks[network]))
+        return self._histories[key]
 
     def _blocks(self) -> Iterator[nn.Module]:
         return (block for stacks in self._networks for stack in stacks for block in stack.blocks)
 
 
 @dataclass(frozen=True)
-class Place:
+class BlockPosition:
     """A block's network, the index of its stack, and its position in it."""
 
     network: int
@@ -114,7 +120,7 @@ class Place:
 
 
 @dataclass
-class Track:
+class BranchHistory:
     """One branch of one network, over all steps of a call.
 
     Args:
@@ -122,12 +128,12 @@ class Track:
         num_stacks: how many stacks must have run before any may be left out.
     """
 
-    rule: Rule
+    strategy: CacheStrategy
     num_stacks: int
     index: int = -1
     decider: int = 0
     reusing: bool = False
-    forms: dict[int, Form] = field(default_factory=dict)
+    patterns: dict[int, ForwardPattern] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
     begun: dict[int, tuple[Sequence[Any], Any]] = field(default_factory=dict)
 
@@ -135,35 +141,35 @@ class Track:
         """A call of the network begins, with the first block of stack `decider`."""
         self.index, self.decider, self.reusing, self.begun = self.index + 1, decider, False, {}
 
-    def form_of(self, stack: int, values: Sequence[Any], given: Any, *, name: str) -> Form:
+    def pattern_of(self, stack: int, values: Sequence[Any], given: Any, *, name: str) -> ForwardPattern:
         """The form of a stack, learnt from its first block."""
-        if stack not in self.forms:
-            self.forms[stack] = _learn(values, given, name)
-        return self.forms[stack]
+        if stack not in self.patterns:
+            self.patterns[stack] = _learn(values, given, name)
+        return self.patterns[stack]
 
-    def ran(self, place: Place, values: Sequence[Any], given: Any) -> None:
+    def ran(self, place: BlockPosition, values: Sequence[Any], given: Any) -> None:
         """A block ran."""
         stack = place.index
         if place.position == 0:
-            self.form_of(stack, values, given, name=place.stack.name)
+            self.pattern_of(stack, values, given, name=place.stack.name)
             self.begun[stack] = (values, given)
         first_values, first_given = self.begun[stack]
         if place.position == 1:
-            self.forms[stack] = _confirm(self.forms[stack], values, first_given)
+            self.patterns[stack] = _confirm(self.patterns[stack], values, first_given)
         if place.is_last:
-            after_first = stack == self.decider and self.rule.after_first
-            start = as_streams(first_given) if after_first else self.forms[stack].streams(first_values)
-            self.rule.computed(stack, self.index, start, as_streams(given))
+            after_first = stack == self.decider and self.strategy.after_first
+            start = as_streams(first_given) if after_first else self.patterns[stack].streams(first_values)
+            self.strategy.computed(stack, self.index, start, as_streams(given))
             self.known.add(stack)
             self.begun[stack] = ((), None)  # the streams of a step are not kept until the next
 
 
-class Evaluation:
+class ForwardPass:
     """One evaluation of one branch."""
 
-    def __init__(self, caching: StepCaching, branch: str, is_last: bool) -> None:
+    def __init__(self, caching: StepCacheSession, branch: str, is_last: bool) -> None:
         self._caching, self._branch, self._is_last = caching, branch, is_last
-        self._open: dict[int, tuple[int, Track]] = {}
+        self._open: dict[int, tuple[int, BranchHistory]] = {}
         self.reused = False
 
     def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -173,48 +179,55 @@ class Evaluation:
             return forward(*args, **kwargs)
         bound = _signature(type(block)).bind(block, *args, **kwargs)
         values = _flat(bound)
-        track, begins = self._track(place)
+        history, begins = self._history(place)
         if begins:
-            return self._decide(track, place, block, functools.partial(forward, *args, **kwargs), bound)
-        if track.reusing:
-            form = track.forms[place.index]
-            start = form.streams(values)
-            return form.result(start if place.position else track.rule.predicted(place.index, track.index, start))
+            return self._decide(history, place, block, functools.partial(forward, *args, **kwargs), bound)
+        if history.reusing:
+            pattern = history.patterns[place.index]
+            start = pattern.streams(values)
+            return pattern.result(
+                start if place.position else history.strategy.predicted(place.index, history.index, start)
+            )
         given = forward(*args, **kwargs)
-        track.ran(place, values, given)
+        history.ran(place, values, given)
         return given
 
-    def _track(self, place: Place) -> tuple[Track, bool]:
+    def _history(self, place: BlockPosition) -> tuple[BranchHistory, bool]:
         """The track of a block, and whether a call of the network begins with it."""
-        ordinal, track = self._open.get(place.network, (-1, None))
-        again = track is not None and place.position == 0 and place.index == track.decider
-        if track is not None and not again:
-            return track, False
-        track = self._caching.track(place.network, self._branch, ordinal + 1)
-        self._open[place.network] = (ordinal + 1, track)
-        track.begin(place.index)
-        return track, True
+        ordinal, history = self._open.get(place.network, (-1, None))
+        again = history is not None and place.position == 0 and place.index == history.decider
+        if history is not None and not again:
+            return history, False
+        history = self._caching.history(place.network, self._branch, ordinal + 1)
+        self._open[place.network] = (ordinal + 1, history)
+        history.begin(place.index)
+        return history, True
 
     def _decide(
-        self, track: Track, place: Place, block: nn.Module, run: Callable[[], Any], bound: inspect.BoundArguments
+        self,
+        history: BranchHistory,
+        place: BlockPosition,
+        block: nn.Module,
+        run: Callable[[], Any],
+        bound: inspect.BoundArguments,
     ) -> Any:
         """The first block of a call of the network, and whether the rest is left out."""
         values = _flat(bound)
-        form_of = functools.partial(track.form_of, place.index, values, name=place.stack.name)
-        probe = Probe(track.index, self._is_last, bound.arguments, values, block, run, form_of)
-        track.reusing = track.rule.reuses(probe) and len(track.known) == track.num_stacks
-        if not track.reusing:
-            track.ran(place, values, probe.given)
-            return probe.given
+        pattern_of = functools.partial(history.pattern_of, place.index, values, name=place.stack.name)
+        first_call = FirstBlockCall(history.index, self._is_last, bound.arguments, values, block, run, pattern_of)
+        history.reusing = history.strategy.reuses(first_call) and len(history.known) == history.num_stacks
+        if not history.reusing:
+            history.ran(place, values, first_call.given)
+            return first_call.given
         self.reused = True
-        form = track.forms[place.index]
-        start = probe.output if track.rule.after_first else form.streams(values)
-        return form.result(track.rule.predicted(place.index, track.index, start))
+        pattern = history.patterns[place.index]
+        start = first_call.output if history.strategy.after_first else pattern.streams(values)
+        return pattern.result(history.strategy.predicted(place.index, history.index, start))
 
 
 def _run(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    evaluation = _call.get()
-    return forward(*args, **kwargs) if evaluation is None else evaluation.run(block, forward, args, kwargs)
+    forward_pass = _call.get()
+    return forward(*args, **kwargs) if forward_pass is None else forward_pass.run(block, forward, args, kwargs)
 
 
 def _surround(block: nn.Module) -> None:
@@ -237,7 +250,7 @@ def _release(block: nn.Module) -> None:
             vars(block)["forward"] = inner
 
 
-def _learn(values: Sequence[Any], given: Any, name: str) -> Form:
+def _learn(values: Sequence[Any], given: Any, name: str) -> ForwardPattern:
     """Streams are the first arguments, in the order in which they are given back."""
     streams = as_streams(given)
     shapes = [tuple(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__ for stream in streams]
@@ -247,13 +260,13 @@ def _learn(values: Sequence[Any], given: Any, name: str) -> Form:
             f"step_cache: blocks of {name!r} take {taken} and give {shapes}; a cache needs blocks that give "
             "the tensors which they take first, in the same shapes"
         )
-    return Form(tuple(range(len(streams))), isinstance(given, tuple | list))
+    return ForwardPattern(tuple(range(len(streams))), isinstance(given, tuple | list))
 
 
-def _confirm(form: Form, values: Sequence[Any], given: Any) -> Form:
+def _confirm(pattern: ForwardPattern, values: Sequence[Any], given: Any) -> ForwardPattern:
     """The form, its order put right where the next block is seen to take the very tensors that this one gave."""
     places = [next((i for i, value in enumerate(values) if value is stream), None) for stream in as_streams(given)]
-    return Form(tuple(places), form.is_tuple) if None not in places else form  # type: ignore[arg-type]
+    return ForwardPattern(tuple(places), pattern.is_tuple) if None not in places else pattern  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -32,13 +32,13 @@ class StepCache:
         """
         return None
 
-    def rule(self, model: ModelSpec | None) -> Rule:
+    def strategy(self, model: ModelSpec | None) -> CacheStrategy:
         """A new rule, which remembers nothing yet; for a model that was not refused."""
         raise NotImplementedError
 
 
 @dataclass
-class Form:
+class ForwardPattern:
     """How the blocks of a stack hand on their streams: as which arguments, and whether in a tuple."""
 
     places: tuple[int, ...]
@@ -54,7 +54,7 @@ class Form:
 
 
 @dataclass
-class Probe:
+class FirstBlockCall:
     """What a rule may ask about one call of the network, at its first block.
 
     Args:
@@ -73,7 +73,7 @@ class Probe:
     values: Sequence[Any]
     block: nn.Module
     run: Callable[[], Any]
-    form_of: Callable[[Any], Form]
+    pattern_of: Callable[[Any], ForwardPattern]
 
     @cached_property
     def given(self) -> Any:
@@ -83,7 +83,7 @@ class Probe:
     @property
     def streams(self) -> Streams:
         """What goes into the block; it runs if its form is not known yet."""
-        return self.form_of(self.given).streams(self.values)
+        return self.pattern_of(self.given).streams(self.values)
 
     @property
     def output(self) -> Streams:
@@ -105,7 +105,7 @@ class Probe:
         return seen[threading.get_ident()]
 
 
-class Rule:
+class CacheStrategy:
     """When to reuse, and what: the change that each stack made to its streams when it last ran.
 
     `after_first` says that the change of the deciding stack is counted from its first block's output, and that this
@@ -117,7 +117,7 @@ class Rule:
     def __init__(self) -> None:
         self._changes: dict[int, Streams] = {}
 
-    def reuses(self, probe: Probe) -> bool:
+    def reuses(self, first_call: FirstBlockCall) -> bool:
         """Whether the stacks of this call are to be left out. Asked at every call; the first runs whole anyway."""
         raise NotImplementedError
 

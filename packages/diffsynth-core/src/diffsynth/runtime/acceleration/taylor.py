@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import factorial
 
-from diffsynth.runtime.acceleration.step_cache import Probe, Rule, StepCache, Streams, difference
+from diffsynth.runtime.acceleration.step_cache import CacheStrategy, FirstBlockCall, StepCache, Streams, difference
 from diffsynth.spec import ModelSpec
 
 
@@ -33,21 +33,21 @@ class TaylorSeer(StepCache):
                 upper = "" if most is None else f" and at most {most}"
                 raise ValueError(f"{name}={value!r}: expected an integer of at least {least}{upper}")
 
-    def rule(self, model: ModelSpec | None) -> Rule:
+    def strategy(self, model: ModelSpec | None) -> CacheStrategy:
         """See `StepCache`."""
-        return _TaylorRule(self)
+        return _TaylorStrategy(self)
 
 
-class _TaylorRule(Rule):
+class _TaylorStrategy(CacheStrategy):
     def __init__(self, settings: TaylorSeer) -> None:
         super().__init__()
         self._settings = settings
         self._derivatives: dict[int, list[Streams]] = {}
         self._at: dict[int, int] = {}
 
-    def reuses(self, probe: Probe) -> bool:
-        since = probe.index - self._settings.warmup_steps
-        return since >= 0 and not probe.is_last and (since + 1) % self._settings.interval != 0
+    def reuses(self, first_call: FirstBlockCall) -> bool:
+        since = first_call.index - self._settings.warmup_steps
+        return since >= 0 and not first_call.is_last and (since + 1) % self._settings.interval != 0
 
     def computed(self, stack: int, index: int, start: Streams, end: Streams) -> None:
         before = self._derivatives.get(stack, [])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from diffsynth import _discovery, registry
-from diffsynth.runtime.acceleration.step_cache import Probe, Rule, StepCache, relative_change
+from diffsynth.runtime.acceleration.step_cache import CacheStrategy, FirstBlockCall, StepCache, relative_change
 from diffsynth.spec import ModelSpec, TeaCacheSpec
 
 
@@ -43,12 +43,12 @@ class TeaCache(StepCache):
             return f"nobody has published coefficients for {named.name!r}; FirstBlockCache and TaylorSeer need none"
         return None
 
-    def rule(self, model: ModelSpec | None) -> Rule:
+    def strategy(self, model: ModelSpec | None) -> CacheStrategy:
         """See `StepCache`."""
         named = model_named(self.model) if self.model else model
         fitted = self.fitted or (named.tea_cache if named is not None else None)
         assert fitted is not None, "refuses() comes first"
-        return _TeaRule(self.threshold, fitted)
+        return _TeaStrategy(self.threshold, fitted)
 
 
 def model_named(name: str) -> ModelSpec:
@@ -62,7 +62,7 @@ def model_named(name: str) -> ModelSpec:
     return next(one.spec for one in declared if (one.plugin, one.spec.name) == (record.plugin, record.name))
 
 
-class _TeaRule(Rule):
+class _TeaStrategy(CacheStrategy):
     def __init__(self, threshold: float, fitted: TeaCacheSpec) -> None:
         super().__init__()
         self._threshold = threshold
@@ -70,10 +70,10 @@ class _TeaRule(Rule):
         self._last: Tensor | None = None
         self._distance = 0.0
 
-    def reuses(self, probe: Probe) -> bool:
-        signal, last = self._signal(probe), self._last
+    def reuses(self, first_call: FirstBlockCall) -> bool:
+        signal, last = self._signal(first_call), self._last
         self._last = signal
-        if last is None or probe.is_last or self._threshold == 0:
+        if last is None or first_call.is_last or self._threshold == 0:
             self._distance = 0.0
             return False
         self._distance += self._polynomial(relative_change((signal,), (last,)))
@@ -82,9 +82,9 @@ class _TeaRule(Rule):
         self._distance = 0.0
         return False
 
-    def _signal(self, probe: Probe) -> Tensor:
+    def _signal(self, first_call: FirstBlockCall) -> Tensor:
         kind, _, name = self._fitted.signal.partition(":")
-        return probe.output_of(name) if kind == "module" else probe.arguments[name]
+        return first_call.output_of(name) if kind == "module" else first_call.arguments[name]
 
     def _polynomial(self, x: float) -> float:
         value = 0.0

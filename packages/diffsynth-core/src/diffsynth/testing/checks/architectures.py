@@ -49,9 +49,9 @@ def told_by_shapes(name: str) -> str:
 
 
 def _builds_on_meta(fact: ArchitectureSpec) -> None:
-    from diffsynth.core.loader import load
+    from diffsynth.core.loader import component
 
-    module = load.build(fact, resolve(fact.tiny))
+    module = component.build(fact, resolve(fact.tiny))
     real = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if not tensor.is_meta]
     assert not real, (
         f"{', '.join(real)} took memory under torch.device('meta'); name no device where the constructor makes tensors"
@@ -62,9 +62,9 @@ def _leaves_nothing_on_meta(fact: ArchitectureSpec) -> None:
     """As loading does it: weights are assigned, then `reset_buffers()` fills what no file holds."""
     from torch import Tensor
 
-    from diffsynth.core.loader import load
+    from diffsynth.core.loader import component
 
-    module = load.build(fact, resolve(fact.tiny))
+    module = component.build(fact, resolve(fact.tiny))
     module.load_state_dict(tiny_real(fact).state_dict(), strict=True, assign=True)
     for part in module.modules():
         if hasattr(part, "reset_buffers"):
@@ -96,9 +96,9 @@ def _runs(fact: ArchitectureSpec) -> None:
 
 
 def _is_told_by_shapes(fact: ArchitectureSpec) -> None:
-    from diffsynth.core.loader import load
+    from diffsynth.core.loader import component
 
-    shapes = _shapes(load.build(fact, resolve(fact.tiny)))
+    shapes = _shapes(component.build(fact, resolve(fact.tiny)))
     absent = [
         pattern
         for pattern in fact.required
@@ -106,7 +106,7 @@ def _is_told_by_shapes(fact: ArchitectureSpec) -> None:
     ]
     assert not absent, f"required names that the tiny module does not have: {', '.join(absent)}"
     told = resolve(fact.infer_config)(shapes)
-    again = _shapes(load.build(fact, told))
+    again = _shapes(component.build(fact, told))
     assert again == shapes, (
         f"{fact.infer_config} told {told} from the shapes of {fact.tiny}; a module of that config differs in "
         f"{', '.join(sorted(key for key in shapes.keys() | again.keys() if shapes.get(key) != again.get(key))[:8])}"
@@ -116,7 +116,7 @@ def _is_told_by_shapes(fact: ArchitectureSpec) -> None:
 def _saves_and_loads(fact: ArchitectureSpec, subject: Subject) -> None:
     import torch
 
-    from diffsynth.core.loader import header, load, recognize, save
+    from diffsynth.core.loader import component, header, recognize, save
 
     module, config = tiny_real(fact), resolve(fact.tiny)
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def _saves_and_loads(fact: ArchitectureSpec, subject: Subject) -> None:
             f"saved as {fact.name} with {config}, read back as {found.architecture.name} with {found.config}; "
             "metadata is JSON, so a tuple comes back as a list: make it a tuple in __post_init__"
         )
-        loaded = load.load_component(found, tensors, device="cpu", dtype=torch.float32)
+        loaded = component.load_component(found, tensors, device="cpu", dtype=torch.float32)
     changed = differing(module.state_dict(), loaded.state_dict())
     assert not changed, f"changed by saving and loading: {', '.join(changed)}"
     changed = differing(tiny_output(fact, module), tiny_output(fact, loaded))

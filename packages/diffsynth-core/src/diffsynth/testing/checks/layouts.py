@@ -42,13 +42,13 @@ def _has_signature(fact: CheckpointSpec) -> None:
 
 
 def _plans_whole(fact: CheckpointSpec, subject: Subject) -> None:
-    from diffsynth.core.loader import load
+    from diffsynth.core.loader import component
 
     architecture = subject.catalog.layouts()[0][fact.architecture]
     shapes = _header(fact).shapes
     plan = convert.plan(resolve(fact.rules) if fact.rules else (), shapes)
     config = resolve(architecture.infer_config)(plan.shapes)
-    module = load.build(architecture, dataclasses.replace(config, **fact.config))
+    module = component.build(architecture, dataclasses.replace(config, **fact.config))
     wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     convert.check(plan, wanted, where=fact.layout)
 

@@ -48,7 +48,7 @@ def _has_targets(fact: ArchitectureSpec) -> None:
 
 def _takes_a_lora(fact: ArchitectureSpec) -> None:
     from diffsynth.core.lora import add_hot, clear_hot, fuse
-    from diffsynth.runtime.memory.placing import cuts
+    from diffsynth.runtime.memory_options import cuts
 
     module = tiny_real(fact)
     lora = _through_a_file(_random(module, fact.lora_targets), module)

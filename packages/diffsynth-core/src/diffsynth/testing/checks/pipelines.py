@@ -61,7 +61,7 @@ def _fits_its_pipeline(model: ModelSpec) -> None:
 def _packaged_files_fit(model: ModelSpec, subject: Subject) -> None:
     """Weights that ship in the wheel: there, recognised as what their role takes, and planned whole; none is read."""
     from diffsynth import ModelConfig
-    from diffsynth.core.loader import convert, header, load, recognize
+    from diffsynth.core.loader import component, convert, header, recognize
 
     roles = resolve(model.pipeline).roles
     for role, source in model.components.items():
@@ -70,7 +70,7 @@ def _packaged_files_fit(model: ModelSpec, subject: Subject) -> None:
         try:
             tensors = header.read_config(ModelConfig.from_source(source))
             (found,) = recognize.recognize(tensors, *subject.catalog.layouts())
-            module = load.build(found.architecture, found.config)
+            module = component.build(found.architecture, found.config)
             wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
             convert.check(convert.plan(found.rules, tensors.shapes), wanted, where=source)
         except CheckpointError as error:

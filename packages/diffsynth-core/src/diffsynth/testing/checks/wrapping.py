@@ -15,7 +15,7 @@ from diffsynth.testing.checks.check import Check, Subject
 if TYPE_CHECKING:
     from torch import nn
 
-    from diffsynth.core.loader.reading.source import ComponentSource
+    from diffsynth.core.loader.reader.source import ComponentSource
 
 
 def checks(subject: Subject) -> Iterator[Check]:
@@ -51,18 +51,18 @@ def _is_the_same_wrapped(fact: ArchitectureSpec) -> None:
 
 def _wrapped(fact: ArchitectureSpec, module: nn.Module, preset: str, **cut: Any) -> list[str]:
     """Where the output differs from that of the module as it was."""
-    from diffsynth.core.loader import load
+    from diffsynth.core.loader import component
     from diffsynth.core.vram.managed import wrap
-    from diffsynth.core.vram.placement import Policy
-    from diffsynth.runtime.memory.placing import cuts
+    from diffsynth.core.vram.policy import Policy
+    from diffsynth.runtime.memory_options import cuts
 
     expected = tiny_output(fact, module)
     with tempfile.TemporaryDirectory() as folder:
         source = None
         if preset == "disk":
             source = _on_disk(module, Path(folder) / "tiny.safetensors")
-            module = load.materialize(load.build(fact, module.config), source, device="meta")
-            load.fill_buffers(module)
+            module = component.materialize(component.build(fact, module.config), source, device="meta")
+            component.fill_buffers(module)
         module.requires_grad_(False)
         wrapped = wrap(module, Policy.preset(preset, "cpu"), source=source, smallest=0, **cuts(fact) | cut)
         wrapped.configure(resident=(), slots=2)
@@ -75,7 +75,7 @@ def _on_disk(module: nn.Module, file: Path) -> ComponentSource:
     from safetensors.torch import save_file
 
     from diffsynth.core.loader import convert, header
-    from diffsynth.core.loader.reading.source import ComponentSource
+    from diffsynth.core.loader.reader.source import ComponentSource
 
     weights = {key: tensor.clone().contiguous() for key, tensor in module.state_dict().items()}
     save_file(weights, file)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffsynth.core.attention.triton.places import (
+from diffsynth.core.attention.triton.addressing import (
     block_at,
     columns_to_visit,
     load_rows,

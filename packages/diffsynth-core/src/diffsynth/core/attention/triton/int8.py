@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from diffsynth.core.attention.triton.addressing import load_rows, place
 from diffsynth.core.attention.triton.forward import flash_fwd_kernel
 from diffsynth.core.attention.triton.op import LOG2_E, aligned, current, padded, settings_of
-from diffsynth.core.attention.triton.places import load_rows, place
 from diffsynth.core.attention.triton.tiles import launchable
 
 

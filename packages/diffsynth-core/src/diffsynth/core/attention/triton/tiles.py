@@ -17,7 +17,7 @@ from torch.library import wrap_triton
 from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from diffsynth.core.attention.triton.places import may_attend
+from diffsynth.core.attention.triton.addressing import may_attend
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

@@ -1,0 +1,79 @@
+"""A call cut into smaller ones, for backends whose kernels know neither packed samples nor windows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.core.attention.call import AttentionCall
+
+CHUNK = 256
+"""Fewest queries of a piece of a windowed call: below, starting kernels takes longer than running them."""
+
+QueryChunk = tuple[int, AttentionCall | None]
+"""So many queries, and their call; None where they may attend nothing."""
+
+
+def joined(
+    pieces: Iterator[QueryChunk], call: AttentionCall, serve: Callable[[AttentionCall], Tensor]
+) -> Float[Tensor, "b q n d_v"]:
+    """The results of all pieces, one behind the other."""
+    b, _, n, _ = call.q.shape
+    outs = [call.q.new_zeros(b, size, n, call.v.shape[-1]) if piece is None else serve(piece) for size, piece in pieces]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def by_sample(call: AttentionCall) -> Iterator[QueryChunk]:
+    """One piece for each packed sample that has queries. Needs `call.offsets`."""
+    assert call.offsets is not None
+    for q_range, k_range in zip(*map(itertools.pairwise, call.offsets), strict=True):
+        size = q_range[1] - q_range[0]
+        if size:
+            empty = k_range[0] == k_range[1]
+            yield size, None if empty else _cut(call, q_range, k_range, cu_seqlens=None, offsets=None)
+
+
+def by_chunk(call: AttentionCall) -> Iterator[QueryChunk]:
+    """Pieces of queries that stand together, each with the keys that their limits reach, and no others."""
+    left, right = call.limits
+    width = left + right + 1 if left >= 0 and right >= 0 else 4 * CHUNK
+    size = max(CHUNK, width)
+    shift = call.k_len - call.q_len
+    for start in range(0, call.q_len, size):
+        stop = min(start + size, call.q_len)
+        first = max(0, start + shift - left) if left >= 0 else 0
+        last = min(call.k_len, stop + shift + right) if right >= 0 else call.k_len
+        if first >= last:
+            yield stop - start, None
+            continue
+        # The last query of the piece stands beside its last key, and not where it stood: the window moves along.
+        moved = stop + shift - last
+        window = (left - moved if left >= 0 else -1, right + moved if right >= 0 else -1)
+        changes = {"causal": False, "window": None if window == (-1, -1) else window}
+        yield stop - start, _cut(call, (start, stop), (first, last), **changes)
+
+
+def _cut(call: AttentionCall, q_range: tuple[int, int], k_range: tuple[int, int], **changes: Any) -> AttentionCall:
+    q_slice, k_slice = slice(*q_range), slice(*k_range)
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        rows = tensor if tensor.shape[2] == 1 else tensor[:, :, q_slice]
+        return rows if rows.shape[3] == 1 else rows[..., k_slice]
+
+    return replace(
+        call,
+        q=call.q[:, q_slice],
+        k=call.k[:, k_slice],
+        v=call.v[:, k_slice],
+        mask=cut(call.mask),
+        score_bias=cut(call.score_bias),
+        **changes,
+    )

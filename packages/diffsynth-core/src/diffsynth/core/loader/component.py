@@ -1,0 +1,148 @@
+"""From a recognised header to a module with weights: build on meta, plan, check, then read."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsynth.core import device as devices
+from diffsynth.core.loader import convert
+from diffsynth.core.loader.header import Header
+from diffsynth.core.loader.layouts.scaled import Scaled
+from diffsynth.core.loader.reader.ops import apply_rule, dequantize
+from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
+from diffsynth.core.loader.recognize import Recognized
+from diffsynth.errors import NotEnoughMemory
+from diffsynth.spec import ArchitectureSpec, resolve
+
+__all__ = ["apply_rule", "build", "dequantize", "fill_buffers", "load_component", "materialize", "open_component"]
+
+logger = logging.getLogger(__name__)
+
+
+def build(architecture: ArchitectureSpec, config: Any) -> nn.Module:
+    """The module on the meta device: no memory, no initialisation."""
+    with torch.device("meta"):
+        return resolve(architecture.module)(config)
+
+
+def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype) -> tuple[nn.Module, ComponentSource]:
+    """The module on the meta device, and the source of its weights: to load all of them, or a layer when it is needed.
+
+    Args:
+        recognized: what the file holds.
+        header: of that file.
+        dtype: of floating tensors. When it is narrower than 16 bits, which only storage is, the architecture's
+            `high_precision` patterns keep the file's dtype.
+
+    Raises:
+        KeyMismatch: keys or shapes do not fit.
+        CorruptFile: a dtype that torch does not have.
+    """
+    architecture, prefix = recognized.architecture, recognized.prefix
+    module = build(architecture, recognized.config)
+    keys = recognized.keys or tuple(key for key in header.tensors if key.startswith(prefix))
+    plan = convert.plan(recognized.rules, {key.removeprefix(prefix): header.tensors[key].shape for key in keys})
+    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    where = ", ".join(map(str, header.files)) or "the given state_dict"
+    unused = convert.check(plan, wanted, where=where, unused="report" if recognized.tier == "structure" else "raise")
+    _warn_unused([prefix + source for key in unused for source in plan.targets[key].sources], recognized, where)
+    targets = {key: plan.targets[key] for key in wanted}
+    dtypes = {
+        key: _dtype(key, target, header, prefix=prefix, architecture=architecture, dtype=dtype)
+        for key, target in targets.items()
+    }
+    return module, ComponentSource(header, targets, dtypes, prefix=prefix, where=where)
+
+
+def load_component(
+    recognized: Recognized, header: Header, *, device: torch.device | str, dtype: torch.dtype, copy: bool = True
+) -> nn.Module:
+    """A module in eval mode with its weights, on `device` in `dtype`.
+
+    Peak host memory is the module on the CPU, a ring of upload buffers for an accelerator, and in both cases the
+    sources of what a layout wants rearranged, a few at a time.
+
+    Args:
+        recognized: what the file holds.
+        header: of that file.
+        device: where the weights go; on "meta" nothing is read.
+        dtype: as for `open_component`.
+        copy: False maps on the CPU what it can, see `ComponentSource.read`.
+
+    Raises:
+        KeyMismatch: keys or shapes do not fit; nothing was read.
+        NotEnoughMemory: it would not fit; nothing was read.
+        CorruptFile: a file changed since its header was read, or cannot be read.
+    """
+    return materialize(*open_component(recognized, header, dtype=dtype), device=device, copy=copy)
+
+
+def materialize(
+    module: nn.Module, source: ComponentSource, *, device: torch.device | str, copy: bool = True
+) -> nn.Module:
+    """What `open_component` gave, with its weights; arguments and errors as for `load_component`."""
+    on_meta = torch.device(device).type == "meta"
+    if not on_meta:
+        _check_memory(source, device=device, copy=copy)
+    module.load_state_dict(source.read(device=device, copy=copy), strict=True, assign=True)
+    if not on_meta:
+        fill_buffers(module)
+        module.to(device)
+    return module.eval().requires_grad_(False)
+
+
+def fill_buffers(module: nn.Module) -> None:
+    """Compute the buffers that no file holds."""
+    for part in module.modules():
+        if hasattr(part, "reset_buffers"):
+            part.reset_buffers()
+    in_files = module.state_dict().keys()
+    left = [name for name, tensor in module.named_buffers() if tensor.is_meta and name not in in_files]
+    assert not left, f"{type(module).__name__} leaves {left} on meta; give it a reset_buffers()"
+
+
+def _dtype(
+    key: str,
+    target: convert.Target,
+    header: Header,
+    *,
+    prefix: str,
+    architecture: ArchitectureSpec,
+    dtype: torch.dtype,
+) -> torch.dtype:
+    """Of the finished target."""
+    if not target.sources:
+        return dtype
+    stored = stored_dtype(header, prefix + target.sources[0])
+    if not stored.is_floating_point and not isinstance(target.rule, convert.Dequantize | convert.Apply | Scaled):
+        return stored
+    keeps = any(fnmatch.fnmatchcase(key, pattern) for pattern in architecture.high_precision)
+    return stored if keeps and dtype.itemsize < 2 <= stored.itemsize else dtype
+
+
+def _warn_unused(unused: Sequence[str], recognized: Recognized, where: str) -> None:
+    outside = [key for key in recognized.extra if not key.startswith(recognized.prefix)]
+    if unused or outside:
+        every = [*unused, *outside]
+        more = ", ..." if len(every) > 8 else ""
+        are = "key is" if len(every) == 1 else "keys are"
+        logger.warning("%s: %d %s not used: %s%s", where, len(every), are, ", ".join(every[:8]), more)
+
+
+def _check_memory(source: ComponentSource, *, device: torch.device | str, copy: bool) -> None:
+    needed = {"cpu": source.host_memory(device, copy=copy)}
+    if torch.device(device).type != "cpu":
+        needed[str(device)] = source.size()
+    for place, size in needed.items():
+        free = devices.available_memory(place)
+        if free is not None and size > free:
+            raise NotEnoughMemory(
+                f"{source.where} needs {size / 2**30:.1f} GiB on {place}, which has {free / 2**30:.1f} GiB free. "
+                f"Nothing was read. Free memory, use a smaller dtype, or pass vram_limit."
+            )

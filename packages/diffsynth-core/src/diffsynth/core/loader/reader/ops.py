@@ -1,0 +1,98 @@
+"""What each conversion rule does to tensors, and which of them only lay runs of elements side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth.core.loader import convert
+from diffsynth.core.loader.layouts.scaled import Scaled
+
+Shape = tuple[int, ...]
+
+
+def apply_rule(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tensor:
+    """Output `index` of a rule, contiguous; it may share memory with a source."""
+    return strided(rule, sources, index).contiguous()
+
+
+def strided(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tensor:
+    """Output `index` of a rule, as a view of the sources where there is one: the copy that follows moves it once."""
+    for kind, make in _OPS.items():
+        if isinstance(rule, kind):
+            return make(rule, sources, index)
+    raise AssertionError(f"no op for {type(rule).__name__}")
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight times its scale in fp32; the scale is one number, one a row, or one a block of equal size."""
+    weight, scale = weight.float(), scale.float()
+    if scale.numel() == 1:
+        return weight * scale.reshape(())
+    scale = scale.reshape(scale.shape + (1,) * (weight.dim() - scale.dim()))
+    for axis, (extent, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
+        if blocks not in (1, extent):
+            scale = scale.repeat_interleave(extent // blocks, dim=axis)
+    return weight * scale
+
+
+@dataclass(frozen=True)
+class ElementRun:
+    """`count` elements of source number `source`, from element `first` on, in the order they are stored."""
+
+    source: int
+    first: int
+    count: int
+
+
+def runs(target: convert.Target, sources: Sequence[Shape]) -> list[ElementRun] | None:
+    """The runs that make up a target one after the other; None if its elements have to be rearranged or computed."""
+    rule = target.rule
+    if isinstance(rule, convert.Rename | convert.Tie | convert.Reshape):
+        return [ElementRun(0, 0, prod(sources[0]))]
+    joins = isinstance(rule, convert.Split | convert.Fuse | convert.ReorderChunks)
+    # Runs stay whole where nothing is in front of the axis.
+    return _along(rule, sources, target.index) if joins and prod(sources[0][: rule.dim]) == 1 else None
+
+
+def _along(
+    rule: convert.Split | convert.Fuse | convert.ReorderChunks, sources: Sequence[Shape], index: int
+) -> list[ElementRun]:
+    if isinstance(rule, convert.Fuse):
+        return [ElementRun(number, 0, prod(shape)) for number, shape in enumerate(sources)]
+    (shape,) = sources
+    inner = prod(shape[rule.dim + 1 :])
+    if isinstance(rule, convert.Split):
+        sizes = rule.part_sizes(shape)
+        return [ElementRun(0, sum(sizes[:index]) * inner, sizes[index] * inner)]
+    size = prod(shape) // len(rule.order)
+    return [ElementRun(0, chunk * size, size) for chunk in rule.order]
+
+
+def _split(rule: convert.Split, sources: tuple[Tensor, ...], index: int) -> Tensor:
+    return sources[0].split(rule.part_sizes(tuple(sources[0].shape)), dim=rule.dim)[index]
+
+
+def _reorder(rule: convert.ReorderChunks, sources: tuple[Tensor, ...], index: int) -> Tensor:
+    chunks = sources[0].chunk(len(rule.order), dim=rule.dim)
+    return torch.cat([chunks[chunk] for chunk in rule.order], dim=rule.dim)
+
+
+_OPS: Mapping[type, Callable[[Any, tuple[Tensor, ...], int], Tensor]] = {
+    convert.Rename: lambda rule, sources, index: sources[0],
+    convert.Tie: lambda rule, sources, index: sources[0],
+    convert.Split: _split,
+    convert.Fuse: lambda rule, sources, index: torch.cat(sources, dim=rule.dim),
+    convert.Reshape: lambda rule, sources, index: sources[0].reshape(rule.shapes(tuple(sources[0].shape))[0]),
+    convert.Permute: lambda rule, sources, index: sources[0].permute(rule.order),
+    convert.ReorderChunks: _reorder,
+    convert.Dequantize: lambda rule, sources, index: dequantize(*sources),
+    convert.Constant: lambda rule, sources, index: torch.full(rule.shape, rule.value),
+    convert.Apply: lambda rule, sources, index: rule.function(*sources),
+    Scaled: lambda rule, sources, index: strided(rule.rule, rule.dequantized(sources, dequantize), index),
+}

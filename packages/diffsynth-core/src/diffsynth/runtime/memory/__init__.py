@@ -1,1 +1,0 @@
-"""How a pipeline's components share a device: policies, stages, plans."""

@@ -1,0 +1,117 @@
+"""Components without weights: what a plan is made from where no file is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsynth import _discovery, _env
+from diffsynth._models import ModelRecord
+from diffsynth.core.loader import component, files, header, recognize
+from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.layouts.published import layout_of
+from diffsynth.core.vram.managed import managed
+from diffsynth.errors import Unplannable
+from diffsynth.runtime.memory_options import architecture_of
+
+
+class FixedLengthTokenizer:
+    """Turns every text into the same number of tokens, all of them text.
+
+    Args:
+        length: how many, unless the caller pads to another length.
+    """
+
+    pad_token_id = eos_token_id = 0
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(
+        self, text: str | Sequence[str], *, padding: Any = False, max_length: int | None = None, **_: Any
+    ) -> Any:
+        """`input_ids` and `attention_mask`, each `b s`, as a `BatchEncoding`."""
+        from transformers import BatchEncoding
+
+        count = 1 if isinstance(text, str) else len(text)
+        length = self.length if max_length is None else min(self.length, max_length)
+        if padding == "max_length" and max_length is not None:
+            length = max_length
+        ids = torch.ones(count, length, dtype=torch.long)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def apply_chat_template(self, messages: Any, *, tokenize: bool = True, **options: Any) -> Any:
+        """The text is of no account, so it is empty."""
+        return self("", **options) if tokenize else ""
+
+
+def without_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A module of the same shapes and dtypes on meta; the given one is only looked at.
+
+    Args:
+        module: of a pipeline; it may be wrapped.
+        dtype: that a wrapped module computes in.
+
+    Raises:
+        Unplannable: it is wrapped, and its class is of no architecture that a plugin declares.
+    """
+    if managed(module) is None:
+        tensors = (*module.parameters(), *module.buffers())
+        twins = {id(tensor): _on_meta(tensor) for tensor in tensors}
+        return copy.deepcopy(module, memo=twins)
+    architecture = architecture_of(module)
+    if architecture is None:
+        raise Unplannable(
+            f"{type(module).__name__} is wrapped, and no plugin declares its class; plan before it is wrapped"
+        )
+    return component.build(architecture, module.config).to(dtype).eval().requires_grad_(False)
+
+
+def declared_components(record: ModelRecord, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The components of a model on meta, by role: from its files' headers, else from their published layouts.
+
+    Args:
+        record: of the model.
+        dtype: of floating parameters.
+
+    Raises:
+        Unplannable: a file is not here, and no plugin says how it looks.
+        CheckpointError: a file is here, and not what it should be.
+    """
+    architectures, checkpoints = _discovery.catalog().layouts()
+    made = {}
+    for role, source in record.components.items():
+        tensors = _header(source)
+        found = recognize.recognize(tensors, architectures, checkpoints)
+        module, weights = component.open_component(found[0], tensors, dtype=dtype)
+        made[role] = component.materialize(module, weights, device="meta")
+    return made
+
+
+def is_here(source: str) -> bool:
+    """Whether the files of a source are on this machine."""
+    return files.weights_state([source], _env.model_base_path()) == "present"
+
+
+def _header(source: str) -> header.Header:
+    if is_here(source):
+        return header.read_config(ModelConfig.from_source(source))
+    for checkpoint in _discovery.catalog().layouts()[1]:
+        if source in checkpoint.files and (published := layout_of(checkpoint)):
+            return _header_of_shapes(published)
+    raise Unplannable(
+        f"{source} is not on this machine, and no installed plugin ships its layout. Download it, or plan another model"
+    )
+
+
+def _header_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> header.Header:
+    return header.Header({key: header.TensorInfo("BF16", shape) for key, shape in shapes.items()})
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made

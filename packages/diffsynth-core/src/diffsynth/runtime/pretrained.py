@@ -1,0 +1,218 @@
+"""From `ModelConfig`s to components under roles: recognise everything first, load only when all of it fits."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsynth import _discovery
+from diffsynth.core import device as devices
+from diffsynth.core.loader import component, files, header, recognize
+from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.vram.block_weights import check_source
+from diffsynth.core.vram.policy import Policy
+from diffsynth.errors import CorruptFile, MissingComponent, Unrecognized, did_you_mean
+from diffsynth.runtime.memory_options import MemoryOptions, Policies
+from diffsynth.runtime.role import Processor, Role
+from diffsynth.spec import resolve
+
+logger = logging.getLogger(__name__)
+
+_READ_AHEAD = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A recognised component, not loaded yet."""
+
+    role: str
+    recognized: recognize.Recognized
+    header: header.Header
+    config: ModelConfig
+
+
+class PretrainedLoader:
+    """Fills the roles of one pipeline class.
+
+    Args:
+        roles: of the pipeline.
+        pipeline_name: for messages.
+        choose: settles what a policy leaves open, see `choose_before_reading`; None if nothing is.
+    """
+
+    def __init__(
+        self,
+        roles: Mapping[str, Role | Processor],
+        pipeline_name: str,
+        choose: Callable[..., MemoryOptions] | None = None,
+    ) -> None:
+        self._choose = choose
+        self._roles = {name: role for name, role in roles.items() if isinstance(role, Role)}
+        self._processors = {name: role for name, role in roles.items() if isinstance(role, Processor)}
+        self._pipeline_name = pipeline_name
+
+    def load(
+        self,
+        model_configs: Sequence[ModelConfig],
+        processor_configs: Mapping[str, ModelConfig | None],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        vram_limit: float | None = None,
+        policy: Policies = None,
+    ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
+        """Components by role, and the files each came from. Nothing is read before all of it is known to fit.
+
+        Arguments and errors are those of `Pipeline.from_pretrained`.
+        """
+        self._check_processor_names(processor_configs)
+        device = devices.default_device() if device is None else devices.check_device(device)
+        options = MemoryOptions(device, dtype, vram_limit, policy)
+        options.check_roles(self._roles)
+        found = self._recognize(model_configs)
+        missing = [
+            name for name, role in self._roles.items() if not role.optional and all(part.role != name for part in found)
+        ]
+        if missing:
+            raise MissingComponent(
+                f"{self._pipeline_name} needs {' and '.join(missing)}; the files given hold "
+                f"{', '.join(part.role for part in found) or 'nothing'}. Add a ModelConfig for it to model_configs."
+            )
+        policies = [options.policy(part.role, part.config) for part in found]
+        components, sources = self._load_processors(processor_configs)
+        opened = [
+            component.open_component(part.recognized, part.header, dtype=_dtype(policy, options))
+            for part, policy in zip(found, policies, strict=True)
+        ]
+        if self._choose is not None:
+            by_role = {part.role: pair for part, pair in zip(found, opened, strict=True)}
+            options = self._choose(options, by_role, components, {part.role: part.config for part in found})
+            policies = [options.policy(part.role, part.config) for part in found]
+        for part, policy, (module, source) in zip(found, policies, opened, strict=True):
+            if policy is not None:
+                check_source(policy, source, type(module).__name__)
+                options.check_limit(part.role, module, architecture=part.recognized.architecture, policy=policy)
+        sources_ahead = [*(source for _, source in opened[1:]), None]
+        for part, policy, (module, source), ahead in zip(found, policies, opened, sources_ahead, strict=False):
+            started = time.perf_counter()
+            if policy is not None:
+                components[part.role] = options.read(
+                    module,
+                    source,
+                    architecture=part.recognized.architecture,
+                    policy=policy,
+                )
+            else:
+                with _reading_ahead(ahead if options.device.type != "cpu" else None):
+                    components[part.role] = component.materialize(module, source, device=options.device)
+            sources[part.role] = list(part.header.files)
+            _discovery.notify(
+                "component_loaded",
+                role=part.role,
+                architecture=part.recognized.architecture.name,
+                files=sources[part.role],
+                seconds=time.perf_counter() - started,
+            )
+        return components, sources
+
+    def _recognize(self, model_configs: Sequence[ModelConfig]) -> list[_Found]:
+        architectures, checkpoints = _discovery.catalog().layouts()
+        found: list[_Found] = []
+        for config in model_configs:
+            tensors = header.read_config(config, resolve=_resolve_source)
+            for recognized in recognize.recognize(tensors, architectures, checkpoints):
+                role = self._role_for(recognized, tensors, taken={part.role for part in found})
+                found.append(_Found(role, recognized, tensors, config))
+                _discovery.notify(
+                    "checkpoint_recognized",
+                    files=list(tensors.files),
+                    architecture=recognized.architecture.name,
+                    tier=recognized.tier,
+                )
+        return found
+
+    def _role_for(self, recognized: recognize.Recognized, tensors: header.Header, taken: set[str]) -> str:
+        name = recognized.architecture.name
+        fitting = [role for role, need in self._roles.items() if name in need.architectures]
+        free = [role for role in fitting if role not in taken]
+        if free:
+            return free[0]
+        where = ", ".join(str(file) for file in tensors.files) or "the given state_dict"
+        if fitting:
+            raise Unrecognized(
+                f"{where}: a second {name}; role {fitting[0]} of {self._pipeline_name} is filled already"
+            )
+        wanted = "; ".join(f"{role}: {' or '.join(need.architectures)}" for role, need in self._roles.items())
+        raise Unrecognized(
+            f"{where}: this is a {name}, which {self._pipeline_name} has no role for. It takes {wanted}."
+        )
+
+    def _check_processor_names(self, configs: Mapping[str, ModelConfig | None]) -> None:
+        known = [f"{role}_config" for role in self._processors]
+        for name in configs:
+            if name not in known:
+                raise TypeError(
+                    f"from_pretrained() of {self._pipeline_name} takes no {name!r}{did_you_mean(name, known)} "
+                    f"Besides torch_dtype, device, model_configs, vram_limit, policy: {', '.join(known) or 'nothing'}"
+                )
+
+    def _load_processors(
+        self, configs: Mapping[str, ModelConfig | None]
+    ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
+        components: dict[str, Any] = {}
+        sources: dict[str, list[Path]] = {}
+        for role, processor in self._processors.items():
+            config = configs.get(f"{role}_config")
+            if config is None:
+                if processor.optional:
+                    continue
+                config = ModelConfig.from_source(processor.source)
+            folder = files.find(config, resolve=_resolve_source)[0]
+            components[role] = resolve(processor.loader).from_pretrained(folder, local_files_only=True)
+            sources[role] = [folder]
+        return components, sources
+
+
+def _dtype(policy: Policy | None, options: MemoryOptions) -> torch.dtype:
+    return options.dtype if policy is None else policy.computation.dtype or options.dtype
+
+
+@contextmanager
+def _reading_ahead(source: ComponentSource | None) -> Iterator[None]:
+    """Have the next component's first GiBs cached by the system while this one is still on its way to the device.
+
+    To the CPU it would not help: there the disk is what everything waits for.
+    """
+    if source is None:
+        yield
+        return
+    done = threading.Event()
+    free = devices.available_memory("cpu")
+    limit = _READ_AHEAD if free is None else min(_READ_AHEAD, free // 4)
+
+    def read() -> None:
+        try:
+            source.read_ahead(limit=limit, stop=done.is_set)
+        except CorruptFile:
+            logger.debug("reading ahead stopped; loading will say why", exc_info=True)
+
+    thread = threading.Thread(target=read, name="diffsynth-read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _resolve_source(source: str) -> list[Path] | None:
+    return _discovery.first("resolve_source", source=source)

@@ -1,0 +1,127 @@
+"""A limit on the device decides what stays and what streams, call by call, and is kept to the byte that was planned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import diffsynth
+from diffsynth.core.vram.managed import ManagedModule, managed
+from diffsynth.errors import NotEnoughMemory
+from diffsynth.runtime import memory_options
+from diffsynth.runtime.plan_cache import PlanCache
+from diffsynth.runtime.progress import no_progress
+
+CUDA = torch.device("cuda")
+CALL = {
+    "num_inference_steps": 2,
+    "height": 128,
+    "width": 128,
+    "cfg_scale": 2.0,
+    "seed": 3,
+    "output_type": "tensor",
+    "progress_bar_cmd": no_progress,
+}
+MODULES = ("dit", "text_encoder", "vae")
+
+
+@pytest.fixture(autouse=True)
+def every_block_travels(monkeypatch):
+    cuts = memory_options.cuts
+    monkeypatch.setattr(memory_options, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**16})
+
+
+@pytest.fixture(scope="module")
+def free():
+    return diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(free):
+    return free("a red apple", **CALL)
+
+
+def limited(gib):
+    """The CPU in place of a device with so much memory; weights on disk, so that what is away is away."""
+    pipe = diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32, policy="disk")
+    pipe._limit = PlanCache(pipe, gib, CUDA)
+    return pipe
+
+
+@pytest.fixture
+def most(monkeypatch):
+    """The most bytes of weights that were on the device at once, by the components in use."""
+    seen = {}
+    run = ManagedModule._run
+
+    def watched(self, name, forward, *args, **kwargs):
+        def inside(*args, **kwargs):
+            seen[self] = max(seen.get(self, 0), self.device_bytes)
+            return forward(*args, **kwargs)
+
+        return run(self, name, inside, *args, **kwargs)
+
+    monkeypatch.setattr(ManagedModule, "_run", watched)
+    return seen
+
+
+def whole(pipe):
+    return {role: managed(pipe.components[role]).footprint(role).whole for role in MODULES}
+
+
+def test_with_room_for_all_nothing_leaves(expected):
+    pipe = limited(8)
+    for _ in range(2):
+        assert torch.equal(pipe("a red apple", **CALL), expected)
+    moved = {role: report.bytes_moved for role, report in pipe.transfers.items()}
+    sizes = whole(pipe)
+    assert all(moved[role] <= sizes[role] for role in MODULES), "each went there once, for both calls"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_limit_is_kept_and_changes_no_bit(expected, most, share):
+    pipe = limited(1)
+    plan = pipe._planned(CALL).plan
+    least, all_of_it = plan.smallest_vram, sum(whole(pipe).values()) + max(stage.activations for stage in plan.stages)
+    limit = least + share * (all_of_it - least)
+    pipe._limit = PlanCache(pipe, limit / 2**30, CUDA)
+    assert torch.equal(pipe("a red apple", **CALL), expected)
+    plan = pipe._planned(CALL).plan
+    assert plan.peak_vram <= limit
+    for role in MODULES:
+        part = managed(pipe.components[role])
+        lines = [line for line in plan.stages if role in line.roles]
+        assert most[part] <= max(line.vram - line.activations for line in lines)
+
+
+def test_no_memory_at_all_is_the_least_there_is(expected, most):
+    pipe = limited(0)
+    assert torch.equal(pipe("a red apple", **CALL), expected)
+    plan = pipe._planned(CALL).plan
+    assert not any(component.resident for stage in plan.stages for component in stage.components)
+    assert most[managed(pipe.dit)] < whole(pipe)["dit"]
+    assert all(managed(pipe.components[role]).device_bytes == 0 for role in MODULES)
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_before_running(most):
+    pipe = limited(0.001)
+    with pytest.raises(NotEnoughMemory, match=r"vram_limit=0\.001 GiB is too small.* smallest limit .* is \d"):
+        pipe("a red apple", **CALL)
+    assert not most
+
+
+def test_equal_calls_share_a_plan(monkeypatch):
+    from diffsynth.runtime import plan_cache
+
+    pipe = limited(8)
+    made = []
+    plan_call = plan_cache.plan_call
+    monkeypatch.setattr(
+        plan_cache, "plan_call", lambda *args, **kwargs: made.append(args) or plan_call(*args, **kwargs)
+    )
+    pipe("a red apple", **CALL)
+    pipe("something else", on_step=lambda step: None, **{**CALL, "seed": 4})
+    assert len(made) == 1
+    pipe("a red apple", **{**CALL, "height": 64})
+    pipe(["one", "two"], **CALL)
+    assert len(made) == 3
