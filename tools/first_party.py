@@ -1,14 +1,14 @@
-"""Write `diffsynth/data/first_party.json`: what each of our packages has, so that core can say which one to install.
+"""Write `diffsynth/data/first_party.json`: the models, commands and architectures of each of our packages.
+
+Core reads the file to name the package to install. Run
 
     uv run --all-packages tools/first_party.py
 
-after a family declares a model, a command, an architecture or a layout. A test holds the file to what is declared.
+after a family declares a model, a command, an architecture or a layout. A test compares the file with the declarations.
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib.resources
 import json
 import tomllib
 from collections.abc import Iterator
@@ -19,21 +19,22 @@ from diffsynth import _discovery
 from diffsynth._discovery import Catalog
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.first_party import normal
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, resolve
+from diffsynth.core.loader.layouts.published import layout_of, rules_of
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "packages/diffsynth-core/src/diffsynth/data/first_party.json"
 
 
 def ours() -> list[str]:
-    """The distributions of this workspace that need not be installed: all but core."""
+    """Return the names of the workspace's distributions that may be missing: all but core."""
     files = ROOT.glob("packages/*/pyproject.toml")
     names = [tomllib.loads(file.read_text(encoding="utf-8"))["project"]["name"] for file in files]
     return sorted(set(names) - {_discovery.CORE[1]})
 
 
 def collect(catalog: Catalog, distributions: list[str]) -> dict[str, dict[str, Any]]:
-    """Distribution -> models, commands and architectures that it declares; a distribution without any is left out."""
+    """Map each distribution to the models, commands and architectures it declares; omit those that declare none."""
     found = {}
     for distribution in distributions:
         contents = {
@@ -45,8 +46,8 @@ def collect(catalog: Catalog, distributions: list[str]) -> dict[str, dict[str, A
                 if one.distribution == distribution
             },
         }
-        if kept := {kind: facts for kind, facts in contents.items() if facts}:
-            found[distribution] = kept
+        if declared := {kind: specs for kind, specs in contents.items() if specs}:
+            found[distribution] = declared
     return found
 
 
@@ -57,12 +58,12 @@ def _layouts(architecture: ArchitectureSpec, catalog: Catalog) -> list[list[str]
 
 
 def _required(architecture: ArchitectureSpec, checkpoint: CheckpointSpec) -> Iterator[set[str]]:
-    """The required keys under the names of a published file; none for a layout that no file proves."""
+    """Yield the required keys under their published names; yield nothing for rules without a layout file."""
     required = {_own(pattern) for pattern in architecture.required}
     if not checkpoint.rules:
         yield required
     elif checkpoint.layout:
-        plan = convert.plan(resolve(checkpoint.rules), published(checkpoint.layout))
+        plan = convert.plan(rules_of(checkpoint), layout_of(checkpoint))
         yield {
             normal(source)
             for key, target in plan.targets.items()
@@ -71,19 +72,12 @@ def _required(architecture: ArchitectureSpec, checkpoint: CheckpointSpec) -> Ite
         }
 
 
-def published(layout: str) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a layout file, `package:path`."""
-    package, _, path = layout.partition(":")
-    data = json.loads(gzip.decompress(importlib.resources.files(package).joinpath(path).read_bytes()))
-    return {key: tuple(shape) for key, shape in data["tensors"].items()}
-
-
 def _own(pattern: str) -> str:
     return normal(pattern.replace("{n}", "0"))
 
 
 def text() -> str:
-    """The file as it should be."""
+    """Return the content that the file should have."""
     return json.dumps(collect(_discovery.catalog(), ours()), indent=1, sort_keys=True) + "\n"
 
 

@@ -26,7 +26,7 @@ import diffsynth
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.runtime.images import image_to_tensor, tensor_to_images
 from diffsynth.runtime.progress import no_progress
-from diffsynth_train.data.captions import fill_template
+from diffsynth_train.data.dataset import fill_template
 
 SEEDS = (0, 1)
 UNSEEN = ("please draw {article} {caption}", "{caption} emoji")

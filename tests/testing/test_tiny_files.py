@@ -13,9 +13,8 @@ from diffsynth.models.flux_autoencoder import FluxAutoencoder
 from diffsynth.models.plugin import CHECKPOINTS
 from diffsynth.models.qwen3 import Qwen3TextEncoder
 from diffsynth.spec import CheckpointSpec
-from diffsynth.testing import tiny_shapes as module
-from diffsynth.testing.tiny_shapes import tiny_shapes
-from diffsynth.testing.tiny_weights import TinyTensor, draw, file_names
+from diffsynth.testing import tiny_files
+from diffsynth.testing.tiny_files import TinyTensor, draw, file_names, tiny_shapes
 
 PUBLISHED = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
 TOY = CheckpointSpec(name="toy", architecture="toy")
@@ -49,8 +48,8 @@ def layout(monkeypatch):
     """Gives the toy checkpoint a layout and rules."""
 
     def give(shapes, *rules):
-        monkeypatch.setattr(module, "layout_of", lambda checkpoint: shapes)
-        monkeypatch.setattr(module, "rules_of", lambda checkpoint: rules)
+        monkeypatch.setattr(tiny_files, "layout_of", lambda checkpoint: shapes)
+        monkeypatch.setattr(tiny_files, "rules_of", lambda checkpoint: rules)
 
     return give
 

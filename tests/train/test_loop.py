@@ -34,7 +34,7 @@ def test_autoencoder_learns_and_its_latents_get_unit_scale(autoencoder_recipe, w
     assert config["scaling_factor"] not in (1.0, 0.3611)
     assert json.loads(metadata["diffsynth.recipe"])["loop"]["steps"] == 30
 
-    run = loop.Run(parsed({**autoencoder_recipe, "components": {"vae": {"source": str(path), "train": True}}}))
+    run = loop.TrainingRun(parsed({**autoencoder_recipe, "components": {"vae": {"source": str(path), "train": True}}}))
     with torch.no_grad():
         latents = run.pipe.vae.encode(run.dataset.batch(range(5))["input_image"])
     assert latents.mean().item() == pytest.approx(0, abs=1e-3)
@@ -60,7 +60,9 @@ def test_resume_is_bit_exact(flow_recipe, workspace):
 
 
 def test_autocast_and_muon_train_network_and_text_encoder(flow_recipe):
-    run = loop.Run(parsed(flow_recipe, loop__precision="bf16", optimizer__name="muon", optimizer__learning_rate=3e-2))
+    run = loop.TrainingRun(
+        parsed(flow_recipe, loop__precision="bf16", optimizer__name="muon", optimizer__learning_rate=3e-2)
+    )
     losses = [float(run.step(step)["loss"]) for step in range(24)]
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
     assert {parameter.dtype for _, parameter in run.parameters} == {torch.float32}
@@ -68,9 +70,9 @@ def test_autocast_and_muon_train_network_and_text_encoder(flow_recipe):
 
 def test_channels_last_changes_the_layout_and_not_the_loss(autoencoder_recipe):
     autoencoder_recipe["optimizer"] = {"name": "muon"}
-    plain = loop.Run(parsed(autoencoder_recipe))
+    plain = loop.TrainingRun(parsed(autoencoder_recipe))
     autoencoder_recipe["components"]["vae"]["channels_last"] = True
-    innermost = loop.Run(parsed(autoencoder_recipe))
+    innermost = loop.TrainingRun(parsed(autoencoder_recipe))
     assert innermost.components["vae"].module.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     for step in range(2):
         assert float(innermost.step(step)["loss"]) == pytest.approx(float(plain.step(step)["loss"]), rel=1e-4)
@@ -84,17 +86,17 @@ def test_another_seed_gives_other_weights(flow_recipe, workspace):
 
 
 def test_frozen_units_are_cached_and_read_back(flow_recipe, workspace):
-    run = loop.Run(parsed(flow_recipe))
+    run = loop.TrainingRun(parsed(flow_recipe))
     assert [unit.name for unit in run.live] == ["encode_prompt"]
     files = {path: path.stat().st_mtime_ns for path in (workspace / "cache").glob("*.safetensors")}
     assert len(files) == 5
-    again = loop.Run(parsed(flow_recipe))
+    again = loop.TrainingRun(parsed(flow_recipe))
     assert {path: path.stat().st_mtime_ns for path in (workspace / "cache").glob("*.safetensors")} == files
     torch.testing.assert_close(run.cache.batch([3])["input_latents"], again.cache.batch([3])["input_latents"])
 
 
 def test_gradients_reach_both_components_and_spare_the_frozen_one(flow_recipe):
-    run = loop.Run(parsed(flow_recipe))
+    run = loop.TrainingRun(parsed(flow_recipe))
     for step in range(4):  # output layer and gates start at zero: each step lets the gradient one layer further
         run.step(step)
     for role in ("dit", "text_encoder"):
@@ -107,7 +109,7 @@ def test_micro_batches_add_up(autoencoder_recipe):
     norms = []
     for micro in (0, 1):
         autoencoder_recipe["objective"] = {"name": "reconstruction", "sample": False}
-        norms.append(loop.Run(parsed(autoencoder_recipe, loop__micro_batch=micro)).step(0)["grad_norm"])
+        norms.append(loop.TrainingRun(parsed(autoencoder_recipe, loop__micro_batch=micro)).step(0)["grad_norm"])
     assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-4)
 
 
@@ -135,13 +137,13 @@ def test_old_checkpoints_go(flow_recipe, workspace):
 def test_unfit_recipes(flow_recipe, change, message):
     change(flow_recipe)
     with pytest.raises(TrainingError, match=message):
-        loop.Run(parsed(flow_recipe))
+        loop.TrainingRun(parsed(flow_recipe))
 
 
 def test_unfit_resumes(flow_recipe, workspace):
     with pytest.raises(TrainingError, match="holds no checkpoint"):
         last_checkpoint(workspace)
     loop.train(parsed(flow_recipe, loop__steps=1))
-    other = loop.Run(parsed({**flow_recipe, "seed": 9}))
+    other = loop.TrainingRun(parsed({**flow_recipe, "seed": 9}))
     with pytest.raises(TrainingError, match="seed 0, the recipe says 9"):
         other.resume(Path(last_checkpoint(workspace / "flow")))

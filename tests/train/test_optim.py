@@ -3,7 +3,6 @@ import torch
 from torch import nn
 
 from diffsynth_train.config import OptimizerRecipe
-from diffsynth_train.ema import Ema
 from diffsynth_train.optim import build_optimizer, learning_rate
 
 
@@ -41,23 +40,3 @@ def test_only_matrices_decay():
     optimizer.step()
     torch.testing.assert_close(net.weight.detach(), before[0] * 0.95)
     torch.testing.assert_close(net.bias.detach(), before[1])
-
-
-def test_ema_follows_and_is_put_back():
-    net = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(net.weight)
-    ema = Ema(net.named_parameters(), decay=0.5)
-    nn.init.ones_(net.weight)
-    ema.update(100)
-    with ema.applied():
-        assert net.weight.item() == 0.5
-    assert net.weight.item() == 1.0
-
-
-def test_ema_starts_fast():
-    net = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(net.weight)
-    ema = Ema(net.named_parameters(), decay=0.999)
-    nn.init.ones_(net.weight)
-    ema.update(0)
-    assert ema.state_dict()["weight"].item() == pytest.approx(0.9)

@@ -5,8 +5,7 @@ import torch
 
 from diffsynth.errors import TrainingError
 from diffsynth_train.config import CaptionRecipe, DataRecipe
-from diffsynth_train.data.captions import fill_template, vary_caption
-from diffsynth_train.data.dataset import Dataset, batch_indices
+from diffsynth_train.data.dataset import Dataset, batch_indices, fill_template, vary_caption
 
 COLUMNS = {"image": "input_image", "prompt": "prompt"}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from diffsynth.cli.output import POLICIES, UserError, traceback_option
+from diffsynth.cli.output import POLICIES, UserError, fail, traceback_option
 
 _FPS = 15
 """Of a model that says nothing of its own."""
@@ -140,8 +140,6 @@ def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         reject_unknown(arguments, signature)
     except TypeError as error:  # from the command line it is the user's
-        from diffsynth.cli.group import fail
-
         fail(click.get_current_context(), error)
     return _open_pictures(arguments, pipeline.schema()["properties"])
 

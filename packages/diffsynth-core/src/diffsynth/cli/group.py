@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from diffsynth import _discovery
 from diffsynth._discovery import Declared
-from diffsynth.cli.output import UserError, what_to_install
+from diffsynth.cli.output import UserError, fail, what_to_install
 from diffsynth.errors import DiffsynthError, did_you_mean
 from diffsynth.spec import CommandSpec, resolve
 
@@ -78,18 +77,6 @@ class Program(click.Group):
             return super().invoke(ctx)
         except (DiffsynthError, ValueError) as error:
             fail(ctx, error)
-
-
-def fail(ctx: click.Context, error: Exception) -> NoReturn:
-    """End the program on an error that a user can mend; with `--traceback`, show where it came from.
-
-    Raises:
-        UserError: always.
-    """
-    if ctx.find_root().meta.get("diffsynth.traceback"):
-        click.echo(traceback.format_exc(), err=True, nl=False)
-    text = str(error)
-    raise UserError(text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}") from error
 
 
 def _plugin_command(declared: Declared[CommandSpec]) -> click.Command:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -19,6 +20,18 @@ class UserError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 2."""
 
     exit_code = 2
+
+
+def fail(ctx: click.Context, error: Exception) -> NoReturn:
+    """End the program on an error that a user can mend; with `--traceback`, show where it came from.
+
+    Raises:
+        UserError: always.
+    """
+    if ctx.find_root().meta.get("diffsynth.traceback"):
+        click.echo(traceback.format_exc(), err=True, nl=False)
+    text = str(error)
+    raise UserError(text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}") from error
 
 
 def json_option(function: Function) -> Function:

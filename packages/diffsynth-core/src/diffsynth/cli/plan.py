@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffsynth.cli.output import POLICIES, json_option, show_json, show_table, traceback_option
+from diffsynth.cli.output import POLICIES, fail, json_option, show_json, show_table, traceback_option
 
 if TYPE_CHECKING:
     from diffsynth._models import ModelRecord
@@ -80,7 +80,6 @@ def plan(
 
 def _check_names(record: ModelRecord, arguments: Mapping[str, Any]) -> None:
     """End the program on an option that the model's pipeline does not take."""
-    from diffsynth.cli.group import fail
     from diffsynth.runtime.request import reject_unknown
     from diffsynth.spec import resolve
 

@@ -16,8 +16,7 @@ from diffsynth.core.loader.layouts.published import rules_of
 from diffsynth.errors import did_you_mean
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, parse_source, resolve
-from diffsynth.testing.tiny_shapes import tiny_shapes
-from diffsynth.testing.tiny_weights import TinyFile, TinyTensor, write_weights
+from diffsynth.testing.tiny_files import TinyFile, TinyTensor, tiny_shapes, write_weights
 
 MAX_MODEL_BYTES = 40_000_000
 """Of one model's weights."""

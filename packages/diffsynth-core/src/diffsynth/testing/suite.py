@@ -30,14 +30,14 @@ def conformance(distribution: str) -> Callable[..., None]:
     """
     pytest = _pytest()
     checks = checks_of(distribution)
-    verdicts = _Verdicts(checks)
+    runner = CheckRunner(checks)
 
     @pytest.mark.parametrize("check", [pytest.param(check, id=check.name) for check in checks])
     def conforms(check: Check) -> None:
         __tracebackhide__ = True
-        if blocker := verdicts.blocker(check):
+        if blocker := runner.failed_dependency(check):
             pytest.skip(f"says nothing while {blocker!r} fails")
-        error = verdicts.error(check)
+        error = runner.error(check)
         if isinstance(error, Unavailable):
             pytest.skip(str(error))
         if error is not None:
@@ -59,7 +59,7 @@ def checks_of(distribution: str) -> list[Check]:
     return [check for part in parts for check in part.checks(subject)]
 
 
-class _Verdicts:
+class CheckRunner:
     """What each check came to. Each runs once, when it or one that builds on it is asked for."""
 
     def __init__(self, checks: Sequence[Check]) -> None:
@@ -67,11 +67,11 @@ class _Verdicts:
         assert len(self._by_name) == len(checks), "two checks have one name"
         self._errors: dict[str, Exception | None] = {}
 
-    def blocker(self, check: Check) -> str | None:
+    def failed_dependency(self, check: Check) -> str | None:
         """The name of the failed check that this one builds on, if there is one."""
         for name in check.after:
             earlier = self._by_name[name]
-            if found := self.blocker(earlier):
+            if found := self.failed_dependency(earlier):
                 return found
             if self.error(earlier) is not None:
                 return name

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
-import importlib.resources
-import json
 from collections.abc import Iterator
 
 from diffsynth.core.loader import convert, header, recognize
+from diffsynth.core.loader.layouts.published import layout_of, rules_of
 from diffsynth.errors import Unrecognized
 from diffsynth.spec import CheckpointSpec, resolve
 from diffsynth.testing.checks.architectures import told_by_shapes
@@ -37,7 +35,7 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 
 def _has_signature(fact: CheckpointSpec) -> None:
-    found = header.signature(_header(fact).shapes)
+    found = header.signature(layout_of(fact))
     assert found == fact.signature, f"{fact.layout} has signature {found}; the CheckpointSpec says {fact.signature}"
 
 
@@ -45,8 +43,7 @@ def _plans_whole(fact: CheckpointSpec, subject: Subject) -> None:
     from diffsynth.core.loader import component
 
     architecture = subject.catalog.layouts()[0][fact.architecture]
-    shapes = _header(fact).shapes
-    plan = convert.plan(resolve(fact.rules) if fact.rules else (), shapes)
+    plan = convert.plan(rules_of(fact), layout_of(fact))
     config = resolve(architecture.infer_config)(plan.shapes)
     module = component.build(architecture, dataclasses.replace(config, **fact.config))
     wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
@@ -67,6 +64,4 @@ def _is_claimed_once(fact: CheckpointSpec, subject: Subject, tier: str) -> None:
 
 
 def _header(fact: CheckpointSpec) -> header.Header:
-    package, _, path = fact.layout.partition(":")
-    facts = json.loads(gzip.decompress(importlib.resources.files(package).joinpath(path).read_bytes()))
-    return header.Header({key: header.TensorInfo("BF16", tuple(shape)) for key, shape in facts["tensors"].items()})
+    return header.Header({key: header.TensorInfo("BF16", shape) for key, shape in layout_of(fact).items()})

@@ -10,7 +10,7 @@ from diffsynth import _discovery
 from diffsynth.cli.new_plugin import render
 from diffsynth.core.loader import header
 from diffsynth.testing import CONFORMANCE_VERSION, conformance
-from diffsynth.testing.suite import _Verdicts, checks_of
+from diffsynth.testing.suite import CheckRunner, checks_of
 
 NAME = "zzz-made"
 PACKAGE = "diffsynth_zzz_made"
@@ -97,8 +97,10 @@ class Plugin:
         """Names of the cases that fail; those that another's failure skips are left out."""
         _discovery.refresh()
         checks = checks_of(f"diffsynth-{NAME}")
-        verdicts = _Verdicts(checks)
-        return [check.name for check in checks if not verdicts.blocker(check) and verdicts.error(check) is not None]
+        runner = CheckRunner(checks)
+        return [
+            check.name for check in checks if not runner.failed_dependency(check) and runner.error(check) is not None
+        ]
 
     def _write(self, path, content):
         (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
