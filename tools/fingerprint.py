@@ -134,6 +134,13 @@ EXTRA = {
 }
 """Arguments of further cases of `PRODUCT`."""
 
+OWN = (
+    (".*a14b.*/.*taylor.*", {"step_cache": "taylor:interval=2,warmup_steps=1"}),
+    (".*-i2v-14b-.*/.*tea.*", {"step_cache": "tea:threshold=1e9"}),
+    (".*animate-14b/.*windows.*", {"sliding_window_size": 1}),
+)
+"""Pattern of a case's name -> arguments without which its cache leaves nothing out, or one window is all of it."""
+
 DOORS = {
     "z-image": ("diffsynth.pipelines.z_image", "ZImagePipeline"),
     "wan": ("diffsynth.pipelines.wan_video", "WanVideoPipeline"),
@@ -250,7 +257,11 @@ def arguments_of(case: Case) -> dict[str, Any]:
     given = TEXT | SIZES[record.family] | dict(known[case.inputs]) | {"output_type": case.output}
     if case.dtype == "bf16" and case.cache == "no-cache":
         given["num_inference_steps"] = 2  # slow on many CPUs
-    return given | GUIDANCES[case.guidance] | WINDOWS[case.window] | CACHES[case.cache]
+    given |= GUIDANCES[case.guidance] | WINDOWS[case.window] | CACHES[case.cache]
+    for pattern, own in OWN:
+        if re.fullmatch(pattern, case.name):
+            given |= own
+    return given
 
 
 def load(case: Case, hub: Path) -> diffsynth.Pipeline:
