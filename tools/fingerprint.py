@@ -429,7 +429,7 @@ def recipe_of(changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def of_training(name: str) -> dict[str, str]:
     """The hashes of two steps of a recipe: gradients, losses, weights."""
     from diffsynth_train.config import Recipe, parse_section
-    from diffsynth_train.loop import Run
+    from diffsynth_train.loop import TrainingRun
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -437,7 +437,7 @@ def of_training(name: str) -> dict[str, str]:
         for number, row in enumerate(rows):
             CLIP[3 * number].save(folder / row["image"])
         (folder / "metadata.json").write_text(json.dumps(rows), encoding="utf-8")
-        run = Run(parse_section(Recipe, recipe_of(TRAININGS[name], folder), where=""))
+        run = TrainingRun(parse_section(Recipe, recipe_of(TRAININGS[name], folder), where=""))
         gradients, losses = Hash(), Hash()
         for step in range(2):
             losses.add(float(run.step(step)["loss"]))
