@@ -113,7 +113,7 @@ def test_weights_in_memory(caplog):
 def test_a_limit_is_on_the_weights_of_this_module(net):
     module, disk_map = net
     enable_vram_management(module, None, DISK, 0, disk_map)
-    handle, load = managed(module), managed(module).load()
+    handle, load = managed(module), managed(module).footprint()
     assert handle.resident == frozenset()
     assert handle.slots == 1
     whole = load.whole

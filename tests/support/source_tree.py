@@ -31,6 +31,7 @@ _FOLDERS = {
     "core/device": "tensors",
     "core/data": "tensors",
     "core/parallel": "tensors",
+    "core/forward_chain": "tensors",
     "core/repeats": "tensors",
     "nn": "tensors",
     "sampling": "tensors",

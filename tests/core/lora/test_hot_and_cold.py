@@ -106,7 +106,7 @@ def test_beside_weights_that_stream(preset, wrapped_first, tmp_path):
         for part in expected_of.parameters():
             part.copy_(part.to(torch.float8_e4m3fn).float())
     expected, plain = expected_of(small.INPUTS), small.network()
-    assert managed(module).load().rest > 0
+    assert managed(module).footprint().rest > 0
     for _ in range(2):
         assert torch.equal(module(small.INPUTS), expected)
     clear_hot(module)
@@ -128,10 +128,10 @@ def on_disk(module, folder):
 def test_matrices_leave_the_device_with_their_component():
     module = small.network()
     held = wrap(module, Policy.preset("cpu-offload", "cpu"), smallest=0)
-    bare = held.load()
+    bare = held.footprint()
     add_hot(module, lora())
     size = sum(tensor.numel() for pair in small.factors().values() for tensor in pair) * 4
-    assert held.load().rest - bare.rest == size
+    assert held.footprint().rest - bare.rest == size
 
 
 def test_fusing_into_weights_that_wait_in_host_memory():

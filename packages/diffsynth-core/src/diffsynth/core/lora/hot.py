@@ -8,20 +8,16 @@ where the module's buffers go: with `.to()`, and with the stages of a wrapped mo
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffsynth.core import forward_chain
 from diffsynth.core.lora.arithmetic import stacked
 from diffsynth.core.lora.layer import LoRA, LoRALayer
 from diffsynth.core.vram.managed import managed
-
-_COMPILED = "_torchdynamo_orig_callable"
-"""torch's mark on what `torch.compile` gave."""
 
 _FLOAT8 = 1
 """Bytes of an element below which a dtype is for storage alone."""
@@ -107,26 +103,15 @@ def _with_lora(layer: type[nn.Module]) -> type[nn.Module]:
     return type(f"LoRA{layer.__name__}", (LoRAHotLoadMixin, layer), {"__module__": layer.__module__})
 
 
-def _become(part: Any, kind: type[nn.Module]) -> None:
+def _become(part: nn.Module, kind: type[nn.Module]) -> None:
     part.__class__ = kind
-    if around := _around(part):
-        # The engine put itself around the forward of this very object, which is still the old class's.
-        around[-1].__wrapped__ = types.MethodType(kind.forward, part)  # type: ignore[attr-defined]
+    forward_chain.class_changed(part)
 
 
 def _forget_compiled(module: nn.Module) -> None:
     # Graphs of torch 2.11 are not guarded by the classes of the layers in them, and would run on without the LoRA.
-    if any(hasattr(around, _COMPILED) for part in module.modules() for around in _around(part)):
+    if any(map(forward_chain.is_compiled, module.modules())):
         torch.compiler.reset()
-
-
-def _around(part: nn.Module) -> list[Callable[..., Any]]:
-    """What was put around the class's forward on this instance, from the outside."""
-    found, forward = [], vars(part).get("forward")
-    while hasattr(forward, "__wrapped__"):
-        found.append(forward)
-        forward = forward.__wrapped__
-    return found
 
 
 def _check(module: nn.Module, name: str, part: nn.Module, atomic: tuple[type, ...]) -> None:
@@ -138,5 +123,5 @@ def _check(module: nn.Module, name: str, part: nn.Module, atomic: tuple[type, ..
             f"{name} is inside a {type(inside).__name__}, which reads its weight without calling it, so a hot LoRA "
             "would do nothing. Use hotload=False"
         )
-    if any(hasattr(around, _COMPILED) for around in _around(part)):
+    if forward_chain.is_compiled(part):
         raise ValueError(f"{name} is compiled by itself; load hot LoRAs before compile_pipeline()")

@@ -7,19 +7,21 @@ import functools
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diffsynth.core import device as devices
+from diffsynth.core import forward_chain
+from diffsynth.core.forward_chain import ForwardLayer
 from diffsynth.core.loader.file_prefetcher import FilePrefetcher
 from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.core.planning.workload import BlockFootprint, ComponentFootprint
 from diffsynth.core.vram.block_weights import BlockWeights, DiskWeights, HostWeights, PinnedPool, check_source
 from diffsynth.core.vram.packing import Packing
-from diffsynth.core.vram.parameters import REST, away, buffers_of, frozen, places_of, read_buffers, surround
+from diffsynth.core.vram.parameters import REST, away, buffers_of, frozen, places_of, read_buffers
 from diffsynth.core.vram.partition import SMALL, Block, partition
 from diffsynth.core.vram.policy import BlockState, Placement, Policy
 from diffsynth.core.vram.report import TransferReport
@@ -79,10 +81,14 @@ def wrap(
             raise ValueError(f"{name} learns; only frozen weights can come and go: module.requires_grad_(False)")
         if type(parameter.data) is not Tensor:
             raise ValueError(f"{name} is a {type(parameter.data).__name__}; expected a plain tensor")
+    blocks = partition(module, repeated=repeated, atomic=atomic, whole=whole, smallest=smallest).blocks
+    for block in blocks:
+        if forward_chain.find(block.module, ForwardLayer.STREAMING) is not None:
+            raise ValueError(f"{block.name} is a block of another wrapped module; unwrap that first")
     made = ManagedModule(
         module,
         policy,
-        blocks=partition(module, repeated=repeated, atomic=atomic, whole=whole, smallest=smallest).blocks,
+        blocks=blocks,
         source=source,
         high_precision=high_precision,
     )
@@ -271,7 +277,7 @@ class ManagedModule:
         with self._lock:
             self.leave()
             for part in (self.module, *(block.module for block in self._blocks.values())):
-                vars(part).pop("forward", None)
+                forward_chain.remove(part, ForwardLayer.STREAMING)
             for name in (_ATTRIBUTE, _FLAG):
                 vars(self.module).pop(name, None)
             for name, packing in self._packings.items():
@@ -289,6 +295,12 @@ class ManagedModule:
 
     def __exit__(self, *error: object) -> None:
         self.leave()
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError(
+            f"this {type(self.module).__name__} is wrapped, and a copy would move the same weights: copy it before "
+            "wrap(), or after managed(module).unwrap()"
+        )
 
     def _dismiss(self) -> None:
         if self._prefetcher is not None:
@@ -410,10 +422,11 @@ class ManagedModule:
         return forward(*args, **kwargs)
 
     def _install(self) -> None:
-        if REST not in self._blocks:
-            surround(self.module, self._enter_and_run)
+        enter = functools.partial(functools.partial, self._enter_and_run)
+        forward_chain.install(self.module, ForwardLayer.STREAMING, enter)
         for name, block in self._blocks.items():
-            surround(block.module, functools.partial(self._run, name))
+            run = functools.partial(functools.partial, self._run, name)
+            forward_chain.install(block.module, ForwardLayer.STREAMING, run)
 
     def _bind(self, name: str, parameters: dict[str, nn.Parameter]) -> None:
         for part, key, full in self._places[name]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,17 +50,6 @@ def read_buffers(module: nn.Module, source: ComponentSource) -> None:
     for name, tensor in found.items():
         part, key = places[name]
         part._buffers[key] = tensor
-
-
-def surround(module: nn.Module, around: Callable[..., Any]) -> None:
-    """Have `around(forward, ...)` called in place of `forward(...)`, on this instance."""
-    inner = module.forward
-
-    @functools.wraps(inner)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return around(forward.__wrapped__, *args, **kwargs)  # type: ignore[attr-defined]
-
-    vars(module)["forward"] = forward
 
 
 class UnloadedTensor(Tensor):

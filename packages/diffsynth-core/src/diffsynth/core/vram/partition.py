@@ -85,6 +85,8 @@ def partition(
     else:
         lists = _named_lists(module, repeated, atomic) if repeated else _found_lists(module, atomic)
         blocks = list(_blocks("", module, lists, atomic))
+    # A module that has two names is one block, by the first of them.
+    blocks = list({id(block.module): block for block in reversed(blocks)}.values())[::-1]
     everywhere = _places(module)
     shared = {each.name for each in blocks if any(everywhere[key] > n for key, n in _places(each.module).items())}
     # A module that cannot be cut at all is rest, too: it comes and goes with its stage.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffsynth.core import forward_chain
+from diffsynth.core.forward_chain import ForwardLayer
 from diffsynth.errors import MissingComponent, did_you_mean
 from diffsynth.runtime.acceleration.blocks import stacks_of
-
-_COMPILED = "_torchdynamo_orig_callable"
-"""torch's mark on what `torch.compile` gave: the function that it was given."""
 
 
 def compile_components(components: Mapping[str, Any], roles: Collection[str], **options: Any) -> None:
@@ -38,19 +38,16 @@ def compile_components(components: Mapping[str, Any], roles: Collection[str], **
 
 
 def compile_forward(module: nn.Module, **options: Any) -> None:
-    """Compile a module's own `forward`, underneath whatever was put around it on this instance.
+    """Compile a module's own `forward`, beneath the layers that stream its weights or reuse its outputs.
 
-    Hooks and the VRAM engine move weights around a block's forward: that part must not be traced.
+    These layers must not be traced. Compiling again replaces what was compiled before, by the user, too.
     """
-    outside: Callable[..., Any] | None = None
-    forward = module.forward
-    while not hasattr(forward, _COMPILED) and hasattr(forward, "__wrapped__"):
-        outside, forward = forward, forward.__wrapped__
-    compiled = torch.compile(getattr(forward, _COMPILED, forward), **options)
-    if outside is None:
-        vars(module)["forward"] = compiled
-    else:
-        outside.__wrapped__ = compiled  # type: ignore[attr-defined]
+    forward_chain.install(module, ForwardLayer.COMPILED, functools.partial(_compiled, options))
+
+
+def _compiled(options: Mapping[str, Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(forward_chain.uncompiled(forward), **options)
+    return compiled
 
 
 def _module(components: Mapping[str, Any], role: str) -> nn.Module:

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffsynth.core.vram.parameters import surround
+from diffsynth.core import forward_chain
+from diffsynth.core.forward_chain import ForwardLayer
 from diffsynth.errors import Refused
 from diffsynth.runtime.acceleration.blocks import Stack
 from diffsynth.runtime.acceleration.step_cache import (
@@ -234,20 +235,18 @@ def _surround(block: nn.Module) -> None:
     with _lock:
         count = _surrounded.get(id(block), 0)
         if count == 0:
-            surround(block, functools.partial(_run, block))
+            decorate = functools.partial(functools.partial, _run, block)
+            forward_chain.install(block, ForwardLayer.STEP_CACHE, decorate)
         _surrounded[id(block)] = count + 1
 
 
 def _release(block: nn.Module) -> None:
-    """Take away what stands around a block when the last call that needs it is over."""
+    """Remove the layer of a block when the last call that needs it is over."""
     with _lock:
         _surrounded[id(block)] -= 1
-        if _surrounded[id(block)]:
-            return
-        del _surrounded[id(block)]
-        inner = vars(block).pop("forward").__wrapped__
-        if getattr(inner, "__self__", None) is not block:  # somebody else's: the VRAM engine's, or a compiled one
-            vars(block)["forward"] = inner
+        if not _surrounded[id(block)]:
+            del _surrounded[id(block)]
+            forward_chain.remove(block, ForwardLayer.STEP_CACHE)
 
 
 def _learn(values: Sequence[Any], given: Any, name: str) -> ForwardPattern:
