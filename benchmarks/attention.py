@@ -28,9 +28,9 @@ from torch import Tensor
 
 import diffsynth
 from diffsynth.core.attention import AttentionCall, attention
-from diffsynth.core.attention.checking import check
+from diffsynth.core.attention.call import checked_call
 from diffsynth.core.attention.naive import NaiveAttention
-from diffsynth.core.attention.select import refusal
+from diffsynth.core.attention.registry import refusal
 from diffsynth.core.device.speed import compute_speed
 
 CONTENDERS = ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa", "flash_attention_3", "flash_attention_2")
@@ -146,11 +146,11 @@ def check_contender(name: str, cases: tuple[Case, ...], device: str, dtype: torc
     for case in cases:
         tensors = draw(case, device, dtype)
         arguments = case.arguments(device)
-        if refusal(name, check(*tensors, **arguments)) is not None:
+        if refusal(name, checked_call(*tensors, **arguments)) is not None:
             continue
         truth = [tensor.detach().double().requires_grad_() for tensor in tensors]
         out = attention(*tensors, **arguments, backend=name)
-        expected = NaiveAttention()(check(*truth, **arguments))
+        expected = NaiveAttention()(checked_call(*truth, **arguments))
         d_out = torch.randn(out.shape, device=device).to(dtype)
         out.backward(d_out)
         expected.backward(d_out.double())
@@ -178,7 +178,7 @@ def spot_error(call: AttentionCall, case: Case, out: Tensor) -> float:
         allowed &= torch.bucketize(rows, ends, right=True)[:, None] == torch.bucketize(keys, ends, right=True)
     q = call.q.detach()[:, rows][:, :, heads].double()
     k, v = (x.detach()[:, :, heads // call.q_per_kv].double() for x in (call.k, call.v))
-    expected = NaiveAttention()(check(q, k, v, mask=allowed[None, None], scale=call.scale))
+    expected = NaiveAttention()(checked_call(q, k, v, mask=allowed[None, None], scale=call.scale))
     return off(out[:, rows][:, :, heads], expected)
 
 
@@ -211,7 +211,7 @@ def runs(case: Case, names: list[str], direction: str, args: argparse.Namespace)
     if direction == "fwd":
         tensors = [tensor.detach() for tensor in tensors]
     arguments = case.arguments(args.device)
-    call = check(*tensors, **arguments)
+    call = checked_call(*tensors, **arguments)
     ready, left_out = {}, {}
     for name in names:
         if (reason := refusal(name, call)) is not None:

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from diffsynth.core.attention import AttentionCall, attention, register_backend, use_attention
-from diffsynth.core.attention.checking import check
+from diffsynth.core.attention.call import checked_call
 from diffsynth.core.attention.naive import NaiveAttention
-from diffsynth.core.attention.select import refusal
+from diffsynth.core.attention.registry import refusal
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -43,9 +43,9 @@ def main() -> int:
     rows, is_finite = [], True
     for name, inputs in (*made_up(length), *of_tiny_model()):
         small = [x.to(args.device, dtype) for x in inputs]
-        truth = NaiveAttention()(check(*(x.float() for x in small)))
+        truth = NaiveAttention()(checked_call(*(x.float() for x in small)))
         for backend in args.backends:
-            if (reason := refusal(backend, check(*small))) is not None:
+            if (reason := refusal(backend, checked_call(*small))) is not None:
                 print(f"{name} | {backend} refuses: {reason}")
                 continue
             out = attention(*small, backend=backend).float()

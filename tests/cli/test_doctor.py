@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -15,8 +16,8 @@ from click.testing import CliRunner
 from diffsynth import _discovery, _env, diagnosis
 from diffsynth._discovery import Declared, Problem
 from diffsynth.cli.group import program
-from diffsynth.core.attention import select
 from diffsynth.core.attention.naive import NaiveAttention
+from diffsynth.core.attention.registry import BACKENDS, RegisteredBackend
 from diffsynth.diagnosis import folders, installed, machine
 from diffsynth.diagnosis.finding import Finding
 from diffsynth.spec import QuantizationSpec
@@ -231,10 +232,15 @@ class LacksItsLibrary(NaiveAttention):
         raise ImportError("libflash.so: cannot open")
 
 
-def test_the_reason_why_a_backend_is_not_usable(monkeypatch):
-    backends = {"picky": Refuses(), "wrong": IsWrong(), "broken": LacksItsLibrary(), **select._backends}
-    monkeypatch.setattr(select, "_backends", backends)
-    found = named(machine.attention())
+def preferred(**backends):
+    """Return a patch that registers backends before all others."""
+    first = {name: RegisteredBackend(backend, 1000, None) for name, backend in backends.items()}
+    return mock.patch.dict(BACKENDS, {**first, **BACKENDS}, clear=True)
+
+
+def test_the_reason_why_a_backend_is_not_usable():
+    with preferred(picky=Refuses(), wrong=IsWrong(), broken=LacksItsLibrary()):
+        found = named(machine.attention())
     assert "head dim 64 is not 128" in found["picky"].seen
     assert found["wrong"].seen == "its result is wrong"
     assert (found["in use"].state, found["in use"].seen) == (
@@ -245,12 +251,12 @@ def test_the_reason_why_a_backend_is_not_usable(monkeypatch):
     assert {found[name].state for name in ("picky", "wrong", "broken")} == {"note"}
 
 
-def test_auto_takes_one_that_does_not_work(monkeypatch):
+def test_auto_takes_one_that_does_not_work():
     class IsWrongAndWilling(IsWrong):
         avoids = None
 
-    monkeypatch.setattr(select, "_backends", {"wrong": IsWrongAndWilling(), **select._backends})
-    found = named(machine.attention())["in use"]
+    with preferred(wrong=IsWrongAndWilling()):
+        found = named(machine.attention())["in use"]
     assert (found.state, found.seen) == ("broken", "auto: wrong, but its result is wrong")
     assert "Set DIFFSYNTH_ATTENTION_IMPLEMENTATION to one of sdpa, " in found.next_action
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffsynth.core.attention import attention, available_backends, select
+from diffsynth.core.attention import attention, available_backends, registry
 from diffsynth.runtime.acceleration import StepAttention
 from diffsynth.runtime.request import LoopArguments
 
@@ -35,9 +35,9 @@ def test_every_argument_is_explained():
 
 
 def test_every_backend_is_listed():
-    assert set(first_cells("name")) == {*available_backends(), *select._ALIASES}
+    assert set(first_cells("name")) == {*available_backends(), *registry.ALIASES}
 
 
 def test_values_that_the_reference_knows():
     for name in ("auto", "torch", "xformers", "sage_attention", *(f"flash_attention_{n}" for n in (2, 3, 4))):
-        select.check_known(name)
+        registry.check_known(name)

@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from safetensors.torch import save_file
 import diffsynth
 from diffsynth import _discovery, hookspecs, registry
 from diffsynth.cli.group import program
-from diffsynth.core.attention import select
+from diffsynth.core.attention import attention, available_backends
+from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.core.loader import header, recognize
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.vram import DiskMap, Policy, wrap
@@ -187,18 +189,17 @@ def test_effect_of_register_layer_wrappers(toy, tmp_path):
     assert torch.equal(output, expected)
 
 
+@mock.patch.dict(BACKENDS)
 def test_effect_of_register_attention(toy, monkeypatch):
-    monkeypatch.setattr(select, "_backends", dict(select._backends))
-    monkeypatch.setattr(select, "_priorities", dict(select._priorities))
     monkeypatch.setattr(declared_backends, "_in_use", set())
     toy(*MODEL, "register_attention")
     usual = draw(output_type="tensor")
-    assert select.available_backends()[-2:] == ("naive", "averages")
+    assert available_backends()[-2:] == ("naive", "averages")
     monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "averages")
     assert not torch.equal(draw(output_type="tensor"), usual)
     x = torch.randn(1, 3, 2, 8)
     with pytest.raises(diffsynth.errors.Refused, match="it knows no mask"):
-        select.attention(x, x, x, causal=True)
+        attention(x, x, x, causal=True)
 
 
 def test_effect_of_register_quantization(toy):

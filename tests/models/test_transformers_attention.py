@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AttentionInterface, Qwen3Config, Qwen3Model
 
 import parity
-from diffsynth.core.attention import AttentionCall, register_backend, select, use_attention
+from diffsynth.core.attention import AttentionCall, register_backend, use_attention
 from diffsynth.core.attention.naive import NaiveAttention
+from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.errors import Refused
 from diffsynth.models import transformers_attention
 from diffsynth.models.config import TINY_QWEN3_TEXT_ENCODER
@@ -61,7 +63,8 @@ def test_what_is_not_ours_to_do_is_refused() -> None:
         attend(q, softcap=30.0)
 
 
-def test_a_text_encoder_follows_our_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+@mock.patch.dict(BACKENDS)
+def test_a_text_encoder_follows_our_choice() -> None:
     calls: list[AttentionCall] = []
 
     class Spy(NaiveAttention):
@@ -69,8 +72,6 @@ def test_a_text_encoder_follows_our_choice(monkeypatch: pytest.MonkeyPatch) -> N
             calls.append(call)
             return super().__call__(call)
 
-    for name in ("_backends", "_priorities"):
-        monkeypatch.setattr(select, name, dict(vars(select)[name]))
     register_backend("spy", Spy(), priority=-200)
     encoder = Qwen3TextEncoder(TINY_QWEN3_TEXT_ENCODER).eval()
     ids = torch.arange(5)[None]

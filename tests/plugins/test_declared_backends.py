@@ -1,8 +1,11 @@
+from unittest import mock
+
 import pytest
 import torch
 
 from diffsynth import registry
-from diffsynth.core.attention import select
+from diffsynth.core.attention import attention, available_backends
+from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.runtime import declared_backends
 from toy_pipeline import toy_pipeline
 
@@ -29,9 +32,9 @@ BACKEND = Backend()
 
 @pytest.fixture(autouse=True)
 def _own_backends(monkeypatch):
-    monkeypatch.setattr(select, "_backends", dict(select._backends))
-    monkeypatch.setattr(select, "_priorities", dict(select._priorities))
     monkeypatch.setattr(declared_backends, "_in_use", set())
+    with mock.patch.dict(BACKENDS):
+        yield
 
 
 def install(site, plugin, name, backend=BACKEND):
@@ -45,13 +48,11 @@ def test_a_declared_backend_is_used_by_name_and_by_priority(site):
     toy_pipeline()
     toy_pipeline()
     assert registry.problems() == []
-    assert select.available_backends()[0] == "quick"
+    assert available_backends()[0] == "quick"
     wide, narrow = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 4)
-    assert torch.equal(select.attention(wide, wide, wide, backend="quick"), wide + 1)
-    assert torch.equal(select.attention(wide, wide, wide), wide + 1)
-    assert torch.equal(
-        select.attention(narrow, narrow, narrow), select.attention(narrow, narrow, narrow, backend="sdpa")
-    )
+    assert torch.equal(attention(wide, wide, wide, backend="quick"), wide + 1)
+    assert torch.equal(attention(wide, wide, wide), wide + 1)
+    assert torch.equal(attention(narrow, narrow, narrow), attention(narrow, narrow, narrow, backend="sdpa"))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_one_that_cannot_be_used_is_left_out(site, name, backend, message):
     install(site, "good", "good")
     site.discover()
     toy_pipeline()
-    assert select.available_backends()[0] == "good"
+    assert available_backends()[0] == "good"
     (problem,) = registry.problems()
     assert problem.error.startswith(f"attention backend {name!r} is left out: {message}")
     assert problem.error.endswith("Without the plugin: pip uninstall fake-bad")

@@ -1,4 +1,4 @@
-"""Every backend that runs on the CPU against naive, in fp64, over everything that a call can say."""
+"""Every backend that runs on the CPU against the reference, in fp64, over all options of a call."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffsynth.core.attention import attention, chunks
-from diffsynth.core.attention.checking import check
+from diffsynth.core.attention.call import checked_call
+from diffsynth.core.attention.registry import refusal
 from diffsynth.core.attention.sdpa import SdpaAttention
-from diffsynth.core.attention.select import refusal
 
 LENGTHS = st.sampled_from([1, 2, 5, 17, 63])
 
 
 @st.composite
 def calls(draw: Any, lengths: Any = LENGTHS) -> dict[str, Any]:
-    """Arguments of `attention()`: any sizes, and any of what restricts or changes scores, together."""
+    """Arguments of `attention()`: any sizes, and any combination of masks, windows, packed samples and biases."""
     q_len, k_len = draw(lengths), draw(lengths)
     n_kv, per_kv = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3]))
     packed = draw(st.booleans())
@@ -63,7 +63,7 @@ def calls(draw: Any, lengths: Any = LENGTHS) -> dict[str, Any]:
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, **rest: Any) -> Tensor:
-    """What each query may attend, found entry by entry: a second implementation of what `allowed` says."""
+    """Attention computed query by query: a second implementation, independent of `AttentionCall.allowed`."""
     out = q.new_zeros(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
     cu_q, cu_k = rest.get("cu_seqlens") or (torch.tensor([0, q.shape[1]]), torch.tensor([0, k.shape[1]]))
     left, right = rest.get("window") or (-1, -1)
@@ -77,13 +77,13 @@ def formula(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, **rest: Any
             for n in range(q.shape[2]):
                 of = n // (q.shape[2] // k.shape[2])
                 for i in range(q0, q1):
-                    beside = (i - q0) + (k1 - k0) - (q1 - q0)
+                    aligned = (i - q0) + (k1 - k0) - (q1 - q0)
                     keys = [
                         j
                         for j in range(k0, k1)
-                        if not (rest["causal"] and j - k0 > beside)
-                        and not (left >= 0 and j - k0 < beside - left)
-                        and not (right >= 0 and j - k0 > beside + right)
+                        if not (rest["causal"] and j - k0 > aligned)
+                        and not (left >= 0 and j - k0 < aligned - left)
+                        and not (right >= 0 and j - k0 > aligned + right)
                         and (mask is None or bool(mask[b, n, i, j]))
                     ]
                     if keys:
@@ -103,7 +103,7 @@ def test_naive_is_the_formula_entry_by_entry(arguments: dict[str, Any]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(calls())
 def test_equals_naive(backend: str, arguments: dict[str, Any]) -> None:
-    if refusal(backend, check(**arguments)) is None:
+    if refusal(backend, checked_call(**arguments)) is None:
         truth = attention(**arguments, backend="naive")
         torch.testing.assert_close(attention(**arguments, backend=backend), truth, atol=1e-10, rtol=0)
     else:
@@ -121,7 +121,7 @@ FLEX = {
     },
     "causal": {"causal": True, "mask": (1, 4, 17, 1), "score_bias": (1, 1, 17, 21)},
 }
-"""A few: each is compiled anew."""
+"""Few, because each is compiled."""
 
 
 @pytest.mark.parametrize("name", FLEX)
@@ -157,17 +157,17 @@ def gradients(arguments: dict[str, Any], backend: str) -> list[Tensor]:
     "settings_", [{"window": (40, 9)}, {"window": (5, -1)}, {"window": (300, 0)}, {"causal": True}]
 )
 @pytest.mark.parametrize(("q_len", "k_len"), [(600, 600), (600, 111), (300, 700)])
-def test_long_windows_go_chunk_by_chunk(
+def test_long_windows_are_served_in_chunks(
     settings_: dict[str, Any], q_len: int, k_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No piece holds a mask of all queries and all keys, and every row is right where pieces meet."""
+    """No chunk has a mask of all queries and all keys, and rows at the borders of chunks are right."""
     monkeypatch.setattr(chunks, "CHUNK", 64)
     q, k, v = (torch.randn(1, size, 2, 4, dtype=torch.float64) for size in (q_len, k_len, k_len))
     mask = torch.rand(1, 2, 1, k_len) < 0.8
-    call = check(q, k, v, mask=mask, **settings_)
-    cut = [piece for _, piece in chunks.by_chunk(call) if piece is not None]
-    assert sum(size for size, _ in chunks.by_chunk(call)) == q_len
-    assert max(piece.q_len * piece.k_len for piece in cut) < q_len * k_len
+    call = checked_call(q, k, v, mask=mask, **settings_)
+    cut = [chunk for _, chunk in chunks.by_window(call) if chunk is not None]
+    assert sum(size for size, _ in chunks.by_window(call)) == q_len
+    assert max(chunk.q_len * chunk.k_len for chunk in cut) < q_len * k_len
     truth = attention(q, k, v, mask=mask, **settings_, backend="naive")
     torch.testing.assert_close(attention(q, k, v, mask=mask, **settings_, backend="sdpa"), truth, atol=1e-10, rtol=0)
 
@@ -184,16 +184,16 @@ def test_a_bias_that_leaves_nothing_gives_zeros(backend: str) -> None:
 
 def test_a_bias_that_would_be_rounded_is_refused() -> None:
     q = torch.randn(1, 3, 2, 4, dtype=torch.bfloat16)
-    call = check(q, q, q, score_bias=torch.randn(1, 1, 3, 3))
+    call = checked_call(q, q, q, score_bias=torch.randn(1, 1, 3, 3))
     assert "would round score_bias from torch.float32 to torch.bfloat16" in str(refusal("sdpa", call))
     assert refusal("naive", call) is None
 
 
 def test_offsets_that_only_the_device_knows() -> None:
-    """Without their values there is a mask for all samples; with them each sample is a call of its own."""
+    """With unknown offsets one mask covers all samples; with known ones each sample is served by its own call."""
     q = torch.randn(1, 9, 2, 4)
     cu = torch.tensor([0, 2, 2, 9], dtype=torch.int32)
-    call = check(q, q, q, cu_seqlens=cu, causal=True)
+    call = checked_call(q, q, q, cu_seqlens=cu, causal=True)
     assert call.offsets == ((0, 2, 2, 9), (0, 2, 2, 9))
     assert call.longest == (7, 7)
     unknown = replace(call, offsets=None)

@@ -1,10 +1,10 @@
-"""Libraries that cannot be installed here, each by a stand-in that judges its arguments and attends as it documents."""
+"""Backends of libraries that cannot be installed here, with fakes that check arguments and attend as documented."""
 
 from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,18 @@ N, N_KV, D = 4, 2, 64
 
 
 @pytest.fixture(autouse=True)
-def _on_a_device_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on the CPU pass for tensors of a GPU, and what was found out about modules is forgotten."""
-    monkeypatch.setattr(probing, "_missing", {})
-    monkeypatch.setattr(probing, "_refusals", {})
-    monkeypatch.setattr(probing, "_functions", {})
+def _supported_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors on the CPU pass for tensors on a GPU, and libraries are looked for again."""
+    probing.clear_cache()
     for module in (flash_attention, sage, xformers):
         monkeypatch.setattr(module, "device_refusal", lambda *_, **__: None)
+    yield
+    probing.clear_cache()
 
 
 @pytest.fixture
 def provide(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes a module of these functions, as if it were installed."""
+    """Return a function that provides a module with these functions, as if it were installed."""
 
     def make(name: str, **content: Any) -> None:
         parts = name.split(".")
@@ -92,7 +92,7 @@ def flash_attn_varlen_func(
 
 
 def with_sums(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """As version 4 answers, in whose windows None is no limit."""
+    """Wrap a function as in version 4, which returns a pair and takes None for a window side without limit."""
 
     def flash_attention_4(
         q, k, v, *positional, softmax_scale=None, causal=False, window_size=(None, None),
@@ -156,7 +156,7 @@ def test_sage_attention(provide: Callable[..., None]) -> None:
 
 
 class Biases:
-    """`xformers.ops.fmha.attn_bias`, as far as we use it: each is the arguments of `attention()` that it stands for."""
+    """The used part of `xformers.ops.fmha.attn_bias`; each bias is the equivalent arguments of `attention()`."""
 
     class LowerTriangularFromBottomRightMask(dict):
         def __init__(self) -> None:
@@ -217,11 +217,11 @@ NOT_FOR = {
         ({"window": (3, 3)}, {}, "it takes no window"),
         ({"score_bias": MASK.float()}, {}, "it takes no score_bias"),
         ({"causal": True}, {}, "causal over 17 queries and 23 keys: it aligns them at the first"),
-        ({"cu_seqlens": (offsets(0, 4, 17), offsets(0, 0, 23))}, {}, "with queries and no keys"),
+        ({"cu_seqlens": (offsets(0, 4, 17), offsets(0, 0, 23))}, {}, "with queries but no keys"),
     ],
     "xformers": [
         ({"mask": MASK}, {}, "it takes no bool mask"),
-        ({"score_bias": MASK.float()}, {}, "would have to be padded"),
+        ({"score_bias": MASK.float()}, {}, "no score_bias"),
         ({"cu_seqlens": (offsets(0, 4, 17), offsets(0, 0, 23))}, {}, "a packed sample has queries without keys"),
         ({"cu_seqlens": (offsets(0, 17), offsets(0, 23)), "window": (1, 1)}, {}, "no window over packed samples"),
         ({}, {"dtype": torch.float64}, "dtype torch.float64 is none of fp16, bf16, fp32"),
@@ -242,7 +242,9 @@ def test_what_they_cannot_honour_is_refused(
         attention(*draw(17, 23, **tensors), **call, backend=name)
 
 
-def test_heads_that_have_no_kernel() -> None:
+def test_heads_that_have_no_kernel(provide: Callable[..., None]) -> None:
+    for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute", "sageattention", "xformers"):
+        provide(name)
     for name, dim, reason in [
         ("flash_attention_2", 12, "head dim 12 is not a multiple of 8 up to 256"),
         ("flash_attention_3", 264, "head dim 264 is not a multiple of 8 up to 256"),
@@ -250,8 +252,6 @@ def test_heads_that_have_no_kernel() -> None:
         ("sage_attention", 32, "head dim 32 is none of 64, 96, 128"),
         ("xformers", 12, "head dims 12 and 12 are not multiples of 8"),
     ]:
-        probing._missing.update(dict.fromkeys(["flash_attn", "flash_attn_interface", "flash_attn.cute"]))
-        probing._missing.update(dict.fromkeys(["sageattention", "xformers"]))
         q = torch.zeros(1, 3, 2, dim, dtype=torch.bfloat16)
         with pytest.raises(Refused, match=reason):
             attention(q, q, q, backend=name)
@@ -276,7 +276,7 @@ def test_a_library_that_is_not_there() -> None:
 
 
 def test_a_library_that_is_too_old(provide: Callable[..., None]) -> None:
-    """FlashAttention before 2.3 knew no windows, and would have been called without."""
+    """FlashAttention before 2.3 has no windows, and would have been called without one."""
 
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
         raise AssertionError
@@ -312,7 +312,16 @@ def test_compiled_code_sees_through_the_lookup(provide: Callable[..., None]) -> 
     torch.testing.assert_close(compiled(q, k, v), attention(q, k, v, causal=True, backend="flash_attention_2"))
 
 
-def test_nothing_is_probed_before_it_is_needed() -> None:
+def test_nothing_is_probed_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[str] = []
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Any = None) -> Any:
+            probed.append(name)
+
+    monkeypatch.setattr(probing, "PathFinder", Finder)
     attention(*draw(17, 23))
-    assert set(probing._missing) <= {"flash_attn", "flash_attn.cute", "flash_attn_interface"}
+    assert probed
+    assert set(probed) <= {"flash_attn", "flash_attn.cute", "flash_attn_interface"}
     assert not {"flash_attn", "sageattention", "xformers"} & set(sys.modules)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from contextvars import ContextVar
+from unittest import mock
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from diffsynth.core.attention import attention, select, use_attention
+from diffsynth.core.attention import attention, register_backend, use_attention
 from diffsynth.core.attention.naive import NaiveAttention
+from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.errors import Refused
 from diffsynth.runtime.acceleration import StepAttention, parse_step_attention
 from tiny_z_image import SMALL, tiny_z_image
@@ -41,25 +43,24 @@ class Recording:
 @pytest.fixture
 def served(monkeypatch, pipe):
     """(step and branch, backend) of every call; None stands for calls outside the loop."""
-    for name in ("_backends", "_priorities", "_workspaces"):
-        monkeypatch.setattr(select, name, dict(getattr(select, name)))
-    now: ContextVar = ContextVar("now", default=None)
-    served: list = []
-    for name in ("quick", "exact"):
-        select.register_backend(name, Recording(name, served, now), priority=1000 if name == "exact" else -1000)
-    velocity, calls = type(pipe).velocity, []
+    with mock.patch.dict(BACKENDS):
+        now: ContextVar = ContextVar("now", default=None)
+        served: list = []
+        for name in ("quick", "exact"):
+            register_backend(name, Recording(name, served, now), priority=1000 if name == "exact" else -1000)
+        velocity, calls = type(pipe).velocity, []
 
-    def told(self, latents, sigma, **conditions):
-        token = now.set((len(calls) // 2, BRANCHES[len(calls) % 2]))
-        calls.append(float(sigma[0]))
-        try:
-            return velocity(self, latents, sigma, **conditions)
-        finally:
-            now.reset(token)
+        def told(self, latents, sigma, **conditions):
+            token = now.set((len(calls) // 2, BRANCHES[len(calls) % 2]))
+            calls.append(float(sigma[0]))
+            try:
+                return velocity(self, latents, sigma, **conditions)
+            finally:
+                now.reset(token)
 
-    told.__signature__ = inspect.signature(velocity)
-    monkeypatch.setattr(type(pipe), "velocity", told)
-    return served
+        told.__signature__ = inspect.signature(velocity)
+        monkeypatch.setattr(type(pipe), "velocity", told)
+        yield served
 
 
 def by_step(served) -> dict:

@@ -16,7 +16,7 @@ import triton
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 
-from diffsynth.core.attention.checking import check
+from diffsynth.core.attention.call import checked_call
 from diffsynth.core.attention.triton.backend import TritonAttention
 
 
@@ -37,7 +37,7 @@ def keep(module, inputs):
 
 
 def attend(q, k, v, **arguments):
-    return TritonAttention()(check(q, k, v, **arguments)).square()
+    return TritonAttention()(checked_call(q, k, v, **arguments)).square()
 
 
 compiled = torch.compile(attend, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))

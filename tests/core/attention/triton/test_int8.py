@@ -1,4 +1,4 @@
-"""Scores of 8-bit integers: near the naive twin, nearer with the mean key taken off, and never taken unasked."""
+"""`triton_int8` is close to the reference, closer with the mean key subtracted, and never selected by `auto`."""
 
 import pytest
 import torch
@@ -6,19 +6,19 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from diffsynth.core.attention import attention
-from diffsynth.core.attention.checking import check
+from diffsynth.core.attention.call import checked_call
 from diffsynth.core.attention.triton.backend import TritonInt8Attention
-from diffsynth.core.attention.triton.int8 import _quantized
+from diffsynth.core.attention.triton.int8 import quantize
 
 
 def draw(*, bias: float = 0.0, d: int = 64) -> list[Tensor]:
-    """Keys share `bias` times a vector, as those of real models do."""
+    """Keys with a common vector, `bias` times a random one, as in real models."""
     q, k, v = torch.randn(1, 33, 2, d), torch.randn(1, 40, 1, d), torch.randn(1, 40, 1, d)
     return [x.half() for x in (q, k + bias * torch.randn(d), v)]
 
 
 def errors(out: Tensor, tensors: list[Tensor], **arguments) -> tuple[float, float]:
-    """Cosine similarity, and the mean error relative to the mean size."""
+    """Return cosine similarity and the mean error relative to the mean magnitude."""
     truth = attention(*(x.double() for x in tensors), **arguments, backend="naive")
     out = out.double()
     cosine = cosine_similarity(out.flatten(), truth.flatten(), dim=0)
@@ -33,7 +33,7 @@ def errors(out: Tensor, tensors: list[Tensor], **arguments) -> tuple[float, floa
         (6.0, {"mask": torch.arange(40)[None, None, None] < 25, "window": (20, 5)}),
     ],
 )
-def test_near_the_naive_twin(bias, arguments):
+def test_close_to_the_reference(bias, arguments):
     tensors = draw(bias=bias)
     cosine, relative = errors(attention(*tensors, **arguments, backend="triton_int8"), tensors, **arguments)
     assert cosine > 0.9998
@@ -55,17 +55,17 @@ def test_without_the_mean_key_the_error_is_worse(monkeypatch):
 
 
 def test_a_block_of_zeros_stays_zero():
-    small, scales = _quantized(torch.zeros(1, 40, 1, 16), None, 32)
-    assert not small.any()
+    quantized, scales = quantize(torch.zeros(1, 40, 1, 16), None, 32)
+    assert not quantized.any()
     assert scales.tolist() == [[[1.0, 1.0]]]
 
 
 def test_quantising_loses_half_a_step_at_most():
     x = torch.randn(1, 40, 2, 24)
-    small, scales = _quantized(x, None, 32)
-    back = small.float() * scales.repeat_interleave(32, dim=2)[:, :, :40].transpose(1, 2)[..., None]
+    quantized, scales = quantize(x, None, 32)
+    back = quantized.float() * scales.repeat_interleave(32, dim=2)[:, :, :40].transpose(1, 2)[..., None]
     assert float((back - x).abs().max()) <= 0.5001 * float(scales.max())
-    assert int(small.abs().max()) == 127
+    assert int(quantized.abs().max()) == 127
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ def test_quantising_loses_half_a_step_at_most():
     ],
 )
 def test_refusals(change, reason):
-    assert TritonInt8Attention().refuses(check(*map(change, draw()))) == reason
+    assert TritonInt8Attention().refuses(checked_call(*map(change, draw()))) == reason
 
 
 def test_packed_samples_are_refused():
     q = torch.zeros(1, 4, 1, 16, dtype=torch.float16)
     packed = torch.tensor([0, 4], dtype=torch.int32)
-    assert TritonInt8Attention().refuses(check(q, q, q, cu_seqlens=packed)) == "it takes no cu_seqlens"
+    assert TritonInt8Attention().refuses(checked_call(q, q, q, cu_seqlens=packed)) == "it takes no cu_seqlens"
 
 
 def test_auto_never_takes_it():
-    assert "inexact" in TritonInt8Attention().avoids(check(*draw()))
+    assert "inexact" in TritonInt8Attention().avoids(checked_call(*draw()))

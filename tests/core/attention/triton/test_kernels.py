@@ -1,6 +1,6 @@
-"""Outputs and gradients against the naive twin in fp64, at sizes that do not fit the blocks of 32.
+"""Outputs and gradients of the kernels against the reference in fp64, at sizes that do not fit the blocks of 32.
 
-`torch.empty` of library code is NaN here, so that an element that no kernel writes fails.
+`torch.empty` in library code is filled with NaN here, so that an element that no kernel writes fails the test.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import parity
 from diffsynth.core.attention import AttentionCall, attention
-from diffsynth.core.attention.checking import check
+from diffsynth.core.attention.call import checked_call
 from diffsynth.core.attention.naive import NaiveAttention
 from diffsynth.core.attention.triton import op
 from diffsynth.core.attention.triton.backend import TritonAttention
@@ -26,7 +26,7 @@ def draw(q_len, k_len, *, b=1, n=2, n_kv=2, d=16, d_v=None, dtype=torch.float32)
 
 
 def draw_mask(*shape: int) -> Tensor:
-    """With a row that may attend nothing, and blocks of 32 by 32 that are empty, full and mixed."""
+    """Return a mask with a row without allowed keys, and with empty, full and partial blocks of 32 x 32."""
     mask = torch.rand(shape) < 0.6
     mask[..., 32:64] = False
     mask[..., 32:, :32] = True
@@ -39,8 +39,8 @@ def compare(tensors: list[Tensor], *, d_out: Tensor | None = None, **arguments) 
     """`tensors` need not be contiguous; their gradients are compared, too."""
     ours = [x.detach().requires_grad_() for x in tensors]
     truth = [x.detach().double().requires_grad_() for x in tensors]
-    out = served(check(*ours, **arguments))
-    expected = NaiveAttention()(check(*truth, **arguments))
+    out = served(checked_call(*ours, **arguments))
+    expected = NaiveAttention()(checked_call(*truth, **arguments))
     d_out = torch.randn(out.shape).to(out.dtype) if d_out is None else d_out
     out.backward(d_out)
     expected.backward(d_out.double())
@@ -49,7 +49,7 @@ def compare(tensors: list[Tensor], *, d_out: Tensor | None = None, **arguments) 
     }
     for name, (got, wanted) in pairs.items():
         assert got.dtype == out.dtype
-        # Gradients that cancel to nothing, as those of scores over one key do, are held to the size of what cancels.
+        # Gradients that cancel, as those of scores over one key do, are compared at the size of their terms.
         size = max(float(wanted.detach().abs().max()), 1.0)
         error = float((got.detach() - wanted.detach()).abs().max()) / size
         assert error <= TOLERANCE[out.dtype], f"{name} is off by {error:.1e}"
@@ -61,10 +61,10 @@ def served(call: AttentionCall) -> Tensor:
 
 
 def test_kernels_get_rows_that_begin_at_multiples_of_16(monkeypatch):
-    """Head dim 60 was loaded number by number, which took so many registers that kernels spilled."""
-    seen, settings_of = [], op.settings_of
+    """Head dim 60 was loaded by scalar loads, which took so many registers that the kernels spilled."""
+    seen, kernel_arguments = [], op.kernel_arguments
     monkeypatch.setattr(
-        op, "settings_of", lambda kernel, qkv, *rest: seen.extend(qkv) or settings_of(kernel, qkv, *rest)
+        op, "kernel_arguments", lambda kernel, qkv, *rest: seen.extend(qkv) or kernel_arguments(kernel, qkv, *rest)
     )
     wide = torch.randn(1, 5, 2, 41)
     compare([wide[..., :32], wide[..., 9:], torch.randn(1, 5, 2, 12)])
@@ -106,7 +106,7 @@ def test_lengths_and_heads(q_len, k_len, heads):
     ("q_len", "k_len", "limits"),
     [
         (63, 63, {"causal": True}),
-        (63, 20, {"causal": True}),  # 43 queries stand before the first key, and give zeros
+        (63, 20, {"causal": True}),  # 43 queries precede the first key, and give zeros
         (20, 111, {"causal": True, "window": (30, 0)}),
         (111, 63, {"window": (5, 7)}),
         (70, 100, {"window": (0, -1)}),
@@ -151,18 +151,18 @@ def test_a_query_without_keys_gives_zeros_and_no_gradient():
     q, k, v = (x.requires_grad_() for x in draw(37, 40))
     mask = torch.ones(1, 1, 37, 40, dtype=torch.bool)
     mask[..., 3, :] = False
-    out = served(check(q, k, v, mask=mask))
+    out = served(checked_call(q, k, v, mask=mask))
     out.square().sum().backward()
     assert not out[:, 3].any()
     assert not q.grad[:, 3].any()
     assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
-    assert not served(check(q, k, v, mask=torch.zeros_like(mask))).any()
+    assert not served(checked_call(q, k, v, mask=torch.zeros_like(mask))).any()
 
 
 def test_scores_far_from_zero_stay_finite():
     q, k, v = draw(33, 40)
     q[..., 0], k[:, :20, :, 0], k[:, 20:, :, 0] = 100.0, 100.0, -100.0
-    call = check(q.requires_grad_(), k, v, scale=1.0)
+    call = checked_call(q.requires_grad_(), k, v, scale=1.0)
     out = served(call)
     out.sum().backward()
     assert bool(q.grad.isfinite().all())
@@ -185,7 +185,7 @@ def test_gradients_repeat_bit_by_bit():
 def draw_and_differentiate() -> list[Tensor]:
     torch.manual_seed(1)
     tensors = [x.requires_grad_() for x in draw(33, 40, n=2, n_kv=1)]
-    served(check(*tensors)).square().sum().backward()
+    served(checked_call(*tensors)).square().sum().backward()
     return [x.grad for x in tensors]
 
 

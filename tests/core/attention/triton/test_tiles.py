@@ -1,19 +1,20 @@
-"""Lists of blocks say of each block what the mask says, and are made once."""
+"""Block lists agree with the mask, and are computed once per mask."""
 
 import gc
+import weakref
 
 import pytest
 import torch
 
-from diffsynth.core.attention.checking import check
-from diffsynth.core.attention.triton import tiles
+from diffsynth.core.attention.call import checked_call
 from diffsynth.core.attention.triton.tiles import block_lists
 
 BLOCKS = (32, 16)
 
 
 def state_by_hand(allowed: torch.Tensor) -> list[list[int]]:
-    """2 full, 1 partial, 0 empty; what the last key cuts off is partial, what the last query does may be full."""
+    """Return 2 for full, 1 for partial, 0 for empty blocks; a block past the last key is partial, one past the last
+    query may be full."""
     rows = []
     for row in allowed.split(BLOCKS[0], dim=-2):
         blocks = row.split(BLOCKS[1], dim=-1)
@@ -27,7 +28,7 @@ def test_blocks_are_full_then_partial_and_empty_ones_are_left_out(limits, by_key
     mask[:, :, :, 16:32], mask[:, :, 32:64, 16:32], mask[:, 0, :32] = True, False, True
     lists = block_lists(mask, (70, 40), limits, BLOCKS, by_keys=by_keys)
     window = None if limits == (-1, -1) else limits
-    allowed = check(
+    allowed = checked_call(
         torch.zeros(1, 70, 2, 8), torch.zeros(1, 40, 2, 8), torch.zeros(1, 40, 2, 8), mask=mask, window=window
     )
     for head in range(2):
@@ -46,30 +47,26 @@ def test_key_padding_has_one_list_for_all_tiles():
     assert lists.strides == (1, 0, 0)
 
 
-def test_a_mask_is_looked_at_once_and_again_when_it_changed(monkeypatch):
-    looks = []
-    original = tiles._lists
-    monkeypatch.setattr(tiles, "_lists", lambda *args: looks.append(args) or original(*args))
+def test_lists_are_cached_until_the_mask_changes_or_is_freed():
     mask = torch.zeros(1, 1, 32, 16, dtype=torch.bool)
-    ask = {"lengths": (32, 16), "limits": (-1, -1), "blocks": BLOCKS, "by_keys": False}
-    assert block_lists(mask, **ask) is block_lists(mask, **ask)
-    assert len(looks) == 1
+    arguments = {"lengths": (32, 16), "limits": (-1, -1), "blocks": BLOCKS, "by_keys": False}
+    first = weakref.ref(block_lists(mask, **arguments))
+    assert block_lists(mask, **arguments) is first()
     mask.fill_(True)
-    assert block_lists(mask, **ask).counts.flatten().tolist() == [1, 1]
-    assert len(looks) == 2
-    assert len(tiles._known[mask]) == 1
-    looks.clear()
-    kept = len(tiles._known)
+    second = weakref.ref(block_lists(mask, **arguments))
+    assert second().counts.flatten().tolist() == [1, 1]
+    assert block_lists(mask, **arguments) is second()
+    assert first() is None, "the lists of the old version are still cached"
     del mask
     gc.collect()
-    assert len(tiles._known) == kept - 1
+    assert second() is None, "the lists outlive their mask"
 
 
-def test_an_inference_tensor_is_looked_at_each_time():
-    """It has no version: changed in place, it looked the same, and the old list was used."""
-    ask = {"lengths": (32, 16), "limits": (-1, -1), "blocks": BLOCKS, "by_keys": False}
+def test_lists_of_an_inference_tensor_are_not_cached():
+    """It has no version counter: after a change in place, the old list was used."""
+    arguments = {"lengths": (32, 16), "limits": (-1, -1), "blocks": BLOCKS, "by_keys": False}
     with torch.inference_mode():
         mask = torch.zeros(1, 1, 32, 16, dtype=torch.bool)
-        assert block_lists(mask, **ask).counts.flatten().tolist() == [0, 0]
+        assert block_lists(mask, **arguments).counts.flatten().tolist() == [0, 0]
         mask.fill_(True)
-        assert block_lists(mask, **ask).counts.flatten().tolist() == [1, 1]
+        assert block_lists(mask, **arguments).counts.flatten().tolist() == [1, 1]

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffsynth.core.attention.choice import use_attention
 from diffsynth.core.attention.forward import attention_forward
+from diffsynth.core.attention.select import use_attention
 
 _DEFAULT = "b n s d"
 

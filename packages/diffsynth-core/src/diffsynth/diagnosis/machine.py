@@ -47,7 +47,8 @@ def devices() -> Iterator[Finding]:
 def attention() -> Iterator[Finding]:
     """Every backend that `attention()` knows, tried on a small call in bf16 on the default device."""
     from diffsynth.core.attention import available_backends
-    from diffsynth.core.attention.select import avoidance, choose
+    from diffsynth.core.attention.registry import avoidance
+    from diffsynth.core.attention.select import choose
     from diffsynth.errors import Refused
     from diffsynth.runtime.declared_backends import use_declared_backends
 
@@ -130,17 +131,18 @@ def _usual_call() -> AttentionCall:
     import torch
 
     from diffsynth.core import device
-    from diffsynth.core.attention.checking import check
+    from diffsynth.core.attention.call import checked_call
 
     q = torch.ones(1, 64, 2, 64, dtype=torch.bfloat16, device=device.default_device())
-    return check(q, q, q)
+    return checked_call(q, q, q)
 
 
 def _why_unusable(backend: str, call: AttentionCall) -> str:
     """Why a backend cannot serve a usual call, or nothing."""
     import torch
 
-    from diffsynth.core.attention.select import refusal, serve
+    from diffsynth.core.attention.registry import refusal
+    from diffsynth.core.attention.select import serve
 
     try:
         if reason := refusal(backend, call):

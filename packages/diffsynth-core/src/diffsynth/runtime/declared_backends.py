@@ -6,7 +6,7 @@ import threading
 
 from diffsynth import _discovery
 from diffsynth._discovery import Declared
-from diffsynth.core.attention.select import register_backend
+from diffsynth.core.attention.registry import register_backend
 from diffsynth.spec import AttentionSpec, resolve
 
 _lock = threading.Lock()

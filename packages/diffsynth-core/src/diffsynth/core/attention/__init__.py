@@ -1,18 +1,16 @@
-"""Attention in one layout, `b s n d`, over interchangeable backends.
+"""Attention over tensors `b s n d`, with interchangeable backends.
 
-`attention()` is what networks call. A backend is an object with `refuses(call) -> str | None` and `__call__(call)`;
-it either honours everything that the `AttentionCall` says, or it refuses with a reason. `naive` is the truth that the
-others are tested against. Which one serves is said by the call, by `use_attention`, by the environment, or found out
-from the call.
+Networks call `attention()`. A backend is an object with `refuses(call) -> str | None` and `__call__(call)`: it honours
+everything in the `AttentionCall`, or refuses the call with a reason. `naive` is the reference implementation that the
+others are tested against. A backend is selected by the call, by `use_attention`, by the environment, or automatically.
 """
 
 from __future__ import annotations
 
-from diffsynth.core.attention.builtin import register_builtin_backends
 from diffsynth.core.attention.call import AttentionBackend, AttentionCall
-from diffsynth.core.attention.choice import use_attention
 from diffsynth.core.attention.forward import attention_forward
-from diffsynth.core.attention.select import attention, available_backends, register_backend
+from diffsynth.core.attention.registry import available_backends, register_backend
+from diffsynth.core.attention.select import attention, use_attention
 
 __all__ = [
     "AttentionBackend",
@@ -23,5 +21,3 @@ __all__ = [
     "register_backend",
     "use_attention",
 ]
-
-register_builtin_backends()

@@ -1,4 +1,4 @@
-"""A call cut into smaller ones, for backends whose kernels know neither packed samples nor windows."""
+"""Splitting of a call into smaller ones, for backends whose kernels support neither packed samples nor windows."""
 
 from __future__ import annotations
 
@@ -14,36 +14,44 @@ from torch import Tensor
 from diffsynth.core.attention.call import AttentionCall
 
 CHUNK = 256
-"""Fewest queries of a piece of a windowed call: below, starting kernels takes longer than running them."""
+"""Fewest queries of a chunk of a windowed call: below, launching kernels takes longer than running them."""
 
 QueryChunk = tuple[int, AttentionCall | None]
-"""So many queries, and their call; None where they may attend nothing."""
+"""(number of queries, their call); None if none of them has an allowed key, so that their output is 0."""
 
 
-def joined(
-    pieces: Iterator[QueryChunk], call: AttentionCall, serve: Callable[[AttentionCall], Tensor]
+def attend_in_chunks(
+    query_chunks: Iterator[QueryChunk], call: AttentionCall, serve: Callable[[AttentionCall], Tensor]
 ) -> Float[Tensor, "b q n d_v"]:
-    """The results of all pieces, one behind the other."""
+    """Serve each chunk of a call, and return the outputs concatenated along the queries."""
     b, _, n, _ = call.q.shape
-    outs = [call.q.new_zeros(b, size, n, call.v.shape[-1]) if piece is None else serve(piece) for size, piece in pieces]
+    outs = [
+        call.q.new_zeros(b, size, n, call.v.shape[-1]) if chunk is None else serve(chunk)
+        for size, chunk in query_chunks
+    ]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
 def by_sample(call: AttentionCall) -> Iterator[QueryChunk]:
-    """One piece for each packed sample that has queries. Needs `call.offsets`."""
+    """Yield one chunk for each packed sample that has queries. Needs `call.offsets`."""
     assert call.offsets is not None
     for q_range, k_range in zip(*map(itertools.pairwise, call.offsets), strict=True):
         size = q_range[1] - q_range[0]
         if size:
             empty = k_range[0] == k_range[1]
-            yield size, None if empty else _cut(call, q_range, k_range, cu_seqlens=None, offsets=None)
+            yield size, None if empty else _slice(call, q_range, k_range, cu_seqlens=None, offsets=None)
 
 
-def by_chunk(call: AttentionCall) -> Iterator[QueryChunk]:
-    """Pieces of queries that stand together, each with the keys that their limits reach, and no others."""
+def chunk_size(call: AttentionCall) -> int:
+    """Return the number of queries of a chunk of `by_window`: the width of the window, at least `CHUNK`."""
     left, right = call.limits
-    width = left + right + 1 if left >= 0 and right >= 0 else 4 * CHUNK
-    size = max(CHUNK, width)
+    return max(CHUNK, left + right + 1 if left >= 0 and right >= 0 else 4 * CHUNK)
+
+
+def by_window(call: AttentionCall) -> Iterator[QueryChunk]:
+    """Yield chunks of neighbouring queries, each with only the keys that their windows cover."""
+    left, right = call.limits
+    size = chunk_size(call)
     shift = call.k_len - call.q_len
     for start in range(0, call.q_len, size):
         stop = min(start + size, call.q_len)
@@ -52,17 +60,17 @@ def by_chunk(call: AttentionCall) -> Iterator[QueryChunk]:
         if first >= last:
             yield stop - start, None
             continue
-        # The last query of the piece stands beside its last key, and not where it stood: the window moves along.
+        # Within the chunk its last query is aligned with its last key, so the window moves by the difference.
         moved = stop + shift - last
         window = (left - moved if left >= 0 else -1, right + moved if right >= 0 else -1)
         changes = {"causal": False, "window": None if window == (-1, -1) else window}
-        yield stop - start, _cut(call, (start, stop), (first, last), **changes)
+        yield stop - start, _slice(call, (start, stop), (first, last), **changes)
 
 
-def _cut(call: AttentionCall, q_range: tuple[int, int], k_range: tuple[int, int], **changes: Any) -> AttentionCall:
+def _slice(call: AttentionCall, q_range: tuple[int, int], k_range: tuple[int, int], **changes: Any) -> AttentionCall:
     q_slice, k_slice = slice(*q_range), slice(*k_range)
 
-    def cut(tensor: Tensor | None) -> Tensor | None:
+    def sliced(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
         rows = tensor if tensor.shape[2] == 1 else tensor[:, :, q_slice]
@@ -73,7 +81,7 @@ def _cut(call: AttentionCall, q_range: tuple[int, int], k_range: tuple[int, int]
         q=call.q[:, q_slice],
         k=call.k[:, k_slice],
         v=call.v[:, k_slice],
-        mask=cut(call.mask),
-        score_bias=cut(call.score_bias),
+        mask=sliced(call.mask),
+        score_bias=sliced(call.score_bias),
         **changes,
     )

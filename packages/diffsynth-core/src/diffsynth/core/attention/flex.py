@@ -1,6 +1,6 @@
-"""FlexAttention (He et al. 2024, arXiv:2412.05496): one kernel for any mask and any change of scores, made to order.
+"""FlexAttention (He et al. 2024, arXiv:2412.05496): a kernel compiled for any mask and any modification of scores.
 
-Blocks of 128 by 128 that may attend nothing are skipped. On an accelerator the kernel is compiled at the first call of
+Blocks of 128 x 128 without an allowed pair are skipped. On an accelerator the kernel is compiled at the first call of
 its kind; on the CPU it runs uncompiled and holds the score matrix.
 """
 
@@ -17,18 +17,18 @@ from torch import Tensor
 from diffsynth.core.attention.call import AttentionCall
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(score, batch, head, query, key) -> score; scalars all, and the places integers."""
+"""(score, batch, head, query, key) -> score; all are scalars, and the indices integers."""
 
 _DEVICES = ("cpu", "cuda", "xpu")
-_FEWEST_FEATURES = 16
-"""Narrower heads than this its kernels cannot multiply; the CPU can."""
+_MIN_HEAD_DIM = 16
+"""Smallest head dim of the kernels on accelerators."""
 
 
 class FlexAttention:
-    """Serves everything that a call can say; on the CPU without gradients."""
+    """Backend that supports every option of `AttentionCall`; on the CPU without gradients."""
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Dtypes and devices that it has no kernels for, and gradients on the CPU."""
+        """Return a reason for dtypes, devices and head dims without a kernel, and for gradients on the CPU."""
         device = call.q.device.type
         if device not in _DEVICES:
             return f"tensors are on {device}; flex needs one of {', '.join(_DEVICES)}"
@@ -37,21 +37,21 @@ class FlexAttention:
             return f"dtype {call.q.dtype} is none of fp16, bf16, fp32"
         if device == "cpu" and call.needs_grad:
             return "on the CPU it has no gradients"
-        if device != "cpu" and min(call.q.shape[-1], call.v.shape[-1]) < _FEWEST_FEATURES:
-            return f"head dims below {_FEWEST_FEATURES} have no kernel"
+        if device != "cpu" and min(call.q.shape[-1], call.v.shape[-1]) < _MIN_HEAD_DIM:
+            return f"head dims below {_MIN_HEAD_DIM} have no kernel"
         return None
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Everything: the first call of each kind would wait for a compiler."""
-        return "it compiles a kernel for each kind of call; it is for those who ask for it"
+        """Return a reason for every call: the first call of each kind compiles a kernel."""
+        return "it compiles a kernel for each kind of call, and is used only if selected by name"
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-        """See `AttentionBackend`."""
+        """Return the attention output in the dtype of `call.q`."""
         return flex(call)
 
 
 def flex(call: AttentionCall, score_mod: ScoreMod | None = None) -> Float[Tensor, "b q n d_v"]:
-    """The result of a call; `score_mod` changes the scaled scores after `score_bias`, before masks."""
+    """Return the attention output of a call; `score_mod` changes the scaled scores after `score_bias`, before masks."""
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     out = _kernel(call.q.device.type != "cpu")(
         q,
@@ -66,15 +66,15 @@ def flex(call: AttentionCall, score_mod: ScoreMod | None = None) -> Float[Tensor
 
 
 def _block_mask(call: AttentionCall) -> Any:
-    """Which blocks are computed, and which keys of them may be attended; None where that is all."""
+    """Return PyTorch's `BlockMask` of the call; None if every pair may attend."""
     mask_mod = _mask_mod(call)
     if mask_mod is None:
         return None
     from torch.nn.attention.flex_attention import create_block_mask
 
     b, n = (1, 1) if call.mask is None else call.mask.shape[:2]
-    make = torch.compile(create_block_mask) if call.q.device.type != "cpu" else create_block_mask
-    return make(mask_mod, b, n, call.q_len, call.k_len, device=call.q.device)
+    create = torch.compile(create_block_mask) if call.q.device.type != "cpu" else create_block_mask
+    return create(mask_mod, b, n, call.q_len, call.k_len, device=call.q.device)
 
 
 def _mask_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
@@ -106,21 +106,21 @@ def _mask_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
 
 
 def _samples(cu: Tensor, length: int) -> Tensor:
-    """The sample of each token."""
+    """Return the index of the packed sample of each token."""
     return torch.bucketize(torch.arange(length, dtype=cu.dtype, device=cu.device), cu[1:], right=True)
 
 
 def _score_mod(bias: Tensor | None, score_mod: ScoreMod | None) -> ScoreMod | None:
     if bias is None:
         return score_mod
-    of = _lookup(bias)
+    bias_at = _lookup(bias)
     if score_mod is None:
-        return lambda score, b, n, q, k: score + of(b, n, q, k)
-    return lambda score, b, n, q, k: score_mod(score + of(b, n, q, k), b, n, q, k)
+        return lambda score, b, n, q, k: score + bias_at(b, n, q, k)
+    return lambda score, b, n, q, k: score_mod(score + bias_at(b, n, q, k), b, n, q, k)
 
 
 def _lookup(tensor: Tensor) -> Callable[..., Tensor]:
-    """The entry of a place in a tensor that broadcasts to 'b n q k'."""
+    """Return a function (b, n, q, k) -> entry of a tensor that broadcasts to 'b n q k'."""
     b_is_1, n_is_1, q_is_1, k_is_1 = (size == 1 for size in tensor.shape)
 
     def entry(b: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def _lookup(tensor: Tensor) -> Callable[..., Tensor]:
 
 @functools.cache
 def _kernel(is_compiled: bool) -> Callable[..., Tensor]:
-    # Importing it is slow, so it waits until somebody asks for it.
+    # Importing FlexAttention is slow, so it is imported at the first call.
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention) if is_compiled else flex_attention

@@ -1,4 +1,4 @@
-"""`attention_forward`: attention over tensors of any axis order, under the arguments that older code passes."""
+"""`attention_forward`: attention over tensors of any axis order, with the arguments of DiffSynth-Studio."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from einops import EinopsError, rearrange
 from torch import Tensor
 
 from diffsynth.core.attention import flex
-from diffsynth.core.attention.checking import check
+from diffsynth.core.attention.call import checked_call
 from diffsynth.core.attention.select import serve
 from diffsynth.errors import Refused
 
@@ -36,24 +36,26 @@ def attention_forward(
     use_flex: bool = False,
     score_mod: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """`softmax(scale * q k^T) v`, in the dtype of `q`, its axes as `out_pattern` says. New code calls `attention()`.
+    """Compute `softmax(scale * q k^T) v` in the dtype of `q`, with the axis order of `out_pattern`.
+
+    For scripts of DiffSynth-Studio; new code calls `attention()`.
 
     Args:
         q, k, v: queries, keys and values.
-        q_pattern, k_pattern, v_pattern, out_pattern: einops patterns of the axes b, s, n and d, "b s (n d)".
-        dims: sizes of the axes that a pattern joins, `{"n": 24}`.
-        attn_mask: bool, True = may attend, or floating point, added to the scaled scores, as PyTorch has it;
-            broadcasts to `b n q k` from the right.
-        scale: None is `d ** -0.5`.
+        q_pattern, k_pattern, v_pattern, out_pattern: einops patterns of the axes b, s, n and d, as in "b s (n d)".
+        dims: sizes of the axes that a pattern merges, as in `{"n": 24}`.
+        attn_mask: bool, True = may attend, or floating point, added to the scaled scores, as in PyTorch; broadcasts to
+            `b n q k` from the right.
+        scale: factor on the scores; None is `d ** -0.5`.
         is_causal: query `i` may attend key `j` only if `j <= i + (k_len - q_len)`.
-        compatibility_mode: the backend that is everywhere, torch's.
-        window_size: how many tokens are seen on the left and on the right, or on both sides; -1 is no limit. With
-            `is_causal`, none are seen on the right.
-        use_flex: the backend `flex`.
-        score_mod: changes scores, `f(score, batch, head, query, key)`; `flex` alone does it.
+        compatibility_mode: use PyTorch's backend, which runs on every device.
+        window_size: number of visible tokens on the left and on the right, or on both sides; -1 is no limit. With
+            `is_causal`, none are visible on the right.
+        use_flex: use the backend `flex`.
+        score_mod: modifies scores, `f(score, batch, head, query, key)`; only `flex` supports it.
 
     Raises:
-        Refused: the backend that is in force cannot do it.
+        Refused: the selected backend cannot serve the call.
         ValueError: a pattern of other axes, tensors that do not fit, or `compatibility_mode` with flex.
     """
     q, k, v = (
@@ -64,7 +66,7 @@ def attention_forward(
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     is_bias = attn_mask is not None and attn_mask.dtype != torch.bool
-    call = check(
+    call = checked_call(
         q,
         k,
         v,
@@ -76,7 +78,7 @@ def attention_forward(
     )
     wants_flex = use_flex or score_mod is not None
     if wants_flex and compatibility_mode:
-        raise ValueError("attention_forward: compatibility_mode=True is torch's backend, which is not flex; give one")
+        raise ValueError("attention_forward: compatibility_mode=True uses torch's backend, not flex; give one of them")
     if score_mod is None:
         out = serve(call, "flex" if use_flex else "sdpa" if compatibility_mode else None)
     else:

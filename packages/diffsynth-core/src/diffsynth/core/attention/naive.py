@@ -1,4 +1,4 @@
-"""Attention as the formula says it: softmax over all scores, in fp32. Slow, and the truth for every other backend."""
+"""The reference implementation of attention: softmax over the whole score matrix, in fp32."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention.call import AttentionCall
-from diffsynth.core.attention.workspace import score_matrix
+from diffsynth.core.attention.meta import score_matrix_workspace
 
 
 class NaiveAttention:
-    """Holds the whole score matrix in fp32 (fp64 for fp64 inputs). Serves everything that a call can say."""
+    """Reference backend, which holds the whole score matrix in fp32 (fp64 for fp64 inputs).
+
+    It supports every option of `AttentionCall`. The other backends are tested against it.
+    """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Integers only."""
+        """Return a reason for dtypes that are not floating point."""
         return None if call.q.is_floating_point() else f"dtype {call.q.dtype} is not floating point"
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Everything: it is for tests, and for what nobody else does."""
+        """Return a reason for every call: it is meant for tests, and for calls that all others refuse."""
         return "it holds the whole score matrix"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """See `AttentionBackend`."""
-        return score_matrix(call, dtype=torch.promote_types(call.q.dtype, torch.float32))
+        """Return the bytes of all scores and their softmax."""
+        return score_matrix_workspace(call, dtype=torch.promote_types(call.q.dtype, torch.float32))
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-        """See `AttentionBackend`."""
+        """Return the attention output in the dtype of `call.q`."""
         precise = torch.promote_types(call.q.dtype, torch.float32)
         q, k, v = (rearrange(x, "b s n d -> b n s d").to(precise) for x in (call.q, call.k, call.v))
         if call.q_per_kv > 1:
@@ -41,7 +44,7 @@ class NaiveAttention:
         if allowed is None and call.score_bias is None:
             weights = scores.softmax(-1)
         else:
-            # A row without a key is all -inf, and its softmax NaN: it attends nothing, so its weights are zero.
+            # The softmax of a row of -inf is NaN: a query without an allowed key gets weights of 0 instead.
             is_empty = (scores == -torch.inf).all(-1, keepdim=True)
             weights = scores.masked_fill(is_empty, 0.0).softmax(-1).masked_fill(is_empty, 0.0)
         return rearrange(weights @ v, "b n q d -> b q n d").to(call.q.dtype)

@@ -1,4 +1,4 @@
-"""Attention through `torch.nn.functional.scaled_dot_product_attention`: on every device, and compiles."""
+"""Attention by `torch.nn.functional.scaled_dot_product_attention`, which runs on every device and can be compiled."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffsynth.core.attention import chunks, workspace
+from diffsynth.core.attention import chunks
 from diffsynth.core.attention.call import AttentionCall
+from diffsynth.core.attention.meta import fused_workspace, score_matrix_workspace
 
 Kernel = Literal["flash", "cudnn", "efficient", "math"]
 
@@ -26,18 +27,20 @@ _TORCH_NAMES = {
 
 
 class SdpaAttention:
-    """Packed samples are served one by one where their lengths are known, long windowed calls in chunks.
+    """Backend of PyTorch's own attention.
+
+    Packed samples are served one by one if their lengths are known, and long windowed calls in chunks.
 
     Args:
-        kernel: None lets PyTorch choose. One by name is forced with `torch.nn.attention.sdpa_kernel`, which switches
-            the others off in all threads while the call is being started.
+        kernel: the kernel to use; None lets PyTorch choose. A named kernel is forced by
+            `torch.nn.attention.sdpa_kernel`, which disables the others in all threads while the call is launched.
     """
 
     def __init__(self, kernel: Kernel | None = None) -> None:
         self.kernel = kernel
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Dtypes that PyTorch has no kernel for, a bias that it would round, and what the kernel by name cannot do."""
+        """Return a reason for dtypes without a kernel, a bias that would be rounded, and what `kernel` cannot serve."""
         if call.q.dtype not in _DTYPES:
             return f"dtype {call.q.dtype} is none of fp16, bf16, fp32, fp64"
         if call.score_bias is not None and call.score_bias.dtype != call.q.dtype:
@@ -47,24 +50,24 @@ class SdpaAttention:
         return _cpu_refusal(self.kernel, call) if call.q.device.type == "cpu" else _cuda_refusal(self.kernel, call)
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Single kernels, which are for those who ask; on an accelerator, what there is no kernel for."""
+        """Return a reason for backends of a single kernel, and for windows and packed samples on an accelerator."""
         if self.kernel is not None:
-            return "it is one kernel of sdpa, for those who ask for it"
+            return "it is a single kernel of sdpa, used only if selected by name"
         if call.q.device.type != "cpu" and (call.window is not None or call.cu_seqlens is not None):
-            return "PyTorch has no kernel for windows and packed samples; it would go piece by piece"
+            return "PyTorch has no kernel for windows and packed samples; it would serve them in chunks"
         return None
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """See `AttentionBackend`."""
-        return workspace.score_matrix(call) if self.kernel == "math" else workspace.fused(call)
+        """Return the bytes of the score matrix for the math kernel, else those of a fused kernel."""
+        return score_matrix_workspace(call) if self.kernel == "math" else fused_workspace(call)
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-        """See `AttentionBackend`."""
+        """Return the attention output in the dtype of `call.q`."""
         if call.offsets is not None:
-            return chunks.joined(chunks.by_sample(call), call, self)
+            return chunks.attend_in_chunks(chunks.by_sample(call), call, self)
         is_banded = call.limits != (-1, -1) and not _is_plain_causal(call) and call.cu_seqlens is None
         if is_banded and call.q_len > chunks.CHUNK:
-            return chunks.joined(chunks.by_chunk(call), call, self._attend)
+            return chunks.attend_in_chunks(chunks.by_window(call), call, self._attend)
         return self._attend(call)
 
     def _attend(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
@@ -75,7 +78,7 @@ class SdpaAttention:
             mask = call.score_bias if mask is None else call.score_bias.masked_fill(~mask, -torch.inf)
         grouped = call.q_per_kv > 1
         if grouped and (mask is not None or self.kernel == "efficient"):
-            # Masked grouped heads fall back to the kernel that holds the whole score matrix; copies are smaller.
+            # PyTorch serves masked grouped heads by the math kernel, whose score matrix is larger than these copies.
             k, v = (x.repeat_interleave(call.q_per_kv, dim=1) for x in (k, v))
             grouped = False
         with nullcontext() if self.kernel is None else sdpa_kernel(_TORCH_NAMES[self.kernel]):
@@ -86,7 +89,7 @@ class SdpaAttention:
 
 
 def _is_plain_causal(call: AttentionCall) -> bool:
-    """Whether `is_causal` of PyTorch says it all: it stands at the first key, and takes no mask beside it."""
+    """Whether PyTorch's `is_causal` describes the call: it is aligned to the first key, and excludes a mask."""
     return call.limits == (-1, 0) and call.q_len == call.k_len and not _has_tensors(call)
 
 
@@ -95,7 +98,7 @@ def _has_tensors(call: AttentionCall) -> bool:
 
 
 def _takes_mask(call: AttentionCall) -> bool:
-    """Whether PyTorch would be given a mask, in any piece of the call."""
+    """Whether any chunk of the call passes a mask to PyTorch."""
     if call.mask is not None or call.score_bias is not None or call.window is not None:
         return True
     if call.cu_seqlens is None:

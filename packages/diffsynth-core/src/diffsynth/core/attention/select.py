@@ -1,25 +1,27 @@
-"""Which backend serves a call. Adding one is `register_backend`; `builtin.py` adds ours."""
+"""`attention()`, and the selection of the backend that serves a call.
+
+In order of precedence: the argument `backend`, `use_attention`, the environment variable
+DIFFSYNTH_ATTENTION_IMPLEMENTATION, and `auto`. `use_attention` changes no global state.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffsynth import _env
-from diffsynth.core.attention.call import AttentionBackend, AttentionCall
-from diffsynth.core.attention.checking import CuSeqlens, check
-from diffsynth.core.attention.choice import chosen
-from diffsynth.core.attention.on_meta import Workspace, attend_on_meta
-from diffsynth.errors import Refused, did_you_mean
+from diffsynth.core.attention.call import AttentionCall, CuSeqlens, checked_call
+from diffsynth.core.attention.meta import attend_on_meta
+from diffsynth.core.attention.registry import BACKENDS, RegisteredBackend, avoidance, check_known, find_backend
+from diffsynth.errors import Refused
 
-_ALIASES = {"torch": "sdpa"}
-_backends: dict[str, AttentionBackend] = {}
-_priorities: dict[str, int] = {}
-_workspaces: dict[str, Workspace] = {}
-_told: set[tuple[str, str]] = set()
 logger = logging.getLogger(__name__)
 
 
@@ -36,166 +38,212 @@ def attention(
     score_bias: Float[Tensor, "#b #n #q #k"] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "b q n d_v"]:
-    """`softmax(scale * q k^T + score_bias) v` for each head, in the dtype of `q`.
+    """Compute `softmax(scale * q k^T + score_bias) v` for each head, in the dtype of `q`.
 
-    Under `torch.autocast` q, k and v are cast first, as torch's own attention casts them.
+    Under `torch.autocast` q, k and v are cast first, as in `F.scaled_dot_product_attention`.
 
-    Everything that is given is honoured together: a query may attend a key if all of `mask`, `causal`, `window` and
-    `cu_seqlens` allow it. A query that may attend nothing gives zeros.
+    All restrictions apply together: a query may attend a key if `mask`, `causal`, `window` and `cu_seqlens` all allow
+    it. A query without an allowed key gives zeros.
 
     Args:
         q: queries.
-        k: keys; with fewer heads than `q`, each serves `n / n_kv` neighbouring query heads.
+        k: keys; with fewer heads than `q`, each key head serves `n / n_kv` neighbouring query heads.
         v: values.
         mask: True = may attend.
         causal: query `i` may attend key `j` only if `j <= i'`, with `i' = i + (k_len - q_len)`.
-        scale: None is `d ** -0.5`.
-        window: (left, right): only if `i' - left <= j <= i' + right`; -1 is no limit. With `causal`, right is 0.
-        cu_seqlens: int32 `(samples + 1,)` offsets of samples packed along the tokens of a batch of 1; a pair, of
-            queries and of keys, where they differ. Tokens attend within their sample, in which `causal` and `window`
-            count. On the CPU its values are checked, and some backends do better if they know them.
+        scale: factor on the scores; None is `d ** -0.5`.
+        window: (left, right): query `i` may attend key `j` only if `i' - left <= j <= i' + right`; -1 is no limit. With
+            `causal`, right is 0.
+        cu_seqlens: int32 `(samples + 1,)` offsets of samples packed along the tokens of a batch of 1; a pair (queries,
+            keys) if they differ. Tokens attend within their sample; `causal` and `window` apply within it. Offsets on
+            the CPU are checked, and let some backends serve the samples one by one.
         score_bias: added to the scaled scores; the dtype of `q` or fp32.
-        backend: a name of `available_backends()`, or `auto`; None asks `use_attention`, then
+        backend: a name of `available_backends()`, or `auto`; None is the choice of `use_attention`, else of
             DIFFSYNTH_ATTENTION_IMPLEMENTATION.
 
     Raises:
-        Refused: the backend that was asked for by name cannot serve this call, or none can.
+        Refused: the selected backend cannot serve this call, or, with `auto`, no backend can.
         ValueError: unknown backend, or arguments that do not fit together.
-        TypeError: a mask that is not bool, a bias that is no float, offsets that are not int32.
+        TypeError: a mask that is not bool, a bias that is not floating point, offsets that are not int32.
     """
-    q, k, v = _under_autocast(q, k, v)
-    call = check(
+    # Under autocast a linear layer returns the lower dtype and a norm fp32, so q and k differ from v.
+    q, k, v = _cast_by_autocast(q, k, v)
+    call = checked_call(
         q, k, v, mask=mask, causal=causal, scale=scale, window=window, cu_seqlens=cu_seqlens, score_bias=score_bias
     )
     return serve(call, backend)
 
 
-def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    # A linear layer answers in the lower dtype, a norm in fp32: so q and k come to differ from v.
+def _cast_by_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     kind = tensors[0].device.type
-    if tensors[0].is_meta or not torch.is_autocast_enabled(kind):  # torch refuses to say for meta
+    if tensors[0].is_meta or not torch.is_autocast_enabled(kind):  # torch raises for the meta device
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(each if each.dtype == torch.float64 else each.to(dtype) for each in tensors)
 
 
 def serve(call: AttentionCall, backend: str | None = None) -> Float[Tensor, "b q n d_v"]:
-    """The result of a checked call; `backend` as in `attention()`, and so are the errors."""
-    name = backend or chosen() or _env.attention_implementation()
+    """Return the attention output of a checked call; `backend` and errors are those of `attention()`."""
+    name = backend or chosen_backend() or _env.attention_implementation()
     if name == "auto":
-        return _attend(_backends[choose(call)], call)
-    named = _named(name)
-    # On meta, the device that a plan is meant for is not known: what was asked for by name is taken at its word.
-    reason = None if call.q.is_meta else named.refuses(call)
+        return _attend(BACKENDS[choose(call)], call)
+    registered = find_backend(name)
+    # Tensors on meta do not tell on which device the call will run, so a backend selected by name is not checked.
+    reason = None if call.q.is_meta else registered.backend.refuses(call)
     if reason is not None:
         raise Refused(
-            f"attention backend {name!r} refuses this call: {reason} ({call.describe()}); "
-            "ask for another one, or for 'auto'"
+            f"attention backend {name!r} refuses this call: {reason} ({call.describe()}); select another one, or 'auto'"
         )
-    return _attend(named, call)
+    return _attend(registered, call)
 
 
-def _attend(backend: AttentionBackend, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-    # Without memory there is nothing to compute: a plan asks what it would take.
-    return attend_on_meta(call, _workspace(backend)) if call.q.is_meta else backend(call)
-
-
-def _workspace(backend: AttentionBackend) -> Workspace | None:
-    declared = (_workspaces[name] for name, each in _backends.items() if each is backend and name in _workspaces)
-    return next(declared, getattr(backend, "workspace", None))
+def _attend(registered: RegisteredBackend, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
+    return attend_on_meta(call, registered.workspace) if call.q.is_meta else registered.backend(call)
 
 
 def choose(call: AttentionCall) -> str:
-    """What `auto` takes: the name of the first that neither refuses nor avoids the call, else that does not refuse it.
+    """Return the name of the backend that `auto` selects for a call.
 
-    Why one is passed over is logged, once for each backend and reason.
+    That is the first one that neither refuses nor avoids the call, else the first that does not refuse it. Why a
+    backend is not selected is logged, once for each backend and reason.
 
     Raises:
-        Refused: all of them do; the message has every reason.
+        Refused: every backend refuses the call; the message has all reasons.
     """
     avoiding: str | None = None
-    for name, backend in _backends.items():
-        reason = backend.refuses(call)
+    for name, registered in BACKENDS.items():
+        reason = registered.backend.refuses(call)
         if reason is None:
-            reason = _avoidance(backend, call)
+            reason = avoidance(name, call)
             if reason is None:
                 return name
             avoiding = avoiding or name
-        if not torch.compiler.is_compiling():
-            _tell(name, reason)
+        if not torch.compiler.is_compiling() and reason not in registered.logged_reasons:
+            registered.logged_reasons.add(reason)
+            logger.info("attention does not use %s: %s", name, reason)
     if avoiding is not None:
         return avoiding
-    reasons = "; ".join(f"{name}: {backend.refuses(call)}" for name, backend in _backends.items())
+    reasons = "; ".join(f"{name}: {registered.backend.refuses(call)}" for name, registered in BACKENDS.items())
     raise Refused(f"every attention backend refuses this call ({call.describe()}): {reasons}")
 
 
-def available_backends() -> tuple[str, ...]:
-    """Names of the registered backends, in the order in which `auto` tries them."""
-    return tuple(_backends)
+_choices: ContextVar[tuple[tuple[int, str], ...]] = ContextVar("diffsynth_attention", default=())
+"""(id of the `use_attention`, backend) of the choices in force in this thread or task; the innermost is last."""
+
+_innermost: ContextVar[str | None] = ContextVar("diffsynth_attention_name", default=None)
+"""The backend of the innermost choice. Compiled code guards on this name alone, so it serves later choices of it."""
 
 
-def refusal(name: str, call: AttentionCall) -> str | None:
-    """Why the backend of that name cannot serve a call, or None.
-
-    Raises:
-        ValueError: unknown backend.
-    """
-    return _named(name).refuses(call)
+class _ThreadChoice(threading.local):
+    def __init__(self) -> None:
+        self.innermost: str | None = None
 
 
-def avoidance(name: str, call: AttentionCall) -> str | None:
-    """Why `auto` looks for another backend first, or None.
+_thread_choice = _ThreadChoice()
+"""The innermost choice by thread, for compiled code of torch before 2.15, where reading a ContextVar breaks graphs."""
 
-    Raises:
-        ValueError: unknown backend.
-    """
-    return _avoidance(_named(name), call)
+CAN_TRACE_CONTEXTVARS = torch.__version__ >= (2, 15)
+"""Whether torch.compile can trace the reading of a ContextVar."""
+
+_is_used = False
+"""Whether a `use_attention` was ever made. Until then compiled code does not read the context."""
 
 
-def register_backend(
-    name: str, backend: AttentionBackend, *, priority: int = 0, workspace: Workspace | None = None
-) -> None:
-    """Make `backend` known as `name`; `auto` tries higher priorities first (`sdpa` has 0, `naive` -100).
+class use_attention:  # noqa: N801 - it is used like a function
+    """Select the backend of `attention()` calls without `backend=`, in a `with` block or in the forward of a module.
+
+        with use_attention("naive"):
+            image = pipe(prompt)
+
+        choice = use_attention("sdpa", module=pipe.vae)  # for every later call of the module
+        choice.remove()
+
+    The innermost choice has precedence. `backend=` of a call precedes it; it precedes
+    DIFFSYNTH_ATTENTION_IMPLEMENTATION. A choice for a `with` block holds in the thread or task that made it (in code
+    compiled by torch before 2.15, in the thread); a choice for a module holds in every thread that calls the module.
 
     Args:
-        workspace: what a plan counts for it; None is its own `workspace(call, device_type)`, if it has one.
+        backend: a name of `available_backends()`, or `auto`.
+        module: select for the forward of this module, including its submodules, from now until `remove()` or the end
+            of the `with` block. Calls elsewhere in the program are not affected.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: unknown backend, or the same object entered twice at the same time.
     """
-    if name in _backends or name in _ALIASES or name == "auto":
-        raise ValueError(f"attention backend {name!r} is already registered")
-    _priorities[name] = priority
-    if workspace is not None:
-        _workspaces[name] = workspace
-    _backends[name] = backend
-    in_order = sorted(_backends.items(), key=lambda item: -_priorities[item[0]])
-    _backends.clear()
-    _backends.update(in_order)
+
+    def __init__(self, backend: str, *, module: nn.Module | None = None) -> None:
+        check_known(backend)
+        global _is_used
+        _is_used = True
+        self._entry = (id(self), backend)
+        self._is_entered = False
+        self._hooks: list[Any] = []
+        if module is not None:
+            # always_call runs the hook even if forward raises.
+            self._hooks = [
+                module.register_forward_pre_hook(lambda *_: self._begin()),
+                module.register_forward_hook(lambda *_: self._end(), always_call=True),
+            ]
+        self._is_for_module = module is not None
+
+    def remove(self) -> None:
+        """End the choice for a module; calling it again does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> use_attention:
+        if self._is_entered:
+            raise ValueError(f"use_attention({self._entry[1]!r}) is already entered; create another one")
+        self._is_entered = True
+        if not self._is_for_module:
+            self._begin()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._is_entered = False
+        if self._is_for_module:
+            self.remove()
+        else:
+            self._end()
+
+    def _begin(self) -> None:
+        _set_choices((*_choices.get(), self._entry))
+
+    def _end(self) -> None:
+        # If another pre-hook raised before ours ran, this choice never began.
+        entries = _choices.get()
+        if entries and entries[-1] == self._entry:
+            _set_choices(entries[:-1])
 
 
-def check_known(name: str) -> None:
-    """Raise ValueError, with the nearest spelling, unless `name` is `auto` or a backend's."""
-    if name != "auto":
-        _named(name)
+class restored_choice:  # noqa: N801
+    """Context manager that restores the `use_attention` choices that were in force when it was created.
+
+    For work that runs later or in another thread, such as the recomputation of a checkpointed block in the backward
+    pass.
+    """
+
+    def __init__(self) -> None:
+        self._entries = _choices.get()
+
+    def __enter__(self) -> None:
+        self._before = _choices.get()
+        _set_choices(self._entries)
+
+    def __exit__(self, *_: object) -> None:
+        _set_choices(self._before)
 
 
-def _named(name: str) -> AttentionBackend:
-    named = _backends.get(_ALIASES.get(name, name))
-    if named is None:
-        known = ("auto", *_backends, *_ALIASES)
-        raise ValueError(
-            f"attention backend {name!r} is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}"
-        )
-    return named
+def chosen_backend() -> str | None:
+    """Return the backend of the innermost `use_attention` in this thread or task, or None."""
+    if not _is_used:
+        return None
+    return _innermost.get() if CAN_TRACE_CONTEXTVARS or not torch.compiler.is_compiling() else _thread_choice.innermost
 
 
-def _avoidance(backend: AttentionBackend, call: AttentionCall) -> str | None:
-    avoids = getattr(backend, "avoids", None)
-    return None if avoids is None else avoids(call)
-
-
-def _tell(name: str, reason: str) -> None:
-    if (name, reason) not in _told:
-        _told.add((name, reason))
-        logger.info("attention passes over %s: %s", name, reason)
+def _set_choices(entries: tuple[tuple[int, str], ...]) -> None:
+    name = entries[-1][1] if entries else None
+    _choices.set(entries)
+    _innermost.set(name)
+    _thread_choice.innermost = name

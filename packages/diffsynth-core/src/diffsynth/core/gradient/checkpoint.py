@@ -10,7 +10,7 @@ import torch
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from diffsynth.core.attention.choice import chosen, restored_choice
+from diffsynth.core.attention.select import chosen_backend, restored_choice
 
 
 def gradient_checkpoint_forward(
@@ -39,6 +39,6 @@ def gradient_checkpoint_forward(
         return model(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
     # The second forward runs when the choice of an attention backend may have ended, and perhaps in another thread.
-    again = {} if chosen() is None else {"context_fn": lambda: (nullcontext(), restored_choice())}
+    again = {} if chosen_backend() is None else {"context_fn": lambda: (nullcontext(), restored_choice())}
     with save_on_cpu() if use_gradient_checkpointing_offload else nullcontext():
         return checkpoint(call, *args, *kwargs.values(), use_reentrant=False, **again)

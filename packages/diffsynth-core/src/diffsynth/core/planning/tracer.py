@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from diffsynth.core.attention.on_meta import MetaCall, call_of_sdpa, watched
+from diffsynth.core.attention.meta import MetaCall, meta_call_of_sdpa, observed_meta_calls
 from diffsynth.core.planning.allocations import AllocationTracker
 from diffsynth.core.planning.kernel_workspace import workspace
 from diffsynth.core.planning.known_values import KnownValues, tensors_in
@@ -96,7 +96,7 @@ class MetaTracer:
             for role, blocks in self._blocks.items():
                 for name, module in blocks.items():
                     self._note_runs(entered, role, name, module)
-            entered.enter_context(watched(self._attention))
+            entered.enter_context(observed_meta_calls(self._attention))
             entered.enter_context(made_by(RepeatedCalls(self)))
             entered.enter_context(_Calls(self))
             entered.enter_context(_Operations(self))
@@ -191,7 +191,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and (args[0] if args else kwargs["query"]).is_meta:
-            call = call_of_sdpa(*args, **kwargs)
+            call = meta_call_of_sdpa(*args, **kwargs)
             self._tracer._attention(call)
             return call.out.transpose(1, 2)
         if func is F.rms_norm and self._tracer.device_type != "cpu" and args[0].is_meta:

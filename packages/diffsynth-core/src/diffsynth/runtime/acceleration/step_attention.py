@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from diffsynth.core.attention.call import AttentionCall
-from diffsynth.core.attention.choice import use_attention
-from diffsynth.core.attention.select import check_known, refusal
+from diffsynth.core.attention.registry import check_known, refusal
+from diffsynth.core.attention.select import use_attention
 from diffsynth.errors import Refused
 from diffsynth.runtime.acceleration.texts import settings_in
 from diffsynth.runtime.declared_backends import use_declared_backends

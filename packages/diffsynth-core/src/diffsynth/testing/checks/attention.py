@@ -84,7 +84,7 @@ def _call(case: _Case, dtype: torch.dtype) -> AttentionCall:
     import torch
 
     from diffsynth.core import device as devices
-    from diffsynth.core.attention.checking import check
+    from diffsynth.core.attention.call import checked_call
 
     generator, device = torch.Generator().manual_seed(0), devices.default_device()
     batch = 1 if case.is_packed else 2
@@ -107,4 +107,4 @@ def _call(case: _Case, dtype: torch.dtype) -> AttentionCall:
         )
     if case.is_biased:
         more["score_bias"] = random(1, 3, 63, case.k_len)
-    return check(q, k, v, mask=mask, causal=case.causal, scale=case.scale, window=case.window, **more)
+    return checked_call(q, k, v, mask=mask, causal=case.causal, scale=case.scale, window=case.window, **more)

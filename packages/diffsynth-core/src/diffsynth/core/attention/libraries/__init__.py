@@ -1,1 +1,1 @@
-"""Attention of libraries that are not among our requirements. None is imported before the first call that it serves."""
+"""Backends of optional libraries. A library is imported at the first call that it serves."""

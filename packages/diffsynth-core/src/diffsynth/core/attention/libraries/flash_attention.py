@@ -1,7 +1,7 @@
 """FlashAttention 2, 3 and 4 (Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608).
 
-All three take `b s n d`, share key heads among query heads, align `causal` and windows to the last query and key as we
-do (2 since its version 2.1), and give zeros for a query without keys.
+All three take `b s n d` and grouped heads, align `causal` and windows to the last query and key as `AttentionCall` does
+(2 since its version 2.1), and give zeros for a query without keys.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 @dataclass(frozen=True)
 class FlashAttention:
-    """One generation of the library.
+    """Backend of one generation of flash-attn.
 
     Args:
-        name: of the backend.
-        module: where its `flash_attn_func` and `flash_attn_varlen_func` are.
-        capabilities: NVIDIA's generations that it has kernels for.
-        rocm: whether it has kernels for AMD's devices.
-        no_limit: what its windows have on a side without limit.
-        has_gradients: whether a backward pass may follow.
-        most: widest head.
+        name: name of the backend.
+        module: the module with `flash_attn_func` and `flash_attn_varlen_func`.
+        capabilities: major CUDA compute capabilities that it has kernels for.
+        rocm: whether it has kernels for AMD devices.
+        no_limit: the value of `window_size` for a side without limit.
+        has_gradients: whether it supports a backward pass.
+        max_head_dim: largest head dim.
     """
 
     name: str
@@ -44,13 +44,13 @@ class FlashAttention:
     rocm: bool = False
     no_limit: int | None = -1
     has_gradients: bool = True
-    most: int = 256
+    max_head_dim: int = 256
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Masks, biases, fp32, wide heads, devices without kernels, and a library that is not there or too old."""
+        """Return a reason for masks, biases, fp32, wide heads, other devices, and a missing or too old library."""
         if reason := device_refusal(self.name, call, self.capabilities, rocm=self.rocm) or missing(self.module):
             return reason
-        if reason := half_refusal(call, most=self.most):
+        if reason := half_refusal(call, max_head_dim=self.max_head_dim):
             return reason
         if call.mask is not None:
             return "it takes no mask"
@@ -62,7 +62,7 @@ class FlashAttention:
         return function_refusal(self.module, _function_name(call), *packed, "softmax_scale", "causal", "window_size")
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-        """See `AttentionBackend`."""
+        """Return the attention output in the dtype of `call.q`."""
         attend = function(self.module, _function_name(call))
         window = call.window or (-1, -1)
         settings: dict[str, Any] = {
@@ -71,22 +71,22 @@ class FlashAttention:
             "window_size": tuple(self.no_limit if side < 0 else side for side in window),
         }
         if call.cu_seqlens is None:
-            return _first(attend(call.q, call.k, call.v, **settings))
+            return _output_of(attend(call.q, call.k, call.v, **settings))
         packed = dict(zip(_PACKED, (*call.cu_seqlens, *call.longest), strict=True))
-        return _first(attend(call.q[0], call.k[0], call.v[0], **packed, **settings))[None]
+        return _output_of(attend(call.q[0], call.k[0], call.v[0], **packed, **settings))[None]
 
 
 def _function_name(call: AttentionCall) -> str:
     return "flash_attn_func" if call.cu_seqlens is None else "flash_attn_varlen_func"
 
 
-def _first(given: Any) -> Tensor:
-    """Version 4, and some of 3, also give the logarithms of the sums."""
-    return given if isinstance(given, Tensor) else given[0]
+def _output_of(result: Any) -> Tensor:
+    # Version 4, and some of 3, return (output, logsumexp).
+    return result if isinstance(result, Tensor) else result[0]
 
 
 FLASH_ATTENTION_2 = FlashAttention("flash_attention_2", "flash_attn", range(8, 13), rocm=True)
 FLASH_ATTENTION_3 = FlashAttention("flash_attention_3", "flash_attn_interface", range(9, 10))
 FLASH_ATTENTION_4 = FlashAttention(
-    "flash_attention_4", "flash_attn.cute", range(9, 11), no_limit=None, has_gradients=False, most=128
+    "flash_attention_4", "flash_attn.cute", range(9, 11), no_limit=None, has_gradients=False, max_head_dim=128
 )

@@ -1,4 +1,4 @@
-"""Whether an optional library can be used on the device of a call."""
+"""Checks whether an optional library can serve a call: installation, version, device, dtype and head dim."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ _refusals: dict[tuple[str, ...], str | None] = {}
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
+def clear_cache() -> None:
+    """Forget which libraries were found, so that the next call looks for them again."""
+    for cache in (_missing, _refusals, _functions):
+        cache.clear()
+
+
 def missing(module: str) -> str | None:
-    """Why a module cannot be imported, or None. Looked up once, without importing it or the package around it."""
+    """Return why a module cannot be imported, or None. Looked up once, without importing it or its package."""
     if module not in _missing:
-        _missing[module] = None if _is_there(module) else f"{module} is not installed"
+        _missing[module] = None if _is_installed(module) else f"{module} is not installed"
     return _missing[module]
 
 
 def function_refusal(module: str, name: str, *arguments: str) -> str | None:
-    """Why a library's function cannot be used: it is not there, fails to import, or takes no such arguments.
+    """Return why a function of a library cannot be used, or None: missing, not importable, or without these arguments.
 
-    A version that does not know an argument would raise in the middle of a run, or not mean what we mean.
+    Arguments are checked because another version would raise in the middle of a run.
     """
     key = (module, name, *arguments)
     if key not in _refusals:
@@ -37,7 +43,7 @@ def function_refusal(module: str, name: str, *arguments: str) -> str | None:
 
 
 def function(module: str, name: str) -> Callable[..., Any]:
-    """A library's function, of which `function_refusal` said nothing."""
+    """Return a function of a library, for which `function_refusal` returned None."""
     return _functions[module, name]
 
 
@@ -45,7 +51,7 @@ def _major_and_minor(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-# What torch.compiler.assume_constant_result() sets; calling it would load the compiler at import.
+# The attribute that torch.compiler.assume_constant_result() sets; calling it would import the compiler.
 for _constant in (missing, function_refusal, _major_and_minor):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -53,13 +59,13 @@ for _constant in (missing, function_refusal, _major_and_minor):
 def device_refusal(
     name: str, call: AttentionCall, capabilities: range | None = None, *, rocm: bool = False
 ) -> str | None:
-    """Why the device of a call will not do: not CUDA, or of a generation that the library has no kernels for.
+    """Return why the device of a call is not supported, or None: not CUDA, or a compute capability without kernels.
 
     Args:
-        name: of the backend.
-        call: its tensors say where.
-        capabilities: major numbers of the compute capabilities that will do, of NVIDIA's; None is all.
-        rocm: whether AMD's devices will do, too.
+        name: name of the backend, for the message.
+        call: the call, whose tensors are on the device.
+        capabilities: supported major numbers of NVIDIA's compute capabilities; None is all.
+        rocm: whether AMD devices are supported.
     """
     device = call.q.device
     if device.type != "cuda":
@@ -74,19 +80,19 @@ def device_refusal(
     return None
 
 
-def half_refusal(call: AttentionCall, *, most: int, multiple: int = 8) -> str | None:
-    """Why dtype or head dim will not do: half precision, queries as wide as values, up to `most`."""
+def half_refusal(call: AttentionCall, *, max_head_dim: int) -> str | None:
+    """Return why dtype or head dim is not supported, or None: fp16 or bf16, and one head dim, a multiple of 8."""
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {call.q.dtype} is neither fp16 nor bf16"
     dim, of_values = call.q.shape[-1], call.v.shape[-1]
     if dim != of_values:
         return f"head dim {dim} of queries and {of_values} of values differ"
-    if dim > most or dim % multiple:
-        return f"head dim {dim} is not a multiple of {multiple} up to {most}"
+    if dim > max_head_dim or dim % 8:
+        return f"head dim {dim} is not a multiple of 8 up to {max_head_dim}"
     return None
 
 
-def _is_there(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     if module in sys.modules:
         return True
     parts, found = module.split("."), None

@@ -1,4 +1,4 @@
-"""SageAttention (Zhang et al. 2024, arXiv:2410.02367): scores of 8-bit queries and keys."""
+"""SageAttention (Zhang et al. 2024, arXiv:2410.02367): attention with queries and keys quantized to 8 bits."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
 class SageAttention:
-    """Inference only, and its results differ from exact attention by what 8 bits lose."""
+    """Backend of the library sageattention: inference only, and inexact because of 8-bit scores."""
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Masks, windows, biases, gradients, fp32, heads that it has no kernel for, devices without CUDA."""
+        """Return a reason for masks, windows, biases, gradients, fp32, other head dims, or devices without CUDA."""
         if reason := device_refusal(_NAME, call, range(8, 13)) or missing("sageattention"):
             return reason
-        if reason := half_refusal(call, most=128) or _content_refusal(call):
+        if reason := half_refusal(call, max_head_dim=128) or _content_refusal(call):
             return reason
         if call.cu_seqlens is None:
             return function_refusal("sageattention", "sageattn", "tensor_layout", "is_causal", "sm_scale")
         return function_refusal("sageattention", "sageattn_varlen", *_PACKED, "is_causal", "sm_scale")
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Everything: what it computes is not what was asked for, but near it."""
-        return "its 8-bit scores are inexact; it is for those who ask for it"
+        """Return a reason for every call: the result is an approximation."""
+        return "its 8-bit scores are inexact; it is used only if selected by name"
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-        """See `AttentionBackend`."""
+        """Return the attention output in the dtype of `call.q`."""
         settings = {"is_causal": call.causal, "sm_scale": call.scale}
         if call.cu_seqlens is None:
             attend = function("sageattention", "sageattn")
@@ -59,13 +59,13 @@ def _content_refusal(call: AttentionCall) -> str | None:
     if call.q.shape[-1] not in dims:
         return f"head dim {call.q.shape[-1]} is none of {', '.join(map(str, dims))}"
     if call.causal:
-        # Its causal mask stands at the first key, ours at the last.
+        # Its causal mask is aligned to the first key, that of `AttentionCall` to the last.
         if call.cu_seqlens is None and call.q_len != call.k_len:
             return f"causal over {call.q_len} queries and {call.k_len} keys: it aligns them at the first"
         if call.cu_seqlens is not None and (call.offsets is None or call.offsets[0] != call.offsets[1]):
-            return "causal over samples whose queries and keys are not known to be as many: it aligns them at the first"
+            return "causal over samples whose query and key lengths differ or are unknown: it aligns them at the first"
     if call.cu_seqlens is not None and (call.offsets is None or _has_keyless(call)):
-        return "packed samples of unknown lengths, or with queries and no keys"
+        return "packed samples of unknown lengths, or with queries but no keys"
     return None
 
 

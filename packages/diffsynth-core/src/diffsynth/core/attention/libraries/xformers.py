@@ -1,4 +1,4 @@
-"""xFormers' memory-efficient attention."""
+"""Memory-efficient attention of xFormers."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from torch import Tensor
 from diffsynth.core.attention.call import AttentionCall
 from diffsynth.core.attention.libraries.probing import device_refusal, function, function_refusal, missing
 
-_MOST = 256
-"""Of the head dim, for all of its kernels."""
+_MAX_HEAD_DIM = 256
+"""Largest head dim that all of its kernels support."""
 
 
 class XformersAttention:
-    """Plain, causal, windowed, or over packed samples; masks and biases it would need padded, so it gets none."""
+    """Backend of the library xformers, for plain, causal and windowed calls and packed samples.
+
+    Masks and biases are refused, because xFormers needs them padded.
+    """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Masks, biases, windows over packed samples, queries without keys, devices without CUDA."""
+        """Return a reason for masks, biases, windows over packed samples, queries without keys, and other devices."""
         if reason := device_refusal("xformers", call) or missing("xformers"):
             return reason
         if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"dtype {call.q.dtype} is none of fp16, bf16, fp32"
-        if max(call.q.shape[-1], call.v.shape[-1]) > _MOST or call.q.shape[-1] % 8 or call.v.shape[-1] % 8:
-            return f"head dims {call.q.shape[-1]} and {call.v.shape[-1]} are not multiples of 8 up to {_MOST}"
+        if max(call.q.shape[-1], call.v.shape[-1]) > _MAX_HEAD_DIM or call.q.shape[-1] % 8 or call.v.shape[-1] % 8:
+            return f"head dims {call.q.shape[-1]} and {call.v.shape[-1]} are not multiples of 8 up to {_MAX_HEAD_DIM}"
         if reason := _content_refusal(call):
             return reason
         return function_refusal("xformers.ops", "memory_efficient_attention", "attn_bias", "scale")
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-        """See `AttentionBackend`."""
+        """Return the attention output in the dtype of `call.q`."""
         attend = function("xformers.ops", "memory_efficient_attention")
         q, k, v = call.q, call.k, call.v
         if call.q_per_kv > 1:
-            # Grouped heads are an axis of their own, of keys as well; expanding copies nothing.
+            # xFormers takes grouped heads as an axis of q, k and v; expand() copies nothing.
             q = q.unflatten(2, (k.shape[2], call.q_per_kv))
             k, v = (x[:, :, :, None].expand(-1, -1, -1, call.q_per_kv, -1) for x in (k, v))
         out = attend(q, k, v, attn_bias=_bias(call), scale=call.scale)
@@ -48,7 +51,7 @@ def _content_refusal(call: AttentionCall) -> str | None:
     if call.mask is not None:
         return "it takes no bool mask"
     if call.score_bias is not None:
-        return "score_bias would have to be padded for it"
+        return "it takes no score_bias without padding"
     if call.cu_seqlens is not None:
         if call.window is not None:
             return "it takes no window over packed samples"
@@ -62,7 +65,7 @@ def _content_refusal(call: AttentionCall) -> str | None:
 
 
 def _bias(call: AttentionCall) -> Any:
-    """What xFormers calls a bias: an object that says which keys a query may attend."""
+    """Return the attention bias object of xFormers for the call, which describes the allowed pairs; None if plain."""
     if call.is_plain:
         return None
     biases = importlib.import_module("xformers.ops.fmha.attn_bias")
@@ -73,10 +76,10 @@ def _bias(call: AttentionCall) -> Any:
     left, right = call.limits
     if (left, right) == (-1, 0):
         return biases.LowerTriangularFromBottomRightMask()
-    # It has no word for a side without limit: as many tokens as there are.
-    everything = max(call.q_len, call.k_len)
+    # xFormers cannot express a side without limit: use the number of all tokens.
+    all_tokens = max(call.q_len, call.k_len)
     return biases.LocalAttentionFromBottomRightMask(
-        window_left=everything if left < 0 else left, window_right=everything if right < 0 else right
+        window_left=all_tokens if left < 0 else left, window_right=all_tokens if right < 0 else right
     )
 
 

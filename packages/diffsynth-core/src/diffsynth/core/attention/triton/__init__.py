@@ -1,6 +1,5 @@
-"""Flash attention in Triton.
+"""FlashAttention-2 in Triton, tested against the reference implementation in `core.attention.naive`.
 
-`backend` says what it refuses, `op` shows it to PyTorch, `forward` and `backward` hold the kernels, `places` and
-`tiles` say which blocks they visit, `configs` how they are cut; `int8` is the one whose scores are products of 8 bits.
-The truth that they are tested against is `naive`.
+`backend` has the backends, `op` the PyTorch operators, `forward`, `backward` and `int8` the kernels. `addressing` and
+`tiles` compute which blocks a kernel visits; `configs` has the block sizes.
 """

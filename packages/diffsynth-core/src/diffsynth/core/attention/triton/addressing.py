@@ -1,8 +1,9 @@
-"""Where a program of the attention kernels stands, and which blocks it has to visit. Inlined into every kernel.
+"""Device functions that give a program of the attention kernels its tile and the blocks that it visits.
 
-Letters: `i_*` indices, `o_*` offsets, `b_*` loaded blocks, `p_*` pointers, `m_*` masks. Rows are queries, columns are
-keys. `shift` is `k_len - q_len` of the sample: row `i` stands beside column `i + shift`. Blocks `[first, full_first)`
-and `[full_last, last)` are visited MASKED, `[full_first, full_last)` without masks, all others not at all.
+They are inlined into every kernel. Names: `i_*` indices, `o_*` offsets, `b_*` loaded blocks, `p_*` pointers, `m_*`
+masks. Rows are queries, columns are keys. Row `i` of a sample is aligned with column `i + k_len - q_len`. Blocks
+`[first, full_first)` and `[full_last, last)` are visited with masks (MASKED), `[full_first, full_last)` without masks,
+all others not at all.
 """
 
 # ruff: noqa: N803 - constexpr parameters are in capitals, as everywhere in Triton
@@ -13,10 +14,11 @@ import triton.language as tl
 
 
 @triton.jit
-def place(i_program, tiles, heads, REVERSED: tl.constexpr):
-    """Tile, head and batch row of a program, the last two 64 bits wide; neighbours share a head, so its keys stay near.
+def program_indices(i_program, tiles, heads, REVERSED: tl.constexpr):
+    """Return tile, head and batch row of a program; head and batch row are int64.
 
-    REVERSED where later tiles have more to do: the longest first keep the device busy to the end.
+    Neighbouring programs share a head, so its keys stay in the cache. REVERSED starts with the last tiles, for kernels
+    whose later tiles have more work: launching the longest programs first keeps the device busy to the end.
     """
     i_tile = i_program % tiles
     if REVERSED:
@@ -26,11 +28,12 @@ def place(i_program, tiles, heads, REVERSED: tl.constexpr):
 
 
 @triton.jit
-def locate(cu_tiled, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK: tl.constexpr, SAMPLES: tl.constexpr):
-    """Tile within its sample, and start and length of the sample's queries and keys; one sample where SAMPLES is 0.
+def locate_sample(cu_tiled, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK: tl.constexpr, SAMPLES: tl.constexpr):
+    """Return the tile's index in its packed sample, and start and length of the sample's queries and keys.
 
-    Each sample of `cu_tiled` is cut into tiles of BLOCK tokens of its own. The grid has `tokens // BLOCK + samples` of
-    them, which is never too few and needs no look at the device's offsets; those that are left over get length 0.
+    With SAMPLES 0 there is one sample. Each sample of `cu_tiled` is divided into tiles of BLOCK tokens. The grid has
+    `tokens // BLOCK + samples` tiles, an upper bound that is known without reading the offsets from the device; surplus
+    tiles get length 0.
     """
     i_sample = i_tile * 0
     q_start = i_sample.to(tl.int64)
@@ -56,7 +59,7 @@ def columns_to_visit(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of columns for the tile of rows that begins at `row`: first, full_first, full_last, last."""
+    """Return the block range of columns (first, full_first, full_last, last) for the BLOCK_M rows at `row`."""
     first = row * 0
     full_first = first
     if HAS_MASK:
@@ -64,13 +67,13 @@ def columns_to_visit(
     else:
         last = first + k_len
         full_last = last
-        beside, beside_end = row + (k_len - q_len), tl.minimum(row + BLOCK_M, q_len) + (k_len - q_len)
+        begin, end = row + (k_len - q_len), tl.minimum(row + BLOCK_M, q_len) + (k_len - q_len)  # aligned columns
         if HAS_LEFT:
-            first = tl.maximum(beside - left, 0)
-            full_first = tl.maximum(beside_end - 1 - left, 0)
+            first = tl.maximum(begin - left, 0)
+            full_first = tl.maximum(end - 1 - left, 0)
         if HAS_RIGHT:
-            full_last = tl.minimum(tl.maximum(beside + 1 + right, 0), last)
-            last = tl.minimum(tl.maximum(beside_end + right, 0), last)
+            full_last = tl.minimum(tl.maximum(begin + 1 + right, 0), last)
+            last = tl.minimum(tl.maximum(end + right, 0), last)
         first, full_first, full_last, last = _in_blocks(first, full_first, full_last, last, BLOCK_N)
     return first, full_first, full_last, last
 
@@ -81,7 +84,7 @@ def rows_to_visit(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of rows for the tile of columns that begins at `column`: first, full_first, full_last, last."""
+    """Return the block range of rows (first, full_first, full_last, last) for the BLOCK_N columns at `column`."""
     first = column * 0
     full_first = first
     if HAS_MASK:
@@ -89,13 +92,13 @@ def rows_to_visit(
     else:
         last = first + q_len
         full_last = last
-        beside, beside_end = column - (k_len - q_len), tl.minimum(column + BLOCK_N, k_len) - (k_len - q_len)
+        begin, end = column - (k_len - q_len), tl.minimum(column + BLOCK_N, k_len) - (k_len - q_len)  # aligned rows
         if HAS_RIGHT:
-            first = tl.maximum(beside - right, 0)
-            full_first = tl.maximum(beside_end - 1 - right, 0)
+            first = tl.maximum(begin - right, 0)
+            full_first = tl.maximum(end - 1 - right, 0)
         if HAS_LEFT:
-            full_last = tl.minimum(tl.maximum(beside + 1 + left, 0), last)
-            last = tl.minimum(tl.maximum(beside_end + left, 0), last)
+            full_last = tl.minimum(tl.maximum(begin + 1 + left, 0), last)
+            last = tl.minimum(tl.maximum(end + left, 0), last)
         first, full_first, full_last, last = _in_blocks(first, full_first, full_last, last, BLOCK_M)
     return first, full_first, full_last, last
 
@@ -110,8 +113,8 @@ def _in_blocks(first, full_first, full_last, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visits(first, full_first, full_last, last, MASKED: tl.constexpr):
-    """Range of `block_at` that visits the full blocks, or else those before and after them."""
+def visit_range(first, full_first, full_last, last, MASKED: tl.constexpr):
+    """Return the range of indices for `block_at` that visits the MASKED blocks, or the full ones between them."""
     if MASKED:
         begin, end = first, last - (full_last - full_first)
     else:
@@ -121,7 +124,7 @@ def visits(first, full_first, full_last, last, MASKED: tl.constexpr):
 
 @triton.jit
 def block_at(i, blocks, i_list, length, full_first, full_last, MASKED: tl.constexpr, HAS_MASK: tl.constexpr):
-    """The block of one visit, looked up in its list of `length` where there is a mask."""
+    """Return the block index of one visit; with a mask it is read from the tile's list of `length` blocks."""
     if MASKED:
         i += tl.where(i < full_first, 0, full_last - full_first)
     if HAS_MASK:
@@ -134,7 +137,7 @@ def may_attend(
     o_rows, o_columns, q_len, k_len, left, right, p_mask,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs positions and mask allow; the offsets broadcast against each other, one along each axis."""
+    """Return the mask of allowed pairs; the offsets of rows and columns broadcast against each other."""
     m_pairs = (o_rows < q_len) & (o_columns < k_len)
     if HAS_LEFT:
         m_pairs &= o_columns >= o_rows + (k_len - q_len - left)
@@ -147,7 +150,7 @@ def may_attend(
 
 @triton.jit
 def load_rows(pointers, m_rows, m_inner, MASK_ROWS: tl.constexpr, MASK_INNER: tl.constexpr):
-    """A block whose first axis may end early (the last tokens) and whose second may be padded (the head dim)."""
+    """Load a block; MASK_ROWS masks rows past the last token, MASK_INNER the padding of the head dim."""
     if MASK_ROWS and MASK_INNER:
         b_rows = tl.load(pointers, mask=m_rows[:, None] & m_inner[None, :], other=0)
     elif MASK_ROWS:

@@ -1,4 +1,4 @@
-"""The backends `triton` and `triton_int8`: our own flash attention. They import Triton when first asked to compute."""
+"""The backends `triton` and `triton_int8`. They import Triton at their first call."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _TILE = 64
 
 
 class TritonAttention:
-    """FlashAttention-2 with masks, windows, packed samples and grouped heads, forward and backward.
+    """Backend of FlashAttention-2 with masks, windows, packed samples and grouped heads, forward and backward.
 
-    On a CPU it works only under TRITON_INTERPRET=1, set before Triton is imported: to check it, never to use it.
+    On a CPU it runs only under TRITON_INTERPRET=1, set before Triton is imported, which is meant for tests.
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Devices that are not NVIDIA's from sm_80 on, head dims over 256, biases, fp64."""
+        """Return a reason for devices other than CUDA from sm_80 on, head dims over 256, biases and fp64."""
         return missing("triton") or _device_refusal(call) or _content_refusal(call)
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """What nobody timed on such a device, where it may be slower than others; and the interpreter."""
+        """Return a reason for the interpreter, and for devices on which the block sizes were not timed."""
         capability = capability_of(call.q.device)
         if capability is None:
             return "Triton's interpreter is slow"
@@ -36,8 +36,11 @@ class TritonAttention:
         return None if all(row.tuned for row in rows) else f"its kernels were not timed on sm_{capability}"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """An fp32 sum per query; with a mask, an int32 for each of its blocks, and what sorting those takes; copies of
-        tensors and masks whose rows are no multiple of 16 long."""
+        """Return the bytes of the logsumexp, of padded copies, and of the block lists of a mask.
+
+        The logsumexp is fp32 per query. Tensors and masks whose rows are not a multiple of 16 long are copied. A block
+        of the mask has an int8 state, an int64 index of the sort and an int32 entry of the list.
+        """
         b, q_len, n, _ = call.q.shape
         size = 4 * b * n * q_len + sum(map(_padded_bytes, (call.q, call.k, call.v)))
         if call.mask is not None:
@@ -46,7 +49,7 @@ class TritonAttention:
         return size
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-        """See `AttentionBackend`."""
+        """Return the attention output in the dtype of `call.q`."""
         from diffsynth.core.attention.triton.op import flash_attention
 
         cu_seqlens = list(call.cu_seqlens or ())
@@ -55,10 +58,10 @@ class TritonAttention:
 
 
 class TritonInt8Attention:
-    """The same kernel over queries and keys of 8 bits: inference only, and inexact by what 8 bits lose."""
+    """Backend of the forward kernel with queries and keys quantized to 8 bits: inference only, and inexact."""
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """What `triton` refuses; gradients, fp32, packed samples."""
+        """Return a reason for what `triton` refuses, and for gradients, fp32 and packed samples."""
         if reason := missing("triton") or _device_refusal(call, "triton_int8") or _content_refusal(call):
             return reason
         if call.q.dtype == torch.float32:
@@ -68,15 +71,15 @@ class TritonInt8Attention:
         return "it has no gradients" if call.needs_grad else None
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Everything: what it computes is not what was asked for, but near it."""
-        return "its 8-bit scores are inexact; it is for those who ask for it"
+        """Return a reason for every call: the result is an approximation."""
+        return "its 8-bit scores are inexact; it is used only if selected by name"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """As of `triton`, and queries and keys in 8 bits."""
+        """Return the bytes of `triton`, and of the 8-bit queries and keys."""
         return TritonAttention().workspace(call, device_type) + call.q.numel() + call.k.numel()
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-        """See `AttentionBackend`."""
+        """Return the attention output in the dtype of `call.q`."""
         from diffsynth.core.attention.triton.int8 import flash_attention_int8
 
         return flash_attention_int8(call.q, call.k, call.v, call.mask, call.scale, list(call.limits))
@@ -91,9 +94,9 @@ def _device_refusal(call: AttentionCall, name: str = _NAME) -> str | None:
     if call.q.device.type != "cpu":
         return device_refusal(name, call, range(8, 13))
     if not _env.triton_interpret():
-        return "tensors are on cpu; there TRITON_INTERPRET=1 runs the kernels step by step"
+        return "tensors are on cpu, where the kernels run only under TRITON_INTERPRET=1, in Triton's interpreter"
     if call.q.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bf16 as if it were integers"
+        return "Triton's interpreter multiplies bf16 as integers"
     return None
 
 

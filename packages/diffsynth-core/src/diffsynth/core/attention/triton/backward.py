@@ -1,11 +1,11 @@
-"""The backward kernels: FlashAttention-2 (Dao 2023, arXiv:2307.08691), weights recomputed from the logsumexp.
+"""The backward kernels of FlashAttention-2 (Dao 2023, arXiv:2307.08691); weights are recomputed from the logsumexp.
 
     w = exp2(scale * log2(e) * q k^T - lse)         delta = sum(out * d_out, -1)
     ds = w * (d_out v^T - delta)
     dv = w^T d_out        dk = scale * ds^T q        dq = scale * ds k
 
-One kernel goes by key blocks (dk, dv), one by query blocks (dq): nothing is added atomically, so that gradients repeat
-bit by bit. A row without keys has lse = +inf, so its weights and its gradients are 0.
+One kernel computes dk and dv for a tile of keys, another dq for a tile of queries. Without atomic additions, gradients
+are deterministic. A row without an allowed key has lse = +inf, so its weights and gradients are 0.
 """
 
 # ruff: noqa: N803, N806 - constexpr parameters are in capitals, as everywhere in Triton
@@ -18,11 +18,11 @@ from diffsynth.core.attention.triton.addressing import (
     block_at,
     columns_to_visit,
     load_rows,
-    locate,
+    locate_sample,
     may_attend,
-    place,
+    program_indices,
     rows_to_visit,
-    visits,
+    visit_range,
 )
 
 
@@ -30,7 +30,7 @@ from diffsynth.core.attention.triton.addressing import (
 def flash_delta_kernel(
     out, d_out, delta, heads, rows, q_len, D_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """`delta[b, n, q]` from contiguous `out` and `d_out`, `b q n d_v`; BLOCK_M of their `rows = b * q_len * n`."""
+    """Compute fp32 `delta[b, n, q]` for BLOCK_M of the `rows = b * q_len * n` rows of contiguous `out` and `d_out`."""
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_dv = tl.arange(0, BLOCK_DV)
     m_row = o_row < rows
@@ -53,13 +53,16 @@ def flash_dkdv_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`dk`, `dv` of one tile of BLOCK_N keys, as one query head reads them.
+    """Compute `dk` and `dv` of one tile of BLOCK_N keys for one query head, over blocks of BLOCK_M queries.
 
-    `blocks` and `counts` as in the forward kernel, but a row lists the query blocks of a tile of keys.
+    Query heads that share a key head have a gradient each; `op` adds them. `blocks` and `counts` are those of
+    `flash_fwd_kernel`, but a list has the query blocks of a tile of keys.
     """
-    i_tile, i_head, i_batch = place(tl.program_id(0), tiles, heads, HAS_LEFT)
+    i_tile, i_head, i_batch = program_indices(tl.program_id(0), tiles, heads, HAS_LEFT)
     tokens, i_key, q_tiles = q_len, i_batch * k_len, tl.cdiv(q_len, BLOCK_M)
-    i_tile, q_start, k_start, q_len, k_len = locate(cu_k, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK_N, SAMPLES)
+    i_tile, q_start, k_start, q_len, k_len = locate_sample(
+        cu_k, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK_N, SAMPLES
+    )
     column = i_tile * BLOCK_N
     o_m, o_n, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     m_columns, m_d, m_dv = column + o_n < k_len, o_d < D, o_dv < D_V
@@ -81,12 +84,12 @@ def flash_dkdv_kernel(
     p_do = d_out + ((i_batch * tokens + q_start) * heads + i_head) * D_V
     i_stat = (i_batch * heads + i_head) * tokens + q_start
     for MASKED in tl.static_range(2):
-        begin, end = visits(first, full_first, full_last, last, MASKED)
+        begin, end = visit_range(first, full_first, full_last, last, MASKED)
         for i in range(begin, end):
             i_block = block_at(i, blocks, i_list, q_tiles, full_first, full_last, MASKED, HAS_MASK)
             row = i_block * BLOCK_M
             m_rows = row + o_m < q_len
-            ends = HAS_MASK or MASKED  # a listed full block may be a short last one: only its columns count
+            ends = HAS_MASK or MASKED  # with a mask, a full block may have rows past the last query
             b_q = load_rows(p_q + row.to(tl.int64) * stride_qs + o_q, m_rows, m_d, ends, D < BLOCK_D)
             p_rows = p_do + row.to(tl.int64) * (heads * D_V)
             b_do = load_rows(p_rows + o_do, m_rows, m_dv, ends, D_V < BLOCK_DV)
@@ -124,10 +127,12 @@ def flash_dq_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`dq` of one tile of BLOCK_M queries of one head; loops and lists as in the forward kernel."""
-    i_tile, i_head, i_batch = place(tl.program_id(0), tiles, heads, HAS_RIGHT)
+    """Compute `dq` of one tile of BLOCK_M queries of one head, over the key blocks that `flash_fwd_kernel` visits."""
+    i_tile, i_head, i_batch = program_indices(tl.program_id(0), tiles, heads, HAS_RIGHT)
     i_row, i_stat, k_tiles = i_batch * q_len, (i_batch * heads + i_head) * q_len, tl.cdiv(k_len, BLOCK_N)
-    i_tile, q_start, k_start, q_len, k_len = locate(cu_q, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK_M, SAMPLES)
+    i_tile, q_start, k_start, q_len, k_len = locate_sample(
+        cu_q, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK_M, SAMPLES
+    )
     row = i_tile * BLOCK_M
     o_m, o_n, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     m_rows, m_d, m_dv = row + o_m < q_len, o_d < D, o_dv < D_V
@@ -150,7 +155,7 @@ def flash_dq_kernel(
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for MASKED in tl.static_range(2):
-        begin, end = visits(first, full_first, full_last, last, MASKED)
+        begin, end = visit_range(first, full_first, full_last, last, MASKED)
         for i in range(begin, end):
             i_block = block_at(i, blocks, i_list, k_tiles, full_first, full_last, MASKED, HAS_MASK)
             column = i_block * BLOCK_N

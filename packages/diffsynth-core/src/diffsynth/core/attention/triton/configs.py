@@ -1,8 +1,7 @@
-"""How the kernels are cut into blocks, by architecture: a table, so that no first call tunes for minutes.
+"""Block sizes and launch options of the kernels by architecture, in a table instead of autotuning at the first call.
 
-`benchmarks/kernels/compile.py` compiles rows without a GPU, and its README lists what they take. Those of sm_80 and
-sm_90 must neither spill nor want too much shared memory. Whether a row is fast, only a GPU tells: until somebody timed
-it there it is `tuned=False`.
+`benchmarks/kernels/compile.py` compiles rows without a GPU, and its README lists registers and shared memory. Rows of
+sm_80 and sm_90 must neither spill nor exceed the shared memory. A row that was not timed on its GPU is `tuned=False`.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ Kernel = Literal["fwd", "dkdv", "dq"]
 
 @dataclass(frozen=True)
 class Config:
-    """One cut.
+    """Block sizes and launch options of one kernel for one head dim.
 
     Args:
-        kernel: which one.
-        head_dim: of the padded block, the larger of `d` and `d_v`; 64 stands for what is smaller, too.
-        block_m: queries of a block.
-        block_n: keys of a block.
-        num_warps, num_stages: launch options.
-        tuned: timed on this architecture, against its neighbours. False is untuned: a guess.
+        kernel: forward, gradients of keys and values, or gradient of queries.
+        head_dim: largest padded head dim of `d` and `d_v` that the row is for.
+        block_m: queries per block.
+        block_n: keys per block.
+        num_warps, num_stages: launch options of Triton.
+        tuned: whether it was timed on this architecture against neighbouring configurations.
     """
 
     kernel: Kernel
@@ -97,16 +96,16 @@ FP32: tuple[Config, ...] = (
     Config("dq", 128, 32, 16, 4, 1),
     Config("dq", 256, 16, 16, 4, 1),
 )
-"""For fp32 on every architecture. Full fp32 products run outside the matrix units: there for truth, not for speed."""
+"""Rows for fp32 on every architecture. Exact fp32 products do not run on the matrix units and are slow."""
 
 INTERPRETED = tuple(Config(kernel, 256, 32, 32, 1, 1) for kernel in ("fwd", "dkdv", "dq"))
-"""For Triton's interpreter on a CPU."""
+"""Rows for Triton's interpreter on a CPU."""
 
 
 def rows_for(capability: int | None, *, fp32: bool) -> tuple[Config, ...]:
-    """The rows for a compute capability (90 is sm_90), or for the interpreter where it is None.
+    """Return the rows for a compute capability (90 is sm_90); None is the interpreter.
 
-    One that is not in the table takes the rows of the next older one; 120 has the small shared memory of 89.
+    A capability that is not in the table uses the rows of the next older one; 120 has the small shared memory of 89.
     """
     if capability is None:
         return INTERPRETED
@@ -118,13 +117,13 @@ def rows_for(capability: int | None, *, fp32: bool) -> tuple[Config, ...]:
 
 
 def config_for(kernel: Kernel, head_dim: int, capability: int | None, *, fp32: bool) -> Config:
-    """The narrowest row of a kernel that holds `head_dim`, at most 256."""
+    """Return the row of a kernel with the smallest head dim that holds `head_dim`, which is at most 256."""
     rows = rows_for(capability, fp32=fp32)
     return min((row for row in rows if row.kernel == kernel and row.head_dim >= head_dim), key=lambda row: row.head_dim)
 
 
 def capability_of(device: torch.device) -> int | None:
-    """Compute capability, 90 for sm_90; None on the CPU, where kernels are interpreted."""
+    """Return the compute capability of a device, 90 for sm_90; None for the CPU, where kernels are interpreted."""
     if device.type == "cpu":
         return None
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,8 +1,8 @@
-"""The forward kernel: FlashAttention-2 (Dao 2023, arXiv:2307.08691), with an online softmax in base 2.
+"""The forward kernel of FlashAttention-2 (Dao 2023, arXiv:2307.08691), with an online softmax in base 2.
 
     out = softmax(scale * q k^T) v        lse = log2(sum(exp2(scale * log2(e) * q k^T)))  per row, fp32
 
-A row that may attend nothing gives zeros, and lse = +inf, so that its weights are 0 in the backward pass, too.
+A row without an allowed key gives zeros, and lse = +inf, so that its weights are 0 in the backward pass.
 """
 
 # ruff: noqa: N803, N806 - constexpr parameters are in capitals, as everywhere in Triton
@@ -15,10 +15,10 @@ from diffsynth.core.attention.triton.addressing import (
     block_at,
     columns_to_visit,
     load_rows,
-    locate,
+    locate_sample,
     may_attend,
-    place,
-    visits,
+    program_indices,
+    visit_range,
 )
 
 
@@ -32,16 +32,18 @@ def flash_fwd_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M queries of one head against the keys that it may attend.
+    """Compute `out` and `lse` of one tile of BLOCK_M queries of one head, over blocks of BLOCK_N keys.
 
-    Without `mask`, positions bound the loop. With it, each row of `blocks` lists the key blocks that a tile may attend
-    in full, then those in part, and `counts` says how many are full and how many there are: `tiles.block_lists`.
+    Without `mask`, positions bound the loop. With it, each list in `blocks` has the key blocks that a tile may attend
+    in full, then those in part, and `counts` the number of full blocks and of all: see `tiles.block_lists`.
 
-    INT8: `q` and `k` are 8 bits wide, and `q_scales` and `k_scales`, `b n blocks`, say what 1 of each block stands for.
+    With INT8, `q` and `k` are int8, and `q_scales` and `k_scales`, `b n blocks`, are the factors of their blocks.
     """
-    i_tile, i_head, i_batch = place(tl.program_id(0), tiles, heads, HAS_RIGHT)
+    i_tile, i_head, i_batch = program_indices(tl.program_id(0), tiles, heads, HAS_RIGHT)
     i_row, i_stat, k_tiles = i_batch * q_len, (i_batch * heads + i_head) * q_len, tl.cdiv(k_len, BLOCK_N)
-    i_tile, q_start, k_start, q_len, k_len = locate(cu_q, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK_M, SAMPLES)
+    i_tile, q_start, k_start, q_len, k_len = locate_sample(
+        cu_q, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK_M, SAMPLES
+    )
     row = i_tile * BLOCK_M
     o_m, o_n, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     m_rows, m_d, m_dv = row + o_m < q_len, o_d < D, o_dv < D_V
@@ -64,7 +66,7 @@ def flash_fwd_kernel(
     b_peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     for MASKED in tl.static_range(2):
-        begin, end = visits(first, full_first, full_last, last, MASKED)
+        begin, end = visit_range(first, full_first, full_last, last, MASKED)
         for i in range(begin, end):
             i_block = block_at(i, blocks, i_list, k_tiles, full_first, full_last, MASKED, HAS_MASK)
             column = i_block * BLOCK_N
@@ -96,10 +98,10 @@ def flash_fwd_kernel(
 
 @triton.jit
 def _softmax_step(b_scores, b_peak, b_sum, scale_log2, MASKED: tl.constexpr):
-    """Weights of one more block, the factor on what was summed before, and the new peak and sum of each row."""
+    """Return the weights of one more block, the factor on previous sums, and the new maximum and sum of each row."""
     b_next = tl.maximum(b_peak, tl.max(b_scores, 1) * scale_log2)
     b_pivot = b_next
-    if MASKED:  # keep the pivot finite for rows that still have no valid key
+    if MASKED:  # keep the pivot finite for rows without an allowed key so far
         b_pivot = tl.where(b_next == float("-inf"), 0.0, b_next)
     b_weights = tl.exp2(tl.fma(b_scores, scale_log2, -b_pivot[:, None]))
     b_decay = tl.exp2(b_peak - b_pivot)

@@ -1,6 +1,6 @@
-"""The kernels as two operators of PyTorch, `diffsynth::flash_attention` and its backward.
+"""The kernels as PyTorch operators: `diffsynth::flash_attention` and `diffsynth::flash_attention_backward`.
 
-`triton_op` shows the kernels to `torch.compile`: no graph break, and the graph holds them rather than a black box.
+`triton_op` lets `torch.compile` trace into them: there is no graph break, and the graph contains the kernels.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch.nn.functional import pad
 from diffsynth.core.attention.triton.backward import flash_delta_kernel, flash_dkdv_kernel, flash_dq_kernel
 from diffsynth.core.attention.triton.configs import Kernel, capability_of, config_for
 from diffsynth.core.attention.triton.forward import flash_fwd_kernel
-from diffsynth.core.attention.triton.tiles import aligned_rows, block_lists, launchable
+from diffsynth.core.attention.triton.tiles import aligned_rows, block_lists
 from diffsynth.core.device.backends import torch_module
+from diffsynth.nn.triton.launch import launchable
 
 LOG2_E = math.log2(math.e)
 DELTA_ROWS = 32
-"""Rows of `out` that a program of `flash_delta_kernel` sums; any number does, none was timed."""
+"""Rows of `out` per program of `flash_delta_kernel`; other values were not timed."""
 
 
 @triton_op("diffsynth::flash_attention", mutates_args=())
@@ -37,24 +38,24 @@ def flash_attention(
     scale: float,
     limits: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The output, `b q n d_v`, and the logsumexp in base 2, fp32 `b n q`. Differentiable once.
+    """Return the attention output `b q n d_v` and the logsumexp in base 2, fp32 `b n q`. Differentiable once.
 
     Args:
-        q, k, v: `b s n d`, as in `AttentionCall`.
-        mask: as in `AttentionCall`; not beside `cu_seqlens`.
-        cu_seqlens: of queries and of keys, or empty.
-        scale: above 0.
-        limits: `AttentionCall.limits`.
+        q, k, v: queries, keys and values `b s n d`, as in `AttentionCall`.
+        mask: as in `AttentionCall`; None with `cu_seqlens`.
+        cu_seqlens: int32 offsets of queries and of keys, or empty.
+        scale: factor on the scores, above 0.
+        limits: window (left, right), as `AttentionCall.limits`.
     """
     d_v = v.shape[3]
     q, k, v = (aligned(tensor) for tensor in (q, k, v))
     b, q_len, n, _ = q.shape
     out = torch.empty(b, q_len, n, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(b, n, q_len, dtype=torch.float32, device=q.device)
-    with current(q.device):
-        settings = settings_of("fwd", (q, k, v), mask, cu_seqlens, limits)
-        launchable(flash_fwd_kernel)[(settings["tiles"] * n * b,)](
-            q, k, v, out, lse, None, None, **settings, scale_log2=scale * LOG2_E, INT8=False
+    with device_guard(q.device):
+        arguments = kernel_arguments("fwd", (q, k, v), mask, cu_seqlens, limits)
+        launchable(flash_fwd_kernel)[(arguments["tiles"] * n * b,)](
+            q, k, v, out, lse, None, None, **arguments, scale_log2=scale * LOG2_E, INT8=False
         )
     return out[..., :d_v], lse
 
@@ -72,7 +73,7 @@ def flash_attention_backward(
     scale: float,
     limits: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `q`, `k` and `v`, given that of `out`; the others as `flash_attention` took and gave them."""
+    """Return the gradients of `q`, `k` and `v` for the gradient `d_out` of `out`, the output of `flash_attention`."""
     (n_kv, d), d_v = k.shape[2:], v.shape[3]
     q, k, v = (aligned(tensor) for tensor in (q, k, v))
     d_out, out = (aligned(tensor).contiguous() for tensor in (d_out, out))
@@ -80,18 +81,18 @@ def flash_attention_backward(
     rows = b * q_len * n
     delta = torch.empty_like(lse)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # One for each query head, added up below: a loop over the heads that share a key head makes the kernel spill.
+    # One gradient per query head, added below: a loop over the query heads of a key head makes the kernel spill.
     dk, dv = (torch.empty(b, x.shape[1], n, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
     factors = {"scale": scale, "scale_log2": scale * LOG2_E}
-    with current(q.device):
+    with device_guard(q.device):
         launchable(flash_delta_kernel)[(triton.cdiv(rows, DELTA_ROWS),)](
             out, d_out, delta, n, rows, q_len, D_V=out.shape[3], BLOCK_DV=padded(d_v), BLOCK_M=DELTA_ROWS
         )
-        by_keys = settings_of("dkdv", (q, k, v), mask, cu_seqlens, limits)
+        by_keys = kernel_arguments("dkdv", (q, k, v), mask, cu_seqlens, limits)
         launchable(flash_dkdv_kernel)[(by_keys["tiles"] * n * b,)](
             q, k, v, d_out, lse, delta, dk, dv, **by_keys, **factors
         )
-        by_queries = settings_of("dq", (q, k, v), mask, cu_seqlens, limits)
+        by_queries = kernel_arguments("dq", (q, k, v), mask, cu_seqlens, limits)
         launchable(flash_dq_kernel)[(by_queries["tiles"] * n * b,)](
             q, k, v, d_out, lse, delta, dq, **by_queries, **factors
         )
@@ -117,14 +118,14 @@ def _backward(ctx: Any, d_out: Tensor, _d_lse: Tensor | None) -> tuple[Any, ...]
 flash_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def settings_of(
+def kernel_arguments(
     kernel: Kernel,
     qkv: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
     cu_seqlens: Sequence[Tensor],
     limits: Sequence[int],
 ) -> dict[str, Any]:
-    """The arguments that the kernels have in common."""
+    """Return the arguments that the attention kernels share: strides, sizes, flags, block sizes and launch options."""
     q, k, v = qkv
     (_, q_len, n, d), k_len, d_v = q.shape, k.shape[1], v.shape[3]
     by_keys = kernel == "dkdv"
@@ -137,7 +138,7 @@ def settings_of(
     lists, mask_strides = None, (0, 0, 0, 0)
     if mask is not None:
         lists = block_lists(mask, (q_len, k_len), (left, right), (config.block_m, config.block_n), by_keys=by_keys)
-        mask = aligned_rows(mask)  # lists are kept for the mask that was given
+        mask = aligned_rows(mask)  # after block_lists(), which caches lists by the original mask
         mask_strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     strides = {
         **_strides("q", "bsn", q.stride()),
@@ -154,7 +155,7 @@ def settings_of(
         "cu_q": cu_q,
         "cu_k": cu_k,
         "heads": n,
-        # A packed sample begins a tile of its own: at most one tile more for each, known without asking the device.
+        # Each packed sample begins a new tile: an upper bound that needs no offsets from the device.
         "tiles": tokens // block + samples if samples else triton.cdiv(tokens, block),
         "q_len": q_len,
         "k_len": k_len,
@@ -182,22 +183,22 @@ def _strides(tensor: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
 
 
 def padded(dim: int) -> int:
-    """The head dim of a block: a power of two that a matrix product takes."""
+    """Return the head dim of a block: the next power of two, at least 16 as `tl.dot` needs."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy whose rows are dense and begin at multiples of 16 elements, with zeros behind the head dim.
+    """Return the tensor, or a copy with dense rows at multiples of 16 elements; the head dim is padded with zeros.
 
-    Triton loads such rows many numbers at a time. Loads of single numbers need so many registers that kernels spill.
+    Triton vectorises loads of such rows. Scalar loads need so many registers that the kernels spill.
     """
-    if behind := -tensor.shape[3] % 16:
-        return pad(tensor, (0, behind)).contiguous()
+    if missing := -tensor.shape[3] % 16:
+        return pad(tensor, (0, missing)).contiguous()
     is_aligned = tensor.stride(3) == 1 and all(stride % 16 == 0 for stride in tensor.stride()[:3])
     return tensor if is_aligned else tensor.contiguous()
 
 
-def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device current within the `with` block: Triton launches on the current device, whatever the tensors'."""
     module = torch_module(device.type)
     return nullcontext() if module is None else module.device(device)

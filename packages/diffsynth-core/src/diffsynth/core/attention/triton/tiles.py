@@ -1,34 +1,34 @@
-"""Which blocks of a mask a kernel has to visit: found once per mask, so that empty blocks cost nothing.
+"""Lists of the blocks of a mask that a kernel visits, computed once per mask.
 
-A block is full (every pair may attend: its mask is not even loaded), partial, or empty (skipped).
+A block is full (every pair may attend, so its mask is not loaded), partial, or empty (skipped).
 """
 
 # ruff: noqa: N803 - constexpr parameters are in capitals, as everywhere in Triton
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffsynth.core.attention.triton.addressing import may_attend
+from diffsynth.nn.triton.launch import launchable
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Mask -> (version, lengths, limits, blocks, by_keys) -> lists."""
 
 
 @dataclass(frozen=True)
 class BlockLists:
-    """For each tile, the blocks that it visits: the full ones first, then the partial ones.
+    """Blocks to visit for each tile: the full ones first, then the partial ones.
 
     Args:
-        blocks: int32, `b n tiles blocks`; `b` and `n` are 1 where the mask's are.
-        counts: int32, `b n tiles 2`: how many are full, and how many are full or partial.
+        blocks: block indices, int32 `b n tiles blocks`; `b` and `n` are 1 if they are 1 in the mask.
+        counts: int32 `b n tiles 2`: the number of full blocks, and of full and partial blocks.
     """
 
     blocks: Tensor
@@ -36,7 +36,7 @@ class BlockLists:
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """Of batch, head and tile, counted in lists; 0 where one list serves all."""
+        """Strides of batch, head and tile, in lists; 0 for an axis whose entries share one list."""
         b, n, tiles, _ = self.counts.shape
         return (n * tiles if b > 1 else 0), (tiles if n > 1 else 0), (1 if tiles > 1 else 0)
 
@@ -44,33 +44,33 @@ class BlockLists:
 def block_lists(
     mask: Tensor, lengths: tuple[int, int], limits: tuple[int, int], blocks: tuple[int, int], *, by_keys: bool
 ) -> BlockLists:
-    """Lists for a mask together with a window.
+    """Return the block lists of a mask combined with a window.
 
-    They are kept as long as the mask is, except while compiling, where they become a part of the graph, and for
-    inference tensors, which do not say when they are changed.
+    They are cached as long as the mask lives. They are not cached while compiling, where they become part of the graph,
+    and for inference tensors, which have no version counter to detect changes in place.
 
     Args:
-        mask: bool, `b n q k`, each of the call's size or 1.
-        lengths: of queries and keys.
-        limits: (left, right) of the window, -1 where it has no limit.
+        mask: bool `b n q k`, each axis of the call's size or 1.
+        lengths: number of queries and of keys.
+        limits: (left, right) of the window; -1 is no limit.
         blocks: BLOCK_M and BLOCK_N.
-        by_keys: a list of query blocks for each tile of keys, instead of the other way round.
+        by_keys: list query blocks for each tile of keys, instead of key blocks for each tile of queries.
     """
     if type(mask) is not Tensor or mask.is_inference():
-        return _lists(mask, lengths, limits, blocks, by_keys)
-    kept = _known.setdefault(mask, {})
+        return _find_blocks(mask, lengths, limits, blocks, by_keys)
+    cached = _cache.setdefault(mask, {})
     key = (mask._version, lengths, limits, blocks, by_keys)
-    if key not in kept:
-        for stale in [other for other in kept if other[0] != mask._version]:
-            del kept[stale]
-        kept[key] = _lists(mask, lengths, limits, blocks, by_keys)
-    return kept[key]
+    if key not in cached:
+        for stale in [other for other in cached if other[0] != mask._version]:
+            del cached[stale]
+        cached[key] = _find_blocks(mask, lengths, limits, blocks, by_keys)
+    return cached[key]
 
 
 def aligned_rows(mask: Tensor) -> Tensor:
-    """The mask, axes that it is expanded along cut to 1; a copy if its rows do not begin at multiples of 16 bytes.
+    """Return the mask with expanded axes reduced to 1; a copy if its rows do not begin at multiples of 16 bytes.
 
-    Triton loads such rows many bytes at a time. Loads of single bytes need so many registers that kernels spill.
+    Triton vectorises loads of such rows. Loads of single bytes need so many registers that the kernels spill.
     """
     for axis in (0, 1, 2):
         if mask.stride(axis) == 0:
@@ -82,19 +82,14 @@ def aligned_rows(mask: Tensor) -> Tensor:
     return pad(mask, (0, -k_len % 16)).contiguous()
 
 
-def launchable(kernel: Any) -> Any:
-    """The kernel for `[grid](...)` inside a `triton_op`; under TRITON_INTERPRET=1 there is nothing to trace."""
-    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
-
-
-def _lists(
+def _find_blocks(
     mask: Tensor, lengths: tuple[int, int], limits: tuple[int, int], blocks: tuple[int, int], by_keys: bool
 ) -> BlockLists:
     mask = aligned_rows(mask)
     b, n, rows, _ = mask.shape
     (q_len, k_len), (left, right), (block_m, block_n) = lengths, limits, blocks
     if rows == 1 and limits == (-1, -1) and not by_keys:
-        q_len = 1  # key padding: all tiles of queries share one list
+        q_len = 1  # a padding mask of keys: all tiles of queries share one list
     q_tiles, k_tiles = triton.cdiv(q_len, block_m), triton.cdiv(k_len, block_n)
     state = torch.empty(b, n, q_tiles, k_tiles, dtype=torch.int8, device=mask.device)
     strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
@@ -114,9 +109,10 @@ def mask_tiles_kernel(
     mask, state, stride_mb, stride_mn, stride_mq, stride_mk, heads, q_len, k_len, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """2 where a whole block may attend, 1 where some pair of it may, else 0.
+    """Compute the state of one BLOCK_M x BLOCK_N block of the mask: 2 full, 1 partial, 0 empty.
 
-    Columns past the last key may not, so a block that holds some is partial; rows past the last query do not count.
+    Columns past the last key are not allowed, so a block with such columns is partial; rows past the last query are
+    ignored.
     """
     i_program, q_tiles, k_tiles = tl.program_id(0), tl.cdiv(q_len, BLOCK_M), tl.cdiv(k_len, BLOCK_N)
     column, row = (i_program % k_tiles) * BLOCK_N, (i_program // k_tiles % q_tiles) * BLOCK_M

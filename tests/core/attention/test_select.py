@@ -1,16 +1,18 @@
-"""Who chooses the backend: the call, then the context or module, then the environment, then the call's own content."""
+"""Precedence of backend selection: the call, the context or module, the environment, then `auto`."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsynth.core.attention import AttentionCall, attention, choice, register_backend, select, use_attention
+from diffsynth.core.attention import AttentionCall, attention, register_backend, select, use_attention
+from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.errors import Refused
 
@@ -18,7 +20,7 @@ X = torch.randn(1, 3, 2, 4)
 
 
 class Recorder:
-    """Counts its calls; its results are the queries times its number."""
+    """A backend whose result is the queries times its number."""
 
     def __init__(self, number: int, refusal: str | None = None, avoidance: str | None = None) -> None:
         self.number = number
@@ -36,15 +38,14 @@ class Recorder:
 
 
 @pytest.fixture(autouse=True)
-def _recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("_backends", "_priorities"):
-        monkeypatch.setattr(select, name, {})
-    monkeypatch.setattr(select, "_told", set())
-    register_backend("one", Recorder(1))
-    register_backend("two", Recorder(2))
-    register_backend("three", Recorder(3))
-    yield
-    assert used() == 1, "a choice outlived its test"
+def recorders() -> Iterator[dict[str, Recorder]]:
+    backends = {"one": Recorder(1), "two": Recorder(2), "three": Recorder(3)}
+    with mock.patch.dict(BACKENDS, clear=True):
+        for name, backend in backends.items():
+            register_backend(name, backend)
+        yield backends
+        backends["one"].refusal = backends["one"].avoidance = None
+        assert used() == 1, "a choice outlived its test"
 
 
 class Net(nn.Module):
@@ -125,7 +126,7 @@ def test_threads_do_not_share_a_choice_but_share_modules() -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_second_forward_of_a_checkpoint_uses_the_same(offload: bool) -> None:
-    """It runs in the backward pass, when the block of `use_attention` has ended."""
+    """The recomputation runs in the backward pass, after the block of `use_attention` has ended."""
     x = X.clone().requires_grad_()
     with use_attention("three"):
         out = gradient_checkpoint_forward(Net(), True, offload, x)
@@ -136,39 +137,39 @@ def test_the_second_forward_of_a_checkpoint_uses_the_same(offload: bool) -> None
 def test_names_are_checked_when_they_are_given() -> None:
     with pytest.raises(ValueError, match=r"'tow' is unknown; did you mean 'two'\?"):
         use_attention("tow")
-    with use_attention("two") as choice, pytest.raises(ValueError, match="entered already"), choice:
+    with use_attention("two") as choice, pytest.raises(ValueError, match="already entered"), choice:
         pass
 
 
-def test_one_that_avoids_a_call_serves_if_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    select._backends["one"].avoidance = "slow here"
+def test_a_backend_that_avoids_a_call_serves_if_all_others_refuse(recorders: dict[str, Recorder]) -> None:
+    recorders["one"].avoidance = "slow here"
     assert used() == 2
     for name in ("two", "three"):
-        select._backends[name].refusal = "no device"
+        recorders[name].refusal = "no device"
     assert used() == 1
-    select._backends["one"].refusal = "no library"
+    recorders["one"].refusal = "no library"
     with pytest.raises(Refused, match="one: no library; two: no device; three: no device"):
         attention(X, X, X)
-    select._backends["one"] = Recorder(1)
 
 
-def test_who_is_passed_over_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    select._backends["one"].refusal = "no device"
+def test_why_a_backend_is_not_used_is_logged_once(
+    recorders: dict[str, Recorder], caplog: pytest.LogCaptureFixture
+) -> None:
+    recorders["one"].refusal = "no device"
     with caplog.at_level(logging.INFO, logger=select.logger.name):
         assert [used() for _ in range(3)] == [2, 2, 2]
-        select._backends["one"].refusal = "head dim 4"
+        recorders["one"].refusal = "head dim 4"
         assert used() == 2
     assert [record.getMessage() for record in caplog.records] == [
-        "attention passes over one: no device",
-        "attention passes over one: head dim 4",
+        "attention does not use one: no device",
+        "attention does not use one: head dim 4",
     ]
-    select._backends["one"] = Recorder(1)
 
 
-@pytest.mark.parametrize("is_context_traced", sorted({choice._is_context_traced, False}))
+@pytest.mark.parametrize("is_context_traced", sorted({select.CAN_TRACE_CONTEXTVARS, False}))
 def test_a_choice_within_compiled_code(is_context_traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch 2.11 a ContextVar broke the graph, so that fullgraph=True raised: there the thread is asked."""
-    monkeypatch.setattr(choice, "_is_context_traced", is_context_traced)
+    """With torch 2.11 a ContextVar broke the graph, so that fullgraph=True raised; a thread-local is used there."""
+    monkeypatch.setattr(select, "CAN_TRACE_CONTEXTVARS", is_context_traced)
     compiled = torch.compile(lambda x: attention(x, x, x), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(X), X)
     with use_attention("three"):
@@ -177,7 +178,7 @@ def test_a_choice_within_compiled_code(is_context_traced: bool, monkeypatch: pyt
 
 
 def test_compiled_code_serves_the_next_choice_of_the_same_name() -> None:
-    """A choice per step must not compile per step: only the name counts, not who chose it."""
+    """A choice per step must not recompile per step: compiled code guards on the name alone."""
     graphs: list[object] = []
 
     def count(module: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:

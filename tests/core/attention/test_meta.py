@@ -1,12 +1,21 @@
-"""Attention on the meta device: an output of the right shape, and a workspace that somebody declares."""
+"""Attention on the meta device: the output's shape, and the workspace that a backend declares."""
+
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from diffsynth.core.attention import attention, select, use_attention, workspace
-from diffsynth.core.attention.checking import check
-from diffsynth.core.attention.on_meta import MetaCall, call_of_sdpa, watched
+from diffsynth.core.attention import attention, register_backend, use_attention
+from diffsynth.core.attention.call import checked_call
+from diffsynth.core.attention.meta import (
+    MetaCall,
+    fused_workspace,
+    meta_call_of_sdpa,
+    observed_meta_calls,
+    score_matrix_workspace,
+)
+from diffsynth.core.attention.registry import BACKENDS
 
 
 def on_meta(*shape, dtype=torch.float32):
@@ -15,7 +24,7 @@ def on_meta(*shape, dtype=torch.float32):
 
 def seen(*tensors, **options) -> MetaCall:
     calls = []
-    with watched(calls.append):
+    with observed_meta_calls(calls.append):
         out = attention(*tensors, **options)
     (call,) = calls
     assert out is call.out
@@ -52,10 +61,9 @@ def test_flops_are_those_of_both_products():
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    for name in ("_backends", "_priorities", "_workspaces"):
-        monkeypatch.setattr(select, name, dict(getattr(select, name)))
-    return select.register_backend
+def registered():
+    with mock.patch.dict(BACKENDS):
+        yield register_backend
 
 
 class Silent:
@@ -66,29 +74,31 @@ class Silent:
         raise AssertionError("there is nothing to compute")
 
 
-def test_a_backend_that_does_not_say_is_taken_to_need_as_much_as_its_output(registered):
+def test_a_backend_without_a_declared_workspace_is_counted_as_its_output(registered):
     registered("silent", Silent())
     assert seen(*[on_meta(1, 16, 2, 8)] * 3, backend="silent").workspace("cuda") == 4 * 16 * 2 * 8
 
 
-def test_a_declared_workspace_is_asked_with_the_call_and_the_device_type(registered):
+def test_a_declared_workspace_gets_the_call_and_the_device_type(registered):
     registered("declared", Silent(), workspace=lambda call, device_type: len(device_type) * call.q_len)
     assert seen(*[on_meta(1, 16, 2, 8)] * 3, backend="declared").workspace("cuda") == 4 * 16
 
 
-def test_a_direct_call_of_torch_is_understood():
+def test_a_direct_call_of_scaled_dot_product_attention():
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8)
     mask = torch.rand(5, 7) > 0.5
     real = F.scaled_dot_product_attention(q, k, k, mask)
-    call = call_of_sdpa(q.to("meta"), k.to("meta"), k.to("meta"), mask.to("meta"))
+    call = meta_call_of_sdpa(q.to("meta"), k.to("meta"), k.to("meta"), mask.to("meta"))
     assert call.out.transpose(1, 2).shape == real.shape
     assert call.call.mask.shape == (1, 1, 5, 7)
 
 
 def test_the_usual_workspaces_of_packed_and_windowed_calls():
     q = torch.randn(1, 4096, 2, 8)
-    packed = check(q, q, q, mask=None, causal=False, scale=None, window=None, score_bias=None,
+    packed = checked_call(q, q, q, mask=None, causal=False, scale=None, window=None, score_bias=None,
                    cu_seqlens=torch.tensor([0, 1000, 4096], dtype=torch.int32))  # fmt: skip
-    windowed = check(q, q, q, mask=None, causal=False, scale=None, window=(64, 64), cu_seqlens=None, score_bias=None)
-    assert workspace.fused(packed) == 4 * 2 * 4096
-    assert workspace.fused(windowed) < workspace.score_matrix(windowed) / 5
+    windowed = checked_call(
+        q, q, q, mask=None, causal=False, scale=None, window=(64, 64), cu_seqlens=None, score_bias=None
+    )
+    assert fused_workspace(packed) == 4 * 2 * 4096
+    assert fused_workspace(windowed) < score_matrix_workspace(windowed) / 5

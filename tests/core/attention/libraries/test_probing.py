@@ -1,4 +1,4 @@
-"""Which devices the libraries' backends are for, told from what a device says of itself."""
+"""Devices that the backends of libraries support, by compute capability."""
 
 from __future__ import annotations
 
