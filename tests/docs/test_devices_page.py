@@ -1,4 +1,4 @@
-"""docs/devices.md says what the table of backends says."""
+"""docs/devices.md agrees with the table of backends."""
 
 import pytest
 import torch
@@ -16,20 +16,31 @@ def test_the_row_of_every_backend():
 
 
 def row(backend: Backend) -> str:
-    flags = ["yes" if flag else "" for flag in (backend.indexed, backend.streams, backend.pins, backend.counts)]
-    names = (str(dtype).removeprefix("torch.") for dtype in backend.lacks)
-    lacks = ", ".join(sorted({"float8" if name.startswith("float8") else name for name in names}))
-    cells = [f"`{backend.kind}`", backend.label, *flags, lacks, backend.collectives]
+    flags = [
+        "yes" if flag else ""
+        for flag in (backend.indexed, backend.streams, backend.pinned_memory, backend.memory_stats)
+    ]
+    names = (str(dtype).removeprefix("torch.") for dtype in backend.unsupported_dtypes)
+    unsupported = ", ".join(sorted({"float8" if name.startswith("float8") else name for name in names}))
+    cells = [f"`{backend.kind}`", backend.label, *flags, unsupported, backend.collectives]
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
-def test_the_names_it_speaks_of_exist():
-    for name in ("side_stream", "mark", "wait_for", "pinned_memory", "card_name", "compute_capability", "check_device"):
+def test_the_names_on_the_page_exist():
+    for name in (
+        "side_stream",
+        "record_event",
+        "wait_event",
+        "pinned_memory",
+        "card_name",
+        "compute_capability",
+        "check_device",
+    ):
         assert f"{name}(" in PAGE or f"`{name}`" in PAGE
         assert name in devices.__all__
 
 
-def test_the_refusal_it_shows():
+def test_the_refusal_on_the_page():
     with pytest.raises(ValueError, match="float8_e4m3fn on MPS") as caught:
         devices.check_dtype(torch.float8_e4m3fn, "mps")
     assert f"ValueError: {caught.value}" in PAGE

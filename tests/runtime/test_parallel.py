@@ -21,7 +21,7 @@ def share_branches(rank: int) -> dict[str, Any]:
     pipe.dit.register_forward_hook(lambda *given: passes.append(1))
     with pytest.raises(ValueError, match="ToyPipeline cannot share the tokens of a result among 2 processes"):
         pipe.parallel()
-    assert pipe.mesh.everybody.size == 1
+    assert pipe.mesh.world.size == 1
     assert pipe.parallel(cfg=2) is pipe
     shared = pipe(**CALL, seed=4, progress_bar_cmd=lambda steps: shown.append(1) or steps)
     torch.manual_seed(rank)

@@ -144,7 +144,9 @@ def recorded(monkeypatch) -> Recorded:
 def bare(monkeypatch) -> Bare:
     """One device of a backend that is added here, as `docs/devices.md` says, and lacks whatever may be lacking."""
     module = Bare()
-    toy = backends.Backend(BARE, "Toy", lacks=frozenset({torch.float64, torch.float8_e4m3fn, torch.float8_e5m2}))
+    toy = backends.Backend(
+        BARE, "Toy", unsupported_dtypes=frozenset({torch.float64, torch.float8_e4m3fn, torch.float8_e5m2})
+    )
     monkeypatch.setitem(backends.BACKENDS, BARE, toy)
     monkeypatch.setattr(backends, "torch_module", {BARE: module}.get)
     return module

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import parity
-from diffsynth.core.parallel import ALONE, MeshAxis, form_mesh
+from diffsynth.core.parallel import SINGLE_PROCESS, MeshAxis, create_mesh
 from diffsynth.errors import Refused, Unavailable
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth_wan import WanVideoPipeline
@@ -71,7 +71,7 @@ def run_of(
     """A pass over 3 x 3 x 2 tokens, two videos at once; 18 tokens do not divide by 4, and 4 parts cut a frame of 6."""
     dit = drawn(WanDiT(config)) if dit is None else dit
     inputs = tiny_dit_inputs(config, torch.Generator().manual_seed(0)) | given
-    return lambda ranks: dit(**inputs, extensions=shared_out(extensions, ranks))
+    return lambda axis: dit(**inputs, extensions=shared_out(extensions, axis))
 
 
 def image_to_video() -> Run:
@@ -91,10 +91,10 @@ def animate_2() -> Run:
     """The reference is read by all processes together, too: each keeps all of its tokens, in the heads that it has."""
     dit = drawn(WanDiT(NARROW))
 
-    def run(ranks: MeshAxis) -> Tensor:
+    def run(axis: MeshAxis) -> Tensor:
         video = ReferenceVideo()
-        run_of(dit=dit, latents=rand(2, 16, 2, 6, 4), extensions=[ReadReference(video)])(ranks)
-        return run_of(dit=dit, extensions=[FollowReference(video, -1.3)])(ranks)
+        run_of(dit=dit, latents=rand(2, 16, 2, 6, 4), extensions=[ReadReference(video)])(axis)
+        return run_of(dit=dit, extensions=[FollowReference(video, -1.3)])(axis)
 
     return run
 
@@ -174,7 +174,7 @@ def prepared() -> tuple[dict[str, Run], dict[str, Tensor], Parts, dict[str, Tens
     runs = {name: make() for name, make in RUNS.items()}
     parts = Parts()
     with torch.no_grad():
-        truths = {name: run(ALONE) for name, run in runs.items()}
+        truths = {name: run(SINGLE_PROCESS) for name, run in runs.items()}
     drawn = {"text": parts.draw(), "image": parts.draw(**parts.image), "unguided": parts.draw(cfg_scale=1.0)}
     drawn["experts"] = parts.draw_with_experts()
     drawn["Animate-2"] = parts.follow()
@@ -185,7 +185,7 @@ def prepared() -> tuple[dict[str, Run], dict[str, Tensor], Parts, dict[str, Tens
 @torch.no_grad()
 def all_runs(rank: int) -> dict[str, float]:
     runs, truths, _, _ = prepared()
-    mesh = form_mesh(device="cpu")
+    mesh = create_mesh(device="cpu")
     return {name: parity.relative_error(run(mesh.tokens), truths[name]) for name, run in runs.items()}
 
 
@@ -270,7 +270,7 @@ def test_a_variant_that_does_not_say_what_it_sees_is_named() -> None:
         return stream
 
     two, speed = MeshAxis(None, 0, 2), Speed(torch.zeros(0))
-    assert shared_out([brighten], ALONE) == (brighten,)
+    assert shared_out([brighten], SINGLE_PROCESS) == (brighten,)
     with pytest.raises(ValueError, match="brighten cannot be shared among 2 processes: it does not say what it sees"):
         shared_out([speed, brighten], two)
     late = VaceControl(None, torch.zeros(0))

@@ -1,4 +1,4 @@
-"""Free, taken and locked memory."""
+"""Total, free, used and pinned memory."""
 
 import logging
 
@@ -20,7 +20,7 @@ def system(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_host_memory_is_what_both_machine_and_container_allow(system):
+def test_host_memory_is_limited_by_machine_and_container(system):
     assert (devices.available_memory("cpu"), devices.total_memory("cpu")) == (512 * 1024, 900 * 1024)
     (system / "memory.max").write_text("300000\n")
     (system / "memory.current").write_text("200000\n")
@@ -43,8 +43,8 @@ def test_memory_of_the_process(system):
     assert not devices.reset_peak_memory("cpu")
 
 
-def test_memory_of_a_device_that_counts(recorded):
-    assert devices.available_memory("cuda:1") == 1050  # what is free, and what the allocator holds in reserve
+def test_memory_of_a_device_with_memory_stats(recorded):
+    assert devices.available_memory("cuda:1") == 1050  # free memory, and the allocator's reserve
     assert devices.total_memory("cuda:1") == 9000
     assert devices.memory_in_use("cuda:1") == 20
     assert devices.peak_memory("cuda:1") == 50
@@ -53,14 +53,14 @@ def test_memory_of_a_device_that_counts(recorded):
     assert recorded.log == [("host", "resets the peak of cuda:1"), ("host", "empties the cache")]
 
 
-def test_memory_of_a_device_that_does_not_count(bare):
+def test_memory_of_a_device_without_memory_stats(bare):
     for ask in (devices.available_memory, devices.total_memory, devices.memory_in_use, devices.peak_memory):
         assert ask(BARE) is None
     assert not devices.reset_peak_memory(BARE)
     devices.empty_cache(BARE)
 
 
-def test_memory_of_a_device_that_is_not_here(recorded):
+def test_memory_of_a_device_that_is_not_available(recorded):
     recorded.count = 0
     for ask in (devices.available_memory, devices.total_memory, devices.memory_in_use, devices.peak_memory):
         assert ask("cuda") is None
@@ -79,9 +79,9 @@ def test_memory_of_metal(monkeypatch):
     assert (devices.available_memory("mps"), devices.peak_memory("mps")) == (None, None)
 
 
-def test_where_no_more_can_be_locked_it_is_ordinary_memory_and_said_once(recorded, monkeypatch, caplog):
-    """A container that limits locked memory refused the upload ring, and so the whole model."""
-    monkeypatch.setattr(memory, "_TOLD", set())
+def test_a_failure_to_pin_gives_pageable_memory_and_is_logged_once(recorded, monkeypatch, caplog):
+    """A container that limits pinned memory refused the upload ring, and so the whole model."""
+    monkeypatch.setattr(memory, "_warned", set())
     allocate = torch.empty
 
     def refusing(*size, pin_memory=False, **options):
@@ -98,20 +98,6 @@ def test_where_no_more_can_be_locked_it_is_ordinary_memory_and_said_once(recorde
 
 
 @pytest.mark.parametrize("device", ["cpu", BARE])
-def test_a_device_that_does_not_pin_gets_ordinary_memory_in_silence(bare, device, caplog):
+def test_a_device_without_pinned_memory_gets_pageable_memory_without_a_warning(bare, device, caplog):
     assert devices.pinned_memory(16, device).numel() == 16
     assert caplog.records == []
-
-
-def test_random_state(recorded, bare):
-    torch.manual_seed(3)
-    state = devices.random_state("cpu")
-    first = torch.rand(3)
-    devices.set_random_state(state, "cpu")
-    assert torch.equal(torch.rand(3), first)
-    devices.set_random_state(devices.random_state(BARE), BARE)
-
-
-def test_random_state_of_one_of_many(recorded):
-    devices.set_random_state(devices.random_state("cuda:1"), "cuda:1")
-    assert recorded.log == [("host", "sets 16 bytes of randomness of cuda:1")]

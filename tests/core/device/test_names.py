@@ -1,4 +1,4 @@
-"""A device or a dtype that is not to be had is refused by name, before anything is loaded."""
+"""Device and dtype checks: a device or dtype that is not available is refused by name, before anything is loaded."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_a_backend_that_is_added(bare):
     assert devices.present_devices() == ("cpu", BARE)
     assert devices.parse_nccl_backend(BARE) == "gloo"
     assert devices.check_dtype(torch.bfloat16, BARE) == torch.bfloat16
-    with pytest.raises(ValueError, match="float8_e4m3fn on Toy: .*its floats are float32, bfloat16, float16, "):
+    with pytest.raises(ValueError, match="float8_e4m3fn on Toy .*dtypes are float32, bfloat16, float16, "):
         devices.check_dtype(torch.float8_e4m3fn, BARE)
 
 
@@ -69,8 +69,8 @@ def test_a_backend_that_is_added(bare):
     ],
 )
 def test_a_dtype_that_a_device_lacks(dtype, device):
-    """Asked for devices that are not here, and of a torch that cannot even parse "npu"."""
-    with pytest.raises(ValueError, match=f"{dtype} on .*: nothing converts to or from it there; its floats are "):
+    """The devices are not available, and this torch cannot parse "npu"."""
+    with pytest.raises(ValueError, match=f"{dtype} on .* has no conversion; its floating-point dtypes are "):
         devices.check_dtype(dtype, device)
 
 
@@ -89,3 +89,23 @@ def test_the_hardware_by_name(recorded, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert devices.built_for() == ("ROCm 7.0",)
     assert devices.card_name("cpu") != ""
+
+
+def test_the_first_accelerator_wins(monkeypatch):
+    monkeypatch.setattr("diffsynth.core.device.names.is_available", lambda kind: kind in ("npu", "mps"))
+    assert devices.get_device_type() == "npu"
+    monkeypatch.setattr("diffsynth.core.device.names.is_available", lambda kind: False)
+    assert devices.default_device() == torch.device("cpu")
+    assert (devices.get_device_name(), devices.get_device_id()) == ("cpu", 0)
+    assert (devices.IS_CUDA_AVAILABLE, devices.IS_NPU_AVAILABLE) == (False, False)
+
+
+def test_names_of_the_reference():
+    assert devices.parse_device_type("cuda:3") == devices.parse_device_type(torch.device("cuda", 0)) == "cuda"
+    assert devices.parse_nccl_backend("npu") == "hccl"
+    with pytest.raises(ValueError, match="expected one of cuda, npu, mps, cpu"):
+        devices.parse_nccl_backend("tpu")
+    missing = [name for name in devices.__all__ if not hasattr(devices, name)]
+    assert missing == []
+    with pytest.raises(AttributeError, match="no attribute 'IS_TPU_AVAILABLE'"):
+        _ = devices.IS_TPU_AVAILABLE

@@ -1,4 +1,4 @@
-"""On every device that this machine has: what the tables say is so. On a machine without a GPU that is the CPU."""
+"""The tables hold on every device of this machine, on a machine without a GPU the CPU."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ every_device = pytest.mark.parametrize("device", devices.present_devices())
 
 @every_device
 def test_converts_what_the_table_says(device):
-    lacks = backends.BACKENDS[devices.parse_device_type(device)].lacks
+    unsupported = backends.BACKENDS[devices.parse_device_type(device)].unsupported_dtypes
     for dtype in backends.CONVERTIBLE:
-        if dtype in lacks:
+        if dtype in unsupported:
             continue
         ones = torch.ones(4, device=device, dtype=torch.complex64 if dtype.is_complex else torch.float32)
         assert torch.equal(ones.to(dtype).to(ones.dtype), ones), dtype
@@ -28,21 +28,21 @@ def test_nothing_converts_packed_dtypes(device):
 
 
 @every_device
-def test_a_device_is_what_its_tensors_say(device):
+def test_a_checked_device_is_that_of_its_tensors(device):
     assert devices.check_device(device) == torch.zeros(1, device=device).device
 
 
 @every_device
-def test_a_block_copied_by_the_side_stream_is_there_when_it_is_waited_for(device):
+def test_a_copy_on_the_side_stream_is_done_after_its_event(device):
     host = devices.pinned_memory(16 * MIB, device).fill_(7)
     there = torch.zeros(16 * MIB, dtype=torch.uint8, device=device)
     side = devices.side_stream(device)
-    side.wait(devices.mark(device))
+    side.wait_event(devices.record_event(device))
     with side.run():
         there.copy_(host, non_blocking=True)
-    devices.wait_for(side.mark(), device)
+    devices.wait_event(side.record_event(), device)
     assert int(there.sum(dtype=torch.int64)) == 7 * 16 * MIB
-    assert host.is_pinned() == (side.overlaps and backends.BACKENDS[devices.parse_device_type(device)].pins)
+    assert host.is_pinned() == (side.overlaps and backends.BACKENDS[devices.parse_device_type(device)].pinned_memory)
 
 
 @every_device
@@ -51,7 +51,7 @@ def test_a_long_copy_takes_longer_than_a_short_one(device):
 
     def seconds(size):
         host, there = devices.pinned_memory(size, device).fill_(1), torch.zeros(size, dtype=torch.uint8, device=device)
-        side.wait(devices.mark(device))
+        side.wait_event(devices.record_event(device))
         start = side.timestamp()
         with side.run():
             there.copy_(host, non_blocking=True)
@@ -74,10 +74,10 @@ def test_the_ring_uploads(device):
 
 
 @every_device
-def test_memory_is_counted(device):
+def test_memory_in_use_and_peak(device):
     total = devices.total_memory(device)
     if total is None:
-        pytest.skip("this device does not tell")
+        pytest.skip("the memory of this device is unknown")
     free = devices.available_memory(device)
     assert free is None or 0 < free <= total
     before = devices.memory_in_use(device)
@@ -89,7 +89,7 @@ def test_memory_is_counted(device):
 
 
 @every_device
-def test_random_numbers_go_on_where_they_were(device):
+def test_a_restored_random_state_repeats_the_numbers(device):
     state = devices.random_state(device)
     first = torch.rand(3, device=device)
     devices.set_random_state(state, device)

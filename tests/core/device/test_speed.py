@@ -1,4 +1,4 @@
-"""Speeds are measured once, kept, and assumed aloud where they cannot be measured."""
+"""Speeds are measured once and cached; an assumption is marked as such where they cannot be measured."""
 
 import json
 import os
@@ -23,10 +23,10 @@ def every(folder):
 
 
 def refuse(*_):
-    raise AssertionError("it is measured a second time")
+    raise AssertionError("measured a second time")
 
 
-def test_measured_once_and_kept(monkeypatch, tmp_path):
+def test_measured_once_and_cached(monkeypatch, tmp_path):
     first = every(tmp_path)
     assert all(one.measured and one.value > 0 for one in first)
     kept = json.loads((tmp_path / "cache" / "speed.json").read_text())
@@ -39,11 +39,11 @@ def test_measured_once_and_kept(monkeypatch, tmp_path):
 
 def test_the_disk_under_a_folder_that_is_not_there_yet(tmp_path):
     assert disk_speed(tmp_path / "models" / "later").measured
-    assert os.listdir(tmp_path) == ["cache"]  # nothing is left behind
+    assert os.listdir(tmp_path) == ["cache"]  # the temporary file is removed
 
 
 def test_the_rates(monkeypatch):
-    """A clock that gives every measurement half a second: one product is 2 n**3 operations."""
+    """Every measurement takes half a second; a product is 2 n**3 operations."""
     monkeypatch.setattr(speed, "_timed", lambda run, device: 0.5)
     assert compute_speed("cpu", torch.float32).value == 2 * 256**3 / 0.5
     assert link_speed("cpu").value == 2**20 / 0.5
@@ -57,7 +57,7 @@ def test_products_grow_until_they_take_long_enough(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "npu", "mps"])
-def test_assumed_for_a_device_that_is_not_here(monkeypatch, device):
+def test_assumed_for_a_device_that_is_not_available(monkeypatch, device):
     monkeypatch.setattr(speed, "is_available", lambda kind: kind == "cpu")
     for one in (link_speed(device), compute_speed(device, torch.bfloat16), compute_speed(device, torch.float32)):
         assert not one.measured
@@ -66,7 +66,7 @@ def test_assumed_for_a_device_that_is_not_here(monkeypatch, device):
     assert link_speed("cuda").value == 25e9
 
 
-def test_assumed_where_measuring_fails_and_not_kept(monkeypatch, tmp_path):
+def test_assumed_and_not_cached_if_measuring_fails(monkeypatch, tmp_path):
     def full(*_):
         raise RuntimeError("CUDA out of memory.\n Tried to allocate")
 
@@ -107,7 +107,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 def test_bad_input():
     with pytest.raises(ValueError, match="device type 'tpu': expected one of cuda, npu, mps, cpu"):
         link_speed("tpu")
-    with pytest.raises(ValueError, match="products of matrices are measured in bfloat16, float16, float32"):
+    with pytest.raises(ValueError, match="matrix products are measured in bfloat16, float16, float32"):
         compute_speed("cpu", torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="there is 1 CPU device"):
         link_speed("cpu:1")

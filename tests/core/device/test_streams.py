@@ -1,4 +1,4 @@
-"""Queues and events, on a device that writes down what it is given and on one that has neither."""
+"""Streams and events, on a device that records what it is given and on one that has neither."""
 
 import time
 
@@ -6,21 +6,20 @@ import pytest
 import torch
 
 from diffsynth.core import device as devices
-from diffsynth.core.device.upload import UploadRing
 from fake_devices import BARE, FULL, Bare, Event, Recorded, Stream
 
 
-def test_copies_of_the_side_stream_come_between_what_they_wait_for_and_what_waits_for_them(recorded):
+def test_a_copy_on_the_side_stream_runs_between_its_events(recorded):
     side = devices.side_stream("cuda:1")
     assert side.overlaps
     recorded.work("computes block 0")
-    used = devices.mark("cuda:1")
-    side.wait(used)
+    used = devices.record_event("cuda:1")
+    side.wait_event(used)
     with side.run():
         recorded.work("copies block 1")
-    copied = side.mark()
+    copied = side.record_event()
     recorded.work("computes on")
-    devices.wait_for(copied, "cuda:1")
+    devices.wait_event(copied, "cuda:1")
     recorded.work("computes block 1")
     name = "side1 of cuda:1"
     assert recorded.log == [
@@ -43,8 +42,8 @@ def test_leaving_the_side_stream_by_an_error_leaves_it(recorded):
 
 def test_nothing_to_wait_for(recorded):
     side = devices.side_stream(FULL)
-    side.wait(None)
-    devices.wait_for(None, FULL)
+    side.wait_event(None)
+    devices.wait_event(None, FULL)
     assert recorded.log == []
 
 
@@ -55,48 +54,38 @@ def test_without_streams_all_happens_in_order(bare, device):
     done = []
     with side.run():
         done.append("inside")
-    event = side.mark()
-    assert (event, devices.mark(device), done) == (None, None, ["inside"])
-    side.wait(event)
-    devices.wait_for(event, device)
-    assert bare.waited == (0 if device == "cpu" else 2)  # an event that cannot be had is waited for at once
+    event = side.record_event()
+    assert (event, devices.record_event(device), done) == (None, None, ["inside"])
+    side.wait_event(event)
+    devices.wait_event(event, device)
+    assert bare.waited == (0 if device == "cpu" else 2)  # without events the host waits at once
     with pytest.raises(ValueError, match="'an event': (CPU|Toy) has no events"):
-        side.wait("an event")
+        side.wait_event("an event")
 
 
-def test_times_are_those_of_the_queue(recorded):
+def test_times_are_those_of_the_stream(recorded):
     side = devices.side_stream(FULL)
     start, on_main, end = side.timestamp(), devices.timestamp(FULL), side.timestamp()
     assert end.seconds_since(start) == 2
     assert on_main.seconds_since(start) == 1
     assert [what for _, what in recorded.log[:3]] == ["records event1", "records event2", "records event3"]
-    assert recorded.log[3:] == [("host", "waits for event3"), ("host", "waits for event2")]  # none before it is asked
+    assert recorded.log[3:] == [
+        ("host", "waits for event3"),
+        ("host", "waits for event2"),
+    ]  # no wait before the time is read
 
 
 @pytest.mark.parametrize("device", ["cpu", BARE])
-def test_times_without_queues_are_the_hosts(bare, device):
+def test_times_without_streams_are_those_of_the_host(bare, device):
     side = devices.side_stream(device)
     start = side.timestamp()
     time.sleep(0.002)
     assert 0.002 <= devices.timestamp(device).seconds_since(start) < 1
 
 
-@pytest.mark.parametrize("fixture", ["recorded", "bare"])
-def test_the_ring_of_buffers_on_both(request, fixture):
-    module = request.getfixturevalue(fixture)
-    ring = UploadRing(FULL if fixture == "recorded" else BARE, buffers=2, size=8)
-    arrived = torch.zeros(8, dtype=torch.uint8)
-    for number in range(4):
-        with ring.buffer() as buffer:
-            buffer.fill_(number)
-            ring.upload([(buffer, arrived)])
-    ring.wait()
-    assert arrived.tolist() == [3] * 8
-    if fixture == "recorded":
-        waits = [what for who, what in module.log if who == "host"]
-        assert waits == ["waits for event1", "waits for event2", "waits for cuda"]
-    else:
-        assert module.waited == 5
+def test_the_cpu_has_nothing_to_wait_for():
+    assert devices.synchronize("cpu") is None
+    assert devices.empty_cache("cpu") is None
 
 
 def test_waiting_for_a_device(recorded, bare):

@@ -162,10 +162,10 @@ def test_a_missing_wait_is_seen(device, broken, monkeypatch):
     """The device of this file finds what it is there to find, in one of its orders."""
     call = Call(device)
     if broken == "copies do not wait":
-        monkeypatch.setattr("diffsynth.core.device.streams._Queue.wait", lambda self, event: None)
+        monkeypatch.setattr("diffsynth.core.device.streams.OverlappingStream.wait_event", lambda self, event: None)
         found_by = "side"
     else:
-        monkeypatch.setattr("diffsynth.core.device.wait_for", lambda event, device: None)
+        monkeypatch.setattr("diffsynth.core.device.wait_event", lambda event, device: None)
         found_by = "main"
     call.play(STEPS)
     assert device.prefer == "either" or (call.wrong != []) == (device.prefer == found_by)

@@ -116,10 +116,10 @@ def test_a_wrong_guess_does_not_come_late(device, monkeypatch):
 def test_a_missing_wait_is_seen(device, broken, monkeypatch):
     """The device of this file finds what it is there to find, in one of its orders."""
     if broken == "copies do not wait":
-        monkeypatch.setattr("diffsynth.core.device.streams._Queue.wait", lambda self, event: None)
+        monkeypatch.setattr("diffsynth.core.device.streams.OverlappingStream.wait_event", lambda self, event: None)
         found_by = "side"
     else:
-        monkeypatch.setattr("diffsynth.core.device.wait_for", lambda event, device: None)
+        monkeypatch.setattr("diffsynth.core.device.wait_event", lambda event, device: None)
         found_by = "main"
     wrong, _, _ = run(device, [range(7)] * 2, locked=LOCKED["locked"], slots=2)
     assert device.prefer == "either" or (wrong != []) == (device.prefer == found_by)

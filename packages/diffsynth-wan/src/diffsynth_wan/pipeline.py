@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.parallel import join_processes
+from diffsynth.core.parallel import init_distributed
 from diffsynth.runtime.acceleration.branches import check_merging
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
@@ -100,7 +100,7 @@ class WanVideoPipeline(Pipeline):
             Unavailable: `use_usp=True` in a process that `torchrun` did not start.
         """
         if use_usp:
-            device = join_processes(device)
+            device = init_distributed(device)
         configs = [_redirected(config) if redirect_common_files else config for config in model_configs]
         check_experts([str(config) for config in configs])
         pipe = super().from_pretrained(torch_dtype, device, configs, vram_limit, **processor_configs)
@@ -123,7 +123,7 @@ class WanVideoPipeline(Pipeline):
         check_inputs(request.values, self.components)
         check_windows(request, self.program, self.components["vae"])
         if request.values["cfg_merge"] and request.loop.cfg_scale != 1:
-            given = {"tensors": TENSORS, "conditions": self.conditions(), "ranks": self.mesh.branches}
+            given = {"tensors": TENSORS, "conditions": self.conditions(), "axis": self.mesh.branches}
             check_merging(self.program, self.components, request.values, **given)
         return request
 

@@ -12,20 +12,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.core.parallel import MeshAxis, attend_together, join_shares, share
+from diffsynth.core.parallel import MeshAxis, all_gather_shards, shard_slice, ulysses_attention
 from diffsynth_wan.extension import Extension, Sees, Stream
 
 if TYPE_CHECKING:
     from diffsynth_wan.dit import WanDiT
 
 
-def shared_out(extensions: Sequence[Extension], ranks: MeshAxis) -> tuple[Extension, ...]:
+def shared_out(extensions: Sequence[Extension], axis: MeshAxis) -> tuple[Extension, ...]:
     """The same extensions, and between those that see the whole stream and those that see a part, `ShareTokens`.
 
     Raises:
         ValueError: an extension does not say what it sees, or sees the whole and stands behind one that sees a part.
     """
-    if ranks.size == 1:
+    if axis.size == 1:
         return tuple(extensions)
     whole: list[Extension] = []
     part: list[Extension] = []
@@ -34,13 +34,13 @@ def shared_out(extensions: Sequence[Extension], ranks: MeshAxis) -> tuple[Extens
         sees = getattr(extension, "sees", None)
         if sees not in ("whole", "part"):
             raise ValueError(
-                f"{name} cannot be shared among {ranks.size} processes: it does not say what it sees, "
+                f"{name} cannot be shared among {axis.size} processes: it does not say what it sees, "
                 f"sees='whole' or sees='part' of the tokens; draw in one process, or with parallel(cfg=2)"
             )
         if sees == "whole" and part:
             raise ValueError(f"{name} sees the whole stream; it must stand before {type(part[0]).__name__}")
         (whole if sees == "whole" else part).append(extension)
-    return (*whole, ShareTokens(ranks), *part)
+    return (*whole, ShareTokens(axis), *part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class ShareTokens:
     are, where they stand, and how they attend: to all tokens, in some heads.
     """
 
-    ranks: MeshAxis
+    axis: MeshAxis
     sees: ClassVar[Sees] = "whole"
 
     def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
@@ -60,10 +60,10 @@ class ShareTokens:
         Raises:
             ValueError: fewer tokens than processes.
         """
-        total, ranks = stream.tokens.shape[1], self.ranks
-        if total < ranks.size:
-            raise ValueError(f"{total} tokens cannot be shared among {ranks.size} processes; draw a larger video")
-        own = share(total, ranks)
+        total, axis = stream.tokens.shape[1], self.axis
+        if total < axis.size:
+            raise ValueError(f"{total} tokens cannot be shared among {axis.size} processes; draw a larger video")
+        own = shard_slice(total, axis)
 
         def split(x: Tensor) -> Tensor:
             return x[:, own].contiguous()
@@ -75,9 +75,9 @@ class ShareTokens:
             rotary=(split(cos), split(sin)),
             time=runs_of(stream.time, own, total),
             modulation=runs_of(stream.modulation, own, total),
-            attend=lambda block: attend_together(stream.attend(block), total, ranks),
+            attend=lambda block: ulysses_attention(stream.attend(block), total, axis),
             split=split,
-            join=partial(join_shares, total=total, ranks=ranks),
+            join=partial(all_gather_shards, total=total, axis=axis),
             first=own.start,
         )
 

@@ -313,7 +313,7 @@ def test_buffers_of_the_ring_are_not_reused_before_their_copy_is_done(tmp_path, 
     found = tensors() | {f"t{n}": torch.randn(300) for n in range(20)}
     source = source_of(save(found, tmp_path), dtype)
     ring = SlowRing("cpu", buffers=2, size=256)
-    monkeypatch.setattr("diffsynth.core.device.mark", ring.mark)
+    monkeypatch.setattr("diffsynth.core.device.record_event", ring.mark)
     into = {key: torch.full(shape, -1.0, dtype=dtype) for key, shape in source.shapes.items()}
     requests = {key: source._requests(key, tensor.view(-1)) for key, tensor in into.items()}
     tasks = source._reader.tasks([request for some in requests.values() for request in some or ()], ring)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
-from diffsynth.core.parallel import ProcessMesh, form_mesh
+from diffsynth.core.parallel import ProcessMesh, create_mesh
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
@@ -73,7 +73,7 @@ class Pipeline(LoRAMethods):
     per_image: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
     facts: ClassVar[Mapping[str, str]] = MappingProxyType({})
     shares_tokens: ClassVar[bool] = False
-    """Whether `velocity()` shares the tokens out among the processes of `self.team.tokens`."""
+    """Whether `velocity()` shares the tokens out among the processes of `self.mesh.tokens`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -237,7 +237,7 @@ class Pipeline(LoRAMethods):
             Unavailable: there is no process group.
             ValueError: sizes that do not make up the number of processes, or tokens that this pipeline cannot share.
         """
-        mesh = form_mesh(cfg=cfg, sequence=sequence, device=self.device)
+        mesh = create_mesh(cfg=cfg, sequence=sequence, device=self.device)
         if mesh.tokens.size > 1 and not self.shares_tokens:
             raise ValueError(
                 f"{type(self).__name__} cannot share the tokens of a result among {mesh.tokens.size} processes; it can "
@@ -371,7 +371,7 @@ class Pipeline(LoRAMethods):
 
     def _new_state(self, request: Request) -> CallValues:
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
-        seeds = self.mesh.agreed_seeds(request.seeds)
+        seeds = self.mesh.broadcast_seeds(request.seeds)
         given = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
         given |= {"mesh": self.mesh, **self._facts()}
         branches = ("cond",) if request.loop.cfg_scale == 1 else ("cond", "uncond")
@@ -410,7 +410,7 @@ class Pipeline(LoRAMethods):
             conditions,
             merges=view.get(MERGES, False),
             batch_size=request.batch_size,
-            ranks=self.mesh.branches,
+            axis=self.mesh.branches,
         )
 
         def predict(branch: str, latents: Tensor, levels: Tensor, given: Mapping[str, Any]) -> Tensor:
@@ -440,7 +440,7 @@ class Pipeline(LoRAMethods):
 
         self._notify("denoise_started", pipeline=self, num_steps=num_steps, shape=tuple(latents.shape))
         with experts, step_cache:
-            progress = request.loop.progress_bar_cmd if self.mesh.is_first else no_progress
+            progress = request.loop.progress_bar_cmd if self.mesh.is_main_process else no_progress
             return euler(velocity, latents, sigmas, on_step=on_step, progress=progress)
 
     def _step_cache_session(self, request: Request) -> StepCacheSession:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.core.parallel import ALONE, MeshAxis, ProcessMesh
+from diffsynth.core.parallel import SINGLE_PROCESS, MeshAxis, ProcessMesh
 from diffsynth.runtime.unit import unit
 from diffsynth_wan.extension import Extension, FramesAt
 from diffsynth_wan.sharing import shared_out
@@ -127,12 +127,12 @@ def read_reference(
     """
     frames = canvas.latent_size[0]
     windows = [Window(0, frames)] if sliding_window is None else sliding_window.windows(frames)
-    ranks = ALONE if mesh is None else mesh.tokens
+    axis = SINGLE_PROCESS if mesh is None else mesh.tokens
     read = {}
     for window in windows:
         read[window.start] = ReferenceVideo(offload=animate2_offload_kv)
         latents = reference_latents[:, :, window.start : window.stop]
-        _read(dit, latents, window, read[window.start], reference_prompt_embeds, reference_image_embeds, ranks)
+        _read(dit, latents, window, read[window.start], reference_prompt_embeds, reference_image_embeds, axis)
     return read
 
 
@@ -143,7 +143,7 @@ def _read(
     video: ReferenceVideo,
     prompt_embeds: Float[Tensor, "1 s e"],
     image_embeds: Float[Tensor, "1 i e_image"] | None,
-    ranks: MeshAxis,
+    axis: MeshAxis,
 ) -> None:
     """One pass over clean latents, all of whose frames are given."""
     masked = dit.config.in_channels - 2 * latents.shape[1]
@@ -154,7 +154,7 @@ def _read(
         prompt_embeds,
         image_embeds,
         torch.cat([mask, latents], dim=1),
-        extensions=shared_out((FramesAt(tuple(range(window.start, window.stop))), ReadReference(video)), ranks),
+        extensions=shared_out((FramesAt(tuple(range(window.start, window.stop))), ReadReference(video)), axis),
     )
 
 

@@ -1,7 +1,7 @@
-"""The one place that names a device backend: CUDA (and ROCm, which torch calls CUDA), Ascend NPU, MPS, CPU.
+"""Device backends: CUDA (and ROCm, which torch calls CUDA), Ascend NPU, MPS and the CPU. No other package names one.
 
-`backends` says what each one has; the others say what happens where it lacks something: `names` (choosing, refusing),
-`streams`, `memory`, `random`, `speed` (how fast, measured once) and `upload` (a ring of buffers).
+`backends` has the features of each backend. The other modules use them and have a fallback for a missing feature:
+`names` (selection and checks), `streams`, `memory`, `random`, `speed` (measured once) and `upload` (a ring of buffers).
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ from diffsynth.core.device.names import (
     present_devices,
 )
 from diffsynth.core.device.random import generator, random_state, set_random_state
-from diffsynth.core.device.streams import SideStream, Timestamp, mark, side_stream, synchronize, timestamp, wait_for
+from diffsynth.core.device.streams import (
+    SideStream,
+    Timestamp,
+    record_event,
+    side_stream,
+    synchronize,
+    timestamp,
+    wait_event,
+)
 
 __all__ = [
     "ACCELERATORS",
@@ -59,7 +67,6 @@ __all__ = [
     "get_device_type",
     "get_nccl_backend",
     "get_torch_device",
-    "mark",
     "memory_in_use",
     "parse_device_type",
     "parse_nccl_backend",
@@ -67,13 +74,14 @@ __all__ = [
     "pinned_memory",
     "present_devices",
     "random_state",
+    "record_event",
     "reset_peak_memory",
     "set_random_state",
     "side_stream",
     "synchronize",
     "timestamp",
     "total_memory",
-    "wait_for",
+    "wait_event",
 ]
 
 

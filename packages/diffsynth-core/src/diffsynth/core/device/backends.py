@@ -1,6 +1,6 @@
-"""Which device backends there are, what each one has, and torch's module for it.
+"""The device backends, their features, and their torch modules.
 
-CUDA stands for ROCm, too: torch calls both "cuda". A new backend is a `Backend` here and a row in `docs/devices.md`.
+"cuda" is CUDA and ROCm, as in torch. A new backend is a `Backend` here and a row in `docs/devices.md`.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ CONVERTIBLE = (
     torch.complex64,
     torch.complex128,
 )
-"""Dtypes that `Tensor.to` converts from and to on the CPU and on CUDA; torch's packed ones (float4, int1 ...) not."""
+"""Dtypes that `Tensor.to` converts from and to on the CPU and on CUDA; not torch's packed dtypes (float4, int1 ...)."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What one kind of device has.
+    """The features of one kind of device.
 
     Attributes:
         kind: torch's device type, and the name of its module: `torch.<kind>`.
-        label: how people call it.
-        collectives: what torch.distributed uses there.
-        indexed: more than one can be there, "cuda:0" and "cuda:1".
-        streams: queues and events beside the current one; without, everything happens in order.
-        pins: copies from pinned host memory go on while the host does.
-        counts: torch's allocator tells what is allocated, reserved and free, and the peak.
-        lacks: of `CONVERTIBLE`, the dtypes that it has no conversion for.
-        needs: what to install where torch alone does not bring it.
+        label: name for messages.
+        collectives: backend of torch.distributed for it.
+        indexed: whether a machine can have several, "cuda:0" and "cuda:1".
+        streams: whether it has streams and events; without them work runs in order.
+        pinned_memory: whether copies from pinned host memory are asynchronous.
+        memory_stats: whether torch's allocator reports allocated, reserved, free and peak memory.
+        unsupported_dtypes: dtypes of `CONVERTIBLE` that it has no conversion for.
+        requirement: what must be installed beside torch, for messages.
     """
 
     kind: str
@@ -63,43 +63,43 @@ class Backend:
     collectives: str = "gloo"
     indexed: bool = False
     streams: bool = False
-    pins: bool = False
-    counts: bool = False
-    lacks: frozenset[torch.dtype] = frozenset()
-    needs: str = ""
+    pinned_memory: bool = False
+    memory_stats: bool = False
+    unsupported_dtypes: frozenset[torch.dtype] = frozenset()
+    requirement: str = ""
 
 
-_FULL = {"indexed": True, "streams": True, "pins": True, "counts": True}
+_FULL = {"indexed": True, "streams": True, "pinned_memory": True, "memory_stats": True}
 
 BACKENDS = {
     backend.kind: backend
     for backend in (
-        Backend("cuda", "CUDA", "nccl", **_FULL, needs="a torch built for CUDA or ROCm, and the driver"),
-        # aclnnCast of CANN 8 and 9: no float8 on Atlas A2 and A3; Ascend 950 has some, refused here all the same.
-        Backend("npu", "Ascend NPU", "hccl", **_FULL, lacks=_FLOAT8, needs="torch_npu and CANN"),
+        Backend("cuda", "CUDA", "nccl", **_FULL, requirement="a torch built for CUDA or ROCm, and the driver"),
+        # aclnnCast of CANN 8 and 9: no float8 on Atlas A2 and A3; Ascend 950 has some, but is treated alike.
+        Backend("npu", "Ascend NPU", "hccl", **_FULL, unsupported_dtypes=_FLOAT8, requirement="torch_npu and CANN"),
         # Metal has no 64-bit floats; float8: pytorch/pytorch#148420, open in June 2026.
         Backend(
             "mps",
             "MPS",
-            lacks=_FLOAT8 | {torch.float64, torch.complex128},
-            needs="macOS on Apple silicon",
+            unsupported_dtypes=_FLOAT8 | {torch.float64, torch.complex128},
+            requirement="macOS on Apple silicon",
         ),
         Backend("cpu", "CPU"),
     )
 }
-"""By kind, in the order they are preferred."""
+"""Kind -> backend, in order of preference."""
 
 ACCELERATORS = tuple(kind for kind in BACKENDS if kind != "cpu")
-"""In the order they are preferred."""
+"""Kinds other than the CPU, in order of preference."""
 
 
-def parts(device: torch.device | str | int) -> tuple[str, int | None]:
-    """Type and index of a device or its name.
+def type_and_index(device: torch.device | str | int) -> tuple[str, int | None]:
+    """Return type and index of a device or its name.
 
-    Names are read here, not by torch: it knows no "npu" where torch_npu is missing, and takes "cuda:256" for "cuda:0".
+    Names are not parsed by torch, which does not know "npu" without torch_npu, and reads "cuda:256" as "cuda:0".
 
     Raises:
-        ValueError: a name with something else than a number behind its colon.
+        ValueError: a name whose index is not a number.
     """
     if not isinstance(device, str):
         parsed = torch.device(device)
@@ -113,12 +113,12 @@ def parts(device: torch.device | str | int) -> tuple[str, int | None]:
 
 
 def torch_module(kind: str) -> Any:
-    """`torch.cuda`, `torch.npu` or `torch.mps`; None for the CPU and where this torch has no such module."""
+    """Return `torch.cuda`, `torch.npu` or `torch.mps`; None for the CPU, or if torch has no such module."""
     return None if kind == "cpu" else getattr(torch, kind, None)
 
 
 def is_available(kind: str) -> bool:
-    """Whether a device of this kind is on this machine, and torch can use it."""
+    """Whether this machine has a device of this kind that torch can use."""
     if kind == "cpu":
         return True
     if kind == "mps":
@@ -127,13 +127,13 @@ def is_available(kind: str) -> bool:
     return module is not None and bool(module.is_available())
 
 
-def driven(device: torch.device | str) -> tuple[Backend, Any]:
-    """The backend of a device and torch's module for it.
+def backend_and_module(device: torch.device | str) -> tuple[Backend, Any]:
+    """Return the backend of a device and its torch module, see `torch_module`.
 
     Raises:
-        ValueError: a kind of device that diffsynth does not know.
+        ValueError: an unknown kind of device.
     """
-    kind, _ = parts(device)
+    kind, _ = type_and_index(device)
     if kind not in BACKENDS:
         raise ValueError(f"device type {kind!r}: expected one of {', '.join(BACKENDS)}")
     return BACKENDS[kind], torch_module(kind)

@@ -1,4 +1,4 @@
-"""How much memory a device has, has free, and took, None for one that is not here; host memory that it copies from."""
+"""Total, free, used and peak memory of a device, None if it is not available; and pinned host memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from diffsynth.core.device.backends import Backend, driven, is_available
+from diffsynth.core.device.backends import Backend, backend_and_module, is_available
 from diffsynth.core.device.names import default_device
 
 _log = logging.getLogger(__name__)
 
-_TOLD: set[str] = set()
+_warned: set[str] = set()
 """Labels of backends for which a warning was logged."""
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -22,102 +22,104 @@ _SELF = Path("/proc/self")
 
 
 def available_memory(device: torch.device | str) -> int | None:
-    """Free bytes on a device; None where the backend cannot tell (MPS, and hosts without /proc)."""
-    backend, module = _here(device)
+    """Return the free bytes of a device; None if unknown (MPS, and hosts without /proc)."""
+    backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _free_host_memory()
-    if not backend.counts or module is None:
+    if not backend.memory_stats or module is None:
         return None
     device = torch.device(device)
-    # What torch's allocator holds in reserve is free to us, though the driver counts it as taken.
+    # Memory that torch's allocator has reserved is free for tensors, although the driver reports it as used.
     reserve = module.memory_reserved(device) - module.memory_allocated(device)
     return int(module.mem_get_info(device)[0]) + int(reserve)
 
 
 def total_memory(device: torch.device | str) -> int | None:
-    """Bytes that a device has, or that a container may take of the host's; None where nobody can tell.
+    """Return the bytes of memory of a device; None if unknown.
 
-    On MPS what Metal recommends as the most to use.
+    On the CPU within a container the lower of the host's memory and the container's limit; on MPS the maximum that
+    Metal recommends.
     """
-    backend, module = _here(device)
+    backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _host_memory()
     if module is None:
         return None
-    if backend.counts:
+    if backend.memory_stats:
         return int(module.mem_get_info(torch.device(device))[1])
     return int(module.recommended_max_memory()) if backend.kind == "mps" else None
 
 
 def memory_in_use(device: torch.device | str) -> int | None:
-    """Bytes that tensors of this process take on a device; on the CPU what the whole process takes (VmRSS).
+    """Return the bytes that tensors of this process occupy on a device; on the CPU those of the process (VmRSS).
 
-    None where nobody can tell.
+    None if unknown.
     """
-    backend, module = _here(device)
+    backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _status("VmRSS")
     if module is None:
         return None
-    if backend.counts:
+    if backend.memory_stats:
         return int(module.memory_allocated(torch.device(device)))
     return int(module.current_allocated_memory()) if backend.kind == "mps" else None
 
 
 def peak_memory(device: torch.device | str) -> int | None:
-    """The most that `memory_in_use` has been, since the start or `reset_peak_memory`; on the CPU VmHWM.
+    """Return the maximum of `memory_in_use` since the start or `reset_peak_memory`; on the CPU VmHWM.
 
-    None where nobody counts: on MPS, and on hosts without /proc.
+    None if unknown (MPS, and hosts without /proc).
     """
-    backend, module = _here(device)
+    backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _status("VmHWM")
-    return int(module.max_memory_allocated(torch.device(device))) if backend.counts and module is not None else None
+    return (
+        int(module.max_memory_allocated(torch.device(device))) if backend.memory_stats and module is not None else None
+    )
 
 
 def reset_peak_memory(device: torch.device | str) -> bool:
-    """Have `peak_memory` count from now on; False where it does not count, or the system does not allow it."""
-    backend, module = _here(device)
+    """Restart the measurement of `peak_memory`, and return whether that was possible."""
+    backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _reset_status()
-    if not backend.counts or module is None:
+    if not backend.memory_stats or module is None:
         return False
     module.reset_peak_memory_stats(torch.device(device))
     return True
 
 
 def empty_cache(device: torch.device | str | None = None) -> None:
-    """Give cached blocks back to the driver; nothing on the CPU. None is the default device."""
-    _, module = driven(default_device() if device is None else device)
+    """Return cached blocks of torch's allocator to the driver; nothing on the CPU. None is the default device."""
+    _, module = backend_and_module(default_device() if device is None else device)
     if module is not None:
         module.empty_cache()
 
 
 def pinned_memory(size: int, device: torch.device | str) -> torch.Tensor:
-    """Bytes of host memory that a device copies from while the host goes on.
+    """Return `size` bytes of pinned host memory, from which a device copies asynchronously, as a uint8 tensor.
 
-    torch's allocator takes the next power of two of what is asked for: one slab of 2**n bytes, cut into parts, wastes
-    nothing. Ordinary memory on MPS and the CPU, and, logged once, where the system locks no more: copies from it are
-    right, but the host waits for them.
+    torch's allocator rounds sizes up to a power of two, so callers should ask for 2**n bytes. On MPS and the CPU, and
+    if the system pins no more memory (logged once), this is pageable memory, whose copies block the host.
     """
-    backend, _ = driven(device)
-    if backend.pins and is_available(backend.kind):
+    backend, _ = backend_and_module(device)
+    if backend.pinned_memory and is_available(backend.kind):
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
-            _tell_once(backend.label, size, " ".join(str(error).split()))
+            _warn_once(backend.label, size, " ".join(str(error).split()))
     return torch.empty(size, dtype=torch.uint8)
 
 
-def _here(device: torch.device | str) -> tuple[Backend, Any]:
-    """Like `driven`, but no module for a device that this machine lacks: nothing is known of its memory."""
-    backend, module = driven(device)
+def _available_backend(device: torch.device | str) -> tuple[Backend, Any]:
+    """Return the backend and its torch module, None if this machine has no such device."""
+    backend, module = backend_and_module(device)
     return backend, module if is_available(backend.kind) else None
 
 
-def _tell_once(label: str, size: int, reason: str) -> None:
-    if label not in _TOLD:
-        _TOLD.add(label)
+def _warn_once(label: str, size: int, reason: str) -> None:
+    if label not in _warned:
+        _warned.add(label)
         _log.warning(
             "%d bytes of host memory cannot be pinned for %s (%s): copies from them will not overlap with "
             "computation. Raise the limit on locked memory, or free host memory",
@@ -147,7 +149,7 @@ def _status(field: str) -> int | None:
 
 
 def _kilobytes(file: Path, field: str) -> int | None:
-    """Bytes of a line such as `VmHWM:  1708 kB`; None without that file or line."""
+    """Return the bytes of a line such as `VmHWM:  1708 kB`; None without that file or line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -158,7 +160,7 @@ def _kilobytes(file: Path, field: str) -> int | None:
 
 def _reset_status() -> bool:
     try:
-        # proc(5): 5 sets VmHWM to what the process takes now.
+        # proc(5): 5 resets VmHWM to the current VmRSS.
         (_SELF / "clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return False
@@ -166,7 +168,7 @@ def _reset_status() -> bool:
 
 
 def _cgroup_limit() -> int | None:
-    """What a container may take in all (cgroup v2); None without a limit."""
+    """Return the memory limit of the container in bytes (cgroup v2); None without a limit."""
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         return None if limit == "max" else int(limit)
@@ -175,7 +177,7 @@ def _cgroup_limit() -> int | None:
 
 
 def _free_in_cgroup() -> int | None:
-    """What a container may still take; /proc/meminfo speaks of the whole machine. None without a limit."""
+    """Return the bytes that the container may still use; None without a limit. /proc/meminfo is for the machine."""
     limit = _cgroup_limit()
     if limit is None:
         return None
@@ -184,5 +186,5 @@ def _free_in_cgroup() -> int | None:
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):
         return None
-    # Cached file pages are given back when memory is wanted.
+    # The kernel reclaims inactive file pages when memory is needed.
     return max(limit - used + int(stat.get("inactive_file", 0)), 0)

@@ -1,4 +1,4 @@
-"""Choosing a device, and telling early that one, or a dtype on it, is not to be had."""
+"""Selection of a device, and early checks of devices and dtypes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from diffsynth.core.device.backends import (
     ACCELERATORS,
     BACKENDS,
     CONVERTIBLE,
-    driven,
+    backend_and_module,
     is_available,
-    parts,
+    type_and_index,
 )
 from diffsynth.errors import did_you_mean
 
@@ -23,74 +23,77 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def default_device() -> torch.device:
-    """The first accelerator that is there, else the CPU."""
+    """Return the preferred accelerator that is available, else the CPU."""
     return torch.device(get_device_type())
 
 
 def present_devices() -> tuple[str, ...]:
-    """Every device of this machine that torch can use, the CPU last: `("cuda:0", "cuda:1", "cpu")`."""
+    """Return the names of all devices that torch can use on this machine, the CPU last: `("cuda:0", "cpu")`."""
     found: list[str] = []
     for kind, backend in BACKENDS.items():
         if is_available(kind):
-            count = int(driven(kind)[1].device_count()) if backend.indexed else 1
+            count = int(backend_and_module(kind)[1].device_count()) if backend.indexed else 1
             found += [f"{kind}:{index}" for index in range(count)] if backend.indexed else [kind]
     return tuple(found)
 
 
 def check_device(device: torch.device | str | int) -> torch.device:
-    """The device as its tensors name it, "cuda:0" for "cuda", if it is there.
+    """Check that a device is available, and return it with its index, "cuda:0" for "cuda".
 
     Raises:
-        ValueError: not a device, one of a kind that diffsynth does not know, or one that is not on this machine.
+        ValueError: not a device, an unknown kind of device, or one that this machine does not have.
     """
     try:
-        kind, index = parts(device)
+        kind, index = type_and_index(device)
     except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"device {device!r}: expected a name such as 'cuda:0'; {_these()}") from None
+        raise ValueError(f"device {device!r}: expected a name such as 'cuda:0'; {_this_machine()}") from None
     if kind not in BACKENDS:
         near = did_you_mean(kind, BACKENDS)
-        raise ValueError(f"device {str(device)!r}: diffsynth computes on {', '.join(BACKENDS)}; {_these()}{near}")
-    backend, module = driven(kind)
+        raise ValueError(
+            f"device {str(device)!r}: diffsynth computes on {', '.join(BACKENDS)}; {_this_machine()}{near}"
+        )
+    backend, module = backend_and_module(kind)
     if not is_available(kind):
         raise ValueError(
-            f"device {str(device)!r}: there is no {backend.label} device, which needs {backend.needs}; {_these()}"
+            f"device {str(device)!r}: there is no {backend.label} device, which needs {backend.requirement}; "
+            f"{_this_machine()}"
         )
     if index is None:
         index = int(module.current_device()) if backend.indexed else 0
     count = int(module.device_count()) if backend.indexed else 1
     if not 0 <= index < count:
         number = f"there {'are' if count > 1 else 'is'} {count} {backend.label} device{'s' if count > 1 else ''}"
-        raise ValueError(f"device {str(device)!r}: {number}; {_these()}")
+        raise ValueError(f"device {str(device)!r}: {number}; {_this_machine()}")
     return torch.device(kind) if kind == "cpu" else torch.device(kind, index)
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """The dtype, if the device converts from and to it. It need not compute in it.
+    """Check that a device converts from and to a dtype, and return the dtype. Computing in it is not checked.
 
-    Answered from a table (`backends.py`), so that it can be asked for a device that is not here.
+    The answer comes from a table (`backends.py`), so the device need not be available.
 
     Raises:
-        ValueError: the device cannot.
+        ValueError: the device has no conversion for it.
     """
-    backend, _ = driven(device)
-    can = [one for one in CONVERTIBLE if one not in backend.lacks]
-    if dtype not in can:
-        floats = ", ".join(str(one).removeprefix("torch.") for one in can if one.is_floating_point)
-        raise ValueError(f"{dtype} on {backend.label}: nothing converts to or from it there; its floats are {floats}")
+    backend, _ = backend_and_module(device)
+    supported = [one for one in CONVERTIBLE if one not in backend.unsupported_dtypes]
+    if dtype not in supported:
+        floats = ", ".join(str(one).removeprefix("torch.") for one in supported if one.is_floating_point)
+        raise ValueError(f"{dtype} on {backend.label} has no conversion; its floating-point dtypes are {floats}")
     return dtype
 
 
 def card_name(device: torch.device | str) -> str:
-    """What the hardware calls itself, "NVIDIA H100 80GB HBM3"; the processor's name for the CPU and MPS."""
-    backend, module = driven(device)
+    """Return the name of the hardware, "NVIDIA H100 80GB HBM3"; for the CPU and MPS that of the processor."""
+    backend, module = backend_and_module(device)
     if backend.indexed and module is not None:
         return str(module.get_device_name(torch.device(device)))
     return _processor()
 
 
 def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
-    """The generation of a CUDA device, (9, 0) for Hopper; None for every other kind and for ROCm, which counts anew."""
-    backend, module = driven(device)
+    """Return the CUDA compute capability, (9, 0) for Hopper; None for ROCm and every other kind of device."""
+    backend, module = backend_and_module(device)
     if backend.kind != "cuda" or torch.version.hip is not None or not is_available(backend.kind):
         return None
     major, minor = module.get_device_capability(torch.device(device))
@@ -98,13 +101,13 @@ def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
 
 
 def built_for() -> tuple[str, ...]:
-    """What this torch is compiled for besides the CPU: `("CUDA 13.2",)`. Packages such as torch_npu do not tell."""
+    """Return the toolkits that torch is compiled for besides the CPU, `("CUDA 13.2",)`; torch_npu is not listed."""
     kits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     return tuple(f"{kit} {version}" for kit, version in kits.items() if version)
 
 
 def get_device_type() -> str:
-    """ "cuda", "npu", "mps" or "cpu": the type of `default_device()`."""
+    """Return the type of `default_device()`: "cuda", "npu", "mps" or "cpu"."""
     return next((kind for kind in ACCELERATORS if is_available(kind)), "cpu")
 
 
@@ -112,29 +115,29 @@ get_available_device_type = get_device_type
 
 
 def get_device_name() -> str:
-    """The default device with its index, "cuda:0"; "cpu" and "mps" have none."""
+    """Return the name of the default device with its index, "cuda:0"; "cpu" and "mps" have no index."""
     kind = get_device_type()
     return f"{kind}:{get_device_id()}" if BACKENDS[kind].indexed else kind
 
 
 def get_device_id() -> int:
-    """Index of the current device of the default kind; 0 where there is only one."""
+    """Return the index of the current device of the default type; 0 for "cpu" and "mps"."""
     kind = get_device_type()
-    return int(driven(kind)[1].current_device()) if BACKENDS[kind].indexed else 0
+    return int(backend_and_module(kind)[1].current_device()) if BACKENDS[kind].indexed else 0
 
 
 def get_torch_device() -> Any:
-    """torch's module for the default device: `torch.cuda`, `torch.npu`, `torch.mps` or `torch.cpu`."""
+    """Return torch's module for the default device: `torch.cuda`, `torch.npu`, `torch.mps` or `torch.cpu`."""
     return getattr(torch, get_device_type())
 
 
 def parse_device_type(device: torch.device | str) -> str:
-    """The type in a device or its name, `"cuda"` of `"cuda:1"`."""
-    return parts(device)[0]
+    """Return the type of a device or its name, `"cuda"` for `"cuda:1"`."""
+    return type_and_index(device)[0]
 
 
 def parse_nccl_backend(device_type: str) -> str:
-    """The collectives that torch.distributed uses on a device type: "nccl", "hccl" or "gloo".
+    """Return the backend of torch.distributed for a device type: "nccl", "hccl" or "gloo".
 
     Raises:
         ValueError: an unknown type.
@@ -145,22 +148,22 @@ def parse_nccl_backend(device_type: str) -> str:
 
 
 def get_nccl_backend() -> str:
-    """The collectives of the default device."""
+    """Return the backend of torch.distributed for the default device."""
     return parse_nccl_backend(get_device_type())
 
 
 def enable_high_precision_for_bf16() -> None:
-    """Turn TF32 and reduced-precision bf16 sums of matrix products off, process-wide. Nothing on MPS and the CPU."""
+    """Disable TF32 and reduced-precision bf16 sums in matrix products, for the process; nothing on MPS and the CPU."""
     kind = get_device_type()
     if kind == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     elif kind == "npu":
-        # Ascend's counterpart of TF32.
-        driven(kind)[1].matmul.allow_hf32 = False
+        # The equivalent of TF32 on Ascend.
+        backend_and_module(kind)[1].matmul.allow_hf32 = False
 
 
-def _these() -> str:
+def _this_machine() -> str:
     return f"this machine has {', '.join(present_devices())}"
 
 

@@ -1,14 +1,14 @@
-"""Random numbers on a device: generators, and the state that a resumed run goes on from."""
+"""Random number generators of a device, and the state of its default generator for resumed runs."""
 
 from __future__ import annotations
 
 import torch
 
-from diffsynth.core.device.backends import driven
+from diffsynth.core.device.backends import backend_and_module
 
 
 def generator(device: torch.device | str, seed: int | None = None) -> torch.Generator:
-    """A random generator of this device, seeded if a seed is given; MPS draws on the CPU."""
+    """Return a random generator of a device, with a random seed if `seed` is None; for MPS one of the CPU."""
     kind = torch.device(device).type
     made = torch.Generator("cpu" if kind == "mps" else device)
     if seed is None:
@@ -19,16 +19,16 @@ def generator(device: torch.device | str, seed: int | None = None) -> torch.Gene
 
 
 def random_state(device: torch.device | str) -> torch.Tensor:
-    """State of the device's own default generator: bytes, in host memory."""
-    backend, module = driven(device)
+    """Return the state of the device's default generator as bytes in host memory."""
+    backend, module = backend_and_module(device)
     if module is None:
         return torch.get_rng_state()
     return (module.get_rng_state(torch.device(device)) if backend.indexed else module.get_rng_state()).cpu()
 
 
 def set_random_state(state: torch.Tensor, device: torch.device | str) -> None:
-    """Put back what `random_state` gave for a device of the same kind."""
-    backend, module = driven(device)
+    """Restore a state that `random_state` returned for a device of the same kind."""
+    backend, module = backend_and_module(device)
     if module is None:
         torch.set_rng_state(state.cpu())
     elif backend.indexed:

@@ -1,6 +1,6 @@
-"""How fast a link, a device and a disk are: measured once a machine, then read from `speed.json` in the cache folder.
+"""Speed of a link, a device and a disk, measured once per machine and stored in `speed.json` in the cache folder.
 
-For a device that is not here an assumption, which says that it is one. Delete the file to measure again.
+For a device that is not available the speed is an assumption, marked as such. Delete the file to measure again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 from diffsynth import _env
-from diffsynth.core.device.backends import driven, is_available
+from diffsynth.core.device.backends import backend_and_module, is_available
 from diffsynth.core.device.memory import pinned_memory
 from diffsynth.core.device.names import card_name, check_device, check_dtype
 from diffsynth.core.device.streams import synchronize
@@ -28,21 +28,21 @@ _REPEATS = 5
 _LINK_BYTES = 256 * 2**20
 _DISK_BYTES = 128 * 2**20
 _DISK_BLOCK, _DISK_THREADS = 8 * 2**20, 4
-"""As the loader reads; one thread does not keep an NVMe drive busy."""
+"""Block size and number of threads of the loader; one thread does not saturate an NVMe drive."""
 _FIRST_WIDTH, _LAST_WIDTH, _LONG_ENOUGH = 256, 8192, 0.02
-"""Rows and columns of the matrices grow until a product takes these seconds; a CPU may be 10**6 times slower."""
+"""The width of the matrices grows until a product takes this many seconds; a CPU may be 10**6 times slower."""
 
 _COMPUTES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A rate.
+    """A measured or assumed speed.
 
     Attributes:
         value: bytes/s of a link or a disk, FLOP/s of a device; a product of two n x n matrices is 2 n**3 FLOP.
-        measured: False for an assumption.
-        source: what was measured, or what is assumed and why.
+        measured: whether it was measured; False for an assumption.
+        source: description of the measurement, or of the assumption and its reason.
     """
 
     value: float
@@ -63,14 +63,14 @@ _NVME = Speed(3e9, measured=False, source="assumed: an NVMe drive on PCIe 3.0 x4
 
 
 def link_speed(device: torch.device | str) -> Speed:
-    """Bytes/s from pinned host memory to a device: 256 MiB, the median of five. On the CPU, of a copy in memory.
+    """Return the speed of copies from pinned host memory to a device, in bytes/s; on the CPU of copies in memory.
 
-    Assumed where this machine has no such kind of device, or no room on it.
+    Measured with 256 MiB, the median of five; assumed if this machine has no such device or no free memory on it.
 
     Raises:
-        ValueError: an unknown kind of device, or an index that is not there.
+        ValueError: an unknown kind of device, or an index that does not exist.
     """
-    backend, _ = driven(device)
+    backend, _ = backend_and_module(device)
     if not is_available(backend.kind):
         return _LINKS[backend.kind]
     device = check_device(device)
@@ -78,17 +78,17 @@ def link_speed(device: torch.device | str) -> Speed:
 
 
 def compute_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """FLOP/s that a large product of matrices reaches in a dtype: the median of five.
+    """Return the speed of a large matrix product in a dtype, in FLOP/s.
 
-    Assumed where this machine has no such kind of device, or no room on it.
+    The median of five measurements; assumed if this machine has no such device or no free memory on it.
 
     Raises:
-        ValueError: an unknown kind of device, an index that is not there, or a dtype that it does not compute in.
+        ValueError: an unknown kind of device, an index that does not exist, or a dtype that is not measured.
     """
-    backend, _ = driven(device)
+    backend, _ = backend_and_module(device)
     if check_dtype(dtype, device) not in _COMPUTES:
         names = ", ".join(str(one).removeprefix("torch.") for one in _COMPUTES)
-        raise ValueError(f"{dtype}: products of matrices are measured in {names}")
+        raise ValueError(f"{dtype}: matrix products are measured in {names}")
     assumed = _assumed_compute(backend.kind, dtype)
     if not is_available(backend.kind):
         return assumed
@@ -97,11 +97,11 @@ def compute_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
 
 
 def disk_speed(folder: Path | str) -> Speed:
-    """Bytes/s read from the disk under a folder, past the cache of the system.
+    """Return the speed of reads from the disk of a folder, without the page cache, in bytes/s.
 
-    Four threads read a file of 128 MiB that is written there, in the nearest folder above if the folder does not exist,
-    and removed again. A drive that still holds it in a cache of its own looks faster than it is. Assumed where nothing
-    can be written, and where the system cannot be told to forget a file (macOS, Windows).
+    Four threads read a temporary file of 128 MiB, in the nearest existing parent if the folder does not exist. A drive
+    with a cache of its own appears faster than it is. Assumed if nothing can be written, and where the page cache of a
+    file cannot be dropped (macOS, Windows).
     """
     folder = Path(folder).absolute()
     folder = next(parent for parent in [folder, *folder.parents] if parent.is_dir())
@@ -123,7 +123,7 @@ def _hardware(device: torch.device) -> str:
 
 
 def _once(key: str, measure: Callable[[], float], assumed: Speed) -> Speed:
-    """What the cache holds under a key, else the measurement; the assumption, not kept, where that fails."""
+    """Return the cached speed of a key, else measure and cache it; if that fails, return the assumption."""
     known = _read_cache().get(key)
     if not isinstance(known, float):
         try:
@@ -149,12 +149,12 @@ def _measure_compute(device: torch.device, dtype: torch.dtype) -> float:
 
 def _product_seconds(width: int, device: torch.device, dtype: torch.dtype) -> float:
     left, right = (torch.full((width, width), 0.5, dtype=dtype, device=device) for _ in range(2))
-    # The layout of a Linear: CPUs that emulate bf16 are ten times slower in others.
+    # The layout of a Linear: CPUs that emulate bf16 are ten times slower in other layouts.
     return _seconds(lambda: torch.nn.functional.linear(left, right), device)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    # The first is slow: it loads kernels, and the clock of an idle device is low.
+    # The first run is slow: it loads kernels, and an idle device has a low clock.
     return median([_timed(run, device) for _ in range(_REPEATS + 1)][1:])
 
 
@@ -167,13 +167,13 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _measure_disk(folder: Path) -> float:
-    # Random: some file systems store zeros and repeats in no space.
+    # Random data: some file systems compress zeros and repetitions.
     block = os.urandom(_DISK_BLOCK)
     with tempfile.TemporaryFile(dir=folder, prefix=".diffsynth-speed-") as stream:
         for position in range(0, _DISK_BYTES, _DISK_BLOCK):
             stream.write(position.to_bytes(8, "little") + block[8:])
         stream.flush()
-        os.fsync(stream.fileno())  # only pages that are on the disk are forgotten
+        os.fsync(stream.fileno())  # POSIX_FADV_DONTNEED drops clean pages only
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         start = time.perf_counter()
         with ThreadPoolExecutor(_DISK_THREADS) as pool:
@@ -182,7 +182,7 @@ def _measure_disk(folder: Path) -> float:
 
 
 def _read_lane(file: int, first: int) -> int:
-    """Every fourth block of a file; the bytes read."""
+    """Read every fourth block of a file, and return the number of bytes read."""
     memory = [bytearray(_DISK_BLOCK)]
     starts = range(first * _DISK_BLOCK, _DISK_BYTES, _DISK_THREADS * _DISK_BLOCK)
     return sum(os.preadv(file, memory, start) for start in starts)

@@ -1,7 +1,7 @@
-"""Queues of work on a device, and waiting for them.
+"""Streams, events and timestamps of a device.
 
-CUDA and NPU have streams and events. On MPS and the CPU everything happens in the order it is asked for: a side stream
-is the only stream, an event is None, and there is never anything left to wait for.
+CUDA and NPU have streams and events. MPS and the CPU have one queue, in which work runs in the order of its submission:
+a side stream is that queue, an event is None, and there is never anything to wait for.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from diffsynth.core.device.backends import driven
+from diffsynth.core.device.backends import backend_and_module
 from diffsynth.core.device.names import default_device
 
 
 class SideStream:
-    """A queue of work beside the current one. This one is of a device without queues: all happens in order, at once.
+    """A stream for work beside the current stream. This class is for devices without streams: work runs in order.
 
     Args:
-        device: where the work is done.
+        device: the device that does the work.
 
     Attributes:
-        overlaps: whether its work goes on while the current stream and the host go on.
+        overlaps: whether its work overlaps with the current stream and the host.
     """
 
     overlaps = False
@@ -33,124 +33,140 @@ class SideStream:
         self.device = torch.device(device)
 
     def run(self) -> AbstractContextManager[None]:
-        """Inside the `with`, what the device is given goes into this queue."""
+        """Return a context manager within which work is submitted to this stream."""
         return _in_order()
 
-    def mark(self) -> Any:
-        """An event behind all that the queue was given so far; None where there is nothing to wait for."""
-        return mark(self.device)
+    def record_event(self) -> Any:
+        """Return an event after all work submitted so far; None if there is nothing to wait for."""
+        return record_event(self.device)
 
-    def wait(self, event: Any) -> None:
-        """What the queue is given from now on comes after an event of this device; the host goes on. None is nothing.
+    def wait_event(self, event: Any) -> None:
+        """Let work submitted from now on wait for an event of this device, without blocking the host.
+
+        Args:
+            event: from `record_event`; None does nothing.
 
         Raises:
             ValueError: an event, though this device has none.
         """
-        wait_for(event, self.device)
+        wait_event(event, self.device)
 
     def timestamp(self) -> Timestamp:
-        """When the queue has done what it was given so far."""
+        """Return the time at which all work submitted so far is done."""
         return timestamp(self.device)
 
 
-class _Queue(SideStream):
+class OverlappingStream(SideStream):
+    """A side stream on a device with streams."""
+
     overlaps = True
 
     def __init__(self, device: torch.device | str) -> None:
         super().__init__(device)
-        _, self._module = driven(device)
+        _, self._module = backend_and_module(device)
         self._stream = self._module.Stream(device=self.device)
 
     def run(self) -> AbstractContextManager[None]:
+        """Return a context manager within which this stream is the current one."""
         return self._module.stream(self._stream)
 
-    def mark(self) -> Any:
-        return _recorded(self._module.Event(), self._stream)
+    def record_event(self) -> Any:
+        """Return an event after all work submitted so far."""
+        return _record(self._module.Event(), self._stream)
 
-    def wait(self, event: Any) -> None:
+    def wait_event(self, event: Any) -> None:
+        """Let work submitted from now on wait for an event; None does nothing."""
         if event is not None:
             self._stream.wait_event(event)
 
     def timestamp(self) -> Timestamp:
-        return Timestamp(_recorded(self._module.Event(enable_timing=True), self._stream))
+        """Return the time at which all work submitted so far is done."""
+        return Timestamp(_record(self._module.Event(enable_timing=True), self._stream))
 
 
 class Timestamp:
-    """A moment in a queue of work; without queues the moment it was made.
+    """A point in the work of a stream; on a device without streams the time of its creation.
 
     Args:
-        event: behind the work, one that tells the time; None where there are no events.
+        event: an event with timing after the work; None on a device without events.
     """
 
     def __init__(self, event: Any = None) -> None:
         self._event = event
-        self._moment = time.perf_counter()
+        self._host_time = time.perf_counter()
 
     def seconds_since(self, earlier: Timestamp) -> float:
-        """Seconds from an earlier one of the same device to this; the host waits until this one is reached."""
+        """Return the seconds since an earlier timestamp of the same device; the host waits for this one."""
         if self._event is None:
-            return self._moment - earlier._moment
+            return self._host_time - earlier._host_time
         self._event.synchronize()
         return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
 def side_stream(device: torch.device | str) -> SideStream:
-    """A second queue of work on a device; on MPS and the CPU, which have one only, its work happens in order, at once.
+    """Return a new stream for work beside the current stream; on MPS and the CPU the work runs in order.
 
-    A tensor that is made in one queue and used in another must live until an event behind its use, or its memory is
-    handed out again too early.
+    A tensor that is made in one stream and used in another must live until an event after its use, or the allocator
+    reuses its memory too early.
 
     Raises:
-        ValueError: a kind of device that diffsynth does not know.
+        ValueError: an unknown kind of device.
     """
-    backend, module = driven(device)
-    return _Queue(device) if backend.streams and module is not None else SideStream(device)
+    backend, module = backend_and_module(device)
+    return OverlappingStream(device) if backend.streams and module is not None else SideStream(device)
 
 
-def mark(device: torch.device | str) -> Any:
-    """An event behind all that the device's current stream was given so far; its `synchronize()` waits for that.
+def record_event(device: torch.device | str) -> Any:
+    """Return an event after all work submitted to the device's current stream; None if there is nothing to wait for.
 
-    None where there is nothing to wait for, or no events (MPS): there the wait is now.
+    Without events (MPS) the host waits now, and the result is None.
     """
-    backend, module = driven(device)
+    backend, module = backend_and_module(device)
     if not backend.streams or module is None:
         synchronize(device)
         return None
-    return _recorded(module.Event(), module.current_stream(torch.device(device)))
+    return _record(module.Event(), module.current_stream(torch.device(device)))
 
 
 def timestamp(device: torch.device | str) -> Timestamp:
-    """When the device has done what its current stream was given so far. Without events (MPS) the host waits now."""
-    backend, module = driven(device)
+    """Return the time at which all work submitted to the device's current stream is done.
+
+    Without events (MPS) the host waits now.
+    """
+    backend, module = backend_and_module(device)
     if not backend.streams or module is None:
         synchronize(device)
         return Timestamp()
-    return Timestamp(_recorded(module.Event(enable_timing=True), module.current_stream(torch.device(device))))
+    return Timestamp(_record(module.Event(enable_timing=True), module.current_stream(torch.device(device))))
 
 
-def wait_for(event: Any, device: torch.device | str) -> None:
-    """What the device's current stream is given from now on comes after an event; the host goes on. None is nothing.
+def wait_event(event: Any, device: torch.device | str) -> None:
+    """Let the device's current stream wait for an event before later work, without blocking the host.
+
+    Args:
+        event: from `record_event` or `SideStream.record_event`; None does nothing.
+        device: the device of the event.
 
     Raises:
         ValueError: an event, though this device has none.
     """
     if event is None:
         return
-    backend, module = driven(device)
+    backend, module = backend_and_module(device)
     if not backend.streams or module is None:
-        raise ValueError(f"{event!r}: {backend.label} has no events; give what mark() or SideStream.mark() returned")
+        raise ValueError(f"{event!r}: {backend.label} has no events; pass the result of record_event()")
     module.current_stream(torch.device(device)).wait_event(event)
 
 
 def synchronize(device: torch.device | str | None = None) -> None:
-    """Have the host wait for all work of a device; there is none on the CPU. None is the default device."""
+    """Wait on the host for all work of a device; nothing on the CPU. None is the default device."""
     device = default_device() if device is None else torch.device(device)
-    backend, module = driven(device)
+    backend, module = backend_and_module(device)
     if module is not None:
         module.synchronize(device) if backend.indexed else module.synchronize()
 
 
-def _recorded(event: Any, stream: Any) -> Any:
+def _record(event: Any, stream: Any) -> Any:
     event.record(stream)
     return event
 

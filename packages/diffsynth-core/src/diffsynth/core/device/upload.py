@@ -1,4 +1,4 @@
-"""Host to accelerator through a ring of pinned buffers, so that reading goes on while copies are in flight."""
+"""Uploads to an accelerator through a ring of pinned buffers, so that file reads overlap with copies."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from diffsynth.core import device as devices
 
 
 class UploadRing:
-    """A fixed number of host buffers. Each is filled by a thread, copied from, and free again when its copy is done.
+    """A fixed number of pinned host buffers, each reused when the copy from it is done.
 
     Args:
-        device: where copies go.
-        buffers: how many; more than there are threads that fill them.
-        size: bytes of each.
+        device: destination of the copies.
+        buffers: number of buffers; more than there are threads that fill them.
+        size: bytes of each buffer.
     """
 
     def __init__(self, device: torch.device | str, *, buffers: int, size: int) -> None:
@@ -30,23 +30,23 @@ class UploadRing:
 
     @contextmanager
     def buffer(self) -> Iterator[Tensor]:
-        """A buffer of bytes to fill and `upload` from; whatever was uploaded is in flight when the `with` ends."""
+        """Yield a free uint8 buffer to fill and to `upload` from; copies may still run after the `with` block."""
         memory, copied = self._free.get()
         event = None
         try:
             if copied is not None:
                 copied.synchronize()
             yield memory
-            event = devices.mark(self.device)
+            event = devices.record_event(self.device)
         finally:
-            # Also after an error: the threads that wait for a buffer must get one to find out.
+            # Also after an error: threads that wait for a buffer would block forever.
             self._free.put((memory, event))
 
     def upload(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Begin to copy from parts of a buffer to tensors on the device: (source, destination) of equal dtype."""
+        """Start copies (source, destination) of equal dtype from views of a buffer to tensors on the device."""
         for source, destination in pairs:
             destination.copy_(source, non_blocking=True)
 
     def wait(self) -> None:
-        """Until everything has arrived."""
+        """Wait on the host until all copies are done."""
         devices.synchronize(self.device)

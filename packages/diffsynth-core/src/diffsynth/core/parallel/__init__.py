@@ -1,23 +1,30 @@
-"""One result drawn by several processes of `torch.distributed`, each on a device of its own.
+"""One result computed by several processes of `torch.distributed`, each with its own device.
 
-`mesh` says who draws with whom; `exchange` is what they pass to each other. Nothing here knows a network: one that
-shares its tokens out takes its part, puts `attend_together` around its self-attention, and joins the parts in the end.
+`mesh` lays out the processes; `collectives` has the communication. Nothing here depends on a network: one that
+distributes its tokens takes its shard, wraps its self-attention in `ulysses_attention`, and gathers the shards at the
+end.
 """
 
 from __future__ import annotations
 
-from diffsynth.core.parallel.exchange import attend_together, compute_each, join_shares, share, shares
-from diffsynth.core.parallel.mesh import ALONE, MeshAxis, ProcessMesh, form_mesh, join_processes
+from diffsynth.core.parallel.collectives import (
+    all_gather_shards,
+    compute_and_gather,
+    shard_sizes,
+    shard_slice,
+    ulysses_attention,
+)
+from diffsynth.core.parallel.mesh import SINGLE_PROCESS, MeshAxis, ProcessMesh, create_mesh, init_distributed
 
 __all__ = [
-    "ALONE",
+    "SINGLE_PROCESS",
     "MeshAxis",
     "ProcessMesh",
-    "attend_together",
-    "compute_each",
-    "form_mesh",
-    "join_processes",
-    "join_shares",
-    "share",
-    "shares",
+    "all_gather_shards",
+    "compute_and_gather",
+    "create_mesh",
+    "init_distributed",
+    "shard_sizes",
+    "shard_slice",
+    "ulysses_attention",
 ]

@@ -1,4 +1,4 @@
-"""Who draws with whom: the processes that share a guidance's branches, and those that share the tokens of a branch."""
+"""The layout of the processes that compute one result: branches of guidance along one axis, tokens along the other."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, eq=False)
 class MeshAxis:
-    """Processes that share one thing out among themselves.
+    """The processes along one axis of a mesh, as seen by this process.
 
     Args:
-        group: of `torch.distributed`; None where one process has it all.
-        index: of this process among them.
-        size: how many they are.
+        group: process group of `torch.distributed`; None for a single process.
+        index: position of this process along the axis.
+        size: number of processes.
     """
 
     group: Any = None
@@ -29,134 +29,144 @@ class MeshAxis:
     size: int = 1
 
 
-ALONE = MeshAxis()
-"""One process has it all."""
+SINGLE_PROCESS = MeshAxis()
+"""An axis of one process, without communication."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProcessMesh:
-    """The processes that draw one result, as a table: a row for each branch, a column for each part of the tokens.
+    """The processes that compute one result, as a table with one row per branch and one column per shard of the tokens.
 
     Args:
-        branches: those that have this process's tokens, in other branches of classifier-free guidance.
-        tokens: those that have this process's branch, and other tokens.
-        everybody: both.
-        device: for what the processes tell each other.
+        branches: the processes with the same tokens as this one, for the branches of classifier-free guidance.
+        tokens: the processes with the same branch as this one, for the shards of the tokens.
+        world: all processes.
+        device: the device of tensors that are communicated.
     """
 
-    branches: MeshAxis = ALONE
-    tokens: MeshAxis = ALONE
-    everybody: MeshAxis = ALONE
+    branches: MeshAxis = SINGLE_PROCESS
+    tokens: MeshAxis = SINGLE_PROCESS
+    world: MeshAxis = SINGLE_PROCESS
     device: torch.device | None = None
 
     @property
-    def is_first(self) -> bool:
-        """Whether this process speaks for all: it alone shows progress."""
-        return self.everybody.index == 0
+    def is_main_process(self) -> bool:
+        """Whether this is the first process, which shows progress and saves results."""
+        return self.world.index == 0
 
     def check_call(self, *, cfg_scale: float, step_cache: Any, cancel: Any) -> None:
-        """Refuse what would leave a process waiting for the others.
+        """Refuse arguments of a pipeline call that would leave a process waiting for the others.
 
         Raises:
-            ValueError: there are no branches to share, or `cancel` is given, which one process would see and another
-                would not.
-            Refused: a step cache, where each process would decide by its own tokens.
+            ValueError: branches are distributed but there is one only, or `cancel` is given, which processes could see
+                at different steps.
+            Refused: a step cache with distributed tokens, where each process would decide by its own tokens.
         """
         if self.branches.size > 1 and cfg_scale == 1:
             raise ValueError(
                 f"cfg_scale={cfg_scale} has one branch, and pipe.parallel(cfg={self.branches.size}) gives each of "
-                f"{self.branches.size} branches to a process; guide, or call pipe.parallel(cfg=1)"
+                f"{self.branches.size} branches to a process; use guidance, or call pipe.parallel(cfg=1)"
             )
-        if self.everybody.size > 1 and cancel is not None:
-            raise ValueError("cancel: the other processes would wait for this one; leave it out and end them together")
+        if self.world.size > 1 and cancel is not None:
+            raise ValueError(
+                "cancel: the other processes would wait for this one; leave it out, and stop all processes together"
+            )
         if self.tokens.size > 1 and step_cache is not None:
             raise Refused(
-                f"step_cache={step_cache!r} is refused: each process would decide by the tokens that it has; leave it "
-                f"out, or share branches alone with pipe.parallel(cfg=2)"
+                f"step_cache={step_cache!r} is refused: each process would decide by its own tokens; leave it out, or "
+                f"distribute branches only with pipe.parallel(cfg=2)"
             )
 
-    def agreed_seeds(self, seeds: list[int | None]) -> list[int | None]:
-        """The seeds of the first process, with one drawn where there was none: noise must be the same everywhere."""
-        if self.everybody.size == 1:
+    def broadcast_seeds(self, seeds: list[int | None]) -> list[int | None]:
+        """Return the seeds of the first process, with a random one for each None: noise must be equal in all."""
+        if self.world.size == 1:
             return seeds
-        drawn = [int(torch.randint(MAX_SEED, ())) if seed is None else seed for seed in seeds]
-        agreed = torch.tensor(drawn, dtype=torch.int64, device=self.device)
-        distributed.broadcast(agreed, src=0)
-        return list(agreed.tolist())
+        values = [int(torch.randint(MAX_SEED, ())) if seed is None else seed for seed in seeds]
+        shared = torch.tensor(values, dtype=torch.int64, device=self.device)
+        distributed.broadcast(shared, src=0)
+        return list(shared.tolist())
 
 
-def join_processes(device: torch.device | str | None = None) -> torch.device:
-    """Take part in `torch.distributed`, if this process does not yet, and tell which device is this process's.
+def init_distributed(device: torch.device | str | None = None) -> torch.device:
+    """Initialise `torch.distributed`, unless it is initialised, and return the device of this process.
 
     Args:
-        device: a kind of device, of which each process on a machine gets its own; or this process's with its number.
-            None picks the first accelerator, else the CPU.
+        device: a kind of device ("cuda"), of which each process on a machine gets its own; or the device of this
+            process with its index. None is the first accelerator, else the CPU.
 
     Raises:
-        Unavailable: nobody said which processes there are.
+        Unavailable: there is no process group and no launcher.
         ValueError: fewer devices than processes on this machine.
     """
     wanted = devices.default_device() if device is None else torch.device(device)
     if not distributed.is_available():
-        raise Unavailable("this build of torch has no torch.distributed; install one that has, or draw in one process")
+        raise Unavailable("this build of torch has no torch.distributed; install one that has, or use one process")
     if not distributed.is_initialized() and not distributed.is_torchelastic_launched():
         raise Unavailable(
             "there is no process group; start the script with `torchrun --nproc-per-node=<devices> script.py`, or call "
             "torch.distributed.init_process_group before"
         )
     if wanted.type != "cpu":
-        number = wanted.index
-        if number is None:
-            number = distributed.get_node_local_rank(fallback_rank=_rank())
-        wanted = devices.check_device(torch.device(wanted.type, number))
+        index = wanted.index
+        if index is None:
+            index = distributed.get_node_local_rank(fallback_rank=_rank())
+        wanted = devices.check_device(torch.device(wanted.type, index))
         torch.accelerator.set_device_index(wanted.index)
     if not distributed.is_initialized():
         distributed.init_process_group(devices.parse_nccl_backend(wanted.type))
     return wanted
 
 
-def form_mesh(*, cfg: int = 1, sequence: int | None = None, device: torch.device | str | None = None) -> ProcessMesh:
-    """Lay the processes of `torch.distributed` out in `cfg` rows of `sequence`. Every process must call it.
+def create_mesh(*, cfg: int = 1, sequence: int | None = None, device: torch.device | str | None = None) -> ProcessMesh:
+    """Create a mesh of all processes, with `cfg` rows of `sequence`. Every process must call it.
 
-    Processes with neighbouring numbers share tokens, because those talk to each other in every block.
+    Neighbouring ranks share tokens, because these communicate in every block of a network.
 
     Args:
-        cfg: 2 gives each branch of guidance processes of its own; 1 does not.
-        sequence: how many processes share the tokens of a branch; None is all that there are for it.
-        device: see `join_processes`.
+        cfg: 2 distributes the two branches of guidance; 1 does not.
+        sequence: number of processes that share the tokens of a branch; None is all that remain.
+        device: see `init_distributed`.
 
     Raises:
         Unavailable: there is no process group.
-        ValueError: sizes that do not make up the number of processes.
+        ValueError: `cfg * sequence` is not the number of processes.
     """
     if cfg not in (1, 2):
         raise ValueError(f"cfg={cfg!r}: guidance has 2 branches; expected 1 or 2")
-    device = join_processes(device)
-    world = distributed.get_world_size()
-    if sequence is None and world % cfg:
-        raise ValueError(f"cfg={cfg} does not divide the {world} processes; start an even number of them")
-    sequence = world // cfg if sequence is None else sequence
-    if isinstance(sequence, bool) or not isinstance(sequence, int) or cfg * sequence != world:
+    device = init_distributed(device)
+    world_size = distributed.get_world_size()
+    if sequence is None and world_size % cfg:
+        raise ValueError(f"cfg={cfg} does not divide the {world_size} processes; start an even number of them")
+    sequence = world_size // cfg if sequence is None else sequence
+    # bool is an int in Python: sequence=True would pass as 1.
+    if isinstance(sequence, bool) or not isinstance(sequence, int) or cfg * sequence != world_size:
         raise ValueError(
-            f"cfg={cfg!r} times sequence={sequence!r} are not the {world} processes of torch.distributed; start as "
-            f"many as you share among, or leave sequence out"
+            f"cfg={cfg!r} times sequence={sequence!r} are not the {world_size} processes of torch.distributed; start "
+            f"cfg * sequence processes, or leave sequence out"
         )
     rows = [[row * sequence + column for column in range(sequence)] for row in range(cfg)]
     columns = [list(column) for column in zip(*rows, strict=True)]
-    everybody = _ranks([list(range(world))])
-    return ProcessMesh(branches=_ranks(columns), tokens=_ranks(rows), everybody=everybody, device=device)
+    return ProcessMesh(
+        branches=_own_axis(columns),
+        tokens=_own_axis(rows),
+        world=_own_axis([list(range(world_size))]),
+        device=device,
+    )
 
 
-def _ranks(groups: list[list[int]]) -> MeshAxis:
-    """This process's, of groups that every process must name in the same order."""
-    own = ALONE
-    for members in groups:
-        if len(members) == 1:
+def _own_axis(groups: list[list[int]]) -> MeshAxis:
+    """Return the axis of this process among groups of ranks.
+
+    `new_group` is collective: every process must create all groups in the same order.
+    """
+    own = SINGLE_PROCESS
+    for ranks in groups:
+        if len(ranks) == 1:
             continue
-        everybody = len(members) == distributed.get_world_size()
-        group = distributed.group.WORLD if everybody else distributed.new_group(members)
-        if _rank() in members:
-            own = MeshAxis(group, members.index(_rank()), len(members))
+        is_world = len(ranks) == distributed.get_world_size()
+        group = distributed.group.WORLD if is_world else distributed.new_group(ranks)
+        if _rank() in ranks:
+            own = MeshAxis(group, ranks.index(_rank()), len(ranks))
     return own
 
 

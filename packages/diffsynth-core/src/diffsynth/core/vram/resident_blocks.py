@@ -50,7 +50,7 @@ class ResidentBlocks:
         memory, arrival = self._memory.get(name), self._arriving.pop(name, None)
         if arrival is not None:
             self._report.timed(arrival.began, arrival.ended, devices.timestamp(self._device))
-            devices.wait_for(arrival.ready, self._device)
+            devices.wait_event(arrival.ready, self._device)
         return memory
 
     def bring(self, name: str, weights: BlockWeights, *, converted: bool = False) -> Tensor:
@@ -88,12 +88,12 @@ class ResidentBlocks:
         memory, source = self._empty(size), weights.memory
         assert source is not None
         # The allocator may give out memory that earlier work of the computing queue still reads.
-        self._side.wait(devices.mark(self._device))
+        self._side.wait_event(devices.record_event(self._device))
         began = self._side.timestamp()
         with self._side.run():
             memory.copy_(source[:size], non_blocking=True)
         self._memory[name] = memory
-        self._arriving[name] = _Arrival(self._side.mark(), began, self._side.timestamp())
+        self._arriving[name] = _Arrival(self._side.record_event(), began, self._side.timestamp())
         self._report.copied(size, 0.0)
 
     def drop(self, names: Collection[str] | None = None) -> None:
@@ -101,7 +101,7 @@ class ResidentBlocks:
         for name in list(self._memory) if names is None else names:
             if (arrival := self._arriving.pop(name, None)) is not None:
                 # The memory goes back to an allocator that knows nothing of the other queue.
-                devices.wait_for(arrival.ready, self._device)
+                devices.wait_event(arrival.ready, self._device)
             del self._memory[name]
 
     def _empty(self, size: int) -> Tensor:

@@ -131,7 +131,7 @@ class BlockStream:
             torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(slots, len(block_weights)))
         ]
         # The allocator may give out memory that earlier work of the computing stream still reads.
-        self._slots = [_Slot(memory, used=devices.mark(device)) for memory in memories]
+        self._slots = [_Slot(memory, used=devices.record_event(device)) for memory in memories]
         self._on_host = device.type == "cpu" and not self._side.overlaps
         staged = not self._on_host and any(not is_pinned(weights) for weights in block_weights.values())
         self._staging = [_Staging(host_memory(largest, device)) for _ in range(2 if staged else 0)]
@@ -162,7 +162,7 @@ class BlockStream:
         if slot.times is not None:
             self._report.timed(*slot.times, devices.timestamp(self._device))
             slot.times = None
-        devices.wait_for(slot.ready, self._device)
+        devices.wait_event(slot.ready, self._device)
         self._report.waited(time.perf_counter() - started, hit=hit)
         self._in_use = slot
         self._look_ahead(name)
@@ -173,7 +173,7 @@ class BlockStream:
         slot = self._in_use
         assert slot is not None, f"{name} is released, but nothing is in use"
         assert slot.block == name, f"{name} is released, but it is {slot.block}'s turn"
-        slot.used = devices.mark(self._device)
+        slot.used = devices.record_event(self._device)
         self._in_use = None
         if len(self._slots) > 1:
             self._look_ahead(name)
@@ -187,7 +187,7 @@ class BlockStream:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         # The slots' memory goes back to an allocator that knows nothing of the side stream.
-        devices.wait_for(self._side.mark(), self._device)
+        devices.wait_event(self._side.record_event(), self._device)
         for staging in self._staging:
             if staging.copied is not None:
                 staging.copied.synchronize()
@@ -245,10 +245,10 @@ class BlockStream:
 
     def _upload(self, slot: _Slot, memory: Tensor | None, size: int) -> None:
         assert memory is not None
-        self._side.wait(slot.used)
+        self._side.wait_event(slot.used)
         began = self._side.timestamp()
         with self._side.run():
             slot.memory[:size].copy_(memory[:size], non_blocking=True)
-        slot.ready = self._side.mark()
+        slot.ready = self._side.record_event()
         slot.times = (began, self._side.timestamp())
         self._report.copied(size, 0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsynth.core.parallel import MeshAxis, compute_each
+from diffsynth.core.parallel import MeshAxis, compute_and_gather
 from diffsynth.runtime.unit import Program, can_run, is_asked_for, is_per_branch
 
 MERGES = "merges_branches"
@@ -25,23 +25,23 @@ class Branches:
         conditions: branch -> name -> value.
         merges: evaluate them as one batch, in this order; see `merge_conditions`.
         batch_size: of one branch.
-        ranks: processes that have a branch each, if they are not merged.
+        axis: mesh axis whose processes evaluate one branch each, if branches are not merged.
     """
 
     def __init__(
-        self, conditions: Mapping[str, Mapping[str, Any]], *, merges: bool, batch_size: int, ranks: MeshAxis
+        self, conditions: Mapping[str, Mapping[str, Any]], *, merges: bool, batch_size: int, axis: MeshAxis
     ) -> None:
         self._conditions = conditions
-        self._ranks = ranks
+        self._axis = axis
         self._merged = merge_conditions(conditions, batch_size) if merges and len(conditions) > 1 else None
 
     def predict(self, predict: Predict, latents: Tensor, levels: Tensor) -> list[Tensor]:
         """What `predict` says of each branch. All branches together have a name of their own, `cond+uncond`."""
         if self._merged is None:
-            return compute_each(
+            return compute_and_gather(
                 list(self._conditions),
                 lambda branch: predict(branch, latents, levels, self._conditions[branch]),
-                self._ranks,
+                self._axis,
             )
         count, name = len(self._conditions), "+".join(self._conditions)
         together = predict(name, torch.cat([latents] * count), levels.repeat(count), self._merged)
@@ -79,7 +79,7 @@ def check_merging(
     *,
     tensors: Collection[str],
     conditions: Collection[str],
-    ranks: MeshAxis,
+    axis: MeshAxis,
 ) -> None:
     """Refuse to merge branches that cannot be, before anything is encoded.
 
@@ -89,15 +89,15 @@ def check_merging(
         values: arguments of the call.
         tensors: names of conditions that `merge_conditions` can put together.
         conditions: names of all.
-        ranks: processes that share the branches.
+        axis: mesh axis of the processes that share the branches.
 
     Raises:
         ValueError: a unit in use gives each branch a condition that is no tensor, by its name; or each branch has a
             process of its own.
     """
-    if ranks.size > 1:
+    if axis.size > 1:
         raise ValueError(
-            f"cfg_merge=True and pipe.parallel(cfg={ranks.size}), which gives each branch a process; leave out one"
+            f"cfg_merge=True and pipe.parallel(cfg={axis.size}), which gives each branch a process; leave out one"
         )
     branched: set[str] = set()
     for step in program.units:
