@@ -33,7 +33,8 @@ parts=(tests attention accuracy kernels loading plan vram-flux vram-wan vram-z-i
 # The steps of a part, one a line: name, then the command.
 steps() {
     case $1 in
-        tests) echo "tests $python -m pytest tests/gpu -q -p no:cacheprovider" ;;
+        # Without the options of pyproject.toml: one process, and no need for pytest-xdist.
+        tests) echo "tests $python -m pytest tests/gpu -q -p no:cacheprovider -o addopts=--import-mode=importlib" ;;
         attention) echo "attention $python benchmarks/attention.py --repeats 10 --json $out/attention-gpu.json" ;;
         accuracy) echo "accuracy $python benchmarks/attention_accuracy.py --device cuda --json $out/attention-accuracy-gpu.json" ;;
         kernels) echo "kernels $python benchmarks/nn_kernels.py --json $out/nn_kernels-gpu.json" ;;

@@ -1,4 +1,8 @@
-"""For every test: no network, fixed seeds, none of the caller's settings, and `torch.empty` that is really unfilled."""
+"""Fixtures and settings for every test: no network, fixed seeds, default settings, NaN in uninitialised memory.
+
+Tests run in several processes (pytest-xdist, `--dist loadgroup`). Tests of one `xdist_group` run in one process, in
+order. Tests that share a fixture of module or class scope are put into such a group here, so that it is made once.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,58 @@ import os
 import random
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-# The same examples in every run: a red test is a change's fault, not the dice's.
+# The same examples in every run, so that a failure is caused by a change and not by chance.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 _ALLOCATORS = ("empty", "empty_like", "empty_strided")
-_OURS = ("diffsynth", "diffsynth_")
+_OUR_PACKAGES = ("diffsynth", "diffsynth_")
+_MOST_WORKERS = 8
 
 for _name in [name for name in os.environ if name.startswith("DIFFSYNTH_")]:
-    del os.environ[_name]  # some tests look at the registry when they are collected
+    del os.environ[_name]  # some tests read the registry while they are collected
 
 # Our kernels run on the CPU. Triton reads this once, when it is imported, and every module with kernels imports it.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# Workers and the processes that tests start share the cores. Torch reads this once, when its thread pool is made.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int | None:
+    """Return the number of workers for `-n auto`: one for each core, at most 8; none for tests/gpu.
+
+    A worker takes up to 2 GiB of memory. Tests of tests/gpu measure the memory and time of one device, so they run
+    one after the other.
+    """
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None  # pytest-xdist reads it
+    gpu = Path(__file__).parent / "gpu"
+    if all((config.invocation_params.dir / name.split("::")[0]).resolve().is_relative_to(gpu) for name in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Group the tests of a module that use a fixture of module or class scope, unless they have a group already."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and _shares_a_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+
+
+def _shares_a_fixture(item) -> bool:
+    if not isinstance(item, pytest.Function):
+        return False
+    known = item._fixtureinfo.name2fixturedefs
+    return any(known[name][-1].scope in ("module", "class") for name in item.fixturenames if known.get(name))
 
 
 class NetworkForbidden(RuntimeError):
@@ -87,7 +127,7 @@ def _filled_with_nan(allocate):
     def allocate_and_fill(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.split(".")[0].startswith(_OURS) and tensor.is_floating_point():
+        if caller.split(".")[0].startswith(_OUR_PACKAGES) and tensor.is_floating_point():
             tensor.fill_(float("nan"))
         return tensor
 
