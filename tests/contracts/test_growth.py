@@ -1,14 +1,16 @@
-"""Limits of house section 8. An exemption is listed with its reason, and goes when its reason does."""
+"""Limits on the length of modules and functions. They are stops; what to aim at stands in CONTRIBUTING.md.
+
+There is no limit on the number of files in a folder: a file is one idea, and is not split to fit a limit.
+"""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-from source_tree import ROOT, SOURCES, modules
+from source_tree import ROOT, SOURCES, modules, syntax_tree
 
-MODULE, ARCHITECTURE, SHORT = 500, 800, 200
-FUNCTION, FORWARD, PARAMETERS, FOLDER = 60, 80, 10, 14
+MODULE, ARCHITECTURE, SHORT = 600, 800, 200
+FUNCTION, FORWARD, PARAMETERS = 60, 80, 10
 
 ARCHITECTURES = {"dit.py", "vae.py", "text_encoder.py"}
 SHORTER = {"plugin.py", "hookspecs.py"}
@@ -35,7 +37,7 @@ def test_module_length(name):
 
 @pytest.mark.parametrize("name", modules())
 def test_functions(name):
-    for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax_tree(modules()[name])):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or f"{name}:{node.name}" in EXEMPT:
             continue
         limit = FORWARD if node.name == "forward" else FUNCTION
@@ -45,7 +47,7 @@ def test_functions(name):
 
 
 def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines without the docstring, which may be as long as it needs to be, and of a kernel without its parameters."""
+    """Return the number of lines without the docstring; for a kernel, without its parameters either."""
     docstring = node.body[0] if ast.get_docstring(node) is not None else None
     spared = docstring.end_lineno - docstring.lineno + 1 if docstring is not None else 0
     first = node.body[0].lineno if is_kernel(node) else node.lineno
@@ -53,19 +55,13 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether it is a Triton kernel, which can be told of tensors only pointer by pointer and stride by stride."""
+    """Whether it is a Triton kernel, which takes each pointer and each stride as a parameter of its own."""
     return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     return [argument.arg for argument in every if argument.arg not in ("self", "cls")]
-
-
-@pytest.mark.parametrize("folder", sorted({file.parent for file in modules().values()}), ids=lambda path: path.name)
-def test_folder_size(folder: Path):
-    files = sorted(file.name for file in folder.glob("*.py"))
-    assert len(files) <= FOLDER, f"{folder.relative_to(ROOT)} has {len(files)} modules, limit {FOLDER}"
 
 
 def test_exemptions_are_still_there():

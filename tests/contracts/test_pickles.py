@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from source_tree import modules
+from source_tree import modules, syntax_tree
 
 LOADERS = {"torch.load"}
 FORBIDDEN = {
@@ -20,7 +20,7 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("name", modules())
 def test_pickles_are_opened_for_weights_only(name):
-    for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax_tree(modules()[name])):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)

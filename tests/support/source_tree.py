@@ -65,6 +65,12 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def syntax_tree(file: Path) -> ast.Module:
+    """Return the parsed file; parsed once for all contract tests of a process."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def layer(name: str) -> str:
     """The layer of a core module."""
     inside = modules()[name].relative_to(SOURCES["diffsynth"].parent).with_suffix("").as_posix()
@@ -88,26 +94,32 @@ def is_light(name: str) -> bool:
     return stem in _LIGHT.get(folder, ())
 
 
-def imports(name: str) -> Iterator[tuple[str, int]]:
-    """(module of ours, line) for every import in a module, at any depth, except those for type checkers alone."""
-    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
+def imports(name: str, *, for_type_checkers: bool = False) -> Iterator[tuple[str, int]]:
+    """Yield (module of ours, line) for every import in a module, inside functions too.
+
+    Args:
+        name: dotted name of the module.
+        for_type_checkers: whether imports under `if TYPE_CHECKING:` count.
+    """
+    tree = syntax_tree(modules()[name])
+    skipped = set()
+    if not for_type_checkers:
+        blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and _is_for_type_checkers(node.test)]
+        skipped = {id(inner) for block in blocks for statement in block.body for inner in ast.walk(statement)}
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names if _ours(alias.name))
-        elif isinstance(node, ast.ImportFrom) and node.module and _ours(node.module):
+            yield from ((alias.name, node.lineno) for alias in node.names if _is_ours(alias.name))
+        elif isinstance(node, ast.ImportFrom) and node.module and _is_ours(node.module):
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 yield (inner if inner in modules() else node.module), node.lineno
 
 
-def _ours(name: str) -> bool:
+def _is_for_type_checkers(test: ast.expr) -> bool:
+    return "TYPE_CHECKING" in (getattr(test, "id", ""), getattr(test, "attr", ""))
+
+
+def _is_ours(name: str) -> bool:
     return name.split(".")[0] in SOURCES
