@@ -53,7 +53,7 @@ def test_text_encoder(config: Qwen3TextEncoderConfig) -> None:
 
 def test_other_autoencoders_are_refused() -> None:
     shapes = published_shapes("z_image_turbo_autoencoder")
-    with pytest.raises(ValueError, match=r"it has quant_conv.weight: that is another autoencoder"):
+    with pytest.raises(ValueError, match=r"it has quant_conv.weight"):
         infer_flux_autoencoder_config(shapes | {"quant_conv.weight": (32, 32, 1, 1)})
     with pytest.raises(ValueError, match="the encoder gives 48 channels"):
         infer_flux_autoencoder_config(shapes | {"encoder.conv_out.weight": (48, 512, 3, 3)})

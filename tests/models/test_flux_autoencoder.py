@@ -178,8 +178,8 @@ def test_even_tiles_have_one_size_and_leave_no_gap(extent: int, size: int, strid
     assert (spans[0].start, spans[-1].stop) == (0, extent)
     for before, after in pairwise(spans):
         assert 0 < after.start - before.start <= stride
-        assert before.fall == after.rise == before.stop - after.start
-    assert (spans[0].rise, spans[-1].fall) == (0, 0)
+        assert before.fade_out == after.fade_in == before.stop - after.start
+    assert (spans[0].fade_in, spans[-1].fade_out) == (0, 0)
 
 
 def test_tiles_that_do_not_fit_are_refused() -> None:

@@ -57,9 +57,9 @@ def test_a_window_without_a_mask() -> None:
 
 def test_what_is_not_ours_to_do_is_refused() -> None:
     q = torch.randn(1, 2, 9, 4)
-    with pytest.raises(Refused, match=r"no dropout, and SimpleNamespace asks for 0.1; call eval\(\) first"):
+    with pytest.raises(Refused, match=r"no dropout, but SimpleNamespace uses 0.1; call eval\(\) first"):
         attend(q, dropout=0.1)
-    with pytest.raises(Refused, match="needs softcap=; take attn_implementation='eager'"):
+    with pytest.raises(Refused, match="needs softcap=; use attn_implementation='eager'"):
         attend(q, softcap=30.0)
 
 

@@ -274,7 +274,7 @@ def test_gradients_pass_through_pieces() -> None:
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        (draw_video(4), "video has 4 frames; expected a multiple of 2 and one more"),
+        (draw_video(4), "video has 4 frames; expected one more than a multiple of 2"),
         (draw_video(5, 38, 24), "video is 38x24; expected multiples of 4"),
     ],
 )
@@ -286,9 +286,9 @@ def test_videos_that_do_not_fit_are_refused(video: torch.Tensor, message: str) -
 @torch.no_grad()
 def test_pieces_that_do_not_fit_are_refused() -> None:
     ours = build(CONFIG)
-    with pytest.raises(ValueError, match="a piece of 4 frames; expected a multiple of 2 and one more, the first"):
+    with pytest.raises(ValueError, match="a piece has 4 frames; expected one more than a multiple of 2"):
         list(ours.encode_pieces([draw_video(4)]))
-    with pytest.raises(ValueError, match="a piece of 3 frames; expected a multiple of 2$"):
+    with pytest.raises(ValueError, match="a piece has 3 frames; expected a multiple of 2$"):
         list(ours.encode_pieces([draw_video(1), draw_video(3)]))
 
 
@@ -328,7 +328,7 @@ def test_transparency_and_width_are_told_by_shapes() -> None:
 def test_other_autoencoders_are_refused() -> None:
     with pytest.raises(ValueError, match="it has 48 latent channels"):
         infer_wan_autoencoder_config({"conv2.weight": (48, 48, 1, 1, 1)})
-    with pytest.raises(ValueError, match="expected one of each step between the 4 resolutions"):
+    with pytest.raises(ValueError, match="expected one value for each step between the 4 resolutions"):
         WanAutoencoderConfig(temporal_downsample=(True,))
-    with pytest.raises(ValueError, match="expected one of each for 20 latent channels"):
+    with pytest.raises(ValueError, match="expected one for each of 20 latent channels"):
         WanAutoencoderConfig(latent_channels=20)

@@ -16,8 +16,8 @@ from diffusers import (
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from diffsynth_wan.autoencoder.config import Wan22AutoencoderConfig
-from diffsynth_wan.encoders.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
+from diffsynth_wan.config import Wan22AutoencoderConfig
+from diffsynth_wan.tiny import VOCAB_SIZE, tiny_tokenizer
 from parity import draw_weights, shapes_of
 from published_tensors import load_components, load_published
 

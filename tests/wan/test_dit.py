@@ -10,9 +10,10 @@ from torch import Tensor
 
 import parity
 from diffsynth.core.attention import attention
-from diffsynth_wan.config import TINY_DIT, WanDiTConfig, tiny_dit_inputs
+from diffsynth_wan.config import WanDiTConfig
 from diffsynth_wan.dit import WanDiT
-from diffsynth_wan.extension import FramesAt, Stream
+from diffsynth_wan.extension import FramePositions, Stream
+from diffsynth_wan.tiny import TINY_DIT, tiny_dit_inputs
 
 
 def build(config: WanDiTConfig = TINY_DIT) -> WanDiT:
@@ -34,8 +35,8 @@ def inputs(config: WanDiTConfig = TINY_DIT) -> dict[str, Tensor]:
             r"latents are 3x5x4; expected multiples of the patch \(1,",
         ),
         ({"in_channels": 36}, {}, "have 16 channels together; this network takes 36, of which 16 are latents"),
-        ({"image_dim": 8}, {}, "this network wants the image_embeds of an image"),
-        ({}, {"image_embeds": torch.zeros(2, 7, 8)}, "this network has no image branch; give no image_embeds"),
+        ({"image_dim": 8}, {}, "this network needs image_embeds"),
+        ({}, {"image_embeds": torch.zeros(2, 7, 8)}, "no image branch; leave out image_embeds"),
         (
             {"image_dim": 8, "image_tokens": 14},
             {"image_embeds": torch.zeros(2, 7, 8)},
@@ -73,14 +74,14 @@ def test_a_window_stands_where_its_frames_are() -> None:
     """Attention sees differences of positions: frames moved together change nothing, frames moved apart do."""
     dit, arguments = build(), inputs()
     truth = dit(**arguments)
-    assert parity.relative_error(dit(**arguments, extensions=[FramesAt((7, 8, 9))]), truth) < 1e-4
+    assert parity.relative_error(dit(**arguments, extensions=[FramePositions((7, 8, 9))]), truth) < 1e-4
 
     def apart(dit: WanDiT, stream: Stream) -> Stream:
         _, height, width = stream.positions
-        return dit.place(stream, ((0, 1, 9), height, width))
+        return dit.set_positions(stream, ((0, 1, 9), height, width))
 
     assert parity.relative_error(dit(**arguments, extensions=[apart]), truth) > 1e-3
-    rotary = FramesAt((7, 8, 9))(dit, dit.embed(**arguments, image_embeds=None, condition_latents=None)).rotary
+    rotary = FramePositions((7, 8, 9))(dit, dit.embed(**arguments, image_embeds=None, condition_latents=None)).rotary
     longer = dit.embed(torch.zeros(2, 16, 10, 6, 4), arguments["time"], arguments["prompt_embeds"], None, None).rotary
     assert all(torch.equal(window, whole[:, 42:]) for window, whole in zip(rotary, longer, strict=True))
 

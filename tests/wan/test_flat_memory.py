@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 import torch
 from PIL import Image
-from diffsynth_wan.units.canvas import Canvas
+from diffsynth_wan.units.shape import VideoShape
 from diffsynth_wan.windows import SlidingWindow, blend_windows
 
 torch.set_num_threads(1)
@@ -40,9 +40,9 @@ def windows(stride):
     blend_windows(lambda latents, **given: latents + 1, SlidingWindow(4, stride).windows(41), latents, {})
 
 def clip(frames):
-    canvas = Canvas(num_frames=frames, height=256, width=256, vae_factor=8, time_factor=4, tiling={},
+    shape = VideoShape(num_frames=frames, height=256, width=256, vae_factor=8, time_factor=4, tiling={},
                     device=torch.device("cpu"), dtype=torch.float32)
-    canvas.encode_clip(Shrinks(), "input_video", Clip())
+    shape.encode_clip(Shrinks(), "input_video", Clip())
 
 seen = {"windows": [], "clips": []}
 for stride in (4, 4, 1):  # 11 windows, and 38

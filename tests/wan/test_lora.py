@@ -8,7 +8,7 @@ from diffsynth import _discovery
 from diffsynth.core.loader import component
 from diffsynth.core.lora import LoRA, LoRALayer, fit, parse, save_lora, target_layers
 from diffsynth_wan.checkpoints import ARCHITECTURES
-from diffsynth_wan.config import TINY_DIT
+from diffsynth_wan.tiny import TINY_DIT
 
 OTHERS = ("time_projection.1", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2")
 

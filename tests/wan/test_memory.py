@@ -13,9 +13,9 @@ import parity
 from diffsynth.core.vram import Policy, wrap
 from diffsynth_wan import WanVideoPipeline
 from diffsynth_wan.checkpoints import ARCHITECTURES
-from diffsynth_wan.config import TINY_ANIMATE, TINY_DIT, TINY_VACE, tiny_animate_inputs, tiny_dit_inputs
 from diffsynth_wan.dit import WanDiT
 from diffsynth_wan.extension import Extension
+from diffsynth_wan.tiny import TINY_ANIMATE, TINY_DIT, TINY_VACE, tiny_animate_inputs, tiny_dit_inputs
 from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
 from diffsynth_wan.variants.camera import CameraMotion
 from diffsynth_wan.variants.reference import ReferenceFrame

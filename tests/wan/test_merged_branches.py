@@ -74,7 +74,9 @@ def test_what_cannot_be_merged_is_refused_by_name(load):
     """Animate steers away from a black face: each branch has its own."""
     pipe = load("wan2.2-animate-14b")
     clips = {"input_image": IMAGE, "animate_pose_video": CLIP, "animate_face_video": CLIP}
-    with pytest.raises(ValueError, match="cfg_merge=True: unit 'move_character' gives each branch.*its own extensions"):
+    with pytest.raises(
+        ValueError, match="cfg_merge=True: unit 'add_animate_motion' gives each branch.*its own extensions"
+    ):
         pipe.check(**CALL | clips, cfg_merge=True)
     pipe.check(**CALL | clips | {"cfg_scale": 1.0}, cfg_merge=True)
     pipe.check(**CALL | clips)

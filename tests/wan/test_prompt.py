@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from diffsynth_wan.encoders.tiny_tokenizer import tiny_tokenizer
+from diffsynth_wan.tiny import tiny_tokenizer
 from diffsynth_wan.units.prompt import clean_prompt, encode_prompt
 from parity import TOLERANCE, relative_error
 from wan_oracles import TEXT_DIM, oracle_text_encoder, our_text_encoder

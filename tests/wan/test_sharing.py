@@ -21,28 +21,29 @@ from diffsynth.core.parallel import SINGLE_PROCESS, MeshAxis, create_mesh
 from diffsynth.errors import Refused, Unavailable
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth_wan import WanVideoPipeline
-from diffsynth_wan.autoencoder.config import TINY_WAN22_AUTOENCODER
-from diffsynth_wan.autoencoder.vae import Wan22Autoencoder
-from diffsynth_wan.config import (
+from diffsynth_wan.config import WanDiTConfig
+from diffsynth_wan.dit import WanDiT
+from diffsynth_wan.extension import Extension, Stream
+from diffsynth_wan.sharding import ShardTokens, local_groups, with_sharded_tokens
+from diffsynth_wan.text_encoder import WanTextEncoder
+from diffsynth_wan.tiny import (
     TINY_ANIMATE,
     TINY_DIT,
     TINY_MOTION_CONTROLLER,
+    TINY_TEXT_ENCODER,
     TINY_VACE,
-    WanDiTConfig,
+    TINY_WAN22_AUTOENCODER,
+    VOCAB_SIZE,
     tiny_animate_inputs,
     tiny_dit_inputs,
+    tiny_tokenizer,
 )
-from diffsynth_wan.dit import WanDiT
-from diffsynth_wan.encoders.config import TINY_TEXT_ENCODER
-from diffsynth_wan.encoders.text_encoder import WanTextEncoder
-from diffsynth_wan.encoders.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
-from diffsynth_wan.extension import Extension, Stream
-from diffsynth_wan.sharing import ShareTokens, runs_of, shared_out
+from diffsynth_wan.vae import Wan22Autoencoder
 from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
-from diffsynth_wan.variants.animate2 import FollowReference, ReadReference, ReferenceVideo
+from diffsynth_wan.variants.animate2 import RecordReference, ReferenceAttention, ReferenceKVCache
 from diffsynth_wan.variants.camera import CameraMotion
 from diffsynth_wan.variants.reference import ReferenceFrame
-from diffsynth_wan.variants.speed import Speed, WanMotionController
+from diffsynth_wan.variants.speed import SpeedControl, WanMotionController
 from diffsynth_wan.variants.vace import VaceControl, WanVace
 from processes import run_together
 
@@ -71,7 +72,7 @@ def run_of(
     """A pass over 3 x 3 x 2 tokens, two videos at once; 18 tokens do not divide by 4, and 4 parts cut a frame of 6."""
     dit = drawn(WanDiT(config)) if dit is None else dit
     inputs = tiny_dit_inputs(config, torch.Generator().manual_seed(0)) | given
-    return lambda axis: dit(**inputs, extensions=shared_out(extensions, axis))
+    return lambda axis: dit(**inputs, extensions=with_sharded_tokens(extensions, axis))
 
 
 def image_to_video() -> Run:
@@ -92,9 +93,9 @@ def animate_2() -> Run:
     dit = drawn(WanDiT(NARROW))
 
     def run(axis: MeshAxis) -> Tensor:
-        video = ReferenceVideo()
-        run_of(dit=dit, latents=rand(2, 16, 2, 6, 4), extensions=[ReadReference(video)])(axis)
-        return run_of(dit=dit, extensions=[FollowReference(video, -1.3)])(axis)
+        video = ReferenceKVCache()
+        run_of(dit=dit, latents=rand(2, 16, 2, 6, 4), extensions=[RecordReference(video)])(axis)
+        return run_of(dit=dit, extensions=[ReferenceAttention(video, -1.3)])(axis)
 
     return run
 
@@ -105,7 +106,7 @@ def everything_at_once() -> Run:
     vace = drawn(WanVace(replace(TINY_VACE, **WIDTH)))
     controller = drawn(WanMotionController(replace(TINY_MOTION_CONTROLLER, dim=384)))
     camera, reference = CameraMotion(rand(2, 24, 3, 48, 32)), ReferenceFrame(rand(2, 16, 6, 4))
-    speed = Speed(controller(torch.tensor([40.0])))
+    speed = SpeedControl(controller(torch.tensor([40.0])))
     return run_of(config, [camera, reference, speed, VaceControl(vace, rand(2, 96, 3, 6, 4))])
 
 
@@ -269,20 +270,20 @@ def test_a_variant_that_does_not_say_what_it_sees_is_named() -> None:
     def brighten(dit: WanDiT, stream: Stream) -> Stream:
         return stream
 
-    two, speed = MeshAxis(None, 0, 2), Speed(torch.zeros(0))
-    assert shared_out([brighten], SINGLE_PROCESS) == (brighten,)
-    with pytest.raises(ValueError, match="brighten cannot be shared among 2 processes: it does not say what it sees"):
-        shared_out([speed, brighten], two)
+    two, speed = MeshAxis(None, 0, 2), SpeedControl(torch.zeros(0))
+    assert with_sharded_tokens([brighten], SINGLE_PROCESS) == (brighten,)
+    with pytest.raises(ValueError, match="brighten .*among 2 processes: token_scope is None"):
+        with_sharded_tokens([speed, brighten], two)
     late = VaceControl(None, torch.zeros(0))
-    with pytest.raises(ValueError, match="Speed sees the whole stream; it must stand before VaceControl"):
-        shared_out([late, speed], two)
-    ordered = shared_out([speed, late], two)
-    assert [type(each) for each in ordered] == [Speed, ShareTokens, VaceControl]
+    with pytest.raises(ValueError, match="SpeedControl .*VaceControl"):
+        with_sharded_tokens([late, speed], two)
+    ordered = with_sharded_tokens([speed, late], two)
+    assert [type(each) for each in ordered] == [SpeedControl, ShardTokens, VaceControl]
 
 
 @torch.no_grad()
 def test_fewer_tokens_than_processes_are_refused() -> None:
-    with pytest.raises(ValueError, match="18 tokens cannot be shared among 19 processes"):
+    with pytest.raises(ValueError, match="18 tokens cannot be divided among 19 processes"):
         run_of()(MeshAxis(None, 0, 19))
 
 
@@ -290,7 +291,7 @@ def test_fewer_tokens_than_processes_are_refused() -> None:
 @pytest.mark.parametrize("groups", [1, 3, 18])
 def test_runs_are_those_of_the_tokens(groups: int, own: slice) -> None:
     x = rand(2, groups, 4)
-    mine = runs_of(x, own, 18)
+    mine = local_groups(x, own, 18)
     count = own.stop - own.start
     assert count % mine.shape[1] == 0
     of_each = x.repeat_interleave(18 // groups, dim=1)[:, own]

@@ -3,8 +3,7 @@
 import inspect
 
 from diffsynth_wan.dit import WanBlock
-from diffsynth_wan.models import MODELS
-from diffsynth_wan.tea_cache import TEA_CACHE
+from diffsynth_wan.models import MODELS, TEA_CACHE
 
 
 def test_four_models_have_coefficients_of_an_argument_that_blocks_take():

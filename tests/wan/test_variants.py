@@ -12,22 +12,23 @@ from torch import Tensor
 import parity
 from diffsynth.core.attention.call import AttentionCall
 from diffsynth.core.attention.naive import NaiveAttention
-from diffsynth_wan.config import (
+from diffsynth_wan.config import WanDiTConfig
+from diffsynth_wan.dit import CameraAdapter, WanDiT
+from diffsynth_wan.extension import Stream
+from diffsynth_wan.tiny import (
     TINY_ANIMATE,
     TINY_DIT,
     TINY_MOTION_CONTROLLER,
     TINY_VACE,
-    WanDiTConfig,
     tiny_animate_inputs,
     tiny_dit_inputs,
 )
-from diffsynth_wan.dit import WanDiT
 from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
-from diffsynth_wan.variants.animate2 import FollowReference, ReadReference, ReferenceVideo
-from diffsynth_wan.variants.camera import CameraAdapter, CameraMotion
+from diffsynth_wan.variants.animate2 import RecordReference, ReferenceAttention, ReferenceKVCache
+from diffsynth_wan.variants.camera import CameraMotion
 from diffsynth_wan.variants.motion_encoder import MotionEncoder
 from diffsynth_wan.variants.reference import ReferenceFrame
-from diffsynth_wan.variants.speed import Speed, WanMotionController
+from diffsynth_wan.variants.speed import SpeedControl, WanMotionController
 from diffsynth_wan.variants.vace import VaceControl, WanVace, hinted_blocks
 
 CAMERA = replace(TINY_DIT, camera_channels=24)
@@ -130,7 +131,7 @@ def test_a_controller_of_zeros_changes_no_bit() -> None:
     dit, controller = drawn(WanDiT(TINY_DIT)), drawn(WanMotionController(TINY_MOTION_CONTROLLER))
     for parameter in controller.linear[4].parameters():
         parameter.zero_()
-    speed = Speed(controller(torch.tensor([100.0])))
+    speed = SpeedControl(controller(torch.tensor([100.0])))
     assert torch.equal(dit(**inputs(), extensions=[speed]), dit(**inputs()))
 
 
@@ -139,12 +140,12 @@ def test_speed_golden() -> None:
     """The controller sees ten times the number, so that 0 to 100 are the network's 0 to 1000; its six vectors are added
     to those of the time, before each block adds its own."""
     dit, controller = drawn(WanDiT(TINY_DIT)), drawn(WanMotionController(TINY_MOTION_CONTROLLER))
-    slow, fast = (dit(**inputs(), extensions=[Speed(controller(torch.tensor([x])))]) for x in (0.0, 100.0))
+    slow, fast = (dit(**inputs(), extensions=[SpeedControl(controller(torch.tensor([x])))]) for x in (0.0, 100.0))
     assert parity.relative_error(slow, fast) > 1e-3
     assert close(golden(fast), GOLDENS["speed"])
     by_hand = dit.embed(**inputs(), image_embeds=None, condition_latents=None)
     added = controller(torch.tensor([100.0]))
-    assert torch.equal(Speed(added)(dit, by_hand).modulation, by_hand.modulation + added[:, None])
+    assert torch.equal(SpeedControl(added)(dit, by_hand).modulation, by_hand.modulation + added[:, None])
 
 
 # VACE
@@ -169,7 +170,7 @@ def test_vace_with_fewer_frames_is_followed_by_nothing() -> None:
 def test_hints_spread_evenly() -> None:
     assert list(hinted_blocks(30, 15)) == list(range(0, 30, 2))
     assert list(hinted_blocks(40, 8)) == [0, 5, 10, 15, 20, 25, 30, 35]
-    with pytest.raises(ValueError, match="8 blocks of VACE do not spread evenly over 30 blocks"):
+    with pytest.raises(ValueError, match="8 blocks of VACE do not divide the 30 blocks"):
         hinted_blocks(30, 8)
 
 
@@ -200,7 +201,7 @@ def test_animate_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="for 3 frames of 6 tokens, the first one without a pose, expected 12 and 3"):
         dit(**inputs(), extensions=[AnimateMotion(adapter, pose, face)])
     three = drawn(WanAnimateAdapter(replace(TINY_ANIMATE, num_layers=3)))
-    with pytest.raises(ValueError, match="3 blocks read the face; they do not spread evenly over 2"):
+    with pytest.raises(ValueError, match="3 face blocks do not divide the 2 blocks"):
         dit(**arguments, extensions=[AnimateMotion(three, pose, face)])
     with pytest.raises(ValueError, match="faces are 16x24; expected 16x16"):
         MotionEncoder(TINY_ANIMATE)(torch.zeros(1, 3, 16, 24))
@@ -210,13 +211,22 @@ def test_animate_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("log_scale", [0.0, -1.3])
-def test_following_a_reference_is_its_naive_twin(log_scale: float) -> None:
-    """One softmax over all keys, with what a frame may not see masked and frame 1's keys biased."""
+def test_reference_attention_equals_one_masked_softmax(log_scale: float) -> None:
+    """The reference implementation: all keys at once, other frames of the reference masked, frame 1's keys biased."""
     frames, per_frame = 4, 3
     q, k, v = (rand(2, frames * per_frame, 2, 8, seed=seed) for seed in (1, 2, 3))
     reference_k, reference_v = (rand(1, (frames - 1) * per_frame, 2, 8, seed=seed) for seed in (4, 5))
-    video = ReferenceVideo(blocks={0: (reference_k, reference_v)})
-    ours = FollowReference(video, log_scale)._attend(0, frames, per_frame, q, k, v)
+    cache = ReferenceKVCache(blocks={0: (reference_k, reference_v)})
+    empty = torch.zeros(0)
+    stream = Stream(
+        tokens=empty,
+        positions=(tuple(range(frames)), (0,), tuple(range(per_frame))),
+        rotary=(empty, empty),
+        context=empty,
+        time=empty,
+        modulation=empty,
+    )
+    ours = ReferenceAttention(cache, log_scale)(drawn(WanDiT(TINY_DIT)), stream).attend(0)(q, k, v)
 
     frame_of = torch.arange(frames).repeat_interleave(per_frame)
     sees = torch.cat((torch.ones(12, 12, dtype=torch.bool), frame_of[:, None] - 1 == frame_of[None, :9]), dim=1)
@@ -232,21 +242,21 @@ def test_following_a_reference_is_its_naive_twin(log_scale: float) -> None:
 
 
 @torch.no_grad()
-def test_a_reference_is_read_before_it_is_followed() -> None:
+def test_reference_attention_needs_a_recorded_reference() -> None:
     dit = drawn(WanDiT(TINY_DIT))
-    with pytest.raises(ValueError, match="block 0 of the reference video was not read"):
-        dit(**inputs(), extensions=[FollowReference(ReferenceVideo())])
-    video = ReferenceVideo()
-    dit(**inputs(), extensions=[ReadReference(video)])
+    with pytest.raises(ValueError, match="no keys and values of block 0"):
+        dit(**inputs(), extensions=[ReferenceAttention(ReferenceKVCache())])
+    video = ReferenceKVCache()
+    dit(**inputs(), extensions=[RecordReference(video)])
     assert sorted(video.blocks) == [0, 1]
     assert [tuple(x.shape) for x in video.blocks[0]] == [(2, 18, 2, 128)] * 2
 
 
 @torch.no_grad()
-def test_the_reference_stands_later_and_beside() -> None:
+def test_a_recorded_reference_is_one_frame_later_and_to_the_right() -> None:
     dit = drawn(WanDiT(TINY_DIT))
     stream = dit.embed(**inputs(), image_embeds=None, condition_latents=None)
-    assert ReadReference(ReferenceVideo())(dit, stream).positions == ((1, 2, 3), (0, 1, 2), (2, 3))
+    assert RecordReference(ReferenceKVCache())(dit, stream).positions == ((1, 2, 3), (0, 1, 2), (2, 3))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +284,7 @@ def test_one_condition_serves_a_batch() -> None:
 
 
 def test_a_reference_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"gives \(2, 2\) tokens, a frame of the video has \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"has \(2, 2\) tokens, a frame of the video \(3, 2\)"):
         WanDiT(REFERENCE)(**inputs(), extensions=[ReferenceFrame(torch.zeros(1, 16, 4, 4))])
 
 

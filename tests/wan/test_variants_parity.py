@@ -20,9 +20,9 @@ from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
 from diffsynth_wan.variants.animate2 import (
     REFERENCE_TIME,
     SKIPPED_BLOCKS,
-    FollowReference,
-    ReadReference,
-    ReferenceVideo,
+    RecordReference,
+    ReferenceAttention,
+    ReferenceKVCache,
 )
 from diffsynth_wan.variants.vace import VaceControl, WanVace
 from wan_networks import SMALL, draw, load_published, meta, oracle_arguments, to_diffusers
@@ -198,12 +198,12 @@ class Animate2:
         }
 
     def run(self, inputs: dict[str, dict[str, Tensor]], *, prompted: bool = True, offload: bool = False) -> Tensor:
-        video = ReferenceVideo(offload=offload)
-        self.dit(**inputs["reference"], time=torch.tensor([REFERENCE_TIME]), extensions=[ReadReference(video)])
+        video = ReferenceKVCache(offload=offload)
+        self.dit(**inputs["reference"], time=torch.tensor([REFERENCE_TIME]), extensions=[RecordReference(video)])
         return self.dit(
             **inputs["new"],
             time=torch.tensor([0.7]),
-            extensions=[FollowReference(video, skip_blocks=frozenset() if prompted else SKIPPED_BLOCKS)],
+            extensions=[ReferenceAttention(video, skip_blocks=frozenset() if prompted else SKIPPED_BLOCKS)],
         )
 
     def run_oracle(self, inputs: dict[str, dict[str, Tensor]], *, prompted: bool = True) -> Tensor:

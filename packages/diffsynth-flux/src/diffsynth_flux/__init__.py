@@ -1,1 +1,1 @@
-"""FLUX.1 and FLUX.2 for diffsynth. Installed and listed by `diffsynth plugins`, but empty so far."""
+"""FLUX.1 and FLUX.2 for diffsynth: no models yet; the package is listed by `diffsynth plugins`."""

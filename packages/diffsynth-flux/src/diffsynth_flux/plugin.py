@@ -1,4 +1,4 @@
-"""The FLUX.1 and FLUX.2 plugin. It declares nothing yet: no model, no architecture; the family follows."""
+"""Plugin of diffsynth-flux; it registers no models and no architectures yet."""
 
 from __future__ import annotations
 

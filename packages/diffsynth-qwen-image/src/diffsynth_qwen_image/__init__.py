@@ -1,1 +1,1 @@
-"""Qwen-Image for diffsynth. Installed and listed by `diffsynth plugins`, but empty so far."""
+"""Qwen-Image for diffsynth: no models yet; the package is listed by `diffsynth plugins`."""

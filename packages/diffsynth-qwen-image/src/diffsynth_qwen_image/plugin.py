@@ -1,4 +1,4 @@
-"""The Qwen-Image plugin. It declares nothing yet: no model, no architecture; the family follows."""
+"""Plugin of diffsynth-qwen-image; it registers no models and no architectures yet."""
 
 from __future__ import annotations
 

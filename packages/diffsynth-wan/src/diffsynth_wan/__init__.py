@@ -1,4 +1,4 @@
-"""Wan for diffsynth: `WanVideoPipeline` and its networks."""
+"""Wan video models for diffsynth: `WanVideoPipeline` and its networks."""
 
 from __future__ import annotations
 

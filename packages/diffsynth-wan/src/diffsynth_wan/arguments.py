@@ -1,4 +1,4 @@
-"""The arguments of a Wan call, for editors; a contract test holds them equal to the units, both ways."""
+"""Arguments of a Wan call, typed for editors; a contract test keeps them equal to what the units read."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from PIL import Image
 from diffsynth.runtime.acceleration.choice import StepCacheArgument
 from diffsynth.runtime.acceleration.step_attention import AttentionArgument
 from diffsynth.runtime.request import OutputType, Step
+from diffsynth_wan.units.camera import Direction
 from diffsynth_wan.units.clips import Clip
-from diffsynth_wan.units.control import Direction
 
 
 class ShapeArguments(TypedDict, total=False):
-    """How large the video is, and where it starts.
+    """Negative prompt, size, input video, and how the video is computed.
 
     Args:
-        negative_prompt: what to steer away from; read when `cfg_scale` is not 1.
-        height, width: pixels, at least 1; rounded up to a multiple of 16 (of 32 with the autoencoder of Wan 2.2).
-        num_frames: at least 1; rounded up to 4 k + 1.
-        rand_device: where noise is drawn; the CPU gives one video on every machine.
-        sigma_shift: warp of the schedule towards noise, above 0.
-        input_video: clip to start from: at least `num_frames` frames, or a tensor `1 3 t h w` in [-1, 1].
-        denoising_strength: in (0, 1]; how far back towards noise the input video goes. All steps run at any strength.
-        tiled: the autoencoder works in tiles where frames are larger than one.
-        tile_size: height and width of a tile, in latent pixels.
-        tile_stride: from one tile to the next, in latent pixels.
-        sliding_window_size: latent frames that the network draws at once; None is all.
-        sliding_window_stride: latent frames from one such window to the next; what is left is blended.
-        switch_DiT_boundary: in [0, 1]; the noise level below which the second of two experts draws.
-        cfg_merge: prompt and negative prompt go through the network as one batch, in more memory and fewer calls.
+        negative_prompt: Text that guidance steers away from; used only if `cfg_scale` is not 1.
+        height, width: Size of the video in pixels, at least 1; rounded up to a multiple of 16, or of 32 with the
+            autoencoder of Wan 2.2.
+        num_frames: Number of frames of the video, at least 1; rounded up to 4n + 1.
+        rand_device: Device on which the initial noise is generated; "cpu" gives the same noise on every machine.
+        sigma_shift: Shift of the noise schedule, above 0; larger values spend more steps at high noise levels.
+        input_video: Video to start from: at least `num_frames` frames, or a tensor `1 3 t h w` in [-1, 1]; None starts
+            from pure noise.
+        denoising_strength: Noise level that the input video is raised to, in (0, 1]; 1 ignores the input. The number
+            of steps stays the same.
+        tiled: Whether the autoencoder works in overlapping tiles if a frame is larger than one tile.
+        tile_size: Height and width of a tile in latent pixels.
+        tile_stride: Distance between neighbouring tiles in latent pixels, vertical and horizontal; at most the size.
+        sliding_window_size: Number of latent frames that the network processes at once; None processes all.
+        sliding_window_stride: Distance between neighbouring windows in latent frames; overlapping frames are blended.
+        switch_DiT_boundary: Noise level in [0, 1] below which the second of two experts takes over.
+        cfg_merge: Whether prompt and negative prompt go through the network as one batch: fewer calls, more memory.
     """
 
     negative_prompt: str | Sequence[str]
@@ -53,12 +56,12 @@ class ShapeArguments(TypedDict, total=False):
 
 
 class ImageArguments(TypedDict, total=False):
-    """Images to begin and to end with.
+    """First and last frame, and reference image.
 
     Args:
-        input_image: the first frame, for image-to-video networks.
-        end_image: the last frame, for networks that take one.
-        reference_image: what the video looks like, for Fun-Control networks V1.1 and 2.2.
+        input_image: First frame of the video, for image-to-video models; the character's image for Animate.
+        end_image: Last frame of the video, for models that take one; None leaves it free.
+        reference_image: Image whose look the video takes over, for Fun-Control models V1.1 and 2.2.
     """
 
     input_image: Image.Image | None
@@ -67,14 +70,15 @@ class ImageArguments(TypedDict, total=False):
 
 
 class ControlArguments(TypedDict, total=False):
-    """What the video follows.
+    """Control video, camera path and amount of motion.
 
     Args:
-        control_video: poses, depth or edges, at least `num_frames` frames, for Fun-Control networks.
-        camera_control_direction: where the camera turns, for Control-Camera networks; None leaves it at rest.
-        camera_control_speed: change of the camera's matrix from frame to frame.
-        camera_control_origin: the first camera, a line of 19 numbers; see `diffsynth_wan.units.camera_path.ORIGIN`.
-        motion_bucket_id: how much moves, from 0 to 100, for the speed controller.
+        control_video: Video of poses, depth or edges with at least `num_frames` frames, for Fun-Control models.
+        camera_control_direction: Direction in which the camera turns, for Control-Camera models; None disables camera
+            control.
+        camera_control_speed: Change of the camera's matrix from frame to frame.
+        camera_control_origin: First camera, 19 numbers; see `diffsynth_wan.units.camera.ORIGIN`.
+        motion_bucket_id: Amount of motion from 0 to 100, for the speed control model; None disables speed control.
     """
 
     control_video: Clip | None
@@ -85,13 +89,13 @@ class ControlArguments(TypedDict, total=False):
 
 
 class VaceArguments(TypedDict, total=False):
-    """Of VACE.
+    """Inputs of VACE.
 
     Args:
-        vace_video: what the video follows or keeps, at least `num_frames` frames.
-        vace_video_mask: white where it may change, a mask for each frame of `vace_video`; None is everywhere.
-        vace_reference_image: what the video looks like: one image or several.
-        vace_scale: how much VACE counts; 0 is not at all.
+        vace_video: Control video, or video to edit, with at least `num_frames` frames; None is a grey video.
+        vace_video_mask: Video that is white where `vace_video` may change, with as many frames; None is all white.
+        vace_reference_image: Image, or list of images, whose look the video takes over.
+        vace_scale: Factor of VACE's effect; 0 disables it.
     """
 
     vace_video: Clip | None
@@ -101,13 +105,15 @@ class VaceArguments(TypedDict, total=False):
 
 
 class AnimateArguments(TypedDict, total=False):
-    """Of Animate; the character is `input_image`. Clips have at least `num_frames - 4` frames, and so many come out.
+    """Inputs of Animate, with the character's image as `input_image`.
+
+    The videos need at least `num_frames - 4` frames, which is the number of frames of the result.
 
     Args:
-        animate_pose_video: how the character moves.
-        animate_face_video: its face.
-        animate_inpaint_video: the scene that it is put into; None is a new one.
-        animate_mask_video: white where the scene changes, a mask for each frame of `animate_inpaint_video`.
+        animate_pose_video: Pose video that the character follows.
+        animate_face_video: Face video that the character's expression follows.
+        animate_inpaint_video: Scene that the character is placed in; None generates the scene.
+        animate_mask_video: Video that is white where the scene changes, with as many frames as `animate_inpaint_video`.
     """
 
     animate_pose_video: Clip | None
@@ -117,17 +123,18 @@ class AnimateArguments(TypedDict, total=False):
 
 
 class Animate2Arguments(TypedDict, total=False):
-    """Of Animate-2.
+    """Inputs of Animate-2.
 
     Args:
-        animate2_reference_image: the character.
-        animate2_reference_video: how it moves, at least `num_frames` frames.
-        animate2_prompt_ref: what the reference video shows.
-        animate2_refert_images: end of the clip before this one, to go on from, fewer frames than `num_frames`; None for
-            the first clip.
-        animate2_offload_kv: keep what the network read of the reference video on the CPU, a block at a time on the
-            device; the frames stay the same.
-        animate2_log_scale: added to the attention to the first latent frame; -1.3 for the distilled model.
+        animate2_reference_image: Image of the character.
+        animate2_reference_video: Video whose motion the character follows, with at least `num_frames` frames.
+        animate2_prompt_ref: Prompt that describes the reference video.
+        animate2_refert_images: Last frames of the previous clip to continue from, fewer than `num_frames`; None for the
+            first clip.
+        animate2_offload_kv: Whether keys and values of the reference video are stored on the CPU and copied to the
+            device block by block; the result is the same.
+        animate2_log_scale: Number that is added to the scores of attention to the first latent frame; 0, or -1.3 for
+            the distilled model.
     """
 
     animate2_reference_image: Image.Image | None
@@ -147,7 +154,7 @@ class WanArguments(
     Animate2Arguments,
     total=False,
 ):
-    """All of a call but the prompt."""
+    """All arguments of a call except the prompt."""
 
     num_inference_steps: int
     cfg_scale: float

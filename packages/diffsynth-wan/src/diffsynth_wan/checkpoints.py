@@ -1,4 +1,4 @@
-"""Wan's transformers, what variants add to them, and the published files that hold them."""
+"""Wan's architectures and the published files that hold them: transformer, variants, encoders, autoencoder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,57 @@ MOTION_CONTROLLER = "wan_motion_controller"
 ORIGINAL = "diffusion_pytorch_model*.safetensors"
 DIFFUSERS = "transformer/diffusion_pytorch_model*.safetensors"
 EXPERTS = (f"high_noise_model/{ORIGINAL}", f"low_noise_model/{ORIGINAL}")
+
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16"
+IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
+"""Repository that has text encoder, image encoder and autoencoders as safetensors."""
+
+_WITH_TEXT_ENCODER = (
+    "Wan-AI/Wan2.1-T2V-1.3B",
+    "Wan-AI/Wan2.1-T2V-14B",
+    "Wan-AI/Wan2.1-I2V-14B-480P",
+    "Wan-AI/Wan2.1-I2V-14B-720P",
+    "Wan-AI/Wan2.1-FLF2V-14B-720P",
+    "Wan-AI/Wan2.1-VACE-1.3B",
+    "Wan-AI/Wan2.1-VACE-14B",
+    "Wan-AI/Wan2.2-T2V-A14B",
+    "Wan-AI/Wan2.2-I2V-A14B",
+    "Wan-AI/Wan2.2-TI2V-5B",
+    "Wan-AI/Wan2.2-Animate-14B",
+    "iic/VACE-Wan2.1-1.3B-Preview",
+    "PAI/Wan2.1-Fun-1.3B-InP",
+    "PAI/Wan2.1-Fun-1.3B-Control",
+    "PAI/Wan2.1-Fun-14B-InP",
+    "PAI/Wan2.1-Fun-14B-Control",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-InP",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera",
+    "PAI/Wan2.1-Fun-V1.1-14B-InP",
+    "PAI/Wan2.1-Fun-V1.1-14B-Control",
+    "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera",
+    "PAI/Wan2.2-Fun-A14B-InP",
+    "PAI/Wan2.2-Fun-A14B-Control",
+    "PAI/Wan2.2-Fun-A14B-Control-Camera",
+    "PAI/Wan2.2-VACE-Fun-A14B",
+)
+_WITH_IMAGE_ENCODER = (
+    "Wan-AI/Wan2.1-I2V-14B-480P",
+    "Wan-AI/Wan2.1-I2V-14B-720P",
+    "Wan-AI/Wan2.1-FLF2V-14B-720P",
+    "Wan-AI/Wan2.2-Animate-14B",
+    "PAI/Wan2.1-Fun-1.3B-InP",
+    "PAI/Wan2.1-Fun-1.3B-Control",
+    "PAI/Wan2.1-Fun-14B-InP",
+    "PAI/Wan2.1-Fun-14B-Control",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-InP",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera",
+    "PAI/Wan2.1-Fun-V1.1-14B-InP",
+    "PAI/Wan2.1-Fun-V1.1-14B-Control",
+    "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera",
+)
+_ANIMATE_2 = "Wan-AI/Wan2.2-Animate-2-14B:videomodel/Wan-AI"
 
 _BLOCK = (
     "modulation",
@@ -45,8 +96,8 @@ ARCHITECTURES = (
             "head.head.weight",
             *(f"blocks.{{n}}.{name}" for name in _BLOCK),
         ),
-        tiny="diffsynth_wan.config:TINY_DIT",
-        tiny_inputs="diffsynth_wan.config:tiny_dit_inputs",
+        tiny="diffsynth_wan.tiny:TINY_DIT",
+        tiny_inputs="diffsynth_wan.tiny:tiny_dit_inputs",
         high_precision=(
             "patch_embedding.*",
             "text_embedding.*",
@@ -71,8 +122,8 @@ ARCHITECTURES = (
             "vace_blocks.{n}.after_proj.weight",
             *(f"vace_blocks.{{n}}.{name}" for name in _BLOCK),
         ),
-        tiny="diffsynth_wan.config:TINY_VACE",
-        tiny_inputs="diffsynth_wan.config:tiny_vace_inputs",
+        tiny="diffsynth_wan.tiny:TINY_VACE",
+        tiny_inputs="diffsynth_wan.tiny:tiny_vace_inputs",
         high_precision=("vace_patch_embedding.*", "*norm*", "*modulation"),
         repeated_blocks=("vace_blocks",),
         lora_targets=LORA_TARGETS,
@@ -94,8 +145,8 @@ ARCHITECTURES = (
             "face_adapter.fuser_blocks.{n}.linear1_kv.weight",
             "face_adapter.fuser_blocks.{n}.q_norm.weight",
         ),
-        tiny="diffsynth_wan.config:TINY_ANIMATE",
-        tiny_inputs="diffsynth_wan.config:tiny_animate_inputs",
+        tiny="diffsynth_wan.tiny:TINY_ANIMATE",
+        tiny_inputs="diffsynth_wan.tiny:tiny_animate_inputs",
         high_precision=("pose_patch_embedding.*", "motion_encoder.*", "*norm*", "face_encoder.padding_tokens"),
         repeated_blocks=("face_adapter.fuser_blocks",),
     ),
@@ -105,9 +156,71 @@ ARCHITECTURES = (
         config="diffsynth_wan.config:WanMotionControllerConfig",
         infer_config="diffsynth_wan.config:infer_motion_controller_config",
         required=("linear.0.weight", "linear.2.weight", "linear.4.weight"),
-        tiny="diffsynth_wan.config:TINY_MOTION_CONTROLLER",
-        tiny_inputs="diffsynth_wan.config:tiny_motion_controller_inputs",
+        tiny="diffsynth_wan.tiny:TINY_MOTION_CONTROLLER",
+        tiny_inputs="diffsynth_wan.tiny:tiny_motion_controller_inputs",
         high_precision=("linear.*",),
+    ),
+    ArchitectureSpec(
+        name="wan_text_encoder",
+        module="diffsynth_wan.text_encoder:WanTextEncoder",
+        config="diffsynth_wan.config:WanTextEncoderConfig",
+        infer_config="diffsynth_wan.config:infer_text_encoder_config",
+        required=(
+            "token_embedding.weight",
+            "blocks.{n}.norm1.weight",
+            "blocks.{n}.attn.q.weight",
+            "blocks.{n}.attn.o.weight",
+            "blocks.{n}.ffn.gate.0.weight",
+            "blocks.{n}.ffn.fc1.weight",
+            "blocks.{n}.pos_embedding.embedding.weight",
+            "norm.weight",
+        ),
+        tiny="diffsynth_wan.tiny:TINY_TEXT_ENCODER",
+        tiny_inputs="diffsynth_wan.tiny:tiny_text_encoder_inputs",
+        high_precision=("*norm*", "*pos_embedding*"),
+        repeated_blocks=("blocks",),
+    ),
+    ArchitectureSpec(
+        name="wan_image_encoder",
+        module="diffsynth_wan.image_encoder:WanImageEncoder",
+        config="diffsynth_wan.config:WanImageEncoderConfig",
+        infer_config="diffsynth_wan.config:infer_image_encoder_config",
+        required=(
+            "patch_embedding.weight",
+            "cls_embedding",
+            "pos_embedding",
+            "pre_norm.weight",
+            "transformer.{n}.norm1.weight",
+            "transformer.{n}.attn.to_qkv.weight",
+            "transformer.{n}.attn.proj.weight",
+            "transformer.{n}.mlp.0.weight",
+        ),
+        tiny="diffsynth_wan.tiny:TINY_IMAGE_ENCODER",
+        tiny_inputs="diffsynth_wan.tiny:tiny_image_encoder_inputs",
+        high_precision=("*norm*", "cls_embedding", "pos_embedding"),
+        repeated_blocks=("transformer",),
+    ),
+    ArchitectureSpec(
+        name="wan22_autoencoder",
+        module="diffsynth_wan.vae:Wan22Autoencoder",
+        config="diffsynth_wan.config:Wan22AutoencoderConfig",
+        infer_config="diffsynth_wan.config:infer_wan22_autoencoder_config",
+        required=(
+            "encoder.conv1.weight",
+            "encoder.downsamples.{n}.downsamples.0.residual.2.weight",
+            "encoder.middle.1.to_qkv.weight",
+            "encoder.head.2.weight",
+            "conv1.weight",
+            "conv2.weight",
+            "decoder.conv1.weight",
+            "decoder.middle.1.to_qkv.weight",
+            "decoder.upsamples.{n}.upsamples.0.residual.2.weight",
+            "decoder.head.2.weight",
+        ),
+        tiny="diffsynth_wan.tiny:TINY_WAN22_AUTOENCODER",
+        tiny_inputs="diffsynth_wan.tiny:tiny_wan22_autoencoder_inputs",
+        high_precision=("*.gamma",),
+        repeated_blocks=("encoder.downsamples", "decoder.upsamples"),
     ),
 )
 
@@ -232,4 +345,57 @@ CHECKPOINTS = (
     _by_structure("diffusers_with_animate", DIT, "DIFFUSERS_WITHOUT_ANIMATE"),
     _by_structure("diffusers", ANIMATE, "DIFFUSERS_ANIMATE"),
     _by_structure("animate_2_diffusers", DIT, "DIFFUSERS_ANIMATE_2", reference_video=True),
+    CheckpointSpec(
+        name="wan_text_encoder",
+        architecture="wan_text_encoder",
+        signature="9c8818c2cbea55eca56c7b447df170da",
+        layout="diffsynth_wan:layouts/umt5_xxl.json.gz",
+        files=(
+            *(f"{repository}:{TEXT_ENCODER_FILE}.pth" for repository in _WITH_TEXT_ENCODER),
+            f"{_ANIMATE_2}/{TEXT_ENCODER_FILE}.pth",
+            f"{CONVERTED}:{TEXT_ENCODER_FILE}.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name="wan_text_encoder/transformers",
+        architecture="wan_text_encoder",
+        rules="diffsynth_wan.convert:TEXT_ENCODER_TRANSFORMERS",
+    ),
+    CheckpointSpec(
+        name="wan_text_encoder/transformers_tied",
+        architecture="wan_text_encoder",
+        rules="diffsynth_wan.convert:TEXT_ENCODER_TRANSFORMERS_TIED",
+    ),
+    CheckpointSpec(
+        name="wan_image_encoder",
+        architecture="wan_image_encoder",
+        rules="diffsynth_wan.convert:IMAGE_ENCODER",
+        signature="5941c53e207d62f20f9025686193c40b",
+        layout="diffsynth_wan:layouts/clip_vit_h_14.json.gz",
+        files=(
+            *(f"{repository}:{IMAGE_ENCODER_FILE}.pth" for repository in _WITH_IMAGE_ENCODER),
+            f"{_ANIMATE_2}/{IMAGE_ENCODER_FILE}.pth",
+            f"{CONVERTED}:{IMAGE_ENCODER_FILE}.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name="wan_image_encoder/transformers",
+        architecture="wan_image_encoder",
+        rules="diffsynth_wan.convert:IMAGE_ENCODER_TRANSFORMERS",
+    ),
+    CheckpointSpec(
+        name="wan22_autoencoder",
+        architecture="wan22_autoencoder",
+        signature="e1de6c02cdac79f8b739f4d3698cd216",
+        layout="diffsynth_wan:layouts/wan2.2_autoencoder.json.gz",
+        files=(
+            "Wan-AI/Wan2.2-TI2V-5B:Wan2.2_VAE.pth",
+            f"{CONVERTED}:Wan2.2_VAE.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name="wan22_autoencoder/diffusers",
+        architecture="wan22_autoencoder",
+        rules="diffsynth_wan.convert:WAN22_AUTOENCODER_DIFFUSERS",
+    ),
 )

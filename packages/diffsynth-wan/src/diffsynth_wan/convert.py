@@ -1,10 +1,15 @@
-"""Key rules of Wan layouts whose names are not our own (those are of the original `diffusion_pytorch_model` files)."""
+"""Key rules of published layouts whose names differ from our parameter names.
+
+Our parameter names are those of the original files (`diffusion_pytorch_model*.safetensors`, `models_t5_*.pth`,
+`Wan2.2_VAE.pth`), which need no rules.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from diffsynth.core.loader.convert import Apply, Drop, Fuse, Rename, Reshape, Rule
+from diffsynth.models.convert import WAN_LATENT_CONVS, wan_ends, wan_resampling, wan_residual_blocks
 
 NETWORK = (
     "patch_embedding.{*}",
@@ -24,14 +29,14 @@ DIFFUSERS_NETWORK = (
     "scale_shift_table",
     "proj_out.{*}",
 )
-"""Names of one part of a file, by which the rules of another part leave it out."""
+"""Key patterns of each component in a file that holds several; the rules of one component drop those of the others."""
 
-FACE_HALVINGS = 7
-"""Blocks of the motion encoder in the published size; their numbers differ by one between layouts."""
+MOTION_BLOCKS = 7
+"""Number of downsampling blocks of the published motion encoder; diffusers counts them from 0, the original from 1."""
 
 
 def _without(names: tuple[str, ...]) -> tuple[Rule, ...]:
-    return tuple(Drop(name, "of another component") for name in names)
+    return tuple(Drop(name, "another component") for name in names)
 
 
 def _renamed(names: dict[str, str]) -> tuple[Rule, ...]:
@@ -39,7 +44,7 @@ def _renamed(names: dict[str, str]) -> tuple[Rule, ...]:
 
 
 def _attention(theirs: str, ours: str) -> dict[str, str]:
-    """Of diffusers, with the keys of an image, and with the output projection in a list."""
+    """Return diffusers' key -> our key for an attention module, including the keys and values of an image."""
     return {
         f"{theirs}.to_q.{{*}}": f"{ours}.q.{{*}}",
         f"{theirs}.to_k.{{*}}": f"{ours}.k.{{*}}",
@@ -55,8 +60,8 @@ def _attention(theirs: str, ours: str) -> dict[str, str]:
 
 def _diffusers_block(block: str) -> tuple[Rule, ...]:
     return (
-        # Old files have a norm of queries for the image that no network reads.
-        Drop(f"{block}.attn2.norm_added_q.{{*}}", "never read"),
+        # Old files have a norm of image queries that no network uses.
+        Drop(f"{block}.attn2.norm_added_q.{{*}}", "unused"),
         *_renamed(
             {
                 f"{block}.scale_shift_table": f"{block}.modulation",
@@ -76,7 +81,7 @@ def _blur_kernel() -> Any:
     return blur_kernel()
 
 
-def _diffusers_halving(number: int) -> tuple[Rule, ...]:
+def _diffusers_motion_block(number: int) -> tuple[Rule, ...]:
     theirs, ours = f"motion_encoder.res_blocks.{number}", f"motion_encoder.enc.net_app.convs.{number + 1}"
     return (
         Rename(f"{theirs}.conv1.weight", f"{ours}.conv1.0.weight"),
@@ -89,16 +94,16 @@ def _diffusers_halving(number: int) -> tuple[Rule, ...]:
 
 
 WITHOUT_VACE: tuple[Rule, ...] = _without(VACE)
-"""The network in a file that also holds VACE."""
+"""Transformer in a file that also holds VACE."""
 
 WITHOUT_ANIMATE: tuple[Rule, ...] = _without(ANIMATE)
-"""The network in a file that also holds Animate's adapter."""
+"""Transformer in a file that also holds Animate's adapter."""
 
 WITHOUT_NETWORK: tuple[Rule, ...] = _without(NETWORK)
-"""VACE or Animate's adapter in a file that also holds the network."""
+"""VACE or Animate's adapter in a file that also holds the transformer."""
 
 ANIMATE_2: tuple[Rule, ...] = (Rename("blocks.{n}.block.{*}", "blocks.{n}.{*}"),)
-"""Animate-2, whose blocks are wrapped."""
+"""Transformer of Animate-2, whose blocks have the prefix `block.`."""
 
 DIFFUSERS: tuple[Rule, ...] = (
     *_renamed(
@@ -119,7 +124,7 @@ DIFFUSERS: tuple[Rule, ...] = (
     ),
     *_diffusers_block("blocks.{n}"),
 )
-"""The network in diffusers' `transformer/`."""
+"""Transformer in diffusers' `transformer/`."""
 
 DIFFUSERS_WITHOUT_VACE: tuple[Rule, ...] = (*WITHOUT_VACE, *DIFFUSERS)
 DIFFUSERS_WITHOUT_ANIMATE: tuple[Rule, ...] = (*WITHOUT_ANIMATE, *DIFFUSERS)
@@ -134,10 +139,10 @@ DIFFUSERS_VACE: tuple[Rule, ...] = (
 
 DIFFUSERS_ANIMATE: tuple[Rule, ...] = (
     *_without(DIFFUSERS_NETWORK),
-    *(rule for number in range(FACE_HALVINGS) for rule in _diffusers_halving(number)),
+    *(rule for number in range(MOTION_BLOCKS) for rule in _diffusers_motion_block(number)),
     Rename("motion_encoder.conv_in.weight", "motion_encoder.enc.net_app.convs.0.0.weight"),
     Reshape("motion_encoder.conv_in.act_fn.bias", "motion_encoder.enc.net_app.convs.0.1.bias", (1, -1, 1, 1)),
-    Rename("motion_encoder.conv_out.weight", f"motion_encoder.enc.net_app.convs.{FACE_HALVINGS + 1}.weight"),
+    Rename("motion_encoder.conv_out.weight", f"motion_encoder.enc.net_app.convs.{MOTION_BLOCKS + 1}.weight"),
     Rename("motion_encoder.motion_network.{*}", "motion_encoder.enc.fc.{*}"),
     Rename("motion_encoder.motion_synthesis_weight", "motion_encoder.dec.direction.weight"),
     *_renamed(
@@ -167,4 +172,92 @@ DIFFUSERS_ANIMATE_2: tuple[Rule, ...] = _renamed(
         **_attention("blocks.{n}.cross_attn", "blocks.{n}.cross_attn"),
     }
 )
-"""Animate-2 in diffusers' `transformer/`, whose attention alone has other names."""
+"""Transformer of Animate-2 in diffusers' `transformer/`; only attention has other names."""
+
+
+def _text_encoder_transformers(embedding: str) -> tuple[Rule, ...]:
+    block, ours = "encoder.block.{n}", "blocks.{n}"
+    attention = f"{block}.layer.0.SelfAttention"
+    feed_forward = f"{block}.layer.1.DenseReluDense"
+    return (
+        Rename(embedding, "token_embedding.weight"),
+        *(Rename(f"{attention}.{part}.weight", f"{ours}.attn.{part}.weight") for part in "qkvo"),
+        Rename(f"{attention}.relative_attention_bias.weight", f"{ours}.pos_embedding.embedding.weight"),
+        Rename(f"{block}.layer.0.layer_norm.weight", f"{ours}.norm1.weight"),
+        Rename(f"{feed_forward}.wi_0.weight", f"{ours}.ffn.gate.0.weight"),
+        Rename(f"{feed_forward}.wi_1.weight", f"{ours}.ffn.fc1.weight"),
+        Rename(f"{feed_forward}.wo.weight", f"{ours}.ffn.fc2.weight"),
+        Rename(f"{block}.layer.1.layer_norm.weight", f"{ours}.norm2.weight"),
+        Rename("encoder.final_layer_norm.weight", "norm.weight"),
+    )
+
+
+TEXT_ENCODER_TRANSFORMERS = (
+    *_text_encoder_transformers("shared.weight"),
+    Drop("encoder.embed_tokens.weight", "a copy of shared.weight"),
+)
+"""Text encoder as transformers' `UMT5EncoderModel`."""
+
+TEXT_ENCODER_TRANSFORMERS_TIED = _text_encoder_transformers("encoder.embed_tokens.weight")
+"""Text encoder as transformers' `UMT5EncoderModel`, saved without `shared.weight`, a copy of the embedding."""
+
+IMAGE_ENCODER: tuple[Rule, ...] = (
+    Drop("visual.transformer.31.{*}", "Wan uses the output of block 30"),
+    Drop("visual.post_norm.{*}"),
+    Drop("visual.head"),
+    Rename("visual.{*}", "{*}"),
+    Drop("textual.{*}", "the text tower"),
+    Drop("log_scale"),
+)
+"""Image encoder in the published CLIP file, with or without the text tower."""
+
+
+def _batch_of_one(tensor: Any) -> Any:
+    return tensor[None]
+
+
+def _sequence_of_one(tensor: Any) -> Any:
+    return tensor[None, None]
+
+
+def _image_encoder_transformers() -> tuple[Rule, ...]:
+    layer, ours = "vision_model.encoder.layers.{n}", "transformer.{n}"
+    embeddings = "vision_model.embeddings"
+    fused = [
+        Fuse(tuple(f"{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"), f"{ours}.attn.to_qkv.{kind}", 0)
+        for kind in ("weight", "bias")
+    ]
+    names = {
+        "self_attn.out_proj": "attn.proj",
+        "layer_norm1": "norm1",
+        "layer_norm2": "norm2",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.2",
+    }
+    return (
+        Drop("vision_model.encoder.layers.31.{*}", "Wan uses the output of layer 30"),
+        Apply(_sequence_of_one, (f"{embeddings}.class_embedding",), "cls_embedding", lambda shape: (1, 1, *shape)),
+        Apply(_batch_of_one, (f"{embeddings}.position_embedding.weight",), "pos_embedding", lambda shape: (1, *shape)),
+        Rename(f"{embeddings}.patch_embedding.weight", "patch_embedding.weight"),
+        Rename("vision_model.pre_layrnorm.{*}", "pre_norm.{*}"),
+        *fused,
+        *(Rename(f"{layer}.{theirs}.{{*}}", f"{ours}.{own}.{{*}}") for theirs, own in names.items()),
+        Drop("vision_model.post_layernorm.{*}"),
+        Drop("visual_projection.weight"),
+        Drop("vision_model.embeddings.position_ids", "0, 1, 2, ..."),
+    )
+
+
+IMAGE_ENCODER_TRANSFORMERS = _image_encoder_transformers()
+"""Image encoder as transformers' `CLIPVisionModelWithProjection`; `pre_layrnorm` is their spelling."""
+
+WAN22_AUTOENCODER_DIFFUSERS: tuple[Rule, ...] = (
+    *wan_ends("encoder"),
+    *wan_residual_blocks("encoder.down_blocks.{n}.resnets.{m}", "encoder.downsamples.{n}.downsamples.{m}"),
+    *wan_resampling("encoder.down_blocks.{n}.downsampler", "encoder.downsamples.{n}.downsamples.2"),
+    *WAN_LATENT_CONVS,
+    *wan_ends("decoder"),
+    *wan_residual_blocks("decoder.up_blocks.{n}.resnets.{m}", "decoder.upsamples.{n}.upsamples.{m}"),
+    *wan_resampling("decoder.up_blocks.{n}.upsampler", "decoder.upsamples.{n}.upsamples.3"),
+)
+"""Autoencoder of Wan 2.2 in diffusers' `vae/`."""

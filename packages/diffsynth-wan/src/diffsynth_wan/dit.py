@@ -1,7 +1,7 @@
 """The Wan video transformer (Team Wan 2025, arXiv:2503.20314): one network for all its variants.
 
-Text-to-video, image-to-video, first-last-frame, Fun and two-expert models differ in sizes and in which optional parts
-they have, which the config says. What changes the pass itself is an extension (`diffsynth_wan.extension`).
+Text-to-video, image-to-video, first-last-frame, Fun and two-expert models differ in sizes and optional modules, all of
+which are in the config. A variant that changes the forward pass is an extension (`diffsynth_wan.extension`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,18 +18,17 @@ from torch import Tensor, nn
 from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.nn import LayerNorm, RMSNorm, gated_residual, rotary_angles, sinusoidal_embedding
-from diffsynth_wan.config import WanDiTConfig, WanVaceConfig
+from diffsynth_wan.config import CAMERA_PIXELS, WanDiTConfig, WanVaceConfig
 from diffsynth_wan.extension import Attend, Extension, Positions, Rotary, Stream
-from diffsynth_wan.variants.camera import CameraAdapter
 
 TIME_SCALE = 1000.0
-"""The network's own unit of time; `forward` takes sigma."""
+"""Factor from sigma to the timestep that the network was trained with; `forward` takes sigma."""
 
 
 class WanDiT(nn.Module):
-    """Wan 2.1 and 2.2. Parameter names are those of the first published `diffusion_pytorch_model*.safetensors`.
+    """Transformer of Wan 2.1 and 2.2. Parameter names are those of Wan2.1's `diffusion_pytorch_model*.safetensors`.
 
-    `gradient_checkpointing` is a plain switch: when set, blocks recompute their activations in the backward pass.
+    `gradient_checkpointing` is a plain attribute: if True, blocks recompute their activations in the backward pass.
     """
 
     def __init__(self, config: WanDiTConfig) -> None:
@@ -63,16 +63,17 @@ class WanDiT(nn.Module):
         *,
         extensions: Sequence[Extension] = (),
     ) -> Float[Tensor, "b c t h w"]:
-        """The velocity `noise - x0`, in the dtype of `latents`.
+        """Return the velocity `noise - x0`, in the dtype of `latents`.
 
         Args:
-            latents: noised, scaled latents; sizes are multiples of `config.patch_size`.
-            time: sigma in [0, 1], of the whole video; or of each of `g` runs of equally many tokens: `g` frames, or
-                `g` tokens. Keep it fp32.
-            prompt_embeds: of the text encoder, padded with zeros as it is given to the network in training.
-            image_embeds: hidden states of the image encoder, for a network with an image branch and no other.
-            condition_latents: further channels behind those of `latents`: a mask and an encoded image, a control video.
-            extensions: applied in this order between embedding and blocks; see `diffsynth_wan.extension`.
+            latents: noised, scaled latents; frames, height and width are multiples of `config.patch_size`.
+            time: sigma in [0, 1], fp32: one for the whole video, or one for each of `g` groups of equally many
+                consecutive tokens (`g` frames, or `g` tokens).
+            prompt_embeds: hidden states of the text encoder, padded with zeros as in training.
+            image_embeds: hidden states of the image encoder; given if and only if the network has an image branch.
+            condition_latents: channels that are appended to those of `latents`: a mask and an encoded image, a control
+                video.
+            extensions: applied in this order after the embedding; see `diffsynth_wan.extension`.
 
         Raises:
             ValueError: sizes, channels or image do not fit this network.
@@ -87,12 +88,12 @@ class WanDiT(nn.Module):
             tokens = self.run_block(block, index, tokens, stream)
             for residual in stream.residuals.get(index, ()):
                 tokens = tokens + residual(tokens)
-        pixels = stream.join(self.head(tokens, stream.time))
+        patches = stream.join(self.head(tokens, stream.time))
         frames, height, width = stream.grid
         return rearrange(
-            pixels[:, stream.lead * height * width :].to(latents.dtype),
+            patches[:, stream.prefix_frames * height * width :].to(latents.dtype),
             "b (t h w) (p q r c) -> b c (t p) (h q) (w r)",
-            t=frames - stream.lead,
+            t=frames - stream.prefix_frames,
             h=height,
             w=width,
             p=self.config.patch_size[0],
@@ -108,7 +109,7 @@ class WanDiT(nn.Module):
         image_embeds: Float[Tensor, "b i image_dim"] | None,
         condition_latents: Float[Tensor, "b c_condition t h w"] | None,
     ) -> Stream:
-        """What enters the blocks of the plain network; arguments and errors as for `forward`."""
+        """Return the inputs of the blocks before extensions; arguments and errors are those of `forward`."""
         grid = self._grid(latents)
         if condition_latents is not None:
             latents = torch.cat((latents, condition_latents), dim=1)
@@ -120,19 +121,20 @@ class WanDiT(nn.Module):
         return Stream(
             tokens=self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous().to(latents.dtype),
             positions=positions,
-            rotary=rotary_at(positions, self.config, latents.device),
+            rotary=rotary_embedding(positions, self.config, latents.device),
             context=self.text_embedding(prompt_embeds),
             image_context=None if image_embeds is None else self.img_emb(image_embeds),
             time=time_embed,
             modulation=self.time_projection(time_embed).float().unflatten(-1, (6, -1)),
         )
 
-    def place(self, stream: Stream, positions: Positions) -> Stream:
-        """The stream with its tokens at these positions."""
-        return replace(stream, positions=positions, rotary=rotary_at(positions, self.config, stream.tokens.device))
+    def set_positions(self, stream: Stream, positions: Positions) -> Stream:
+        """Return the stream with its tokens at these RoPE positions."""
+        rotary = rotary_embedding(positions, self.config, stream.tokens.device)
+        return replace(stream, positions=positions, rotary=rotary)
 
     def run_block(self, block: nn.Module, index: int, tokens: Float[Tensor, "b s e"], stream: Stream) -> Tensor:
-        """The tokens behind `block`, which stands at `index` or beside it."""
+        """Return the tokens after `block`, with the self-attention that `stream` has for block `index`."""
         return gradient_checkpoint_forward(
             block,
             self.gradient_checkpointing,
@@ -160,21 +162,17 @@ class WanDiT(nn.Module):
                 f"{config.in_channels}, of which {config.out_channels} are latents"
             )
         if (image_embeds is None) == (config.image_dim > 0):
-            has = (
-                "wants the image_embeds of an image"
-                if config.image_dim
-                else "has no image branch; give no image_embeds"
-            )
-            raise ValueError(f"this network {has}")
+            needs = "needs image_embeds" if config.image_dim else "has no image branch; leave out image_embeds"
+            raise ValueError(f"this network {needs}")
         if image_embeds is not None and config.image_tokens not in (0, image_embeds.shape[1]):
             raise ValueError(
                 f"image_embeds have {image_embeds.shape[1]} tokens; this network has positions for "
-                f"{config.image_tokens}: those of the first and of the last image"
+                f"{config.image_tokens}, for the first and the last image"
             )
 
 
 class WanBlock(nn.Module):
-    """Self-attention and feed-forward, both modulated by the time, and between them attention to prompt and image."""
+    """Self-attention, cross-attention to prompt and image, feed-forward; the first and the last are time-modulated."""
 
     def __init__(self, config: WanDiTConfig | WanVaceConfig, *, image_branch: bool) -> None:
         super().__init__()
@@ -198,19 +196,19 @@ class WanBlock(nn.Module):
         rotary: Rotary,
         attend: Attend,
     ) -> Float[Tensor, "b s e"]:
-        """The tokens after this block."""
-        runs = modulation.shape[1]
-        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = _per_run(self.modulation, modulation)
-        h = self.norm1(_in_runs(x, runs), scale=scale, shift=shift).view(x.shape)
+        """Return the tokens after this block."""
+        groups = modulation.shape[1]
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = _group_modulations(self.modulation, modulation)
+        h = self.norm1(_in_groups(x, groups), scale=scale, shift=shift).view(x.shape)
         h = self.self_attn(h, rotary, attend)
-        x = gated_residual(_in_runs(x, runs), _in_runs(h, runs), gate).view(x.shape)
+        x = gated_residual(_in_groups(x, groups), _in_groups(h, groups), gate).view(x.shape)
         x = x + self.cross_attn(self.norm3(x), context, image_context)
-        h = self.ffn(self.norm2(_in_runs(x, runs), scale=scale_ffn, shift=shift_ffn))
-        return gated_residual(_in_runs(x, runs), h, gate_ffn).view(x.shape)
+        h = self.ffn(self.norm2(_in_groups(x, groups), scale=scale_ffn, shift=shift_ffn))
+        return gated_residual(_in_groups(x, groups), h, gate_ffn).view(x.shape)
 
 
 class SelfAttention(nn.Module):
-    """Attention of all tokens to all, or to what `attend` gives them."""
+    """Projections, norms and RoPE of self-attention; the attention itself is the argument `attend`."""
 
     def __init__(self, config: WanDiTConfig | WanVaceConfig) -> None:
         super().__init__()
@@ -224,18 +222,18 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(dim, eps=config.eps)
 
     def forward(self, x: Float[Tensor, "b s e"], rotary: Rotary, attend: Attend) -> Float[Tensor, "b s e"]:
-        """What each token gathered."""
+        """Return the projected attention output of each token."""
         q = self.norm_q(self.heads(self.q(x)), rotary=rotary)
         k = self.norm_k(self.heads(self.k(x)), rotary=rotary)
         return self.o(attend(q, k, self.heads(self.v(x))).flatten(2))
 
     def heads(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s n d"]:
-        """The heads of every token."""
+        """Return `x` with its channels divided into heads."""
         return x.unflatten(2, (self.num_heads, -1))
 
 
 class CrossAttention(SelfAttention):
-    """Attention to the prompt and, beside it with keys of its own, to an image; the two are added."""
+    """Attention to the prompt plus, in a network with an image branch, attention to the image with its own keys."""
 
     def __init__(self, config: WanDiTConfig | WanVaceConfig, *, image_branch: bool) -> None:
         super().__init__(config)
@@ -247,17 +245,17 @@ class CrossAttention(SelfAttention):
     def forward(
         self, x: Float[Tensor, "b s e"], context: Float[Tensor, "b l e"], image_context: Float[Tensor, "b i e"] | None
     ) -> Float[Tensor, "b s e"]:
-        """What each token read."""
+        """Return the projected attention output of each token."""
         q = self.heads(self.norm_q(self.q(x)))
-        read = attention(q, self.heads(self.norm_k(self.k(context))), self.heads(self.v(context)))
+        out = attention(q, self.heads(self.norm_k(self.k(context))), self.heads(self.v(context)))
         if image_context is not None:
             k = self.heads(self.norm_k_img(self.k_img(image_context)))
-            read = read + attention(q, k, self.heads(self.v_img(image_context)))
-        return self.o(read.flatten(2))
+            out = out + attention(q, k, self.heads(self.v_img(image_context)))
+        return self.o(out.flatten(2))
 
 
 class ImageEmbedding(nn.Module):
-    """From the image encoder's hidden states to tokens of the context; learned positions where two images are given."""
+    """MLP from hidden states of the image encoder to context tokens; with learned positions if there are two images."""
 
     def __init__(self, config: WanDiTConfig) -> None:
         super().__init__()
@@ -272,14 +270,45 @@ class ImageEmbedding(nn.Module):
         self.emb_pos = nn.Parameter(torch.zeros(1, config.image_tokens, image_dim)) if config.image_tokens else None
 
     def forward(self, image_embeds: Float[Tensor, "b i image_dim"]) -> Float[Tensor, "b i e"]:
-        """Token by token."""
+        """Return one context token for each hidden state."""
         if self.emb_pos is not None:
             image_embeds = image_embeds + self.emb_pos.to(image_embeds.dtype)
         return self.proj(image_embeds)
 
 
+class CameraAdapter(nn.Module):
+    """Embedding of camera rays in Control-Camera networks; see `diffsynth_wan.variants.camera.CameraMotion`."""
+
+    def __init__(self, config: WanDiTConfig) -> None:
+        super().__init__()
+        patch = config.patch_size[1:]
+        channels = config.camera_channels * CAMERA_PIXELS**2
+        self.conv = nn.Conv2d(channels, config.dim, kernel_size=patch, stride=patch)
+        self.residual_blocks = nn.Sequential(*(CameraBlock(config.dim) for _ in range(config.camera_layers)))
+
+    def forward(self, rays: Float[Tensor, "b c t height width"]) -> Float[Tensor, "b s e"]:
+        """Return one vector for each token of the video; each frame is embedded by itself."""
+        frames = rays.shape[2]
+        pixels = F.pixel_unshuffle(rearrange(rays, "b c t h w -> (b t) c h w"), CAMERA_PIXELS)
+        tokens = self.residual_blocks(self.conv(pixels))
+        return rearrange(tokens, "(b t) e h w -> b (t h w) e", t=frames)
+
+
+class CameraBlock(nn.Module):
+    """Residual block of two convolutions."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+
+    def forward(self, x: Float[Tensor, "bt e h w"]) -> Float[Tensor, "bt e h w"]:
+        """Return the feature maps after this block."""
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
 class Head(nn.Module):
-    """From the stream to the latents of a patch."""
+    """Modulated norm and projection from tokens to latent patches."""
 
     def __init__(self, config: WanDiTConfig) -> None:
         super().__init__()
@@ -289,33 +318,38 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Float[Tensor, "b s e"], time: Float[Tensor, "b g e"]) -> Float[Tensor, "b s p"]:
-        """Latents of each token's patch, channels last."""
-        runs = time.shape[1]
-        shift, scale = _per_run(self.modulation, time.float()[:, :, None])
-        return self.head(self.norm(_in_runs(x, runs), scale=scale, shift=shift).view(x.shape))
+        """Return the latents of each token's patch, channels last."""
+        groups = time.shape[1]
+        shift, scale = _group_modulations(self.modulation, time.float()[:, :, None])
+        return self.head(self.norm(_in_groups(x, groups), scale=scale, shift=shift).view(x.shape))
 
 
-def rotary_at(positions: Positions, config: WanDiTConfig, device: torch.device) -> Rotary:
-    """Of a grid of tokens, on `device`; angles are formed in fp64 on the CPU, once per row of an axis."""
+def rotary_embedding(positions: Positions, config: WanDiTConfig, device: torch.device) -> Rotary:
+    """Return cosine and sine of the rotary angles of a token grid, on `device`.
+
+    Angles are computed in fp64 on the CPU, once for each position of an axis.
+    """
     sections = []
-    for axis, (places, dim) in enumerate(zip(positions, config.axes_dims, strict=True)):
-        angles = rotary_angles(torch.tensor(places)[None, :, None], axes_dims=(dim,), theta=config.rope_theta)[0]
+    for axis, (indices, dim) in enumerate(zip(positions, config.axes_dims, strict=True)):
+        angles = rotary_angles(torch.tensor(indices)[None, :, None], axes_dims=(dim,), theta=config.rope_theta)[0]
         shape = [1, 1, 1, dim // 2]
-        shape[axis] = len(places)
+        shape[axis] = len(indices)
         sections.append(angles.view(shape).to(device))
-    grid = [len(places) for places in positions]
+    grid = [len(indices) for indices in positions]
     cos, sin = (
-        torch.cat([turn(angles).expand(*grid, -1) for angles in sections], dim=-1).flatten(0, 2)[None]
-        for turn in (torch.cos, torch.sin)
+        torch.cat([function(angles).expand(*grid, -1) for angles in sections], dim=-1).flatten(0, 2)[None]
+        for function in (torch.cos, torch.sin)
     )
     return cos, sin
 
 
-def _per_run(own: Float[Tensor, "1 k e"], given: Float[Tensor, "b g #k e"]) -> tuple[Float[Tensor, "bg 1 e"], ...]:
-    """The `k` modulations of each run of tokens, fp32."""
-    return (own.float() + given).flatten(0, 1).unsqueeze(2).unbind(1)
+def _group_modulations(
+    own: Float[Tensor, "1 k e"], by_time: Float[Tensor, "b g #k e"]
+) -> tuple[Float[Tensor, "bg 1 e"], ...]:
+    """Return `k` modulations for each group of tokens: a block's own plus those by time; fp32."""
+    return (own.float() + by_time).flatten(0, 1).unsqueeze(2).unbind(1)
 
 
-def _in_runs(x: Float[Tensor, "b s e"], runs: int) -> Float[Tensor, "bg m e"]:
-    """The tokens of each run, as a batch."""
-    return x.unflatten(1, (runs, -1)).flatten(0, 1)
+def _in_groups(x: Float[Tensor, "b s e"], groups: int) -> Float[Tensor, "bg m e"]:
+    """Return the tokens with groups as the batch axis."""
+    return x.unflatten(1, (groups, -1)).flatten(0, 1)

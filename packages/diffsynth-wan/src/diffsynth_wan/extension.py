@@ -1,80 +1,79 @@
-"""Where a variant of Wan joins the network: the stream as it is about to enter the blocks.
+"""Extensions: functions that change what enters the blocks of the Wan transformer.
 
-An extension is a callable `(dit, stream) -> stream`. `WanDiT.forward` applies those it is given, in order, between
-embedding and blocks. What an extension can do is what `Stream` holds: put tokens in front, add to them, move them in
-space and time, add a context, change the modulation, replace the attention of a block, leave a block out, or leave a
-function that adds a residual behind one. Each variant of `diffsynth_wan.variants` is such a callable. Those that a long
-video may have have a method `in_window(window)` too, which gives the extension for a `diffsynth_wan.windows.Window` of
-it.
+An extension is a callable `(dit, stream) -> stream`. `WanDiT.forward` applies its extensions in order, after the
+embedding and before the first block. An extension may change every field of `Stream`: prepend tokens, add to tokens,
+move them in space and time, extend the context, change the modulation, replace the self-attention of a block, skip a
+block, or register a residual that is added after a block. The variants in `diffsynth_wan.variants` are extensions.
 
-Where several processes share a video, each has a part of the tokens. An extension says with a class attribute
-`sees: ClassVar[Sees]` on which side of that it stands; `diffsynth_wan.sharing` puts them in order and refuses one that
-does not say.
+An extension that supports sliding windows has a method `in_window(window)`, which returns the extension for one
+`diffsynth_wan.windows.Window` of the video.
+
+When several processes share a video, each holds a part of the tokens. The class attribute
+`token_scope: ClassVar[TokenScope]` of an extension says whether it needs all tokens or works on a part of them;
+`diffsynth_wan.sharding` orders extensions by it and refuses an extension without one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, Protocol, TypeAlias
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
-
-if TYPE_CHECKING:
-    from diffsynth_wan.dit import WanDiT
+from diffsynth_wan.config import WanDiTConfig
 
 Rotary: TypeAlias = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
-"""Cosine and sine of the angles that turn queries and keys."""
+"""Cosine and sine of the rotary angles of the tokens."""
 
 Attend: TypeAlias = Callable[
     [Float[Tensor, "b s n d"], Float[Tensor, "b s n d"], Float[Tensor, "b s n d"]], Float[Tensor, "b s n d"]
 ]
-"""Self-attention of one block, of turned queries, turned keys, and values."""
+"""Self-attention of one block: a function of queries and keys after RoPE, and values."""
 
 Residual: TypeAlias = Callable[[Float[Tensor, "b s e"]], Float[Tensor, "b s e"]]
-"""What is added to the tokens behind a block, from the tokens as they are there."""
+"""Function of the tokens after a block; its result is added to them."""
 
 Positions: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Where the tokens stand along time, height and width; their numbers are the grid of tokens."""
+"""RoPE positions along time, height and width; their lengths are the size of the token grid."""
+
+TokenScope: TypeAlias = Literal["whole", "part"]
+"""Tokens that an extension gets: "whole" for all of them, before they are divided among processes; "part" for those of
+this process, where `Stream.split` takes the same part of a tensor that the extension adds."""
 
 
-Sees: TypeAlias = Literal["whole", "part"]
-"""The stream before its tokens are shared out, free to change it; or behind, where `Stream.split` takes this process's
-part of what is added."""
-
-
-def attend_plainly(block: int) -> Attend:
-    """Every token attends to every token, in all blocks."""
+def full_attention(block: int) -> Attend:
+    """Return the default self-attention of a block: every token attends to every token."""
     return attention
 
 
-def _same(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Stream:
-    """What enters the blocks.
+    """Inputs of the blocks.
 
     Args:
-        tokens: of the whole grid, frame by frame; behind `split` those of this process.
-        positions: of the grid of tokens; `WanDiT.place` changes them together with `rotary`.
-        rotary: of the tokens.
-        lead: frames in front of the video, which are dropped in the end.
+        tokens: embedded latents of the whole grid, frame by frame; of this process alone once `split` is set.
+        positions: RoPE positions of the grid; set them with `WanDiT.set_positions`, which updates `rotary` too.
+        rotary: cosine and sine of the rotary angles of `tokens`.
+        prefix_frames: frames of the grid before the video, such as reference images; their output is dropped.
         context: embedded prompt.
         image_context: embedded image; None for a network without an image branch.
-        time: embedded noise level, of each of `g` equal runs of tokens: of all tokens, of each frame, or of each.
-        modulation: shift, scale and gate of attention and of feed-forward, before a block adds its own; fp32.
-        attend: block -> its self-attention.
-        residuals: block -> functions whose results are added behind it, in order.
-        skip_blocks: that are left out, with what stands behind them.
-        split: takes this process's part of a tensor along its tokens, axis 1, where several processes share a video;
-            it is one run of tokens.
-        join: the opposite: the whole, from the parts.
-        first: where in the grid the first of `tokens` stands; not 0 behind `split`.
+        time: embedded noise level of each of `g` groups of consecutive tokens, all of one length: one group for the
+            whole video, one per frame, or one per token.
+        modulation: shift, scale and gate of self-attention and of feed-forward, before each block adds its own; fp32.
+        attend: maps the index of a block to its self-attention.
+        residuals: index of a block -> functions whose results are added to the tokens after it, in order.
+        skip_blocks: indices of blocks that are skipped together with their residuals.
+        split: takes this process's part of a tensor along its tokens (axis 1) when several processes share a video;
+            the part is contiguous.
+        join: gathers the parts of all processes to the whole tensor.
+        first_token: index in the grid of the first of `tokens`; may be above 0 once `split` is set.
     """
 
     tokens: Float[Tensor, "b s e"]
@@ -84,46 +83,69 @@ class Stream:
     time: Float[Tensor, "b g e"]
     modulation: Float[Tensor, "b g 6 e"]
     image_context: Float[Tensor, "b i e"] | None = None
-    lead: int = 0
-    attend: Callable[[int], Attend] = attend_plainly
+    prefix_frames: int = 0
+    attend: Callable[[int], Attend] = full_attention
     residuals: Mapping[int, tuple[Residual, ...]] = field(default_factory=dict)
     skip_blocks: frozenset[int] = frozenset()
-    split: Callable[[Tensor], Tensor] = _same
-    join: Callable[[Tensor], Tensor] = _same
-    first: int = 0
+    split: Callable[[Tensor], Tensor] = _identity
+    join: Callable[[Tensor], Tensor] = _identity
+    first_token: int = 0
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of tokens, with those in front of the video."""
+        """Frames, rows and columns of the token grid, including prefix frames."""
         time, height, width = self.positions
         return len(time), len(height), len(width)
 
     def with_residual(self, block: int, residual: Residual) -> Stream:
-        """This stream, with one more residual behind `block`."""
+        """Return this stream with one more residual after `block`."""
         return replace(self, residuals={**self.residuals, block: (*self.residuals.get(block, ()), residual)})
 
 
-Extension: TypeAlias = Callable[["WanDiT", Stream], Stream]
-"""See the module."""
+class Network(Protocol):
+    """Members of `WanDiT` that extensions use."""
+
+    @property
+    def config(self) -> WanDiTConfig:
+        """Config of the network."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Transformer blocks."""
+
+    @property
+    def ref_conv(self) -> nn.Module:
+        """Patch embedding of a reference image; only if `config.reference_channels` is not 0."""
+
+    @property
+    def control_adapter(self) -> nn.Module:
+        """Embedding of camera rays; only if `config.camera_channels` is not 0."""
+
+    def set_positions(self, stream: Stream, positions: Positions) -> Stream:
+        """Return the stream with its tokens at these RoPE positions."""
+
+
+Extension: TypeAlias = Callable[[Network, Stream], Stream]
+"""Function that changes the inputs of the blocks; see the module's docstring."""
 
 
 @dataclass(frozen=True)
-class FramesAt:
-    """The latents are a window of a longer video: where each of their frames stands in it.
+class FramePositions:
+    """Extension that sets the time positions of the latent frames, for a window of a longer video.
 
-    Stands before extensions that put frames in front.
+    Apply it before extensions that prepend frames.
     """
 
     frames: tuple[int, ...]
-    sees: ClassVar[Sees] = "whole"
+    token_scope: ClassVar[TokenScope] = "whole"
 
-    def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
-        """See `Extension`.
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream at these time positions; see `Extension`.
 
         Raises:
-            ValueError: another number of frames than the latents have.
+            ValueError: `frames` has another length than the latents.
         """
         time, height, width = stream.positions
         if len(self.frames) != len(time):
-            raise ValueError(f"{len(self.frames)} places are given for {len(time)} frames of latents")
-        return dit.place(stream, (self.frames, height, width))
+            raise ValueError(f"{len(self.frames)} frame positions are given for {len(time)} latent frames")
+        return dit.set_positions(stream, (self.frames, height, width))

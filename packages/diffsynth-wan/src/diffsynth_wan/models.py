@@ -1,4 +1,4 @@
-"""The Wan models that a user can name. Light: no torch at import."""
+"""`ModelSpec`s of the published Wan models. Light: no torch at import."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from diffsynth.spec import ModelSpec
-from diffsynth_wan.encoders.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
-from diffsynth_wan.tea_cache import TEA_CACHE
+from diffsynth.spec import ModelSpec, TeaCacheSpec
+from diffsynth_wan.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
 
 PIPELINE = "diffsynth_wan.pipeline:WanVideoPipeline"
 TOKENIZER = "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"
@@ -21,14 +20,28 @@ FPS = 16.0
 T2V, I2V, V2V = "text-to-video", "image-to-video", "video-to-video"
 
 TEXT_DIM, IMAGE_DIM, IMAGE_TOKENS = 64, 160, 17
-"""Of the tiny encoders."""
+"""Widths and number of image tokens of the tiny encoders."""
 
 TINY_ENCODERS = {"text_encoder": {"dim": TEXT_DIM, "vocab_size": 320}, "image_encoder": {"dim": IMAGE_DIM}}
-TINY_PARTS = {"animate_adapter": {"motion_channels": (4,) * 8}}
-"""The motion encoder keeps its depth: names of its published layers go by it."""
+TINY_ADAPTERS = {"animate_adapter": {"motion_channels": (4,) * 8}}
+"""The motion encoder keeps its depth, because the rules of published files number its layers."""
 
 INPAINT, CAMERA, CONTROL, CONTROL_AND_MASK = 36, 32, 48, 52
-"""Channels in: 16 of latents, and those of a mask and an image; an image; a control video and an image; all of them."""
+"""`in_channels`: 16 for latents, plus mask and image; image; control video and image; control video, mask and image."""
+
+
+def _fitted(*coefficients: float) -> TeaCacheSpec:
+    # Published twice: these are fitted to the six modulations of a block, the others to the time embedding.
+    return TeaCacheSpec(coefficients=coefficients, signal="argument:modulation")
+
+
+TEA_CACHE = {
+    "wan2.1-t2v-1.3b": _fitted(-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
+    "wan2.1-t2v-14b": _fitted(-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01),
+    "wan2.1-i2v-14b-480p": _fitted(2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01),
+    "wan2.1-i2v-14b-720p": _fitted(8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02),
+}
+"""Model name -> published coefficients of TeaCache (Liu et al. 2024, arXiv:2411.19108); there are none for Wan 2.2."""
 
 
 def _model(
@@ -37,25 +50,25 @@ def _model(
     description: str,
     *,
     files: Mapping[str, str] | None = None,
-    sees_images: bool = False,
+    image_encoder: bool = False,
     tiny: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     vae: str = VAE,
     license: str = "Apache-2.0",
     paper: str = "arXiv:2503.20314",
 ) -> ModelSpec:
-    """A model of one network or of several.
+    """Return the spec of a model with the common encoders and autoencoder.
 
     Args:
-        hub_id, task, description, defaults, license, paper: as in `ModelSpec`.
-        files: role -> file, in this repository if it names no other; the network of the repository is the default.
-        sees_images: it has an image encoder, and its network a branch for it.
-        tiny: fields of the tiny networks, all alike.
+        hub_id, task, description, defaults, license, paper: fields of `ModelSpec`.
+        files: role -> file in the model's repository, or `REPOSITORY:FILE`; by default `dit` alone.
+        image_encoder: whether the model has an image encoder.
+        tiny: config fields of the tiny transformers.
         vae: source of the autoencoder.
     """
     sources = {role: file if ":" in file else f"{hub_id}:{file}" for role, file in (files or {"dit": NETWORK}).items()}
-    encoders = {"text_encoder": TEXT_ENCODER} | ({"image_encoder": IMAGE_ENCODER} if sees_images else {})
-    network = dict(tiny or {}) | ({"image_dim": IMAGE_DIM} if sees_images else {})
+    encoders = {"text_encoder": TEXT_ENCODER} | ({"image_encoder": IMAGE_ENCODER} if image_encoder else {})
+    network = dict(tiny or {}) | ({"image_dim": IMAGE_DIM} if image_encoder else {})
     name = hub_id.rpartition("/")[2].lower()
     return ModelSpec(
         name=name,
@@ -67,8 +80,8 @@ def _model(
         processors={"tokenizer": TOKENIZER},
         tiny={role: network for role in sources if role in ("dit", "dit2")}
         | {role: TINY_ENCODERS[role] for role in encoders}
-        | {role: TINY_PARTS[role] for role in sources if role in TINY_PARTS},
-        tiny_processors={"tokenizer": "diffsynth_wan.encoders.tiny_tokenizer:write_tiny_tokenizer"},
+        | {role: TINY_ADAPTERS[role] for role in sources if role in TINY_ADAPTERS},
+        tiny_processors={"tokenizer": "diffsynth_wan.tiny:write_tiny_tokenizer"},
         defaults=defaults or {},
         license=license,
         paper=paper,
@@ -78,10 +91,10 @@ def _model(
     )
 
 
-def _experts(*parts: str) -> dict[str, str]:
-    """Files of two experts; a VACE stands in the file of its network."""
+def _experts(*roles: str) -> dict[str, str]:
+    """Return role -> file for two experts; the roles of one expert share a file."""
     high, low = f"high_noise_model/{NETWORK}", f"low_noise_model/{NETWORK}"
-    return dict.fromkeys(parts, high) | {f"{part}2": low for part in parts}
+    return dict.fromkeys(roles, high) | {f"{role}2": low for role in roles}
 
 
 VACE = {"dit": NETWORK, "vace": NETWORK}
@@ -90,9 +103,9 @@ ANIMATE_2 = replace(
     _model(
         "Wan-AI/Wan2.2-Animate-2-14B",
         V2V,
-        "14B, a character moves as the person of a video does, clip by clip",
+        "14B, animates a character by a reference video, clip by clip",
         files={"dit": "wan_animate_2/wan_animate_2_bf16.safetensors"},
-        sees_images=True,
+        image_encoder=True,
         tiny={"in_channels": INPAINT},
         defaults={
             "height": 1280,
@@ -109,7 +122,7 @@ ANIMATE_2 = replace(
 ANIMATE_2_DISTILLED = replace(
     ANIMATE_2,
     name="wan2.2-animate-2-14b-distilled",
-    hub_id=None,  # the repository's name is that of the other model in it
+    hub_id=None,  # the repository's id already names the other model in it
     components={
         **ANIMATE_2.components,
         "dit": "Wan-AI/Wan2.2-Animate-2-14B:wan_animate_2/wan_animate_2_bf16_distillation.safetensors",
@@ -124,35 +137,35 @@ MODELS = (
     _model(
         "Wan-AI/Wan2.1-I2V-14B-480P",
         I2V,
-        "14B, begins with an image, 480p",
-        sees_images=True,
+        "14B, image to video at 480p",
+        image_encoder=True,
         tiny={"in_channels": INPAINT},
     ),
     _model(
         "Wan-AI/Wan2.1-I2V-14B-720P",
         I2V,
-        "14B, begins with an image, 720p",
-        sees_images=True,
+        "14B, image to video at 720p",
+        image_encoder=True,
         tiny={"in_channels": INPAINT},
         defaults={"height": 720, "width": 1280},
     ),
     _model(
         "Wan-AI/Wan2.1-FLF2V-14B-720P",
         I2V,
-        "14B, what lies between a first and a last image",
-        sees_images=True,
+        "14B, video between a first and a last image",
+        image_encoder=True,
         tiny={"in_channels": INPAINT, "image_tokens": 2 * IMAGE_TOKENS},
         defaults={"height": 720, "width": 1280, "sigma_shift": 16.0},
     ),
-    _model("iic/VACE-Wan2.1-1.3B-Preview", V2V, "1.3B, control, edits and references", files=VACE),
-    _model("Wan-AI/Wan2.1-VACE-1.3B", V2V, "1.3B, control, edits and references", files=VACE),
-    _model("Wan-AI/Wan2.1-VACE-14B", V2V, "14B, control, edits and references", files=VACE),
+    _model("iic/VACE-Wan2.1-1.3B-Preview", V2V, "1.3B: control videos, edits and reference images", files=VACE),
+    _model("Wan-AI/Wan2.1-VACE-1.3B", V2V, "1.3B: control videos, edits and reference images", files=VACE),
+    _model("Wan-AI/Wan2.1-VACE-14B", V2V, "14B: control videos, edits and reference images", files=VACE),
     *(
         _model(
             f"PAI/Wan2.1-Fun-{version}{size}-InP",
             I2V,
-            f"{size}, begins and ends with images",
-            sees_images=True,
+            f"{size}, video from a first and a last image",
+            image_encoder=True,
             tiny={"in_channels": INPAINT},
         )
         for version in ("", "V1.1-")
@@ -162,8 +175,8 @@ MODELS = (
         _model(
             f"PAI/Wan2.1-Fun-{size}-Control",
             V2V,
-            f"{size}, follows poses, depth or edges",
-            sees_images=True,
+            f"{size}, controlled by poses, depth or edges",
+            image_encoder=True,
             tiny={"in_channels": CONTROL},
         )
         for size in ("1.3B", "14B")
@@ -172,8 +185,8 @@ MODELS = (
         _model(
             f"PAI/Wan2.1-Fun-V1.1-{size}-Control",
             V2V,
-            f"{size}, follows poses, depth or edges, and a reference image",
-            sees_images=True,
+            f"{size}, controlled by poses, depth or edges and a reference image",
+            image_encoder=True,
             tiny={"in_channels": CONTROL, "reference_channels": 16},
         )
         for size in ("1.3B", "14B")
@@ -182,8 +195,8 @@ MODELS = (
         _model(
             f"PAI/Wan2.1-Fun-V1.1-{size}-Control-Camera",
             I2V,
-            f"{size}, begins with an image, seen by a camera that turns",
-            sees_images=True,
+            f"{size}, image to video with a camera path",
+            image_encoder=True,
             tiny={"in_channels": CAMERA, "camera_channels": 24},
         )
         for size in ("1.3B", "14B")
@@ -191,7 +204,7 @@ MODELS = (
     _model(
         "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1",
         T2V,
-        "Wan2.1-T2V-1.3B with a control of how much moves",
+        "Wan2.1-T2V-1.3B with a control of the amount of motion",
         files={"dit": f"Wan-AI/Wan2.1-T2V-1.3B:{NETWORK}", "motion_controller": "model.safetensors"},
         tiny={},
     ),
@@ -207,7 +220,7 @@ MODELS = (
     _model(
         "Wan-AI/Wan2.2-I2V-A14B",
         I2V,
-        "two experts of 14B, begins with an image",
+        "two experts of 14B, image to video",
         files=_experts("dit"),
         tiny={"in_channels": INPAINT},
         defaults={"switch_DiT_boundary": 0.9},
@@ -226,9 +239,9 @@ MODELS = (
     _model(
         "Wan-AI/Wan2.2-Animate-14B",
         V2V,
-        "14B, a character moves as a clip says, or takes the place of one in it",
+        "14B, animates a character by a video, or replaces the person in it",
         files={"dit": NETWORK, "animate_adapter": NETWORK},
-        sees_images=True,
+        image_encoder=True,
         tiny={"in_channels": INPAINT},
         defaults={"height": 720, "width": 1280, "num_inference_steps": 20, "cfg_scale": 1.0},
         paper="arXiv:2509.14055",
@@ -238,27 +251,27 @@ MODELS = (
     _model(
         "PAI/Wan2.2-VACE-Fun-A14B",
         V2V,
-        "two experts of 14B, control, edits and references",
+        "two experts of 14B: control videos, edits and reference images",
         files=_experts("dit", "vace"),
     ),
     _model(
         "PAI/Wan2.2-Fun-A14B-InP",
         I2V,
-        "two experts of 14B, begins and ends with images",
+        "two experts of 14B, video from a first and a last image",
         files=_experts("dit"),
         tiny={"in_channels": INPAINT},
     ),
     _model(
         "PAI/Wan2.2-Fun-A14B-Control",
         V2V,
-        "two experts of 14B, follows poses, depth or edges, and a reference image",
+        "two experts of 14B, controlled by poses, depth or edges and a reference image",
         files=_experts("dit"),
         tiny={"in_channels": CONTROL_AND_MASK, "reference_channels": 16},
     ),
     _model(
         "PAI/Wan2.2-Fun-A14B-Control-Camera",
         I2V,
-        "two experts of 14B, begins with an image, seen by a camera that turns",
+        "two experts of 14B, image to video with a camera path",
         files=_experts("dit"),
         tiny={"in_channels": INPAINT, "camera_channels": 24},
     ),

@@ -1,4 +1,4 @@
-"""Wan: text, images and control videos to video (Wan team 2025, arXiv:2503.20314)."""
+"""Wan pipeline: video from text, images and control videos (Wan team 2025, arXiv:2503.20314)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Processor, Role
 from diffsynth_wan.arguments import WanArguments
-from diffsynth_wan.encoders.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
+from diffsynth_wan.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
 from diffsynth_wan.extension import Extension
-from diffsynth_wan.sharing import shared_out
+from diffsynth_wan.sharding import with_sharded_tokens
 from diffsynth_wan.units import OUTPUT_UNITS, UNITS
 from diffsynth_wan.units.checks import check_experts, check_inputs, check_windows
 from diffsynth_wan.units.vace import VaceCondition
@@ -28,13 +28,13 @@ from diffsynth_wan.variants.vace import VaceControl
 from diffsynth_wan.windows import SlidingWindow, blend_windows
 
 COMMON_FILES = (f"{TEXT_ENCODER_FILE}.pth", f"{IMAGE_ENCODER_FILE}.pth", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
-"""Files that many repositories hold alike; one repository has them as safetensors."""
+"""Names of files that are the same in many repositories; the repository `CONVERTED` has them as safetensors."""
 
 TENSORS = frozenset({"prompt_embeds", "image_embeds", "condition_latents", "first_latents"})
-"""Conditions that the branches of guidance can have in one batch."""
+"""Names of conditions that `cfg_merge` can stack to one batch for both branches of guidance."""
 
 OUTPUT_TYPES = {"quantized": "pil", "floatpoint": "tensor"}
-"""Names that scripts for DiffSynth-Studio give."""
+"""Values of `output_type` in scripts for DiffSynth-Studio -> ours."""
 
 DIT = Role(architectures=("wan_dit",))
 OPTIONAL_DIT = Role(architectures=("wan_dit",), optional=True)
@@ -42,9 +42,9 @@ VACE = Role(architectures=("wan_vace",), optional=True)
 
 
 class WanVideoPipeline(Pipeline):
-    """Draws with Wan 2.1 and 2.2; which arguments count is a matter of the networks that are loaded.
+    """Generates videos with Wan 2.1 and 2.2; the loaded networks determine which arguments a call accepts.
 
-    With two experts, `dit` draws at high noise levels and `dit2` at low ones, as they stand in `model_configs`.
+    With two experts, `dit` runs at high noise levels and `dit2` at low ones, in the order of `model_configs`.
     """
 
     roles = {
@@ -89,11 +89,11 @@ class WanVideoPipeline(Pipeline):
         """Load every component from files; see `Pipeline.from_pretrained`.
 
         Args:
-            torch_dtype, device, model_configs, vram_limit, processor_configs: as there.
-            redirect_common_files: take text encoder, image encoder and autoencoder from the one repository that has
-                them as safetensors, instead of downloading them again for each model. Files that are here already stay.
-            use_usp: share the tokens of a video among all processes that `torchrun` started, each on a device of its
-                own of this kind, as `parallel()` does; in scripts for DiffSynth-Studio.
+            torch_dtype, device, model_configs, vram_limit, processor_configs: see `Pipeline.from_pretrained`.
+            redirect_common_files: download text encoder, image encoder and autoencoder from one repository that has
+                them as safetensors, rather than again for each model. Files that are already downloaded are used.
+            use_usp: divide the tokens of a video among all processes that `torchrun` started, each with its own
+                device, as `parallel()` does; for scripts for DiffSynth-Studio.
 
         Raises:
             MissingComponent: one of two experts is missing.
@@ -107,28 +107,28 @@ class WanVideoPipeline(Pipeline):
         return pipe.parallel() if use_usp else pipe
 
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[WanArguments]) -> Any:
-        """Draw one video, a list of frames, or several; see `Pipeline.__call__`.
+        """Generate one video, a list of frames, or several; see `Pipeline.__call__`.
 
-        With `output_type="tensor"` videos are `b 3 t h w`; "latents" are those of the loop, with reference frames of
-        VACE still in front.
+        With `output_type="tensor"` videos are `b 3 t h w`; with "latents" they include prefix frames, such as the
+        reference images of VACE.
         """
         return super().__call__(prompt, **arguments)
 
     def check(self, **arguments: Any) -> Request:
-        """Check the arguments of a call without making it; raises what the call would raise for them."""
+        """Check the arguments of a call without running it; raise the error that the call would raise."""
         if "output_type" in arguments:
-            given = arguments["output_type"]
-            arguments["output_type"] = OUTPUT_TYPES.get(given, given)
+            output_type = arguments["output_type"]
+            arguments["output_type"] = OUTPUT_TYPES.get(output_type, output_type)
         request = super().check(**arguments)
         check_inputs(request.values, self.components)
         check_windows(request, self.program, self.components["vae"])
         if request.values["cfg_merge"] and request.loop.cfg_scale != 1:
-            given = {"tensors": TENSORS, "conditions": self.conditions(), "axis": self.mesh.branches}
-            check_merging(self.program, self.components, request.values, **given)
+            options = {"tensors": TENSORS, "conditions": self.conditions(), "axis": self.mesh.branches}
+            check_merging(self.program, self.components, request.values, **options)
         return request
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """One expert at a time."""
+        """Return the roles that run at a noise level: those of one of the two experts."""
         second = sigma < values.get("expert_boundary", 0.0)
         return ("dit2", "vace2", "animate_adapter") if second else self.loop_roles
 
@@ -146,21 +146,23 @@ class WanVideoPipeline(Pipeline):
         expert_boundary: float = 0.0,
         sliding_window: SlidingWindow | None = None,
     ) -> Float[Tensor, "b c t h w"]:
-        """See `Pipeline.velocity`. A batch is of one expert: all levels on one side of `expert_boundary`.
+        """Return the velocity of the latents; see `Pipeline.velocity`.
+
+        All levels of a batch must belong to one expert, that is, be on one side of `expert_boundary`.
 
         Args:
-            latents, sigma: as there.
-            prompt_embeds: of the text encoder.
-            image_embeds: of the image encoder.
-            condition_latents: what stands beside the latents.
-            first_latents: clean frames that the video begins with, for a network with a noise level for each frame.
-            extensions: of the network.
-            vace_condition: for VACE.
-            expert_boundary: below this level the second expert draws.
-            sliding_window: how a long video is drawn window by window.
+            latents, sigma: see `Pipeline.velocity`.
+            prompt_embeds: hidden states of the text encoder.
+            image_embeds: hidden states of the image encoder.
+            condition_latents: channels that are appended to those of the latents.
+            first_latents: clean latents of the first frames, for a network with one noise level per frame.
+            extensions: extensions of the transformer; see `diffsynth_wan.extension`.
+            vace_condition: control latents and scale for VACE.
+            expert_boundary: noise level below which the second expert runs.
+            sliding_window: size and stride of windows for a long video; None processes all frames at once.
         """
         if sliding_window is not None:
-            windows = sliding_window.windows(latents.shape[2] - sliding_window.lead)
+            windows = sliding_window.windows(latents.shape[2] - sliding_window.prefix_frames)
             if len(windows) > 1:
                 conditions = {
                     "prompt_embeds": prompt_embeds,
@@ -176,7 +178,7 @@ class WanVideoPipeline(Pipeline):
         if vace_condition is not None:
             control = vace_condition.latents.expand(len(latents), -1, -1, -1, -1)
             extensions = (*extensions, VaceControl(vace, control, vace_condition.scale))
-        extensions = shared_out(extensions, self.mesh.tokens)
+        extensions = with_sharded_tokens(extensions, self.mesh.tokens)
         time, given = sigma, 0
         if first_latents is not None:
             given = first_latents.shape[2]
@@ -190,18 +192,18 @@ class WanVideoPipeline(Pipeline):
         )
         velocity = dit(latents, time, prompt_embeds, image_embeds, condition_latents, extensions=extensions)
         if given:
-            velocity[:, :, :given] = 0  # a frame that is given stays
+            velocity[:, :, :given] = 0  # given frames stay unchanged
         return velocity
 
     def _expert(self, sigma: Float[Tensor, "b"], boundary: float) -> tuple[Any, Any]:
-        """The network and the VACE of a noise level."""
+        """Return the transformer and the VACE network for a noise level."""
         if self.dit2 is None or float(sigma[0]) >= boundary:
             return self.dit, self.vace
         return self.dit2, self.vace2
 
 
 def _redirected(config: ModelConfig) -> ModelConfig:
-    """The config of the same file in the repository that all models share, unless the file is here."""
+    """Return a config for the same file in the repository `CONVERTED`, unless the file is already downloaded."""
     pattern = config.origin_file_pattern
     name = str(pattern).rpartition("/")[2]
     if config.model_id is None or name not in COMMON_FILES or (config.folder / str(pattern)).exists():

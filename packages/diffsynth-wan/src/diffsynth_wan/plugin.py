@@ -1,4 +1,4 @@
-"""What diffsynth-wan adds: the Wan models and the networks they are made of."""
+"""Plugin of diffsynth-wan: Wan's models, architectures and published files."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec
-from diffsynth_wan import checkpoints as transformers
-from diffsynth_wan.autoencoder import checkpoints as autoencoder
-from diffsynth_wan.encoders import checkpoints as encoders
+from diffsynth_wan.checkpoints import ARCHITECTURES, CHECKPOINTS
 from diffsynth_wan.models import MODELS
 
 DIFFSYNTH_API = 1
-
-ARCHITECTURES = (*transformers.ARCHITECTURES, *encoders.ARCHITECTURES, *autoencoder.ARCHITECTURES)
-CHECKPOINTS = (*transformers.CHECKPOINTS, *encoders.CHECKPOINTS, *autoencoder.CHECKPOINTS)
 
 
 @hookimpl

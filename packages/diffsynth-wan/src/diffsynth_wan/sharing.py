@@ -1,4 +1,4 @@
-"""The tokens of a video, shared out among the processes of `diffsynth.core.parallel`."""
+"""Sequence parallelism: the tokens of a video are divided among the processes of `diffsynth.core.parallel`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.parallel import MeshAxis, all_gather_shards, shard_slice, ulysses_attention
-from diffsynth_wan.extension import Extension, Sees, Stream
-
-if TYPE_CHECKING:
-    from diffsynth_wan.dit import WanDiT
+from diffsynth_wan.extension import Extension, Network, Stream, TokenScope
 
 
-def shared_out(extensions: Sequence[Extension], axis: MeshAxis) -> tuple[Extension, ...]:
-    """The same extensions, and between those that see the whole stream and those that see a part, `ShareTokens`.
+def with_sharded_tokens(extensions: Sequence[Extension], axis: MeshAxis) -> tuple[Extension, ...]:
+    """Insert `ShardTokens` between the extensions of scope "whole" and those of scope "part"; none for one process.
 
     Raises:
-        ValueError: an extension does not say what it sees, or sees the whole and stands behind one that sees a part.
+        ValueError: an extension has no `token_scope`, or one of scope "whole" follows one of scope "part".
     """
     if axis.size == 1:
         return tuple(extensions)
@@ -31,38 +28,38 @@ def shared_out(extensions: Sequence[Extension], axis: MeshAxis) -> tuple[Extensi
     part: list[Extension] = []
     for extension in extensions:
         name = getattr(extension, "__name__", type(extension).__name__)
-        sees = getattr(extension, "sees", None)
-        if sees not in ("whole", "part"):
+        scope = getattr(extension, "token_scope", None)
+        if scope not in ("whole", "part"):
             raise ValueError(
-                f"{name} cannot be shared among {axis.size} processes: it does not say what it sees, "
-                f"sees='whole' or sees='part' of the tokens; draw in one process, or with parallel(cfg=2)"
+                f"{name} cannot run with its tokens divided among {axis.size} processes: token_scope is {scope!r}, "
+                f"expected 'whole' or 'part'; use one process, or parallel(cfg=2)"
             )
-        if sees == "whole" and part:
-            raise ValueError(f"{name} sees the whole stream; it must stand before {type(part[0]).__name__}")
-        (whole if sees == "whole" else part).append(extension)
-    return (*whole, ShareTokens(axis), *part)
+        if scope == "whole" and part:
+            raise ValueError(f"{name} needs the whole stream; it must come before {type(part[0]).__name__}")
+        (whole if scope == "whole" else part).append(extension)
+    return (*whole, ShardTokens(axis), *part)
 
 
 @dataclass(frozen=True, eq=False)
-class ShareTokens:
-    """From here on the stream has the tokens of this process; its self-attention is that of all processes together.
+class ShardTokens:
+    """Extension that leaves in the stream the tokens of this process; self-attention still covers all tokens.
 
-    Behind it, extensions read tokens of their own through `Stream.split`; before it they may change how many there
-    are, where they stand, and how they attend: to all tokens, in some heads.
+    Extensions before it may change the number of tokens, their positions and the self-attention, which then gets all
+    tokens of some heads. Extensions after it take this process's part of what they add with `Stream.split`.
     """
 
     axis: MeshAxis
-    sees: ClassVar[Sees] = "whole"
+    token_scope: ClassVar[TokenScope] = "whole"
 
-    def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
-        """See `Extension`.
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream of this process; see `Extension`.
 
         Raises:
-            ValueError: fewer tokens than processes.
+            ValueError: there are fewer tokens than processes.
         """
         total, axis = stream.tokens.shape[1], self.axis
         if total < axis.size:
-            raise ValueError(f"{total} tokens cannot be shared among {axis.size} processes; draw a larger video")
+            raise ValueError(f"{total} tokens cannot be divided among {axis.size} processes; generate a larger video")
         own = shard_slice(total, axis)
 
         def split(x: Tensor) -> Tensor:
@@ -73,22 +70,23 @@ class ShareTokens:
             stream,
             tokens=split(stream.tokens),
             rotary=(split(cos), split(sin)),
-            time=runs_of(stream.time, own, total),
-            modulation=runs_of(stream.modulation, own, total),
+            time=local_groups(stream.time, own, total),
+            modulation=local_groups(stream.modulation, own, total),
             attend=lambda block: ulysses_attention(stream.attend(block), total, axis),
             split=split,
             join=partial(all_gather_shards, total=total, axis=axis),
-            first=own.start,
+            first_token=own.start,
         )
 
 
-def runs_of(x: Float[Tensor, "b g ..."], own: slice, total: int) -> Float[Tensor, "b g_own ..."]:
-    """What belongs to the tokens in `own`, again in equal runs, from what belongs to `g` equal runs of `total` tokens.
+def local_groups(x: Float[Tensor, "b g ..."], own: slice, total: int) -> Float[Tensor, "b g_own ..."]:
+    """Return the rows of `x` for the tokens in `own`, again one row per group of equally many consecutive tokens.
 
-    A run that two processes share is cut, and all others with it, into the longest pieces that fit both.
+    `x` has one row for each of `g` equal groups of the `total` tokens. If `own` starts or ends inside a group, all
+    groups are cut into the longest pieces that fit both.
     """
-    run = total // x.shape[1]
-    if own.start // run == (own.stop - 1) // run:
-        return x[:, own.start // run : own.start // run + 1]
-    piece = gcd(run, own.start, own.stop)
-    return x[:, torch.arange(own.start, own.stop, piece, device=x.device) // run]
+    length = total // x.shape[1]
+    if own.start // length == (own.stop - 1) // length:
+        return x[:, own.start // length : own.start // length + 1]
+    piece = gcd(length, own.start, own.stop)
+    return x[:, torch.arange(own.start, own.stop, piece, device=x.device) // length]

@@ -1,4 +1,4 @@
-"""Videos longer than the network can draw at once: overlapping windows of latent frames, blended in every step."""
+"""Sliding windows: a long video is denoised in overlapping windows of latent frames, blended in every step."""
 
 from __future__ import annotations
 
@@ -10,73 +10,101 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth_wan.extension import FramesAt
+from diffsynth_wan.extension import FramePositions
 
 
 @dataclass(frozen=True)
 class Window:
-    """Latent frames `start` to `stop` (behind the last) of the video, and all `lead` frames in front of it.
+    """Latent frames `start` to `stop` (exclusive) of a video, together with all prefix frames.
 
     Args:
-        start, stop: counted from the first frame of the video, which is frame `lead` of the latents.
-        rise, fall: frames at its two ends over which it fades.
-        lead: frames in front of the video, such as reference images; every window sees them.
+        start, stop: indices counted from the first frame of the video, which is frame `prefix_frames` of the latents.
+        fade_in, fade_out: number of frames at each end over which the weight of the window ramps up or down.
+        prefix_frames: frames before the video, such as reference images; they are part of every window.
     """
 
     start: int
     stop: int
-    rise: int = 0
-    fall: int = 0
-    lead: int = 0
+    fade_in: int = 0
+    fade_out: int = 0
+    prefix_frames: int = 0
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """Indices into the latents."""
-        return (*range(self.lead), *range(self.lead + self.start, self.lead + self.stop))
+        """Indices of the window's frames in the latents, prefix frames first."""
+        prefix = self.prefix_frames
+        return (*range(prefix), *range(prefix + self.start, prefix + self.stop))
 
     def cut(self, x: Tensor, dim: int = 2) -> Tensor:
-        """These frames of a tensor that has all of the latents, along `dim`; fewer where it ends before."""
-        video = x.narrow(dim, self.lead, max(x.shape[dim] - self.lead, 0)) if self.lead else x
+        """Return the window's frames of a tensor that has all latent frames along `dim`; fewer if `x` ends earlier."""
+        prefix = self.prefix_frames
+        video = x.narrow(dim, prefix, max(x.shape[dim] - prefix, 0)) if prefix else x
         start = min(self.start, video.shape[dim])
         video = video.narrow(dim, start, min(self.stop, video.shape[dim]) - start)
-        return torch.cat([x.narrow(dim, 0, self.lead), video], dim=dim) if self.lead else video
+        return torch.cat([x.narrow(dim, 0, prefix), video], dim=dim) if prefix else video
 
     def weights(self) -> Float[Tensor, "t"]:
-        """How much each of its frames counts against those of other windows: 1, and linear ramps where it fades."""
-        place = torch.arange(self.stop - self.start, dtype=torch.float32) + 0.5
-        ramps = torch.minimum(place / max(self.rise, 0.5), place.flip(0) / max(self.fall, 0.5)).clamp(max=1)
-        return torch.cat([torch.ones(self.lead), ramps])
+        """Return the blending weight of each frame: 1, with linear ramps over `fade_in` and `fade_out`."""
+        index = torch.arange(self.stop - self.start, dtype=torch.float32) + 0.5
+        ramps = torch.minimum(index / max(self.fade_in, 0.5), index.flip(0) / max(self.fade_out, 0.5)).clamp(max=1)
+        return torch.cat([torch.ones(self.prefix_frames), ramps])
 
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """How a video is cut into windows.
+    """Size and stride of the windows of a call.
 
     Args:
-        size, stride: latent frames of a window, and from one to the next; what is left is their overlap.
-        lead: frames in front of the video.
+        size, stride: latent frames of a window, and from the start of one to the next; the difference is the overlap.
+        prefix_frames: latent frames before the video.
     """
 
     size: int
     stride: int
-    lead: int = 0
+    prefix_frames: int = 0
+
+    @classmethod
+    def from_arguments(cls, size: int | None, stride: int | None, *, prefix_frames: int = 0) -> SlidingWindow | None:
+        """Return the windows for `sliding_window_size` and `sliding_window_stride`; None if both are None.
+
+        Raises:
+            ValueError: only one of them is given, one is no positive integer, or the stride leaves gaps.
+        """
+        if size is None and stride is None:
+            return None
+        for name, value in (("sliding_window_size", size), ("sliding_window_stride", stride)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"{name}={value!r}: expected a positive number of latent frames; give both arguments or neither"
+                )
+        assert size is not None
+        assert stride is not None
+        if stride > size:
+            raise ValueError(
+                f"sliding_window_stride={stride} is larger than sliding_window_size={size} and leaves gaps"
+            )
+        return cls(size, stride, prefix_frames)
 
     def windows(self, frames: int) -> list[Window]:
-        """Of `frames` latent frames without those in front; the last window may be shorter. One alone does not fade."""
+        """Return the windows of a video of `frames` latent frames, prefix frames not counted.
+
+        The last window may be shorter than `size`. A single window has no ramps.
+        """
         overlap, windows = self.size - self.stride, []
         for start in range(0, frames, self.stride):
             is_last = start + self.size >= frames
             stop = min(start + self.size, frames)
-            windows.append(Window(start, stop, overlap if start else 0, 0 if is_last else overlap, self.lead))
+            windows.append(Window(start, stop, overlap if start else 0, 0 if is_last else overlap, self.prefix_frames))
             if is_last:
                 break
         return windows
 
 
 def cut_conditions(conditions: Mapping[str, Any], window: Window) -> dict[str, Any]:
-    """What `WanVideoPipeline.velocity` is given for a window: frame by frame where a condition has frames.
+    """Return the arguments of `WanVideoPipeline.velocity` for one window.
 
-    Extensions are cut by their own `in_window`, behind one that puts the window where it stands in the video.
+    Conditions with a frame axis are cut; extensions are replaced by the result of their `in_window`, after a
+    `FramePositions` that keeps the window's frames at their positions in the video.
     """
     cut = dict(conditions)
     for name in ("condition_latents", "first_latents"):
@@ -86,8 +114,8 @@ def cut_conditions(conditions: Mapping[str, Any], window: Window) -> dict[str, A
         cut["first_latents"] = None
     if cut.get("vace_condition") is not None:
         cut["vace_condition"] = replace(cut["vace_condition"], latents=window.cut(cut["vace_condition"].latents))
-    moved = (each.in_window(window) for each in cut.get("extensions", ()))
-    cut["extensions"] = (FramesAt(window.frames), *moved)
+    extensions = (each.in_window(window) for each in cut.get("extensions", ()))
+    cut["extensions"] = (FramePositions(window.frames), *extensions)
     return cut
 
 
@@ -97,17 +125,19 @@ def blend_windows(
     latents: Float[Tensor, "b c t h w"],
     conditions: Mapping[str, Any],
 ) -> Float[Tensor, "b c t h w"]:
-    """The weighted mean, frame by frame, of what `velocity(latents, **conditions)` gives for each window, one by one.
+    """Return the weighted mean per frame of `velocity(latents, **conditions)` over all windows.
 
-    Sums are fp32; beside them one window is in memory, however many there are. In the dtype of `latents`.
+    Windows run one after another and sums are fp32, so memory does not grow with the number of windows. The result has
+    the dtype of `latents`.
     """
     total = latents.new_zeros(latents.shape, dtype=torch.float32)
     weight = total.new_zeros(latents.shape[2], 1, 1)
     for window in windows:
+        prefix = window.prefix_frames
         weights = window.weights().to(latents.device)[:, None, None]
         part = velocity(window.cut(latents), **cut_conditions(conditions, window)).float() * weights
-        ahead, behind = slice(window.lead), slice(window.lead + window.start, window.lead + window.stop)
-        for place, own in ((ahead, slice(window.lead)), (behind, slice(window.lead, None))):
-            total[:, :, place] += part[:, :, own]
-            weight[place] += weights[own]
+        video = slice(prefix + window.start, prefix + window.stop)
+        for target, source in ((slice(prefix), slice(prefix)), (video, slice(prefix, None))):
+            total[:, :, target] += part[:, :, source]
+            weight[target] += weights[source]
     return (total / weight).to(latents.dtype)

@@ -1,4 +1,4 @@
-"""Z-Image for diffsynth: `ZImagePipeline`, its network, and the embedded z-image-nano."""
+"""Z-Image models for diffsynth: `ZImagePipeline`, its network, and the weights of z-image-nano."""
 
 from __future__ import annotations
 

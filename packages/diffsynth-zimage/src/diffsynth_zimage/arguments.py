@@ -1,4 +1,4 @@
-"""The arguments of a Z-Image call, for editors; a contract test holds them equal to the units, both ways."""
+"""Arguments of a Z-Image call, typed for editors; a contract test keeps them equal to what the units read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from diffsynth.runtime.request import OutputType, Step
 
 
 class ImageArguments(TypedDict, total=False):
-    """What to draw, how large, and what to start from.
+    """Negative prompt, input image, size, and how the image is computed.
 
     Args:
-        negative_prompt: what to steer away from; read when `cfg_scale` is not 1.
-        input_image: image to start from: one, or one for each result.
-        denoising_strength: in (0, 1]; how far back towards noise the input image goes. All steps run at any strength.
-        height, width: pixels, at least 1; rounded up to a multiple of 16.
-        tiled: the autoencoder works in overlapping tiles, blended: less memory, other pixels. None leaves it to the
-            plan that keeps `vram_limit`: whole if that fits.
-        tile_size: height and width of a tile, in latent pixels; one number is for both.
-        tile_stride: from one tile to the next at most, in latent pixels; the rest of a tile is its overlap.
-        rand_device: where noise is drawn; the CPU gives one picture on every machine.
-        sigma_shift: warp of the schedule towards noise, above 0; None is 3.
+        negative_prompt: Text that guidance steers away from; used only if `cfg_scale` is not 1.
+        input_image: Image to start from, or a list of one per result; None starts from pure noise.
+        denoising_strength: Noise level that the input image is raised to, in (0, 1]; 1 ignores the input. The number
+            of steps stays the same.
+        height, width: Size of the image in pixels, at least 1; rounded up to a multiple of 16.
+        tiled: Whether the autoencoder works in overlapping tiles, which takes less memory and gives other pixels. None
+            uses tiles only if the memory plan for `vram_limit` needs them.
+        tile_size: Height and width of a tile in latent pixels; one number sets both.
+        tile_stride: Largest distance between neighbouring tiles in latent pixels; the rest of a tile is overlap.
+        rand_device: Device on which the initial noise is generated; "cpu" gives the same noise on every machine.
+        sigma_shift: Shift of the noise schedule, above 0; larger values spend more steps at high noise levels. None
+            means 3.
     """
 
     negative_prompt: str | Sequence[str]
@@ -43,7 +45,7 @@ class ImageArguments(TypedDict, total=False):
 
 
 class ZImageArguments(ImageArguments, total=False):
-    """All of a call but the prompt."""
+    """All arguments of a call except the prompt."""
 
     num_inference_steps: int
     cfg_scale: float

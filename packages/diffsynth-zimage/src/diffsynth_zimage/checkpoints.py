@@ -1,4 +1,4 @@
-"""The Z-Image network and the published files that hold it."""
+"""Z-Image's architecture and the published files that hold it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Sizes of the Z-Image network, and how a file's shapes tell them. Light: no torch at import."""
+"""Config of the Z-Image transformer, and a function that infers it from the shapes in a file. Light: no torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from diffsynth.core.loader.shapes import Shapes, count_items
 
 if TYPE_CHECKING:
     import torch
@@ -14,28 +15,28 @@ VAE_FACTOR = 8
 MAX_PROMPT_TOKENS = 512
 
 TOKEN_MULTIPLE = 32
-"""Image and caption are each padded to a multiple of this many tokens, with learned tokens that are attended to."""
+"""Image and caption are each padded to a multiple of this number of tokens, with learned tokens that take part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZImageDiTConfig:
-    """Z-Image's single-stream transformer; the defaults are Z-Image and Z-Image-Turbo.
+    """Config of Z-Image's single-stream transformer; the defaults are Z-Image and Z-Image-Turbo.
 
     Args:
-        dim: width of the stream.
-        n_layers: joint layers over image and caption.
-        n_refiner_layers: layers over the image alone, and over the caption alone, before they join.
-        n_heads: query heads; `dim / n_heads` is the head dimension.
-        n_kv_heads: key heads.
-        norm_eps: of the RMS norms around attention and feed-forward, and on the caption.
-        qk_norm: RMS-normalise queries and keys.
+        dim: width of the tokens.
+        n_layers: number of layers over image and caption together.
+        n_refiner_layers: number of layers over the image alone, and over the caption alone, before the joint layers.
+        n_heads: number of query heads; `dim / n_heads` is the head dimension.
+        n_kv_heads: number of key and value heads.
+        norm_eps: epsilon of the RMS norms of attention, feed-forward and caption.
+        qk_norm: whether queries and keys are RMS-normalised.
         cap_feat_dim: width of the text encoder's hidden states.
         in_channels: latent channels.
         patch_size: side of a token in latent pixels.
-        axes_dims: channels of a head turned by time, height and width; they sum to the head dimension.
-        axes_lens: positions that were trained on, per axis; not a limit.
+        axes_dims: channels of a head that RoPE rotates by time, height and width; their sum is the head dimension.
+        axes_lens: number of positions per axis in training; not a limit.
         rope_theta: base of the rotary frequencies.
-        t_scale: the net's unit of time; forward() takes it in [0, 1].
+        t_scale: factor from the time in [0, 1] that forward() takes to the network's timestep.
         time_hidden_dim: inner width of the time MLP.
     """
 
@@ -68,7 +69,7 @@ class ZImageDiTConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head."""
+        """Head dimension of attention."""
         return self.dim // self.n_heads
 
     @property
@@ -95,7 +96,7 @@ TINY_DIT = ZImageDiTConfig(
 
 
 def tiny_dit_inputs(config: ZImageDiTConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Arguments of `ZImageDiT.forward` for two images with captions of different length; fp32 on the CPU."""
+    """Return arguments of `ZImageDiT.forward` for two images with captions of different length; fp32 on the CPU."""
     import torch
 
     mask = torch.arange(9)[None, :] < torch.tensor([[9], [5]])
@@ -107,11 +108,11 @@ def tiny_dit_inputs(config: ZImageDiTConfig, generator: torch.Generator) -> dict
     }
 
 
-def infer_dit_config(shapes: Mapping[str, tuple[int, ...]]) -> ZImageDiTConfig:
-    """The config of a file, from its shapes under our own names.
+def infer_dit_config(shapes: Shapes) -> ZImageDiTConfig:
+    """Return the config of a transformer file from the shapes of its tensors.
 
     Raises:
-        ValueError: it is another variant, or a ratio that all Z-Image networks share does not hold.
+        ValueError: the file is of another variant, or has sizes that no Z-Image network has.
     """
     if any(name.startswith("siglip_") for name in shapes):
         raise ValueError("it has siglip_* parameters: that is the Omni variant")
@@ -119,20 +120,22 @@ def infer_dit_config(shapes: Mapping[str, tuple[int, ...]]) -> ZImageDiTConfig:
     embedder = f"all_x_embedder.{patch_size}-1.weight"
     dim, patch_dim = shapes[embedder]
     if "layers.0.attention.norm_q.weight" not in shapes:
-        raise ValueError("layers.0.attention.norm_q.weight is missing: heads cannot be counted without it")
+        raise ValueError(
+            "layers.0.attention.norm_q.weight is missing; the head dimension cannot be inferred without it"
+        )
     (head_dim,) = shapes["layers.0.attention.norm_q.weight"]
     if head_dim % 16 or dim % head_dim:
         raise ValueError(f"head dimension {head_dim}: expected a multiple of 16 that divides the width {dim}")
     config = ZImageDiTConfig(
         dim=dim,
-        n_layers=_count(shapes, "layers"),
-        n_refiner_layers=_count(shapes, "noise_refiner"),
+        n_layers=count_items(shapes, "layers"),
+        n_refiner_layers=count_items(shapes, "noise_refiner"),
         n_heads=dim // head_dim,
         n_kv_heads=shapes["layers.0.attention.to_k.weight"][0] // head_dim,
         cap_feat_dim=shapes["cap_embedder.1.weight"][1],
         in_channels=patch_dim // patch_size**2,
         patch_size=patch_size,
-        # Time takes a quarter of every head, height and width share the rest.
+        # RoPE uses a quarter of each head for time and the rest in equal parts for height and width.
         axes_dims=(head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8),
         time_hidden_dim=shapes["t_embedder.mlp.0.weight"][0],
     )
@@ -142,13 +145,8 @@ def infer_dit_config(shapes: Mapping[str, tuple[int, ...]]) -> ZImageDiTConfig:
     return config
 
 
-def _patch_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _patch_size(shapes: Shapes) -> int:
     found = [match for name in shapes if (match := re.fullmatch(r"all_x_embedder\.(\d+)-(\d+)\.weight", name))]
     if len(found) != 1 or found[0][2] != "1":
         raise ValueError(f"{len(found)} patch embedders (all_x_embedder.P-1.weight); expected one, of a single frame")
     return int(found[0][1])
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
-    indices = {int(key.split(".")[1]) for key in shapes if key.startswith(f"{name}.")}
-    return max(indices, default=-1) + 1

@@ -1,11 +1,11 @@
-"""Key rules of Z-Image layouts whose names are not our own (those are `transformer/*.safetensors`)."""
+"""Key rules of Z-Image layouts whose names differ from our parameter names, those of `transformer/*.safetensors`."""
 
 from __future__ import annotations
 
 from diffsynth.core.loader.convert import Drop, Rename, Rule, Split
 
 
-def _kept(*names: str) -> tuple[Rule, ...]:
+def _unchanged(*names: str) -> tuple[Rule, ...]:
     return tuple(Rename(name, name) for name in names)
 
 
@@ -18,9 +18,9 @@ def _stack(name: str) -> tuple[Rule, ...]:
         Rename(f"{block}.attention.out.weight", f"{block}.attention.to_out.0.weight"),
         Rename(f"{block}.attention.q_norm.weight", f"{block}.attention.norm_q.weight"),
         Rename(f"{block}.attention.k_norm.weight", f"{block}.attention.norm_k.weight"),
-        *_kept(*(f"{block}.feed_forward.{part}.weight" for part in ("w1", "w2", "w3"))),
-        *_kept(*(f"{block}.{kind}_norm{index}.weight" for kind in ("attention", "ffn") for index in (1, 2))),
-        *_kept(f"{block}.adaLN_modulation.0.{{*}}"),
+        *_unchanged(*(f"{block}.feed_forward.{part}.weight" for part in ("w1", "w2", "w3"))),
+        *_unchanged(*(f"{block}.{kind}_norm{index}.weight" for kind in ("attention", "ffn") for index in (1, 2))),
+        *_unchanged(f"{block}.adaLN_modulation.0.{{*}}"),
     )
 
 
@@ -28,10 +28,10 @@ FUSED: tuple[Rule, ...] = (
     Rename("x_embedder.{*}", "all_x_embedder.2-1.{*}"),
     Rename("final_layer.linear.{*}", "all_final_layer.2-1.linear.{*}"),
     Rename("final_layer.adaLN_modulation.1.{*}", "all_final_layer.2-1.adaLN_modulation.1.{*}"),
-    *_kept("x_pad_token", "cap_pad_token"),
-    *_kept("t_embedder.mlp.0.{*}", "t_embedder.mlp.2.{*}", "cap_embedder.0.weight", "cap_embedder.1.{*}"),
+    *_unchanged("x_pad_token", "cap_pad_token"),
+    *_unchanged("t_embedder.mlp.0.{*}", "t_embedder.mlp.2.{*}", "cap_embedder.0.weight", "cap_embedder.1.{*}"),
     *(rule for stack in ("noise_refiner", "context_refiner", "layers") for rule in _stack(stack)),
-    # Some single files carry a norm that the network never reads.
+    # Some single files have a norm that the network does not use.
     Drop("norm_final.weight"),
 )
-"""The original code's names, as in single files for other programs: query, key and value fused."""
+"""Names of the original code, with fused query, key and value, as in single files for other programs."""

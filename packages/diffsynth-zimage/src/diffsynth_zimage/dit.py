@@ -1,4 +1,4 @@
-"""The Z-Image transformer: image and caption tokens in a single stream (Tongyi-MAI 2025, arXiv:2511.22699)."""
+"""Z-Image transformer: image and caption tokens in a single stream (Tongyi-MAI 2025, arXiv:2511.22699)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from diffsynth_zimage.config import TOKEN_MULTIPLE, ZImageDiTConfig
 
 
 class ZImageDiT(nn.Module):
-    """Z-Image and Z-Image-Turbo. Parameter names are those of the published `transformer/*.safetensors`.
+    """Transformer of Z-Image. Parameter names are those of the published `transformer/*.safetensors`.
 
-    `gradient_checkpointing` is a plain switch: when set, layers recompute their activations in the backward pass.
+    `gradient_checkpointing` is a plain attribute: if True, layers recompute their activations in the backward pass.
     """
 
     def __init__(self, config: ZImageDiTConfig) -> None:
@@ -47,16 +47,16 @@ class ZImageDiT(nn.Module):
         prompt_embeds: Float[Tensor, "b s e"],
         prompt_mask: Bool[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """The negated velocity, `x0 - noise`, in the dtype of `latents`.
+        """Return the negated velocity, `x0 - noise`, in the dtype of `latents`.
 
         Args:
             latents: noised, scaled latents; height and width are multiples of `config.patch_size`.
-            time: the net's own time in [0, 1], `1 - sigma`: 0 is pure noise. Keep it fp32.
+            time: `1 - sigma` in [0, 1], fp32; 0 is pure noise.
             prompt_embeds: hidden states of the text encoder.
-            prompt_mask: True where a token is text; None means all of them. Padding may stand on either side.
+            prompt_mask: True for text and False for padding, on either side; None means that all tokens are text.
 
         Raises:
-            ValueError: sizes that are no multiple of the patch.
+            ValueError: height or width is no multiple of the patch size.
         """
         config = self.config
         patch = f"{config.patch_size}-1"
@@ -65,25 +65,25 @@ class ZImageDiT(nn.Module):
         if prompt_mask is not None:
             prompt_embeds = _text_first(prompt_embeds, prompt_mask, max(lengths))
         time_embed = self.t_embedder(time * config.t_scale, dtype=latents.dtype)
-        plan = _plan(lengths, (height, width), config, latents.device)
+        layout = _layout(lengths, (height, width), config, latents.device)
 
         pixels = rearrange(latents, "b c (h p) (w q) -> b (h w) (p q c)", p=config.patch_size, q=config.patch_size)
-        # Under autocast a linear answers in bf16; the stream stays in the dtype of the latents.
+        # Under autocast a linear layer returns bf16; the tokens stay in the dtype of the latents.
         image = self.all_x_embedder[patch](pixels).to(latents.dtype)
-        padding = self.x_pad_token.to(image.dtype).expand(image.shape[0], plan.image_len - image.shape[1], -1)
+        padding = self.x_pad_token.to(image.dtype).expand(image.shape[0], layout.image_len - image.shape[1], -1)
         image = torch.cat((image, padding), dim=1)
         for block in self.noise_refiner:
-            image = self._run(block, image, plan.image_rotary, None, time_embed)
+            image = self._run(block, image, layout.image_rotary, None, time_embed)
 
         caption = self.cap_embedder(prompt_embeds).to(latents.dtype)
-        caption = F.pad(caption, (0, 0, 0, plan.caption_len - caption.shape[1]))
-        caption = torch.where(plan.is_text, caption, self.cap_pad_token.to(caption.dtype))
+        caption = F.pad(caption, (0, 0, 0, layout.caption_len - caption.shape[1]))
+        caption = torch.where(layout.is_text, caption, self.cap_pad_token.to(caption.dtype))
         for block in self.context_refiner:
-            caption = self._run(block, caption, plan.caption_rotary, plan.caption_mask)
+            caption = self._run(block, caption, layout.caption_rotary, layout.caption_mask)
 
         stream = torch.cat((image, caption), dim=1)
         for block in self.layers:
-            stream = self._run(block, stream, plan.joint_rotary, plan.joint_mask, time_embed)
+            stream = self._run(block, stream, layout.joint_rotary, layout.joint_mask, time_embed)
 
         pixels = self.all_final_layer[patch](stream[:, : height * width], time_embed)
         pixels = pixels.to(latents.dtype)
@@ -92,7 +92,7 @@ class ZImageDiT(nn.Module):
         )
 
     def init_weights(self) -> None:
-        """Start training from scratch: every layer is the identity and the output is zero (DiT, arXiv:2212.09748)."""
+        """Initialise for training from scratch: layers are the identity, the output is zero (DiT, arXiv:2212.09748)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -100,10 +100,10 @@ class ZImageDiT(nn.Module):
                     nn.init.zeros_(module.bias)
         for token in (self.x_pad_token, self.cap_pad_token):
             nn.init.normal_(token, std=0.02)
-        silent = [block.adaLN_modulation[0] for block in (*self.noise_refiner, *self.layers)]
+        zeroed = [block.adaLN_modulation[0] for block in (*self.noise_refiner, *self.layers)]
         for final in self.all_final_layer.values():
-            silent += [final.linear, final.adaLN_modulation[1]]
-        for linear in silent:
+            zeroed += [final.linear, final.adaLN_modulation[1]]
+        for linear in zeroed:
             nn.init.zeros_(linear.weight)
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
@@ -118,11 +118,11 @@ class ZImageDiT(nn.Module):
 
 
 Rotary = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
-"""Cosine and sine of the angles."""
+"""Cosine and sine of the rotary angles of the tokens."""
 
 
 class ContextBlock(nn.Module):
-    """A layer without modulation: norms before and after attention and feed-forward."""
+    """Layer without modulation, with norms before and after attention and feed-forward."""
 
     def __init__(self, config: ZImageDiTConfig) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class ContextBlock(nn.Module):
 
 
 class ZImageBlock(ContextBlock):
-    """The same layer, its inputs scaled and its outputs gated by the time."""
+    """Layer whose inputs are scaled and whose outputs are gated by the time embedding."""
 
     def __init__(self, config: ZImageDiTConfig) -> None:
         super().__init__(config)
@@ -164,7 +164,7 @@ class ZImageBlock(ContextBlock):
 
 
 class SelfAttention(nn.Module):
-    """Attention with normalised and rotated queries and keys."""
+    """Self-attention with norms and RoPE of queries and keys."""
 
     def __init__(self, config: ZImageDiTConfig) -> None:
         super().__init__()
@@ -174,14 +174,14 @@ class SelfAttention(nn.Module):
         self.to_k = nn.Linear(config.dim, kv_dim, bias=False)
         self.to_v = nn.Linear(config.dim, kv_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(config.dim, config.dim, bias=False))
-        # Published with 1e-5 whatever `norm_eps` says.
+        # The published code uses 1e-5 here for every value of `norm_eps`.
         self.norm_q = RMSNorm(config.head_dim, eps=1e-5) if config.qk_norm else None
         self.norm_k = RMSNorm(config.head_dim, eps=1e-5) if config.qk_norm else None
 
     def forward(
         self, x: Float[Tensor, "b s e"], rotary: Rotary, mask: Bool[Tensor, "b 1 1 s"] | None
     ) -> Float[Tensor, "b s e"]:
-        """What each token gathered from those it may attend."""
+        """Return the projected attention output of each token."""
         q, k, v = (
             rearrange(to(x), "b s (n d) -> b s n d", d=self.head_dim) for to in (self.to_q, self.to_k, self.to_v)
         )
@@ -191,7 +191,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    """SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: ZImageDiTConfig) -> None:
         super().__init__()
@@ -200,12 +200,12 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
-        """Token by token."""
+        """Return the feed-forward output of each token."""
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class FinalLayer(nn.Module):
-    """From the stream to the pixels of a patch."""
+    """Modulated norm and projection from tokens to latent patches."""
 
     def __init__(self, config: ZImageDiTConfig, patch_dim: int) -> None:
         super().__init__()
@@ -214,14 +214,14 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
 
     def forward(self, x: Float[Tensor, "b s e"], time_embed: Float[Tensor, "b t"]) -> Float[Tensor, "b s p"]:
-        """Pixels of each token's patch, channels last."""
+        """Return the latents of each token's patch, channels last."""
         scale = self.adaLN_modulation(time_embed)[:, None]
         return self.linear(self.norm_final(x, scale=scale))
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What depends on lengths and sizes alone: token counts, angles and masks."""
+class _Layout:
+    """Token counts, rotary angles and masks, which depend only on the sizes of images and captions."""
 
     image_len: int
     caption_len: int
@@ -233,12 +233,12 @@ class _Plan:
     joint_mask: Bool[Tensor, "b 1 1 s"] | None
 
 
-def _plan(lengths: list[int], grid: tuple[int, int], config: ZImageDiTConfig, device: torch.device) -> _Plan:
+def _layout(lengths: list[int], grid: tuple[int, int], config: ZImageDiTConfig, device: torch.device) -> _Layout:
     image_tokens = grid[0] * grid[1]
     image_len = _padded(image_tokens)
     padded = [_padded(length) for length in lengths]
     caption_len = max(padded)
-    # Samples share their positions unless their captions fill different multiples.
+    # Positions depend on the padded length of the caption only: compute them once per padded length.
     ids = torch.stack([_position_ids(length, caption_len, grid, image_len) for length in sorted(set(padded))])
     if len(ids) > 1:
         ids = ids[[sorted(set(padded)).index(length) for length in padded]]
@@ -251,7 +251,7 @@ def _plan(lengths: list[int], grid: tuple[int, int], config: ZImageDiTConfig, de
         attended = index < torch.tensor(padded, device=device)[:, None]
         caption_mask = attended[:, None, None]
         joint_mask = F.pad(attended, (image_len, 0), value=True)[:, None, None]
-    return _Plan(
+    return _Layout(
         image_len=image_len,
         caption_len=caption_len,
         is_text=is_text[:, :, None],
@@ -264,10 +264,10 @@ def _plan(lengths: list[int], grid: tuple[int, int], config: ZImageDiTConfig, de
 
 
 def _position_ids(padded: int, caption_len: int, grid: tuple[int, int], image_len: int) -> Int[Tensor, "s axes"]:
-    """Time, height and width of image tokens, then caption tokens; on the CPU.
+    """Return the RoPE positions (time, height, width) of image tokens, then caption tokens; on the CPU.
 
-    A caption counts 1, 2, ... along time, padding included, and the image stands at the next step. The image's own
-    padding stands at the origin.
+    Caption tokens have times 1, 2, ..., padding included; the image has the next time. Padding of the image is at the
+    origin.
     """
     ids = torch.zeros(image_len + caption_len, 3, dtype=torch.long)
     image = ids[: grid[0] * grid[1]].view(*grid, 3)
@@ -291,6 +291,6 @@ def _lengths(prompt_embeds: Tensor, prompt_mask: Tensor | None) -> list[int]:
 def _text_first(
     prompt_embeds: Float[Tensor, "b s e"], prompt_mask: Bool[Tensor, "b s"], longest: int
 ) -> Float[Tensor, "b longest e"]:
-    """Text tokens moved to the front, in order; what stands behind them is of no account."""
+    """Return the embeddings with text tokens moved to the front, in order; later entries are not used."""
     order = (~prompt_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     return prompt_embeds.take_along_dim(order[:, :, None], dim=1)

@@ -1,4 +1,4 @@
-"""Z-Image: text to image and image to image (Tongyi-MAI 2025, arXiv:2511.22699)."""
+"""Z-Image pipeline: text to image and image to image (Tongyi-MAI 2025, arXiv:2511.22699)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffsynth_zimage.units import UNITS
 
 
 class ZImagePipeline(Pipeline):
-    """Draws with Z-Image, Z-Image-Turbo and z-image-nano; the same classes, other weights and configs."""
+    """Generates images with Z-Image, Z-Image-Turbo and z-image-nano, which differ in weights and configs only."""
 
     roles = {
         "dit": Role(architectures=("z_image_dit",)),
@@ -45,9 +45,9 @@ class ZImagePipeline(Pipeline):
         """Load every component from files; see `Pipeline.from_pretrained`.
 
         Args:
-            torch_dtype, device, model_configs, vram_limit, processor_configs: as there.
-            enable_npu_patch: taken for scripts that give it. It changes nothing: kernels are chosen by device, call by
-                call, and no library is patched.
+            torch_dtype, device, model_configs, vram_limit, processor_configs: see `Pipeline.from_pretrained`.
+            enable_npu_patch: accepted for scripts for DiffSynth-Studio and not used: kernels are selected by device in
+                each call, and no library is patched.
 
         Raises:
             TypeError: `enable_npu_patch` is no bool.
@@ -57,11 +57,11 @@ class ZImagePipeline(Pipeline):
         return super().from_pretrained(torch_dtype, device, model_configs, vram_limit, **processor_configs)
 
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[ZImageArguments]) -> Any:
-        """Draw one image, or several; see `Pipeline.__call__`."""
+        """Generate one image, or several; see `Pipeline.__call__`."""
         return super().__call__(prompt, **arguments)
 
     def check(self, **arguments: Any) -> Request:
-        """Check the arguments of a call without making it; raises what the call would raise for them."""
+        """Check the arguments of a call without running it; raise the error that the call would raise."""
         request = super().check(**arguments)
         check_tiling(request.values)
         return request
@@ -74,6 +74,6 @@ class ZImagePipeline(Pipeline):
         prompt_embeds: Float[Tensor, "b s e"],
         prompt_mask: Bool[Tensor, "b s"],
     ) -> Float[Tensor, "b c h w"]:
-        """See `Pipeline.velocity`."""
-        # Z-Image's net runs time backwards: it wants 1 - sigma and returns -v.
+        """Return the velocity of the latents; see `Pipeline.velocity`."""
+        # Z-Image's network runs time backwards: it takes 1 - sigma and returns -v.
         return -self.dit(latents, 1 - sigma, prompt_embeds, prompt_mask)

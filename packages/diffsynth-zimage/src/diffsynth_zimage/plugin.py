@@ -1,4 +1,4 @@
-"""What diffsynth-zimage adds: the Z-Image models, their network, and how they are trained."""
+"""Plugin of diffsynth-zimage: Z-Image's models, architecture, published files and training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY = {
     "dit": {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "axes_dims": (32, 48, 48), "cap_feat_dim": 64},
     "text_encoder": {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "vocab_size": 320},
 }
-"""Small, with the heads and the RoPE axes of the family."""
+"""Config fields of the tiny networks; head dimension and RoPE axes are those of the published ones."""
 
 MODELS = (
     ModelSpec(
@@ -70,7 +70,7 @@ MODELS = (
         processors={"tokenizer": f"{NANO}/tokenizer/"},
         defaults={"height": 128, "width": 128, "num_inference_steps": 12, "cfg_scale": 3.0},
         license="OFL-1.1",
-        description="ships inside the wheel; draws the emoji it was trained on, in seconds on a CPU",
+        description="ships inside the wheel; generates the emoji it was trained on, in seconds on a CPU",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""The steps of the Z-Image pipeline, in the order they run."""
+"""Units of the Z-Image pipeline, in the order they run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ round_size = image_size(multiple=16)
 def schedule(
     *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float | None = None
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Noise levels; `sigma_shift` None is Z-Image's 3."""
+    """Return the noise levels of the steps; a `sigma_shift` of None means 3."""
     shift = 3.0 if sigma_shift is None else sigma_shift
     return z_image_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
 
@@ -34,13 +34,13 @@ def schedule(
 def encode_prompt(
     text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
 ) -> tuple[Float[Tensor, "b s e"], Bool[Tensor, "b s"]]:
-    """Hidden states of the text, and which tokens are text; equal prompts are encoded once."""
+    """Return the hidden states of each prompt, and a mask of its text tokens; equal prompts are encoded once."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
     tokens = tokenizer(
         [chat_text(tokenizer, text) for text in distinct],
         padding="longest",
-        padding_side="right",  # causal attention never looks right, so padding there changes no bit of the text
+        padding_side="right",  # with causal attention, padding after the text does not change its hidden states
         return_tensors="pt",
     )
     input_ids, mask = tokens["input_ids"], tokens["attention_mask"]
@@ -53,7 +53,7 @@ def encode_prompt(
 
 
 def chat_text(tokenizer: Any, prompt: str) -> str:
-    """The prompt as one user message, with the thinking template that Z-Image was trained on."""
+    """Return the prompt as one user message in Qwen3's chat template with thinking enabled, as in training."""
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
 
@@ -71,7 +71,7 @@ def initial_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"]:
-    """Noise in the pipeline's dtype, or the input noised to the first level of the schedule."""
+    """Return noise in the pipeline's dtype, or the input noised to the first level of the schedule."""
     shape = (latent_channels, height // VAE_FACTOR, width // VAE_FACTOR)
     noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=dtype, device=device)
     return noise if input_latents is None else add_noise(input_latents, noise, sigmas[0])

@@ -1,1 +1,1 @@
-"""Networks that two or more families share, registered as the built-in plugin `core`."""
+"""Networks that two or more families use, registered by the built-in plugin `core`."""

@@ -1,7 +1,7 @@
-"""Layers of causal video autoencoders: no frame sees a later one, so a video passes in pieces of any length.
+"""Layers of causal video autoencoders, which process a video in pieces of consecutive frames.
 
-What a layer still needs of earlier frames waits in a `FrameCache`, one for each video that is under way. A video in
-one piece and the same video in many give the same numbers, up to the rounding of differently shaped convolutions.
+No frame depends on a later one. The earlier frames that a layer needs are stored in a `FrameCache`, one per video. The
+result does not depend on the lengths of the pieces, up to the rounding of differently shaped convolutions.
 """
 
 from __future__ import annotations
@@ -18,76 +18,76 @@ from diffsynth.core.attention import attention
 
 
 class FrameCache:
-    """The frames before the current piece that layers have not done with, by layer.
+    """Last frames of the previous pieces that layers still need, by layer.
 
-    `is_first` and `is_last` speak of the current piece; after the last one nothing is kept.
+    `is_first` and `is_last` refer to the current piece; the last piece stores nothing.
     """
 
     def __init__(self) -> None:
         self.is_first = True
         self.is_last = False
-        self._kept: dict[nn.Module, Tensor] = {}
+        self._frames: dict[nn.Module, Tensor] = {}
 
     def before(
         self, layer: nn.Module, x: Float[Tensor, "b c t h w"], count: int
-    ) -> Float[Tensor, "b c t_kept h w"] | None:
-        """The last frames that this layer saw, at most `count`, or None if it saw none; then remember those of `x`."""
-        kept = self._kept.pop(layer, None)
+    ) -> Float[Tensor, "b c t_before h w"] | None:
+        """Return the layer's stored frames, at most `count`, or None; store the last `count` frames including `x`."""
+        before = self._frames.pop(layer, None)
         if not self.is_last:
-            recent = x if kept is None or x.shape[2] >= count else torch.cat((kept, x), dim=2)
-            # A copy: a view would keep the whole piece alive.
-            self._kept[layer] = recent[:, :, -count:].clone()
-        return kept
+            recent = x if before is None or x.shape[2] >= count else torch.cat((before, x), dim=2)
+            # A view would hold the memory of the whole piece.
+            self._frames[layer] = recent[:, :, -count:].clone()
+        return before
 
     def to(self, device: torch.device | str) -> None:
-        """Move what is kept."""
-        self._kept = {layer: frames.to(device) for layer, frames in self._kept.items()}
+        """Move all stored frames to a device."""
+        self._frames = {layer: frames.to(device) for layer, frames in self._frames.items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept."""
-        return sum(frames.nbytes for frames in self._kept.values())
+        """Bytes of all stored frames."""
+        return sum(frames.nbytes for frames in self._frames.values())
 
 
 class CausalLayer(nn.Module):
-    """A layer that reads earlier frames: its forward takes a piece and the `FrameCache`."""
+    """Base class of layers that need earlier frames: forward() takes a piece and the `FrameCache`."""
 
 
 class CausalSequential(nn.Sequential, CausalLayer):
-    """Layers in a row, some of them causal."""
+    """Sequence of layers; the causal ones also get the `FrameCache`."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        # Noted now: what takes a layer's place later, to move or quantise it, need not be of its class.
+        # Recorded at construction: a wrapper that replaces a layer (offloading, quantization) may have another class.
         self._is_causal = tuple(isinstance(layer, CausalLayer) for layer in layers)
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """See the class."""
+        """Return the output of the last layer."""
         for layer, is_causal in zip(self, self._is_causal, strict=True):
             x = layer(x, cache) if is_causal else layer(x)
         return x
 
 
 class CausalConv3d(nn.Conv3d, CausalLayer):
-    """A convolution that sees the current frame and those before it; before the first frame there are zeros.
+    """3D convolution over a frame and earlier frames, with zeros before the first frame.
 
     Args:
-        kernel: of time, height and width; odd sides. Height and width keep their size.
+        kernel: size along time, height and width; the latter two are odd. Height and width of the video stay the same.
     """
 
     def __init__(self, in_dim: int, dim: int, kernel: tuple[int, int, int]) -> None:
         super().__init__(in_dim, dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t h w"]:
-        """See the class."""
+        """Return the convolved piece."""
         depth = self.kernel_size[0] - 1
         if depth == 0:
             return super().forward(x)
         before = cache.before(self, x, depth)
         if before is None and x.shape[2] == 1:
-            # A picture, or the first frame: the other taps would meet zeros only.
-            picture = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
-            return picture[:, :, None]
+            # For an image, or the first frame, the other time steps of the kernel would only meet zeros.
+            image = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+            return image[:, :, None]
         known = [x] if before is None else [before, x]
         missing = depth - (0 if before is None else before.shape[2])
         if missing:
@@ -96,10 +96,10 @@ class CausalConv3d(nn.Conv3d, CausalLayer):
 
 
 class ChannelNorm(nn.Module):
-    """Every pixel's channels to root mean square 1, in fp32, times a learned weight (arXiv:1910.07467).
+    """RMS norm over the channels of each pixel, computed in fp32, with a learned weight (arXiv:1910.07467).
 
     Args:
-        axes: after the channels: 3 for videos, 2 for pictures.
+        axes: number of axes after the channels: 3 for videos, 2 for images.
     """
 
     def __init__(self, dim: int, axes: int = 3) -> None:
@@ -107,14 +107,14 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * axes))
 
     def forward(self, x: Float[Tensor, "b c *size"]) -> Float[Tensor, "b c *size"]:
-        """See the class."""
+        """Return the normalised tensor."""
         precise = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=precise).clamp_min(1e-12)
         return (x / length * (self.gamma * x.shape[1] ** 0.5)).to(x.dtype)
 
 
 class ResidualBlock(CausalLayer):
-    """Two causal convolutions, each after norm and SiLU, around a shortcut."""
+    """Residual block of two causal convolutions, each after norm and SiLU."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -124,18 +124,18 @@ class ResidualBlock(CausalLayer):
             CausalConv3d(in_dim, dim, (3, 3, 3)),
             ChannelNorm(dim),
             nn.SiLU(),
-            nn.Identity(),  # the published names count a dropout here
+            nn.Identity(),  # a dropout in the published code, which takes an index in the parameter names
             CausalConv3d(dim, dim, (3, 3, 3)),
         )
         self.shortcut = nn.Identity() if in_dim == dim else nn.Conv3d(in_dim, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t h w"]:
-        """See the class."""
+        """Return the piece after this block."""
         return self.shortcut(x) + self.residual(x, cache)
 
 
 class FrameAttention(nn.Module):
-    """One head over the pixels of each frame, with a residual."""
+    """Single-head self-attention over the pixels of each frame, with a residual connection."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c t h w"]:
-        """See the class."""
+        """Return the frames plus their attention output."""
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "f (three c) h w -> three f (h w) 1 c", three=3)
         attended = rearrange(attention(q, k, v), "f (h w) 1 c -> f c h w", h=x.shape[3])
@@ -152,16 +152,16 @@ class FrameAttention(nn.Module):
 
 
 class Downsample(CausalLayer):
-    """Half the height and width, and half the frames if `in_time`: then the first frame stays alone."""
+    """Downsampling that halves height and width and, if `in_time`, the frames after the first one."""
 
     def __init__(self, dim: int, *, in_time: bool) -> None:
         super().__init__()
-        # Trained with padding on the right and at the bottom only.
+        # The network was trained with padding on the right and at the bottom only.
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c t2 h2 w2"]:
-        """See the class."""
+        """Return the downsampled piece."""
         x = _by_frame(self.resample, x)
         if self.time_conv is None:
             return x
@@ -173,7 +173,7 @@ class Downsample(CausalLayer):
 
 
 class Upsample(CausalLayer):
-    """Twice the height and width, and twice the frames if `in_time`: all but the first frame, which stays alone."""
+    """Upsampling that doubles height and width and, if `in_time`, the frames after the first one."""
 
     def __init__(self, in_dim: int, dim: int, *, in_time: bool) -> None:
         super().__init__()
@@ -183,15 +183,15 @@ class Upsample(CausalLayer):
         self.time_conv = CausalConv3d(in_dim, 2 * in_dim, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """See the class."""
+        """Return the upsampled piece."""
         if self.time_conv is not None:
-            x = self._twice_the_frames(x, cache)
+            x = self._double_frames(x, cache)
         return _by_frame(self.resample, x)
 
-    def _twice_the_frames(self, x: Tensor, cache: FrameCache) -> Tensor:
+    def _double_frames(self, x: Tensor, cache: FrameCache) -> Tensor:
         if not cache.is_first:
             return rearrange(self.time_conv(x, cache), "b (two c) t h w -> b c (t two) h w", two=2)
-        # The convolution in time never sees the first frame.
+        # The published network does not apply the convolution along time to the first frame.
         first, later = x[:, :, :1], x[:, :, 1:]
         if later.shape[2] == 0:
             return first
@@ -200,14 +200,14 @@ class Upsample(CausalLayer):
 
 
 class Encoder(nn.Module):
-    """Frames to the moments of latents, before `conv1` of the autoencoder mixes them.
+    """Encoder from frames to mean and log-variance of the latents, before `conv1` of the autoencoder.
 
     Args:
-        in_channels: of the frames.
-        moments: channels that come out, mean and log-variance.
-        in_dim: width before the first of `blocks`.
-        blocks: residual blocks and `Downsample`s, in order.
-        dim: width behind the last of `blocks`.
+        in_channels: channels of the frames.
+        moments: output channels, for mean and log-variance together.
+        in_dim: channels before the first of `blocks`.
+        blocks: residual blocks and `Downsample` layers, in order.
+        dim: channels after the last of `blocks`.
     """
 
     def __init__(self, in_channels: int, moments: int, *, in_dim: int, blocks: Iterable[nn.Module], dim: int) -> None:
@@ -218,20 +218,20 @@ class Encoder(nn.Module):
         self.head = _head(dim, moments)
 
     def forward(self, x: Float[Tensor, "b c_in t4 h8 w8"], cache: FrameCache) -> Float[Tensor, "b two_c t h w"]:
-        """See the class."""
+        """Return mean and log-variance of the latents, stacked along the channels."""
         x = self.downsamples(self.conv1(x, cache), cache)
         return self.head(self.middle(x, cache), cache)
 
 
 class Decoder(nn.Module):
-    """Latents, mixed by `conv2` of the autoencoder, to frames.
+    """Decoder from latents, after `conv2` of the autoencoder, to frames.
 
     Args:
-        latent_channels: of the latents.
-        out_channels: of the frames.
-        in_dim: width before the first of `blocks`.
-        blocks: residual blocks and `Upsample`s, in order.
-        dim: width behind the last of `blocks`.
+        latent_channels: channels of the latents.
+        out_channels: channels of the frames.
+        in_dim: channels before the first of `blocks`.
+        blocks: residual blocks and `Upsample` layers, in order.
+        dim: channels after the last of `blocks`.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         self.head = _head(dim, out_channels)
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c_in t4 h8 w8"]:
-        """See the class."""
+        """Return the frames of the latents."""
         x = self.middle(self.conv1(x, cache), cache)
         return self.head(self.upsamples(x, cache), cache)
 

@@ -1,29 +1,27 @@
-"""Sizes of the shared networks, and how a file's shapes tell them. Light: no torch at import."""
+"""Configs of the shared networks, and functions that infer them from the shapes in a file. Light: no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from diffsynth.core.loader.shapes import Shapes, count_items
 
 if TYPE_CHECKING:
     import torch
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class FluxAutoencoderConfig:
-    """The FLUX.1 and Z-Image autoencoder.
+    """Config of the autoencoder of FLUX.1 and Z-Image.
 
     Args:
-        in_channels: of the image.
-        latent_channels: of the latents.
-        block_out_channels: width at each resolution, full resolution first; each but the first halves the side.
+        in_channels: channels of the image.
+        latent_channels: channels of the latents.
+        block_out_channels: channels at each resolution, full resolution first; each further one halves the side.
         layers_per_block: residual blocks at each resolution of the encoder; the decoder has one more.
-        norm_groups: of every group norm.
-        scaling_factor: latents are `(z - shift_factor) * scaling_factor`.
-        shift_factor: see above.
+        norm_groups: number of groups of every group norm.
+        scaling_factor, shift_factor: scaled latents are `(z - shift_factor) * scaling_factor`.
     """
 
     in_channels: int = 3
@@ -52,7 +50,7 @@ TINY_FLUX_AUTOENCODER = FluxAutoencoderConfig(block_out_channels=(64, 64, 128, 1
 
 
 def tiny_flux_autoencoder_inputs(config: FluxAutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Arguments of `FluxAutoencoder.forward`: two small images that are not square; fp32 on the CPU."""
+    """Return arguments of `FluxAutoencoder.forward` for two small images that are not square; fp32 on the CPU."""
     import torch
 
     size = (3 * config.factor, 2 * config.factor)
@@ -60,15 +58,15 @@ def tiny_flux_autoencoder_inputs(config: FluxAutoencoderConfig, generator: torch
 
 
 def infer_flux_autoencoder_config(shapes: Shapes) -> FluxAutoencoderConfig:
-    """The config of a file, from its shapes under our own names.
+    """Return the config of an autoencoder file from the shapes of its tensors.
 
     Raises:
-        ValueError: it is another autoencoder of the same kind.
+        ValueError: the file is of another autoencoder with similar names.
     """
     foreign = [name for name in shapes if name.startswith(("quant_conv", "post_quant_conv", "bn."))]
     if foreign:
-        raise ValueError(f"it has {foreign[0]}: that is another autoencoder of the same kind")
-    levels = _count(shapes, "encoder.down_blocks")
+        raise ValueError(f"it has {foreign[0]}, which the autoencoder of FLUX.1 does not have")
+    levels = count_items(shapes, "encoder.down_blocks")
     latent_channels = shapes["decoder.conv_in.weight"][1]
     if shapes["encoder.conv_out.weight"][0] != 2 * latent_channels:
         raise ValueError(
@@ -81,24 +79,24 @@ def infer_flux_autoencoder_config(shapes: Shapes) -> FluxAutoencoderConfig:
         block_out_channels=tuple(
             shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)
         ),
-        layers_per_block=_count(shapes, "encoder.down_blocks.0.resnets"),
+        layers_per_block=count_items(shapes, "encoder.down_blocks.0.resnets"),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3TextEncoderConfig:
-    """A Qwen3 language model without its head (arXiv:2505.09388); the defaults are Qwen3-4B.
+    """Config of a Qwen3 language model without its head (arXiv:2505.09388); the defaults are Qwen3-4B.
 
     Args:
-        hidden_size: width of the stream.
-        num_layers: layers in the file; forward() runs only as many as it needs.
-        num_heads: query heads.
-        num_kv_heads: key heads.
-        head_dim: channels of a head; the heads together may be wider than the stream.
+        hidden_size: width of the hidden states.
+        num_layers: number of layers in the file; forward() runs only those that it needs.
+        num_heads: number of query heads.
+        num_kv_heads: number of key and value heads.
+        head_dim: channels of a head; all heads together may be wider than `hidden_size`.
         intermediate_size: inner width of the gated feed-forward.
-        vocab_size: rows of the embedding.
+        vocab_size: number of token embeddings.
         rope_theta: base of the rotary frequencies.
-        norm_eps: of all RMS norms.
+        norm_eps: epsilon of all RMS norms.
     """
 
     hidden_size: int = 2560
@@ -118,7 +116,7 @@ TINY_QWEN3_TEXT_ENCODER = Qwen3TextEncoderConfig(
 
 
 def tiny_qwen3_text_encoder_inputs(config: Qwen3TextEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Arguments of `Qwen3TextEncoder.forward`: two prompts of different length, padded on the right; on the CPU."""
+    """Return arguments of `Qwen3TextEncoder.forward` for two prompts of different length, padded on the right."""
     import torch
 
     return {
@@ -128,10 +126,10 @@ def tiny_qwen3_text_encoder_inputs(config: Qwen3TextEncoderConfig, generator: to
 
 
 def infer_qwen3_text_encoder_config(shapes: Shapes) -> Qwen3TextEncoderConfig:
-    """The config of a file, from its shapes under our own names.
+    """Return the config of a text encoder file from the shapes of its tensors.
 
     Raises:
-        ValueError: queries and keys are not normalised per head, so it is no Qwen3.
+        ValueError: the file has no norm of queries per head, so it is not a Qwen3.
     """
     norm = "model.layers.0.self_attn.q_norm.weight"
     if norm not in shapes:
@@ -140,7 +138,7 @@ def infer_qwen3_text_encoder_config(shapes: Shapes) -> Qwen3TextEncoderConfig:
     vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
     return Qwen3TextEncoderConfig(
         hidden_size=hidden_size,
-        num_layers=_count(shapes, "model.layers"),
+        num_layers=count_items(shapes, "model.layers"),
         num_heads=shapes["model.layers.0.self_attn.q_proj.weight"][0] // head_dim,
         num_kv_heads=shapes["model.layers.0.self_attn.k_proj.weight"][0] // head_dim,
         head_dim=head_dim,
@@ -151,17 +149,16 @@ def infer_qwen3_text_encoder_config(shapes: Shapes) -> Qwen3TextEncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WanAutoencoderConfig:
-    """The causal video autoencoder of Wan 2.1 and Qwen-Image (arXiv:2503.20314).
+    """Config of the causal video autoencoder of Wan 2.1 and Qwen-Image (arXiv:2503.20314).
 
     Args:
-        in_channels: of a frame: 3, or 4 with transparency.
-        latent_channels: of the latents.
-        dim: width at full resolution.
-        dim_mult: multiples of it at each resolution, full resolution first; each but the first halves the sides.
+        in_channels: channels of a frame: 3, or 4 with transparency.
+        latent_channels: channels of the latents.
+        dim: channels at full resolution.
+        dim_mult: multiples of `dim` at each resolution, full resolution first; each further one halves the sides.
         num_res_blocks: residual blocks at each resolution of the encoder; the decoder has one more.
-        temporal_downsample: whether the frames are halved, too, on the way to the next resolution.
-        latents_mean: of each latent channel; latents are `(z - latents_mean) / latents_std`.
-        latents_std: see above.
+        temporal_downsample: for each downsampling step, whether it also halves the number of frames.
+        latents_mean, latents_std: for each latent channel; scaled latents are `(z - latents_mean) / latents_std`.
     """
 
     in_channels: int = 3
@@ -184,13 +181,13 @@ class WanAutoencoderConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
-                f"temporal_downsample={self.temporal_downsample}: expected one of each step between the "
+                f"temporal_downsample={self.temporal_downsample}: expected one value for each step between the "
                 f"{len(self.dim_mult)} resolutions of dim_mult"
             )
         if not len(self.latents_mean) == len(self.latents_std) == self.latent_channels:
             raise ValueError(
                 f"latents_mean and latents_std have {len(self.latents_mean)} and {len(self.latents_std)} values; "
-                f"expected one of each for {self.latent_channels} latent channels"
+                f"expected one for each of {self.latent_channels} latent channels"
             )
 
     @property
@@ -200,7 +197,7 @@ class WanAutoencoderConfig:
 
     @property
     def time_factor(self) -> int:
-        """Frames per latent frame; the first one stands alone."""
+        """Frames per latent frame; the first frame is a latent frame by itself."""
         return 1 << sum(self.temporal_downsample)
 
 
@@ -208,7 +205,7 @@ TINY_WAN_AUTOENCODER = WanAutoencoderConfig(dim=8)
 
 
 def tiny_wan_autoencoder_inputs(config: WanAutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Arguments of `WanAutoencoder.forward`: a video of two latent frames that are not square; fp32 on the CPU."""
+    """Return arguments of `WanAutoencoder.forward` for a video of two latent frames, not square; fp32 on the CPU."""
     import torch
 
     size = (config.time_factor + 1, 3 * config.factor, 2 * config.factor)
@@ -216,23 +213,23 @@ def tiny_wan_autoencoder_inputs(config: WanAutoencoderConfig, generator: torch.G
 
 
 def infer_wan_autoencoder_config(shapes: Shapes) -> WanAutoencoderConfig:
-    """The config of a file, from its shapes under our own names.
+    """Return the config of an autoencoder file from the shapes of its tensors.
 
     Raises:
-        ValueError: it is another autoencoder of the same kind.
+        ValueError: the file has another number of latent channels, or no downsampling layer.
     """
     latent_channels = shapes["conv2.weight"][0]
     known = WanAutoencoderConfig().latent_channels
     if latent_channels != known:
         raise ValueError(
-            f"it has {latent_channels} latent channels; the means and deviations known here are of {known}"
+            f"it has {latent_channels} latent channels; latents_mean and latents_std are known for {known} only"
         )
     dim, in_channels = shapes["encoder.conv1.weight"][:2]
-    blocks = range(_count(shapes, "encoder.downsamples"))
+    blocks = range(count_items(shapes, "encoder.downsamples"))
     steps = [index for index in blocks if f"encoder.downsamples.{index}.resample.1.weight" in shapes]
     if not steps or steps[0] == 0:
         raise ValueError("its encoder has no block at full resolution, or one resolution only")
-    # The last block of each resolution stands before the step to the next one, or at the end.
+    # The last residual block of each resolution comes right before a downsampling layer, or at the end.
     widths = [
         shapes[f"encoder.downsamples.{last}.residual.6.weight"][0] for last in (*(i - 1 for i in steps), blocks[-1])
     ]
@@ -243,9 +240,3 @@ def infer_wan_autoencoder_config(shapes: Shapes) -> WanAutoencoderConfig:
         num_res_blocks=steps[0],
         temporal_downsample=tuple(f"encoder.downsamples.{step}.time_conv.weight" in shapes for step in steps),
     )
-
-
-def _count(shapes: Shapes, prefix: str) -> int:
-    """How many items the list `prefix` has."""
-    depth = prefix.count(".") + 1
-    return max((int(key.split(".")[depth]) for key in shapes if key.startswith(f"{prefix}.")), default=-1) + 1

@@ -1,4 +1,4 @@
-"""Key rules of published layouts of the shared networks, where names are not our own."""
+"""Key rules of published layouts of the shared networks whose names differ from our parameter names."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _middle(side: str) -> tuple[Rule, ...]:
         Rename(f"{source}.norm.{{*}}", f"{target}.group_norm.{{*}}"),
     ]
     for theirs, ours in {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}.items():
-        # 1x1 convolutions there, linears here.
+        # The original has 1x1 convolutions, this package linear layers.
         weight = Reshape(f"{source}.{theirs}.weight", f"{target}.{ours}.weight", (0, 0))
         rules += [weight, Rename(f"{source}.{theirs}.bias", f"{target}.{ours}.bias")]
     return tuple(rules)
 
 
 def _up(level: int) -> tuple[Rule, ...]:
-    # They count the decoder's levels by resolution, we by order: their last runs first.
+    # The original numbers the decoder's levels from full resolution on, this package in the order they run.
     source, target = f"decoder.up.{level}", f"decoder.up_blocks.{_LEVELS - 1 - level}"
     return (
         *_residual_blocks(f"{source}.block.{{n}}", f"{target}.resnets.{{n}}"),
@@ -49,16 +49,16 @@ FLUX_AUTOENCODER_ORIGINAL: tuple[Rule, ...] = (
     *_middle("decoder"),
     *(rule for level in range(_LEVELS) for rule in _up(level)),
 )
-"""`ae.safetensors` of Black Forest Labs."""
+"""Autoencoder in `ae.safetensors` of FLUX.1."""
 
 QWEN3_WITH_HEAD: tuple[Rule, ...] = (Rename("model.{*}", "model.{*}"), Drop("lm_head.weight"))
-"""Whole language models; a text encoder needs no head."""
+"""Text encoder in a file of the whole language model; its head is dropped."""
 
 _WAN_RESIDUAL = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
 
 
 def wan_residual_blocks(source: str, target: str) -> tuple[Rule, ...]:
-    """diffusers' names of a causal residual block to ours."""
+    """Return the rules for a causal residual block in diffusers' layout."""
     return (
         *(
             Rename(f"{source}.{theirs}.{{*}}", f"{target}.residual.{ours}.{{*}}")
@@ -69,12 +69,12 @@ def wan_residual_blocks(source: str, target: str) -> tuple[Rule, ...]:
 
 
 def wan_resampling(source: str, target: str) -> tuple[Rule, ...]:
-    """diffusers' names of a step between resolutions to ours."""
+    """Return the rules for a downsampling or upsampling layer in diffusers' layout."""
     return tuple(Rename(f"{source}.{name}.{{*}}", f"{target}.{name}.{{*}}") for name in ("resample", "time_conv"))
 
 
 def wan_ends(side: str) -> tuple[Rule, ...]:
-    """diffusers' names of what stands around the resolutions of an encoder or decoder to ours."""
+    """Return the rules for first and last layers and middle block of an encoder or decoder in diffusers' layout."""
     names = {"conv_in": "conv1", "mid_block.attentions.0": "middle.1", "norm_out": "head.0", "conv_out": "head.2"}
     return (
         *(Rename(f"{side}.{theirs}.{{*}}", f"{side}.{ours}.{{*}}") for theirs, ours in names.items()),
@@ -87,11 +87,11 @@ WAN_LATENT_CONVS: tuple[Rule, ...] = (
     Rename("quant_conv.{*}", "conv1.{*}"),
     Rename("post_quant_conv.{*}", "conv2.{*}"),
 )
-"""diffusers' names of the convolutions on both sides of the latents to ours."""
+"""Rules for the convolutions before and after the latents in diffusers' layout."""
 
 
 def _wan_up_blocks() -> tuple[Rule, ...]:
-    # Theirs are grouped by resolution: three residual blocks and the step to the next; ours stand in one row.
+    # diffusers groups by resolution (three residual blocks and one upsampling layer); this package has one flat list.
     rules: list[Rule] = []
     for level in range(_LEVELS):
         source = f"decoder.up_blocks.{level}"
@@ -109,4 +109,4 @@ WAN_AUTOENCODER_DIFFUSERS: tuple[Rule, ...] = (
     *wan_ends("decoder"),
     *_wan_up_blocks(),
 )
-"""The `vae/` of Qwen-Image and of Wan 2.1 in diffusers."""
+"""Autoencoder of Qwen-Image and of Wan 2.1 in diffusers' `vae/`."""

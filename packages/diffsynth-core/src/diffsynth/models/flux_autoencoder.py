@@ -1,4 +1,4 @@
-"""The image autoencoder of FLUX.1 and Z-Image (Esser et al. 2024, arXiv:2403.03206; VQGAN, arXiv:2012.09841)."""
+"""Image autoencoder of FLUX.1 and Z-Image (Esser et al. 2024, arXiv:2403.03206; VQGAN, arXiv:2012.09841)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from diffsynth.models.config import FluxAutoencoderConfig
 from diffsynth.models.tiles import Tile, Tiling, cover, tile_by_tile
 
 TILE_SIZE, TILE_STRIDE = 64, 48
-"""Sides in latent pixels unless a caller says otherwise: 512 pixels, of which 128 overlap."""
+"""Default side and distance of tiles in latent pixels: tiles of 512 pixels that overlap by 128."""
 
 
 class FluxAutoencoder(nn.Module):
-    """Images in [-1, 1] to scaled latents and back. Parameter names are those of Z-Image's `vae/` file."""
+    """Autoencoder between images in [-1, 1] and scaled latents. Parameter names are those of Z-Image's `vae/` file."""
 
     def __init__(self, config: FluxAutoencoderConfig) -> None:
         super().__init__()
@@ -34,16 +34,16 @@ class FluxAutoencoder(nn.Module):
         generator: torch.Generator | None = None,
         **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c h w"]:
-        """Scaled latents, `(z - shift_factor) * scaling_factor`, in the dtype of `image`.
+        """Return the scaled latents, `(z - shift_factor) * scaling_factor`, in the dtype of `image`.
 
         Args:
-            image: in [-1, 1]; height and width are multiples of `config.factor`.
-            generator: draws from the posterior with it; None takes the posterior's mean, as image-to-image does.
-            tiling: see `Tiling`; tiles are 64 latent pixels wide and 48 apart. With more than one the latents are not
-                those of the whole: norms and attention see a tile at a time.
+            image: pixels in [-1, 1]; height and width are multiples of `config.factor`.
+            generator: samples from the posterior; None takes its mean, as image-to-image does.
+            tiling: see `Tiling`; by default, tiles are 64 latent pixels wide and 48 apart. Several tiles give other
+                latents than the whole image, because norms and attention span one tile only.
 
         Raises:
-            ValueError: sizes that are no multiple of the factor, or tiles that would leave gaps.
+            ValueError: height or width is no multiple of the factor, or tiles would leave gaps.
         """
         mean, logvar = self.encode_moments(image, **tiling)
         if generator is not None:
@@ -54,10 +54,10 @@ class FluxAutoencoder(nn.Module):
     def encode_moments(
         self, image: Float[Tensor, "b c_in h8 w8"], **tiling: Unpack[Tiling]
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """Mean and log-variance of the posterior of the *unscaled* latents; the latter clamped to [-30, 20].
+        """Return mean and log-variance of the posterior of the *unscaled* latents; the latter clamped to [-30, 20].
 
         Raises:
-            ValueError: sizes that are no multiple of the factor, or tiles that would leave gaps.
+            ValueError: height or width is no multiple of the factor, or tiles would leave gaps.
         """
         height, width = image.shape[-2:]
         factor = self.config.factor
@@ -68,17 +68,17 @@ class FluxAutoencoder(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Float[Tensor, "b c h w"], **tiling: Unpack[Tiling]) -> Float[Tensor, "b c_in h8 w8"]:
-        """The image of scaled latents, about [-1, 1], not clamped; `tiling` and errors are those of `encode`."""
+        """Return the image of scaled latents, about in [-1, 1], not clamped; see `encode` for the rest."""
         unscaled = latents / self.config.scaling_factor + self.config.shift_factor
         tiles = _tiles(*latents.shape[-2:], tiling)
         return tile_by_tile(self.decoder, unscaled, tiles, (1, self.config.factor))
 
     def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b c_in h8 w8"]:
-        """The reconstruction from the posterior's mean."""
+        """Return the reconstruction of an image from the mean of its posterior."""
         return self.decode(self.encode(image))
 
     def init_weights(self) -> None:
-        """Start training from scratch: every residual branch is zero (Fixup, arXiv:1901.09321)."""
+        """Initialise for training from scratch: every residual branch outputs zero (Fixup, arXiv:1901.09321)."""
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)
@@ -89,7 +89,7 @@ class FluxAutoencoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image to mean and log-variance, stacked along the channels."""
+    """Encoder from an image to mean and log-variance of the latents, stacked along the channels."""
 
     def __init__(self, config: FluxAutoencoderConfig) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b two_c h w"]:
-        """See the class."""
+        """Return mean and log-variance of the latents."""
         x = self.conv_in(image)
         for block in self.down_blocks:
             x = block(x)
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Unscaled latents to an image."""
+    """Decoder from unscaled latents to an image."""
 
     def __init__(self, config: FluxAutoencoderConfig) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
     def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_in h8 w8"]:
-        """See the class."""
+        """Return the image of the latents."""
         x = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x)
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, then half the resolution unless it is the last level."""
+    """Residual blocks of one resolution of the encoder and, except at the last one, downsampling."""
 
     def __init__(self, config: FluxAutoencoderConfig, in_dim: int, dim: int, *, downsample: bool) -> None:
         super().__init__()
@@ -145,14 +145,14 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(dim)] if downsample else [])
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """See the class."""
+        """Return the features at the next resolution."""
         for layer in (*self.resnets, *self.downsamplers):
             x = layer(x)
         return x
 
 
 class UpBlock(nn.Module):
-    """Residual blocks, then twice the resolution unless it is the last level."""
+    """Residual blocks of one resolution of the decoder and, except at the last one, upsampling."""
 
     def __init__(self, config: FluxAutoencoderConfig, in_dim: int, dim: int, *, upsample: bool) -> None:
         super().__init__()
@@ -162,14 +162,14 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(dim)] if upsample else [])
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """See the class."""
+        """Return the features at the next resolution."""
         for layer in (*self.resnets, *self.upsamplers):
             x = layer(x)
         return x
 
 
 class MidBlock(nn.Module):
-    """Attention over all pixels between two residual blocks, at the lowest resolution."""
+    """Residual block, attention and residual block at the lowest resolution."""
 
     def __init__(self, config: FluxAutoencoderConfig, dim: int) -> None:
         super().__init__()
@@ -177,12 +177,12 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(config, dim, dim) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """See the class."""
+        """Return the features after this block."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each after norm and SiLU, around a shortcut."""
+    """Residual block of two convolutions, each after norm and SiLU."""
 
     def __init__(self, config: FluxAutoencoderConfig, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -193,13 +193,13 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if in_dim == dim else nn.Conv2d(in_dim, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h w"]:
-        """See the class."""
+        """Return the features after this block."""
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class PixelAttention(nn.Module):
-    """One head over all pixels, with a residual."""
+    """Single-head self-attention over all pixels, with a residual connection."""
 
     def __init__(self, config: FluxAutoencoderConfig, dim: int) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class PixelAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """See the class."""
+        """Return the features plus their attention output."""
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         q, k, v = (to(tokens)[:, :, None] for to in (self.to_q, self.to_k, self.to_v))
         h = self.to_out(attention(q, k, v)[:, :, 0])
@@ -218,27 +218,27 @@ class PixelAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution by a strided convolution."""
+    """Downsampling to half the resolution by a strided convolution."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, stride=2)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """See the class."""
-        # Trained with padding on the right and at the bottom only.
+        """Return the features at half the resolution."""
+        # The network was trained with padding on the right and at the bottom only.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Twice the resolution by repeating pixels, then a convolution."""
+    """Upsampling to twice the resolution by repeating pixels, then a convolution."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """See the class."""
+        """Return the features at twice the resolution."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

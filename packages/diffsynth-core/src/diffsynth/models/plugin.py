@@ -1,4 +1,4 @@
-"""The built-in plugin `core`: networks that two or more families share."""
+"""Built-in plugin `core`: architectures and published files of networks that two or more families use."""
 
 from __future__ import annotations
 

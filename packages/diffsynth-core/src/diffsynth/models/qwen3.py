@@ -1,4 +1,4 @@
-"""Qwen3 as a text encoder: transformers' layers, built from our config and run only as deep as asked."""
+"""Qwen3 as a text encoder: transformers' layers, of which only those up to the requested hidden state run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffsynth.models.transformers_attention import attn_implementation
 
 
 class Qwen3TextEncoder(nn.Module):
-    """Hidden states of a Qwen3 language model. Parameter names are those of the published files, without `lm_head`."""
+    """Qwen3 language model without its head. Parameter names are those of the published files."""
 
     def __init__(self, config: Qwen3TextEncoderConfig) -> None:
         super().__init__()
@@ -44,16 +44,16 @@ class Qwen3TextEncoder(nn.Module):
         *,
         layers: Sequence[int] = (-2,),
     ) -> Float[Tensor, "b s e"]:
-        """Hidden states, in the dtype of the weights.
+        """Return hidden states, in the dtype of the weights.
 
         Args:
             input_ids: token ids.
-            attention_mask: 1 where a token is text, 0 where it is padding, on either side; None means all text.
-            layers: which hidden states: 0 is the embedding, `i` follows layer `i`, -1 is the last, normalised one.
-                Several are joined along `e`. The default, -2, is what Z-Image reads; FLUX.2-klein reads 9, 18 and 27.
+            attention_mask: 1 for text and 0 for padding, on either side; None means that all tokens are text.
+            layers: indices of hidden states: 0 is the embedding, `i` the output of layer `i`, -1 the last one, which is
+                normalised. Several are concatenated along `e`. Z-Image uses the default, -2; FLUX.2-klein 9, 18 and 27.
 
         Raises:
-            ValueError: a layer that the model does not have.
+            ValueError: an index that the model does not have.
         """
         depth = self.config.num_layers
         if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
@@ -74,9 +74,9 @@ class Qwen3TextEncoder(nn.Module):
         return torch.cat([states[index] for index in wanted], dim=-1)
 
     def init_weights(self) -> None:
-        """Start training from scratch: every layer keeps the scale of what it reads, and words differ from the start.
+        """Initialise for training from scratch: layers preserve the scale of their input, token embeddings have std 1.
 
-        The 0.02 of language models suits widths of thousands: at a width of 128, layers hardly change the stream.
+        The usual std of 0.02 fits widths of thousands: at a width of 128, layers would hardly change the hidden states.
         """
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -86,7 +86,7 @@ class Qwen3TextEncoder(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Cosine and sine tables without a buffer: nothing to rebuild after meta, nothing for `.to(bfloat16)` to round."""
+    """Rotary embedding without a buffer, so that neither the meta device nor `.to(bfloat16)` affects it."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Rotary(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "b s e"], position_ids: Int[Tensor, "#b s"]
     ) -> tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]]:
-        """For transformers' half-split rotation: both halves of a head carry the same angles."""
+        """Return cosine and sine for transformers' layout, in which both halves of a head have the same angles."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=hidden.device) / self.head_dim
         angles = position_ids[:, :, None].float() * (1.0 / self.theta**exponents)
         angles = torch.cat((angles, angles), dim=-1)
@@ -105,12 +105,12 @@ class Rotary(nn.Module):
 
 
 def _causal_mask(attention_mask: Tensor | None) -> Bool[Tensor, "b 1 s s"] | None:
-    """None where plain causal attention does, which has the faster kernels."""
+    """Return the causal mask without padding; None if there is none, since `causal=True` has faster kernels."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     is_text = attention_mask.bool()
     size = is_text.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=is_text.device).tril()
-    # Padding on the left would leave its queries nothing to attend; they attend themselves.
-    alone = torch.eye(size, dtype=torch.bool, device=is_text.device)
-    return (causal & rearrange(is_text, "b k -> b 1 1 k")) | alone
+    # Queries of padding on the left would have no key: let them attend to themselves.
+    diagonal = torch.eye(size, dtype=torch.bool, device=is_text.device)
+    return (causal & rearrange(is_text, "b k -> b 1 1 k")) | diagonal

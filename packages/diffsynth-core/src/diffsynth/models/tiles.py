@@ -1,4 +1,4 @@
-"""Overlapping rectangles of latents, and how what was made of each is blended; for autoencoders of large pictures."""
+"""Tiles: overlapping rectangles of latents that an autoencoder processes one by one and blends."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from diffsynth.core.repeats import repeated
 
 
 class Tiling(TypedDict, total=False):
-    """How an autoencoder cuts pictures or frames, as pipelines name it.
+    """Arguments of tiled encoding and decoding.
 
     Args:
-        tiled: in overlapping tiles, blended: less memory, more work. Off unless asked for.
-        tile_size: height and width of a tile, in latent pixels.
-        tile_stride: from one tile to the next; the rest of a tile is its overlap.
+        tiled: whether to process overlapping tiles and blend them, with less memory and more work; False by default.
+        tile_size: height and width of a tile in latent pixels.
+        tile_stride: distance between neighbouring tiles in latent pixels, vertical and horizontal.
     """
 
     tiled: bool
@@ -29,50 +29,55 @@ class Tiling(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Span:
-    """Latent pixels `start` to `stop` (behind the last) along one axis, fading over `rise` and `fall` at its ends."""
+    """Latent pixels `start` to `stop` (exclusive) of a tile along one axis.
+
+    Args:
+        start, stop: first pixel, and the one after the last.
+        fade_in, fade_out: number of pixels at each end over which the blending weight ramps up or down.
+    """
 
     start: int
     stop: int
-    rise: int
-    fall: int
+    fade_in: int
+    fade_out: int
 
     def scaled(self, scale: int) -> Span:
-        """The same in a picture that is `scale` times as large."""
-        return Span(self.start * scale, self.stop * scale, self.rise * scale, self.fall * scale)
+        """Return the span in an image that is `scale` times as large as the latents."""
+        return Span(self.start * scale, self.stop * scale, self.fade_in * scale, self.fade_out * scale)
 
     def weights(self) -> Float[Tensor, "size"]:
-        """1 inside and linear ramps to the ends, never 0."""
-        place = torch.arange(1, self.stop - self.start + 1, dtype=torch.float32)
-        rising = place / max(self.rise, 1)
-        falling = place.flip(0) / max(self.fall, 1)
+        """Return the blending weights: 1 inside, with linear ramps at the ends that never reach 0."""
+        index = torch.arange(1, self.stop - self.start + 1, dtype=torch.float32)
+        rising = index / max(self.fade_in, 1)
+        falling = index.flip(0) / max(self.fade_out, 1)
         return torch.minimum(rising, falling).clamp(max=1)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of latents."""
+    """Rectangle of latents."""
 
     rows: Span
     columns: Span
 
     def cut(self, frames: Float[Tensor, "*b h w"], scale: int = 1) -> Float[Tensor, "*b h2 w2"]:
-        """This rectangle of frames that are `scale` times as large as latents; a view."""
+        """Return the tile's view of frames that are `scale` times as large as the latents."""
         rows, columns = self.rows.scaled(scale), self.columns.scaled(scale)
         return frames[..., rows.start : rows.stop, columns.start : columns.stop]
 
     def weights(self, scale: int = 1) -> Float[Tensor, "h w"]:
-        """How much each pixel counts against those of other tiles."""
+        """Return the blending weight of each pixel of the tile, `scale` times as large as the latents."""
         rows, columns = self.rows.scaled(scale).weights(), self.columns.scaled(scale).weights()
         return torch.minimum(rows[:, None], columns[None, :])
 
 
 class Blend:
-    """Tiles of pictures, or of one piece of a video, added up in fp32 as they come.
+    """Weighted sum in fp32 of the tiles of images, or of a piece of a video.
 
     Args:
-        height, width: of the whole, in latent pixels.
-        scale: of the tiles that come, against latents.
-        like: whose first axes, dtype and device the whole has.
+        height, width: size of the whole image in latent pixels.
+        scale: side of the tiles' pixels relative to latent pixels; 1 for latents.
+        like: a processed tile, whose leading axes, dtype and device the result has.
     """
 
     def __init__(self, height: int, width: int, scale: int, *, like: Float[Tensor, "*b h2 w2"]) -> None:
@@ -83,13 +88,13 @@ class Blend:
         self._weight = self._sum.new_zeros(size)
 
     def add(self, tile: Tile, part: Float[Tensor, "*b h2 w2"]) -> None:
-        """What was made of one tile."""
+        """Add the processed tile `part`."""
         weights = tile.weights(self._scale).to(part.device)
         tile.cut(self._sum, self._scale).add_(part.float() * weights)
         tile.cut(self._weight, self._scale).add_(weights)
 
     def result(self) -> Float[Tensor, "*b h w"]:
-        """The weighted mean, in the dtype of the tiles. One tile alone comes out to the bit."""
+        """Return the weighted mean, in the dtype of the tiles; a single tile is returned unchanged."""
         return (self._sum / self._weight).to(self._dtype)
 
 
@@ -102,16 +107,17 @@ def cover(
     tile_stride: tuple[int, int] = (15, 26),
     even: bool = False,
 ) -> list[Tile]:
-    """Rectangles that cover `height` x `width` latents; one alone without `tiled`. See `Tiling`.
+    """Return tiles that cover `height` x `width` latent pixels; a single one if `tiled` is False.
 
     Args:
-        height, width: in latent pixels.
+        height, width: size of the latents in latent pixels.
         tiled, tile_size, tile_stride: see `Tiling`.
-        even: all tiles are of one size, at most a stride apart; else the last one is what is left. A small last tile
-            has other statistics than its neighbours, which norms over a whole picture show as a seam.
+        even: whether all tiles have one size and are at most `tile_stride` apart; else the last tile of a row or
+            column may be smaller. A small tile has other statistics than its neighbours, which in networks with norms
+            over the whole image shows as a seam.
 
     Raises:
-        ValueError: a size or stride that is not positive, or a stride that leaves gaps.
+        ValueError: a size or stride is not positive, or the stride leaves gaps.
     """
     if not tiled:
         return [Tile(Span(0, height, 0, 0), Span(0, width, 0, 0))]
@@ -125,13 +131,13 @@ def cover(
 def tile_by_tile(
     run: Callable[[Tensor], Tensor], x: Float[Tensor, "*b h_in w_in"], tiles: Sequence[Tile], scales: tuple[int, int]
 ) -> Float[Tensor, "*c h_out w_out"]:
-    """What `run` makes of each tile, blended; one tile alone is the whole, to the bit.
+    """Return the blended results of `run` for each tile of `x`; a single tile gives `run(x)`.
 
     Args:
-        run: from a tile of `x` to its part of the result.
+        run: maps a tile of `x` to a tile of the result.
         x: pixels or latents.
-        tiles: that cover it; see `cover`.
-        scales: pixels per latent pixel, of `x` and of the result.
+        tiles: tiles that cover `x`; see `cover`.
+        scales: pixels per latent pixel along one side, in `x` and in the result.
     """
     if len(tiles) == 1:
         return run(x)
@@ -146,10 +152,10 @@ def tile_by_tile(
 
 
 def check_tiles(tile_size: tuple[int, int], tile_stride: tuple[int, int]) -> None:
-    """Refuse tiles that cannot cover anything.
+    """Check the size and stride of tiles.
 
     Raises:
-        ValueError: a size or stride that is not positive, or a stride that leaves gaps.
+        ValueError: a size or stride is not positive, or the stride leaves gaps.
     """
     for name, value in (("tile_size", tile_size), ("tile_stride", tile_stride)):
         if len(value) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in value):
@@ -172,6 +178,6 @@ def _even_spans(extent: int, size: int, stride: int) -> Iterator[Span]:
     gaps = -(-(extent - size) // stride)
     starts = [index * (extent - size) // max(gaps, 1) for index in range(gaps + 1)]
     for index, start in enumerate(starts):
-        rise = starts[index - 1] + size - start if index else 0
-        fall = start + size - starts[index + 1] if index < gaps else 0
-        yield Span(start, start + size, rise, fall)
+        fade_in = starts[index - 1] + size - start if index else 0
+        fade_out = start + size - starts[index + 1] if index < gaps else 0
+        yield Span(start, start + size, fade_in, fade_out)

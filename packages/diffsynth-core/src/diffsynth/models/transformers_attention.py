@@ -1,4 +1,4 @@
-"""`attention()` inside networks of transformers, by the registry that transformers offers for it."""
+"""Our `attention()` as an attention implementation of transformers' models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NAME = "diffsynth"
 
 
 def attn_implementation() -> str:
-    """The name under which a transformers config asks for our attention: `Qwen3Config(attn_implementation=...)`.
+    """Return the `attn_implementation` of a transformers config that selects our attention.
 
-    It is added to transformers' list of implementations, beside its own, when it is first asked for.
+    The first call registers it with transformers.
     """
     if _NAME not in AttentionInterface._global_mapping:
         AttentionInterface.register(_NAME, _attend)
@@ -38,26 +38,26 @@ def _attend(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it, with `b n s d` tensors; gives `b s n d`.
+    """Return the attention output `b s n d` for `b n s d` tensors; the signature is that of transformers.
 
-    Without a mask the module's own `is_causal` counts, for more than one query, as with transformers' `sdpa`. A mask
-    has everything in it. What would change the result and is not ours to do is refused.
+    Without a mask, attention is causal by the module's `is_causal` if there is more than one query, as in transformers'
+    `sdpa`; a mask includes causality. Options that our attention does not implement are refused.
     """
     if dropout:
-        raise Refused(f"attention has no dropout, and {type(module).__name__} asks for {dropout}; call eval() first")
+        raise Refused(f"attention has no dropout, but {type(module).__name__} uses {dropout}; call eval() first")
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if others.get(name) is not None:
-            raise Refused(f"attention of {type(module).__name__} needs {name}=; take attn_implementation='eager'")
+            raise Refused(f"attention of {type(module).__name__} needs {name}=; use attn_implementation='eager'")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    is_alone = attention_mask is None
+    no_mask = attention_mask is None
     window = others.get("sliding_window")
     is_bool = attention_mask is not None and attention_mask.dtype == torch.bool
     out = attention(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
         mask=attention_mask if is_bool else None,
         score_bias=None if is_bool else attention_mask,
-        causal=is_alone and causal and query.shape[2] > 1,
-        window=(window - 1, 0) if is_alone and causal and window else None,
+        causal=no_mask and causal and query.shape[2] > 1,
+        window=(window - 1, 0) if no_mask and causal and window else None,
         scale=scaling,
     )
     return out, None

@@ -1,4 +1,4 @@
-"""The causal video autoencoder of Wan 2.1 and Qwen-Image (Wan 2025, arXiv:2503.20314), and what Wan 2.2's shares."""
+"""Causal video autoencoder of Wan 2.1 and Qwen-Image (Wan 2025, arXiv:2503.20314), and a base class for Wan 2.2's."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from diffsynth.models.config import WanAutoencoderConfig
 from diffsynth.models.tiles import Blend, Tile, Tiling, cover
 
 Progress = Callable[[Sequence[Tensor]], Iterable[Tensor]]
-"""Yields the pieces it is given while it shows how far it is, as `tqdm` does."""
+"""Function that yields its pieces and shows the progress, as `tqdm` does."""
 
 
 class CausalAutoencoder(nn.Module):
-    """Videos in [-1, 1] to scaled latents and back, piece by piece, so that memory does not grow with their length.
+    """Autoencoder between videos in [-1, 1] and scaled latents, with memory that does not grow with their length.
 
-    The first frame becomes the first latent frame alone, `config.time_factor` frames each further one: a picture is a
-    video of one frame. A subclass builds encoder and decoder for its config, which also says `factor`,
+    The first frame becomes the first latent frame, each `config.time_factor` further frames another one; an image is a
+    video of one frame. A subclass builds encoder and decoder for its config, which has `factor`, `time_factor`,
     `latent_channels`, `latents_mean` and `latents_std`.
     """
 
@@ -44,16 +44,16 @@ class CausalAutoencoder(nn.Module):
         progress: Progress | None = None,
         **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c t h w"]:
-        """Scaled latents, `(mean - latents_mean) / latents_std`, in the dtype of `video`.
+        """Return the scaled latents, `(mean - latents_mean) / latents_std`, in the dtype of `video`.
 
         Args:
-            video: in [-1, 1]; `config.time_factor * k + 1` frames, sides that are multiples of `config.factor`.
-            latents_per_piece: latent frames at once. Memory grows with it; the last bits depend on it.
-            progress: shows how far it is.
+            video: pixels in [-1, 1]; `config.time_factor * k + 1` frames, sides that are multiples of `config.factor`.
+            latents_per_piece: latent frames computed at once. Memory grows with it, and rounding depends on it.
+            progress: progress bar over the pieces; None for none.
             tiling: see `Tiling`.
 
         Raises:
-            ValueError: frames or sides that do not fit, or tiles that would leave gaps.
+            ValueError: the number of frames or a side does not fit, or tiles would leave gaps.
         """
         pieces = self.split_video(video, latents_per_piece)
         encoded = self.encode_pieces(pieces if progress is None else progress(pieces), **tiling)
@@ -67,31 +67,31 @@ class CausalAutoencoder(nn.Module):
         progress: Progress | None = None,
         **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c_in t4 h8 w8"]:
-        """The whole video of scaled latents, about [-1, 1], not clamped. Arguments and errors are those of `encode`."""
+        """Return the video of scaled latents, about in [-1, 1], not clamped; see `encode` for the rest."""
         pieces = latents.split(latents_per_piece, dim=2)
         decoded = self.decode_pieces(pieces if progress is None else progress(pieces), **tiling)
         first = next(decoded)
         frames = self.config.time_factor * (latents.shape[2] - 1) + 1
-        # Filled as it comes: joining at the end would hold the video twice.
+        # Write each piece into its slice: torch.cat at the end would hold the video twice.
         video = first.new_empty((*first.shape[:2], frames, *first.shape[3:]))
         video[:, :, : first.shape[2]] = first
-        at = first.shape[2]
+        start = first.shape[2]
         for piece in decoded:
-            video[:, :, at : at + piece.shape[2]] = piece
-            at += piece.shape[2]
+            video[:, :, start : start + piece.shape[2]] = piece
+            start += piece.shape[2]
         return video
 
     def encode_pieces(
         self, pieces: Iterable[Float[Tensor, "b c_in t4 h8 w8"]], **tiling: Unpack[Tiling]
     ) -> Iterator[Float[Tensor, "b c t h w"]]:
-        """Scaled latents of a video that comes in pieces, piece by piece.
+        """Yield the scaled latents of a video piece by piece.
 
         Args:
-            pieces: the first of `config.time_factor * k + 1` frames, the others of a multiple of `config.time_factor`.
+            pieces: consecutive frames: first `config.time_factor * k + 1`, then multiples of `config.time_factor`.
             tiling: see `Tiling`.
 
         Raises:
-            ValueError: frames or sides that do not fit, or tiles that would leave gaps.
+            ValueError: the number of frames or a side does not fit, or tiles would leave gaps.
         """
         for moments in self._streamed(self._encode_piece, pieces, self.config.factor, 1, tiling):
             mean, _ = moments.chunk(2, dim=1)
@@ -101,10 +101,10 @@ class CausalAutoencoder(nn.Module):
     def encode_moments(
         self, video: Float[Tensor, "b c_in t4 h8 w8"]
     ) -> tuple[Float[Tensor, "b c t h w"], Float[Tensor, "b c t h w"]]:
-        """Mean and log-variance of the posterior of the *unscaled* latents; the latter clamped to [-30, 20].
+        """Return mean and log-variance of the posterior of the *unscaled* latents; the latter clamped to [-30, 20].
 
         Raises:
-            ValueError: frames or sides that do not fit.
+            ValueError: the number of frames or a side does not fit.
         """
         encoded = self._streamed(self._encode_piece, self.split_video(video), self.config.factor, 1, {})
         mean, logvar = torch.cat(list(encoded), dim=2).chunk(2, dim=1)
@@ -113,40 +113,40 @@ class CausalAutoencoder(nn.Module):
     def decode_pieces(
         self, pieces: Iterable[Float[Tensor, "b c t h w"]], **tiling: Unpack[Tiling]
     ) -> Iterator[Float[Tensor, "b c_in t4 h8 w8"]]:
-        """Frames of scaled latents, piece by piece, as a writer wants them; of a whole: `latents.split(1, dim=2)`.
+        """Yield the frames of scaled latents piece by piece; `latents.split(1, dim=2)` makes pieces of a tensor.
 
-        The very first latent frame gives one frame, every other `config.time_factor`.
+        The first latent frame gives one frame, each further one `config.time_factor` frames.
 
         Raises:
-            ValueError: tiles that would leave gaps.
+            ValueError: tiles would leave gaps.
         """
         return self._streamed(self._decode_piece, pieces, 1, self.config.factor, tiling)
 
     def split_video(
         self, video: Float[Tensor, "b c_in t4 h8 w8"], latents_per_piece: int = 1
     ) -> list[Float[Tensor, "b c_in t4_piece h8 w8"]]:
-        """A video in pieces for `encode_pieces`; views.
+        """Return views of a video as pieces for `encode_pieces`.
 
         Raises:
-            ValueError: frames or sides that do not fit.
+            ValueError: the number of frames does not fit.
         """
         factor, frames = self.config.time_factor, video.shape[2]
         if frames % factor != 1 % factor:
-            raise ValueError(f"video has {frames} frames; expected a multiple of {factor} and one more")
+            raise ValueError(f"video has {frames} frames; expected one more than a multiple of {factor}")
         first = factor * (latents_per_piece - 1) + 1
         head, later = video[:, :, :first], video[:, :, first:]
         return [head, *(later.split(factor * latents_per_piece, dim=2) if later.shape[2] else ())]
 
     def forward(self, video: Float[Tensor, "b c_in t4 h8 w8"]) -> Float[Tensor, "b c_in t4 h8 w8"]:
-        """The reconstruction from the posterior's mean."""
+        """Return the reconstruction of a video from the mean of its posterior."""
         return self.decode(self.encode(video))
 
     def patchify(self, video: Float[Tensor, "b c_in t h w"]) -> Float[Tensor, "b c2 t h2 w2"]:
-        """What the encoder sees of frames."""
+        """Return the encoder's input for frames."""
         return video
 
     def unpatchify(self, patches: Float[Tensor, "b c2 t h2 w2"]) -> Float[Tensor, "b c_in t h w"]:
-        """Frames from what the decoder gives."""
+        """Return the frames for the decoder's output."""
         return patches
 
     def _streamed(
@@ -157,10 +157,14 @@ class CausalAutoencoder(nn.Module):
         scale_out: int,
         tiling: Tiling,
     ) -> Iterator[Tensor]:
-        """Every piece through `run`. Each tile is a video of its own, with its own cache; all advance together."""
+        """Yield the result of `run` for each piece, blended from tiles; each tile has its own cache.
+
+        All tiles of a piece run before the next piece, so their caches exist at the same time. If these would take
+        more than half of the free device memory, they are stored on the CPU between pieces.
+        """
         tiles: list[Tile] = []
         caches: list[FrameCache] = []
-        wait_on_host: bool | None = None
+        offload_caches: bool | None = None
         for piece, is_last in _with_last(pieces):
             height, width = _latent_size(piece, scale_in)
             if not tiles:
@@ -169,15 +173,15 @@ class CausalAutoencoder(nn.Module):
             blend = None
             for tile, cache in zip(tiles, caches, strict=True):
                 cache.is_last = is_last
-                if wait_on_host:
+                if offload_caches:
                     cache.to(piece.device)
                 part = repeated(run, tile.cut(piece, scale_in), cache)
                 blend = blend or Blend(height, width, scale_out, like=part)
                 blend.add(tile, part)
                 cache.is_first = False
-                if wait_on_host is None:
-                    wait_on_host = _too_many(cache, len(tiles), piece.device)
-                if wait_on_host:
+                if offload_caches is None:
+                    offload_caches = _exceed_memory(cache, len(tiles), piece.device)
+                if offload_caches:
                     cache.to("cpu")
             assert blend is not None
             yield blend.result()
@@ -185,8 +189,8 @@ class CausalAutoencoder(nn.Module):
     def _encode_piece(self, piece: Tensor, cache: FrameCache) -> Tensor:
         factor, frames = self.config.time_factor, piece.shape[2]
         if frames % factor != (1 % factor if cache.is_first else 0):
-            rest = " and one more, the first" if cache.is_first else ""
-            raise ValueError(f"a piece of {frames} frames; expected a multiple of {factor}{rest}")
+            expected = "one more than a multiple" if cache.is_first else "a multiple"
+            raise ValueError(f"a piece has {frames} frames; expected {expected} of {factor}")
         return self.conv1(self.encoder(self.patchify(piece), cache))
 
     def _decode_piece(self, piece: Tensor, cache: FrameCache) -> Tensor:
@@ -195,14 +199,17 @@ class CausalAutoencoder(nn.Module):
         return self.unpatchify(self.decoder(self.conv2(latents), cache))
 
     def _latent_scales(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel, in fp32."""
-        facts = (self.config.latents_mean, self.config.latents_std)
-        mean, std = (torch.tensor(fact, dtype=torch.float32, device=like.device) for fact in facts)
+        """Return mean and standard deviation of each channel, in fp32."""
+        scales = (self.config.latents_mean, self.config.latents_std)
+        mean, std = (torch.tensor(scale, dtype=torch.float32, device=like.device) for scale in scales)
         return mean[:, None, None, None], std[:, None, None, None]
 
 
 class WanAutoencoder(CausalAutoencoder):
-    """Of 16 channels, 8 times smaller, 4 times fewer frames. Parameter names are those of `Wan2.1_VAE.pth`."""
+    """Autoencoder with 16 latent channels that compresses 8 x 8 pixels and 4 frames.
+
+    Parameter names are those of `Wan2.1_VAE.pth`.
+    """
 
     def __init__(self, config: WanAutoencoderConfig) -> None:
         super().__init__(config, _encoder(config), _decoder(config))
@@ -239,18 +246,18 @@ def _latent_size(piece: Tensor, scale: int) -> tuple[int, int]:
 
 
 def _with_last(pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Each piece, and whether it is the last one."""
-    waiting = None
+    """Yield each piece, and whether it is the last one."""
+    previous = None
     for piece in pieces:
-        if waiting is not None:
-            yield waiting, False
-        waiting = piece
-    if waiting is not None:
-        yield waiting, True
+        if previous is not None:
+            yield previous, False
+        previous = piece
+    if previous is not None:
+        yield previous, True
 
 
-def _too_many(cache: FrameCache, count: int, device: torch.device) -> bool:
-    """Whether as many such caches, now after their first piece, would take more than half of what is free."""
+def _exceed_memory(cache: FrameCache, count: int, device: torch.device) -> bool:
+    """Return whether `count` caches of this size after the first piece would take more than half of the free memory."""
     free = devices.available_memory(device) if count > 1 and device.type != "meta" else None
-    # After one frame a cache is half full.
+    # After its first frame, a cache has half of its final size.
     return free is not None and 2 * cache.nbytes * count > free // 2

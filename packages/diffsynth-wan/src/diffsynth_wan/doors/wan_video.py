@@ -1,4 +1,4 @@
-"""`diffsynth.pipelines.wan_video`, under the names that DiffSynth-Studio's documentation teaches."""
+"""Names of `diffsynth.pipelines.wan_video` in scripts for DiffSynth-Studio."""
 
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth_wan.pipeline import WanVideoPipeline

@@ -1,4 +1,4 @@
-"""Clips that a user gives, as tensors: their length and their frames' sizes are checked, and they are fitted."""
+"""Clips, the videos that a user passes to a call: checks of their length and size, and reading in pieces."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from diffsynth.runtime.images import image_to_tensor
 logger = logging.getLogger(__name__)
 
 Clip: TypeAlias = Sequence[Image.Image] | Tensor
-"""Frames in order, decoded or to be decoded one by one, or a tensor `1 3 t h w` in [-1, 1]."""
+"""Frames in order, decoded or decoded on access, or a tensor `1 3 t h w` in [-1, 1]."""
 
 
 def clip_length(clip: Clip) -> int:
-    """Its number of frames."""
+    """Return the number of frames."""
     return clip.shape[2] if isinstance(clip, Tensor) else len(clip)
 
 
-def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: int, fitted: bool = True) -> None:
-    """Refuse what cannot become a video of this size, before anything is decoded or encoded.
+def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: int, any_size: bool = False) -> None:
+    """Raise if a clip cannot be fitted to a video of this size; nothing is decoded or encoded.
 
     Args:
-        name: of the argument, for messages.
-        clip: what was given.
-        num_frames, height, width: of the video.
-        fitted: a tensor must be of its size; a face may be of another.
+        name: name of the call's argument, for messages.
+        clip: value of the argument.
+        num_frames, height, width: size of the video.
+        any_size: accept a tensor of another height and width.
 
     Raises:
-        TypeError: neither frames nor a tensor.
-        ValueError: it is too short, its frames differ in size, or a tensor does not fit.
+        TypeError: the clip is neither frames nor a tensor.
+        ValueError: it is too short, its frames differ in size, or a tensor has another shape.
     """
     if isinstance(clip, Image.Image):
         raise TypeError(f"{name} is one image; expected a clip, a sequence of {num_frames} images")
     if isinstance(clip, Tensor):
         expected = f"(1, 3, {num_frames} or more, {height}, {width})"
-        size = (height, width) if fitted else tuple(clip.shape[3:])
+        size = tuple(clip.shape[3:]) if any_size else (height, width)
         if clip.ndim != 5 or (*clip.shape[:2], *clip.shape[3:]) != (1, 3, *size):
             raise ValueError(f"{name} is a tensor of shape {tuple(clip.shape)}; expected {expected}")
     elif not isinstance(clip, Sequence) or isinstance(clip, str):
@@ -51,7 +51,7 @@ def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: in
     if length < num_frames:
         fitting = 4 * ((length - 1) // 4) + 1
         advice = f"a longer clip, or num_frames={fitting}" if length else "a clip with frames"
-        raise ValueError(f"{name} has {length} frames, and the video wants {num_frames} of it; give {advice}")
+        raise ValueError(f"{name} has {length} frames, the video needs {num_frames}; pass {advice}")
     if isinstance(clip, list | tuple):
         for index, frame in enumerate(clip[:num_frames]):
             if not isinstance(frame, Image.Image):
@@ -62,7 +62,7 @@ def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: in
 def clip_pieces(
     name: str, clip: Clip, *, num_frames: int, height: int, width: int, piece: int
 ) -> Iterator[Float[Tensor, "1 3 t height width"]]:
-    """The first `num_frames` frames in [-1, 1] as fp32 on the CPU: one alone, then `piece` at a time.
+    """Yield the first `num_frames` frames as fp32 in [-1, 1] on the CPU: one frame, then `piece` frames at a time.
 
     Frames of another size are scaled to cover height x width and cropped about their centre.
     """
@@ -80,7 +80,7 @@ def clip_pieces(
 
 
 def _same_size(name: str, frames: Iterator[Image.Image]) -> Iterator[Image.Image]:
-    """A lazily decoded clip shows only now that a frame differs."""
+    """Yield the frames; raise at the first of another size, which `check_clip` cannot see before it is decoded."""
     first = None
     for index, frame in enumerate(frames):
         first = frame if first is None else first

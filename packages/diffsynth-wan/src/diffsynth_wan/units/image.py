@@ -1,4 +1,4 @@
-"""Images that a video begins or ends with: beside the latents, in them, and as the image encoder sees them."""
+"""First and last image of the video: as condition latents, as clean latents, and as hidden states of CLIP."""
 
 from __future__ import annotations
 
@@ -10,76 +10,76 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.unit import unit
-from diffsynth_wan.units.canvas import Canvas
+from diffsynth_wan.units.shape import VideoShape
 
 CLIP_TOKENS = 257
-"""Hidden states of one image."""
+"""Number of hidden states of one image."""
 
 
 @unit("image_latents")
-def encode_images(
+def encode_image_latents(
     vae: Any,
     *,
     input_image: Image.Image | None = None,
     end_image: Image.Image | None = None,
     animate_latents: Float[Tensor, "1 c_image t h w"] | None = None,
-    canvas: Canvas,
+    video_shape: VideoShape,
     in_channels: int,
     latent_channels: int,
     frame_times: bool,
 ) -> Float[Tensor, "1 c_image t h w"] | None:
-    """A mask of the frames that are given, and the latents of a clip that shows them and is grey between.
+    """Return a mask of the given frames, and the latents of a clip of these frames that is grey in between.
 
-    Networks with as many image channels as latents (Control-Camera of Wan 2.1) were trained on the latents of the
-    first frame alone, and zeros behind it. Animate has its own.
+    Networks with as many image channels as latent channels (Control-Camera of Wan 2.1) were trained with the latents
+    of the first frame, zeros for later frames, and no mask. Animate has its own latents.
     """
     if animate_latents is not None:
         return animate_latents
     if input_image is None or frame_times:
         return None
-    first = canvas.pixels(input_image)
     if in_channels == 2 * latent_channels:
-        encoded = canvas.encode_pieces(vae, [first[:, :, None]], num_frames=1)
-        frames = canvas.latent_size[0]
+        encoded = video_shape.encode_image(vae, input_image)
+        frames = video_shape.latent_size[0]
         return torch.cat([encoded, encoded.new_zeros(1, latent_channels, frames - 1, *encoded.shape[3:])], dim=2)
-    last = None if end_image is None else canvas.pixels(end_image)
-    encoded = canvas.encode_pieces(vae, canvas.still_pieces(first, last), num_frames=canvas.num_frames)
-    return torch.cat([given_frames(canvas, first=True, last=last is not None), encoded], dim=1)
-
-
-def given_frames(canvas: Canvas, *, first: bool, last: bool) -> Float[Tensor, "1 time_factor t h w"]:
-    """1 where a frame is given; the frames of a latent frame are channels, and the first stands for `time_factor`."""
-    mask = torch.zeros(1, canvas.time_factor, *canvas.latent_size, device=canvas.device, dtype=canvas.dtype)
-    mask[:, :, 0] = float(first)
-    if last:
+    first = video_shape.pixels(input_image)
+    last = None if end_image is None else video_shape.pixels(end_image)
+    pieces = video_shape.keyframe_pieces(first, last)
+    encoded = video_shape.encode_pieces(vae, pieces, num_frames=video_shape.num_frames)
+    shape = (1, video_shape.time_factor, *video_shape.latent_size)
+    # The frames of a latent frame are channels of the mask; the first frame fills all of them.
+    mask = torch.zeros(shape, device=video_shape.device, dtype=video_shape.dtype)
+    mask[:, :, 0] = 1
+    if last is not None:
         mask[:, -1, -1] = 1
-    return mask
+    return torch.cat([mask, encoded], dim=1)
 
 
 @unit("first_latents")
 def encode_first_frame(
-    vae: Any, *, input_image: Image.Image | None = None, canvas: Canvas, frame_times: bool
+    vae: Any, *, input_image: Image.Image | None = None, video_shape: VideoShape, frame_times: bool
 ) -> Float[Tensor, "1 c 1 h w"] | None:
-    """The latent frame that the video begins with, for networks with a noise level for each frame (TI2V)."""
+    """Return the latents of the first frame, for networks with one noise level per frame (TI2V); else None."""
     if input_image is None or not frame_times:
         return None
-    return canvas.encode_pieces(vae, [canvas.pixels(input_image)[:, :, None]], num_frames=1)
+    return video_shape.encode_image(vae, input_image)
 
 
 @unit("image_embeds")
-def encode_with_clip(
+def encode_image_embeds(
     image_encoder: Any = None,
     *,
     input_image: Image.Image | None = None,
     end_image: Image.Image | None = None,
     reference_image: Image.Image | None = None,
     animate2_reference_image: Image.Image | None = None,
-    canvas: Canvas,
+    video_shape: VideoShape,
     image_dim: int,
     image_tokens: int,
 ) -> Float[Tensor, "1 s e"] | None:
-    """What the image encoder sees, for networks that read it: of the reference image or the character if there is one,
-    else of the first image, and of the last where there are positions for two; zeros without any.
+    """Return CLIP's hidden states for a network with an image branch; None for the others, zeros without an image.
+
+    They are those of the reference image or the character's image if there is one; else of the first image and, in a
+    network with positions for two images, the last one.
     """
     if not image_dim:
         return None
@@ -87,24 +87,25 @@ def encode_with_clip(
         images = [reference_image or animate2_reference_image]
     else:
         images = [image for image in (input_image, end_image if image_tokens else None) if image is not None]
+    device, dtype = video_shape.device, video_shape.dtype
     if not images:
-        return torch.zeros(1, image_tokens or CLIP_TOKENS, image_dim, device=canvas.device, dtype=canvas.dtype)
-    seen = [image_encoder(canvas.pixels(image).to(canvas.device, canvas.dtype)) for image in images]
-    return torch.cat(seen, dim=1)
+        return torch.zeros(1, image_tokens or CLIP_TOKENS, image_dim, device=device, dtype=dtype)
+    embeds = [image_encoder(video_shape.pixels(image).to(device, dtype)) for image in images]
+    return torch.cat(embeds, dim=1)
 
 
 @unit("condition_latents")
-def join_conditions(
+def concat_condition_latents(
     *,
     image_latents: Float[Tensor, "1 c_image t h w"] | None = None,
     control_latents: Float[Tensor, "1 c t h w"] | None = None,
-    canvas: Canvas,
+    video_shape: VideoShape,
     in_channels: int,
     latent_channels: int,
 ) -> Float[Tensor, "1 c_condition t h w"] | None:
-    """What stands beside the latents, in as many channels as the network has: control, mask, image.
+    """Return the condition latents in as many channels as the network has: control video, mask, image.
 
-    A network with channels for a control video gets zeros where the image is missing.
+    In a network with channels for a control video, those of a missing image are zero.
     """
     channels = in_channels - latent_channels
     if not channels:
@@ -117,5 +118,6 @@ def join_conditions(
     if image_latents is not None:
         parts.append(image_latents[:, -channels:])
     else:
-        parts.append(torch.zeros(1, channels, *canvas.latent_size, device=canvas.device, dtype=canvas.dtype))
+        shape = (1, channels, *video_shape.latent_size)
+        parts.append(torch.zeros(shape, device=video_shape.device, dtype=video_shape.dtype))
     return torch.cat(parts, dim=1)

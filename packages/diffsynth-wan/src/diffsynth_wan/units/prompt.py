@@ -1,4 +1,4 @@
-"""From a prompt to what the network reads of it."""
+"""Encoding of the prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'" * 4 + '"' * 4)
 _COMPATIBLE = re.compile("[\u3000\uff01-\uffe6\ufb00-\ufb06]+")
-"""Full- and half-width letters, and Latin ligatures."""
+"""Full-width and half-width letters, and Latin ligatures."""
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]")
 
@@ -30,7 +30,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]")
 def encode_prompt(
     text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
 ) -> Float[Tensor, "b s e"]:
-    """Hidden states of the text, 512 of them with zeros behind its end; equal prompts are encoded once."""
+    """Return the hidden states of each prompt, padded with zeros to 512 tokens; equal prompts are encoded once."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
     embeds = torch.cat([encode_text(text_encoder, tokenizer, text, device) for text in distinct])
@@ -38,20 +38,20 @@ def encode_prompt(
 
 
 def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.device) -> Float[Tensor, "1 s e"]:
-    """Of one text, see `encode_prompt`: without padding no token is computed that nobody reads."""
+    """Return the hidden states of one text, padded after the encoder, which computes no padding tokens."""
     tokens = tokenizer([clean_prompt(text)], add_special_tokens=True, return_tensors="pt")["input_ids"]
     if tokens.shape[1] > MAX_PROMPT_TOKENS:
         logger.warning("a prompt of %d tokens is cut to %d", tokens.shape[1], MAX_PROMPT_TOKENS)
-        # The end of the text is a token of its own, and stays.
+        # Keep the last token, which marks the end of the text.
         tokens = torch.cat([tokens[:, : MAX_PROMPT_TOKENS - 1], tokens[:, -1:]], dim=1)
     hidden = text_encoder(tokens.to(device))
     return F.pad(hidden, (0, 0, 0, MAX_PROMPT_TOKENS - hidden.shape[1]))
 
 
 def clean_prompt(text: str) -> str:
-    """The text as Wan's training data had it: no HTML entities, plain quotes, letters of one width, single spaces.
+    """Return the text cleaned as in Wan's training: no HTML entities, plain quotes, normal width, single spaces.
 
-    The published code runs `ftfy.fix_text`; this is what that does to text whose encoding is sound.
+    The published code runs `ftfy.fix_text`; this gives the same for text whose encoding is not broken.
     """
     text = html.unescape(html.unescape(text)).translate(_QUOTES)
     text = _COMPATIBLE.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
@@ -61,5 +61,5 @@ def clean_prompt(text: str) -> str:
 
 @unit("merges_branches")
 def merge_branches(*, cfg_merge: bool = False) -> bool:
-    """Whether prompt and negative prompt are one batch for the network, or two calls of it."""
+    """Return whether prompt and negative prompt go through the network as one batch."""
     return cfg_merge

@@ -1,35 +1,134 @@
-"""How large the video is; and where the lists of what joins the network begin."""
+"""Size of the video of a call, and encoding of images and clips to that size."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
 
-from diffsynth.models.tiles import cover
+from diffsynth.models.tiles import Tiling, cover
+from diffsynth.runtime.image_units import round_up
+from diffsynth.runtime.images import image_to_tensor
+from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import unit
 from diffsynth_wan.extension import Extension
-from diffsynth_wan.units.canvas import PATCH, Canvas, rounded_shape
+from diffsynth_wan.units.clips import Clip, clip_pieces
 from diffsynth_wan.windows import SlidingWindow
 
 logger = logging.getLogger(__name__)
+
+PATCH = 2
+"""Side of a token of the transformer, in latent pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoShape:
+    """Size, device and dtype of the video of a call; encodes images and clips to them.
+
+    Args:
+        num_frames: frames of the video, `time_factor * k + 1`.
+        height, width: pixels, multiples of the side of a token.
+        vae_factor: pixels per latent pixel, along one side.
+        time_factor: frames per latent frame; the first frame is a latent frame by itself.
+        tiling: tiles of the autoencoder.
+        device, dtype: of latents and conditions.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    vae_factor: int
+    time_factor: int
+    tiling: Tiling
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the latents."""
+        frames = (self.num_frames - 1) // self.time_factor + 1
+        return frames, self.height // self.vae_factor, self.width // self.vae_factor
+
+    def pixels(self, image: Image.Image) -> Float[Tensor, "1 3 height width"]:
+        """Return an image as fp32 in [-1, 1] on the CPU, scaled to cover the video's size and cropped."""
+        return image_to_tensor(image, self.height, self.width)
+
+    def encode_image(self, vae: Any, image: Image.Image) -> Float[Tensor, "1 c 1 h w"]:
+        """Return the latents of an image as a video of one frame."""
+        return self.encode_pieces(vae, [self.pixels(image)[:, :, None]], num_frames=1)
+
+    def encode_clip(self, vae: Any, name: str, clip: Clip, *, num_frames: int | None = None) -> Tensor:
+        """Return the latents `1 c t h w` of the first frames of a clip, which is read and encoded in pieces.
+
+        Args:
+            vae: the autoencoder.
+            name: name of the call's argument, for messages.
+            clip: frames that passed `check_clip`.
+            num_frames: number of frames to encode; None means those of the video.
+        """
+        frames = self.num_frames if num_frames is None else num_frames
+        pieces = clip_pieces(
+            name, clip, num_frames=frames, height=self.height, width=self.width, piece=self.time_factor
+        )
+        return self.encode_pieces(vae, pieces, num_frames=frames)
+
+    def encode_pieces(self, vae: Any, pieces: Iterable[Tensor], *, num_frames: int) -> Tensor:
+        """Return the latents `1 c t h w` of pixels in pieces: one frame, then `time_factor` frames each."""
+        total = (num_frames - 1) // self.time_factor + 1
+        shown: Iterable[Tensor] = progress_bar(pieces, description="encode", total=total) if total > 1 else pieces
+        moved = (piece.to(self.device, self.dtype) for piece in shown)
+        return torch.cat(list(vae.encode_pieces(moved, **self.tiling)), dim=2)
+
+    def keyframe_pieces(
+        self, first: Float[Tensor, "1 3 height width"], last: Float[Tensor, "1 3 height width"] | None = None
+    ) -> Iterator[Float[Tensor, "1 3 t height width"]]:
+        """Yield the pieces of a clip with this first frame and, if given, this last frame; all others are grey (0)."""
+        grey = first.new_zeros(1, 3, self.time_factor, self.height, self.width)
+        yield first[:, :, None]
+        pieces = self.latent_size[0] - 1
+        for index in range(pieces):
+            if last is None or index < pieces - 1:
+                yield grey
+            else:
+                yield torch.cat([grey[:, :, 1:], last[:, :, None]], dim=2)
+
+
+def rounded_shape(
+    height: int, width: int, num_frames: int, *, vae_factor: int, time_factor: int
+) -> tuple[int, int, int]:
+    """Return the sides rounded up to whole tokens, and the frames rounded up to one more than a multiple.
+
+    Raises:
+        ValueError: one of the sizes is no positive integer.
+    """
+    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a positive integer")
+    multiple = PATCH * vae_factor
+    return round_up(height, multiple), round_up(width, multiple), round_up(num_frames - 1, time_factor) + 1
 
 
 @unit("height", "width", "num_frames")
 def round_shape(
     *, height: int = 480, width: int = 832, num_frames: int = 81, vae_factor: int, time_factor: int
 ) -> tuple[int, int, int]:
-    """Sides rounded up to whole tokens, frames to one more than a multiple of 4; logged if they change."""
+    """Return the sides rounded up to whole tokens and the frames to 4n + 1; changes are logged."""
     rounded = rounded_shape(height, width, num_frames, vae_factor=vae_factor, time_factor=time_factor)
     if rounded[:2] != (height, width):
         logger.warning("%dx%d is rounded up to %dx%d, multiples of %d", height, width, *rounded[:2], PATCH * vae_factor)
     if rounded[2] != num_frames:
-        logger.warning("%d frames are rounded up to %d, %d k + 1", num_frames, rounded[2], time_factor)
+        logger.warning("%d frames are rounded up to %d, %dn + 1", num_frames, rounded[2], time_factor)
     return rounded
 
 
-@unit("canvas", "extensions", "lead_frames")
-def stretch_canvas(
+@unit("video_shape", "extensions", "prefix_frames")
+def set_video_shape(
     *,
     height: int,
     width: int,
@@ -41,13 +140,13 @@ def stretch_canvas(
     time_factor: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Canvas, tuple[Extension, ...], int]:
-    """What the other units draw on; no extension of the network yet, and no latent frame in front of the video.
+) -> tuple[VideoShape, tuple[Extension, ...], int]:
+    """Return the shape for the other units, and initial values that they add to: no extension and no prefix frame.
 
     Raises:
         ValueError: tiles of no size, or that leave gaps.
     """
-    canvas = Canvas(
+    shape = VideoShape(
         num_frames=num_frames,
         height=height,
         width=width,
@@ -57,31 +156,13 @@ def stretch_canvas(
         device=device,
         dtype=dtype,
     )
-    cover(*canvas.latent_size[1:], **canvas.tiling)  # tells now what the autoencoder would tell much later
-    return canvas, (), 0
+    cover(*shape.latent_size[1:], **shape.tiling)  # raises for bad tiles now rather than when the video is decoded
+    return shape, (), 0
 
 
 @unit("sliding_window")
-def slide_window(
-    *, sliding_window_size: int | None = None, sliding_window_stride: int | None = None, lead_frames: int
+def set_sliding_window(
+    *, sliding_window_size: int | None = None, sliding_window_stride: int | None = None, prefix_frames: int
 ) -> SlidingWindow | None:
-    """How a long video is cut, None to draw it whole; behind all units that put frames in front."""
-    return asked_window(sliding_window_size, sliding_window_stride, lead=lead_frames)
-
-
-def asked_window(size: int | None, stride: int | None, *, lead: int = 0) -> SlidingWindow | None:
-    """The windows that the two arguments ask for.
-
-    Raises:
-        ValueError: one without the other, no positive integer, or a stride that leaves gaps.
-    """
-    if size is None and stride is None:
-        return None
-    for name, value in (("sliding_window_size", size), ("sliding_window_stride", stride)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a positive number of latent frames; give both, or neither")
-    assert size is not None
-    assert stride is not None
-    if stride > size:
-        raise ValueError(f"sliding_window_stride={stride} is larger than sliding_window_size={size} and leaves gaps")
-    return SlidingWindow(size, stride, lead)
+    """Return the sliding windows of the call, or None; runs after all units that add prefix frames."""
+    return SlidingWindow.from_arguments(sliding_window_size, sliding_window_stride, prefix_frames=prefix_frames)

@@ -1,1 +1,1 @@
-"""Variants of Wan that change the pass of the network, each an extension (`diffsynth_wan.extension`) and its module."""
+"""Variants of Wan that change the forward pass: an extension (`diffsynth_wan.extension`) and its network each."""

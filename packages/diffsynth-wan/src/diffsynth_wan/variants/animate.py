@@ -1,13 +1,13 @@
-"""Wan-Animate (arXiv:2509.14055): a character moves as a pose video says and looks as a face video says.
+"""Wan-Animate (arXiv:2509.14055): a character takes its pose from a pose video and its expression from a face video.
 
-The pose is added to the tokens; the face is read, frame by frame, behind every fifth block. Neither depends on the
-time, so `WanAnimateAdapter.forward` runs once for all steps.
+Pose tokens are added to the tokens of the video; after every fifth block, the tokens of a frame attend to the face
+tokens of that frame. Neither depends on the noise level, so `WanAnimateAdapter.forward` runs once for all steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,82 +18,80 @@ from torch import Tensor, nn
 from diffsynth.core.attention import attention
 from diffsynth.nn import LayerNorm, RMSNorm
 from diffsynth_wan.config import WanAnimateConfig
-from diffsynth_wan.extension import Sees, Stream
+from diffsynth_wan.extension import Network, Stream, TokenScope
 from diffsynth_wan.variants.motion_encoder import MotionEncoder
+from diffsynth_wan.windows import Window
 
-if TYPE_CHECKING:
-    from diffsynth_wan.dit import WanDiT
-    from diffsynth_wan.windows import Window
-
-FACES_AT_ONCE = 8
-"""Frames in a batch of the motion encoder, which works on 512 x 512 pixels."""
+FACE_BATCH = 8
+"""Frames per batch of the motion encoder; it works on 512 x 512 pixels, so larger batches take much memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class AnimateMotion:
-    """Pose and face of a character.
+    """Extension that adds the pose to the tokens and the face as residuals.
 
     Args:
-        adapter: whose blocks read the face.
-        pose_tokens, face_tokens: what `WanAnimateAdapter.forward` gave. Frame 0 of the stream is the character's
-            image; the pose begins at frame 1. One pose and face may serve a batch of videos.
+        adapter: network whose blocks attend to the face.
+        pose_tokens, face_tokens: output of `WanAnimateAdapter.forward`. Frame 0 of the stream is the character's
+            image; the pose begins at frame 1. A batch of 1 serves a batch of videos.
     """
 
     adapter: WanAnimateAdapter
     pose_tokens: Float[Tensor, "b s e"]
     face_tokens: Float[Tensor, "b t n e"]
-    sees: ClassVar[Sees] = "part"
+    token_scope: ClassVar[TokenScope] = "part"
 
-    def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
-        """See `Extension`.
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream with pose and face; see `Extension`.
 
         Raises:
-            ValueError: pose or face have another number of frames than the video, or the adapter is of another network.
+            ValueError: pose or face have another number of frames than the video, or the adapter's number of blocks
+                does not divide the network's.
         """
         frames, height, width = stream.grid
         per_frame, fusers = height * width, self.adapter.face_adapter.fuser_blocks
         if self.pose_tokens.shape[1] != (frames - 1) * per_frame or self.face_tokens.shape[1] != frames:
             raise ValueError(
-                f"pose_tokens are {self.pose_tokens.shape[1]}, face_tokens of {self.face_tokens.shape[1]} frames; for "
+                f"{self.pose_tokens.shape[1]} pose_tokens and face_tokens of {self.face_tokens.shape[1]} frames; for "
                 f"{frames} frames of {per_frame} tokens, the first one without a pose, expected "
                 f"{(frames - 1) * per_frame} and {frames}"
             )
         if len(dit.blocks) % len(fusers):
-            raise ValueError(f"{len(fusers)} blocks read the face; they do not spread evenly over {len(dit.blocks)}")
+            raise ValueError(f"{len(fusers)} face blocks do not divide the {len(dit.blocks)} blocks of the network")
         face_tokens = self.face_tokens.expand(len(stream.tokens), -1, -1, -1)
         posed = stream.tokens + stream.split(F.pad(self.pose_tokens, (0, 0, per_frame, 0)))
         stream = replace(stream, tokens=posed)
         for number, fuser in enumerate(fusers):
             block = number * (len(dit.blocks) // len(fusers))
-            stream = stream.with_residual(block, _Face(fuser, face_tokens, stream.first, per_frame))
+            stream = stream.with_residual(block, _FaceResidual(fuser, face_tokens, stream.first_token, per_frame))
         return stream
 
     def in_window(self, window: Window) -> AnimateMotion:
-        """Pose and face of its frames; the character's image is in front of every window."""
-        assert window.lead, "the character's image is frame 0, in front of the video"
+        """Return the extension with pose and face of the window's frames; every window has the character's image."""
+        assert window.prefix_frames, "the character's image is frame 0, before the video"
         pose = self.pose_tokens.unflatten(1, (self.face_tokens.shape[1] - 1, -1))
-        pose = replace(window, lead=window.lead - 1).cut(pose, dim=1).flatten(1, 2)
+        pose = replace(window, prefix_frames=window.prefix_frames - 1).cut(pose, dim=1).flatten(1, 2)
         return replace(self, pose_tokens=pose, face_tokens=window.cut(self.face_tokens, dim=1))
 
 
 @dataclass(frozen=True, eq=False)
-class _Face:
+class _FaceResidual:
     fuser: FaceBlock
     face_tokens: Tensor
-    first: int
+    first_token: int
     per_frame: int
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        # A frame may lie in the parts of two processes: each fills it up with tokens that nobody reads.
-        frame, before = divmod(self.first, self.per_frame)
-        behind = -(before + tokens.shape[1]) % self.per_frame
-        filled = F.pad(tokens, (0, 0, before, behind)) if before or behind else tokens
-        frames = filled.shape[1] // self.per_frame
-        return self.fuser(filled, self.face_tokens[:, frame : frame + frames])[:, before : before + tokens.shape[1]]
+        # A frame may be divided between two processes: each pads it to a whole frame and drops the padding after.
+        frame, before = divmod(self.first_token, self.per_frame)
+        after = -(before + tokens.shape[1]) % self.per_frame
+        padded = F.pad(tokens, (0, 0, before, after)) if before or after else tokens
+        frames = padded.shape[1] // self.per_frame
+        return self.fuser(padded, self.face_tokens[:, frame : frame + frames])[:, before : before + tokens.shape[1]]
 
 
 class WanAnimateAdapter(nn.Module):
-    """What Animate files hold beside the parameters of the network."""
+    """Pose and face networks of Animate. Parameter names are those of files that also hold the transformer."""
 
     def __init__(self, config: WanAnimateConfig) -> None:
         super().__init__()
@@ -109,21 +107,21 @@ class WanAnimateAdapter(nn.Module):
         pose_latents: Float[Tensor, "b c t h w"],
         face_pixels: Float[Tensor, "b 3 frames height width"],
     ) -> tuple[Float[Tensor, "b s e"], Float[Tensor, "b t_plus_1 n e"]]:
-        """Tokens of the pose, and of the face with an empty frame in front.
+        """Return pose tokens, and face tokens with an empty frame at the start.
 
         Args:
-            pose_latents: of the pose video, scaled.
-            face_pixels: in [-1, 1], 4 frames for each latent frame but the first, which has 1.
+            pose_latents: scaled latents of the pose video.
+            face_pixels: face video in [-1, 1]: 1 frame for the first latent frame, 4 for each further one.
         """
         pose = self.pose_patch_embedding(pose_latents).flatten(2).transpose(1, 2)
         faces = rearrange(face_pixels, "b c t h w -> (b t) c h w")
-        motion = torch.cat([self.motion_encoder(some) for some in faces.split(FACES_AT_ONCE)])
+        motion = torch.cat([self.motion_encoder(batch) for batch in faces.split(FACE_BATCH)])
         face = self.face_encoder(motion.unflatten(0, (len(face_pixels), -1)))
         return pose, F.pad(face, (0, 0, 0, 0, 1, 0))
 
 
 class FaceEncoder(nn.Module):
-    """From the motion of every frame to a few tokens of every latent frame."""
+    """Causal convolutions from one motion vector per frame to a few tokens per latent frame."""
 
     def __init__(self, config: WanAnimateConfig) -> None:
         super().__init__()
@@ -136,7 +134,7 @@ class FaceEncoder(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, config.dim))
 
     def forward(self, motion: Float[Tensor, "b frames m"]) -> Float[Tensor, "b t n e"]:
-        """One token per head, and the learned one."""
+        """Return one token per head and the learned padding token for each latent frame."""
         batch = motion.shape[0]
         x = rearrange(self.conv1_local(motion), "b t (n c) -> (b n) t c", n=self.heads)
         x = F.silu(self.norm(x))
@@ -148,20 +146,20 @@ class FaceEncoder(nn.Module):
 
 
 class CausalConv(nn.Module):
-    """A convolution along time over this frame and two before it; the first frame stands for those that are missing."""
+    """1D convolution over a frame and the two before it; at the start, the first frame is repeated as padding."""
 
     def __init__(self, in_dim: int, out_dim: int, *, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_dim, out_dim, kernel_size=3, stride=stride)
 
     def forward(self, x: Float[Tensor, "b t_in d_in"]) -> Float[Tensor, "b t d"]:
-        """Every frame, or every second."""
+        """Return every frame, or every second one at a stride of 2."""
         padded = F.pad(x.transpose(1, 2), (2, 0), mode="replicate")
         return self.conv(padded).transpose(1, 2)
 
 
 class FaceAdapter(nn.Module):
-    """The blocks that read the face. They are run one by one, behind blocks of the network."""
+    """Container of the face blocks, which run one by one after blocks of the network."""
 
     def __init__(self, config: WanAnimateConfig) -> None:
         super().__init__()
@@ -169,7 +167,7 @@ class FaceAdapter(nn.Module):
 
 
 class FaceBlock(nn.Module):
-    """The tokens of each frame attend to the face in that frame."""
+    """Cross-attention of the tokens of each frame to the face tokens of that frame."""
 
     def __init__(self, config: WanAnimateConfig) -> None:
         super().__init__()
@@ -183,10 +181,10 @@ class FaceBlock(nn.Module):
         self.k_norm = RMSNorm(head_dim, eps=config.eps)
 
     def forward(self, x: Float[Tensor, "b s e"], face_tokens: Float[Tensor, "b t n e"]) -> Float[Tensor, "b s e"]:
-        """What each token read of the face."""
+        """Return the attention output of each token."""
         frames = face_tokens.shape[1]
         q = rearrange(self.linear1_q(self.pre_norm(x)), "b (t s) (n d) -> (b t) s n d", t=frames, n=self.num_heads)
         kv = self.linear1_kv(self.pre_norm(face_tokens))
         k, v = rearrange(kv, "b t f (two n d) -> two (b t) f n d", two=2, n=self.num_heads)
-        read = attention(self.q_norm(q), self.k_norm(k), v)
-        return self.linear2(rearrange(read, "(b t) s n d -> b (t s) (n d)", t=frames))
+        attended = attention(self.q_norm(q), self.k_norm(k), v)
+        return self.linear2(rearrange(attended, "(b t) s n d -> b (t s) (n d)", t=frames))

@@ -1,7 +1,8 @@
-"""Wan-Animate-2: a character moves as a reference video does.
+"""Wan-Animate-2: a character follows the motion of a reference video through shared self-attention.
 
-The network first reads the reference video, clean, and keeps its keys and values. Then each frame of the new video
-attends to the whole of it and to its own frame of the reference. There are no parameters beside the network's.
+One forward pass over the clean reference video records the keys and values of every block. In each denoising step, a
+latent frame then attends to all frames of the new video and to its own frame of the reference. No parameters are
+added to those of the network.
 """
 
 from __future__ import annotations
@@ -9,128 +10,130 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention import attention
-from diffsynth_wan.extension import Attend, Sees, Stream
-
-if TYPE_CHECKING:
-    from diffsynth_wan.dit import WanDiT
-    from diffsynth_wan.windows import Window
+from diffsynth_wan.extension import Attend, Network, Stream, TokenScope
+from diffsynth_wan.windows import Window
 
 REFERENCE_TIME = 0.001
-"""Sigma of the pass over the reference video."""
+"""Sigma of the forward pass over the reference video."""
 
 SKIPPED_BLOCKS = frozenset({9})
-"""Left out of the pass without a prompt, which makes guidance stronger; for `FollowReference`."""
+"""Blocks that the unconditional pass skips, which strengthens guidance; a value for `ReferenceAttention`."""
 
 
 @dataclass(eq=False)
-class ReferenceVideo:
-    """Keys and values of a reference video, kept by `ReadReference` and given to `FollowReference`.
+class ReferenceKVCache:
+    """Keys and values of a reference video, written by `RecordReference` and read by `ReferenceAttention`.
 
     Args:
-        offload: keep them on the CPU, a block at a time on the device. In bf16, those of 81 frames of
-            720p take 62 GB.
+        offload: store them on the CPU and copy those of one block at a time to the device. In bf16, the cache of 81
+            frames at 720 x 1280 takes 62 GB.
     """
 
     offload: bool = False
     blocks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def keep(self, block: int, k: Float[Tensor, "b s n d"], v: Float[Tensor, "b s n d"]) -> None:
-        """Of one block, turned to where the reference stands."""
+    def store(self, block: int, k: Float[Tensor, "b s n d"], v: Float[Tensor, "b s n d"]) -> None:
+        """Store keys (after RoPE) and values of one block."""
         self.blocks[block] = (k.cpu(), v.cpu()) if self.offload else (k, v)
 
-    def of(self, block: int, device: torch.device) -> tuple[Float[Tensor, "b s n d"], Float[Tensor, "b s n d"]]:
-        """What was kept.
+    def fetch(self, block: int, device: torch.device) -> tuple[Float[Tensor, "b s n d"], Float[Tensor, "b s n d"]]:
+        """Return keys and values of one block on `device`.
 
         Raises:
-            ValueError: nothing was.
+            ValueError: the block was never stored.
         """
         if block not in self.blocks:
             raise ValueError(
-                f"block {block} of the reference video was not read; run the pass with ReadReference first"
+                f"the cache has no keys and values of block {block}; run a forward pass with RecordReference first"
             )
         k, v = self.blocks[block]
-        # A copy is one on meta, too, where a plan counts what is on the device.
+        # `copy` makes a copy on the meta device, too, so that a memory plan counts what is on the device.
         how = {"non_blocking": True, "copy": self.offload}
         return k.to(device, **how), v.to(device, **how)
 
 
 @dataclass(frozen=True, eq=False)
-class ReadReference:
-    """This pass reads a reference video, at `REFERENCE_TIME`; its output is of no account.
+class RecordReference:
+    """Extension for the forward pass over the reference video: it fills the cache; the output is not used.
 
-    It stands one frame later than the new video, and beside it along the width.
+    The reference is placed one frame later than the new video, and to the right of it along the width.
     """
 
-    video: ReferenceVideo
-    sees: ClassVar[Sees] = "whole"
+    cache: ReferenceKVCache
+    token_scope: ClassVar[TokenScope] = "whole"
 
-    def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
-        """See `Extension`."""
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream at the reference's positions, with recording self-attention; see `Extension`."""
         time, height, width = stream.positions
-        beside = tuple(column + len(width) for column in width)
-        stream = dit.place(stream, (tuple(frame + 1 for frame in time), height, beside))
+        shifted_width = tuple(column + len(width) for column in width)
+        stream = dit.set_positions(stream, (tuple(frame + 1 for frame in time), height, shifted_width))
         return replace(stream, attend=lambda block: partial(self._attend, block, stream.attend(block)))
 
     def _attend(self, block: int, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.video.keep(block, k, v)
+        self.cache.store(block, k, v)
         return attend(q, k, v)
 
 
 @dataclass(frozen=True, eq=False)
-class FollowReference:
-    """The new video: frame 0 is the character's image, frame `i` follows frame `i - 1` of the reference.
+class ReferenceAttention:
+    """Extension for the new video: frame `i` also attends to frame `i - 1` of the reference.
+
+    Frame 0 is the character's image and has no reference frame.
 
     Args:
-        video: what `ReadReference` kept.
-        log_scale: added to the scores of all tokens with those of frame 1, where the end of a clip before this one is
-            given; below 0 they count for less. 0 for the model, -1.3 for the distilled one.
-        skip_blocks: of the network.
-        windows: of a long video: first frame of a window -> what `ReadReference` kept of its frames.
+        cache: keys and values of the reference, filled by `RecordReference`.
+        log_scale: added to the attention scores of all tokens with those of frame 1, which holds the last frames of
+            the previous clip; negative values weaken it. 0 for the base model, -1.3 for the distilled one.
+        skip_blocks: indices of blocks that are skipped.
+        window_caches: first frame of a window -> cache of the window's frames, for a long video.
     """
 
-    video: ReferenceVideo
+    cache: ReferenceKVCache
     log_scale: float = 0.0
     skip_blocks: frozenset[int] = frozenset()
-    windows: Mapping[int, ReferenceVideo] = field(default_factory=dict)
-    sees: ClassVar[Sees] = "whole"
+    window_caches: Mapping[int, ReferenceKVCache] = field(default_factory=dict)
+    token_scope: ClassVar[TokenScope] = "whole"
 
-    def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
-        """See `Extension`."""
-        frames, height, width = stream.grid
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream with self-attention extended to the reference; see `Extension`."""
+        _, height, width = stream.grid
         return replace(
             stream,
-            attend=lambda block: partial(self._attend, block, frames, height * width),
+            attend=lambda block: partial(self._attend, block, height * width),
             skip_blocks=stream.skip_blocks | self.skip_blocks,
         )
 
-    def in_window(self, window: Window) -> FollowReference:
-        """What was read of its frames. Frame 0 is in front of every window, frame 1 in the first alone."""
-        log_scale = 0.0 if window.start else self.log_scale
-        return FollowReference(self.windows[window.start], log_scale, self.skip_blocks)
+    def in_window(self, window: Window) -> ReferenceAttention:
+        """Return the extension with the cache of the window's frames.
 
-    def _attend(self, block: int, frames: int, per_frame: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        reference_k, reference_v = (x.expand(len(k), -1, -1, -1) for x in self.video.of(block, q.device))
-        bias = self._bias(k, per_frame)
-        read = []
+        Every window has frame 0. Only the first one has frame 1 of the video, so only there `log_scale` applies.
+        """
+        log_scale = 0.0 if window.start else self.log_scale
+        return ReferenceAttention(self.window_caches[window.start], log_scale, self.skip_blocks)
+
+    def _attend(self, block: int, per_frame: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        reference_k, reference_v = (x.expand(len(k), -1, -1, -1) for x in self.cache.fetch(block, q.device))
+        bias = self._score_bias(k, per_frame)
+        outputs = []
         for frame, queries in enumerate(q.split(per_frame, dim=1)):
-            # Before frame 1, and behind the end of the reference, there is nothing to follow.
-            beside = slice(max(frame - 1, 0) * per_frame, frame * per_frame)
-            keys = torch.cat((k, reference_k[:, beside]), dim=1)
-            values = torch.cat((v, reference_v[:, beside]), dim=1)
-            read.append(
+            # Frame 0, and frames after the end of the reference, get an empty slice.
+            own = slice(max(frame - 1, 0) * per_frame, frame * per_frame)
+            keys = torch.cat((k, reference_k[:, own]), dim=1)
+            values = torch.cat((v, reference_v[:, own]), dim=1)
+            outputs.append(
                 attention(queries, keys, values, score_bias=None if bias is None else bias[..., : keys.shape[1]])
             )
-        return torch.cat(read, dim=1)
+        return torch.cat(outputs, dim=1)
 
-    def _bias(self, k: Tensor, per_frame: int) -> Tensor | None:
-        """Of all keys that a frame may see, those of the reference at the end."""
+    def _score_bias(self, k: Tensor, per_frame: int) -> Tensor | None:
+        """Return the bias of all keys of a frame, those of the reference last; None for a `log_scale` of 0."""
         if self.log_scale == 0:
             return None
         bias = k.new_zeros(1, 1, 1, k.shape[1] + per_frame)

@@ -1,27 +1,24 @@
-"""Speed control: one number, how much moves, added to the modulation by the time."""
+"""Speed control: the amount of motion, one number, is added to the modulation of the blocks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.nn import sinusoidal_embedding
 from diffsynth_wan.config import WanMotionControllerConfig
-from diffsynth_wan.extension import Sees, Stream
-
-if TYPE_CHECKING:
-    from diffsynth_wan.dit import WanDiT
-    from diffsynth_wan.windows import Window
+from diffsynth_wan.extension import Network, Stream, TokenScope
+from diffsynth_wan.windows import Window
 
 BUCKET_SCALE = 10.0
-"""The net's own unit of motion."""
+"""Factor from `motion_bucket_id` (0 to 100) to the unit that the network was trained with."""
 
 
 class WanMotionController(nn.Module):
-    """The published `model.safetensors` of Wan2.1-1.3b-speedcontrol."""
+    """Motion controller of Wan2.1-1.3b-speedcontrol; parameter names are those of its `model.safetensors`."""
 
     def __init__(self, config: WanMotionControllerConfig) -> None:
         super().__init__()
@@ -32,30 +29,30 @@ class WanMotionController(nn.Module):
         )
 
     def forward(self, motion_bucket_id: Float[Tensor, "b"]) -> Float[Tensor, "b 6 e"]:
-        """What is added to the six modulations of every block.
+        """Return the vectors that are added to the six modulations of every block.
 
         Args:
-            motion_bucket_id: how much moves, from 0 to 100; fp32.
+            motion_bucket_id: amount of motion, from 0 to 100; fp32.
         """
         embedded = sinusoidal_embedding(BUCKET_SCALE * motion_bucket_id.float(), self.config.freq_dim)
         return self.linear(embedded.to(self.linear[0].weight.dtype)).unflatten(-1, (6, -1))
 
 
 @dataclass(frozen=True, eq=False)
-class Speed:
-    """Slower or faster motion.
+class SpeedControl:
+    """Extension that adds the output of `WanMotionController` to the modulation.
 
     Args:
-        modulation: what the controller gave; it does not depend on the time, so once for all steps.
+        modulation: output of `WanMotionController`; it does not depend on the noise level and serves all steps.
     """
 
     modulation: Float[Tensor, "b 6 e"]
-    sees: ClassVar[Sees] = "whole"
+    token_scope: ClassVar[TokenScope] = "whole"
 
-    def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
-        """See `Extension`."""
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream with the modulation added; see `Extension`."""
         return replace(stream, modulation=stream.modulation + self.modulation[:, None].float())
 
-    def in_window(self, window: Window) -> Speed:
-        """One number for the whole video."""
+    def in_window(self, window: Window) -> SpeedControl:
+        """Return itself: one amount of motion for the whole video."""
         return self

@@ -1,10 +1,10 @@
-"""VACE: a second, shorter stream over control latents, whose blocks add hints to the first (arXiv:2503.07598)."""
+"""VACE: a second, shorter stack of blocks over control latents adds hints to the network (arXiv:2503.07598)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -13,32 +13,29 @@ from torch import Tensor, nn
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth_wan.config import WanVaceConfig
 from diffsynth_wan.dit import WanBlock
-from diffsynth_wan.extension import Attend, Rotary, Sees, Stream
-
-if TYPE_CHECKING:
-    from diffsynth_wan.dit import WanDiT
+from diffsynth_wan.extension import Attend, Network, Rotary, Stream, TokenScope
 
 
 @dataclass(frozen=True, eq=False)
 class VaceControl:
-    """The video follows a control video, keeps what a mask leaves, and looks like reference images.
+    """Extension that adds the hints of a `WanVace` network after evenly spaced blocks.
 
     Args:
-        vace: its network.
-        control_latents: see `WanVace.forward`.
-        scale: factor on the hints; 0 gives what the network gives without them.
+        vace: VACE network.
+        control_latents: control video, mask and reference images; see `WanVace.forward`.
+        scale: factor of the hints; 0 gives the output of the network without VACE.
     """
 
     vace: WanVace
     control_latents: Float[Tensor, "b c t h w"]
     scale: float = 1.0
-    sees: ClassVar[Sees] = "part"
+    token_scope: ClassVar[TokenScope] = "part"
 
-    def __call__(self, dit: WanDiT, stream: Stream) -> Stream:
-        """See `Extension`.
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream with the hints as residuals; see `Extension`.
 
         Raises:
-            ValueError: the hints do not spread evenly over the blocks of `dit`.
+            ValueError: the number of hints does not divide the number of blocks of `dit`.
         """
         hints = self.vace(stream, self.control_latents, hinted_blocks(len(dit.blocks), len(self.vace.vace_blocks)))
         for block, hint in hints.items():
@@ -56,22 +53,22 @@ class _Hint:
 
 
 def hinted_blocks(blocks: int, hints: int) -> range:
-    """The blocks of the network that get a hint: every second of 30, every fifth of 40.
+    """Return the indices of the blocks that get a hint: every second of 30 blocks, every fifth of 40.
 
     Raises:
         ValueError: `hints` does not divide `blocks`.
     """
     if blocks % hints:
         raise ValueError(
-            f"{hints} blocks of VACE do not spread evenly over {blocks} blocks; they are of another network"
+            f"{hints} blocks of VACE do not divide the {blocks} blocks of the network; load the VACE of this network"
         )
     return range(0, blocks, blocks // hints)
 
 
 class WanVace(nn.Module):
-    """The `vace_*` parameters that VACE files hold beside those of the network.
+    """VACE network. Parameter names are the `vace_*` names of files that hold it together with the transformer.
 
-    `gradient_checkpointing` is a plain switch, as in `WanDiT`.
+    `gradient_checkpointing` is a plain attribute, as in `WanDiT`.
     """
 
     def __init__(self, config: WanVaceConfig) -> None:
@@ -84,18 +81,18 @@ class WanVace(nn.Module):
         self.vace_blocks = nn.ModuleList(VaceBlock(config, first=index == 0) for index in range(config.num_layers))
 
     def forward(
-        self, stream: Stream, control_latents: Float[Tensor, "b c t h w"], beside: Sequence[int]
+        self, stream: Stream, control_latents: Float[Tensor, "b c t h w"], hinted: Sequence[int]
     ) -> dict[int, Float[Tensor, "b s e"]]:
-        """A hint for each of these blocks of the network.
+        """Return a hint for each block of the network in `hinted`.
 
         Args:
-            stream: as it is about to enter the blocks.
-            control_latents: what the control video keeps and what it leaves open, encoded, and its mask; reference
-                images are frames in front. Where it has fewer frames than the stream, the rest is zero.
-            beside: one block of the network for each of ours.
+            stream: inputs of the network's blocks.
+            control_latents: latents of the kept and of the masked parts of the control video, and the mask, stacked
+                along the channels; reference images are frames before the video. Missing frames at the end are zero.
+            hinted: index of a block of the network for each VACE block.
 
         Raises:
-            ValueError: more control than the stream has tokens.
+            ValueError: the control latents have more tokens than the stream.
         """
         control = self.vace_patch_embedding(control_latents).flatten(2).transpose(1, 2)
         frames, height, width = stream.grid
@@ -104,7 +101,7 @@ class WanVace(nn.Module):
             raise ValueError(f"control_latents give {control.shape[1]} tokens, the video has {frames * height * width}")
         control = stream.split(F.pad(control, (0, 0, 0, missing)).to(stream.tokens.dtype))
         hints = {}
-        for index, block in zip(beside, self.vace_blocks, strict=True):
+        for index, block in zip(hinted, self.vace_blocks, strict=True):
             control, hints[index] = gradient_checkpoint_forward(
                 block,
                 self.gradient_checkpointing,
@@ -120,7 +117,7 @@ class WanVace(nn.Module):
 
 
 class VaceBlock(WanBlock):
-    """A block of the second stream, and the projection of its hint; the first block joins control and tokens."""
+    """A block over control tokens and the projection of its output to a hint; the first block adds the video tokens."""
 
     def __init__(self, config: WanVaceConfig, *, first: bool) -> None:
         super().__init__(config, image_branch=False)
@@ -136,7 +133,7 @@ class VaceBlock(WanBlock):
         rotary: Rotary,
         attend: Attend,
     ) -> tuple[Float[Tensor, "b s e"], Float[Tensor, "b s e"]]:
-        """The second stream after this block, and the hint."""
+        """Return the control tokens after this block, and the hint."""
         if self.before_proj is not None:
             control = tokens + self.before_proj(control)
         control = super().forward(control, context, None, modulation, rotary, attend)

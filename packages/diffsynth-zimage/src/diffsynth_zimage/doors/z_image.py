@@ -1,4 +1,4 @@
-"""`diffsynth.pipelines.z_image`, under the names that DiffSynth-Studio's documentation teaches."""
+"""Names of `diffsynth.pipelines.z_image` in scripts for DiffSynth-Studio."""
 
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth_zimage.pipeline import ZImagePipeline

@@ -1,4 +1,4 @@
-"""CLIP's vision tower (Radford et al. 2021, arXiv:2103.00020), as far as Wan's image-to-video networks read it."""
+"""CLIP's vision tower (Radford et al. 2021, arXiv:2103.00020) up to the layer that Wan's image branch uses."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
-from diffsynth_wan.encoders.config import WanImageEncoderConfig
+from diffsynth_wan.config import WanImageEncoderConfig
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the red, green and blue of CLIP's training images, in [0, 1]."""
+"""Mean and standard deviation per colour channel of CLIP's training images, in [0, 1]."""
 
 
 class WanImageEncoder(nn.Module):
-    """The penultimate hidden states of open_clip's XLM-RoBERTa ViT-H/14.
+    """Image encoder of open_clip's XLM-RoBERTa ViT-H/14 that returns the penultimate hidden states.
 
     Parameter names are those of the published `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth` without
-    `visual.`. The last block, the norm behind it and the projection are not here: Wan never reads them.
+    `visual.`. The last block, the final norm and the projection are left out: Wan does not use them.
     """
 
     def __init__(self, config: WanImageEncoderConfig) -> None:
@@ -33,10 +33,11 @@ class WanImageEncoder(nn.Module):
         self.transformer = nn.ModuleList(ClipBlock(config) for _ in range(config.num_layers))
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b s e"]:
-        """One hidden state for the image and one for each of its patches, in the dtype of `image`.
+        """Return the hidden states of the class token and of each patch, in the dtype of `image`.
 
         Args:
-            image: in [-1, 1], of any size: it is squeezed to a square of `config.image_size`, as in training.
+            image: pixels in [-1, 1] of any size; resized to a square of `config.image_size` without keeping the aspect
+                ratio, as in training.
         """
         patches = self.patch_embedding(clip_pixels(image, self.config.image_size))
         patches = rearrange(patches, "b e h w -> b (h w) e")
@@ -48,7 +49,7 @@ class WanImageEncoder(nn.Module):
 
 
 def clip_pixels(image: Float[Tensor, "b 3 h w"], size: int) -> Float[Tensor, "b 3 size size"]:
-    """What CLIP's networks look at: a square of `size` pixels, whitened; from pixels in [-1, 1], in their dtype."""
+    """Return CLIP's input: pixels in [-1, 1] resized to a square of `size` and normalised by `MEAN` and `STD`."""
     # Interpolating in bf16 would round every pixel twice.
     pixels = F.interpolate(image.float(), size=(size, size), mode="bicubic", align_corners=False)
     mean, std = (torch.tensor(each, device=image.device)[:, None, None] for each in (MEAN, STD))
@@ -56,7 +57,7 @@ def clip_pixels(image: Float[Tensor, "b 3 h w"], size: int) -> Float[Tensor, "b 
 
 
 class ClipBlock(nn.Module):
-    """Attention and feed-forward, each behind a layer norm."""
+    """Pre-norm transformer block: self-attention and feed-forward."""
 
     def __init__(self, config: WanImageEncoderConfig) -> None:
         super().__init__()
@@ -68,13 +69,13 @@ class ClipBlock(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
-        """The stream behind this block."""
+        """Return the hidden states after this block."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class ClipAttention(nn.Module):
-    """Every token attends every token."""
+    """Self-attention without a mask."""
 
     def __init__(self, config: WanImageEncoderConfig) -> None:
         super().__init__()
@@ -83,6 +84,6 @@ class ClipAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
-        """Attention over the image."""
+        """Return the projected attention output of each token."""
         q, k, v = rearrange(self.to_qkv(x), "b s (three n d) -> three b s n d", three=3, n=self.num_heads)
         return self.proj(rearrange(attention(q, k, v), "b s n d -> b s (n d)"))

@@ -7,9 +7,9 @@ import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
 import parity
-from diffsynth_wan.encoders.config import TINY_TEXT_ENCODER as CONFIG
-from diffsynth_wan.encoders.config import WanTextEncoderConfig
-from diffsynth_wan.encoders.text_encoder import WanTextEncoder, relative_buckets
+from diffsynth_wan.config import WanTextEncoderConfig
+from diffsynth_wan.text_encoder import WanTextEncoder, relative_buckets
+from diffsynth_wan.tiny import TINY_TEXT_ENCODER as CONFIG
 from published_tensors import load_published
 
 LONG = 140

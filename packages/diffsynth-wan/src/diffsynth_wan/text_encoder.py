@@ -1,4 +1,4 @@
-"""The encoder of UMT5 (Chung et al. 2023, arXiv:2304.09151), which reads Wan's prompts."""
+"""Encoder of UMT5 (Chung et al. 2023, arXiv:2304.09151), Wan's text encoder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
 from diffsynth.nn.rms_norm import RMSNorm
-from diffsynth_wan.encoders.config import WanTextEncoderConfig
+from diffsynth_wan.config import WanTextEncoderConfig
 
 
 class WanTextEncoder(nn.Module):
-    """UMT5's encoder. Parameter names are those of the published `models_t5_umt5-xxl-enc-bf16.pth`."""
+    """Encoder of UMT5-XXL. Parameter names are those of the published `models_t5_umt5-xxl-enc-bf16.pth`."""
 
     def __init__(self, config: WanTextEncoderConfig) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class WanTextEncoder(nn.Module):
         input_ids: Int[Tensor, "b s"],
         attention_mask: Int[Tensor, "b s"] | Bool[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b s e"]:
-        """Normalised hidden states, in the dtype of the weights; of no meaning where the mask is 0.
+        """Return the normalised hidden states, in the dtype of the weights; those of padding are meaningless.
 
         Args:
             input_ids: token ids.
@@ -44,7 +44,7 @@ class WanTextEncoder(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Attention, then the gated feed-forward, each behind its norm; every block of UMT5 has positions of its own."""
+    """Pre-norm block: self-attention and gated feed-forward; each block of UMT5 has its own position bias."""
 
     def __init__(self, config: WanTextEncoderConfig) -> None:
         super().__init__()
@@ -57,25 +57,25 @@ class T5Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "b s e"], buckets: Int[Tensor, "s s"], is_text: Bool[Tensor, "b 1 1 s"] | None
     ) -> Float[Tensor, "b s e"]:
-        """Rows that are padding attend like the others; nobody attends them."""
+        """Return the hidden states after this block; padding is masked as a key, not as a query."""
         x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), is_text)
         return x + self.ffn(self.norm2(x))
 
 
 class PositionBias(nn.Module):
-    """What a head adds to a score for how far the key is from the query."""
+    """Bias of attention scores by the relative position of key and query."""
 
     def __init__(self, config: WanTextEncoderConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, buckets: Int[Tensor, "q k"]) -> Float[Tensor, "1 n q k"]:
-        """The bias of every head."""
+        """Return the score bias of every head."""
         return rearrange(self.embedding(buckets), "q k n -> 1 n q k")
 
 
 class T5Attention(nn.Module):
-    """Attention without a scale: UMT5 was initialised so that scores need none."""
+    """Self-attention with a scale of 1: T5's initialisation accounts for it."""
 
     def __init__(self, config: WanTextEncoderConfig) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class T5Attention(nn.Module):
         bias: Float[Tensor, "1 n s s"],
         is_text: Bool[Tensor, "b 1 1 s"] | None,
     ) -> Float[Tensor, "b s e"]:
-        """Attention over the text tokens."""
+        """Return the projected attention output of each token."""
         q, k, v = (rearrange(to(x), "b s (n d) -> b s n d", n=self.num_heads) for to in (self.q, self.k, self.v))
         out = attention(q, k, v, mask=is_text, score_bias=bias.to(q.dtype), scale=1.0)
         return self.o(rearrange(out, "b s n d -> b s (n d)"))
@@ -107,24 +107,24 @@ class T5FeedForward(nn.Module):
         self.fc2 = nn.Linear(config.dim_ffn, config.dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
-        """Token by token."""
+        """Return the feed-forward output of each token."""
         return self.fc2(self.gate(x) * self.fc1(x))
 
 
 def relative_buckets(
     length: int, *, config: WanTextEncoderConfig, device: torch.device | str | None = None
 ) -> Int[Tensor, "q k"]:
-    """Which bucket the way from each query to each key falls into (T5, Raffel et al. 2020, arXiv:1910.10683).
+    """Return the bucket of the relative position of each query and key (T5, Raffel et al. 2020, arXiv:1910.10683).
 
-    The upper half of the buckets is for keys ahead. Of each half, the first half is for exact distances, and the rest
-    widens logarithmically up to `config.max_distance`.
+    The upper half of the buckets is for keys after the query. In each half, the first half of the buckets holds one
+    distance each; the others grow logarithmically up to `config.max_distance`.
     """
     positions = torch.arange(length, device=device)
     ahead = positions[None, :] - positions[:, None]
     half = config.num_buckets // 2
     exact = half // 2
     distance = ahead.abs()
-    # At distance 0 the logarithm is -inf, but there the exact bucket is taken.
-    share = torch.log(distance.float() / exact) / math.log(config.max_distance / exact)
-    far = (exact + (share * (half - exact)).long()).clamp(max=half - 1)
+    # The logarithm of distance 0 is -inf, but short distances use their exact bucket.
+    fraction = torch.log(distance.float() / exact) / math.log(config.max_distance / exact)
+    far = (exact + (fraction * (half - exact)).long()).clamp(max=half - 1)
     return (ahead > 0).long() * half + torch.where(distance < exact, distance, far)

@@ -7,8 +7,8 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import parity
-from diffsynth_wan.encoders.config import TINY_IMAGE_ENCODER as CONFIG
-from diffsynth_wan.encoders.image_encoder import MEAN, STD, WanImageEncoder, clip_pixels
+from diffsynth_wan.image_encoder import MEAN, STD, WanImageEncoder, clip_pixels
+from diffsynth_wan.tiny import TINY_IMAGE_ENCODER as CONFIG
 from published_tensors import load_published
 
 PUBLISHED_LAST = 31

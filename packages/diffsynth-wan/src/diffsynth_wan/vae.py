@@ -1,7 +1,7 @@
-"""The residual video autoencoder of Wan 2.2 (TI2V-5B; Wan 2025, arXiv:2503.20314).
+"""Residual video autoencoder of Wan 2.2 (TI2V-5B; Wan 2025, arXiv:2503.20314).
 
-Its layers are those of Wan 2.1. Around each resolution runs a shortcut without weights, which averages or repeats
-(after DC-AE, arXiv:2410.10733), and pixels enter and leave in squares.
+The layers are those of Wan 2.1's autoencoder (`diffsynth.models.wan_autoencoder`). Each resolution has a shortcut
+without parameters, which averages or repeats pixels (DC-AE, arXiv:2410.10733), and frames are patchified into squares.
 """
 
 from __future__ import annotations
@@ -24,33 +24,36 @@ from diffsynth.models.causal_video import (
     Upsample,
 )
 from diffsynth.models.wan_autoencoder import CausalAutoencoder
-from diffsynth_wan.autoencoder.config import Wan22AutoencoderConfig
+from diffsynth_wan.config import Wan22AutoencoderConfig
 
 
 class Wan22Autoencoder(CausalAutoencoder):
-    """Of 48 channels, 16 times smaller, 4 times fewer frames. Parameter names are those of `Wan2.2_VAE.pth`."""
+    """Autoencoder with 48 latent channels that compresses 16 x 16 pixels and 4 frames.
+
+    Parameter names are those of `Wan2.2_VAE.pth`.
+    """
 
     def __init__(self, config: Wan22AutoencoderConfig) -> None:
         super().__init__(config, _encoder(config), _decoder(config))
 
     def patchify(self, video: Float[Tensor, "b c_in t h w"]) -> Float[Tensor, "b c2 t h2 w2"]:
-        """Squares of pixels as channels, column by column."""
+        """Return the frames with squares of pixels folded into channels, column by column."""
         return rearrange(
             video, "b c t (h p) (w q) -> b (c q p) t h w", p=self.config.patch_size, q=self.config.patch_size
         )
 
     def unpatchify(self, patches: Float[Tensor, "b c2 t h2 w2"]) -> Float[Tensor, "b c_in t h w"]:
-        """The pixels of channels that `patchify` made."""
+        """Return the frames that `patchify` folded."""
         return rearrange(
             patches, "b (c q p) t h w -> b c t (h p) (w q)", p=self.config.patch_size, q=self.config.patch_size
         )
 
 
 class DownBlock(CausalLayer):
-    """One resolution of the encoder and the step to the next, beside a shortcut that averages.
+    """Residual blocks of one resolution of the encoder and downsampling, with a shortcut that averages pixels.
 
     Args:
-        step: None at the last resolution; else whether it halves the frames, too.
+        step: None at the last resolution, without downsampling; else whether it also halves the frames.
     """
 
     def __init__(self, in_dim: int, dim: int, *, num_res_blocks: int, step: bool | None) -> None:
@@ -64,22 +67,22 @@ class DownBlock(CausalLayer):
         self.frames = 2 if step else 1
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """See the class."""
+        """Return the features at the next resolution."""
         return self.downsamples(x, cache) + self._averaged(x, cache)
 
     def _averaged(self, x: Tensor, cache: FrameCache) -> Tensor:
         if cache.is_first:
-            # The first frame stays alone: its partner is black.
+            # The first frame is not paired with another one: it is averaged with zeros.
             x = F.pad(x, (0, 0, 0, 0, self.frames - 1, 0))
         cells = rearrange(x, "b c (t f) (h p) (w q) -> b (c f p q) t h w", f=self.frames, p=self.side, q=self.side)
         return reduce(cells, "b (c n) t h w -> b c t h w", "mean", c=self.dim)
 
 
 class UpBlock(CausalLayer):
-    """One resolution of the decoder and the step to the next, beside a shortcut that repeats.
+    """Residual blocks of one resolution of the decoder and upsampling, with a shortcut that repeats pixels.
 
     Args:
-        step: None at the last resolution, which has no shortcut; else whether it doubles the frames, too.
+        step: None at the last resolution, without upsampling and shortcut; else whether it also doubles the frames.
     """
 
     def __init__(self, in_dim: int, dim: int, *, num_res_blocks: int, step: bool | None) -> None:
@@ -93,7 +96,7 @@ class UpBlock(CausalLayer):
         self.frames = 2 if step else 1
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """See the class."""
+        """Return the features at the next resolution."""
         h = self.upsamples(x, cache)
         return h + self._repeated(x, cache) if self.has_shortcut else h
 

@@ -1,1 +1,0 @@
-"""What Wan reads of a prompt and of an image: the UMT5-XXL encoder, and CLIP's vision tower."""

@@ -1,0 +1,150 @@
+"""Small configs, inputs and a tokenizer for Wan's networks: for tests, the conformance suite and the tiny hub.
+
+Light: torch and transformers are imported when a function runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_wan.config import (
+    Wan22AutoencoderConfig,
+    WanAnimateConfig,
+    WanDiTConfig,
+    WanImageEncoderConfig,
+    WanMotionControllerConfig,
+    WanTextEncoderConfig,
+    WanVaceConfig,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+TINY_DIT = WanDiTConfig(dim=256, ffn_dim=320, num_heads=2, num_layers=2, text_dim=64, freq_dim=64)
+TINY_VACE = WanVaceConfig(dim=256, ffn_dim=320, num_heads=2, num_layers=1)
+TINY_ANIMATE = WanAnimateConfig(
+    dim=256,
+    num_heads=2,
+    num_layers=1,
+    motion_channels=(8, 12, 16),
+    style_dim=24,
+    style_layers=2,
+    motion_dim=6,
+    motion_embed_dim=20,
+    face_hidden_dim=32,
+    face_heads=2,
+)
+TINY_MOTION_CONTROLLER = WanMotionControllerConfig(dim=256, freq_dim=64)
+TINY_TEXT_ENCODER = WanTextEncoderConfig(
+    vocab_size=120, dim=32, dim_attn=48, dim_ffn=56, num_heads=4, num_layers=2, num_buckets=8
+)
+TINY_IMAGE_ENCODER = WanImageEncoderConfig(image_size=56, dim=160, dim_mlp=96, num_heads=2, num_layers=2)
+TINY_WAN22_AUTOENCODER = Wan22AutoencoderConfig(dim=8, decoder_dim=8)
+
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+"""Special tokens of the tiny tokenizer, with the ids that they have in UMT5's: 0, 1 and 2."""
+
+VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+
+
+def tiny_dit_inputs(config: WanDiTConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return arguments of `WanDiT.forward` for two short videos; fp32 on the CPU."""
+    import torch
+
+    return {
+        "latents": torch.randn(2, config.in_channels, 3, 6, 4, generator=generator),
+        "time": torch.tensor([0.3, 0.8]),
+        "prompt_embeds": torch.randn(2, 9, config.text_dim, generator=generator),
+    }
+
+
+def tiny_vace_inputs(config: WanVaceConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return arguments of `WanVace.forward` for hints to the first blocks of a network; fp32 on the CPU."""
+    import torch
+
+    from diffsynth_wan.dit import rotary_embedding
+    from diffsynth_wan.extension import Stream
+
+    network = WanDiTConfig(dim=config.dim, num_heads=config.num_heads)
+    positions = (tuple(range(3)), tuple(range(2)), tuple(range(4)))
+    stream = Stream(
+        tokens=torch.randn(1, 24, config.dim, generator=generator),
+        positions=positions,
+        rotary=rotary_embedding(positions, network, torch.device("cpu")),
+        context=torch.randn(1, 5, config.dim, generator=generator),
+        time=torch.randn(1, 1, config.dim, generator=generator),
+        modulation=torch.randn(1, 1, 6, config.dim, generator=generator),
+    )
+    control_latents = torch.randn(1, config.in_channels, 3, 4, 8, generator=generator)
+    return {"stream": stream, "control_latents": control_latents, "hinted": range(config.num_layers)}
+
+
+def tiny_animate_inputs(config: WanAnimateConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return arguments of `WanAnimateAdapter.forward` for two latent frames; fp32 on the CPU."""
+    import torch
+
+    return {
+        "pose_latents": torch.randn(1, config.latent_channels, 2, 4, 8, generator=generator),
+        "face_pixels": 2 * torch.rand(1, 3, 5, config.face_size, config.face_size, generator=generator) - 1,
+    }
+
+
+def tiny_motion_controller_inputs(config: WanMotionControllerConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return arguments of `WanMotionController.forward` for the least and the most motion."""
+    import torch
+
+    return {"motion_bucket_id": torch.tensor([0.0, 100.0])}
+
+
+def tiny_text_encoder_inputs(config: WanTextEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return arguments of `WanTextEncoder.forward` for two prompts of different length; on the CPU."""
+    import torch
+
+    return {
+        "input_ids": torch.randint(config.vocab_size, (2, 11), generator=generator),
+        "attention_mask": (torch.arange(11)[None, :] < torch.tensor([[11], [6]])).long(),
+    }
+
+
+def tiny_image_encoder_inputs(config: WanImageEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return arguments of `WanImageEncoder.forward` for two small images that are not square; fp32 on the CPU."""
+    import torch
+
+    return {"image": torch.rand(2, 3, 40, 72, generator=generator) * 2 - 1}
+
+
+def tiny_wan22_autoencoder_inputs(config: Wan22AutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return arguments of `Wan22Autoencoder.forward` for a video of two latent frames, not square; fp32 on the CPU."""
+    import torch
+
+    size = (config.time_factor + 1, 2 * config.factor, config.factor)
+    return {"video": torch.rand(1, config.in_channels, *size, generator=generator) * 2 - 1}
+
+
+def write_tiny_tokenizer(folder: Path) -> None:
+    """Save `tiny_tokenizer` to a folder, in the format that `AutoTokenizer` reads."""
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of a few kilobytes that works like UMT5's: one token per byte, an end token, right padding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    pad, end, unknown = SPECIAL_TOKENS
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        eos_token=end,
+        unk_token=unknown,
+        padding_side="right",
+        model_max_length=512,
+    )

@@ -1,0 +1,132 @@
+"""Camera control of Wan-Fun: the rays of a rotating camera, as in training (CameraCtrl, arXiv:2404.02101)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.errors import did_you_mean
+from diffsynth.runtime.unit import unit
+from diffsynth_wan.extension import Extension
+from diffsynth_wan.units.shape import VideoShape
+from diffsynth_wan.variants.camera import CameraMotion
+
+ORIGIN = (0, 0.532139961, 0.946026558, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
+"""First camera, a line of a RealEstate10K camera file.
+
+Time; focal lengths and principal point as fractions of width and height; two zeros; the rows of the 3 x 4 matrix from
+world to camera.
+"""
+
+Direction = Literal["Left", "Right", "Up", "Down", "LeftUp", "LeftDown", "RightUp", "RightDown"]
+DIRECTIONS: tuple[str, ...] = get_args(Direction)
+
+_STEPS = {"Left": (0, 1.0), "Right": (0, -1.0), "Up": (1, 1.0), "Down": (1, -1.0)}
+"""Row of the matrix whose third entry changes from frame to frame, and the sign of the change."""
+
+_SCREEN = 1280 / 720
+"""Aspect ratio (width / height) of the images that the focal lengths refer to."""
+
+
+def camera_rays(
+    direction: str,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    speed: float = 1 / 54,
+    origin: Sequence[float] = ORIGIN,
+) -> Float[Tensor, "6 t height width"]:
+    """Return the Plücker coordinates (moment, direction) of the ray through each pixel of each frame; fp32 on the CPU.
+
+    Args:
+        direction: rotation of the camera, one of `DIRECTIONS`.
+        num_frames, height, width: size of the video.
+        speed: change of the matrix entry from frame to frame.
+        origin: first camera, in the format of `ORIGIN`.
+
+    Raises:
+        ValueError: the direction is unknown, or `origin` does not have 19 numbers.
+    """
+    check_camera(direction, origin)
+    poses = _relative_poses(_world_to_camera(direction, num_frames, speed, origin))
+    directions = _pixel_directions(origin, height, width)
+    rotated = torch.einsum("tij,jhw->tihw", poses[:, :3, :3], directions)
+    centres = poses[:, :3, 3, None, None].expand_as(rotated)
+    moments = torch.linalg.cross(centres, rotated, dim=1)
+    return rearrange(torch.cat([moments, rotated], dim=1), "t c h w -> c t h w")
+
+
+def check_camera(direction: str, origin: Sequence[float]) -> None:
+    """Raise the errors of `camera_rays` for a direction and a first camera."""
+    if direction not in DIRECTIONS:
+        raise ValueError(
+            f"camera_control_direction={direction!r}: expected one of {', '.join(DIRECTIONS)}"
+            f"{did_you_mean(str(direction), DIRECTIONS)}"
+        )
+    if len(origin) != len(ORIGIN):
+        raise ValueError(f"camera_control_origin has {len(origin)} numbers; expected {len(ORIGIN)}, see ORIGIN")
+
+
+def _world_to_camera(direction: str, num_frames: int, speed: float, origin: Sequence[float]) -> Float[Tensor, "t 4 4"]:
+    first = torch.eye(4, dtype=torch.float64)
+    first[:3] = torch.tensor(origin[7:], dtype=torch.float64).view(3, 4)
+    matrices = first.repeat(num_frames, 1, 1)
+    elapsed = torch.arange(num_frames, dtype=torch.float64)
+    for name, (row, sign) in _STEPS.items():
+        if name in direction:
+            matrices[:, row, 2] += sign * speed * elapsed
+    return matrices
+
+
+def _relative_poses(world_to_camera: Float[Tensor, "t 4 4"]) -> Float[Tensor, "t 4 4"]:
+    """Return the matrices from each camera to the first one."""
+    poses = world_to_camera[0] @ torch.linalg.inv(world_to_camera)
+    poses[0] = torch.eye(4, dtype=poses.dtype)
+    return poses.float()
+
+
+def _pixel_directions(origin: Sequence[float], height: int, width: int) -> Float[Tensor, "3 h w"]:
+    """Return unit vectors through the centres of the pixels, in camera coordinates."""
+    focal_x, focal_y, centre_x, centre_y = origin[1:5]
+    if width / height < _SCREEN:
+        focal_x *= height * _SCREEN / width
+    else:
+        focal_y *= width / _SCREEN / height
+    across = (torch.arange(width) + 0.5 - centre_x * width) / (focal_x * width)
+    down = (torch.arange(height) + 0.5 - centre_y * height) / (focal_y * height)
+    down, across = torch.meshgrid(down, across, indexing="ij")
+    directions = torch.stack([across, down, torch.ones_like(across)])
+    return directions / directions.norm(dim=0)
+
+
+@unit("extensions")
+def add_camera_control(
+    *,
+    extensions: tuple[Extension, ...],
+    camera_control_direction: Direction | None = None,
+    camera_control_speed: float = 1 / 54,
+    camera_control_origin: tuple[float, ...] = ORIGIN,
+    video_shape: VideoShape,
+) -> tuple[Extension, ...]:
+    """Return the extensions with the camera's rays added; without a direction, the camera adapter is not used."""
+    if camera_control_direction is None:
+        return extensions
+    rays = camera_rays(
+        camera_control_direction,
+        num_frames=video_shape.num_frames,
+        height=video_shape.height,
+        width=video_shape.width,
+        speed=camera_control_speed,
+        origin=camera_control_origin,
+    )
+    # The frames of a latent frame become channels; the first frame is repeated to fill its latent frame.
+    factor = video_shape.time_factor
+    frames = torch.cat([rays[:, :1].expand(-1, factor - 1, -1, -1), rays], dim=1)
+    folded = frames.unflatten(1, (-1, factor)).transpose(1, 2).flatten(0, 1)
+    return (*extensions, CameraMotion(folded[None].to(video_shape.device, video_shape.dtype)))
