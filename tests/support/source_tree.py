@@ -20,7 +20,17 @@ _LIGHT_FILES = {"__init__", "plugin", "config", "checkpoints", "convert"}
 _LIGHT = {
     ".": {"__init__", "errors", "spec", "hookspecs", "_discovery", "_models", "_spec_checks", "registry", "_env"},
     "core": {"__init__"},
-    "core/loader": {"__init__", "header", "recognize", "convert", "files", "config", "identity", "first_party", "shapes"},
+    "core/loader": {
+        "__init__",
+        "header",
+        "recognize",
+        "convert",
+        "files",
+        "config",
+        "identity",
+        "first_party",
+        "shapes",
+    },
     "core/loader/explain": {"__init__", "kinds", "lora", "miss", "nearest"},
     "core/loader/layouts": {"__init__", "inverse", "published", "scaled"},
     "models": _LIGHT_FILES,

@@ -8,9 +8,9 @@ block, or register a residual that is added after a block. The variants in `diff
 An extension that supports sliding windows has a method `in_window(window)`, which returns the extension for one
 `diffsynth_wan.windows.Window` of the video.
 
-When several processes share a video, each holds a part of the tokens. The class attribute
-`token_scope: ClassVar[TokenScope]` of an extension says whether it needs all tokens or works on a part of them;
-`diffsynth_wan.sharding` orders extensions by it and refuses an extension without one.
+If the tokens of a video are sharded over several processes, the class attribute `token_scope: ClassVar[TokenScope]` of
+an extension declares whether it needs all tokens or works on a shard of them; `diffsynth_wan.sharding` orders
+extensions by it and refuses an extension without one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Positions: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """RoPE positions along time, height and width; their lengths are the size of the token grid."""
 
 TokenScope: TypeAlias = Literal["whole", "part"]
-"""Tokens that an extension gets: "whole" for all of them, before they are divided among processes; "part" for those of
-this process, where `Stream.split` takes the same part of a tensor that the extension adds."""
+"""Tokens that an extension gets: "whole" for all of them, before they are sharded over processes; "part" for those of
+this process, where `Stream.split` takes the same shard of a tensor that the extension adds."""
 
 
 def full_attention(block: int) -> Attend:
@@ -58,7 +58,7 @@ class Stream:
     """Inputs of the blocks.
 
     Args:
-        tokens: embedded latents of the whole grid, frame by frame; of this process alone once `split` is set.
+        tokens: embedded latents of the whole grid, frame by frame; only those of this process after sharding.
         positions: RoPE positions of the grid; set them with `WanDiT.set_positions`, which updates `rotary` too.
         rotary: cosine and sine of the rotary angles of `tokens`.
         prefix_frames: frames of the grid before the video, such as reference images; their output is dropped.
@@ -70,10 +70,9 @@ class Stream:
         attend: maps the index of a block to its self-attention.
         residuals: index of a block -> functions whose results are added to the tokens after it, in order.
         skip_blocks: indices of blocks that are skipped together with their residuals.
-        split: takes this process's part of a tensor along its tokens (axis 1) when several processes share a video;
-            the part is contiguous.
-        join: gathers the parts of all processes to the whole tensor.
-        first_token: index in the grid of the first of `tokens`; may be above 0 once `split` is set.
+        split: takes this process's shard of a tensor along its tokens (axis 1), a contiguous slice.
+        join: gathers the shards of all processes to the whole tensor.
+        first_token: index in the grid of the first of `tokens`; may be above 0 after sharding.
     """
 
     tokens: Float[Tensor, "b s e"]

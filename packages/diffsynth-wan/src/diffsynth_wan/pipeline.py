@@ -92,8 +92,8 @@ class WanVideoPipeline(Pipeline):
             torch_dtype, device, model_configs, vram_limit, processor_configs: see `Pipeline.from_pretrained`.
             redirect_common_files: download text encoder, image encoder and autoencoder from one repository that has
                 them as safetensors, rather than again for each model. Files that are already downloaded are used.
-            use_usp: divide the tokens of a video among all processes that `torchrun` started, each with its own
-                device, as `parallel()` does; for scripts for DiffSynth-Studio.
+            use_usp: shard the tokens of a video over all processes that `torchrun` started, each with its own device,
+                as `parallel()` does; for scripts for DiffSynth-Studio.
 
         Raises:
             MissingComponent: one of two experts is missing.

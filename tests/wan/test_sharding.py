@@ -272,7 +272,7 @@ def test_a_variant_that_does_not_say_what_it_sees_is_named() -> None:
 
     two, speed = MeshAxis(None, 0, 2), SpeedControl(torch.zeros(0))
     assert with_sharded_tokens([brighten], SINGLE_PROCESS) == (brighten,)
-    with pytest.raises(ValueError, match="brighten .*among 2 processes: token_scope is None"):
+    with pytest.raises(ValueError, match="brighten .*over 2 processes: token_scope is None"):
         with_sharded_tokens([speed, brighten], two)
     late = VaceControl(None, torch.zeros(0))
     with pytest.raises(ValueError, match="SpeedControl .*VaceControl"):
@@ -283,7 +283,7 @@ def test_a_variant_that_does_not_say_what_it_sees_is_named() -> None:
 
 @torch.no_grad()
 def test_fewer_tokens_than_processes_are_refused() -> None:
-    with pytest.raises(ValueError, match="18 tokens cannot be divided among 19 processes"):
+    with pytest.raises(ValueError, match="18 tokens cannot be sharded over 19 processes"):
         run_of()(MeshAxis(None, 0, 19))
 
 

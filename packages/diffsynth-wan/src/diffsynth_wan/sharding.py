@@ -1,4 +1,4 @@
-"""Sequence parallelism: the tokens of a video are divided among the processes of `diffsynth.core.parallel`."""
+"""Sequence parallelism: the tokens of a video are sharded over the processes of `diffsynth.core.parallel`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_sharded_tokens(extensions: Sequence[Extension], axis: MeshAxis) -> tupl
         scope = getattr(extension, "token_scope", None)
         if scope not in ("whole", "part"):
             raise ValueError(
-                f"{name} cannot run with its tokens divided among {axis.size} processes: token_scope is {scope!r}, "
+                f"{name} cannot run with tokens sharded over {axis.size} processes: token_scope is {scope!r}, "
                 f"expected 'whole' or 'part'; use one process, or parallel(cfg=2)"
             )
         if scope == "whole" and part:
@@ -59,7 +59,7 @@ class ShardTokens:
         """
         total, axis = stream.tokens.shape[1], self.axis
         if total < axis.size:
-            raise ValueError(f"{total} tokens cannot be divided among {axis.size} processes; generate a larger video")
+            raise ValueError(f"{total} tokens cannot be sharded over {axis.size} processes; generate a larger video")
         own = shard_slice(total, axis)
 
         def split(x: Tensor) -> Tensor:
