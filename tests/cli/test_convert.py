@@ -88,7 +88,7 @@ def test_own_names_and_what_the_policy_disk_asks_for(folder):
     [
         (["old.pth", "-o", "new.pth"], "ends in .safetensors"),
         (["old.pth", "-o", "no/where/new.safetensors"], "there is no folder"),
-        (["old.pth", "-o", "there.safetensors"], "is there already"),
+        (["old.pth", "-o", "there.safetensors"], "there.safetensors exists"),
         (["gone.pth", "-o", "new.safetensors"], "gone.pth"),
         (["old.pth", "-o", "new.safetensors", "--own-names"], "needs a --dtype"),
         (["old.pth", "-o", "new.safetensors", "--own-names", "--dtype", "float32"], "Unrecognized"),

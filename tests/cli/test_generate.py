@@ -78,14 +78,14 @@ def test_set_takes_literals_text_and_pictures(run, loaded, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "out.jpg"], "toy-1 makes pictures: expected a name that ends in .png"),
-        (["--fps", "8"], "toy-1 makes pictures, which have no frames per second"),
+        (["-o", "out.jpg"], "toy-1 generates images: expected a name that ends in .png"),
+        (["--fps", "8"], "toy-1 generates images, which have no frame rate"),
         (["-o", "no/where/out.png"], "there is no folder"),
         (["--set", "heigth=5"], "unknown argument 'heigth'; did you mean 'height'?"),
         (["--set", "height"], "expected NAME=VALUE"),
-        (["--set", "height=32", "--height", "16"], "height is given twice"),
-        (["--set", "input_image=missing.png"], "cannot be opened as a picture"),
-        (["--set", "output_type=latents"], "this command writes pictures"),
+        (["--set", "height=32", "--height", "16"], "height is set twice"),
+        (["--set", "input_image=missing.png"], "cannot be opened as an image"),
+        (["--set", "output_type=latents"], "this command writes images"),
         (["--height", "0"], "height=0: expected a positive integer"),
         (["--steps", "0"], "num_inference_steps=0: expected an integer of at least 1"),
     ],
@@ -155,7 +155,7 @@ def test_a_clip_is_opened_as_one(run, filming):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "out.png"], "toy-1 makes a video: expected a name that ends in .mp4"),
+        (["-o", "out.png"], "toy-1 generates a video: expected a name that ends in .mp4"),
         (["-o", "out.mp4", "--fps", "0"], "--fps 0: expected a positive number"),
         (["-o", "out.mp4", "--set", "input_image=missing.mp4"], "missing.mp4 does not exist"),
     ],

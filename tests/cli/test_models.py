@@ -139,7 +139,7 @@ def test_two_commands_of_one_name_need_the_plugin(installed, run, shouting):
     installed(commands=(command("a", "a:shout"), command("b")))
     result = run("shout", "hey")
     assert result.exit_code == 2
-    assert "say a:shout or b:shout" in result.stderr
+    assert "a:shout or b:shout" in result.stderr
     assert run("a:shout", "hey").stdout == "HEY\n"
 
 

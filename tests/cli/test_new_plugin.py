@@ -68,7 +68,7 @@ def _holds(there: str, wanted: str) -> bool:
         ("-x", "No such option"),
         ("../x", "expected lower-case letters and digits"),
         ("", "expected lower-case letters and digits"),
-        ("diffsynth-my-model", "give the name alone, 'my-model'"),
+        ("diffsynth-my-model", "expected the name alone, 'my-model'"),
         ("toy", "is the plugin of diffsynth-toy, which is installed"),
     ],
 )

@@ -26,7 +26,7 @@ BROKEN = {
     "syntax_error": ("def broken(:\n", "SyntaxError"),
     "system_exit": (
         "raise SystemExit(3)\n",
-        "ends the program while it is loaded (SystemExit: 3); leave that to a function. "
+        "ends the program while it is loaded (SystemExit: 3); do that inside a function only. "
         "Without the plugin: pip uninstall fake-system-exit",
     ),
     "raises": ("raise RuntimeError('at import')\n", "RuntimeError: at import"),
@@ -37,7 +37,7 @@ BROKEN = {
         "hook 'register_model', which does not exist; did you mean 'register_models'?",
     ),
     "declaration_raises": (HEAD + "def register_models(register): 1 / 0\n", "ZeroDivisionError"),
-    "declaration_exits": (HEAD + "def register_models(register): raise SystemExit\n", "(SystemExit); leave"),
+    "declaration_exits": (HEAD + "def register_models(register): raise SystemExit\n", "(SystemExit); do that"),
     "wrong_type": (
         HEAD + "def register_models(register): register({'name': 'x'})\n",
         "register_models: expected ModelSpec, got dict",
@@ -72,7 +72,7 @@ BROKEN = {
     ),
     "asks_too_early": (
         HEAD + "def register_models(register):\n    from diffsynth import registry\n    registry.list()\n",
-        "asks for the catalog while it is being made",
+        "asks for the catalog while discovery runs",
     ),
 }
 

@@ -1,6 +1,6 @@
-"""The engine: contracts, discovery, loading, sampling and pipelines for diffusion models.
+"""Diffusion model engine: plugin contracts, discovery, loading, sampling and pipelines.
 
-Everything here is imported on first use: `import diffsynth` alone loads neither torch nor numpy nor transformers.
+Every public name is imported on first use: `import diffsynth` alone imports neither torch nor numpy nor transformers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "unit",
 ]
 
-_WHERE = {
+_MODULE_OF = {
     "ModelConfig": "diffsynth.core.loader.config",
     "Pipeline": "diffsynth.runtime.pipeline",
     "Processor": "diffsynth.runtime.role",
@@ -47,8 +47,8 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     value: Any
-    if name in _WHERE:
-        value = getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     elif name == "__version__":
         import importlib.metadata
 

@@ -1,7 +1,7 @@
-"""From installed distributions to one catalog: the plugins there are, what they declare, and what is wrong with them.
+"""Plugin discovery: find entry points, load plugins one by one, and collect their declarations in one catalog.
 
-Light and torch-free. One plugin that fails becomes a `Problem`; it never takes another with it. What a model's record
-looks like to users stands in `registry`.
+Imports no torch. A plugin that fails becomes a `Problem` and does not affect the others. The records that users see
+are defined in `registry`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,16 @@ SpecT = TypeVar("SpecT")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a plugin, or with an installation; `seconds` is the time spent on it."""
+    """A failure of a plugin, or a fault of the installation.
+
+    Args:
+        plugin: entry-point name.
+        distribution: name of the installed package.
+        version: version of the package.
+        error: message, one line.
+        traceback: formatted traceback; empty if no exception was raised.
+        seconds: time spent loading the plugin.
+    """
 
     plugin: str
     distribution: str
@@ -49,7 +58,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plugin that loaded, and how long that took."""
+    """A plugin that was loaded, and the time that took in seconds."""
 
     name: str
     distribution: str
@@ -59,7 +68,7 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Declared(Generic[SpecT]):
-    """A declaration and its provider."""
+    """A declaration with the plugin, distribution and version that made it."""
 
     spec: SpecT
     plugin: str
@@ -69,7 +78,7 @@ class Declared(Generic[SpecT]):
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """Everything that was declared, `core` first, then by plugin name; and every plugin that failed."""
+    """Declarations of the loaded plugins, `core` first, then by plugin name; and a `Problem` for each failed plugin."""
 
     plugins: tuple[Plugin, ...] = ()
     problems: tuple[Problem, ...] = ()
@@ -86,8 +95,8 @@ class Catalog:
     doors: tuple[Declared[spec.DoorSpec], ...] = ()
 
     def layouts(self) -> tuple[dict[str, spec.ArchitectureSpec], list[spec.CheckpointSpec]]:
-        """Architectures by name, and their published layouts: what recognition asks for."""
-        # Of two with one name, which is a problem of both, the first counts: nobody replaces what core has.
+        """Return the architectures by name and the list of published layouts, as `recognize()` takes them."""
+        # Two architectures with one name are reported as problems; the first is used, so no plugin can replace core's.
         by_name = {one.spec.name: one.spec for one in reversed(self.architectures)}
         return by_name, [one.spec for one in self.checkpoints]
 
@@ -121,11 +130,11 @@ _is_loading = False
 
 
 class _Rejected(Exception):
-    """A plugin breaks the contract; the message stands on its own."""
+    """A plugin breaks the contract; the message is shown without the exception's class name."""
 
 
 def catalog() -> Catalog:
-    """What the installed plugins declare; discovered on the first call, in any thread.
+    """Return the declarations of all installed plugins; the first call discovers them. Thread-safe.
 
     Raises:
         BrokenPlugin: a plugin failed, and DIFFSYNTH_STRICT_PLUGINS is on.
@@ -134,7 +143,7 @@ def catalog() -> Catalog:
 
 
 def refresh() -> Catalog:
-    """Discover again: finds what was installed meanwhile. Modules that are imported already are not reloaded."""
+    """Discover plugins again and return the new catalog. Modules that are already imported are not reloaded."""
     global _discovered
     import importlib
 
@@ -145,13 +154,13 @@ def refresh() -> Catalog:
 
 
 def problems() -> list[Problem]:
-    """What is wrong with plugins: what discovery found, and what showed only when their code was used."""
+    """Return the problems that discovery found, and those reported later when a plugin's code was first used."""
     current = _current()
     return [*current.catalog.problems, *current.late]
 
 
 def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None:
-    """Make what is wrong with a declaration's code a problem of its plugin; logged once.
+    """Record an error in the code that a declaration names as a problem of its plugin, and log it once.
 
     Raises:
         BrokenPlugin: DIFFSYNTH_STRICT_PLUGINS is on.
@@ -171,7 +180,9 @@ def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None
 
 
 def notify(hook_name: str, **values: Any) -> None:
-    """Tell every observer; one that raises is logged by its plugin's name (once per hook), and the others still run.
+    """Call every implementation of an observer hook.
+
+    An implementation that raises is logged with its plugin's name, once per hook; the others are still called.
 
     Raises:
         BrokenPlugin: an observer raised, and DIFFSYNTH_STRICT_PLUGINS is on.
@@ -190,9 +201,12 @@ def notify(hook_name: str, **values: Any) -> None:
 
 
 def first(hook_name: str, **values: Any) -> Any:
-    """The first answer that is not None, or None. What an implementation raises gets a note with its plugin's name."""
+    """Return the first result of a hook that is not None, or None.
+
+    An exception raised by an implementation is passed on, with a note that names its plugin.
+    """
     implementations = getattr(_current().manager.hook, hook_name).get_hookimpls()
-    for implementation in reversed(implementations):  # pluggy keeps the one to call first at the end
+    for implementation in reversed(implementations):  # pluggy stores the implementation to call first last
         try:
             answer = implementation.function(*(values[name] for name in implementation.argnames))
         except Exception as error:
@@ -212,7 +226,7 @@ def _current() -> _Discovered:
         if _discovered is not None:
             return _discovered
         if _is_loading:
-            raise RuntimeError("a plugin asks for the catalog while it is being made; do so on first use instead")
+            raise RuntimeError("a plugin asks for the catalog while discovery runs; ask for it on first use instead")
         _is_loading = True
         try:
             _discovered = _discover()
@@ -239,7 +253,7 @@ def _discover() -> _Discovered:
             own = _load(manager, entry, plugin)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # SystemExit at import is a broken plugin too
+        except BaseException as error:  # a plugin that raises SystemExit at import is a broken plugin, too
             if isinstance(error, SystemExit):
                 error = _exited(plugin, error)
             problems.append(_problem(plugin, error, time.perf_counter() - started))
@@ -251,25 +265,25 @@ def _discover() -> _Discovered:
         problems += [Problem(*clash) for clash in duplicates(declared[kind])]
     if problems:
         logger.warning("%s", describe(problems))
-    everything = {kind: tuple(facts) for kind, facts in declared.items()}
+    everything = {kind: tuple(specs) for kind, specs in declared.items()}
     return _Discovered(Catalog(plugins=tuple(plugins), problems=tuple(problems), **everything), manager)
 
 
 def describe(problems: Sequence[Problem]) -> str:
-    """One line for logs and errors: `1 plugin is broken: flux (diffsynth-flux 0.3.1): ... Run: diffsynth plugins`."""
+    """Return one line for a log or an error: `1 plugin is broken: flux (diffsynth-flux 0.3.1): ... Run: ...`."""
     count = "1 plugin is broken" if len(problems) == 1 else f"{len(problems)} plugins are broken"
     return f"{count}: {'; '.join(map(str, problems))}. Run: diffsynth plugins"
 
 
 def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
-    """Allowed entry points in a fixed order, each with the distributions that share its name, if others do."""
+    """Return the allowed entry points in a fixed order, each with all distributions that use its name if several do."""
     import importlib.metadata
 
     allowed = _env.plugins()
     found = []
     for entry in importlib.metadata.entry_points(group=GROUP):
         plugin = Plugin(entry.name, *_provider(entry))
-        # `core` holds what families share, so an allow-list of families cannot leave it out.
+        # `core` declares the components that families share, so it is loaded whatever the allow-list names.
         if allowed is None or entry.name in allowed or (plugin.name, plugin.distribution) == CORE:
             found.append((entry, plugin))
     found.sort(key=lambda item: (item[1].name != CORE[0], item[1].name, item[1].distribution))
@@ -282,7 +296,10 @@ def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
 
 
 def _provider(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    """Name and version of the distribution, read line by line: its `name` would parse all of METADATA as an e-mail."""
+    """Return name and version of the distribution of an entry point.
+
+    The header is read line by line because `entry.dist.name` parses the whole METADATA file, which is slow.
+    """
     if entry.dist is None:
         return "unknown", ""
     text = entry.dist.read_text("METADATA") or entry.dist.read_text("PKG-INFO") or ""
@@ -305,7 +322,7 @@ def _load(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, p
                     f'To see where: python -X importtime -c "import {entry.module}"'
                 )
     except BaseException:
-        # Sweep before the next plugin loads: check_pending() looks at everybody's implementations.
+        # Unregister before the next plugin loads: check_pending() checks the implementations of all plugins.
         if manager.is_registered(module):
             manager.unregister(module)
         raise
@@ -349,24 +366,28 @@ def _declarations(manager: pluggy.PluginManager, module: Any) -> dict[str, list[
 
 
 def _collector(hook_name: str, expected: type, into: list[Any]) -> Callable[[Any], None]:
-    def register(fact: Any) -> None:
-        if not isinstance(fact, expected):
-            raise _Rejected(f"{hook_name}: expected {expected.__name__}, got {type(fact).__name__}: {fact!r:.80}")
+    """Return the `register` function of a hook: it checks a declaration and appends it to `into`."""
+
+    def register(declaration: Any) -> None:
+        if not isinstance(declaration, expected):
+            got = f"{type(declaration).__name__}: {declaration!r:.80}"
+            raise _Rejected(f"{hook_name}: expected {expected.__name__}, got {got}")
         try:
-            check_spec(fact)
+            check_spec(declaration)
         except (TypeError, ValueError) as error:
             raise _Rejected(f"{hook_name}: {error}") from error
-        if identity(fact) and any(identity(fact) == identity(other) for other in into):
-            raise _Rejected(f"{hook_name}: {identity(fact)!r} is declared twice")
-        into.append(fact)
+        name = identity(declaration)
+        if name and any(name == identity(other) for other in into):
+            raise _Rejected(f"{hook_name}: {name!r} is declared twice")
+        into.append(declaration)
 
     return register
 
 
 def _exited(plugin: Plugin, error: SystemExit) -> _Rejected:
-    """The same, with what to do about it."""
+    """Return the error of a plugin that raised SystemExit while it was loaded, with the command that removes it."""
     rejected = _Rejected(
-        f"ends the program while it is loaded ({_message(error)}); leave that to a function. "
+        f"ends the program while it is loaded ({_message(error)}); do that inside a function only. "
         f"Without the plugin: pip uninstall {plugin.distribution}"
     )
     rejected.__cause__ = error

@@ -1,4 +1,7 @@
-"""Every environment variable, parsed strictly, when asked for and never at import. `docs/environment.md` lists them."""
+"""Readers of all environment variables, strictly parsed on each call and never at import; see `docs/environment.md`.
+
+The docstring of each reader begins with its variable's name: `diffsynth doctor` takes the name from there.
+"""
 
 from __future__ import annotations
 
@@ -10,48 +13,48 @@ _FALSE = frozenset({"0", "false", "no", "off", ""})
 
 
 def skip_download() -> bool:
-    """DIFFSYNTH_SKIP_DOWNLOAD: never touch the network. Default false."""
+    """DIFFSYNTH_SKIP_DOWNLOAD: do not use the network. Default false."""
     return _boolean("DIFFSYNTH_SKIP_DOWNLOAD")
 
 
 def model_base_path() -> Path:
-    """DIFFSYNTH_MODEL_BASE_PATH: where files are looked up and downloaded to. Default `./models`."""
+    """DIFFSYNTH_MODEL_BASE_PATH: folder that files are looked up in and downloaded to. Default `./models`."""
     return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "./models")
 
 
 def download_source() -> str:
-    """DIFFSYNTH_DOWNLOAD_SOURCE: `modelscope` (default) or `huggingface`."""
+    """DIFFSYNTH_DOWNLOAD_SOURCE: hub to download from, `modelscope` (default) or `huggingface`."""
     return _choice("DIFFSYNTH_DOWNLOAD_SOURCE", ("modelscope", "huggingface"))
 
 
 def attention_implementation() -> str:
-    """DIFFSYNTH_ATTENTION_IMPLEMENTATION: a backend by name, in any case, or `auto` (default)."""
+    """DIFFSYNTH_ATTENTION_IMPLEMENTATION: name of an attention backend, case ignored, or `auto` (default)."""
     return os.environ.get("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "").strip().lower() or "auto"
 
 
 def fused_kernels() -> bool:
-    """DIFFSYNTH_FUSED_KERNELS: off runs every layer of `diffsynth.nn` as plain torch. Default true."""
+    """DIFFSYNTH_FUSED_KERNELS: run layers of `diffsynth.nn` as fused kernels; false: plain torch. Default true."""
     return _boolean("DIFFSYNTH_FUSED_KERNELS", default=True)
 
 
 def triton_interpret() -> bool:
-    """TRITON_INTERPRET: Triton's own switch; kernels run step by step on the CPU, very slowly. Default false."""
+    """TRITON_INTERPRET: Triton's variable; run kernels on the CPU in its interpreter, slowly. Default false."""
     return _boolean("TRITON_INTERPRET")
 
 
 def plugins() -> frozenset[str] | None:
-    """DIFFSYNTH_PLUGINS: comma-separated allow-list of entry-point names; unset is all, empty is none."""
+    """DIFFSYNTH_PLUGINS: comma-separated entry-point names of the plugins to load; unset loads all, empty none."""
     value = os.environ.get("DIFFSYNTH_PLUGINS")
     return None if value is None else frozenset(filter(None, (name.strip() for name in value.split(","))))
 
 
 def strict_plugins() -> bool:
-    """DIFFSYNTH_STRICT_PLUGINS: a broken plugin raises instead of being reported. Default false."""
+    """DIFFSYNTH_STRICT_PLUGINS: raise on a broken plugin instead of reporting it. Default false."""
     return _boolean("DIFFSYNTH_STRICT_PLUGINS")
 
 
 def cache_dir() -> Path:
-    """DIFFSYNTH_CACHE_DIR: small caches of ours (file identities). Default `$XDG_CACHE_HOME/diffsynth`."""
+    """DIFFSYNTH_CACHE_DIR: folder of small caches, such as file identities. Default `$XDG_CACHE_HOME/diffsynth`."""
     explicit = os.environ.get("DIFFSYNTH_CACHE_DIR")
     if explicit:
         return Path(explicit)

@@ -1,4 +1,4 @@
-"""Model records and their lookup; `registry` is the public face."""
+"""Model records and their lookup by name; `registry` is the public module."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from diffsynth.spec import ModelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """A model that an installed plugin declares: its `ModelSpec`, who provides it, and whether its files are here.
+    """Record of an installed model: the fields of its `ModelSpec`, its provider, and the state of its files.
 
-    `weights` is "present", "partial" or "absent", told by names alone: no file is opened.
+    `weights` is "present", "partial" or "absent"; it is determined from file names alone, no file is opened.
     """
 
     name: str
@@ -40,31 +40,35 @@ class ModelRecord:
 
     @property
     def exact_name(self) -> str:
-        """The spelling that stays exact when two plugins declare one name, `"flux:flux.1-dev"`."""
+        """Return `"plugin:name"`, such as `"flux:flux.1-dev"`, which is unique even if two plugins declare one name."""
         return f"{self.plugin}:{self.name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, in the order of the fields."""
+        """Return the fields as a dict of plain values, in the order of declaration."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 def models(pattern: str | None = None) -> list[ModelRecord]:
-    """Records of all models, by name; with a glob, of those whose name or hub id it matches in any case."""
+    """Return the records of all models, sorted by name.
+
+    Args:
+        pattern: a glob; only models whose name or hub id matches it are returned. Case is ignored.
+    """
     declared = sorted(_discovery.catalog().models, key=lambda one: (one.spec.name.lower(), one.plugin))
     return [_record(one) for one in declared if pattern is None or _matches(one.spec, pattern.lower())]
 
 
 def get(name: str) -> ModelRecord:
-    """The record of a model.
+    """Return the record of a model.
 
     Args:
-        name: a model's name or hub id, in any case; `"plugin:name"` where two plugins declare one name.
+        name: model name or hub id, case ignored; `"plugin:name"` if two plugins declare one name.
 
     Raises:
-        UnknownModel: no plugin declares it; the message has the nearest spelling or the package to install, and the
-            broken plugins.
-        AmbiguousModel: several do; the message has the exact spellings.
+        UnknownModel: no plugin declares the name; the message gives the nearest name or the package to install, and
+            lists broken plugins.
+        AmbiguousModel: several plugins declare the name; the message gives the exact spellings.
     """
     wanted = name.strip().lower()
     declared = _discovery.catalog().models
@@ -79,25 +83,25 @@ def get(name: str) -> ModelRecord:
 
 
 def problems() -> list[Problem]:
-    """What is wrong with plugins, and with the installation as a whole."""
+    """Return the problems of plugins and of the installation as a whole."""
     return [*_discovery.problems(), *_upstream()]
 
 
 def refresh() -> None:
-    """Look for plugins again, after installing or removing one."""
+    """Discover plugins again, after one was installed or removed."""
     _discovery.refresh()
 
 
 def _record(declared: Declared[ModelSpec]) -> ModelRecord:
     from diffsynth.core.loader.files import weights_state
 
-    fact = declared.spec
-    sources = [*fact.components.values(), *fact.processors.values()]
+    spec = declared.spec
+    sources = [*spec.components.values(), *spec.processors.values()]
     return ModelRecord(
         **{
-            field.name: getattr(fact, field.name)
+            field.name: getattr(spec, field.name)
             for field in dataclasses.fields(ModelRecord)
-            if hasattr(fact, field.name)
+            if hasattr(spec, field.name)
         },
         plugin=declared.plugin,
         distribution=declared.distribution,
@@ -106,8 +110,8 @@ def _record(declared: Declared[ModelSpec]) -> ModelRecord:
     )
 
 
-def _matches(fact: ModelSpec, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(text.lower(), pattern) for text in (fact.name, fact.hub_id) if text)
+def _matches(spec: ModelSpec, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(text.lower(), pattern) for text in (spec.name, spec.hub_id) if text)
 
 
 def _spellings(declared: Declared[ModelSpec]) -> set[str]:
@@ -129,6 +133,7 @@ def _unknown(name: str, declared: tuple[Declared[ModelSpec], ...]) -> str:
 
 
 def _upstream() -> list[Problem]:
+    """Return a problem if the distribution `diffsynth` of DiffSynth-Studio, which has our import name, is installed."""
     import importlib.metadata
 
     try:

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a declaration without importing the code that it names."""
+"""Checks of declarations that need no import of the code they name: names, references, sources, duplicates."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
 }
 
 
-def references(fact: Any) -> list[str]:
-    """Every code reference in a declaration, empty ones left out."""
-    values = [getattr(fact, name) for name in _REFERENCES[type(fact)]]
+def references(declaration: Any) -> list[str]:
+    """Return the non-empty code references in a declaration."""
+    values = [getattr(declaration, name) for name in _REFERENCES[type(declaration)]]
     return [text for value in values for text in _texts(value) if text]
 
 
-def sources(fact: Any) -> list[str]:
-    """Every source of files in a declaration."""
-    if isinstance(fact, spec.ModelSpec):
-        return [*fact.components.values(), *fact.processors.values()]
-    return list(fact.files) if isinstance(fact, spec.CheckpointSpec) else []
+def sources(declaration: Any) -> list[str]:
+    """Return the source strings in a declaration."""
+    if isinstance(declaration, spec.ModelSpec):
+        return [*declaration.components.values(), *declaration.processors.values()]
+    return list(declaration.files) if isinstance(declaration, spec.CheckpointSpec) else []
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -45,32 +45,34 @@ def _texts(value: Any) -> Iterable[str]:
     return (value,) if isinstance(value, str) else value
 
 
-def identity(fact: Any) -> str:
-    """What must be unique among one plugin's declarations of a kind; empty where nothing is."""
-    return str(getattr(fact, "name", "")).lower()
+def identity(declaration: Any) -> str:
+    """Return the name that must be unique among a plugin's declarations of one kind; empty if the kind has no names."""
+    return str(getattr(declaration, "name", "")).lower()
 
 
-def check_spec(fact: Any) -> None:
-    """Check names, references and sources by their text; modules of imported packages must exist.
+def check_spec(declaration: Any) -> None:
+    """Check the names, references and sources in a declaration without importing anything.
+
+    A referenced module is looked up only if its top-level package is imported already.
 
     Raises:
-        TypeError: a mapping field that holds none.
-        ValueError: a malformed name, reference or source, a reference to a module that is not there, a declaration that
-            says nothing, or a tiny config for a component that the model does not have.
+        TypeError: a field declared as a mapping has another type.
+        ValueError: a malformed name, reference or source, a reference to a missing module, a `LayerWrapperSpec` without
+            effect, or a tiny config for a component that the model does not have.
     """
-    name = getattr(fact, "name", "-")
-    if not name or (isinstance(fact, spec.ModelSpec) and (":" in name or "/" in name)):
+    name = getattr(declaration, "name", "-")
+    if not name or (isinstance(declaration, spec.ModelSpec) and (":" in name or "/" in name)):
         raise ValueError(f"name {name!r}: expected a plain name, without ':' or '/'")
-    for entry in fields(fact):
-        if "Mapping" in str(entry.type) and not hasattr(getattr(fact, entry.name), "items"):
-            raise TypeError(f"{name!r}: {entry.name} is {getattr(fact, entry.name)!r}, expected a mapping")
-    if isinstance(fact, spec.ModelSpec):
-        _check_tiny(fact)
-    if isinstance(fact, spec.LayerWrapperSpec) and not fact.atomic:
-        raise ValueError(f"LayerWrapperSpec({fact.layer!r}) says nothing of that class; expected atomic=True")
-    for source in sources(fact):
+    for entry in fields(declaration):
+        if "Mapping" in str(entry.type) and not hasattr(getattr(declaration, entry.name), "items"):
+            raise TypeError(f"{name!r}: {entry.name} is {getattr(declaration, entry.name)!r}, expected a mapping")
+    if isinstance(declaration, spec.ModelSpec):
+        _check_tiny(declaration)
+    if isinstance(declaration, spec.LayerWrapperSpec) and not declaration.atomic:
+        raise ValueError(f"LayerWrapperSpec({declaration.layer!r}) has no effect; expected atomic=True")
+    for source in sources(declaration):
         spec.parse_source(source)
-    for reference in references(fact):
+    for reference in references(declaration):
         module_name, colon, attribute = reference.partition(":")
         if not (colon and module_name and attribute):
             raise ValueError(f"reference {reference!r}: expected 'package.module:attribute'")
@@ -78,19 +80,20 @@ def check_spec(fact: Any) -> None:
             raise ValueError(f"reference {reference!r}: there is no module {module_name!r}")
 
 
-def _check_tiny(fact: spec.ModelSpec) -> None:
-    for role, changed in fact.tiny.items():
-        if role not in fact.components:
+def _check_tiny(declaration: spec.ModelSpec) -> None:
+    for role, changed in declaration.tiny.items():
+        if role not in declaration.components:
             raise ValueError(
-                f"{fact.name!r}: tiny has {role!r}, no component{did_you_mean(role, fact.components) or '.'} "
-                f"Its components: {', '.join(fact.components)}"
+                f"{declaration.name!r}: tiny has {role!r}, no component"
+                f"{did_you_mean(role, declaration.components) or '.'} "
+                f"Its components: {', '.join(declaration.components)}"
             )
         if not isinstance(changed, Mapping):
-            raise TypeError(f"{fact.name!r}: tiny[{role!r}] is {changed!r}, expected a mapping of config fields")
+            raise TypeError(f"{declaration.name!r}: tiny[{role!r}] is {changed!r}, expected a mapping of config fields")
 
 
 def duplicates(declared: Iterable[Any]) -> Iterator[tuple[str, str, str, str]]:
-    """(plugin, distribution, version, what is wrong) for every declaration whose name other plugins use too."""
+    """Yield (plugin, distribution, version, error) for each declaration whose name another plugin declares, too."""
     by_name: dict[str, list[Any]] = {}
     for one in declared:
         by_name.setdefault(identity(one.spec), []).append(one)
@@ -109,7 +112,10 @@ def duplicates(declared: Iterable[Any]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _may_exist(module_name: str) -> bool:
-    """False if the module cannot be found; finds without importing, so only inside packages imported already."""
+    """Return False if the module is certainly missing.
+
+    Nothing is imported, so a module is looked up only if its top-level package is imported already; else True.
+    """
     package, *rest = module_name.split(".")
     if package not in sys.modules:
         return True

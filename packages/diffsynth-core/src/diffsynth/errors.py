@@ -1,28 +1,28 @@
-"""Every exception that the library raises on purpose.
+"""Exceptions that the library raises on purpose.
 
 DiffsynthError
 ├── RegistryError
-│   ├── UnknownModel        no installed plugin declares that name
-│   ├── AmbiguousModel      two plugins declare it
-│   └── BrokenPlugin        a plugin failed, and DIFFSYNTH_STRICT_PLUGINS=1
+│   ├── UnknownModel        no installed plugin declares the name
+│   ├── AmbiguousModel      several plugins declare the name
+│   └── BrokenPlugin        a plugin failed, and DIFFSYNTH_STRICT_PLUGINS is on
 ├── CheckpointError
-│   ├── NoFiles             a path or pattern matched nothing, or shards are missing
-│   ├── DownloadFailed      the hub could not be reached, or refused
-│   ├── CorruptFile         truncated, or not a checkpoint at all
-│   ├── Unrecognized        readable, but no architecture claims it
-│   ├── KeyMismatch         claimed, but keys or shapes do not fit
-│   └── NotEnoughMemory     found out before the first tensor was read
+│   ├── NoFiles             a path or pattern matches no file, or shards are missing
+│   ├── DownloadFailed      the hub cannot be reached or refuses the request
+│   ├── CorruptFile         a file is truncated or is not a checkpoint
+│   ├── Unrecognized        no installed architecture matches the file
+│   ├── KeyMismatch         keys or shapes do not fit the architecture
+│   └── NotEnoughMemory     the weights would not fit; raised before any tensor is read
 ├── PipelineError
-│   ├── InvalidPipeline     units, roles and velocity() do not fit together
+│   ├── InvalidPipeline     units, roles and velocity() of a pipeline class contradict each other
 │   ├── MissingComponent    an argument or a stage needs a role that is not loaded
-│   ├── Unplannable         what a call would take cannot be told without making it
+│   ├── Unplannable         the memory of a call cannot be computed without running it
 │   └── Cancelled           the caller's `cancel` event was set
-├── TrainingError
+├── TrainingError           a recipe, a manifest or a checkpoint cannot be used, or training cannot continue
 └── BackendError
-    ├── Unavailable         the backend is not installed or has no device
-    └── Refused             the backend cannot do this call; the reason is in the message
+    ├── Unavailable         the backend's library or device is missing
+    └── Refused             the backend does not support the call; the message gives the reason
 
-Bad arguments are plain `ValueError` and `TypeError`. `assert` is for our own invariants.
+Bad arguments raise plain `ValueError` and `TypeError`. `assert` is for internal invariants.
 """
 
 from __future__ import annotations
@@ -32,91 +32,91 @@ from collections.abc import Iterable
 
 
 class DiffsynthError(Exception):
-    """Root of everything below."""
+    """Base class of all exceptions of this library."""
 
 
 class RegistryError(DiffsynthError):
-    """A name could not be resolved to exactly one declaration."""
+    """Base class of errors in looking up or loading declarations."""
 
 
 class UnknownModel(RegistryError):
-    """No installed plugin declares that name."""
+    """Raised when no installed plugin declares the requested model name."""
 
 
 class AmbiguousModel(RegistryError):
-    """Two plugins declare that name; the message gives the exact spellings."""
+    """Raised when several plugins declare the requested model name; the message gives the exact spellings."""
 
 
 class BrokenPlugin(RegistryError):
-    """A plugin failed to load and strict mode is on."""
+    """Raised when a plugin fails while DIFFSYNTH_STRICT_PLUGINS is on; otherwise the failure is only reported."""
 
 
 class CheckpointError(DiffsynthError):
-    """Something between a path and a loaded module went wrong."""
+    """Base class of errors between a path and a loaded module."""
 
 
 class NoFiles(CheckpointError):
-    """A path or pattern matched no file, or numbered shards are missing."""
+    """Raised when a path or pattern matches no file, or numbered shards are missing."""
 
 
 class DownloadFailed(CheckpointError):
-    """The hub could not be reached, or refused."""
+    """Raised when the hub cannot be reached or refuses the request."""
 
 
 class CorruptFile(CheckpointError):
-    """Truncated, or not a checkpoint."""
+    """Raised when a file is truncated or is not a checkpoint."""
 
 
 class Unrecognized(CheckpointError):
-    """A readable file that no installed architecture claims."""
+    """Raised when a file is readable but no installed architecture matches it."""
 
 
 class KeyMismatch(CheckpointError):
-    """Keys or shapes of a file do not fit the module they are meant for."""
+    """Raised when keys or shapes of a file do not fit the module they are loaded into."""
 
 
 class NotEnoughMemory(CheckpointError):
-    """Loading would not fit; raised before any tensor is read."""
+    """Raised when weights or a call would not fit into memory; no tensor has been read by then."""
 
 
 class PipelineError(DiffsynthError):
-    """A pipeline cannot be built, or cannot serve this call."""
+    """Base class of errors in building or calling a pipeline."""
 
 
 class InvalidPipeline(PipelineError):
-    """Units, roles and velocity() of a pipeline class do not fit together."""
+    """Raised when units, roles and `velocity()` of a pipeline class contradict each other."""
 
 
 class MissingComponent(PipelineError):
-    """A role that this call needs is not loaded."""
+    """Raised when a call needs a role that is not loaded."""
 
 
 class Unplannable(PipelineError):
-    """What a call would take cannot be told without making it."""
+    """Raised when the memory and time of a call cannot be computed without running it."""
 
 
 class Cancelled(PipelineError):
-    """The caller asked to stop."""
+    """Raised when the caller's `cancel` event was set during a call."""
 
 
 class TrainingError(DiffsynthError):
-    """A recipe, a manifest or a run cannot go on."""
+    """Raised when a recipe, a manifest or a checkpoint cannot be used, or when training cannot continue."""
 
 
 class BackendError(DiffsynthError):
-    """An attention or quantization backend cannot serve."""
+    """Base class of errors of attention and quantization backends."""
 
 
 class Unavailable(BackendError):
-    """The backend's library or device is missing."""
+    """Raised when the library or the device of a backend is missing."""
 
 
 class Refused(BackendError):
-    """The backend cannot do this call; the message says why."""
+    """Raised when a backend does not support a call; the message gives the reason."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, or an empty string when nothing is near. Ignores case."""
+    """Return `"; did you mean 'x'?"` with the known name nearest to `name`, or `""` if none is near. Ignores case."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean {by_lower[near[0]]!r}?" if near else ""

@@ -1,7 +1,7 @@
-"""Every hook there is, on one screen. `docs/hooks/` has a page for each.
+"""Hook specifications. `docs/hooks/` has a page for each hook.
 
-A plugin implements any of these as module-level functions marked `@diffsynth.hookimpl`. Arguments are opt-in by name
-and are only ever added, so an implementation written today keeps working.
+A plugin implements hooks as module-level functions marked `@diffsynth.hookimpl`. An implementation takes the arguments
+it wants by name. Arguments are only ever added, so existing implementations keep working.
 """
 
 from __future__ import annotations
@@ -19,105 +19,105 @@ if TYPE_CHECKING:
 hookspec = pluggy.HookspecMarker("diffsynth")
 hookimpl = pluggy.HookimplMarker("diffsynth")
 
-# Declare: call `register` once per fact.
+# Declare: call `register` once per declaration.
 
 
 @hookspec
 def register_models(register: Callable[[spec.ModelSpec], None]) -> None:
-    """Models that a user can name."""
+    """Declare models that users load by name."""
 
 
 @hookspec
 def register_architectures(register: Callable[[spec.ArchitectureSpec], None]) -> None:
-    """Networks, with their configs and how shapes tell them."""
+    """Declare networks with their configs and the functions that infer a config from shapes."""
 
 
 @hookspec
 def register_checkpoints(register: Callable[[spec.CheckpointSpec], None]) -> None:
-    """Published layouts of those networks, with their converters."""
+    """Declare published checkpoint layouts of networks, with their key rules."""
 
 
 @hookspec
 def register_layer_wrappers(register: Callable[[spec.LayerWrapperSpec], None]) -> None:
-    """How the VRAM engine treats layer classes it does not know."""
+    """Declare how the VRAM engine treats layer classes of other libraries."""
 
 
 @hookspec
 def register_attention(register: Callable[[spec.AttentionSpec], None]) -> None:
-    """Attention backends."""
+    """Declare attention backends."""
 
 
 @hookspec
 def register_quantization(register: Callable[[spec.QuantizationSpec], None]) -> None:
-    """Quantization backends."""
+    """Declare quantization backends."""
 
 
 @hookspec
 def register_training(register: Callable[[spec.TrainingSpec], None]) -> None:
-    """How a pipeline is trained."""
+    """Declare how a pipeline is trained."""
 
 
 @hookspec
 def register_objectives(register: Callable[[spec.ObjectiveSpec], None]) -> None:
-    """Training losses."""
+    """Declare training objectives (losses)."""
 
 
 @hookspec
 def register_units(register: Callable[[spec.UnitSpec], None]) -> None:
-    """Units, and so arguments, added to somebody's pipeline."""
+    """Declare units, and with them arguments, to add to an existing pipeline."""
 
 
 @hookspec
 def register_commands(register: Callable[[spec.CommandSpec], None]) -> None:
-    """Commands of the `diffsynth` program."""
+    """Declare commands of the `diffsynth` program."""
 
 
 @hookspec
 def register_doors(register: Callable[[spec.DoorSpec], None]) -> None:
-    """Folders of modules that join `diffsynth.pipelines`."""
+    """Declare folders of modules to add to the package `diffsynth.pipelines`."""
 
 
-# Decide: the first answer that is not None counts.
+# Decide: the first result that is not None is used.
 
 
 @hookspec(firstresult=True)
 def resolve_source(source: str) -> list[Path] | None:
-    """Local files for a `scheme://` source that core does not know."""
+    """Return the local files of a `scheme://` source that core does not know."""
 
 
-# Observe: return values are ignored, an exception is reported and the run goes on.
+# Observe: return values are ignored; an exception is reported and the call continues.
 
 
 @hookspec
 def checkpoint_recognized(files: list[Path], architecture: str, tier: str) -> None:
-    """A file was recognised, by `tier` "metadata", "signature" or "structure"."""
+    """Called when a file was recognised, by `tier` "metadata", "signature" or "structure"."""
 
 
 @hookspec
 def component_loaded(role: str, architecture: str, files: list[Path], seconds: float) -> None:
-    """A component is in memory."""
+    """Called when a component has been loaded; `seconds` is the loading time."""
 
 
 @hookspec
 def pipeline_ready(pipeline: Any) -> None:
-    """All components of a pipeline are loaded."""
+    """Called when all components of a pipeline are loaded."""
 
 
 @hookspec
 def denoise_started(pipeline: Any, num_steps: int, shape: tuple[int, ...]) -> None:
-    """The loop is about to begin, on latents of this shape."""
+    """Called before the first denoising step; `shape` is the shape of the latents."""
 
 
 @hookspec
 def step_done(pipeline: Any, step: int, num_steps: int, sigma: float) -> None:
-    """A step of the loop has ended; `sigma` is the level it reached."""
+    """Called after each denoising step; `sigma` is the noise level after it."""
 
 
 @hookspec
 def training_step_done(step: int, loss: float, metrics: Mapping[str, float]) -> None:
-    """An optimizer step has ended."""
+    """Called after optimizer steps; `loss` and `metrics` are means since the last call."""
 
 
 @hookspec
 def adapter_saved(path: Path, step: int) -> None:
-    """Trained weights were written."""
+    """Called when trained weights were written to a file."""

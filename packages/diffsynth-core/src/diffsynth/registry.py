@@ -1,6 +1,6 @@
-"""Which models are installed: `list`, `get`, `problems`, `refresh`. No torch.
+"""Lookup of installed models: `list`, `get`, `problems`, `refresh`. Imports no torch.
 
-Re-exports only: a function named `list` in a module would break every `list[...]` annotation there.
+This module only re-exports: a function named `list` would break every `list[...]` annotation in its module.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The facts a plugin declares: frozen, hashable where it helps, and free of torch.
+"""Declarations that a plugin makes: frozen dataclasses of plain values. Imports no torch.
 
-Code is named by string, `"package.module:attribute"`, and resolved on first use (`resolve`), so that listing a
-hundred models imports none of them. A *source* says where files are, also by string (`parse_source`):
+A *reference* names code by string, `"package.module:attribute"`, and is resolved on first use (`resolve`), so that
+listing models imports none of them. A *source* names files by string (`parse_source`):
 
     "Tongyi-MAI/Z-Image-Turbo:transformer/*.safetensors"     files of a hub repository
     "package://diffsynth_zimage/nano/dit.safetensors"         a file that ships inside a wheel
-    "any-scheme://..."                                         whatever a plugin's `resolve_source` hook understands
+    "any-scheme://..."                                         files that a plugin's `resolve_source` hook returns
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 API_VERSION = 1
-"""What a plugin states as `DIFFSYNTH_API`."""
+"""Version of the plugin contract; a plugin states it as `DIFFSYNTH_API`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeaCacheSpec:
-    """What TeaCache (Liu et al. 2024, arXiv:2411.19108) needs to know of a model: a polynomial, and of what.
+    """Coefficients of TeaCache (Liu et al. 2024, arXiv:2411.19108) for a model.
 
     Args:
-        coefficients: highest power first; from the signal's relative L1 change to the output's.
-        signal: `"argument:NAME"`, an argument of the first repeated block, or `"module:NAME"`, what a submodule of it
-            gives.
+        coefficients: of the polynomial from the signal's relative L1 change to the output's, highest power first.
+        signal: tensor that is compared between steps: `"argument:NAME"`, an argument of the first repeated block, or
+            `"module:NAME"`, the output of a submodule of that block.
     """
 
     coefficients: tuple[float, ...]
@@ -35,27 +35,27 @@ class TeaCacheSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What a user can name.
+    """A model that users load by name.
 
     Args:
-        name: the repository's last segment in lower case, `"z-image-turbo"`.
-        hub_id: `"owner/repository"` on ModelScope and Hugging Face; None for a model that ships in a wheel, and
-            for a second one in a repository.
-        family: the package's family name, `"z-image"`.
-        task: the hub's task word, `"text-to-image"`.
+        name: last segment of the repository's name in lower case, `"z-image-turbo"`.
+        hub_id: `"owner/repository"` on ModelScope and Hugging Face; None for a model that ships in a wheel, and for
+            a second model in one repository.
+        family: name of the model family, `"z-image"`.
+        task: task name as on the hub, `"text-to-image"`.
         pipeline: reference to a `diffsynth.Pipeline` subclass.
-        components: role -> source of its weights, in the order they are loaded.
-        processors: role -> source of a tokenizer's or processor's folder.
-        defaults: call arguments that this model wants and its pipeline does not, `{"num_inference_steps": 8}`.
-        license: SPDX identifier, or the publisher's name for it.
-        paper: arXiv id or address, if there is one.
+        components: role -> source of its weights, in loading order.
+        processors: role -> source of the folder of a tokenizer or processor.
+        defaults: default call arguments that differ from the pipeline's, `{"num_inference_steps": 8}`.
+        license: SPDX identifier, or the publisher's name of the license.
+        paper: arXiv id or address; empty if there is none.
         description: one line for listings.
-        tiny: role -> fields changed on its architecture's tiny config, so that the tiny components of this model fit
-            each other (`diffsynth.testing.tiny_hub`); models that share a file say the same of it.
-        tiny_processors: processor role -> reference to `f(folder)` that writes a tiny one that works; a tokenizer that
-            is left out becomes a byte-level one with Qwen3's chat template.
-        tea_cache: published coefficients, if there are any.
-        fps: frames per second that its videos show the world at, if it makes videos and its publisher says.
+        tiny: role -> fields to change in its architecture's tiny config, so that the tiny components of this model
+            fit each other (`diffsynth.testing.tiny_hub`); models that share a file must declare the same for it.
+        tiny_processors: processor role -> reference to `f(folder)` that writes a tiny working processor; a tokenizer
+            that is not listed becomes a byte-level one with Qwen3's chat template.
+        tea_cache: published TeaCache coefficients; None if there are none.
+        fps: frame rate in frames per second that the model was trained at; None for images, or if unpublished.
     """
 
     name: str
@@ -77,23 +77,25 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureSpec:
-    """An `nn.Module` class, its config, and how a file's shapes tell the config.
+    """An `nn.Module` class, its config, and the function that infers the config from a file's shapes.
 
     Args:
-        name: `"z_image_dit"`; what `recognize` answers and what a pipeline's role accepts.
+        name: name that `recognize` returns and that a pipeline's role accepts, `"z_image_dit"`.
         module: reference to the class; built as `module(config)`.
         config: reference to a frozen dataclass of plain values (a light module).
         infer_config: reference to `f(shapes: Mapping[str, tuple[int, ...]]) -> config` over the architecture's *own*
-            parameter names (a light module). It raises `ValueError` with a reason when a family constant does not
-            hold: that is how structure says no.
-        required: own parameter names that every variant has; `{n}` stands for every index from 0 to the largest seen.
-        tiny: reference to a config of the same kind, small enough for a test, that keeps the family's constants.
+            parameter names (a light module). It raises `ValueError` with a reason if a constant of the family does
+            not hold; the file is then not recognised as this architecture.
+        required: own parameter names that every variant has; `{n}` means every index from 0 to the largest in a file.
+        tiny: reference to a config small enough for a test that keeps the family's constants.
         tiny_inputs: reference to `f(config, generator) -> dict` of forward() arguments for the tiny config.
-        atomic: references to classes whose parent reads their parameters without calling them; never wrapped inside.
-        high_precision: name patterns of parameters that stay in the file's dtype when storage is lowered (`"*.norm*"`).
-        repeated_blocks: names of the `ModuleList`s that stream and compile block by block.
-        lora_targets: linear layers that a LoRA usually changes, by how their names end (`"to_q"`, `"ffn.0"`). Any
-            linear layer may be changed; the conformance suite holds these to it.
+        atomic: references to module classes that are moved as a whole, because they read parameters of a submodule
+            without calling it.
+        high_precision: name patterns of parameters that keep the file's dtype when weights are stored in a lower
+            dtype (`"*.norm*"`).
+        repeated_blocks: names of the `ModuleList`s whose items are streamed and compiled block by block.
+        lora_targets: suffixes of the names of the linear layers that LoRAs usually change (`"to_q"`, `"ffn.0"`). A LoRA
+            may change any linear layer; the conformance suite tests these.
     """
 
     name: str
@@ -115,14 +117,14 @@ class CheckpointSpec:
 
     Args:
         name: unique within the plugin, `"z_image_dit"` or `"z_image_dit/diffusers"`.
-        architecture: name of the `ArchitectureSpec` it fills.
-        rules: reference to a tuple of `diffsynth.core.loader.convert` rules; empty means: own names, the plan is the
-            identity.
-        signature: md5 identity of the layout (see `header.signature`); empty for a layout that no file proves.
+        architecture: name of the `ArchitectureSpec` that the files hold weights of.
+        rules: reference to a tuple of `diffsynth.core.loader.convert` rules; empty if the files use the architecture's
+            own key names.
+        signature: md5 of the layout (see `header.signature`); empty if no published file is known.
         layout: resource `"package:path"` of key -> shape, gzipped JSON; empty if there is none.
         files: sources known to have this layout.
-        config: fields that shapes cannot tell, given to the config over what `infer_config` says.
-        file_stem: how the published files begin where a source leaves it open, as `transformer/*.safetensors` does:
+        config: config fields that shapes do not determine; they replace those that `infer_config` returns.
+        file_stem: beginning of the published file names if a source is a glob such as `transformer/*.safetensors`:
             "model", or "diffusion_pytorch_model".
     """
 
@@ -138,12 +140,12 @@ class CheckpointSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWrapperSpec:
-    """How the VRAM engine treats a layer class of another library.
+    """Treatment of a layer class of another library by the VRAM engine.
 
     Args:
-        layer: reference to the class, and so to those derived from it.
-        atomic: its weights are all on the device whenever it runs: it is never cut. For a layer that reads a parameter
-            of a part of it without calling that part.
+        layer: reference to the class; subclasses are included.
+        atomic: move all weights of the layer together and do not split it into blocks. Needed for a layer that reads a
+            parameter of a submodule without calling the submodule.
     """
 
     layer: str
@@ -157,9 +159,9 @@ class AttentionSpec:
     Args:
         name: unique among backends.
         backend: reference to an object with `refuses(call) -> str | None` and `__call__(call)`.
-        priority: `auto` tries higher ones first; torch's own has 0.
-        workspace: reference to `f(call, device_type) -> int`, bytes that it takes beside inputs and output, for plans;
-            empty asks the object's own `workspace`, and without one as much as the output is assumed.
+        priority: `auto` tries backends of higher priority first; torch's own backend has 0.
+        workspace: reference to `f(call, device_type) -> int`, the bytes it allocates beside inputs and output, for
+            memory plans; if empty, the object's method `workspace` is used, and without one the output's size.
     """
 
     name: str
@@ -170,7 +172,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSpec:
-    """A quantization backend by reference; the contract stands in `diffsynth.core.quant`."""
+    """A quantization backend, by reference. Only `diffsynth doctor` reads it so far; the contract is not settled."""
 
     name: str
     backend: str
@@ -178,14 +180,14 @@ class QuantizationSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """How a pipeline is trained.
+    """Training settings of a pipeline.
 
     Args:
         pipeline: reference to the pipeline class.
         trainable: roles that may be trained.
-        lora_targets: default module name suffixes for LoRA, by role.
+        lora_targets: role -> default suffixes of the names of layers to train a LoRA of.
         data: manifest column -> call argument of the pipeline (`{"image": "input_image", "prompt": "prompt"}`).
-        schedule: reference to `f(num_steps) -> sigmas`, the table that training draws its indices from.
+        schedule: reference to `f(num_steps) -> sigmas`; training samples indices of this table.
     """
 
     pipeline: str
@@ -197,7 +199,7 @@ class TrainingSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSpec:
-    """A training objective by reference; `objective` names a class that `diffsynth_train` documents."""
+    """A training objective; `objective` is a reference to a class as `diffsynth_train.objectives.base` describes it."""
 
     name: str
     objective: str
@@ -205,12 +207,12 @@ class ObjectiveSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitSpec:
-    """A unit that this plugin adds to somebody's pipeline.
+    """A unit that a plugin adds to an existing pipeline class.
 
     Args:
-        pipeline: reference to the pipeline class it joins (subclasses included).
+        pipeline: reference to the pipeline class; subclasses are included.
         unit: reference to the unit.
-        after: name of the unit it runs after; empty means last, before the loop.
+        after: name of the unit that it runs after; empty: after all others, before the loop.
     """
 
     pipeline: str
@@ -220,7 +222,7 @@ class UnitSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CommandSpec:
-    """A command of the `diffsynth` program: `command` names a `click.Command`."""
+    """A command of the `diffsynth` program; `command` is a reference to a `click.Command`."""
 
     name: str
     command: str
@@ -229,18 +231,18 @@ class CommandSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DoorSpec:
-    """A folder of re-export modules that joins `diffsynth.pipelines`, `package:folder`."""
+    """A folder `"package:folder"` of re-exporting modules that is added to the package `diffsynth.pipelines`."""
 
     name: str
     folder: str
 
 
 def resolve(reference: str) -> Any:
-    """The object that `"package.module:attribute"` names.
+    """Import and return the object that a reference `"package.module:attribute"` names.
 
     Raises:
         ValueError: the reference has no colon.
-        ImportError: the module cannot be imported, ends the program, or lacks the attribute; the message names the
+        ImportError: the module cannot be imported, raises SystemExit, or lacks the attribute; the message names the
             reference.
     """
     module_name, colon, attribute = reference.partition(":")
@@ -248,10 +250,10 @@ def resolve(reference: str) -> Any:
         raise ValueError(f"reference {reference!r} has no ':'; expected 'package.module:attribute'")
     try:
         module = importlib.import_module(module_name)
-    except SystemExit as error:  # a module of a plugin does not end its host
+    except SystemExit as error:  # a plugin's module must not end the host program
         raise ImportError(
             f"reference {reference!r}: module {module_name!r} ends the program when it is imported "
-            f"(SystemExit: {error.code}); leave that to a function"
+            f"(SystemExit: {error.code}); do that inside a function only"
         ) from error
     value: Any = module
     for part in attribute.split("."):
@@ -274,7 +276,7 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """Split a source string (see the module's docstring).
+    """Parse a source string; see the module's docstring for its forms.
 
     Raises:
         ValueError: neither `scheme://...` nor `owner/repository:pattern`.

@@ -1,4 +1,4 @@
-"""The `diffsynth` program. Each command's module is imported when the command runs; plugins add commands by hook."""
+"""The `diffsynth` program. A command's module is imported when the command runs; plugins add commands by a hook."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program with these arguments, or those of the process; ends by `SystemExit`."""
+    """Run the program and exit.
+
+    Args:
+        arguments: command-line arguments; None for those of the process.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
     from diffsynth.cli.group import program
 
     program(args=None if arguments is None else list(arguments), prog_name="diffsynth")

@@ -1,4 +1,4 @@
-"""`diffsynth convert`: one safetensors file of whatever the loader reads, so that it can be streamed."""
+"""`diffsynth convert`: write any checkpoint that the loader reads as one safetensors file, which can be streamed."""
 
 from __future__ import annotations
 
@@ -24,23 +24,27 @@ if TYPE_CHECKING:
     required=True,
     type=click.Path(path_type=Path),
     metavar="OUT",
-    help="A .safetensors file that is not there yet.",
+    help="Path of the new .safetensors file; it must not exist.",
 )
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of floating tensors.")
-@click.option("--own-names", is_flag=True, help="Recognise it, and give it the names of our networks.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Convert floating-point tensors to this dtype; each keeps its own by default.",
+)
+@click.option("--own-names", is_flag=True, help="Recognise the checkpoint and rename its keys to our networks' names.")
 @traceback_option
 def convert(files: tuple[Path, ...], out: Path, dtype: str | None, own_names: bool) -> None:
-    """Make one safetensors file of a checkpoint: a pickle, shards, another program's layout.
+    """Write a checkpoint (a pickle, shards, another program's layout) as one safetensors file.
 
-    FILE may also be an index of shards, or a folder that holds one checkpoint; several are parts of one. Memory needed:
-    one tensor.
+    FILE may also be a shard index, or a folder that holds one checkpoint; several FILEs are read as one checkpoint. One
+    tensor at a time is in memory.
     """
     _check_out(out)
     from diffsynth.core.loader import header
     from diffsynth.core.loader.files import checkpoint_at
 
-    held = header.read(dict.fromkeys(part for file in files for part in checkpoint_at(file)))
-    source, notes = _in_own_names(held, dtype) if own_names else _as_it_is(held, dtype)
+    tensors = header.read(dict.fromkeys(part for file in files for part in checkpoint_at(file)))
+    source, notes = _with_own_keys(tensors, dtype) if own_names else _with_published_keys(tensors, dtype)
     _check_room(out, source.size())
     from diffsynth.core.loader.save import save_source
 
@@ -54,7 +58,7 @@ def _check_out(out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(f"OUT is {str(out)!r}: there is no folder {str(out.parent)!r}")
     if out.exists():
-        raise UserError(f"{out} is there already; remove it, or name another file")
+        raise UserError(f"{out} exists already; remove it, or name another file")
 
 
 def _check_room(out: Path, size: int) -> None:
@@ -63,37 +67,37 @@ def _check_room(out: Path, size: int) -> None:
         raise UserError(f"{out} would take {size / 2**30:.1f} GiB, and there are {free / 2**30:.1f} GiB free")
 
 
-def _as_it_is(held: Header, dtype: str | None) -> tuple[ComponentSource, dict[str, Any]]:
-    """Every tensor under its own name, and the metadata that still holds."""
+def _with_published_keys(tensors: Header, dtype: str | None) -> tuple[ComponentSource, dict[str, Any]]:
+    """Return every tensor under its published key, and the metadata that stays valid."""
     import torch
 
     from diffsynth.core.loader import convert as rules
     from diffsynth.core.loader.header import SAVE_KEY
     from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 
-    targets = rules.plan((), held.shapes).targets
-    dtypes = {key: stored_dtype(held, key) for key in targets}
+    targets = rules.plan((), tensors.shapes).targets
+    dtypes = {key: stored_dtype(tensors, key) for key in targets}
     if dtype is not None:
         wanted = getattr(torch, dtype)
         dtypes = {key: wanted if stored.is_floating_point else stored for key, stored in dtypes.items()}
-    metadata = {name: text for name, text in held.metadata.items() if name != SAVE_KEY}
-    return ComponentSource(held, targets, dtypes), {"metadata": metadata}
+    metadata = {name: text for name, text in tensors.metadata.items() if name != SAVE_KEY}
+    return ComponentSource(tensors, targets, dtypes), {"metadata": metadata}
 
 
-def _in_own_names(held: Header, dtype: str | None) -> tuple[ComponentSource, dict[str, Any]]:
-    """The one component that the files hold."""
+def _with_own_keys(tensors: Header, dtype: str | None) -> tuple[ComponentSource, dict[str, Any]]:
+    """Return the only component in the files, under the key names of its architecture, and its metadata."""
     if dtype is None:
-        raise UserError("--own-names needs a --dtype: layouts join and scale tensors, so all get the same")
+        raise UserError("--own-names needs a --dtype: key rules fuse and scale tensors, so all tensors get one dtype")
     import torch
 
     from diffsynth import _discovery
     from diffsynth.core.loader import component, recognize
     from diffsynth.core.loader.header import signature
 
-    found = recognize.recognize(held, *_discovery.catalog().layouts())
+    found = recognize.recognize(tensors, *_discovery.catalog().layouts())
     if len(found) > 1:
         names = ", ".join(each.architecture.name for each in found)
-        raise UserError(f"{held.where} holds {names}; --own-names is for one component, so convert without it")
-    _, source = component.open_component(found[0], held, dtype=getattr(torch, dtype))
-    base = signature(held.nested if held.nested is not None else held.shapes)
+        raise UserError(f"{tensors.where} holds {names}; --own-names takes one component only, so convert without it")
+    _, source = component.open_component(found[0], tensors, dtype=getattr(torch, dtype))
+    base = signature(tensors.nested if tensors.nested is not None else tensors.shapes)
     return source, {"architecture": found[0].architecture.name, "config": found[0].config, "base": base}

@@ -1,4 +1,4 @@
-"""`diffsynth doctor`: what works here, what does not, and what to type next."""
+"""`diffsynth doctor`: diagnose the installation and print what to do about each fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffsynth.diagnosis.finding import Finding
 @traceback_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Tell what works here, and what to do about the rest; exit 1 if something is broken.
+    """Check what works on this machine and print what to do about the rest; exit 1 if something is broken.
 
     Nothing is downloaded or changed.
     """

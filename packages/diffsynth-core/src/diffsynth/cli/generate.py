@@ -1,4 +1,4 @@
-"""`diffsynth generate`: a prompt in, pictures or a video out, each with the record of what made it."""
+"""`diffsynth generate`: generate images or videos from a prompt, each file with a record of the call."""
 
 from __future__ import annotations
 
@@ -15,25 +15,35 @@ import click
 from diffsynth.cli.output import POLICIES, UserError, fail, traceback_option
 
 _FPS = 15
-"""Of a model that says nothing of its own."""
+"""Frames per second of a video if the model declares no frame rate."""
 
-_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
+_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
 
 _OPTIONS = (
-    click.option("--seed", type=int, help="Of the initial noise; drawn and recorded when left out."),
-    click.option("--steps", "num_inference_steps", type=int, help="Denoising steps."),
-    click.option("--height", type=int, help="In pixels."),
-    click.option("--width", type=int, help="In pixels."),
-    click.option("--negative-prompt", help="What to draw away from; needs --cfg-scale other than 1."),
-    click.option("--cfg-scale", type=float, help="Weight of classifier-free guidance; 1 is off."),
-    click.option("--num-images", type=int, help="Several results go to OUT-1.png, OUT-2.png, ..."),
-    click.option("--fps", type=float, help="Frames per second of a video; the model's own when left out."),
-    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other argument; may be repeated."),
-    click.option("--device", help="cuda, cuda:1, cpu, ...; the first accelerator when left out."),
-    click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of weights and activations."),
-    click.option("--vram", "vram_limit", type=float, metavar="GIB", help="Keep the call within so much of the device."),
-    click.option("--policy", type=click.Choice(POLICIES), help="Where weights wait; with --vram it is dynamic."),
-    click.option("-v", "--verbose", is_flag=True, help="Say what moving weights cost, on stderr."),
+    click.option("--seed", type=int, help="Seed of the initial noise; by default a random one, which is recorded."),
+    click.option("--steps", "num_inference_steps", type=int, help="Number of denoising steps, at least 1."),
+    click.option("--height", type=int, help="Height in pixels; rounded up to a multiple that the model supports."),
+    click.option("--width", type=int, help="Width in pixels; rounded up to a multiple that the model supports."),
+    click.option("--negative-prompt", help="Prompt to steer away from; needs a --cfg-scale other than 1."),
+    click.option("--cfg-scale", type=float, help="Scale of classifier-free guidance; 1 is off."),
+    click.option("--num-images", type=int, help="Number of results, at least 1; files OUT-1, OUT-2, ... if several."),
+    click.option("--fps", type=float, help="Frames per second of a video, above 0; the model's own by default."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Set any other argument of the pipeline; may be repeated.",
+    ),
+    click.option("--device", help="Device to compute on: cuda, cuda:1, cpu, ...; the first accelerator by default."),
+    click.option(
+        "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Dtype of weights and activations."
+    ),
+    click.option("--vram", "vram_limit", type=float, metavar="GIB", help="Limit of the device memory used, in GiB."),
+    click.option(
+        "--policy", type=click.Choice(POLICIES), help="Where weights are stored between uses; dynamic with --vram."
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="Print the transfer statistics of weights on stderr."),
     traceback_option,
 )
 
@@ -54,7 +64,7 @@ def _with_options(function: Any) -> Any:
     required=True,
     type=click.Path(path_type=Path),
     metavar="OUT",
-    help="A .png file; an .mp4 file where MODEL makes videos.",
+    help="File to write: .png, or .mp4 if MODEL generates videos.",
 )
 @_with_options
 def generate(
@@ -68,11 +78,11 @@ def generate(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Draw what PROMPT describes with MODEL (see `diffsynth list`) into OUT."""
+    """Generate an image or a video of PROMPT with MODEL (see `diffsynth list`) and write it to OUT."""
     _check_out(model, out, fps)
-    given = {name: value for name, value in options.items() if value is not None}
-    memory = {name: given.pop(name) for name in ("vram_limit", "policy") if name in given}
-    arguments = _merge({"prompt": prompt, **given}, _parse(settings))
+    set_options = {name: value for name, value in options.items() if value is not None}
+    memory = {name: set_options.pop(name) for name in ("vram_limit", "policy") if name in set_options}
+    arguments = _merge({"prompt": prompt, **set_options}, _parse(settings))
     arguments.setdefault("seed", secrets.randbelow(2**31))
     arguments = _check_names(model, arguments)
     _check_values(model, arguments)
@@ -83,21 +93,21 @@ def generate(
     if out.suffix.lower() == ".mp4":
         _save_videos(pipe, arguments, result, out, fps or _frame_rate(model))
     else:
-        _save_pictures(pipe, arguments, result, out)
+        _save_images(pipe, arguments, result, out)
 
 
 def _check_out(model: str, out: Path, fps: float | None) -> None:
     from diffsynth import registry
 
     record = registry.get(model)
-    suffix, holds = (".mp4", "a video") if record.task.endswith("video") else (".png", "pictures")
+    suffix, result = (".mp4", "a video") if record.task.endswith("video") else (".png", "images")
     if out.suffix.lower() != suffix:
         raise UserError(
-            f"OUT is {str(out)!r}, and {record.name} makes {holds}: expected a name that ends in {suffix}, which can "
-            "carry its record"
+            f"OUT is {str(out)!r}, and {record.name} generates {result}: expected a name that ends in {suffix}, "
+            "a format that holds the record of the call"
         )
     if fps is not None and suffix == ".png":
-        raise UserError(f"--fps {fps:g}: {record.name} makes pictures, which have no frames per second")
+        raise UserError(f"--fps {fps:g}: {record.name} generates images, which have no frame rate")
     if fps is not None and not fps > 0:
         raise UserError(f"--fps {fps:g}: expected a positive number")
     if not out.parent.is_dir():
@@ -118,34 +128,34 @@ def _parse(settings: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def _merge(arguments: dict[str, Any], settings: Iterator[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in settings:
         if name in arguments:
-            raise UserError(f"--set {name}={value!r}: {name} is given twice")
+            raise UserError(f"--set {name}={value!r}: {name} is set twice")
         if name == "output_type" and value != "pil":
             raise UserError(
-                f"--set output_type={value!r}: this command writes pictures or a video; use Python for {value}"
+                f"--set output_type={value!r}: this command writes images or videos; use Python for {value}"
             )
         arguments[name] = value
     return arguments
 
 
 def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, pictures opened, once it is known that the model takes them; weights are not touched."""
+    """Check that the model takes the arguments; return them with image and video paths opened. Loads no weights."""
     from diffsynth import registry
     from diffsynth.spec import resolve
 
-    record = registry.get(model)  # a wrong name costs no import of torch
+    record = registry.get(model)  # before importing torch, so that a wrong name fails at once
     from diffsynth.runtime.request import reject_unknown
 
     pipeline = resolve(record.pipeline)
     signature = pipeline.call_signature(record.defaults)
     try:
         reject_unknown(arguments, signature)
-    except TypeError as error:  # from the command line it is the user's
+    except TypeError as error:  # an argument from the command line is the user's error, not a fault of the program
         fail(click.get_current_context(), error)
-    return _open_pictures(arguments, pipeline.schema()["properties"])
+    return _open_images(arguments, pipeline.schema()["properties"])
 
 
 def _check_values(model: str, arguments: Mapping[str, Any]) -> None:
-    """Loading takes minutes for a large model; what is wrong with the arguments is told before."""
+    """Check the values of the arguments before loading, which takes minutes for a large model."""
     from diffsynth import registry
     from diffsynth.runtime.planning import check_before_loading
 
@@ -181,20 +191,20 @@ def _status(text: str) -> Iterator[None]:
         yield
 
 
-def _open_pictures(arguments: dict[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace paths by pictures, and paths of videos by their frames, wherever the argument takes pictures."""
-    takes = {name for name, schema in schemas.items() if '"x-diffsynth-type": "image"' in json.dumps(schema)}
-    return {name: _opened(name, value) if name in takes else value for name, value in arguments.items()}
+def _open_images(arguments: dict[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the paths of images and videos by opened ones in all arguments that take images."""
+    image_arguments = {name for name, schema in schemas.items() if '"x-diffsynth-type": "image"' in json.dumps(schema)}
+    return {name: _opened(name, value) if name in image_arguments else value for name, value in arguments.items()}
 
 
 def _opened(name: str, value: Any) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(value, list | tuple):
-        return [_opened(name, one) for one in value]
+        return [_opened(name, item) for item in value]
     if not isinstance(value, str):
         return value
-    if Path(value).suffix.lower() in _VIDEOS:
+    if Path(value).suffix.lower() in _VIDEO_SUFFIXES:
         from diffsynth.core.data.media import VideoData
 
         return VideoData(value)
@@ -203,15 +213,15 @@ def _opened(name: str, value: Any) -> Any:
             image.load()
             return image
     except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"--set {name}={value}: cannot be opened as a picture: {error}") from error
+        raise UserError(f"--set {name}={value}: cannot be opened as an image: {error}") from error
 
 
-def _save_pictures(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path) -> None:
+def _save_images(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path) -> None:
     from diffsynth import provenance
 
     images = result if isinstance(result, list) else [result]
     for index, (image, path) in enumerate(zip(images, _numbered(out, len(images)), strict=True)):
-        provenance.save_png(image, path, provenance.record(pipe, _arguments_of_image(arguments, index)))
+        provenance.save_png(image, path, provenance.record(pipe, _arguments_of_result(arguments, index)))
         click.echo(str(path))
 
 
@@ -220,8 +230,8 @@ def _save_videos(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path
 
     videos = result if isinstance(result[0], list) else [result]
     for index, (frames, path) in enumerate(zip(videos, _numbered(out, len(videos)), strict=True)):
-        made_by = provenance.record(pipe, _arguments_of_image(arguments, index))
-        provenance.save_video(frames, path, made_by, fps=fps)
+        record = provenance.record(pipe, _arguments_of_result(arguments, index))
+        provenance.save_video(frames, path, record, fps=fps)
         click.echo(str(path))
 
 
@@ -235,8 +245,8 @@ def _numbered(out: Path, count: int) -> list[Path]:
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
 
 
-def _arguments_of_image(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The call that draws result `index` alone: number i of several has `seed + i`, or the i-th of a list."""
-    alone = {name: value for name, value in arguments.items() if name != "num_images"}
-    seed = alone["seed"]
-    return alone | {"seed": seed[index] if isinstance(seed, list | tuple) else seed + index}
+def _arguments_of_result(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return the arguments that generate result `index` alone: its seed is `seed + index`, or the item of a list."""
+    single = {name: value for name, value in arguments.items() if name != "num_images"}
+    seed = single["seed"]
+    return single | {"seed": seed[index] if isinstance(seed, list | tuple) else seed + index}

@@ -1,4 +1,4 @@
-"""The top of the program: finding commands by name, help, and turning errors into one line."""
+"""The command group of the `diffsynth` program: finds commands by name, shows help, prints errors in one line."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from diffsynth.errors import DiffsynthError, did_you_mean
 from diffsynth.spec import CommandSpec, resolve
 
 _OWN = {
-    "list": ("diffsynth.cli.models:list_models", "Show the models that are installed."),
+    "list": ("diffsynth.cli.models:list_models", "Show the installed models."),
     "plugins": ("diffsynth.cli.models:plugins", "Show the installed plugins; exit 1 if one is broken."),
-    "info": ("diffsynth.cli.models:info", "Show a model's record, or what made a PNG."),
-    "recognize": ("diffsynth.cli.recognize:recognize", "Tell what checkpoint files hold, by their headers."),
-    "convert": ("diffsynth.cli.convert:convert", "Make one safetensors file of a checkpoint."),
-    "doctor": ("diffsynth.cli.doctor:doctor", "Tell what works here, and what to do about the rest."),
-    "generate": ("diffsynth.cli.generate:generate", "Draw what a prompt describes."),
-    "plan": ("diffsynth.cli.plan:plan", "Tell what a model would take, before it is downloaded."),
+    "info": ("diffsynth.cli.models:info", "Show a model's record, or the record in a PNG or MP4 file."),
+    "recognize": ("diffsynth.cli.recognize:recognize", "Identify checkpoint files by their headers."),
+    "convert": ("diffsynth.cli.convert:convert", "Write a checkpoint as one safetensors file."),
+    "doctor": ("diffsynth.cli.doctor:doctor", "Check what works on this machine."),
+    "generate": ("diffsynth.cli.generate:generate", "Generate images or videos from a prompt."),
+    "plan": ("diffsynth.cli.plan:plan", "Compute memory and time of a call, without weights."),
     "new-plugin": ("diffsynth.cli.new_plugin:new_plugin", "Write a plugin package to start from."),
 }
 
 
 class Program(click.Group):
-    """Commands of our own and of plugins, none imported before it runs.
+    """Commands of core and of plugins; a command is imported when it runs.
 
-    A plugin's command is also there as `plugin:name`; that spelling is needed where two plugins declare one name.
+    A plugin's command can also be called as `plugin:name`, which is needed if two plugins declare one name.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All bare names: ours first, then those of plugins."""
+        """Return the names of all commands: those of core first, then those of plugins."""
         return [*_OWN, *sorted({one.spec.name for one in _discovery.catalog().commands} - set(_OWN))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command itself, imported now."""
+        """Import and return a command; None if there is none of that name."""
         if cmd_name in _OWN:
             command = resolve(_OWN[cmd_name][0])
             assert isinstance(command, click.Command)
@@ -46,11 +46,11 @@ class Program(click.Group):
         ]
         if len(found) > 1:
             exact = " or ".join(f"{one.plugin}:{one.spec.name}" for one in found)
-            raise UserError(f"{cmd_name!r} is a command of {len(found)} plugins; say {exact}")
+            raise UserError(f"{cmd_name!r} is a command of {len(found)} plugins; use {exact}")
         return _plugin_command(found[0]) if found else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """As click does, but an unknown name raises with the nearest spelling and the broken plugins."""
+        """Resolve a command as click does; an unknown name raises with the nearest spelling and the broken plugins."""
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             broken = _discovery.catalog().problems
@@ -63,7 +63,7 @@ class Program(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list in the help text, from declarations alone."""
+        """Write the list of commands in the help text, from declarations alone."""
         rows = [(name, text) for name, (_, text) in _OWN.items()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -72,7 +72,7 @@ class Program(click.Group):
                 formatter.write_dl([(one.spec.name, one.spec.help or f"from {one.distribution}") for one in declared])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what a user can mend becomes one line and exit code 2."""
+        """Run a command; turn an error that the user can correct into one line and exit code 2."""
         try:
             return super().invoke(ctx)
         except (DiffsynthError, ValueError) as error:
@@ -80,22 +80,22 @@ class Program(click.Group):
 
 
 def _plugin_command(declared: Declared[CommandSpec]) -> click.Command:
-    who = f"command {declared.spec.name!r} of plugin {declared.plugin} ({declared.distribution} {declared.version})"
+    subject = f"command {declared.spec.name!r} of plugin {declared.plugin} ({declared.distribution} {declared.version})"
     try:
         command = resolve(declared.spec.command)
     except Exception as error:
-        raise UserError(f"{who} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UserError(f"{subject} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(command, click.Command):
-        raise UserError(f"{who}: {declared.spec.command!r} is no click.Command but {type(command).__name__}")
+        raise UserError(f"{subject}: {declared.spec.command!r} is {type(command).__name__}, expected a click.Command")
     return command
 
 
 @click.group(cls=Program, invoke_without_command=True)
 @click.version_option(package_name="diffsynth-core", prog_name="diffsynth")
-@click.option("--traceback", is_flag=True, help="Show where an error came from.")
+@click.option("--traceback", is_flag=True, help="Print the traceback of an error.")
 @click.pass_context
 def program(ctx: click.Context, traceback: bool) -> None:
-    """Draw with diffusion models."""
+    """Generate images and videos with diffusion models."""
     ctx.meta["diffsynth.traceback"] = traceback
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

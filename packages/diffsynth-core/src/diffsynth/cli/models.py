@@ -1,4 +1,4 @@
-"""`diffsynth list`, `diffsynth plugins` and `diffsynth info`: what is installed. No torch."""
+"""`diffsynth list`, `diffsynth plugins` and `diffsynth info`: show what is installed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffsynth.cli.output import traceback_option as with_traceback
 @json_option
 @with_traceback
 def list_models(pattern: str | None, as_json: bool) -> None:
-    """Show the models that are installed.
+    """Show the installed models.
 
     PATTERN is part of a name or hub id, or a glob: `diffsynth list 'wan*i2v*'`.
     """
@@ -41,7 +41,7 @@ def list_models(pattern: str | None, as_json: bool) -> None:
 @with_traceback
 @click.pass_context
 def plugins(ctx: click.Context, as_json: bool) -> None:
-    """Show the installed plugins; exit 1 if one is broken (with --traceback: where)."""
+    """Show the installed plugins; exit 1 if one is broken. --traceback prints where it failed."""
     catalog, problems = _discovery.catalog(), registry.problems()
     if as_json:
         show_json(
@@ -75,12 +75,15 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
 @json_option
 @with_traceback
 def info(subject: str, as_json: bool) -> None:
-    """Show a model's record, or what made a .png or .mp4; as JSON, a model's record has the schema of its call."""
+    """Show the record of a model, or the record of the call in a .png or .mp4 file.
+
+    With --json, a model's record includes the JSON schema of its call.
+    """
     if subject.lower().endswith((".png", ".mp4")):
         from diffsynth import provenance
 
         if not Path(subject).is_file():
-            raise UserError(f"{subject}: there is no such file")
+            raise UserError(f"{subject}: no such file")
         is_video = subject.lower().endswith(".mp4")
         values = provenance.read_video(subject) if is_video else provenance.read_png(subject)
     else:
@@ -94,12 +97,12 @@ def info(subject: str, as_json: bool) -> None:
 
 
 def _schema(model: str) -> dict[str, Any] | None:
-    """What the model's call takes; None, with the reason on stderr, if its pipeline cannot be imported."""
+    """Return the JSON schema of the model's call; print the reason and return None if that fails."""
     from diffsynth.runtime.schema import model_schema
 
     try:
         return model_schema(model)
-    except Exception as error:  # a stranger's module may raise anything; the record is there all the same
+    except Exception as error:  # a plugin's module may raise anything; the rest of the record is shown nevertheless
         click.echo(f"no schema: {type(error).__name__}: {error}. Run: diffsynth doctor", err=True)
         return None
 

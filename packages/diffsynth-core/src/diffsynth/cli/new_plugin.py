@@ -1,4 +1,4 @@
-"""`diffsynth new-plugin`: a package that draws and passes its tests, for its author to change. No torch."""
+"""`diffsynth new-plugin`: write a working plugin package with a small model and a test. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FILES = {
         for name in ("__init__.py", "plugin.py", "config.py", "dit.py", "units.py", "pipeline.py", WEIGHTS)
     },
 }
-"""Name in `templates/` (without its suffix) -> path in the package."""
+"""File name in `templates/`, without its suffix -> path in the package."""
 
 
 @click.command("new-plugin")
 @click.argument("name")
 @click.option(
-    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Where to write; diffsynth-NAME when left out."
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write to; diffsynth-NAME by default."
 )
 @traceback_option
 def new_plugin(name: str, output: Path | None) -> None:
@@ -38,7 +38,7 @@ def new_plugin(name: str, output: Path | None) -> None:
     _check_name(name)
     folder = output if output is not None else Path(f"diffsynth-{name}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already, and not empty; nothing was written. Choose another --output")
+        raise UserError(f"{folder} exists and is not empty; nothing was written. Choose another --output")
     files = render(name)
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def new_plugin(name: str, output: Path | None) -> None:
 
 
 def render(name: str) -> dict[str, bytes]:
-    """Path -> content of every file in the package of a plugin."""
+    """Return path -> content of every file in the package of a plugin called `name`."""
     identifier = name.replace("-", "_")
     names = {
         "name": name,
@@ -57,20 +57,20 @@ def render(name: str) -> dict[str, bytes]:
         "title": "".join(word.capitalize() for word in name.split("-")),
     }
     templates = importlib.resources.files("diffsynth.cli") / "templates"
-    made = {f"src/{names['package']}/py.typed": b""}
+    files = {f"src/{names['package']}/py.typed": b""}
     for template, path in _FILES.items():
         content = (templates / f"{template}.template").read_bytes()
-        made[path.format(package=names["package"])] = (
-            _renamed(content, f"{identifier}_dit")
+        files[path.format(package=names["package"])] = (
+            _with_architecture(content, f"{identifier}_dit")
             if template == WEIGHTS
             else string.Template(content.decode("utf-8")).substitute(names).encode("utf-8")
         )
-    return made
+    return files
 
 
 def _check_name(name: str) -> None:
     if name.startswith(("diffsynth-", "diffsynth_")):
-        raise UserError(f"{name!r}: give the name alone, {name[10:]!r}; the package is called diffsynth-NAME")
+        raise UserError(f"{name!r}: expected the name alone, {name[10:]!r}; the package is called diffsynth-NAME")
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise UserError(f"{name!r}: expected lower-case letters and digits, with single hyphens between (my-model)")
     from diffsynth import _discovery
@@ -83,11 +83,11 @@ def _check_name(name: str) -> None:
             raise UserError(f"{name!r} is the plugin of {distribution}, which is installed; choose another name")
 
 
-def _renamed(weights: bytes, architecture: str) -> bytes:
-    """A safetensors file that says in its metadata that it is of this architecture."""
+def _with_architecture(weights: bytes, architecture: str) -> bytes:
+    """Return a safetensors file with the architecture's name in its metadata replaced."""
     (length,) = struct.unpack("<Q", weights[:8])
     header = json.loads(weights[8 : 8 + length])
     header["__metadata__"]["diffsynth.architecture"] = architecture
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data section starts at a multiple of 8 bytes
     return struct.pack("<Q", len(text)) + text + weights[8 + length :]

@@ -1,4 +1,4 @@
-"""What commands share: tables and JSON on stdout, errors in one line, `--json` and `--traceback`."""
+"""Helpers of all commands: tables and JSON on stdout, errors in one line, options `--json` and `--traceback`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 POLICIES = ("none", "cpu-offload", "fp8", "dynamic", "disk", "auto")
-"""Policies of `diffsynth.core.vram`, which would import torch to say them; a test holds both equal."""
+"""Names of the policies of `diffsynth.core.vram`, copied because that module imports torch; a test compares them."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class UserError(click.ClickException):
-    """Something that the user can mend: one line on stderr, exit code 2."""
+    """An error that the user can correct: one line on stderr, exit code 2."""
 
     exit_code = 2
 
 
 def fail(ctx: click.Context, error: Exception) -> NoReturn:
-    """End the program on an error that a user can mend; with `--traceback`, show where it came from.
+    """End the program on an error that the user can correct; with `--traceback`, print its traceback.
 
     Raises:
         UserError: always.
@@ -35,12 +35,12 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
 
 
 def json_option(function: Function) -> Function:
-    """Adds `--json`, given to the command as `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+    """Add the option `--json` to a command, passed as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
 
 
 def traceback_option(function: Function) -> Function:
-    """Lets `--traceback` stand behind the command, too."""
+    """Add the option `--traceback` to a command, so that it works behind the command's name, too."""
 
     def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:
@@ -52,7 +52,7 @@ def traceback_option(function: Function) -> Function:
         expose_value=False,
         is_eager=True,
         callback=remember,
-        help="Show where an error came from.",
+        help="Print the traceback of an error.",
     )
     return option(function)
 
@@ -63,14 +63,14 @@ def show_json(value: Any) -> None:
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns as wide as their longest cell; never cut, so that the output can be searched and piped."""
+    """Print a table; cells are never cut, so that the output can be searched and piped."""
     widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
     for row in (headers, *rows):
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def show_record(values: dict[str, Any], *, indent: int = 0) -> None:
-    """Print names and values, mappings below their name; empty ones are left out."""
+    """Print names and values line by line, nested mappings indented; empty values are omitted."""
     shown = {name: value for name, value in values.items() if value not in (None, "", {}, [])}
     width = max((len(name) for name in shown), default=0)
     for name, value in shown.items():
@@ -82,7 +82,7 @@ def show_record(values: dict[str, Any], *, indent: int = 0) -> None:
 
 
 def what_to_install() -> str:
-    """What to say when there are no models."""
+    """Return the text to show if no models are installed: the package to install for each model family."""
     if "DIFFSYNTH_PLUGINS" in os.environ:
         return f"No models: DIFFSYNTH_PLUGINS={os.environ['DIFFSYNTH_PLUGINS']!r} allows no plugin that has any."
     from diffsynth.core.loader import first_party

@@ -1,4 +1,4 @@
-"""`diffsynth plan`: whether a model fits, where its weights would be, and how fast it would be. No weights, no GPU."""
+"""`diffsynth plan`: compute memory, weight placement and time of a call. Needs neither weights nor a GPU."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ import click
 from diffsynth.cli.output import POLICIES, fail, json_option, show_json, show_table, traceback_option
 
 if TYPE_CHECKING:
-    from diffsynth._models import ModelRecord
     from diffsynth.core.planning import ComponentPlan, MemoryPlan, StagePlan
+    from diffsynth.registry import ModelRecord
 
 GIB = 2**30
 
 
 @click.command()
 @click.argument("model")
-@click.option("--vram", "vram_limit", type=float, metavar="GIB", help="Of the device; 0 keeps nothing there.")
-@click.option("--ram", "ram_limit", type=float, metavar="GIB", help="Of host memory, the whole process.")
-@click.option("--height", type=int, help="In pixels.")
-@click.option("--width", type=int, help="In pixels.")
-@click.option("--frames", "num_frames", type=int, help="Of a video.")
-@click.option("--steps", "num_inference_steps", type=int, help="Denoising steps.")
-@click.option("--cfg-scale", type=float, help="Other than 1 runs the network twice a step.")
-@click.option("--num-images", type=int, help="At once.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt.")
-@click.option("--device", help="cuda, cpu, ...; what is here, else cuda with assumed speeds.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of weights and activations.")
-@click.option("--policy", type=click.Choice(POLICIES), help="Where weights wait; with --vram it is dynamic.")
+@click.option(
+    "--vram", "vram_limit", type=float, metavar="GIB", help="Limit of device memory in GiB; 0 keeps no block resident."
+)
+@click.option("--ram", "ram_limit", type=float, metavar="GIB", help="Limit of host memory of the process in GiB.")
+@click.option("--height", type=int, help="Height in pixels.")
+@click.option("--width", type=int, help="Width in pixels.")
+@click.option("--frames", "num_frames", type=int, help="Number of frames of a video.")
+@click.option("--steps", "num_inference_steps", type=int, help="Number of denoising steps, at least 1.")
+@click.option("--cfg-scale", type=float, help="Scale of classifier-free guidance; 1 is off.")
+@click.option("--num-images", type=int, help="Number of results per call, at least 1.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt in tokens."
+)
+@click.option("--device", help="Device: cuda, cpu, ...; by default the one present, else cuda with assumed speeds.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Dtype of weights and activations."
+)
+@click.option(
+    "--policy", type=click.Choice(POLICIES), help="Where weights are stored between uses; dynamic with --vram."
+)
 @json_option
 @traceback_option
 def plan(
@@ -43,13 +51,13 @@ def plan(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Tell what MODEL would take: memory by stage, what lives where, GB moved and seconds per step.
+    """Compute a call of MODEL: memory by stage, weight placement, GB moved and seconds per step.
 
-    From headers of its files where they are here, else from what its package says of them. Exit 1 if it does not fit.
+    Sizes come from the headers of its files if they are present, else from its package. Exit 1 if it does not fit.
     """
     from diffsynth import registry
 
-    record = registry.get(model)  # a wrong name costs no import of torch
+    record = registry.get(model)  # before importing torch, so that a wrong name fails at once
     arguments = {name: value for name, value in options.items() if value is not None}
     _check_names(record, arguments)
     from diffsynth.errors import NotEnoughMemory
@@ -79,7 +87,7 @@ def plan(
 
 
 def _check_names(record: ModelRecord, arguments: Mapping[str, Any]) -> None:
-    """End the program on an option that the model's pipeline does not take."""
+    """End the program if an option is not an argument of the model's pipeline."""
     from diffsynth.runtime.request import reject_unknown
     from diffsynth.spec import resolve
 
@@ -98,17 +106,19 @@ def _show(record: ModelRecord, made: MemoryPlan) -> None:
     if has_device:
         click.echo(f"smallest  --vram {-(-made.smallest_vram * 100 // GIB) / 100:.2f}")
     if made.evicted:
-        click.echo(f"leaves    {', '.join(made.evicted)}: off the device between stages")
+        click.echo(f"evicted   {', '.join(made.evicted)}: off the device between stages")
     for stage in (stage for stage in made.stages if stage.bytes_ahead):
-        click.echo(f"ahead     {stage.bytes_ahead / 1e9:.1f} of {stage.bytes_once / 1e9:.1f} GB of {stage.name} come "
-                   "while the last step before it computes")  # fmt: skip
+        ahead, total = stage.bytes_ahead / 1e9, stage.bytes_once / 1e9
+        click.echo(
+            f"prefetch  {ahead:.1f} of {total:.1f} GB of {stage.name} are copied during the last step of the stage before"
+        )
     if made.storage:
-        click.echo(f"stored    in {made.storage}, which changes the picture")
+        click.echo(f"stored    in {made.storage}, which changes results")
     if made.options:
         click.echo(f"choice    {'; '.join(map(str, made.options))}")
     if made.tiled or made.asks_for_tiles:
-        whose = "because of the limit" if made.tiled else "as the call says"
-        click.echo(f"tiles     the autoencoder works tile by tile (tiled=True) {whose}, which may change its pixels")
+        reason = "because of the limit" if made.tiled else "as the call requests"
+        click.echo(f"tiles     the autoencoder works tile by tile (tiled=True) {reason}, which may change pixels")
     click.echo(f"speed     {made.speeds.link / 1e9:.1f} GB/s, {made.speeds.compute / 1e12:.1f} TFLOP/s: "
                f"{'measured' if made.speeds.measured else 'not measured here'}. {made.speeds.source}")  # fmt: skip
 
@@ -123,17 +133,18 @@ def _row(stage: StagePlan, *, has_device: bool) -> tuple[str, ...]:
         stage.name,
         f"{stage.vram / GIB:.2f}" if has_device else "-",
         f"{stage.ram / GIB:.2f}",
-        "; ".join(_where(component) for component in stage.components) or "-",
+        "; ".join(_placement(component) for component in stage.components) or "-",
         f"{stage.bytes_per_step / 1e9:.2f}",
         str(stage.steps),
         f"{stage.seconds_per_step:.3g}",
     )
 
 
-def _where(component: ComponentPlan) -> str:
-    """`dit: 12 of 34 blocks stay, the rest come from host through 2 slots`."""
+def _placement(component: ComponentPlan) -> str:
+    """Return the placement of a component, `dit: 12 of 34 blocks resident, others from host, 2 slots`."""
     count = len(component.resident) + len(component.streamed)
     if not component.streamed:
         return f"{component.role}: whole" + ("" if component.waits == "device" else f", from {component.waits}")
+    blocks = f"{len(component.resident)} of {count} blocks resident"
     slots = f"{component.slots} slot{'s' if component.slots > 1 else ''}"
-    return f"{component.role}: {len(component.resident)} of {count} blocks stay, others from {component.waits}, {slots}"
+    return f"{component.role}: {blocks}, others from {component.waits}, {slots}"

@@ -1,4 +1,4 @@
-"""`diffsynth recognize`: what checkpoint files hold, told by their headers. No torch for safetensors."""
+"""`diffsynth recognize`: identify checkpoint files by their headers. Imports no torch for safetensors files."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _SHOWN = 8
 @traceback_option
 @click.pass_context
 def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
-    """Tell what checkpoint files hold, by their headers; exit 3 if one matches nothing that is installed.
+    """Identify checkpoint files by their headers; exit 3 if one matches no installed architecture.
 
-    FILE may also be an index of shards, or a folder that holds one checkpoint; a shard stands for its whole set. Exit 2
-    if one cannot be read; the others are answered all the same.
+    FILE may also be a shard index, a folder that holds one checkpoint, or a shard, which means its whole set. Exit 2 if
+    a file cannot be read; the results of the others are printed nevertheless.
     """
     show_trace = bool(ctx.find_root().meta.get("diffsynth.traceback"))
     answers: list[dict[str, Any]] = []
     for file in files:
         answer = _answer(file, show_trace=show_trace)
-        if answer not in answers:  # two shards of one set
+        if answer not in answers:  # several shards of one set are reported once
             answers.append(answer)
     if as_json:
         show_json(answers)
@@ -77,7 +77,7 @@ def _component(found: Any) -> dict[str, Any]:
 
 
 def _extra(answer: dict[str, Any]) -> str:
-    """The keys of a recognised file that nothing uses."""
+    """Return a line about the keys of a recognised file that are not used; empty if there are none."""
     extra = [key for component in answer["components"] for key in component["extra"]]
     if not extra:
         return ""

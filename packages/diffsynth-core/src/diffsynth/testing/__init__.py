@@ -1,4 +1,4 @@
-"""For tests of plugins, ours and strangers': what they share, imported on first use."""
+"""Tools for testing plugins: the conformance suite and the tiny hub. Each name is imported on first use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONFORMANCE_VERSION", "conformance", "tiny_hub"]
 
-_WHERE = {
+_MODULE_OF = {
     "CONFORMANCE_VERSION": "diffsynth.testing.suite",
     "conformance": "diffsynth.testing.suite",
     "tiny_hub": "diffsynth.testing.hub",
@@ -18,9 +18,9 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    globals()[name] = value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     return value
