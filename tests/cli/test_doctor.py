@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 from click.testing import CliRunner
 
-from diffsynth import _discovery, _env, diagnosis
+from diffsynth import _discovery, diagnosis
 from diffsynth._discovery import Declared, Problem
 from diffsynth.cli.group import program
 from diffsynth.core.attention.naive import NaiveAttention
@@ -109,14 +109,14 @@ def test_a_library_that_is_too_new_or_missing(versions):
     ],
 )
 def test_bounds(version, bounds, within):
-    assert installed._is_within(version, bounds) is within
+    assert installed.is_within(version, bounds) is within
 
 
 def test_a_package_that_is_not_installed_says_what_it_brings(versions):
     versions["diffsynth-zimage"] = None
     found = named(installed.distributions())["diffsynth-zimage"]
     assert found.state == "note"
-    assert "brings z-image" in found.seen
+    assert "adds z-image" in found.seen
     assert found.next_action == "Run: pip install diffsynth-zimage"
 
 
@@ -135,7 +135,7 @@ def test_a_broken_plugin(monkeypatch, tmp_path):
         _discovery._discovered = None
         strict = doctor("--traceback")
         assert strict.exit_code == 1
-        assert "cannot be looked at: BrokenPlugin: odd (fake-odd 1.0)" in strict.stdout
+        assert "cannot be checked: BrokenPlugin: odd (fake-odd 1.0)" in strict.stdout
         assert "DIFFSYNTH_STRICT_PLUGINS" in strict.stdout
         assert "ModuleNotFoundError" in strict.stderr
     finally:
@@ -161,7 +161,7 @@ def test_settings_show_values_and_where_they_are_bad(monkeypatch):
     assert "expected one of modelscope, huggingface" in found["DIFFSYNTH_DOWNLOAD_SOURCE"].seen
     assert found["DIFFSYNTH_SKIP_DOWNLOAD"].seen == "true (set: 'yes')"
     assert found["DIFFSYNTH_STRICT_PLUGINS"].seen == "false (not set)"
-    assert "there is no such variable; did you mean 'DIFFSYNTH_MODEL_BASE_PATH'?" in found["DIFFSYNTH_MODEL_PATH"].seen
+    assert "no such variable; did you mean 'DIFFSYNTH_MODEL_BASE_PATH'?" in found["DIFFSYNTH_MODEL_PATH"].seen
     assert found["HF_ENDPOINT"].seen == "http://***@mirror/hf"
     result = doctor()
     assert result.exit_code == 1
@@ -171,7 +171,7 @@ def test_settings_show_values_and_where_they_are_bad(monkeypatch):
 
 
 def test_every_variable_is_among_the_settings():
-    readers = [name for name, value in vars(_env).items() if folders._is_reader(value) and name != "triton_interpret"]
+    readers = [name for name in folders.variable_readers() if name != "TRITON_INTERPRET"]
     found = named(folders.settings())
     assert len([name for name in found if name.startswith("DIFFSYNTH_")]) == len(readers) >= 7
 
@@ -185,7 +185,7 @@ def test_an_allowed_plugin_that_is_not_there(monkeypatch):
 def test_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "a" / "b"))
     found = named(folders.folders())["weights"]
-    assert found.seen.startswith(f"{tmp_path / 'a' / 'b'} (made when needed), ")
+    assert found.seen.startswith(f"{tmp_path / 'a' / 'b'} (created when needed), ")
     (tmp_path / "a").write_text("a file")
     found = named(folders.folders())["weights"]
     assert (found.state, found.seen) == ("broken", f"{tmp_path / 'a' / 'b'}: {tmp_path / 'a'} is a file")
@@ -203,8 +203,8 @@ def test_a_folder_without_room_or_permission(monkeypatch, tmp_path):
 
 def test_attention_backends_and_the_one_in_use(monkeypatch):
     found = named(machine.attention())
-    assert found["sdpa"].seen == "usable; what `auto` takes"
-    assert found["naive"].seen == "usable by name: it holds the whole score matrix"
+    assert found["sdpa"].seen == "usable; chosen by `auto`"
+    assert found["naive"].seen == "usable if chosen by name: it holds the whole score matrix"
     assert found["flash_attention_2"].seen == "tensors are on cpu; flash_attention_2 needs cuda"
     assert found["flex"].state == "ok"
     assert found["in use"].seen.startswith("auto: sdpa")
@@ -245,7 +245,7 @@ def test_the_reason_why_a_backend_is_not_usable():
     assert found["wrong"].seen == "its result is wrong"
     assert (found["in use"].state, found["in use"].seen) == (
         "ok",
-        "auto: sdpa, and call by call the next one where it refuses",
+        "auto: sdpa; for a call that it refuses, the next usable one",
     )
     assert found["broken"].seen == "ImportError: libflash.so: cannot open"
     assert {found[name].state for name in ("picky", "wrong", "broken")} == {"note"}
@@ -337,7 +337,7 @@ main(["doctor"])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stderr
-    assert "cannot be looked at: ImportError: libcudart.so.13" in result.stdout
+    assert "cannot be checked: ImportError: libcudart.so.13" in result.stdout
     assert "zimage:z-image-nano" in result.stdout
     assert "Broken: devices: devices; attention: attention" in result.stdout
     assert "Traceback" not in result.stderr

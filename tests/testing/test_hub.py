@@ -173,7 +173,7 @@ def test_an_unknown_model(tmp_path):
 
 def test_a_folder_of_real_weights_is_left_alone(tmp_path):
     (tmp_path / "Tongyi-MAI").mkdir()
-    with pytest.raises(FileExistsError, match="is not empty and no tiny hub"):
+    with pytest.raises(FileExistsError, match="is not empty and not a tiny hub"):
         tiny_hub(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["Tongyi-MAI"]
 

@@ -156,11 +156,11 @@ BROKEN = {
     ),
     "another API": ("plugin.py", "DIFFSYNTH_API = 1", "DIFFSYNTH_API = 2", "states the API version"),
     "raises at import": ("plugin.py", "DIFFSYNTH_API = 1", "DIFFSYNTH_API = 1\n1 / 0", "loads"),
-    "somebody's name": ("plugin.py", f'"{DIT}"', '"flux_autoencoder"', "names are its own"),
+    "somebody's name": ("plugin.py", f'"{DIT}"', '"flux_autoencoder"', "names are unique"),
     "a dead reference": ("plugin.py", ".dit:ZzzMadeDiT", ".dit:Missing", "references resolve"),
     "a reference to another kind": ("plugin.py", ".dit:ZzzMadeDiT", ".config:TINY", "references resolve"),
     "no architecture": ("plugin.py", f'architecture="{DIT}", f', 'architecture="none", f', "references resolve"),
-    "a door that breaks": ("doors/zzz_made.py", "ZzzMadePipeline", "Missing", "door made opens"),
+    "a door that breaks": ("doors/zzz_made.py", "ZzzMadePipeline", "Missing", "door made imports"),
     "memory in the constructor": (
         "dit.py",
         CONSTRUCTED,
@@ -171,35 +171,40 @@ BROKEN = {
         "dit.py",
         CONSTRUCTED,
         CONSTRUCTED + '        self.register_buffer("table", torch.zeros(3), persistent=False)\n',
-        f"{DIT} leaves nothing on meta",
+        f"{DIT} has no tensor on meta",
     ),
     "a tensor that is no buffer": (
         "dit.py",
         CONSTRUCTED,
         CONSTRUCTED + "        self.table = torch.zeros(3)\n",
-        f"{DIT} leaves nothing on meta",
+        f"{DIT} has no tensor on meta",
     ),
     "NaN": ("dit.py", RETURNED, RETURNED + " * float('nan')", f"{DIT} forward"),
     "dice in forward": ("dit.py", RETURNED, RETURNED + " + torch.rand(1)", f"{DIT} forward"),
-    "a depth that is not told": ("config.py", "depth=1 + max", "depth=2 + max", f"{DIT} is told by"),
-    "a required name that is not there": ("plugin.py", '"letters.weight"', '"words.weight"', f"{DIT} is told by"),
+    "a depth that is not told": ("config.py", "depth=1 + max", "depth=2 + max", f"{DIT} config is inferred"),
+    "a required name that is not there": (
+        "plugin.py",
+        '"letters.weight"',
+        '"words.weight"',
+        f"{DIT} config is inferred",
+    ),
     "a tuple that comes back a list": (
         "config.py",
         "    depth: int = 2\n",
         "    depth: int = 2\n    axes: tuple = (1, 2)\n",
-        f"{DIT} is saved and loaded",
+        f"{DIT} is unchanged by saving",
     ),
     "a weight read past its layer": (
         "dit.py",
         RETURNED,
         RETURNED + " + self.places.weight.mean()",
-        f"{DIT} reads no part",
+        f"{DIT} reads no parameter",
     ),
     "a list of blocks that is not there": (
         "plugin.py",
         'repeated_blocks=("blocks",)',
         'repeated_blocks=("layers",)',
-        f"{DIT} is the same wherever",
+        f"{DIT} output does not depend",
     ),
     "a layer to change that is not there": ("plugin.py", '("qkv", "out")', '("qkv", "to_q")', f"{DIT} has the layers"),
     "a layer that is more than a product": (
@@ -207,14 +212,14 @@ BROKEN = {
         "self.qkv = nn.Linear(width, 3 * width)",
         'self.qkv = type("Odd", (nn.Linear,), {"forward": lambda self, x: nn.Linear.forward(self, x).abs()})'
         "(width, 3 * width)",
-        f"{DIT} takes a LoRA",
+        f"{DIT} output is the same with a LoRA",
     ),
-    "another signature": ("plugin.py", 'signature="', 'signature="0', f"{LAYOUT} has its signature"),
+    "another signature": ("plugin.py", 'signature="', 'signature="0', f"{LAYOUT} has the declared signature"),
     "rules that lose a key": (
         "convert.py",
         "(Rename(",
         '(Rename("net.places.bias", "lost"), Rename(',
-        f"{LAYOUT} plans with nothing missing",
+        f"{LAYOUT} converts with no missing keys",
     ),
     "two architectures alike": ("plugin.py", "TWIN = ()", f"TWIN = {TWIN}", f"{LAYOUT} is recognised by structure"),
     "a condition that nobody writes": ("pipeline.py", "sigma, *, letters", "sigma, *, words, letters", "units of"),
@@ -229,7 +234,7 @@ BROKEN = {
         "plugin.py",
         "/dit.safetensors",
         "/missing.safetensors",
-        f"model {NAME}-1 has its packaged files",
+        f"model {NAME}-1 packaged files",
     ),
     "training data that goes nowhere": (
         "plugin.py",
@@ -329,11 +334,11 @@ def test_a_case_fails_with_its_cause_and_what_builds_on_it_is_skipped(plugin):
     run = conformance(f"diffsynth-{NAME}")
     (mark,) = run.pytestmark
     cases = {case.id: case.values[0] for case in mark.args[1]}
-    with pytest.raises(AssertionError, match="gave NaN or infinity; is every parameter initialised"):
+    with pytest.raises(AssertionError, match="returned NaN or infinity; is every parameter initialised"):
         run(cases[f"{DIT} forward is finite and reproducible"])
-    with pytest.raises(pytest.skip.Exception, match="says nothing while 'zzz_made_dit forward"):
-        run(cases[f"{DIT} is saved and loaded to the bit"])
-    run(cases[f"{DIT} builds on meta without memory"])
+    with pytest.raises(pytest.skip.Exception, match="while 'zzz_made_dit forward"):
+        run(cases[f"{DIT} is unchanged by saving and loading"])
+    run(cases[f"{DIT} builds on meta without allocating memory"])
 
 
 def test_a_backend_that_refuses_is_skipped_with_its_reason(plugin):
@@ -346,7 +351,7 @@ def test_a_backend_that_refuses_is_skipped_with_its_reason(plugin):
 
 
 def test_a_distribution_that_is_not_there():
-    with pytest.raises(ValueError, match="'diffsynth-cora' offers no plugin; did you mean 'diffsynth-core'"):
+    with pytest.raises(ValueError, match="'diffsynth-cora' has no plugin; did you mean 'diffsynth-core'"):
         conformance("diffsynth-cora")
 
 

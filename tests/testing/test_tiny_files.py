@@ -14,7 +14,7 @@ from diffsynth.models.plugin import CHECKPOINTS
 from diffsynth.models.qwen3 import Qwen3TextEncoder
 from diffsynth.spec import CheckpointSpec
 from diffsynth.testing import tiny_files
-from diffsynth.testing.tiny_files import TinyTensor, draw, file_names, tiny_shapes
+from diffsynth.testing.tiny_files import TinyTensor, file_names, random_tensors, tiny_shapes
 
 PUBLISHED = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
 TOY = CheckpointSpec(name="toy", architecture="toy")
@@ -141,11 +141,11 @@ def test_patterns_that_name_no_file(pattern, message):
 def test_nothing_is_neutral():
     bf16 = torch.bfloat16
     shapes = {"x.weight": (300, 200), "norm.weight": (200,), "x.bias": (200,), "token": (1, 200), "gain": ()}
-    drawn = draw({key: TinyTensor(shape, bf16) for key, shape in shapes.items()}, seed="a")
-    assert float(drawn["x.weight"].float().std()) == pytest.approx(200**-0.5, rel=0.05)
-    assert float(drawn["token"].float().std()) == pytest.approx(1, rel=0.2)
-    assert 0.89 < drawn["norm.weight"].min() < 0.95 < 1.05 < drawn["norm.weight"].max() < 1.11
-    assert 0.05 < float(drawn["x.bias"].float().std()) < 0.15
-    assert drawn["gain"] != 1
-    counter = draw({"n": TinyTensor((), torch.int64)}, seed="a")["n"]
+    tensors = random_tensors({key: TinyTensor(shape, bf16) for key, shape in shapes.items()}, seed="a")
+    assert float(tensors["x.weight"].float().std()) == pytest.approx(200**-0.5, rel=0.05)
+    assert float(tensors["token"].float().std()) == pytest.approx(1, rel=0.2)
+    assert 0.89 < tensors["norm.weight"].min() < 0.95 < 1.05 < tensors["norm.weight"].max() < 1.11
+    assert 0.05 < float(tensors["x.bias"].float().std()) < 0.15
+    assert tensors["gain"] != 1
+    counter = random_tensors({"n": TinyTensor((), torch.int64)}, seed="a")["n"]
     assert (counter.dtype, int(counter)) == (torch.int64, 1)

@@ -109,9 +109,7 @@ def _show(record: ModelRecord, made: MemoryPlan) -> None:
         click.echo(f"evicted   {', '.join(made.evicted)}: off the device between stages")
     for stage in (stage for stage in made.stages if stage.bytes_ahead):
         ahead, total = stage.bytes_ahead / 1e9, stage.bytes_once / 1e9
-        click.echo(
-            f"prefetch  {ahead:.1f} of {total:.1f} GB of {stage.name} are copied during the last step of the stage before"
-        )
+        click.echo(f"prefetch  {ahead:.1f} of {total:.1f} GB of {stage.name} are copied during the last step before it")
     if made.storage:
         click.echo(f"stored    in {made.storage}, which changes results")
     if made.options:

@@ -1,7 +1,7 @@
-"""What works here, what does not, and what to type next: the content of `diffsynth doctor`.
+"""Diagnosis of the installation and the machine: the content of `diffsynth doctor`.
 
-Nothing is downloaded, no weights are read, and nothing is changed. A check that fails itself is a finding, too, so that
-one broken part never hides the others.
+Nothing is downloaded, no weights are read, and nothing is changed. A check that raises becomes a finding, so that one
+broken check does not hide the results of the others.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
     "models": (models,),
     "questions": QUESTIONS,
 }
-"""Title -> the checks under it, in the order they are shown."""
+"""Section title -> its checks, in the order they are shown."""
 
 
 def diagnose() -> dict[str, list[Finding]]:
-    """Look at everything; section -> findings."""
+    """Run all checks and return section title -> findings."""
     return {title: [finding for check in checks for finding in _run(check)] for title, checks in SECTIONS.items()}
 
 
 def is_usable(report: dict[str, list[Finding]]) -> bool:
-    """Whether nothing is broken."""
+    """Return whether no finding is broken."""
     return all(finding.state != "broken" for findings in report.values() for finding in findings)
 
 
@@ -46,8 +46,8 @@ def _run(check: Check) -> list[Finding]:
     found: list[Finding] = []
     try:
         found.extend(check())
-    except Exception as error:  # whatever is wrong with an installation, the report goes on
-        seen = f"cannot be looked at: {type(error).__name__}: {' '.join(str(error).split())}"
-        action = "Mend what the other sections call broken, then run it again; --traceback shows where"
+    except Exception as error:  # a fault of the installation must not end the report
+        seen = f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"
+        action = "Repair what the other sections report as broken, then run it again; --traceback shows where it failed"
         found.append(Finding(check.__name__.replace("_", " "), "broken", seen, action, cause=error))
     return found

@@ -1,4 +1,4 @@
-"""One line of a diagnosis."""
+"""The result of one check of a diagnosis."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 CheckResult = Literal["ok", "note", "broken"]
+"""Result of a check: fine; possibly relevant to the user; something that should work does not."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what was seen.
+    """The result of a check.
 
     Args:
-        name: of the thing, short.
-        state: "ok"; "note", which may matter to somebody; "broken", which stops something that should work.
-        seen: in words.
-        next_action: what to type or do; only "ok" may do without.
-        cause: the error behind it, if there is one.
+        name: short name of the checked item.
+        state: the result.
+        seen: what was observed, in words.
+        next_action: command to run or step to take; required unless `state` is "ok".
+        cause: exception that the result is based on, if any.
 
     Raises:
-        ValueError: it is not "ok" and says nothing to do.
+        ValueError: `state` is not "ok" and `next_action` is empty.
     """
 
     name: str
@@ -34,5 +35,5 @@ class Finding:
             raise ValueError(f"finding {self.name!r} is {self.state!r} and has no next action")
 
     def to_dict(self) -> dict[str, str]:
-        """Plain values."""
+        """Return the finding as a dict of strings, without `cause`."""
         return {"name": self.name, "state": self.state, "seen": self.seen, "next_action": self.next_action}

@@ -1,4 +1,4 @@
-"""Settings in effect, and the folders that files go to."""
+"""Checks of environment variables, and of the folders for weights and caches."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from diffsynth.diagnosis.machine import GIB, in_gib
 from diffsynth.errors import did_you_mean
 
 HUB_VARIABLES = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "MODELSCOPE_CACHE", "MODELSCOPE_DOMAIN")
-"""Variables of the libraries that download; shown where they are set."""
+"""Variables of the download libraries; shown if they are set."""
 
-LITTLE = 30 * GIB
-"""A large model does not fit into less."""
+WEIGHTS_SPACE = 30 * GIB
+"""Free disk space in bytes below which a large model does not fit."""
 
 
 def settings() -> Iterator[Finding]:
-    """Every environment variable of ours with its value, bad ones, unknown ones, and those of the hubs' libraries."""
-    ours = {_variable(reader): reader for reader in vars(_env).values() if _is_reader(reader)}
+    """Check each environment variable of diffsynth, report unknown ones, and show those of the download libraries."""
+    ours = variable_readers()
     for variable, reader in ours.items():
         yield _setting(variable, reader)
     for variable in sorted(name for name in os.environ if name.startswith("DIFFSYNTH_") and name not in ours):
-        seen = f"{os.environ[variable]!r}: there is no such variable{did_you_mean(variable, ours)}"
+        seen = f"{os.environ[variable]!r}: no such variable{did_you_mean(variable, ours)}"
         yield Finding(variable, "note", seen, f"Correct the name, or: unset {variable}")
     installed = {entry.name for entry in importlib.metadata.entry_points(group=_discovery.GROUP)}
     for name in sorted((_env.plugins() or frozenset()) - installed):
@@ -41,29 +41,25 @@ def settings() -> Iterator[Finding]:
 
 
 def folders() -> Iterator[Finding]:
-    """Where weights and caches go: writable, and with room."""
-    yield _folder("weights", _env.model_base_path(), "DIFFSYNTH_MODEL_BASE_PATH", enough=LITTLE)
+    """Check that the folders of weights and caches are writable and have free space."""
+    yield _folder("weights", _env.model_base_path(), "DIFFSYNTH_MODEL_BASE_PATH", enough=WEIGHTS_SPACE)
     yield _folder("cache", _env.cache_dir(), "DIFFSYNTH_CACHE_DIR", enough=GIB)
 
 
-def _is_reader(value: Any) -> bool:
-    return inspect.isfunction(value) and value.__module__ == _env.__name__ and not value.__name__.startswith("_")
-
-
-def _variable(reader: Callable[[], Any]) -> str:
-    """The first word of a reader's docstring is its variable."""
-    return (reader.__doc__ or "").partition(":")[0]
+def variable_readers() -> dict[str, Callable[[], Any]]:
+    """Return environment variable -> the function of `diffsynth._env` that reads it."""
+    functions = [value for value in vars(_env).values() if inspect.isfunction(value)]
+    readers = [each for each in functions if each.__module__ == _env.__name__ and not each.__name__.startswith("_")]
+    return {(reader.__doc__ or "").partition(":")[0]: reader for reader in readers}
 
 
 def _setting(variable: str, reader: Callable[[], Any]) -> Finding:
-    given = os.environ.get(variable)
+    text = os.environ.get(variable)
     try:
         value = reader()
     except ValueError as error:
         return Finding(variable, "broken", str(error), f"Correct it, or: unset {variable}", cause=error)
-    return Finding(
-        variable, "ok", f"{_shown(value)} (not set)" if given is None else f"{_shown(value)} (set: {given!r})"
-    )
+    return Finding(variable, "ok", f"{_shown(value)} ({'not set' if text is None else f'set: {text!r}'})")
 
 
 def _shown(value: Any) -> str:
@@ -75,21 +71,22 @@ def _shown(value: Any) -> str:
 
 
 def _without_login(value: str) -> str:
+    """Return an address with user name and password masked."""
     return re.sub(r"//[^/@]*@", "//***@", value)
 
 
 def _folder(name: str, path: Path, variable: str, *, enough: int) -> Finding:
     path = path.expanduser().absolute()
-    there = path
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    move = f"Set {variable} to a folder with room that you may write to"
-    if not there.is_dir():
-        return Finding(name, "broken", f"{path}: {there} is a file", move)
-    if not os.access(there, os.W_OK | os.X_OK):
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    move = f"Set {variable} to a writable folder with enough free space"
+    if not existing.is_dir():
+        return Finding(name, "broken", f"{path}: {existing} is a file", move)
+    if not os.access(existing, os.W_OK | os.X_OK):
         return Finding(name, "broken", f"{path} cannot be written", move)
-    free = shutil.disk_usage(there).free
-    seen = f"{path}{'' if path == there else ' (made when needed)'}, {in_gib(free)} free"
+    free = shutil.disk_usage(existing).free
+    seen = f"{path}{'' if path == existing else ' (created when needed)'}, {in_gib(free)} free"
     if free < enough:
-        return Finding(name, "note", f"{seen}: little", f"Make room there before a large download. Or: {move}")
+        return Finding(name, "note", f"{seen}: little", f"Free space there before a large download. Or: {move}")
     return Finding(name, "ok", seen)

@@ -1,4 +1,4 @@
-"""What is installed: our packages, what they require, plugins, and models with their weights."""
+"""Checks of what is installed: our packages, their requirements, plugins, and models with their weights."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _HOLDS = {
 
 
 def distributions() -> Iterator[Finding]:
-    """Our own packages, and what those bring that are not here."""
+    """Report the versions of our packages; for those that are not installed, the models they add."""
     for name in _installed():
         yield Finding(name, "ok", _version(name) or "")
-    for name, brought in absent_packages().items():
-        brings = f"; brings {', '.join(brought)}" if brought else ""
-        yield Finding(name, "note", f"not installed{brings}", f"Run: pip install {name}")
+    for name, added in absent_packages().items():
+        models = f"; adds {', '.join(added)}" if added else ""
+        yield Finding(name, "note", f"not installed{models}", f"Run: pip install {name}")
 
 
 def requirements() -> Iterator[Finding]:
-    """The libraries that our packages need, in versions that they work with."""
+    """Check that the libraries that our packages require are installed in the required versions."""
     packages = _installed()
     seen = set(packages)
     for package in packages:
@@ -47,13 +47,13 @@ def requirements() -> Iterator[Finding]:
 
 
 def absent_packages() -> dict[str, list[str]]:
-    """Packages of ours that are not installed -> the models they bring."""
-    brought = first_party.models_by_package()
-    return {name: brought.get(name, []) for name in sorted(first_party.packages()) if _version(name) is None}
+    """Return packages of ours that are not installed -> the models they add."""
+    models = first_party.models_by_package()
+    return {name: models.get(name, []) for name in sorted(first_party.packages()) if _version(name) is None}
 
 
 def plugins() -> Iterator[Finding]:
-    """What loaded, what did not, and what stands in the way of the installation."""
+    """Report plugins that loaded, plugins that failed, and conflicts of the installation."""
     problems = registry.problems()
     broken = {(problem.plugin, problem.distribution) for problem in problems}
     for plugin in _discovery.catalog().plugins:
@@ -61,9 +61,9 @@ def plugins() -> Iterator[Finding]:
             seen = f"{plugin.distribution} {plugin.version}, loaded in {plugin.seconds * 1000:.0f} ms"
             yield Finding(plugin.name, "ok", seen)
     for problem in problems:
-        upstream = problem.distribution == "diffsynth"  # its text says what to run
+        upstream = problem.distribution == "diffsynth"  # its error text contains the command
         action = (
-            "Run what it says"
+            "Run the command in the message"
             if upstream
             else f"Run: diffsynth plugins --traceback; or: pip uninstall {problem.distribution}"
         )
@@ -71,7 +71,7 @@ def plugins() -> Iterator[Finding]:
 
 
 def models() -> Iterator[Finding]:
-    """Models by the state of their weights; where something is missing, how to get it."""
+    """Report for each model whether its weights are present, and how to get missing ones."""
     records = registry.list()
     if not records:
         yield Finding("models", "note", "none are installed", "Install a model family; see diffsynth list")
@@ -94,11 +94,13 @@ def _incomplete(record: ModelRecord) -> Finding:
         return Finding(record.exact_name, "note", seen, f"Run: pip install --force-reinstall {record.distribution}")
     if fetched[0].offline:
         return Finding(record.exact_name, "note", seen, f"Run: {' && '.join(map(command, fetched))}")
-    return Finding(record.exact_name, "note", seen, f"Nothing: it comes from {fetched[0].hub} when it is first loaded")
+    return Finding(
+        record.exact_name, "note", seen, f"Nothing: it is downloaded from {fetched[0].hub} when it is first loaded"
+    )
 
 
 def _installed() -> list[str]:
-    """diffsynth-core, our packages, and whatever else has a plugin."""
+    """Return the installed distributions: diffsynth-core, our other packages, and all that have a plugin."""
     plugins = {entry.dist.name for entry in importlib.metadata.entry_points(group=_discovery.GROUP) if entry.dist}
     others = {name for name in first_party.packages() if _version(name)} | plugins
     return ["diffsynth-core", *sorted(others - {"diffsynth-core"})]
@@ -108,7 +110,7 @@ def _requirement(package: str, name: str, bounds: str) -> Finding:
     version = _version(name)
     if version is None:
         return Finding(name, "broken", f"not installed; {package} needs it", f'Run: pip install "{name}{bounds}"')
-    if not _is_within(version, bounds):
+    if not is_within(version, bounds):
         seen = f"{version}; {package} needs {bounds}"
         return Finding(name, "broken", seen, f'Run: pip install "{name}{bounds}"')
     return Finding(name, "ok", version)
@@ -122,12 +124,12 @@ def _version(distribution: str) -> str | None:
 
 
 def _is_for_others(marker: str | None) -> bool:
-    """Whether a requirement is not for this machine; our own packages ask only for the platform."""
+    """Return whether a marker excludes this platform; `sys_platform` is the only marker our packages use."""
     return marker is not None and not ("sys_platform" in marker and repr(sys.platform) in marker.replace('"', "'"))
 
 
-def _is_within(version: str, bounds: str) -> bool:
-    """Whether a version is within `>=`, `<` and `==`, by its release number; other bounds are not judged."""
+def is_within(version: str, bounds: str) -> bool:
+    """Return whether a version satisfies the bounds; only `>=`, `<` and `==` on release numbers are checked."""
     for bound in filter(None, bounds.split(",")):
         match = re.match(r"\s*(>=|<|==)\s*([\d.]+)\s*$", bound)
         if match and not _HOLDS[match[1]](_release(version), _release(match[2])):
@@ -136,7 +138,7 @@ def _is_within(version: str, bounds: str) -> bool:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """`(2, 15)` of `2.15.0+cu130`; zeros at the end say nothing."""
+    """Return the release number without trailing zeros: `(2, 15)` for `2.15.0+cu130`."""
     numbers = [int(number) for number in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]  # type: ignore[index]
     while numbers and numbers[-1] == 0:
         numbers.pop()

@@ -1,4 +1,4 @@
-"""The machine: Python, devices, and which attention and quantization backends can be used on them."""
+"""Checks of the machine: Python, devices, attention backends and quantization backends."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-_COMPILED_AT_FIRST = {"flex"}
-"""Attention backends that are not tried: their first call takes as long as everything else here together."""
+_COMPILED_ON_FIRST_CALL = {"flex"}
+"""Attention backends that are not called: compiling them takes longer than all other checks together."""
 
 
 def python() -> Iterator[Finding]:
-    """Interpreter and system."""
+    """Report the Python interpreter and the operating system."""
     yield Finding("python", "ok", f"{platform.python_version()} at {sys.executable}")
     yield Finding("system", "ok", f"{platform.platform()}, {os.cpu_count()} CPU cores")
 
 
 def devices() -> Iterator[Finding]:
-    """Where computation can happen, with free memory; each one multiplies a matrix."""
+    """Multiply matrices on each device, and report its free memory."""
     from diffsynth.core import device
 
     if device.get_device_type() == "cpu":
@@ -37,15 +37,15 @@ def devices() -> Iterator[Finding]:
         yield Finding(
             "accelerator",
             "note",
-            f"none ({reason}); computation happens on the CPU",
-            "If the machine has one: install its driver, and the torch that is built for it",
+            f"none ({reason}); computation runs on the CPU",
+            "If the machine has one: install its driver, and a torch that is built for it",
         )
     for name in device.present_devices():
         yield _device(name)
 
 
 def attention() -> Iterator[Finding]:
-    """Every backend that `attention()` knows, tried on a small call in bf16 on the default device."""
+    """Try each attention backend on a small bf16 call on the default device, and report which one `auto` uses."""
     from diffsynth.core.attention import available_backends
     from diffsynth.core.attention.registry import avoidance
     from diffsynth.core.attention.select import choose
@@ -53,7 +53,7 @@ def attention() -> Iterator[Finding]:
     from diffsynth.runtime.declared_backends import use_declared_backends
 
     use_declared_backends()
-    call = _usual_call()
+    call = _small_call()
     backends = available_backends()
     try:
         first = choose(call)
@@ -62,12 +62,12 @@ def attention() -> Iterator[Finding]:
     why_not = {name: _why_unusable(name, call) for name in backends}
     for name in backends:
         if why_not[name]:
-            yield Finding(name, "note", why_not[name], "Nothing, if another backend serves; `auto` passes it over")
+            yield Finding(name, "note", why_not[name], "Nothing, if another backend is usable; `auto` skips it")
         elif name == first:
-            yield Finding(name, "ok", "usable; what `auto` takes")
+            yield Finding(name, "ok", "usable; chosen by `auto`")
         else:
             reason = avoidance(name, call)
-            yield Finding(name, "ok", f"usable by name: {reason}" if reason else "usable")
+            yield Finding(name, "ok", f"usable if chosen by name: {reason}" if reason else "usable")
     yield _attention_in_use(first, why_not, call)
 
 
@@ -86,28 +86,28 @@ def _attention_in_use(first: str | None, why_not: dict[str, str], call: Attentio
         return Finding("in use", "broken", "every backend refuses", "Run: pip install --force-reinstall torch")
     if why_not[first]:
         usable = ", ".join(name for name, reason in why_not.items() if not reason)
-        action = f"Set DIFFSYNTH_ATTENTION_IMPLEMENTATION to one of {usable}, or uninstall what brings {first}"
+        action = f"Set DIFFSYNTH_ATTENTION_IMPLEMENTATION to one of {usable}, or uninstall the package of {first}"
         return Finding("in use", "broken", f"auto: {first}, but {why_not[first]}", action)
-    return Finding("in use", "ok", f"auto: {first}, and call by call the next one where it refuses")
+    return Finding("in use", "ok", f"auto: {first}; for a call that it refuses, the next usable one")
 
 
 def quantization() -> Iterator[Finding]:
-    """Every backend that a plugin declares."""
+    """Report each quantization backend that a plugin declares, and whether it can be imported."""
     declared = _discovery.catalog().quantization
     if not declared:
-        yield Finding("backends", "ok", "none: no installed plugin declares one, and weights are used as they are")
+        yield Finding("backends", "ok", "none: no installed plugin declares one, so weights are used as stored")
     for one in declared:
         try:
             resolve(one.spec.backend)
-        except Exception as error:  # a stranger's module may raise anything
-            seen = f"of {one.distribution}: {type(error).__name__}: {error}"
+        except Exception as error:  # a plugin's module may raise anything
+            seen = f"from {one.distribution}: {type(error).__name__}: {error}"
             yield Finding(one.spec.name, "broken", seen, f"Run: pip install -U {one.distribution}", cause=error)
         else:
-            yield Finding(one.spec.name, "ok", f"of {one.distribution} {one.version}")
+            yield Finding(one.spec.name, "ok", f"from {one.distribution} {one.version}")
 
 
 def in_gib(count: float | None) -> str:
-    """Bytes in GiB, or that nobody can tell."""
+    """Return a number of bytes as text in GiB; `"an unknown amount"` for None."""
     return "an unknown amount" if count is None else f"{count / GIB:.1f} GiB"
 
 
@@ -119,15 +119,15 @@ def _device(name: str) -> Finding:
     try:
         ones = torch.ones(8, 8, dtype=torch.bfloat16, device=name)
         if (ones @ ones).sum().item() != 512:
-            raise RuntimeError("a product of matrices is wrong")
+            raise RuntimeError("a matrix product is wrong")
         free, card = device.available_memory(name), device.card_name(name)
-    except Exception as error:  # each driver raises its own kinds
+    except Exception as error:  # drivers raise exceptions of their own classes
         action = "Update the device's driver, or choose another with device="
         return Finding(name, "broken", f"does not compute: {type(error).__name__}: {error}", action, cause=error)
     return Finding(name, "ok", f"{card}, {in_gib(free)} of memory free")
 
 
-def _usual_call() -> AttentionCall:
+def _small_call() -> AttentionCall:
     import torch
 
     from diffsynth.core import device
@@ -138,7 +138,7 @@ def _usual_call() -> AttentionCall:
 
 
 def _why_unusable(backend: str, call: AttentionCall) -> str:
-    """Why a backend cannot serve a usual call, or nothing."""
+    """Return why a backend cannot compute the call; empty if it can."""
     import torch
 
     from diffsynth.core.attention.registry import refusal
@@ -147,9 +147,9 @@ def _why_unusable(backend: str, call: AttentionCall) -> str:
     try:
         if reason := refusal(backend, call):
             return reason
-        if backend in _COMPILED_AT_FIRST:
+        if backend in _COMPILED_ON_FIRST_CALL:
             return ""
         result = serve(call, backend)
-    except Exception as error:  # a library's own kinds
+    except Exception as error:  # libraries raise exceptions of their own classes
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return "" if torch.allclose(result, call.q) else "its result is wrong"

@@ -1,4 +1,4 @@
-"""What users ask most, answered for this machine, each with what to type."""
+"""Answers to frequent questions for this machine, each with the command to run."""
 
 from __future__ import annotations
 
@@ -9,64 +9,60 @@ from diffsynth.diagnosis.machine import GIB, attention, in_gib
 
 
 def file_not_detected() -> list[Finding]:
-    """Which layouts are known, and how to learn why a file has none of them."""
+    """Report how many layouts are known, and how to find out why a file matches none."""
     architectures, checkpoints = _discovery.catalog().layouts()
     more = ", ".join(name for name, models in absent_packages().items() if models)
-    seen = f"{len(architectures)} architectures in {len(checkpoints)} published layouts are known here"
-    action = "Run: diffsynth recognize FILE (names what is nearest, the keys that differ, and shards that are missing)"
-    return [Finding("My file is not detected", "ok", seen + (f"; {more} would add some" if more else ""), action)]
+    seen = f"{len(architectures)} architectures in {len(checkpoints)} published layouts are known"
+    action = "Run: diffsynth recognize FILE (shows the nearest architecture, differing keys and missing shards)"
+    return [Finding("My file is not detected", "ok", seen + (f"; {more} would add more" if more else ""), action)]
 
 
 def out_of_memory() -> list[Finding]:
-    """How much is free where computation happens, and how to need less."""
+    """Report the free memory of the default device, and how to use less."""
     from diffsynth.core import device
 
     where = device.default_device()
     free = device.available_memory(where)
     if where.type == "cpu":
-        action = "Take a smaller height, width or num_images; vram_limit has no effect on a CPU"
+        action = "Use a smaller height, width or num_images; vram_limit has no effect on a CPU"
     else:
         limit = "GIB" if free is None else f"{free / GIB * 0.8:.0f}"
-        action = f"diffsynth.load(NAME, vram_limit={limit}) has on the device only what a stage uses; or a smaller size"
+        action = f"diffsynth.load(NAME, vram_limit={limit}) offloads what a stage does not use; or use a smaller size"
     seen = f"{where} has {in_gib(free)} free for weights and activations"
     return [Finding("Out of memory", "ok", seen, action)]
 
 
 def where_files_go() -> list[Finding]:
-    """Folders of weights and caches."""
+    """Report the folders of weights and caches."""
     weights = _env.model_base_path().expanduser().absolute()
     seen = f"weights into {weights}/OWNER/REPOSITORY, small caches into {_env.cache_dir()}"
-    action = "Set DIFFSYNTH_MODEL_BASE_PATH, or give base_path= to diffsynth.load()"
+    action = "Set DIFFSYNTH_MODEL_BASE_PATH, or pass base_path= to diffsynth.load()"
     return [Finding("Where do files go", "ok", seen, action)]
 
 
 def which_attention() -> list[Finding]:
-    """The backend in use."""
+    """Report the attention backend in use."""
     used = next(finding for finding in attention() if finding.name == "in use")
-    action = "Set DIFFSYNTH_ATTENTION_IMPLEMENTATION to force one; unset, it is the best that does not refuse"
+    action = "Set DIFFSYNTH_ATTENTION_IMPLEMENTATION to force one; by default the best usable one is chosen"
     return [Finding("Which attention is used", used.state, used.seen, used.next_action or action)]
 
 
 def downloads() -> list[Finding]:
-    """Where files come from, and how to stay offline."""
+    """Report the hub that files are downloaded from, and how to work offline."""
     hub = _env.download_source()
     if _env.skip_download():
-        seen, action = "off: files are only looked for in the folder of weights", "unset DIFFSYNTH_SKIP_DOWNLOAD"
+        seen, action = "off: files are only looked up in the folder of weights", "unset DIFFSYNTH_SKIP_DOWNLOAD"
         return [Finding("Where do downloads come from", "ok", seen, f"To fetch what is missing: {action}")]
     other = {"modelscope": "huggingface", "huggingface": "modelscope"}[hub]
-    seen = f"from {hub}, and only what is not there"
+    seen = f"from {hub}, missing files only"
     action = f"Other hub: DIFFSYNTH_DOWNLOAD_SOURCE={other}. Never: DIFFSYNTH_SKIP_DOWNLOAD=true"
     return [Finding("Where do downloads come from", "ok", seen, action)]
 
 
 def lora() -> list[Finding]:
-    """Whether adapters can be loaded, and how to learn what a file is."""
-    from diffsynth.runtime.pipeline import Pipeline
-
-    loads = hasattr(Pipeline, "load_lora")
-    seen = "pipelines load them with load_lora()" if loads else "this version of diffsynth-core does not load them"
-    action = "Run: diffsynth recognize FILE (tells whether a file is a LoRA, and for what)"
-    return [Finding("My LoRA does nothing", "ok", seen, action)]
+    """Report that LoRAs can be loaded, and how to find out what a file is."""
+    action = "Run: diffsynth recognize FILE (shows whether a file is a LoRA, and for which model)"
+    return [Finding("My LoRA does nothing", "ok", "pipelines load them with load_lora()", action)]
 
 
 QUESTIONS = (file_not_detected, out_of_memory, where_files_go, which_attention, downloads, lora)

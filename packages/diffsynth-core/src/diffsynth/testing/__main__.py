@@ -1,4 +1,4 @@
-"""`python -m diffsynth.testing`: what plugin authors run by hand."""
+"""`python -m diffsynth.testing`: command-line tools for plugin authors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def program() -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("models", nargs=-1)
 def tiny_hub(folder: Path, models: tuple[str, ...]) -> None:
-    """Write MODELS (all, if none is named) in miniature below FOLDER, as a hub has them."""
+    """Write tiny versions of MODELS (default: all) below FOLDER, under the file names of the hub."""
     from diffsynth.testing import hub
 
     try:
@@ -27,7 +27,7 @@ def tiny_hub(folder: Path, models: tuple[str, ...]) -> None:
     except (DiffsynthError, ValueError, FileExistsError) as error:
         raise UserError(f"{type(error).__name__}: {error}") from error
     size = sum(path.stat().st_size for path in written if path.is_file())
-    click.echo(f"{len(written)} files and folders, {size / 1e6:.1f} MB. To use them:", err=True)
+    click.echo(f"{len(written)} files and folders, {size / 1e6:.1f} MB. To use them, set:", err=True)
     click.echo(f"DIFFSYNTH_MODEL_BASE_PATH={folder} DIFFSYNTH_SKIP_DOWNLOAD=true")
 
 

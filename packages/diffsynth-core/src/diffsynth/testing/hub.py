@@ -1,4 +1,4 @@
-"""Every registered model in miniature, as folders of a hub: the files that users' scripts name, with tiny weights."""
+"""Tiny versions of registered models: folders with the file names of the hub and small random weights."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, parse_so
 from diffsynth.testing.tiny_files import TinyFile, TinyTensor, tiny_shapes, write_weights
 
 MAX_MODEL_BYTES = 40_000_000
-"""Of one model's weights."""
+"""Largest size of the weights of one tiny model, in bytes."""
 
 MARK = "tiny-hub.json"
-"""Stands at the root of a tiny hub: its models, and that the folder may be written over."""
+"""File at the root of a tiny hub: lists its models and marks the folder as one that may be overwritten."""
 
 _DEFAULT_PROCESSORS = {"transformers:AutoTokenizer": "diffsynth.testing.tiny_processors:write_byte_tokenizer"}
-"""Loader of a processor -> what writes a tiny one, unless `ModelSpec.tiny_processors` says otherwise."""
+"""Loader of a processor -> default writer of a tiny one; `ModelSpec.tiny_processors` has precedence."""
 
 
 def tiny_hub(root: Path | str, models: Sequence[str] | str | None = None) -> list[Path]:
-    """Write models in miniature below `root`, so that scripts run on them unchanged.
+    """Write tiny versions of models below `root`, so that scripts run on them unchanged.
 
     With `DIFFSYNTH_MODEL_BASE_PATH=root` and `DIFFSYNTH_SKIP_DOWNLOAD=true`, `diffsynth.load` and `from_pretrained`
-    find under `<owner>/<repository>` the file names that the hub has, with few layers, random weights in bf16 under
-    the published key names, and processors that work. The same call writes the same bytes. Sources of another scheme,
-    such as `package://`, are somewhere else already and left out.
+    find the file names of the hub under `<owner>/<repository>`, with few layers, random bf16 weights under the
+    published key names, and working processors. The same call writes the same bytes. Sources of another scheme, such
+    as `package://`, are not on the hub and are skipped.
 
     Args:
-        root: a folder that is empty, missing, or a tiny hub.
-        models: names or hub ids; None is every registered model.
+        root: path of a folder that is empty, missing, or a tiny hub.
+        models: names or hub ids; None for all registered models.
 
     Returns:
-        the files of weights and the folders of processors.
+        the paths of weight files and of processor folders, sorted.
 
     Raises:
-        UnknownModel: nothing of that name is installed; the message has the nearest spelling.
-        ValueError: a model's declarations give no tiny files; the message names the model and what to declare.
-        KeyMismatch: rules do not make of the published keys what the network wants.
-        FileExistsError: `root` holds something else.
+        UnknownModel: no such model is installed; the message gives the nearest name.
+        ValueError: no tiny files can be made from a model's declarations; the message says what to declare.
+        KeyMismatch: the rules do not convert the published keys to those of the network.
+        FileExistsError: `root` is neither empty nor a tiny hub.
     """
     root = Path(root)
     tiny = [_tiny_model(spec) for spec in _chosen(models)]
-    weights, processors = _united(tiny)
+    weights, processors = _merge_models(tiny)
     _claim(root, [model.name for model in tiny])
     written = []
-    for text, part in weights.items():
+    for text, file in weights.items():
         source = parse_source(text)
-        written += write_weights(root / source.model_id, source.pattern, part.contents, file_stem=part.file_stem)
+        written += write_weights(root / source.model_id, source.pattern, file.contents, file_stem=file.file_stem)
     for text, reference in processors.items():
         source = parse_source(text)
         folder = root / source.model_id / source.pattern
@@ -68,12 +68,12 @@ def tiny_hub(root: Path | str, models: Sequence[str] | str | None = None) -> lis
 
 @dataclass(frozen=True)
 class _Weights:
-    """What one source becomes.
+    """The tiny weights of one source.
 
     Args:
-        contents: of the file.
+        contents: published key -> shape and dtype.
         file_stem: see `CheckpointSpec`.
-        dropped: keys of it that the component does not read.
+        dropped: keys that the component does not read.
     """
 
     contents: TinyFile
@@ -83,7 +83,7 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _TinyModel:
-    """A model's sources and what they become; nothing is written yet."""
+    """The tiny weights and processors of one model by source; nothing is written yet."""
 
     name: str
     weights: Mapping[str, _Weights]
@@ -105,16 +105,18 @@ def _tiny_model(spec: ModelSpec) -> _TinyModel:
     weights: dict[str, _Weights] = {}
     for role, source in spec.components.items():
         if _is_on_hub(source):
-            part = _component(spec, role, roles.get(role), source)
-            weights[source] = _merged(weights[source], part, source) if source in weights else part
-    size = sum(tensor.nbytes for part in weights.values() for tensor in part.contents.values())
+            component_weights = _component(spec, role, roles.get(role), source)
+            known = weights.get(source)
+            weights[source] = (
+                component_weights if known is None else _merge_components(known, component_weights, source)
+            )
+    tensors = [(tensor, key) for file in weights.values() for key, tensor in file.contents.items()]
+    size = sum(tensor.nbytes for tensor, _ in tensors)
     if size > MAX_MODEL_BYTES:
-        largest = max(
-            ((tensor.nbytes, key, tensor.shape) for part in weights.values() for key, tensor in part.contents.items())
-        )
+        largest, key = max(tensors, key=lambda each: (each[0].nbytes, each[1]))
         raise ValueError(
             f"model {spec.name!r}: its tiny weights take {size:,} bytes, limit {MAX_MODEL_BYTES:,}; the largest is "
-            f"{largest[1]!r} of shape {largest[2]}. Make ModelSpec.tiny smaller."
+            f"{key!r} of shape {largest.shape}. Make ModelSpec.tiny smaller."
         )
     return _TinyModel(spec.name, weights, dict(_tiny_processors(spec, roles)))
 
@@ -125,7 +127,7 @@ def _is_on_hub(source: str) -> bool:
 
 def _component(spec: ModelSpec, role: str, need: Role | Processor | None, source: str) -> _Weights:
     if not isinstance(need, Role):
-        raise ValueError(f"model {spec.name!r}: {role!r} is no component of {spec.pipeline}")
+        raise ValueError(f"model {spec.name!r}: {role!r} is not a component of {spec.pipeline}")
     architecture, checkpoint = _layout_for(spec, role, need, source)
     changed = {**checkpoint.config, **spec.tiny.get(role, {})}
     try:
@@ -142,7 +144,7 @@ def _component(spec: ModelSpec, role: str, need: Role | Processor | None, source
 
 
 def _layout_for(spec: ModelSpec, role: str, need: Role, source: str) -> tuple[ArchitectureSpec, CheckpointSpec]:
-    """The checkpoint that lists this source; failing that, the one with its architecture's own names."""
+    """Return the checkpoint that lists the source, else the one with its architecture's own key names."""
     architectures, checkpoints = _discovery.catalog().layouts()
     fitting = [one for one in checkpoints if one.architecture in need.architectures]
     listed = [one for one in fitting if source in one.files] or [one for one in fitting if not one.rules]
@@ -158,7 +160,7 @@ def _layout_for(spec: ModelSpec, role: str, need: Role, source: str) -> tuple[Ar
 def _with_dtypes(
     shapes: Mapping[str, tuple[int, ...]], checkpoint: CheckpointSpec, state: Mapping[str, torch.Tensor]
 ) -> TinyFile:
-    """bf16, but integers where the network counts."""
+    """Return the tensors of a tiny file: bf16, except where the network has integers."""
     integers = {
         source: state[key].dtype
         for key, target in convert.plan(rules_of(checkpoint), shapes).targets.items()
@@ -169,7 +171,7 @@ def _with_dtypes(
 
 
 def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """(source, what writes it) of every processor that the model or its pipeline takes from the hub."""
+    """Yield (source, reference to its writer) of each processor that the model or its pipeline loads from the hub."""
     for role, need in roles.items():
         source = spec.processors.get(role) or ("" if not isinstance(need, Processor) or need.optional else need.source)
         if not source or not _is_on_hub(source):
@@ -183,10 +185,10 @@ def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tupl
         yield source, reference
 
 
-def _merged(first: _Weights, second: _Weights, source: str) -> _Weights:
-    """Two components of one file: what either reads, and what both leave unread."""
+def _merge_components(first: _Weights, second: _Weights, source: str) -> _Weights:
+    """Merge two components of one file: the keys that either reads, and the keys that both drop."""
     read = [
-        {key: tensor for key, tensor in part.contents.items() if key not in part.dropped} for part in (first, second)
+        {key: tensor for key, tensor in each.contents.items() if key not in each.dropped} for each in (first, second)
     ]
     for key, tensor in read[1].items():
         if (other := read[0].get(key, tensor)) != tensor:
@@ -199,26 +201,26 @@ def _merged(first: _Weights, second: _Weights, source: str) -> _Weights:
     return _Weights({**read[0], **read[1], **rest}, first.file_stem, unread)
 
 
-def _united(models: Iterable[_TinyModel]) -> tuple[dict[str, _Weights], dict[str, str]]:
-    """Each source once. Models that share one must mean the same."""
+def _merge_models(models: Iterable[_TinyModel]) -> tuple[dict[str, _Weights], dict[str, str]]:
+    """Return source -> weights and source -> writer of all models; models that share a source must agree on it."""
     found: dict[str, tuple[str, Any]] = {}
     for model in models:
-        for source, part in (*model.weights.items(), *model.processors.items()):
-            other, known = found.setdefault(source, (model.name, part))
-            if known != part:
+        for source, file in (*model.weights.items(), *model.processors.items()):
+            other, known = found.setdefault(source, (model.name, file))
+            if known != file:
                 raise ValueError(
                     f"models {other!r} and {model.name!r} share {source} and make different tiny files of it. "
-                    f"Give both the same ModelSpec.tiny and tiny_processors for it."
+                    f"Declare the same ModelSpec.tiny and tiny_processors for it in both."
                 )
-    weights = {source: part for source, (_, part) in found.items() if isinstance(part, _Weights)}
-    return weights, {source: part for source, (_, part) in found.items() if isinstance(part, str)}
+    weights = {source: file for source, (_, file) in found.items() if isinstance(file, _Weights)}
+    return weights, {source: writer for source, (_, writer) in found.items() if isinstance(writer, str)}
 
 
 def _claim(root: Path, names: Sequence[str]) -> None:
-    """Make sure that tiny weights never land among real ones."""
+    """Mark `root` as a tiny hub; refuse other folders, so that tiny weights are never written among real ones."""
     mark = root / MARK
     if root.exists() and not mark.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"{root} is not empty and no tiny hub (it has no {MARK}). Name a new folder.")
+        raise FileExistsError(f"{root} is not empty and not a tiny hub (it has no {MARK}). Choose a new folder.")
     root.mkdir(parents=True, exist_ok=True)
     before = json.loads(mark.read_text(encoding="utf-8"))["models"] if mark.exists() else []
     mark.write_text(json.dumps({"models": sorted({*before, *names})}, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""One line that tests a plugin: `test_toy = conformance("diffsynth-toy")`. `docs/conformance.md` lists the checks.
+"""Conformance suite of a plugin: `test_toy = conformance("diffsynth-toy")`. `docs/conformance.md` lists the checks.
 
-What is tested follows from what the plugin declares. The checks themselves stand in `diffsynth.testing.checks`.
+The checks that run depend on the plugin's declarations. They are implemented in `diffsynth.testing.checks`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from diffsynth.errors import Unavailable
 from diffsynth.testing.checks.check import Check, Subject
 
 CONFORMANCE_VERSION = 3
-"""Raised whenever a check is added or becomes stricter, so that a plugin can say what it passed."""
+"""Version of the suite, increased whenever a check is added or becomes stricter."""
 
 
 def conformance(distribution: str) -> Callable[..., None]:
-    """A parametrised pytest function with one case for each check that the plugin's declarations call for.
+    """Return a parametrised pytest function with one case for each check that applies to the plugin.
 
-    A case whose subject a failed case has already found broken is skipped and says so: one cause, one failure. A
-    case that this machine cannot run, as a backend without its device, is skipped with the reason.
+    A case that depends on a failed case is skipped, so that one cause gives one failure. A case that this machine
+    cannot run, such as a backend without its device, is skipped with the reason.
 
     Args:
-        distribution: the name a plugin is installed by, `"diffsynth-toy"`.
+        distribution: name of the installed distribution, `"diffsynth-toy"`.
 
     Raises:
-        ValueError: no distribution of that name offers an allowed plugin.
+        ValueError: no distribution of that name has an allowed plugin.
         ImportError: pytest is not installed.
     """
     pytest = _pytest()
@@ -35,8 +35,8 @@ def conformance(distribution: str) -> Callable[..., None]:
     @pytest.mark.parametrize("check", [pytest.param(check, id=check.name) for check in checks])
     def conforms(check: Check) -> None:
         __tracebackhide__ = True
-        if blocker := runner.failed_dependency(check):
-            pytest.skip(f"says nothing while {blocker!r} fails")
+        if dependency := runner.failed_dependency(check):
+            pytest.skip(f"cannot be judged while {dependency!r} fails")
         error = runner.error(check)
         if isinstance(error, Unavailable):
             pytest.skip(str(error))
@@ -47,20 +47,20 @@ def conformance(distribution: str) -> Callable[..., None]:
 
 
 def checks_of(distribution: str) -> list[Check]:
-    """The checks of an installed plugin, in the order in which they build on each other; none has run.
+    """Return the checks of an installed plugin, each after those it depends on; none has run.
 
     Raises:
-        ValueError: no distribution of that name offers an allowed plugin.
+        ValueError: no distribution of that name has an allowed plugin.
     """
     from diffsynth.testing.checks import architectures, attention, layouts, lora, pipelines, plugin, wrapping
 
     subject = Subject.find(distribution)
-    parts = (plugin, architectures, wrapping, lora, layouts, pipelines, attention)
-    return [check for part in parts for check in part.checks(subject)]
+    modules = (plugin, architectures, wrapping, lora, layouts, pipelines, attention)
+    return [check for module in modules for check in module.checks(subject)]
 
 
 class CheckRunner:
-    """What each check came to. Each runs once, when it or one that builds on it is asked for."""
+    """Runs checks and stores their results. Each check runs at most once, when its result is first needed."""
 
     def __init__(self, checks: Sequence[Check]) -> None:
         self._by_name = {check.name: check for check in checks}
@@ -68,7 +68,7 @@ class CheckRunner:
         self._errors: dict[str, Exception | None] = {}
 
     def failed_dependency(self, check: Check) -> str | None:
-        """The name of the failed check that this one builds on, if there is one."""
+        """Return the name of a failed check that this one depends on, directly or not; None if there is none."""
         for name in check.after:
             earlier = self._by_name[name]
             if found := self.failed_dependency(earlier):
@@ -78,7 +78,7 @@ class CheckRunner:
         return None
 
     def error(self, check: Check) -> Exception | None:
-        """What the check raised."""
+        """Return the exception that the check raised, or None if it passed."""
         if check.name not in self._errors:
             try:
                 check.run()

@@ -28,49 +28,50 @@ from diffsynth.errors import KeyMismatch
 from diffsynth.spec import CheckpointSpec
 
 SHARDS = 2
+"""Number of shards that a file is split into if its source is a glob."""
 
-_MOST_PROPOSALS = 100_000
+_MAX_PROPOSALS = 100_000
 
-_LARGEST_UNREAD = 16
-"""Extent of what rules drop, where nothing that stays has the like: the text tower beside a vision tower."""
+_MAX_DROPPED_EXTENT = 16
+"""Largest extent of dropped tensors if no kept tensor has that extent, as in a text tower beside a vision tower."""
 
 
 @dataclass(frozen=True)
 class TinyTensor:
-    """What a small file says of one tensor."""
+    """Shape and dtype of one tensor of a tiny file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Return the size of the data in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 TinyFile = Mapping[str, TinyTensor]
-"""Published key -> its tensor; one logical file, however many shards it becomes."""
+"""Published key -> shape and dtype; one logical file, which may be written as several shards."""
 
 
 def write_weights(folder: Path, pattern: str, contents: TinyFile, *, file_stem: str) -> list[Path]:
-    """Draw the tensors of a file and write them where `pattern` will find them.
+    """Write random tensors to files that `pattern` matches.
 
-    A glob becomes numbered shards with their index, a plain name one file. None carries metadata of ours.
+    A glob gives numbered shards with an index file, a plain name one file. No metadata of ours is written.
 
     Args:
-        folder: of the repository.
-        pattern: inside it; its last part may hold `*`.
-        contents: what to write.
-        file_stem: how files begin where the pattern leaves it open.
+        folder: path of the repository.
+        pattern: file name in the repository; its last segment may contain `*`.
+        contents: shapes and dtypes to write.
+        file_stem: beginning of the file names if the pattern does not determine it.
 
     Returns:
-        the files of tensors.
+        the paths of the weight files, without the index.
 
     Raises:
-        ValueError: the pattern names no file, or none that is called like this.
+        ValueError: the pattern names no file, or does not match the names made from `file_stem`.
     """
     names, index = file_names(pattern, file_stem, shards=min(SHARDS, len(contents)))
-    tensors = draw(contents, seed=f"{folder.parent.name}/{folder.name}:{pattern}")
+    tensors = random_tensors(contents, seed=f"{folder.parent.name}/{folder.name}:{pattern}")
     keys = list(contents)
     where = {key: names[number * len(names) // len(keys)] for number, key in enumerate(keys)}
     for name in names:
@@ -85,19 +86,19 @@ def write_weights(folder: Path, pattern: str, contents: TinyFile, *, file_stem: 
 
 
 def file_names(pattern: str, file_stem: str, *, shards: int) -> tuple[list[str], str]:
-    """Names that a pattern matches, and that of their index; the index is empty for a single file.
+    """Return file names that a pattern matches, and the name of their index; `""` for a single file.
 
     Raises:
-        ValueError: the pattern leaves a folder open, names a folder, or matches no such name.
+        ValueError: the pattern contains a glob in a folder name, names a folder, or does not match `file_stem`.
     """
-    place, _, last = pattern.rpartition("/")
+    folder, _, last = pattern.rpartition("/")
     begin, star, _ = last.partition("*")
     suffix = PurePosixPath(last).suffix
-    if "*" in place or not suffix or any(mark in pattern for mark in "?["):
+    if "*" in folder or not suffix or any(mark in pattern for mark in "?["):
         raise ValueError(f"pattern {pattern!r}: expected a file, or a glob over files of one folder such as 'a/*.b'")
     if not star:
         return [pattern], ""
-    stem = f"{place}/" * bool(place) + (begin.rstrip("-_.") or file_stem)
+    stem = f"{folder}/" * bool(folder) + (begin.rstrip("-_.") or file_stem)
     names = [f"{stem}-{number:05d}-of-{shards:05d}{suffix}" for number in range(1, shards + 1)]
     if shards == 1:
         names = [f"{stem}{suffix}"]
@@ -106,13 +107,17 @@ def file_names(pattern: str, file_stem: str, *, shards: int) -> tuple[list[str],
     return names, f"{stem}{suffix}.index.json" if shards > 1 else ""
 
 
-def draw(contents: TinyFile, *, seed: str) -> dict[str, Tensor]:
-    """Tensors, the same for one seed: matrices at 1/sqrt(fan_in), norms 1 +- 0.1, biases at 0.1, integers 1."""
+def random_tensors(contents: TinyFile, *, seed: str) -> dict[str, Tensor]:
+    """Return random tensors, reproducible by seed.
+
+    Standard deviation 1/sqrt(fan_in) for matrices and 0.1 for biases; norms in [0.9, 1.1]; integers are 1. No value
+    is neutral, so that a tensor that is ignored or misplaced changes results.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    return {key: _drawn(key, tensor, generator) for key, tensor in contents.items()}
+    return {key: _random_tensor(key, tensor, generator) for key, tensor in contents.items()}
 
 
-def _drawn(key: str, tensor: TinyTensor, generator: torch.Generator) -> Tensor:
+def _random_tensor(key: str, tensor: TinyTensor, generator: torch.Generator) -> Tensor:
     shape = tensor.shape
     if not tensor.dtype.is_floating_point:
         return torch.ones(shape, dtype=tensor.dtype)
@@ -121,7 +126,7 @@ def _drawn(key: str, tensor: TinyTensor, generator: torch.Generator) -> Tensor:
     elif len(shape) < 2:
         values = 0.9 + 0.2 * torch.rand(shape, generator=generator)
     else:
-        fan_in = prod(shape[1:]) if shape[0] > 1 else 1  # a single row is a learned token
+        fan_in = prod(shape[1:]) if shape[0] > 1 else 1  # a single row is a trained token
         values = torch.randn(shape, generator=generator) / max(fan_in, 1) ** 0.5
     return values.to(tensor.dtype)
 
@@ -134,24 +139,24 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def tiny_shapes(checkpoint: CheckpointSpec, wanted: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Published key -> small shape, in the layout's order, so that the file fills a small module.
+    """Return published key -> small shape, in the layout's order, for a file that fills a small module.
 
-    A key stays if something it feeds is wanted, or if the rules drop it on purpose.
+    A published key is included if the module has a parameter made from it, or if the rules drop it explicitly.
 
     Args:
-        checkpoint: a layout. One without rules may do without a layout file: its keys are the module's own.
+        checkpoint: the layout; without rules it needs no layout file, since the keys are the module's own.
         wanted: own key -> shape of the small module.
 
     Raises:
-        ValueError: the published keys are not known, or no small shape of a key goes through its rule.
-        KeyMismatch: what comes out of the rules is not what the module wants.
+        ValueError: the published keys are unknown, or no small shape of a key satisfies its rule.
+        KeyMismatch: the rules do not produce the keys and shapes of the module.
     """
     rules, published = rules_of(checkpoint), layout_of(checkpoint)
     if not published:
         if rules:
             raise ValueError(
-                f"checkpoint {checkpoint.name!r} has rules and no layout, so its published key names are not known. "
-                f"Give its CheckpointSpec a layout."
+                f"checkpoint {checkpoint.name!r} has rules and no layout, so its published keys are unknown. "
+                f"Add a layout to its CheckpointSpec."
             )
         return dict(wanted)
     plan = convert.plan(rules, published)
@@ -161,16 +166,16 @@ def tiny_shapes(checkpoint: CheckpointSpec, wanted: Mapping[str, Shape]) -> dict
     small: dict[str, Shape] = {}
     for sources, keys in steps.items():
         if sources and any(key in wanted for key in keys):
-            ends = [(plan.targets[key].shape, wanted.get(key)) for key in keys]
-            whole = [published[source] for source in sources]
+            targets = [(plan.targets[key].shape, wanted.get(key)) for key in keys]
+            full = [published[source] for source in sources]
             try:
-                shrunk = _shrink(plan.targets[keys[0]].rule, whole, ends)
+                shrunk = _shrink(plan.targets[keys[0]].rule, full, targets)
             except ValueError as error:
                 raise ValueError(f"checkpoint {checkpoint.name!r}, key {sources[0]!r}: {error}") from None
             small.update(zip(sources, shrunk, strict=True))
-    learned = _learn((published[key], small[key]) for key in small)
+    extents = _small_extents((published[key], small[key]) for key in small)
     small |= {
-        key: tuple(learned.get(extent, min(extent, _LARGEST_UNREAD)) for extent in published[key])
+        key: tuple(extents.get(extent, min(extent, _MAX_DROPPED_EXTENT)) for extent in published[key])
         for key in plan.dropped
     }
     ordered = {key: small[key] for key in published if key in small}
@@ -178,29 +183,29 @@ def tiny_shapes(checkpoint: CheckpointSpec, wanted: Mapping[str, Shape]) -> dict
     return ordered
 
 
-def _shrink(rule: Rule, whole: Sequence[Shape], ends: Sequence[tuple[Shape, Shape | None]]) -> tuple[Shape, ...]:
-    """Small sources from which the rule makes the small targets; a target of None may come out as it likes.
+def _shrink(rule: Rule, full: Sequence[Shape], targets: Sequence[tuple[Shape, Shape | None]]) -> tuple[Shape, ...]:
+    """Return small source shapes from which the rule makes the small targets; a small target of None may be any shape.
 
     Raises:
-        ValueError: none do.
+        ValueError: there are none.
     """
-    ratios = [pair for large, small in ends if small is not None for pair in zip(large, small, strict=False)]
-    extents = [extent for shape in whole for extent in shape]
-    proposals = itertools.product(*(_proposed(extent, ratios) for extent in extents))
-    for proposal in itertools.islice(proposals, _MOST_PROPOSALS):
+    ratios = [pair for large, small in targets if small is not None for pair in zip(large, small, strict=False)]
+    extents = [extent for shape in full for extent in shape]
+    proposals = itertools.product(*(_candidates(extent, ratios) for extent in extents))
+    for proposal in itertools.islice(proposals, _MAX_PROPOSALS):
         rest = iter(proposal)
-        sources = tuple(tuple(itertools.islice(rest, len(shape))) for shape in whole)
-        if _makes(rule, sources, [small for _, small in ends]):
+        sources = tuple(tuple(itertools.islice(rest, len(shape))) for shape in full)
+        if _makes(rule, sources, [small for _, small in targets]):
             return sources
-    small = ", ".join(str(target) for _, target in ends)
+    small = ", ".join(str(target) for _, target in targets)
     raise ValueError(
-        f"no small shape in place of {whole[0]} comes out of {type(rule).__name__} as {small}. "
-        f"Change ModelSpec.tiny, or write the rule so that it follows the shapes it is given."
+        f"no small shape in place of {full[0]} is converted by {type(rule).__name__} to {small}. "
+        f"Change ModelSpec.tiny, or write the rule without fixed extents."
     )
 
 
-def _proposed(extent: int, ratios: Sequence[tuple[int, int]]) -> list[int]:
-    """Extents to try in place of one: as the targets of this extent shrink, in proportion to others, or unchanged."""
+def _candidates(extent: int, ratios: Sequence[tuple[int, int]]) -> list[int]:
+    """Return small extents to try for an extent: those of equal target extents, proportional ones, and the extent."""
     same = [small for large, small in ratios if large == extent]
     scaled = [extent * small // large for large, small in ratios if large and extent * small % large == 0]
     return list(dict.fromkeys([*same, *scaled, extent]))
@@ -214,10 +219,10 @@ def _makes(rule: Rule, sources: tuple[Shape, ...], targets: Sequence[Shape | Non
     return all(small in (None, shape) for shape, small in zip(made, targets, strict=True))
 
 
-def _learn(pairs: Iterable[tuple[Shape, Shape]]) -> dict[int, int]:
-    """Published extent -> the small one that most often stands in its place."""
-    seen: dict[int, Counter[int]] = {}
+def _small_extents(pairs: Iterable[tuple[Shape, Shape]]) -> dict[int, int]:
+    """Return published extent -> the small extent that most often replaces it."""
+    counts: dict[int, Counter[int]] = {}
     for large, small in pairs:
         for before, after in zip(large, small, strict=True):
-            seen.setdefault(before, Counter())[after] += 1
-    return {before: counted.most_common(1)[0][0] for before, counted in seen.items()}
+            counts.setdefault(before, Counter())[after] += 1
+    return {before: counted.most_common(1)[0][0] for before, counted in counts.items()}

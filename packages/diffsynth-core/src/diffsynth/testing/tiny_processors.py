@@ -1,4 +1,4 @@
-"""Tokenizers that work and take a few kilobytes."""
+"""Working tokenizers of a few kilobytes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-"""Qwen3's, for plain messages: thinking is on unless `enable_thinking=False`, which closes it before it begins."""
+"""Qwen3's chat template for plain messages; with `enable_thinking=False` it adds an empty thinking block."""
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """`byte_tokenizer` as the folder that `AutoTokenizer` reads."""
+    """Write `byte_tokenizer()` to a folder that `AutoTokenizer` can load."""
     byte_tokenizer().save_pretrained(folder)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte and Qwen3's special tokens and chat template: 261 tokens."""
+    """Return a tokenizer with one token per byte, and Qwen3's special tokens and chat template: 261 tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

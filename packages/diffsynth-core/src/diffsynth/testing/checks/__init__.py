@@ -1,1 +1,1 @@
-"""What the conformance suite checks, by the kind of declaration it looks at."""
+"""Checks of the conformance suite, one module for each kind of declaration."""

@@ -1,4 +1,4 @@
-"""Each architecture, at its tiny size: it builds on meta, runs, is told by its shapes, and is saved to the bit."""
+"""Checks of architectures at tiny size: building on meta, running, inferring the config, saving and loading."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Five for each architecture."""
+    """Yield five checks for each architecture."""
     for fact in subject.declared("architectures"):
         built, loaded, ran = (
-            f"{fact.name} builds on meta without memory",
-            leaves_nothing_on_meta(fact.name),
+            f"{fact.name} builds on meta without allocating memory",
+            no_meta_after_loading(fact.name),
             runs(fact.name),
         )
         yield Check(built, functools.partial(_builds_on_meta, fact), after=(REFERENCES, NAMES))
-        yield Check(loaded, functools.partial(_leaves_nothing_on_meta, fact), after=(built,))
+        yield Check(loaded, functools.partial(_has_no_meta_after_loading, fact), after=(built,))
         yield Check(ran, functools.partial(_runs, fact), after=(REFERENCES, NAMES))
-        yield Check(told_by_shapes(fact.name), functools.partial(_is_told_by_shapes, fact), after=(built,))
+        yield Check(config_inferred(fact.name), functools.partial(_infers_config, fact), after=(built,))
         saved = functools.partial(_saves_and_loads, fact, subject)
-        yield Check(f"{fact.name} is saved and loaded to the bit", saved, after=(loaded, ran))
+        yield Check(f"{fact.name} is unchanged by saving and loading", saved, after=(loaded, ran))
 
 
 def runs(name: str) -> str:
-    """The name of the check that whatever runs this architecture builds on."""
+    """Return the name of the check that checks which run this architecture depend on."""
     return f"{name} forward is finite and reproducible"
 
 
-def leaves_nothing_on_meta(name: str) -> str:
-    """The name of the check that whatever loads this architecture builds on."""
-    return f"{name} leaves nothing on meta once loaded"
+def no_meta_after_loading(name: str) -> str:
+    """Return the name of the check that checks which load this architecture depend on."""
+    return f"{name} has no tensor on meta after loading"
 
 
-def told_by_shapes(name: str) -> str:
-    """The name of the check that layouts of this architecture build on."""
-    return f"{name} is told by its shapes"
+def config_inferred(name: str) -> str:
+    """Return the name of the check that checks of this architecture's layouts depend on."""
+    return f"{name} config is inferred from its shapes"
 
 
 def _builds_on_meta(fact: ArchitectureSpec) -> None:
@@ -54,31 +54,31 @@ def _builds_on_meta(fact: ArchitectureSpec) -> None:
     module = component.build(fact, resolve(fact.tiny))
     real = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if not tensor.is_meta]
     assert not real, (
-        f"{', '.join(real)} took memory under torch.device('meta'); name no device where the constructor makes tensors"
+        f"{', '.join(real)} allocated memory under torch.device('meta'); do not pass a device when the constructor creates tensors"
     )
 
 
-def _leaves_nothing_on_meta(fact: ArchitectureSpec) -> None:
-    """As loading does it: weights are assigned, then `reset_buffers()` fills what no file holds."""
+def _has_no_meta_after_loading(fact: ArchitectureSpec) -> None:
+    """Load as the loader does: assign weights, then call `reset_buffers()` for what no file holds."""
     from torch import Tensor
 
     from diffsynth.core.loader import component
 
     module = component.build(fact, resolve(fact.tiny))
     module.load_state_dict(tiny_real(fact).state_dict(), strict=True, assign=True)
-    for part in module.modules():
-        if hasattr(part, "reset_buffers"):
-            part.reset_buffers()
+    for submodule in module.modules():
+        if hasattr(submodule, "reset_buffers"):
+            submodule.reset_buffers()
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    for path, part in module.named_modules():
+    for path, submodule in module.named_modules():
         left += [
             f"{path}.{name}".lstrip(".")
-            for name, value in vars(part).items()
+            for name, value in vars(submodule).items()
             if isinstance(value, Tensor) and value.is_meta
         ]
     assert not left, (
-        f"{', '.join(left)} stayed on meta: no file holds it. Register it as a buffer (persistent=False) and give its "
-        "module a reset_buffers() that computes it, or compute it in forward()."
+        f"{', '.join(left)} stayed on meta, because no file holds it. Register it as a buffer (persistent=False) and add a "
+        "reset_buffers() method to its module that computes it, or compute it in forward()."
     )
 
 
@@ -89,13 +89,13 @@ def _runs(fact: ArchitectureSpec) -> None:
     first, again = tiny_output(fact, module), tiny_output(fact, module)
     assert first, f"forward() of {fact.module} returned no tensor"
     assert all(torch.isfinite(tensor).all() for tensor in first.values()), (
-        f"forward() of {fact.module} on tiny_inputs gave NaN or infinity; is every parameter initialised?"
+        f"forward() of {fact.module} on tiny_inputs returned NaN or infinity; is every parameter initialised?"
     )
     changed = differing(first, again)
     assert not changed, f"forward() of {fact.module}, run twice on equal inputs, differs in {', '.join(changed)}"
 
 
-def _is_told_by_shapes(fact: ArchitectureSpec) -> None:
+def _infers_config(fact: ArchitectureSpec) -> None:
     from diffsynth.core.loader import component
 
     shapes = _shapes(component.build(fact, resolve(fact.tiny)))
@@ -105,10 +105,10 @@ def _is_told_by_shapes(fact: ArchitectureSpec) -> None:
         if not any(re.fullmatch(re.escape(pattern).replace(r"\{n\}", r"\d+"), key) for key in shapes)
     ]
     assert not absent, f"required names that the tiny module does not have: {', '.join(absent)}"
-    told = resolve(fact.infer_config)(shapes)
-    again = _shapes(component.build(fact, told))
+    inferred = resolve(fact.infer_config)(shapes)
+    again = _shapes(component.build(fact, inferred))
     assert again == shapes, (
-        f"{fact.infer_config} told {told} from the shapes of {fact.tiny}; a module of that config differs in "
+        f"{fact.infer_config} inferred {inferred} from the shapes of {fact.tiny}; a module of that config differs in "
         f"{', '.join(sorted(key for key in shapes.keys() | again.keys() if shapes.get(key) != again.get(key))[:8])}"
     )
 
@@ -136,7 +136,7 @@ def _saves_and_loads(fact: ArchitectureSpec, subject: Subject) -> None:
 
 
 def tiny_real(fact: ArchitectureSpec) -> nn.Module:
-    """The tiny module with weights in fp32, the same in every check."""
+    """Return the tiny module with random fp32 weights, the same in every check."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -146,7 +146,7 @@ def tiny_real(fact: ArchitectureSpec) -> nn.Module:
 
 
 def tiny_output(fact: ArchitectureSpec, module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that the module returns for its tiny inputs, by where it is in the output."""
+    """Return the tensors in the module's output for its tiny inputs, by their path in the output."""
     import torch
 
     inputs = resolve(fact.tiny_inputs)(resolve(fact.tiny), torch.Generator().manual_seed(0))
@@ -168,7 +168,7 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors that are not equal to the bit, or on one side only."""
+    """Return the names of tensors that are not bit-equal, or that only one of the mappings has."""
     import torch
 
     return sorted(

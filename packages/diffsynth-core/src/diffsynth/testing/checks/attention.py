@@ -1,4 +1,4 @@
-"""Each attention backend against `naive`, at odd sizes: it computes the same, or it refuses with a reason."""
+"""Checks of attention backends: compare each with `naive` at odd sizes; refusing a call with a reason is allowed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Case:
-    """What sets a call apart; 2 rows of 63 queries and 3 heads of 40 channels otherwise."""
+    """Options of a test call of 2 rows, 63 queries, 3 heads and 40 channels per head."""
 
     k_len: int = 63
     n_kv: int = 3
@@ -47,7 +47,7 @@ _TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """One for each backend and case, on the default device."""
+    """Yield one check for each backend and case, on the default device."""
     for fact in subject.declared("attention"):
         for name, case in _CASES.items():
             equal = functools.partial(_equals_naive, fact, case)
@@ -64,18 +64,18 @@ def _equals_naive(fact: AttentionSpec, case: _Case) -> None:
         call = _call(case, getattr(torch, dtype))
         reason = backend.refuses(call)
         if reason is not None:
-            assert isinstance(reason, str), f"refuses() gave {reason!r}; expected a reason in words, or None"
-            assert reason, "refuses() gave an empty reason; expected words, or None"
+            assert isinstance(reason, str), f"refuses() returned {reason!r}; expected a reason as str, or None"
+            assert reason, "refuses() returned an empty reason; expected a text, or None"
             refusals.append(f"{dtype}: {reason}")
             continue
-        given = [tensor.clone() for tensor in (call.q, call.k, call.v)]
-        made, expected = backend(call), NaiveAttention()(call)
-        assert (made.shape, made.dtype) == (expected.shape, expected.dtype), (
-            f"{dtype}: gave {made.dtype} {tuple(made.shape)}; expected {expected.dtype} {tuple(expected.shape)}"
+        inputs = [tensor.clone() for tensor in (call.q, call.k, call.v)]
+        output, expected = backend(call), NaiveAttention()(call)
+        assert (output.shape, output.dtype) == (expected.shape, expected.dtype), (
+            f"{dtype}: returned {output.dtype} {tuple(output.shape)}; expected {expected.dtype} {tuple(expected.shape)}"
         )
-        error = (made.float() - expected.float()).abs().max().item()
-        assert error <= tolerance, f"{dtype}: off by {error:.2g} from naive; at most {tolerance:.2g} is rounding"
-        assert all(map(torch.equal, given, (call.q, call.k, call.v))), f"{dtype}: the call changed its inputs"
+        error = (output.float() - expected.float()).abs().max().item()
+        assert error <= tolerance, f"{dtype}: differs from naive by {error:.2g}; expected at most {tolerance:.2g}"
+        assert all(map(torch.equal, inputs, (call.q, call.k, call.v))), f"{dtype}: the call changed its inputs"
     if len(refusals) == len(_TOLERANCES):
         raise Unavailable(f"{fact.name} refuses here: {'; '.join(refusals)}")
 
@@ -99,7 +99,7 @@ def _call(case: _Case, dtype: torch.dtype) -> AttentionCall:
     mask = None
     if case.is_masked:
         mask = torch.rand(2, 1, 63, case.k_len, generator=generator) < 0.5
-        mask[:, :, 5] = False  # a query that may attend nothing gives zeros
+        mask[:, :, 5] = False  # a query with no allowed key must give zeros
         mask = mask.to(device)
     if case.is_packed:
         more["cu_seqlens"] = tuple(

@@ -1,4 +1,4 @@
-"""What a check is, and what it is about: one installed distribution and its declarations."""
+"""Classes `Check`, a single test, and `Subject`, the installed distribution that is tested."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from diffsynth.errors import did_you_mean
 
 @dataclass(frozen=True)
 class Check:
-    """One promise of a plugin.
+    """One requirement on a plugin.
 
     Args:
-        name: the promise in words; unique within a plugin.
-        run: raises if it does not hold: `AssertionError` with what to mend, whatever the plugin's own code raises, or
-            `Unavailable` if this machine cannot tell.
-        after: names of the checks without which this one says nothing.
+        name: the requirement in words; unique within a plugin.
+        run: function that raises if the requirement is not met: `AssertionError` with the change to make, an exception
+            of the plugin's own code, or `Unavailable` if this machine cannot run the check.
+        after: names of the checks that this one depends on.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Subject:
-    """An installed distribution: its plugins' modules, what they declare, and what is wrong with them."""
+    """An installed distribution: the modules of its plugins, their declarations and their problems."""
 
     distribution: str
     modules: tuple[str, ...]
@@ -39,10 +39,10 @@ class Subject:
 
     @classmethod
     def find(cls, distribution: str) -> Subject:
-        """Look it up among the plugins that discovery may see.
+        """Return the subject for a distribution by name.
 
         Raises:
-            ValueError: no distribution of that name offers an allowed plugin.
+            ValueError: no distribution of that name has an allowed plugin.
         """
         catalog = _discovery.catalog()
         seen = {one.distribution for one in (*catalog.plugins, *catalog.problems)}
@@ -50,7 +50,7 @@ class Subject:
         names = [name for name in seen if _canonical(name) == wanted]
         if not names:
             raise ValueError(
-                f"{distribution!r} offers no plugin{did_you_mean(distribution, seen)} Install it first "
+                f"{distribution!r} has no plugin{did_you_mean(distribution, seen)} Install it first "
                 f"(pip install -e .); it needs an entry point in the group {_discovery.GROUP!r}, "
                 f"and DIFFSYNTH_PLUGINS, if set, must allow it."
             )
@@ -60,16 +60,16 @@ class Subject:
 
     @property
     def problems(self) -> list[Problem]:
-        """What discovery found wrong with it."""
+        """Return the problems that discovery found in this distribution."""
         return [problem for problem in self.catalog.problems if problem.distribution == self.distribution]
 
     @property
     def is_loaded(self) -> bool:
-        """Whether its declarations are there to be looked at."""
+        """Return whether a plugin of this distribution was loaded."""
         return any(plugin.distribution == self.distribution for plugin in self.catalog.plugins)
 
     def declared(self, kind: str) -> list[Any]:
-        """Its declarations of one kind, `"architectures"`."""
+        """Return the distribution's declarations of one kind, such as `"architectures"`."""
         return [one.spec for one in getattr(self.catalog, kind) if one.distribution == self.distribution]
 
 

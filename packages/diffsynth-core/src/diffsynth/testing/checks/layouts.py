@@ -1,4 +1,4 @@
-"""Each published layout: it is what its signature says, no other architecture claims it, and it plans whole."""
+"""Checks of published layouts: conversion of all keys, signature, and recognition as the declared architecture."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from diffsynth.core.loader import convert, header, recognize
 from diffsynth.core.loader.layouts.published import layout_of, rules_of
 from diffsynth.errors import Unrecognized
 from diffsynth.spec import CheckpointSpec, resolve
-from diffsynth.testing.checks.architectures import told_by_shapes
+from diffsynth.testing.checks.architectures import config_inferred
 from diffsynth.testing.checks.check import Check, Subject
 from diffsynth.testing.checks.plugin import NAMES, REFERENCES
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Up to four for each checkpoint that ships its layout."""
+    """Yield up to four checks for each checkpoint that ships its layout."""
     own = {fact.name for fact in subject.declared("architectures")}
     for fact in subject.declared("checkpoints"):
         if not fact.layout:
             continue
-        told = (told_by_shapes(fact.architecture),) if fact.architecture in own else ()
-        whole = f"layout {fact.name} plans with nothing missing"
-        yield Check(whole, functools.partial(_plans_whole, fact, subject), after=(REFERENCES, NAMES, *told))
+        inferred = (config_inferred(fact.architecture),) if fact.architecture in own else ()
+        converted = f"layout {fact.name} converts with no missing keys"
+        yield Check(converted, functools.partial(_converts, fact, subject), after=(REFERENCES, NAMES, *inferred))
         if fact.signature:
-            signed = f"layout {fact.name} has its signature"
+            signed = f"layout {fact.name} has the declared signature"
             yield Check(signed, functools.partial(_has_signature, fact), after=(REFERENCES,))
-            by_signature = functools.partial(_is_claimed_once, fact, subject, "signature")
+            by_signature = functools.partial(_is_recognized, fact, subject, "signature")
             name = f"layout {fact.name} is recognised by signature, as one architecture"
-            yield Check(name, by_signature, after=(whole, signed))
+            yield Check(name, by_signature, after=(converted, signed))
         name = f"layout {fact.name} is recognised by structure, as one architecture"
-        yield Check(name, functools.partial(_is_claimed_once, fact, subject, "structure"), after=(whole,))
+        yield Check(name, functools.partial(_is_recognized, fact, subject, "structure"), after=(converted,))
 
 
 def _has_signature(fact: CheckpointSpec) -> None:
     found = header.signature(layout_of(fact))
-    assert found == fact.signature, f"{fact.layout} has signature {found}; the CheckpointSpec says {fact.signature}"
+    assert found == fact.signature, f"{fact.layout} has signature {found}; its CheckpointSpec declares {fact.signature}"
 
 
-def _plans_whole(fact: CheckpointSpec, subject: Subject) -> None:
+def _converts(fact: CheckpointSpec, subject: Subject) -> None:
     from diffsynth.core.loader import component
 
     architecture = subject.catalog.layouts()[0][fact.architecture]
@@ -50,16 +50,16 @@ def _plans_whole(fact: CheckpointSpec, subject: Subject) -> None:
     convert.check(plan, wanted, where=fact.layout)
 
 
-def _is_claimed_once(fact: CheckpointSpec, subject: Subject, tier: str) -> None:
+def _is_recognized(fact: CheckpointSpec, subject: Subject, tier: str) -> None:
     try:
         found = recognize.recognize(_header(fact), *subject.catalog.layouts(), tiers=(tier,))
     except Unrecognized as error:
         raise AssertionError(f"{fact.layout}, by {tier}: {error}") from error
     names = sorted(one.architecture.name for one in found)
-    # A file may hold several components: each has a checkpoint of this layout, whose rules drop the others.
+    # A file may hold several components. Each has a checkpoint with this layout, whose rules drop the other keys.
     expected = sorted(one.architecture for one in subject.declared("checkpoints") if one.layout == fact.layout)
     assert names == expected, (
-        f"{fact.layout} is claimed by {' and '.join(names)}, but declared for {' and '.join(expected)}"
+        f"{fact.layout} is recognised as {' and '.join(names)}, but declared for {' and '.join(expected)}"
     )
 
 

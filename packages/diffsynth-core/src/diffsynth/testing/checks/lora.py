@@ -1,6 +1,6 @@
-"""Each architecture that says which layers LoRAs change has them, and takes a LoRA beside its weights and in them.
+"""Checks of `lora_targets`: the layers exist, and a LoRA has the same effect unfused and fused.
 
-The LoRA goes through a file first, which gives it back to the bit.
+The LoRA is saved to a file and read back first, which must not change it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffsynth.spec import ArchitectureSpec
-from diffsynth.testing.checks.architectures import differing, leaves_nothing_on_meta, runs, tiny_output, tiny_real
+from diffsynth.testing.checks.architectures import differing, no_meta_after_loading, runs, tiny_output, tiny_real
 from diffsynth.testing.checks.check import Check, Subject
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 RANK = 2
 
 TOLERANCE = 1e-3
-"""Of the change that a LoRA makes: so far may its two ways be apart, in fp32."""
+"""Largest difference between unfused and fused, relative to the change that the LoRA makes, in fp32."""
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Two for each architecture with `lora_targets`."""
+    """Yield two checks for each architecture with `lora_targets`."""
     for fact in subject.declared("architectures"):
         if not fact.lora_targets:
             continue
-        there = f"{fact.name} has the layers that LoRAs change"
-        yield Check(there, functools.partial(_has_targets, fact), after=(leaves_nothing_on_meta(fact.name),))
-        taken = f"{fact.name} takes a LoRA beside its weights and in them"
-        yield Check(taken, functools.partial(_takes_a_lora, fact), after=(there, runs(fact.name)))
+        present = f"{fact.name} has the layers in lora_targets"
+        yield Check(present, functools.partial(_has_targets, fact), after=(no_meta_after_loading(fact.name),))
+        equal = f"{fact.name} output is the same with a LoRA unfused and fused"
+        yield Check(equal, functools.partial(_supports_lora, fact), after=(present, runs(fact.name)))
 
 
 def _has_targets(fact: ArchitectureSpec) -> None:
@@ -46,33 +46,33 @@ def _has_targets(fact: ArchitectureSpec) -> None:
         raise AssertionError(f"lora_targets: {error}") from None
 
 
-def _takes_a_lora(fact: ArchitectureSpec) -> None:
+def _supports_lora(fact: ArchitectureSpec) -> None:
     from diffsynth.core.lora import add_hot, clear_hot, fuse
     from diffsynth.runtime.memory_options import cuts
 
     module = tiny_real(fact)
-    lora = _through_a_file(_random(module, fact.lora_targets), module)
+    lora = _save_and_read(_random_lora(module, fact.lora_targets), module)
     plain = tiny_output(fact, module)
     try:
         add_hot(module, lora, atomic=cuts(fact)["atomic"])
     except ValueError as error:
-        raise AssertionError(f"lora_targets of layers that no LoRA can stand beside: {error}") from None
+        raise AssertionError(f"lora_targets has layers that do not support an unfused LoRA: {error}") from None
     hot = tiny_output(fact, module)
     unmoved = [name for name in plain if name not in differing(plain, hot)]
-    assert len(unmoved) < len(plain), "a LoRA of all lora_targets changes no output; are these layers called?"
+    assert len(unmoved) < len(plain), "a LoRA of all lora_targets changes no output; does forward() call these layers?"
     clear_hot(module)
     changed = differing(plain, tiny_output(fact, module))
-    assert not changed, f"after the LoRA was taken away, the output differs in {', '.join(changed)}"
+    assert not changed, f"after the LoRA was removed, the output differs in {', '.join(changed)}"
     fuse(module, lora)
-    apart = _apart(plain, hot, tiny_output(fact, module))
+    apart = _outside_tolerance(plain, hot, tiny_output(fact, module))
     assert not apart, (
-        f"a LoRA beside the weights and the same LoRA in them differ, by more than {TOLERANCE} of the change it makes, "
-        f"in {', '.join(apart)}: a layer in lora_targets does more than x W^T + b, or its weight is read past it"
+        f"a LoRA unfused and fused differ by more than {TOLERANCE} of the change it makes in {', '.join(apart)}: "
+        "a layer in lora_targets computes more than x W^T + b, or its weight is read without calling the layer"
     )
 
 
-def _random(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
-    """Changes of a third of each weight's size, so that outputs are moved and not swamped."""
+def _random_lora(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
+    """Return a LoRA whose changes have a third of each weight's norm: large enough to measure, small enough to be stable."""
     import torch
 
     from diffsynth.core.lora import LoRA, LoRALayer, target_layers
@@ -87,7 +87,7 @@ def _random(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
     return LoRA(layers)
 
 
-def _through_a_file(lora: LoRA, module: nn.Module) -> LoRA:
+def _save_and_read(lora: LoRA, module: nn.Module) -> LoRA:
     import torch
 
     from diffsynth.core.lora import fit, read_lora, save_lora
@@ -98,15 +98,19 @@ def _through_a_file(lora: LoRA, module: nn.Module) -> LoRA:
         f"saved for {', '.join(lora.layers)}, read back for {', '.join(found.layers)}"
     )
     for name, layer in lora.layers.items():
-        same = found.layers[name]
-        whole = torch.equal(same.down, layer.down) and torch.equal(same.up, layer.up) and same.alpha == layer.alpha
-        assert whole, f"the LoRA of {name} changed by saving and loading"
+        read = found.layers[name]
+        equal = torch.equal(read.down, layer.down) and torch.equal(read.up, layer.up) and read.alpha == layer.alpha
+        assert equal, f"the LoRA of {name} changed by saving and loading"
     return found
 
 
-def _apart(plain: Mapping[str, Tensor], hot: Mapping[str, Tensor], cold: Mapping[str, Tensor]) -> list[str]:
-    def is_apart(name: str) -> bool:
-        moved = (cold[name] - plain[name]).abs().max()
-        return bool((hot[name] - cold[name]).abs().max() > TOLERANCE * moved + 1e-6 * plain[name].abs().max())
+def _outside_tolerance(
+    plain: Mapping[str, Tensor], hot: Mapping[str, Tensor], fused: Mapping[str, Tensor]
+) -> list[str]:
+    """Return the names of outputs that differ between an unfused (hot) and a fused LoRA."""
 
-    return [name for name in plain if plain[name].is_floating_point() and is_apart(name)]
+    def differs(name: str) -> bool:
+        change = (fused[name] - plain[name]).abs().max()
+        return bool((hot[name] - fused[name]).abs().max() > TOLERANCE * change + 1e-6 * plain[name].abs().max())
+
+    return [name for name in plain if plain[name].is_floating_point() and differs(name)]

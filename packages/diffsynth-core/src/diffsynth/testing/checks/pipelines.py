@@ -1,4 +1,4 @@
-"""Pipelines that the plugin declares or adds a unit to, its models, and how they are trained."""
+"""Checks of pipelines that the plugin declares or adds a unit to, of its models, and of its training declarations."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from diffsynth.testing.checks.plugin import NAMES, REFERENCES, is_installed
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """One for each pipeline, one or two for each model, one for each training declaration."""
+    """Yield one check for each pipeline, one or two for each model, and one for each training declaration."""
     models, trainings = subject.declared("models"), subject.declared("training")
-    joined = [fact.pipeline for fact in subject.declared("units") if is_installed(fact.pipeline)]
-    for pipeline in dict.fromkeys([fact.pipeline for fact in (*models, *trainings)] + joined):
-        yield Check(_units(pipeline), functools.partial(_fits_together, pipeline), after=(REFERENCES,))
+    extended = [fact.pipeline for fact in subject.declared("units") if is_installed(fact.pipeline)]
+    for pipeline in dict.fromkeys([fact.pipeline for fact in (*models, *trainings)] + extended):
+        yield Check(_units(pipeline), functools.partial(_is_consistent, pipeline), after=(REFERENCES,))
     for model in models:
         fits = f"model {model.name} fits its pipeline"
         yield Check(fits, functools.partial(_fits_its_pipeline, model), after=(_units(model.pipeline),))
         if any(source.startswith("package://") for source in model.components.values()):
-            packaged = functools.partial(_packaged_files_fit, model, subject)
-            yield Check(f"model {model.name} has its packaged files", packaged, after=(fits, NAMES))
+            packaged = functools.partial(_packaged_files_match, model, subject)
+            yield Check(f"model {model.name} packaged files match their roles", packaged, after=(fits, NAMES))
     for training in trainings:
-        name = f"training of {training.pipeline} fits it"
-        yield Check(name, functools.partial(_trains, training), after=(_units(training.pipeline),))
+        name = f"training of {training.pipeline} matches the pipeline"
+        yield Check(name, functools.partial(_training_matches, training), after=(_units(training.pipeline),))
 
 
 def _units(pipeline: str) -> str:
-    return f"units of {pipeline} fit together"
+    return f"units of {pipeline} are consistent"
 
 
-def _fits_together(pipeline: str) -> None:
+def _is_consistent(pipeline: str) -> None:
     cls = resolve(pipeline)
     cls.call_signature()
-    cls(dict.fromkeys(cls.roles), device="cpu")  # checks what velocity() and the output units read
+    cls(
+        dict.fromkeys(cls.roles), device="cpu"
+    )  # building the pipeline checks what velocity() and the output units read
 
 
 def _fits_its_pipeline(model: ModelSpec) -> None:
@@ -43,23 +45,23 @@ def _fits_its_pipeline(model: ModelSpec) -> None:
 
     cls = resolve(model.pipeline)
     faults = [
-        f"{role!r} is no role{did_you_mean(role, cls.roles)}"
+        f"{role!r} is not a role{did_you_mean(role, cls.roles)}"
         for role in (*model.components, *model.processors)
         if role not in cls.roles
     ]
     needed = [name for name, role in cls.roles.items() if isinstance(role, Role) and not role.optional]
-    faults += [f"nothing fills role {name!r}" for name in needed if name not in model.components]
+    faults += [f"no component for role {name!r}" for name in needed if name not in model.components]
     arguments = cls.call_signature().parameters
     faults += [
-        f"default {name!r} is no argument{did_you_mean(name, arguments)}"
+        f"default {name!r} is not an argument{did_you_mean(name, arguments)}"
         for name in model.defaults
         if name not in arguments
     ]
     assert not faults, f"{model.pipeline}: {'; '.join(faults)}"
 
 
-def _packaged_files_fit(model: ModelSpec, subject: Subject) -> None:
-    """Weights that ship in the wheel: there, recognised as what their role takes, and planned whole; none is read."""
+def _packaged_files_match(model: ModelSpec, subject: Subject) -> None:
+    """Check that packaged weights exist, are recognised as their role requires, and convert; no tensor is read."""
     from diffsynth import ModelConfig
     from diffsynth.core.loader import component, convert, header, recognize
 
@@ -76,15 +78,17 @@ def _packaged_files_fit(model: ModelSpec, subject: Subject) -> None:
         except CheckpointError as error:
             raise AssertionError(f"{role}: {source}: {error}") from error
         name = found.architecture.name
-        assert name in roles[role].architectures, f"{role}: {source} is a {name}; it takes {roles[role].architectures}"
+        assert name in roles[role].architectures, (
+            f"{role}: {source} is a {name}; expected one of {roles[role].architectures}"
+        )
 
 
-def _trains(training: TrainingSpec) -> None:
+def _training_matches(training: TrainingSpec) -> None:
     cls = resolve(training.pipeline)
-    faults = [f"trainable {role!r} is no role" for role in training.trainable if role not in cls.roles]
+    faults = [f"trainable {role!r} is not a role" for role in training.trainable if role not in cls.roles]
     faults += [
         f"lora_targets: {role!r} is not trainable" for role in training.lora_targets if role not in training.trainable
     ]
     arguments = cls.call_signature().parameters
-    faults += [f"data: {name!r} is no argument" for name in training.data.values() if name not in arguments]
+    faults += [f"data: {name!r} is not an argument" for name in training.data.values() if name not in arguments]
     assert not faults, f"{training.pipeline}: {'; '.join(faults)}"

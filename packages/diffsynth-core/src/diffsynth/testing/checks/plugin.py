@@ -1,4 +1,4 @@
-"""The plugin as a whole: it is light, it loads, its names are its own, and what it names is there."""
+"""Checks of a plugin as a whole: light imports, API version, loading, unique names, references, doors."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from diffsynth.testing.checks.check import Check, Subject
 LIGHT = "light modules import without torch"
 API = "states the API version"
 LOADS = "loads"
-NAMES = "names are its own"
+NAMES = "names are unique"
 REFERENCES = "references resolve"
 
 _LIGHT_FIELDS = ("config", "infer_config", "tiny", "tiny_inputs", "rules")
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Those of any plugin; if it does not load, those that tell why."""
+    """Yield the checks of any plugin; if it did not load, only those that show why."""
     yield Check(LIGHT, functools.partial(_is_light, subject))
     yield Check(API, functools.partial(_states_api, subject))
     yield Check(LOADS, functools.partial(_loads, subject), after=(LIGHT, API))
     if not subject.is_loaded:
         return
-    yield Check(NAMES, functools.partial(_has_own_names, subject), after=(LOADS,))
+    yield Check(NAMES, functools.partial(_has_unique_names, subject), after=(LOADS,))
     yield Check(REFERENCES, functools.partial(_resolves, subject), after=(LOADS,))
     for door in subject.declared("doors"):
-        yield Check(f"door {door.name} opens", functools.partial(_opens, door), after=(REFERENCES,))
+        yield Check(f"door {door.name} imports", functools.partial(_imports, door), after=(REFERENCES,))
 
 
 def _is_light(subject: Subject) -> None:
@@ -57,7 +57,7 @@ def _loads(subject: Subject) -> None:
         raise AssertionError(f"{problem}\n{problem.traceback}")
 
 
-def _has_own_names(subject: Subject) -> None:
+def _has_unique_names(subject: Subject) -> None:
     assert not subject.problems, "; ".join(map(str, subject.problems))
 
 
@@ -83,7 +83,7 @@ def _faults(kind: str, fact: Any) -> Iterator[str]:
             try:
                 found = spec.resolve(reference)
             except InvalidPipeline:
-                continue  # it is there; its own check says what is wrong with it
+                continue  # the reference resolves; another check reports what is wrong with the pipeline
             except (ImportError, ValueError) as error:
                 yield f"{field}: {error}"
                 continue
@@ -92,7 +92,7 @@ def _faults(kind: str, fact: Any) -> Iterator[str]:
 
 
 def is_installed(reference: str) -> bool:
-    """False if the package is not there: a unit may join a pipeline of a family that is not installed."""
+    """Return whether the package of a reference is installed. A unit may extend a pipeline that is not installed."""
     return importlib.util.find_spec(reference.partition(":")[0].partition(".")[0]) is not None
 
 
@@ -115,7 +115,7 @@ _EXPECTED: dict[str, dict[str, str]] = {
     "units": {"pipeline": "a Pipeline class", "unit": "a Unit"},
     "commands": {"command": "a click.Command"},
 }
-"""Kind of declaration -> its fields that name code -> what stands there."""
+"""Kind of declaration -> its reference fields -> the kind of object that is expected."""
 
 
 def _is_a(expected: str, found: Any) -> bool:
@@ -139,10 +139,10 @@ def _is_a(expected: str, found: Any) -> bool:
     return callable(found) if expected == "a function" else True
 
 
-def _opens(door: spec.DoorSpec) -> None:
+def _imports(door: spec.DoorSpec) -> None:
     package, _, folder = door.folder.partition(":")
-    place = Path(str(importlib.resources.files(package))) / folder
-    names = sorted(file.stem for file in place.glob("*.py") if file.stem != "__init__")
-    assert names, f"{door.folder}: {place} has no module"
+    path = Path(str(importlib.resources.files(package))) / folder
+    names = sorted(file.stem for file in path.glob("*.py") if file.stem != "__init__")
+    assert names, f"{door.folder}: {path} has no module"
     for name in names:
         importlib.import_module(f"diffsynth.pipelines.{name}")

@@ -1,4 +1,4 @@
-"""Each architecture under the VRAM engine: wherever its weights wait, it computes what it computed."""
+"""Checks of architectures under the VRAM engine: streaming and offloading weights must not change the output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth.spec import ArchitectureSpec
-from diffsynth.testing.checks.architectures import differing, leaves_nothing_on_meta, runs, tiny_output, tiny_real
+from diffsynth.testing.checks.architectures import differing, no_meta_after_loading, runs, tiny_output, tiny_real
 from diffsynth.testing.checks.check import Check, Subject
 
 if TYPE_CHECKING:
@@ -19,38 +19,40 @@ if TYPE_CHECKING:
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Two for each architecture."""
+    """Yield two checks for each architecture."""
     for fact in subject.declared("architectures"):
-        called = f"{fact.name} reads no part that it does not call"
-        first = (leaves_nothing_on_meta(fact.name), runs(fact.name))
+        called = f"{fact.name} reads no parameter of a module that it does not call"
+        first = (no_meta_after_loading(fact.name), runs(fact.name))
         yield Check(called, functools.partial(_calls_what_it_reads, fact), after=first)
-        same = f"{fact.name} is the same wherever its weights wait"
-        yield Check(same, functools.partial(_is_the_same_wrapped, fact), after=(called,))
+        equal = f"{fact.name} output does not depend on where weights are stored"
+        yield Check(equal, functools.partial(_is_equal_wrapped, fact), after=(called,))
 
 
 def _calls_what_it_reads(fact: ArchitectureSpec) -> None:
-    """Every leaf's parameters are on meta outside its own forward."""
+    """Run with the parameters of each leaf module on meta outside its own forward."""
     module = tiny_real(fact)
-    leaves = [part for part in module.modules() if not any(True for _ in part.children())]
-    classes = tuple({type(part) for part in leaves if any(True for _ in part.parameters())})
+    leaves = [each for each in module.modules() if not any(True for _ in each.children())]
+    classes = tuple({type(leaf) for leaf in leaves if any(True for _ in leaf.parameters())})
     try:
         found = _wrapped(fact, module, "disk", whole=classes)
     except (RuntimeError, NotImplementedError) as error:
         raise AssertionError(
-            f"{fact.module} reads a parameter of a part without calling that part, which fails while the part's "
-            f"weights are away ({type(error).__name__}: {error}). Name the class that does it in `atomic`"
+            f"{fact.module} reads a parameter of a submodule without calling the submodule, which fails while its "
+            f"weights are offloaded ({type(error).__name__}: {error}). Name the class that does this in `atomic`"
         ) from error
-    assert not found, f"with each part's weights there only while it runs, the output differs in {', '.join(found)}"
+    assert not found, (
+        f"with the weights of each leaf loaded only while it runs, the output differs in {', '.join(found)}"
+    )
 
 
-def _is_the_same_wrapped(fact: ArchitectureSpec) -> None:
+def _is_equal_wrapped(fact: ArchitectureSpec) -> None:
     for preset in ("cpu-offload", "disk"):
         found = _wrapped(fact, tiny_real(fact), preset)
         assert not found, f"under the policy {preset!r} the output differs in {', '.join(found)}"
 
 
 def _wrapped(fact: ArchitectureSpec, module: nn.Module, preset: str, **cut: Any) -> list[str]:
-    """Where the output differs from that of the module as it was."""
+    """Return the names of outputs that differ from those of the module before wrapping."""
     from diffsynth.core.loader import component
     from diffsynth.core.vram.managed import wrap
     from diffsynth.core.vram.policy import Policy
@@ -79,6 +81,6 @@ def _on_disk(module: nn.Module, file: Path) -> ComponentSource:
 
     weights = {key: tensor.clone().contiguous() for key, tensor in module.state_dict().items()}
     save_file(weights, file)
-    held = header.read([file])
+    tensors = header.read([file])
     dtypes = {key: tensor.dtype for key, tensor in weights.items()}
-    return ComponentSource(held, convert.plan((), held.shapes).targets, dtypes)
+    return ComponentSource(tensors, convert.plan((), tensors.shapes).targets, dtypes)
