@@ -1,4 +1,4 @@
-"""How `dit.safetensors` was made: a minute of training on discs that are drawn on the spot. Run it to make it again."""
+"""Train the network on rendered discs for a few minutes and write `dit.safetensors`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.sampling.noise import add_noise
 from diffsynth_toy.config import ToyDiTConfig
 from diffsynth_toy.dit import ToyDiT
-from diffsynth_toy.units import spell
+from diffsynth_toy.units import encode_prompt
 
 SIZE, BATCH, STEPS = 32, 64, 6000
 FILE = Path(__file__).parent / "src" / "diffsynth_toy" / "dit.safetensors"
@@ -25,7 +25,7 @@ COLOURS = {
 
 
 def discs(names):
-    """White pictures `b 3 32 32` in [-1, 1], each with a disc somewhere near the middle."""
+    """Return white images `b 3 32 32` in [-1, 1], each with a disc near the middle."""
     axis = torch.arange(SIZE) + 0.5
     centres = SIZE / 2 + 5 * (2 * torch.rand(2, len(names), 1, 1) - 1)
     radii = 6 + 3 * torch.rand(len(names), 1, 1)
@@ -36,7 +36,7 @@ def discs(names):
 
 
 def main(file=FILE, steps=STEPS):
-    """Train, and write the weights; by default into the package."""
+    """Train, and write the weights to `file`, by default in the package."""
     torch.manual_seed(0)
     config = ToyDiTConfig()
     net = ToyDiT(config)
@@ -47,7 +47,7 @@ def main(file=FILE, steps=STEPS):
         names = [words[index] for index in torch.randint(len(words), (BATCH,))]
         clean, sigma = discs(names), torch.rand(BATCH)
         noisy = add_noise(clean, torch.randn_like(clean), sigma)
-        loss = (net(noisy, sigma, spell(prompt=names, device=torch.device("cpu"))) - clean).square().mean()
+        loss = (net(noisy, sigma, encode_prompt(prompt=names, device=torch.device("cpu"))) - clean).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

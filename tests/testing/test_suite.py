@@ -131,7 +131,7 @@ NAIVE = "NaiveAttention()(call)"
 TWIN = f"""(ArchitectureSpec(
     name="twin", module="{PACKAGE}.dit:ZzzMadeDiT", config="{PACKAGE}.config:ZzzMadeDiTConfig",
     infer_config="{PACKAGE}.config:infer_config", required=(
-        "patches.weight", "places.weight", "letters.weight", "time.mlp.0.weight", "blocks.{{n}}.qkv.weight",
+        "patches.weight", "positions.weight", "letters.weight", "time.mlp.0.weight", "blocks.{{n}}.qkv.weight",
         "pixels.0.weight",
     ), tiny="{PACKAGE}.config:TINY",
     tiny_inputs="{PACKAGE}.config:tiny_inputs",
@@ -197,7 +197,7 @@ BROKEN = {
     "a weight read past its layer": (
         "dit.py",
         RETURNED,
-        RETURNED + " + self.places.weight.mean()",
+        RETURNED + " + self.positions.weight.mean()",
         f"{DIT} reads no parameter",
     ),
     "a list of blocks that is not there": (
@@ -218,7 +218,7 @@ BROKEN = {
     "rules that lose a key": (
         "convert.py",
         "(Rename(",
-        '(Rename("net.places.bias", "lost"), Rename(',
+        '(Rename("net.positions.bias", "lost"), Rename(',
         f"{LAYOUT} converts with no missing keys",
     ),
     "two architectures alike": ("plugin.py", "TWIN = ()", f"TWIN = {TWIN}", f"{LAYOUT} is recognised by structure"),

@@ -127,11 +127,11 @@ def test_old_checkpoints_go(flow_recipe, workspace):
         (lambda r: r["components"].update(dti=r["components"].pop("dit")), "no such role; did you mean 'dit'"),
         (lambda r: r["components"]["dit"]["config"].update(dmi=3), r"\[components.dit.config\]: unknown key 'dmi'"),
         (lambda r: r["components"]["dit"].update(freeze=["nothing.*"]), "matches no parameter"),
-        (lambda r: [part.update(train=False) for part in r["components"].values()], "nothing learns"),
+        (lambda r: [part.update(train=False) for part in r["components"].values()], "no component is trained"),
         (lambda r: r["objective"].update(name="flow_mach"), "did you mean 'flow_match'"),
         (lambda r: r["objective"].update(tabel=3), r"unknown key 'tabel' in \[objective\]"),
-        (lambda r: r.update(pipeline="diffsynth_zimage.pipeline:ZImagePipelin"), "no plugin says how to train"),
-        (lambda r: r["processors"].update(tokenizer="/nowhere"), "is no folder"),
+        (lambda r: r.update(pipeline="diffsynth_zimage.pipeline:ZImagePipelin"), "no plugin declares training for"),
+        (lambda r: r["processors"].update(tokenizer="/nowhere"), "is not a folder"),
     ],
 )
 def test_unfit_recipes(flow_recipe, change, message):
@@ -145,5 +145,5 @@ def test_unfit_resumes(flow_recipe, workspace):
         last_checkpoint(workspace)
     loop.train(parsed(flow_recipe, loop__steps=1))
     other = loop.TrainingRun(parsed({**flow_recipe, "seed": 9}))
-    with pytest.raises(TrainingError, match="seed 0, the recipe says 9"):
+    with pytest.raises(TrainingError, match="seed 0, the recipe has 9"):
         other.resume(Path(last_checkpoint(workspace / "flow")))

@@ -1,4 +1,4 @@
-"""The whole test of a plugin; what it checks stands in diffsynth's manual, under Conformance."""
+"""Test of the plugin; the page Conformance of diffsynth's manual lists what it checks."""
 
 from diffsynth.testing import conformance
 

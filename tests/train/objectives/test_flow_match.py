@@ -74,5 +74,5 @@ def test_bell_weights():
 
 
 def test_without_a_schedule():
-    with pytest.raises(TrainingError, match="states no schedule"):
+    with pytest.raises(TrainingError, match="declares no schedule"):
         FlowMatch(FlowMatchOptions(), toy_pipeline(), TrainingSpec(pipeline="a:B", trainable=()))

@@ -1,1 +1,1 @@
-"""Toy for diffsynth: a small network that draws coloured discs."""
+"""Toy for diffsynth: a small network that generates coloured discs."""

@@ -1,18 +1,18 @@
-"""Sizes of the network, and how a file's shapes tell them. Light: no torch at import."""
+"""Config of the network, and the function that infers it from a file's shapes. Imports no torch."""
 
 from dataclasses import dataclass
 
 HEAD_DIM = 12
 PATCH = 4
-"""What all sizes of this network share; a file in which they do not hold is another network."""
+"""Constants of all variants of this network; a file with other values is another network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyDiTConfig:
-    """A small transformer over patches of pixels.
+    """Config of a small transformer over patches of pixels.
 
     Args:
-        width: of the stream, a multiple of the head dimension, 12.
+        width: hidden size, a multiple of the head dimension, 12.
         depth: number of blocks.
     """
 
@@ -24,7 +24,7 @@ TINY = ToyDiTConfig(width=12, depth=1)
 
 
 def tiny_inputs(config, generator):
-    """Arguments of `ToyDiT.forward`: two pictures that are not square, prompts of different length."""
+    """Arguments of `ToyDiT.forward`: two images that are not square, prompts of different length."""
     import torch
 
     return {
@@ -35,10 +35,10 @@ def tiny_inputs(config, generator):
 
 
 def infer_config(shapes):
-    """The config of a file, from its shapes.
+    """Infer the config of a file from its shapes.
 
     Raises:
-        ValueError: it is another network.
+        ValueError: the file is of another network.
     """
     width, patch = shapes["patches.weight"]
     if patch != 3 * PATCH**2 or width % HEAD_DIM:

@@ -1,4 +1,4 @@
-"""The network: from a noisy picture and a prompt to the clean picture."""
+"""The network: predicts the clean image from a noisy image and a prompt."""
 
 import torch
 from einops import rearrange
@@ -10,11 +10,11 @@ from diffsynth_toy.config import HEAD_DIM, PATCH
 
 FREQUENCIES = 12
 LETTERS = 27
-"""Blank, then a to z."""
+"""Vocabulary: blank, then a to z."""
 
 
 class Block(nn.Module):
-    """Self-attention and a feed-forward, each on normalised input and added to the stream."""
+    """Transformer block: pre-norm self-attention and feed-forward with residual connections."""
 
     def __init__(self, width):
         super().__init__()
@@ -26,7 +26,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x):
-        """`b s e` to `b s e`."""
+        """Return the hidden states, `b s e`."""
         q, k, v = rearrange(self.qkv(self.attention_norm(x)), "b s (three n d) -> three b s n d", three=3, d=HEAD_DIM)
         x = x + self.out(rearrange(attention(q, k, v), "b s n d -> b s (n d)"))
         return x + self.feed_forward(x)
@@ -39,30 +39,30 @@ class ToyDiT(nn.Module):
         super().__init__()
         self.config = config
         self.patches = nn.Linear(3 * PATCH**2, config.width)
-        self.places = nn.Linear(2 * FREQUENCIES, config.width)
+        self.positions = nn.Linear(2 * FREQUENCIES, config.width)
         self.letters = nn.Embedding(LETTERS, config.width)
         self.time = TimestepEmbedder(config.width, hidden_dim=config.width, frequency_dim=FREQUENCIES)
         self.blocks = nn.ModuleList(Block(config.width) for _ in range(config.depth))
         self.pixels = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, 3 * PATCH**2))
 
     def forward(self, pixels, sigma, letters):
-        """The clean picture.
+        """Predict the clean image, `b 3 h w`.
 
         Args:
-            pixels: noisy, `b 3 h w`, sides multiples of 4.
+            pixels: noisy image, `b 3 h w`, height and width multiples of 4.
             sigma: noise level in [0, 1], `b`, fp32.
-            letters: of the prompt, `b s`; 0 is blank and says nothing.
+            letters: letters of the prompt as numbers, `b s`; 0 is blank and ignored.
         """
         rows, columns = pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
         x = self.patches(rearrange(pixels, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH))
-        said = (self.letters(letters) * (letters > 0).unsqueeze(-1)).sum(1)
-        x = x + self.places(self._grid(rows, columns, x)) + (said + self.time(10 * sigma, dtype=x.dtype))[:, None]
+        prompt = (self.letters(letters) * (letters > 0).unsqueeze(-1)).sum(1)
+        x = x + self.positions(self._grid(rows, columns, x)) + (prompt + self.time(10 * sigma, dtype=x.dtype))[:, None]
         for block in self.blocks:
             x = block(x)
         return rearrange(self.pixels(x), "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=PATCH, q=PATCH)
 
     def _grid(self, rows, columns, like):
-        """Where each patch is, `s f`; computed on the way, so there is no buffer to save or to fill."""
+        """Position embedding of each patch, `s f`; computed in forward(), so that no buffer must be saved or filled."""
         y = sinusoidal_embedding(torch.arange(rows, device=like.device), FREQUENCIES, max_period=10.0)
         x = sinusoidal_embedding(torch.arange(columns, device=like.device), FREQUENCIES, max_period=10.0)
         pairs = torch.cat((y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)), dim=-1)

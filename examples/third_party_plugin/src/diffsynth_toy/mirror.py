@@ -1,4 +1,4 @@
-"""A unit for somebody else's pipeline: Z-Image gets an argument `mirror`."""
+"""A unit for another package's pipeline: adds an argument `mirror` to Z-Image."""
 
 import torch
 
@@ -7,7 +7,7 @@ from diffsynth import unit
 
 @unit("latents", random=True)
 def mirror_noise(*, latents: torch.Tensor, mirror: bool = False):
-    """With `mirror=True`, the right half of the noise is the left half seen in a mirror: so is the picture, nearly."""
+    """With `mirror=True`, mirror the left half of the noise to the right, which makes the image nearly symmetric."""
     if not mirror:
         return latents
     half = latents[..., : (latents.shape[-1] + 1) // 2]

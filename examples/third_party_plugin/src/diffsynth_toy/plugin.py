@@ -1,4 +1,4 @@
-"""What diffsynth-toy declares. Light: code is named by string, and imported on first use."""
+"""What diffsynth-toy declares. Imports no torch: code is named by string and imported on first use."""
 
 from diffsynth import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, UnitSpec
@@ -16,7 +16,7 @@ def register_models(register):
             task="text-to-image",
             pipeline="diffsynth_toy.pipeline:ToyPipeline",
             components={"dit": WEIGHTS},
-            description="draws a disc in the colour that the prompt names",
+            description="generates a disc in the colour that the prompt names",
         )
     )
 
@@ -45,6 +45,6 @@ def register_checkpoints(register):
 
 @hookimpl
 def register_units(register):
-    # By name alone: where Z-Image is not installed, nothing asks for this.
+    # Named by string: if Z-Image is not installed, this is never imported.
     pipeline = "diffsynth_zimage.pipeline:ZImagePipeline"
     register(UnitSpec(pipeline=pipeline, unit="diffsynth_toy.mirror:mirror_noise", after="initial_latents"))

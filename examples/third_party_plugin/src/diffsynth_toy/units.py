@@ -1,4 +1,4 @@
-"""The steps of the pipeline: positional parameters are roles, keyword-only ones are read, the decorator writes."""
+"""Units of the pipeline: positional parameters are roles, keyword-only ones are read, the decorator names results."""
 
 from collections.abc import Sequence
 
@@ -16,25 +16,25 @@ round_size = image_size(PATCH, default=32)
 
 @unit("sigmas")
 def schedule(*, num_inference_steps: int):
-    """Noise levels, evenly spaced from 1 to 0."""
+    """Return noise levels, evenly spaced from 1 to 0."""
     return z_image_sigmas(num_inference_steps, shift=1.0)
 
 
 @unit("letters", branches={"uncond": {"prompt": "negative_prompt"}})
-def spell(*, prompt: str | Sequence[str] = "", device: torch.device):
-    """The prompts as numbers, one a letter, padded with 0 to the longest."""
+def encode_prompt(*, prompt: str | Sequence[str] = "", device: torch.device):
+    """Return the prompts as numbers, one per letter, padded with 0 to the longest."""
     words = [[ord(letter) - ord("a") + 1 for letter in text.lower() if "a" <= letter <= "z"] for text in prompt]
     longest = max(1, *map(len, words))
     return torch.tensor([word + [0] * (longest - len(word)) for word in words], device=device)
 
 
 @unit("latents", random=True)
-def draw_noise(*, height: int, width: int, seeds: list[int | None], device: torch.device, dtype: torch.dtype):
-    """Noise of the picture's own size: this network has no autoencoder."""
+def initial_latents(*, height: int, width: int, seeds: list[int | None], device: torch.device, dtype: torch.dtype):
+    """Return noise of the image's size: this network has no autoencoder."""
     return initial_noise((3, height, width), seeds, dtype=dtype, device=device)
 
 
 @unit("output")
-def show(*, latents: torch.Tensor, output_type: str):
-    """Pictures, or the pixels in [-1, 1]."""
+def to_images(*, latents: torch.Tensor, output_type: str):
+    """Return images, or the pixels in [-1, 1]."""
     return latents if output_type == "tensor" else tensor_to_images(latents)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: weights that load like any checkpoint, and the state to go on from, bit by bit."""
+"""Checkpoints of a training run: safetensors weights, and the state from which a run is resumed bit-exactly."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ STATE = "state.pt"
 def save_weights(
     folder: Path, components: Iterable[Component], *, dtype: torch.dtype, step: int, notes: Mapping[str, str]
 ) -> list[Path]:
-    """One safetensors file per component that learns, `<role>.safetensors`, with its config in the metadata.
+    """Write a file `<role>.safetensors` for each trained component, with its config in the metadata.
 
     Args:
-        folder: made if it is not there.
-        components: those that do not learn are left out.
-        dtype: on disk.
-        step: steps taken.
+        folder: output folder; created if missing.
+        components: all components; those that are not trained are skipped.
+        dtype: dtype of matrices in the file.
+        step: number of steps done.
         notes: further metadata.
+
+    Returns:
+        the paths of the files.
     """
     paths = []
     for component in components:
@@ -63,9 +66,9 @@ def save_state(
     ema: Mapping[str, Tensor] | None,
     device: torch.device,
 ) -> None:
-    """Everything that the next step depends on: fp32 weights, optimizer, mean, random states, and the step number.
+    """Write the state that the next step depends on: fp32 weights, optimizer, weight average, random states, step.
 
-    The data's position and the learning rate follow from the step number and the seed.
+    The position in the data and the learning rate follow from the step number and the seed.
     """
     state = {
         "step": step,
@@ -91,41 +94,43 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> tuple[int, dict[str, Tensor] | None]:
-    """Put a saved state back; returns the steps taken and the mean of the weights, if one was kept.
+    """Restore a saved state; return the number of steps done, and the averaged weights or None.
 
     Raises:
-        TrainingError: no state there, another seed, or other parameters.
+        TrainingError: the folder holds no state, or one with another seed or other parameters.
     """
     path = folder / STATE
     if not path.is_file():
-        raise TrainingError(f"{folder} holds no {STATE}; give the folder of a checkpoint, or --resume last")
+        raise TrainingError(f"{folder} holds no {STATE}; pass the folder of a checkpoint, or --resume last")
     state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     if state["seed"] != seed:
-        raise TrainingError(f"{path} was trained with seed {state['seed']}, the recipe says {seed}: order would differ")
+        raise TrainingError(
+            f"{path} was trained with seed {state['seed']}, the recipe has {seed}: the order of samples would differ"
+        )
     named = dict(parameters)
     if differing := sorted(set(named) ^ set(state["parameters"])):
-        raise TrainingError(f"{path} holds other parameters than the recipe trains, {differing[0]!r} for one")
+        raise TrainingError(f"{path} and the recipe train different parameters; first difference: {differing[0]!r}")
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"].cpu())
-    # States of another kind of device do not fit, and its numbers would be others anyway.
+    # The state of another device type cannot be restored, and results would differ there anyway.
     if state["random_device"] is not None and state.get("device_type", device.type) == device.type:
         devices.set_random_state(state["random_device"], device)
     return state["step"], state["ema"]
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps is."""
+    """Return the folder of the checkpoint after `step` steps."""
     return root / f"step-{step:07d}"
 
 
 def last_checkpoint(root: Path) -> Path:
-    """The newest checkpoint below `root`.
+    """Return the folder of the newest checkpoint below `root`.
 
     Raises:
-        TrainingError: there is none.
+        TrainingError: there is no checkpoint.
     """
     found = sorted(path.parent for path in root.glob(f"step-*/{STATE}"))
     if not found:

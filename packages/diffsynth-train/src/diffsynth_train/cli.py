@@ -9,10 +9,20 @@ import click
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--resume", default="", help="Folder of a checkpoint, or 'last' for the newest of this recipe.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a setting, e.g. loop.steps=10.")
+@click.option(
+    "--resume",
+    default="",
+    help="Folder of a checkpoint to resume from, or 'last' for the newest one in the output folder.",
+)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting of the recipe, e.g. loop.steps=10; may be repeated.",
+)
 def train(recipe: Path, resume: str, changes: tuple[str, ...]) -> None:
-    """Train by a RECIPE, a TOML file."""
+    """Train according to RECIPE, a TOML file; print the paths of the final weights."""
     import logging
 
     from diffsynth.errors import DiffsynthError

@@ -1,4 +1,4 @@
-"""A training run's settings: a TOML file read into frozen dataclasses, where every key must be known."""
+"""Settings of a training run: a TOML file read into frozen dataclasses. Unknown keys raise."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Section = TypeVar("Section")
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentRecipe:
-    """A module of the pipeline: read from a file, or built from a config and drawn at random.
+    """A component of the pipeline, loaded from a file or built from a config with random weights.
 
     Args:
         source: path or source string of a checkpoint; excludes `architecture`, `config` and `init`.
-        architecture: name of a registered architecture, to start from scratch.
-        config: fields of its config that differ from their defaults.
-        init: reference to `f(module)` that draws the first weights; empty keeps what the constructor drew.
-        train: whether it learns.
-        freeze: name patterns of parameters that do not learn although the component does (`"encoder.*"`).
-        compile: compile the blocks that the architecture names as repeated.
-        channels_last: keep convolutions with their channels innermost, which suits bf16 and tensor cores.
+        architecture: name of a registered architecture, to train from scratch.
+        config: config fields that differ from the defaults of the architecture's config.
+        init: reference to `f(module)` that initialises the weights; empty keeps those of the constructor.
+        train: whether the component is trained.
+        freeze: name patterns of parameters of a trained component that are not trained (`"encoder.*"`).
+        compile: compile the repeated blocks that the architecture declares.
+        channels_last: use the memory format `torch.channels_last`, which is faster in bf16 and on tensor cores.
     """
 
     source: str = ""
@@ -44,16 +44,16 @@ class ComponentRecipe:
         if bool(self.source) == bool(self.architecture):
             raise TrainingError("a component needs either source (a file) or architecture (from scratch)")
         if self.source and (self.config or self.init):
-            raise TrainingError(f"source = {self.source!r} brings its own config and weights; drop config and init")
+            raise TrainingError(f"source = {self.source!r} determines config and weights; remove config and init")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionRecipe:
-    """How captions vary from step to step.
+    """Random variation of captions from step to step.
 
     Args:
-        templates: drawn uniformly; `{caption}` is the manifest's text, `{article}` is "a" or "an".
-        drop: share of captions replaced by the empty prompt, for classifier-free guidance (arXiv:2207.12598).
+        templates: one is chosen uniformly; `{caption}` is the manifest's text, `{article}` is "a" or "an".
+        drop: probability in [0, 1) of the empty prompt, for classifier-free guidance (arXiv:2207.12598).
     """
 
     templates: tuple[str, ...] = ("{caption}",)
@@ -62,15 +62,15 @@ class CaptionRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    """Where samples come from.
+    """The dataset.
 
     Args:
-        manifest: a .csv, .json or .jsonl file; paths in it are relative to its folder.
-        height: pixels; with `width`, images are scaled to cover this size and cropped about their centre.
-        width: pixels.
-        captions: how prompts vary.
-        cache: folder for the results of units that do not learn.
-        repeat: rows are visited this often in an epoch.
+        manifest: path of a .csv, .json or .jsonl file; paths in it are relative to its folder.
+        height: image height in pixels; images are scaled to cover height x width and center-cropped.
+        width: image width in pixels.
+        captions: variation of captions.
+        cache: folder for the results of units that are not trained; empty keeps them in memory.
+        repeat: accepted, but without effect so far.
     """
 
     manifest: str
@@ -83,17 +83,17 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
-    """How fp32 weights follow their gradients.
+    """The optimizer of the fp32 weights.
 
     Args:
         name: "adamw", or "muon": matrices and convolutions by Muon, embeddings and vectors by AdamW, at one rate.
-        learning_rate: the highest.
-        betas: decay of the moments.
-        weight_decay: on matrices and convolutions; vectors have none.
-        clip: largest norm of the gradient; 0 is none.
-        schedule: after the warm-up: "constant", "cosine" to 0, or "trapezoid", flat and then linear to 0.
-        warmup_steps: linear rise from 0.
-        decay_steps: length of the trapezoid's fall.
+        learning_rate: maximum learning rate.
+        betas: decay rates of the moments.
+        weight_decay: decay of matrices and convolutions; vectors are not decayed.
+        clip: maximum norm of the gradient; 0 disables clipping.
+        schedule: after the warm-up: "constant", "cosine" to 0, or "trapezoid", constant and then linear to 0.
+        warmup_steps: steps of linear increase from 0.
+        decay_steps: steps of linear decrease of the trapezoid.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -108,17 +108,17 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopRecipe:
-    """How long, how much at a time, and in what precision.
+    """Number of steps, batch size and precision.
 
     Args:
-        steps: optimizer steps.
-        batch_size: samples in a step, over all processes.
-        micro_batch: samples in one forward pass; 0 is the whole batch of a process.
-        precision: "bf16" runs forward passes under autocast; weights stay fp32 either way.
-        gradient_checkpointing: recompute activations in the backward pass.
-        save_every: steps between checkpoints; 0 saves only at the end.
-        log_every: steps between rows of `loss.csv`, which hold the means since the last row.
-        keep: checkpoints that stay.
+        steps: number of optimizer steps.
+        batch_size: samples per step, over all processes.
+        micro_batch: samples per forward pass; 0 for the whole batch of a process.
+        precision: "bf16" runs forward passes under autocast; weights are fp32 in both cases.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        save_every: steps between checkpoints; 0 saves at the end only.
+        log_every: steps between rows of `loss.csv`, which hold means since the last row.
+        keep: number of newest checkpoints to keep; 0 keeps all.
     """
 
     steps: int
@@ -133,10 +133,10 @@ class LoopRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaRecipe:
-    """Running mean of the weights, which is what the run ships.
+    """Exponential moving average of the weights; if on, the averaged weights are saved.
 
     Args:
-        decay: share of the mean kept at each step; 0 is off. It rises from 0.1 as `(1 + step) / (10 + step)`.
+        decay: decay per step, in [0, 1); 0 is off. It increases from 0.1 as `(1 + step) / (10 + step)`.
     """
 
     decay: float = 0.0
@@ -144,11 +144,11 @@ class EmaRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputRecipe:
-    """What is written where.
+    """Output of the run.
 
     Args:
-        folder: of checkpoints, logs and the final weights.
-        dtype: of the weights' matrices on disk.
+        folder: folder of checkpoints, `loss.csv` and the final weights.
+        dtype: dtype of matrices in the weight files.
     """
 
     folder: str
@@ -157,14 +157,14 @@ class OutputRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All of a run.
+    """All settings of a training run.
 
     Args:
-        pipeline: reference to the pipeline class, or the name of a registered model whose pipeline it is.
+        pipeline: reference to the pipeline class, or the name of a registered model with that pipeline.
         objective: `name` of a registered objective; the other keys are its options.
-        components: role -> where its module comes from. Roles left out stay empty.
+        components: role -> settings of its component. Roles that are not listed are not loaded.
         processors: role -> folder of a tokenizer or processor.
-        seed: of weights, order, captions and noise.
+        seed: seed of weights, sample order, captions and noise.
     """
 
     pipeline: str
@@ -180,15 +180,15 @@ class Recipe:
 
 
 def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
-    """A recipe from its file.
+    """Read a recipe from a file.
 
     Args:
-        path: of the TOML file.
-        changes: `"section.key=value"`, the value as TOML or, where it is none, as text.
+        path: path of the TOML file.
+        changes: overrides `"section.key=value"`; the value is parsed as TOML, or taken as text if it is not TOML.
 
     Raises:
-        TrainingError: no such file, not TOML, an unknown or missing key, a value of another type; the message names
-            the section and the nearest spelling.
+        TrainingError: no such file, invalid TOML, an unknown or missing key, or a value of another type; the message
+            names the section and the nearest key.
     """
     if not path.is_file():
         raise TrainingError(f"recipe {path} does not exist")
@@ -202,7 +202,12 @@ def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
 
 
 def parse_section(section: type[Section], content: Mapping[str, Any], *, where: str) -> Section:
-    """A dataclass from a table, nested ones included.
+    """Build a dataclass, including nested ones, from a parsed table.
+
+    Args:
+        section: the dataclass.
+        content: the table.
+        where: dotted path of the table, for error messages; empty for the top level.
 
     Raises:
         TrainingError: see `read_recipe`.
@@ -238,20 +243,21 @@ def _change(content: dict[str, Any], change: str) -> None:
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    """Check a TOML value against a type hint and convert it: tables to dataclasses, lists to tuples, int to float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return parse_section(typing.cast(type, hint), value, where=where)
     if origin is Literal:
-        if value not in parts:
-            raise TrainingError(f"{where} = {value!r}: expected one of {', '.join(map(repr, parts))}")
+        if value not in arguments:
+            raise TrainingError(f"{where} = {value!r}: expected one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple and isinstance(value, list):
-        several = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        if len(several) != len(value):
-            raise TrainingError(f"{where} has {len(value)} entries; expected {len(several)}")
-        return tuple(_parse(part, item, where) for part, item in zip(several, value, strict=True))
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) != len(value):
+            raise TrainingError(f"{where} has {len(value)} entries; expected {len(hints)}")
+        return tuple(_parse(each, item, where) for each, item in zip(hints, value, strict=True))
     if origin in (Mapping, typing.get_origin(Mapping[str, Any])) and isinstance(value, Mapping):
-        return {key: _parse(parts[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The running mean of the weights, which samples better than the last step's (Karras et al. 2024, arXiv:2312.02696)."""
+"""Exponential moving average of the weights, which samples better than the last step's (arXiv:2312.02696)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """A second copy of the parameters that learn, fp32, on their device.
+    """Exponential moving average of parameters, a second fp32 copy on their device.
 
     Args:
-        parameters: by name.
-        decay: share of the mean that a step keeps; it rises to this as `(1 + step) / (10 + step)`.
+        parameters: (name, parameter) pairs of the trained parameters.
+        decay: decay per step, in (0, 1); in step i it is at most `(1 + i) / (10 + i)`, so the average starts fast.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
@@ -24,28 +24,28 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step, 0 being the first."""
+        """Update the average with the weights after a step; `step` counts from 0."""
         decay = min(self._decay, (1 + step) / (10 + step))
         live = [parameter.detach() for parameter in self._live.values()]
         torch._foreach_lerp_(list(self._mean.values()), live, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The modules hold the mean for the length of the block."""
+        """Context manager: the modules have the averaged weights inside, their own weights again after it."""
         with torch.no_grad():
-            kept = {name: parameter.detach().clone() for name, parameter in self._live.items()}
+            own = {name: parameter.detach().clone() for name, parameter in self._live.items()}
             self._copy(self._mean)
             try:
                 yield
             finally:
-                self._copy(kept)
+                self._copy(own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The mean, by name."""
+        """Return the averaged weights by parameter name."""
         return dict(self._mean)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved mean."""
+        """Restore the average from saved weights."""
         for name, mean in self._mean.items():
             mean.copy_(state[name])
 

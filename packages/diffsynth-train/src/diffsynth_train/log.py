@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress bar, and `loss.csv`."""
+"""Progress output of a training run: a progress bar and `loss.csv`."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from torch import Tensor
 
 
 class LossLog:
-    """Means over some steps, a row each, in a csv file that a resumed run goes on with.
+    """CSV log of mean metrics over groups of steps; a resumed run continues the file.
 
     Args:
-        path: of the file.
+        path: path of the CSV file.
         every: steps per row.
-        start: steps taken before; rows beyond it, of a run that was cut short, are dropped.
+        start: steps done before a resume; later rows, of an interrupted run, are removed.
     """
 
     def __init__(self, path: Path, *, every: int, start: int = 0) -> None:
         self._path = path
         self._every = max(every, 1)
         self._sums: dict[str, list[Tensor | float]] = {}
-        self._began = time.perf_counter()
+        self._start_time = time.perf_counter()
         self._rows = [row for row in _read(path) if int(row["step"]) <= start] if start else []
         self._seconds = float(self._rows[-1]["seconds"]) if self._rows else 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._rewrite()
 
     def add(self, step: int, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
-        """Take in a step's numbers; gives the means when a row is full. NaN marks a number a step did not have."""
+        """Add the metrics of a step; return the means if a row is complete, else None. NaN values are ignored."""
         for name, value in values.items():
             self._sums.setdefault(name, []).append(value)
         if step % self._every:
             return None
-        # Only here does the device have to wait for the host.
+        # float() synchronises with the device; doing it once per row keeps the device busy between rows.
         means = {name: _mean([float(value) for value in several]) for name, several in self._sums.items()}
         self._sums = {}
-        seconds = self._seconds + time.perf_counter() - self._began
+        seconds = self._seconds + time.perf_counter() - self._start_time
         row = {"step": str(step), "seconds": f"{seconds:.1f}"} | {name: f"{mean:.6g}" for name, mean in means.items()}
         self._rows.append(row)
         self._append(row)
@@ -64,7 +64,7 @@ class LossLog:
 
 @contextmanager
 def training_progress(total: int, done: int) -> Iterator[Progress]:
-    """A bar on stderr, silent where that is no terminal; advance task 0."""
+    """Context manager: a progress bar on stderr with one task; nothing is shown if stderr is not a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("train"),

@@ -1,4 +1,4 @@
-"""The training loop, in plain sight."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ _CACHE_BATCH = 16
 
 
 def train(recipe: Recipe, *, resume: Path | None = None) -> list[Path]:
-    """Run a recipe to its end.
+    """Train according to a recipe, to its last step.
 
     Args:
-        recipe: what to do.
-        resume: folder of a checkpoint of the same run; on the CPU the result is bit for bit that of a run never cut.
+        recipe: settings of the run.
+        resume: folder of a checkpoint of the same run. On the CPU the result is bit-equal to that of an uninterrupted
+            run.
 
     Returns:
-        the files of the weights, `<output>/<role>.safetensors`.
+        the paths of the final weights, `<output>/<role>.safetensors`.
 
     Raises:
-        TrainingError: the recipe, the manifest or the checkpoint is unfit; nothing was trained.
-        CheckpointError: a component's source is missing or unfit.
+        TrainingError: the recipe, the manifest or the checkpoint is invalid, or the loss is not a number.
+        CheckpointError: the source of a component is missing or cannot be loaded.
     """
     run = TrainingRun(recipe)
     start = run.resume(resume) if resume is not None else 0
@@ -54,7 +55,7 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> list[Path]:
 
 
 class TrainingRun:
-    """Everything of a run that lives from its first step to its last."""
+    """State of a training run: pipeline, data, optimizer, weight average."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -85,12 +86,12 @@ class TrainingRun:
         self.output = Path(recipe.output.folder)
 
     def resume(self, folder: Path) -> int:
-        """Put a checkpoint's state back; returns the steps taken."""
+        """Restore the state of a checkpoint; return the number of steps done."""
         step, mean = checkpoint.load_state(
             folder, seed=self.recipe.seed, parameters=self.parameters, optimizer=self.optimizer, device=self.device
         )
         if (self.ema is None) != (mean is None):
-            raise TrainingError(f"{folder} and the recipe disagree on [ema]")
+            raise TrainingError(f"{folder} was saved {'without' if mean is None else 'with'} [ema], unlike the recipe")
         if self.ema is not None and mean is not None:
             self.ema.load_state_dict(mean)
         return step
@@ -114,7 +115,7 @@ class TrainingRun:
                     self.save(step + 1)
 
     def step(self, step: int) -> dict[str, Tensor | float]:
-        """One optimizer step; 0 is the first."""
+        """Perform optimizer step `step`, counted from 0, and return its metrics."""
         recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
         rate = learning_rate(recipe.optimizer, step, recipe.loop.steps)
         for group in self.optimizer.param_groups:
@@ -127,14 +128,14 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor | float] = {}
         for begin in range(0, len(indices), micro):
-            part = indices[begin : begin + micro]
+            micro_batch = indices[begin : begin + micro]
             with self._precision():
-                values = self._values(part, captions)
-                loss, numbers = self.objective.loss(values, generator)
-            share = len(part) / len(indices)
+                values = self._values(micro_batch, captions)
+                loss, metrics = self.objective.loss(values, generator)
+            share = len(micro_batch) / len(indices)
             self.accelerator.backward(loss * share)
-            for name, number in {"loss": loss.detach(), **numbers}.items():
-                total[name] = total.get(name, 0.0) + number * share
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                total[name] = total.get(name, 0.0) + value * share
         norm = self._clip()
         self.optimizer.step()
         if self.ema is not None:
@@ -142,7 +143,7 @@ class TrainingRun:
         return total | {"grad_norm": norm, "learning_rate": rate}
 
     def save(self, step: int) -> None:
-        """Write a checkpoint to go on from, with the mean of the weights beside it."""
+        """Write a checkpoint to resume from, and the averaged weights as safetensors files."""
         if not self.accelerator.is_main_process:
             return
         folder = checkpoint.step_folder(self.output, step)
@@ -159,9 +160,9 @@ class TrainingRun:
         checkpoint.drop_old(self.output, self.recipe.loop.keep)
 
     def finish(self) -> list[Path]:
-        """The last checkpoint, and the weights that ship, measured by the objective."""
+        """Write the last checkpoint, call `objective.finish()`, and return the paths of the final weights."""
         self.save(self.recipe.loop.steps)
-        with self._mean_weights():
+        with self._averaged_weights():
             self.objective.finish(self._all_rows())
         if not self.accelerator.is_main_process:
             return []
@@ -171,7 +172,7 @@ class TrainingRun:
         recipe = json.dumps(asdict(self.recipe), sort_keys=True)
         notes = {"diffsynth.recipe": recipe, "diffsynth.recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest()}
         dtype = _DTYPES[self.recipe.output.dtype]
-        with self._mean_weights():
+        with self._averaged_weights():
             return checkpoint.save_weights(folder, self.components.values(), dtype=dtype, step=step, notes=notes)
 
     def _values(self, indices: list[int], captions: Any) -> dict[str, Any]:
@@ -191,7 +192,7 @@ class TrainingRun:
             if loop.gradient_checkpointing:
                 if not hasattr(component.module, "gradient_checkpointing"):
                     raise TrainingError(
-                        f"{component.architecture.name} cannot recompute: turn gradient_checkpointing off"
+                        f"{component.architecture.name} does not support gradient_checkpointing; turn it off"
                     )
                 component.module.gradient_checkpointing = True
             if self.recipe.components[role].channels_last:
@@ -201,7 +202,7 @@ class TrainingRun:
                     block.compile()
             if self.accelerator.num_processes > 1:
                 if not self.objective.needs_forward_only:
-                    raise TrainingError("this objective runs in one process only")
+                    raise TrainingError("this objective supports a single process only")
                 self.pipe.components[role] = self.accelerator.prepare_model(component.module)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -214,5 +215,5 @@ class TrainingRun:
         limit = self.recipe.optimizer.clip or float("inf")
         return nn.utils.clip_grad_norm_(parameters, limit)
 
-    def _mean_weights(self) -> contextlib.AbstractContextManager[None]:
+    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): matrices follow the orthogonal factor of their momentum, everything else follows AdamW."""
+"""Muon (Jordan et al. 2024): matrices are updated by their orthogonalised momentum, all else by AdamW."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the Newton-Schulz step: they bring singular values of (0, 1] near 1, not to 1, in five steps."""
+"""Coefficients of the Newton-Schulz step: five steps bring singular values in (0, 1] near 1, not exactly to 1."""
 _NEWTON_SCHULZ_STEPS = 5
 _MOMENTUM = 0.95
 _ADAM_SCALE = 0.2
-"""Root mean square of an entry of AdamW's update, about; Muon's is brought to it, so that rates mean the same."""
+"""Approximate RMS of AdamW's update. Muon's update is scaled to it, so that learning rates are comparable."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for groups with `orthogonal`, AdamW for the others.
+    """Optimizer that applies Muon to parameter groups with `orthogonal=True` and AdamW to the others.
 
-    An update is scaled by `0.2 sqrt(max(rows, columns))` (Liu et al. 2025, arXiv:2502.16982), so a learning rate and a
-    weight decay for AdamW serve here, too. Convolutions count as matrices of `out x (in * height * width)`.
+    An update is scaled by `0.2 sqrt(max(rows, columns))` (Liu et al. 2025, arXiv:2502.16982), so learning rate and
+    weight decay of AdamW can be used unchanged. Convolutions are treated as matrices `out x (in * height * width)`.
 
     Args:
         groups: parameter groups with `params`, `weight_decay` and `orthogonal`.
         lr: learning rate.
-        betas: decay of AdamW's moments.
+        betas: decay rates of AdamW's moments.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> None:
@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """See `torch.optim.Optimizer`."""
+        """Perform one optimization step; see `torch.optim.Optimizer.step`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -54,7 +54,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
-        # Nesterov's: the gradient once more, on top of the mean that already holds it.
+        # Nesterov momentum: the gradient is added once more to the mean that includes it.
         ahead = parameter.grad.lerp(momentum, _MOMENTUM)
         direction = orthogonal_factor(ahead.flatten(1))
         return direction.mul_(_ADAM_SCALE * math.sqrt(max(direction.shape))).view_as(parameter)
@@ -73,9 +73,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal_factor(matrix: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """About `U V^T` of the singular value decomposition `U S V^T`: singular values between 0.7 and 1.2, in fp32.
+    """Return an approximation of `U V^T`, where `U S V^T` is the singular value decomposition of the matrix.
 
-    Five Newton-Schulz steps in bf16, whose errors the next step's gradient forgives.
+    Five Newton-Schulz steps in bf16. Singular values of the result lie between 0.7 and 1.2; the result has the dtype of
+    the input.
     """
     a, b, c = _QUINTIC
     x = matrix.bfloat16()
@@ -84,6 +85,6 @@ def orthogonal_factor(matrix: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     x = x / (x.norm() + 1e-7)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        # As sums within the products: one rounding to bf16 each.
+        # addmm adds within the product, so each result is rounded to bf16 once.
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrix.dtype)

@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate over a run."""
+"""Optimizer construction and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from diffsynth_train.muon import Muon
 def build_optimizer(
     recipe: OptimizerRecipe, parameters: Iterable[nn.Parameter], tables: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """What the recipe names: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) or Muon.
+    """Build the optimizer that the recipe names: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) or Muon.
 
     Args:
-        recipe: its learning rate, betas and weight decay; only matrices decay.
-        parameters: those that learn.
-        tables: those of them that are looked up row by row (embeddings), which Muon leaves to AdamW.
+        recipe: optimizer settings; weight decay is applied to matrices and convolutions only.
+        parameters: the trained parameters.
+        tables: those of them that are embedding tables, which Muon updates by AdamW.
     """
-    looked_up = {id(table) for table in tables}
+    table_ids = {id(table) for table in tables}
     matrices, rows, vectors = [], [], []
     for parameter in parameters:
         if parameter.ndim < 2 or min(parameter.shape[:2]) == 1:
             vectors.append(parameter)
         else:
-            (rows if id(parameter) in looked_up else matrices).append(parameter)
+            (rows if id(parameter) in table_ids else matrices).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay, "orthogonal": True},
         {"params": rows, "weight_decay": recipe.weight_decay, "orthogonal": False},
@@ -39,12 +39,12 @@ def build_optimizer(
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:
-    """The rate of a step, 0 being the first of `steps`."""
-    rising = min(1.0, (step + 1) / recipe.warmup_steps) if recipe.warmup_steps else 1.0
-    falling = 1.0
+    """Return the learning rate of a step in [0, steps)."""
+    warmup = min(1.0, (step + 1) / recipe.warmup_steps) if recipe.warmup_steps else 1.0
+    decay = 1.0
     if recipe.schedule == "cosine":
         span = max(steps - recipe.warmup_steps, 1)
-        falling = 0.5 * (1 + math.cos(math.pi * min(max(step - recipe.warmup_steps, 0) / span, 1.0)))
+        decay = 0.5 * (1 + math.cos(math.pi * min(max(step - recipe.warmup_steps, 0) / span, 1.0)))
     elif recipe.schedule == "trapezoid" and recipe.decay_steps:
-        falling = min(1.0, (steps - step) / recipe.decay_steps)
-    return recipe.learning_rate * rising * falling
+        decay = min(1.0, (steps - step) / recipe.decay_steps)
+    return recipe.learning_rate * warmup * decay

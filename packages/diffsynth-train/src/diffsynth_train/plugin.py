@@ -1,4 +1,4 @@
-"""What diffsynth-train adds: its objectives and the `train` command."""
+"""Declarations of diffsynth-train: its objectives and the `train` command."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def register_objectives(register: Callable[[ObjectiveSpec], None]) -> None:
 
 @hookimpl
 def register_commands(register: Callable[[CommandSpec], None]) -> None:
-    register(CommandSpec(name="train", command="diffsynth_train.cli:train", help="Train by a recipe."))
+    register(CommandSpec(name="train", command="diffsynth_train.cli:train", help="Train according to a recipe."))

@@ -1,1 +1,1 @@
-"""Samples: the manifest's rows, decoded images, varied captions, cached results of frozen units."""
+"""Training data: manifest rows, decoded images, random captions, cached results of frozen units."""

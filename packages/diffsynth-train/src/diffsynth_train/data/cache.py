@@ -1,4 +1,4 @@
-"""Results of units that do not learn: computed once per row, kept as safetensors."""
+"""Cache of the results of frozen units: computed once per row and stored as safetensors files."""
 
 from __future__ import annotations
 
@@ -23,30 +23,33 @@ from diffsynth_train.data.dataset import Dataset
 logger = logging.getLogger(__name__)
 
 Row = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors without their batch axis, and plain values."""
+"""Cached values of one row: tensors without the batch axis, and plain values."""
 
 
 def split_units(units: Sequence[Unit], trained: set[str], varied: frozenset[str]) -> tuple[list[Unit], list[Unit]]:
-    """Part units into cacheable and live ones. Whatever reads an argument that varies from step to step is live too."""
+    """Split units into cacheable and live ones.
+
+    Live units use a trained role, draw random numbers, or depend on an argument that varies from step to step.
+    """
     frozen, live = split(units, trained)
-    frozen_kept: list[Unit] = []
+    cacheable: list[Unit] = []
     live_names = set(varied) | {name for step in live for name in step.writes}
     for step in frozen:
         if {read.name for read in step.reads} & live_names:
             live_names.update(step.writes)
         else:
-            frozen_kept.append(step)
-    return frozen_kept, [step for step in units if step not in frozen_kept]
+            cacheable.append(step)
+    return cacheable, [step for step in units if step not in cacheable]
 
 
 class UnitCache:
-    """What frozen units wrote for every row.
+    """Results of frozen units for every row of the dataset.
 
     Args:
-        folder: one file per row, named by content, units and weights; None keeps results in memory alone.
-        pipe: runs the units.
-        units: that are frozen, in order.
-        components: whose identities go into the file names.
+        folder: folder with one file per row, named by a hash of content, units and weights; None for memory only.
+        pipe: pipeline that runs the units.
+        units: the frozen units, in order.
+        components: components by role; their identities are part of the file names.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class UnitCache:
         self._rows: dict[int, Row] = {}
 
     def fill(self, dataset: Dataset, batch_size: int) -> None:
-        """Read what is there, compute the rest; a later run with the same content, units and weights reads it all."""
+        """Read the cached rows and compute the missing ones; a run with equal content, units and weights reads all."""
         if not self._units:
             return
         missing = [index for index in range(len(dataset)) if not self._read(index, dataset)]
@@ -74,17 +77,17 @@ class UnitCache:
                 self._write(index, dataset, row)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """The written values for some rows, stacked.
+        """Return the cached values of some rows, stacked along a batch axis.
 
         Raises:
-            TrainingError: rows of one batch differ in a value that is no tensor, or in shape.
+            TrainingError: rows of the batch differ in a plain value.
         """
         if not self._units:
             return {}
         rows = [self._rows[index] for index in indices]
         plain = rows[0][1]
         if any(row[1] != plain for row in rows):
-            raise TrainingError(f"rows of one batch differ: {plain} and others; give [data] one height and width")
+            raise TrainingError(f"rows of one batch differ: {plain} and others; set one height and width in [data]")
         return {name: torch.stack([row[0][name] for row in rows]) for name in rows[0][0]} | plain
 
     @torch.no_grad()
@@ -94,7 +97,9 @@ class UnitCache:
         tensors = {name: written[name].cpu() for name in self._writes if isinstance(written[name], Tensor)}
         plain = {name: written[name] for name in self._writes if isinstance(written[name], int | float | str)}
         if left := self._writes - set(tensors) - set(plain):
-            raise TrainingError(f"units {[step.name for step in self._units]} write {sorted(left)}, not cacheable")
+            raise TrainingError(
+                f"units {[step.name for step in self._units]} write {sorted(left)}, which cannot be cached"
+            )
         for name, tensor in tensors.items():
             if len(tensor) != size:
                 raise TrainingError(f"cached value {name!r} has {len(tensor)} rows for a batch of {size}")

@@ -1,4 +1,4 @@
-"""The dataset's rows, checked: every column is there, and every file."""
+"""Reading of the dataset's manifest, with checks that all columns and files exist."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Manifest:
-    """Rows as they stand in the file, and the folder that their paths are relative to."""
+    """Rows of a manifest file; paths in them are relative to the file's folder."""
 
     path: Path
     rows: tuple[Mapping[str, Any], ...]
 
     @property
     def folder(self) -> Path:
-        """Where relative paths start."""
+        """Return the folder that paths in the rows are relative to."""
         return self.path.parent
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def file(self, index: int, column: str) -> Path:
-        """The file that a row names in a column."""
+        """Return the path of the file that a row names in a column."""
         return self.folder / str(self.rows[index][column])
 
 
@@ -38,12 +38,12 @@ def read_manifest(path: Path, *, columns: Iterable[str], files: Iterable[str]) -
 
     Args:
         path: .csv with a header line, .json with a list of objects, or .jsonl with an object per line.
-        columns: that every row must have.
-        files: those of them that name files; all must be there.
+        columns: columns that every row must have.
+        files: the columns that name files; all files must exist.
 
     Raises:
-        TrainingError: unreadable, empty, a column missing, or files missing; all missing files are counted, the first
-            ten are named.
+        TrainingError: the manifest is unreadable or empty, or columns or files are missing; all missing files are
+            counted, the first ten are named.
     """
     rows = tuple(read_rows(path))
     if not rows:

@@ -1,1 +1,1 @@
-"""What a run minimises; `base.Objective` is the contract, plugins add theirs by `register_objectives`."""
+"""Training objectives (losses). `base.Objective` is the contract; plugins declare theirs by `register_objectives`."""

@@ -1,4 +1,4 @@
-"""The contract of an objective, and how a recipe's `[objective]` becomes one."""
+"""The contract of an objective, and its construction from the `[objective]` section of a recipe."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Objective(Protocol):
     """A loss over a pipeline. Built as `cls(options, pipe, spec)`; `Options` is a dataclass of the recipe's keys.
 
     Args (class attributes):
-        Options: what may stand in `[objective]` besides `name`.
-        columns: call arguments that it needs from the manifest, whatever units run.
-        needs_forward_only: whether trained modules are only ever called as modules, which several processes need.
+        Options: dataclass of the keys allowed in `[objective]` besides `name`.
+        columns: call arguments that it needs from the manifest even if no unit reads them.
+        needs_forward_only: whether it calls trained modules by forward() only, which multi-process training requires.
     """
 
     Options: ClassVar[type]
@@ -30,28 +30,28 @@ class Objective(Protocol):
     needs_forward_only: ClassVar[bool]
 
     def units(self) -> tuple[Unit, ...]:
-        """The pipeline's units whose results it reads, in order."""
+        """Return the pipeline's units whose results the loss needs, in order."""
         ...
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a scalar with gradient, and further numbers for the log.
+        """Return the loss, a scalar with gradient, and further metrics for the log.
 
         Args:
-            values: call arguments and what the units wrote, tensors on the pipeline's device.
-            generator: on that device; all randomness comes from it.
+            values: call arguments and results of the units; tensors are on the pipeline's device.
+            generator: the only source of randomness, on the pipeline's device.
         """
         ...
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Called once at the end, on the weights that ship, with all rows: what is measured rather than learned."""
+        """Measure values on all rows with the final weights; called once at the end of training."""
         ...
 
 
 def build_objective(recipe: Recipe, pipe: Pipeline, spec: TrainingSpec) -> Objective:
-    """The objective that the recipe names.
+    """Build the objective that the recipe names.
 
     Raises:
-        TrainingError: no name, an unknown name or option.
+        TrainingError: the name is missing or unknown, or an option is unknown.
     """
     options = dict(recipe.objective)
     declared = {each.spec.name: each.spec for each in _discovery.catalog().objectives}

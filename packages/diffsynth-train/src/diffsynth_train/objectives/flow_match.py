@@ -19,16 +19,16 @@ from diffsynth.spec import TrainingSpec, resolve
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchOptions:
-    """What a recipe may set.
+    """Options of the objective `flow_match` in a recipe.
 
     Args:
-        table: levels in the schedule that indices are drawn from.
-        min_index: share of the table where the drawn range begins, in [0, 1): 0 is pure noise.
-        max_index: share where it ends, in (0, 1]: 1 is data.
-        shift: moves levels towards noise, `shift sigma / (1 + (shift - 1) sigma)`, on top of the schedule's own
-            shift; 1 leaves them. A picture hangs on its caption alone only where there is next to nothing but noise,
-            so more draws there teach captions sooner.
-        weighting: "none", or "bell", which favours the middle of the noise range.
+        table: number of levels in the schedule that indices are sampled from.
+        min_index: start of the sampled range as a share of the table, in [0, 1); 0 is pure noise.
+        max_index: end of the sampled range, in (0, 1]; 1 is data.
+        shift: moves levels towards noise, `shift sigma / (1 + (shift - 1) sigma)`, in addition to the schedule's own
+            shift; 1 changes nothing. Only near pure noise does the image depend on its caption alone, so more samples
+            there train the text conditioning sooner.
+        weighting: "none", or "bell", which gives the middle of the noise range more weight.
     """
 
     table: int = 1000
@@ -47,7 +47,7 @@ class FlowMatch:
 
     def __init__(self, options: FlowMatchOptions, pipe: Pipeline, spec: TrainingSpec) -> None:
         if not spec.schedule:
-            raise TrainingError(f"{spec.pipeline} states no schedule to train on; flow_match needs one")
+            raise TrainingError(f"{spec.pipeline} declares no schedule for training; flow_match needs one")
         if not 0 <= options.min_index < options.max_index <= 1:
             raise TrainingError(
                 f"[objective] min_index = {options.min_index}, max_index = {options.max_index}: "
@@ -64,13 +64,13 @@ class FlowMatch:
         self.conditions = pipe.conditions()
 
     def units(self) -> tuple[Unit, ...]:
-        """Those that write the conditions and the clean latents."""
+        """Return the units that write the conditions and the clean latents."""
         return self.pipe.condition_units("input_latents")
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Objective.loss`; also logs the unweighted error of the noisier and the cleaner half of the table."""
+        """Return the loss; the metrics are the unweighted errors in the noisier and the cleaner half of the table."""
         x0: Float[Tensor, "b ..."] = values["input_latents"]
-        # An index, never a time looked up by value: rounded to bf16, times above 512 of 1000 fall on a grid of 4.
+        # Sample an index, not a time: rounded to bf16, times above 512 of 1000 lie on a grid of 4.
         index = torch.randint(self.first, self.last, (len(x0),), generator=generator, device=x0.device)
         sigma = self.sigmas[index]
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
@@ -79,17 +79,17 @@ class FlowMatch:
         predicted = self.pipe.velocity((1 - level) * x0 + level * noise, sigma, **conditions)
         error = rearrange((predicted.float() - (noise - x0)).square(), "b ... -> b (...)").mean(dim=1)
         noisy = index < len(self.sigmas) // 2
-        parts = {"noisy_half": error[noisy].mean(), "clean_half": error[~noisy].mean()}
-        return (self.weights[index] * error).mean(), {name: part.detach() for name, part in parts.items()}
+        halves = {"noisy_half": error[noisy].mean(), "clean_half": error[~noisy].mean()}
+        return (self.weights[index] * error).mean(), {name: half.detach() for name, half in halves.items()}
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Nothing is left to measure."""
+        """Do nothing: no value is measured."""
 
 
 def bell_weights(sigmas: Float[Tensor, "levels"]) -> Float[Tensor, "levels"]:
-    """Weights of mean 1 that favour the middle of the noise range and vanish at one end.
+    """Return loss weights of mean 1 that are largest in the middle of the noise range, with minimum 0.
 
-    `exp(-2 (sigma - 1/2)^2)`, less its smallest value: what DiffSynth-Studio trains with.
+    `exp(-2 (sigma - 1/2)^2)` minus its smallest value, as in DiffSynth-Studio.
     """
     bell = torch.exp(-2 * (sigmas - 0.5).square())
     bell = bell - bell.min()

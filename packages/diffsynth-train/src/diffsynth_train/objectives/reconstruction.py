@@ -1,4 +1,4 @@
-"""An autoencoder's objective: what comes out is what went in, through latents of unit scale."""
+"""Training objective of a variational autoencoder: reconstruction of images, with latents of unit variance."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from diffsynth.spec import TrainingSpec
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionOptions:
-    """What a recipe may set.
+    """Options of the objective `reconstruction` in a recipe.
 
     Args:
-        role: of the autoencoder; it has `encode_moments`, `decode`, and a config with scaling and shift factors.
-        image: the call argument that holds images.
-        crop: side of the random square that is cut from every image, in pixels; 0 takes whole images.
-        l1_weight: of the absolute error, beside the squared one.
-        kl_weight: of the divergence from a standard normal, per latent value (Kingma & Welling 2014, arXiv:1312.6114).
-        sample: decode a draw from the posterior; false decodes its mean.
-        noise: standard deviation of noise added to what is decoded, in units of the latents' own; it teaches the
-            decoder to forgive a denoiser's errors.
+        role: role of the autoencoder; it has `encode_moments`, `decode`, and a config with scaling and shift factors.
+        image: call argument that holds the images.
+        crop: side in pixels of a random square crop of every image; 0 uses whole images.
+        l1_weight: weight of the absolute error, added to the squared error.
+        kl_weight: weight of the KL divergence from a standard normal, per latent value (Kingma & Welling 2014,
+            arXiv:1312.6114).
+        sample: decode a sample of the posterior; false decodes its mean.
+        noise: standard deviation of noise added to the latents before decoding, in units of the latents' standard
+            deviation; it makes the decoder robust to errors of a denoiser.
     """
 
     role: str = "vae"
@@ -42,7 +43,7 @@ class ReconstructionOptions:
 
 
 class Reconstruction:
-    """Squared error, a little absolute error, a little divergence; at the end latents get mean 0 and variance 1."""
+    """Weighted sum of squared error, absolute error and KL divergence; `finish()` normalises the latents."""
 
     Options: ClassVar[type] = ReconstructionOptions
     needs_forward_only: ClassVar[bool] = False
@@ -59,11 +60,11 @@ class Reconstruction:
             raise TrainingError(f"[objective] crop = {options.crop}: expected a multiple of {factor}")
 
     def units(self) -> tuple[Unit, ...]:
-        """None: the autoencoder is called directly."""
+        """Return no units: the autoencoder is called directly."""
         return ()
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Objective.loss`; also logs the squared error alone."""
+        """Return the loss; the metric `mse` is the squared error alone."""
         options, config = self.options, self.autoencoder.config
         image: Float[Tensor, "b c h w"] = self._crop(values[options.image], generator)
         mean, logvar = self.autoencoder.encode_moments(image)
@@ -81,7 +82,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Set the config's factors so that scaled latents of this data have mean 0 and variance 1."""
+        """Set shift and scaling factor in the config so that scaled latents of the data have mean 0 and variance 1."""
         means = [self.autoencoder.encode_moments(values[self.options.image])[0].float() for values in batches]
         z = torch.cat([mean.flatten() for mean in means]).double()
         self.autoencoder.config = dataclasses.replace(
@@ -95,11 +96,11 @@ class Reconstruction:
         height, width = image.shape[-2:]
         if side > min(height, width):
             raise TrainingError(f"[objective] crop = {side}: larger than the images, {height}x{width}")
-        spots = torch.rand(2, len(image), generator=generator, device=image.device)
-        tops = (spots[0] * (height - side + 1)).long().tolist()
-        lefts = (spots[1] * (width - side + 1)).long().tolist()
-        spots_of = zip(image, tops, lefts, strict=True)
-        return torch.stack([one[:, top : top + side, left : left + side] for one, top, left in spots_of])
+        offsets = torch.rand(2, len(image), generator=generator, device=image.device)
+        tops = (offsets[0] * (height - side + 1)).long().tolist()
+        lefts = (offsets[1] * (width - side + 1)).long().tolist()
+        corners = zip(image, tops, lefts, strict=True)
+        return torch.stack([each[:, top : top + side, left : left + side] for each, top, left in corners])
 
 
 def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

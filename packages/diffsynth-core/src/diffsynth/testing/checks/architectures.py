@@ -54,7 +54,8 @@ def _builds_on_meta(fact: ArchitectureSpec) -> None:
     module = component.build(fact, resolve(fact.tiny))
     real = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if not tensor.is_meta]
     assert not real, (
-        f"{', '.join(real)} allocated memory under torch.device('meta'); do not pass a device when the constructor creates tensors"
+        f"{', '.join(real)} allocated memory under torch.device('meta'); "
+        "do not pass a device when the constructor creates tensors"
     )
 
 
@@ -77,8 +78,8 @@ def _has_no_meta_after_loading(fact: ArchitectureSpec) -> None:
             if isinstance(value, Tensor) and value.is_meta
         ]
     assert not left, (
-        f"{', '.join(left)} stayed on meta, because no file holds it. Register it as a buffer (persistent=False) and add a "
-        "reset_buffers() method to its module that computes it, or compute it in forward()."
+        f"{', '.join(left)} stayed on meta, because no file holds it. Register it as a buffer (persistent=False) and "
+        "add a reset_buffers() method to its module that computes it, or compute it in forward()."
     )
 
 

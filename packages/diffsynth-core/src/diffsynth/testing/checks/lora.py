@@ -72,7 +72,7 @@ def _supports_lora(fact: ArchitectureSpec) -> None:
 
 
 def _random_lora(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
-    """Return a LoRA whose changes have a third of each weight's norm: large enough to measure, small enough to be stable."""
+    """Return a LoRA that changes each weight by a third of its norm: measurable, and small enough to be stable."""
     import torch
 
     from diffsynth.core.lora import LoRA, LoRALayer, target_layers
