@@ -18,7 +18,7 @@ from diffsynth._discovery import Declared, Problem
 from diffsynth.cli.group import program
 from diffsynth.core.attention.naive import NaiveAttention
 from diffsynth.core.attention.registry import BACKENDS, RegisteredBackend
-from diffsynth.diagnosis import folders, installed, machine
+from diffsynth.diagnosis import environment, installed, machine
 from diffsynth.diagnosis.finding import Finding
 from diffsynth.spec import QuantizationSpec
 from fake_plugins import forget, install
@@ -156,7 +156,7 @@ def test_settings_show_values_and_where_they_are_bad(monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_MODEL_PATH", "/x")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_ENDPOINT", "http://me:word@mirror/hf")
-    found = named(folders.settings())
+    found = named(environment.settings())
     assert found["DIFFSYNTH_DOWNLOAD_SOURCE"].state == "broken"
     assert "expected one of modelscope, huggingface" in found["DIFFSYNTH_DOWNLOAD_SOURCE"].seen
     assert found["DIFFSYNTH_SKIP_DOWNLOAD"].seen == "true (set: 'yes')"
@@ -171,23 +171,23 @@ def test_settings_show_values_and_where_they_are_bad(monkeypatch):
 
 
 def test_every_variable_is_among_the_settings():
-    readers = [name for name in folders.variable_readers() if name != "TRITON_INTERPRET"]
-    found = named(folders.settings())
+    readers = [name for name in environment.variable_readers() if name != "TRITON_INTERPRET"]
+    found = named(environment.settings())
     assert len([name for name in found if name.startswith("DIFFSYNTH_")]) == len(readers) >= 7
 
 
 def test_an_allowed_plugin_that_is_not_there(monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_PLUGINS", "zimge")
-    found = next(one for one in folders.settings() if one.state == "note")
+    found = next(one for one in environment.settings() if one.state == "note")
     assert "names 'zimge', which is not installed; did you mean 'zimage'?" in found.seen
 
 
 def test_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "a" / "b"))
-    found = named(folders.folders())["weights"]
+    found = named(environment.folders())["weights"]
     assert found.seen.startswith(f"{tmp_path / 'a' / 'b'} (created when needed), ")
     (tmp_path / "a").write_text("a file")
-    found = named(folders.folders())["weights"]
+    found = named(environment.folders())["weights"]
     assert (found.state, found.seen) == ("broken", f"{tmp_path / 'a' / 'b'}: {tmp_path / 'a'} is a file")
     assert found.next_action.startswith("Set DIFFSYNTH_MODEL_BASE_PATH")
 
@@ -195,10 +195,10 @@ def test_folders(monkeypatch, tmp_path):
 def test_a_folder_without_room_or_permission(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30})())
-    found = named(folders.folders())["weights"]
+    found = named(environment.folders())["weights"]
     assert (found.state, found.seen) == ("note", f"{tmp_path}, 1.0 GiB free: little")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert named(folders.folders())["weights"].seen == f"{tmp_path} cannot be written"
+    assert named(environment.folders())["weights"].seen == f"{tmp_path} cannot be written"
 
 
 def test_attention_backends_and_the_one_in_use(monkeypatch):
@@ -309,7 +309,7 @@ def test_a_check_that_fails_hides_no_other(monkeypatch):
         yield Finding("first", "ok", "seen")
         raise OSError("disk on fire")
 
-    monkeypatch.setitem(diagnosis.SECTIONS, "folders", (crashes, folders.folders))
+    monkeypatch.setitem(diagnosis.SECTIONS, "folders", (crashes, environment.folders))
     found = diagnosis.diagnose()["folders"]
     assert [finding.state for finding in found[:2]] == ["ok", "broken"]
     assert "OSError: disk on fire" in found[1].seen

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from diffsynth.diagnosis.environment import folders, settings
 from diffsynth.diagnosis.finding import Finding
-from diffsynth.diagnosis.folders import folders, settings
 from diffsynth.diagnosis.installed import distributions, models, plugins, requirements
 from diffsynth.diagnosis.machine import attention, devices, python, quantization
 from diffsynth.diagnosis.questions import QUESTIONS
