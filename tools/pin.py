@@ -1,10 +1,10 @@
-"""Write the pinned closure of the workspace into pyproject.toml: every package, direct or not, with its version.
+"""Write the versions of all direct and transitive dependencies of the workspace as pins into pyproject.toml.
 
     uv lock && uv run --all-packages tools/pin.py
 
-reads `uv.lock` and rewrites `[tool.uv] constraint-dependencies`. `uv.lock` itself is not committed, because it records
-the download addresses of whichever mirror made it; names and versions are the same everywhere. To move to newer
-versions, empty the list, `uv lock --upgrade`, run this, `uv sync --all-packages`, and run the tests.
+reads `uv.lock` and rewrites `[tool.uv] constraint-dependencies`. `uv.lock` is not committed, because it contains the
+download addresses of the mirror that wrote it; names and versions are the same everywhere. To upgrade, empty the list,
+run `uv lock --upgrade`, this script and `uv sync --all-packages`, then the tests.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ LIST = re.compile(r"^constraint-dependencies = \[(?:\]|.*?^\])", flags=re.MULTIL
 
 
 def locked() -> list[str]:
-    """`name==version`, sorted, for all packages and groups on all platforms.
+    """Return sorted pins `name==version` for all packages and groups on all platforms.
 
-    A pin has a marker only where a package is locked at two versions (numpy on Python 3.11 and later). Elsewhere a
-    marker would say nothing, as a constraint installs nothing by itself, and would split uv's resolution in many.
+    A pin has a marker only if a package is locked at two versions (numpy on Python 3.11 and later). Other markers are
+    unnecessary, because a constraint installs nothing by itself, and they would split uv's resolution.
     """
     command = ["uv", "export", "--frozen", "--all-packages", "--all-groups", "--no-emit-workspace"]
     command += ["--no-hashes", "--no-annotate", "--no-header"]
@@ -34,10 +34,10 @@ def locked() -> list[str]:
 
 
 def with_pins(pyproject: str, pins: list[str]) -> str:
-    """The text of pyproject.toml with these pins in place of the old ones.
+    """Return the text of pyproject.toml with its pins replaced.
 
     Raises:
-        ValueError: the text does not hold exactly one list of pins.
+        ValueError: the text does not contain exactly one list of pins.
     """
     block = "constraint-dependencies = [\n" + "".join(f"    {json.dumps(pin)},\n" for pin in pins) + "]"
     text, count = LIST.subn(lambda _: block, pyproject)
@@ -47,7 +47,7 @@ def with_pins(pyproject: str, pins: list[str]) -> str:
 
 
 def main() -> None:
-    """Rewrite the list."""
+    """Rewrite the list of pins in pyproject.toml."""
     path, pins = ROOT / "pyproject.toml", locked()
     path.write_text(with_pins(path.read_text(encoding="utf-8"), pins), encoding="utf-8")
     print(f"{len(pins)} pins in {path.name}")

@@ -7,7 +7,7 @@ from picture_pipeline import catalog, use
 
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
-    """One model is installed, `toy-1`; returns how to change what is."""
+    """Install the model `toy-1`; return a function that changes the installed declarations."""
     monkeypatch.chdir(tmp_path)
 
     def install(**facts):

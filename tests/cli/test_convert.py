@@ -1,4 +1,4 @@
-"""`diffsynth convert`: what the loader reads becomes one safetensors file; nothing is overwritten or left half done."""
+"""Tests of `diffsynth convert`: all formats of the loader, and no overwritten or incomplete files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_shards(given, folder):
 
 
 def test_own_names_and_what_the_policy_disk_asks_for(folder):
-    """The command that a refused policy names makes a file that the policy takes."""
+    """The command that the policy's error message names writes a file that the policy accepts."""
     tiny_hub(folder / "hub", "z-image-turbo")
     pipe = diffsynth.load("z-image-turbo", device="cpu", torch_dtype=torch.float32, base_path=folder / "hub")
     own = {f"model.diffusion_model.{key}": tensor for key, tensor in pipe.dit.state_dict().items()}

@@ -1,4 +1,4 @@
-"""`diffsynth doctor`: each thing that can be wrong is found, named, and comes with what to do."""
+"""Tests of `diffsynth doctor`: each fault is found and reported with a next action."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def test_versions_of_our_packages_and_of_what_they_need():
     assert {"diffsynth-zimage", "diffsynth-train"} <= set(ours)
     assert libraries["torch"].seen == importlib.metadata.version("torch")
     assert {"transformers", "safetensors", "peft"} <= set(libraries)
-    assert "diffsynth-core" not in libraries  # it stands among ours, unless its version is wrong
+    assert "diffsynth-core" not in libraries  # listed among our packages, unless its version is wrong
 
 
 @pytest.fixture
 def versions(monkeypatch):
-    """Lets libraries have other versions, None for missing."""
+    """Return a dict that replaces the versions of distributions; None means not installed."""
     known, changed = importlib.metadata.version, {}
 
     def version(name):
@@ -105,7 +105,7 @@ def test_a_library_that_is_too_new_or_missing(versions):
         ("3.0.0rc1", "<3", False),
         ("0.1.0", "==0.1", True),
         ("0.1.1", "==0.1.0", False),
-        ("1.0", "~=0.1", True),  # not judged
+        ("1.0", "~=0.1", True),  # not checked
     ],
 )
 def test_bounds(version, bounds, within):
@@ -167,7 +167,7 @@ def test_settings_show_values_and_where_they_are_bad(monkeypatch):
     assert result.exit_code == 1
     assert "secret" not in result.stdout + result.stderr
     assert "word@" not in result.stdout
-    assert "My LoRA does nothing" in result.stdout  # behind the question that could not be answered
+    assert "My LoRA does nothing" in result.stdout  # listed after the question whose check failed
 
 
 def test_every_variable_is_among_the_settings():
@@ -322,7 +322,7 @@ def test_nothing_is_broken_without_a_next_action():
 
 
 def test_a_torch_that_cannot_be_imported_is_a_finding():
-    """The library that breaks most often must not take the doctor with it."""
+    """A broken torch, the most frequent fault, must not end the diagnosis."""
     code = """
 import sys
 

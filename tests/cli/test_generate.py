@@ -17,7 +17,7 @@ from picture_pipeline import VideoPipeline, picture_pipeline
 
 @pytest.fixture
 def loaded(monkeypatch, installed):
-    """What `diffsynth.load` was asked for, and the pipeline it gave."""
+    """Replace `diffsynth.load`; return the list of its calls."""
     calls = []
 
     def load(name, **options):

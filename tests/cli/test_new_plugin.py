@@ -1,4 +1,4 @@
-"""`diffsynth new-plugin`; that the package passes its own test is shown in tests/packaging, on its wheel."""
+"""Tests of `diffsynth new-plugin`; tests/packaging runs the package's own test on its wheel."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_the_example_is_what_it_writes_for_toy_and_a_little_more():
     for path, content in render("toy").items():
         if path.endswith(".safetensors"):
             shown, rendered = (EXAMPLE / path).read_bytes(), content
-            # Headers may order and pad otherwise; the numbers are the same.
+            # Headers may differ in order and padding; the tensors are equal.
             assert shown[-len(shown) // 2 :] == rendered[-len(shown) // 2 :]
             continue
         remaining = iter((EXAMPLE / path).read_text(encoding="utf-8").splitlines())
@@ -55,7 +55,7 @@ def test_the_example_is_what_it_writes_for_toy_and_a_little_more():
 
 
 def _holds(there: str, wanted: str) -> bool:
-    """Equal, or an import of the same names and more."""
+    """Return whether a line is equal, or an import of at least the same names."""
     return there == wanted or (wanted.startswith("from ") and there.startswith(f"{wanted}, "))
 
 

@@ -1,4 +1,4 @@
-"""On real headers: the layouts that ship with core, written as files without data."""
+"""Tests of `diffsynth recognize` on the layouts that ship with core, written as files without data."""
 
 import gzip
 import importlib.resources
@@ -27,7 +27,7 @@ def write_layout(path, layout, skip=0):
     text = json.dumps(header).encode()
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + end)  # a hole, which takes no disk
+        stream.truncate(8 + len(text) + end)  # a sparse file, which takes no disk space
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_shards_of_one_set_are_answered_once(tmp_path, layout):
 
 
 def in_a_fresh_process(path):
-    """The program's exit code, and which of the heavy modules it imported."""
+    """Return the program's exit code, the heavy modules that it imported, and its stderr."""
     code = """
 import sys
 from diffsynth.cli import main

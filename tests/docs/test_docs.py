@@ -1,4 +1,4 @@
-"""The manual is held against the code: it builds, its links lead somewhere, its lists are complete."""
+"""Tests of the manual against the code: it builds, its links resolve, its lists are complete."""
 
 from __future__ import annotations
 
@@ -93,6 +93,17 @@ def test_every_dependency_has_its_line_and_every_line_its_dependency():
 
 def names(requirements) -> set[str]:
     return {Requirement(line).name for line in requirements}
+
+
+def test_every_path_in_the_contributing_table_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## Where do I change")[2].partition("\n## ")[0]
+    cells = [row.split("|")[2] for row in re.findall(r"^\| .+ \|$", table, flags=re.MULTILINE)]
+    paths = {name for cell in cells for name in re.findall(r"`([\w./-]+(?:/|\.py|\.md|\.sh))`", cell)}
+    bases = [ROOT, *ROOT.glob("packages/*/src"), *ROOT.glob("packages/*/src/*")]
+    missing = sorted(path for path in paths if not any((base / path).exists() for base in bases))
+    assert len(paths) >= 40
+    assert missing == []
 
 
 def test_the_arguments_of_z_image_are_those_of_its_pipeline():

@@ -1,6 +1,6 @@
-"""A page per hook: its signature is the code's, and its example, installed as a plugin, does what the page says.
+"""Tests of the hook pages: signatures equal the code's, and each example works when installed as a plugin.
 
-The examples are further functions of `examples/third_party_plugin`, so they find its network and pipeline beside them.
+The examples extend `examples/third_party_plugin`, so they can use its network and pipeline.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def test_every_example_has_its_test():
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Installs the examples of some pages as one plugin `toy`, beside a small network; returns the package's folder."""
+    """Return a function that installs the examples of some pages as the plugin `toy` and returns its folder."""
     before, folder = set(sys.modules), tmp_path / "site" / "diffsynth_toy"
     monkeypatch.syspath_prepend(str(folder.parent))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -155,7 +155,7 @@ def test_effect_of_register_checkpoints(toy, tmp_path):
 
 
 class ReadsItsParts(torch.nn.MultiheadAttention):
-    """Holds a list and reads the parameters in it without calling its items, so it must not be cut there."""
+    """Module that reads parameters of a list's items without calling them, so it must not be split there."""
 
     def __init__(self):
         super().__init__(8, 2)
@@ -271,7 +271,7 @@ def test_effect_of_resolve_source(toy, tmp_path):
 
 @pytest.fixture
 def logged(toy, caplog):
-    """Draws under a page's observer; returns what that logged."""
+    """Return a function that generates with a page's observer installed and returns its log lines."""
 
     def run(name: str) -> list[str]:
         caplog.set_level(logging.INFO, logger="diffsynth_toy.plugin")

@@ -1,4 +1,4 @@
-"""The tutorial "Write a plugin", done by the letter in an empty folder, block by block."""
+"""Tests of the tutorial "Write a plugin": its blocks are run one by one in an empty folder."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_it_works_by_the_letter(folder):
 
 
 def run(folder: Path, line: str) -> str:
-    """What a line of the shell prints; programs of ours run in this process, which has torch already."""
+    """Run a shell line and return its output; our programs run in this process, which has imported torch already."""
     name, *arguments = shlex.split(line)
     if name == "pip":
         assert arguments == ["install", "-e", ".[test]"]
@@ -89,7 +89,7 @@ def run(folder: Path, line: str) -> str:
 
 
 def run_script(script: Path) -> None:
-    """Run it as it is, but for the number of training steps."""
+    """Run a script with a smaller number of training steps."""
     text = script.read_text(encoding="utf-8")
     shorter = re.sub(r"^(.*\bSTEPS = .*\b)\d{4,}$", r"\g<1>30", text, flags=re.MULTILINE)
     assert shorter != text
@@ -98,7 +98,7 @@ def run_script(script: Path) -> None:
 
 
 def install(folder: Path) -> None:
-    """What an editable install leaves: the metadata beside the sources. Real wheels are for tests/packaging."""
+    """Write the metadata of an editable install beside the sources; tests/packaging tests real wheels."""
     project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     information = folder / "src" / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     information.mkdir()

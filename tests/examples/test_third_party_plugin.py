@@ -1,4 +1,4 @@
-"""How the example's weights are made; what the package does is shown in tests/packaging, on its wheel."""
+"""Test of the script that trains the example's weights; tests/packaging tests the package's wheel."""
 
 import runpy
 import sys

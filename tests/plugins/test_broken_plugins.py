@@ -1,4 +1,4 @@
-"""Each way for a plugin to fail, alone and then all at once: it is reported by name, and a good one beside it works."""
+"""Tests of plugin failures, each alone and all together: each is reported by name, and a good plugin works."""
 
 import json
 import logging
@@ -96,7 +96,7 @@ KINDS = {
     "torch imported by a light module": ("torch",),
     "wrong API version": ("no_api", "old_api", "new_api", "wrapper"),
 }
-"""The ways to fail that discovery promises to survive, and the examples of each."""
+"""Kinds of failure that discovery must survive -> examples in `BROKEN`."""
 
 
 def install_broken(site, name):
@@ -206,7 +206,7 @@ print(json.dumps([problems, models, shown.exit_code, shown.stderr, warnings, loo
 
 
 def four_places(folder, plugins):
-    """What a fresh process tells; the heavy packages there are fake ones, for it only counts who imported them."""
+    """Return what a new process reports; heavy packages are empty fakes there, since only their import matters."""
     for heavy in _discovery.HEAVY:
         (folder / f"{heavy}.py").write_text("")
     install(folder, "good", good("fake_good", "fine"))

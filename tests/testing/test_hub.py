@@ -1,4 +1,4 @@
-"""Models in miniature: published names and files, recognised by structure, loaded and run; and what goes wrong."""
+"""Tests of the tiny hub: published names and files, recognition by structure, loading, running, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from diffsynth_zimage.plugin import MODELS, TINY
 
 FIRST_PARTY = [one.spec for one in _discovery.catalog().models if one.distribution.startswith("diffsynth-")]
 IMAGES = [spec for spec in FIRST_PARTY if spec.task == "text-to-image"]
-"""Videos want more arguments and more time; tests/rows/ writes a hub of each and draws with it."""
+"""Image models only: video models need more arguments and time, and are run on a tiny hub by tests/rows/."""
 
 ON_HUB = [spec for spec in IMAGES if not any("://" in source for source in spec.components.values())]
 Z_IMAGE = {spec.name: spec for spec in MODELS}
@@ -127,7 +127,7 @@ def test_size_of_all(hub):
 
 
 @pytest.mark.parametrize("spec", ON_HUB, ids=lambda spec: spec.name)
-def test_a_model_loads_and_draws(spec, offline):
+def test_a_model_loads_and_generates(spec, offline):
     pipe = diffsynth.load(spec.hub_id, device="cpu")
     image = pipe("an apple", height=64, width=64, num_inference_steps=2, seed=0)
     assert image.size == (64, 64)

@@ -1,4 +1,4 @@
-"""Each check of the conformance suite can fail: a plugin that breaks one promise fails that case and no other."""
+"""Tests of the conformance suite: a plugin that violates one requirement fails that case and no other."""
 
 import gzip
 import json
@@ -65,7 +65,7 @@ RULES = (Rename("net.{*}", "{*}"),)
 
 
 class Plugin:
-    """The files of a plugin that keeps every promise, until some are edited."""
+    """The files of a plugin that passes all checks, until some are edited."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -94,7 +94,7 @@ class Plugin:
         self.write(path, text.replace(old, new).encode())
 
     def failures(self):
-        """Names of the cases that fail; those that another's failure skips are left out."""
+        """Return the names of the failed cases, without those skipped because of another failure."""
         _discovery.refresh()
         checks = checks_of(f"diffsynth-{NAME}")
         runner = CheckRunner(checks)
@@ -121,7 +121,7 @@ def plugin(tmp_path, monkeypatch):
     _discovery._discovered = None
 
 
-def test_a_plugin_that_keeps_every_promise(plugin):
+def test_a_correct_plugin_passes(plugin):
     assert plugin.failures() == []
 
 
@@ -309,7 +309,7 @@ def test_what_is_broken_fails_its_case_and_no_other(plugin, name):
 
 
 def test_every_case_is_broken_by_one_of_these(plugin):
-    """But "recognised by signature": with a true signature and rules that plan, only a twin's signature is left."""
+    """Every case but "recognised by signature", which fails only if two architectures have one signature."""
     _discovery.refresh()
     expected = [name for *_, name in BROKEN.values()]
     untried = [check.name for check in checks_of(f"diffsynth-{NAME}") if not check.name.startswith(tuple(expected))]

@@ -1,4 +1,4 @@
-"""Tiny files: which keys and shapes they have, what they are called, and what is in them."""
+"""Tests of the tiny hub's weight files: keys, shapes, file names and values."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_an_autoencoder_under_the_names_of_its_first_publisher():
     shapes = tiny_shapes(PUBLISHED["flux_autoencoder/original"], own)
     assert len(shapes) == len(own)
     assert shapes["encoder.mid.attn_1.q.weight"] == (128, 128, 1, 1)
-    # They count the levels of the decoder the other way round.
+    # The published names count the decoder's levels in the opposite order.
     assert shapes["decoder.up.3.block.0.conv1.weight"] == own["decoder.up_blocks.0.resnets.0.conv1.weight"]
 
 
 @pytest.fixture
 def layout(monkeypatch):
-    """Gives the toy checkpoint a layout and rules."""
+    """Return a function that sets layout and rules of the toy checkpoint."""
 
     def give(shapes, *rules):
         monkeypatch.setattr(tiny_files, "layout_of", lambda checkpoint: shapes)

@@ -1,4 +1,4 @@
-"""A plugin that is not ours on the tiny hub, and what its author may get wrong."""
+"""Tests of the tiny hub with a third-party plugin, and of errors in its declarations."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ LAYOUT = {
 def install(
     site: Site, tiny: str = "{'dit': {'width': 16}}", more: str = "", *, roles: tuple = ("dit",), published: bool = True
 ) -> None:
-    """The plugin `odd`; unless `published`, it says nothing of files: neither layout, nor rules, nor where they are."""
+    """Install the plugin `odd`; unless `published`, its checkpoint has no layout, rules or files."""
     components = ", ".join(f'"{role}": "Odd/Odd-1:net/*.safetensors"' for role in roles)
     code = PLUGIN.format(tiny=tiny, more=more, components=components)
     if not published:

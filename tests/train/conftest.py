@@ -9,7 +9,7 @@ from diffsynth.testing.tiny_processors import byte_tokenizer
 
 @pytest.fixture
 def workspace(tmp_path):
-    """Five grey pictures with captions, and a tokenizer; returns the folder."""
+    """Write five grey images with captions and a tokenizer; return the folder."""
     with (tmp_path / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("image", "prompt"))

@@ -6,7 +6,7 @@ from diffsynth_train.cli import train
 
 
 def toml(value):
-    """Enough TOML for our recipes: JSON's strings, numbers, lists, and inline tables."""
+    """Return a value as TOML: strings, numbers, lists and inline tables, as recipes need them."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

@@ -21,7 +21,7 @@ def parsed(recipe, **changes):
     return parse_section(Recipe, recipe, where="")
 
 
-def test_autoencoder_learns_and_its_latents_get_unit_scale(autoencoder_recipe, workspace):
+def test_autoencoder_is_trained_and_its_latents_get_unit_scale(autoencoder_recipe, workspace):
     recipe = parsed(autoencoder_recipe, loop__steps=30, objective__crop=0)
     (path,) = loop.train(recipe)
     with (workspace / "autoencoder" / "loss.csv").open() as file:
@@ -44,11 +44,11 @@ def test_autoencoder_learns_and_its_latents_get_unit_scale(autoencoder_recipe, w
     (again,) = checkpoint.save_weights(workspace / "again", parts, dtype=torch.float32, step=0, notes={})
     began_as = header.read([again]).metadata["diffsynth.base"]
     assert began_as == header.signature(header.read([path]).shapes)
-    assert "diffsynth.base" not in metadata  # that one began as nothing
+    assert "diffsynth.base" not in metadata  # it was trained from scratch
 
 
 def test_resume_is_bit_exact(flow_recipe, workspace):
-    """Six steps at once, and three steps, a stop and three more, leave the same bits in both components."""
+    """Six steps without a stop, and three steps, a resume and three more, give bit-equal weights."""
     whole = {path.name: load_file(path) for path in loop.train(parsed(flow_recipe))}
     halfway = workspace / "flow" / "step-0000003"
     resumed_recipe = parsed(flow_recipe, output__folder=str(workspace / "resumed"))
@@ -97,7 +97,9 @@ def test_frozen_units_are_cached_and_read_back(flow_recipe, workspace):
 
 def test_gradients_reach_both_components_and_spare_the_frozen_one(flow_recipe):
     run = loop.TrainingRun(parsed(flow_recipe))
-    for step in range(4):  # output layer and gates start at zero: each step lets the gradient one layer further
+    for step in range(
+        4
+    ):  # output layer and gates are initialised to zero: the gradient reaches one more layer in each step
         run.step(step)
     for role in ("dit", "text_encoder"):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in run.components[role].module.parameters())
@@ -105,7 +107,7 @@ def test_gradients_reach_both_components_and_spare_the_frozen_one(flow_recipe):
 
 
 def test_micro_batches_add_up(autoencoder_recipe):
-    """The same step in one piece and in pieces: equal gradients, where nothing random differs."""
+    """A step with and without micro-batches gives equal gradients if nothing is random."""
     norms = []
     for micro in (0, 1):
         autoencoder_recipe["objective"] = {"name": "reconstruction", "sample": False}
@@ -113,7 +115,7 @@ def test_micro_batches_add_up(autoencoder_recipe):
     assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-4)
 
 
-def test_old_checkpoints_go(flow_recipe, workspace):
+def test_old_checkpoints_are_deleted(flow_recipe, workspace):
     loop.train(parsed(flow_recipe, loop__save_every=1, loop__keep=2))
     kept = sorted(path.name for path in (workspace / "flow").glob("step-*"))
     assert kept == ["step-0000005", "step-0000006"]

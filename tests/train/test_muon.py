@@ -1,4 +1,4 @@
-"""Muon against torch's, which takes matrices only, and against AdamW where it is AdamW."""
+"""Tests of Muon against torch's implementation, which supports matrices only, and against AdamW."""
 
 import pytest
 import torch

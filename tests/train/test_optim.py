@@ -12,7 +12,7 @@ def rates(steps=10, **settings):
 
 
 def test_constant_is_constant_from_the_first_step():
-    """The reference's scheduler runs its first five steps at a third of the rate, unasked."""
+    """DiffSynth-Studio's scheduler runs the first five steps at a third of the rate by default."""
     assert rates() == [1.0] * 10
 
 

@@ -12,7 +12,7 @@ SPEC = TrainingSpec(
 
 
 class Recording(ToyPipeline):
-    """Answers with zeros and keeps what it was asked."""
+    """Return zeros and record the arguments."""
 
     def velocity(self, latents, sigma, *, colour):
         self.asked = (latents, sigma, colour)
@@ -28,7 +28,7 @@ def asked(options=None, size=4096):
 
 
 def test_levels_are_those_of_the_table():
-    """The reference rounds the drawn time to bf16, which leaves a grid of 4 above 512 of 1000."""
+    """DiffSynth-Studio rounds the sampled time to bf16, which gives a grid of 4 above 512 of 1000."""
     pipe, _, _ = asked()
     table = torch.linspace(1, 0, 1001)[:-1]
     table = 3 * table / (1 + 2 * table)
@@ -40,7 +40,7 @@ def test_levels_are_those_of_the_table():
 
 
 def test_target_is_noise_minus_data():
-    """With x0 = 0 and a prediction of 0, the loss is the noise's own variance."""
+    """With x0 = 0 and a prediction of 0, the loss is the variance of the noise."""
     pipe, loss, numbers = asked()
     latents, sigma, _ = pipe.asked
     noise = latents.flatten() / sigma
