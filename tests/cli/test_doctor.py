@@ -278,7 +278,7 @@ def test_devices():
 
 
 def test_a_device_that_does_not_compute():
-    found = machine._device("meta")
+    found = machine.check_device("meta")
     assert found.state == "broken"
     assert "does not compute" in found.seen
 

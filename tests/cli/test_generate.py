@@ -28,7 +28,7 @@ def loaded(monkeypatch, installed):
     return calls
 
 
-def test_a_picture_with_its_record(run, loaded, tmp_path):
+def test_an_image_with_its_record(run, loaded, tmp_path):
     result = run("generate", "toy-1", "abcde", "-o", "out.png", "--seed", 5, "--steps", 2, "--width", 48)
     assert (result.exit_code, result.stdout) == (0, "out.png\n"), result.output
     image = Image.open(tmp_path / "out.png")
@@ -57,7 +57,7 @@ def test_a_seed_is_drawn_and_recorded(run, loaded):
     assert all(isinstance(seed, int) for seed in seeds)
 
 
-def test_several_pictures_have_numbers_and_their_own_seeds(run, loaded):
+def test_several_images_have_numbers_and_their_own_seeds(run, loaded):
     result = run("generate", "toy-1", "abc", "-o", "out.png", "--num-images", 2, "--seed", 5)
     assert result.stdout == "out-1.png\nout-2.png\n"
     records = [provenance.read_png(f"out-{i}.png") for i in (1, 2)]
@@ -65,7 +65,7 @@ def test_several_pictures_have_numbers_and_their_own_seeds(run, loaded):
     assert all(made_by["arguments"] == {} for made_by in records)
 
 
-def test_set_takes_literals_text_and_pictures(run, loaded, tmp_path):
+def test_set_takes_literals_text_and_images(run, loaded, tmp_path):
     Image.new("L", (16, 32), 200).save(tmp_path / "in.png")
     settings = ("--set", "input_image=in.png", "--set", "denoising_strength=0.5", "--set", "rand_device=cpu")
     assert run("generate", "toy-1", "abc", "-o", "out.png", *settings).exit_code == 0

@@ -100,7 +100,7 @@ def test_info_of_an_unknown_model(installed, run):
     assert "Traceback" in run("--traceback", "info", "toy-2").stderr
 
 
-def test_info_of_a_picture(run, tmp_path):
+def test_info_of_an_image(run, tmp_path):
     provenance.save_png(Image.new("L", (8, 8)), tmp_path / "a.png", {"prompt": "äpple", "weights": {"dit": {"f": "1"}}})
     result = run("info", "a.png")
     assert result.exit_code == 0
@@ -108,7 +108,7 @@ def test_info_of_a_picture(run, tmp_path):
     assert json.loads(run("info", "a.png", "--json").stdout)["prompt"] == "äpple"
 
 
-def test_info_of_a_picture_without_a_record(run, tmp_path):
+def test_info_of_an_image_without_a_record(run, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     assert run("info", "a.png").exit_code == 2
     assert "no such file" in run("info", "b.png").stderr

@@ -162,11 +162,11 @@ def test_strict_mode_raises(site, monkeypatch):
 
 
 def test_two_plugins_of_one_name_are_both_problems(site):
-    site.install("twin", good("fake_twin_a", "a"), package="fake_twin_a")
-    site.install("twin", good("fake_twin_b", "b"), package="fake_twin_b")
+    site.install("shared", good("fake_shared_a", "a"), package="fake_shared_a")
+    site.install("shared", good("fake_shared_b", "b"), package="fake_shared_b")
     catalog = site.discover()
-    assert [problem.distribution for problem in catalog.problems] == ["fake-twin-a", "fake-twin-b"]
-    assert all("fake-twin-a 1.0 and fake-twin-b 1.0" in problem.error for problem in catalog.problems)
+    assert [problem.distribution for problem in catalog.problems] == ["fake-shared-a", "fake-shared-b"]
+    assert all("fake-shared-a 1.0 and fake-shared-b 1.0" in problem.error for problem in catalog.problems)
     assert catalog.models == ()
 
 

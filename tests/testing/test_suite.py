@@ -25,7 +25,7 @@ LAYOUT = CheckpointSpec(
     name="{DIT}/published", architecture="{DIT}", rules="{PACKAGE}.convert:RULES", signature="SIGNATURE",
     layout="{PACKAGE}:published.json.gz",
 )
-TWIN = ()
+SECOND = ()
 
 
 @hookimpl
@@ -128,8 +128,8 @@ def test_a_correct_plugin_passes(plugin):
 CONSTRUCTED = "        self.config = config\n"
 RETURNED = 'return rearrange(self.pixels(x), "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=PATCH, q=PATCH)'
 NAIVE = "NaiveAttention()(call)"
-TWIN = f"""(ArchitectureSpec(
-    name="twin", module="{PACKAGE}.dit:ZzzMadeDiT", config="{PACKAGE}.config:ZzzMadeDiTConfig",
+SECOND = f"""(ArchitectureSpec(
+    name="second", module="{PACKAGE}.dit:ZzzMadeDiT", config="{PACKAGE}.config:ZzzMadeDiTConfig",
     infer_config="{PACKAGE}.config:infer_config", required=(
         "patches.weight", "positions.weight", "letters.weight", "time.mlp.0.weight", "blocks.{{n}}.qkv.weight",
         "pixels.0.weight",
@@ -138,12 +138,12 @@ TWIN = f"""(ArchitectureSpec(
 ),)
 
 @hookimpl(specname="register_checkpoints")
-def twin_checkpoints(register):
-    register(CheckpointSpec(name="twin", architecture="twin", rules="{PACKAGE}.convert:RULES"))
+def second_checkpoints(register):
+    register(CheckpointSpec(name="second", architecture="second", rules="{PACKAGE}.convert:RULES"))
 
 @hookimpl(specname="register_architectures")
-def twin_architectures(register):
-    register(TWIN[0])
+def second_architectures(register):
+    register(SECOND[0])
 """
 
 BROKEN = {
@@ -221,7 +221,12 @@ BROKEN = {
         '(Rename("net.positions.bias", "lost"), Rename(',
         f"{LAYOUT} converts with no missing keys",
     ),
-    "two architectures alike": ("plugin.py", "TWIN = ()", f"TWIN = {TWIN}", f"{LAYOUT} is recognised by structure"),
+    "two architectures alike": (
+        "plugin.py",
+        "SECOND = ()",
+        f"SECOND = {SECOND}",
+        f"{LAYOUT} is recognised by structure",
+    ),
     "a condition that nobody writes": ("pipeline.py", "sigma, *, letters", "sigma, *, words, letters", "units of"),
     "a unit that reads what nobody writes": ("units.py", "(*, latents:", "(*, gamma, latents:", "units of"),
     "a default that is no argument": (
@@ -320,8 +325,8 @@ def test_two_architectures_of_one_signature(plugin):
     signature = header.signature(
         json.loads(gzip.decompress((plugin.folder / PACKAGE / "published.json.gz").read_bytes()))["tensors"]
     )
-    twin = TWIN.replace('.convert:RULES"', f'.convert:RULES", signature="{signature}"')
-    plugin.edit("plugin.py", "TWIN = ()", f"TWIN = {twin}")
+    second = SECOND.replace('.convert:RULES"', f'.convert:RULES", signature="{signature}"')
+    plugin.edit("plugin.py", "SECOND = ()", f"SECOND = {second}")
     assert plugin.failures() == [
         f"{LAYOUT} is recognised by signature, as one architecture",
         f"{LAYOUT} is recognised by structure, as one architecture",

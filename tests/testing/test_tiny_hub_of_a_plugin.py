@@ -120,7 +120,7 @@ def install(
     (folder / "odd.json.gz").write_bytes(gzip.compress(json.dumps({"tensors": LAYOUT}).encode()))
 
 
-def test_a_stranger_gets_one_too(site, tmp_path):
+def test_a_third_party_model_has_a_tiny_version(site, tmp_path):
     install(site)
     assert site.discover().problems == ()
     root = tmp_path / "hub"
@@ -136,7 +136,7 @@ def test_a_stranger_gets_one_too(site, tmp_path):
     assert isinstance(pipe("ab", height=16, width=16, num_inference_steps=2, seed=0), float)
 
 
-def test_a_stranger_who_saves_under_his_own_names(site, tmp_path):
+def test_a_third_party_model_under_its_own_key_names(site, tmp_path):
     install(site, published=False)
     shapes = header.read(tiny_hub(tmp_path / "hub")).shapes
     assert set(shapes) == {*(f"blocks.{n}.{part}.weight" for n in range(2) for part in "qkv"), "gain"}

@@ -56,7 +56,7 @@ def test_no_drop_keeps_every_caption():
     ("captions", "message"),
     [
         ({"templates": ("{captoin}",)}, "unknown field 'captoin'; did you mean 'caption'"),
-        ({"templates": ("a picture",)}, "lacks {caption}"),
+        ({"templates": ("an image",)}, "lacks {caption}"),
         ({"templates": ()}, "empty"),
         ({"drop": 1.0}, "drop = 1.0"),
     ],

@@ -1,4 +1,4 @@
-"""What diffsynth-toy declares. Imports no torch: code is named by string and imported on first use."""
+"""Declarations of diffsynth-toy. Imports no torch: code is named by string and imported on first use."""
 
 from diffsynth import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, UnitSpec

@@ -41,7 +41,7 @@ def devices() -> Iterator[Finding]:
             "If the machine has one: install its driver, and a torch that is built for it",
         )
     for name in device.present_devices():
-        yield _device(name)
+        yield check_device(name)
 
 
 def attention() -> Iterator[Finding]:
@@ -111,7 +111,8 @@ def in_gib(count: float | None) -> str:
     return "an unknown amount" if count is None else f"{count / GIB:.1f} GiB"
 
 
-def _device(name: str) -> Finding:
+def check_device(name: str) -> Finding:
+    """Multiply matrices on a device and return the finding."""
     import torch
 
     from diffsynth.core import device
