@@ -29,7 +29,7 @@ from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.core.loader import header, recognize
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.vram import DiskMap, Policy, wrap
-from diffsynth.runtime import declared_backends, memory_options
+from diffsynth.runtime import architectures, declared_backends
 from diffsynth.spec import resolve
 from diffsynth_train.components import training_spec
 from diffsynth_train.objectives.base import build_objective
@@ -173,7 +173,7 @@ def test_effect_of_register_layer_wrappers(toy, tmp_path):
 
     def streamed():
         handle = wrap(
-            module.to("meta"), Policy.preset("disk", "cpu"), source=source, smallest=0, **memory_options.cuts(None)
+            module.to("meta"), Policy.preset("disk", "cpu"), source=source, smallest=0, **architectures.cuts(None)
         )
         handle.configure(resident=(), slots=1)
         try:

@@ -32,18 +32,21 @@ MISFITS = {
     "another_type": (
         "@unit('extra')\ndef grow(*, height: str = 'tall'): return height",
         "unit 'grow' of plugin misfit (fake-misfit) declares argument 'height' as str = 'tall', unlike int = 32; "
-        "it is of unit 'round_size'. Give it another name, or the same type and default",
+        "it belongs to unit 'round_size'. Give it another name, or the same type and default",
     ),
     "another_default": (
         "@unit('extra')\ndef grow(*, denoising_strength: float = 0.5): return 0",
-        "declares argument 'denoising_strength' as float = 0.5, unlike float = 1.0; it is of unit 'schedule'",
+        "declares argument 'denoising_strength' as float = 0.5, unlike float = 1.0; it belongs to unit 'schedule'",
     ),
     "argument_of_the_loop": (
         "@unit('extra')\ndef grow(*, cfg_scale: str = 'big'): return cfg_scale",
         "unit 'grow' of plugin misfit (fake-misfit) declares 'cfg_scale', which every pipeline has. "
         "Read it without a default",
     ),
-    "rewrites": ("@unit('latents')\ndef grow(): return 0", "rewrites 'latents' without reading it; it is of unit 'ini"),
+    "rewrites": (
+        "@unit('latents')\ndef grow(): return 0",
+        "rewrites 'latents' without reading it; it belongs to unit 'ini",
+    ),
     "takes_an_argument_away": (
         "@unit('denoising_strength')\ndef grow(): return 1.0",
         "writes 'denoising_strength' before its owner reads it",
@@ -113,7 +116,7 @@ def test_two_plugins_that_clash_name_each_other(site):
     (problem,) = registry.problems()
     assert problem.plugin == "beta"
     assert "unit 'beta_step' of plugin beta (fake-beta) declares argument 'softness'" in problem.error
-    assert "it is of unit 'alpha_step' of plugin alpha (fake-alpha)" in problem.error
+    assert "it belongs to unit 'alpha_step' of plugin alpha (fake-alpha)" in problem.error
 
 
 def test_one_may_build_on_another_whatever_their_names(site):

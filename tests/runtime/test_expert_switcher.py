@@ -14,8 +14,7 @@ from diffsynth.core.loader import file_prefetcher
 from diffsynth.core.vram.managed import wrap
 from diffsynth.core.vram.policy import Placement, Policy
 from diffsynth.errors import CorruptFile
-from diffsynth.runtime.expert_switcher import ExpertSwitcher
-from diffsynth.runtime.stage_offloader import StageOffloader
+from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
 
 CPU = torch.device("cpu")
 

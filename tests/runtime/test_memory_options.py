@@ -11,7 +11,8 @@ import diffsynth
 from diffsynth.core.loader import component
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.vram.managed import managed
-from diffsynth.runtime import memory_options
+from diffsynth.runtime import architectures
+from diffsynth.runtime.memory_options import MemoryOptions
 from diffsynth.runtime.progress import no_progress
 from diffsynth.testing import tiny_hub
 from diffsynth_zimage.pipeline import ZImagePipeline
@@ -30,8 +31,8 @@ def hub(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def every_block_travels(monkeypatch):
     """Tiny blocks are below the size that is worth a transfer."""
-    cuts = memory_options.cuts
-    monkeypatch.setattr(memory_options, "cuts", lambda architecture: cuts(architecture) | {"smallest": 0})
+    cuts = architectures.cuts
+    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 0})
 
 
 def loaded(hub, device="cpu", **memory):
@@ -78,7 +79,7 @@ def test_streaming_changes_no_bit(hub, expected, resident, slots):
 def test_fp8_rounds_each_weight_once_but_those_of_high_precision(hub, expected):
     by_hand = loaded(hub)
     for role in ("dit", "text_encoder", "vae"):
-        kept = memory_options.architecture_of(by_hand.components[role]).high_precision
+        kept = architectures.architecture_of(by_hand.components[role]).high_precision
         patterns = tuple(pattern.replace("*", "") for pattern in kept)
         for name, parameter in by_hand.components[role].named_parameters():
             if not any(part in name for part in patterns):
@@ -148,10 +149,10 @@ def test_a_role_that_is_to_stay_is_not_wrapped_by_the_limit(hub, monkeypatch):
     """The policy of a role was read while loading and forgotten afterwards. Then the limit wrapped what was to stay."""
     from diffsynth.runtime import pipeline
 
-    given = []
-    monkeypatch.setattr(pipeline, "Placing", lambda *args: given.append(args) or memory_options.MemoryOptions(*args))
+    options = []
+    monkeypatch.setattr(pipeline, "MemoryOptions", lambda *args: options.append(MemoryOptions(*args)) or options[-1])
     loaded(hub, policy={"vae": "none"})
-    assert given == [(torch.device("cpu"), torch.float32, None, {"vae": "none"})]
+    assert options == [MemoryOptions(torch.device("cpu"), torch.float32, None, {"vae": "none"})]
 
 
 def test_a_limit_below_one_block_is_refused_before_loading(hub, monkeypatch):

@@ -1,12 +1,13 @@
 import inspect
 import threading
 import weakref
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from diffsynth.core.vram.managed import managed
+from diffsynth.core.vram.policy import BlockState
 from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent
 from diffsynth.runtime.unit import unit
 from diffsynth.sampling.noise import initial_noise
@@ -232,7 +233,7 @@ def test_a_unit_that_only_requires_a_role_speaks_for_its_arguments():
         toy_pipeline(Experts)
 
 
-def test_only_the_expert_of_the_moment_is_on_the_device(monkeypatch):
+def test_only_the_expert_of_the_moment_is_on_the_device():
     """A pipeline of two experts says which of them a noise level wants; they change places once, at the boundary."""
 
     class Experts(ToyPipeline):
@@ -240,29 +241,23 @@ def test_only_the_expert_of_the_moment_is_on_the_device(monkeypatch):
             return ("dit",) if sigma >= values["boundary"] else ("adapter",)
 
         def velocity(self, latents, sigma, *, colour):
-            on_device.append(tuple(present))
-            return self.dit(latents, sigma, colour)
+            on_device.append(tuple(role for role in ("dit", "adapter") if is_loaded(self, role)))
+            (role,) = self.roles_at(float(sigma[0]), {"boundary": 0.8})
+            return self.components[role](latents, sigma, colour)
 
     @unit("boundary")
     def choose_boundary():
         return 0.8
 
+    def is_loaded(pipe, role):
+        return managed(pipe.components[role]).state is not BlockState.OFFLOAD
+
     Experts.units = (*ToyPipeline.units, choose_boundary)
-    pipe = Experts({"dit": ToyNet(), "adapter": ToyNet()}, device="cpu", torch_dtype=torch.float32)
-    present, stages, on_device = [], [], []
-
-    @contextmanager
-    def placed(roles, *_):
-        stages.append(tuple(roles))
-        present.extend(roles)
-        yield
-        del present[len(present) - len(tuple(roles)) :]
-
-    monkeypatch.setattr(pipe._offloader, "on_device", placed)
-    sigmas = []
+    experts = {role: ToyNet().requires_grad_(False) for role in ("dit", "adapter")}
+    pipe = Experts(experts, device="cpu", torch_dtype=torch.float32, policy="cpu-offload")
+    on_device, sigmas = [], []
     pipe("abc", seed=0, cfg_scale=2.0, num_inference_steps=4, on_step=lambda step: sigmas.append(step.sigma))
     expected = [("dit",) if sigma >= 0.8 else ("adapter",) for sigma in sigmas for branch in ("cond", "uncond")]
     assert len(set(expected)) == 2
     assert on_device == expected
-    assert [stage for stage in stages if stage] == [("dit",), ("adapter",)]
-    assert present == []
+    assert not any(is_loaded(pipe, role) for role in experts)

@@ -8,11 +8,10 @@ import torch
 import diffsynth
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.errors import NotEnoughMemory
-from diffsynth.runtime import memory_options
-from diffsynth.runtime.plan_cache import PlanCache
+from diffsynth.runtime import architectures
 from diffsynth.runtime.progress import no_progress
+from limited import keep_limit
 
-CUDA = torch.device("cuda")
 CALL = {
     "num_inference_steps": 2,
     "height": 128,
@@ -27,8 +26,8 @@ MODULES = ("dit", "text_encoder", "vae")
 
 @pytest.fixture(autouse=True)
 def every_block_travels(monkeypatch):
-    cuts = memory_options.cuts
-    monkeypatch.setattr(memory_options, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**16})
+    cuts = architectures.cuts
+    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**16})
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +41,14 @@ def expected(free):
 
 
 def limited(gib):
-    """The CPU in place of a device with so much memory; weights on disk, so that what is away is away."""
+    """The CPU in place of a device with so much memory; weights on disk, so that offloaded blocks take no memory."""
     pipe = diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32, policy="disk")
-    pipe._limit = PlanCache(pipe, gib, CUDA)
+    keep_limit(pipe, gib)
     return pipe
+
+
+def plan_of(pipe, call):
+    return pipe.plan_cache.plan(pipe.check(**call), call)
 
 
 @pytest.fixture
@@ -81,12 +84,12 @@ def test_with_room_for_all_nothing_leaves(expected):
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_a_limit_is_kept_and_changes_no_bit(expected, most, share):
     pipe = limited(1)
-    plan = pipe._planned(CALL).plan
+    plan = plan_of(pipe, CALL)
     least, all_of_it = plan.smallest_vram, sum(whole(pipe).values()) + max(stage.activations for stage in plan.stages)
     limit = least + share * (all_of_it - least)
-    pipe._limit = PlanCache(pipe, limit / 2**30, CUDA)
+    keep_limit(pipe, limit / 2**30)
     assert torch.equal(pipe("a red apple", **CALL), expected)
-    plan = pipe._planned(CALL).plan
+    plan = plan_of(pipe, CALL)
     assert plan.peak_vram <= limit
     for role in MODULES:
         part = managed(pipe.components[role])
@@ -97,7 +100,7 @@ def test_a_limit_is_kept_and_changes_no_bit(expected, most, share):
 def test_no_memory_at_all_is_the_least_there_is(expected, most):
     pipe = limited(0)
     assert torch.equal(pipe("a red apple", **CALL), expected)
-    plan = pipe._planned(CALL).plan
+    plan = plan_of(pipe, CALL)
     assert not any(component.resident for stage in plan.stages for component in stage.components)
     assert most[managed(pipe.dit)] < whole(pipe)["dit"]
     assert all(managed(pipe.components[role]).device_bytes == 0 for role in MODULES)
@@ -110,18 +113,21 @@ def test_a_limit_that_cannot_be_kept_is_refused_before_running(most):
     assert not most
 
 
-def test_equal_calls_share_a_plan(monkeypatch):
-    from diffsynth.runtime import plan_cache
-
+def test_equal_calls_share_a_plan():
     pipe = limited(8)
-    made = []
-    plan_call = plan_cache.plan_call
-    monkeypatch.setattr(
-        plan_cache, "plan_call", lambda *args, **kwargs: made.append(args) or plan_call(*args, **kwargs)
-    )
+    plans = keep_limit(pipe, 8)
     pipe("a red apple", **CALL)
     pipe("something else", on_step=lambda step: None, **{**CALL, "seed": 4})
-    assert len(made) == 1
+    assert len(plans) == 1
     pipe("a red apple", **{**CALL, "height": 64})
     pipe(["one", "two"], **CALL)
-    assert len(made) == 3
+    assert len(plans) == 3
+
+
+def test_plans_are_made_anew_after_they_were_cleared():
+    pipe = limited(8)
+    plans = keep_limit(pipe, 8)
+    pipe("a red apple", **CALL)
+    pipe.plan_cache.clear()
+    pipe("a red apple", **CALL)
+    assert [plan.peak_vram for plan in plans] == [plans[0].peak_vram] * 2

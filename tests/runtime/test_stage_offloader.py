@@ -1,4 +1,4 @@
-"""Stages bring what they use, and what is in the way leaves."""
+"""Stages load the components that they use, and offload those that are in the way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffsynth.core.vram.managed import wrap
+from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.core.vram.policy import BlockState, Policy
 from diffsynth.runtime.stage_offloader import StageOffloader
 
@@ -32,8 +32,8 @@ def offloader(*roles: str) -> tuple[StageOffloader, dict[str, Net]]:
     return StageOffloader({**modules, "tokenizer": object(), "empty": None}, CPU), modules
 
 
-def states(held: StageOffloader) -> dict[str, BlockState]:
-    return {role: module.state for role, module in held._managed.items()}
+def states(modules: dict[str, Net]) -> dict[str, BlockState]:
+    return {role: managed(module).state for role, module in modules.items()}
 
 
 def test_modules_without_a_policy_are_left_alone():
@@ -43,31 +43,31 @@ def test_modules_without_a_policy_are_left_alone():
 
 
 def test_a_stage_has_its_roles_and_no_others():
-    held, _ = offloader("dit", "vae")
-    with held.on_device(["dit", "tokenizer"]):
-        assert states(held) == {"dit": BlockState.ONLOAD, "vae": BlockState.OFFLOAD}
-    assert states(held)["dit"] is BlockState.ONLOAD, "it stays until another stage wants the room"
-    with held.on_device(["vae"]):
-        assert states(held) == {"dit": BlockState.OFFLOAD, "vae": BlockState.ONLOAD}
-    held.rest(None)
-    assert set(states(held).values()) == {BlockState.OFFLOAD}
+    stages, modules = offloader("dit", "vae")
+    with stages.on_device(["dit", "tokenizer"]):
+        assert states(modules) == {"dit": BlockState.ONLOAD, "vae": BlockState.OFFLOAD}
+    assert states(modules)["dit"] is BlockState.ONLOAD, "it stays until another stage needs the memory"
+    with stages.on_device(["vae"]):
+        assert states(modules) == {"dit": BlockState.OFFLOAD, "vae": BlockState.ONLOAD}
+    stages.end_call(None)
+    assert set(states(modules).values()) == {BlockState.OFFLOAD}
 
 
 def test_another_pipelines_components_leave_too():
-    one, _ = offloader("dit")
+    one, modules = offloader("dit")
     other, _ = offloader("dit")
     with one.on_device(["dit"]):
         pass
     with other.on_device(["dit"]):
-        assert states(one) == {"dit": BlockState.OFFLOAD}
+        assert states(modules) == {"dit": BlockState.OFFLOAD}
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
 def test_roles_leave_when_a_stage_fails(error):
-    held, _ = offloader("dit")
-    with pytest.raises(error), held.on_device(["dit"]):
+    stages, modules = offloader("dit")
+    with pytest.raises(error), stages.on_device(["dit"]):
         raise error("stage")
-    assert states(held) == {"dit": BlockState.OFFLOAD}
+    assert states(modules) == {"dit": BlockState.OFFLOAD}
 
 
 def test_stages_of_two_threads_take_turns():

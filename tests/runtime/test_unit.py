@@ -31,7 +31,7 @@ UNITS = (round_size, encode, double, draw)
 
 
 def test_arguments_are_reads_with_a_default_that_nobody_writes():
-    program = check_units(UNITS, given=())
+    program = check_units(UNITS, provided=())
     assert list(program.arguments) == ["height", "width", "prompt", "negative_prompt"]
     assert program.arguments["negative_prompt"].default == ""
 
@@ -40,7 +40,7 @@ def test_a_unit_that_reads_a_branched_name_is_branched():
     seen = []
     state = CallValues({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
     around = lambda step: seen.append(step.name) or nullcontext()  # noqa: E731
-    run_units(check_units(UNITS, given=()), {"text_encoder": object()}, state, around=around)
+    run_units(check_units(UNITS, provided=()), {"text_encoder": object()}, state, around=around)
     assert seen == ["round_size", "encode", "encode", "double", "double", "draw"]
 
 
@@ -60,17 +60,17 @@ def test_a_unit_before_the_first_branched_one_runs_once_though_both_write_one_na
         return (*parts, prompt)
 
     state = CallValues({"prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
-    run_units(check_units((begin, refer, steer), given=()), {}, state)
-    cond, uncond = (state.view(branch)["parts"] for branch in ("cond", "uncond"))
+    run_units(check_units((begin, refer, steer), provided=()), {}, state)
+    cond, uncond = (state.for_branch(branch)["parts"] for branch in ("cond", "uncond"))
     assert cond[0] is uncond[0]
     assert (cond[1], uncond[1]) == ("a", "b")
 
 
 def test_branches_run_once_each():
     state = CallValues({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
-    run_units(check_units(UNITS, given=()), {"text_encoder": object()}, state)
-    assert state.view("cond")["doubled"] == "<a><a>"
-    assert state.view("uncond")["doubled"] == "<b><b>"
+    run_units(check_units(UNITS, provided=()), {"text_encoder": object()}, state)
+    assert state.for_branch("cond")["doubled"] == "<a><a>"
+    assert state.for_branch("uncond")["doubled"] == "<b><b>"
     assert state.shared["noise"] == 32 * 16
 
 
@@ -102,7 +102,7 @@ def test_a_read_that_nothing_writes_is_named_with_its_unit():
         return heigth
 
     with pytest.raises(InvalidPipeline, match="unit 'broken' reads 'heigth'.*did you mean 'height'"):
-        check_units((round_size, broken), given=())
+        check_units((round_size, broken), provided=())
 
 
 def test_a_rewrite_needs_a_read():
@@ -110,8 +110,10 @@ def test_a_rewrite_needs_a_read():
     def overwrite():
         return 3
 
-    with pytest.raises(InvalidPipeline, match="'overwrite' rewrites 'height' without reading it; it is of unit 'round"):
-        check_units((round_size, overwrite), given=())
+    with pytest.raises(
+        InvalidPipeline, match="'overwrite' rewrites 'height' without reading it; it belongs to unit 'round"
+    ):
+        check_units((round_size, overwrite), provided=())
 
 
 def test_two_units_agree_on_an_argument():
@@ -121,9 +123,9 @@ def test_two_units_agree_on_an_argument():
 
     with pytest.raises(
         InvalidPipeline,
-        match="unit 'other' declares argument 'prompt' as int = 3, unlike str = ''; it is of unit 'encode'. Give it",
+        match="unit 'other' declares argument 'prompt' as int = 3, unlike str = ''; it belongs to unit 'encode'. Give it",
     ):
-        check_units((encode, other), given=())
+        check_units((encode, other), provided=())
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_type_and_its_text_agree(annotation, text):
     def second(*, tone=0): ...
 
     first.__annotations__["tone"], second.__annotations__["tone"] = annotation, text
-    assert list(check_units((unit("a")(first), unit("b")(second)), given=()).arguments) == ["tone"]
+    assert list(check_units((unit("a")(first), unit("b")(second)), provided=()).arguments) == ["tone"]
 
 
 def test_a_rewritten_argument_is_declared_alike_too():
@@ -151,7 +153,7 @@ def test_a_rewritten_argument_is_declared_alike_too():
         return height
 
     with pytest.raises(InvalidPipeline, match="'other' declares argument 'height' as str = 'tall', unlike int ="):
-        check_units((round_size, other), given=())
+        check_units((round_size, other), provided=())
 
 
 def test_branches_rename_only_what_is_read():
@@ -173,7 +175,7 @@ def test_hidden_reads_are_refused():
 def test_a_unit_without_its_role_is_left_out_and_its_reader_says_so():
     state = CallValues({"height": 16, "width": 16, "prompt": "a"})
     with pytest.raises(MissingComponent, match="unit 'double' needs 'embeds'"):
-        run_units(check_units(UNITS, given=()), {"text_encoder": None}, state)
+        run_units(check_units(UNITS, provided=()), {"text_encoder": None}, state)
 
 
 def test_split_keeps_the_trained_the_random_and_their_readers_live():

@@ -17,10 +17,10 @@ from diffsynth.models.config import TINY_FLUX_AUTOENCODER, TINY_QWEN3_TEXT_ENCOD
 from diffsynth.models.plugin import FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER
 from diffsynth.runtime import meta_components, planning
 from diffsynth.runtime.meta_components import FixedLengthTokenizer
-from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth_zimage import ZImagePipeline
 from diffsynth_zimage.checkpoints import ARCHITECTURES
 from diffsynth_zimage.config import TINY_DIT
+from limited import keep_limit
 
 GIB = 2**30
 SIZE = {"height": 64, "width": 48}
@@ -116,13 +116,19 @@ def decoded(tiny):
     handle.remove()
 
 
-def limited(tiny, monkeypatch, gib):
-    """The CPU in place of a device with so much memory."""
-    monkeypatch.setattr(tiny, "_limit", PlanCache(tiny, gib, torch.device("cuda")))
-    return tiny
+@pytest.fixture
+def limited(tiny):
+    """From a limit in GiB to the pipeline that keeps it; without one again after the test."""
+
+    def keeping(gib):
+        keep_limit(tiny, gib)
+        return tiny
+
+    yield keeping
+    tiny.plan_cache = None
 
 
-def test_tiles_are_turned_on_where_the_whole_does_not_fit_and_only_there(tiny, needs, decoded, monkeypatch):
+def test_tiles_are_turned_on_where_the_whole_does_not_fit_and_only_there(tiny, needs, decoded, limited):
     whole, in_tiles = needs
     assert in_tiles < 0.9 * whole
     call = IN_TILES | {"output_type": "tensor"}
@@ -133,13 +139,13 @@ def test_tiles_are_turned_on_where_the_whole_does_not_fit_and_only_there(tiny, n
         assert plan.peak_vram <= limit
         assert plan.smallest_vram == in_tiles
         decoded.clear()
-        assert torch.equal(limited(tiny, monkeypatch, limit / GIB)("a red apple", **call), expected[limit])
+        assert torch.equal(limited(limit / GIB)("a red apple", **call), expected[limit])
         assert set(decoded) == ran
 
 
-def test_what_a_call_says_of_tiles_is_never_changed(tiny, needs, decoded, monkeypatch):
+def test_what_a_call_says_of_tiles_is_never_changed(tiny, needs, decoded, limited):
     for tiled, least in zip((False, True, None), (*needs, needs[1]), strict=True):
-        pipe = limited(tiny, monkeypatch, 0.98 * least / GIB)
+        pipe = limited(0.98 * least / GIB)
         with pytest.raises(NotEnoughMemory, match=rf"smallest limit .* is {-(-least * 100 // GIB) / 100:.2f} GiB"):
             pipe("a red apple", **IN_TILES, tiled=tiled)
     assert not decoded

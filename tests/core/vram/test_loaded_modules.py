@@ -15,8 +15,7 @@ from diffsynth.core.device import backends
 from diffsynth.core.planning import MemoryPlan, Speeds, StageCost, Workload, plan_memory
 from diffsynth.core.vram import Policy, wrap
 from diffsynth.core.vram.loaded_modules import loaded_modules
-from diffsynth.runtime.expert_switcher import ExpertSwitcher
-from diffsynth.runtime.stage_offloader import StageOffloader
+from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
 from slow_device import LockedTensor, SlowDevice
 
 CUDA = torch.device("cuda", 0)
@@ -128,7 +127,7 @@ class Call:
                 experts.begin_step()
                 for _ in range((passes or {}).get(step, PASSES)):
                     self.experts[role]()
-        self.offloader.rest(plan)
+        self.offloader.end_call(plan)
         self.slow.synchronize()
         return self
 
@@ -202,7 +201,7 @@ def test_a_call_that_ends_early_leaves_nothing_behind(device):
             for block in blocks:
                 block()
         assert call.managed["dit2"].device_bytes == 2 * SIZE
-    call.offloader.rest(None)
+    call.offloader.end_call(None)
     device.synchronize()
     assert device.allocator.used == 0
     assert call.play(STEPS).wrong == []

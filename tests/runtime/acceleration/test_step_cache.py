@@ -19,8 +19,8 @@ from diffsynth.runtime.acceleration import (
     measure_step_cache,
     parse_step_cache,
 )
-from diffsynth.runtime.acceleration.blocks import Stack, long_stacks
 from diffsynth.runtime.acceleration.session import StepCacheSession
+from diffsynth.runtime.architectures import Stack, long_stacks
 from diffsynth.spec import ModelSpec, TeaCacheSpec
 from tiny_z_image import SMALL, tiny_z_image
 

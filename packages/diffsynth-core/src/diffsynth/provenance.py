@@ -1,4 +1,4 @@
-"""What made a picture or video: a record of the call, versions and weights, kept inside the file and read from it."""
+"""Records of how an image or a video was made: call, versions and weights, stored inside the file and read from it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ KEY = "diffsynth"
 
 
 def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything needed to draw a picture again, as JSON-able values.
+    """Return what is needed to generate an image or video again, as JSON values.
 
     Args:
-        pipe: the pipeline that drew.
-        arguments: of its call; those equal to the pipeline's default are left out, but for prompt, seed and steps.
+        pipe: the pipeline that made it.
+        arguments: of the call; those equal to the pipeline's defaults are left out, except prompt, seed and steps.
 
     Returns:
         model, pipeline, prompt, seed, num_inference_steps, arguments, not_recorded (names of arguments such as images,
-        which JSON cannot hold), device, dtype, versions, weights: role -> file name -> identity of its content, and, if
-        there are any, loras: role, alpha, hot, and files likewise.
+        which JSON cannot hold), device, dtype, versions, weights (role -> file name -> identity of its content), and if
+        any are loaded, loras (role, alpha, hot, and files likewise).
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
     always = {name: arguments.get(name, defaults.get(name)) for name in ("prompt", "seed", "num_inference_steps")}
-    others = {name: value for name, value in arguments.items() if name not in always and not _is(value, defaults[name])}
+    others = {
+        name: value for name, value in arguments.items() if name not in always and not _equals(value, defaults[name])
+    }
     return {
         "model": pipe.model_name,
         "pipeline": f"{type(pipe).__module__}:{type(pipe).__qualname__}",
@@ -49,7 +51,7 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -> None:
-    """Write a picture and its record; a file of that name is replaced, but never left half written.
+    """Write an image and its record as PNG. An existing file is replaced in one step, so it is never half written.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -68,18 +70,18 @@ def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -
 
 
 def save_video(frames: Sequence[Image.Image], path: Path | str, made_by: Mapping[str, Any], *, fps: float) -> None:
-    """Write a video and its record, the comment of the file; see `diffsynth.core.data.media_writer.save_video`."""
+    """Write a video, with its record as the file's comment; see `diffsynth.core.data.media_writer.save_video`."""
     from diffsynth.core.data import media_writer
 
     media_writer.save_video(frames, path, fps=fps, comment=json.dumps({KEY: made_by}, ensure_ascii=False))
 
 
 def read_video(path: Path | str) -> dict[str, Any]:
-    """The record inside a video.
+    """Return the record of a video.
 
     Raises:
-        ValueError: a video without a record of ours.
-        CheckpointError: the file is not there, or no video.
+        ValueError: the video has no record of diffsynth.
+        CheckpointError: the file does not exist, or is no video.
         Unavailable: PyAV is not installed.
     """
     from diffsynth.core.data.media_writer import read_comment
@@ -95,20 +97,20 @@ def read_video(path: Path | str) -> dict[str, Any]:
 
 
 def read_png(path: Path | str) -> dict[str, Any]:
-    """The record inside a picture.
+    """Return the record of a PNG image.
 
     Raises:
-        ValueError: not a PNG, or one without a record of ours.
+        ValueError: the file is no PNG, or has no record of diffsynth.
         OSError: the file cannot be read.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # text after the pixels is only read with them
+            image.load()  # PIL reads text chunks after the pixels only together with the pixels
             text = image.text.get(KEY)  # type: ignore[attr-defined]
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a PNG file; only PNG pictures carry a record") from None
+        raise ValueError(f"{path} is not a PNG file; only PNG images carry a record") from None
     if text is None:
         raise ValueError(f"{path} has no {KEY!r} text; it was not written by diffsynth, or saved again by another tool")
     made_by = json.loads(text)
@@ -139,8 +141,8 @@ def _identities(paths: list[Path]) -> dict[str, Any]:
     return {file.name: file_identity(file) for file in files if file.is_file()}
 
 
-def _is(value: Any, default: Any) -> bool:
-    # Identity first: comparing a tensor or an array gives no bool.
+def _equals(value: Any, default: Any) -> bool:
+    # Identity first: the comparison of a tensor or an array is no bool.
     return value is default or (_is_json(value) and type(value) is type(default) and value == default)
 
 

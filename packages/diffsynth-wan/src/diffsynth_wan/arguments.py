@@ -8,8 +8,7 @@ from typing import Any, TypedDict
 
 from PIL import Image
 
-from diffsynth.runtime.acceleration.choice import StepCacheArgument
-from diffsynth.runtime.acceleration.step_attention import AttentionArgument
+from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
 from diffsynth.runtime.request import OutputType, Step
 from diffsynth_wan.units.camera import Direction
 from diffsynth_wan.units.clips import Clip

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.parallel import init_distributed
-from diffsynth.runtime.acceleration.branches import check_merging
+from diffsynth.core.parallel import join_processes
+from diffsynth.runtime.guidance_branches import check_merging
+from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Processor, Role
@@ -82,6 +83,7 @@ class WanVideoPipeline(Pipeline):
         model_configs: Sequence[Any] = (),
         vram_limit: float | None = None,
         *,
+        policy: Policies = None,
         redirect_common_files: bool = True,
         use_usp: bool = False,
         **processor_configs: Any,
@@ -89,7 +91,7 @@ class WanVideoPipeline(Pipeline):
         """Load every component from files; see `Pipeline.from_pretrained`.
 
         Args:
-            torch_dtype, device, model_configs, vram_limit, processor_configs: see `Pipeline.from_pretrained`.
+            torch_dtype, device, model_configs, vram_limit, policy, processor_configs: see `Pipeline.from_pretrained`.
             redirect_common_files: download text encoder, image encoder and autoencoder from one repository that has
                 them as safetensors, rather than again for each model. Files that are already downloaded are used.
             use_usp: shard the tokens of a video over all processes that `torchrun` started, each with its own device,
@@ -103,7 +105,7 @@ class WanVideoPipeline(Pipeline):
             device = init_distributed(device)
         configs = [_redirected(config) if redirect_common_files else config for config in model_configs]
         check_experts([str(config) for config in configs])
-        pipe = super().from_pretrained(torch_dtype, device, configs, vram_limit, **processor_configs)
+        pipe = super().from_pretrained(torch_dtype, device, configs, vram_limit, policy=policy, **processor_configs)
         return pipe.parallel() if use_usp else pipe
 
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[WanArguments]) -> Any:

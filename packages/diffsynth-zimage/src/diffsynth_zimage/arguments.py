@@ -9,8 +9,7 @@ from typing import Any, TypedDict
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.runtime.acceleration.choice import StepCacheArgument
-from diffsynth.runtime.acceleration.step_attention import AttentionArgument
+from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
 from diffsynth.runtime.request import OutputType, Step
 
 

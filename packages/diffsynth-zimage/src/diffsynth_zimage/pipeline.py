@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffsynth.runtime.image_units import check_tiling, decode_image
+from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Processor, Role
@@ -39,13 +40,14 @@ class ZImagePipeline(Pipeline):
         model_configs: Sequence[Any] = (),
         vram_limit: float | None = None,
         *,
+        policy: Policies = None,
         enable_npu_patch: bool = True,
         **processor_configs: Any,
     ) -> Pipeline:
         """Load every component from files; see `Pipeline.from_pretrained`.
 
         Args:
-            torch_dtype, device, model_configs, vram_limit, processor_configs: see `Pipeline.from_pretrained`.
+            torch_dtype, device, model_configs, vram_limit, policy, processor_configs: see `Pipeline.from_pretrained`.
             enable_npu_patch: accepted for scripts for DiffSynth-Studio and not used: kernels are selected by device in
                 each call, and no library is patched.
 
@@ -54,7 +56,9 @@ class ZImagePipeline(Pipeline):
         """
         if not isinstance(enable_npu_patch, bool):
             raise TypeError(f"enable_npu_patch={enable_npu_patch!r}: expected True or False")
-        return super().from_pretrained(torch_dtype, device, model_configs, vram_limit, **processor_configs)
+        return super().from_pretrained(
+            torch_dtype, device, model_configs, vram_limit, policy=policy, **processor_configs
+        )
 
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[ZImageArguments]) -> Any:
         """Generate one image, or several; see `Pipeline.__call__`."""

@@ -1,1 +1,1 @@
-"""Units, the pipeline base class, and loading a model by name."""
+"""Pipelines: roles, units, the denoising loop, memory plans of calls, and loading a model by name."""

@@ -1,10 +1,9 @@
-"""Units that plugins add to somebody's pipeline. One that does not fit is left out and reported; the pipeline works."""
+"""Units that plugins add to a pipeline of another package. A unit that does not fit is left out and reported."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from diffsynth import _discovery
 from diffsynth._discovery import Declared
@@ -12,45 +11,50 @@ from diffsynth.errors import InvalidPipeline, did_you_mean
 from diffsynth.runtime.unit import REQUIRED, Unit, check_units
 from diffsynth.spec import UnitSpec, resolve
 
-if TYPE_CHECKING:
-    from diffsynth.runtime.pipeline import Pipeline
 
+def with_added_units(
+    cls: type, units: Sequence[Unit], *, roles: Collection[str], provided: Collection[str]
+) -> tuple[Unit, ...]:
+    """Return the units of a pipeline class and those that plugins add to it, each after the unit that it names.
 
-def with_added_units(cls: type[Pipeline], given: Collection[str]) -> tuple[Unit, ...]:
-    """The class's units and those that plugins add to it, each after the one it names.
-
-    A unit that clashes with what is there, or whose code cannot be imported, is left out: one stranger's mistake must
-    not take the pipeline from everybody. It becomes a problem of its plugin, see `registry.problems()`. Where two
-    plugins clash with each other, the one whose name sorts first stays.
+    A unit that clashes with another, or whose code cannot be imported, is left out and becomes a problem of its plugin,
+    see `registry.problems()`: the mistake of one plugin must not take the pipeline from its users. Of two plugins that
+    clash with each other, the one whose name sorts first stays.
 
     Args:
-        cls: the pipeline.
-        given: names that it provides besides what units write.
+        cls: the pipeline class; units added to a base class are included.
+        units: its own units.
+        roles: its roles.
+        provided: the names that it sets besides those that units write.
 
     Raises:
         BrokenPlugin: a unit does not fit, and DIFFSYNTH_STRICT_PLUGINS is on.
     """
     references = {f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__}
-    waiting = [declared for declared in _discovery.catalog().units if declared.spec.pipeline in references]
-    units, failed = tuple(cls.units), dict[Declared[UnitSpec], Exception]()
-    while waiting:
+    pending = [declared for declared in _discovery.catalog().units if declared.spec.pipeline in references]
+    units, failed = tuple(units), dict[Declared[UnitSpec], Exception]()
+    while pending:
         failed = {}
-        for declared in waiting:
+        for declared in pending:
             try:
-                units = _added(cls, units, declared, given)
+                step = _added_unit(declared, units, roles, cls.__name__)
+                changed = _inserted(step, declared.spec.after, units)
+                _check_arguments(step, units, changed, provided)
+                units = changed
             except Exception as error:
                 failed[declared] = error
-        if len(failed) == len(waiting):  # otherwise one that was added may be what another waits for
+        if len(failed) == len(pending):  # otherwise a unit that was added may be the one that a failed unit needs
             break
-        waiting = list(failed)
+        pending = list(failed)
     for declared, reason in failed.items():
         _report(cls, declared, reason)
     return units
 
 
-def _added(
-    cls: type[Pipeline], units: tuple[Unit, ...], declared: Declared[UnitSpec], given: Collection[str]
-) -> tuple[Unit, ...]:
+def _added_unit(
+    declared: Declared[UnitSpec], units: tuple[Unit, ...], roles: Collection[str], pipeline_name: str
+) -> Unit:
+    """Import a unit and check its name, its roles and the unit that it runs after."""
     step, after = resolve(declared.spec.unit), declared.spec.after
     if not isinstance(step, Unit):
         raise InvalidPipeline(f"{declared.spec.unit!r} is a {type(step).__name__}; expected a function under @unit")
@@ -59,33 +63,35 @@ def _added(
     if step.name in names:
         raise InvalidPipeline(f"{step.title} has the name of a unit that is there already. Give it another name")
     if after and after not in names:
-        known = f"{did_you_mean(after, names)} {cls.__name__} has: {', '.join(names)}"
+        known = f"{did_you_mean(after, names)} {pipeline_name} has: {', '.join(names)}"
         raise InvalidPipeline(f"{step.title} runs after {after!r}, which is not there{known}")
-    if unknown := set(step.roles) - set(cls.roles):
-        raise InvalidPipeline(f"{step.title} uses role {sorted(unknown)}, not one of {list(cls.roles)}")
-    place = names.index(after) + 1 if after else len(units)
-    changed = (*units[:place], step, *units[place:])
-    _check_arguments(step, units, changed, given)
-    return changed
+    if unknown := set(step.roles) - set(roles):
+        raise InvalidPipeline(f"{step.title} uses role {sorted(unknown)}, not one of {list(roles)}")
+    return step
 
 
-def _check_arguments(step: Unit, before: Sequence[Unit], after: Sequence[Unit], given: Collection[str]) -> None:
-    """That the arguments which were there are there still, each with its type and default."""
+def _inserted(step: Unit, after: str | None, units: tuple[Unit, ...]) -> tuple[Unit, ...]:
+    index = [each.name for each in units].index(after) + 1 if after else len(units)
+    return (*units[:index], step, *units[index:])
+
+
+def _check_arguments(step: Unit, before: Sequence[Unit], after: Sequence[Unit], provided: Collection[str]) -> None:
+    """Check that a unit leaves the arguments of the pipeline as they are, each with its type and default."""
     for read in step.reads:
-        if read.name in given and read.default is not REQUIRED:
+        if read.name in provided and read.default is not REQUIRED:
             raise InvalidPipeline(
                 f"{step.title} declares {read.name!r}, which every pipeline has. Read it without a default"
             )
-    kept = check_units(after, given).arguments
-    for name in check_units(before, given).arguments:
-        if name not in kept:
+    remaining = check_units(after, provided).arguments
+    for name in check_units(before, provided).arguments:
+        if name not in remaining:
             raise InvalidPipeline(
                 f"{step.title} writes {name!r} before its owner reads it, so that callers could not set it any more. "
                 f"Read it too, or write another name"
             )
 
 
-def _report(cls: type[Pipeline], declared: Declared[UnitSpec], error: Exception) -> None:
+def _report(cls: type, declared: Declared[UnitSpec], error: Exception) -> None:
     text = str(error) if isinstance(error, InvalidPipeline) else f"{type(error).__name__}: {error}"
     _discovery.report(
         declared,

@@ -1,4 +1,4 @@
-"""`ControlNetInput`: one condition of a request, and during which steps it holds."""
+"""`ControlNetInput`: one condition image of a call, and the steps during which it is active."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class ControlNetInput:
     """One condition image for one of a pipeline's ControlNets.
 
     Args:
-        controlnet_id: which ControlNet, counted in the order in which they were loaded.
-        scale: factor on what it adds.
-        start: progress from which it holds; progress is 1 at the first step and 0 at the last.
-        end: progress down to which it holds.
-        image: the condition.
-        inpaint_image: the picture to paint in.
-        inpaint_mask: where; white is painted.
-        processor_id: kind of condition, for a ControlNet that knows several.
+        controlnet_id: index of the ControlNet, in the order in which they were loaded.
+        scale: factor on the residuals of the ControlNet.
+        start: progress at which it becomes active, in [0, 1]; progress is 1 at the first step and 0 at the last.
+        end: progress at which it ends, in [0, 1].
+        image: the condition image.
+        inpaint_image: the image to inpaint.
+        inpaint_mask: the region to inpaint, in white.
+        processor_id: kind of condition, for a ControlNet that is trained for several.
 
     Raises:
         ValueError: a negative id, or not `0 <= end <= start <= 1`.
@@ -44,10 +44,10 @@ class ControlNetInput:
             )
 
     def is_active(self, step: int, num_steps: int) -> bool:
-        """Whether it holds during a step, counted from 0.
+        """Whether it is active during a step, counted from 0.
 
         Raises:
-            ValueError: a step that is none of `num_steps`.
+            ValueError: a step outside of 0 to `num_steps - 1`.
         """
         if not 0 <= step < num_steps:
             raise ValueError(f"step {step} of {num_steps}: expected 0 to {num_steps - 1}")

@@ -1,4 +1,4 @@
-"""Attention backends that plugins declare join `attention()` when the first pipeline is built."""
+"""Attention backends that plugins declare; they are registered when the first pipeline is built."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _in_use: set[Declared[AttentionSpec]] = set()
 
 
 def use_declared_backends() -> None:
-    """Register every declared backend once. One that cannot be used is left out and becomes a problem of its plugin.
+    """Register every declared backend once. A backend that cannot be used is left out and reported as a problem.
 
     Raises:
-        BrokenPlugin: one cannot be used, and DIFFSYNTH_STRICT_PLUGINS is on.
+        BrokenPlugin: a backend cannot be used, and DIFFSYNTH_STRICT_PLUGINS is on.
     """
     with _lock:
         for declared in _discovery.catalog().attention:
             if declared in _in_use:
                 continue
             try:
-                _use(declared.spec)
+                _register(declared.spec)
                 _in_use.add(declared)
             except Exception as error:
                 _discovery.report(
@@ -35,9 +35,9 @@ def use_declared_backends() -> None:
                 )
 
 
-def _use(fact: AttentionSpec) -> None:
-    backend = resolve(fact.backend)
+def _register(spec: AttentionSpec) -> None:
+    backend = resolve(spec.backend)
     if not callable(backend) or not callable(getattr(backend, "refuses", None)):
-        raise TypeError(f"{fact.backend!r} is {backend!r}; expected an object with refuses(call) and __call__(call)")
-    workspace = resolve(fact.workspace) if fact.workspace else None
-    register_backend(fact.name, backend, priority=fact.priority, workspace=workspace)
+        raise TypeError(f"{spec.backend!r} is {backend!r}; expected an object with refuses(call) and __call__(call)")
+    workspace = resolve(spec.workspace) if spec.workspace else None
+    register_backend(spec.name, backend, priority=spec.priority, workspace=workspace)

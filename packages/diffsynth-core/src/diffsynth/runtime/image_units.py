@@ -1,4 +1,4 @@
-"""Units that most image pipelines share: rounding the size, and the way into and out of the autoencoder."""
+"""Units that image pipelines share: rounding the size, encoding an input image, and decoding the latents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def image_size(multiple: int, *, default: int = 1024) -> Unit:
-    """A unit that checks height and width and rounds them up to a multiple; logs both sizes if it does."""
+    """Return a unit that checks height and width and rounds them up to a multiple, with a warning if they change."""
 
     def round_size(*, height: int = default, width: int = default) -> tuple[int, int]:
         _check_side("height", height)
@@ -34,7 +34,7 @@ def image_size(multiple: int, *, default: int = 1024) -> Unit:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple that is not below the value."""
+    """Return the smallest multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
 
 
@@ -52,7 +52,7 @@ def encode_input_image(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"] | None:
-    """Latents of the image to start from, one for all results or one for each; None without an image."""
+    """Return the latents of the input image, one for all results or one for each; None without an image."""
     if input_image is None:
         return None
     pixels = images_to_batch(input_image, height=height, width=width).to(device, dtype)
@@ -72,13 +72,18 @@ def decode_image(
     tile_stride: int | tuple[int, int] = TILE_STRIDE,
     output_type: str,
 ) -> list[Image.Image] | Float[Tensor, "b 3 height width"]:
-    """Pictures from latents, as PIL images or as a tensor in [-1, 1]."""
+    """Return the images of latents, as PIL images or as a tensor in [-1, 1]."""
     pixels = vae.decode(latents, **image_tiling(tiled, tile_size, tile_stride))
     return pixels if output_type == "tensor" else tensor_to_images(pixels)
 
 
 def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride: int | Sequence[int]) -> Tiling:
-    """How an autoencoder of images is to work: whole unless `tiled`. One number is for both sides.
+    """Return the tiling arguments of an image autoencoder. A size or stride that is one number is for both sides.
+
+    Args:
+        tiled: whether it works tile by tile; None is no, unless a memory plan turned it on.
+        tile_size: height and width of a tile, in latent pixels.
+        tile_stride: distance between tiles, in latent pixels.
 
     Raises:
         ValueError: tiles of no size, or that leave gaps.
@@ -91,7 +96,7 @@ def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride
 
 
 def check_tiling(values: Mapping[str, Any]) -> None:
-    """Refuse the arguments of a call that `image_tiling` would refuse, before anything runs."""
+    """Check the tiling arguments of a call before anything runs; see `image_tiling` for the errors."""
     image_tiling(*(values[name] for name in ("tiled", "tile_size", "tile_stride")))
 
 

@@ -1,4 +1,4 @@
-"""`diffsynth.load`: a ready pipeline for a model's name."""
+"""`diffsynth.load`: loading a model by name."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def load(
     policy: Policies = None,
     base_path: Path | str | None = None,
 ) -> Pipeline:
-    """Load a model with all its components.
+    """Return the pipeline of a model, with all its components loaded.
 
     Args:
         name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.
-        device: where to compute; None picks the first accelerator, else the CPU.
+        device: the device that computes; None picks the first accelerator, else the CPU.
         torch_dtype: of parameters and activations.
         vram_limit: GiB that a call may take on the device; None is no limit.
-        policy: where weights wait; see `Pipeline.from_pretrained`.
-        base_path: where files are looked up and downloaded to; None is DIFFSYNTH_MODEL_BASE_PATH, else `./models`.
+        policy: where and in which dtype weights are offloaded; see `Pipeline.from_pretrained`.
+        base_path: folder of model files, also for downloads; None is DIFFSYNTH_MODEL_BASE_PATH, else `./models`.
 
     Raises:
-        UnknownModel: nothing of that name is installed; the message has the nearest spelling.
-        CheckpointError: its files are missing or do not fit.
+        UnknownModel: no installed plugin declares the name; the message has the nearest spelling.
+        CheckpointError: files are missing or do not fit.
     """
     record = registry.get(name)
-    place: dict[str, Any] = {} if base_path is None else {"local_model_path": str(base_path)}
+    folder: dict[str, Any] = {} if base_path is None else {"local_model_path": str(base_path)}
     cls: type[Pipeline] = resolve(record.pipeline)
     # A file may hold several components.
     sources = dict.fromkeys(record.components.values())
     pipe = cls.from_pretrained(
         torch_dtype=torch_dtype,
         device=device,
-        model_configs=[ModelConfig.from_source(source, **place) for source in sources],
+        model_configs=[ModelConfig.from_source(source, **folder) for source in sources],
         vram_limit=vram_limit,
         policy=for_call(policy, record.defaults),
-        **{f"{role}_config": ModelConfig.from_source(source, **place) for role, source in record.processors.items()},
+        **{f"{role}_config": ModelConfig.from_source(source, **folder) for role, source in record.processors.items()},
     )
     return pipe.named(record.name, record.defaults)

@@ -1,4 +1,4 @@
-"""A pipeline's LoRAs: loaded into a component's weights or beside them, and taken away again."""
+"""LoRAs of a pipeline: fused into the weights of a component, or hot, computed beside them, which can be removed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,11 +17,8 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.lora import LoRA, add_hot, clear_hot, fit, fuse, read_lora
 from diffsynth.core.lora.cold import is_fused
 from diffsynth.core.vram.managed import managed
-from diffsynth.runtime.acceleration.blocks import architecture_of
-from diffsynth.runtime.memory_options import cuts
-
-if TYPE_CHECKING:
-    from diffsynth.runtime.plan_cache import PlanCache
+from diffsynth.runtime.architectures import architecture_of, cuts
+from diffsynth.runtime.plan_cache import PlanCache
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +27,13 @@ _PREFERS_HOT = "_diffsynth_lora_hot_loading"
 
 @dataclass(frozen=True)
 class LoadedLoRA:
-    """A LoRA that a pipeline draws with.
+    """A LoRA that is loaded in a pipeline.
 
     Args:
         role: of the component that it changes.
-        files: that it came from; empty for a state dict.
+        files: that it was read from; empty for a state dict.
         alpha: its strength.
-        hot: whether it is beside the weights, not in them.
+        hot: whether it is computed beside the weights, rather than fused into them.
     """
 
     role: str
@@ -46,14 +43,14 @@ class LoadedLoRA:
 
 
 class LoRAMethods:
-    """What `Pipeline` does about LoRAs. Call these between calls of the pipeline, not during one."""
+    """The methods of `Pipeline` for LoRAs. They must not run during a call of the pipeline."""
 
     components: dict[str, Any]
-    _limit: PlanCache | None
+    plan_cache: PlanCache | None
 
     @property
     def loras(self) -> tuple[LoadedLoRA, ...]:
-        """The LoRAs that this pipeline loaded and did not clear."""
+        """The LoRAs that are loaded, in the order of loading."""
         return tuple(vars(self).get("_loras", ()))
 
     def load_lora(
@@ -65,24 +62,24 @@ class LoRAMethods:
         state_dict: Mapping[str, Tensor] | None = None,
         verbose: int = 1,
     ) -> None:
-        """Load a LoRA, all of it or, with an error, nothing of it.
+        """Load a LoRA into a component. After an error nothing is changed.
 
         Args:
             module: a component of this pipeline, `pipe.dit`.
-            lora_config: a file, by its path or as a `ModelConfig`.
+            lora_config: a file, as a path or a `ModelConfig`.
             alpha: strength; 1.0 is that of its training, and it may be negative.
-            hotload: True adds it beside the weights whenever a layer runs, which `clear_lora` ends; False adds it to
-                the weights for good, at no cost in a call. None is True for a component under a policy, and after
+            hotload: True computes it beside the weights in each call, until `clear_lora`; False fuses it into the
+                weights for good, at no cost in a call. None is True for a component under a policy, and after
                 `enable_lora_hot_loading`.
             state_dict: tensors in memory, in place of `lora_config`.
             verbose: 0 does not log it.
 
         Raises:
             TypeError: `module` is no module.
-            ValueError: `module` is no component of this pipeline, two sources or none, an `alpha` that is no number,
-                weights that cannot be changed as asked, or this LoRA is in them already.
-            CheckpointError: no such file, or one that cannot be read; `KeyMismatch` if it is no plain LoRA, or not one
-                of this component. The message says how much of it fits, and what it is for.
+            ValueError: `module` is no component of this pipeline, two sources or none, an `alpha` that is not finite,
+                weights that cannot be changed in this way, or this LoRA is fused into them already.
+            CheckpointError: the file is missing or cannot be read; `KeyMismatch` if it is no plain LoRA, or not one of
+                this component. The message has the number of layers that fit, and the model that the LoRA is for.
         """
         role = self._role_of(module)
         if not math.isfinite(alpha):
@@ -97,24 +94,24 @@ class LoRAMethods:
         else:
             fuse(module, fitted, alpha)
         vars(self).setdefault("_loras", []).append(LoadedLoRA(role, paths, alpha, hot))
-        self._forget_plans()
+        self._clear_plans()
         if verbose:
             how = "beside the weights" if hot else "in the weights"
             logger.info("%s: %d layers of %s changed, %s, alpha=%g", lora.where, len(fitted.layers), role, how, alpha)
 
     def clear_lora(self) -> None:
-        """Take every hot LoRA away, from all components; the weights are what they were. Fused ones stay."""
+        """Remove all hot LoRAs from all components; fused ones stay in the weights."""
         modules = [part for part in self.components.values() if isinstance(part, nn.Module)]
         cleared = sum(clear_hot(module) for module in modules)
         vars(self)["_loras"] = [lora for lora in self.loras if not lora.hot]
-        self._forget_plans()
+        self._clear_plans()
         if not cleared and any(is_fused(module) for module in modules):
             logger.warning(
-                "clear_lora() has nothing to clear: LoRAs in the weights stay until the model is loaded anew"
+                "clear_lora() has nothing to clear: fused LoRAs stay in the weights until the model is loaded anew"
             )
 
     def enable_lora_hot_loading(self, module: nn.Module) -> None:
-        """Have `load_lora` put LoRAs beside this component's weights unless it is told otherwise.
+        """Make `hotload=True` the default of `load_lora` for this component.
 
         Raises:
             TypeError, ValueError: as for `load_lora`.
@@ -134,10 +131,10 @@ class LoRAMethods:
             f"{', '.join(f'pipe.{role}' for role in held)}"
         )
 
-    def _forget_plans(self) -> None:
-        # Matrices beside the weights take memory that plans made before do not know of.
-        if self._limit is not None:
-            self._limit.forget()
+    def _clear_plans(self) -> None:
+        # Earlier plans do not count the memory of matrices beside the weights.
+        if self.plan_cache is not None:
+            self.plan_cache.clear()
 
 
 def _read(

@@ -1,44 +1,49 @@
-"""Which policy a component is under, and where it may be cut: from declarations to `diffsynth.core.vram.wrap`."""
+"""The memory options of a pipeline: which policy each component is under, and the choice that the policy "auto" leaves.
+
+`MemoryOptions` holds the caller's `vram_limit` and policies. `choose` replaces "auto" by a preset, once, by means of a
+plan; the transfers themselves are `diffsynth.core.vram`.
+"""
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffsynth import _discovery
 from diffsynth.core.loader import component
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.core.vram.managed import managed, wrap
-from diffsynth.core.vram.partition import Partition, partition
 from diffsynth.core.vram.policy import AUTO, Auto, Policy
-from diffsynth.errors import NotEnoughMemory, did_you_mean
-from diffsynth.spec import ArchitectureSpec, resolve
+from diffsynth.errors import NotEnoughMemory, Unplannable, did_you_mean
+from diffsynth.runtime import architectures
+from diffsynth.runtime.interface import PlannablePipeline
+from diffsynth.runtime.planning import plan_call
+from diffsynth.runtime.weight_storage import WeightStorage
+from diffsynth.spec import ArchitectureSpec
 
 logger = logging.getLogger(__name__)
 
 Policies = str | Policy | Auto | Mapping[str, str | Policy | Auto] | None
-"""A preset's name or a policy for every component, or for the roles named; None leaves it to the configs.
+"""The policy of all components, or a policy for each role: a preset's name, a `Policy`, "auto" or an `Auto`.
 
-"auto", or an `Auto`, leaves the dtype that weights are stored in to a plan.
+"auto" and `Auto` leave the dtype that weights are stored in to a plan. None leaves the policy to the `ModelConfig`s.
 """
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """How the components of one pipeline are held.
+    """The memory options of the components of one pipeline.
 
     Args:
-        device: where computation happens.
+        device: the device that computes.
         dtype: of parameters and activations.
-        vram_limit: GiB, or None for no limit.
-        policies: for all, or by role; the eight keys of a `ModelConfig` have precedence.
+        vram_limit: GiB of device memory that a call may take; None is no limit.
+        policies: see `Policies`; the eight keys of a `ModelConfig` have precedence.
     """
 
     device: torch.device
@@ -47,20 +52,20 @@ class MemoryOptions:
     policies: Policies = field(default=None)
 
     def check_roles(self, roles: Mapping[str, Any]) -> None:
-        """Refuse policies for roles that there are not.
+        """Check that the pipeline has every role that a policy is given for.
 
         Raises:
-            ValueError: naming the role.
+            ValueError: an unknown role.
         """
         for role in self.policies if isinstance(self.policies, Mapping) else ():
             if role not in roles:
                 raise ValueError(f"policy for {role!r}, which is no role{did_you_mean(role, roles)} {', '.join(roles)}")
 
     def policy(self, role: str, config: ModelConfig | None = None) -> Policy | None:
-        """Of a component; None if it stays on the device.
+        """Return the policy of a component, or None for one that stays on the device.
 
         Raises:
-            ValueError: an unknown preset, a hole in the keys, a device or dtype that is not there.
+            ValueError: an unknown preset, an incomplete set of the eight keys, a device or dtype that is not available.
         """
         if config is not None:
             spelled = Policy.from_keys(config.vram_keys, device=self.device, dtype=self.dtype)
@@ -75,79 +80,77 @@ class MemoryOptions:
             return None
         return wanted if isinstance(wanted, Policy) else Policy.preset(wanted, self.device, self.dtype)
 
-    def is_open(self, role: str, config: ModelConfig | None = None) -> bool:
-        """Whether a plan is to choose how the weights of a component are stored."""
+    def is_auto(self, role: str, config: ModelConfig | None = None) -> bool:
+        """Whether a plan is to choose the dtype that the weights of a component are stored in."""
         wanted = self._wanted(role)
         is_spelled = config is not None and any(value is not None for value in config.vram_keys.values())
         return not is_spelled and (wanted == AUTO or isinstance(wanted, Auto))
 
     @property
-    def open_call(self) -> dict[str, Any]:
-        """The arguments of the call that it is chosen for."""
+    def auto_call(self) -> dict[str, Any]:
+        """The arguments of the call that the policy "auto" is chosen for."""
         every = self.policies.values() if isinstance(self.policies, Mapping) else [self.policies]
         return dict(next((each.call for each in every if isinstance(each, Auto)), {}))
 
-    def settled(self, presets: Mapping[str, str], roles: Iterable[str]) -> MemoryOptions:
-        """The same with these presets in place of what was open; other roles are as they were."""
+    def with_presets(self, presets: Mapping[str, str], roles: Iterable[str]) -> MemoryOptions:
+        """Return a copy with these presets in place of "auto"; the policies of the other `roles` stay."""
         fixed = {role: wanted for role in roles if (wanted := self._wanted(role)) is not None}
         return replace(self, policies=fixed | dict(presets))
 
     def check_limit(self, role: str, module: nn.Module, *, architecture: ArchitectureSpec, policy: Policy) -> None:
-        """Refuse a limit that is too small for the largest block alone; what a call takes beside it is planned then.
+        """Check that the limit has room for the largest block of a component and the weights outside of blocks.
+
+        Activations are not counted: a plan counts them when the call is known.
 
         Args:
-            role: of the component.
-            module: on meta.
-            architecture, policy: of it.
+            role: of the component, for the message.
+            module: the component, on meta.
+            architecture: of the component.
+            policy: of the component.
 
         Raises:
-            NotEnoughMemory: with the least that it takes.
+            NotEnoughMemory: with the GiB that the component needs at least.
         """
         if not self.vram_limit or self.device.type == "cpu":
             return
-        parts = partition_by(architecture, module)
+        blocks = architectures.partition_by(architecture, module)
         dtype = policy.computation.dtype or self.dtype
-        least = parts.rest_bytes(dtype) + max((block.bytes(dtype) for block in parts.blocks), default=0)
+        least = blocks.rest_bytes(dtype) + max((block.bytes(dtype) for block in blocks.blocks), default=0)
         if least > self.vram_limit * 2**30:
             raise NotEnoughMemory(
                 f"vram_limit={self.vram_limit} GiB: {role} takes {least / 2**30:.2f} GiB for its largest block and "
-                "what stays beside it, before any activation. Nothing was loaded. Run: diffsynth plan MODEL"
+                "the weights outside of blocks, before any activation. Nothing was loaded. Run: diffsynth plan MODEL"
             )
 
-    def _wanted(self, role: str) -> str | Policy | Auto | None:
-        return self.policies.get(role) if isinstance(self.policies, Mapping) else self.policies
-
     def read(
-        self,
-        module: nn.Module,
-        source: ComponentSource,
-        *,
-        architecture: ArchitectureSpec,
-        policy: Policy,
+        self, module: nn.Module, source: ComponentSource, *, architecture: ArchitectureSpec, policy: Policy
     ) -> nn.Module:
-        """A module whose weights wait where its policy says; `open_component` gave the first two.
+        """Wrap the module that `open_component` returned; its weights are read to where the policy stores them.
 
         Raises:
             ValueError: see `check_source`.
         """
         component.materialize(module, source, device="meta")
         component.fill_buffers(module)
-        wrap(module, policy, source=source, **cuts(architecture))
+        wrap(module, policy, source=source, **architectures.cuts(architecture))
         return module
 
-    def hold(self, components: Mapping[str, Any]) -> None:
-        """Wrap modules that are in memory and not wrapped yet, where a limit or a policy asks for it."""
+    def wrap_components(self, components: Mapping[str, Any]) -> None:
+        """Wrap the modules that are in memory and not wrapped yet, where a limit or a policy asks for it."""
         modules = {role: part for role, part in components.items() if isinstance(part, nn.Module)}
         for role, module in modules.items():
             policy = self.policy(role) if managed(module) is None else None
             if policy is not None:
-                wrap(module, policy, **cuts(architecture_of(module)))
+                wrap(module, policy, **architectures.cuts(architectures.architecture_of(module)))
         if self.vram_limit is not None and not any(managed(module) for module in modules.values()):
             logger.warning("vram_limit=%s has no effect: the pipeline runs on %s", self.vram_limit, self.device)
 
+    def _wanted(self, role: str) -> str | Policy | Auto | None:
+        return self.policies.get(role) if isinstance(self.policies, Mapping) else self.policies
+
 
 def for_call(policies: Policies, call: Mapping[str, Any]) -> Policies:
-    """The same, and what is open in it is chosen for a call with these arguments, unless it says others itself."""
+    """Return the policies with "auto" chosen for a call with these arguments; those of an `Auto` have precedence."""
     if isinstance(policies, Mapping):
         return {role: for_call(policy, call) for role, policy in policies.items()}  # type: ignore[misc]
     if policies == AUTO:
@@ -155,28 +158,65 @@ def for_call(policies: Policies, call: Mapping[str, Any]) -> Policies:
     return Auto({**call, **policies.call}) if isinstance(policies, Auto) else policies
 
 
-def architecture_of(module: nn.Module) -> ArchitectureSpec | None:
-    """The declaration of a module's class, if there is one."""
-    reference = f"{type(module).__module__}:{type(module).__qualname__}"
-    declared = (each.spec for each in _discovery.catalog().architectures)
-    return next((spec for spec in declared if spec.module == reference), None)
+def choose_before_reading(
+    build: Callable[..., PlannablePipeline],
+    options: MemoryOptions,
+    opened: Mapping[str, tuple[nn.Module, ComponentSource]],
+    processors: Mapping[str, Any],
+    configs: Mapping[str, ModelConfig],
+) -> MemoryOptions:
+    """Return the options of a pipeline that is being loaded, with "auto" replaced by a preset.
+
+    Args:
+        build: makes the pipeline from components by role; roles that are left out are empty.
+        options: of the caller.
+        opened: role -> the module on meta and the source of its weights.
+        processors: role -> processor, loaded already.
+        configs: role -> config; a policy that a config spells is not chosen.
+
+    Raises:
+        TypeError, ValueError: the call that the policy is chosen for has an argument that the pipeline would refuse.
+    """
+    if not any(options.is_auto(role, configs.get(role)) for role in opened):
+        return options
+    modules = {role: component.materialize(*pair, device="meta") for role, pair in opened.items()}
+    return choose(build(dict(processors) | modules, device="meta", torch_dtype=options.dtype), options, configs)
 
 
-def partition_by(architecture: ArchitectureSpec | None, module: nn.Module) -> Partition:
-    """A module in the parts that `wrap` would cut it into."""
-    return partition(module, **{name: cut for name, cut in cuts(architecture).items() if name != "high_precision"})
+def choose(
+    pipe: PlannablePipeline, options: MemoryOptions, configs: Mapping[str, ModelConfig] | None = None
+) -> MemoryOptions:
+    """Return the options of a pipeline with "auto" replaced by "dynamic" or "fp8"; arguments and errors as above.
+
+    Components that are wrapped already keep their policies. "dynamic" is chosen without a limit, and with a warning
+    where the call cannot be planned or the limit cannot be kept.
+    """
+    configs = configs or {}
+    modules = {role: part for role, part in pipe.components.items() if isinstance(part, nn.Module)}
+    unwrapped = [role for role, module in modules.items() if managed(module) is None]
+    auto_roles = [role for role in unwrapped if options.is_auto(role, configs.get(role))]
+    if not auto_roles:
+        return options
+    preset = "dynamic"
+    if options.vram_limit is not None and options.device.type != "cpu":
+        storages = dict.fromkeys(auto_roles, WeightStorage(is_auto=True))
+        for role in modules.keys() - storages.keys():
+            wrapped = managed(modules[role])
+            policy = options.policy(role, configs.get(role)) if wrapped is None else wrapped.policy
+            storages[role] = WeightStorage.under(policy, options.dtype)
+        preset = _planned_preset(pipe, options, storages)
+    return options.with_presets(dict.fromkeys(auto_roles, preset), modules)
 
 
-def cuts(architecture: ArchitectureSpec | None) -> dict[str, Any]:
-    """The arguments of `wrap` that a declaration makes, with the layer classes that plugins declared whole."""
-    declared = [each.spec for each in _discovery.catalog().layer_wrappers]
-    layers = [spec.layer for spec in declared if spec.atomic]
-    # A class whose module nobody imported has no instances, so it is left alone.
-    atomic = [resolve(layer) for layer in layers if layer.partition(":")[0] in sys.modules]
-    if architecture is None:
-        return {"atomic": tuple(atomic)}
-    return {
-        "repeated": architecture.repeated_blocks,
-        "atomic": (*atomic, *(resolve(layer) for layer in architecture.atomic)),
-        "high_precision": architecture.high_precision,
-    }
+def _planned_preset(pipe: PlannablePipeline, options: MemoryOptions, storages: Mapping[str, WeightStorage]) -> str:
+    call = options.auto_call
+    try:
+        plan = plan_call(pipe, call, device=options.device, vram_limit=options.vram_limit, storages=storages)
+    except (NotEnoughMemory, Unplannable) as error:
+        logger.warning("policy 'auto': weights are not rounded, as no plan was made for the call %s: %s", call, error)
+        return "dynamic"
+    lowered = len(plan.options) > 1 and plan.storage == plan.options[-1].storage
+    preset = "fp8" if lowered else "dynamic"
+    compared = "; ".join(map(str, plan.options)) or "the device does not convert float8"
+    logger.info("policy 'auto' is %r with vram_limit=%s GiB: %s", preset, options.vram_limit, compared)
+    return preset

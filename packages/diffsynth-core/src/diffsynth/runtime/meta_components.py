@@ -1,4 +1,4 @@
-"""Components without weights: what a plan is made from where no file is."""
+"""Components without weights, on meta, for plans: copies of loaded components, or built from headers and layouts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.layouts.published import layout_of
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import Unplannable
-from diffsynth.runtime.memory_options import architecture_of
+from diffsynth.runtime.architectures import architecture_of
 
 
 class FixedLengthTokenizer:
-    """Turns every text into the same number of tokens, all of them text.
+    """A tokenizer that returns the same number of tokens for every text, none of them padding.
 
     Args:
-        length: how many, unless the caller pads to another length.
+        length: number of tokens, unless the caller pads or cuts to another length.
     """
 
     pad_token_id = eos_token_id = 0
@@ -34,7 +34,7 @@ class FixedLengthTokenizer:
     def __call__(
         self, text: str | Sequence[str], *, padding: Any = False, max_length: int | None = None, **_: Any
     ) -> Any:
-        """`input_ids` and `attention_mask`, each `b s`, as a `BatchEncoding`."""
+        """Return `input_ids` and `attention_mask`, each `b s` of ones, as a `BatchEncoding`."""
         from transformers import BatchEncoding
 
         count = 1 if isinstance(text, str) else len(text)
@@ -45,42 +45,49 @@ class FixedLengthTokenizer:
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def apply_chat_template(self, messages: Any, *, tokenize: bool = True, **options: Any) -> Any:
-        """The text is of no account, so it is empty."""
+        """Return an empty text, or its tokens: the number of tokens does not depend on the text."""
         return self("", **options) if tokenize else ""
 
 
 def without_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A module of the same shapes and dtypes on meta; the given one is only looked at.
+    """Return a copy of a component on meta, with the same shapes and dtypes; the component itself does not change.
 
     Args:
         module: of a pipeline; it may be wrapped.
-        dtype: that a wrapped module computes in.
+        dtype: that a wrapped component computes in.
 
     Raises:
-        Unplannable: it is wrapped, and its class is of no architecture that a plugin declares.
+        Unplannable: it is wrapped, and its class cannot be built from its config alone.
     """
     if managed(module) is None:
         tensors = (*module.parameters(), *module.buffers())
-        twins = {id(tensor): _on_meta(tensor) for tensor in tensors}
-        return copy.deepcopy(module, memo=twins)
-    architecture = architecture_of(module)
-    if architecture is None:
+        return copy.deepcopy(module, memo={id(tensor): _on_meta(tensor) for tensor in tensors})
+    # The forward of a wrapped module moves weights, and a copy would do so, too: it is built anew instead.
+    if architecture_of(module) is None:
         raise Unplannable(
             f"{type(module).__name__} is wrapped, and no plugin declares its class; plan before it is wrapped"
         )
-    return component.build(architecture, module.config).to(dtype).eval().requires_grad_(False)
+    try:
+        with torch.device("meta"):
+            built = type(module)(module.config)
+    except TypeError as error:
+        raise Unplannable(
+            f"{type(module).__name__} is wrapped and cannot be built from its config alone ({error}); "
+            "plan before it is wrapped"
+        ) from error
+    return built.to(dtype).eval().requires_grad_(False)
 
 
 def declared_components(record: ModelRecord, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The components of a model on meta, by role: from its files' headers, else from their published layouts.
+    """Return the components of a model on meta, by role, from its files' headers or else from published layouts.
 
     Args:
         record: of the model.
         dtype: of floating parameters.
 
     Raises:
-        Unplannable: a file is not here, and no plugin says how it looks.
-        CheckpointError: a file is here, and not what it should be.
+        Unplannable: a file is not on this machine, and no plugin ships its layout.
+        CheckpointError: a file is corrupt, or of no known architecture.
     """
     architectures, checkpoints = _discovery.catalog().layouts()
     made = {}
@@ -93,7 +100,7 @@ def declared_components(record: ModelRecord, dtype: torch.dtype) -> dict[str, nn
 
 
 def is_here(source: str) -> bool:
-    """Whether the files of a source are on this machine."""
+    """Whether all files of a source are on this machine."""
     return files.weights_state([source], _env.model_base_path()) == "present"
 
 

@@ -1,4 +1,4 @@
-"""The pipeline base class: components under roles, units before the loop, the loop, units after it."""
+"""The pipeline base class: components under roles, units before the denoising loop, the loop, and units after it."""
 
 from __future__ import annotations
 
@@ -20,50 +20,47 @@ from diffsynth.core.parallel import ProcessMesh, create_mesh
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
-from diffsynth.errors import Cancelled, MissingComponent, did_you_mean
-from diffsynth.runtime.acceleration.branches import MERGES, Branches
-from diffsynth.runtime.acceleration.caching import step_cache_session
+from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_you_mean
 from diffsynth.runtime.acceleration.compiling import compile_components
-from diffsynth.runtime.acceleration.session import StepCacheSession
+from diffsynth.runtime.acceleration.session import StepCacheSession, step_cache_session
 from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
 from diffsynth.runtime.added_units import with_added_units
 from diffsynth.runtime.declared_backends import use_declared_backends
-from diffsynth.runtime.expert_switcher import ExpertSwitcher
+from diffsynth.runtime.guidance_branches import MERGES, Branches
 from diffsynth.runtime.lora import LoRAMethods
-from diffsynth.runtime.memory_options import MemoryOptions, Policies
+from diffsynth.runtime.memory_options import MemoryOptions, Policies, choose, choose_before_reading
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
-from diffsynth.runtime.policy_choice import choose, choose_before_reading
 from diffsynth.runtime.pretrained import PretrainedLoader
 from diffsynth.runtime.progress import no_progress
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
-from diffsynth.runtime.role import Processor, Role, check_program, fill_roles
+from diffsynth.runtime.role import Processor, Role, fill_roles
 from diffsynth.runtime.schema import SchemaMethod
-from diffsynth.runtime.stage_offloader import StageOffloader
-from diffsynth.runtime.unit import CallValues, Program, Unit, can_run, check_units, needed_for, run_units
+from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
+from diffsynth.runtime.unit import REQUIRED, CallValues, Program, Unit, can_run, check_units, needed_for, run_units
 from diffsynth.sampling.guidance import classifier_free_guidance
 from diffsynth.sampling.solver import euler
 
-GIVEN = ("device", "dtype", "batch_size", "seeds", "mesh", *LOOP_NAMES)
-"""Names that every pipeline gives its units, besides what they write for each other."""
+PIPELINE_VALUES = ("device", "dtype", "batch_size", "seeds", "mesh", *LOOP_NAMES)
+"""The names that every pipeline sets for its units."""
 
 
 class Pipeline(LoRAMethods):
-    """A family's way from arguments to pictures.
+    """A pipeline from the arguments of a call to images or videos; a family subclasses it.
 
-    A subclass states `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and `velocity()`
-    itself; everything else follows. Units before the loop write `latents`, `sigmas` and whatever `velocity()` names;
-    those after it read `latents` and write `output`. `per_image` names the arguments that take a text or a list.
-    `facts` gives units a field of a component's config without moving the component: name -> "role.field".
+    A subclass states its `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and
+    `velocity()` itself. Units before the loop write `latents`, `sigmas` and the conditions that `velocity()` reads;
+    those after it read `latents` and write `output`. `per_image` names the arguments that take a text or a list of
+    texts. `facts` passes units a field of a component's config without loading the component: name -> "role.field".
 
-    Threads: a call keeps all its state in local values, so several threads may call one pipeline, and pipelines that
-    share components, and each gets the picture that it would get alone. Where components are under a policy, stages on
-    one device take turns, because they move components. `named()` and changes of `components` are for before the first
-    call. `on_step` runs in the caller's thread.
+    Threads: several threads may call one pipeline, and pipelines that share components, because all state of a call is
+    in local values; each gets the result that it would get alone. Where components are under a policy, stages on one
+    device run one at a time, because they move components. `named()` and changes of `components` must come before the
+    first call. `on_step` runs in the caller's thread.
     """
 
     schema: ClassVar[SchemaMethod] = SchemaMethod()
-    """`schema()`: the arguments of a call as JSON Schema; see `diffsynth.runtime.schema`."""
+    """`schema()` returns the arguments of a call as JSON Schema; see `diffsynth.runtime.schema`."""
 
     roles: ClassVar[Mapping[str, Role | Processor]] = MappingProxyType({})
     units: ClassVar[tuple[Unit, ...]] = ()
@@ -73,14 +70,14 @@ class Pipeline(LoRAMethods):
     per_image: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
     facts: ClassVar[Mapping[str, str]] = MappingProxyType({})
     shares_tokens: ClassVar[bool] = False
-    """Whether `velocity()` shares the tokens out among the processes of `self.mesh.tokens`."""
+    """Whether `velocity()` distributes the tokens among the processes of `self.mesh.tokens`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__call__" not in vars(cls):
-            cls.__call__ = _own_copy(cls.__call__)
-        # Shows the family's own arguments to inspect.signature(Class.__call__); instances add those of plugins.
-        own = build_signature(check_units(cls.units, (*GIVEN, *cls.facts)), cls.loop, {})
+            cls.__call__ = _copy_of(cls.__call__)
+        # inspect.signature(Class.__call__) shows the family's own arguments; instances add those of plugins.
+        own = build_signature(check_units(cls.units, (*PIPELINE_VALUES, *cls.facts)), cls.loop, {})
         subject = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         cls.__call__.__signature__ = own.replace(parameters=[subject, *own.parameters.values()])
 
@@ -94,11 +91,18 @@ class Pipeline(LoRAMethods):
         policy: Policies = None,
         component_files: Mapping[str, Sequence[Path]] | None = None,
     ) -> None:
-        """Hold components and check that units, roles and `velocity()` fit together.
+        """Make a pipeline of components, and check that units, roles and `velocity()` fit together.
+
+        Args:
+            components: role -> module, processor or None.
+            device: the device that computes; None picks the first accelerator, else the CPU.
+            torch_dtype: of activations.
+            vram_limit, policy: see `from_pretrained`.
+            component_files: role -> the files that the component was read from, for records.
 
         Raises:
-            InvalidPipeline: they do not; the message names the unit.
-            MissingComponent: a role that is not optional is empty.
+            InvalidPipeline: units, roles and `velocity()` do not fit; the message names the unit.
+            MissingComponent: a role that is not optional is left out.
             TypeError: a role that this pipeline does not have.
         """
         self.device = torch.device(device) if device is not None else devices.default_device()
@@ -106,15 +110,17 @@ class Pipeline(LoRAMethods):
         self.mesh = ProcessMesh()
         self.model_name: str | None = None
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
-        self.components = fill_roles(type(self), components)
+        self.components = fill_roles(self.roles, components, pipeline_name=type(self).__name__)
         use_declared_backends()
-        self.program = self._whole_program()
-        check_program(type(self), self.program, GIVEN)
+        self.program = self.build_program()
+        self._check_program()
         self.__signature__ = build_signature(self.program, self.loop, {})
-        choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).hold(self.components)
+        choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.components)
         self._offloader = StageOffloader(self.components, self.device)
-        keeps = vram_limit is not None and self.device.type != "cpu" and self._offloader.is_needed
-        self._limit = PlanCache(self, vram_limit, self.device) if keeps else None
+        self.plan_cache: PlanCache | None = None
+        if vram_limit is not None and self.device.type != "cpu" and self._offloader.is_needed:
+            make_plan = functools.partial(plan_call, self, device=self.device, vram_limit=vram_limit)
+            self.plan_cache = PlanCache(make_plan, vram_limit, self.per_image)
 
     @classmethod
     def from_pretrained(
@@ -127,17 +133,18 @@ class Pipeline(LoRAMethods):
         policy: Policies = None,
         **processor_configs: Any,
     ) -> Pipeline:
-        """Load every component from files.
+        """Return a pipeline with every component loaded from files.
 
         Args:
             torch_dtype: of parameters and activations.
-            device: where to compute; None picks the first accelerator, else the CPU.
-            model_configs: a `ModelConfig` per checkpoint, in any order; each is recognised by its content.
-            vram_limit: GiB that a call may take on the device; None is no limit, 0 keeps no weights there.
-            policy: where weights wait, by a preset's name, "cpu-offload", "fp8", "disk", for all components or for each
-                role; see `diffsynth.core.vram.policy.Policy`. "auto" leaves their dtype to a plan of the default
-                call, `Auto(arguments)` to one of another. A config's own eight keys have precedence.
-            processor_configs: `<role>_config=ModelConfig(...)` in place of a processor's usual source.
+            device: the device that computes; None picks the first accelerator, else the CPU.
+            model_configs: a `ModelConfig` for each checkpoint, in any order; each is recognised by its content.
+            vram_limit: GiB that a call may take on the device; None is no limit, 0 keeps no weights resident.
+            policy: where and in which dtype weights are offloaded: a preset's name such as "cpu-offload", "fp8" or
+                "disk", or a `diffsynth.core.vram.policy.Policy`, for all components or by role. "auto" chooses the
+                dtype by a plan of the default call, `Auto(arguments)` by a plan of the call with these arguments. The
+                eight keys of a config have precedence.
+            processor_configs: `<role>_config=ModelConfig(...)` in place of the default source of a processor.
 
         Raises:
             CheckpointError: a file is missing, corrupt, unknown, or of a role this pipeline does not have.
@@ -145,7 +152,7 @@ class Pipeline(LoRAMethods):
             TypeError: an unknown argument.
         """
         device = devices.default_device() if device is None else devices.check_device(device)
-        loader = PretrainedLoader(cls.roles, cls.__name__, functools.partial(choose_before_reading, cls))
+        loader = PretrainedLoader(cls.roles, cls.__name__, functools.partial(choose_before_reading, cls._from_some))
         memory = {"vram_limit": vram_limit, "policy": policy}
         components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device, **memory)
         pipe = cls(components, device=device, torch_dtype=torch_dtype, component_files=files, **memory)
@@ -156,12 +163,11 @@ class Pipeline(LoRAMethods):
     def from_components(
         cls, *, device: torch.device | str | None = None, torch_dtype: torch.dtype = torch.bfloat16, **components: Any
     ) -> Pipeline:
-        """Put together modules that are in memory already, under their roles; they move to `device` and `torch_dtype`.
+        """Return a pipeline of components in memory, by role; modules are moved to `device` and `torch_dtype`.
 
-        Roles left out stay empty: a pipeline in training may hold an autoencoder alone.
+        Roles that are left out stay empty: a pipeline in training may hold an autoencoder alone.
         """
-        empty = dict.fromkeys(cls.roles)
-        pipe = cls(empty | components, device=device, torch_dtype=torch_dtype)
+        pipe = cls._from_some(components, device=device, torch_dtype=torch_dtype)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module) and managed(part) is None:
                 part.to(pipe.device, torch_dtype)
@@ -169,14 +175,18 @@ class Pipeline(LoRAMethods):
 
     @property
     def transfers(self) -> Mapping[str, TransferReport]:
-        """What moving the weights of each component under a policy cost so far; a report prints itself."""
+        """The transfers of each component under a policy so far: role -> report, which can be printed."""
         return self._offloader.reports
 
     def named(self, name: str, defaults: Mapping[str, Any]) -> Pipeline:
-        """Make this the pipeline of a model: its name, and the call arguments it wants other than the class does.
+        """Set the name of the model and its defaults of call arguments; return the pipeline itself.
+
+        Args:
+            name: of the model.
+            defaults: argument -> default, in place of the class's.
 
         Raises:
-            TypeError: a default that is no argument of this pipeline.
+            TypeError: a default for an argument that this pipeline does not have.
         """
         known = {*self.program.arguments, *LOOP_NAMES}
         for argument in defaults:
@@ -188,10 +198,12 @@ class Pipeline(LoRAMethods):
 
     @torch.no_grad()
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:
-        """Draw. `inspect.signature(pipe)` lists the arguments, `LoopArguments` documents those of the loop.
+        """Generate images or videos from a prompt.
+
+        `inspect.signature(pipe)` lists all arguments; `LoopArguments` documents those of the loop.
 
         Args:
-            prompt: what to draw: a text, or a list of texts for several results.
+            prompt: description of the image or video: a text, or a list of texts for several results.
             arguments: of units and the loop.
 
         Returns:
@@ -199,26 +211,36 @@ class Pipeline(LoRAMethods):
         """
         if prompt != "" or "prompt" in self.__signature__.parameters:
             arguments["prompt"] = prompt
-        request = self._planned(arguments)
+        request = self._planned_request(arguments)
         try:
-            return self._draw(request)
+            return self._generate(request)
         finally:
-            self._offloader.rest(request.plan)
+            self._offloader.end_call(request.plan)
 
     @classmethod
     def call_signature(cls, defaults: Mapping[str, Any] | None = None) -> inspect.Signature:
-        """The arguments of a call, those of units that plugins add included; nothing has to be loaded.
+        """Return the signature of a call, arguments of units that plugins add included, without loading anything.
 
         Args:
-            defaults: a model's own, over the class's.
+            defaults: argument -> default of a model, in place of the class's.
 
         Raises:
             InvalidPipeline: units do not fit together.
         """
-        return build_signature(cls._whole_program(), cls.loop, defaults or {})
+        return build_signature(cls.build_program(), cls.loop, defaults or {})
+
+    @classmethod
+    def build_program(cls) -> Program:
+        """Return the checked units of the pipeline, those that plugins add included.
+
+        Raises:
+            InvalidPipeline: units do not fit together.
+        """
+        provided = (*PIPELINE_VALUES, *cls.facts)
+        return check_units(with_added_units(cls, cls.units, roles=cls.roles, provided=provided), provided)
 
     def check(self, **arguments: Any) -> Request:
-        """Check the arguments of a call without making it; raises what the call would raise for them."""
+        """Check the arguments of a call without making it; return them, completed. Errors are those of the call."""
         request = check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
         self._step_cache_session(request)
         check_attention(request.loop.attention, self.device, self.dtype)
@@ -227,15 +249,18 @@ class Pipeline(LoRAMethods):
         return request
 
     def parallel(self, *, cfg: int = 1, sequence: int | None = None) -> Pipeline:
-        """Draw together with the other processes of `torch.distributed`, which make the same calls; `docs/parallel.md`.
+        """Compute calls together with the other processes of `torch.distributed`; all must make the same calls.
+
+        `docs/parallel.md` has the details.
 
         Args:
-            cfg: 2 gives each branch of classifier-free guidance processes of its own, which every pipeline can.
-            sequence: how many processes share the tokens of a branch; None is all. 1 for a pipeline that cannot.
+            cfg: 2 computes each branch of classifier-free guidance in processes of its own; 1 does not.
+            sequence: number of processes that share the tokens of a branch; None is all. Must be 1 for a pipeline
+                without `shares_tokens`.
 
         Raises:
             Unavailable: there is no process group.
-            ValueError: sizes that do not make up the number of processes, or tokens that this pipeline cannot share.
+            ValueError: sizes whose product is not the number of processes, or tokens that this pipeline cannot share.
         """
         mesh = create_mesh(cfg=cfg, sequence=sequence, device=self.device)
         if mesh.tokens.size > 1 and not self.shares_tokens:
@@ -254,11 +279,12 @@ class Pipeline(LoRAMethods):
         compile_models: Sequence[str] | None = None,
         **options: Any,
     ) -> None:
-        """Have the repeated blocks of the networks compiled by `torch.compile` when they are first called.
+        """Compile the repeated blocks of the networks with `torch.compile`, at their first call.
 
         Args:
-            mode, dynamic, fullgraph, options: of `torch.compile`; `dynamic` lets one code serve every size.
-            compile_models: roles; None is those that the loop calls. Without repeated blocks a role is compiled whole.
+            mode, dynamic, fullgraph, options: of `torch.compile`; with `dynamic` all sizes share one compiled code.
+            compile_models: roles to compile; None is the roles that the loop calls. A component without repeated blocks
+                is compiled whole.
 
         Raises:
             TypeError: an unknown role, one that holds no module, or an option that `torch.compile` does not have.
@@ -279,11 +305,11 @@ class Pipeline(LoRAMethods):
         device: torch.device | str | None = None,
         **arguments: Any,
     ) -> MemoryPlan:
-        """What a call with these arguments would take, without making it: memory by stage, transfers, seconds.
+        """Return a plan of a call without making it: memory by stage, transfers, seconds.
 
         Args:
-            vram_limit, ram_limit: GiB to plan for, see `plan_memory`; not those of this pipeline.
-            policy: a preset, or "auto", to plan for; None is how the components are held.
+            vram_limit, ram_limit: GiB to plan for, see `plan_memory`; the limit of this pipeline is not used.
+            policy: a preset, or "auto", to plan for; None is the policies of the components.
             device: that the call is meant for; None is the pipeline's. It need not be in this machine.
             arguments: of the call. Without a prompt one of 512 tokens is assumed.
 
@@ -296,130 +322,102 @@ class Pipeline(LoRAMethods):
         return plan_call(self, arguments, device=self.device if device is None else device, **limits)
 
     def velocity(self, latents: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        """`dx/dsigma = noise - x0` at noise level `sigma` (`b`, fp32, in [0, 1]), of the shape of `latents`.
+        """Return `dx/dsigma = noise - x0` at a noise level, in the shape of `latents`.
 
-        A family names the conditions it reads as keyword-only parameters.
+        Args:
+            latents: `b c h w` or `b c t h w`.
+            sigma: noise levels, `b`, fp32, in [0, 1].
+            conditions: what units wrote; a subclass names those that it reads as keyword-only parameters.
         """
         raise NotImplementedError
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """The roles that `velocity()` calls at a noise level: `loop_roles`, where it has no experts to choose from.
+        """Return the roles that `velocity()` calls at a noise level; `loop_roles` unless experts alternate.
 
         Args:
-            sigma: in (0, 1].
-            values: arguments and what units wrote.
+            sigma: noise level in (0, 1].
+            values: the arguments of the call and what units wrote.
         """
         return self.loop_roles
 
     @classmethod
     def conditions(cls, *, required_only: bool = False) -> frozenset[str]:
-        """The names that `velocity()` reads; of them, those without a default if `required_only`."""
+        """Return the names that `velocity()` reads, or only those without a default if `required_only`."""
         parameters = inspect.signature(cls.velocity).parameters.values()
         named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
         return frozenset(each.name for each in named if not required_only or each.default is each.empty)
 
     def run_units(self, units: Sequence[Unit], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Run some units on the `cond` branch, with gradients if they are on; for training.
+        """Run some units on the `cond` branch, with gradients if they are enabled; for training.
 
         Args:
-            units: a part of `self.units`, in order; see `needed_for` and `split`.
+            units: some of `self.units`, in order; see `needed_for` and `split`.
             values: arguments and earlier results; arguments that are left out take their defaults.
 
         Returns:
-            all values that are known afterwards.
+            all values after the last unit.
         """
         defaults = {name: parameter.default for name, parameter in self.__signature__.parameters.items()}
         batch_size = max((len(values[name]) for name in self.per_image if name in values), default=1)
-        given = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, **self._facts()}
-        state = CallValues(defaults | given | dict(values))
-        known = frozenset(state.shared) | frozenset(GIVEN) | frozenset(self.facts)
-        run_units(check_units(units, known), self.components, state)
-        return state.view("cond")
+        provided = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, **self._fact_values()}
+        call_values = CallValues(defaults | provided | dict(values))
+        known = frozenset(call_values.shared) | frozenset(PIPELINE_VALUES) | frozenset(self.facts)
+        run_units(check_units(units, known), self.components, call_values)
+        return call_values.for_branch("cond")
 
     def condition_units(self, *also: str) -> tuple[Unit, ...]:
-        """The units that write what `velocity()` reads, and the further names given."""
+        """Return the units that are needed for what `velocity()` reads and for further names."""
         return needed_for(self.program.units, {*self.conditions(), *also})
 
     def __getattr__(self, name: str) -> Any:
-        """Roles are attributes: `pipe.dit`."""
+        """Return the component of a role: `pipe.dit`."""
         if name in type(self).roles:
             return self.components[name]
         raise AttributeError(f"{type(self).__name__} has no {name!r}{did_you_mean(name, type(self).roles)}")
 
-    def _planned(self, arguments: Mapping[str, Any]) -> Request:
-        """The call, checked, with the plan that keeps the limit; the plan may decide to decode in tiles."""
-        request = self.check(**arguments)
-        if self._limit is None:
-            return request
-        plan = self._limit.plan(request, arguments)
-        if plan.tiled:
-            request = self.check(**{**arguments, "tiled": True})
-        return replace(request, plan=plan)
-
-    def _draw(self, request: Request) -> Any:
-        state = self._new_state(request)
-        run_units(self.program, self.components, state, around=functools.partial(self._stage, request))
-        latents = self._denoise(request, state)
-        if request.loop.output_type == "latents":
-            return latents
-        return self._output(request, state, latents)
-
-    @classmethod
-    def _whole_program(cls) -> Program:
-        given = (*GIVEN, *cls.facts)
-        return check_units(with_added_units(cls, given), given)
-
-    def _new_state(self, request: Request) -> CallValues:
+    def call_values(self, request: Request) -> CallValues:
+        """Return the values that the units of a call start from: its arguments, and what the pipeline sets."""
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
         seeds = self.mesh.broadcast_seeds(request.seeds)
-        given = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
-        given |= {"mesh": self.mesh, **self._facts()}
+        provided = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
+        provided |= {"mesh": self.mesh, **self._fact_values()}
         branches = ("cond",) if request.loop.cfg_scale == 1 else ("cond", "uncond")
-        return CallValues({**request.values, **loop, **given}, branches)
+        return CallValues({**request.values, **loop, **provided}, branches)
 
-    def _facts(self) -> dict[str, Any]:
-        """The facts of components that are loaded."""
-        places = {name: place.split(".") for name, place in self.facts.items()}
-        loaded = {name: (self.components[role], field) for name, (role, field) in places.items()}
-        return {name: getattr(part.config, field) for name, (part, field) in loaded.items() if part is not None}
+    def denoise(self, request: Request, values: CallValues) -> Tensor:
+        """Run the denoising loop; return the latents at the end of the schedule, in fp32.
 
-    @contextmanager
-    def _stage(self, request: Request, step: Unit) -> Iterator[None]:
-        _stop_if_cancelled(request)
-        stage = "decode" if step in self.output_units else step.name
-        with self._offloader.on_device(step.roles, stage, request.plan):
-            yield
-
-    def _denoise(self, request: Request, state: CallValues) -> Tensor:
-        # The state stays fp32: in bf16, steps near the end of the schedule would round most of their change away.
-        sigmas, latents = state.shared["sigmas"], state.shared["latents"].float()
+        Args:
+            request: the checked call.
+            values: of the call, after its units ran: `latents`, `sigmas` and conditions.
+        """
+        # Latents stay fp32: in bf16, steps near the end of the schedule would round most of their change away.
+        sigmas, latents = values.shared["sigmas"], values.shared["latents"].float()
         num_steps = len(sigmas) - 1
         names = self.conditions()
         conditions = {
-            branch: {name: value for name, value in state.view(branch).items() if name in names}
-            for branch in state.branches
+            branch: {name: value for name, value in values.for_branch(branch).items() if name in names}
+            for branch in values.branches
         }
 
-        step, view = 0, state.view("cond")
-        experts = ExpertSwitcher(
-            self._offloader, [self.roles_at(float(sigma), view) for sigma in sigmas[:-1]], request.plan
-        )
+        step, cond = 0, values.for_branch("cond")
+        roles = [self.roles_at(float(sigma), cond) for sigma in sigmas[:-1]]
+        experts = ExpertSwitcher(self._offloader, roles, request.plan)
         step_cache = self._step_cache_session(request)
-
         branches = Branches(
             conditions,
-            merges=view.get(MERGES, False),
+            merges=cond.get(MERGES, False),
             batch_size=request.batch_size,
             axis=self.mesh.branches,
         )
 
-        def predict(branch: str, latents: Tensor, levels: Tensor, given: Mapping[str, Any]) -> Tensor:
+        def predict(branch: str, latents: Tensor, levels: Tensor, conditions: Mapping[str, Any]) -> Tensor:
             is_last = step == num_steps - 1
             with (
                 step_cache.forward_pass(branch, is_last=is_last),
                 attention_at(request.loop.attention, step, num_steps),
             ):
-                return self.velocity(latents, levels, **given).float()
+                return self.velocity(latents, levels, **conditions).float()
 
         def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             _stop_if_cancelled(request)
@@ -443,27 +441,97 @@ class Pipeline(LoRAMethods):
             progress = request.loop.progress_bar_cmd if self.mesh.is_main_process else no_progress
             return euler(velocity, latents, sigmas, on_step=on_step, progress=progress)
 
+    def decode(self, request: Request, values: CallValues, latents: Tensor) -> Any:
+        """Run the output units; return one result for a request of a single one, else all of them.
+
+        Args:
+            request: the checked call.
+            values: of the call; those that no output unit reads are deleted, to free their memory.
+            latents: of the loop.
+
+        Raises:
+            MissingComponent: a role of an output unit is not loaded.
+        """
+        values.retain({read.name for step in self.output_units for read in step.reads})
+        values.shared["latents"] = latents.to(self.dtype)
+        if not all(can_run(step, self.components) for step in self.output_units):
+            raise MissingComponent(f"{type(self).__name__} cannot decode; ask for output_type='latents'")
+        program = Program(self.output_units, MappingProxyType({}), frozenset())
+        run_units(program, self.components, values, around=functools.partial(self._stage, request))
+        output = values.shared["output"]
+        return output[0] if request.single and isinstance(output, list) else output
+
+    @classmethod
+    def _from_some(cls, components: Mapping[str, Any], **options: Any) -> Pipeline:
+        """Return a pipeline whose other roles are empty."""
+        return cls(dict.fromkeys(cls.roles) | dict(components), **options)
+
+    def _check_program(self) -> None:
+        """Check that roles exist and that every name is written before it is read.
+
+        Raises:
+            InvalidPipeline: naming the unit.
+        """
+        for step in (*self.program.units, *self.output_units):
+            if unknown := {*step.roles, *step.requires} - set(self.roles):
+                raise InvalidPipeline(f"unit {step.name!r} uses role {sorted(unknown)}, not one of {list(self.roles)}")
+        for name, path in self.facts.items():
+            if path.partition(".")[0] not in self.roles:
+                raise InvalidPipeline(f"fact {name!r} is {path!r}; expected role.field with one of {list(self.roles)}")
+        available = self.program.writes | set(self.program.arguments) | set(PIPELINE_VALUES) | set(self.facts)
+        reads = {"velocity()": self.conditions(required_only=True), "the loop": {"latents", "sigmas"}}
+        for step in self.output_units:
+            reads[f"unit {step.name!r}"] = {read.name for read in step.reads if read.default is REQUIRED}
+            available |= set(step.writes)
+        for reader, names in reads.items():
+            for name in sorted(names - available):
+                raise InvalidPipeline(
+                    f"{reader} of {type(self).__name__} reads {name!r}, which no unit writes"
+                    f"{did_you_mean(name, available)}"
+                )
+
+    def _planned_request(self, arguments: Mapping[str, Any]) -> Request:
+        """Check a call and add the plan that keeps the limit; the plan may turn tiles on."""
+        request = self.check(**arguments)
+        if self.plan_cache is None:
+            return request
+        plan = self.plan_cache.plan(request, arguments)
+        if plan.tiled:
+            request = self.check(**{**arguments, "tiled": True})
+        return replace(request, plan=plan)
+
+    def _generate(self, request: Request) -> Any:
+        values = self.call_values(request)
+        run_units(self.program, self.components, values, around=functools.partial(self._stage, request))
+        latents = self.denoise(request, values)
+        if request.loop.output_type == "latents":
+            return latents
+        return self.decode(request, values, latents)
+
+    def _fact_values(self) -> dict[str, Any]:
+        """Return the facts of the components that are loaded: name -> value."""
+        paths = {name: path.split(".") for name, path in self.facts.items()}
+        loaded = {name: (self.components[role], field) for name, (role, field) in paths.items()}
+        return {name: getattr(part.config, field) for name, (part, field) in loaded.items() if part is not None}
+
+    @contextmanager
+    def _stage(self, request: Request, step: Unit) -> Iterator[None]:
+        _stop_if_cancelled(request)
+        stage = "decode" if step in self.output_units else step.name
+        with self._offloader.on_device(step.roles, stage, request.plan):
+            yield
+
     def _step_cache_session(self, request: Request) -> StepCacheSession:
         return step_cache_session(request.loop.step_cache, self.components, self.loop_roles, self.model_name)
 
     def _notify(self, hook: str, **facts: Any) -> None:
-        # On meta nothing is drawn: it is a rehearsal.
+        # Steps on meta belong to a plan, which observers must not take for a call.
         if self.device.type != "meta":
             _discovery.notify(hook, **facts)
 
-    def _output(self, request: Request, state: CallValues, latents: Tensor) -> Any:
-        state.keep({read.name for step in self.output_units for read in step.reads})
-        state.shared["latents"] = latents.to(self.dtype)
-        program = Program(self.output_units, MappingProxyType({}), frozenset())
-        if not all(can_run(step, self.components) for step in self.output_units):
-            raise MissingComponent(f"{type(self).__name__} cannot decode; ask for output_type='latents'")
-        run_units(program, self.components, state, around=functools.partial(self._stage, request))
-        output = state.shared["output"]
-        return output[0] if request.single and isinstance(output, list) else output
 
-
-def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function object of the subclass's own, so that its signature can differ from the base's."""
+def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of `__call__` for a subclass, whose signature can differ from that of the base class."""
 
     @functools.wraps(function)
     def call(self: Pipeline, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:

@@ -1,4 +1,8 @@
-"""What a call would take: the pipeline's own code, run on meta, and a budget over what was seen."""
+"""Memory plans of a pipeline's calls: the pipeline's own code runs on meta, and a planner divides what it measured.
+
+`plan_call` plans a call of a pipeline in memory, `plan_model` one of a model whose weights need not be here. The
+planner itself is `diffsynth.core.planning`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffsynth import _env
+from diffsynth._models import ModelRecord
 from diffsynth.core import device as devices
 from diffsynth.core.device.memory import memory_in_use
 from diffsynth.core.device.speed import compute_speed, disk_speed, link_speed
@@ -19,9 +24,10 @@ from diffsynth.core.planning import BlockCall, MemoryPlan, Speeds, StageCost, Wo
 from diffsynth.core.planning.tracer import MetaTracer, StageTrace
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.errors import NotEnoughMemory, Unplannable
-from diffsynth.runtime.memory_options import architecture_of, partition_by
+from diffsynth.runtime.architectures import architecture_of, partition_by
+from diffsynth.runtime.interface import PlannablePipeline
 from diffsynth.runtime.meta_components import FixedLengthTokenizer, declared_components, without_weights
-from diffsynth.runtime.progress import progress_bar
+from diffsynth.runtime.progress import no_progress, progress_bar
 from diffsynth.runtime.request import Request
 from diffsynth.runtime.role import Processor
 from diffsynth.runtime.unit import Unit, run_units
@@ -29,28 +35,24 @@ from diffsynth.runtime.weight_storage import (
     WeightStorage,
     check_policy,
     component_footprint,
-    offered,
+    storage_choices,
     storage_name,
     storages_under,
 )
 from diffsynth.spec import resolve
 
-if TYPE_CHECKING:
-    from diffsynth._models import ModelRecord
-    from diffsynth.runtime.pipeline import Pipeline
-
 PROMPT_TOKENS = 512
-"""Of a prompt that is not given: more than most have."""
+"""The length of a prompt that is not known: more than most prompts have."""
 
 _TRACED_STEPS = 2
-"""The second step finds what the first left behind; from then on they are alike."""
+"""Steps that are run: the first one allocates what the second finds, and all later steps are like the second."""
 
-_WORTH_A_STAGE = 16 * 2**20
-"""Bytes from which a unit without a network has a line of its own."""
+_STAGE_BYTES = 16 * 2**20
+"""Bytes from which a unit without a network is a stage of its own."""
 
 
 def plan_call(
-    pipe: Pipeline,
+    pipe: PlannablePipeline,
     arguments: Mapping[str, Any],
     *,
     device: torch.device | str,
@@ -60,17 +62,17 @@ def plan_call(
     storages: Mapping[str, WeightStorage] | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> MemoryPlan:
-    """The plan of one call of a pipeline.
+    """Return the memory plan of one call of a pipeline.
 
     Args:
-        pipe: with its components, on any device, meta included; they are only looked at.
+        pipe: with its components, on any device, meta included; nothing of it changes.
         arguments: of the call. Without a prompt a text of `prompt_tokens` tokens is assumed.
-        device: that the call is meant for. It need not be here: then its speed is assumed.
+        device: that the call is meant for. It need not be in this machine: its speed is assumed then.
         vram_limit, ram_limit: GiB; see `plan_memory`.
-        policy: a preset's name, or "auto"; None is how components are held, and for those that are not "dynamic" with
-            a limit and "none" without.
-        waiting: how the weights of each component wait, in place of `policy`.
-        prompt_tokens: see above.
+        policy: a preset's name, or "auto". None is the policies of the components; for those without one, "dynamic"
+            with a limit and "none" without.
+        storages: role -> storage of its weights, in place of `policy`.
+        prompt_tokens: the length of the assumed prompt, at least 1.
 
     Raises:
         TypeError, ValueError: an argument that the call would refuse, too.
@@ -79,59 +81,41 @@ def plan_call(
     """
     device = torch.device(device)
     check_policy(policy, vram_limit, device)
-    base = _base(pipe)
-    twin = _on_meta(pipe, arguments, prompt_tokens)
-    modules = {role: part for role, part in twin.components.items() if isinstance(part, nn.Module)}
+    base = _base_memory(pipe)
+    meta_pipe = _on_meta(pipe, arguments, prompt_tokens)
+    modules = {role: part for role, part in meta_pipe.components.items() if isinstance(part, nn.Module)}
     wrapped = {role: managed(pipe.components[role]) for role in modules}
     blocks = {role: _blocks(module, wrapped[role]) for role, module in modules.items()}
-    stages = _trace(twin, arguments, modules, blocks, device.type)
-    asked = _tiles_asked_for(twin, arguments)
-    if asked is None and vram_limit is not None:
-        tiled = _trace(twin, {**arguments, "tiled": True}, modules, blocks, device.type, loops=False)
+    stages = _trace(meta_pipe, arguments, modules, blocks, device.type)
+    tiles = _tiles_argument(meta_pipe, arguments)
+    if tiles is None and vram_limit is not None:
+        tiled = _trace(meta_pipe, {**arguments, "tiled": True}, modules, blocks, device.type, loops=False)
         stages = [_with_tiles(stage, tiled) for stage in stages]
     if storages is None:
-        storages = _storages(policy, wrapped, twin.dtype)
+        storages = _storages(policy, wrapped, meta_pipe.dtype)
 
     def workload(storages: Mapping[str, WeightStorage]) -> Workload:
         components = tuple(component_footprint(role, module, storages[role]) for role, module in modules.items())
         facts = {"storage": storage_name(storages), "base": base, "on_host": device.type == "cpu"}
-        return Workload(components, tuple(stages), asks_for_tiles=bool(asked), **facts)
+        return Workload(components, tuple(stages), asks_for_tiles=bool(tiles), **facts)
 
     limits: dict[str, Any] = {
         "vram_limit": vram_limit,
         "ram_limit": ram_limit,
-        "speeds": _speeds(device, twin.dtype),
+        "speeds": _speeds(device, meta_pipe.dtype),
         "offloads": policy not in (None, "none"),
         "disk": tuple(role for role, each in storages.items() if each.on_disk),
     }
-    choices = offered(storages, device)
+    choices = storage_choices(storages, device)
     try:
         return plan_memory(*map(workload, choices), **limits)
     except NotEnoughMemory as error:
+        # Another policy may still keep the limit; the message names the first that does.
         for name in ("dynamic", "fp8"):
-            others = [each for each in offered(storages_under(name, modules), device) if each not in choices]
+            others = [each for each in storage_choices(storages_under(name, modules), device) if each not in choices]
             if others and _fits(workload(others[0]), limits):
                 raise NotEnoughMemory(f"{error}. policy={name!r} can keep this limit") from None
         raise
-
-
-def _storages(
-    policy: str | None, wrapped: Mapping[str, ManagedModule | None], dtype: torch.dtype
-) -> dict[str, WeightStorage]:
-    if policy is not None:
-        return storages_under(policy, wrapped)
-    return {
-        role: WeightStorage() if held is None else WeightStorage.under(held.policy, dtype, held)
-        for role, held in wrapped.items()
-    }
-
-
-def _fits(workload: Workload, limits: Mapping[str, Any]) -> bool:
-    try:
-        plan_memory(workload, **limits)
-    except NotEnoughMemory:
-        return False
-    return True
 
 
 def plan_model(
@@ -142,14 +126,14 @@ def plan_model(
     dtype: str = "bfloat16",
     **limits: Any,
 ) -> MemoryPlan:
-    """The plan of one call of a model that need not be here: no weights are read, and no device is used.
+    """Return the memory plan of one call of a model, without its weights and without using the device.
 
     Args:
         record: of the model.
         arguments: of the call.
-        device: None is the first accelerator, and where there is none the kind that is preferred.
+        device: None is the first accelerator; in a machine without one, the preferred kind of accelerator.
         dtype: name of a torch dtype, of weights and activations.
-        limits: as of `plan_call`; so are the errors.
+        limits: the further arguments of `plan_call`, which also lists the errors.
     """
     if device is None:
         device = devices.default_device()
@@ -158,16 +142,16 @@ def plan_model(
 
 
 def check_before_loading(record: ModelRecord, arguments: Mapping[str, Any]) -> None:
-    """Refuse what a call would refuse before its first stage, while no weights are read yet.
+    """Check the arguments of a call of a model before its weights are read.
 
-    A model whose files are neither here nor declared, and what depends on the device, is left to the call.
+    Not checked are what depends on the device, and models whose files are neither here nor declared by a plugin.
 
     Args:
         record: of the model.
         arguments: of the call.
 
     Raises:
-        Exception: what the call would raise for them.
+        Exception: the error that the call would raise for them.
     """
     try:
         pipe = _unloaded(record, torch.bfloat16)
@@ -179,19 +163,38 @@ def check_before_loading(record: ModelRecord, arguments: Mapping[str, Any]) -> N
     pipe.check(**{name: value for name, value in arguments.items() if name != "attention"})
 
 
-def _unloaded(record: ModelRecord, dtype: torch.dtype) -> Pipeline:
-    """The pipeline of a model, on meta and without its processors.
+def _fits(workload: Workload, limits: Mapping[str, Any]) -> bool:
+    try:
+        plan_memory(workload, **limits)
+    except NotEnoughMemory:
+        return False
+    return True
+
+
+def _storages(
+    policy: str | None, wrapped: Mapping[str, ManagedModule | None], dtype: torch.dtype
+) -> dict[str, WeightStorage]:
+    if policy is not None:
+        return storages_under(policy, wrapped)
+    return {
+        role: WeightStorage() if module is None else WeightStorage.under(module.policy, dtype, module)
+        for role, module in wrapped.items()
+    }
+
+
+def _unloaded(record: ModelRecord, dtype: torch.dtype) -> PlannablePipeline:
+    """Return the pipeline of a model on meta, without its processors.
 
     Raises:
         Unplannable: a file is neither here nor declared.
     """
-    cls: type[Pipeline] = resolve(record.pipeline)
+    cls = resolve(record.pipeline)
     components = dict.fromkeys(cls.roles) | declared_components(record, dtype)
     return cls(components, device="meta", torch_dtype=dtype).named(record.name, record.defaults)
 
 
-def _base(pipe: Pipeline) -> int:
-    """Host memory of this process without the pipeline's weights; 0 where nobody can tell."""
+def _base_memory(pipe: PlannablePipeline) -> int:
+    """Return the host memory of this process without the pipeline's weights, in bytes; 0 where it cannot be read."""
     tensors = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for part in pipe.components.values()
@@ -202,8 +205,8 @@ def _base(pipe: Pipeline) -> int:
     return max((memory_in_use("cpu") or 0) - sum(tensors.values()), 0)
 
 
-def _on_meta(pipe: Pipeline, arguments: Mapping[str, Any], prompt_tokens: int) -> Pipeline:
-    """The same pipeline without weights, its device meta."""
+def _on_meta(pipe: PlannablePipeline, arguments: Mapping[str, Any], prompt_tokens: int) -> PlannablePipeline:
+    """Return a copy of a pipeline on meta, without weights."""
     components: dict[str, Any] = {}
     for role, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -212,23 +215,26 @@ def _on_meta(pipe: Pipeline, arguments: Mapping[str, Any], prompt_tokens: int) -
             components[role] = FixedLengthTokenizer(prompt_tokens)
         else:
             components[role] = part
-    twin = type(pipe)(components, device="meta", torch_dtype=pipe.dtype)
-    twin.__signature__ = pipe.__signature__
-    return twin
+    meta_pipe = type(pipe)(components, device="meta", torch_dtype=pipe.dtype)  # type: ignore[call-arg]
+    meta_pipe.__signature__ = pipe.__signature__
+    return meta_pipe
 
 
-def _tiles_asked_for(pipe: Pipeline, arguments: Mapping[str, Any]) -> bool | None:
-    """What the call says of tiles; None leaves it to the plan, as a pipeline does whose own default is not True."""
+def _tiles_argument(pipe: PlannablePipeline, arguments: Mapping[str, Any]) -> bool | None:
+    """Return whether the call asks for tiles; None leaves it to the plan, also where a pipeline's default is not True.
+
+    A pipeline without the argument `tiled` works without tiles.
+    """
     parameter = pipe.__signature__.parameters.get("tiled")
     if parameter is None:
         return False
-    given = arguments.get("tiled", parameter.default or None)
-    return None if given is None else bool(given)
+    tiled = arguments.get("tiled", parameter.default or None)
+    return None if tiled is None else bool(tiled)
 
 
 @torch.no_grad()
 def _trace(
-    pipe: Pipeline,
+    pipe: PlannablePipeline,
     arguments: Mapping[str, Any],
     modules: Mapping[str, nn.Module],
     blocks: Mapping[str, Mapping[str, nn.Module]],
@@ -236,68 +242,85 @@ def _trace(
     *,
     loops: bool = True,
 ) -> list[StageCost]:
-    """The stages of a call, in running order; without `loops`, those of the loop are left out."""
-    quiet = {"progress_bar_cmd": iter} if arguments.get("progress_bar_cmd", progress_bar) is progress_bar else {}
+    """Return the cost of each stage of a call, in running order; without `loops`, the stages of the loop are left out.
+
+    Args:
+        pipe: on meta.
+        arguments: of the call.
+        modules: role -> component on meta.
+        blocks: role -> block name -> block.
+        device_type: of the device that the call is meant for; kernels and their workspaces depend on it.
+        loops: whether the loop is run.
+    """
+    quiet = {"progress_bar_cmd": no_progress} if arguments.get("progress_bar_cmd", progress_bar) is progress_bar else {}
     decodes = arguments.get("output_type") != "latents"
-    # Pictures are made of pixels, and there are none.
+    # PIL images are made of pixel values, which tensors on meta do not have.
     request = pipe.check(**{**arguments, **quiet, "output_type": "tensor" if decodes else "latents"})
-    loads: list[StageCost] = []
+    costs: list[StageCost] = []
     with MetaTracer(device_type, modules, blocks) as tracer:
 
         @contextmanager
         def stage(name: str, roles: Sequence[str], *, steps: int = 1, traced: int = 1) -> Iterator[None]:
             used = tuple(role for role in roles if role in modules)
-            with tracer.stage(name) as seen:
+            with tracer.stage(name) as trace:
                 yield
-            load = StageCost(name, used, seen.device_bytes, seen.host_bytes, _runs(seen, used, traced), steps)
-            if loads and loads[-1].name == name:  # the same unit, for another branch
-                loads[-1] = _joined(loads[-1], load)
-            elif (used and seen.flops) or max(load.activations, load.host) >= _WORTH_A_STAGE:
-                loads.append(load)
+            cost = StageCost(name, used, trace.device_bytes, trace.host_bytes, _block_calls(trace, used, traced), steps)
+            if costs and costs[-1].name == name:  # the same unit, for another branch
+                costs[-1] = _joined(costs[-1], cost)
+            elif (used and trace.flops) or max(cost.activations, cost.host) >= _STAGE_BYTES:
+                costs.append(cost)
 
-        _run(pipe, request, stage, decodes=decodes, loops=loops)
-    return loads
+        _run_stages(pipe, request, stage, decodes=decodes, loops=loops)
+    return costs
 
 
-def _run(pipe: Pipeline, request: Request, stage: Any, *, decodes: bool, loops: bool) -> None:
-    """What `Pipeline.__call__` does, stage by stage, with as many steps as differ."""
+def _run_stages(pipe: PlannablePipeline, request: Request, stage: Any, *, decodes: bool, loops: bool) -> None:
+    """Run the code of `Pipeline.__call__` stage by stage, with two steps of the loop for each set of roles.
+
+    Args:
+        pipe: on meta.
+        request: the checked call.
+        stage: called with a stage's name and roles; returns the context manager that the stage runs in.
+        decodes: whether the output units run.
+        loops: whether the loop runs.
+    """
 
     def around(step: Unit) -> Any:
         return stage(step.name, step.roles)
 
-    state = pipe._new_state(request)
-    run_units(pipe.program, pipe.components, state, around=around)
-    sigmas = state.shared["sigmas"]
-    groups = _by_roles(pipe, sigmas, state.view("cond")) if loops else []
-    latents = state.shared["latents"].float()  # as the loop leaves them
+    values = pipe.call_values(request)
+    run_units(pipe.program, pipe.components, values, around=around)
+    sigmas = values.shared["sigmas"]
+    groups = _steps_by_roles(pipe, sigmas, values.for_branch("cond")) if loops else []
+    latents = values.shared["latents"].float()  # as the loop returns them
     for roles, levels in groups:
         traced = min(len(levels), _TRACED_STEPS)
-        state.shared["sigmas"] = torch.tensor([pair[0] for pair in levels[:traced]] + [levels[traced - 1][1]])
+        values.shared["sigmas"] = torch.tensor([pair[0] for pair in levels[:traced]] + [levels[traced - 1][1]])
         name = "denoise" if len(groups) == 1 else f"denoise ({', '.join(roles)})"
         with stage(name, roles, steps=len(levels), traced=traced):
-            latents = pipe._denoise(request, state)
-    del state.shared["latents"]
+            latents = pipe.denoise(request, values)
+    del values.shared["latents"]
     if decodes:
         used = dict.fromkeys(role for step in pipe.output_units for role in step.roles)
         with stage("decode", tuple(used)):
-            pipe._output(request, state, latents)
+            pipe.decode(request, values, latents)
 
 
-def _by_roles(
-    pipe: Pipeline, sigmas: Tensor, values: Mapping[str, Any]
+def _steps_by_roles(
+    pipe: PlannablePipeline, sigmas: Tensor, values: Mapping[str, Any]
 ) -> list[tuple[tuple[str, ...], list[tuple[float, float]]]]:
-    """Steps, as pairs of noise levels, in runs that use the same roles."""
+    """Return the steps, as pairs of noise levels, in runs of steps that use the same roles."""
     pairs = list(pairwise(sigmas.tolist()))
     return [(roles, list(run)) for roles, run in groupby(pairs, lambda pair: pipe.roles_at(pair[0], values))]
 
 
-def _runs(stage: StageTrace, roles: Sequence[str], traced: int) -> tuple[BlockCall, ...]:
-    """Of one step: blocks, and then everything that is outside of them."""
-    count = len(stage.blocks_run) // traced
-    last = stage.blocks_run[len(stage.blocks_run) - count :]
-    runs = [BlockCall(block_run.role, block_run.block, block_run.flops) for block_run in last]
-    rest = stage.flops // traced - sum(run.flops for run in runs)
-    return (*runs, BlockCall(roles[0] if roles else "", "", max(rest, 0)))
+def _block_calls(trace: StageTrace, roles: Sequence[str], traced: int) -> tuple[BlockCall, ...]:
+    """Return the block calls of the last step that was traced, and one call for all operations outside of blocks."""
+    count = len(trace.blocks_run) // traced
+    last = trace.blocks_run[len(trace.blocks_run) - count :]
+    calls = [BlockCall(block_run.role, block_run.block, block_run.flops) for block_run in last]
+    rest = trace.flops // traced - sum(call.flops for call in calls)
+    return (*calls, BlockCall(roles[0] if roles else "", "", max(rest, 0)))
 
 
 def _joined(first: StageCost, second: StageCost) -> StageCost:
@@ -310,6 +333,7 @@ def _joined(first: StageCost, second: StageCost) -> StageCost:
 
 
 def _with_tiles(whole: StageCost, tiled: Sequence[StageCost]) -> StageCost:
+    """Return the cost of a stage with that of its tiled run beside it, if the two differ."""
     same = next((stage for stage in tiled if stage.name == whole.name), None)
     if same is None or (same.activations, same.runs) == (whole.activations, whole.runs):
         return whole
@@ -317,7 +341,7 @@ def _with_tiles(whole: StageCost, tiled: Sequence[StageCost]) -> StageCost:
 
 
 def _blocks(module: nn.Module, wrapped: ManagedModule | None) -> dict[str, nn.Module]:
-    """By name, cut as the component is, or as it would be."""
+    """Return the blocks of a component by name, cut as it is wrapped or as `wrap` would cut it."""
     if wrapped is not None:
         return {name: module.get_submodule(name) for name in wrapped.blocks}
     return {block.name: block.module for block in partition_by(architecture_of(module), module).blocks}

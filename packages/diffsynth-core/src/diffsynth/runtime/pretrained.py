@@ -1,4 +1,4 @@
-"""From `ModelConfig`s to components under roles: recognise everything first, load only when all of it fits."""
+"""Loading the components of a pipeline from files: all are recognised and checked before the first tensor is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _READ_AHEAD = 4 * 2**30
 
 @dataclass(frozen=True)
 class _Found:
-    """A recognised component, not loaded yet."""
+    """A recognised component that is not loaded yet."""
 
     role: str
     recognized: recognize.Recognized
@@ -41,12 +41,12 @@ class _Found:
 
 
 class PretrainedLoader:
-    """Fills the roles of one pipeline class.
+    """Loads the components of a pipeline class.
 
     Args:
-        roles: of the pipeline.
+        roles: the roles to load.
         pipeline_name: for messages.
-        choose: settles what a policy leaves open, see `choose_before_reading`; None if nothing is.
+        choose: replaces the policy "auto", see `choose_before_reading`; None if no policy is "auto".
     """
 
     def __init__(
@@ -70,9 +70,10 @@ class PretrainedLoader:
         vram_limit: float | None = None,
         policy: Policies = None,
     ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
-        """Components by role, and the files each came from. Nothing is read before all of it is known to fit.
+        """Return the components by role, and the files of each.
 
-        Arguments and errors are those of `Pipeline.from_pretrained`.
+        No tensor is read before all files are recognised and checked. Arguments and errors are those of
+        `Pipeline.from_pretrained`.
         """
         self._check_processor_names(processor_configs)
         device = devices.default_device() if device is None else devices.check_device(device)

@@ -1,4 +1,4 @@
-"""The progress bar that a call shows unless it is given another."""
+"""The progress bar that a call shows unless `progress_bar_cmd` names another."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Item = TypeVar("Item")
 
 
 def progress_bar(items: Iterable[Item], *, description: str = "denoise", total: float | None = None) -> Iterator[Item]:
-    """Yield the items behind a rich bar on stderr; silent where stderr is no terminal.
+    """Yield the items and show a rich progress bar on stderr; nothing is shown where stderr is no terminal.
 
     Args:
-        items: what is worked on, one by one.
-        description: stands before the bar.
-        total: how many there are, where `len(items)` does not say.
+        items: the steps.
+        description: text before the bar.
+        total: number of items, if `len(items)` is not known.
     """
     from rich.console import Console
     from rich.progress import track
@@ -25,5 +25,5 @@ def progress_bar(items: Iterable[Item], *, description: str = "denoise", total: 
 
 
 def no_progress(items: Iterable[Item]) -> Iterable[Item]:
-    """Show nothing: `pipe(..., progress_bar_cmd=no_progress)`."""
+    """Return the items without showing a bar: `pipe(..., progress_bar_cmd=no_progress)`."""
     return items

@@ -1,4 +1,4 @@
-"""One call's arguments, checked and completed before anything expensive happens."""
+"""The arguments of a call: checked and completed before anything expensive runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from diffsynth import _discovery
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.errors import MissingComponent, did_you_mean
-from diffsynth.runtime.acceleration.choice import StepCacheArgument, parse_step_cache
 from diffsynth.runtime.acceleration.step_attention import AttentionArgument, parse_step_attention
+from diffsynth.runtime.acceleration.strategies import StepCacheArgument, parse_step_cache
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Program, can_run, needed_roles
 
@@ -23,15 +23,15 @@ OutputType = Literal["pil", "tensor", "latents"]
 
 @dataclass(frozen=True)
 class Step:
-    """What `on_step` is told after each step.
+    """A step of the denoising loop, as `on_step` receives it.
 
     Args:
-        index: 0 for the first step.
-        num_steps: how many there are.
-        sigma: the noise level this step started from.
-        sigma_next: the level it reached.
-        latents: `b c h w` (or `b c t h w`), not a copy.
-        reused: the branches in which a step cache left blocks out.
+        index: of the step, 0 for the first.
+        num_steps: number of steps of the call.
+        sigma: noise level before the step.
+        sigma_next: noise level after the step.
+        latents: after the step, `b c h w` or `b c t h w`, fp32; not a copy.
+        reused: names of the branches in which a step cache skipped blocks.
     """
 
     index: int
@@ -44,21 +44,22 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopArguments:
-    """What the denoising loop itself reads. A pipeline class sets `loop = LoopArguments(...)` to change defaults.
+    """The arguments that the denoising loop reads. A pipeline class changes defaults by `loop = LoopArguments(...)`.
 
     Args:
         num_inference_steps: calls of the network per branch, at least 1.
         cfg_scale: weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); 1.0 is off.
-        seed: of the initial noise. With several images, image i has `seed + i`; a list gives each its own; None draws.
+        seed: of the initial noise. With several images, image i has `seed + i`; a list sets the seed of each image;
+            None is a random seed.
         num_images: images per prompt, at least 1.
         output_type: "pil" images, "tensor" `b 3 h w` in [-1, 1], or "latents" before decoding.
         on_step: called with a `Step` after each step.
         cancel: checked between units and between steps; when set, `Cancelled` is raised.
         progress_bar_cmd: wraps the iterator over steps, as `tqdm` does.
-        step_cache: leave out blocks that would repeat earlier steps: a step cache, or its text
+        step_cache: skips blocks whose results hardly change from step to step: a step cache, or its text
             "first_block:threshold=0.1"; None computes everything.
         attention: the attention backend of the networks that the loop calls: a name, or by step a `StepAttention` or
-            its text "triton_int8:first=2,last=2"; None leaves it to `use_attention` and what comes after that.
+            its text "triton_int8:first=2,last=2"; None is the backend that `use_attention` or the default chooses.
     """
 
     num_inference_steps: int = 30
@@ -93,9 +94,14 @@ LOOP_NAMES = tuple(field.name for field in fields(LoopArguments))
 
 @dataclass(frozen=True)
 class Request:
-    """A checked call: every argument has a value, and the batch is laid out image by image.
+    """A checked call.
 
-    `plan` is how a memory limit is kept, if there is one.
+    Args:
+        loop: the arguments of the loop.
+        values: argument -> value of all others; those that are given per image are lists of one entry for each image.
+        seeds: one for each image; None is a random seed.
+        single: whether the call returns one result rather than a list.
+        plan: the memory plan that keeps `vram_limit`; None without a limit.
     """
 
     loop: LoopArguments
@@ -106,12 +112,18 @@ class Request:
 
     @property
     def batch_size(self) -> int:
-        """Number of images: prompts times `num_images`."""
+        """The number of images: prompts times `num_images`."""
         return len(self.seeds)
 
 
 def build_signature(program: Program, loop: LoopArguments, defaults: Mapping[str, Any]) -> inspect.Signature:
-    """The arguments of a pipeline: units' first, in running order, then the loop's; all keyword-only but `prompt`."""
+    """Return the arguments of a pipeline: those of units in running order, then the loop's; `prompt` is positional.
+
+    Args:
+        program: the units.
+        loop: the loop's defaults.
+        defaults: argument -> default of the model, in place of the unit's or the loop's.
+    """
     parameters = [
         inspect.Parameter(
             read.name,
@@ -141,22 +153,22 @@ def check_request(
     *,
     per_image: Sequence[str],
 ) -> Request:
-    """Check a call's arguments and lay out its batch.
+    """Check the arguments of a call and return them as a request.
 
     Args:
-        arguments: what the caller gave.
+        arguments: as the caller passed them.
         signature: of the pipeline instance.
         program: its units.
-        components: role -> what is loaded.
-        per_image: argument names that take one text or a list of them; they reach the units as lists, one per image.
+        components: role -> component or None.
+        per_image: names of the arguments that take a text or a list of texts; units get a list of one text per image.
 
     Raises:
         TypeError: an unknown argument, with the nearest spelling.
         ValueError: a value out of range, or lists whose lengths do not fit.
-        MissingComponent: an argument whose role is not loaded.
+        MissingComponent: an argument of a unit whose role is not loaded.
     """
     reject_unknown(arguments, signature)
-    _reject_unserved(arguments, signature, program, components)
+    _reject_missing_roles(arguments, signature, program, components)
     values = {name: parameter.default for name, parameter in signature.parameters.items()} | dict(arguments)
     loop = LoopArguments(**{name: values.pop(name) for name in LOOP_NAMES})
     single = not any(isinstance(values.get(name), list | tuple) for name in per_image) and loop.num_images == 1
@@ -169,10 +181,10 @@ def check_request(
 
 
 def reject_unknown(arguments: Iterable[str], signature: inspect.Signature) -> None:
-    """Raise on an argument that the signature does not have, with the nearest spelling.
+    """Check that a signature has all of these arguments.
 
     Raises:
-        TypeError: see above.
+        TypeError: an unknown argument, with the nearest spelling.
     """
     for name in arguments:
         if name not in signature.parameters:
@@ -184,7 +196,7 @@ def reject_unknown(arguments: Iterable[str], signature: inspect.Signature) -> No
             )
 
 
-def _reject_unserved(
+def _reject_missing_roles(
     arguments: Mapping[str, Any], signature: inspect.Signature, program: Program, components: Mapping[str, Any]
 ) -> None:
     for name, value in arguments.items():

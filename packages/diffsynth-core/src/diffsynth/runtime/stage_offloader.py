@@ -1,28 +1,29 @@
-"""Which components are on the device while a stage runs."""
+"""Loading the components of a pipeline on the device for the stages that use them, and offloading them again.
+
+`StageOffloader` serves one stage after the other, `ExpertSwitcher` the steps of the loop, whose experts change. Modules
+that no policy wraps stay where they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from diffsynth.core.planning import MemoryPlan
+from diffsynth.core.planning import MemoryPlan, StagePlan
 from diffsynth.core.vram.loaded_modules import loaded_modules
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.core.vram.report import TransferReport
-from diffsynth.runtime.plan_cache import follow, spare_room
 
 
 class StageOffloader:
-    """Brings the wrapped modules of a pipeline to its device for the stages that use them.
-
-    Modules that are not wrapped are where they are, and processors never move.
+    """Loads the wrapped modules of a pipeline on its device for the stages that use them.
 
     Args:
-        components: role -> module or processor.
-        device: where computation happens.
+        components: role -> module, processor or None; only wrapped modules are moved.
+        device: the device that computes.
     """
 
     def __init__(self, components: Mapping[str, Any], device: torch.device) -> None:
@@ -32,45 +33,45 @@ class StageOffloader:
 
     @property
     def is_needed(self) -> bool:
-        """Whether anything moves."""
+        """Whether a component of the pipeline is wrapped."""
         return bool(self._managed)
 
     @property
     def reports(self) -> dict[str, TransferReport]:
-        """What the transfers of each wrapped component cost."""
+        """The transfers of each wrapped component: role -> report."""
         return {role: module.report for role, module in self._managed.items()}
 
     @contextmanager
     def on_device(self, roles: Collection[str], stage: str = "", plan: MemoryPlan | None = None) -> Iterator[None]:
-        """Have these roles on the device inside the `with`; threads that share a device take turns.
+        """Load these roles on the device inside the `with`; stages of other threads on the device wait.
 
         Args:
-            roles: that the stage uses.
+            roles: the roles that the stage uses.
             stage: its name in the plan.
-            plan: what stays, what streams and what may be there meanwhile; without one each role is there whole, and
-                alone.
+            plan: the blocks that stay resident and the components that may be loaded beside these roles; None loads
+                each role whole and offloads all others.
         """
         used = [self._managed[role] for role in roles if role in self._managed]
         if not used:
             yield
             return
         with self._loaded.turn():
-            beside = [] if plan is None else follow(plan, stage, roles, self._managed)
+            beside = [] if plan is None else _configure(plan, stage, roles, self._managed)
             with self._loaded.stage(used, beside=beside):
                 yield
 
     def prepare(self, roles: Collection[str]) -> None:
-        """A hint: these roles are wanted soon, by another stage than the one that runs. See `ManagedModule.prepare`."""
+        """Announce roles that a later stage uses, so that their files are read ahead; see `ManagedModule.prepare`."""
         for role in roles:
             if role in self._managed:
                 self._managed[role].prepare()
 
     def begin_step(self, roles: Collection[str], *, is_first: bool) -> None:
-        """A step of a loop begins, with these roles.
+        """Begin a step of the loop.
 
         Args:
-            roles: that it uses.
-            is_first: no step before it was like it, so nothing is known of how often their blocks run.
+            roles: the roles that the step uses.
+            is_first: whether no earlier step used the same roles, so that the number of runs of each block is unknown.
         """
         for role in roles:
             if role in self._managed:
@@ -80,12 +81,13 @@ class StageOffloader:
     def overlapped_swap(
         self, roles: Collection[str], following: Collection[str], stage: str, plan: MemoryPlan | None
     ) -> Iterator[None]:
-        """Inside the `with` the last step that uses some roles runs, and those that the next one uses set out.
+        """Load the roles of the next step while the last step of other roles runs inside the `with`.
 
         Args:
-            roles, following: of this step and of the next.
-            stage: name of both in the plan.
-            plan: what may be on the device; without one what comes takes the place of what goes.
+            roles: the roles of this step.
+            following: the roles of the next step.
+            stage: the name of both in the plan.
+            plan: the room on the device; without one, blocks are loaded only in the memory of offloaded blocks.
         """
         coming = {role: self._managed[role] for role in following if role in self._managed and role not in roles}
         leaving = [
@@ -95,13 +97,79 @@ class StageOffloader:
         ]
         room = 0
         if plan is not None:
-            follow(plan, stage, following, coming)
-            room = spare_room(plan, stage, roles, coming)
+            _configure(plan, stage, following, coming)
+            room = _spare_room(plan, stage, roles, coming)
         with self._loaded.overlapped_swap(leaving, list(coming.values()), room=room):
             yield
 
-    def rest(self, plan: MemoryPlan | None) -> None:
-        """After a call: what the plan did not let stay leaves the device; without one everything does."""
+    def end_call(self, plan: MemoryPlan | None) -> None:
+        """Offload the components that the plan evicts between stages; without a plan, all of them."""
         for role, module in self._managed.items():
             if plan is None or role in plan.evicted:
                 module.leave()
+
+
+class ExpertSwitcher:
+    """Loads the components of each step of the loop. The next expert is loaded while the last step of this one runs.
+
+    Args:
+        offloader: of the pipeline.
+        roles: the roles of each step, in order.
+        plan: of the call, if there is one.
+    """
+
+    def __init__(self, offloader: StageOffloader, roles: Sequence[tuple[str, ...]], plan: MemoryPlan | None) -> None:
+        self._offloader = offloader
+        self._roles = list(roles)
+        self._plan = plan
+        self._step = -1
+        self._stage = ExitStack()
+
+    def begin_step(self) -> None:
+        """Load the components of the next step; in the last step of an expert, begin to load the following one."""
+        before = self._roles[self._step] if self._step >= 0 else None
+        self._step += 1
+        roles = self._roles[self._step]
+        if roles != before:
+            self._stage.close()
+            self._stage.enter_context(self._offloader.on_device(roles, "denoise", self._plan))
+        self._offloader.begin_step(roles, is_first=roles != before)
+        following = self._roles[self._step + 1] if self._step + 1 < len(self._roles) else roles
+        if following != roles:
+            self._offloader.prepare([role for role in following if role not in roles])
+            self._stage.enter_context(self._offloader.overlapped_swap(roles, following, "denoise", self._plan))
+
+    def __enter__(self) -> ExpertSwitcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stage.close()
+
+
+def _configure(
+    plan: MemoryPlan, stage: str, roles: Collection[str], modules: Mapping[str, ManagedModule]
+) -> list[ManagedModule]:
+    """Set resident blocks and slots of a stage's components as planned; return the modules that may stay loaded.
+
+    A stage without a line in the plan costs next to nothing; its components keep the settings of another stage.
+    """
+    for component in (each for line in _lines(plan, stage, roles) or plan.stages for each in line.components):
+        if component.role in roles and component.role in modules:
+            modules[component.role].configure(resident=component.resident, slots=max(component.slots, 1))
+    return [module for role, module in modules.items() if role not in plan.evicted]
+
+
+def _spare_room(plan: MemoryPlan, stage: str, roles: Collection[str], coming: Mapping[str, ManagedModule]) -> int:
+    """Return the bytes on the device that the components of the next step may take while a stage still runs."""
+    staying = sum(module.footprint(role).whole for role, module in coming.items() if role not in plan.evicted)
+    lines = _lines(plan, stage, roles)
+    if plan.vram_limit is None or not lines:
+        return staying
+    return staying + max(int(plan.vram_limit * 2**30) - max(line.vram for line in lines), 0)
+
+
+def _lines(plan: MemoryPlan, stage: str, roles: Collection[str]) -> list[StagePlan]:
+    """Return the plan's lines for a stage, for the expert with these roles if experts have lines of their own."""
+    lines = [line for line in plan.stages if line.name == stage] if stage != "denoise" else list(plan.loop)
+    # A role of a line may be empty or not loaded, so a line needs only some of `roles`.
+    return [line for line in lines if set(line.roles) <= set(roles)] or lines

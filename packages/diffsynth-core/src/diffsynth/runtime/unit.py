@@ -1,4 +1,4 @@
-"""Units: the named steps of a pipeline, and the checks that make a list of them a program.
+"""Units: the named steps of a pipeline, and the checks that turn a list of units into a program.
 
 A unit is a function. Its positional parameters are the *roles* it uses, its keyword-only parameters are the names it
 *reads*, and the decorator names what it *writes*:
@@ -6,8 +6,9 @@ A unit is a function. Its positional parameters are the *roles* it uses, its key
     @unit("prompt_embeds", "prompt_mask", branches={"uncond": {"prompt": "negative_prompt"}})
     def encode_prompt(text_encoder, tokenizer, *, prompt: str | list[str] = ""): ...
 
-A read with a default that no earlier unit writes is an argument of the pipeline. A read without one must be written
-by an earlier unit or given by the pipeline. A role with the default None is optional: the unit then runs without it.
+A read with a default that no earlier unit writes is an argument of the pipeline. A read without a default must be
+written by an earlier unit or provided by the pipeline. A role with the default None is optional: the unit runs without
+it.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import Any
 from diffsynth.errors import InvalidPipeline, MissingComponent, did_you_mean
 
 REQUIRED: Any = inspect.Parameter.empty
-"""The default of a read that has none."""
+"""The default of a read without a default."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """A name that a unit reads, with the annotation and default its parameter has."""
+    """A name that a unit reads, with the annotation and the default of its parameter."""
 
     name: str
     annotation: Any
@@ -36,12 +37,21 @@ class Read:
 
 @dataclass(frozen=True)
 class Unit:
-    """One step: call it with its roles and reads; the result is a value per written name.
+    """One step of a pipeline: called with its roles and reads, it returns a value for each name that it writes.
 
-    `branches` maps a branch to the names it reads in place of the plain ones; the plain names are the `cond` branch.
-    A `random` unit draws randomness, so its result is never cached. `requires` names roles that it does not use but
-    is nothing without: its arguments are theirs. Where the argument `only_with` is None the unit is left out, and no
-    role comes to the device for it. `provider` is the plugin that adds the unit to somebody else's pipeline.
+    Args:
+        name: of the function.
+        function: the code of the step.
+        roles: the components that it is called with, in order.
+        optional_roles: those of `roles` that may be empty.
+        reads: the names that it reads.
+        writes: the names that it writes.
+        branches: branch -> read name -> the name to read in that branch; names that are not listed are read as they
+            are, as in the branch "cond".
+        random: whether it draws random numbers; results of such a unit are never cached.
+        requires: roles that it does not use, but without which it does not run.
+        only_with: an argument; where that is None the unit does not run and none of its roles is loaded for it.
+        provider: the plugin that adds the unit to a pipeline of another package; "" for the pipeline's own units.
     """
 
     name: str
@@ -58,19 +68,19 @@ class Unit:
 
     @property
     def title(self) -> str:
-        """What messages call it: `unit 'blur'`, or `unit 'blur' of plugin soft (diffsynth-soft)`."""
+        """The unit's name in messages: `unit 'blur'`, or `unit 'blur' of plugin soft (diffsynth-soft)`."""
         return f"unit {self.name!r}" + (f" of plugin {self.provider}" if self.provider else "")
 
     def __call__(self, *roles: Any, **reads: Any) -> Any:
-        """Run the function itself."""
+        """Call the function."""
         return self.function(*roles, **reads)
 
     def run(self, components: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Run on the components and values it names; returns {written name: value}.
+        """Call the function with the components and values that it names; return written name -> value.
 
         Raises:
-            MissingComponent: a value is not there, because the unit that writes it lacks a role.
-            Exception: what the function raises, with a note that names the plugin if a plugin added the unit.
+            MissingComponent: a value is missing, because a role of the unit that writes it is not loaded.
+            Exception: from the function, with a note that names the plugin if a plugin added the unit.
         """
         roles = [components.get(role) for role in self.roles]
         reads = {read.name: values.get(read.name, read.default) for read in self.reads}
@@ -97,15 +107,15 @@ def unit(
     requires: Sequence[str] = (),
     only_with: str = "",
 ) -> Callable[[Callable[..., Any]], Unit]:
-    """Make a function a unit that writes the given names.
+    """Return a decorator that turns a function into a unit.
 
     Args:
-        writes: names of the results; a function that writes one returns it bare, otherwise a tuple in this order.
-        branches: branch -> {read name: the name it has in that branch}.
-        random: the unit draws randomness.
-        requires: roles that must be loaded for it to run, though it does not use them and they need not be at hand.
-        only_with: the argument that it is there for. Where that is None it does not run: what it would write keeps the
-            value it had, or the default of whoever reads it.
+        writes: names of the results. A function that writes one name returns its value, else a tuple in this order.
+        branches: branch -> read name -> the name to read in that branch.
+        random: whether the unit draws random numbers.
+        requires: roles that must be loaded for the unit to run, though it does not use them.
+        only_with: an argument; where that is None the unit does not run. The names that it would write keep their
+            earlier values, or the defaults of the units that read them.
 
     Raises:
         TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches` or `only_with`
@@ -146,39 +156,39 @@ def unit(
 
 @dataclass(frozen=True)
 class Program:
-    """A checked list of units: the arguments it takes, and the names that are written."""
+    """A checked list of units, the arguments that it takes and the names that it writes."""
 
     units: tuple[Unit, ...]
     arguments: Mapping[str, Read]
     writes: frozenset[str]
 
     def owners(self, argument: str) -> list[Unit]:
-        """The units that read an argument, in any branch."""
+        """Return the units that read an argument, in any branch."""
         return [step for step in self.units if argument in _argument_names(step)]
 
     def is_used(self, step: Unit, values: Mapping[str, Any]) -> bool:
-        """Whether a call gives a unit what it is there for: its `only_with`, or an argument that no other unit reads.
+        """Whether a call sets `only_with` of a unit, or changes an argument that no other unit reads.
 
-        A unit that has neither is always used.
+        True for a unit that has neither.
         """
         if step.only_with:
-            return is_asked_for(step, values)
+            return is_enabled(step, values)
         own = [read for read in step.reads if read.name in self.arguments and self.owners(read.name) == [step]]
         return not own or any(values.get(read.name, read.default) is not read.default for read in own)
 
 
-def check_units(units: Sequence[Unit], given: Collection[str]) -> Program:
-    """Check that every name is there when it is read.
+def check_units(units: Sequence[Unit], provided: Collection[str]) -> Program:
+    """Check that every name has a value when a unit reads it; return the units as a program.
 
     Args:
         units: in running order.
-        given: names that the pipeline itself provides.
+        provided: the names that the pipeline itself sets.
 
     Raises:
         InvalidPipeline: a read that nothing provides, a rewrite of a name that is not read, one argument declared with
             two types or defaults; the message names the unit.
     """
-    available, written = set(given), set()
+    available, written = set(provided), set()
     arguments: dict[str, Read] = {}
     for step in units:
         for read in _plain_and_branch_reads(step):
@@ -195,7 +205,7 @@ def check_units(units: Sequence[Unit], given: Collection[str]) -> Program:
         reads = {read.name for read in step.reads}
         for name in step.writes:
             if name in available and name not in reads:
-                raise InvalidPipeline(f"{step.title} rewrites {name!r} without reading it{_whose(name, step, units)}")
+                raise InvalidPipeline(f"{step.title} rewrites {name!r} without reading it{_owner(name, step, units)}")
         written.update(step.writes)
         available.update(step.writes)
     return Program(tuple(units), MappingProxyType(arguments), frozenset(written))
@@ -204,55 +214,62 @@ def check_units(units: Sequence[Unit], given: Collection[str]) -> Program:
 def run_units(
     program: Program,
     components: Mapping[str, Any],
-    state: CallValues,
+    values: CallValues,
     *,
     around: Callable[[Unit], Any] | None = None,
 ) -> None:
-    """Run the units in order, writing their results into `state`.
+    """Run the units in order and store their results in `values`.
 
-    A unit that needs a role which is not loaded, or whose `only_with` is not given, is left out: its results keep the
-    defaults of whoever reads them.
+    A unit is skipped if a role that it needs is not loaded or its `only_with` is None.
 
     Args:
-        around: called with each unit; gives the context manager it runs in (placement, cancellation).
+        program: the units.
+        components: role -> component.
+        values: of the call; changed in place.
+        around: called with each unit; returns the context manager that the unit runs in.
     """
     for step in program.units:
-        if not can_run(step, components) or not is_asked_for(step, state.shared):
+        if not can_run(step, components) or not is_enabled(step, values.shared):
             continue
-        for branch in state.branches if is_per_branch(step, state.branched) else ("shared",):
+        for branch in values.branches if is_per_branch(step, values.branched) else ("shared",):
             renames = step.branches.get(branch, {})
-            visible = state.view(branch)
-            values = visible | {plain: visible[name] for plain, name in renames.items() if name in visible}
+            known = values.for_branch(branch)
+            read = known | {plain: known[name] for plain, name in renames.items() if name in known}
             if around is None:
-                results = step.run(components, values)
+                results = step.run(components, read)
             else:
                 with around(step):
-                    results = step.run(components, values)
-            state.write(branch, results)
+                    results = step.run(components, read)
+            values.write(branch, results)
 
 
 def is_per_branch(step: Unit, branched: Collection[str]) -> bool:
-    """Whether a unit runs once per branch: it says so, or reads one of the names that branches have each for itself."""
+    """Whether a unit runs once for each branch: it declares `branches`, or reads a value that differs by branch."""
     return bool(step.branches) or any(read.name in branched for read in step.reads)
 
 
 def can_run(step: Unit, components: Mapping[str, Any]) -> bool:
-    """Whether every role that the unit cannot do without is loaded."""
+    """Whether every role that the unit needs is loaded."""
     return all(components.get(role) is not None for role in needed_roles(step))
 
 
-def is_asked_for(step: Unit, values: Mapping[str, Any]) -> bool:
-    """Whether the argument that the unit is there for, if it is there for one, is given."""
+def is_enabled(step: Unit, values: Mapping[str, Any]) -> bool:
+    """Whether a call runs the unit: it has no `only_with`, or that argument is not None."""
     return not step.only_with or values.get(step.only_with) is not None
 
 
 def needed_roles(step: Unit) -> tuple[str, ...]:
-    """The roles without which the unit does not run."""
+    """Return the roles without which the unit does not run."""
     return (*(role for role in step.roles if role not in step.optional_roles), *step.requires)
 
 
 class CallValues:
-    """The values of one call: shared ones, and those of each branch over them."""
+    """The values of one call: shared ones, and those of each branch, which override them.
+
+    Args:
+        values: the shared ones.
+        branches: names of the branches of guidance.
+    """
 
     def __init__(self, values: Mapping[str, Any], branches: Iterable[str] = ("cond",)) -> None:
         self.shared = dict(values)
@@ -260,38 +277,38 @@ class CallValues:
 
     @property
     def branched(self) -> set[str]:
-        """Names that a branch has for itself."""
+        """The names whose values differ by branch."""
         return {name for values in self.branches.values() for name in values}
 
-    def view(self, branch: str = "shared") -> dict[str, Any]:
-        """What a unit of this branch sees."""
+    def for_branch(self, branch: str = "shared") -> dict[str, Any]:
+        """Return the values that a unit of this branch reads."""
         return self.shared | self.branches.get(branch, {})
 
     def write(self, branch: str, values: Mapping[str, Any]) -> None:
-        """Store results where the branch keeps them."""
+        """Store results as values of a branch, or as shared ones for "shared"."""
         (self.shared if branch == "shared" else self.branches[branch]).update(values)
 
-    def keep(self, names: Collection[str]) -> None:
-        """Forget all other values, so that their memory is free."""
+    def retain(self, names: Collection[str]) -> None:
+        """Delete all values except these, to free their memory."""
         for values in (self.shared, *self.branches.values()):
             for name in values.keys() - names:
                 del values[name]
 
 
 def needed_for(units: Sequence[Unit], names: Collection[str]) -> tuple[Unit, ...]:
-    """The units without which one of `names` would not be written, in running order."""
-    wanted, kept = set(names), []
+    """Return the units that write one of `names`, and the units that those read from, in running order."""
+    wanted, needed = set(names), []
     for step in reversed(units):
         if wanted & set(step.writes):
-            kept.append(step)
+            needed.append(step)
             wanted.update(read.name for read in step.reads)
-    return tuple(reversed(kept))
+    return tuple(reversed(needed))
 
 
 def split(units: Sequence[Unit], trained: Collection[str]) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-    """Part units into those whose results may be cached while `trained` roles learn, and those that must run live.
+    """Split units into those whose results may be cached while `trained` roles are trained, and live ones.
 
-    A unit is live if it uses a trained role, draws randomness, or reads what a live unit writes.
+    A unit is live if it uses a trained role, draws random numbers, or reads a name that a live unit writes.
     """
     live_names: set[str] = set()
     frozen, live = [], []
@@ -325,19 +342,22 @@ def _declare(arguments: dict[str, Read], read: Read, step: Unit, units: Sequence
         shown = [f"{_type_text(each)} = {each.default!r}" for each in (read, first)]
         raise InvalidPipeline(
             f"{step.title} declares argument {read.name!r} as {shown[0]}, unlike {shown[1]}"
-            f"{_whose(read.name, step, units)}. Give it another name, or the same type and default"
+            f"{_owner(read.name, step, units)}. Give it another name, or the same type and default"
         )
 
 
 def _type_text(read: Read) -> str:
-    """The annotation without module names: a type, or a text where its module postpones evaluation."""
+    """Return the annotation of a read as text, without module names.
+
+    An annotation is a type, or a text if its module postpones evaluation; both give one text.
+    """
     if read.annotation is inspect.Parameter.empty:
         return "untyped"
     text = read.annotation if isinstance(read.annotation, str) else inspect.formatannotation(read.annotation)
     return re.sub(r"\b(?:\w+\.)+(?=[A-Za-z_])", "", text)
 
 
-def _whose(name: str, step: Unit, units: Sequence[Unit]) -> str:
-    """Who else has a name: the first unit that writes or reads it."""
+def _owner(name: str, step: Unit, units: Sequence[Unit]) -> str:
+    """Return, for a message, the first other unit that writes or reads a name; "" if `step` is the first."""
     owner = next(each for each in units if name in each.writes or name in _argument_names(each))
-    return "" if owner is step else f"; it is of {owner.title}"
+    return "" if owner is step else f"; it belongs to {owner.title}"

@@ -1,4 +1,4 @@
-"""The weights of a pipeline as a plan counts them: how each component's wait, and what that takes."""
+"""The storage of a pipeline's weights as a plan counts it: dtype and place of each component, and its footprint."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from diffsynth.core.planning import BlockFootprint, ComponentFootprint
 from diffsynth.core.vram.managed import ManagedModule
 from diffsynth.core.vram.packing import Packing
 from diffsynth.core.vram.policy import AUTO, FP8, PRESETS, Policy, unknown
-from diffsynth.runtime.memory_options import architecture_of, partition_by
+from diffsynth.runtime.architectures import architecture_of, partition_by
 
 
 @dataclass(frozen=True)
 class WeightStorage:
-    """How the weights of a component wait.
+    """The storage of the weights of a component while it is offloaded.
 
     Args:
-        dtype: that they are stored in; None is each tensor's own.
-        on_disk: they are in no memory.
-        is_open: a plan may choose `dtype`.
-        held: the component is wrapped, and waits like this.
+        dtype: that floating weights are stored in; None is each tensor's own.
+        on_disk: whether they are read from disk for each use, and take no memory.
+        is_auto: whether a plan may choose `dtype`.
+        wrapped: the wrapped component, whose own footprint counts; None for one that is not wrapped.
     """
 
     dtype: torch.dtype | None = None
     on_disk: bool = False
-    is_open: bool = False
-    held: ManagedModule | None = None
+    is_auto: bool = False
+    wrapped: ManagedModule | None = None
 
     @classmethod
-    def under(cls, policy: Policy | None, dtype: torch.dtype, held: ManagedModule | None = None) -> WeightStorage:
-        """What a policy means for weights that are computed with in `dtype`; None is no policy."""
+    def under(cls, policy: Policy | None, dtype: torch.dtype, wrapped: ManagedModule | None = None) -> WeightStorage:
+        """Return the storage under a policy of weights that compute in `dtype`; None is no policy."""
         if policy is None:
             return cls()
         stored = policy.stored_dtype(dtype)
-        return cls(stored if stored.itemsize < dtype.itemsize else None, policy.onload.on_disk, held=held)
+        return cls(stored if stored.itemsize < dtype.itemsize else None, policy.onload.on_disk, wrapped=wrapped)
 
 
 def storages_under(policy: str, roles: Collection[str]) -> dict[str, WeightStorage]:
-    """What a preset, or "auto", means for every role."""
-    meant = {"fp8": WeightStorage(FP8), "disk": WeightStorage(on_disk=True), AUTO: WeightStorage(is_open=True)}
-    return dict.fromkeys(roles, meant.get(policy, WeightStorage()))
+    """Return the storage of every role under a preset or "auto"."""
+    known = {"fp8": WeightStorage(FP8), "disk": WeightStorage(on_disk=True), AUTO: WeightStorage(is_auto=True)}
+    return dict.fromkeys(roles, known.get(policy, WeightStorage()))
 
 
-def offered(storages: Mapping[str, WeightStorage], device: torch.device) -> list[dict[str, WeightStorage]]:
-    """The ways that weights may wait, the one that changes no bit first; more than one only where a role is open."""
-    fixed = {role: replace(each, is_open=False) for role, each in storages.items()}
-    if not any(each.is_open for each in storages.values()) or not _may_round(device):
+def storage_choices(storages: Mapping[str, WeightStorage], device: torch.device) -> list[dict[str, WeightStorage]]:
+    """Return the storages to choose from: the exact one first, then float8 for the open roles where it can help."""
+    fixed = {role: replace(each, is_auto=False) for role, each in storages.items()}
+    if not any(each.is_auto for each in storages.values()) or not _may_round(device):
         return [fixed]
-    return [fixed, {role: replace(fixed[role], dtype=FP8) if storages[role].is_open else fixed[role] for role in fixed}]
+    return [fixed, {role: replace(fixed[role], dtype=FP8) if storages[role].is_auto else fixed[role] for role in fixed}]
 
 
 def storage_name(storages: Mapping[str, WeightStorage]) -> str:
-    """Dtypes narrower than that of computation, with their roles unless it is one for all; empty if there are none."""
+    """Return the names of storage dtypes other than the tensors' own, with roles unless all share one; or ""."""
     roles: dict[str, list[str]] = {}
     for role, each in storages.items():
         if each.dtype is not None:
@@ -67,38 +67,38 @@ def storage_name(storages: Mapping[str, WeightStorage]) -> str:
     )
 
 
-def component_footprint(role: str, module: nn.Module, storages: WeightStorage) -> ComponentFootprint:
-    """What the weights of a component take.
+def component_footprint(role: str, module: nn.Module, storage: WeightStorage) -> ComponentFootprint:
+    """Return the bytes of a component's weights, block by block.
 
     Args:
-        role: of it.
+        role: of the component.
         module: on any device, meta included; only shapes and dtypes are read.
-        waiting: see there.
+        storage: see `WeightStorage`.
     """
-    if storages.held is not None:
-        return storages.held.footprint(role)
+    if storage.wrapped is not None:
+        return storage.wrapped.footprint(role)
     architecture = architecture_of(module)
-    keeps = architecture.high_precision if architecture is not None else ()
+    exact = architecture.high_precision if architecture is not None else ()
 
     def packing(tensors: Mapping[str, Tensor]) -> Packing:
-        dtypes = {name: (_kept(name, tensor, storages.dtype, keeps), tensor.dtype) for name, tensor in tensors.items()}
+        dtypes = {name: (_stored(name, tensor, storage.dtype, exact), tensor.dtype) for name, tensor in tensors.items()}
         return Packing(tensors, dtypes)
 
     blocks = []
-    parts = partition_by(architecture, module)
-    for block in parts.blocks:
+    cut = partition_by(architecture, module)
+    for block in cut.blocks:
         packed = packing(block.parameters())
         blocks.append(BlockFootprint(block.name, packed.stored_bytes, packed.computed_bytes))
-    outside = packing(parts.rest)
+    outside = packing(cut.rest)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     return ComponentFootprint(role, tuple(blocks), outside.computed_bytes + buffers, outside.stored_bytes + buffers)
 
 
 def check_policy(policy: str | None, vram_limit: float | None, device: torch.device) -> None:
-    """Refuse what no plan can be made for.
+    """Check that a plan can be made for a policy, a limit and a device.
 
     Raises:
-        ValueError: an unknown policy, one that a limit contradicts, or a dtype that the device lacks.
+        ValueError: an unknown policy, one that a limit contradicts, or a limit on the CPU.
     """
     if policy is not None and policy not in (*PRESETS, AUTO):
         raise ValueError(unknown(policy))
@@ -111,14 +111,14 @@ def check_policy(policy: str | None, vram_limit: float | None, device: torch.dev
         raise ValueError(f"vram_limit={vram_limit}: the CPU has no memory of its own; limit ram_limit")
 
 
-def _kept(name: str, tensor: Tensor, stored: torch.dtype | None, keeps: Sequence[str]) -> torch.dtype:
-    if stored is None or not tensor.is_floating_point() or any(fnmatch.fnmatchcase(name, one) for one in keeps):
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None, exact: Sequence[str]) -> torch.dtype:
+    if dtype is None or not tensor.is_floating_point() or any(fnmatch.fnmatchcase(name, one) for one in exact):
         return tensor.dtype
-    return stored
+    return dtype
 
 
 def _may_round(device: torch.device) -> bool:
-    """Whether the device reads what fp8 stores, and has a link that fewer bytes would cross faster."""
+    """Whether float8 storage can make a device faster: it converts float8, and has a link to host memory."""
     if device.type == "cpu":
         return False
     try:

@@ -12,7 +12,7 @@ from torch import nn
 from diffsynth.core import forward_chain
 from diffsynth.core.forward_chain import ForwardLayer
 from diffsynth.errors import MissingComponent, did_you_mean
-from diffsynth.runtime.acceleration.blocks import stacks_of
+from diffsynth.runtime.architectures import stacks_of
 
 
 def compile_components(components: Mapping[str, Any], roles: Collection[str], **options: Any) -> None:

@@ -1,32 +1,29 @@
-"""What a step cache saves and what it costs: the same call with it and without."""
+"""Measuring a step cache: one call with it and one without, and the difference of their results."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffsynth.runtime.acceleration.choice import parse_step_cache
 from diffsynth.runtime.acceleration.step_cache import StepCache
-
-if TYPE_CHECKING:
-    from diffsynth.runtime.request import Step
+from diffsynth.runtime.acceleration.strategies import parse_step_cache
 
 
 @dataclass(frozen=True)
 class StepCacheReport:
-    """One call with a step cache, beside the same call without it.
+    """The comparison of a call with a step cache and the same call without it.
 
     Args:
-        cache: the settings.
-        num_steps: of the schedule.
-        reused: branch -> indices of the steps in which it reused something.
+        cache: the step cache.
+        num_steps: number of steps of the call.
+        reused: branch -> indices of the steps in which blocks were skipped.
         relative_l1: `sum |with - without| / sum |without|` of the final latents.
-        cosine: of the angle between them; 1 is the same direction.
-        seconds, seconds_without: from arguments to latents.
+        cosine: similarity of the final latents; 1 is the same direction.
+        seconds, seconds_without: duration of the calls, from arguments to latents.
     """
 
     cache: StepCache
@@ -54,31 +51,36 @@ class StepCacheReport:
 
 
 def measure_step_cache(pipe: Any, step_cache: StepCache | str, **arguments: Any) -> StepCacheReport:
-    """Make a call without and with a step cache and compare their latents.
+    """Make a call without a step cache and with it, and compare their latents.
 
     Args:
         pipe: a pipeline; nothing of it changes.
-        step_cache: what to measure.
-        arguments: of the call; a seed is 0 unless it is given, and nothing is decoded.
+        step_cache: the step cache to measure, or its text.
+        arguments: of the call, without `output_type` and `on_step`; `seed` is 0 by default. Nothing is decoded.
 
     Raises:
         Refused: the cache cannot serve this pipeline.
-        ValueError: `output_type` or `on_step` is given.
+        ValueError: `output_type` or `on_step` is among the arguments.
     """
     if taken := {"output_type", "on_step"} & arguments.keys():
-        raise ValueError(f"{sorted(taken)[0]} is given; measuring needs it for itself")
+        raise ValueError(f"{sorted(taken)[0]} is set by measure_step_cache itself; leave it out")
     cache = parse_step_cache(step_cache)
     if cache is None:
         raise ValueError("step_cache is None; there is nothing to measure")
     arguments = {"seed": 0, **arguments, "output_type": "latents"}
     pipe.check(**arguments, step_cache=cache)
-    without, seconds_without, _ = _timed(pipe, arguments)
-    latents, seconds, steps = _timed(pipe, {**arguments, "step_cache": cache})
-    branches = dict.fromkeys(branch for step in steps for branch in step.reused)
+    reused: list[tuple[str, ...]] = []
+    without, seconds_without = _timed(pipe, arguments)
+    latents, seconds = _timed(
+        pipe, {**arguments, "step_cache": cache, "on_step": lambda step: reused.append(step.reused)}
+    )
     return StepCacheReport(
         cache=cache,
-        num_steps=steps[-1].num_steps,
-        reused={name: tuple(step.index for step in steps if name in step.reused) for name in branches},
+        num_steps=len(reused),
+        reused={
+            branch: tuple(index for index, branches in enumerate(reused) if branch in branches)
+            for branch in dict.fromkeys(branch for branches in reused for branch in branches)
+        },
         relative_l1=float((latents - without).abs().sum() / without.abs().sum()),
         cosine=float(torch.nn.functional.cosine_similarity(latents.flatten(), without.flatten(), dim=0)),
         seconds=seconds,
@@ -86,8 +88,7 @@ def measure_step_cache(pipe: Any, step_cache: StepCache | str, **arguments: Any)
     )
 
 
-def _timed(pipe: Any, arguments: dict[str, Any]) -> tuple[Tensor, float, list[Step]]:
-    steps: list[Step] = []
+def _timed(pipe: Any, arguments: dict[str, Any]) -> tuple[Tensor, float]:
     started = time.perf_counter()
-    latents = pipe(**arguments, on_step=steps.append).double().cpu()
-    return latents, time.perf_counter() - started, steps
+    latents = pipe(**arguments).double().cpu()
+    return latents, time.perf_counter() - started

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from diffsynth.core import forward_chain
 from diffsynth.core.forward_chain import ForwardLayer
 from diffsynth.errors import Refused
-from diffsynth.runtime.acceleration.blocks import Stack
 from diffsynth.runtime.acceleration.step_cache import (
     CacheStrategy,
     FirstBlockCall,
@@ -29,11 +28,43 @@ from diffsynth.runtime.acceleration.step_cache import (
     StepCache,
     as_streams,
 )
+from diffsynth.runtime.acceleration.strategies import model_named
+from diffsynth.runtime.architectures import Stack, long_stacks
 from diffsynth.spec import ModelSpec
 
 _call: ContextVar[ForwardPass | None] = ContextVar("diffsynth_step_cache", default=None)
 _surrounded: dict[int, int] = {}
 _lock = threading.Lock()
+
+
+def step_cache_session(
+    cache: StepCache | None, components: Mapping[str, Any], loop_roles: Collection[str], model_name: str | None
+) -> StepCacheSession:
+    """The caches of one call, empty still.
+
+    Args:
+        cache: None caches nothing.
+        components: role -> what is loaded.
+        loop_roles: the networks that the loop calls.
+        model_name: the pipeline's, None if it was put together from files.
+
+    Raises:
+        Refused: the model, or the form of its network, is not served; the message says why.
+    """
+    if cache is None:
+        return StepCacheSession(None)
+    model = None if model_name is None else model_named(model_name)
+    if (reason := cache.refuses(model)) is not None:
+        raise Refused(f"step_cache={cache!r} is refused: {reason}")
+    loaded = {role: components[role] for role in loop_roles if isinstance(components.get(role), nn.Module)}
+    networks = [stacks for stacks in map(long_stacks, loaded.values()) if sum(len(each.blocks) for each in stacks) > 1]
+    if not networks:
+        kinds = ", ".join(f"{role} ({type(module).__name__})" for role, module in loaded.items())
+        raise Refused(
+            f"step_cache={cache!r} is refused: {kinds or 'no network'} has no repeated blocks that could be left out; "
+            "its architecture names them in repeated_blocks"
+        )
+    return StepCacheSession(cache, networks, model)
 
 
 class StepCacheSession:
@@ -218,8 +249,8 @@ class ForwardPass:
         first_call = FirstBlockCall(history.index, self._is_last, bound.arguments, values, block, run, pattern_of)
         history.reusing = history.strategy.reuses(first_call) and len(history.known) == history.num_stacks
         if not history.reusing:
-            history.ran(place, values, first_call.given)
-            return first_call.given
+            history.ran(place, values, first_call.result)
+            return first_call.result
         self.reused = True
         pattern = history.patterns[place.index]
         start = first_call.output if history.strategy.after_first else pattern.streams(values)

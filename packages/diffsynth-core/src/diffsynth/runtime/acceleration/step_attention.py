@@ -1,4 +1,4 @@
-"""Which attention backend serves which step: an inexact, fast one where it does little harm, an exact one elsewhere."""
+"""The attention backend of each step: an exact one in the first and last steps, a fast inexact one between them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from diffsynth.core.attention.call import AttentionCall
 from diffsynth.core.attention.registry import check_known, refusal
 from diffsynth.core.attention.select import use_attention
 from diffsynth.errors import Refused
-from diffsynth.runtime.acceleration.texts import settings_in
+from diffsynth.runtime.acceleration.settings import parse_settings
 from diffsynth.runtime.declared_backends import use_declared_backends
 
 
 @dataclass(frozen=True)
 class StepAttention:
-    """The attention backends of a call's networks, by step; given as its `attention`.
+    """The attention backends of a call's networks by step, for its argument `attention`.
 
-    The first steps lay out the picture and the last ones draw its details: errors of 8-bit scores show there most.
+    Errors of 8-bit scores are most visible in the first steps, which set the layout, and the last, which add details.
 
     Args:
         backend: of all steps but the first and last ones; a name of `available_backends()`, or `auto`.
-        first: how many steps at the beginning `otherwise` serves, at least 0.
-        last: how many at the end, at least 0.
-        otherwise: the backend of those; `auto` takes no inexact one.
+        first: number of steps at the beginning that use `otherwise`, at least 0.
+        last: number of steps at the end that use `otherwise`, at least 0.
+        otherwise: the backend of those steps; `auto` chooses no inexact one.
 
     Raises:
         ValueError: an unknown backend, or a number of steps out of range.
@@ -47,17 +47,17 @@ class StepAttention:
                 raise ValueError(f"attention: {name}={value!r}: expected an integer of at least 0")
 
     def at(self, index: int, num_steps: int) -> str:
-        """The backend of one step, 0 for the first."""
+        """Return the backend of a step, counted from 0."""
         is_within = self.first <= index < num_steps - self.last
         return self.backend if is_within else self.otherwise
 
 
 AttentionArgument = StepAttention | str | None
-"""What a call takes as `attention`."""
+"""The type of a call's argument `attention`."""
 
 
 def parse_step_attention(value: Any) -> StepAttention | None:
-    """The schedule that a text says, `backend` or `backend:first=2,last=2,otherwise=sdpa`; others pass as they are.
+    """Return the backends of a text `name` or `name:first=2,last=2,otherwise=sdpa`; other values as they are.
 
     Raises:
         ValueError: an unknown backend or setting, or a number out of range.
@@ -71,21 +71,21 @@ def parse_step_attention(value: Any) -> StepAttention | None:
         )
     backend, _, rest = value.partition(":")
     known = [each.name for each in fields(StepAttention) if each.default is not MISSING]
-    return StepAttention(backend, **settings_in(rest, known, f"attention={value!r}"))
+    return StepAttention(backend, **parse_settings(rest, known, argument=f"attention={value!r}"))
 
 
 def attention_at(schedule: StepAttention | None, index: int, num_steps: int) -> AbstractContextManager[Any]:
-    """The choice of one step's backend; without a schedule, none."""
+    """Return a context that uses the backend of a step; it does nothing without a schedule."""
     return nullcontext() if schedule is None else use_attention(schedule.at(index, num_steps))
 
 
 def check_attention(schedule: StepAttention | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise before the first step if a backend is missing, or serves no tensors of this device and dtype.
+    """Check before the first step that each backend is available for tensors of this device and dtype.
 
-    What a backend refuses of one layer's call only, that layer raises.
+    A backend that refuses the shape of a layer's call raises in that layer.
 
     Raises:
-        Refused: see above.
+        Refused: a backend is not available, or refuses the device or the dtype.
     """
     if schedule is None or device.type == "meta":
         return

@@ -1,7 +1,7 @@
-"""What a step cache is: a rule for when a stack of blocks need not run, and for what it would have given.
+"""The interface of step caches: `StepCache` holds the settings, a `CacheStrategy` decides which steps skip blocks.
 
-A rule sees one branch of one network, and of that network only what goes into its stacks and what comes out. It knows
-no model, and no model knows it.
+A strategy serves one branch of one network. It reads only the inputs and outputs of the network's stacks of blocks, so
+it works with any model.
 """
 
 from __future__ import annotations
@@ -17,54 +17,59 @@ from torch import Tensor, nn
 from diffsynth.spec import ModelSpec
 
 Streams = tuple[Tensor, ...]
-"""What blocks hand on: one tensor, or one per modality."""
+"""The hidden states that a block passes to the next one: one tensor, or one per modality."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCache:
-    """The settings of a step cache, given as a call's `step_cache`."""
+    """The settings of a step cache, for a call's argument `step_cache`."""
 
     def refuses(self, model: ModelSpec | None) -> str | None:
-        """Why this cache cannot serve a model, or None if it can.
+        """Return why this cache cannot serve a model, or None if it can.
 
         Args:
-            model: None for a pipeline that was put together from files.
+            model: None for a pipeline of files or components, which has no model name.
         """
         return None
 
     def strategy(self, model: ModelSpec | None) -> CacheStrategy:
-        """A new rule, which remembers nothing yet; for a model that was not refused."""
+        """Return a new strategy for one branch of one network; `refuses(model)` returned None before."""
         raise NotImplementedError
 
 
 @dataclass
 class ForwardPattern:
-    """How the blocks of a stack hand on their streams: as which arguments, and whether in a tuple."""
+    """The signature of the blocks of a stack, as far as streams are concerned.
 
-    places: tuple[int, ...]
+    Args:
+        indices: of the streams among a block's arguments, in the order in which they are returned.
+        is_tuple: whether blocks return a tuple.
+    """
+
+    indices: tuple[int, ...]
     is_tuple: bool
 
     def streams(self, values: Sequence[Any]) -> Streams:
-        """The streams among a block's arguments."""
-        return tuple(values[place] for place in self.places)
+        """Return the streams among a block's arguments."""
+        return tuple(values[index] for index in self.indices)
 
     def result(self, streams: Streams) -> Any:
-        """Streams as a block gives them."""
+        """Return streams in the form in which a block returns them."""
         return streams if self.is_tuple else streams[0]
 
 
 @dataclass
 class FirstBlockCall:
-    """What a rule may ask about one call of the network, at its first block.
+    """The call of the first block in a forward pass of the network, from which a strategy decides.
 
     Args:
-        index: how many calls of this branch there were before.
+        index: of the forward pass in this branch, from 0.
         is_last: whether this is the last step of the schedule.
         arguments: of the block, by name.
-        values: the same, in order.
+        values: the same arguments, in order.
         block: the block.
-        run: runs it.
-        form_of: from what it gives to its form.
+        run: runs the block and returns its result.
+        pattern_of: from the result of the block to its pattern.
     """
 
     index: int
@@ -76,22 +81,22 @@ class FirstBlockCall:
     pattern_of: Callable[[Any], ForwardPattern]
 
     @cached_property
-    def given(self) -> Any:
-        """What the block gives; it runs once, however often it is asked."""
+    def result(self) -> Any:
+        """The result of the block, which runs at the first access only."""
         return self.run()
 
     @property
     def streams(self) -> Streams:
-        """What goes into the block; it runs if its form is not known yet."""
-        return self.pattern_of(self.given).streams(self.values)
+        """The streams that the block takes. It runs for them, because its result shows which arguments they are."""
+        return self.pattern_of(self.result).streams(self.values)
 
     @property
     def output(self) -> Streams:
-        """What the block makes of its streams."""
-        return as_streams(self.given)
+        """The streams that the block returns."""
+        return as_streams(self.result)
 
     def output_of(self, name: str) -> Tensor:
-        """What a submodule of the block gives while the block runs."""
+        """Return the output of a submodule of the block, while the block runs."""
         seen: dict[int, Tensor] = {}
 
         def see(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -99,49 +104,52 @@ class FirstBlockCall:
 
         handle = self.block.get_submodule(name).register_forward_hook(see)
         try:
-            _ = self.given
+            _ = self.result
         finally:
             handle.remove()
         return seen[threading.get_ident()]
 
 
 class CacheStrategy:
-    """When to reuse, and what: the change that each stack made to its streams when it last ran.
+    """The decision which forward passes skip blocks, and the prediction of their results.
 
-    `after_first` says that the change of the deciding stack is counted from its first block's output, and that this
-    block always runs.
+    This base class predicts that each stack changes its streams as it did when it last ran.
     """
 
     after_first = False
+    """Whether the first block always runs, so that the change of its stack is counted from that block's output."""
 
     def __init__(self) -> None:
         self._changes: dict[int, Streams] = {}
 
     def reuses(self, first_call: FirstBlockCall) -> bool:
-        """Whether the stacks of this call are to be left out. Asked at every call; the first runs whole anyway."""
+        """Whether this forward pass skips the stacks. Called in each pass; the result for the first one is ignored."""
         raise NotImplementedError
 
     def computed(self, stack: int, index: int, start: Streams, end: Streams) -> None:
-        """Remember what a stack made of its streams in call `index`."""
+        """Record the streams before and after a stack that ran, in forward pass `index`."""
         self._changes[stack] = difference(end, start)
 
     def predicted(self, stack: int, index: int, start: Streams) -> Streams:
-        """What a stack would make of its streams in call `index`."""
+        """Return the predicted streams after a stack that is skipped, in forward pass `index`."""
         return tuple(before + change for before, change in zip(start, self._changes[stack], strict=True))
 
 
-def as_streams(given: Any) -> Streams:
-    """What a block gave, as streams."""
-    return tuple(given) if isinstance(given, tuple | list) else (given,)
+def as_streams(result: Any) -> Streams:
+    """Return the result of a block as a tuple of streams."""
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def difference(now: Streams, before: Streams) -> Streams:
-    """`now - before`, stream by stream."""
+    """Return `now - before`, stream by stream."""
     return tuple(a - b for a, b in zip(now, before, strict=True))
 
 
 def relative_change(now: Streams, before: Streams) -> float:
-    """`sum |now - before| / sum |before|` over all streams, in fp32; infinite if shapes differ. Waits for the GPU."""
+    """Return `sum |now - before| / sum |before|` over all streams, in fp32; infinite if shapes differ.
+
+    This synchronizes with the GPU.
+    """
     if any(a.shape != b.shape for a, b in zip(now, before, strict=True)):
         return float("inf")
     moved = sum((a.float() - b.float()).abs().sum() for a, b in zip(now, before, strict=True))

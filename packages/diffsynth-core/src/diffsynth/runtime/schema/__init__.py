@@ -1,8 +1,8 @@
-"""A pipeline's call as JSON Schema (draft 2020-12), and the way back from JSON to arguments.
+"""A pipeline's call as JSON Schema (draft 2020-12), and the conversion of JSON back to arguments.
 
-Everything is read from what is there anyway: names and defaults from `inspect.signature`, types from annotations,
-descriptions and ranges from the "Args:" sections of docstrings. Nothing is loaded; see `documentation` for who
-documents what.
+The schema is made without loading anything: names and defaults come from `inspect.signature`, types from annotations,
+descriptions and ranges from the "Args:" sections of docstrings; `documentation` lists which docstring documents which
+argument.
 
 Four keywords of ours are in it: `x-diffsynth-type` ("image", or the reference of a dataclass that an object becomes),
 `x-diffsynth-host-types` (types that this argument takes too, but not from JSON), `x-diffsynth-host-only` (name ->
@@ -14,37 +14,34 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffsynth.runtime.schema.annotations import as_json, schema_of, type_of
 from diffsynth.runtime.schema.documentation import documented, with_range
 from diffsynth.runtime.schema.values import arguments_from_json
-
-if TYPE_CHECKING:
-    from diffsynth.runtime.pipeline import Pipeline
-    from diffsynth.runtime.unit import Program
+from diffsynth.runtime.unit import Program
 
 __all__ = ["HOST_ONLY", "SchemaMethod", "arguments_from_json", "describe", "model_schema"]
 
 HOST_ONLY = "x-diffsynth-host-only"
-"""Where a schema lists the arguments that only a program in the same process can give."""
+"""The keyword under which a schema lists arguments that only a program in the same process can pass."""
 
 
 class SchemaMethod:
-    """`schema()` of a pipeline class, with the class's defaults, and of an instance, with those of its model."""
+    """The method `schema()` of a pipeline class, with the class's defaults, and of an instance, with its model's."""
 
-    def __get__(self, instance: Pipeline | None, owner: type[Pipeline]) -> Callable[[], dict[str, Any]]:
+    def __get__(self, instance: Any, owner: type) -> Callable[[], dict[str, Any]]:
         return functools.partial(describe, owner if instance is None else instance)
 
 
 def model_schema(name: str) -> dict[str, Any]:
-    """The schema of a model's call, by name; no file of the model is looked at.
+    """Return the schema of a model's call, by name, without reading a file of the model.
 
     Args:
         name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.
 
     Raises:
-        UnknownModel: nothing of that name is installed; the message has the nearest spelling.
+        UnknownModel: no installed plugin declares the name; the message has the nearest spelling.
         ImportError: the code of its pipeline cannot be imported.
     """
     from diffsynth import registry
@@ -54,21 +51,20 @@ def model_schema(name: str) -> dict[str, Any]:
     return describe(resolve(record.pipeline), title=record.name, defaults=record.defaults)
 
 
-def describe(
-    subject: Pipeline | type[Pipeline], *, title: str | None = None, defaults: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """JSON Schema of a pipeline's call.
+def describe(subject: Any, *, title: str | None = None, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the JSON Schema of a pipeline's call.
 
     Args:
-        subject: a class, or an instance, which knows its model's name and defaults.
+        subject: a subclass of `Pipeline`, or an instance, which has its model's name and defaults.
         title: of the schema; None is the model's name, else the class's.
-        defaults: over those of a class.
+        defaults: argument -> default, in place of those of a class.
 
     Raises:
         InvalidPipeline: units of the class do not fit together.
     """
     if isinstance(subject, type):
-        cls, program, signature = subject, subject._whole_program(), subject.call_signature(defaults)
+        cls: Any = subject
+        program, signature = cls.build_program(), cls.call_signature(defaults)
     else:
         cls, program, signature = type(subject), subject.program, inspect.signature(subject)
         title = title or subject.model_name
@@ -95,7 +91,7 @@ def describe(
 
 
 def _property(parameter: inspect.Parameter, program: Program, text: str) -> dict[str, Any] | None:
-    """One argument, or None for one that JSON cannot hold."""
+    """Return the schema of an argument, or None for one that JSON cannot hold."""
     found = schema_of(type_of(parameter, program))
     if found is None:
         return None

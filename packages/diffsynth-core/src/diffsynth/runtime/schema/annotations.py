@@ -1,4 +1,4 @@
-"""From a type to the JSON Schema of its values."""
+"""The JSON Schema of a type's values."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import Any, Literal, Union
 
 from PIL import Image
 
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments
-
-if TYPE_CHECKING:
-    from diffsynth.runtime.unit import Program
+from diffsynth.runtime.unit import Program
 
 Schema = dict[str, Any]
 
 _PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", types.NoneType: "null"}
-_PICTURE = {
+_IMAGE = {
     "type": "string",
     "contentEncoding": "base64",
     "contentMediaType": "image/png",
@@ -30,11 +28,11 @@ _PICTURE = {
 
 
 def type_of(parameter: inspect.Parameter, program: Program) -> Any:
-    """The evaluated annotation of an argument; the bare text where it names what its module imports for checkers only.
+    """Return the type of an argument; the text of the annotation where its names are imported for type checkers only.
 
     Args:
         parameter: of a pipeline's signature; its annotation may be a text.
-        program: the pipeline's units; a text is evaluated where the unit that reads the argument is defined.
+        program: the pipeline's units; a text is evaluated in the module of the unit that reads the argument.
     """
     if parameter.name in LOOP_NAMES:
         return typing.get_type_hints(LoopArguments)[parameter.name]
@@ -48,9 +46,9 @@ def type_of(parameter: inspect.Parameter, program: Program) -> Any:
 
 
 def schema_of(kind: Any) -> Schema | None:
-    """The schema of a type's values, or None where JSON can hold none of them.
+    """Return the schema of a type's values, or None if JSON can hold none of them.
 
-    Of a union, the members that JSON cannot hold are named in `x-diffsynth-host-types`.
+    `x-diffsynth-host-types` lists the members of a union that JSON cannot hold.
     """
     if kind is Any or kind is inspect.Parameter.empty:
         return {}
@@ -71,7 +69,7 @@ def schema_of(kind: Any) -> Schema | None:
 
 
 def as_json(value: Any) -> Any:
-    """The value as JSON holds it, tuples as lists; NotImplemented if it cannot."""
+    """Return a value as JSON holds it, tuples as lists, or NotImplemented if it cannot."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
@@ -83,7 +81,7 @@ def _union(members: Iterable[Any]) -> Schema | None:
     held = [found for found in schemas.values() if found is not None]
     others = [_name(member) for member, found in schemas.items() if found is None]
     if all(found == {"type": "null"} for found in held):
-        return None  # "nothing" alone is no choice
+        return None  # null alone is no useful argument
     united: Schema = held[0] if len(held) == 1 else {"anyOf": held}
     return {**united, "x-diffsynth-host-types": others} if others else united
 
@@ -105,7 +103,7 @@ def _container(origin: type, arguments: tuple[Any, ...]) -> Schema | None:
 
 def _class(kind: type) -> Schema | None:
     if issubclass(kind, Image.Image):
-        return dict(_PICTURE)
+        return dict(_IMAGE)
     if issubclass(kind, enum.Enum):
         return {"enum": [member.value for member in kind], "x-diffsynth-type": _reference(kind)}
     if dataclasses.is_dataclass(kind):
@@ -116,7 +114,7 @@ def _class(kind: type) -> Schema | None:
 
 
 def _dataclass(kind: type) -> Schema:
-    """An object with the fields that JSON can hold; the others keep their defaults."""
+    """Return the schema of an object with the fields that JSON can hold; the other fields get their defaults."""
     hints = typing.get_type_hints(kind)
     fields = [field for field in dataclasses.fields(kind) if field.init]
     properties: dict[str, Schema] = {}

@@ -1,8 +1,8 @@
-"""What docstrings say about arguments, for people and, where they state a range, for programs.
+"""Descriptions and ranges of arguments, read from docstrings.
 
 Each argument is documented once, in an "Args:" section: those of the loop in `LoopArguments`, a family's own in the
 `TypedDict`s of its `arguments.py`, those of a unit that a plugin adds in the unit's docstring, and `prompt` in
-`Pipeline.__call__`. A range stands in the same words: "at least 1", "at most 4", "above 0", "in (0, 1]".
+`Pipeline.__call__`. A range is written as "at least 1", "at most 4", "above 0" or "in (0, 1]".
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import re
 import sys
 import typing
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffsynth.runtime.request import LoopArguments
-
-if TYPE_CHECKING:
-    from diffsynth.runtime.pipeline import Pipeline
-    from diffsynth.runtime.unit import Program
+from diffsynth.runtime.unit import Program
 
 _SECTION = re.compile(r"^Args:\n(.*?)(?=^\S|\Z)", flags=re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^ {4}(\w+(?:,\s+\w+)*): (.+?)(?=^ {4}\w|\Z)", flags=re.MULTILINE | re.DOTALL)
@@ -38,18 +35,23 @@ _KEYWORD = {
 }
 
 
-def documented(cls: type[Pipeline], program: Program) -> dict[str, str]:
-    """Argument -> what is said of it. The family's own words count before those of a unit that it shares."""
+def documented(cls: type, program: Program) -> dict[str, str]:
+    """Return the description of each argument. Descriptions of the family have precedence over those of shared units.
+
+    Args:
+        cls: the pipeline class.
+        program: its units.
+    """
     found: dict[str, str] = {}
     for owner in (*cls.__mro__, *_typed_dicts(cls), LoopArguments, *(step.function for step in program.units)):
         text = vars(owner)["__call__"].__doc__ if "__call__" in vars(owner) else owner.__doc__
-        for name, said in _entries(text or ""):
-            found.setdefault(name, said)
+        for name, description in _entries(text or ""):
+            found.setdefault(name, description)
     return found
 
 
 def with_range(schema: dict[str, Any], text: str) -> dict[str, Any]:
-    """The schema, its numbers bounded as the text says."""
+    """Return a schema with the ranges that a description states for its numbers."""
     if "anyOf" in schema:
         return {**schema, "anyOf": [with_range(one, text) for one in schema["anyOf"]]}
     if schema.get("type") not in ("integer", "number"):
@@ -76,8 +78,8 @@ def _entries(docstring: str) -> Iterator[tuple[str, str]]:
                 yield name, " ".join(text.split())
 
 
-def _typed_dicts(cls: type[Pipeline]) -> Iterator[Any]:
-    """The `TypedDict`s in `__call__(self, prompt, **arguments: Unpack[...])` of a class and its bases."""
+def _typed_dicts(cls: type) -> Iterator[Any]:
+    """Yield the `TypedDict`s in `__call__(self, prompt, **arguments: Unpack[...])` of a class and its bases."""
     for base in cls.__mro__:
         function = vars(base).get("__call__")
         annotation = getattr(function, "__annotations__", {}).get("arguments")
@@ -86,7 +88,7 @@ def _typed_dicts(cls: type[Pipeline]) -> Iterator[Any]:
 
 
 def _with_groups(whole: Any) -> Iterator[Any]:
-    """A `TypedDict` and those that it was put together from: Python 3.11 keeps no record of its bases."""
+    """Yield a `TypedDict` and those that it inherits from, which Python 3.11 does not record."""
     yield whole
     for kind in vars(sys.modules[whole.__module__]).values():
         if (

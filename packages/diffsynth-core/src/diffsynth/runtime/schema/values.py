@@ -1,4 +1,4 @@
-"""From JSON to the arguments of a call, checked against the schema that describes it."""
+"""Conversion of JSON to the arguments of a call, checked against the schema of the call."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ _BOUNDS = {
 
 
 class _Unfit(Exception):
-    """A value that a schema does not take."""
+    """A value that does not fit a schema."""
 
 
 def arguments_from_json(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for the call that a schema of `Pipeline.schema()` describes: pictures opened, numbers of their type.
+    """Return the arguments of a call from a JSON object, with images decoded and numbers of the right type.
 
     Args:
-        schema: what `schema()` gave, in this process or another of the same installation.
-        values: a JSON object.
+        schema: from `Pipeline.schema()`, in this process or another of the same installation.
+        values: a JSON object: argument -> value.
 
     Raises:
         TypeError: `values` is no object, or has an argument that is unknown or that JSON cannot hold.
@@ -82,7 +82,7 @@ def _parse(schema: Mapping[str, Any], value: Any) -> Any:
     if "enum" in schema:
         if not any(value == one and type(value) is type(one) for one in schema["enum"]):
             raise _Unfit
-        return _made(schema, value)
+        return _construct(schema, value)
     kind = schema.get("type")
     if kind is None:
         return value
@@ -94,7 +94,7 @@ def _parse(schema: Mapping[str, Any], value: Any) -> Any:
         return _array(schema, value)
     if kind == "object":
         return _object(schema, value)
-    return _picture(value) if schema.get("x-diffsynth-type") == "image" else value
+    return _image(value) if schema.get("x-diffsynth-type") == "image" else value
 
 
 def _any_of(choices: list[Mapping[str, Any]], value: Any) -> Any:
@@ -108,7 +108,7 @@ def _any_of(choices: list[Mapping[str, Any]], value: Any) -> Any:
 
 
 def _number(schema: Mapping[str, Any], value: int | float) -> int | float:
-    if not math.isfinite(value):  # Python's json reads NaN, which is none
+    if not math.isfinite(value):  # Python's json accepts NaN, which is no JSON number
         raise _Unfit
     if schema["type"] == "integer":
         if isinstance(value, float) and not value.is_integer():
@@ -136,11 +136,11 @@ def _object(schema: Mapping[str, Any], value: dict[str, Any]) -> Any:
             raise _Unfit(f"no field {name!r}{did_you_mean(name, schema['properties'])}")
     if missing := [name for name in schema["required"] if name not in value]:
         raise _Unfit(f"without {', '.join(missing)}")
-    return _made(schema, {name: _parse(schema["properties"][name], one) for name, one in value.items()})
+    return _construct(schema, {name: _parse(schema["properties"][name], one) for name, one in value.items()})
 
 
-def _made(schema: Mapping[str, Any], value: Any) -> Any:
-    """The enum member or dataclass that a plain value stands for."""
+def _construct(schema: Mapping[str, Any], value: Any) -> Any:
+    """Return the enum member or dataclass that a schema makes of a plain value."""
     if "x-diffsynth-type" not in schema:
         return value
     kind = resolve(schema["x-diffsynth-type"])
@@ -150,7 +150,7 @@ def _made(schema: Mapping[str, Any], value: Any) -> Any:
         raise _Unfit(str(error)) from None
 
 
-def _picture(text: str) -> Image.Image:
+def _image(text: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
         image.load()
@@ -165,7 +165,7 @@ def _expected(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return f"one of {', '.join(map(str, schema['enum']))}"
     if schema.get("x-diffsynth-type") == "image":
-        return "a PNG picture in base64"
+        return "a PNG image in base64"
     kind = schema.get("type", "")
     bounds = " and ".join(f"{words} {schema[keyword]}" for keyword, (words, _) in _BOUNDS.items() if keyword in schema)
     of = f" of {_expected(schema['items'])}" if schema.get("items") else ""

@@ -48,7 +48,7 @@ def _has_targets(fact: ArchitectureSpec) -> None:
 
 def _supports_lora(fact: ArchitectureSpec) -> None:
     from diffsynth.core.lora import add_hot, clear_hot, fuse
-    from diffsynth.runtime.memory_options import cuts
+    from diffsynth.runtime.architectures import cuts
 
     module = tiny_real(fact)
     lora = _save_and_read(_random_lora(module, fact.lora_targets), module)

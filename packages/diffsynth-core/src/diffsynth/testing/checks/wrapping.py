@@ -56,7 +56,7 @@ def _wrapped(fact: ArchitectureSpec, module: nn.Module, preset: str, **cut: Any)
     from diffsynth.core.loader import component
     from diffsynth.core.vram.managed import wrap
     from diffsynth.core.vram.policy import Policy
-    from diffsynth.runtime.memory_options import cuts
+    from diffsynth.runtime.architectures import cuts
 
     expected = tiny_output(fact, module)
     with tempfile.TemporaryDirectory() as folder:

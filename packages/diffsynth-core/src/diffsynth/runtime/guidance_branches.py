@@ -1,4 +1,4 @@
-"""The branches of guidance in one call: each evaluated by itself, or all of them as one batch."""
+"""The branches of classifier-free guidance: computed one by one, in processes of their own, or as one batch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from diffsynth.core.parallel import MeshAxis, compute_and_gather
-from diffsynth.runtime.unit import Program, can_run, is_asked_for, is_per_branch
+from diffsynth.runtime.unit import Program, can_run, is_enabled, is_per_branch
 
 MERGES = "merges_branches"
-"""What a unit writes to have the branches evaluated as one batch: True or False."""
+"""The name that a unit writes to have the branches computed as one batch: True or False."""
 
 Predict = Callable[[str, Tensor, Tensor, Mapping[str, Any]], Tensor]
-"""Branch, latents, levels, conditions -> what the network says."""
+"""From a branch's name, latents, noise levels and conditions to the velocity."""
 
 
 class Branches:
-    """What the branches of one call are given.
+    """The conditions of each branch of a call, and their evaluation.
 
     Args:
         conditions: branch -> name -> value.
-        merges: evaluate them as one batch, in this order; see `merge_conditions`.
+        merges: whether the branches are computed as one batch, in this order; see `merge_conditions`.
         batch_size: of one branch.
-        axis: mesh axis whose processes evaluate one branch each, if branches are not merged.
+        axis: the mesh axis whose processes compute one branch each, unless branches are merged.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Branches:
         self._merged = merge_conditions(conditions, batch_size) if merges and len(conditions) > 1 else None
 
     def predict(self, predict: Predict, latents: Tensor, levels: Tensor) -> list[Tensor]:
-        """What `predict` says of each branch. All branches together have a name of their own, `cond+uncond`."""
+        """Return the prediction of each branch. Merged branches are predicted under one name, `cond+uncond`."""
         if self._merged is None:
             return compute_and_gather(
                 list(self._conditions),
@@ -49,12 +49,17 @@ class Branches:
 
 
 def merge_conditions(conditions: Mapping[str, Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
-    """Of one batch that holds all branches: tensors that differ stand one behind the other along their first axis.
+    """Return the conditions of one batch that holds all branches.
 
-    What all branches have alike stays, but that tensors for each of several videos are repeated.
+    Tensors that differ are concatenated along their first axis. A condition that all branches share is passed as it is,
+    but a tensor with an entry for each of several results is repeated.
+
+    Args:
+        conditions: branch -> name -> value.
+        batch_size: of one branch.
 
     Raises:
-        ValueError: something that differs is no tensor.
+        ValueError: a condition that differs is no tensor.
     """
     branches = list(conditions.values())
     merged = {}
@@ -81,19 +86,19 @@ def check_merging(
     conditions: Collection[str],
     axis: MeshAxis,
 ) -> None:
-    """Refuse to merge branches that cannot be, before anything is encoded.
+    """Check that the branches of a call can be merged, before anything is encoded.
 
     Args:
         program: the pipeline's units.
-        components: role -> what is loaded.
+        components: role -> component or None.
         values: arguments of the call.
-        tensors: names of conditions that `merge_conditions` can put together.
-        conditions: names of all.
-        axis: mesh axis of the processes that share the branches.
+        tensors: names of the conditions that `merge_conditions` can concatenate.
+        conditions: names of all conditions.
+        axis: the mesh axis whose processes compute one branch each.
 
     Raises:
-        ValueError: a unit in use gives each branch a condition that is no tensor, by its name; or each branch has a
-            process of its own.
+        ValueError: a unit in use writes a condition for each branch that is no tensor; or each branch has a process of
+            its own.
     """
     if axis.size > 1:
         raise ValueError(
@@ -101,7 +106,7 @@ def check_merging(
         )
     branched: set[str] = set()
     for step in program.units:
-        runs = can_run(step, components) and is_asked_for(step, values)
+        runs = can_run(step, components) and is_enabled(step, values)
         if not runs or not is_per_branch(step, branched):
             continue
         branched |= set(step.writes)
@@ -109,5 +114,5 @@ def check_merging(
         if separate and program.is_used(step, values):
             raise ValueError(
                 f"cfg_merge=True: {step.title} gives each branch of guidance its own {' and '.join(separate)}, which "
-                "cannot be put into one batch; leave out cfg_merge, or guide not at all with cfg_scale=1"
+                "cannot be put into one batch; leave out cfg_merge, or turn guidance off with cfg_scale=1"
             )

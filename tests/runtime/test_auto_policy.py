@@ -17,7 +17,7 @@ from diffsynth.core.planning import Speeds
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.policy import FP8, Auto, Policy
 from diffsynth.errors import NotEnoughMemory
-from diffsynth.runtime import memory_options, planning, policy_choice
+from diffsynth.runtime import architectures, memory_options, planning
 from diffsynth.runtime.memory_options import MemoryOptions, for_call
 from diffsynth.runtime.progress import no_progress
 from diffsynth.testing import tiny_hub
@@ -30,8 +30,8 @@ MODULES = ("dit", "text_encoder", "vae")
 @pytest.fixture(autouse=True)
 def small_blocks_and_known_speeds(monkeypatch):
     """A slow link, so that streaming the blocks of a tiny network takes longer than computing."""
-    cuts = memory_options.cuts
-    monkeypatch.setattr(memory_options, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**12})
+    cuts = architectures.cuts
+    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**12})
     monkeypatch.setattr(planning, "_speeds", lambda device, dtype: Speeds(1e9, 100e12, 3e9))
     monkeypatch.setattr(devices, "check_device", torch.device)
 
@@ -58,13 +58,13 @@ def free(hub):
 @pytest.fixture
 def a_device(monkeypatch):
     """The CPU in place of a device with memory of its own: what is chosen is chosen for that."""
-    choose = policy_choice.choose
+    choose = memory_options.choose
 
     def on_cuda(pipe, given, configs=None):
         settled = choose(pipe, MemoryOptions(CUDA, given.dtype, given.vram_limit, given.policies), configs)
         return MemoryOptions(given.device, given.dtype, None, settled.policies)
 
-    monkeypatch.setattr(policy_choice, "choose", on_cuda)
+    monkeypatch.setattr(memory_options, "choose", on_cuda)
 
 
 def stored(pipe):
@@ -119,20 +119,20 @@ def test_the_refusal_names_the_policy_that_could(free):
 
 def test_without_a_limit_or_without_a_plan_nothing_is_rounded(free, monkeypatch, caplog):
     calls = []
-    monkeypatch.setattr(policy_choice, "plan_call", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(memory_options, "plan_call", lambda *args, **kwargs: calls.append(args))
     for given in (
         MemoryOptions(CUDA, torch.bfloat16, None, "auto"),
         MemoryOptions(torch.device("cpu"), torch.bfloat16, 8, "auto"),
     ):
-        assert policy_choice.choose(free, given).policies == dict.fromkeys(MODULES, "dynamic")
+        assert memory_options.choose(free, given).policies == dict.fromkeys(MODULES, "dynamic")
     assert not calls
 
     def refuse(*args, **kwargs):
         raise NotEnoughMemory("too small")
 
-    monkeypatch.setattr(policy_choice, "plan_call", refuse)
+    monkeypatch.setattr(memory_options, "plan_call", refuse)
     given = MemoryOptions(CUDA, torch.bfloat16, 0.001, {"dit": Auto({"height": 64}), "vae": "disk"})
-    assert policy_choice.choose(free, given).policies == {"dit": "dynamic", "vae": "disk"}
+    assert memory_options.choose(free, given).policies == {"dit": "dynamic", "vae": "disk"}
     assert "weights are not rounded, as no plan was made for the call {'height': 64}: too small" in caplog.text
 
 

@@ -1,0 +1,72 @@
+"""The facts that plugins declare about the class of a module, and the blocks that follow from them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from diffsynth import _discovery
+from diffsynth.core.vram.partition import Partition, partition
+from diffsynth.spec import ArchitectureSpec, resolve
+
+SHORTEST = 4
+"""`long_stacks` leaves out stacks that are shorter than the longest one by more than this factor."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Repeated blocks that run in order, each on the output of the one before it."""
+
+    name: str
+    blocks: tuple[nn.Module, ...]
+
+
+def architecture_of(module: nn.Module) -> ArchitectureSpec | None:
+    """Return the architecture that a plugin declares for the class of a module or for its nearest base class."""
+    declared = {each.spec.module: each.spec for each in reversed(_discovery.catalog().architectures)}
+    names = (f"{kind.__module__}:{kind.__qualname__}" for kind in type(module).__mro__)
+    return next((declared[name] for name in names if name in declared), None)
+
+
+def cuts(architecture: ArchitectureSpec | None) -> dict[str, Any]:
+    """Return the arguments of `diffsynth.core.vram.wrap` that an architecture declares.
+
+    Layer classes that plugins declare atomic (`register_layer_wrappers`) are included, also without an architecture.
+    """
+    declared = [each.spec for each in _discovery.catalog().layer_wrappers]
+    layers = [spec.layer for spec in declared if spec.atomic]
+    # A class whose module is not imported has no instances, so it is not imported for this.
+    atomic = [resolve(layer) for layer in layers if layer.partition(":")[0] in sys.modules]
+    if architecture is None:
+        return {"atomic": tuple(atomic)}
+    return {
+        "repeated": architecture.repeated_blocks,
+        "atomic": (*atomic, *(resolve(layer) for layer in architecture.atomic)),
+        "high_precision": architecture.high_precision,
+    }
+
+
+def partition_by(architecture: ArchitectureSpec | None, module: nn.Module) -> Partition:
+    """Return the blocks, and the parameters outside of them, that `wrap` would cut a module into."""
+    return partition(module, **{name: cut for name, cut in cuts(architecture).items() if name != "high_precision"})
+
+
+def stacks_of(module: nn.Module) -> tuple[Stack, ...]:
+    """Return the stacks of repeated blocks that the architecture of a module declares, in that order."""
+    architecture = architecture_of(module)
+    if architecture is None:
+        return ()
+    return tuple(Stack(name, tuple(module.get_submodule(name).children())) for name in architecture.repeated_blocks)
+
+
+def long_stacks(module: nn.Module) -> tuple[Stack, ...]:
+    """Return the stacks that take most of the time: those with at least a quarter of the blocks of the longest one.
+
+    The refiners of Z-Image, 2 blocks beside 30, are not among them.
+    """
+    stacks = stacks_of(module)
+    longest = max((len(stack.blocks) for stack in stacks), default=0)
+    return tuple(stack for stack in stacks if SHORTEST * len(stack.blocks) >= longest > 0)
