@@ -18,10 +18,10 @@ from diffsynth.core import forward_chain
 from diffsynth.core.forward_chain import ForwardLayer, find, install, is_compiled, remove
 from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.core.vram.policy import Policy
-from diffsynth.runtime.acceleration.blocks import Stack
+from diffsynth.runtime.acceleration import TaylorSeer
 from diffsynth.runtime.acceleration.compiling import compile_forward
 from diffsynth.runtime.acceleration.session import StepCacheSession
-from diffsynth.runtime.acceleration.taylor import TaylorSeer
+from diffsynth.runtime.architectures import Stack
 
 ORDER = [ForwardLayer.STEP_CACHE, ForwardLayer.STREAMING, ForwardLayer.COMPILED]
 

@@ -84,7 +84,7 @@ def test_a_unit_is_left_out_without_the_argument_that_it_is_there_for(clip, expe
     def read_clip(vae, *, size, clip=None):
         return size + len(clip), clip
 
-    program, stages = check_units((read_clip, double), given=("size", "embeds")), []
+    program, stages = check_units((read_clip, double), provided=("size", "embeds")), []
     state = CallValues({"size": 1, "embeds": "", "clip": clip})
     run_units(program, {"vae": object()}, state, around=lambda step: stages.append(step.name) or nullcontext())
     assert {name: state.shared[name] for name in ("size", "extra") if name in state.shared} == expected
@@ -123,7 +123,7 @@ def test_two_units_agree_on_an_argument():
 
     with pytest.raises(
         InvalidPipeline,
-        match="unit 'other' declares argument 'prompt' as int = 3, unlike str = ''; it belongs to unit 'encode'. Give it",
+        match="unit 'other' declares argument 'prompt' as int = 3, unlike str = ''; it belongs to unit 'encode'",
     ):
         check_units((encode, other), provided=())
 

@@ -1,4 +1,4 @@
-"""A `vram_limit` on the CPU: pipelines keep none there, so tests set the plans that a device with so much memory needs."""
+"""A `vram_limit` on the CPU, where pipelines keep none: tests set the plans of a device with so much memory."""
 
 from __future__ import annotations
 

@@ -143,6 +143,14 @@ def test_tiles_are_turned_on_where_the_whole_does_not_fit_and_only_there(tiny, n
         assert set(decoded) == ran
 
 
+def test_a_pipeline_without_an_autoencoder_keeps_its_limit(tiny):
+    """Its plan was tried with tiles, too, and `tiled=True` was refused because the role of that argument is empty."""
+    parts = {role: part for role, part in tiny.components.items() if role != "vae"}
+    pipe = ZImagePipeline({**parts, "vae": None}, device="cpu", torch_dtype=torch.float32)
+    plan = pipe.plan(**SIZE, output_type="latents", device="cuda", vram_limit=8)
+    assert [stage.name for stage in plan.stages] == ["encode_prompt", "denoise"]
+
+
 def test_what_a_call_says_of_tiles_is_never_changed(tiny, needs, decoded, limited):
     for tiled, least in zip((False, True, None), (*needs, needs[1]), strict=True):
         pipe = limited(0.98 * least / GIB)

@@ -30,7 +30,7 @@ from diffsynth.runtime.meta_components import FixedLengthTokenizer, declared_com
 from diffsynth.runtime.progress import no_progress, progress_bar
 from diffsynth.runtime.request import Request
 from diffsynth.runtime.role import Processor
-from diffsynth.runtime.unit import Unit, run_units
+from diffsynth.runtime.unit import Unit, can_run, run_units
 from diffsynth.runtime.weight_storage import (
     WeightStorage,
     check_policy,
@@ -223,10 +223,10 @@ def _on_meta(pipe: PlannablePipeline, arguments: Mapping[str, Any], prompt_token
 def _tiles_argument(pipe: PlannablePipeline, arguments: Mapping[str, Any]) -> bool | None:
     """Return whether the call asks for tiles; None leaves it to the plan, also where a pipeline's default is not True.
 
-    A pipeline without the argument `tiled` works without tiles.
+    A pipeline without the argument `tiled`, or without the component that it is for, works without tiles.
     """
     parameter = pipe.__signature__.parameters.get("tiled")
-    if parameter is None:
+    if parameter is None or not any(can_run(step, pipe.components) for step in pipe.program.owners("tiled")):
         return False
     tiled = arguments.get("tiled", parameter.default or None)
     return None if tiled is None else bool(tiled)
