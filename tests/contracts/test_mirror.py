@@ -35,6 +35,8 @@ SCENARIOS: dict[str, str] = {
     "core/vram/test_stream_on_a_device.py": "the order of copies and kernels on a device with queues",
     "nn/triton/test_compile.py": "fused layers under torch.compile",
     "pipelines/test_doors.py": "import lines of existing scripts",
+    "runtime/test_auto_policy.py": "the policy that a plan chooses",
+    "runtime/test_expert_switcher.py": "the class that loads the next of two experts",
     "runtime/test_parallel.py": "guidance branches of any pipeline in two processes",
     "runtime/test_read_ahead.py": "files of the next component are read while one is copied",
     "runtime/test_threads.py": "calls from several threads",

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.parallel import init_distributed
 from diffsynth.runtime.guidance_branches import check_merging
 from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
