@@ -5,18 +5,18 @@
 #   benchmarks/gpu.sh --dry-run PART...     the commands alone
 #   benchmarks/gpu.sh --list
 #
-# A JSON file and a log of each part go to $OUT, or to benchmarks/results if that is not set; a short table comes last. A step that fails
-# or runs out of time is said in it, the others go on, and the exit code is 1.
+# A JSON file and a log of each part are written to $OUT, by default benchmarks/results. A table is printed last; it
+# lists steps that failed or ran out of time. The others still run, and the exit code is 1 then.
 #
 # It needs Python 3.11 or newer with torch, triton, transformers, safetensors, einops, pluggy, numpy, pillow, pytest and
-# hypothesis, and no network. Our packages are taken from packages/*/src; nothing is installed but wheels from the
-# folder $WHEELS (.whl), into $SITE. To fill that folder, for what a machine lacks, on one that has a network:
+# hypothesis, and no network. Our packages are imported from packages/*/src; only the wheels in the folder $WHEELS
+# (.whl) are installed, into $SITE. To fill that folder with what the machine lacks, on a machine with a network:
 #
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl \
 #       diffusers==0.42.1 importlib_metadata==10.2.0 jaxtyping==0.3.11 wadler-lindig==0.1.8 \
 #       huggingface_hub==1.33.0 modelscope==1.40.2 modelscope_hub==0.5.1 click==8.5.1 rich==15.0.0
 #
-# One version of each; what else they require and the machine lacks is to be named, too.
+# Only these packages are downloaded, without their dependencies: name those that the machine lacks, too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,7 +40,7 @@ steps() {
         kernels) echo "kernels $python benchmarks/nn_kernels.py --json $out/nn_kernels-gpu.json" ;;
         loading) echo "loading $python benchmarks/loading.py --size-gb 4 --repeats 2 --contenders load_file diffusers diffsynth --json $out/loading-gpu.json" ;;
         plan) echo "plan $python benchmarks/plan.py --json $out/plan-gpu.json" ;;
-        # A step takes seconds here, and 28 GB are pinned for each contender: fewer of both.
+        # A step takes seconds, and each contender pins 28 GB of memory: fewer steps and contenders.
         vram-wan) echo "$1 $python benchmarks/vram.py --networks wan --warmup 1 --repeats 2 --without fp8 --json $out/$1-gpu.json" ;;
         wan) echo "wan $python benchmarks/wan.py --cases t2v-1.3b decode --repeats 2 --json $out/wan-gpu.json" ;;
         vram-*) echo "$1 $python benchmarks/vram.py --networks ${1#vram-} --json $out/$1-gpu.json" ;;
@@ -71,7 +71,7 @@ if ((${#wanted[@]} == 0)); then
     exit 2
 fi
 
-# Our packages as if they were installed: a path each, and the metadata that plugins are found by.
+# Make our packages importable as if installed: PYTHONPATH, and the metadata through which plugins are found.
 prepare() {
     mkdir -p "$site" "$out"
     shopt -s nullglob

@@ -1,4 +1,4 @@
-"""What `import diffsynth` and `registry.list()` add to a bare interpreter: medians over fresh processes.
+"""Time that `import diffsynth` and `registry.list()` add to a bare interpreter: medians over new processes.
 
     python benchmarks/import_time.py [--repeats 15] [--json FILE]
 
@@ -25,7 +25,7 @@ GOALS_MS = {"import diffsynth": 30.0, "registry.list()": 100.0}
 
 
 def run(code: str) -> tuple[float, float]:
-    """Wall and processor seconds of a fresh interpreter; the second tells the truth on a busy machine, too."""
+    """Return wall seconds and CPU seconds of a new interpreter; only CPU seconds are reliable on a busy machine."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -36,7 +36,7 @@ def measure(repeats: int) -> dict[str, dict[str, float | None]]:
     for code in CASES.values():
         run(code)  # writes the .pyc files
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
-    for _ in range(repeats):  # taken in turns, so that a busy moment hits every case
+    for _ in range(repeats):  # interleaved, so that a busy moment affects every case
         for name, code in CASES.items():
             times[name].append(run(code))
     medians = {

@@ -66,7 +66,7 @@ def _shares_a_fixture(item) -> bool:
 
 
 class NetworkForbidden(RuntimeError):
-    """A test reached for the network."""
+    """A test opened a connection to another machine."""
 
 
 @pytest.fixture(autouse=True)
@@ -93,12 +93,12 @@ def _no_network(monkeypatch, request):
 
 @pytest.fixture(autouse=True)
 def _unfilled_memory(monkeypatch):
-    """Memory that library code allocates and forgets to fill is NaN, not the zeros of a fresh page."""
+    """Fill memory that library code allocates with `torch.empty` with NaN; a new page would often be zeros."""
     if (torch := sys.modules.get("torch")) is None or not hasattr(torch, "empty"):
         return
     with torch.device("meta"):
-        torch.empty(0)  # torch remembers which functions it gives a device to; it must not remember ours
-    # `with torch.device("meta")` remembers the allocators it first saw: it must see torch's own, or a 4B model is real.
+        torch.empty(0)  # torch caches the allocators that take a device; it must not cache our replacements
+    # `with torch.device("meta")` caches the allocators on first use. If it cached ours, meta tensors would be real.
     from torch.utils._device import _device_constructors
 
     _device_constructors()
@@ -110,7 +110,7 @@ def _unfilled_memory(monkeypatch):
 def _guarded(connect):
     def guarded(self, address, *rest):
         if self.family != getattr(socket, "AF_UNIX", None) and not _is_loopback(address[0]):
-            raise NetworkForbidden(f"a test wants to reach {address!r}; only loopback is allowed")
+            raise NetworkForbidden(f"a test connects to {address!r}; only loopback is allowed")
         return connect(self, address, *rest)
 
     return guarded

@@ -1,4 +1,4 @@
-"""The guards of `conftest.py` guard."""
+"""Fixtures of `conftest.py`: the network is blocked, memory is filled with NaN, seeds and settings are fixed."""
 
 import os
 import socket

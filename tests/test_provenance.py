@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from diffsynth import provenance
-from picture_pipeline import catalog, picture_pipeline, use
+from image_pipeline import catalog, image_pipeline, use
 
 
 @pytest.fixture
@@ -15,13 +15,13 @@ def pipe(monkeypatch, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "vocab.json").write_text("{}")
-    return picture_pipeline(dit=[weights], adapter=[tokenizer])
+    return image_pipeline(dit=[weights], adapter=[tokenizer])
 
 
 def test_a_record_has_what_it_takes_to_draw_again(pipe):
     arguments = {"prompt": "äpple 苹果", "seed": 7, "height": 32, "width": 32, "cfg_scale": 2.0}
     made_by = provenance.record(pipe, arguments)
-    assert (made_by["model"], made_by["pipeline"]) == ("toy-1", "picture_pipeline:PicturePipeline")
+    assert (made_by["model"], made_by["pipeline"]) == ("toy-1", "image_pipeline:ImagePipeline")
     assert (made_by["prompt"], made_by["seed"], made_by["num_inference_steps"]) == ("äpple 苹果", 7, 4)
     # The model's default height is 16, the class's width 32.
     assert made_by["arguments"] == {"height": 32, "cfg_scale": 2.0}

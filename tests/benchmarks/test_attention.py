@@ -1,4 +1,4 @@
-"""The benchmark of attention runs in the interpreter, checks before it times, and does not time what is wrong."""
+"""The attention benchmark runs in Triton's interpreter, and checks results before it times them."""
 
 import importlib.util
 import json

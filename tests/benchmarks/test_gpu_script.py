@@ -1,4 +1,4 @@
-"""The script that runs everything on a GPU: its parts are there, fit the time, and leave out no benchmark."""
+"""The GPU script lists existing parts, stays within its time limits, and runs every benchmark."""
 
 import re
 import subprocess

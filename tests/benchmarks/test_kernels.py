@@ -1,4 +1,4 @@
-"""The kernels' table is complete, and their default configs compile for a GPU that is not here, without a spill."""
+"""The table of kernel configurations is complete, and the defaults compile offline without register spills."""
 
 import os
 import subprocess
@@ -22,8 +22,9 @@ DEFAULTS = (
 
 
 def test_the_table_is_complete_and_the_default_of_each_kernel_compiles(tmp_path):
-    """Whole runs of Triton, LLVM and ptxas with nothing cached take most of its 20 s, importing torch anew the rest: in
-    a process of its own, as TRITON_INTERPRET is read when kernels are made.
+    """It runs in its own process, because TRITON_INTERPRET is read when kernels are made.
+
+    Triton, LLVM and ptxas without a cache take most of its 20 s, the import of torch the rest.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, COMPILE, "--default", "--complete", "--dry"]

@@ -1,4 +1,4 @@
-"""The benchmark of loading runs, at a size that takes no time, and holds what it says about its contenders."""
+"""The loading benchmark runs at a tiny size, and all its contenders load the same bits."""
 
 import json
 import subprocess

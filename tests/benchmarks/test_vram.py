@@ -1,4 +1,4 @@
-"""The benchmark of offloading runs at a size that takes no time, and counts right what it says of its contenders."""
+"""The offloading benchmark runs at a tiny size, and computes its figures from the right rows."""
 
 import argparse
 import importlib.util

@@ -1,4 +1,4 @@
-"""The benchmark of Wan runs at a size that takes no time, both libraries beside each other."""
+"""The Wan benchmark runs at a tiny size, with our library and with diffusers."""
 
 import importlib.util
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_it_runs(benchmark, case, library):
 
 
 def test_both_do_the_same_work(benchmark):
-    """Parameters of both, at the published sizes, on meta."""
+    """Both libraries have the same number of parameters at the published sizes, counted on meta."""
     import torch
 
     meta = torch.device("meta")

@@ -2,7 +2,7 @@ import pytest
 from click.testing import CliRunner
 
 from diffsynth.cli.group import program
-from picture_pipeline import catalog, use
+from image_pipeline import catalog, use
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from diffsynth.diagnosis import environment, installed, machine
 from diffsynth.diagnosis.finding import Finding
 from diffsynth.spec import QuantizationSpec
 from fake_plugins import forget, install
-from picture_pipeline import catalog, use
+from image_pipeline import catalog, use
 
 
 @pytest.fixture(autouse=True)

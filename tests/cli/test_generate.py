@@ -12,7 +12,7 @@ from diffsynth.core.data.media import VideoData
 from diffsynth.core.data.media_writer import save_video
 from diffsynth.core.vram import TransferReport
 from diffsynth.core.vram.policy import AUTO, PRESETS
-from picture_pipeline import VideoPipeline, picture_pipeline
+from image_pipeline import VideoPipeline, image_pipeline
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def loaded(monkeypatch, installed):
 
     def load(name, **options):
         calls.append((name, options))
-        return picture_pipeline()
+        return image_pipeline()
 
     monkeypatch.setattr(diffsynth, "load", load)
     return calls
@@ -113,7 +113,7 @@ def test_a_fault_of_ours_keeps_its_traceback(run, loaded, monkeypatch):
 @pytest.fixture
 def filming(installed, monkeypatch):
     installed(task="text-to-video", pipeline="VideoPipeline")
-    monkeypatch.setattr(diffsynth, "load", lambda name, **options: picture_pipeline(VideoPipeline))
+    monkeypatch.setattr(diffsynth, "load", lambda name, **options: image_pipeline(VideoPipeline))
 
 
 def test_a_video_with_its_record(run, filming):

@@ -1,4 +1,4 @@
-"""Our own distributions pass the suite that we give to strangers."""
+"""Our distributions pass the conformance suite for third-party plugins."""
 
 from diffsynth.testing import conformance
 from source_tree import SOURCES

@@ -1,4 +1,4 @@
-"""`diffsynth.core.device` alone names device backends; whoever else must is listed with its reason."""
+"""Only `diffsynth.core.device` names device backends; modules that must are listed with a reason."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ EXEMPT: dict[str, str] = {
     "diffsynth.core.attention.triton.configs": "its kernels are cut for generations of CUDA devices",
     "diffsynth.nn.kernels": "its kernels are written for CUDA, and a refusal says so",
 }
-"""Module, or package with all that is in it -> reason."""
+"""Module or package -> reason."""
 
 
 def is_in(name: str, package: str) -> bool:
@@ -80,7 +80,7 @@ def named_in(name: str) -> list[str]:
 
 
 def named(code: str) -> Iterator[str]:
-    """Where code names a backend; docstrings, comments and sentences may."""
+    """Yield the places where code names a backend; docstrings, comments and messages may name one."""
     tree = ast.parse(code)
     documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):

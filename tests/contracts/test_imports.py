@@ -1,4 +1,4 @@
-"""Who may import whom, and what must not be imported at all."""
+"""Allowed imports between layers and packages, and packages that light modules must not import."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A pickle runs code when it is opened: ours are opened with `weights_only=True`, and by torch alone."""
+"""A pickle can run code when it is loaded: only `torch.load(..., weights_only=True)` loads one."""
 
 import ast
 
@@ -31,5 +31,5 @@ def test_pickles_are_opened_for_weights_only(name):
 
 
 def test_somebody_is_watched():
-    """So that the test above cannot pass because the loader moved."""
+    """The test above must not pass only because the loader was moved."""
     assert "torch.load(" in modules()["diffsynth.core.loader.pickled"].read_text(encoding="utf-8")

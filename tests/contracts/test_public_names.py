@@ -1,4 +1,4 @@
-"""`__all__`: sorted, complete, and true."""
+"""Each `__all__` is sorted, complete, and names only what exists."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""What our installed packages register, beyond conformance: all are there, and pages exist."""
+"""Registrations of our installed packages, beyond conformance: all packages load, and every model has a page."""
 
 import ast
 import inspect
@@ -31,7 +31,7 @@ def test_a_model_is_in_its_familys_page(model):
 
 @pytest.mark.parametrize("name", [name for name in HOOKS if not name.startswith("register_")])
 def test_a_hook_is_called_somewhere_with_exactly_its_arguments(name):
-    """Each is called by keyword, so that the argument names of its specification are a promise kept."""
+    """Each is called by keyword, with the argument names of its specification."""
     expected = list(inspect.signature(getattr(hookspecs, name)).parameters)
     calls = [
         sorted(keyword.arg for keyword in node.keywords)

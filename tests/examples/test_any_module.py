@@ -1,4 +1,4 @@
-"""`examples/any_module.py` at its smallest: it asserts that outputs are equal; here, that something moved."""
+"""`examples/any_module.py` at its smallest size; it asserts equal outputs, and this test that bytes were moved."""
 
 from __future__ import annotations
 

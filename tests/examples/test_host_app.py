@@ -1,4 +1,4 @@
-"""`examples/host_app.py` on loopback: progress, cancellation, pictures of concurrent jobs, bad input."""
+"""`examples/host_app.py` on loopback: progress, cancellation, images of concurrent jobs, bad input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pipelines():
 
 @pytest.fixture(scope="module")
 def direct():
-    """The same model, loaded as anybody would."""
+    """The same model, loaded with `diffsynth.load`."""
     return diffsynth.load("z-image-nano", device="cpu")
 
 
@@ -68,7 +68,7 @@ class Client:
         return job["id"]
 
     def events(self, job_id, after=None):
-        """(number, kind, data) of each server-sent event, as they arrive."""
+        """Yield (number, kind, data) of each server-sent event as it arrives."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
         connection.request("GET", f"/jobs/{job_id}/events", headers={"Last-Event-ID": str(after)} if after else {})
         response = connection.getresponse()

@@ -1,4 +1,4 @@
-"""The scripts in `examples/wan`, run on the tiny hub at the harness's small sizes, and the models that they name."""
+"""The scripts in `examples/wan` run on the tiny hub at small sizes, and name every Wan model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from row_harness import Harness, pictures_of_a_data_set
 FOLDER = Path(__file__).parents[2] / "examples" / "wan"
 SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py"))
 STEPS = 50
-"""So many become one: `tests/rows` take more of the same calls."""
+"""Steps of a script that become one step here; `tests/rows` run more steps of the same calls."""
 
 FRAMES = {81: 9, 49: 5, 33: 5, 121: 13}
-"""Of a call, and of the harness's; Animate spends 4."""
+"""Frames of a call in the script -> frames with the harness; the output of Animate has 4 fewer."""
 
 
 def text_of(script: str) -> str:
@@ -30,7 +30,7 @@ def text_of(script: str) -> str:
 
 
 def models_of(script: str) -> list[str]:
-    """The first word of each line of the docstring that has the look of a model's name."""
+    """Return the model names in a script's docstring: first words of lines that look like one."""
     return re.findall(
         r"^([a-z][a-z\d.-]*\d[a-z\d.-]*|krea-\S+)(?= {2,}|$)", ast.get_docstring(ast.parse(text_of(script))), re.M
     )

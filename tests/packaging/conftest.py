@@ -1,4 +1,4 @@
-"""Wheels of all our packages, and environments in which our own code comes from nowhere else."""
+"""Fixtures: wheels of all our packages, and virtual environments with no other copy of our code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OURS = ("diffsynth", "_editable_impl_diffsynth", "__editable__")
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory) -> Path:
-    """A folder with the wheel and the source distribution of each package, and the example's."""
+    """A folder with the wheel and the source distribution of each package, and the wheel of the example plugin."""
     folder = tmp_path_factory.mktemp("dist")
     for command in (["--all-packages"], [str(ROOT / "examples" / "third_party_plugin"), "--wheel"]):
         subprocess.run(["uv", "build", "--quiet", "--out-dir", str(folder), *command], check=True, cwd=ROOT)
@@ -25,13 +25,13 @@ def wheels(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def third_party(tmp_path_factory) -> Path:
-    """Links to everything that is installed here, but for what is ours: no editable finder, no metadata.
+    """A folder of links to every installed package that is not ours, without our editable finders and metadata.
 
-    A folder that a .pth file names is searched, but .pth files inside it are not read; they are left out all the same.
+    Python searches a folder that a .pth file names, but reads no .pth files inside it; they are left out.
     """
     folder = tmp_path_factory.mktemp("third_party")
-    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(place).iterdir():
+    for site_packages in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(site_packages).iterdir():
             if not entry.name.startswith(_OURS) and entry.suffix != ".pth" and entry.name != "__pycache__":
                 (folder / entry.name).symlink_to(entry)
     return folder
@@ -47,7 +47,7 @@ class Environment:
         (site / "third_party.pth").write_text(f"{third_party}\n")
 
     def install(self, *wheels: Path) -> None:
-        """These wheels alone; what they depend on is there."""
+        """Install these wheels without their dependencies, which are linked."""
         self._pip("install", "--no-deps", *map(str, wheels))
 
     def uninstall(self, name: str) -> None:
@@ -55,7 +55,7 @@ class Environment:
         self._pip("uninstall", name)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a program of the environment, in its folder."""
+        """Run a program of the environment, with its folder as working directory; failure is an error."""
         program = self.folder / "bin" / command[0]
         result = subprocess.run(
             [str(program), *command[1:]], capture_output=True, text=True, check=False, cwd=self.folder, env=_plain()
@@ -74,5 +74,5 @@ def environment(tmp_path, third_party) -> Environment:
 
 
 def _plain() -> dict[str, str]:
-    """The caller's variables, without those that would let other code in."""
+    """Return the environment variables without those through which Python finds other code."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}

@@ -1,4 +1,4 @@
-"""The pins in pyproject.toml and the packages that run these tests are the same, in both directions."""
+"""The pins in pyproject.toml equal the installed packages, in both directions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PINS = [Requirement(pin) for pin in PYPROJECT["tool"]["uv"]["constraint-dependencies"]]
 OURS = {tomllib.loads(path.read_text())["project"]["name"] for path in ROOT.glob("packages/*/pyproject.toml")}
-HOW = "Mend with: uv lock && uv run --all-packages tools/pin.py && uv sync --all-packages"
+HOW = "Run: uv lock && uv run --all-packages tools/pin.py && uv sync --all-packages"
 
 
 def installed() -> dict[str, str]:
@@ -28,7 +28,7 @@ def pinned_here() -> dict[str, str]:
 
 
 def needed_here() -> set[str]:
-    """Names that our packages and groups require on this platform, and what those require in turn."""
+    """Return the names of all direct and transitive dependencies of our packages and groups on this platform."""
     waiting = [Requirement(name) for name in OURS]
     waiting += [Requirement(line) for group in PYPROJECT["dependency-groups"].values() for line in group]
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -75,7 +75,7 @@ def test_pins_are_sorted_and_name_none_of_ours():
 
 
 def test_every_direct_dependency_is_pinned_within_its_bounds():
-    """A bound moved in a package and not in the pins would make the workspace unsolvable on a fresh machine."""
+    """Bounds of a package that exclude the pinned version would make the workspace unsolvable on a new machine."""
     direct = [line for group in PYPROJECT["dependency-groups"].values() for line in group]
     for path in ROOT.glob("packages/*/pyproject.toml"):
         direct += tomllib.loads(path.read_text(encoding="utf-8"))["project"]["dependencies"]

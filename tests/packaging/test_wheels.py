@@ -1,4 +1,4 @@
-"""What the wheels hold, and that they work where nothing else of ours is installed."""
+"""Contents of the wheels, and commands in environments where only these wheels are installed."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def wheel(wheels: Path, package: str) -> Path:
 
 
 def test_every_file_of_a_package_is_in_its_wheel(wheels):
-    """Weights, layouts, templates, doors: all that is beside the code. Wheels are built from source distributions."""
+    """Also weights, layouts, templates and doors. The wheels are built from source distributions."""
     for import_name, init in SOURCES.items():
         source = init.parents[1]
         files = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
@@ -46,8 +46,8 @@ def test_core_alone_lists_nothing_and_says_what_to_install(wheels, environment):
 def test_core_and_z_image_draw(wheels, environment):
     environment.install(wheel(wheels, "diffsynth_core"), wheel(wheels, "diffsynth_zimage"))
     assert installed(environment) == {"z-image": "absent", "z-image-turbo": "absent", "z-image-nano": "present"}
-    draw = ("generate", "z-image-nano", "a red apple", "--steps", "2", "--height", "64", "--width", "64")
-    environment.run("diffsynth", *draw, "-o", "apple.png")
+    generate = ("generate", "z-image-nano", "a red apple", "--steps", "2", "--height", "64", "--width", "64")
+    environment.run("diffsynth", *generate, "-o", "apple.png")
     with Image.open(environment.folder / "apple.png") as image:
         assert image.size == (64, 64)
     door = "from diffsynth.pipelines.z_image import ZImagePipeline; print(ZImagePipeline.__module__)"
@@ -72,8 +72,8 @@ def test_a_strangers_unit_joins_z_image(wheels, environment):
 import inspect, diffsynth, torch
 pipe = diffsynth.load("z-image-nano", device="cpu")
 assert inspect.signature(pipe).parameters["mirror"].default is False
-draw = dict(prompt="", height=64, width=64, num_inference_steps=1, cfg_scale=1.0, seed=1)
-plain, mirrored = pipe(**draw), pipe(**draw, mirror=True)
+request = dict(prompt="", height=64, width=64, num_inference_steps=1, cfg_scale=1.0, seed=1)
+plain, mirrored = pipe(**request), pipe(**request, mirror=True)
 print(plain.tobytes() != mirrored.tobytes())
 """
     assert environment.run("python", "-c", code).stdout.strip() == "True"
@@ -101,7 +101,7 @@ def installed(environment) -> dict[str, str]:
 
 
 def passes(environment, tests: Path) -> None:
-    """Run a copy, out of reach of this repository's own settings of pytest."""
+    """Run a copy of the tests outside this repository, so that its pytest options do not apply."""
     shutil.copytree(tests, environment.folder / "tests")
     result = environment.run("python", "-m", "pytest", "-p", "no:cacheprovider", "tests")
     (count,) = re.findall(r"= (\d+) passed in ", result.stdout)  # none failed, none was skipped

@@ -1,4 +1,4 @@
-"""Pages of the manual as data: their sections, and the files that their code blocks are."""
+"""Parse pages of the manual: their sections and their code blocks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ _BLOCK = re.compile(r"(?:^`(?P<file>[\w./-]+)`\n\n)?^```(?P<language>\w+)\n(?P<t
 
 
 def sections(text: str) -> dict[str, str]:
-    """Title of each second-level heading -> what stands under it."""
+    """Return title of each second-level heading -> the text under it."""
     parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def blocks(text: str) -> Iterator[tuple[str, str, str]]:
-    """(file, language, text) of each code block; the file stands in a line of its own before it, or is empty."""
+    """Yield (file, language, text) of each code block.
+
+    The file is named on a line of its own before the block, as `name`; it is "" where there is no such line.
+    """
     for match in _BLOCK.finditer(text):
         yield match["file"] or "", match["language"], match["text"]
 
 
 def file_blocks(text: str, *, unnamed: str) -> Iterator[tuple[str, str]]:
-    """(file, text) of each code block; `unnamed` is the file of those that name none."""
+    """Yield (file, text) of each code block; `unnamed` is the file of blocks that name none."""
     for file, _, content in blocks(text):
         yield file or unnamed, content

@@ -1,7 +1,7 @@
-"""Stand-ins for torch's device modules, so that `diffsynth.core.device` can be watched where there is no such device.
+"""Fakes of torch's device modules, for tests of `diffsynth.core.device` on machines without such devices.
 
-`FULL` answers like `torch.cuda` and writes down, in order, what each stream is given. `BARE` has no streams, no
-pinning, no float8 and no count of memory: the least that a backend may be.
+`FULL` behaves like `torch.cuda` and records, in order, the operations on each stream. `BARE` has no streams, no
+pinning, no float8 and no memory statistics: the minimum that a backend may have.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FULL, BARE = "cuda", "privateuseone"
 
 
 class Recorded:
-    """`torch.cuda` of a machine with `count` devices; `log` holds (stream, what was done to it)."""
+    """A fake `torch.cuda` with `count` devices; `log` holds (stream, operation) in order."""
 
     def __init__(self, count: int = 2) -> None:
         self.log: list[tuple[str, str]] = []
@@ -56,7 +56,7 @@ class Recorded:
             self.current = before
 
     def work(self, what: str) -> None:
-        """What a kernel or a copy does: it joins the current stream."""
+        """Record an operation on the current stream, as a kernel or a copy would be."""
         self.log.append((self.current.name, what))
 
     def synchronize(self, device) -> None:
@@ -110,7 +110,7 @@ class Event:
 
 
 class Bare:
-    """The module of a backend that can only be waited for."""
+    """A fake module of a backend that has `synchronize` and random states, and nothing else."""
 
     def __init__(self) -> None:
         self.waited = 0
@@ -133,7 +133,7 @@ class Bare:
 
 @pytest.fixture
 def recorded(monkeypatch) -> Recorded:
-    """Two recording CUDA devices, and nothing else beside the CPU."""
+    """Two recorded CUDA devices and the CPU; no other backend."""
     module = Recorded()
     monkeypatch.setattr(backends, "torch_module", {FULL: module}.get)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -142,7 +142,7 @@ def recorded(monkeypatch) -> Recorded:
 
 @pytest.fixture
 def bare(monkeypatch) -> Bare:
-    """One device of a backend that is added here, as `docs/devices.md` says, and lacks whatever may be lacking."""
+    """One device of a backend added as `docs/devices.md` describes, without anything that is optional."""
     module = Bare()
     toy = backends.Backend(
         BARE, "Toy", unsupported_dtypes=frozenset({torch.float64, torch.float8_e4m3fn, torch.float8_e5m2})

@@ -1,4 +1,4 @@
-"""Distributions made of text, for tests of discovery: a package, its entry point and its metadata in one folder."""
+"""Write distributions for tests of discovery: a package, its entry point and its metadata in one folder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def register_models(register):
 
 
 def good(package: str, model: str) -> str:
-    """The text of a plugin that declares one model."""
+    """Return the source of a plugin that declares one model."""
     return GOOD.format(package=package, model=model)
 
 
 def install(folder: Path, name: str, code: str, *, version: str = "1.0", target: str = "", package: str = "") -> None:
-    """Write a distribution `fake-<name>` whose plugin `name` is this code."""
+    """Write a distribution `fake-<name>` with the plugin `name`, whose source is `code`."""
     package = package or f"fake_{name}"
     distribution = package.replace("_", "-")
     (folder / package).mkdir(exist_ok=True)
@@ -43,24 +43,24 @@ def install(folder: Path, name: str, code: str, *, version: str = "1.0", target:
 
 
 class Site:
-    """A folder of fake distributions on `sys.path`, the only ones that discovery may look at besides core."""
+    """A folder of fake distributions on `sys.path`; discovery reads these and core, and no others."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self._monkeypatch, self._names = folder, monkeypatch, []
 
     def install(self, name: str, code: str, **options: str) -> None:
-        """See `install`; the plugin is allowed."""
+        """Write a distribution, see the function `install`, and add its plugin to the allow-list."""
         install(self.folder, name, code, **options)
         self._names.append(name)
         self._monkeypatch.setenv("DIFFSYNTH_PLUGINS", ",".join(self._names))
 
     def discover(self) -> _discovery.Catalog:
-        """Discover again."""
+        """Run discovery again and return the new catalog."""
         return _discovery.refresh()
 
 
 def forget(modules_before: set[str]) -> None:
-    """Drop the fake modules, and what discovery learned from them."""
+    """Remove the imported fake modules and the result of discovery."""
     for name in set(sys.modules) - modules_before:
         if name.startswith("fake_"):
             del sys.modules[name]

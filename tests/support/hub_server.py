@@ -1,4 +1,4 @@
-"""A model hub on loopback that both client libraries talk to, and that can be told to misbehave."""
+"""A model hub on loopback for both client libraries, which can drop connections, corrupt files and refuse requests."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Hub:
     Args:
         files: path -> content.
         cut: path -> bytes after which the connection is dropped, once for each entry.
-        lies: paths of which other bytes are sent than announced.
-        refuses: HTTP status for every request; 0 answers.
-        dies: refuse with 503 after the first cut.
-        requests: what was asked, in order: method, path with query, headers.
+        lies: paths whose content is sent as zeros instead of the announced bytes.
+        refuses: HTTP status for every request; 0 serves normally.
+        dies: refuse with 503 after the first dropped connection.
+        requests: received requests, in order: method, path with query, headers.
     """
 
     files: dict[str, bytes]
@@ -34,7 +34,7 @@ class Hub:
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
 
     def asked_for(self, path: str) -> list[str]:
-        """The Range header of each request for a file's content, "" where there was none."""
+        """Return the Range header of each request for a file's content, "" where there was none."""
         return [
             headers.get("range", "")
             for method, url, headers in self.requests
@@ -43,7 +43,7 @@ class Hub:
 
 
 def serve() -> http.server.ThreadingHTTPServer:
-    """Start answering for `server.hub`, in a thread of its own; the caller shuts it down.
+    """Start a server for `server.hub` in its own thread; the caller shuts it down.
 
     One server may serve many hubs, one after the other: client libraries remember the first address they see.
     """

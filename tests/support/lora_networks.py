@@ -1,4 +1,4 @@
-"""A network small enough to see through, and LoRAs of it."""
+"""A small network and LoRAs for it."""
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def network(dtype=torch.float32):
 
 
 def factors(module=None, names=TARGETS, rank=3, seed=1):
-    """Name -> (A, B), random."""
+    """Return layer name -> (A, B), random matrices of this rank."""
     module, dice = module or network(), torch.Generator().manual_seed(seed)
     made = {}
     for name in names:
@@ -65,7 +65,15 @@ def factors(module=None, names=TARGETS, rank=3, seed=1):
 
 
 def state_dict(spelling="{}.lora_{A,B}.weight", made=None, alpha=None, alpha_key="{}.alpha"):
-    """Factors under a spelling: `{}` is the name, `[]` the name with underscores, `{x,y}` the two matrices."""
+    """Return LoRA factors under the key names of a file format.
+
+    Args:
+        spelling: pattern of a key: `{}` is the layer name, `[]` the name with underscores, `{A,B}` or `{down,up}` the
+            two matrices.
+        made: layer name -> (A, B); those of `factors()` by default.
+        alpha: one value for all layers, or layer name -> value; None writes none.
+        alpha_key: pattern of the key of an alpha.
+    """
     before, _, rest = spelling.partition("{A,B}" if "{A,B}" in spelling else "{down,up}")
     sides = ("A", "B") if "{A,B}" in spelling else ("down", "up")
     tensors = {}
@@ -84,7 +92,7 @@ def _named(text, name):
 
 @torch.no_grad()
 def changed(made, strength=1.0, scale=None):
-    """The network with `strength * scale * B @ A` in its weights, by plain arithmetic."""
+    """Return the network with `strength * scale * B @ A` added to its weights."""
     module = network()
     for name, (down, up) in made.items():
         module.get_submodule(name).weight += strength * (1.0 if scale is None else scale[name]) * (up @ down)
@@ -92,7 +100,7 @@ def changed(made, strength=1.0, scale=None):
 
 
 class Turned(nn.Module):
-    """The parameters of one linear layer of each kind that layouts differ in."""
+    """One linear layer for each kind of difference between two layouts: split, fused, reordered, renamed."""
 
     def __init__(self):
         super().__init__()
@@ -113,13 +121,13 @@ RULES = (
     convert.Rename("simple.weight", "plain.weight"),
     *(convert.Rename(f"{name}.bias", f"{name}.bias") for name in ("q", "k", "v")),
 )
-"""How another file would have `Turned`."""
+"""Rules that convert the layers `FILE` of another layout to those of `Turned`."""
 
 FILE = {
     "fused": (12, 6), "to_q": (4, 6), "to_k": (4, 6), "to_v": (4, 6), "narrow": (4, 4), "broad": (4, 5),
     "long": (4, 9), "scale_shift": (8, 6), "simple": (4, 6),
 }  # fmt: skip
-"""Its linear layers."""
+"""Layer of the other layout -> shape of its weight."""
 
 CHECKPOINTS = (
     CheckpointSpec(name="turned", architecture="turned", rules="lora_networks:RULES"),

@@ -1,6 +1,6 @@
-"""Holding a network to an independent implementation: weights where nothing is neutral, and a proof that it is so.
+"""Compare a network with an independent implementation, the oracle, on random weights.
 
-The error is `max|a - b| / max|b|`. A comparison counts only if perturbing each parameter moves the oracle's output.
+The error is `max|a - b| / max|b|`. A comparison counts only if perturbing any parameter changes the oracle's output.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 TOLERANCE = 1e-4
-"""In fp32."""
+"""Largest error of a network in fp32."""
 
 
 def draw_weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
-    """fp32: matrices at 1 / sqrt(fan_in), embeddings at 1, norms 1 +- 0.3, biases and single tokens non-zero."""
+    """Return random fp32 weights by name.
+
+    The standard deviation is 1 / sqrt(fan_in) for matrices, 1 for embeddings and 0.3 for biases; norms are 1 +- 0.3.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in sorted(shapes.items()):
@@ -31,12 +34,12 @@ def draw_weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[s
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of everything that the module saves."""
+    """Return key -> shape of the module's state dict."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:
-    """`max|ours - truth| / max|truth|`; infinite where shapes differ or a value is not finite."""
+    """Return `max|ours - truth| / max|truth|`; infinite where shapes differ or a value is not finite."""
     if ours.shape != truth.shape or not bool(ours.isfinite().all()):
         return float("inf")
     ours, truth = ours.detach().double(), truth.detach().double()
@@ -47,17 +50,17 @@ def relative_error(ours: Tensor, truth: Tensor) -> float:
 def neutral_parameters(
     oracle: nn.Module, run: Callable[[], Tensor], *, skip: Iterable[str] = (), threshold: float = 1e-3
 ) -> list[str]:
-    """Names of parameters that can change by half without the output of `run` moving by more than `threshold`."""
+    """Return the names of parameters whose change by half moves the output of `run` by at most `threshold`."""
     generator = torch.Generator().manual_seed(1)
     reference = run()
     neutral = []
     for name, parameter in oracle.named_parameters():
         if name in skip:
             continue
-        kept = parameter.clone()
+        original = parameter.clone()
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
         parameter.mul_(1 + 0.5 * noise)
         if relative_error(run(), reference) <= threshold:
             neutral.append(name)
-        parameter.copy_(kept)
+        parameter.copy_(original)
     return neutral

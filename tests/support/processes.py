@@ -1,4 +1,4 @@
-"""Several processes that work together, for tests: forked, so that nothing is imported or built again."""
+"""Run a function in several forked processes of one process group; nothing is imported or built again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 SECONDS = 120
-"""Until processes that wait for each other are ended; the machine may be busy."""
+"""Timeout after which processes that wait for each other are killed; long, because the machine may be busy."""
 
 
 def run_together(size: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` gave in each of `size` processes, which are told of each other as `torchrun` tells them.
+    """Return the results of `work(rank)` in `size` processes, with the environment variables that `torchrun` sets.
 
     Raises:
         AssertionError: one of them failed; the message is its traceback.
@@ -33,25 +33,25 @@ def run_together(size: int, work: Callable[[int], Any]) -> list[Any]:
         pipes.append(ours)
         processes.append(process)
     try:
-        return [_answer(pipe, rank) for rank, pipe in enumerate(pipes)]
+        return [_result_of(pipe, rank) for rank, pipe in enumerate(pipes)]
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _answer(pipe: Connection, rank: int) -> Any:
-    assert pipe.poll(SECONDS), f"process {rank} gave no answer in {SECONDS} s"
+def _result_of(pipe: Connection, rank: int) -> Any:
+    assert pipe.poll(SECONDS), f"process {rank} returned nothing within {SECONDS} s"
     try:
-        good, answer = pipe.recv()
+        succeeded, result = pipe.recv()
     except EOFError:
-        raise AssertionError(f"process {rank} ended without an answer") from None
-    assert good, f"process {rank} failed:\n{answer}"
-    return answer
+        raise AssertionError(f"process {rank} ended without a result") from None
+    assert succeeded, f"process {rank} failed:\n{result}"
+    return result
 
 
 def _child(pipe: Connection, work: Callable[[int], Any], rank: int, size: int, port: int) -> None:
-    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+    torch.set_num_threads(1)  # a thread pool does not survive a fork
     os.environ |= {
         "GLOO_SOCKET_IFNAME": "lo",
         "LOCAL_RANK": str(rank),
@@ -65,7 +65,7 @@ def _child(pipe: Connection, work: Callable[[int], Any], rank: int, size: int, p
         pipe.send((True, work(rank)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
-    # Whoever leaves first takes the store with it that the others may still ask: the parent ends all.
+    # Rank 0 holds the store that the others may still use, so no process ends by itself: the parent kills all.
     pipe.close()
     multiprocessing.Event().wait(SECONDS)
 

@@ -1,4 +1,4 @@
-"""Tensors under published names, through recognition and the published rules, to modules of ours."""
+"""Load tensors under published names as our modules, through recognition and the key rules."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from diffsynth.core.loader.recognize import recognize
 
 
 def load_published(tensors: Mapping[str, Tensor], *, expect: str) -> nn.Module:
-    """In fp32, by structure alone; `expect` names the checkpoint that it must be taken for."""
+    """Return the fp32 module of one checkpoint, recognised by structure alone.
+
+    Args:
+        tensors: published key -> tensor.
+        expect: name of the checkpoint that must be recognised.
+    """
     ((name, module),) = load_components(tensors).items()
     assert name == expect
     return module
 
 
 def load_components(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Checkpoint -> module, for each component of one file; no key may be left over."""
+    """Return checkpoint name -> fp32 module for each component of one file; unused keys fail."""
     header = pickled.of_state_dict({key: tensor.detach().contiguous() for key, tensor in tensors.items()})
     found = recognize(header, *_discovery.catalog().layouts(), tiers=("structure",))
     assert [one.extra for one in found] == [()] * len(found)

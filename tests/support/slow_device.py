@@ -1,7 +1,7 @@
-"""A device that does nothing before somebody waits for it, and then in the worst order that streams and events allow.
+"""A fake device that runs queued work only when it is synchronized, in the worst order that its streams allow.
 
-Tensors lie in host memory; what copies to them or reads them is queued on a stream, and done when an event or the
-device is waited for. A copy that should have waited shows as wrong content.
+Its tensors are in host memory. Copies and kernels are queued on a stream and run when an event or the device is
+synchronized, so a missing wait between two streams shows as wrong content.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fake_devices import Recorded
 
 
 class SlowDevice(Recorded):
-    """Like `torch.cuda`, with real queues.
+    """A fake `torch.cuda` whose streams are queues.
 
     Args:
-        prefer: of two streams that could go on, the one that does: "main" or "side", or "either" by dice.
+        prefer: stream that runs first where two could: "main", "side", or "either" at random.
     """
 
     def __init__(self, prefer: str) -> None:
@@ -53,7 +53,7 @@ class SlowDevice(Recorded):
             self.local.stream = before
 
     def submit(self, work: Callable[[], object]) -> None:
-        """Give the current stream something to do."""
+        """Queue work on the current stream."""
         with self.guard:
             self.current_stream().queue.append(work)
 
@@ -61,16 +61,16 @@ class SlowDevice(Recorded):
         self.go_on(lambda: not any(stream.queue for stream in self.all))
 
     def go_on(self, enough: Callable[[], bool]) -> None:
-        """Work until it is enough, and no step more."""
+        """Run queued work until `enough()`, and not one item more."""
         with self.guard:
             while not enough():
                 able = [stream for stream in self.all if stream.queue and stream.is_able()]
-                assert able, "everybody waits for an event that nobody records"
+                assert able, "deadlock: every stream waits for an event that no stream records"
                 preferred = [stream for stream in able if stream.name == self.prefer]
                 self.dice.choice(preferred or able).step()
 
     def tensor(self, size: int) -> SlowTensor:
-        """Memory of the device."""
+        """Return `size` bytes of memory of the device, each 255."""
         return torch.full((size,), 255, dtype=torch.uint8).as_subclass(SlowTensor).of(self)
 
 
@@ -109,7 +109,7 @@ class SlowEvent:
 
 
 class SlowTensor(torch.Tensor):
-    """Bytes on a `SlowDevice`: `copy_` joins the current stream."""
+    """Bytes on a `SlowDevice`; `copy_` is queued on the current stream."""
 
     _device: SlowDevice
 
@@ -129,7 +129,7 @@ class SlowTensor(torch.Tensor):
 
 
 class LockedTensor(torch.Tensor):
-    """Host memory that says it is pinned."""
+    """Host memory whose `is_pinned()` is true."""
 
     def is_pinned(self, device: Any = None) -> bool:
         return True

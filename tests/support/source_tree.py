@@ -1,4 +1,4 @@
-"""Our source files as data, for tests that read rather than run them."""
+"""Find and parse our source files, for tests that read code instead of running it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _FOLDERS = {
 
 @functools.cache
 def modules() -> dict[str, Path]:
-    """Dotted name -> file, of every module of ours."""
+    """Return dotted name -> file of every module in our packages."""
     found = {}
     for package, init in SOURCES.items():
         for file in sorted(init.parent.rglob("*.py")):
@@ -82,18 +82,22 @@ def syntax_tree(file: Path) -> ast.Module:
 
 
 def layer(name: str) -> str:
-    """The layer of a core module."""
+    """Return the layer of a core module.
+
+    Raises:
+        AssertionError: the module is in no folder that a layer lists.
+    """
     inside = modules()[name].relative_to(SOURCES["diffsynth"].parent).with_suffix("").as_posix()
     if is_light(name):
         return "light"
     for folder, its_layer in _FOLDERS.items():
         if inside == folder or inside.startswith(f"{folder}/"):
             return its_layer
-    raise AssertionError(f"{name} belongs to no layer: place it in a folder of house section 2, or list it here")
+    raise AssertionError(f"{name} belongs to no layer: move it, or list its folder in tests/support/source_tree.py")
 
 
 def is_light(name: str) -> bool:
-    """Whether a module must do without torch."""
+    """Whether a module must not import torch."""
     package = name.split(".")[0]
     inside = modules()[name].relative_to(SOURCES[package].parent)
     folder, stem = inside.parent.as_posix(), inside.stem

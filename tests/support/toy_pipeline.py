@@ -1,4 +1,4 @@
-"""A pipeline of a few numbers, for tests of the machinery around it."""
+"""A pipeline with one parameter, for tests of the runtime around it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffsynth.sampling.schedule import z_image_sigmas
 
 
 class ToyNet(nn.Module):
-    """Velocity towards a colour: exact for straight paths."""
+    """Predicts the velocity of a straight path to one colour."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def decode(*, latents):
 
 
 class ToyPipeline(Pipeline):
-    """Draws grey images whose level is a tenth of the prompt's length."""
+    """Generates grey images whose level is a tenth of the prompt's length."""
 
     roles = {"dit": Role(architectures=("toy_net",)), "adapter": Role(architectures=("toy_net",), optional=True)}
     units = (image_size(16, default=32), schedule, encode_colour, initial_latents)

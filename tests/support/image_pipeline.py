@@ -1,4 +1,4 @@
-"""The toy pipeline, drawing grey pictures; what `diffsynth.load` gives in tests of the program."""
+"""Toy pipelines with image and video output, as the model `toy-1` for tests of the command line."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ def read_image(*, input_image: Image.Image | list[Image.Image] | None = None):
 
 
 @unit("output")
-def draw(*, latents, tint):
+def to_images(*, latents, tint):
     size = (latents.shape[3] * 8, latents.shape[2] * 8)
     levels = latents.mean(dim=(1, 2, 3)).clamp(0, 1).tolist()
     return [Image.new("L", size, round(255 * level)) if tint is None else tint for level in levels]
 
 
-class PicturePipeline(ToyPipeline):
+class ImagePipeline(ToyPipeline):
     units = (*ToyPipeline.units, read_image)
-    output_units = (draw,)
+    output_units = (to_images,)
 
 
 @unit("output")
-def film(*, latents, tint):
-    """Three frames, each darker than the one before; of a given clip, the first three."""
+def to_videos(*, latents, tint):
+    """Return three frames for each sample, each darker than the last; with an input clip, its first three frames."""
     size = (latents.shape[3] * 8, latents.shape[2] * 8)
     shades = [Image.new("RGB", size, (200 - 50 * index,) * 3) for index in range(3)]
     return [shades if tint is None else list(tint[:3]) for _ in latents]
 
 
-class VideoPipeline(PicturePipeline):
-    output_units = (film,)
+class VideoPipeline(ImagePipeline):
+    output_units = (to_videos,)
 
 
-def picture_pipeline(kind: type[PicturePipeline] = PicturePipeline, **files) -> PicturePipeline:
+def image_pipeline(kind: type[ImagePipeline] = ImagePipeline, **files) -> ImagePipeline:
     pipe = kind({"dit": ToyNet()}, device="cpu", torch_dtype=torch.float32, component_files=files)
     return pipe.named("toy-1", {"height": 16})
 
 
-def catalog(task: str = "text-to-image", pipeline: str = "PicturePipeline", **facts) -> Catalog:
-    """One model, `toy-1`, of plugin `toy`."""
+def catalog(task: str = "text-to-image", pipeline: str = "ImagePipeline", **facts) -> Catalog:
+    """Return a catalog of one model, `toy-1`, of plugin `toy`."""
     spec = ModelSpec(
         name="toy-1",
         hub_id="Owner/Toy-1",
         family="toy",
         task=task,
-        pipeline=f"picture_pipeline:{pipeline}",
+        pipeline=f"image_pipeline:{pipeline}",
         components={"dit": "Owner/Toy-1:dit.safetensors"},
     )
     plugins = (Plugin("toy", "diffsynth-toy", "1.2"),)
@@ -62,5 +62,5 @@ def catalog(task: str = "text-to-image", pipeline: str = "PicturePipeline", **fa
 
 
 def use(monkeypatch, found: Catalog) -> None:
-    """Let discovery have found this."""
+    """Make this catalog the result of discovery."""
     monkeypatch.setattr(_discovery, "_discovered", _discovery._Discovered(found, _discovery._current().manager))
