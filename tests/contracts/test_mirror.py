@@ -17,11 +17,8 @@ NO_MIRRORS = {"benchmarks", "contracts", "data", "docs", "examples", "gpu", "pac
 SCENARIOS: dict[str, str] = {
     "core/attention/test_attention.py": "the function with every backend: values, masks, refusals",
     "core/attention/test_backends.py": "each backend that runs on the CPU against the reference implementation",
-    "core/attention/test_devices.py": "which devices the libraries' backends accept",
     "core/attention/triton/test_compile.py": "the kernels under torch.compile",
     "core/attention/triton/test_kernels.py": "outputs and gradients of all kernels",
-    "core/attention/triton/test_refusals.py": "calls that the Triton backend refuses",
-    "core/device/test_device.py": "the functions of the package `diffsynth.core.device`",
     "core/device/test_present.py": "the tables of devices against the devices of this machine",
     "core/loader/reader/test_full_size.py": "headers of published checkpoints at full size",
     "core/loader/test_components.py": "files that hold several components",
