@@ -6,6 +6,8 @@ import inspect
 import pytest
 
 from diffsynth import _discovery, hookspecs
+from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.spec import resolve
 from source_tree import ROOT, SOURCES, modules
 
 CATALOG = _discovery.catalog()
@@ -27,6 +29,23 @@ def test_a_model_is_in_its_familys_page(model):
     page = ROOT / "docs" / "models" / f"{model.family}.md"
     assert page.is_file(), f"write docs/models/{model.family}.md"
     assert model.name in page.read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.parametrize("reference", sorted({model.pipeline for model in MODELS}))
+def test_from_pretrained_of_a_pipeline_shows_policy_and_passes_it_on(reference, monkeypatch):
+    """Editors and `help` show the signature; an override that drops `policy` would load weights without one."""
+    cls, seen = resolve(reference), []
+
+    def from_pretrained(self, *args, **kwargs):
+        seen.append(kwargs["policy"])
+        raise NotImplementedError
+
+    parameter = inspect.signature(cls.from_pretrained).parameters["policy"]
+    assert (parameter.default, parameter.kind) == (None, parameter.KEYWORD_ONLY)
+    monkeypatch.setattr(Pipeline, "from_pretrained", classmethod(from_pretrained))
+    with pytest.raises(NotImplementedError):
+        cls.from_pretrained(policy="disk")
+    assert seen == ["disk"]
 
 
 @pytest.mark.parametrize("name", [name for name in HOOKS if not name.startswith("register_")])

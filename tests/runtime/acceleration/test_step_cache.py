@@ -1,4 +1,4 @@
-"""Step caches on a tiny Z-Image, and on networks whose blocks hand on more than one stream."""
+"""Step caches on a tiny Z-Image, and on networks whose blocks return more than one stream."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_settings_that_reuse_nothing_change_no_bit(pipe, truth, cache) -> None:
     assert torch.equal(pipe(**CALL, step_cache=cache), truth)
 
 
-def test_first_block_cache_leaves_out_what_repeats(pipe, truth) -> None:
+def test_first_block_cache_skips_steps_that_change_little(pipe, truth) -> None:
     report = measure_step_cache(pipe, FirstBlockCache(threshold=100.0, max_reused=2), **without_output(CALL))
     assert report.reused == {"cond": (1, 2, 4, 5), "uncond": (1, 2, 4, 5)}
     assert 0 < report.relative_l1 < 1
     assert "cond: 4 of 6 steps reused (1, 2, 4, 5)" in str(report)
 
 
-def test_layers_run_only_where_they_are_not_left_out(pipe) -> None:
+def test_layers_run_only_where_they_are_not_skipped(pipe) -> None:
     """The first of six layers always runs, the others twice in six steps; short stacks run at every step."""
     runs = dict.fromkeys(("first", "last", "refiner"), 0)
 
@@ -80,21 +80,21 @@ def test_layers_run_only_where_they_are_not_left_out(pipe) -> None:
 
 
 def test_taylor_seer_is_exact_where_the_change_is_a_polynomial() -> None:
-    """A stack that adds `step ** order` in every step is foretold without an error once its derivatives are known."""
+    """A stack that adds `step ** order` in every step is extrapolated exactly once its derivatives are known."""
     for order in (0, 1, 2):
         network = Staircase(order)
-        caching = StepCacheSession(TaylorSeer(interval=4, order=order, warmup_steps=order + 1), [network.stacks()])
-        with caching:
+        session = StepCacheSession(TaylorSeer(interval=4, order=order, warmup_steps=order + 1), [network.stacks()])
+        with session:
             for step in range(order + 4):
-                with caching.forward_pass("cond", is_last=False):
+                with session.forward_pass("cond", is_last=False):
                     got = network(torch.zeros(3), step)
                 if order < 2:  # from order 2 on, backward differences are no derivatives any more
                     assert got.tolist() == pytest.approx([2.0 * step**order] * 3)
-        assert caching.take_reused() == ("cond",) * 3
+        assert session.take_reused() == ("cond",) * 3
 
 
 def test_tea_cache_adds_up_its_polynomial(pipe) -> None:
-    """Coefficients that give 0.4 a step, and a threshold of 1: two steps are left out, the third runs."""
+    """Coefficients that give 0.4 a step, and a threshold of 1: two steps are skipped, the third runs."""
     for signal in ("argument:time_embed", "module:attention_norm1"):
         fitted = TeaCacheSpec(coefficients=(0.0, 0.4), signal=signal)
         report = measure_step_cache(
@@ -114,7 +114,7 @@ def test_tea_cache_needs_a_model_that_has_coefficients(pipe) -> None:
 
 
 def test_branches_have_caches_of_their_own(pipe) -> None:
-    """One cache for both would compare a branch with the other: at 100 it would leave out the second of each pair."""
+    """One cache for both would compare a branch with the other: at 100 it would skip the second of each pair."""
     guided = measure_step_cache(pipe, FirstBlockCache(threshold=100.0), **without_output(CALL))
     assert guided.reused["cond"] == guided.reused["uncond"] == (1, 2, 3, 4, 5)
     alone = measure_step_cache(pipe, FirstBlockCache(threshold=100.0), **without_output({**CALL, "cfg_scale": 1.0}))
@@ -145,30 +145,29 @@ def test_a_streamed_network_gives_the_same(pipe) -> None:
     wrap(streamed.dit.requires_grad_(False).eval(), Policy.preset("cpu-offload", "cpu"), smallest=0)
     assert torch.equal(streamed(**CALL, step_cache=cache), pipe(**CALL, step_cache=cache))
     assert managed(streamed.dit) is not None
-    assert "forward" in vars(streamed.dit.layers[0])  # the engine's own is still there
+    assert "forward" in vars(streamed.dit.layers[0])  # the layer that streams weights is still installed
 
 
 def test_two_streams_in_any_order() -> None:
-    """Blocks take `(image, text)` and give `(text, image)` of equal shapes: the next block's arguments tell which."""
+    """Blocks take `(image, text)` and return `(text, image)` of equal shapes: the next block's arguments show which."""
     network = TwoStreams()
     plain = [network(torch.ones(2), torch.ones(2), step) for step in range(4)]
-    caching = StepCacheSession(FirstBlockCache(threshold=0.6), [network.stacks()])
-    with caching:
+    session = StepCacheSession(FirstBlockCache(threshold=0.6), [network.stacks()])
+    with session:
         for step in range(4):
-            with caching.forward_pass("cond", is_last=False):
+            with session.forward_pass("cond", is_last=False):
                 image, text = network(torch.ones(2), torch.ones(2), step)
             if step > 1:
                 assert image.tolist() != text.tolist()
                 assert abs(image - plain[step][0]).max() < abs(image - plain[step][1]).max()
-    assert caching.take_reused()
+    assert session.take_reused()
 
 
-def test_blocks_that_hand_on_something_else_are_refused() -> None:
-    network = Stack("blocks", (nn.Linear(3, 3), nn.Linear(3, 5)))
-    caching = StepCacheSession(FirstBlockCache(threshold=0.1), [(Stack("blocks", (nn.Linear(3, 5), nn.Linear(5, 3))),)])
-    assert network.name == "blocks"
-    with caching, caching.forward_pass("cond", is_last=False), pytest.raises(Refused, match=r"take \[\(2, 3\)\]"):
-        caching.place(next(iter(caching._blocks()))).stack.blocks[0](torch.ones(2, 3))
+def test_blocks_that_return_other_tensors_are_refused() -> None:
+    stack = Stack("blocks", (nn.Linear(3, 5), nn.Linear(5, 3)))
+    session = StepCacheSession(FirstBlockCache(threshold=0.1), [(stack,)])
+    with session, session.forward_pass("cond", is_last=False), pytest.raises(Refused, match=r"take \[\(2, 3\)\]"):
+        stack.blocks[0](torch.ones(2, 3))
 
 
 def test_short_stacks_are_left_alone(pipe) -> None:

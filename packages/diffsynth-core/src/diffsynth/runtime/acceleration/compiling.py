@@ -1,4 +1,4 @@
-"""Regional compilation: the repeated blocks of a network, each class of them once, rather than the whole of it."""
+"""Regional compilation: `torch.compile` for the repeated blocks of a network, whose code blocks of one class share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diffsynth.runtime.architectures import stacks_of
 
 
 def compile_components(components: Mapping[str, Any], roles: Collection[str], **options: Any) -> None:
-    """Have the blocks of these roles compiled when they are first called.
+    """Compile the repeated blocks of these roles, at their first call.
 
-    Compiling again replaces what was compiled before. Blocks of one class and of equal settings share their code. A
-    component whose architecture declares no blocks is compiled whole.
+    Compiling again replaces earlier compiled code. Blocks of one class and of equal settings share compiled code. A
+    component whose architecture declares no repeated blocks is compiled whole.
 
     Args:
-        components: role -> module or processor.
-        roles: which of them.
+        components: role -> module, processor or None.
+        roles: to compile.
         options: of `torch.compile`.
 
     Raises:
@@ -40,7 +40,7 @@ def compile_components(components: Mapping[str, Any], roles: Collection[str], **
 def compile_forward(module: nn.Module, **options: Any) -> None:
     """Compile a module's own `forward`, beneath the layers that stream its weights or reuse its outputs.
 
-    These layers must not be traced. Compiling again replaces what was compiled before, by the user, too.
+    These layers must not be traced. Compiling again replaces earlier compiled code, also that of the user.
     """
     forward_chain.install(module, ForwardLayer.COMPILED, functools.partial(_compiled, options))
 

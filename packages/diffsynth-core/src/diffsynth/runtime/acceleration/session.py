@@ -1,8 +1,9 @@
-"""A step cache at work in one call of a pipeline: what its blocks give, or what they would have given.
+"""A step cache in one call of a pipeline: blocks run, or their results are predicted.
 
-Blocks are taken out of the network's own code by what stands around their `forward`; it is put there while a call with
-a cache runs, and asks a context variable whether this thread's call has one. So calls do not see each other's caches,
-and the VRAM engine, which stands further inside, does not fetch the weights of blocks that are left out.
+Layers around the `forward` of each block (`diffsynth.core.forward_chain`) skip blocks without changes of the network's
+code. They are installed while a call with a step cache runs, and read a context variable to find the cache of their own
+thread's call, so concurrent calls do not see each other's caches. They are outside of the layers that stream weights,
+so the weights of a skipped block are not loaded.
 """
 
 from __future__ import annotations
@@ -33,23 +34,25 @@ from diffsynth.runtime.architectures import Stack, long_stacks
 from diffsynth.spec import ModelSpec
 
 _call: ContextVar[ForwardPass | None] = ContextVar("diffsynth_step_cache", default=None)
-_surrounded: dict[int, int] = {}
+_users: dict[int, int] = {}
+"""`id` of a block with a layer -> number of calls in progress that use it."""
+
 _lock = threading.Lock()
 
 
 def step_cache_session(
     cache: StepCache | None, components: Mapping[str, Any], loop_roles: Collection[str], model_name: str | None
 ) -> StepCacheSession:
-    """The caches of one call, empty still.
+    """Return a new session for one call.
 
     Args:
-        cache: None caches nothing.
-        components: role -> what is loaded.
-        loop_roles: the networks that the loop calls.
-        model_name: the pipeline's, None if it was put together from files.
+        cache: the step cache of the call; None caches nothing.
+        components: role -> component or None.
+        loop_roles: the roles of the networks that the loop calls.
+        model_name: of the pipeline; None for a pipeline of files or components.
 
     Raises:
-        Refused: the model, or the form of its network, is not served; the message says why.
+        Refused: the cache cannot serve the model or its networks, with the reason.
     """
     if cache is None:
         return StepCacheSession(None)
@@ -61,23 +64,25 @@ def step_cache_session(
     if not networks:
         kinds = ", ".join(f"{role} ({type(module).__name__})" for role, module in loaded.items())
         raise Refused(
-            f"step_cache={cache!r} is refused: {kinds or 'no network'} has no repeated blocks that could be left out; "
+            f"step_cache={cache!r} is refused: {kinds or 'no network'} has no repeated blocks that could be skipped; "
             "its architecture names them in repeated_blocks"
         )
     return StepCacheSession(cache, networks, model)
 
 
 class StepCacheSession:
-    """The caches of one call: one per network, branch, and place in an evaluation of the branch.
+    """The step caches of one call.
 
-        with caching:
-            with caching.evaluating("cond", is_last=False):
+    Each network has one for each branch and, if an evaluation of a branch calls it repeatedly, for each of these calls.
+
+        with session:
+            with session.forward_pass("cond", is_last=False):
                 velocity = ...
 
     Args:
-        cache: None caches nothing.
-        networks: the stacks of each network that may be left out.
-        model: the pipeline's, if it has a name.
+        cache: the settings; None caches nothing.
+        networks: the stacks of each network that may be skipped.
+        model: of the pipeline, if it has a model name.
     """
 
     def __init__(
@@ -85,29 +90,34 @@ class StepCacheSession:
     ) -> None:
         self._cache, self._model = cache, model
         self._networks = networks if cache is not None else ()
-        self._places = {
-            id(block): BlockPosition(number, index, position, stack)
-            for number, stacks in enumerate(self._networks)
-            for index, stack in enumerate(stacks)
-            for position, block in enumerate(stack.blocks)
+        self._positions = {
+            id(block): BlockPosition(network, stack_index, block_index, stack)
+            for network, stacks in enumerate(self._networks)
+            for stack_index, stack in enumerate(stacks)
+            for block_index, block in enumerate(stack.blocks)
         }
         self._histories: dict[tuple[int, str, int], BranchHistory] = {}
         self._reused: list[str] = []
 
     def __enter__(self) -> StepCacheSession:
         for block in self._blocks():
-            _surround(block)
+            _install_layer(block)
         return self
 
     def __exit__(self, *error: object) -> None:
         for block in self._blocks():
-            _release(block)
+            _remove_layer(block)
 
     @contextmanager
     def forward_pass(self, branch: str, *, is_last: bool) -> Iterator[None]:
-        """One evaluation of a branch's velocity inside the `with`."""
+        """Evaluate the velocity of a branch once inside the `with`.
+
+        Args:
+            branch: its name; merged branches have a name of their own.
+            is_last: whether this is the last step of the schedule.
+        """
         forward_pass = ForwardPass(self, branch, is_last)
-        token = _call.set(forward_pass if self._places else None)
+        token = _call.set(forward_pass if self._positions else None)
         try:
             yield
         finally:
@@ -116,16 +126,16 @@ class StepCacheSession:
             self._reused.append(branch)
 
     def take_reused(self) -> tuple[str, ...]:
-        """The branches that reused something since this was last asked."""
+        """Return the branches that skipped blocks since the last call of this method."""
         reused, self._reused = tuple(self._reused), []
         return reused
 
-    def place(self, block: nn.Module) -> BlockPosition | None:
-        """Where a block stands, if it is one that may be left out."""
-        return self._places.get(id(block))
+    def position(self, block: nn.Module) -> BlockPosition | None:
+        """Return the position of a block, or None for a block that is never skipped."""
+        return self._positions.get(id(block))
 
     def history(self, network: int, branch: str, ordinal: int) -> BranchHistory:
-        """What is known of a branch, at its `ordinal`-th call of a network within an evaluation."""
+        """Return the history of a network in a branch, for its `ordinal`-th call in each forward pass."""
         key = (network, branch, ordinal)
         if key not in self._histories:
             assert self._cache is not None
@@ -138,26 +148,39 @@ class StepCacheSession:
 
 @dataclass(frozen=True)
 class BlockPosition:
-    """A block's network, the index of its stack, and its position in it."""
+    """The position of a block.
+
+    Args:
+        network: index of its network.
+        stack_index: of its stack in the network.
+        block_index: in the stack, 0 for the first block.
+        stack: its stack.
+    """
 
     network: int
-    index: int
-    position: int
+    stack_index: int
+    block_index: int
     stack: Stack
 
     @property
     def is_last(self) -> bool:
-        """Whether the stack ends here."""
-        return self.position == len(self.stack.blocks) - 1
+        """Whether the block is the last one of its stack."""
+        return self.block_index == len(self.stack.blocks) - 1
 
 
 @dataclass
 class BranchHistory:
-    """One branch of one network, over all steps of a call.
+    """The history of one network in one branch, over all steps of a call.
 
     Args:
-        rule: what decides.
-        num_stacks: how many stacks must have run before any may be left out.
+        strategy: decides which forward passes skip blocks.
+        num_stacks: number of stacks; all must have run before any may be skipped.
+        index: of the current forward pass; -1 before the first.
+        decider: index of the stack that the forward pass begins with.
+        reusing: whether the current forward pass skips blocks.
+        patterns: stack index -> pattern.
+        known: indices of the stacks that have run.
+        begun: stack index -> arguments and result of its first block in the current forward pass.
     """
 
     strategy: CacheStrategy
@@ -170,91 +193,98 @@ class BranchHistory:
     begun: dict[int, tuple[Sequence[Any], Any]] = field(default_factory=dict)
 
     def begin(self, decider: int) -> None:
-        """A call of the network begins, with the first block of stack `decider`."""
+        """Begin a forward pass of the network, with the first block of stack `decider`."""
         self.index, self.decider, self.reusing, self.begun = self.index + 1, decider, False, {}
 
-    def pattern_of(self, stack: int, values: Sequence[Any], given: Any, *, name: str) -> ForwardPattern:
-        """The form of a stack, learnt from its first block."""
+    def pattern_of(self, stack: int, values: Sequence[Any], result: Any, *, name: str) -> ForwardPattern:
+        """Return the pattern of a stack, derived from the first call of its first block."""
         if stack not in self.patterns:
-            self.patterns[stack] = _learn(values, given, name)
+            self.patterns[stack] = _first_pattern(values, result, name)
         return self.patterns[stack]
 
-    def ran(self, place: BlockPosition, values: Sequence[Any], given: Any) -> None:
-        """A block ran."""
-        stack = place.index
-        if place.position == 0:
-            self.pattern_of(stack, values, given, name=place.stack.name)
-            self.begun[stack] = (values, given)
-        first_values, first_given = self.begun[stack]
-        if place.position == 1:
-            self.patterns[stack] = _confirm(self.patterns[stack], values, first_given)
-        if place.is_last:
+    def ran(self, position: BlockPosition, values: Sequence[Any], result: Any) -> None:
+        """Record the arguments and the result of a block that ran."""
+        stack = position.stack_index
+        if position.block_index == 0:
+            self.pattern_of(stack, values, result, name=position.stack.name)
+            self.begun[stack] = (values, result)
+        first_values, first_result = self.begun[stack]
+        if position.block_index == 1:
+            self.patterns[stack] = _confirmed_pattern(self.patterns[stack], values, first_result)
+        if position.is_last:
             after_first = stack == self.decider and self.strategy.after_first
-            start = as_streams(first_given) if after_first else self.patterns[stack].streams(first_values)
-            self.strategy.computed(stack, self.index, start, as_streams(given))
+            start = as_streams(first_result) if after_first else self.patterns[stack].streams(first_values)
+            self.strategy.computed(stack, self.index, start, as_streams(result))
             self.known.add(stack)
-            self.begun[stack] = ((), None)  # the streams of a step are not kept until the next
+            self.begun[stack] = ((), None)  # frees the streams before the next step
 
 
 class ForwardPass:
-    """One evaluation of one branch."""
+    """One evaluation of the velocity of a branch.
 
-    def __init__(self, caching: StepCacheSession, branch: str, is_last: bool) -> None:
-        self._caching, self._branch, self._is_last = caching, branch, is_last
+    Args:
+        session: of the call.
+        branch: its name.
+        is_last: whether this is the last step of the schedule.
+    """
+
+    def __init__(self, session: StepCacheSession, branch: str, is_last: bool) -> None:
+        self._session, self._branch, self._is_last = session, branch, is_last
         self._open: dict[int, tuple[int, BranchHistory]] = {}
         self.reused = False
 
     def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What a block gives, or would have given."""
-        place = self._caching.place(block)
-        if place is None:
+        """Return the result of a block, computed or predicted."""
+        position = self._session.position(block)
+        if position is None:
             return forward(*args, **kwargs)
         bound = _signature(type(block)).bind(block, *args, **kwargs)
         values = _flat(bound)
-        history, begins = self._history(place)
+        history, begins = self._history(position)
         if begins:
-            return self._decide(history, place, block, functools.partial(forward, *args, **kwargs), bound)
+            return self._decide(history, position, block, functools.partial(forward, *args, **kwargs), bound)
         if history.reusing:
-            pattern = history.patterns[place.index]
-            start = pattern.streams(values)
-            return pattern.result(
-                start if place.position else history.strategy.predicted(place.index, history.index, start)
-            )
-        given = forward(*args, **kwargs)
-        history.ran(place, values, given)
-        return given
+            pattern = history.patterns[position.stack_index]
+            streams = pattern.streams(values)
+            # The first block of a skipped stack returns the prediction for the whole stack, and the others pass it on.
+            if position.block_index == 0:
+                streams = history.strategy.predicted(position.stack_index, history.index, streams)
+            return pattern.result(streams)
+        result = forward(*args, **kwargs)
+        history.ran(position, values, result)
+        return result
 
-    def _history(self, place: BlockPosition) -> tuple[BranchHistory, bool]:
-        """The track of a block, and whether a call of the network begins with it."""
-        ordinal, history = self._open.get(place.network, (-1, None))
-        again = history is not None and place.position == 0 and place.index == history.decider
+    def _history(self, position: BlockPosition) -> tuple[BranchHistory, bool]:
+        """Return the history for a block, and whether a call of the network begins with it."""
+        ordinal, history = self._open.get(position.network, (-1, None))
+        again = history is not None and position.block_index == 0 and position.stack_index == history.decider
         if history is not None and not again:
             return history, False
-        history = self._caching.history(place.network, self._branch, ordinal + 1)
-        self._open[place.network] = (ordinal + 1, history)
-        history.begin(place.index)
+        history = self._session.history(position.network, self._branch, ordinal + 1)
+        self._open[position.network] = (ordinal + 1, history)
+        history.begin(position.stack_index)
         return history, True
 
     def _decide(
         self,
         history: BranchHistory,
-        place: BlockPosition,
+        position: BlockPosition,
         block: nn.Module,
         run: Callable[[], Any],
         bound: inspect.BoundArguments,
     ) -> Any:
-        """The first block of a call of the network, and whether the rest is left out."""
+        """Decide at the first block of a call whether the network is skipped; return the block's result."""
         values = _flat(bound)
-        pattern_of = functools.partial(history.pattern_of, place.index, values, name=place.stack.name)
+        pattern_of = functools.partial(history.pattern_of, position.stack_index, values, name=position.stack.name)
         first_call = FirstBlockCall(history.index, self._is_last, bound.arguments, values, block, run, pattern_of)
         history.reusing = history.strategy.reuses(first_call) and len(history.known) == history.num_stacks
         if not history.reusing:
-            history.ran(place, values, first_call.result)
+            history.ran(position, values, first_call.result)
             return first_call.result
         self.reused = True
-        pattern = history.patterns[place.index]
+        pattern = history.patterns[position.stack_index]
         start = first_call.output if history.strategy.after_first else pattern.streams(values)
-        return pattern.result(history.strategy.predicted(place.index, history.index, start))
+        return pattern.result(history.strategy.predicted(position.stack_index, history.index, start))
 
 
 def _run(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -262,41 +292,48 @@ def _run(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: An
     return forward(*args, **kwargs) if forward_pass is None else forward_pass.run(block, forward, args, kwargs)
 
 
-def _surround(block: nn.Module) -> None:
+def _install_layer(block: nn.Module) -> None:
     with _lock:
-        count = _surrounded.get(id(block), 0)
+        count = _users.get(id(block), 0)
         if count == 0:
             decorate = functools.partial(functools.partial, _run, block)
             forward_chain.install(block, ForwardLayer.STEP_CACHE, decorate)
-        _surrounded[id(block)] = count + 1
+        _users[id(block)] = count + 1
 
 
-def _release(block: nn.Module) -> None:
+def _remove_layer(block: nn.Module) -> None:
     """Remove the layer of a block when the last call that needs it is over."""
     with _lock:
-        _surrounded[id(block)] -= 1
-        if not _surrounded[id(block)]:
-            del _surrounded[id(block)]
+        _users[id(block)] -= 1
+        if not _users[id(block)]:
+            del _users[id(block)]
             forward_chain.remove(block, ForwardLayer.STEP_CACHE)
 
 
-def _learn(values: Sequence[Any], given: Any, name: str) -> ForwardPattern:
-    """Streams are the first arguments, in the order in which they are given back."""
-    streams = as_streams(given)
+def _first_pattern(values: Sequence[Any], result: Any, name: str) -> ForwardPattern:
+    """Return a pattern in which the streams are the first arguments, in the order in which they are returned.
+
+    Raises:
+        Refused: the block returns other tensors than those that it takes first.
+    """
+    streams = as_streams(result)
     shapes = [tuple(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__ for stream in streams]
     taken = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
     if not all(isinstance(stream, Tensor) for stream in streams) or taken[: len(shapes)] != shapes:
         raise Refused(
-            f"step_cache: blocks of {name!r} take {taken} and give {shapes}; a cache needs blocks that give "
+            f"step_cache: blocks of {name!r} take {taken} and return {shapes}; a cache needs blocks that return "
             "the tensors which they take first, in the same shapes"
         )
-    return ForwardPattern(tuple(range(len(streams))), isinstance(given, tuple | list))
+    return ForwardPattern(tuple(range(len(streams))), isinstance(result, tuple | list))
 
 
-def _confirm(pattern: ForwardPattern, values: Sequence[Any], given: Any) -> ForwardPattern:
-    """The form, its order put right where the next block is seen to take the very tensors that this one gave."""
-    places = [next((i for i, value in enumerate(values) if value is stream), None) for stream in as_streams(given)]
-    return ForwardPattern(tuple(places), pattern.is_tuple) if None not in places else pattern  # type: ignore[arg-type]
+def _confirmed_pattern(pattern: ForwardPattern, values: Sequence[Any], result: Any) -> ForwardPattern:
+    """Return the pattern with the order of streams corrected by the arguments of the second block.
+
+    The second block takes the very tensors that the first one returned; if it does not, the order is kept.
+    """
+    indices = [next((i for i, value in enumerate(values) if value is stream), None) for stream in as_streams(result)]
+    return ForwardPattern(tuple(indices), pattern.is_tuple) if None not in indices else pattern  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -305,7 +342,7 @@ def _signature(kind: type[nn.Module]) -> inspect.Signature:
 
 
 def _flat(bound: inspect.BoundArguments) -> list[Any]:
-    """The values of a call in order, without the module itself."""
+    """Return the values of a call in order, without the module itself."""
     flat: list[Any] = []
     for name, value in bound.arguments.items():
         many = bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
