@@ -1,10 +1,10 @@
-"""Measure z-image-nano: does it draw what it is asked for, in words it knows and in words it never saw?
+"""Evaluate z-image-nano on captions in trained phrasings and in phrasings that training never used.
 
     python examples/train_from_scratch/evaluate.py                      # the model in the wheel
-    python examples/train_from_scratch/evaluate.py --weights runs/nano  # one just trained
+    python examples/train_from_scratch/evaluate.py --weights runs/nano  # weights just trained
 
-A picture counts as right if, of all training pictures averaged down to 16x16 pixels, the nearest (squared error) is
-the one asked for. Writes `evaluation.json`, `samples.png` (32 pictures) and, with `--loss`, `loss.png`.
+An image is counted as right if its nearest training image (squared error, averaged to 16x16 pixels) is the one of the
+caption. Writes `evaluation.json`, `samples.png` (32 images) and, with `--loss`, `loss.png`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ SHEET = 8
 
 
 def main() -> None:
-    """Measure and write."""
+    """Evaluate and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="folder with dit, text_encoder and vae; default: the wheel's")
-    parser.add_argument("--vae", type=Path, help="another autoencoder file, beside --weights")
-    parser.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer"), help="beside --weights")
+    parser.add_argument("--vae", type=Path, help="another autoencoder file; used with --weights")
+    parser.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer"), help="used with --weights")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"))
-    parser.add_argument("--loss", type=Path, help="a loss.csv to draw")
+    parser.add_argument("--loss", type=Path, help="a loss.csv to plot")
     parser.add_argument("--limit", type=int, help="only this many captions, evenly spread")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, help="default: the model's own")
@@ -53,7 +53,7 @@ def main() -> None:
     pipe = load(arguments)
     settings = {"num_inference_steps": arguments.steps, "cfg_scale": arguments.cfg_scale}
     settings = {name: value for name, value in settings.items() if value is not None}
-    captions, pictures = read_data(arguments.data)
+    captions, references = read_data(arguments.data)
     every = max(1, len(captions) // arguments.limit) if arguments.limit else 1
     wanted = list(range(0, len(captions), every))
     report = {
@@ -63,16 +63,16 @@ def main() -> None:
         "device": str(pipe.device),
         "dtype": arguments.dtype,
         "torch": torch.__version__,
-        "reconstruction_mse": reconstruction_error(pipe, pictures, arguments.batch),
+        "reconstruction_mse": reconstruction_error(pipe, references, arguments.batch),
     }
-    drawn = {}
+    generated = {}
     for template in ("{caption}", *UNSEEN):
         right, asked = 0, 0
         for seed in SEEDS if template == "{caption}" else SEEDS[:1]:
             prompts = [fill_template(template, captions[index]) for index in wanted]
-            images = draw_all(pipe, prompts, seed, arguments.batch, settings)
-            drawn.setdefault(template, images)
-            right += (nearest(images, pictures) == torch.tensor(wanted)).sum().item()
+            images = generate_all(pipe, prompts, seed, arguments.batch, settings)
+            generated.setdefault(template, images)
+            right += (nearest(images, references) == torch.tensor(wanted)).sum().item()
             asked += len(wanted)
         report[f"right: {template}"] = right / asked
         print(f"{template}: {right} of {asked}, {right / asked:.1%}", flush=True)
@@ -80,14 +80,14 @@ def main() -> None:
     report["timed_on"] = f"{platform.machine()}, {torch.get_num_threads()} threads, {pipe.device}"
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    contact_sheet(drawn["{caption}"], [captions[index] for index in wanted]).save(arguments.output / "samples.png")
+    contact_sheet(generated["{caption}"], [captions[index] for index in wanted]).save(arguments.output / "samples.png")
     if arguments.loss:
         loss_curve(arguments.loss).save(arguments.output / "loss.png")
     print(json.dumps(report, indent=2))
 
 
 def load(arguments: argparse.Namespace) -> diffsynth.Pipeline:
-    """The wheel's model, or the same pipeline on weights just trained."""
+    """Return the model in the wheel, or the same pipeline with the weights in `--weights`."""
     dtype = getattr(torch, arguments.dtype)
     if arguments.weights is None:
         return diffsynth.load("z-image-nano", device=arguments.device, torch_dtype=dtype)
@@ -104,42 +104,42 @@ def load(arguments: argparse.Namespace) -> diffsynth.Pipeline:
 
 
 def read_data(folder: Path) -> tuple[list[str], torch.Tensor]:
-    """Captions, and pictures `n 3 128 128` in [-1, 1]."""
+    """Return the captions, and the images `n 3 128 128` in [-1, 1]."""
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    pictures = [image_to_tensor(Image.open(folder / row["image"]), 128, 128) for row in rows]
-    return [row["prompt"] for row in rows], torch.cat(pictures)
+    images = [image_to_tensor(Image.open(folder / row["image"]), 128, 128) for row in rows]
+    return [row["prompt"] for row in rows], torch.cat(images)
 
 
 @torch.no_grad()
-def reconstruction_error(pipe: diffsynth.Pipeline, pictures: torch.Tensor, batch: int) -> float:
-    """Mean squared error of the autoencoder over the set, on [-1, 1]."""
+def reconstruction_error(pipe: diffsynth.Pipeline, images: torch.Tensor, batch: int) -> float:
+    """Return the mean squared error of the autoencoder over the dataset, for values in [-1, 1]."""
     total = 0.0
-    for part in pictures.split(batch):
-        image = part.to(pipe.device, pipe.dtype)
+    for chunk in images.split(batch):
+        image = chunk.to(pipe.device, pipe.dtype)
         total += (pipe.vae(image).float() - image.float()).square().mean(dim=(1, 2, 3)).sum().item()
-    return total / len(pictures)
+    return total / len(images)
 
 
-def draw_all(
+def generate_all(
     pipe: diffsynth.Pipeline, prompts: list[str], seed: int, batch: int, settings: dict[str, float]
 ) -> torch.Tensor:
-    """A picture per prompt, all of one seed, `n 3 h w` on the CPU."""
-    return torch.cat(list(_drawn(pipe, prompts, seed, batch, settings)))
+    """Return one image per prompt, all with one seed, `n 3 h w` on the CPU."""
+    return torch.cat(list(_batches(pipe, prompts, seed, batch, settings)))
 
 
-def _drawn(
+def _batches(
     pipe: diffsynth.Pipeline, prompts: list[str], seed: int, batch: int, settings: dict[str, float]
 ) -> Iterator[torch.Tensor]:
     for begin in range(0, len(prompts), batch):
-        part = prompts[begin : begin + batch]
-        seeds = [seed] * len(part)
-        yield pipe(part, seed=seeds, output_type="tensor", progress_bar_cmd=no_progress, **settings).float().cpu()
+        chunk = prompts[begin : begin + batch]
+        seeds = [seed] * len(chunk)
+        yield pipe(chunk, seed=seeds, output_type="tensor", progress_bar_cmd=no_progress, **settings).float().cpu()
 
 
-def nearest(images: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """Index of the training picture nearest to each image, at 16x16 pixels."""
-    return torch.cdist(_small(images.clamp(-1, 1)), _small(pictures)).argmin(dim=1)
+def nearest(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Return the index of the reference image nearest to each image, at 16x16 pixels."""
+    return torch.cdist(_small(images.clamp(-1, 1)), _small(references)).argmin(dim=1)
 
 
 def _small(images: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def _small(images: torch.Tensor) -> torch.Tensor:
 
 
 def time_one(pipe: diffsynth.Pipeline, prompt: str, settings: dict[str, float]) -> float:
-    """Seconds of one picture, the second of two."""
+    """Return the seconds of one call, after one warm-up call."""
     for _ in range(2):
         started = time.perf_counter()
         pipe(prompt, seed=0, progress_bar_cmd=no_progress, **settings)
@@ -155,31 +155,31 @@ def time_one(pipe: diffsynth.Pipeline, prompt: str, settings: dict[str, float]) 
 
 
 def contact_sheet(images: torch.Tensor, captions: list[str], count: int = 32) -> Image.Image:
-    """Pictures in rows of eight, each over its caption."""
+    """Return a sheet of images in rows of eight, each above its caption."""
     chosen = torch.linspace(0, len(captions) - 1, min(count, len(captions))).long().tolist()
     cell, line = 136, 16
     sheet = Image.new("RGB", (SHEET * cell, math.ceil(len(chosen) / SHEET) * (cell + line)), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, (index, image) in enumerate(zip(chosen, tensor_to_images(images[chosen]), strict=True)):
-        left, top = place % SHEET * cell, place // SHEET * (cell + line)
+    for position, (index, image) in enumerate(zip(chosen, tensor_to_images(images[chosen]), strict=True)):
+        left, top = position % SHEET * cell, position // SHEET * (cell + line)
         sheet.paste(image, (left + 4, top + 4))
         pen.text((left + 4, top + cell), captions[index][:21], fill="black")
     return sheet
 
 
 def loss_curve(path: Path, size: tuple[int, int] = (800, 360)) -> Image.Image:
-    """Loss over steps, on a logarithmic scale."""
+    """Return a plot of the loss over steps, on a logarithmic scale."""
     with path.open(encoding="utf-8", newline="") as file:
         points = [(int(row["step"]), math.log10(float(row["loss"]))) for row in csv.DictReader(file)]
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
     left, top, right, bottom = 60, 20, size[0] - 20, size[1] - 40
     low, high, last = min(y for _, y in points), max(y for _, y in points), points[-1][0]
-    place = [
+    line = [
         (left + (right - left) * x / last, bottom - (bottom - top) * (y - low) / ((high - low) or 1)) for x, y in points
     ]
     pen.rectangle((left, top, right, bottom), outline="grey")
-    pen.line(place, fill="black", width=2)
+    pen.line(line, fill="black", width=2)
     pen.text((4, top), f"{10**high:.3g}", fill="black")
     pen.text((4, bottom - 10), f"{10**low:.3g}", fill="black")
     pen.text((left, bottom + 10), "0", fill="black")

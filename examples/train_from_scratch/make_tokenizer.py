@@ -1,8 +1,8 @@
-"""Make z-image-nano's tokenizer: byte-level BPE over the captions, in a folder that transformers reads.
+"""Train z-image-nano's tokenizer, a byte-level BPE of the captions, and write it to a folder for transformers.
 
     python examples/train_from_scratch/make_tokenizer.py
 
-Writes `data/tokenizer/`. Its chat template is that of Qwen3, which Z-Image's pipeline speaks.
+Writes `data/tokenizer/`. It has Qwen3's chat template, which Z-Image's pipeline uses.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 PHRASES = ("user\n", "assistant\n", "\n", "a picture of an", "please draw the", "emoji of", "show me", "icon", "image")
-"""Words that must be short in tokens besides the captions."""
+"""Texts besides the captions that should take few tokens."""
 
 
 def main() -> None:
-    """Train and save."""
+    """Train and save the tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, default=Path("data/emoji/metadata.csv"))
     parser.add_argument("--output", type=Path, default=Path("data/tokenizer"))

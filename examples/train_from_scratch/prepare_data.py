@@ -1,4 +1,4 @@
-"""Draw the training set: every single-codepoint emoji of Noto Color Emoji that has a Unicode name, on white.
+"""Render the training set: all named single-codepoint emoji of Noto Color Emoji, on white.
 
     apt-get install fonts-noto-color-emoji
     python examples/train_from_scratch/prepare_data.py
@@ -20,15 +20,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 STRIKE = 109
-"""The only size that the font's bitmaps have."""
+"""Size of the font's bitmaps; the font has no other."""
 CANVAS = 136
-"""Side of the square that a bitmap of 136x128 pixels fits into."""
+"""Side in pixels of a square that contains a bitmap of 136x128 pixels."""
 EMOJI_BLOCKS = ((0x203C, 0x3300), (0x1F000, 0x1FB00))
-"""Where emoji live; digits and letters before them are parts of keycap sequences, not pictures of their own."""
+"""Unicode blocks with emoji; digits and letters before them are parts of keycap sequences, not emoji."""
 
 
 def main() -> None:
-    """Draw the set."""
+    """Render the dataset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--font", type=Path, default=FONT)
     parser.add_argument("--output", type=Path, default=Path("data/emoji"))
@@ -41,11 +41,11 @@ def main() -> None:
     rows = []
     for codepoint in (c for first, last in EMOJI_BLOCKS for c in range(first, last)):
         name = unicodedata.name(chr(codepoint), "").lower()
-        picture = draw(chr(codepoint), font, arguments.size) if name else None
-        if picture is None:
+        image = render(chr(codepoint), font, arguments.size) if name else None
+        if image is None:
             continue
         path = folder / f"{codepoint:05x}.png"
-        picture.save(path)
+        image.save(path)
         rows.append((f"images/{path.name}", name))
     with (arguments.output / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -64,22 +64,22 @@ def main() -> None:
     print(json.dumps(source, indent=2))
 
 
-def draw(character: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | None:
-    """The emoji in the middle of a white square; None where the font has no picture for it."""
+def render(character: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | None:
+    """Return the emoji centered on a white square; None if the font has no bitmap for it."""
     canvas = Image.new("RGBA", (CANVAS, CANVAS), (255, 255, 255, 0))
     ImageDraw.Draw(canvas).text((CANVAS // 2, CANVAS // 2), character, font=font, embedded_color=True, anchor="mm")
     box = canvas.getchannel("A").getbbox()
     if box is None or font.getmask(character, mode="RGBA").size == (0, 0):
         return None
-    # Flush against the middle: the font's own anchor leaves some pictures cut at the bottom.
-    picture = Image.new("RGBA", (CANVAS, CANVAS), (255, 255, 255, 255))
+    # Center the bitmap itself: with the font's anchor, some are cut off at the bottom.
+    image = Image.new("RGBA", (CANVAS, CANVAS), (255, 255, 255, 255))
     cut = canvas.crop(box)
-    picture.alpha_composite(cut, ((CANVAS - cut.width) // 2, (CANVAS - cut.height) // 2))
-    return picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    image.alpha_composite(cut, ((CANVAS - cut.width) // 2, (CANVAS - cut.height) // 2))
+    return image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 
 def font_version(path: Path) -> str:
-    """What the font's name table says of its version, without a font library."""
+    """Return the version in the font's name table, read without a font library."""
     data = path.read_bytes()
     tables = {data[12 + 16 * i : 16 + 16 * i]: 12 + 16 * i for i in range(int.from_bytes(data[4:6], "big"))}
     start = int.from_bytes(data[tables[b"name"] + 8 : tables[b"name"] + 12], "big")
