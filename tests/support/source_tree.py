@@ -19,7 +19,7 @@ LAYERS = ("light", "tensors", "models", "loading", "runtime", "top")
 _LIGHT_FILES = {"__init__", "plugin", "config", "checkpoints", "convert"}
 _LIGHT = {
     ".": {"__init__", "errors", "spec", "hookspecs", "_discovery", "_models", "_spec_checks", "registry", "_env"},
-    "core": {"__init__"},
+    "core": {"__init__", "json_cache"},
     "core/loader": {
         "__init__",
         "header",
@@ -29,7 +29,8 @@ _LIGHT = {
         "config",
         "identity",
         "first_party",
-        "shapes",
+        "dtypes",
+        "key_differences",
     },
     "core/loader/explain": {"__init__", "kinds", "lora", "miss", "nearest"},
     "core/loader/layouts": {"__init__", "inverse", "published", "scaled"},

@@ -119,7 +119,9 @@ def test_a_miss_names_the_nearest():
     shapes = layout_of(PUBLISHED[0])
     shapes.pop(next(iter(shapes)))
     few = dict(list(shapes.items())[: len(shapes) // 2])
-    with pytest.raises(Unrecognized, match=r"nearest is .*shares \d+ of its \d+ keys; .* more are missing"):
+    with pytest.raises(
+        Unrecognized, match=r"nearest is .*shares \d+ of its \d+ keys; .*\d+ missing \(.* and \d+ more\)"
+    ):
         find(few)
 
 

@@ -24,6 +24,7 @@ from diffsynth.core.loader.convert import (
     Split,
     Tie,
 )
+from diffsynth.core.loader.dtypes import dtype_names
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import KeyMismatch
@@ -55,7 +56,7 @@ class Everything(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for dtype in save.DTYPE_NAMES:
+        for dtype in dtype_names():
             self.register_buffer(str(dtype).replace(".", "_"), torch.arange(6).to(torch.float32).to(dtype))
         self.register_buffer("empty", torch.zeros(0, 4))
         self.register_buffer("scalar", torch.tensor(2.5))
@@ -76,7 +77,7 @@ def test_the_official_reader_reads_it(toy, tmp_path):
 def test_tensors_are_aligned_to_their_items(toy, tmp_path):
     save_checkpoint(Everything(), tmp_path / "x.safetensors", architecture="net", config=toy.NetConfig())
     infos = header.read([tmp_path / "x.safetensors"]).tensors
-    widths = {name: dtype.itemsize for dtype, name in save.DTYPE_NAMES.items()}
+    widths = {name: dtype.itemsize for dtype, name in dtype_names().items()}
     assert all(info.start % widths[info.dtype] == 0 for info in infos.values())
 
 

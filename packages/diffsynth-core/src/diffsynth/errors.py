@@ -115,6 +115,18 @@ class Refused(BackendError):
     """Raised when a backend does not support a call; the message gives the reason."""
 
 
+def shortened(items: Iterable[object], limit: int = 8) -> str:
+    """Return `"a, b and 3 more"`: the first items, and how many were left out.
+
+    Args:
+        items: shown by `str`.
+        limit: how many are shown.
+    """
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` with the known name nearest to `name`, or `""` if none is near. Ignores case."""
     by_lower = {candidate.lower(): candidate for candidate in known}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from diffsynth.core.device.upload import UploadRing
 from diffsynth.core.loader import convert, header, pickled
+from diffsynth.core.loader.dtypes import torch_dtypes
 from diffsynth.core.loader.layouts.scaled import Scaled
 from diffsynth.core.loader.reader import blocks, mapping, workers
 from diffsynth.core.loader.reader import source as sources
@@ -125,9 +126,9 @@ def test_parameters_of_a_given_state_dict_stay_as_they_are():
     assert all(parameter.requires_grad for parameter in given.values())
 
 
-@pytest.mark.parametrize("name", [name for name in blocks._DTYPES if name != "F8_E8M0"])
+@pytest.mark.parametrize("name", [name for name in torch_dtypes() if name != "F8_E8M0"])
 def test_every_dtype_is_read_and_converted(tmp_path, name):
-    dtype = blocks._DTYPES[name]
+    dtype = torch_dtypes()[name]
     found = {"a": torch.arange(24).reshape(4, 6).to(dtype), "b": torch.ones(3).to(dtype)}
     save_file(found, tmp_path / "x.safetensors")
     head = header.read([tmp_path / "x.safetensors"])

@@ -11,9 +11,7 @@ import click
 
 from diffsynth import _discovery
 from diffsynth.cli.output import json_option, show_json, show_table, traceback_option
-from diffsynth.errors import CheckpointError
-
-_SHOWN = 8
+from diffsynth.errors import CheckpointError, shortened
 
 
 @click.command()
@@ -81,6 +79,5 @@ def _extra(answer: dict[str, Any]) -> str:
     extra = [key for component in answer["components"] for key in component["extra"]]
     if not extra:
         return ""
-    more = ", ..." if len(extra) > _SHOWN else ""
     keys = "key that nothing" if len(extra) == 1 else "keys that nothing"
-    return f"{answer['files'][0]}: {len(extra)} {keys} uses: {', '.join(extra[:_SHOWN])}{more}"
+    return f"{answer['files'][0]}: {len(extra)} {keys} uses: {shortened(extra)}"

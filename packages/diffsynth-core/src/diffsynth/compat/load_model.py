@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from diffsynth.core import device as devices
+from diffsynth.core.loader.key_differences import key_differences
 from diffsynth.core.loader.reader.traced import called
 from diffsynth.core.loader.state_dict import load_keys_dict, load_state_dict, placed
-from diffsynth.errors import KeyMismatch
+from diffsynth.errors import KeyMismatch, shortened
 
 Module = TypeVar("Module", bound=nn.Module)
 Path_ = str | Path | Sequence[str | Path]
 
-_SHOWN = 8
 _DISK_OFFLOAD_LIMIT = 80.0
 """GiB; what older code has there."""
 
@@ -169,21 +169,9 @@ def _given(path: Path_ | None) -> Path_:
 def _check(module: nn.Module, found: Mapping[str, Any], *, where: str) -> None:
     wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     shapes = {key: "a dict" if isinstance(shape, Mapping) else tuple(shape) for key, shape in found.items()}
-    problems = {
-        "lacks": [key for key in wanted if key not in shapes],
-        "has beyond that": [key for key in shapes if key not in wanted],
-        "has in other shapes": [
-            f"{key} {shapes[key]} for {wanted[key]}" for key in wanted if key in shapes and shapes[key] != wanted[key]
-        ],
-    }
-    told = [
-        f"{what} {', '.join(keys[:_SHOWN])}{f' and {len(keys) - _SHOWN} more' if len(keys) > _SHOWN else ''}"
-        for what, keys in problems.items()
-        if keys
-    ]
-    if told:
+    if differences := key_differences(shapes, wanted):
         raise KeyMismatch(
-            f"{where} does not fit {type(module).__name__}: it {'; it '.join(told)}. "
+            f"{where} does not fit {type(module).__name__}: {differences.describe(limit=8)}. "
             f"Give a config that matches, or a state_dict_converter."
         )
 
@@ -196,6 +184,6 @@ def _fill_buffers(module: nn.Module) -> None:
     left = [name for name, tensor in module.named_buffers() if tensor.is_meta and name not in in_files]
     if left:
         raise KeyMismatch(
-            f"{type(module).__name__} has buffers that no file holds: {', '.join(left[:_SHOWN])}. "
+            f"{type(module).__name__} has buffers that no file holds: {shortened(left)}. "
             f"Give it a reset_buffers() that fills them."
         )

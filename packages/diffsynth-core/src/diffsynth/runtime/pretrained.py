@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,20 @@ from diffsynth import _discovery
 from diffsynth.core import device as devices
 from diffsynth.core.loader import component, files, header, recognize
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.file_prefetcher import FilePrefetcher
 from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.core.vram.block_weights import check_source
 from diffsynth.core.vram.policy import Policy
-from diffsynth.errors import CorruptFile, MissingComponent, Unrecognized, did_you_mean
+from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.memory_options import MemoryOptions, Policies
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.spec import resolve
 
 logger = logging.getLogger(__name__)
 
-_READ_AHEAD = 4 * 2**30
+_PREFETCH_SHARE, _PREFETCH_BYTES = 0.25, 4 * 2**30
+"""Limits of reading the next component ahead: it has only the time of one upload, and the upload needs host memory,
+too."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class PretrainedLoader:
                     policy=policy,
                 )
             else:
-                with _reading_ahead(ahead if options.device.type != "cpu" else None):
+                with _prefetched(ahead, options.device):
                     components[part.role] = component.materialize(module, source, device=options.device)
             sources[part.role] = list(part.header.files)
             _discovery.notify(
@@ -187,32 +189,14 @@ def _dtype(policy: Policy | None, options: MemoryOptions) -> torch.dtype:
     return options.dtype if policy is None else policy.computation.dtype or options.dtype
 
 
-@contextmanager
-def _reading_ahead(source: ComponentSource | None) -> Iterator[None]:
-    """Have the next component's first GiBs cached by the system while this one is still on its way to the device.
+def _prefetched(source: ComponentSource | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which the next component's files are read ahead while the current one is uploaded.
 
-    To the CPU it would not help: there the disk is what everything waits for.
+    Loading to the CPU is limited by the disk already, so nothing is read ahead there.
     """
-    if source is None:
-        yield
-        return
-    done = threading.Event()
-    free = devices.available_memory("cpu")
-    limit = _READ_AHEAD if free is None else min(_READ_AHEAD, free // 4)
-
-    def read() -> None:
-        try:
-            source.read_ahead(limit=limit, stop=done.is_set)
-        except CorruptFile:
-            logger.debug("reading ahead stopped; loading will say why", exc_info=True)
-
-    thread = threading.Thread(target=read, name="diffsynth-read-ahead", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    if source is None or device.type == "cpu":
+        return nullcontext()
+    return FilePrefetcher(source, share=_PREFETCH_SHARE, most=_PREFETCH_BYTES)
 
 
 def _resolve_source(source: str) -> list[Path] | None:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.core.data.manifest import read_rows
-from diffsynth.errors import TrainingError
-
-_SHOWN = 10
+from diffsynth.errors import TrainingError, shortened
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,7 @@ def read_manifest(path: Path, *, columns: Iterable[str], files: Iterable[str]) -
     wanted = [manifest.file(index, column) for index in range(len(rows)) for column in files]
     missing = [str(file) for file in wanted if not file.is_file()]
     if missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise TrainingError(
-            f"manifest {path}: {len(missing)} of {len(wanted)} files are missing: {', '.join(missing[:_SHOWN])}{more}"
+            f"manifest {path}: {len(missing)} of {len(wanted)} files are missing: {shortened(missing, 10)}"
         )
     return manifest

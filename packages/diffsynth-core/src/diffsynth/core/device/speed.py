@@ -5,7 +5,6 @@ For a device that is not available the speed is an assumption, marked as such. D
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import tempfile
@@ -18,12 +17,13 @@ from statistics import median
 
 import torch
 
-from diffsynth import _env
 from diffsynth.core.device.backends import backend_and_module, is_available
 from diffsynth.core.device.memory import pinned_memory
 from diffsynth.core.device.names import card_name, check_device, check_dtype
 from diffsynth.core.device.streams import synchronize
+from diffsynth.core.json_cache import read_json_cache, update_json_cache
 
+_CACHE = "speed.json"
 _REPEATS = 5
 _LINK_BYTES = 256 * 2**20
 _DISK_BYTES = 128 * 2**20
@@ -124,13 +124,13 @@ def _hardware(device: torch.device) -> str:
 
 def _once(key: str, measure: Callable[[], float], assumed: Speed) -> Speed:
     """Return the cached speed of a key, else measure and cache it; if that fails, return the assumption."""
-    known = _read_cache().get(key)
+    known = read_json_cache(_CACHE).get(key)
     if not isinstance(known, float):
         try:
             known = measure()
         except (OSError, RuntimeError) as error:
             return Speed(assumed.value, False, f"{assumed.source}; not measured: {' '.join(str(error).split())}")
-        _write_cache(_read_cache() | {key: known})
+        update_json_cache(_CACHE, key, known)
     return Speed(known, True, f"measured: {key}")
 
 
@@ -186,27 +186,3 @@ def _read_lane(file: int, first: int) -> int:
     memory = [bytearray(_DISK_BLOCK)]
     starts = range(first * _DISK_BLOCK, _DISK_BYTES, _DISK_THREADS * _DISK_BLOCK)
     return sum(os.preadv(file, memory, start) for start in starts)
-
-
-def _cache_file() -> Path:
-    return _env.cache_dir() / "speed.json"
-
-
-def _read_cache() -> dict[str, object]:
-    try:
-        cache = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return cache if isinstance(cache, dict) else {}
-
-
-def _write_cache(cache: dict[str, object]) -> None:
-    file = _cache_file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps(cache, indent=1), encoding="utf-8")
-        os.replace(partial, file)
-    except OSError:
-        # A read-only home costs a measurement next time, nothing else.
-        return

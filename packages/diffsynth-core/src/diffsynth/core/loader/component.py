@@ -17,7 +17,7 @@ from diffsynth.core.loader.layouts.scaled import Scaled
 from diffsynth.core.loader.reader.ops import apply_rule, dequantize
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.recognize import Recognized
-from diffsynth.errors import NotEnoughMemory
+from diffsynth.errors import NotEnoughMemory, shortened
 from diffsynth.spec import ArchitectureSpec, resolve
 
 __all__ = ["apply_rule", "build", "dequantize", "fill_buffers", "load_component", "materialize", "open_component"]
@@ -130,9 +130,8 @@ def _warn_unused(unused: Sequence[str], recognized: Recognized, where: str) -> N
     outside = [key for key in recognized.extra if not key.startswith(recognized.prefix)]
     if unused or outside:
         every = [*unused, *outside]
-        more = ", ..." if len(every) > 8 else ""
         are = "key is" if len(every) == 1 else "keys are"
-        logger.warning("%s: %d %s not used: %s%s", where, len(every), are, ", ".join(every[:8]), more)
+        logger.warning("%s: %d %s not used: %s", where, len(every), are, shortened(every))
 
 
 def _check_memory(source: ComponentSource, *, device: torch.device | str, copy: bool) -> None:

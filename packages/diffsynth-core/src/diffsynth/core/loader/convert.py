@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from diffsynth.core.loader.key_differences import key_differences
 from diffsynth.errors import KeyMismatch
 
 Shape = tuple[int, ...]
@@ -363,18 +364,11 @@ def check(plan: Plan, wanted: Mapping[str, Shape], *, where: str, unused: str = 
     Raises:
         KeyMismatch: missing or unknown keys, or other shapes.
     """
-    made = plan.shapes
-    missing = [key for key in wanted if key not in made]
-    unknown = [key for key in made if key not in wanted]
-    wrong = [
-        f"{key} is {made[key]}, expected {wanted[key]}" for key in wanted if key in made and made[key] != wanted[key]
-    ]
-    complaints = [_some("missing", missing), _some("wrong shape", wrong)]
-    if unused == "raise":
-        complaints.append(_some("unknown", unknown))
-    if any(complaints):
-        raise KeyMismatch(f"{where} does not fit: {'; '.join(filter(None, complaints))}")
-    return unknown
+    differences = key_differences(plan.shapes, wanted)
+    faults = differences if unused == "raise" else replace(differences, unknown=())
+    if faults:
+        raise KeyMismatch(f"{where} does not fit: {faults.describe()}")
+    return list(differences.unknown)
 
 
 def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
@@ -486,10 +480,3 @@ def _axis(rule: Rule, dim: int) -> None:
 
 def _without(shape: Shape, dim: int) -> Shape:
     return (*shape[:dim], *shape[dim + 1 :])
-
-
-def _some(what: str, items: Sequence[str]) -> str:
-    if not items:
-        return ""
-    shown = ", ".join(items[:4]) + (", ..." if len(items) > 4 else "")
-    return f"{len(items)} {what} ({shown})"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.explain import kinds
-from diffsynth.errors import CorruptFile, NoFiles
+from diffsynth.errors import CorruptFile, NoFiles, shortened
 from diffsynth.spec import Source, parse_source
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -254,7 +254,7 @@ def _is_present(source: Source, base_path: Path) -> bool | None:
 
 def _reject_missing_shards(files: list[Path], next_step: str = "") -> None:
     if missing := missing_shards(files):
-        named = ", ".join(file.name for file in missing[:10]) + (", ..." if len(missing) > 10 else "")
+        named = shortened([file.name for file in missing], 10)
         are = "shard is" if len(missing) == 1 else "shards are"
         raise NoFiles(
             f"{len(missing)} {are} missing in {missing[0].parent}: {named}. "
@@ -268,5 +268,4 @@ def _what_is_there(folder: Path) -> str:
     if not folder.is_dir():
         return ""
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
-    shown = ", ".join(names[:10]) + (f", and {len(names) - 10} more" if len(names) > 10 else "")
-    return f"In {folder}: {shown or 'nothing'}."
+    return f"In {folder}: {shortened(names, 10) or 'nothing'}."

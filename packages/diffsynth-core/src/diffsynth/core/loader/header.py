@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.dtypes import BITS
 from diffsynth.core.loader.explain import kinds
 from diffsynth.core.loader.files import PICKLE_SUFFIXES, find, only_checkpoint
-from diffsynth.errors import CorruptFile, KeyMismatch
+from diffsynth.errors import CorruptFile, KeyMismatch, shortened
 
 Shape = tuple[int, ...]
 
@@ -46,14 +47,6 @@ WRAPPER_PREFIXES = (
 """What trainers and other tools put before every key; tried only when the bare keys are not recognised."""
 
 _NAMED_TEXT_ENCODER = re.compile(r"text_encoders\.[^.]+\.(transformer\.)?")
-
-_ITEM_BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,7 @@ class Header:
         """Its files, for a message."""
         if not self.files:
             return "the given state_dict"
-        return str(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+        return shortened(self.files, 1)
 
     def check_unchanged(self, file: Path, descriptor: int | None = None) -> None:
         """Hold a file to what it was when this header was read.
@@ -273,8 +266,8 @@ def _tensor_info(key: str, entry: Any, file: Path, base: int) -> TensorInfo:
         what = f"lacks {', '.join(sorted(missing))}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
         raise ValueError(f"the entry of {key!r} {what}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_BITS:
-        raise ValueError(f"{key!r} has dtype {dtype!r}; expected one of {', '.join(_ITEM_BITS)}")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{key!r} has dtype {dtype!r}; expected one of {', '.join(BITS)}")
     if not _are_sizes(shape):
         raise ValueError(f"{key!r} has shape {shape!r:.100}; expected extents from 0 up")
     if not _are_sizes(offsets) or len(offsets) != 2:
@@ -293,7 +286,7 @@ def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> N
     for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.end < info.start:
             raise CorruptFile(f"{file}: tensor {key!r} begins at byte {info.start} and ends at {info.end}")
-        expected = -(-prod(info.shape) * _ITEM_BITS[info.dtype] // 8)
+        expected = -(-prod(info.shape) * BITS[info.dtype] // 8)
         if info.end - info.start != expected:
             raise CorruptFile(
                 f"{file}: tensor {key!r} of shape {info.shape} and dtype {info.dtype} "

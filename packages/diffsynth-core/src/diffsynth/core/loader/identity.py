@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 import struct
 from pathlib import Path
 
-from diffsynth import _env
+from diffsynth.core.json_cache import read_json_cache, update_json_cache
 from diffsynth.errors import NoFiles
 
+_CACHE = "identity.json"
 BLOCK = 2**20
 BLOCKS = 64
 
@@ -31,13 +30,11 @@ def file_identity(path: Path) -> str:
         return f"sha256:{known}"
     stat = path.stat()
     key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-    cache = _read_cache()
-    entry = cache.get(key)
+    entry = read_json_cache(_CACHE).get(key)
     if isinstance(entry, dict) and entry.get("stamp") == stamp:
         return str(entry["identity"])
     identity = f"sampled-sha256:{_sampled(path, stat.st_size)}"
-    cache[key] = {"stamp": stamp, "identity": identity}
-    _write_cache(cache)
+    update_json_cache(_CACHE, key, {"stamp": stamp, "identity": identity})
     return identity
 
 
@@ -83,27 +80,3 @@ def _seconds(text: str) -> float:
         return float(text)
     except ValueError:
         return 0.0
-
-
-def _cache_file() -> Path:
-    return _env.cache_dir() / "identity.json"
-
-
-def _read_cache() -> dict[str, object]:
-    try:
-        cache = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return cache if isinstance(cache, dict) else {}
-
-
-def _write_cache(cache: dict[str, object]) -> None:
-    file = _cache_file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps(cache), encoding="utf-8")
-        os.replace(partial, file)
-    except OSError:
-        # A read-only home costs a re-read next time, nothing else.
-        return

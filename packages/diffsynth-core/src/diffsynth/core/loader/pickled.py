@@ -9,19 +9,12 @@ from typing import Any
 
 import torch
 
+from diffsynth.core.loader.dtypes import dtype_names
 from diffsynth.core.loader.explain import kinds
 from diffsynth.core.loader.header import FileStamp, Header, TensorInfo
 from diffsynth.errors import CorruptFile
 
 _WRAPPERS = ("state_dict", "module", "model_state")
-DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.bool: "BOOL", torch.complex64: "C64",
-}  # fmt: skip
-"""As safetensors spells them."""
 
 
 def read(file: Path) -> Header:
@@ -63,7 +56,7 @@ def of_state_dict(
         if tensor.layout is not torch.strided:
             raise CorruptFile(f"{key!r} is a {tensor.layout} tensor; expected a dense one")
         tensors[key] = tensor
-    infos = {key: TensorInfo(DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}
+    infos = {key: TensorInfo(dtype_names().get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}
     nested = any(isinstance(value, Mapping) for value in state_dict.values())
     return Header(infos, {}, files, tensors, _shapes(state_dict) if nested else None, stamps or {})
 

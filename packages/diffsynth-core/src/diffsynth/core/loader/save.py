@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.component import apply_rule
+from diffsynth.core.loader.dtypes import dtype_names
 from diffsynth.core.loader.header import (
     ARCHITECTURE_KEY,
     CONFIG_KEY,
@@ -26,7 +27,6 @@ from diffsynth.core.loader.header import (
 )
 from diffsynth.core.loader.layouts import inverse
 from diffsynth.core.loader.layouts.published import layout_of, rules_of
-from diffsynth.core.loader.pickled import DTYPE_NAMES
 from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean
 from diffsynth.spec import CheckpointSpec
@@ -175,7 +175,7 @@ def _write(path: Path, entries: Mapping[str, _Entry], notes: Mapping[str, str]) 
     for key in order:
         entry = entries[key]
         header[key] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
+            "dtype": dtype_names()[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [end, end + entry.size],
         }
@@ -267,12 +267,9 @@ def _entries(module: nn.Module, dtype: torch.dtype | None) -> dict[str, _Entry]:
 
 def _check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
     for name, dtype in dtypes.items():
-        if dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name} is {dtype}, which safetensors does not have; expected {_some(DTYPE_NAMES)}")
-
-
-def _some(dtypes: Mapping[torch.dtype, str]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        if dtype not in (known := dtype_names()):
+            expected = ", ".join(str(each).removeprefix("torch.") for each in known)
+            raise ValueError(f"{name} is {dtype}, which safetensors does not have; expected {expected}")
 
 
 def _published(layout: str | CheckpointSpec, architecture: str) -> CheckpointSpec:

@@ -20,8 +20,7 @@ from diffsynth.core.loader.layouts import inverse
 from diffsynth.core.loader.layouts.published import layout_of, rules_of
 from diffsynth.core.loader.reader.ops import apply_rule
 from diffsynth.core.lora.layer import LoRA, LoRALayer
-from diffsynth.core.lora.spelling import some
-from diffsynth.errors import KeyMismatch, did_you_mean
+from diffsynth.errors import KeyMismatch, did_you_mean, shortened
 from diffsynth.spec import CheckpointSpec
 
 logger = logging.getLogger(__name__)
@@ -222,9 +221,9 @@ def _complaint(
     told = f"{lora.where} does not fit {type(module).__name__}, and nothing was changed: "
     told += f"{min(len(best.layers), best.known)} of its {len(lora.layers)} layers fit"
     if best.unknown:
-        told += f"; it does not have {some(best.unknown)}{_why_unknown(module, best.unknown[0])}"
+        told += f"; it does not have {shortened(best.unknown, 4)}{_why_unknown(module, best.unknown[0])}"
     if best.wrong:
-        told += f"; {some(best.wrong)}"
+        told += f"; {shortened(best.wrong, 4)}"
     modules = {name: layer.shape[1] for name, layer in lora.layers.items()}
     base = base_of(modules, [each for each in checkpoints if each.architecture != architecture])
     return f"{told}. It is a LoRA for {base}" if base else f"{told}. Use a LoRA that was made for this model"

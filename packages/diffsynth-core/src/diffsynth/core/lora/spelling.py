@@ -12,7 +12,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from diffsynth.core.lora.layer import LoRA, LoRALayer
-from diffsynth.errors import KeyMismatch
+from diffsynth.errors import KeyMismatch, shortened
 
 _MATRIX = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>A|B|down|up)|lora\.(?P<dotted>down|up))(?:\.(?P<adapter>\w+))?\.weight"
@@ -32,8 +32,6 @@ _OTHER = {
     r".*\.lora_embedding_(A|B)(\..+)?": "a LoRA of an embedding",
 }
 """What else such files hold -> what it is."""
-
-_SHOWN = 4
 
 
 def parse(state_dict: Mapping[str, Tensor], where: str = "the given state_dict") -> LoRA:
@@ -65,13 +63,8 @@ def parse(state_dict: Mapping[str, Tensor], where: str = "the given state_dict")
     _check_adapters(where, matrices)
     layers = {module: _layer(where, module, pair, alphas.pop(module, None)) for (module, _), pair in matrices.items()}
     if alphas:
-        raise KeyMismatch(f"{where} has an alpha but no matrices for {some(list(alphas))}")
+        raise KeyMismatch(f"{where} has an alpha but no matrices for {shortened(alphas, 4)}")
     return LoRA(layers, where)
-
-
-def some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _layer(where: str, module: str, pair: Mapping[str, Tensor], alpha: float | None) -> LoRALayer:
@@ -108,7 +101,7 @@ def _refuse(where: str, others: list[str], *, count: int, is_lora: bool) -> NoRe
     for key in others:
         kind = next((what for pattern, what in _OTHER.items() if re.fullmatch(pattern, key)), "no part of a LoRA")
         kinds.setdefault(kind, []).append(key)
-    told = "; ".join(f"{some(keys)}: {kind}" for kind, keys in kinds.items())
+    told = "; ".join(f"{shortened(keys, 4)}: {kind}" for kind, keys in kinds.items())
     if not is_lora and set(kinds) <= {"no part of a LoRA"}:
         raise KeyMismatch(
             f"{where} holds no LoRA: none of its {count} keys is a lora_A, lora_B, lora_down or lora_up"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.core.loader import convert, header
+from diffsynth.core.loader.key_differences import key_differences
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.reader.traced import trace
-from diffsynth.errors import KeyMismatch
-
-_SHOWN = 8
+from diffsynth.errors import KeyMismatch, shortened
 
 
 class DiskMap(Mapping[str, Tensor]):
@@ -86,18 +86,14 @@ class DiskMap(Mapping[str, Tensor]):
         }
         if lost := [name for name in wanted if name not in module.state_dict()]:
             raise KeyMismatch(
-                f"{type(module).__name__} has buffers on meta that no file holds: {_some(lost)}. Fill them first"
+                f"{type(module).__name__} has buffers on meta that no file holds: {shortened(lost)}. Fill them first"
             )
         places = {name: prefix + name for name in wanted} | self._places_of_shared(module, prefix)
         shapes = self.source.shapes
-        wrong = [
-            f"{place} {shapes.get(place, 'is not there')} for {tuple(wanted[name].shape)}"
-            for name, place in places.items()
-            if shapes.get(place) != tuple(wanted[name].shape)
-        ]
-        if wrong:
+        differences = key_differences(shapes, {place: tuple(wanted[name].shape) for name, place in places.items()})
+        if faults := replace(differences, unknown=()):
             raise KeyMismatch(
-                f"{self.source.where} does not fit {type(module).__name__}: {_some(wrong)}. "
+                f"{self.source.where} does not fit {type(module).__name__}: {faults.describe(limit=8)}. "
                 "Give a state_dict_converter, or the prefix of its names"
             )
         targets = {name: self._targets[place] for name, place in places.items()}
@@ -114,7 +110,3 @@ class DiskMap(Mapping[str, Tensor]):
             for several in names.values()
             if len(several) > 1
         }
-
-
-def _some(texts: Sequence[str]) -> str:
-    return ", ".join(texts[:_SHOWN]) + (f" and {len(texts) - _SHOWN} more" if texts[_SHOWN:] else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from diffsynth.core.loader.key_differences import key_differences
 from diffsynth.core.loader.layouts.published import layout_of, normal
 from diffsynth.spec import CheckpointSpec
 
@@ -46,29 +47,11 @@ def explain(
     layout = layout_of(checkpoint)
     shared = sum(key in shapes for key in layout)
     reason = refusals.get((checkpoint.name, prefix), "")
-    differing = _differences(shapes, layout)
+    differing = key_differences(shapes, layout)
     return (
         f"{where}: nearest is {checkpoint.name}, which shares {shared} of its {len(layout)} keys"
         + (f" under {prefix!r}" if prefix else "")
         + (f"; it is refused because {reason}" if reason else "")
-        + (f". First differences: {'; '.join(differing)}" if differing else "")
+        + (f". Differences: {differing.describe(limit=2)}" if differing else "")
         + "."
     )
-
-
-def _differences(shapes: Mapping[str, Shape], layout: Mapping[str, Shape]) -> list[str]:
-    found = _first([key for key in layout if key not in shapes], "missing")
-    found += _first([key for key in shapes if key not in layout], "not known")
-    found += [
-        f"{key} is {shapes[key]}, published {layout[key]}"
-        for key in layout
-        if shapes.get(key, layout[key]) != layout[key]
-    ][:2]
-    return found
-
-
-def _first(keys: Sequence[str], what: str) -> list[str]:
-    if not keys:
-        return []
-    more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
-    return [f"{', '.join(keys[:2])}{more} {'is' if len(keys) == 1 else 'are'} {what}"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.core.device.upload import UploadRing
+from diffsynth.core.loader.dtypes import torch_dtypes
 from diffsynth.core.loader.header import Header, TensorInfo
 from diffsynth.core.loader.reader.workers import THREADS
 from diffsynth.errors import CorruptFile
@@ -157,21 +158,13 @@ def torch_dtype(key: str, info: TensorInfo) -> torch.dtype:
     Raises:
         CorruptFile: it has none.
     """
-    if info.dtype not in _DTYPES:
+    known = torch_dtypes()
+    if info.dtype not in known:
         raise CorruptFile(
             f"{info.file}: tensor {key!r} of shape {info.shape} has dtype {info.dtype!r}, which torch has no "
-            f"counterpart of; expected one of {', '.join(_DTYPES)}"
+            f"counterpart of; expected one of {', '.join(known)}"
         )
-    return _DTYPES[info.dtype]
-
-
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
+    return known[info.dtype]
 
 
 def _blocks(requests: list[ReadRequest]) -> list[list[ReadRequest]]:
