@@ -118,9 +118,10 @@ def diffsynth(folder: Path, device: str, *, copy: bool) -> list[Any]:
     import torch
 
     from diffsynth import _discovery
-    from diffsynth.core.loader import component, header, recognize
+    from diffsynth.core.loader import component, recognize
+    from diffsynth.core.loader.checkpoint import read_files
 
-    tensors = header.read(shards_in(folder))
+    tensors = read_files(shards_in(folder))
     (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts())
     module = component.load_component(found, tensors, device=device, dtype=torch.bfloat16, copy=copy)
     return list(module.state_dict().values())

@@ -18,8 +18,8 @@ from typing import Any
 from diffsynth import _discovery
 from diffsynth._discovery import Catalog
 from diffsynth.core.loader import convert
-from diffsynth.core.loader.first_party import normal
-from diffsynth.core.loader.layouts.published import layout_of, rules_of
+from diffsynth.core.loader.convert import normalized_key
+from diffsynth.core.loader.layouts import layout_of, rules_of
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
 
 ROOT = Path(__file__).parents[1]
@@ -65,15 +65,15 @@ def _required(architecture: ArchitectureSpec, checkpoint: CheckpointSpec) -> Ite
     elif checkpoint.layout:
         plan = convert.plan(rules_of(checkpoint), layout_of(checkpoint))
         yield {
-            normal(source)
+            normalized_key(source)
             for key, target in plan.targets.items()
-            if normal(key) in required
+            if normalized_key(key) in required
             for source in target.sources
         }
 
 
 def _own(pattern: str) -> str:
-    return normal(pattern.replace("{n}", "0"))
+    return normalized_key(pattern.replace("{n}", "0"))
 
 
 def text() -> str:

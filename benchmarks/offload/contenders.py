@@ -204,13 +204,14 @@ def _source(module: nn.Module, folder: Path) -> Any:
     """The module's weights in one file, as the loader would hand them on."""
     from safetensors.torch import save_file
 
-    from diffsynth.core.loader import convert, header
+    from diffsynth.core.loader import convert
+    from diffsynth.core.loader.checkpoint import read_files
     from diffsynth.core.loader.reader.source import ComponentSource
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
-    found = header.read([folder / "model.safetensors"])
+    found = read_files([folder / "model.safetensors"])
     return ComponentSource(
         found, convert.plan((), found.shapes).targets, {name: tensor.dtype for name, tensor in tensors.items()}
     )

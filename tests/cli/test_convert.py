@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import diffsynth
 from diffsynth.cli.group import program
 from diffsynth.core.loader import header, save
+from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.testing import tiny_hub
 
 TENSORS = {"a": torch.randn(3, 4).t(), "b": torch.arange(5), "c": torch.randn(2, dtype=torch.float64)}
@@ -78,8 +79,8 @@ def test_own_names_and_what_the_policy_disk_asks_for(folder):
     equal(load_file("dit.safetensors"), dict(pipe.dit.state_dict()))
     (answer,) = json.loads(CliRunner().invoke(program, ["recognize", "dit.safetensors", "--json"]).stdout)
     assert answer["components"][0]["tier"] == "metadata"
-    assert header.read([folder / "dit.safetensors"]).metadata[save.BASE_KEY] == header.signature(
-        header.read([folder / "dit.pth"]).shapes
+    assert read_files([folder / "dit.safetensors"]).metadata[save.BASE_KEY] == header.signature(
+        read_files([folder / "dit.pth"]).shapes
     )
 
 

@@ -10,12 +10,6 @@ from source_tree import FAMILIES, LAYERS, imports, is_light, layer, modules
 
 HEAVY = ("torch", "numpy", "transformers")
 
-DEFERRED = {
-    ("diffsynth.core.loader.header", "diffsynth.core.loader.pickled"): "a pickle has no header; only reading it tells",
-    ("diffsynth.core.loader.files", "diffsynth.core.loader.download"): "only when a file is not there",
-}
-"""(light module, module of a later layer that one of its functions imports): reason."""
-
 BLOCK = f"""
 import sys
 
@@ -78,8 +72,6 @@ def test_layers_of_core(name):
     for imported, line in imports(name):
         assert imported.split(".")[0] == "diffsynth", f"{name}:{line}: core imports {imported}"
         there = layer(imported)
-        if (name, imported) in DEFERRED:
-            continue
         assert LAYERS.index(there) <= own, f"{name}:{line} ({LAYERS[own]}) imports {imported} ({there})"
 
 

@@ -148,7 +148,7 @@ def test_of_a_class_and_of_an_instance():
 
 def test_of_a_model_by_name_nothing_is_loaded(monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", "/nowhere")
-    monkeypatch.setattr("diffsynth.core.loader.header.read_config", None)
+    monkeypatch.setattr("diffsynth.runtime.pretrained.read_config", None)
     schema = model_schema("TONGYI-mai/z-image")
     assert (schema["title"], schema["properties"]["num_inference_steps"]["default"]) == ("z-image", 50)
     with pytest.raises(UnknownModel, match="did you mean 'z-image'"):

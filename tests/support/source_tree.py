@@ -21,19 +21,9 @@ _LIGHT = {
     ".": {"__init__", "errors", "spec", "hookspecs", "_discovery", "_models", "_spec_checks", "registry", "_env"},
     "core": {"__init__", "json_cache"},
     "core/loader": {
-        "__init__",
-        "header",
-        "recognize",
-        "convert",
-        "files",
-        "config",
-        "identity",
-        "first_party",
-        "dtypes",
-        "key_differences",
+        *("__init__", "config", "convert", "download", "dtypes", "explain", "file_kinds", "files", "first_party"),
+        *("header", "identity", "key_differences", "layouts", "lora_bases", "recognize", "scaled"),
     },
-    "core/loader/explain": {"__init__", "kinds", "lora", "miss", "nearest"},
-    "core/loader/layouts": {"__init__", "inverse", "published", "scaled"},
     "models": _LIGHT_FILES,
 }
 _FOLDERS = {

@@ -15,7 +15,7 @@ import diffsynth
 from diffsynth import _discovery
 from diffsynth.core.loader import files, header, recognize
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.loader.layouts.published import layout_of
+from diffsynth.core.loader.layouts import layout_of
 from diffsynth.models.plugin import CHECKPOINTS
 from diffsynth.runtime.role import Processor
 from diffsynth.spec import ModelSpec, parse_source, resolve

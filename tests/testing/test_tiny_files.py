@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffsynth.core.loader.convert import Apply, Constant, Dequantize, Drop, Fuse, Rename, Reshape, Split
-from diffsynth.core.loader.layouts.published import layout_of
+from diffsynth.core.loader.layouts import layout_of
 from diffsynth.errors import KeyMismatch
 from diffsynth.models import config as models_config
 from diffsynth.models.flux_autoencoder import FluxAutoencoder

@@ -12,7 +12,7 @@ import torch
 from diffsynth import _discovery
 from diffsynth.core.loader import component, header, recognize
 from diffsynth.core.loader.header import Header, TensorInfo
-from diffsynth.core.loader.layouts.published import layout_of
+from diffsynth.core.loader.layouts import layout_of
 from diffsynth.errors import Unrecognized
 from diffsynth_wan.checkpoints import CHECKPOINTS
 from diffsynth_wan.config import (

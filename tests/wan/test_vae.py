@@ -14,6 +14,7 @@ import parity
 import wan_vae_oracle
 from diffsynth import _discovery
 from diffsynth.core.loader import component, convert, files, header, recognize
+from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth_wan.config import Wan22AutoencoderConfig, infer_wan22_autoencoder_config
 from diffsynth_wan.vae import Wan22Autoencoder
@@ -129,7 +130,7 @@ def test_a_pickle_loads_as_its_tensors_do(tmp_path: Path) -> None:
     """`Wan2.2_VAE.pth`, as it is published."""
     ours, _ = build_pair()
     torch.save(ours.state_dict(), tmp_path / "Wan2.2_VAE.pth")
-    tensors = header.read(files.find(ModelConfig(path=tmp_path / "Wan2.2_VAE.pth")))
+    tensors = read_files(files.find(ModelConfig(path=tmp_path / "Wan2.2_VAE.pth")))
     (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts())
     again = component.load_component(found, tensors, device="cpu", dtype=torch.float32)
     assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in again.state_dict().items())

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffsynth import _discovery
-from diffsynth.core.loader import component, header, pickled
+from diffsynth.core.loader import component, pickled
+from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.reader.blocks import BlockReader
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.core.loader.save import save_checkpoint
@@ -36,7 +37,7 @@ def load_file_as(tensors, **options):
 
 def test_round_trip_changes_no_bit(saved):
     module, file = saved
-    loaded = load_file_as(header.read([file]))
+    loaded = load_file_as(read_files([file]))
     assert loaded.config == module.config
     state = module.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
@@ -52,14 +53,14 @@ def test_a_saved_file_has_the_usual_mode(saved):
 
 def test_dtype_is_converted(saved):
     module, file = saved
-    loaded = load_file_as(header.read([file]), dtype=torch.bfloat16)
+    loaded = load_file_as(read_files([file]), dtype=torch.bfloat16)
     state = module.state_dict()
     assert all(torch.equal(tensor, state[name].bfloat16()) for name, tensor in loaded.state_dict().items())
 
 
 def test_loaded_weights_do_not_alias_the_file(saved):
     _, file = saved
-    loaded = load_file_as(header.read([file]))
+    loaded = load_file_as(read_files([file]))
     before = loaded.state_dict()["encoder.conv_in.weight"].clone()
     file.write_bytes(bytes(file.stat().st_size))
     assert torch.equal(loaded.state_dict()["encoder.conv_in.weight"], before)
@@ -73,7 +74,7 @@ def test_shards_pickles_and_state_dicts_load_alike(saved, tmp_path):
     save_file({key: tensors[key] for key in keys[::2]}, parts[0])
     save_file({key: tensors[key] for key in keys[1::2]}, parts[1])
     torch.save({"state_dict": tensors}, tmp_path / "x.pth")
-    for source in (header.read(parts), header.read([tmp_path / "x.pth"]), pickled.of_state_dict(tensors)):
+    for source in (read_files(parts), read_files([tmp_path / "x.pth"]), pickled.of_state_dict(tensors)):
         # Without our metadata norm_groups is not known; the weights are what is under test.
         loaded = load_file_as(source)
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.state_dict().items())
@@ -85,7 +86,7 @@ def test_a_transformers_module_leaves_nothing_on_meta(tmp_path):
     save_checkpoint(
         module, tmp_path / "t.safetensors", architecture="qwen3_text_encoder", config=TINY_QWEN3_TEXT_ENCODER
     )
-    loaded = load_file_as(header.read([tmp_path / "t.safetensors"]))
+    loaded = load_file_as(read_files([tmp_path / "t.safetensors"]))
     ids = torch.randint(TINY_QWEN3_TEXT_ENCODER.vocab_size, (1, 7))
     with torch.no_grad():
         assert torch.equal(loaded(ids), module(ids))
@@ -93,10 +94,10 @@ def test_a_transformers_module_leaves_nothing_on_meta(tmp_path):
 
 def rewritten(file, change):
     tensors = load_file(file)
-    metadata = header.read([file]).metadata
+    metadata = read_files([file]).metadata
     change(tensors)
     save_file(tensors, file, metadata=metadata)
-    return header.read([file])
+    return read_files([file])
 
 
 def test_missing_unknown_and_misshapen_keys_raise_before_reading(saved, monkeypatch):
@@ -129,29 +130,29 @@ def test_not_enough_memory_is_found_before_reading(saved, monkeypatch):
     monkeypatch.setattr(component.ComponentSource, "read", None)
     monkeypatch.setattr(component.devices, "available_memory", lambda device: 1000)
     with pytest.raises(NotEnoughMemory, match="Nothing was read"):
-        load_file_as(header.read([file]))
+        load_file_as(read_files([file]))
 
 
 def test_mapped_weights_take_no_memory_that_has_to_be_free(saved, monkeypatch):
     module, file = saved
     monkeypatch.setattr(component.devices, "available_memory", lambda device: 1000)
-    loaded = load_file_as(header.read([file]), copy=False)
+    loaded = load_file_as(read_files([file]), copy=False)
     state = module.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
     with pytest.raises(NotEnoughMemory):
-        load_file_as(header.read([file]), copy=False, dtype=torch.bfloat16)
+        load_file_as(read_files([file]), copy=False, dtype=torch.bfloat16)
 
 
 def test_meta_reads_nothing(saved, monkeypatch):
     monkeypatch.setattr(BlockReader, "_read", None)
-    loaded = load_file_as(header.read([saved[1]]), device="meta", dtype=torch.bfloat16)
+    loaded = load_file_as(read_files([saved[1]]), device="meta", dtype=torch.bfloat16)
     assert {(tensor.device.type, tensor.dtype) for tensor in loaded.state_dict().values()} == {("meta", torch.bfloat16)}
 
 
 def test_what_is_written_to_mapped_weights_stays_out_of_the_file(saved):
     _, file = saved
     before = file.read_bytes()
-    loaded = load_file_as(header.read([file]), copy=False)
+    loaded = load_file_as(read_files([file]), copy=False)
     with torch.no_grad():
         for parameter in loaded.parameters():
             parameter.zero_()
@@ -162,7 +163,7 @@ def test_the_config_is_in_the_metadata(saved):
     _, file = saved
     import json
 
-    notes = header.read([file]).metadata
+    notes = read_files([file]).metadata
     assert notes["diffsynth.architecture"] == "flux_autoencoder"
     assert json.loads(notes["diffsynth.config"]) == json.loads(json.dumps(dataclasses.asdict(TINY_FLUX_AUTOENCODER)))
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffsynth.core.loader import component, header, pickled
+from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.reader import source
 from diffsynth.core.loader.reader.blocks import BlockReader
 from diffsynth.core.loader.recognize import recognize
@@ -72,7 +73,7 @@ def test_everything_in_one_file_under_prefixes(toy, net, head, tmp_path, caplog)
     tensors = under("model.diffusion_model.", fused(net)) | under("first_stage_model.", head) | {"ema": torch.ones(1)}
     save_file(tensors, tmp_path / "all.safetensors")
     with caplog.at_level(logging.WARNING):
-        modules = load_all(toy, header.read([tmp_path / "all.safetensors"]))
+        modules = load_all(toy, read_files([tmp_path / "all.safetensors"]))
     assert same(modules["net"], net)
     assert same(modules["head"], head)
     assert "1 key is not used: ema" in caplog.text
@@ -85,7 +86,7 @@ def test_a_fused_file_loads_from_every_container(toy, net, tmp_path, suffix):
         save_file(fused(net), file)
     else:
         torch.save({"module": fused(net)}, file, _use_new_zipfile_serialization="legacy" not in suffix)
-    modules = load_all(toy, header.read([file]))
+    modules = load_all(toy, read_files([file]))
     assert same(modules["net"], net)
     assert torch.equal(modules["net"].table, torch.arange(3.0))
     file.write_bytes(bytes(file.stat().st_size))
@@ -102,7 +103,7 @@ def test_part_of_the_rows_is_read_for_a_part(toy, net, tmp_path, monkeypatch):
         call(self, file, start, landings)
 
     monkeypatch.setattr(BlockReader, "_read", spy)
-    tensors = header.read([tmp_path / "net.safetensors"])
+    tensors = read_files([tmp_path / "net.safetensors"])
     load_all(toy, tensors)
     assert sum(read) == sum(info.end - info.start for key, info in tensors.tensors.items() if key != "unread")
 
@@ -129,7 +130,7 @@ def test_metadata_that_is_not_json(toy, tmp_path):
         {"a": torch.zeros(1)}, tmp_path / "x.safetensors", {"diffsynth.architecture": "net", "diffsynth.config": "{"}
     )
     with pytest.raises(Unrecognized, match=r"diffsynth\.config does not fit toy_loader:NetConfig"):
-        recognized(toy, header.read([tmp_path / "x.safetensors"]))
+        recognized(toy, read_files([tmp_path / "x.safetensors"]))
 
 
 def test_an_unknown_tier(toy, net):
@@ -158,10 +159,10 @@ def test_memory_counts_the_sources_that_are_held_at_once(toy, net, tmp_path, mon
     for allowed, held in ((2**28, 6 * one), (1, one)):
         monkeypatch.setattr(source, "_WORK", allowed)
         monkeypatch.setattr(component.devices, "available_memory", lambda device, held=held: model + held)
-        assert same(load_all(toy, header.read([tmp_path / "net.safetensors"]))["net"], net)
+        assert same(load_all(toy, read_files([tmp_path / "net.safetensors"]))["net"], net)
         monkeypatch.setattr(component.devices, "available_memory", lambda device, held=held: model + held - 1)
         with pytest.raises(NotEnoughMemory, match=r"net\.safetensors needs .* on cpu.*Nothing was read"):
-            load_all(toy, header.read([tmp_path / "net.safetensors"]))
+            load_all(toy, read_files([tmp_path / "net.safetensors"]))
 
 
 def test_a_module_that_leaves_a_buffer_on_meta_is_named(toy, net, monkeypatch):
@@ -173,7 +174,7 @@ def test_a_module_that_leaves_a_buffer_on_meta_is_named(toy, net, monkeypatch):
 def test_a_file_that_shrank_since_its_header_was_read(toy, net, tmp_path):
     file = tmp_path / "net.safetensors"
     save_file(net, file)
-    tensors = header.read([file])
+    tensors = read_files([file])
     file.write_bytes(file.read_bytes()[:-16])
     with pytest.raises(header.CorruptFile, match="changed since its header was read: it had"):
         load_all(toy, tensors)
@@ -197,7 +198,7 @@ def test_tied_weights_are_saved_twice_and_come_back(toy, net, tmp_path):
     module = toy.Net(toy.NetConfig())
     module.layers[1]["q"].weight = module.layers[0]["q"].weight
     save_checkpoint(module, tmp_path / "x.safetensors", architecture="net", config=module.config)
-    assert same(load_all(toy, header.read([tmp_path / "x.safetensors"]))["net"], module.state_dict())
+    assert same(load_all(toy, read_files([tmp_path / "x.safetensors"]))["net"], module.state_dict())
 
 
 def test_what_cannot_be_saved(toy, tmp_path):

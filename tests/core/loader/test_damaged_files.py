@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from diffsynth.core.loader import header
+from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.files import find
 from diffsynth.core.loader.reader.source import read_tensors
@@ -40,7 +41,7 @@ def file(tmp_path):
 
 def fails(file, message, kind=CorruptFile):
     with pytest.raises(kind, match=message) as caught:
-        header.read([file])
+        read_files([file])
     assert str(file) in str(caught.value)
 
 
@@ -114,11 +115,11 @@ def test_a_length_that_looks_like_the_start_of_a_web_page(file):
         text = json.dumps({"a": tensor()}, separators=(",", ":")).encode()
         write(file, text.ljust(first), bytes(8))
         assert file.read_bytes()[0] == first
-        assert header.read([file]).shapes == {"a": (2,)}
+        assert read_files([file]).shapes == {"a": (2,)}
 
 
 def read_all(file):
-    return read_tensors(header.read([file]), device="cpu")
+    return read_tensors(read_files([file]), device="cpu")
 
 
 def test_gaps_and_bytes_behind_the_last_tensor_do_no_harm(file):
@@ -138,7 +139,7 @@ def test_tensors_without_elements_and_without_axes(file):
         "inside": tensor(shape=(0,), offsets=(2, 2)),
     }
     read = read_all(write(file, entries, torch.tensor(2.5).numpy().tobytes()))
-    assert {key: tuple(value.shape) for key, value in read.items()} == header.read([file]).shapes
+    assert {key: tuple(value.shape) for key, value in read.items()} == read_files([file]).shapes
     assert read["scalar"].item() == 2.5
 
 
@@ -147,7 +148,7 @@ def test_keys_in_every_script(file):
     entries = {name: tensor(shape=(1,), offsets=(4 * i, 4 * i + 4)) for i, name in enumerate(names)}
     read = read_all(write(file, entries, torch.arange(float(len(names))).numpy().tobytes()))
     assert {name: value.item() for name, value in read.items()} == dict(zip(names, range(len(names)), strict=True))
-    assert header.signature(header.read([file]).shapes)
+    assert header.signature(read_files([file]).shapes)
 
 
 def test_links(tmp_path, file):
@@ -162,7 +163,7 @@ def test_links(tmp_path, file):
     kept.write_bytes(VALID)
     good = tmp_path / "good.safetensors"
     good.symlink_to(kept)
-    assert set(header.read([good]).tensors) == {"a.weight", "b"}
+    assert set(read_files([good]).tensors) == {"a.weight", "b"}
 
 
 def test_a_folder_that_contains_itself(tmp_path, monkeypatch):
@@ -180,14 +181,14 @@ def test_neither_a_pipe_nor_a_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     fails(tmp_path / "pipe.safetensors", "is no regular file", NoFiles)
     with pytest.raises(NoFiles, match="does not exist"):
-        header.read([tmp_path / "missing.safetensors"])
+        read_files([tmp_path / "missing.safetensors"])
 
 
 class TestChanged:
     @pytest.fixture
     def read(self, file):
         file.write_bytes(VALID)
-        return header.read([file])
+        return read_files([file])
 
     def test_untouched(self, read, file):
         read.check_unchanged(file)
@@ -222,13 +223,13 @@ class TestChanged:
         (tmp_path / "1.safetensors").write_bytes(save({"a": torch.ones(1)}))
         torch.save({"b": torch.ones(1)}, tmp_path / "2.pth")
         paths = [tmp_path / "1.safetensors", tmp_path / "2.pth"]
-        assert set(header.read(paths).stamps) == set(paths)
+        assert set(read_files(paths).stamps) == set(paths)
 
 
 def only_checkpoint_errors(file, content):
     file.write_bytes(content)
     with contextlib.suppress(CheckpointError):
-        header.signature(header.read([file]).shapes)
+        header.signature(read_files([file]).shapes)
 
 
 @fuzz
@@ -289,10 +290,10 @@ def test_pickles_that_are_no_state_dict(tmp_path):
     fails(file, "holds a list; expected a dict of tensors")
     torch.save({"a": {"b": torch.ones(1)}, "a.b": torch.ones(2)}, file)
     with pytest.raises(CorruptFile, match=r"two tensors are called 'a\.b'"):
-        header.read([file])
+        read_files([file])
     torch.save({"a": torch.eye(2).to_sparse()}, file)
     with pytest.raises(CorruptFile, match=r"'a' is a torch\.sparse_coo tensor; expected a dense one"):
-        header.read([file])
+        read_files([file])
     file.write_bytes(b"")
     fails(file, "is empty")
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")

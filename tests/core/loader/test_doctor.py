@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 from diffsynth import _discovery
 from diffsynth.cli.group import program
-from diffsynth.core.loader import files, header
+from diffsynth.core.loader import files
+from diffsynth.core.loader.checkpoint import read_config, read_files
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.loader.explain.lora import target_modules
 from diffsynth.core.loader.header import Header, TensorInfo
+from diffsynth.core.loader.lora_bases import target_modules
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.errors import CorruptFile, NoFiles, Unrecognized
 
@@ -128,7 +129,7 @@ def test_an_optimizer_state(tmp_path):
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(Unrecognized, match="optimizer.pt is an optimizer state, not a model checkpoint"):
-        recognize(header.read([tmp_path / "optimizer.pt"]), ARCHITECTURES, CHECKPOINTS)
+        recognize(read_files([tmp_path / "optimizer.pt"]), ARCHITECTURES, CHECKPOINTS)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_packed_formats(suffix, name):
 def test_other_files(tmp_path, content, message):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(CorruptFile, match=message):
-        header.read([tmp_path / "x.safetensors"])
+        read_files([tmp_path / "x.safetensors"])
 
 
 # What is nearest
@@ -225,8 +226,8 @@ def test_a_folder_with_one_checkpoint(put, names):
     found = files.checkpoint_at(folder)
     expected = [name for name in names if name.startswith("m") and not name.endswith("json")]
     assert [file.name for file in found] == expected
-    assert header.read([folder]).files == tuple(found)
-    assert header.read_config(ModelConfig(folder)).files == tuple(found)
+    assert read_files([folder]).files == tuple(found)
+    assert read_config(ModelConfig(folder)).files == tuple(found)
     assert files.checkpoint_at(found[-1]) == found
 
 
@@ -238,8 +239,8 @@ def test_a_folder_with_two_candidates(put):
     folder = put("a.safetensors", "b-00001-of-00002.safetensors", "b-00002-of-00002.safetensors")
     for look in (
         files.checkpoint_at,
-        lambda path: header.read([path]),
-        lambda path: header.read_config(ModelConfig(path)),
+        lambda path: read_files([path]),
+        lambda path: read_config(ModelConfig(path)),
     ):
         with pytest.raises(
             NoFiles, match=r"holds 2 checkpoints: a\.safetensors; b-00001-of-00002\.safetensors and its shards"

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffsynth.core.loader import header, pickled
+from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.errors import CorruptFile, KeyMismatch
 
 LAYOUTS = sorted((Path(__file__).parents[2] / "data" / "layouts").glob("*.json.gz"))
@@ -82,7 +83,7 @@ def test_a_tensor_whose_bytes_do_not_fit_its_shape(tmp_path):
 
 def test_pickles_are_unwrapped_and_flattened(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(2), "b": {"c": torch.zeros(3)}}}, tmp_path / "x.pth")
-    read = header.read([tmp_path / "x.pth"])
+    read = read_files([tmp_path / "x.pth"])
     assert read.shapes == {"a": (2,), "b.c": (3,)}
     assert read.nested == {"a": (2,), "b": {"c": (3,)}}
 
@@ -94,7 +95,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
     torch.save({"a": Evil()}, tmp_path / "x.pth")
     with pytest.raises(CorruptFile, match="not a torch checkpoint of tensors alone"):
-        header.read([tmp_path / "x.pth"])
+        read_files([tmp_path / "x.pth"])
 
 
 def test_a_state_dict_in_memory():

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from diffsynth import _discovery
-from diffsynth.core.loader import component, convert, header
+from diffsynth.core.loader import component, convert, header, layouts, scaled
 from diffsynth.core.loader.header import Header, TensorInfo
-from diffsynth.core.loader.layouts import inverse, scaled
-from diffsynth.core.loader.layouts.published import rules_of
+from diffsynth.core.loader.layouts import rules_of
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.errors import Unrecognized
 
@@ -30,7 +29,7 @@ def header_of(shapes):
 
 
 Z_IMAGE = layout("Z-Image-Turbo--z_image_dit")
-FUSED = inverse.file_shapes(rules_of(next(one for one in CHECKPOINTS if one.name == "z_image_dit/fused")), Z_IMAGE)
+FUSED = layouts.file_shapes(rules_of(next(one for one in CHECKPOINTS if one.name == "z_image_dit/fused")), Z_IMAGE)
 CONFIG = recognize(header_of(Z_IMAGE), ARCHITECTURES, CHECKPOINTS)[0].config
 
 SPELLINGS = {

@@ -15,6 +15,7 @@ from torch import nn
 
 from diffsynth import _discovery, registry
 from diffsynth.core.loader import component, header, recognize
+from diffsynth.core.loader.checkpoint import read_config
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.identity import file_identity
 from diffsynth.errors import TrainingError, did_you_mean
@@ -125,7 +126,7 @@ def repeated_blocks(component: Component) -> Iterator[nn.Module]:
 
 def _from_file(role: str, section: ComponentRecipe) -> Component:
     source = ModelConfig.from_source(section.source) if "://" in section.source else ModelConfig(path=section.source)
-    tensors = header.read_config(source, resolve=lambda text: _discovery.first("resolve_source", source=text))
+    tensors = read_config(source, resolve=lambda text: _discovery.first("resolve_source", source=text))
     found = recognize.recognize(tensors, *_discovery.catalog().layouts())
     if len(found) != 1:
         raise TrainingError(f"[components.{role}]: {section.source} holds {len(found)} components; expected one")

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 
 from diffsynth.core.device.upload import UploadRing
 from diffsynth.core.loader import convert, header, pickled
+from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.dtypes import torch_dtypes
-from diffsynth.core.loader.layouts.scaled import Scaled
-from diffsynth.core.loader.reader import blocks, mapping, workers
+from diffsynth.core.loader.reader import blocks, mapping
 from diffsynth.core.loader.reader import source as sources
 from diffsynth.core.loader.reader.ops import apply_rule
 from diffsynth.core.loader.reader.source import ComponentSource, read_tensors
+from diffsynth.core.loader.scaled import Scaled
 from diffsynth.errors import CorruptFile
 
 RULES = (
@@ -103,7 +104,7 @@ def test_every_rule_streams_as_it_loads(tmp_path, dtype, copy):
 def test_a_pickle_and_a_state_dict_give_the_same(tmp_path):
     found = tensors()
     torch.save(found, tmp_path / "x.pth")
-    for head in (header.read([tmp_path / "x.pth"]), pickled.of_state_dict(found)):
+    for head in (read_files([tmp_path / "x.pth"]), pickled.of_state_dict(found)):
         source = source_of(head, torch.float32)
         assert same(source.read(), expected(source, found, torch.float32))
 
@@ -113,7 +114,7 @@ def test_only_a_state_dict_shares_its_tensors(tmp_path):
     torch.save(found, tmp_path / "x.pth")
     pointers = [
         source_of(head, torch.float32, ()).read()["plain"].data_ptr()
-        for head in (pickled.of_state_dict(found), header.read([tmp_path / "x.pth"]))
+        for head in (pickled.of_state_dict(found), read_files([tmp_path / "x.pth"]))
     ]
     assert pointers[0] == found["plain"].data_ptr() != pointers[1]
 
@@ -253,7 +254,7 @@ def test_ctrl_c_stops_the_threads():
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        workers.work_through([task] * 5000)
+        blocks.run_tasks([task] * 5000)
     assert len(done) < 1000
     for thread in threading.enumerate():
         if thread.name.startswith("diffsynth-read"):
@@ -262,7 +263,7 @@ def test_ctrl_c_stops_the_threads():
 
 
 def test_an_allowance_bounds_what_is_held():
-    budget, held, most, lock = workers.ByteBudget(100), [0], [0], threading.Lock()
+    budget, held, most, lock = blocks.ByteBudget(100), [0], [0], threading.Lock()
 
     def task(size):
         with budget.of(size):
@@ -273,7 +274,7 @@ def test_an_allowance_bounds_what_is_held():
             with lock:
                 held[0] -= size
 
-    workers.work_through([lambda size=size: task(size) for size in (60, 30, 50, 90, 250, 10) * 5])
+    blocks.run_tasks([lambda size=size: task(size) for size in (60, 30, 50, 90, 250, 10) * 5])
     assert most[0] == 250  # which is more than there is, and was alone
 
 
@@ -318,11 +319,11 @@ def test_buffers_of_the_ring_are_not_reused_before_their_copy_is_done(tmp_path, 
     into = {key: torch.full(shape, -1.0, dtype=dtype) for key, shape in source.shapes.items()}
     requests = {key: source._requests(key, tensor.view(-1)) for key, tensor in into.items()}
     tasks = source._reader.tasks([request for some in requests.values() for request in some or ()], ring)
-    budget = workers.ByteBudget(1000)
+    budget = blocks.ByteBudget(1000)
     tasks += [
         lambda key=key: source._make(key, into[key], ring, budget) for key, some in requests.items() if some is None
     ]
-    workers.work_through(tasks)
+    blocks.run_tasks(tasks)
     ring.wait()
     assert same(into, expected(source, found, dtype))
     assert len(ring.events) > 20

@@ -40,10 +40,10 @@ def convert(files: tuple[Path, ...], out: Path, dtype: str | None, own_names: bo
     tensor at a time is in memory.
     """
     _check_out(out)
-    from diffsynth.core.loader import header
+    from diffsynth.core.loader.checkpoint import read_files
     from diffsynth.core.loader.files import checkpoint_at
 
-    tensors = header.read(dict.fromkeys(part for file in files for part in checkpoint_at(file)))
+    tensors = read_files(dict.fromkeys(part for file in files for part in checkpoint_at(file)))
     source, notes = _with_own_keys(tensors, dtype) if own_names else _with_published_keys(tensors, dtype)
     _check_room(out, source.size())
     from diffsynth.core.loader.save import save_source

@@ -47,15 +47,15 @@ def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None
 
 
 def _answer(file: str, *, show_trace: bool) -> dict[str, Any]:
-    from diffsynth.core.loader import header
     from diffsynth.core.loader import recognize as recognition
+    from diffsynth.core.loader.checkpoint import read_files
     from diffsynth.core.loader.files import checkpoint_at
 
     answer: dict[str, Any] = {"files": [file], "components": [], "error": None, "kind": None}
     try:
         found = checkpoint_at(Path(file))
         answer["files"] = [str(path) for path in found]
-        components = recognition.recognize(header.read(found), *_discovery.catalog().layouts())
+        components = recognition.recognize(read_files(found), *_discovery.catalog().layouts())
     except CheckpointError as error:
         if show_trace:
             click.echo(traceback.format_exc(), err=True, nl=False)

@@ -12,8 +12,9 @@ from torch import nn
 from diffsynth import _discovery, _env
 from diffsynth._models import ModelRecord
 from diffsynth.core.loader import component, files, header, recognize
+from diffsynth.core.loader.checkpoint import read_config
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.loader.layouts.published import layout_of
+from diffsynth.core.loader.layouts import layout_of
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import Unplannable
 from diffsynth.runtime.architectures import architecture_of
@@ -106,7 +107,7 @@ def is_here(source: str) -> bool:
 
 def _header(source: str) -> header.Header:
     if is_here(source):
-        return header.read_config(ModelConfig.from_source(source))
+        return read_config(ModelConfig.from_source(source))
     for checkpoint in _discovery.catalog().layouts()[1]:
         if source in checkpoint.files and (published := layout_of(checkpoint)):
             return _header_of_shapes(published)

@@ -15,6 +15,7 @@ import torch
 from diffsynth import _discovery
 from diffsynth.core import device as devices
 from diffsynth.core.loader import component, files, header, recognize
+from diffsynth.core.loader.checkpoint import read_config
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.file_prefetcher import FilePrefetcher
 from diffsynth.core.loader.reader.source import ComponentSource
@@ -131,7 +132,7 @@ class PretrainedLoader:
         architectures, checkpoints = _discovery.catalog().layouts()
         found: list[_Found] = []
         for config in model_configs:
-            tensors = header.read_config(config, resolve=_resolve_source)
+            tensors = read_config(config, resolve=_resolve_source)
             for recognized in recognize.recognize(tensors, architectures, checkpoints):
                 role = self._role_for(recognized, tensors, taken={part.role for part in found})
                 found.append(_Found(role, recognized, tensors, config))

@@ -12,7 +12,7 @@ import torch
 
 from diffsynth import _discovery, registry
 from diffsynth.core.loader import component, convert
-from diffsynth.core.loader.layouts.published import rules_of
+from diffsynth.core.loader.layouts import rules_of
 from diffsynth.errors import did_you_mean
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, parse_source, resolve

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.convert import Rule, Shape
-from diffsynth.core.loader.header import PICKLE_SUFFIXES
-from diffsynth.core.loader.layouts.published import layout_of, rules_of
+from diffsynth.core.loader.files import PICKLE_SUFFIXES
+from diffsynth.core.loader.layouts import layout_of, rules_of
 from diffsynth.errors import KeyMismatch
 from diffsynth.spec import CheckpointSpec
 

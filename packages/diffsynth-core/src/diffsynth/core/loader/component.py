@@ -1,4 +1,4 @@
-"""From a recognised header to a module with weights: build on meta, plan, check, then read."""
+"""Loading one component from its file: build the module on meta, plan, check, then read the weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 from diffsynth.core import device as devices
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.header import Header
-from diffsynth.core.loader.layouts.scaled import Scaled
 from diffsynth.core.loader.reader.ops import apply_rule, dequantize
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.recognize import Recognized
+from diffsynth.core.loader.scaled import Scaled
 from diffsynth.errors import NotEnoughMemory, shortened
 from diffsynth.spec import ArchitectureSpec, resolve
 
@@ -26,23 +26,23 @@ logger = logging.getLogger(__name__)
 
 
 def build(architecture: ArchitectureSpec, config: Any) -> nn.Module:
-    """The module on the meta device: no memory, no initialisation."""
+    """Return the module on the meta device, without memory and without initialisation."""
     with torch.device("meta"):
         return resolve(architecture.module)(config)
 
 
 def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype) -> tuple[nn.Module, ComponentSource]:
-    """The module on the meta device, and the source of its weights: to load all of them, or a layer when it is needed.
+    """Return the module on the meta device, and the source that its weights are read from.
 
     Args:
-        recognized: what the file holds.
-        header: of that file.
-        dtype: of floating tensors. When it is narrower than 16 bits, which only storage is, the architecture's
+        recognized: the component in the file.
+        header: the file's header.
+        dtype: dtype of the floating tensors. If it has less than 16 bits, parameters that match the architecture's
             `high_precision` patterns keep the file's dtype.
 
     Raises:
-        KeyMismatch: keys or shapes do not fit.
-        CorruptFile: a dtype that torch does not have.
+        KeyMismatch: keys or shapes do not fit the module.
+        CorruptFile: the file has a dtype that torch does not have.
     """
     architecture, prefix = recognized.architecture, recognized.prefix
     module = build(architecture, recognized.config)
@@ -63,21 +63,21 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
 def load_component(
     recognized: Recognized, header: Header, *, device: torch.device | str, dtype: torch.dtype, copy: bool = True
 ) -> nn.Module:
-    """A module in eval mode with its weights, on `device` in `dtype`.
+    """Return a module with its weights on a device, in eval mode and frozen.
 
-    Peak host memory is the module on the CPU, a ring of upload buffers for an accelerator, and in both cases the
-    sources of what a layout wants rearranged, a few at a time.
+    Peak host memory is that of the module on the CPU, or of a ring of upload buffers for an accelerator; and in both
+    cases that of the source tensors that are being converted, a few at a time.
 
     Args:
-        recognized: what the file holds.
-        header: of that file.
-        device: where the weights go; on "meta" nothing is read.
+        recognized: the component in the file.
+        header: the file's header.
+        device: the device of the weights; on "meta" nothing is read.
         dtype: as for `open_component`.
-        copy: False maps on the CPU what it can, see `ComponentSource.read`.
+        copy: as for `ComponentSource.read`.
 
     Raises:
-        KeyMismatch: keys or shapes do not fit; nothing was read.
-        NotEnoughMemory: it would not fit; nothing was read.
+        KeyMismatch: keys or shapes do not fit the module; nothing was read.
+        NotEnoughMemory: the weights do not fit into the free memory; nothing was read.
         CorruptFile: a file changed since its header was read, or cannot be read.
     """
     return materialize(*open_component(recognized, header, dtype=dtype), device=device, copy=copy)
@@ -86,7 +86,7 @@ def load_component(
 def materialize(
     module: nn.Module, source: ComponentSource, *, device: torch.device | str, copy: bool = True
 ) -> nn.Module:
-    """What `open_component` gave, with its weights; arguments and errors as for `load_component`."""
+    """Return the module of `open_component` with its weights read; arguments and errors as for `load_component`."""
     on_meta = torch.device(device).type == "meta"
     if not on_meta:
         _check_memory(source, device=device, copy=copy)
@@ -98,10 +98,10 @@ def materialize(
 
 
 def fill_buffers(module: nn.Module) -> None:
-    """Compute the buffers that no file holds."""
-    for part in module.modules():
-        if hasattr(part, "reset_buffers"):
-            part.reset_buffers()
+    """Compute the buffers that no file holds, by each submodule's `reset_buffers()`."""
+    for submodule in module.modules():
+        if hasattr(submodule, "reset_buffers"):
+            submodule.reset_buffers()
     in_files = module.state_dict().keys()
     left = [name for name, tensor in module.named_buffers() if tensor.is_meta and name not in in_files]
     assert not left, f"{type(module).__name__} leaves {left} on meta; give it a reset_buffers()"
@@ -116,14 +116,14 @@ def _dtype(
     architecture: ArchitectureSpec,
     dtype: torch.dtype,
 ) -> torch.dtype:
-    """Of the finished target."""
+    """Return the dtype that a target is read in."""
     if not target.sources:
         return dtype
     stored = stored_dtype(header, prefix + target.sources[0])
     if not stored.is_floating_point and not isinstance(target.rule, convert.Dequantize | convert.Apply | Scaled):
         return stored
-    keeps = any(fnmatch.fnmatchcase(key, pattern) for pattern in architecture.high_precision)
-    return stored if keeps and dtype.itemsize < 2 <= stored.itemsize else dtype
+    high_precision = any(fnmatch.fnmatchcase(key, pattern) for pattern in architecture.high_precision)
+    return stored if high_precision and dtype.itemsize < 2 <= stored.itemsize else dtype
 
 
 def _warn_unused(unused: Sequence[str], recognized: Recognized, where: str) -> None:
@@ -138,10 +138,10 @@ def _check_memory(source: ComponentSource, *, device: torch.device | str, copy: 
     needed = {"cpu": source.host_memory(device, copy=copy)}
     if torch.device(device).type != "cpu":
         needed[str(device)] = source.size()
-    for place, size in needed.items():
-        free = devices.available_memory(place)
+    for memory, size in needed.items():
+        free = devices.available_memory(memory)
         if free is not None and size > free:
             raise NotEnoughMemory(
-                f"{source.where} needs {size / 2**30:.1f} GiB on {place}, which has {free / 2**30:.1f} GiB free. "
+                f"{source.where} needs {size / 2**30:.1f} GiB on {memory}, which has {free / 2**30:.1f} GiB free. "
                 f"Nothing was read. Free memory, use a smaller dtype, or pass vram_limit."
             )

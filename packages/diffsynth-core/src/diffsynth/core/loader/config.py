@@ -1,4 +1,4 @@
-"""`ModelConfig`: which files hold a checkpoint, and how it is to be held."""
+"""`ModelConfig`: the files of one checkpoint, and the placement of its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VRAM_KEYS = tuple(
 
 @dataclass
 class ModelConfig:
-    """Where one logical checkpoint is. A field that is set beats the environment variable of the same meaning.
+    """The source of one checkpoint. A field that is set overrides the environment variable of the same meaning.
 
     Args:
         path: a local file, or the files of one checkpoint.
@@ -27,15 +27,17 @@ class ModelConfig:
         origin_file_pattern: glob inside the repository, or several; None, "" or "./" is the whole repository and a
             trailing "/" a folder: both give the folder's path.
         download_source: "modelscope" or "huggingface".
-        revision: branch, tag or commit of the repository; its files live in a folder of their own.
-        token: for repositories that want a login; None is what the hub's own login left. Shown nowhere.
+        revision: branch, tag or commit of the repository; its files are kept in a folder of their own.
+        token: access token for repositories that require a login; None uses the token that the hub's own login
+            stored. It is never shown.
         local_model_path: root under which `<model_id>/...` is looked up and downloaded to.
         skip_download: never touch the network.
         offload_device, offload_dtype, onload_device, onload_dtype, preparing_device, preparing_dtype,
             computation_device, computation_dtype: placements of the VRAM engine.
-        clear_parameters: drop the parameters after loading.
+        clear_parameters: not available in this version.
         state_dict: tensors in memory, in place of files.
-        quantize: quantization settings.
+        quantize: not available in this version.
+        source: another source, `scheme://location`; see `register_sources` of plugins.
 
     Raises:
         ValueError: no source or two, an unknown download source, or a setting this version does not have yet.
@@ -88,7 +90,7 @@ class ModelConfig:
 
     @classmethod
     def from_source(cls, text: str, **fields: Any) -> ModelConfig:
-        """The config of a source string, `owner/repository:pattern` or `scheme://location`."""
+        """Return the config of a source string, `owner/repository:pattern` or `scheme://location`."""
         parsed = parse_source(text)
         if parsed.scheme:
             return cls(source=text, **fields)
@@ -96,28 +98,28 @@ class ModelConfig:
 
     @property
     def vram_keys(self) -> dict[str, Any]:
-        """The eight placements as they were given."""
+        """The eight placement fields, by name."""
         return {name: getattr(self, name) for name in VRAM_KEYS}
 
     @property
     def root(self) -> Path:
-        """Where files are looked up and downloaded to."""
+        """The folder under which files are looked up and downloaded to."""
         return Path(self.local_model_path) if self.local_model_path is not None else _env.model_base_path()
 
     @property
     def folder(self) -> Path:
-        """Where the repository's files are; another revision is another folder, so that two never mix."""
+        """The folder of the repository's files. Each revision has a folder of its own."""
         at = f"@{self.revision.replace('/', '--')}" if self.revision else ""
         return self.root / f"{self.model_id}{at}"
 
     @property
     def offline(self) -> bool:
-        """Whether the network is out of bounds."""
+        """Whether downloads are off."""
         return _env.skip_download() if self.skip_download is None else self.skip_download
 
     @property
     def hub(self) -> str:
-        """ "modelscope" or "huggingface"."""
+        """The hub to download from, "modelscope" or "huggingface"."""
         return self.download_source or _env.download_source()
 
     @property

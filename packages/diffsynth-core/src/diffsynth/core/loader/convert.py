@@ -1,10 +1,10 @@
-"""Key conversion as data: rules, and the plan that they make of one file's keys. No torch, no tensors.
+"""Key conversion as data: rules, and the plan that they make for the keys of one file. No torch, no tensors.
 
-A plan maps each target key to its sources and the op that makes it, so that loading to RAM and streaming from disk do
-the same work. A key that no rule matches passes through under its own name.
+A plan maps each target key to its source keys and the rule that makes it, so that loading into memory and streaming
+from disk follow the same plan. A key that no rule matches keeps its name.
 
-In a pattern, `{n}` matches one integer and `{*}` the rest of the key; what they matched fills the same holes on the
-other side.
+In a pattern, the hole `{n}` matches one integer and `{*}` the rest of the key; the matched text fills the same holes of
+the rule's other patterns.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ from diffsynth.errors import KeyMismatch
 
 Shape = tuple[int, ...]
 
+_NUMBER = re.compile(r"\d+")
+
 
 class Rule:
-    """One conversion: named sources to named targets, with the shapes of the targets."""
+    """A conversion of source tensors to target tensors, with their key patterns and shapes."""
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Patterns of the keys it takes."""
+        """Patterns of the source keys."""
         raise NotImplementedError
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Patterns of the keys it makes."""
+        """Patterns of the target keys."""
         raise NotImplementedError
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Shapes of the targets, from those of the sources.
+        """Return the shapes of the targets for sources of these shapes.
 
         Raises:
-            ValueError: the sources do not fit.
+            ValueError: the rule does not apply to sources of these shapes.
         """
         raise NotImplementedError
 
     def inverse(self, *sources: Shape) -> Rule:
-        """The rule that undoes this one for sources of these shapes.
+        """Return the rule that undoes this one for sources of these shapes.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the rule has no inverse.
         """
         raise ValueError(f"{type(self).__name__} cannot be undone")
 
@@ -68,13 +70,13 @@ class Rename(Rule):
         return sources
 
     def inverse(self, *sources: Shape) -> Rename:
-        """The names exchanged."""
+        """Return the rename with source and target exchanged."""
         return Rename(self.target, self.source)
 
 
 @dataclass(frozen=True)
 class Drop(Rule):
-    """A key that the network has no use for; `reason` is for the reader."""
+    """Leave a key of the file out; `reason` documents why."""
 
     source: str
     reason: str = ""
@@ -83,13 +85,13 @@ class Drop(Rule):
     targets = property(lambda self: ())
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Nothing."""
+        """Return no shapes."""
         return ()
 
 
 @dataclass(frozen=True)
 class Split(Rule):
-    """One tensor cut along `dim` into several: equal parts, or of `sizes`."""
+    """One tensor split along `dim` into several: into equal parts, or into parts of `sizes`."""
 
     source: str
     parts: tuple[str, ...]
@@ -103,7 +105,7 @@ class Split(Rule):
         _axis(self, self.dim)
 
     def part_sizes(self, source: Shape) -> tuple[int, ...]:
-        """Extent of each part along `dim`."""
+        """Return the extent of each part along `dim`."""
         extent = source[self.dim]
         sizes = self.sizes or (extent // len(self.parts),) * len(self.parts)
         if sum(sizes) != extent:
@@ -111,12 +113,12 @@ class Split(Rule):
         return sizes
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """The source's, with each part's extent along `dim`."""
+        """Return the source's shape with each part's extent along `dim`."""
         (source,) = sources
         return tuple((*source[: self.dim], size, *source[self.dim + 1 :]) for size in self.part_sizes(source))
 
     def inverse(self, *sources: Shape) -> Fuse:
-        """Join the parts."""
+        """Return the rule that joins the parts."""
         return Fuse(self.parts, self.source, self.dim)
 
 
@@ -135,20 +137,20 @@ class Fuse(Rule):
         _axis(self, self.dim)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """The first's, with the sum of extents along `dim`."""
+        """Return the first source's shape with the sum of all extents along `dim`."""
         first = sources[0]
         if any(_without(shape, self.dim) != _without(first, self.dim) for shape in sources):
             raise ValueError(f"{self.target}: {sources} cannot be joined along {self.dim}")
         return ((*first[: self.dim], sum(shape[self.dim] for shape in sources), *first[self.dim + 1 :]),)
 
     def inverse(self, *sources: Shape) -> Split:
-        """Cut into the parts again."""
+        """Return the rule that splits the target into its parts."""
         return Split(self.target, self.parts, self.dim, tuple(shape[self.dim] for shape in sources))
 
 
 @dataclass(frozen=True)
 class Reshape(Rule):
-    """The same elements in another shape; one extent may be -1, and 0 is the source's extent at that place."""
+    """The same elements in another shape; one extent may be -1, and 0 keeps the source's extent of that axis."""
 
     source: str
     target: str
@@ -158,7 +160,7 @@ class Reshape(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """`shape`, with -1 and 0 worked out."""
+        """Return `shape` with -1 and 0 replaced by extents."""
         (source,) = sources
         shape = tuple(extent or source[axis] for axis, extent in enumerate(self.shape))
         known = max(prod(extent for extent in shape if extent != -1), 1)
@@ -168,7 +170,7 @@ class Reshape(Rule):
         return (full,)
 
     def inverse(self, *sources: Shape) -> Reshape:
-        """Back to the shape it had."""
+        """Return the reshape to the source's shape."""
         return Reshape(self.target, self.source, sources[0])
 
 
@@ -184,7 +186,7 @@ class Permute(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """The source's, in the new order."""
+        """Return the source's extents in the new order."""
         (source,) = sources
         if sorted(self.order) != list(range(len(source))):
             raise ValueError(f"{self.source} of shape {source} has no axes {self.order}")
@@ -197,7 +199,7 @@ class Permute(Rule):
 
 @dataclass(frozen=True)
 class ReorderChunks(Rule):
-    """Equal chunks along `dim` in another order: (1, 0) exchanges shift and scale."""
+    """Equal chunks along `dim` in another order; (1, 0) exchanges two halves, such as shift and scale."""
 
     source: str
     target: str
@@ -225,7 +227,7 @@ class ReorderChunks(Rule):
 
 @dataclass(frozen=True)
 class Tie(Rule):
-    """One tensor under two names, its own and `target`."""
+    """One tensor under two names, `source` and `target`."""
 
     source: str
     target: str
@@ -234,17 +236,17 @@ class Tie(Rule):
     targets = property(lambda self: (self.source, self.target))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Both as the source."""
+        """Return the source's shape twice."""
         return sources * 2
 
     def inverse(self, *sources: Shape) -> Apply:
-        """One of the two, which must be equal."""
+        """Return the rule that keeps one of the two tensors after checking that they are equal."""
         return Apply(_equal, (self.source, self.target), self.source, lambda source, target: source)
 
 
 @dataclass(frozen=True)
 class Dequantize(Rule):
-    """A low-precision weight and the scale beside it, multiplied out in fp32.
+    """A low-precision weight multiplied by the scale beside it, in fp32.
 
     The scale is one number, or has along each of its axes 1, the weight's extent, or a number of equal blocks.
     """
@@ -257,7 +259,7 @@ class Dequantize(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """The weight's."""
+        """Return the weight's shape."""
         weight, scale = sources
         # Where blocks do not divide the weight, their size cannot be told.
         fits = len(scale) <= len(weight) and all(
@@ -270,7 +272,7 @@ class Dequantize(Rule):
 
 @dataclass(frozen=True)
 class Constant(Rule):
-    """A tensor that the file leaves out, filled with one value."""
+    """A tensor that the file does not contain, filled with one value."""
 
     target: str
     shape: Shape
@@ -280,13 +282,13 @@ class Constant(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """As declared."""
+        """Return the declared shape."""
         return (self.shape,)
 
 
 @dataclass(frozen=True)
 class Apply(Rule):
-    """Anything else: `function(*sources) -> target`; `shape(*source_shapes)` says what comes out."""
+    """Any other conversion: `function(*sources)` makes the target, `shape(*source_shapes)` returns its shape."""
 
     function: Callable[..., Any]
     reads: tuple[str, ...]
@@ -297,13 +299,13 @@ class Apply(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """What `shape` says."""
+        """Return the shape that `shape` computes."""
         return (self.shape(*sources),)
 
 
 @dataclass(frozen=True)
 class Target:
-    """How one target key is made: output `index` of `rule` over `sources`."""
+    """A planned tensor: output `index` of `rule` applied to `sources`, of shape `shape`."""
 
     rule: Rule
     sources: tuple[str, ...]
@@ -313,7 +315,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """Target key -> how it is made, and the source keys that were dropped on purpose."""
+    """Target key -> planned tensor, and the source keys that the rules dropped."""
 
     targets: dict[str, Target]
     dropped: tuple[str, ...] = ()
@@ -325,14 +327,14 @@ class Plan:
 
 
 def plan(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
-    """Apply rules to keys.
+    """Return the plan that rules make for the keys of a file.
 
     Args:
-        rules: the first that matches a key takes it.
+        rules: tried in order; the first that matches a key takes it.
         shapes: source key -> shape.
 
     Raises:
-        KeyMismatch: a rule's sources are there only in part, do not fit, or two rules make one key.
+        KeyMismatch: some of a rule's sources are missing or have the wrong shape, or two rules make the same key.
     """
     targets: dict[str, Target] = {}
     dropped: list[str] = []
@@ -354,15 +356,19 @@ def plan(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
 
 
 def check(plan: Plan, wanted: Mapping[str, Shape], *, where: str, unused: str = "raise") -> list[str]:
-    """Hold a plan to what a module wants, before any tensor is read.
+    """Compare a plan with a module's parameters, before any tensor is read.
 
     Args:
+        plan: the plan of the file.
         wanted: parameter name -> shape.
-        where: the file, for the message.
-        unused: "raise", or "report" to return keys that the module does not know.
+        where: the file's name, for the message.
+        unused: "raise" counts keys that the module does not have as errors; "report" only returns them.
+
+    Returns:
+        The planned keys that the module does not have.
 
     Raises:
-        KeyMismatch: missing or unknown keys, or other shapes.
+        KeyMismatch: keys are missing or unknown, or shapes differ.
     """
     differences = key_differences(plan.shapes, wanted)
     faults = differences if unused == "raise" else replace(differences, unknown=())
@@ -372,7 +378,11 @@ def check(plan: Plan, wanted: Mapping[str, Shape], *, where: str, unused: str = 
 
 
 def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
-    """Concrete rules that take the plan's targets back to a file of these keys and shapes; for saving.
+    """Return the rules, without holes, that convert the plan's targets back to a file of these keys and shapes.
+
+    Args:
+        rules: the rules that read the file.
+        shapes: key -> shape of the file.
 
     Raises:
         ValueError: a rule has no inverse.
@@ -388,7 +398,7 @@ def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
 
 
 def concrete(rule: Rule, sources: tuple[str, ...]) -> Rule:
-    """A rule with its holes filled as they are for these sources."""
+    """Return a rule with its holes filled so that its sources are these keys."""
     holes = match(rule.sources[0], sources[0]) or {}
     names: dict[str, Any] = {}
     for name, value in vars(rule).items():
@@ -418,13 +428,18 @@ def _add(
 
 
 def _matches(rule: Rule, ordered: Sequence[str], taken: Container[str]) -> list[dict[str, str]]:
-    """What fills the holes of a rule's patterns, for each set of sources that is there, among sorted keys."""
+    """Return one filling of the holes for each set of keys that a rule's source patterns match.
+
+    Args:
+        ordered: the keys, sorted.
+        taken: keys that earlier rules have used.
+    """
     if not rule.sources:
         return [{}]
     found: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
     for pattern in rule.sources:
         start = pattern.partition("{")[0]
-        # Thousands of keys meet hundreds of rules: look only where the pattern's beginning is.
+        # With thousands of keys and hundreds of rules only the keys that start as the pattern does are compared.
         for index in range(bisect.bisect_left(ordered, start), len(ordered)):
             key = ordered[index]
             if not key.startswith(start):
@@ -436,7 +451,7 @@ def _matches(rule: Rule, ordered: Sequence[str], taken: Container[str]) -> list[
 
 
 def match(pattern: str, key: str) -> dict[str, str] | None:
-    """What fills a pattern's holes so that it is this key; None if nothing does."""
+    """Return the hole -> text that makes a pattern equal to a key; None if the key does not match."""
     if "{" not in pattern:
         return {} if pattern == key else None
     if not key.startswith(pattern.partition("{")[0]):
@@ -447,8 +462,13 @@ def match(pattern: str, key: str) -> dict[str, str] | None:
     return {"{*}" if name == "rest" else f"{{{name}}}": text for name, text in found.groupdict().items()}
 
 
+def normalized_key(key: str) -> str:
+    """Return a key with every number in it replaced by `N`, so that keys of repeated blocks are equal."""
+    return _NUMBER.sub("N", key)
+
+
 def fill(pattern: str, holes: Mapping[str, str]) -> str:
-    """A pattern with its holes filled."""
+    """Return a pattern with its holes replaced by the given texts."""
     for hole, text in holes.items():
         pattern = pattern.replace(hole, text)
     return pattern

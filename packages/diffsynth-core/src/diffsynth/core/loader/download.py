@@ -1,4 +1,4 @@
-"""Fetching a `ModelConfig`'s files with the hub's own library, and holding what came to what the hub announced."""
+"""Downloading a `ModelConfig`'s files with the hub's own library, and checking them against the hub's checksums."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _FOLDER_OPTION = {"huggingface": "--local-dir", "modelscope": "--local_dir"}
 
 
 def download(config: ModelConfig) -> None:
-    """Fetch what the patterns match into `config.folder`; what an interrupted call left is gone on with.
+    """Download the files that the config's patterns match into `config.folder`; an interrupted download is resumed.
 
     Raises:
-        DownloadFailed: the hub could not be reached or refused, the disk is full, or the content is not what the hub
-            announced; the message says what to do.
+        DownloadFailed: the hub could not be reached or refused, the disk is full, or a checksum differs; the message
+            says what to do.
     """
     logger.info("downloading %s from %s to %s", config, config.hub, config.folder)
     started = time.time()
     try:
         _FETCHERS[config.hub](config)
-    except Exception as error:  # each hub library raises its own kinds, and those of its http client
-        # A library may quote the headers that it sent: its words pass only without the token, and not as the cause.
-        leaks = bool(config.token) and config.token in _all_words(error)
+    except Exception as error:  # each hub library raises its own exceptions, and those of its http client
+        # A library may quote the headers that it sent: an error that shows the token is not chained.
+        leaks = bool(config.token) and config.token in _all_texts(error)
         raise DownloadFailed(_explain(config, error)) from (None if leaks else error)
     _check_content(config, since=started)
 
 
 def command(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
-    """What to type to fetch the same files by hand, or those of some of its patterns alone."""
+    """Return the shell command that downloads the same files, or those of some patterns only."""
     start = {
         "huggingface": ["hf", "download", str(config.model_id)],
         "modelscope": ["modelscope", "download", "--model", str(config.model_id)],
@@ -84,16 +84,16 @@ _FETCHERS: dict[str, Callable[[ModelConfig], None]] = {
 
 
 def _check_content(config: ModelConfig, *, since: float) -> None:
-    """Files that came just now and whose sha256 the hub announced; ModelScope's library looks for itself."""
+    """Check the sha256 of each new file that the hub noted one for; ModelScope's library checks its own files."""
     for file in sorted(config.folder.rglob("*")):
-        # A second of grace: file systems round their times.
+        # One second of tolerance, because file systems round their times.
         if not file.is_file() or file.stat().st_mtime < since - 1 or not (announced := hub_sha256(file)):
             continue
         if (found := _sha256(file)) != announced:
             file.unlink()
             raise DownloadFailed(
-                f"{file} came with sha256 {found}, the hub announced {announced}: it was damaged on its way, or what "
-                f"answered was not the hub. It is removed. Load again to fetch it again."
+                f"{file} came with sha256 {found}, the hub announced {announced}: it was damaged in transfer, or the "
+                f"answer did not come from the hub. It is removed. Load again to fetch it again."
             )
 
 
@@ -107,15 +107,15 @@ def _sha256(file: Path) -> str:
 
 def _explain(config: ModelConfig, error: Exception) -> str:
     other = next(hub for hub in _FETCHERS if hub != config.hub)
-    # The library that tries all files before it gives up says little itself: the first file's error tells more.
-    told = next(iter(_failed_files(error)), error)
-    words = str(told).strip()
+    # A library that tries all files before it fails raises a summary: the first file's error says more.
+    cause = next(iter(_failed_files(error)), error)
+    text = str(cause).strip()
     if config.token:
-        words = words.replace(config.token, "***")
-    reason = words.splitlines()[0] if words else "no reason given"
-    failed = f"could not fetch {config} from {config.hub}: {type(told).__name__}: {reason:.200}."
+        text = text.replace(config.token, "***")
+    reason = text.splitlines()[0] if text else "no reason given"
+    failed = f"could not fetch {config} from {config.hub}: {type(cause).__name__}: {reason:.200}."
     if _is_full(error):
-        return f"{failed} Make room on the disk of {config.folder}, then load again: what is there is kept."
+        return f"{failed} Make room on the disk of {config.folder}, then load again: files that are complete are kept."
     return (
         f"{failed} {_advice(error)}; "
         f"or set DIFFSYNTH_DOWNLOAD_SOURCE={other}; "
@@ -128,23 +128,23 @@ def _advice(error: Exception) -> str:
     status = next((code for code in codes if code is not None), None)
     if status in (401, 403):
         return (
-            "The repository wants a login or an accepted license: accept it on its page and give ModelConfig a token, "
-            "or log in with the hub's own command"
+            "The repository requires a login or an accepted license: accept it on its page and give ModelConfig a "
+            "token, or log in with the hub's own command"
         )
     if status == 404:
         return "The hub has no repository or revision of that name: check the spelling"
-    return "Check the network and the name, then load again: what is there already is kept"
+    return "Check the network and the name, then load again: files that are complete are kept"
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error, those that it came from, and those of single files."""
+    """Return an error, the errors that caused it, and those of single files."""
     found: list[BaseException] = []
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        cause = waiting.pop(0)
+    remaining: list[BaseException | None] = [error]
+    while remaining:
+        cause = remaining.pop(0)
         if cause is not None and cause not in found:
             found.append(cause)
-            waiting += [cause.__cause__, cause.__context__, *getattr(cause, "failed_files", {}).values()]
+            remaining += [cause.__cause__, cause.__context__, *getattr(cause, "failed_files", {}).values()]
     return found
 
 
@@ -152,12 +152,12 @@ def _failed_files(error: BaseException) -> list[BaseException]:
     return [each for cause in _causes(error) for each in getattr(cause, "failed_files", {}).values()]
 
 
-def _all_words(error: Exception) -> str:
+def _all_texts(error: Exception) -> str:
     return " ".join(f"{cause} {cause!r}" for cause in _causes(error))
 
 
 def _is_full(error: Exception) -> bool:
     full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
     return any(isinstance(cause, OSError) and cause.errno in full for cause in _causes(error)) or (
-        "No space left" in _all_words(error)
+        "No space left" in _all_texts(error)
     )

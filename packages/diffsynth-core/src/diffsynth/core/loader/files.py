@@ -1,4 +1,7 @@
-"""From a `ModelConfig` to files on disk. Never an empty answer: what is not there is said, with what is."""
+"""Finding the files of a `ModelConfig`, or of the checkpoint at a path.
+
+The result is never empty: a file that is missing raises an error that shows the folder's contents.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from diffsynth.core.loader import download, file_kinds
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.loader.explain import kinds
 from diffsynth.errors import CorruptFile, NoFiles, shortened
 from diffsynth.spec import Source, parse_source
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _UNFINISHED = re.compile(r"\.(incomplete|partial|lock|tmp)$")
-"""What hub libraries and we ourselves leave beside files that are still on their way."""
+"""Names of files that are still being downloaded or written."""
 
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
@@ -25,37 +28,38 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffi
 _NO_WEIGHTS = re.compile(
     r"((optimizer|scheduler|training_args|rng_state|random_states|scaler)[\w-]*|state)\.(bin|pth?)"
 )
-"""What training programs leave beside weights."""
+"""Names of other pickles that training programs write beside weights."""
 
 
 def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> list[Path]:
-    """Local files (or one folder) of a config, downloaded first if they are not there and the network is allowed.
+    """Return the local files (or one folder) of a config, downloaded first if they are missing and downloads are on.
 
     Args:
-        resolve: asked for the files of a `scheme://` source that core does not know.
+        config: the checkpoint, or another file or folder of a repository.
+        resolve: called for the files of a `scheme://` source that core does not know; returns None if it does not
+            know it either.
 
     Raises:
-        NoFiles: nothing matches, or shards are missing; the message shows where it looked and what is there.
-        CorruptFile: an index of shards that is none.
-        DownloadFailed: the hub could not be reached.
+        ValueError: a config that has tensors in memory.
+        NoFiles: nothing matches, or shards are missing; the message shows the folder and its contents.
+        CorruptFile: an index of shards does not parse.
+        DownloadFailed: the download failed.
     """
     if config.state_dict is not None:
-        raise ValueError("this ModelConfig has a state_dict and so no files; read its header with header.read_config")
+        raise ValueError("this ModelConfig has a state_dict and no files; read its header with checkpoint.read_config")
     if config.path is not None:
         return _from_paths(config.path)
     if config.source is not None:
         return _from_source(config.source, resolve)
     found = _in_folder(config.folder, config.patterns)
     if (_unmatched(config) or missing_shards(found)) and not config.offline:
-        from diffsynth.core.loader.download import download
-
-        download(config)
+        download.download(config)
         found = _in_folder(config.folder, config.patterns)
     if unmatched := _unmatched(config):
         named = " and ".join(map(repr, unmatched))
         raise NoFiles(
             f"no file matches {named} in {config.folder}. "
-            f"{_how_to_fetch(config, unmatched)}{_what_is_there(config.folder)}"
+            f"{_how_to_fetch(config, unmatched)}{_contents_of(config.folder)}"
         )
     _reject_missing_shards(
         found, _how_to_fetch(config) if config.offline else "Check that the pattern takes all of them."
@@ -64,7 +68,7 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
 
 
 def _unmatched(config: ModelConfig) -> list[str]:
-    """Patterns that nothing here matches; one may be there while another is not."""
+    """Return the patterns that no local file matches."""
     patterns = config.patterns or ("./",)
     return [pattern for pattern in patterns if not _in_folder(config.folder, () if pattern == "./" else (pattern,))]
 
@@ -72,17 +76,15 @@ def _unmatched(config: ModelConfig) -> list[str]:
 def _how_to_fetch(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
     if not config.offline:
         return f"The repository on {config.hub} has none: check the pattern. "
-    from diffsynth.core.loader.download import command
-
-    return f"Downloads are off (skip_download or DIFFSYNTH_SKIP_DOWNLOAD). Run: {command(config, patterns)}  "
+    return f"Downloads are off (skip_download or DIFFSYNTH_SKIP_DOWNLOAD). Run: {download.command(config, patterns)}  "
 
 
 def checkpoint_at(path: Path) -> list[Path]:
-    """The files of the checkpoint that a path stands for: a file, any shard of a set, an index, or a folder.
+    """Return the files of the checkpoint at a path: a file, any shard of a set, an index of shards, or a folder.
 
     Raises:
-        NoFiles: there is none, shards are missing, or the folder holds several.
-        CorruptFile: an index of shards that is none.
+        NoFiles: there is no checkpoint, shards are missing, or the folder holds several.
+        CorruptFile: an index of shards does not parse.
     """
     if path.is_dir():
         return only_checkpoint(path)
@@ -93,15 +95,15 @@ def checkpoint_at(path: Path) -> list[Path]:
 
 
 def only_checkpoint(folder: Path) -> list[Path]:
-    """The files of the one checkpoint that lies in a folder; folders below it do not count.
+    """Return the files of the one checkpoint in a folder, without its subfolders.
 
     Raises:
-        NoFiles: none, several, or shards are missing; the message says what is there.
+        NoFiles: there is no checkpoint, there are several, or shards are missing; the message shows what is there.
     """
     found = _checkpoints_in(folder)
     if not found:
         below = sorted({file.parent.name for file in folder.glob("*/*") if file.suffix in WEIGHT_SUFFIXES})
-        hint = f" These folders in it do: {', '.join(below)}. Name one." if below else f" {_what_is_there(folder)}"
+        hint = f" These folders in it do: {', '.join(below)}. Name one." if below else f" {_contents_of(folder)}"
         raise NoFiles(f"folder {folder} holds no {' or '.join(WEIGHT_SUFFIXES)} weights.{hint}")
     if len(found) > 1:
         named = "; ".join(
@@ -113,14 +115,14 @@ def only_checkpoint(folder: Path) -> list[Path]:
 
 
 def _checkpoints_in(folder: Path) -> list[list[Path]]:
-    """Its weight files, those of one checkpoint together."""
+    """Return the weight files of a folder, grouped by checkpoint."""
     files = sorted(
         file
         for file in folder.iterdir()
         if file.suffix in WEIGHT_SUFFIXES and not file.name.startswith(".") and not _NO_WEIGHTS.fullmatch(file.name)
     )
     if any(file.suffix == ".safetensors" for file in files):
-        # The older container of the same weights, kept for older readers.
+        # Repositories keep the same weights as a pickle for older programs.
         files = [file for file in files if not (file.name.startswith("pytorch_model") and file.suffix == ".bin")]
     indexed = {folder / name: index.name for index in folder.glob("*.index.json") for name in _indexed(index)}
     groups: dict[str, list[Path]] = {}
@@ -132,7 +134,11 @@ def _checkpoints_in(folder: Path) -> list[list[Path]]:
 
 
 def weights_state(sources: Iterable[str], base_path: Path) -> str:
-    """ "present", "partial" or "absent", by looking at names alone; a source that core cannot look at is absent.
+    """Return "present", "partial" or "absent", by file names alone; a source that core cannot resolve is absent.
+
+    Args:
+        sources: source strings of a model's files.
+        base_path: the folder under which repositories are downloaded.
 
     Raises:
         ValueError: a source does not parse.
@@ -144,7 +150,7 @@ def weights_state(sources: Iterable[str], base_path: Path) -> str:
 
 
 def missing_shards(files: Iterable[Path]) -> list[Path]:
-    """The shards that are numbered or indexed beside these files and not among them; folder by folder."""
+    """Return the shards that belong to these files by number or by an index beside them, and are not among them."""
     files = set(files)
     wanted: set[Path] = set()
     for file in files:
@@ -157,18 +163,18 @@ def missing_shards(files: Iterable[Path]) -> list[Path]:
     for folder in {file.parent for file in files}:
         for index in folder.glob("*.index.json"):
             listed = {folder / name for name in _indexed(index)}
-            # An index beside a file that it does not list speaks of another checkpoint.
+            # An index that lists none of the files belongs to another checkpoint.
             wanted.update(listed if listed & files else ())
     return sorted(wanted - files)
 
 
 def _indexed(index: Path) -> list[str]:
-    """Names of the shards in an index; none if it does not parse, for the shards themselves are what counts."""
+    """Return the file names in an index of shards; an empty list if it does not parse."""
     try:
         names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
-    # A name that leads out of the folder is nothing that a checkpoint's own index would say.
+    # Names that lead out of the folder are ignored: no checkpoint's own index has them.
     return sorted(name for name in names if name and not Path(name).is_absolute() and ".." not in Path(name).parts)
 
 
@@ -178,12 +184,12 @@ def _from_paths(path: str | Path | Iterable[str | Path]) -> list[Path]:
         raise NoFiles("path is an empty list; expected the files of one checkpoint")
     for each in paths:
         if not each.exists():
-            raise NoFiles(f"{each} {kinds.why_not_there(each)}. {_what_is_there(each.parent)}")
+            raise NoFiles(f"{each} {file_kinds.why_missing(each)}. {_contents_of(each.parent)}")
     if len(paths) == 1 and paths[0].name.endswith(".index.json"):
         index = paths[0]
         paths = [index.parent / name for name in _indexed(index)]
         if not paths:
-            raise CorruptFile(f"{index} is no index of shards: it has no weight_map. Fetch it again.")
+            raise CorruptFile(f"{index} is not an index of shards: it has no weight_map. Fetch it again.")
         if missing := [each.name for each in paths if not each.exists()]:
             raise NoFiles(
                 f"{len(missing)} of the {len(paths)} shards in {index} are missing: {', '.join(missing)}. "
@@ -198,7 +204,7 @@ def _from_source(text: str, resolve: Callable[[str], list[Path] | None] | None) 
     if source.scheme == "package":
         path = _package_path(source)
         if not path.exists():
-            raise NoFiles(f"{text}: {path} does not exist. {_what_is_there(path.parent)}")
+            raise NoFiles(f"{text}: {path} does not exist. {_contents_of(path.parent)}")
         return [path]
     found = resolve(text) if resolve is not None else None
     if not found:
@@ -211,7 +217,7 @@ def _from_source(text: str, resolve: Callable[[str], list[Path] | None] | None) 
 def _package_path(source: Source) -> Path:
     package, _, inside = source.location.partition("/")
     try:
-        # Finds a top-level package without importing it, and so without its torch.
+        # `find_spec` of a top-level package does not import it, so torch is not loaded.
         found = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         found = None
@@ -239,7 +245,7 @@ def _has_content(folder: Path) -> bool:
 
 
 def _is_present(source: Source, base_path: Path) -> bool | None:
-    """True, False, or None for a part of it."""
+    """Return whether the files of a source are present; None if only a part of them is."""
     if source.scheme:
         try:
             return source.scheme == "package" and _package_path(source).exists()
@@ -262,7 +268,8 @@ def _reject_missing_shards(files: list[Path], next_step: str = "") -> None:
         )
 
 
-def _what_is_there(folder: Path) -> str:
+def _contents_of(folder: Path) -> str:
+    """Return a sentence that lists the contents of a folder, or of its nearest parent that exists."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():

@@ -1,4 +1,6 @@
-"""What our own packages have, for those that are not installed: read only after a lookup or a recognition failed.
+"""The models, commands and architectures of our own packages, for error messages about packages that are missing.
+
+Read only after a lookup or a recognition failed.
 
 `data/first_party.json` is written by `tools/first_party.py` from the families themselves:
 
@@ -16,32 +18,31 @@ import functools
 import importlib.metadata
 import importlib.resources
 import json
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffsynth import _env
+from diffsynth.core.loader.convert import normalized_key
 
-_NUMBER = re.compile(r"\d+")
 _ALIKE = 0.6
-"""Share of an architecture's required keys that a file must have: layouts that other tools write rename some."""
+"""Share of an architecture's required keys that a file must have; below 1 because other tools rename some keys."""
 
 
 @functools.cache
 def packages() -> Mapping[str, Mapping[str, Any]]:
-    """Distribution -> what it has."""
+    """Return distribution -> its models, commands and architectures."""
     text = importlib.resources.files("diffsynth").joinpath("data/first_party.json").read_text(encoding="utf-8")
     found: dict[str, dict[str, Any]] = json.loads(text)
     return found
 
 
 def models_by_package() -> dict[str, list[str]]:
-    """Distribution -> names of the models it brings, for those that bring any."""
+    """Return distribution -> names of its models, for distributions that have any."""
     return {name: sorted(contents["models"]) for name, contents in packages().items() if contents.get("models")}
 
 
 def where_is_model(name: str) -> str:
-    """Which package has the model, and what to type: `It is in diffsynth-x. Run: pip install diffsynth-x`, or nothing.
+    """Return `"It is in diffsynth-x. Run: pip install diffsynth-x"` for a model; empty if no package has it.
 
     Args:
         name: a model's name or hub id, in any case.
@@ -51,7 +52,7 @@ def where_is_model(name: str) -> str:
 
 
 def near_model(name: str) -> str:
-    """The model of nearest spelling that a package has, and what to type; or nothing."""
+    """Return a sentence with the model of the nearest spelling and its install command; empty if none is near."""
     homes = _models()
     near = difflib.get_close_matches(name.lower(), [spelling.lower() for spelling in homes], n=1)
     for spelling, distribution in homes.items():
@@ -61,26 +62,27 @@ def near_model(name: str) -> str:
 
 
 def where_is_command(name: str) -> str:
-    """Which package has a command of the program, and what to type; or nothing."""
+    """Return the sentence of `where_is_model` for a command of the program; empty if no package has it."""
     return _where("commands", name)
 
 
 def where_is_architecture(name: str) -> str:
-    """Which package has an architecture, and what to type; or nothing."""
+    """Return the sentence of `where_is_model` for an architecture; empty if no package has it."""
     return _where("architectures", name)
 
 
 def whose_keys(keys: Iterable[str]) -> str:
-    """Which package that is not in use knows a file by its keys, and what to type; or nothing.
+    """Return a sentence with the package, not in use, whose architecture has these keys; empty if there is none.
 
     Args:
-        keys: of the file, as they are; a wrapper prefix may stand before them.
+        keys: the file's keys; they may have a wrapper prefix.
     """
+    # Imported here: other users of this module, such as `diffsynth list`, do not need the reader of headers.
     from diffsynth.core.loader.header import wrapper_prefixes
 
     keys = list(keys)
     views = [
-        {normal(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
+        {normalized_key(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
         for prefix in ("", *wrapper_prefixes(keys))
     ]
     found = [
@@ -97,7 +99,7 @@ def whose_keys(keys: Iterable[str]) -> str:
 
 
 def how_to_get(distribution: str) -> str:
-    """The next thing to type for a package that is missing, left out by DIFFSYNTH_PLUGINS, or too old."""
+    """Return the command for a package that is not installed, left out by DIFFSYNTH_PLUGINS, or too old."""
     names = _plugin_names(distribution)
     if names is None:
         return f"Run: pip install {distribution}"
@@ -108,13 +110,8 @@ def how_to_get(distribution: str) -> str:
     return f"Run: pip install -U {distribution}"
 
 
-def normal(key: str) -> str:
-    """A key with every number alike."""
-    return _NUMBER.sub("N", key)
-
-
 def _models() -> dict[str, str]:
-    """Every spelling of every model -> its distribution."""
+    """Return name or hub id of every model -> its distribution."""
     return {
         spelling: distribution
         for distribution, contents in packages().items()
@@ -137,7 +134,7 @@ def _in_use(distribution: str) -> bool:
 
 
 def _plugin_names(distribution: str) -> frozenset[str] | None:
-    """The plugins of an installed distribution; None if it is not installed."""
+    """Return the plugin names of a distribution; None if it is not installed."""
     try:
         entries = importlib.metadata.distribution(distribution).entry_points
     except importlib.metadata.PackageNotFoundError:

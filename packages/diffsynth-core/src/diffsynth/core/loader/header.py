@@ -1,4 +1,7 @@
-"""Reading what a checkpoint holds without reading it: names, shapes, dtypes and where the bytes are. No torch."""
+"""The header of a checkpoint: keys, shapes, dtypes and byte offsets of its tensors. No torch.
+
+Pickles and tensors in memory get a header, too: see `checkpoint.read_files` and `pickled`.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,21 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader import file_kinds
+from diffsynth.core.loader.convert import Shape
 from diffsynth.core.loader.dtypes import BITS
-from diffsynth.core.loader.explain import kinds
-from diffsynth.core.loader.files import PICKLE_SUFFIXES, find, only_checkpoint
+from diffsynth.core.loader.files import only_checkpoint
 from diffsynth.errors import CorruptFile, KeyMismatch, shortened
-
-Shape = tuple[int, ...]
 
 ARCHITECTURE_KEY = "diffsynth.architecture"
 CONFIG_KEY = "diffsynth.config"
 LAYOUT_KEY = "diffsynth.layout"
 SAVE_KEY = "diffsynth.save"
-"""What our own files say of themselves in their metadata: architecture, the JSON of its config's fields, the published
-layout whose names the file has, and which call of `save_checkpoint` wrote it."""
+"""Metadata keys of files that `save_checkpoint` writes: the architecture, its config's fields as JSON, the published
+layout whose names the file has, and an id of the call that wrote it."""
 
 HEADER_LIMIT = 100_000_000
-"""Bytes of JSON that the format allows; a longer header is a damaged length."""
+"""Bytes of JSON that the format allows; a larger length field is damaged."""
 
 WRAPPER_PREFIXES = (
     "model.diffusion_model.",
@@ -44,14 +45,14 @@ WRAPPER_PREFIXES = (
     "state_dict.",
     "model.",
 )
-"""What trainers and other tools put before every key; tried only when the bare keys are not recognised."""
+"""Prefixes that trainers and other tools put before every key."""
 
 _NAMED_TEXT_ENCODER = re.compile(r"text_encoders\.[^.]+\.(transformer\.)?")
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What tells a file from one that was put in its place: bytes, time of the last change, and its number on disk."""
+    """A file's size in bytes, time of the last change and inode, which tell whether it was replaced or changed."""
 
     size: int
     modified_ns: int
@@ -59,7 +60,7 @@ class FileStamp:
 
     @classmethod
     def of(cls, file: Path | int) -> FileStamp:
-        """The stamp of a path or an open descriptor.
+        """Return the stamp of a path or an open descriptor.
 
         Raises:
             OSError: there is no such file.
@@ -70,13 +71,13 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file.
+    """Dtype, shape and place of one tensor.
 
     Args:
-        dtype: as safetensors spells it, "BF16".
-        shape: row-major.
-        file: where it is; None for tensors that are in memory.
-        start, end: byte range in the file.
+        dtype: its name in the safetensors format, `"BF16"`.
+        shape: extents, row-major.
+        file: the file that holds it; None for a tensor in memory.
+        start, end: offsets in the file of its first byte and behind its last.
     """
 
     dtype: str
@@ -88,11 +89,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """All tensors of one logical checkpoint, which may be several files.
+    """All tensors of one checkpoint, which may be several files.
 
-    `tensors_in_memory` holds the tensors themselves where the source is a pickle or a given state dict, `nested` the
-    shapes of a pickle of dicts in dicts; `tensors` has such keys joined by dots. `stamps` remembers the files as they
-    were when this was read.
+    Args:
+        tensors: key -> dtype, shape and place; keys of nested dicts are joined by dots.
+        metadata: the text entries of the safetensors headers.
+        files: the files, in order; empty for a state dict.
+        tensors_in_memory: key -> tensor, if the source is a pickle or a state dict.
+        nested: key -> shape, nested as the pickle is; None if it is flat.
+        stamps: file -> its stamp when the header was read.
     """
 
     tensors: dict[str, TensorInfo]
@@ -109,20 +114,20 @@ class Header:
 
     @property
     def where(self) -> str:
-        """Its files, for a message."""
+        """The names of the files, for messages."""
         if not self.files:
             return "the given state_dict"
         return shortened(self.files, 1)
 
     def check_unchanged(self, file: Path, descriptor: int | None = None) -> None:
-        """Hold a file to what it was when this header was read.
+        """Raise if a file was changed since this header was read.
 
         Args:
             file: one of `files`.
-            descriptor: of the file as it was opened; None asks what is there under its name.
+            descriptor: descriptor of the opened file; None checks the file that has this name now.
 
         Raises:
-            CorruptFile: it was replaced or written to since, or is gone.
+            CorruptFile: the file was replaced, written to or removed.
         """
         if (before := self.stamps.get(file)) is None:
             return
@@ -135,27 +140,23 @@ class Header:
             raise CorruptFile(f"{file} changed since its header was read{size}. Load it again.")
 
 
-def read_config(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> Header:
-    """The header of a `ModelConfig`'s files (see `files.find`), or of the tensors it carries."""
-    if config.state_dict is not None:
-        from diffsynth.core.loader import pickled
+def read(files: Iterable[Path], read_file: Callable[[Path], Header] | None = None) -> Header:
+    """Return the merged header of one checkpoint's safetensors files, or of the one checkpoint in a folder.
 
-        return pickled.of_state_dict(config.state_dict)
-    return read(find(config, resolve=resolve))
-
-
-def read(files: Iterable[Path]) -> Header:
-    """The merged header of one checkpoint's files, or of the one checkpoint in a folder.
+    Args:
+        files: the files, or one folder.
+        read_file: the function that reads one file; None is `read_safetensors`.
 
     Raises:
-        NoFiles: a file is not there, or a folder holds no checkpoint or several.
-        CorruptFile: truncated, or no checkpoint.
-        KeyMismatch: these are not parts of one checkpoint.
+        NoFiles: a file does not exist, or a folder holds no checkpoint or several.
+        CorruptFile: a file is truncated, or no checkpoint.
+        KeyMismatch: the files are not parts of one checkpoint.
     """
+    read_file = read_safetensors if read_file is None else read_file
     files = tuple(files)
     if len(files) == 1 and files[0].is_dir():
         files = tuple(only_checkpoint(files[0]))
-    parts = [_read_one(file) for file in files]
+    parts = [read_file(file) for file in files]
     if len(parts) == 1:
         return parts[0]
     tensors: dict[str, TensorInfo] = {}
@@ -169,14 +170,6 @@ def read(files: Iterable[Path]) -> Header:
         in_memory |= part.tensors_in_memory or {}
         stamps |= part.stamps
     return Header(tensors, metadata, files, in_memory or None, None, stamps)
-
-
-def _read_one(file: Path) -> Header:
-    if file.suffix.lower() not in PICKLE_SUFFIXES:
-        return read_safetensors(file)
-    from diffsynth.core.loader import pickled
-
-    return pickled.read(file)
 
 
 def _check_same_checkpoint(
@@ -197,15 +190,15 @@ def _check_same_checkpoint(
 
 
 def read_safetensors(file: Path) -> Header:
-    """The header of one safetensors file: 8 bytes of length, then JSON, then the data it points into.
+    """Return the header of one safetensors file: 8 bytes of length, then JSON, then the tensors' data.
 
-    Gaps between tensors and bytes behind the last are allowed: nothing reads them. Tensors that overlap are not.
+    Gaps between tensors and bytes behind the last one are accepted, overlapping tensors are not.
 
     Raises:
         NoFiles: there is no such file.
-        CorruptFile: what is wrong, and with which file.
+        CorruptFile: the file is damaged or of another kind; the message says how.
     """
-    with kinds.open_weights(file) as stream:
+    with file_kinds.open_weights(file) as stream:
         stamp = FileStamp.of(stream.fileno())
         text, base = _header_text(file, stream, stamp.size)
     try:
@@ -224,7 +217,7 @@ def read_safetensors(file: Path) -> Header:
 
 
 def _header_text(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, int]:
-    """The JSON, and where the data begins. What is read is at most the format's limit, whatever the file says."""
+    """Return the JSON text and the offset of the data; never reads more than the format's limit."""
     start = stream.read(9)
     if size < 8:
         raise CorruptFile(f"{file} is not a safetensors file: it has {size} bytes")
@@ -299,9 +292,10 @@ def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> N
 
 
 def signature(shapes: Mapping[str, Any]) -> str:
-    """The md5 identity of a layout, bit-compatible with published hashes.
+    """Return the md5 that identifies a layout, equal to the published hashes.
 
-    Every tensor gives `key:d0_d1` and `key`, a nested dict `key|` and its own entries; sorted, joined by commas.
+    The hashed text has `key:d0_d1` and `key` for every tensor, and `key|` with its own entries for a nested dict,
+    sorted and joined by commas.
 
     Args:
         shapes: key -> shape, or a nested mapping of the same kind.
@@ -320,19 +314,19 @@ def _signed_text(shapes: Mapping[str, Any]) -> str:
 
 
 def strip_prefix(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
-    """The entries under a prefix, without it."""
+    """Return the entries whose key starts with a prefix, with the prefix removed."""
     return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
 
 
 def wrapper_prefixes(keys: Iterable[str]) -> tuple[str, ...]:
-    """The wrapper prefixes that stand before some of these keys, the more specific first.
+    """Return the known wrapper prefixes that some of these keys start with, the more specific first.
 
-    Which of them really wraps a component only recognition can tell: Qwen3's own names begin with `model.`.
+    A prefix found here may belong to the component's own names (Qwen3's begin with `model.`): recognition decides.
     """
     keys = list(keys)
     heads = {key.partition(".")[0] for key in keys}
     possible = [prefix for prefix in WRAPPER_PREFIXES if prefix.partition(".")[0] in heads]
-    # A checkpoint of everything in one file, as other programs write it, names its text encoders too.
+    # A file that holds a whole pipeline, as other programs write it, has its text encoders by name.
     several = "text_encoders" in heads
     named = {match[0]: None for key in keys if several and (match := _NAMED_TEXT_ENCODER.match(key))}
     return (*named, *(prefix for prefix in possible if any(key.startswith(prefix) for key in keys)))

@@ -1,4 +1,4 @@
-"""What tells one weight file from another: the hub's sha256 if it is known, else a sampled one."""
+"""The identity of a weight file: the hub's sha256 if it is known, otherwise a sha256 of samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCKS = 64
 
 
 def file_identity(path: Path) -> str:
-    """`"sha256:..."` as the hub states it, or `"sampled-sha256:..."` of the size, the header and 64 blocks of 1 MiB.
+    """Return `"sha256:..."` as the hub states it, or `"sampled-sha256:..."` of the size, header and 64 blocks of 1 MiB.
 
     Files of at most 64 MiB are read whole. Sampled identities are cached by path, size and modification time.
 
@@ -38,6 +38,23 @@ def file_identity(path: Path) -> str:
     return identity
 
 
+def hub_sha256(path: Path) -> str:
+    """Return the sha256 that huggingface_hub noted beside a download; empty if there is no valid note.
+
+    The note has three lines: commit, etag, time. It is not valid for a file that was written after it.
+    """
+    for folder in path.resolve().parents:
+        note = folder / ".cache" / "huggingface" / "download" / f"{path.resolve().relative_to(folder)}.metadata"
+        if note.is_file():
+            lines = note.read_text(encoding="utf-8").splitlines()
+            if len(lines) < 3 or not re.fullmatch(r"[0-9a-f]{64}", lines[1].strip()):
+                return ""
+            return lines[1].strip() if path.stat().st_mtime <= _seconds(lines[2]) + 1 else ""
+        if (folder / ".cache").is_dir():
+            return ""
+    return ""
+
+
 def _sampled(path: Path, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
@@ -52,27 +69,10 @@ def _sampled(path: Path, size: int) -> str:
 
 
 def _header_length(path: Path, size: int) -> int:
-    """Bytes of a safetensors header with its length field; a block for anything else."""
+    """Return the bytes of a safetensors header with its length field; one block for any other file."""
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         return 8 + length if length < size and stream.read(1) == b"{" else BLOCK
-
-
-def hub_sha256(path: Path) -> str:
-    """The checksum that huggingface_hub leaves beside a download: commit, etag, time, one a line.
-
-    A file that was written after the note is no longer what the note says.
-    """
-    for folder in path.resolve().parents:
-        note = folder / ".cache" / "huggingface" / "download" / f"{path.resolve().relative_to(folder)}.metadata"
-        if note.is_file():
-            lines = note.read_text(encoding="utf-8").splitlines()
-            if len(lines) < 3 or not re.fullmatch(r"[0-9a-f]{64}", lines[1].strip()):
-                return ""
-            return lines[1].strip() if path.stat().st_mtime <= _seconds(lines[2]) + 1 else ""
-        if (folder / ".cache").is_dir():
-            return ""
-    return ""
 
 
 def _seconds(text: str) -> float:

@@ -1,4 +1,7 @@
-"""Torch pickles (`.pth`, `.pt`, `.bin`, `.ckpt`), read with `weights_only=True` and mapped, so tensors stay on disk."""
+"""Headers of torch pickles (`.pth`, `.pt`, `.bin`, `.ckpt`) and of state dicts in memory.
+
+A pickle is loaded with `weights_only=True`, so that it cannot run code, and mapped, so that its tensors stay on disk.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from typing import Any
 
 import torch
 
+from diffsynth.core.loader import file_kinds
 from diffsynth.core.loader.dtypes import dtype_names
-from diffsynth.core.loader.explain import kinds
 from diffsynth.core.loader.header import FileStamp, Header, TensorInfo
 from diffsynth.errors import CorruptFile
 
@@ -18,15 +21,16 @@ _WRAPPERS = ("state_dict", "module", "model_state")
 
 
 def read(file: Path) -> Header:
-    """The header of a pickle; a single `state_dict`, `module` or `model_state` around it is taken off.
+    """Return the header of a pickle; a single `state_dict`, `module` or `model_state` around its tensors is removed.
 
     Raises:
-        CorruptFile: not a pickle of tensors, or one that would run code.
+        NoFiles: there is no such file.
+        CorruptFile: the file is not a pickle of tensors, or it would run code.
     """
-    with kinds.open_weights(file, pickled=True) as stream:
+    with file_kinds.open_weights(file, pickled=True) as stream:
         stamp = FileStamp.of(stream.fileno())
     try:
-        # Files of before torch 1.6 are no archives, which is what can be mapped: those are read whole.
+        # Files written before torch 1.6 are no archives and cannot be mapped: they are read whole.
         mapped = zipfile.is_zipfile(file)
         loaded = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # damaged bytes end anywhere in the unpickler: KeyError, IndexError, struct.error, ...
@@ -40,10 +44,15 @@ def read(file: Path) -> Header:
 def of_state_dict(
     state_dict: Mapping[str, Any], files: tuple[Path, ...] = (), stamps: Mapping[Path, FileStamp] | None = None
 ) -> Header:
-    """The header of tensors that are in memory; nested dicts are flattened with dots.
+    """Return the header of tensors in memory. Keys of nested dicts are joined by dots.
+
+    Args:
+        state_dict: tensors by key; values that are neither tensors nor dicts are ignored.
+        files: the files that the tensors come from.
+        stamps: their stamps.
 
     Raises:
-        CorruptFile: two tensors come to have one name, or one has no strided memory.
+        CorruptFile: two tensors get the same name, or one is not strided.
     """
     while len(state_dict) == 1 and next(iter(state_dict)) in _WRAPPERS:
         if not isinstance(next(iter(state_dict.values())), Mapping):

@@ -1,4 +1,4 @@
-"""Which architecture a checkpoint is, and with which config; from its header alone, without torch."""
+"""Recognition of a checkpoint's architecture and config from its header. No torch."""
 
 from __future__ import annotations
 
@@ -8,43 +8,42 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffsynth.core.loader import convert
-from diffsynth.core.loader.explain.miss import Miss, explain
+from diffsynth.core.loader import convert, scaled
+from diffsynth.core.loader.convert import Shape, normalized_key
+from diffsynth.core.loader.explain import UnrecognizedFile, explain
 from diffsynth.core.loader.header import (
     ARCHITECTURE_KEY,
     CONFIG_KEY,
     LAYOUT_KEY,
     Header,
-    Shape,
     signature,
     strip_prefix,
     wrapper_prefixes,
 )
-from diffsynth.core.loader.layouts import scaled
-from diffsynth.core.loader.layouts.published import layout_of, normal, rules_of
+from diffsynth.core.loader.layouts import layout_of, rules_of
 from diffsynth.errors import KeyMismatch, Unrecognized, did_you_mean
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, resolve
 
 TIERS = ("metadata", "signature", "structure")
 
 _DEPTH = 3
-"""How many wrappers may be around each other."""
+"""How many wrapper prefixes may be nested."""
 
 
 @dataclass(frozen=True)
 class Recognized:
-    """An answer.
+    """A component that was recognised in a checkpoint.
 
     Args:
-        architecture: what it is.
-        checkpoint: the layout it has; None for files that we saved under the architecture's own names.
-        config: its sizes.
-        tier: how it was recognised: "metadata", "signature" or "structure".
-        prefix: what stands before every key.
-        keys: keys of the file, with their prefix, that its plan is made from: all that belong to no other component.
-        extra: those of them that no published layout of the architecture has (structure only), and keys of the file
-            that nobody claims.
-        scaling: rules for weights that have scales beside them; see `layouts.scaled`.
+        architecture: its architecture.
+        checkpoint: its layout; None for files that we saved under the architecture's own names.
+        config: the architecture's config, with the sizes found in the file.
+        tier: the tier that recognised it: "metadata", "signature" or "structure".
+        prefix: the wrapper prefix of every key.
+        keys: the file's keys, with their prefix, that the plan is made from: all that belong to no other component.
+        extra: the keys among them that no published layout of the architecture has (structure tier only), and keys of
+            the file that no component claims.
+        scaling: rules for weights that have scales beside them; see `scaled`.
     """
 
     architecture: ArchitectureSpec
@@ -58,13 +57,13 @@ class Recognized:
 
     @property
     def rules(self) -> Sequence[convert.Rule]:
-        """How its keys become the architecture's own."""
+        """The rules from the file's keys to the architecture's own names."""
         return (*self.scaling, *(rules_of(self.checkpoint) if self.checkpoint is not None else ()))
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A structural match, before candidates for the same keys are weighed against each other."""
+    """A match of the structure tier, before candidates for the same keys are compared."""
 
     recognized: Recognized
     claimed: frozenset[str]
@@ -72,7 +71,7 @@ class _Candidate:
 
 
 _Refusals = dict[tuple[str, str], str]
-"""Why structure said no, by checkpoint and prefix."""
+"""(layout, wrapper prefix) -> why the structure tier refused the file as that layout."""
 
 
 def recognize(
@@ -82,15 +81,18 @@ def recognize(
     *,
     tiers: Sequence[str] = TIERS,
 ) -> list[Recognized]:
-    """The components that a checkpoint holds, one at least.
+    """Return the components that a checkpoint holds, at least one.
 
     Args:
-        architectures: by name.
-        checkpoints: published layouts.
-        tiers: which ways to try, in this order.
+        header: the checkpoint's header.
+        architectures: architecture name -> its spec.
+        checkpoints: the published layouts.
+        tiers: the tiers to try, in this order.
 
     Raises:
-        Unrecognized: none; the message names the nearest layout and what differs, or what the file is instead.
+        Unrecognized: no component was found; the message names the nearest layout and what differs, or says what the
+            file is instead.
+        ValueError: an unknown tier.
     """
     refusals: _Refusals = {}
     found: list[Recognized] = []
@@ -108,14 +110,15 @@ def recognize(
         if not rest.tensors:
             break
     if not found:
-        raise Unrecognized(explain(Miss(header, architectures, checkpoints, refusals, tuple(_views(header)))))
+        views = tuple(_views(header))
+        raise Unrecognized(explain(UnrecognizedFile(header.where, header.shapes, checkpoints, refusals, views)))
     if rest.tensors:
         found[0] = replace(found[0], extra=(*found[0].extra, *rest.tensors))
     return found
 
 
 def _without(header: Header, found: Sequence[Recognized]) -> Header:
-    """The keys under no prefix that was recognised."""
+    """Return the header without the keys under a prefix that was recognised."""
     if not found:
         return header
     prefixes = tuple(recognized.prefix for recognized in found)
@@ -146,7 +149,7 @@ def _by_metadata(
     layout = header.metadata.get(LAYOUT_KEY)
     checkpoint = next((one for one in checkpoints if (one.name, one.architecture) == (layout, name)), None)
     if layout is not None and checkpoint is None:
-        return []  # its names are those of a layout that is gone; the other tiers look at the names themselves
+        return []  # the layout is no longer declared; the other tiers compare the names themselves
     scaling, plan = _plan(rules_of(checkpoint) if checkpoint else (), header.shapes)
     keys = tuple(key for key in header.tensors if key not in set(plan.dropped))
     return [Recognized(architecture, checkpoint, config, "metadata", keys=keys, scaling=scaling)]
@@ -196,7 +199,7 @@ def _by_structure(
 
 
 def _alike(checkpoints: Iterable[CheckpointSpec]) -> list[list[CheckpointSpec]]:
-    """Checkpoints that structure cannot tell apart, together: a family may publish one set of names in many sizes."""
+    """Group layouts that structure cannot tell apart: a family may publish one set of names in many sizes."""
     found: dict[tuple[str, str, str], list[CheckpointSpec]] = {}
     for checkpoint in checkpoints:
         fields = repr(sorted(checkpoint.config.items()))
@@ -211,10 +214,10 @@ def _candidate(
     shapes: Mapping[str, Shape],
     known: _KnownNames,
 ) -> _Candidate:
-    """The keys under a prefix as a checkpoint of this layout.
+    """Return the keys under a prefix as a candidate for a layout.
 
     Raises:
-        KeyMismatch, ValueError, LookupError: they are not, and why.
+        KeyMismatch, ValueError, LookupError: the keys do not fit the layout; the message says why.
     """
     rules = rules_of(checkpoint)
     _require_makeable(architecture, rules, shapes)
@@ -232,7 +235,7 @@ def _candidate(
 
 
 def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[tuple[convert.Rule, ...], convert.Plan]:
-    """The plan of a file, and the rules for its scaled weights that it took first."""
+    """Return the rules for a file's scaled weights, and the plan that these and the layout's rules make."""
     scales = scaled.find(shapes)
     declared = any(isinstance(rule, convert.Dequantize) for rule in rules)
     if declared or not (scales.weights or scales.unused):
@@ -242,10 +245,10 @@ def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[t
 
 
 def _weigh(header: Header, candidates: Sequence[_Candidate]) -> list[Recognized]:
-    """Of candidates for the same keys, the one that explains most of them; as many as share no key.
+    """Return candidates that share no key, preferring those that claim most keys.
 
     Raises:
-        Unrecognized: two architectures explain the same keys equally well.
+        Unrecognized: two architectures claim exactly the same keys.
     """
     chosen: list[_Candidate] = []
     for candidate in sorted(candidates, key=lambda each: (-len(each.claimed), -len(each.dropped))):
@@ -271,40 +274,40 @@ def _settled(header: Header, candidate: _Candidate, chosen: Sequence[_Candidate]
 
 
 class _KnownNames:
-    """Which of an architecture's own names its published layouts have, with every index alike."""
+    """The parameter names that an architecture's published layouts have, with every number replaced by `N`."""
 
     def __init__(self, checkpoints: Sequence[CheckpointSpec]) -> None:
         self._checkpoints = checkpoints
         self._names: dict[str, frozenset[str]] = {}
 
     def has(self, architecture: ArchitectureSpec, key: str) -> bool:
-        """Whether a layout has it. Without any layout: whether something required starts alike."""
+        """Whether a layout has this name; without any layout, whether a required name has the same first part."""
         if architecture.name not in self._names:
             self._names[architecture.name] = frozenset(
-                normal(own)
+                normalized_key(own)
                 for checkpoint in self._checkpoints
                 if checkpoint.architecture == architecture.name and checkpoint.layout
                 for own in convert.plan(rules_of(checkpoint), layout_of(checkpoint)).targets
             )
         names = self._names[architecture.name]
         if names:
-            return normal(key) in names
+            return normalized_key(key) in names
         return any(key.split(".")[0] == pattern.split(".")[0] for pattern in architecture.required)
 
 
 def _views(header: Header) -> Iterator[tuple[str, dict[str, Shape]]]:
-    """The keys as they are, then without each wrapper prefix that is there, also of wrappers in wrappers."""
-    waiting = [("", header.shapes, 0)]
+    """Yield prefix and shapes of the bare keys, then of the keys under each wrapper prefix, nested ones too."""
+    remaining = [("", header.shapes, 0)]
     seen = set()
-    while waiting:
-        prefix, shapes, depth = waiting.pop(0)
+    while remaining:
+        prefix, shapes, depth = remaining.pop(0)
         if prefix in seen:
             continue
         seen.add(prefix)
         yield prefix, shapes
         if depth < _DEPTH:
             inner = wrapper_prefixes(shapes)
-            waiting += [(prefix + each, strip_prefix(shapes, each), depth + 1) for each in inner]
+            remaining += [(prefix + each, strip_prefix(shapes, each), depth + 1) for each in inner]
 
 
 def _config(architecture: ArchitectureSpec, checkpoint: CheckpointSpec, plan: convert.Plan) -> Any:
@@ -315,10 +318,10 @@ def _config(architecture: ArchitectureSpec, checkpoint: CheckpointSpec, plan: co
 def _require_makeable(
     architecture: ArchitectureSpec, rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]
 ) -> None:
-    """Say no to most files before anything is planned: a required name is there, or a rule has what makes it.
+    """Check that each required name is a key, or can be made by a rule; a cheap test that refuses most files.
 
     Raises:
-        ValueError: the first required name that nothing here can become.
+        ValueError: a required name that is no key and that no rule can make.
     """
     for pattern in architecture.required:
         name = pattern.replace("{n}", "0")

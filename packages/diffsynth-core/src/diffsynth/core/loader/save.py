@@ -1,4 +1,4 @@
-"""Writing a checkpoint so that it is whole or not there, and so that we read it back without guessing."""
+"""Writing checkpoints atomically, with the architecture and config in their metadata."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from diffsynth.core.loader.header import (
     SAVE_KEY,
     read_safetensors,
 )
-from diffsynth.core.loader.layouts import inverse
-from diffsynth.core.loader.layouts.published import layout_of, rules_of
+from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
 from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean
 from diffsynth.spec import CheckpointSpec
@@ -40,7 +39,7 @@ SHARD_SIZE = 10 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One tensor of the file to be: what the header says of it, and how it is made when its turn comes."""
+    """A tensor to be written: dtype and shape for the header, and the function that computes it while it is written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -65,27 +64,28 @@ def save_checkpoint(
 ) -> list[Path]:
     """Write a module as safetensors, with its architecture and config in the metadata.
 
-    Files appear whole or not at all, and are on the disk when this returns. Above `shard_size` they are
-    `name-00001-of-0000N.safetensors` with `name.safetensors.index.json`. Memory needed: one tensor.
+    Each file is written under another name, synced to disk and then renamed. Above `shard_size` the files are
+    `name-00001-of-0000N.safetensors` with `name.safetensors.index.json`. Needs memory for one tensor.
 
     Args:
-        module: its parameters and buffers; those that share memory are written once each.
-        path: the file; an earlier checkpoint of ours under this name is replaced, its shards too.
-        architecture: name of its `ArchitectureSpec`.
-        config: the dataclass it was built from.
-        metadata: more of it; values are text.
-        dtype: of floating tensors in the file; None keeps theirs.
-        layout: a published layout whose names and shapes the file is to have, by the name that a plugin declares it
-            under, for programs that read only that; None keeps the module's own names.
-        base: signature of the checkpoint that these weights began as.
-        shard_size: bytes.
+        module: the module whose parameters and persistent buffers are written; tensors that share memory are written
+            once under each name.
+        path: the file; an earlier checkpoint of ours under this name is replaced with its shards.
+        architecture: name of the module's `ArchitectureSpec`.
+        config: the config dataclass that the module was built from.
+        metadata: additional metadata; values must be text.
+        dtype: dtype of the floating tensors in the file; None keeps the module's.
+        layout: a published layout whose names and shapes the file gets, as a spec or by its declared name, for programs
+            that read only that layout; None keeps the module's own names.
+        base: signature of the checkpoint that the weights were trained from.
+        shard_size: bytes of tensors in one file.
 
     Returns:
         The files with tensors, in order.
 
     Raises:
-        ValueError: metadata that says what this function says, a parameter without data, a dtype that the format does
-            not have, or a layout that is not known or that nothing leads back to.
+        ValueError: metadata with a key that this function writes, a parameter on meta, a dtype that the format does not
+            have, or a layout that is unknown or cannot be derived from the module.
     """
     path = Path(path)
     notes = _notes(metadata or {}, architecture, config, base)
@@ -114,17 +114,16 @@ def save_source(
     metadata: Mapping[str, str] | None = None,
     base: str = "",
 ) -> None:
-    """Write what a source gives as one safetensors file: whole or not at all, with one tensor in memory at a time.
+    """Write the tensors of a source as one safetensors file, atomically and with one tensor in memory at a time.
 
     Args:
-        source: its keys, shapes and dtypes are those of the file.
-        path: the file; its folder is there.
-        architecture, config, metadata, base: as for `save_checkpoint`; without an architecture the file does not say
-            what it is.
+        source: the tensors; the file gets its keys, shapes and dtypes.
+        path: the file, in a folder that exists.
+        architecture, config, metadata, base: as for `save_checkpoint`; without an architecture none of ours is written.
 
     Raises:
         ValueError: as for `save_checkpoint`.
-        CorruptFile: what is read changed, or cannot be read.
+        CorruptFile: a file of the source changed, or cannot be read.
     """
     _check_dtypes(source.dtypes)
     shapes = source.shapes
@@ -136,7 +135,7 @@ def save_source(
 
 
 def _save_shards(path: Path, shards: list[dict[str, _Entry]], notes: dict[str, str]) -> list[Path]:
-    # Should a crash leave shards of two calls under one index, a reader sees it by this.
+    # A crash may leave shards of two calls under one index: the id of the call shows that to a reader.
     notes = notes | {SAVE_KEY: uuid.uuid4().hex}
     names = [path.with_name(f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors") for i in range(1, len(shards) + 1)]
     index = {
@@ -154,7 +153,7 @@ def _save_shards(path: Path, shards: list[dict[str, _Entry]], notes: dict[str, s
 
 
 def _publish(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write all under other names, then give them theirs, in order."""
+    """Write all files under temporary names, then rename them in order."""
     partials = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial") for path in files}
     try:
         for path, write in files.items():
@@ -208,7 +207,7 @@ def _bytes(key: str, entry: _Entry) -> memoryview:
 
 def _sync_folder(folder: Path) -> None:
     if os.name != "posix":
-        return  # a folder cannot be opened there; its entries are written through
+        return  # Windows cannot open a folder; its entries are written through
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -217,7 +216,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove_stale(path: Path, written: list[Path]) -> None:
-    """What an earlier call left under this name, in another number of files; nobody else's files."""
+    """Remove files that an earlier call wrote under this name in another number of shards, and no other files."""
     shard = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}\.safetensors")
     earlier = [file for file in path.parent.iterdir() if file == path or shard.fullmatch(file.name)]
     stale = [file for file in earlier if file not in written and _is_ours(file)]
@@ -259,8 +258,8 @@ def _entries(module: nn.Module, dtype: torch.dtype | None) -> dict[str, _Entry]:
     for name, tensor in module.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"{name} of {type(module).__name__} is on the meta device: there is nothing to save")
-        kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        entries[name] = _Entry(kept, tuple(tensor.shape), lambda tensor=tensor: tensor)
+        stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        entries[name] = _Entry(stored, tuple(tensor.shape), lambda tensor=tensor: tensor)
     _check_dtypes({name: entry.dtype for name, entry in entries.items()})
     return entries
 
@@ -292,7 +291,7 @@ def _in_layout(entries: Mapping[str, _Entry], checkpoint: CheckpointSpec) -> dic
     own = {key: entry.shape for key, entry in entries.items()}
     rules = rules_of(checkpoint)
     try:
-        file = inverse.file_shapes(rules, own, layout_of(checkpoint))
+        file = file_shapes(rules, own, layout_of(checkpoint))
         plan = convert.plan(convert.invert(rules, file), own)
     except (ValueError, KeyMismatch) as error:
         raise ValueError(
@@ -320,7 +319,7 @@ def _check_constant(rule: convert.Constant, entries: Mapping[str, _Entry], check
 
 
 def _shards(entries: Mapping[str, _Entry], shard_size: int) -> list[dict[str, _Entry]]:
-    """The tensors in their order, as many to a file as fit; one larger than that has a file of its own."""
+    """Divide the tensors, in order, into files of at most `shard_size` bytes; a larger tensor has its own file."""
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: expected bytes, at least 1")
     shards: list[dict[str, _Entry]] = [{}]

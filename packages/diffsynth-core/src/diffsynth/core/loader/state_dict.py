@@ -1,4 +1,4 @@
-"""Files of tensors as plain dicts: to load, to look at, to identify."""
+"""Files of tensors as plain dicts: loading them, listing their keys, hashing their layout."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from diffsynth.core.loader import pickled
+from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.files import PICKLE_SUFFIXES
-from diffsynth.core.loader.header import Header, read, read_safetensors, signature
+from diffsynth.core.loader.header import Header, read_safetensors, signature
 from diffsynth.core.loader.reader.source import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -28,24 +29,25 @@ def load_state_dict(
     pin_memory: bool = False,
     verbose: int = 0,
 ) -> dict[str, Any]:
-    """All tensors of a checkpoint.
+    """Return all tensors of a checkpoint, by key.
 
     Args:
-        file_path: safetensors or pickle, by suffix; several files are parts of one checkpoint.
-        torch_dtype: of floating tensors; None keeps the file's.
-        device: where they go.
-        pin_memory: pin those that stay in host memory; needs an accelerator.
-        verbose: 1 logs each file.
+        file_path: a safetensors file or a pickle, told by the suffix; several files are parts of one checkpoint.
+        torch_dtype: dtype of the floating tensors; None keeps the file's.
+        device: the device that the tensors are put on.
+        pin_memory: whether tensors in host memory are pinned; needs an accelerator.
+        verbose: 1 logs the name of each file.
 
     Raises:
         NoFiles: there is no such file.
-        CorruptFile: truncated, no checkpoint, or a pickle that would run code.
+        CorruptFile: a file is truncated, no checkpoint, or a pickle that would run code.
     """
     state_dict: dict[str, Any] = {}
     for file in _files(file_path):
         if verbose:
             logger.info("loading %s", file)
-        load = load_state_dict_from_bin if _is_pickle(file) else load_state_dict_from_safetensors
+        is_pickle = file.suffix.lower() in PICKLE_SUFFIXES
+        load = load_state_dict_from_bin if is_pickle else load_state_dict_from_safetensors
         state_dict |= load(file, torch_dtype, device)
     return _pinned(state_dict) if pin_memory else state_dict
 
@@ -53,19 +55,19 @@ def load_state_dict(
 def load_state_dict_from_safetensors(
     file_path: File, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; arguments and errors as for `load_state_dict`."""
+    """Return all tensors of a safetensors file; arguments and errors as for `load_state_dict`."""
     return read_tensors(read_safetensors(Path(file_path)), device=device, dtype=torch_dtype)
 
 
 def load_state_dict_from_bin(
     file_path: File, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """All tensors of a pickle, nested as they are in it, without a single `state_dict`, `module` or `model_state`.
+    """Return all tensors of a pickle, nested as they are in it; arguments and errors as for `load_state_dict`.
 
-    Arguments and errors as for `load_state_dict`.
+    A single `state_dict`, `module` or `model_state` around them is removed.
     """
     header = pickled.read(Path(file_path))
-    # The file is mapped: tensors that stayed in it would change with it.
+    # The file is mapped: without the copy the tensors would change when the file does.
     tensors = {
         key: placed(tensor.clone(), torch_dtype, device) for key, tensor in (header.tensors_in_memory or {}).items()
     }
@@ -73,41 +75,42 @@ def load_state_dict_from_bin(
 
 
 def load_metadata_from_safetensors(file_path: File | Sequence[File]) -> dict[str, str]:
-    """The metadata in the header, that of several files merged; errors as for `load_state_dict`."""
+    """Return the metadata in the headers of one or more files, merged; errors as for `load_state_dict`."""
     return {key: text for file in _files(file_path) for key, text in read_safetensors(file).metadata.items()}
 
 
 def load_keys_dict(file_path: File | Sequence[File]) -> dict[str, Any]:
-    """Name -> shape, nested where a pickle is; of safetensors only the header is read. Raises like `load_state_dict`.
+    """Return key -> shape of a checkpoint, nested as a pickle is; of safetensors only the header is read.
 
     Raises:
-        KeyMismatch: two files hold one name with different shapes.
+        NoFiles, CorruptFile: as for `load_state_dict`.
+        KeyMismatch: two files hold one key with different shapes.
     """
-    return _shapes(read(_files(file_path)))
+    return _shapes(read_files(_files(file_path)))
 
 
 def hash_model_file(path: File | Sequence[File], with_shape: bool = True) -> str:
-    """The md5 that identifies a layout by its names and shapes, whatever the values and dtypes are.
+    """Return the md5 that identifies a layout by its keys and shapes; values and dtypes do not matter.
 
     Args:
         path: a file, or the files of one checkpoint.
-        with_shape: False leaves the shapes out, so that sizes of one architecture are alike.
+        with_shape: False leaves the shapes out, so that all sizes of an architecture have one hash.
 
     Raises:
         NoFiles: there is no such file.
-        CorruptFile: truncated, no checkpoint, or a pickle that would run code.
-        KeyMismatch: two files hold one name with different shapes.
+        CorruptFile: a file is truncated, no checkpoint, or a pickle that would run code.
+        KeyMismatch: two files hold one key with different shapes.
     """
-    return _hash(_shapes(read(_files(path))), with_shape)
+    return _hash(_shapes(read_files(_files(path))), with_shape)
 
 
 def hash_state_dict_keys(state_dict: Mapping[str, Any], with_shape: bool = True) -> str:
-    """`hash_model_file` of tensors that are in memory; what is no tensor does not count."""
+    """Return `hash_model_file` of tensors in memory; values that are no tensors are ignored."""
     return _hash(_shapes(pickled.of_state_dict(state_dict)), with_shape)
 
 
 def placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-    """A tensor on a device, in `dtype` if it is floating; None keeps its own."""
+    """Return a tensor on a device, a floating one in `dtype`; None keeps its own dtype."""
     return tensor.to(device, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
 
 
@@ -115,16 +118,12 @@ def _files(path: File | Sequence[File]) -> list[Path]:
     return [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
 
 
-def _is_pickle(file: Path) -> bool:
-    return file.suffix.lower() in PICKLE_SUFFIXES
-
-
 def _hash(shapes: Mapping[str, Any], with_shape: bool) -> str:
     return signature(shapes) if with_shape else hashlib.md5(_names(shapes).encode(), usedforsecurity=False).hexdigest()
 
 
 def _names(shapes: Mapping[str, Any]) -> str:
-    """What `signature` hashes, without the shapes."""
+    """Return the text that `signature` hashes, without the shapes."""
     return ",".join(sorted(f"{k}|{_names(v)}" if isinstance(v, Mapping) else k for k, v in shapes.items()))
 
 

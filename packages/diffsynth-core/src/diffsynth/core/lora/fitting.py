@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from diffsynth.core.loader import convert
-from diffsynth.core.loader.explain.lora import base_of, without_prefix
-from diffsynth.core.loader.layouts import inverse
-from diffsynth.core.loader.layouts.published import layout_of, rules_of
+from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
+from diffsynth.core.loader.lora_bases import base_of, without_prefix
 from diffsynth.core.loader.reader.ops import apply_rule
 from diffsynth.core.lora.layer import LoRA, LoRALayer
 from diffsynth.errors import KeyMismatch, did_you_mean, shortened
@@ -65,7 +64,7 @@ class _Layout:
     def file_shapes(self) -> Mapping[str, Shape]:
         """Of the file's tensors, at this module's size; empty if they cannot be told."""
         try:
-            return inverse.file_shapes(self.rules, self._shapes, self._published)
+            return file_shapes(self.rules, self._shapes, self._published)
         except (ValueError, KeyMismatch):
             return {}
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth.core.loader import convert, header
+from diffsynth.core.loader import convert
+from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.key_differences import key_differences
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.reader.traced import trace
@@ -45,7 +46,7 @@ class DiskMap(Mapping[str, Tensor]):
     ) -> None:
         self.device = torch.device(device)
         self.torch_dtype = torch_dtype
-        self._header = header.read([Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path])
+        self._header = read_files([Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path])
         if state_dict_converter is None:
             self._targets = convert.plan((), self._header.shapes).targets
             found = {key: stored_dtype(self._header, key) for key in self._targets}

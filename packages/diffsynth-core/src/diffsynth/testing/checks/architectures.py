@@ -117,13 +117,14 @@ def _infers_config(fact: ArchitectureSpec) -> None:
 def _saves_and_loads(fact: ArchitectureSpec, subject: Subject) -> None:
     import torch
 
-    from diffsynth.core.loader import component, header, recognize, save
+    from diffsynth.core.loader import component, recognize, save
+    from diffsynth.core.loader.checkpoint import read_files
 
     module, config = tiny_real(fact), resolve(fact.tiny)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tiny.safetensors"
         save.save_checkpoint(module, file, architecture=fact.name, config=config)
-        tensors = header.read([file])
+        tensors = read_files([file])
         (found,) = recognize.recognize(tensors, *subject.catalog.layouts(), tiers=("metadata",))
         assert (found.architecture.name, found.config) == (fact.name, config), (
             f"saved as {fact.name} with {config}, read back as {found.architecture.name} with {found.config}; "

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 
 from diffsynth.core.loader import convert, header, recognize
-from diffsynth.core.loader.layouts.published import layout_of, rules_of
+from diffsynth.core.loader.layouts import layout_of, rules_of
 from diffsynth.errors import Unrecognized
 from diffsynth.spec import CheckpointSpec, resolve
 from diffsynth.testing.checks.architectures import config_inferred

@@ -63,14 +63,15 @@ def _fits_its_pipeline(model: ModelSpec) -> None:
 def _packaged_files_match(model: ModelSpec, subject: Subject) -> None:
     """Check that packaged weights exist, are recognised as their role requires, and convert; no tensor is read."""
     from diffsynth import ModelConfig
-    from diffsynth.core.loader import component, convert, header, recognize
+    from diffsynth.core.loader import component, convert, recognize
+    from diffsynth.core.loader.checkpoint import read_config
 
     roles = resolve(model.pipeline).roles
     for role, source in model.components.items():
         if parse_source(source).scheme != "package":
             continue
         try:
-            tensors = header.read_config(ModelConfig.from_source(source))
+            tensors = read_config(ModelConfig.from_source(source))
             (found,) = recognize.recognize(tensors, *subject.catalog.layouts())
             module = component.build(found.architecture, found.config)
             wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}

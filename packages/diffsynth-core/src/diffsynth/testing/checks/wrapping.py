@@ -76,11 +76,12 @@ def _wrapped(fact: ArchitectureSpec, module: nn.Module, preset: str, **cut: Any)
 def _on_disk(module: nn.Module, file: Path) -> ComponentSource:
     from safetensors.torch import save_file
 
-    from diffsynth.core.loader import convert, header
+    from diffsynth.core.loader import convert
+    from diffsynth.core.loader.checkpoint import read_files
     from diffsynth.core.loader.reader.source import ComponentSource
 
     weights = {key: tensor.clone().contiguous() for key, tensor in module.state_dict().items()}
     save_file(weights, file)
-    tensors = header.read([file])
+    tensors = read_files([file])
     dtypes = {key: tensor.dtype for key, tensor in weights.items()}
     return ComponentSource(tensors, convert.plan((), tensors.shapes).targets, dtypes)

@@ -1,10 +1,14 @@
-"""Runs of elements from files into tensors, in blocks: one read each, whatever number of tensors it covers."""
+"""Reading and mapping the bytes of files: block reads on several threads, and private mappings."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import mmap
 import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +19,30 @@ from torch import Tensor
 from diffsynth.core.device.upload import UploadRing
 from diffsynth.core.loader.dtypes import torch_dtypes
 from diffsynth.core.loader.header import Header, TensorInfo
-from diffsynth.core.loader.reader.workers import THREADS
 from diffsynth.errors import CorruptFile
 
 BLOCK = 8 * 2**20
 """Bytes that a thread reads at once, and the size of an upload buffer."""
+
+THREADS = 4
+"""The number of threads at which reading stopped getting faster (docs/loading-speed.md)."""
+
+PAGE = mmap.PAGESIZE
+# Linux's number, which Python's `mmap` lacks; its own `madvise` would hold the interpreter's lock during the call, too.
+_MADV_POPULATE_READ = 22
 
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """A run of elements in a file, and the tensor that it fills.
+    """Consecutive elements of a file, and the tensor that they are read into.
 
     Args:
-        file: where it is.
-        start: its first byte there.
+        file: the file.
+        start: offset of the first byte in the file.
         stored: dtype in the file.
-        into: one axis, contiguous, of any dtype, in host memory or on the ring's device.
+        into: the destination: one axis, contiguous, of any dtype, in host memory or on the upload ring's device.
     """
 
     file: Path
@@ -42,17 +52,17 @@ class ReadRequest:
 
     @property
     def end(self) -> int:
-        """The byte behind it."""
+        """Offset in the file behind the last byte."""
         return self.start + self.into.numel() * self.stored.itemsize
 
     @property
     def room(self) -> int:
-        """Bytes that it takes in a buffer."""
+        """Bytes that the request takes in a buffer, before and after the conversion of its dtype."""
         size = self.into.numel() * max(self.stored.itemsize, self.into.dtype.itemsize)
         return -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def cut(self) -> list[ReadRequest]:
-        """The same in pieces that fit a block; none of an empty one."""
+        """Return requests of at most a block each that together read the same; an empty list for no elements."""
         count = BLOCK // max(self.stored.itemsize, self.into.dtype.itemsize)
         starts = range(0, self.into.numel(), count)
         return [
@@ -64,20 +74,20 @@ class ReadRequest:
 
 
 class BlockReader:
-    """Reads what a header points to. Files are open while a block is read, so never more than there are threads.
+    """Reads the tensors that a header describes. A file is open only while a block of it is read.
 
     Args:
-        header: names, places, and what the files were when it was read.
+        header: names and offsets of the tensors, and the stamps of the files when the header was read.
     """
 
     def __init__(self, header: Header) -> None:
         self._header = header
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor as stored: the caller's or a pickle's own, or new memory.
+        """Return one tensor in its stored dtype: new memory, or the tensor itself if the header holds it in memory.
 
         Raises:
-            CorruptFile: the file changed, cannot be read, or the dtype has no counterpart in torch.
+            CorruptFile: the file changed, cannot be read, or torch has no such dtype.
         """
         in_memory = (self._header.tensors_in_memory or {}).get(key)
         if in_memory is not None:
@@ -90,17 +100,19 @@ class BlockReader:
         return tensor
 
     def tasks(self, requests: Iterable[ReadRequest], ring: UploadRing | None) -> list[Callable[[], None]]:
-        """Reads that fill the pieces, to be run in any order. They take turns among files, and go forward in each.
+        """Return functions that carry out the requests, one block each; they may run in any order and in any thread.
+
+        Blocks of different files alternate, so that all files are read at once; each file is read forward.
 
         Args:
-            ring: takes them to its device; None where they are filled in place.
+            ring: the buffers that take the data to the ring's device; None if the destinations are in host memory.
         """
         blocks = _blocks([part for request in requests for part in request.cut()])
         scratch: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         return [functools.partial(self._fill, block, ring, scratch) for block in blocks]
 
     def discard(self, file: Path, start: int, end: int) -> None:
-        """Read a range for the system's cache alone."""
+        """Read a range of bytes and drop it, so that the system's page cache holds it."""
         scratch = torch.empty(min(end - start, BLOCK), dtype=torch.uint8)
         for first in range(start, end, BLOCK):
             self._read(file, first, [scratch[: end - first]])
@@ -136,8 +148,44 @@ class BlockReader:
             raise CorruptFile(f"{file} cannot be read at byte {start}: {error}") from error
 
 
+class FileMapping:
+    """A file mapped copy-on-write: tensors of it are writable, and what is written stays private to the process.
+
+    The mapping lives as long as a tensor of it.
+
+    Args:
+        header: holds the file's stamp.
+        file: the file to map.
+
+    Raises:
+        CorruptFile: the file was replaced or changed since the header was read.
+    """
+
+    def __init__(self, header: Header, file: Path) -> None:
+        with file.open("rb") as stream:
+            header.check_unchanged(file, stream.fileno())
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._start = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+
+    def tensor(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the mapped tensor whose first byte is at offset `start` of the file."""
+        count = torch.Size(shape).numel()
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
+
+    def populate(self, start: int, end: int) -> bool:
+        """Bring a range of bytes into memory; return False where the system has no call for that."""
+        first = start // PAGE * PAGE
+        call = _madvise()
+        return call is not None and call(self._start + first, end - first, _MADV_POPULATE_READ) == 0
+
+
 def upload(source: Tensor, destination: Tensor, ring: UploadRing) -> None:
-    """A host tensor to one on the ring's device, converted on the way; both of one axis and contiguous."""
+    """Copy a host tensor to the ring's device, block by block, converting its dtype before the upload.
+
+    Args:
+        source: one axis, contiguous, in host memory.
+        destination: one axis, contiguous, on the ring's device.
+    """
     count = BLOCK // destination.dtype.itemsize
     for first in range(0, destination.numel(), count):
         into = destination[first : first + count]
@@ -148,15 +196,18 @@ def upload(source: Tensor, destination: Tensor, ring: UploadRing) -> None:
 
 
 def new_ring(device: torch.device) -> UploadRing:
-    """Two buffers a thread: one to fill, one in flight."""
+    """Return an upload ring with two buffers for each thread: one is filled while the other is uploaded."""
     return UploadRing(device, buffers=2 * THREADS, size=BLOCK)
 
 
 def torch_dtype(key: str, info: TensorInfo) -> torch.dtype:
-    """torch's word for a dtype of a header.
+    """Return the torch dtype of a tensor in a header.
+
+    Args:
+        key: the tensor's key, for the message.
 
     Raises:
-        CorruptFile: it has none.
+        CorruptFile: torch has no such dtype.
     """
     known = torch_dtypes()
     if info.dtype not in known:
@@ -167,8 +218,71 @@ def torch_dtype(key: str, info: TensorInfo) -> torch.dtype:
     return known[info.dtype]
 
 
+def run_tasks(tasks: Sequence[Callable[[], None]], threads: int = THREADS) -> None:
+    """Run tasks on threads, started in their order.
+
+    Args:
+        threads: how many tasks run at the same time.
+
+    Raises:
+        BaseException: the first exception of a task, or the one that interrupted the wait; no further task starts.
+    """
+    threads = min(threads, len(tasks))
+    if threads < 2:
+        for task in tasks:
+            task()
+        return
+    remaining, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                task = next(remaining, None)
+            if task is None:
+                return
+            try:
+                task()
+            except BaseException:
+                stop.set()
+                raise
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="diffsynth-read") as pool:
+        try:
+            workers = [pool.submit(work) for _ in range(threads)]
+            for worker in workers:
+                worker.result()
+        finally:
+            stop.set()
+
+
+class ByteBudget:
+    """A limit on the bytes that threads hold together. A larger request is granted while no other thread holds any.
+
+    Args:
+        size: the limit in bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._held = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        """Hold `size` bytes inside the `with`; wait until they are free."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._size)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
+
+
 def _blocks(requests: list[ReadRequest]) -> list[list[ReadRequest]]:
-    """Neighbours in a file together, up to a block; ordered so that all files are read at once."""
+    """Group requests that are neighbours in a file into blocks, ordered so that all files are read at once."""
     blocks: list[list[ReadRequest]] = []
     for request in sorted(requests, key=lambda request: (request.file, request.start)):
         last = blocks[-1] if blocks else []
@@ -177,17 +291,20 @@ def _blocks(requests: list[ReadRequest]) -> list[list[ReadRequest]]:
             last.append(request)
         else:
             blocks.append([request])
-    turns: dict[Path, int] = {}
-    turn = []
+    counts: dict[Path, int] = {}
+    rounds = []
     for block in blocks:
-        turns[block[0].file] = turns.get(block[0].file, -1) + 1
-        turn.append(turns[block[0].file])
-    return [block for _, block in sorted(zip(turn, blocks, strict=True), key=lambda pair: pair[0])]
+        counts[block[0].file] = counts.get(block[0].file, -1) + 1
+        rounds.append(counts[block[0].file])
+    return [block for _, block in sorted(zip(rounds, blocks, strict=True), key=lambda pair: pair[0])]
 
 
 @contextmanager
 def _borrowed(scratch: queue.SimpleQueue[Tensor]) -> Iterator[Tensor]:
-    """Memory for a block as it is stored, used again: an allocator that keeps what was freed would hold the file."""
+    """Yield a block of memory for data as it is stored, and put it back for the next block.
+
+    Memory is used again because an allocator that keeps freed blocks would in the end hold as much as the file.
+    """
     try:
         memory = scratch.get_nowait()
     except queue.Empty:
@@ -199,10 +316,20 @@ def _borrowed(scratch: queue.SimpleQueue[Tensor]) -> Iterator[Tensor]:
 
 
 def _cut(buffer: Tensor, block: Sequence[ReadRequest], *, stored: bool = False) -> list[Tensor]:
-    """A part of the buffer for each piece, of the dtype that it has in the file or will have."""
+    """Return a part of the buffer for each request, in the request's stored or final dtype."""
     parts, first = [], 0
     for request in block:
         dtype = request.stored if stored else request.into.dtype
         parts.append(buffer[first : first + request.into.numel() * dtype.itemsize].view(dtype))
         first += request.room
     return parts
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return call

@@ -1,4 +1,4 @@
-"""What each conversion rule does to tensors, and which of them only lay runs of elements side by side."""
+"""The conversion rules as operations on tensors, and which of them only join consecutive elements of a file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from diffsynth.core.loader import convert
-from diffsynth.core.loader.layouts.scaled import Scaled
-
-Shape = tuple[int, ...]
+from diffsynth.core.loader.convert import Shape
+from diffsynth.core.loader.scaled import Scaled
 
 
 def apply_rule(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tensor:
-    """Output `index` of a rule, contiguous; it may share memory with a source."""
+    """Return output `index` of a rule as a contiguous tensor, which may share memory with a source."""
     return strided(rule, sources, index).contiguous()
 
 
 def strided(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tensor:
-    """Output `index` of a rule, as a view of the sources where there is one: the copy that follows moves it once."""
+    """Return output `index` of a rule, as a strided view of the sources where possible.
+
+    The copy that follows then moves the elements once.
+    """
     for kind, make in _OPS.items():
         if isinstance(rule, kind):
             return make(rule, sources, index)
@@ -30,7 +32,12 @@ def strided(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tens
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """A weight times its scale in fp32; the scale is one number, one a row, or one a block of equal size."""
+    """Return a weight times its scale, in fp32.
+
+    Args:
+        weight: low-precision weight of any shape.
+        scale: one number, one number per row, or one number per block of equal size.
+    """
     weight, scale = weight.float(), scale.float()
     if scale.numel() == 1:
         return weight * scale.reshape(())
@@ -43,7 +50,7 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ElementRun:
-    """`count` elements of source number `source`, from element `first` on, in the order they are stored."""
+    """`count` consecutive elements of source number `source`, from element `first` on, in stored order."""
 
     source: int
     first: int
@@ -51,25 +58,26 @@ class ElementRun:
 
 
 def runs(target: convert.Target, sources: Sequence[Shape]) -> list[ElementRun] | None:
-    """The runs that make up a target one after the other; None if its elements have to be rearranged or computed."""
+    """Return the runs of elements that make up a target, in order; None if the elements are permuted or computed.
+
+    Args:
+        target: the planned target.
+        sources: shapes of its sources.
+    """
     rule = target.rule
     if isinstance(rule, convert.Rename | convert.Tie | convert.Reshape):
         return [ElementRun(0, 0, prod(sources[0]))]
     joins = isinstance(rule, convert.Split | convert.Fuse | convert.ReorderChunks)
-    # Runs stay whole where nothing is in front of the axis.
-    return _along(rule, sources, target.index) if joins and prod(sources[0][: rule.dim]) == 1 else None
-
-
-def _along(
-    rule: convert.Split | convert.Fuse | convert.ReorderChunks, sources: Sequence[Shape], index: int
-) -> list[ElementRun]:
+    # Parts along an axis are consecutive only if all axes in front of it have extent 1.
+    if not joins or prod(sources[0][: rule.dim]) != 1:
+        return None
     if isinstance(rule, convert.Fuse):
         return [ElementRun(number, 0, prod(shape)) for number, shape in enumerate(sources)]
     (shape,) = sources
-    inner = prod(shape[rule.dim + 1 :])
     if isinstance(rule, convert.Split):
+        inner = prod(shape[rule.dim + 1 :])
         sizes = rule.part_sizes(shape)
-        return [ElementRun(0, sum(sizes[:index]) * inner, sizes[index] * inner)]
+        return [ElementRun(0, sum(sizes[: target.index]) * inner, sizes[target.index] * inner)]
     size = prod(shape) // len(rule.order)
     return [ElementRun(0, chunk * size, size) for chunk in rule.order]
 

@@ -1,4 +1,4 @@
-"""A component on disk, ready to be read whole, layer by layer or key by key, always by the plan of its file."""
+"""The weights of one component in its files, read whole, layer by layer or key by key according to one plan."""
 
 from __future__ import annotations
 
@@ -14,29 +14,39 @@ from torch import Tensor
 from diffsynth.core.device.upload import UploadRing
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.header import Header
-from diffsynth.core.loader.reader.blocks import BLOCK, BlockReader, ReadRequest, new_ring, torch_dtype, upload
-from diffsynth.core.loader.reader.mapping import FileMapping
-from diffsynth.core.loader.reader.ops import ElementRun, runs, strided
-from diffsynth.core.loader.reader.workers import THREADS, ByteBudget, work_through
+from diffsynth.core.loader.reader.blocks import (
+    BLOCK,
+    THREADS,
+    BlockReader,
+    ByteBudget,
+    FileMapping,
+    ReadRequest,
+    new_ring,
+    run_tasks,
+    torch_dtype,
+    upload,
+)
+from diffsynth.core.loader.reader.ops import runs, strided
 from diffsynth.errors import did_you_mean
 
 Task = Callable[[], None]
 
 _WORK = 256 * 2**20
-"""Bytes of sources that threads hold together while they rearrange them; one larger target alone may take more."""
+"""Bytes of source tensors that all threads hold together while they convert them; a single larger target may exceed
+it."""
 
 
 class ComponentSource:
-    """The weights of one component, by target key. Holds no file open and no tensor; threads may share it.
+    """The weights of one component, by target key. It holds no open file and no tensor; threads may share it.
 
-    What `read` gives for a part of the keys is bit for bit what it gives for all of them.
+    Reading some of the keys gives the same bits as reading all of them.
 
     Args:
-        header: of the files, or of tensors in memory.
-        targets: how each key is made; from `convert.plan`.
-        dtypes: of each key.
-        prefix: stands before every source key.
-        where: the files, for a message.
+        header: the header of the files, or of tensors in memory.
+        targets: target key -> how it is made, from `convert.plan`.
+        dtypes: target key -> dtype to read it in.
+        prefix: the prefix of every source key in the header.
+        where: the files' names, for messages.
     """
 
     def __init__(
@@ -67,42 +77,49 @@ class ComponentSource:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What it is read from; empty for tensors in memory."""
+        """The files that are read; empty for tensors in memory."""
         return self._header.files
 
     @property
     def streams(self) -> bool:
-        """Whether a part of it costs the memory of that part alone: so it is with safetensors files."""
+        """Whether reading a part needs memory for that part only: true for safetensors, false for pickles."""
         return self._header.tensors_in_memory is None
 
     def targets_of(self, prefix: str) -> tuple[str, ...]:
-        """The target keys under a module's name, `"layers.3."`."""
+        """Return the target keys that start with a prefix, `"layers.3."`."""
         return tuple(key for key in self._targets if key.startswith(prefix))
 
     def size(self, keys: Iterable[str] | None = None) -> int:
-        """Bytes of these targets (None: all), as they are when read."""
+        """Return the bytes of these targets (None: all) in the dtypes that they are read in."""
         return sum(
             prod(self._targets[key].shape) * self.dtypes[key].itemsize for key in (self.keys if keys is None else keys)
         )
 
     def host_memory(self, device: torch.device | str, *, copy: bool) -> int:
-        """Bytes of host memory that reading everything to a device takes at its peak; mapped files take none."""
+        """Return the peak bytes of host memory that reading everything to a device takes.
+
+        Args:
+            device: the destination.
+            copy: as for `read`; mapped files do not count.
+        """
         works = [self._work(target) for target in self._targets.values()]
         work = min(sum(works), max(_WORK, *works, 0))
         if torch.device(device).type != "cpu":
             return work + 2 * THREADS * BLOCK
-        return work + self.size(key for key in self.keys if copy or not self._stands_as_it_is(key))
+        return work + self.size(key for key in self.keys if copy or self._range(key) is None)
 
     def read(
         self, keys: Iterable[str] | None = None, *, device: torch.device | str = "cpu", copy: bool = True
     ) -> dict[str, Tensor]:
-        """Tensors of these targets (None: all) on a device; on "meta" nothing is read.
+        """Return the tensors of these targets (None: all) on a device; on "meta" nothing is read.
 
         Args:
-            copy: True gives each memory of its own; only tensors of a state dict that need no change are shared with
-                it. False, on the CPU, maps what is in a file as it is wanted, at the price of two surprises: who
-                overwrites the file in place changes the weights, and addresses are as odd as the file's offsets, so
-                that a matrix product may round otherwise. What is written to a mapped tensor stays private.
+            keys: target keys.
+            device: the destination.
+            copy: True gives each tensor memory of its own; only tensors of a state dict that need no change are shared
+                with it. False, on the CPU, maps a tensor that is stored as it is wanted. Mapping has two side effects:
+                overwriting the file in place changes the weights, and addresses are aligned as the file's offsets are,
+                so that a matrix product may round otherwise. What is written to a mapped tensor stays private.
 
         Raises:
             KeyError: a key that is no target.
@@ -117,18 +134,21 @@ class ComponentSource:
         if not copy or not self._header.files:
             made |= {key: self._shared(key, device) for key in wanted if self._is_in_memory(key)}
         if not copy and device.type == "cpu":
-            mapped, tasks = self._mapped([key for key in wanted if key not in made and self._stands_as_it_is(key)])
+            mapped, tasks = self._mapped([key for key in wanted if key not in made and self._range(key) is not None])
             made |= mapped
         new = self._empty([key for key in wanted if key not in made], device)
         self._run(tasks, new)
         return {key: (made if key in made else new)[key] for key in wanted}
 
     def fill(self, into: Mapping[str, Tensor]) -> None:
-        """Read into tensors that are there: contiguous, of the target's shape, of any dtype, all on one device.
+        """Read targets into existing tensors.
+
+        Args:
+            into: target key -> tensor: contiguous, of the target's shape, of any dtype; all on one device.
 
         Raises:
             KeyError: a key that is no target.
-            ValueError: a tensor that is not as above.
+            ValueError: a tensor of another shape, not contiguous, or on another device than the others.
             CorruptFile: a file changed since its header was read, or cannot be read.
         """
         for key, tensor in into.items():
@@ -140,7 +160,12 @@ class ComponentSource:
         self._run([], into)
 
     def read_ahead(self, *, limit: int, stop: Callable[[], bool]) -> None:
-        """Have the system cache the first `limit` bytes of the files; returns early when `stop()` says so."""
+        """Read the first `limit` bytes of the files and drop them, so that the system's page cache holds them.
+
+        Args:
+            limit: bytes.
+            stop: called before each block; the method returns when it returns True.
+        """
         sources = {self._prefix + source: None for target in self._targets.values() for source in target.sources}
         infos = [self._header.tensors[key] for key in sources]
         for file in dict.fromkeys(info.file for info in infos if info.file is not None):
@@ -158,25 +183,25 @@ class ComponentSource:
         return key
 
     def _run(self, tasks: list[Task], into: Mapping[str, Tensor]) -> None:
-        """The tasks, and those that fill `into`."""
+        """Run the given tasks together with those that fill `into`."""
         on_device = next((t.device for t in into.values() if t.device.type != "cpu"), None)
         ring = new_ring(on_device) if on_device is not None else None
         budget = ByteBudget(_WORK)
         requests: list[ReadRequest] = []
-        whole: list[Task] = []
+        computed: list[Task] = []
         for key, tensor in into.items():
             found = self._requests(key, tensor.view(-1))
             if found is None:
-                whole.append(functools.partial(self._make, key, tensor, ring, budget))
+                computed.append(functools.partial(self._make, key, tensor, ring, budget))
             else:
                 requests += found
-        # What is rearranged takes longest, so it begins first.
-        work_through([*whole, *tasks, *self._reader.tasks(requests, ring)])
+        # Computed targets take longest, so they start first.
+        run_tasks([*computed, *tasks, *self._reader.tasks(requests, ring)])
         if ring is not None:
             ring.wait()
 
     def _make(self, key: str, into: Tensor, ring: UploadRing | None, budget: ByteBudget) -> None:
-        """One target, all of its sources at once."""
+        """Compute one target from all of its sources at once."""
         target = self._targets[key]
         with budget.of(self._work(target)), torch.no_grad():
             made = self._computed(target)
@@ -186,9 +211,9 @@ class ComponentSource:
                 upload(made.reshape(-1), into.view(-1), ring)
 
     def _requests(self, key: str, into: Tensor) -> list[ReadRequest] | None:
-        """Where the elements of a target lie one after the other; None if they have to be computed, or are no file's.
+        """Return the reads that fill a target in place; None if it has to be computed or is not in a file.
 
-        Sources of unlike dtypes count as computed: joining them promotes.
+        Sources of different dtypes count as computed, because joining them promotes the dtype.
         """
         target = self._targets[key]
         infos = [self._header.tensors[self._prefix + source] for source in target.sources]
@@ -207,13 +232,10 @@ class ComponentSource:
         assert first == into.numel(), f"{target.rule} gives {first} elements for {key}, planned {target.shape}"
         return requests
 
-    def _stands_as_it_is(self, key: str) -> bool:
-        """Whether a target is one stretch of a file, of its own dtype."""
-        return self._stretch(key) is not None
-
-    def _stretch(self, key: str) -> _Stretch | None:
+    def _range(self, key: str) -> _FileRange | None:
+        """Return the bytes that are the target as it is wanted; None if it is not one aligned range of its dtype."""
         target = self._targets[key]
-        # Two names of one tensor get memory of their own: whoever changes one does not change the other.
+        # Two names of one tensor get memory of their own, so that changing one does not change the other.
         if len(target.sources) != 1 or (isinstance(target.rule, convert.Tie) and target.index):
             return None
         info = self._header.tensors[self._prefix + target.sources[0]]
@@ -221,25 +243,27 @@ class ComponentSource:
         if info.file is None or found is None or len(found) != 1 or not found[0].count:
             return None
         dtype = torch_dtype(self._prefix + target.sources[0], info)
-        stretch = _Stretch.of(found[0], info.file, info.start, dtype)
-        return stretch if dtype == self.dtypes[key] and stretch.start % dtype.itemsize == 0 else None
+        start = info.start + found[0].first * dtype.itemsize
+        if dtype != self.dtypes[key] or start % dtype.itemsize:
+            return None
+        return _FileRange(info.file, start, start + found[0].count * dtype.itemsize)
 
     def _mapped(self, keys: Iterable[str]) -> tuple[dict[str, Tensor], list[Task]]:
-        """Tensors that are the files, and the tasks that bring their pages to memory."""
+        """Return tensors that map the files, and the tasks that bring their pages into memory."""
         mappings: dict[Path, FileMapping] = {}
         ranges: dict[Path, list[tuple[int, int]]] = {}
         made: dict[str, Tensor] = {}
         for key in keys:
-            stretch = self._stretch(key)
-            assert stretch is not None
-            if stretch.file not in mappings:
-                mappings[stretch.file] = FileMapping(self._header, stretch.file)
-            made[key] = mappings[stretch.file].tensor(stretch.start, self._targets[key].shape, self.dtypes[key])
-            ranges.setdefault(stretch.file, []).append((stretch.start, stretch.end))
+            found = self._range(key)
+            assert found is not None
+            if found.file not in mappings:
+                mappings[found.file] = FileMapping(self._header, found.file)
+            made[key] = mappings[found.file].tensor(found.start, self._targets[key].shape, self.dtypes[key])
+            ranges.setdefault(found.file, []).append((found.start, found.end))
         steps = [
             (first, file, min(first + BLOCK, end))
-            for file, found in ranges.items()
-            for start, end in _joined(found)
+            for file, starts_and_ends in ranges.items()
+            for start, end in _joined(starts_and_ends)
             for first in range(start, end, BLOCK)
         ]
         return made, [
@@ -253,9 +277,9 @@ class ComponentSource:
         self._header.check_unchanged(file)
 
     def _is_in_memory(self, key: str) -> bool:
-        held = self._header.tensors_in_memory or {}
+        in_memory = self._header.tensors_in_memory or {}
         sources = self._targets[key].sources
-        return bool(sources) and all(self._prefix + source in held for source in sources)
+        return bool(sources) and all(self._prefix + source in in_memory for source in sources)
 
     def _shared(self, key: str, device: torch.device) -> Tensor:
         return self._computed(self._targets[key]).to(device, self.dtypes[key]).contiguous()
@@ -270,7 +294,7 @@ class ComponentSource:
         return {key: torch.empty(self._targets[key].shape, dtype=self.dtypes[key], device=device) for key in keys}
 
     def _work(self, target: convert.Target) -> int:
-        """Bytes of sources held while a target is made; none where it is put together in place."""
+        """Return the bytes of source tensors held while a target is computed; 0 if it is read in place."""
         infos = [self._header.tensors[self._prefix + source] for source in target.sources]
         alike = len({info.dtype for info in infos}) == 1
         if alike and runs(target, [info.shape for info in infos]) is not None:
@@ -279,24 +303,20 @@ class ComponentSource:
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Bytes of one file that are a tensor."""
+class _FileRange:
+    """The bytes of one file from offset `start` to `end`."""
 
     file: Path
     start: int
     end: int
 
-    @classmethod
-    def of(cls, run: ElementRun, file: Path, start: int, dtype: torch.dtype) -> _Stretch:
-        first = start + run.first * dtype.itemsize
-        return cls(file, first, first + run.count * dtype.itemsize)
-
 
 def read_tensors(header: Header, *, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a header under its own name, in memory of its own.
+    """Return every tensor of a header under its own name, each in memory of its own.
 
     Args:
-        dtype: of floating tensors; None keeps the file's.
+        device: the destination.
+        dtype: dtype of the floating tensors; None keeps the file's.
 
     Raises:
         CorruptFile: a file changed since its header was read, or cannot be read.
@@ -309,13 +329,17 @@ def read_tensors(header: Header, *, device: torch.device | str, dtype: torch.dty
 
 
 def stored_dtype(header: Header, key: str) -> torch.dtype:
-    """As in the file, told by the header."""
+    """Return the dtype of a tensor in its file or in memory.
+
+    Raises:
+        CorruptFile: torch has no such dtype.
+    """
     in_memory = (header.tensors_in_memory or {}).get(key)
     return in_memory.dtype if in_memory is not None else torch_dtype(key, header.tensors[key])
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges that touch or overlap as one."""
+    """Return the ranges in order, those that touch or overlap joined into one."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if joined and start <= joined[-1][1]:

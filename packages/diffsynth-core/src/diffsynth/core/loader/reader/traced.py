@@ -1,6 +1,6 @@
-"""A converter that is a function of tensors, run once without tensors: what it would do becomes a plan.
+"""Tracing a converter function on tensors without values, so that what it does becomes a plan.
 
-So a file whose names are mapped by somebody's function can be read tensor by tensor, as one with declared rules can.
+A file whose names are mapped by a user's function can then be read tensor by tensor, as with declared rules.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from diffsynth.core.loader.reader.source import stored_dtype
 from diffsynth.errors import KeyMismatch
 
 Converter = Callable[[dict[str, Any]], Any]
-"""From the tensors of a file, by name, to those of a module; a class is called without arguments first."""
+"""A function from a file's tensors, by name, to a module's. A class is first called without arguments."""
 
 
 def called(converter: Any, state_dict: dict[str, Any]) -> Any:
-    """What a converter makes of a state dict."""
+    """Return what a converter, a function or a class of such functions, makes of a state dict."""
     return (converter() if inspect.isclass(converter) else converter)(state_dict)
 
 
 def trace(converter: Any, header: Header) -> tuple[dict[str, convert.Target], dict[str, torch.dtype]]:
-    """How each tensor that a converter gives is made, and its dtype.
+    """Return the plan and the dtype of each tensor that a converter makes of a file.
 
-    The converter sees tensors that have names, shapes and dtypes but no values. It may rename, cut, join, reshape,
-    convert and compute.
+    The converter is called on fake tensors, which have names, shapes and dtypes but no values. It may rename, cut,
+    join, reshape, convert and compute.
 
     Args:
         converter: see `Converter`.
-        header: of the file.
+        header: the file's header.
+
+    Returns:
+        Name -> target, and name -> dtype.
 
     Raises:
-        ValueError: the converter looks at values, draws random ones, writes into a tensor, or gives anything but a
+        ValueError: the converter reads values, generates random ones, writes into a tensor, or returns anything but a
             dict of tensors.
-        KeyMismatch: it wants a name that the file does not have.
+        KeyMismatch: the converter reads a name that the file does not have.
     """
     recorder = _Recorder()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -51,14 +54,14 @@ def trace(converter: Any, header: Header) -> tuple[dict[str, convert.Target], di
         recorder.begin(fakes.values())
         try:
             with recorder:
-                made = called(converter, _like_the_file(header, fakes))
+                made = called(converter, _nested_as_in_file(header, fakes))
         except KeyError as error:
             raise KeyMismatch(
                 f"{header.where} has no {error.args[0]!r}, which the state_dict_converter wants"
             ) from error
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise ValueError(
-                f"the state_dict_converter cannot be run ahead of {header.where}: {str(error).splitlines()[0]}. "
+                f"the state_dict_converter cannot be traced for {header.where}: {str(error).splitlines()[0]}. "
                 "Names, shapes and dtypes are known then, values are not. Convert the file once, or load it into memory"
             ) from error
     if not isinstance(made, Mapping) or not all(isinstance(value, Tensor) for value in made.values()):
@@ -71,8 +74,8 @@ def trace(converter: Any, header: Header) -> tuple[dict[str, convert.Target], di
     return targets, {key: tensor.dtype for key, tensor in made.items()}
 
 
-def _like_the_file(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Nested where a pickle is."""
+def _nested_as_in_file(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the tensors as a dict, with dicts in it where the pickle has them."""
 
     def filled(shapes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         return {
@@ -96,14 +99,21 @@ def _renamed(key: str, source: str, tensor: Tensor) -> convert.Target:
 
 @dataclass(frozen=True)
 class _Value:
-    """Stands for a tensor in the arguments of a step."""
+    """A placeholder for a tensor in the arguments of a recorded operation."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One operation; arguments and results by number."""
+    """One recorded operation.
+
+    Args:
+        operation: the torch operation.
+        args, kwargs: its arguments, with a `_Value` for each recorded tensor.
+        needs: numbers of the tensors that it reads.
+        gives: numbers of its results, in order.
+    """
 
     operation: Callable[..., Any]
     args: Any
@@ -113,17 +123,17 @@ class _Step:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down what is done to tensors."""
+    """A dispatch mode that records every operation on tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self._steps: list[_Step] = []
         self._numbers: dict[int, int] = {}
-        # An id is a tensor's only as long as the tensor lives.
+        # Keeps every tensor alive: the id of a freed tensor may be given to another one.
         self._seen: list[Tensor] = []
 
     def begin(self, tensors: Any) -> None:
-        """Number those that are there before anything is done."""
+        """Number the tensors that exist before the first operation."""
         for tensor in tensors:
             self._number(tensor)
 
@@ -134,16 +144,16 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             raise TypeError(f"it writes into a tensor ({func}); make a new one")
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise TypeError(f"it draws random values ({func})")
-        told = tree_map(self._told, (args, kwargs))
+            raise TypeError(f"it generates random values ({func})")
+        arguments = tree_map(self._placeholder, (args, kwargs))
         made = func(*args, **kwargs)
-        needs = frozenset(value.number for value in tree_leaves(told) if isinstance(value, _Value))
+        needs = frozenset(value.number for value in tree_leaves(arguments) if isinstance(value, _Value))
         gives = tuple(self._number(value) for value in tree_leaves(made) if isinstance(value, Tensor))
-        self._steps.append(_Step(func, *told, needs, gives))
+        self._steps.append(_Step(func, *arguments, needs, gives))
         return made
 
     def target(self, key: str, tensor: Tensor, fakes: Mapping[str, Tensor]) -> convert.Target:
-        """How to make a tensor that was computed."""
+        """Return the target of a computed tensor: an `Apply` that replays the operations it depends on."""
         wanted = {self._numbers[id(tensor)]} if id(tensor) in self._numbers else set()
         steps = []
         for step in reversed(self._steps):
@@ -164,18 +174,18 @@ class _Recorder(TorchDispatchMode):
             self._numbers[id(tensor)] = len(self._seen)
         return self._numbers[id(tensor)]
 
-    def _told(self, value: Any) -> Any:
+    def _placeholder(self, value: Any) -> Any:
         return _Value(self._numbers[id(value)]) if id(value) in self._numbers else value
 
 
 @dataclass(frozen=True)
 class _Replay:
-    """What was recorded, on real tensors.
+    """Recorded operations as a function of real tensors.
 
     Args:
-        steps: in order.
-        inputs: numbers of the tensors that it is called with.
-        result: number of what it gives; a tensor if that is there already.
+        steps: the operations, in order.
+        inputs: numbers of the tensors that the function is called with.
+        result: number of the tensor that it returns; a tensor if the result depends on no input.
     """
 
     steps: tuple[_Step, ...]
@@ -187,8 +197,8 @@ class _Replay:
             return self.result
         values = dict(zip(self.inputs, sources, strict=True))
 
-        def value(told: Any) -> Any:
-            return values[told.number] if isinstance(told, _Value) else told
+        def value(argument: Any) -> Any:
+            return values[argument.number] if isinstance(argument, _Value) else argument
 
         for step in self.steps:
             args, kwargs = tree_map(value, (step.args, step.kwargs))

@@ -1,39 +1,61 @@
-"""From an architecture's own names and shapes back to a published layout: what a file of that layout would hold.
+"""Published layouts: their keys, shapes and rules, and the way back from a network's parameters to them. No torch.
 
-`convert.invert` undoes rules whose sources are known; here the sources are found, from the targets. No torch.
+`convert.invert` undoes rules whose sources are known; `file_shapes` finds the sources from the targets.
 """
 
 from __future__ import annotations
 
+import functools
+import gzip
+import importlib.resources
+import json
 from collections.abc import Mapping, Sequence
 from math import prod
 
 from diffsynth.core.loader import convert
+from diffsynth.core.loader.convert import Shape
+from diffsynth.spec import CheckpointSpec, resolve
 
-Shape = tuple[int, ...]
+
+def layout_of(checkpoint: CheckpointSpec) -> Mapping[str, Shape]:
+    """Return key -> shape of the published file; empty if the plugin ships no layout file."""
+    return _read(checkpoint.layout) if checkpoint.layout else {}
+
+
+def rules_of(checkpoint: CheckpointSpec) -> Sequence[convert.Rule]:
+    """Return the rules from the file's keys to the architecture's own names; empty if the names are the same."""
+    return resolve(checkpoint.rules) if checkpoint.rules else ()
+
+
+@functools.lru_cache(maxsize=256)
+def _read(layout: str) -> Mapping[str, Shape]:
+    package, _, path = layout.partition(":")
+    data = importlib.resources.files(package).joinpath(path).read_bytes()
+    return {key: tuple(shape) for key, shape in json.loads(gzip.decompress(data))["tensors"].items()}
 
 
 def file_shapes(
     rules: Sequence[convert.Rule], own: Mapping[str, Shape], published: Mapping[str, Shape] | None = None
 ) -> dict[str, Shape]:
-    """Key -> shape of the file whose plan by these rules makes these parameters.
+    """Return key -> shape of the file that these rules would convert to a network's parameters.
 
     Args:
-        rules: of the layout.
-        own: parameter name -> shape.
-        published: key -> shape of a file of that layout, of this size or another; tells what rules do not, such as
-            the parts of something fused.
+        rules: the layout's rules.
+        own: parameter name -> shape of the network.
+        published: key -> shape of a file of that layout, of this size or another. It settles what the rules leave
+            open, such as the sizes of the parts of a fused weight.
 
     Raises:
-        ValueError: a rule has no inverse, the layout has keys that the network does not keep, or the sizes of its
-            tensors cannot be told.
+        ValueError: a rule has no inverse, the layout has keys that the network does not keep, or the size of a tensor
+            cannot be derived.
     """
     published = published or {}
     found: dict[str, Shape] = {}
     taken: set[str] = set()
     for rule in rules:
         if isinstance(rule, convert.Drop):
-            _refuse_dropped(rule, published)
+            if lost := [key for key in published if convert.match(rule.source, key) is not None]:
+                raise ValueError(f"the layout holds {lost[0]}, which the network does not keep")
         elif isinstance(rule, convert.Constant):
             taken.update(rule.targets)
         else:
@@ -50,13 +72,8 @@ def file_shapes(
     return found
 
 
-def _refuse_dropped(rule: convert.Drop, published: Mapping[str, Shape]) -> None:
-    if lost := [key for key in published if convert.match(rule.source, key) is not None]:
-        raise ValueError(f"the layout holds {lost[0]}, which the network does not keep")
-
-
 def _matches(rule: convert.Rule, own: Mapping[str, Shape], taken: set[str]) -> list[dict[str, str]]:
-    """What fills the holes so that all targets are parameters that no rule before has taken."""
+    """Return each filling of the holes that makes all targets parameters which no earlier rule has taken."""
     first, *others = rule.targets
     candidates = (convert.match(first, key) for key in own if key not in taken)
     return [
@@ -78,14 +95,14 @@ def _source_shapes(
         return (tuple(targets[0][rule.order.index(axis)] for axis in range(len(rule.order))),)
     known = tuple(published[key] for key in sources if key in published)
     if isinstance(rule, convert.Fuse):
-        return _parts(rule, targets[0], known)
+        return _fused_parts(rule, targets[0], known)
     if isinstance(rule, convert.Reshape):
-        return (_unshaped(rule, targets[0], known),)
+        return (_shape_before_reshape(rule, targets[0], known),)
     raise ValueError(f"{type(rule).__name__} of {', '.join(sources)} cannot be undone")
 
 
-def _parts(rule: convert.Fuse, target: Shape, known: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    """As large, relative to each other, as the published parts."""
+def _fused_parts(rule: convert.Fuse, target: Shape, known: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    """Divide a fused extent in the proportions of the published parts."""
     total = sum(shape[rule.dim] for shape in known)
     if len(known) != len(rule.parts) or any(shape[rule.dim] * target[rule.dim] % total for shape in known):
         raise ValueError(f"the sizes of {', '.join(rule.parts)} cannot be told from {rule.target}")
@@ -93,8 +110,8 @@ def _parts(rule: convert.Fuse, target: Shape, known: tuple[Shape, ...]) -> tuple
     return tuple((*target[: rule.dim], size, *target[rule.dim + 1 :]) for size in sizes)
 
 
-def _unshaped(rule: convert.Reshape, target: Shape, known: tuple[Shape, ...]) -> Shape:
-    """The published shape, or axes of extent 1 behind the target's where the published file has such."""
+def _shape_before_reshape(rule: convert.Reshape, target: Shape, known: tuple[Shape, ...]) -> Shape:
+    """Return the target's shape with the published file's trailing axes of extent 1, or the published shape."""
     for shape in known:
         ones = len(shape) - len(target)
         if ones >= 0 and shape[len(target) :] == (1,) * ones and shape[: len(target)] == rule.shapes(shape)[0]:

@@ -1,8 +1,8 @@
-"""Weights of low precision with scales beside them, as other programs write them: `X.weight` and `X.weight_scale`.
+"""Low-precision weights with scales beside them, as other programs write them: `X.weight` and `X.weight_scale`.
 
 The scales become part of the plan: a scaled weight that is only renamed is a `Dequantize`, one that is also split,
-fused or reshaped is `Scaled`. Packed formats, whose weights have other shapes than the network's, are told apart and
-not read.
+fused or reshaped is `Scaled`. Packed formats, whose weights have other shapes than the network's, are recognised by
+name and not read.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from diffsynth.core.loader import convert
+from diffsynth.core.loader.convert import Shape
 
-Shape = tuple[int, ...]
 T = TypeVar("T")
 
 _SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
@@ -32,24 +32,24 @@ _PACKED = {
 
 @dataclass(frozen=True)
 class Scales:
-    """The tensors of a file that only say how to read others.
+    """The keys of a file that only describe other tensors of it.
 
     Args:
         weights: key of a weight -> key of its scale.
-        unused: keys of no use to us: scales of activations, and notes to other programs.
+        unused: keys that are not needed: scales of activations, and notes to other programs.
     """
 
     weights: Mapping[str, str]
     unused: tuple[str, ...]
 
     def without(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The other tensors."""
+        """Return the entries of `shapes` that are neither scales nor notes."""
         ours = {*self.weights.values(), *self.unused}
         return {key: shape for key, shape in shapes.items() if key not in ours}
 
 
 def find(shapes: Mapping[str, Shape]) -> Scales:
-    """The scales among a file's keys."""
+    """Return the scales among a file's keys."""
     weights: dict[str, str] = {}
     unused: list[str] = []
     for key in shapes:
@@ -62,17 +62,17 @@ def find(shapes: Mapping[str, Shape]) -> Scales:
 
 
 def packed_format(keys: Iterable[str]) -> str:
-    """The name of a quantisation whose weights are packed into other shapes; empty if there is no sign of any."""
+    """Return the name of the packed quantisation that these keys belong to; empty if there is none."""
     lasts = (key.rpartition(".")[2] for key in keys)
     return next((_PACKED[last] for last in lasts if last in _PACKED), "")
 
 
 @dataclass(frozen=True)
 class Scaled(convert.Rule):
-    """Another rule, over sources that are multiplied by their scales first.
+    """Another rule, applied to sources that are multiplied by their scales first.
 
     Args:
-        rule: with all holes filled.
+        rule: the inner rule, with all holes filled.
         scales: key of each source's scale; "" for a source that has none.
     """
 
@@ -83,11 +83,11 @@ class Scaled(convert.Rule):
     targets = property(lambda self: self.rule.targets)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """The inner rule's, if every scale fits its weight."""
+        """Return the inner rule's shapes, after checking that every scale fits its weight."""
         return self.rule.shapes(*self.dequantized(sources, _scaled_shape))
 
     def dequantized(self, sources: Sequence[T], multiply: Callable[[T, T], T]) -> tuple[T, ...]:
-        """The inner rule's sources: `multiply(weight, scale)` where there is a scale."""
+        """Return the inner rule's sources, each `multiply(weight, scale)` where it has a scale."""
         count = len(self.rule.sources)
         scales = iter(sources[count:])
         return tuple(
@@ -101,7 +101,12 @@ def _scaled_shape(weight: Shape, scale: Shape) -> Shape:
 
 
 def rules(scales: Scales, plan: convert.Plan) -> tuple[convert.Rule, ...]:
-    """Rules for the scaled weights of a file, to stand before those that its plan without scales was made from."""
+    """Return rules for a file's scaled weights, to be placed before the layout's own rules.
+
+    Args:
+        scales: the file's scales.
+        plan: the plan that the layout's own rules make of the file without its scales.
+    """
     made: dict[tuple[str, ...], convert.Rule] = {}
     for key, target in plan.targets.items():
         scales_here = tuple(scales.weights.get(source, "") for source in target.sources)

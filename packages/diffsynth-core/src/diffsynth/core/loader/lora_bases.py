@@ -1,7 +1,7 @@
-"""Whether a file is a LoRA, and of what: by the modules it changes. No torch.
+"""Whether a file is a LoRA, and for which architecture, by the modules that it changes. No torch.
 
-Knows the names of PEFT (`X.lora_A.weight`), of kohya (`lora_unet_X_Y.lora_down.weight`, with underscores for dots),
-of LyCORIS (`lycoris_X_Y.lokr_w1`) and of plain differences (`X.diff`).
+Known names are those of PEFT (`X.lora_A.weight`), of kohya (`lora_unet_X_Y.lora_down.weight`, with underscores for
+dots), of LyCORIS (`lycoris_X_Y.lokr_w1`) and of plain differences (`X.diff`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffsynth.core.loader import convert
-from diffsynth.core.loader.layouts import inverse
-from diffsynth.core.loader.layouts.published import layout_of, rules_of
+from diffsynth.core.loader.convert import Shape
+from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
 from diffsynth.errors import KeyMismatch
 from diffsynth.spec import CheckpointSpec, parse_source
 
-Shape = tuple[int, ...]
-
-_PART = re.compile(
+_LORA_KEY = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?:A|B|down|up|mid)|(?:\.|_)lora\.(?:down|up)|\.lora_magnitude_vector"
     r"|\.hada_[wt][12](?:_[ab])?|\.lokr_[wt][12](?:_[ab])?|\.oft_blocks|\.(?P<side>alpha|dora_scale|diff|diff_b))"
     r"(?:\.\w+){0,2}"
@@ -30,18 +28,26 @@ _PREFIXES = (
 _UNDERSCORED = re.compile(r"(?:lora_(?:unet|transformer|te\d?|text_encoder)|lycoris)_")
 
 _ENOUGH = 0.5
-"""Share of the modules that a base must have, and of their shapes that must fit."""
+"""Share of the LoRA's modules that a base model must have, and share of their input sizes that must agree."""
 
 
 @dataclass(frozen=True)
 class _Base:
+    """A layout as a LoRA's base: the share of module names it has, and the share of input sizes that agree."""
+
     checkpoint: CheckpointSpec
     named: float
     fitting: float
 
 
 def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[CheckpointSpec]) -> str:
-    """A sentence if the file is a LoRA; empty if it is not."""
+    """Return a sentence that says a file is a LoRA and for what; empty if the file is not a LoRA.
+
+    Args:
+        where: the file's name, for the message.
+        shapes: key -> shape of its tensors.
+        checkpoints: the layouts to choose a base from.
+    """
     modules = target_modules(shapes)
     if not modules:
         return ""
@@ -60,11 +66,11 @@ def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[Check
 
 
 def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> str:
-    """What a LoRA that changes these modules is for, its models and its architecture; empty if that is not known.
+    """Return the models and the architecture that a LoRA is for, `"Z-Image (z_image_dit)"`; empty if unknown.
 
     Args:
-        modules: as `target_modules` gives them.
-        checkpoints: to choose from.
+        modules: module name -> input size, as `target_modules` returns them.
+        checkpoints: the layouts to choose from.
     """
     bases, best = _bases(modules, checkpoints)
     if best is None or best.named < _ENOUGH:
@@ -75,12 +81,12 @@ def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -
 
 
 def without_prefix(module: str, names: Container[str], underscored: Mapping[str, str]) -> str | None:
-    """The name that a LoRA's name for a module stands for; None if there is no such module.
+    """Return the module name that a LoRA's name for a module means; None if there is no such module.
 
     Args:
-        module: with a program's prefix before it, or with underscores for dots.
-        names: of modules.
-        underscored: each name with underscores for dots -> the name.
+        module: the LoRA's name, with a program's prefix before it, or with underscores for dots.
+        names: the module names that exist.
+        underscored: each of them with underscores for dots -> the name.
     """
     if match := _UNDERSCORED.match(module):
         return underscored.get(module[match.end() :])
@@ -93,34 +99,40 @@ def without_prefix(module: str, names: Container[str], underscored: Mapping[str,
 
 
 def target_modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Modules that a LoRA changes -> their inputs, 0 where the file does not tell; none if it is no LoRA."""
+    """Return module name -> input size for the modules that a LoRA changes; empty if the file is not a LoRA.
+
+    The size is 0 where the file's shapes do not tell it.
+
+    Args:
+        shapes: key -> shape of the file's tensors.
+    """
     modules: dict[str, int] = {}
-    parts, sure = 0, False
+    lora_keys, certain = 0, False
     for key, shape in shapes.items():
-        if (match := _PART.fullmatch(key)) is None:
+        if (match := _LORA_KEY.fullmatch(key)) is None:
             continue
-        parts += 1
-        sure = sure or match["side"] in (None, "diff", "diff_b")
+        lora_keys += 1
+        # An alpha alone is no proof: other checkpoints have parameters of that name.
+        certain = certain or match["side"] in (None, "diff", "diff_b")
         module = match["module"]
         inputs = shape[1] if len(shape) > 1 and re.search(r"lora(_A|_down|\.down)", key) else 0
         modules[module] = modules.get(module, 0) or inputs
-    return modules if sure and parts > len(shapes) / 2 else {}
+    return modules if certain and lora_keys > len(shapes) / 2 else {}
 
 
 def _bases(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> tuple[list[_Base], _Base | None]:
-    """Each layout as a base, and the best of them."""
+    """Return every layout as a base, and the best of them."""
     bases = [_compare(modules, checkpoint, _weights(checkpoint, checkpoints)) for checkpoint in checkpoints]
     return bases, max(bases, key=lambda base: (base.named >= _ENOUGH, base.fitting, base.named), default=None)
 
 
 def _named(bases: Sequence[_Base], best: _Base) -> str:
+    """Return the repositories of all layouts that fit as well, and the architecture in parentheses."""
     name = best.checkpoint.architecture
-    models = _models([each.checkpoint for each in bases if _is_like(each, name)])
+    fitting = [base.checkpoint for base in bases if base.checkpoint.architecture == name and base.fitting >= _ENOUGH]
+    ids = [parse_source(source).model_id for checkpoint in fitting for source in checkpoint.files]
+    models = list(dict.fromkeys(model_id.rpartition("/")[2] for model_id in ids if model_id))
     return f"{' or '.join(models)} ({name})" if models else name
-
-
-def _is_like(base: _Base, architecture: str) -> bool:
-    return base.checkpoint.architecture == architecture and base.fitting >= _ENOUGH
 
 
 def _compare(modules: Mapping[str, int], checkpoint: CheckpointSpec, weights: Mapping[str, Shape]) -> _Base:
@@ -130,16 +142,14 @@ def _compare(modules: Mapping[str, int], checkpoint: CheckpointSpec, weights: Ma
         for module, inputs in modules.items()
         if (name := without_prefix(module, weights, underscored)) is not None
     ]
-    told = [(inputs, shape) for inputs, shape in found if inputs and len(shape) > 1]
-    fitting = sum(inputs == shape[1] for inputs, shape in told) / len(told) if told else float(bool(found))
+    sized = [(inputs, shape) for inputs, shape in found if inputs and len(shape) > 1]
+    fitting = sum(inputs == shape[1] for inputs, shape in sized) / len(sized) if sized else float(bool(found))
     return _Base(checkpoint, len(found) / len(modules), fitting)
 
 
 def _weights(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> dict[str, Shape]:
-    """Module -> shape of its weight, in a published layout; where no file proves it, as its rules say."""
-    layout = layout_of(checkpoint)
-    if not layout:
-        layout = _by_rules(checkpoint, checkpoints)
+    """Return module name -> shape of its weight in a layout."""
+    layout = layout_of(checkpoint) or _by_rules(checkpoint, checkpoints)
     return {
         key.removesuffix(".weight"): shape
         for key, shape in layout.items()
@@ -148,17 +158,12 @@ def _weights(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) 
 
 
 def _by_rules(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> Mapping[str, Shape]:
+    """Derive a layout that ships no key list from its rules and a published layout of the same architecture."""
     for sibling in checkpoints:
         if sibling.architecture == checkpoint.architecture and sibling.layout:
             own = convert.plan(rules_of(sibling), layout_of(sibling)).shapes
             try:
-                return inverse.file_shapes(rules_of(checkpoint), own)
+                return file_shapes(rules_of(checkpoint), own)
             except (ValueError, KeyMismatch):
                 continue
     return {}
-
-
-def _models(checkpoints: Sequence[CheckpointSpec]) -> list[str]:
-    """Repositories that these layouts come from, by their last segment."""
-    ids = [parse_source(source).model_id for checkpoint in checkpoints for source in checkpoint.files]
-    return list(dict.fromkeys(model_id.rpartition("/")[2] for model_id in ids if model_id))

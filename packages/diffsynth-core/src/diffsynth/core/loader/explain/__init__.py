@@ -1,1 +1,0 @@
-"""What a file is that nobody claims, and how near it comes: the doctor."""
