@@ -18,12 +18,16 @@ LAYERS = ("light", "tensors", "models", "loading", "runtime", "top")
 
 _LIGHT_FILES = {"__init__", "plugin", "config", "checkpoints", "convert"}
 _LIGHT = {
-    ".": {"__init__", "errors", "spec", "hookspecs", "_discovery", "_models", "_spec_checks", "registry", "_env"},
+    ".": {
+        *("__init__", "errors", "spec", "hookspecs", "registry", "configs", "metrics"),
+        *("_discovery", "_env", "_models", "_spec_checks"),
+    },
     "core": {"__init__", "json_cache"},
     "core/loader": {
         *("__init__", "config", "convert", "download", "dtypes", "explain", "file_kinds", "files", "first_party"),
         *("header", "identity", "key_differences", "layouts", "lora_bases", "recognize", "scaled"),
     },
+    "compat": {"__init__", "doors"},
     "models": _LIGHT_FILES,
 }
 _FOLDERS = {

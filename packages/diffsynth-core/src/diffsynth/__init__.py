@@ -42,6 +42,9 @@ _MODULE_OF = {
     "unit": "diffsynth.runtime.unit",
 }
 
+_OLDER = ("hash_state_dict_keys", "load_model", "load_state_dict")
+"""Names of `diffsynth.core` that scripts for DiffSynth-Studio import from here."""
+
 
 def __getattr__(name: str) -> Any:
     import importlib
@@ -53,6 +56,8 @@ def __getattr__(name: str) -> Any:
         import importlib.metadata
 
         value = importlib.metadata.version("diffsynth-core")
+    elif name in _OLDER:
+        value = getattr(importlib.import_module("diffsynth.core"), name)
     elif name in __all__:
         value = importlib.import_module(f"diffsynth.{name}")
     else:

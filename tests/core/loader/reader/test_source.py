@@ -14,7 +14,7 @@ from diffsynth.core.device.upload import UploadRing
 from diffsynth.core.loader import convert, header, pickled
 from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.dtypes import torch_dtypes
-from diffsynth.core.loader.reader import blocks, mapping
+from diffsynth.core.loader.reader import blocks
 from diffsynth.core.loader.reader import source as sources
 from diffsynth.core.loader.reader.ops import apply_rule
 from diffsynth.core.loader.reader.source import ComponentSource, read_tensors
@@ -190,7 +190,7 @@ def test_mapped_tensors_are_private_and_tied_ones_apart(tmp_path):
 
 
 def test_mapped_where_the_system_cannot_populate(tmp_path, monkeypatch):
-    monkeypatch.setattr(mapping, "_madvise", lambda: None)
+    monkeypatch.setattr(blocks, "_madvise", lambda: None)
     found = tensors()
     source = source_of(save(found, tmp_path), torch.float32)
     assert same(source.read(copy=False), expected(source, found, torch.float32))

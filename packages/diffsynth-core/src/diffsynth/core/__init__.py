@@ -1,11 +1,11 @@
-"""Machinery that another codebase could use on its own; it knows nothing of registry or pipelines.
+"""Parts that another codebase can use on their own: nothing here depends on the registry or on pipelines.
 
-Its public names are imported on first use: `import diffsynth.core` alone loads no torch.
+The public names are imported on first use: `import diffsynth.core` alone does not import torch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from diffsynth.compat.doors import QUANTIZATION, door, later
 
 _MODULES = {
     "attention.forward": ("attention_forward",),
@@ -81,35 +81,15 @@ _MODULES = {
         "fill_vram_config",
     ),
 }
-_WHERE = {
-    name: f"diffsynth.{module}" if module.startswith("compat.") else f"diffsynth.core.{module}"
+_FOUND = {
+    name: f"diffsynth.{module}:{name}" if module.startswith("compat.") else f"diffsynth.core.{module}:{name}"
     for module, names in _MODULES.items()
     for name in names
 }
+_ABSENT = {**dict.fromkeys(QUANTIZATION, later("quantization")), "OffloadTrainingManager": later("offloaded training")}
 
-_LATER = {
-    "quantization": (
-        "AutoWrappedQuantizedModule BackendConfig MixedQuantizeConfig QUANT_BACKENDS QUANT_METHODS QuantBackend "
-        "QuantMethodSpec QuantizeConfig check_backend_contract check_differentiable describe_quant_method "
-        "register_quant_backend register_quant_method"
-    ),
-    "offloaded training": "OffloadTrainingManager",
-}
-"""Part of a later version -> names that older code imports from here."""
-
-__all__ = sorted(_WHERE)
-
-
-def __getattr__(name: str) -> Any:
-    import importlib
-
-    if name in _WHERE:
-        # Not kept: IS_CUDA_AVAILABLE and its like are asked anew.
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    for part, names in _LATER.items():
-        if name in names.split():
-            raise AttributeError(f"diffsynth.core has no {name!r} yet: it comes with {part}, in a later version")
-    raise AttributeError(f"module 'diffsynth.core' has no attribute {name!r}")
+__all__ = sorted(_FOUND)
+__getattr__ = door(__name__, _FOUND, _ABSENT)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
-"""The doors of families: `diffsynth.pipelines.<name>` is a module that an installed family offers by `register_doors`.
+"""Doors of families: `diffsynth.pipelines.<name>` is a module that an installed family declares by `register_doors`.
 
-New code imports the family itself; these names keep scripts working that were written for DiffSynth-Studio.
+They keep scripts for DiffSynth-Studio working; new code imports the family itself. The modules in this folder are for
+families that are not there yet.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from diffsynth import _discovery
 
 
 def _folders() -> list[str]:
-    """Folders of the declared doors, found without importing the families."""
+    """Return the folders of the declared doors, without importing the families."""
     found = []
     for declared in _discovery.catalog().doors:
         package, _, folder = declared.spec.folder.partition(":")
         spec = importlib.util.find_spec(package)
         if spec is not None:
-            found += [str(Path(place) / folder) for place in spec.submodule_search_locations or ()]
+            found += [str(Path(location) / folder) for location in spec.submodule_search_locations or ()]
     return found
 
 
-__path__ = [*__path__, *_folders()]
+# The families' folders come first, so that their doors replace the modules of this folder.
+__path__ = [*_folders(), *__path__]

@@ -1,8 +1,8 @@
-"""From files to modules: find, read the header, recognise, plan, load. What `diffsynth.core` has of it is here, too."""
+"""Loading files into modules: find, read the header, recognise, plan, load. Also a door to `diffsynth.core`."""
 
 from __future__ import annotations
 
-from typing import Any
+from diffsynth.compat.doors import door
 
 __all__ = [
     "ModelConfig",
@@ -15,11 +15,4 @@ __all__ = [
     "load_state_dict_from_bin",
     "load_state_dict_from_safetensors",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from diffsynth import core
-
-    return getattr(core, name)
+__getattr__ = door(__name__, {name: f"diffsynth.core:{name}" for name in __all__})

@@ -37,7 +37,7 @@ class ModelConfig:
         clear_parameters: not available in this version.
         state_dict: tensors in memory, in place of files.
         quantize: not available in this version.
-        source: another source, `scheme://location`; see `register_sources` of plugins.
+        source: another source, `scheme://location`; plugins resolve its scheme by the hook `resolve_source`.
 
     Raises:
         ValueError: no source or two, an unknown download source, or a setting this version does not have yet.

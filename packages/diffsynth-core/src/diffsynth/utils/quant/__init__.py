@@ -1,0 +1,1 @@
+"""Doors: quantized files."""

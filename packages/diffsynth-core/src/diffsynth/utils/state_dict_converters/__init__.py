@@ -1,0 +1,1 @@
+"""Doors: functions that converted files."""
