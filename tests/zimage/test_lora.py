@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from diffsynth import _discovery
 from diffsynth.core.loader import component
 from diffsynth.core.lora import LoRA, LoRALayer, fit, parse, save_lora, target_layers
-from diffsynth.core.lora.arithmetic import to_state_dict
+from diffsynth.core.lora.format import to_state_dict
 from diffsynth_zimage.checkpoints import ARCHITECTURES
 from diffsynth_zimage.config import TINY_DIT
 

@@ -15,7 +15,7 @@ from diffsynth import _discovery
 from diffsynth.core.loader import files
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.lora import LoRA, add_hot, clear_hot, fit, fuse, read_lora
-from diffsynth.core.lora.cold import is_fused
+from diffsynth.core.lora.fused import is_fused
 from diffsynth.core.vram.managed import managed
 from diffsynth.runtime.architectures import architecture_of, cuts
 from diffsynth.runtime.plan_cache import PlanCache

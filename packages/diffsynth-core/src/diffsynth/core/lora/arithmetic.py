@@ -1,4 +1,4 @@
-"""Several LoRAs as one, and one LoRA at another rank. Both take and give state dicts, as users' scripts do."""
+"""Merging several LoRAs into one, and changing a LoRA's rank. All take and return state dicts, as scripts do."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffsynth.core.lora.layer import LoRA, LoRALayer
-from diffsynth.core.lora.spelling import parse
+from diffsynth.core.lora.format import LoRA, LoRALayer, parse, to_state_dict
 from diffsynth.errors import KeyMismatch
 
 
 def merge_lora(loras: Sequence[Mapping[str, Tensor]], alpha: float = 1.0) -> dict[str, Tensor]:
-    """One LoRA that does what all of them do together: their ranks are concatenated, so nothing is approximated.
+    """Return one LoRA equal to the sum of several. Their ranks are concatenated, so nothing is approximated.
 
     Args:
-        loras: state dicts in any spelling, whose module names are spelled alike; they may change different layers.
-        alpha: strength of all of them.
+        loras: state dicts in any known key names, with the same module names; they may change different layers.
+        alpha: factor of the sum.
 
     Returns:
-        `lora_A` and `lora_B` for each layer, in the dtypes of the first LoRA that changes it, strength within.
+        `lora_A` and `lora_B` of each layer, in the dtypes of the first LoRA that changes it, with all factors in
+        `lora_B`.
 
     Raises:
-        ValueError: there are none.
+        ValueError: `loras` is empty.
         KeyMismatch: one is not a plain LoRA, or two change a layer of different size.
     """
     if not loras:
@@ -36,14 +36,14 @@ def merge_lora(loras: Sequence[Mapping[str, Tensor]], alpha: float = 1.0) -> dic
 
 
 def reset_lora_rank(lora: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The LoRA of another rank that is nearest to this one, layer by layer (Eckart and Young 1936).
+    """Return the LoRA of another rank that is nearest to this one, layer by layer (Eckart and Young 1936).
 
     Args:
-        lora: a state dict in any spelling.
-        rank: of the result; above the LoRA's own nothing is lost, and zeros fill it up.
+        lora: a state dict in any known key names.
+        rank: the new rank. Above the LoRA's own rank the matrices are padded with zeros.
 
     Returns:
-        `lora_A` and `lora_B` for each layer, in their dtypes, strength within.
+        `lora_A` and `lora_B` of each layer, in their dtypes, with all factors in the matrices.
 
     Raises:
         ValueError: a rank below 1.
@@ -54,22 +54,16 @@ def reset_lora_rank(lora: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return to_state_dict(LoRA({name: _nearest(layer, rank) for name, layer in parse(lora).layers.items()}))
 
 
-def to_state_dict(lora: LoRA, prefix: str = "") -> dict[str, Tensor]:
-    """`lora_A`, `lora_B` and, where it is not the rank, `alpha` of each layer, in peft's and diffusers' spelling."""
-    tensors: dict[str, Tensor] = {}
-    for name, layer in lora.layers.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = layer.down
-        tensors[f"{prefix}{name}.lora_B.weight"] = layer.up
-        if layer.alpha is not None:
-            tensors[f"{prefix}{name}.alpha"] = torch.tensor(layer.alpha)
-    return tensors
-
-
 def stacked(name: str, layers: Sequence[LoRALayer], alpha: float = 1.0) -> LoRALayer:
-    """Several changes of one layer as one; the name is for the message.
+    """Return the sum of several changes of one layer as one change, whose rank is the sum of theirs.
+
+    Args:
+        name: the layer's name, for the message.
+        layers: the changes; the result has the dtypes and device of the first.
+        alpha: factor of the sum.
 
     Raises:
-        KeyMismatch: they are of different size.
+        KeyMismatch: the changes are of different size.
     """
     first = layers[0]
     if any(layer.shape != first.shape for layer in layers):
@@ -83,14 +77,14 @@ def stacked(name: str, layers: Sequence[LoRALayer], alpha: float = 1.0) -> LoRAL
 
 
 def _nearest(layer: LoRALayer, rank: int) -> LoRALayer:
-    # up @ down = Q_up (R_up R_down^T) Q_down^T: the product is small, however large the layer is.
+    # up @ down = Q_up (R_up R_down^T) Q_down^T: only the small inner product needs an SVD, whatever the layer's size.
     q_up, r_up = torch.linalg.qr(layer.scaled_up())
     q_down, r_down = torch.linalg.qr(layer.down.float().T)
     left, values, right = torch.linalg.svd(r_up @ r_down.T)
-    kept = min(rank, len(values))
-    root = values[:kept].sqrt()
-    up = q_up @ (left[:, :kept] * root)
-    down = (q_down @ (right[:kept].T * root)).T
-    up = torch.nn.functional.pad(up, (0, rank - kept))
-    down = torch.nn.functional.pad(down, (0, 0, 0, rank - kept))
+    count = min(rank, len(values))
+    root = values[:count].sqrt()
+    up = q_up @ (left[:, :count] * root)
+    down = (q_down @ (right[:count].T * root)).T
+    up = torch.nn.functional.pad(up, (0, rank - count))
+    down = torch.nn.functional.pad(down, (0, 0, 0, rank - count))
     return LoRALayer(down.contiguous().to(layer.down.dtype), up.contiguous().to(layer.up.dtype))

@@ -1,7 +1,7 @@
-"""From the module names of a LoRA file to those of a module: prefixes, underscores, and other published layouts.
+"""Translation of a LoRA file's module names to those of a module: prefixes, underscores, other published layouts.
 
-A layout's rules say how its weights become ours; the change of a weight follows from them. With `W = cat(Q, K, V)` the
-changes of Q, K and V stand on a block diagonal; where ours are split, each part gets its rows.
+A layout's rules convert its weights to ours, and the changes of the weights follow the same rules. For a fused weight
+`W = cat(Q, K, V)` the matrices of Q, K and V form a block diagonal; for a split weight each part gets its rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffsynth.core.loader import convert
 from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
 from diffsynth.core.loader.lora_bases import base_of, without_prefix
 from diffsynth.core.loader.reader.ops import apply_rule
-from diffsynth.core.lora.layer import LoRA, LoRALayer
+from diffsynth.core.lora.format import LoRA, LoRALayer
 from diffsynth.errors import KeyMismatch, did_you_mean, shortened
 from diffsynth.spec import CheckpointSpec
 
@@ -30,13 +30,13 @@ _WEIGHT = ".weight"
 
 
 class _Layout:
-    """A layout as a LoRA sees it.
+    """A layout whose module names a LoRA may have.
 
     Args:
-        name: for the log.
-        rules: from the file's names to ours; what a file holds besides does not matter here.
-        shapes: of the module's parameters, by our names.
-        published: key -> shape of a file of that layout, if there is one.
+        name: the layout's name, for the log.
+        rules: the rules from the file's names to ours.
+        shapes: parameter name -> shape of the module.
+        published: key -> shape of a file of that layout; empty if there is none.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class _Layout:
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """Modules as the file names them, and as we do: rules leave some as they are."""
+        """The module names of the layout, and our own, some of which the rules do not change."""
         sources = (
             convert.fill(source, holes)
             for rule in self.rules
@@ -62,7 +62,7 @@ class _Layout:
 
     @functools.cached_property
     def file_shapes(self) -> Mapping[str, Shape]:
-        """Of the file's tensors, at this module's size; empty if they cannot be told."""
+        """Key -> shape of a file of this layout at the module's size; empty if it cannot be derived."""
         try:
             return file_shapes(self.rules, self._shapes, self._published)
         except (ValueError, KeyMismatch):
@@ -71,7 +71,14 @@ class _Layout:
 
 @dataclass
 class _Attempt:
-    """A LoRA read as one of a layout: what fits, and what does not."""
+    """The result of reading a LoRA with a layout's names.
+
+    Args:
+        layers: our module name -> change, for the layers that fit.
+        known: how many of the LoRA's names the layout has.
+        unknown: names that the layout or the module does not have.
+        wrong: one text for each layer that does not fit otherwise.
+    """
 
     layers: dict[str, LoRALayer] = field(default_factory=dict)
     known: int = 0
@@ -84,18 +91,18 @@ class _Attempt:
 
 
 def fit(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec] = (), *, architecture: str = "") -> LoRA:
-    """A LoRA by a module's own names; nothing is changed, and nothing is left out.
+    """Return a LoRA with the names of a module's layers. The module is not changed, and no layer is left out.
 
     Args:
-        lora: by the names of its file.
-        module: that it is for; it may be on meta, and wrapped.
-        checkpoints: every layout that is known: those of the module's architecture may be the file's, and the others
-            help to say what the file is for.
-        architecture: of the module; empty knows no other layout than the module's own names.
+        lora: a LoRA with the names of its file.
+        module: the module to add it to; it may be on meta, and wrapped.
+        checkpoints: the known layouts. Those of the module's architecture are tried, the others are used to say what
+            the file is for.
+        architecture: the module's architecture; empty tries the module's own names only.
 
     Raises:
-        KeyMismatch: a layer that the module does not have, or has in another shape; the message says how much fits,
-            and which architecture the file is for.
+        KeyMismatch: the module does not have a layer, or has it in another shape; the message says how many layers
+            fit, and which architecture the file is for.
     """
     layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     own = {f"{name}{_WEIGHT}": tuple(part.weight.shape) for name, part in layers.items()}
@@ -111,14 +118,14 @@ def fit(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec] = (
 
 
 def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
-    """The linear layers whose names are these, or end in a dot and one of these; in the module's order.
+    """Return the names of the linear layers that are, or end in a dot and, one of `targets`; in the module's order.
 
     Args:
-        module: on any device.
-        targets: `"to_q"`, `"ffn.0"`.
+        module: a module on any device.
+        targets: names or last parts of names, such as `"to_q"` and `"ffn.0"`.
 
     Raises:
-        ValueError: one that no linear layer is called by.
+        ValueError: a target that matches no linear layer.
     """
     layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     for target in targets:
@@ -131,7 +138,7 @@ def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def _layouts(module: nn.Module, checkpoints: Sequence[CheckpointSpec]) -> Iterator[_Layout]:
-    """The module's own names, then each set of rules once."""
+    """Yield the module's own names as a layout, then one layout for each set of rules."""
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     yield _Layout("its own", (), shapes, {})
     by_rules = {checkpoint.rules: checkpoint for checkpoint in reversed(checkpoints) if checkpoint.rules}
@@ -148,7 +155,7 @@ def _attempt(lora: LoRA, own: Mapping[str, Shape], layout: _Layout) -> _Attempt:
         if known is None:
             attempt.unknown.append(name)
         elif f"{known}{_WEIGHT}" in named:
-            attempt.wrong.append(f"{name} is {known}, which another key names, too")
+            attempt.wrong.append(f"{name} and another key both mean {known}")
         else:
             named[f"{known}{_WEIGHT}"] = layer
     attempt.known = len(named)
@@ -175,7 +182,7 @@ def _attempt(lora: LoRA, own: Mapping[str, Shape], layout: _Layout) -> _Attempt:
 
 
 def _absent_parts(layout: _Layout, named: Mapping[str, LoRALayer]) -> dict[str, Shape]:
-    """Parts of fused weights that the LoRA leaves alone while it changes others of them -> their shape, if told."""
+    """Return key -> shape of parts of fused weights that the LoRA does not change while it changes other parts."""
     absent: dict[str, Shape] = {}
     for rule in layout.rules:
         if not isinstance(rule, convert.Fuse):
@@ -193,10 +200,10 @@ def _no_change(shape: Shape) -> LoRALayer:
 
 
 def _converted(target: convert.Target, layers: Sequence[LoRALayer]) -> LoRALayer:
-    """What a change of the sources is to the target.
+    """Return the change of a target that the changes of its sources make.
 
     Raises:
-        ValueError: a rule that two thin matrices cannot follow.
+        ValueError: the rule does not keep a product of two matrices one.
     """
     rule, first = target.rule, layers[0]
     if isinstance(rule, convert.Rename | convert.Tie | convert.Dequantize):
@@ -211,26 +218,26 @@ def _converted(target: convert.Target, layers: Sequence[LoRALayer]) -> LoRALayer
         if rule.dim == 0:
             return LoRALayer(torch.cat(downs), torch.block_diag(*ups))
         return LoRALayer(torch.block_diag(*downs), torch.cat(ups, dim=1))
-    raise ValueError(f"the file's layout has it under {type(rule).__name__}, which a LoRA cannot follow")
+    raise ValueError(f"the file's layout has it under {type(rule).__name__}, which cannot be applied to a LoRA")
 
 
 def _complaint(
     lora: LoRA, module: nn.Module, best: _Attempt, checkpoints: Sequence[CheckpointSpec], architecture: str
 ) -> str:
-    told = f"{lora.where} does not fit {type(module).__name__}, and nothing was changed: "
-    told += f"{min(len(best.layers), best.known)} of its {len(lora.layers)} layers fit"
+    text = f"{lora.where} does not fit {type(module).__name__}, and nothing was changed: "
+    text += f"{min(len(best.layers), best.known)} of its {len(lora.layers)} layers fit"
     if best.unknown:
-        told += f"; it does not have {shortened(best.unknown, 4)}{_why_unknown(module, best.unknown[0])}"
+        text += f"; it does not have {shortened(best.unknown, 4)}{_why_unknown(module, best.unknown[0])}"
     if best.wrong:
-        told += f"; {shortened(best.wrong, 4)}"
+        text += f"; {shortened(best.wrong, 4)}"
     modules = {name: layer.shape[1] for name, layer in lora.layers.items()}
     base = base_of(modules, [each for each in checkpoints if each.architecture != architecture])
-    return f"{told}. It is a LoRA for {base}" if base else f"{told}. Use a LoRA that was made for this model"
+    return f"{text}. It is a LoRA for {base}" if base else f"{text}. Use a LoRA that was made for this model"
 
 
 def _why_unknown(module: nn.Module, name: str) -> str:
-    parts = dict(module.named_modules())
-    known = without_prefix(name, parts, {each.replace(".", "_"): each for each in parts})
+    modules = dict(module.named_modules())
+    known = without_prefix(name, modules, {each.replace(".", "_"): each for each in modules})
     if known is not None:
-        return f" as a linear layer: {known} is a {type(parts[known]).__name__}, which LoRAs here do not change"
-    return did_you_mean(name, [each for each, part in parts.items() if isinstance(part, nn.Linear)])
+        return f" as a linear layer: {known} is a {type(modules[known]).__name__}, which LoRAs here do not change"
+    return did_you_mean(name, [each for each, layer in modules.items() if isinstance(layer, nn.Linear)])

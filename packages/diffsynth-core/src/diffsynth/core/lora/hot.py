@@ -1,8 +1,8 @@
-"""LoRAs beside the weights, which stay as they are: added whenever the layer runs, and taken away again.
+"""Hot (unfused) LoRAs: added to a layer's output whenever it runs, and removable. The weights are not changed.
 
-A layer becomes an object of a subclass of its own class, in place: whoever holds it, the VRAM engine among them, still
-holds it. Its matrices are non-persistent buffers. So keys of the state dict stay what they were, and the matrices go
-where the module's buffers go: with `.to()`, and with the stages of a wrapped module, whose plans count them.
+A layer's class is replaced by a subclass of itself, in place, so that every reference to the layer stays valid. The
+matrices are non-persistent buffers: the state dict keeps its keys, and the matrices move with the module's buffers, by
+`.to()` and between the stages of a wrapped module, whose plans count them.
 """
 
 from __future__ import annotations
@@ -16,86 +16,83 @@ from torch.nn import functional
 
 from diffsynth.core import forward_chain
 from diffsynth.core.lora.arithmetic import stacked
-from diffsynth.core.lora.layer import LoRA, LoRALayer
+from diffsynth.core.lora.format import LoRA, LoRALayer
 from diffsynth.core.vram.managed import managed
-
-_FLOAT8 = 1
-"""Bytes of an element below which a dtype is for storage alone."""
 
 
 class LoRAHotLoadMixin:
-    """A linear layer with a LoRA beside it: `y = layer(x) + (x A^T) B^T`.
+    """A linear layer with a hot LoRA: `y = layer(x) + (x A^T) B^T`.
 
-    Several LoRAs are one whose rank is the sum of theirs: one pair of products, however many there are.
+    Several LoRAs of one layer are stored as one, whose rank is the sum of theirs.
     """
 
     lora_down: Tensor
-    """`rank inputs`."""
+    """Matrix A, of shape `rank inputs`."""
     lora_up: Tensor
-    """`outputs rank`, strength and alpha within."""
+    """Matrix B, of shape `outputs rank`, multiplied by all factors."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's own output and the LoRA's."""
+        """Return the layer's own output plus the LoRA's."""
         output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return output + self.lora_forward(x).to(output.dtype)
 
     def lora_forward(self, x: Tensor) -> Tensor:
-        """The LoRA's part of the output."""
+        """Return the LoRA's part of the output, in the dtype of `x`."""
         inner = functional.linear(x, self.lora_down.to(x.dtype))
         return functional.linear(inner, self.lora_up.to(x.dtype))
 
 
 def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[type, ...] = ()) -> None:
-    """Put a LoRA beside a module's layers, and beside what is there already. Call it between stages, not in one.
+    """Add a hot LoRA to a module's layers, besides the hot LoRAs that they have. Not to be called inside a stage.
 
     Args:
-        module: that `fit` fitted the LoRA to; it may be wrapped by the VRAM engine, wherever its weights wait.
-        lora: named as the module's layers.
-        alpha: its strength.
-        atomic: classes that read weights of layers in them without calling those.
+        module: the module that `fit` fitted the LoRA to; it may be wrapped by the VRAM engine under any policy.
+        lora: a LoRA with the names of the module's layers.
+        alpha: factor of the LoRA.
+        atomic: module classes that read the weights of their layers without calling the layers.
 
     Raises:
-        ValueError: a layer that would not notice: one inside an atomic class, or compiled by itself.
+        ValueError: a layer whose forward is not called: one inside an atomic class, or compiled by itself.
     """
-    parts = {name: module.get_submodule(name) for name in lora.layers}
-    for name, part in parts.items():
-        _check(module, name, part, atomic)
-    held = managed(module)
-    if held is not None:
-        held.leave()
-    for name, part in parts.items():
-        weight = part.weight
-        device = weight.device if held is None else torch.device("cpu")
-        dtype = (held.policy.computation.dtype if held is not None else None) or weight.dtype
-        if dtype.itemsize <= _FLOAT8:
-            dtype = torch.bfloat16
-        layer = lora.layers[name]
-        earlier = [LoRALayer(part.lora_down, part.lora_up)] if isinstance(part, LoRAHotLoadMixin) else []
-        new = LoRALayer(layer.down.to(device, dtype), layer.scaled_up(alpha).to(device, dtype))
-        whole = stacked(name, [*earlier, new])
+    layers = {name: module.get_submodule(name) for name in lora.layers}
+    for name, layer in layers.items():
+        _check(module, name, layer, atomic)
+    engine = managed(module)
+    if engine is not None:
+        engine.leave()
+    for name, layer in layers.items():
+        weight = layer.weight
+        device = weight.device if engine is None else torch.device("cpu")
+        dtype = (engine.policy.computation.dtype if engine is not None else None) or weight.dtype
+        if dtype.itemsize < 2:
+            dtype = torch.bfloat16  # fp8 is a storage dtype: matrices of it would lose too much
+        change = lora.layers[name]
+        earlier = [LoRALayer(layer.lora_down, layer.lora_up)] if isinstance(layer, LoRAHotLoadMixin) else []
+        new = LoRALayer(change.down.to(device, dtype), change.scaled_up(alpha).to(device, dtype))
+        total = stacked(name, [*earlier, new])
         if not earlier:
-            _become(part, _with_lora(type(part)))
-        part.register_buffer("lora_down", whole.down, persistent=False)
-        part.register_buffer("lora_up", whole.up, persistent=False)
-    _forget_compiled(module)
+            _set_class(layer, _with_lora(type(layer)))
+        layer.register_buffer("lora_down", total.down, persistent=False)
+        layer.register_buffer("lora_up", total.up, persistent=False)
+    _reset_compiled(module)
 
 
 def clear_hot(module: nn.Module) -> int:
-    """Take away every LoRA that is beside a module's layers; gives how many layers had one. No weight was changed."""
-    held = managed(module)
-    if held is not None and is_hot(module):
-        held.leave()
-    changed = [part for part in module.modules() if isinstance(part, LoRAHotLoadMixin)]
-    for part in changed:
-        del part.lora_down, part.lora_up
-        _become(part, type(part).__mro__[2])
-    _forget_compiled(module)
+    """Remove all hot LoRAs from a module's layers and return the number of layers that had one."""
+    engine = managed(module)
+    if engine is not None and is_hot(module):
+        engine.leave()
+    changed = [layer for layer in module.modules() if isinstance(layer, LoRAHotLoadMixin)]
+    for layer in changed:
+        del layer.lora_down, layer.lora_up
+        _set_class(layer, type(layer).__mro__[2])
+    _reset_compiled(module)
     return len(changed)
 
 
 def is_hot(module: nn.Module) -> bool:
-    """Whether a layer of a module has a LoRA beside it."""
-    return any(isinstance(part, LoRAHotLoadMixin) for part in module.modules())
+    """Whether a layer of a module has a hot LoRA."""
+    return any(isinstance(layer, LoRAHotLoadMixin) for layer in module.modules())
 
 
 @functools.cache
@@ -103,25 +100,25 @@ def _with_lora(layer: type[nn.Module]) -> type[nn.Module]:
     return type(f"LoRA{layer.__name__}", (LoRAHotLoadMixin, layer), {"__module__": layer.__module__})
 
 
-def _become(part: nn.Module, kind: type[nn.Module]) -> None:
-    part.__class__ = kind
-    forward_chain.class_changed(part)
+def _set_class(layer: nn.Module, kind: type[nn.Module]) -> None:
+    layer.__class__ = kind
+    forward_chain.class_changed(layer)
 
 
-def _forget_compiled(module: nn.Module) -> None:
-    # Graphs of torch 2.11 are not guarded by the classes of the layers in them, and would run on without the LoRA.
+def _reset_compiled(module: nn.Module) -> None:
+    # Graphs of torch 2.11 have no guard on the classes of the layers in them, and would run on without the LoRA.
     if any(map(forward_chain.is_compiled, module.modules())):
         torch.compiler.reset()
 
 
-def _check(module: nn.Module, name: str, part: nn.Module, atomic: tuple[type, ...]) -> None:
+def _check(module: nn.Module, name: str, layer: nn.Module, atomic: tuple[type, ...]) -> None:
     parents = [module.get_submodule(name[:end]) for end, char in enumerate(name) if char == "."]
-    # torch's own attention reads the weight of its output projection, whose class says so by its long name.
+    # torch's attention module reads the weight of its output projection (NonDynamicallyQuantizableLinear) directly.
     inside = next((each for each in parents if isinstance(each, (nn.MultiheadAttention, *atomic))), None)
     if inside is not None:
         raise ValueError(
             f"{name} is inside a {type(inside).__name__}, which reads its weight without calling it, so a hot LoRA "
             "would do nothing. Use hotload=False"
         )
-    if forward_chain.is_compiled(part):
+    if forward_chain.is_compiled(layer):
         raise ValueError(f"{name} is compiled by itself; load hot LoRAs before compile_pipeline()")

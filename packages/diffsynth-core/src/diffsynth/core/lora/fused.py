@@ -1,4 +1,4 @@
-"""LoRAs in the weights: at no cost when the module runs, and for good."""
+"""Fused LoRAs: added to a module's weights, without cost when the module runs, and not removable."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth.core.lora.layer import LoRA
+from diffsynth.core.lora.format import LoRA
 from diffsynth.core.vram.managed import managed
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_diffsynth_fused_loras"
+"""Attribute of a module: fingerprint of each fused LoRA -> its alpha."""
 
 
 @torch.no_grad()
 def fuse(module: nn.Module, lora: LoRA, alpha: float = 1.0) -> None:
     """Add a LoRA to a module's weights: `W + alpha * scale * up @ down`, in fp32, rounded once to the weight's dtype.
 
-    What rounding took is lost, so only loading the weights anew takes a LoRA out again.
+    Because of the rounding a LoRA cannot be subtracted again: load the weights anew to remove it.
 
     Args:
-        module: that `fit` fitted the LoRA to. If it is wrapped by the VRAM engine, its weights wait in host memory.
-        lora: named as the module's layers.
-        alpha: its strength.
+        module: the module that `fit` fitted the LoRA to. If it is wrapped by the VRAM engine, its weights must be in
+            host memory.
+        lora: a LoRA with the names of the module's layers.
+        alpha: factor of the change.
 
     Raises:
-        ValueError: the weights are on disk, in 8 bits, or of a tensor subclass; or they hold this LoRA already.
+        ValueError: the weights are on disk, have 8 bits or a tensor subclass, or this LoRA is fused already.
     """
-    held = managed(module)
-    if held is not None:
-        held.leave()
+    engine = managed(module)
+    if engine is not None:
+        engine.leave()
     weights = {name: module.get_submodule(name).weight for name in lora.layers}
     for name, weight in weights.items():
         _check(name, weight)
@@ -40,7 +42,7 @@ def fuse(module: nn.Module, lora: LoRA, alpha: float = 1.0) -> None:
     fused: dict[Any, float] = vars(module).setdefault(_ATTRIBUTE, {})
     if mark in fused:
         raise ValueError(
-            f"{lora.where} is in these weights already, with alpha={fused[mark]:g}, and would be there twice. Load the "
+            f"{lora.where} is in these weights already, with alpha={fused[mark]:g}, and would be added twice. Load the "
             "model anew for another alpha, or use hotload=True and clear_lora()"
         )
     for name, layer in lora.layers.items():
@@ -51,22 +53,22 @@ def fuse(module: nn.Module, lora: LoRA, alpha: float = 1.0) -> None:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether LoRAs are in a module's weights."""
+    """Whether a LoRA was fused into a module's weights."""
     return bool(vars(module).get(_ATTRIBUTE))
 
 
 def _check(name: str, weight: Any) -> None:
     remedy = "Use hotload=True, which adds the LoRA when the layer runs"
     if weight.is_meta:
-        raise ValueError(f"{name} waits on disk, so a LoRA cannot be added to its weight. {remedy}")
+        raise ValueError(f"{name} is stored on disk, so a LoRA cannot be added to its weight. {remedy}")
     if type(weight.data) is not Tensor:
         raise ValueError(f"{name} holds a {type(weight.data).__name__}; expected a plain weight. {remedy}")
     if not weight.is_floating_point() or weight.element_size() < 2:
-        raise ValueError(f"{name} is kept as {weight.dtype}, too coarse to add a LoRA to. {remedy}")
+        raise ValueError(f"{name} is stored as {weight.dtype}, too coarse to add a LoRA to. {remedy}")
 
 
 def _fingerprint(lora: LoRA) -> frozenset[tuple[str, float, float]]:
-    """Equal for equal LoRAs, whatever file they come from."""
+    """Return a value that is equal for equal LoRAs, whichever files they come from."""
     return frozenset(
         (name, layer.down.double().abs().sum().item(), layer.scaled_up().double().sum().item())
         for name, layer in lora.layers.items()

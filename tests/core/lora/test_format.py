@@ -1,10 +1,12 @@
-"""Every usual spelling of a LoRA is one LoRA, and what is none, or more than one, says so by name."""
+"""LoRA files: all usual key names are read, other files are refused by name, and what is saved is read to the bit."""
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import lora_networks as small
-from diffsynth.core.lora import fit, parse
+from diffsynth.core.lora import fit, parse, read_lora, save_lora
+from diffsynth.core.lora.format import to_state_dict
 from diffsynth.errors import KeyMismatch
 
 SPELLINGS = {
@@ -77,3 +79,27 @@ def test_what_is_refused(name):
     break_it, message = REFUSED[name]
     with pytest.raises(KeyMismatch, match=message):
         parse(break_it(small.state_dict()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [None, 0.3])
+def test_what_is_saved_is_read_to_the_bit(dtype, alpha, tmp_path):
+    made = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in small.factors().items()}
+    lora = parse(small.state_dict(made=made, alpha=alpha))
+    save_lora(lora, tmp_path / "before.safetensors")
+    lora = read_lora(tmp_path / "before.safetensors")  # its names have the prefix already
+    file = save_lora(lora, tmp_path / "new" / "style.safetensors", metadata={"rank": "3"})
+    again = fit(read_lora(file), small.network())
+    assert again.where == str(file)
+    found, expected = to_state_dict(again), small.state_dict(made=made, alpha=alpha)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype for key in found)
+    with safe_open(file, "pt") as opened:
+        assert set(opened.keys()) == {f"diffusion_model.{key}" for key in expected}
+        assert opened.metadata() == {"rank": "3", "format": "pt"}
+
+
+def test_metadata_is_text(tmp_path):
+    with pytest.raises(ValueError, match=r"metadata\['rank'\] is 3; expected text"):
+        save_lora(small.state_dict(), tmp_path / "a.safetensors", metadata={"rank": 3})
+    assert list(tmp_path.iterdir()) == []
