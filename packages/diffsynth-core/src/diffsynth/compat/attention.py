@@ -1,8 +1,8 @@
-"""Functions that ask for one backend by name, with the arguments that older code gives them.
+"""Attention functions named after one backend, with the arguments of DiffSynth-Studio.
 
 New code calls `attention(..., backend=)`. Patterns, `dims`, `scale`, `is_causal` and `window_size` are those of
-`attention_forward`. Each raises `Refused`, with the reason, where its backend cannot serve the call or is not
-installed, and ValueError where the arguments do not fit.
+`attention_forward`. Each function raises `Refused` with the reason if its backend is not installed or cannot serve the
+call, and ValueError if the arguments do not fit together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def flash_attention_2(
     is_causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Attention by FlashAttention 2."""
+    """Return attention computed by FlashAttention 2."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flash_attention_2"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
@@ -50,7 +50,7 @@ def flash_attention_3(
     is_causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Attention by FlashAttention 3."""
+    """Return attention computed by FlashAttention 3."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flash_attention_3"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
@@ -69,7 +69,7 @@ def flash_attention_4(
     is_causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Attention by FlashAttention 4."""
+    """Return attention computed by FlashAttention 4."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flash_attention_4"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
@@ -86,7 +86,7 @@ def sage_attention(
     dims: Mapping[str, int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention by SageAttention, whose scores have 8 bits."""
+    """Return attention computed by SageAttention, whose scores have 8 bits."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("sage_attention"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale)
@@ -103,7 +103,7 @@ def xformers_attention(
     dims: Mapping[str, int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention by xFormers."""
+    """Return attention computed by xFormers."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("xformers"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale)
@@ -122,7 +122,7 @@ def flex_attention(
     scale: float | None = None,
     score_mod: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """Attention by PyTorch's FlexAttention; `score_mod` as in `attention_forward`."""
+    """Return attention computed by PyTorch's FlexAttention; `score_mod` as in `attention_forward`."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flex"):
         return attention_forward(q, k, v, *patterns, dims, attn_mask=attn_mask, scale=scale, score_mod=score_mod)
@@ -140,7 +140,7 @@ def torch_sdpa_sliding_window(
     dims: Mapping[str, int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention by PyTorch, each query over `sliding_window` tokens on each side of it."""
+    """Return attention of each query to `sliding_window` tokens on each side of it, computed by PyTorch."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("sdpa"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, window_size=sliding_window)

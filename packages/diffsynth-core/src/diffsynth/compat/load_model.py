@@ -1,4 +1,4 @@
-"""A module class and a file make a module: loading without the registry, for networks of your own."""
+"""`load_model`: loading a file into a module of the user's own class, without the registry."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 from torch import nn
 
 from diffsynth.core import device as devices
+from diffsynth.core.loader.component import fill_buffers
 from diffsynth.core.loader.key_differences import key_differences
 from diffsynth.core.loader.reader.traced import called
 from diffsynth.core.loader.state_dict import load_keys_dict, load_state_dict, placed
-from diffsynth.errors import KeyMismatch, shortened
+from diffsynth.errors import KeyMismatch
 
 Module = TypeVar("Module", bound=nn.Module)
 Path_ = str | Path | Sequence[str | Path]
 
 _DISK_OFFLOAD_LIMIT = 80.0
-"""GiB; what older code has there."""
+"""GiB of device memory that `load_model_with_disk_offload` uses at most, as in DiffSynth-Studio."""
 
 
 def skip_model_initialization(device: torch.device | str = "meta") -> AbstractContextManager[Any]:
-    """A context in which modules are built on `device`: on "meta" without memory or initialisation.
+    """Return a context in which modules are built on `device`: on "meta" without memory and initialisation.
 
-    It holds for the thread that entered it, and patches nothing.
+    It is `torch.device(device)`, which applies to the current thread and patches nothing.
     """
     return torch.device(device)
 
@@ -45,37 +46,41 @@ def load_model(
     state_dict: Mapping[str, Any] | None = None,
     quantize: Any = None,
 ) -> Module:
-    """`model_class(**config)` with the weights of a file, in eval mode.
+    """Return `model_class(**config)` with the weights of a file, in eval mode.
 
     Args:
-        model_class: of the module; it is built on the meta device first. Buffers that the file lacks are filled by its
-            `reset_buffers()`.
-        path: safetensors or pickle, or the files of one checkpoint; not read if there is a `state_dict`.
+        model_class: the module's class, which is built on the meta device first. Buffers that the file does not have
+            are filled by the class's `reset_buffers()`.
+        path: a safetensors file or a pickle, or the files of one checkpoint; ignored if there is a `state_dict`.
         config: keyword arguments of the class.
-        torch_dtype: of floating tensors; None keeps the file's.
-        device: where the module goes.
-        state_dict_converter: makes the module's names of the file's; a function, or a class as older code has them,
-            called without arguments first.
-        use_disk_map: read only what the converter takes: it is run on tensors without values first. True for a file
-            that holds several models.
-        vram_config: eight keys, where its weights are while it does what; `device` and `torch_dtype` are those of
-            computation if the keys do not say. With "disk" nothing is read before it is needed.
-        module_map, vram_limit: with a `vram_config`; see `enable_vram_management`.
-        state_dict: tensors in place of a file.
-        quantize: not in this version.
+        torch_dtype: dtype of the floating tensors; None keeps the file's.
+        device: the device of the module.
+        state_dict_converter: a function from the file's tensors to the module's, or a class whose instances are such
+            functions.
+        use_disk_map: whether the converter is traced on tensors without values first, so that only the tensors it uses
+            are read. For files that hold several models.
+        module_map: with a `vram_config`; see `enable_vram_management`.
+        vram_config: the eight placement keys. `device` and `torch_dtype` are the computation's unless the keys set
+            them. With "disk" a tensor is read when it is needed.
+        vram_limit: with a `vram_config`; see `enable_vram_management`.
+        state_dict: tensors to use in place of a file.
+        quantize: not available in this version.
 
     Raises:
-        NotImplementedError: quantize, which this version does not have yet.
-        KeyMismatch: the names or shapes do not fit the module; without a converter, before any tensor is read.
+        NotImplementedError: `quantize` is given.
+        KeyMismatch: keys or shapes do not fit the module; without a converter, nothing was read.
         CheckpointError: the file is missing or cannot be read.
-        ValueError: neither a path nor a state_dict, a policy that cannot be kept, or a converter that would need values
-            before they are read.
+        ValueError: neither a path nor a state_dict, an invalid policy, or a converter that cannot be traced.
     """
     if quantize is not None:
         raise NotImplementedError(f"load_model(quantize={quantize!r}): it comes with quantization, in a later version")
     if vram_config is None and (module_map is not None or vram_limit is not None):
-        raise ValueError("load_model got a module_map or a vram_limit without a vram_config; say where weights wait")
-    source = _given(path) if state_dict is None else state_dict
+        raise ValueError(
+            "load_model got a module_map or a vram_limit without a vram_config; expected the placements of the weights"
+        )
+    if path is None and state_dict is None:
+        raise ValueError("load_model got neither a path nor a state_dict")
+    source = path if state_dict is None else state_dict
     with skip_model_initialization():
         module = model_class(**(config or {}))
     if vram_config is None:
@@ -95,9 +100,9 @@ def load_model_with_disk_offload(
     state_dict_converter: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
     module_map: Mapping[Any, Any] | None = None,
 ) -> Module:
-    """`load_model` of weights that wait on disk and are rounded to float8_e4m3fn, as many on the device as it has room.
+    """Return a module whose weights stay on disk, with as many blocks on the device as its free memory holds.
 
-    Arguments and errors as there.
+    Weights are rounded to float8_e4m3fn on their way to the device. Arguments and errors as for `load_model`.
     """
     device = torch.device(device)
     disk = {f"{state}_{part}": "disk" for state in ("offload", "onload") for part in ("device", "dtype")}
@@ -120,14 +125,14 @@ def load_model_with_disk_offload(
 def _load(
     module: nn.Module, source: Any, converter: Any, *, dtype: torch.dtype | None, device: Any, ahead: bool = False
 ) -> None:
-    """Give a module on meta its weights, from files or from a mapping."""
+    """Assign weights to a module on meta, from files or from a mapping."""
     where = "the given state_dict" if isinstance(source, Mapping) else str(source)
     if isinstance(source, Mapping) or (converter is not None and not ahead):
         found = source if isinstance(source, Mapping) else load_state_dict(source)
         tensors = dict(found if converter is None else called(converter, dict(found)))
         shapes = {key: getattr(tensor, "shape", tensor) for key, tensor in tensors.items()}
         _check(module, shapes, where=where)
-        # Each is let go of as soon as it is placed.
+        # Each source tensor is freed as soon as its copy is on the device.
         weights = {key: placed(tensors.pop(key), dtype, device) for key in shapes}
     elif converter is None:
         _check(module, load_keys_dict(source), where=where)
@@ -139,13 +144,13 @@ def _load(
         _check(module, disk_map.source.shapes, where=where)
         weights = disk_map.source.read(device=device)
     module.load_state_dict(weights, strict=True, assign=True)
-    _fill_buffers(module)
+    fill_buffers(module)
 
 
 def _managed(
     module: Module, source: Any, converter: Any, keys: Mapping[str, Any], module_map: Any, vram_limit: float | None
 ) -> Module:
-    """A module on meta under a policy. It reads its weights itself, unless a converter has to see all of them."""
+    """Put a module on meta under a policy, which reads the weights unless a converter needs all of them in memory."""
     from diffsynth.compat.vram import enable_vram_management
     from diffsynth.core.vram.disk_map import DiskMap
 
@@ -153,17 +158,11 @@ def _managed(
     if not isinstance(source, Mapping) and (converter is None or "disk" in keys.values()):
         disk_map = DiskMap(source, "cpu", keys["computation_dtype"], converter)
         _check(module, disk_map.source.shapes, where=str(source))
-        _fill_buffers(module)
+        fill_buffers(module)
     else:
         _load(module, source, converter, dtype=keys["computation_dtype"], device="cpu")
     enable_vram_management(module.eval(), module_map, keys, vram_limit, disk_map)
     return module
-
-
-def _given(path: Path_ | None) -> Path_:
-    if path is None:
-        raise ValueError("load_model got neither a path nor a state_dict")
-    return path
 
 
 def _check(module: nn.Module, found: Mapping[str, Any], *, where: str) -> None:
@@ -173,17 +172,4 @@ def _check(module: nn.Module, found: Mapping[str, Any], *, where: str) -> None:
         raise KeyMismatch(
             f"{where} does not fit {type(module).__name__}: {differences.describe(limit=8)}. "
             f"Give a config that matches, or a state_dict_converter."
-        )
-
-
-def _fill_buffers(module: nn.Module) -> None:
-    for part in module.modules():
-        if hasattr(part, "reset_buffers"):
-            part.reset_buffers()
-    in_files = module.state_dict().keys()
-    left = [name for name, tensor in module.named_buffers() if tensor.is_meta and name not in in_files]
-    if left:
-        raise KeyMismatch(
-            f"{type(module).__name__} has buffers that no file holds: {shortened(left)}. "
-            f"Give it a reset_buffers() that fills them."
         )

@@ -1,1 +1,1 @@
-"""Doors: the module names that DiffSynth-Studio's documentation teaches, re-exported."""
+"""Doors: utility modules under the names of DiffSynth-Studio's documentation."""

@@ -1,4 +1,4 @@
-"""Trading computation for memory in the backward pass."""
+"""Gradient checkpointing: less memory in the backward pass for more computation."""
 
 from __future__ import annotations
 

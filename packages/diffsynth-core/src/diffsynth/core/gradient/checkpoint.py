@@ -1,4 +1,4 @@
-"""Activation checkpointing as a function of a module and its arguments."""
+"""Gradient (activation) checkpointing of a call."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ def gradient_checkpoint_forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`model(*args, **kwargs)`; in the backward pass its activations are computed again rather than kept.
+    """Return `model(*args, **kwargs)`, with activations recomputed in the backward pass instead of stored.
 
-    Nothing changes where no gradient is recorded.
+    Without gradient recording this is a plain call.
 
     Args:
         model: a module or function.
-        use_gradient_checkpointing: keep the inputs alone.
-        use_gradient_checkpointing_offload: keep them in host memory; implies checkpointing.
-        args, kwargs: what the model is called with; keyword arguments stay keyword arguments.
+        use_gradient_checkpointing: whether to store only the inputs.
+        use_gradient_checkpointing_offload: whether to store the inputs in host memory; implies checkpointing.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model; they are passed on as keyword arguments.
     """
     wanted = use_gradient_checkpointing or use_gradient_checkpointing_offload
     if not wanted or not torch.is_grad_enabled():
         return model(*args, **kwargs)
 
-    # torch's checkpoint has keyword arguments of its own, and offloads positional tensors alone.
+    # torch's checkpoint has keyword arguments of its own, and offloads only tensors that are positional.
     def call(*values: Any) -> Any:
         return model(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
-    # The second forward runs when the choice of an attention backend may have ended, and perhaps in another thread.
+    # The second forward may run in another thread, and after a `use_attention` context has ended.
     again = {} if chosen_backend() is None else {"context_fn": lambda: (nullcontext(), restored_choice())}
     with save_on_cpu() if use_gradient_checkpointing_offload else nullcontext():
         return checkpoint(call, *args, *kwargs.values(), use_reentrant=False, **again)

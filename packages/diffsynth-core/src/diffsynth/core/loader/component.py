@@ -17,7 +17,7 @@ from diffsynth.core.loader.reader.ops import apply_rule, dequantize
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.recognize import Recognized
 from diffsynth.core.loader.scaled import Scaled
-from diffsynth.errors import NotEnoughMemory, shortened
+from diffsynth.errors import KeyMismatch, NotEnoughMemory, shortened
 from diffsynth.spec import ArchitectureSpec, resolve
 
 __all__ = ["apply_rule", "build", "dequantize", "fill_buffers", "load_component", "materialize", "open_component"]
@@ -98,13 +98,21 @@ def materialize(
 
 
 def fill_buffers(module: nn.Module) -> None:
-    """Compute the buffers that no file holds, by each submodule's `reset_buffers()`."""
+    """Compute the buffers that no file holds, by each submodule's `reset_buffers()`.
+
+    Raises:
+        KeyMismatch: a buffer is still on meta.
+    """
     for submodule in module.modules():
         if hasattr(submodule, "reset_buffers"):
             submodule.reset_buffers()
     in_files = module.state_dict().keys()
     left = [name for name, tensor in module.named_buffers() if tensor.is_meta and name not in in_files]
-    assert not left, f"{type(module).__name__} leaves {left} on meta; give it a reset_buffers()"
+    if left:
+        raise KeyMismatch(
+            f"{type(module).__name__} has buffers that no file holds: {shortened(left)}. "
+            f"Give it a reset_buffers() that fills them."
+        )
 
 
 def _dtype(

@@ -66,7 +66,7 @@ class Rename(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Unchanged."""
+        """Return the source's shape."""
         return sources
 
     def inverse(self, *sources: Shape) -> Rename:
@@ -193,7 +193,7 @@ class Permute(Rule):
         return (tuple(source[axis] for axis in self.order),)
 
     def inverse(self, *sources: Shape) -> Permute:
-        """The order undone."""
+        """Return the rule that restores the order of the axes."""
         return Permute(self.target, self.source, tuple(self.order.index(axis) for axis in range(len(self.order))))
 
 
@@ -213,14 +213,14 @@ class ReorderChunks(Rule):
         _axis(self, self.dim)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Unchanged."""
+        """Return the source's shape."""
         (source,) = sources
         if source[self.dim] % len(self.order):
             raise ValueError(f"{self.source} of shape {source} has no {len(self.order)} equal chunks")
         return sources
 
     def inverse(self, *sources: Shape) -> ReorderChunks:
-        """The order undone."""
+        """Return the rule that restores the order of the chunks."""
         order = tuple(self.order.index(chunk) for chunk in range(len(self.order)))
         return ReorderChunks(self.target, self.source, order, self.dim)
 
