@@ -76,7 +76,7 @@ def load_model(
         raise NotImplementedError(f"load_model(quantize={quantize!r}): it comes with quantization, in a later version")
     if vram_config is None and (module_map is not None or vram_limit is not None):
         raise ValueError(
-            "load_model got a module_map or a vram_limit without a vram_config; expected the placements of the weights"
+            "load_model got a module_map or a vram_limit without a vram_config; expected a vram_config, too"
         )
     if path is None and state_dict is None:
         raise ValueError("load_model got neither a path nor a state_dict")
