@@ -1,15 +1,15 @@
-"""How fast a component gets from files to its last element being used: us, and others on the same files.
+"""Time to load a component from files until its last element was used, by diffsynth and others on the same files.
 
     python benchmarks/loading.py [--size-gb 4] [--repeats 3] [--folder DIR] [--json FILE]
 
-A Z-Image network of random bits in 8 shards is written to a folder, loaded by each contender in a process of its own
-with the page cache warm and cold, and deleted. The clock runs from the first file opened until the same consumer, a
-sum over integer views, has used every element in its final dtype and on its final device: a mapping that nobody
-touched has loaded nothing. Imports and contexts are ready before. Memory is the growth of the process while the clock
-runs, anonymous (it is ours) and file-backed (it is the page cache, shown to us) apart. Medians of the repeats.
+A Z-Image network of random bits in 8 shards is written to a folder, loaded by each method in a process of its own with
+a warm and a cold page cache, and deleted. The time is measured from opening the first file until every element has been
+summed in its final dtype and on its final device; otherwise a mapping would count before it has read anything. Imports
+and device contexts are made before. Memory is the growth of the process during that time, anonymous and file-backed
+(the page cache) separately. Results are medians of the repeats.
 
-Goals on the CPU: 0.9 of the speed of a plain read into new memory, 1.0 of `safetensors.torch.load_file` with a warm
-cache and 1.5 of it with a cold one; anonymous memory of the model and 5 %.
+Goals on the CPU: 0.9 of the speed of a plain read into new memory; 1.0 of `safetensors.torch.load_file` with a warm
+cache and 1.5 with a cold one; anonymous memory of at most the model and 5 %.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STEM = "diffusion_pytorch_model"
 
 
 def config_of(size_gb: float) -> Any:
-    """A Z-Image network of about this size in bf16: as wide as the published one where that leaves it some layers."""
+    """Return the config of a Z-Image network of about this size in bf16, of the published width if possible."""
     from diffsynth_zimage.config import ZImageDiTConfig
 
     heads = next((heads for heads, least in ((30, 2.5), (12, 0.3)) if size_gb >= least), 3)
@@ -46,7 +46,7 @@ def config_of(size_gb: float) -> Any:
 
 
 def write_checkpoint(folder: Path, size_gb: float) -> int:
-    """The shards, their index and diffusers' config; bytes of all tensors."""
+    """Write the shards, their index and diffusers' config; return the bytes of all tensors."""
     import torch
     from safetensors.torch import save_file
 
@@ -63,7 +63,7 @@ def write_checkpoint(folder: Path, size_gb: float) -> int:
         done += 2 * prod(shape)
     names = [f"{STEM}-{n + 1:05d}-of-{SHARDS:05d}.safetensors" for n in range(SHARDS)]
     for name, shard in zip(names, shards, strict=True):
-        # Any bits will do: nothing computes with them.
+        # Random bits suffice: nothing computes with them.
         tensors = {
             key: torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).view(torch.bfloat16)
             for key, shape in shard.items()
@@ -82,7 +82,7 @@ def shards_in(folder: Path) -> list[Path]:
 
 
 def raw_read(folder: Path, device: str, *, threads: int) -> list[Any]:
-    """The bytes in new memory, tensor or not."""
+    """Read all bytes of the files into new memory."""
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -135,7 +135,7 @@ CONTENDERS: dict[str, tuple[Callable[[Path, str], list[Any]], str]] = {
     "diffsynth": (lambda folder, device: diffsynth(folder, device, copy=True), "diffsynth.runtime.pretrained"),
     "diffsynth, mapped": (lambda folder, device: diffsynth(folder, device, copy=False), "diffsynth.runtime.pretrained"),
 }
-"""Name -> (loads, module imported before the clock starts)."""
+"""Name -> (load function, module to import before the measurement)."""
 
 ON_CPU_ALONE = ("raw read", "raw read, 4 threads", "diffsynth, mapped")
 
@@ -152,7 +152,7 @@ def consume(tensors: Iterable[Any]) -> int:
 
 
 class PeakMemory:
-    """Growth of this process's anonymous and file-backed memory, looked at every few milliseconds."""
+    """Peak growth of this process's anonymous and file-backed memory, sampled every 4 ms."""
 
     def __enter__(self) -> PeakMemory:
         self._before = self._now()
@@ -184,7 +184,7 @@ class PeakMemory:
 
 
 def run_one(name: str, folder: Path, device: str) -> dict[str, Any]:
-    """In a process of its own: everything imported, then the clock."""
+    """Import everything, then measure one load; called in a process of its own."""
     import importlib
 
     import torch
@@ -219,7 +219,7 @@ def set_cache(folder: Path, state: str) -> None:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Runs by "contender | device | state", taken in turns, so that a busy moment hits every one."""
+    """Return "method | device | state" -> runs; methods alternate, so that other load affects all of them."""
     from diffsynth.core import device as devices
 
     kinds = dict.fromkeys(("cpu", devices.get_device_name()))
@@ -239,7 +239,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[st
             runs.setdefault(f"{name} | {device} | {state}", []).append(json.loads(result.stdout.splitlines()[-1]))
     sums = {run["checksum"] for case, several in runs.items() if "raw" not in case for run in several}
     if len(sums) > 1:
-        raise SystemExit(f"the contenders did not load the same bits: {runs}")
+        raise SystemExit(f"the methods did not load the same bits: {runs}")
     return runs
 
 
@@ -265,7 +265,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]
 
 def show(rows: dict[str, dict[str, float]]) -> None:
     heads = f"{'GB/s':>6} {'s':>7} {'/raw':>6} {'/load_file':>10} {'anon':>6} {'file':>6}"
-    print(f"{'contender | device | page cache':38} {heads}")
+    print(f"{'method | device | page cache':38} {heads}")
     for case, row in rows.items():
         ratios = [f"{row[key]:.2f}" if key in row else "-" for key in ("of_raw_read", "of_load_file")]
         memory = f"{row['anonymous_of_model']:6.2f} {row['file_backed_of_model']:6.2f}"
@@ -291,9 +291,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is written for the time; a temporary folder")
+    parser.add_argument("--folder", type=Path, help="the checkpoint is written below it, and removed; default: the system's folder")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES), help="of the page cache")
+    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES), help="states of the page cache")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--device", help=argparse.SUPPRESS)

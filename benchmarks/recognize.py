@@ -1,9 +1,9 @@
-"""How long `diffsynth recognize` takes, as a whole process, on checkpoints of real size and real layout.
+"""Time of `diffsynth recognize`, as a whole process, on checkpoints of real size and layout.
 
     python benchmarks/recognize.py [--repeats 15] [--json FILE]
 
-The files are sparse: true headers and true lengths, and no disk. Goal: 300 ms for a 20B network in 9 shards, whether
-it is recognised or the miss is explained. A benchmark, never a timed test.
+The files are sparse: they have real headers and lengths, and take no disk space. Goal: 300 ms for a 20B network in 9
+shards, whether it is recognised or the error is explained.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GOAL_MS = 300.0
 
 
 def write_checkpoint(folder: Path, layout: str, shards: int) -> None:
-    """A layout as bf16 safetensors of full length, with an index, without data."""
+    """Write a layout as sparse bf16 safetensors files of full length, with an index."""
     tensors = json.loads(gzip.decompress((LAYOUTS / f"{layout}.json.gz").read_bytes()))["tensors"]
     share = sum(2 * prod(shape) for shape in tensors.values()) / shards
     parts: list[dict[str, dict[str, object]]] = [{}]
@@ -57,9 +57,9 @@ def write_checkpoint(folder: Path, layout: str, shards: int) -> None:
 
 
 def run(command: list[str]) -> tuple[float, float, str]:
-    """Wall and processor milliseconds of a process; the second tells the truth on a busy machine, too. Its answer."""
+    """Return wall and CPU milliseconds of a process, and its output. CPU time is valid on a busy machine, too."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    # As installed: with compiled modules beside the sources.
+    # As in an installation, compiled modules are written beside the sources.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -77,7 +77,7 @@ def measure(repeats: int, root: Path) -> dict[str, dict[str, object]]:
         commands[name] = [sys.executable, "-c", "from diffsynth.cli import main; main()", "recognize", str(folder)]
     answers = {name: run(command)[2] for name, command in commands.items()}  # also writes the .pyc files
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for _ in range(repeats):  # taken in turns, so that a busy moment hits every case
+    for _ in range(repeats):  # cases alternate, so that other load affects all of them
         for name, command in commands.items():
             times[name].append(run(command)[:2])
     return {
