@@ -60,7 +60,7 @@ def test_from_tensors(saved):
 
 
 def test_converters(saved, tmp_path):
-    """A function of the tensors, or, as older code has it, a class whose instances are."""
+    """A converter is a function of the tensors, or a class whose instances are such functions."""
     _, net = saved
     renamed = {f"old.{key}": tensor for key, tensor in net.state_dict().items()}
     save_file(renamed, tmp_path / "old.safetensors")
@@ -111,7 +111,7 @@ DISK = {f"{state}_{part}": "disk" for state in ("offload", "onload") for part in
 @pytest.mark.parametrize("module_map", [None, {nn.Linear: AutoWrappedLinear}], ids=["blocks", "layers"])
 @pytest.mark.parametrize("converter", [None, lambda tensors: {f"{key}": tensor for key, tensor in tensors.items()}])
 def test_under_a_policy(saved, vram_config, module_map, converter):
-    """What is computed is what the plain module computes, wherever its weights are."""
+    """The outputs are those of the plain module, wherever the weights are stored."""
     path, net = saved
     x = torch.randn(3, 5)
     found = load_model(
@@ -191,7 +191,7 @@ def test_memory_arguments_that_say_nothing_are_refused(saved):
 
 
 def test_skipping_initialisation_is_a_matter_of_one_thread():
-    """The reference program replaced `register_parameter` for all: other threads' modules came out empty."""
+    """DiffSynth-Studio replaced `register_parameter` for all threads: modules built in other threads came out empty."""
     inside, outside = [], []
     with skip_model_initialization():
         inside.append(Net())

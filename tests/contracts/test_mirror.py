@@ -15,6 +15,7 @@ PACKAGES = {name.removeprefix("diffsynth_"): init.parent for name, init in SOURC
 NO_MIRRORS = {"benchmarks", "contracts", "data", "docs", "examples", "gpu", "packaging", "plugins", "rows", "support"}
 
 SCENARIOS: dict[str, str] = {
+    "compat/test_imports.py": "the imports of older scripts and manuals",
     "core/attention/test_attention.py": "the function with every backend: values, masks, refusals",
     "core/attention/test_backends.py": "each backend that runs on the CPU against the reference implementation",
     "core/attention/triton/test_compile.py": "the kernels under torch.compile",
@@ -23,9 +24,7 @@ SCENARIOS: dict[str, str] = {
     "core/loader/reader/test_full_size.py": "headers of published checkpoints at full size",
     "core/loader/test_components.py": "files that hold several components",
     "core/loader/test_damaged_files.py": "damaged and hostile files",
-    "core/loader/test_doctor.py": "explanations of files that are not recognised",
-    "core/loader/test_scaled.py": "fp8 weights with scales",
-    "core/lora/test_hot_and_cold.py": "LoRAs beside the weights and merged into them, against peft",
+    "core/lora/test_fused_and_hot.py": "fused and hot LoRAs against peft",
     "core/parallel/test_parallel.py": "exchange between two and four processes",
     "core/test_names.py": "the names that `diffsynth.core` offers",
     "core/vram/test_flat_memory.py": "host memory over many steps of streaming from disk",
@@ -35,7 +34,6 @@ SCENARIOS: dict[str, str] = {
     "runtime/test_auto_policy.py": "the policy that a plan chooses",
     "runtime/test_expert_switcher.py": "the class that loads the next of two experts",
     "runtime/test_parallel.py": "guidance branches of any pipeline in two processes",
-    "runtime/test_read_ahead.py": "files of the next component are read while one is copied",
     "runtime/test_threads.py": "calls from several threads",
     "test_conftest.py": "the fixtures of conftest.py",
     "testing/test_tiny_hub_of_a_plugin.py": "the tiny hub with a third-party plugin",

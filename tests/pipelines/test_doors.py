@@ -1,4 +1,4 @@
-"""The import lines of existing scripts."""
+"""Import lines of existing scripts."""
 
 import subprocess
 import sys

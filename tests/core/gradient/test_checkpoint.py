@@ -1,4 +1,4 @@
-"""Checkpointing changes what is kept, never a number."""
+"""Checkpointing changes which activations are stored, and no result."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from diffsynth.core.gradient import checkpoint, gradient_checkpoint_forward
 
 
 class Net(nn.Module):
-    """Counts its calls; its argument `debug` is also one of torch's own checkpoint function."""
+    """A module that counts its calls; its argument `debug` is also one of torch's checkpoint function."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A made-up family of two small networks, importable by reference as a plugin's would be."""
+"""A test family of two small networks, importable by reference like a plugin's."""
 
 import dataclasses
 import sys
@@ -89,7 +89,7 @@ CHECKPOINTS = (
 
 @pytest.fixture
 def toy(monkeypatch):
-    """The family, as the module `toy_loader`."""
+    """Return the family as the module `toy_loader`."""
     module = types.ModuleType("toy_loader")
     vars(module).update({name: value for name, value in globals().items() if not name.startswith("__")})
     monkeypatch.setitem(sys.modules, "toy_loader", module)

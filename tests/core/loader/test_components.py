@@ -1,4 +1,4 @@
-"""Files that hold several components, wrapped, fused or split, over a family made up for it."""
+"""Files that hold several components, wrapped, fused or split, for a test family."""
 
 import dataclasses
 import logging
@@ -31,7 +31,7 @@ def head(toy):
 
 
 def fused(net):
-    """The same weights, as the other layout has them."""
+    """Return the same weights in the other layout."""
     tensors = {key.replace("norm.", "final_norm."): value for key, value in net.items() if "layers" not in key}
     for n in range(2):
         tensors[f"blocks.{n}.qkv.weight"] = torch.cat([net[f"layers.{n}.{part}.weight"] for part in "qkv"])

@@ -24,7 +24,7 @@ from diffsynth.errors import KeyMismatch
 
 
 def run(rules, tensors):
-    """Convert tensors by a plan, as loading does."""
+    """Return the tensors that a plan makes, as loading does."""
     made = plan(rules, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     out = {}
     for key, target in made.targets.items():

@@ -1,4 +1,4 @@
-"""Files that are damaged, odd or hostile: each a clear error or a right load, and never another exception."""
+"""Damaged, unusual and hostile files: each gives a clear error or loads correctly, and raises no other exception."""
 
 import contextlib
 import json
@@ -110,7 +110,7 @@ def test_tensors_that_announce_too_much_allocate_nothing(file):
 
 
 def test_a_length_that_looks_like_the_start_of_a_web_page(file):
-    """A header of 60 bytes begins with the byte of `<`; such files were once said to be web pages."""
+    """A header of 60 bytes starts with the byte of `<`; such files were once taken for web pages."""
     for first in (0x3C, 0x7B):  # "<" and "{"
         text = json.dumps({"a": tensor()}, separators=(",", ":")).encode()
         write(file, text.ljust(first), bytes(8))

@@ -1,4 +1,4 @@
-"""Both hub libraries against a hub on loopback that is cut off, lies, refuses, or must not be asked at all."""
+"""Both hub libraries against a hub on loopback that breaks off, sends wrong content, refuses, or must not be contacted."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ def server():
 
 @pytest.fixture(params=HUBS)
 def hub(request, server, tmp_path, monkeypatch):
-    """The hub's name, with its library pointed at loopback."""
+    """Return the hub's name, with its library directed to loopback."""
     files = {
         "transformer/a-00001-of-00002.safetensors": WEIGHTS,
         "transformer/a-00002-of-00002.safetensors": save({"bias": torch.zeros(3)}),
@@ -73,7 +73,7 @@ def test_no_request_is_made_when_all_is_there(hub):
 
 
 def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
-    """Within one call: the connection drops, and the library asks for the rest of the bytes."""
+    """The connection breaks within one call, and the library requests the rest of the bytes."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**14)  # what arrives in part of a chunk is asked for again
@@ -85,7 +85,7 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, monkeypatch):
 
 
 def test_a_call_that_died_halfway_is_made_again(hub, monkeypatch):
-    """ModelScope's library keeps the first half and asks for the rest; Hugging Face's begins that file again."""
+    """ModelScope's library continues after the first half; Hugging Face's starts that file again."""
     path = "transformer/a-00001-of-00002.safetensors"
     _no_waiting(monkeypatch)
     hub.cut[path], hub.dies = [300_000], True
@@ -123,7 +123,7 @@ def test_only_the_missing_shard_is_fetched(hub):
 
 
 def test_one_of_two_patterns_is_there(hub):
-    """What one pattern matched once made the other look present."""
+    """A file that one pattern matched was once taken as present for the other pattern, too."""
     find(config("vae/*"))
     found = find(config(["vae/*", "transformer/*.safetensors"]))
     assert len(found) == 3
@@ -201,7 +201,7 @@ def test_a_library_that_quotes_the_token_is_not_quoted(hub, monkeypatch):
 
 
 def test_a_full_disk_says_so(hub, monkeypatch):
-    """The libraries' own writing meets the error, wherever they open the file."""
+    """The error is raised where the libraries write the file."""
     _no_waiting(monkeypatch)
     _full_disk(monkeypatch)
     with pytest.raises(DownloadFailed, match=r"No space left.*Make room on the disk of .*owner/model"):
@@ -216,7 +216,7 @@ def _everything_printed(error):
 
 
 def _no_waiting(monkeypatch):
-    """Retries come at once."""
+    """Retry without waiting."""
     import time
 
     from modelscope_hub._download_control import _DownloadControl

@@ -1,4 +1,4 @@
-"""A thread reads a component's files ahead, within a limit, and ends when it is told to."""
+"""A thread reads a component's files ahead, up to a limit, and ends when it is stopped."""
 
 import threading
 
@@ -10,7 +10,7 @@ from diffsynth.errors import CorruptFile
 
 
 class Source:
-    """Reads ahead until it is told to stop."""
+    """A source whose `read_ahead` runs until it is stopped."""
 
     def __init__(self, error=None):
         self.error, self.begun, self.ended = error, threading.Event(), False

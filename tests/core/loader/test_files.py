@@ -12,7 +12,7 @@ from diffsynth.errors import DownloadFailed, NoFiles
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A repository on disk, and no network."""
+    """Put a repository on disk, and block the network."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
     folder = tmp_path / "owner" / "model" / "transformer"
@@ -109,7 +109,7 @@ def test_what_is_missing_is_fetched_from_the_chosen_hub(hub, monkeypatch, hub_na
 
 @pytest.mark.parametrize("hub_name", ["modelscope", "huggingface"])
 def test_no_network(hub, hub_name, monkeypatch):
-    """The real hub libraries, in a test run that blocks the network."""
+    """The real hub libraries are called while the network is blocked."""
     other = {"modelscope": "huggingface", "huggingface": "modelscope"}[hub_name]
 
     def fetch(*arguments):

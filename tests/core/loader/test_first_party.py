@@ -1,4 +1,4 @@
-"""What is not installed: each message says which package has it and what to type."""
+"""Messages about packages that are not installed: each names the package and the install command."""
 
 import importlib.metadata
 import importlib.util
@@ -125,7 +125,7 @@ def test_keys(packages, prefix):
 
 
 def test_the_real_z_image_without_its_package(monkeypatch):
-    """With core alone, `load("z-image-turbo")` and its published file both lead to the package to install."""
+    """With core alone, `load("z-image-turbo")` and its published file both name the package to install."""
     find = importlib.metadata.distribution
 
     def distribution(name):
@@ -167,7 +167,7 @@ def test_core_alone_lists_what_to_install(monkeypatch):
 
 
 def test_the_generator_takes_what_a_family_may_have(monkeypatch):
-    """Another family: a layout under other names, one that no file proves, a model in a wheel, nothing at all."""
+    """The generator handles other names, a layout without a file, a model in a wheel, and a family without anything."""
 
     def declared(fact, distribution="diffsynth-new"):
         return Declared(fact, "new", distribution, "1.0")

@@ -1,4 +1,4 @@
-"""Every published layout at hand is claimed by those who declare it, and by nobody else."""
+"""Every published layout is recognised as the architectures that declare it, and as no other."""
 
 import gzip
 import json
@@ -56,6 +56,6 @@ def test_a_layout_is_claimed_by_those_who_declare_it_alone(file):
 
 
 def test_some_are_declared():
-    """So that the test above cannot pass by recognising nothing."""
+    """The test above recognises at least some layouts."""
     signatures = {checkpoint.signature for checkpoint in CHECKPOINTS}
     assert sum(header_of(file)[0] in signatures for file in LAYOUTS) >= 5

@@ -49,7 +49,7 @@ def test_a_missing_block_is_not_overlooked(checkpoint):
 
 
 def find_of(checkpoint, shapes, **options):
-    """What a file holds of a checkpoint's architecture; a file may hold several."""
+    """Return the component of a checkpoint's architecture in a file, which may hold several components."""
     found = recognize(header_of(shapes), ARCHITECTURES, CHECKPOINTS, **options)
     return next(one for one in found if one.architecture.name == checkpoint.architecture)
 

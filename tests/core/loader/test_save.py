@@ -1,4 +1,4 @@
-"""What `save_checkpoint` writes, and that every reader gets it back: whole, or not at all."""
+"""`save_checkpoint` writes files atomically, and every reader reads them back."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def same(one, other):
 
 
 class Everything(nn.Module):
-    """A parameter of every dtype, of no elements, of no axes, and with a name that is not ASCII."""
+    """A module with a buffer of every dtype, one without elements, a scalar, and one whose name is not ASCII."""
 
     def __init__(self):
         super().__init__()
@@ -126,7 +126,7 @@ def test_fewer_files_leave_none_of_the_earlier_behind(toy, net, tmp_path):
 
 @pytest.mark.parametrize("shard_size", [10**9, 200])
 def test_saving_over_the_file_that_the_weights_come_from(toy, net, tmp_path, shard_size):
-    """Loaded weights may be the file itself, mapped: what is written must not change what is still to be written."""
+    """Loaded weights may map the file itself: writing must not change tensors that are still to be written."""
     paths = store(net, tmp_path / "x.safetensors", shard_size=shard_size)
     _, module = load_back(toy, paths)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_saving_over_the_file_that_the_weights_come_from(toy, net, tmp_path, sha
 
 
 def test_shards_of_two_saves_are_told_apart(net, tmp_path):
-    """A crash between two renames once left half of each save under one index, and nothing would have said so."""
+    """A crash between two renames once left half of each save under one index, without an error when it was read."""
     paths = store(net, tmp_path / "x.safetensors", shard_size=200)
     first = paths[0].read_bytes()
     store(net, tmp_path / "x.safetensors", shard_size=200)
@@ -176,7 +176,7 @@ def test_file_and_folder_reach_the_disk_before_anything_is_said_to_be_saved(net,
 
 
 def test_memory_needed_is_one_tensor(toy, tmp_path, monkeypatch):
-    """Tensors are converted when their turn comes, not all before the first byte is written."""
+    """Tensors are converted one by one while they are written."""
     module = toy.Net(toy.NetConfig(layers=20))
     alive, peak = [], []
     make = save._bytes
@@ -315,7 +315,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("checkpoint", INSTALLED, ids=lambda one: one.name)
 def test_tiny_models_in_every_installed_layout(checkpoint, tmp_path):
-    """By name; either it comes back bit by bit, or the error says which key stands in the way."""
+    """Each layout is read back to the bit, or the error names the key that prevents it."""
     architecture = ARCHITECTURES[checkpoint.architecture]
     config = component.resolve(architecture.tiny)
     module = component.resolve(architecture.module)(config)

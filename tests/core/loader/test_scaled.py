@@ -1,4 +1,4 @@
-"""fp8 weights with scales beside them, in the spellings of other programs, and files of everything in one."""
+"""fp8 weights with scales in the key names of other programs, and files that hold a whole pipeline."""
 
 import gzip
 import json
@@ -112,7 +112,7 @@ def test_the_weights_come_out_multiplied(toy, tmp_path, fused):
 
 
 def test_everything_in_one_file():
-    """As ComfyUI writes it: the network fused and scaled, the autoencoder in its first names, all under prefixes."""
+    """A file as ComfyUI writes it: the network fused and scaled, the autoencoder in its original names, with prefixes."""
     network, _ = with_scales(FUSED, "scale_weight", lambda shape: ())
     parts = {
         "model.diffusion_model.": network,
@@ -142,7 +142,7 @@ def test_wrappers_and_wrappers_in_wrappers(wrapper):
 
 
 def test_another_size_by_structure():
-    """A network that nobody published: 12 layers of width 1536 with 12 heads, and a fine-tune's extra keys."""
+    """An unpublished network of 12 layers of width 1536 with 12 heads, and a fine-tune's extra keys."""
     from diffsynth_zimage.config import ZImageDiTConfig
 
     config = ZImageDiTConfig(dim=1536, n_layers=12, n_heads=12, n_kv_heads=12, cap_feat_dim=1024)

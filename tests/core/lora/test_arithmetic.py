@@ -13,7 +13,7 @@ def product(layer):
 
 
 def test_merged_is_the_sum():
-    """Of layers that both change, and of those that one does; spelled alike or not, with alpha or without."""
+    """Layers that both LoRAs change, and that one does, in equal and different key names, with and without alpha."""
     first = small.state_dict("{}.lora_{down,up}.weight", small.factors(seed=1), alpha=2)
     second = small.state_dict(made=small.factors(names=small.TARGETS[2:], rank=5, seed=2))
     merged = parse(merge_lora([first, second], alpha=0.5)).layers
@@ -34,7 +34,7 @@ def test_nothing_to_merge():
 
 
 def test_a_smaller_rank_is_the_nearest():
-    """What is left out is what the singular values beyond the rank say, no more."""
+    """The error equals the singular values beyond the rank."""
     keys = small.state_dict(made=small.factors(rank=5), alpha=2)
     before, after = parse(keys).layers, parse(reset_lora_rank(keys, 2)).layers
     for name, layer in after.items():

@@ -1,4 +1,4 @@
-"""A LoRA of another layout changes our weights as it would have changed the file's; one of another model, nothing."""
+"""A LoRA in another layout changes our weights as it would change the file's; one of another model is refused."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def fitted(lora):
 
 @pytest.mark.parametrize("alpha", [None, 1.0, {name: 1.0 + number for number, name in enumerate(small.FILE)}])
 def test_the_change_of_a_weight_follows_the_rule_of_the_weight(alpha):
-    """Rules are linear, so the rule applied to `B @ A` says what comes out."""
+    """Rules are linear, so the expected change is the rule applied to `B @ A`."""
     made, lora = of_the_file(small.FILE, alpha)
     scales = {name: layer.scale for name, layer in lora.layers.items()}
     changes = {name: scales[f"lora_unet_{name}"] * (up @ down) for name, (down, up) in made.items()}
@@ -46,7 +46,7 @@ def test_ranks_of_a_fused_weight_add_up():
 
 
 def test_parts_of_a_fused_weight_that_a_lora_leaves_alone(monkeypatch):
-    """Where the layout tells their sizes, they are unchanged; where not, it is an error: no row may be guessed."""
+    """Parts whose sizes the layout tells are unchanged; without sizes it is an error."""
     made, lora = of_the_file(("to_k",))
     with pytest.raises(KeyMismatch, match="needs 'to_q.weight', which is not there"):
         fitted(lora)

@@ -35,7 +35,7 @@ def test_spellings(spelling):
 
 
 def test_alpha_is_each_layers_own():
-    """DiffSynth-Studio took the first alpha for all layers."""
+    """DiffSynth-Studio applied the first alpha to all layers."""
     alphas = {name: float(1 + number) for number, name in enumerate(small.TARGETS)}
     keys = small.state_dict(SPELLINGS["kohya"], alpha=alphas, alpha_key="lora_unet_[].alpha")
     layers = fit(parse(keys), small.network()).layers

@@ -1,4 +1,4 @@
-"""A LoRA beside the weights, or in them, is what peft makes of it: alone, stacked, streamed, compiled, taken away."""
+"""Hot and fused LoRAs give the outputs of peft: alone, stacked, streamed, compiled, and after removal."""
 
 import copy
 
@@ -19,7 +19,7 @@ def lora(seed=1, alpha=None, names=small.TARGETS):
 
 
 def by_peft(loras, alpha):
-    """The output of peft's LoraModel with the same matrices, one adapter for each."""
+    """Return the output of peft's LoraModel with the same matrices, one adapter for each LoRA."""
     from peft import LoraConfig, LoraModel
 
     config = LoraConfig(r=3, lora_alpha=alpha, target_modules=list(small.TARGETS))
@@ -84,7 +84,7 @@ def test_a_fused_weight_is_rounded_once():
 @pytest.mark.parametrize("preset", ["cpu-offload", "disk", "fp8"])
 @pytest.mark.parametrize("wrapped_first", [True, False])
 def test_beside_weights_that_stream(preset, wrapped_first, tmp_path):
-    """The layers outside the repeated blocks are blocks of the engine themselves, which surrounds their forward."""
+    """Layers outside the repeated blocks are blocks of their own, whose forward the engine wraps."""
     names = (*small.TARGETS, "embed", "proj_out")
     expected_of = small.network()
     add_hot(expected_of, lora(names=names))
@@ -185,7 +185,7 @@ def test_a_layer_that_is_read_past_its_forward():
 
 
 def test_compiled_blocks_notice():
-    """torch 2.11 does not guard a graph by the classes of the layers in it."""
+    """torch 2.11 has no guard on the classes of the layers in a graph."""
     module, expected = small.network(), small.network()
     for block in module.blocks:
         compile_forward(block, backend="eager")

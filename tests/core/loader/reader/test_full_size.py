@@ -1,6 +1,6 @@
-"""The journey of real checkpoints of 6, 4 and 20 billion parameters, without their weights.
+"""Loading published checkpoints of 6, 4 and 20 billion parameters, without their weights.
 
-The files have true headers and true sizes and no blocks on disk: what is read of them is zeros.
+The files are sparse, with real headers and sizes: all data that is read is zero.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def layout(name):
 
 
 def sparse_shards(folder, shapes, count):
-    """bf16 files of these tensors that take no room."""
+    """Write sparse bf16 files of these tensors."""
     keys, files = list(shapes), []
     for n in range(count):
         entries, end = {}, 0
@@ -53,7 +53,7 @@ class Config:
 
 
 class Recorded(nn.Module):
-    """A module that has the names and shapes of a layout, and no forward."""
+    """A module with the names and shapes of a layout, without a forward."""
 
     def __init__(self, config):
         super().__init__()
@@ -74,7 +74,7 @@ def infer(shapes):
 
 @pytest.fixture
 def catalog(monkeypatch):
-    """The installed architectures, and one for a layout whose family may not be installed."""
+    """Return the installed architectures, and one for a layout whose family may not be installed."""
     module = types.ModuleType("recorded")
     vars(module).update(Recorded=Recorded, Config=Config, infer=infer)
     monkeypatch.setitem(sys.modules, "recorded", module)

@@ -1,4 +1,4 @@
-"""Parts of a component from disk are, bit for bit, those of the whole; for every rule and every dtype."""
+"""Reading parts of a component gives the same bits as reading all of it, for every rule and dtype."""
 
 import os
 import signal
@@ -279,7 +279,7 @@ def test_an_allowance_bounds_what_is_held():
 
 
 class Event:
-    """Of a device whose copies take as long as nobody waits for them."""
+    """An event of a device whose copies arrive only when the event is waited for."""
 
     def __init__(self, pending):
         self.pending = pending
@@ -291,7 +291,7 @@ class Event:
 
 
 class SlowRing(UploadRing):
-    """Copies arrive when their event is waited for: a buffer that is filled too early shows as wrong content."""
+    """An upload ring whose copies arrive when their event is waited for: refilling a buffer too early shows as wrong data."""
 
     def __init__(self, device, **options):
         super().__init__(device, **options)
@@ -368,7 +368,7 @@ print((anonymous() - before) * 1024 / sum(t.numel() * t.element_size() for t in 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_the_model_and_little_more(tmp_path, dtype):
-    """A file of 256 MB, in a process of its own; converted, it is half of that in memory and its buffers are small."""
+    """A file of 256 MB is loaded in a process of its own; converted it takes half of that, and the buffers are small."""
     file = tmp_path / "x.safetensors"
     sparse(file, {f"layer{n}": 2**21 for n in range(32)})
     result = subprocess.run([sys.executable, "-c", PEAK, file, dtype], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What is said of files that are not recognised: what they are, what they come near to, what to do."""
+"""Error messages for files that are not recognised: what the file is, the nearest layout, what to do."""
 
 import gzip
 import json
@@ -58,7 +58,7 @@ SPELLINGS = {
 
 
 def lora(spelling, modules, rank=4):
-    """Down and up matrices of each module, named as the spelling's two alternatives in braces say."""
+    """Return the down and up matrices of each module; the key pattern has their two names in braces."""
     start, parts, end = re.fullmatch(r"(.*[._])\{(\w+,\w+)\}(.*)", spelling).groups()
     made = {}
     for module, (outputs, inputs) in modules.items():
