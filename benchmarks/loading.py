@@ -291,9 +291,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--folder", type=Path, help="the checkpoint is written below it, and removed; default: the system's folder"
-    )
+    parser.add_argument("--folder", type=Path, help="folder for the temporary checkpoint")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES), help="states of the page cache")
     parser.add_argument("--json", type=Path, help="also write the figures here")

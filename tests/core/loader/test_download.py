@@ -1,4 +1,4 @@
-"""Both hub libraries against a hub on loopback that breaks off, sends wrong content, refuses, or must not be contacted."""
+"""Both hub libraries against a hub on loopback that breaks off, sends wrong content, or refuses."""
 
 import logging
 import os

@@ -112,7 +112,7 @@ def test_the_weights_come_out_multiplied(toy, tmp_path, fused):
 
 
 def test_everything_in_one_file():
-    """A file as ComfyUI writes it: the network fused and scaled, the autoencoder in its original names, with prefixes."""
+    """A file of ComfyUI: the network fused and scaled, the autoencoder in its original names, with prefixes."""
     network, _ = with_scales(FUSED, "scale_weight", lambda shape: ())
     parts = {
         "model.diffusion_model.": network,

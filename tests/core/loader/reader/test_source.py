@@ -291,7 +291,7 @@ class Event:
 
 
 class SlowRing(UploadRing):
-    """An upload ring whose copies arrive when their event is waited for: refilling a buffer too early shows as wrong data."""
+    """An upload ring whose copies arrive when their event is waited for, so that early refilling gives wrong data."""
 
     def __init__(self, device, **options):
         super().__init__(device, **options)
@@ -368,7 +368,7 @@ print((anonymous() - before) * 1024 / sum(t.numel() * t.element_size() for t in 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_the_model_and_little_more(tmp_path, dtype):
-    """A file of 256 MB is loaded in a process of its own; converted it takes half of that, and the buffers are small."""
+    """A file of 256 MB is loaded in a process of its own; converted it takes half of that, and buffers are small."""
     file = tmp_path / "x.safetensors"
     sparse(file, {f"layer{n}": 2**21 for n in range(32)})
     result = subprocess.run([sys.executable, "-c", PEAK, file, dtype], capture_output=True, text=True, check=False)
