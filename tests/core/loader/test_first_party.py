@@ -15,6 +15,7 @@ from diffsynth._discovery import Catalog, Declared, Plugin
 from diffsynth.cli.group import program
 from diffsynth.core.loader import first_party, header, recognize
 from diffsynth.core.loader.convert import Rename
+from diffsynth.core.loader.layouts import layout_of
 from diffsynth.errors import UnknownModel, Unrecognized
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, CommandSpec, ModelSpec
 from source_tree import ROOT
@@ -133,7 +134,8 @@ def test_the_real_z_image_without_its_package(monkeypatch):
             raise importlib.metadata.PackageNotFoundError(name)
         return find(name)
 
-    shapes = tool.published("diffsynth_zimage:layouts/z_image_turbo_dit.json.gz")
+    checkpoints = _discovery.catalog().layouts()[1]
+    shapes = layout_of(next(each for each in checkpoints if each.layout.endswith("z_image_turbo_dit.json.gz")))
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     monkeypatch.setenv("DIFFSYNTH_PLUGINS", "")
     _discovery.refresh()

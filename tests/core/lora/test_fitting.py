@@ -69,7 +69,10 @@ REFUSED = {
     "unknown": ({"blocks.0.attn.to_w": (8, 8)}, "it does not have blocks.0.attn.to_w; did you mean 'blocks.0.attn.to_"),
     "deeper": ({"blocks.0.attn.to_q": (8, 8), "blocks.2.attn.to_q": (8, 8)}, "1 of its 2 layers fit"),
     "a convolution": ({"patch": (8, 12)}, "as a linear layer: patch is a Conv2d"),
-    "twice": ({"blocks.0.attn.to_q": (8, 8), "transformer.blocks.0.attn.to_q": (8, 8)}, "which another key names, too"),
+    "twice": (
+        {"blocks.0.attn.to_q": (8, 8), "transformer.blocks.0.attn.to_q": (8, 8)},
+        "another key both mean blocks.0.attn.to_q",
+    ),
 }
 
 

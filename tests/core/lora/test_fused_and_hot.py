@@ -147,11 +147,11 @@ def test_fusing_into_weights_that_wait_in_host_memory():
 def test_weights_that_cannot_be_fused_say_why_and_stay(tmp_path):
     module = small.network()
     wrap(module, Policy.preset("disk", "cpu"), source=on_disk(module, tmp_path), smallest=0)
-    with pytest.raises(ValueError, match="waits on disk.*Use hotload=True"):
+    with pytest.raises(ValueError, match="on disk.*Use hotload=True"):
         fuse(module, lora())
     coarse = small.network()
     wrap(coarse, Policy.preset("fp8", "cpu", torch.float32), smallest=0)
-    with pytest.raises(ValueError, match=r"kept as torch.float8_e4m3fn, too coarse"):
+    with pytest.raises(ValueError, match=r"torch.float8_e4m3fn, too coarse"):
         fuse(coarse, lora())
 
 
@@ -160,7 +160,7 @@ def test_the_same_lora_is_fused_once():
     module = small.network()
     fuse(module, lora(), 0.5)
     weights = copy.deepcopy(module.state_dict())
-    with pytest.raises(ValueError, match=r"in these weights already, with alpha=0.5, and would be there twice"):
+    with pytest.raises(ValueError, match=r"in these weights already, with alpha=0.5"):
         fuse(module, lora())
     assert all(torch.equal(tensor, weights[key]) for key, tensor in module.state_dict().items())
     fuse(module, lora(2))

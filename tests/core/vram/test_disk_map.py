@@ -101,10 +101,10 @@ def test_only_what_is_asked_for_is_read(file, monkeypatch):
 @pytest.mark.parametrize(
     ("converter", "message"),
     [
-        (lambda tensors: {"x": tensors["unused"] if tensors["unused"].sum() > 0 else None}, "run ahead of"),
-        (lambda tensors: {"x": tensors["unused"].tolist()}, "run ahead of"),
+        (lambda tensors: {"x": tensors["unused"] if tensors["unused"].sum() > 0 else None}, "cannot be traced for"),
+        (lambda tensors: {"x": tensors["unused"].tolist()}, "cannot be traced for"),
         (lambda tensors: {"x": tensors["unused"].mul_(2)}, "writes into a tensor"),
-        (lambda tensors: {"x": torch.randn_like(tensors["unused"])}, "draws random values"),
+        (lambda tensors: {"x": torch.randn_like(tensors["unused"])}, "random values"),
         (lambda tensors: {"x": "old.qkv"}, "a str for 'x'"),
         (lambda tensors: (tensors, {}), "gave a tuple"),
     ],
@@ -129,7 +129,7 @@ def test_the_source_of_a_module_under_a_prefix(tmp_path):
     with pytest.raises(KeyMismatch, match=r"36 missing \(.*embed.weight.* and 28 more"):
         found.source_of(module)
     module.start = nn.Parameter(torch.zeros(3))
-    with pytest.raises(KeyMismatch, match=r"net.start \(32,\) for \(3,\)"):
+    with pytest.raises(KeyMismatch, match=r"net.start is \(32,\), expected \(3,\)"):
         found.source_of(module, "net.")
     with torch.device("meta"):
         module.register_buffer("table", torch.zeros(3), persistent=False)
