@@ -17,7 +17,7 @@ EXEMPT: dict[str, str] = {
     "diffsynth.core.attention.triton": "its tiles are tuned for generations of CUDA devices",
     "diffsynth.core.attention.sdpa": "asks torch.backends.cuda which of PyTorch's own kernels take a call",
     "diffsynth.core.attention.triton.configs": "its kernels are cut for generations of CUDA devices",
-    "diffsynth.nn.kernels": "its kernels are written for CUDA, and a refusal says so",
+    "diffsynth.nn.fused": "its kernels are written for CUDA, and a refusal says so",
 }
 """Module or package -> reason."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.core.attention.triton import test_int8 as of_int8
 from tests.core.attention.triton import test_kernels as cases
-from tests.core.attention.triton.test_int8 import test_near_the_naive_twin  # noqa: F401
+from tests.core.attention.triton.test_int8 import test_close_to_the_reference  # noqa: F401
 from tests.core.attention.triton.test_kernels import (  # noqa: F401
     test_an_expanded_mask_is_one_for_all,
     test_half_precision,

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import parity
-from diffsynth.core.parallel import SINGLE_PROCESS, MeshAxis, create_mesh
+from diffsynth.core.parallel import LONE_PROCESS, MeshAxis, create_mesh
 from diffsynth.errors import Refused, Unavailable
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth_wan import WanVideoPipeline
@@ -175,7 +175,7 @@ def prepared() -> tuple[dict[str, Run], dict[str, Tensor], Parts, dict[str, Tens
     runs = {name: make() for name, make in RUNS.items()}
     parts = Parts()
     with torch.no_grad():
-        truths = {name: run(SINGLE_PROCESS) for name, run in runs.items()}
+        truths = {name: run(LONE_PROCESS) for name, run in runs.items()}
     drawn = {"text": parts.draw(), "image": parts.draw(**parts.image), "unguided": parts.draw(cfg_scale=1.0)}
     drawn["experts"] = parts.draw_with_experts()
     drawn["Animate-2"] = parts.follow()
@@ -271,7 +271,7 @@ def test_a_variant_that_does_not_say_what_it_sees_is_named() -> None:
         return stream
 
     two, speed = MeshAxis(None, 0, 2), SpeedControl(torch.zeros(0))
-    assert with_sharded_tokens([brighten], SINGLE_PROCESS) == (brighten,)
+    assert with_sharded_tokens([brighten], LONE_PROCESS) == (brighten,)
     with pytest.raises(ValueError, match="brighten .*over 2 processes: token_scope is None"):
         with_sharded_tokens([speed, brighten], two)
     late = VaceControl(None, torch.zeros(0))

@@ -1,45 +1,17 @@
+"""Images from files and URLs, and contact sheets."""
+
 import functools
 import http.server
 import io
 import threading
+import time
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from diffsynth.core.data import image as module
-from diffsynth.core.data.operators import ImageCropAndResize, LoadImage
+from diffsynth.core.data.image import contact_sheet
+from diffsynth.core.data.operators import LoadImage
 from diffsynth.errors import CorruptFile, DownloadFailed, NoFiles
-
-
-@pytest.mark.parametrize(
-    ("size", "settings", "expected"),
-    [
-        ((100, 50), {"height": 32, "width": 48}, (48, 32)),
-        ((100, 50), {"max_pixels": 10_000, "height_division_factor": 16, "width_division_factor": 16}, (96, 48)),
-        ((100, 50), {"max_pixels": 1250}, (50, 25)),
-        ((100, 50), {"max_pixels": 1250, "height_division_factor": 8, "width_division_factor": 16}, (48, 24)),
-        ((3, 5), {}, (3, 5)),
-    ],
-)
-def test_sizes(size, settings, expected):
-    assert ImageCropAndResize(**settings)(Image.new("RGB", size)).size == expected
-
-
-def test_the_centre_is_kept_and_nothing_is_stretched():
-    picture = np.zeros((40, 80), dtype=np.uint8)
-    picture[:, 20:60] = 255
-    found = np.asarray(ImageCropAndResize(height=20, width=20)(Image.fromarray(picture)))
-    assert found[:, 1:-1].min() == 255
-    found = np.asarray(ImageCropAndResize(height=20, width=40)(Image.fromarray(picture)))
-    assert abs(int((found > 127).sum(axis=1)[0]) - 20) <= 1
-
-
-def test_unfit_sizes():
-    with pytest.raises(ValueError, match="height=8 and width=None"):
-        ImageCropAndResize(height=8)
-    with pytest.raises(ValueError, match="10x10 pixels is smaller than the factors 16x16"):
-        ImageCropAndResize(height_division_factor=16, width_division_factor=16)(Image.new("RGB", (10, 10)))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +34,7 @@ def test_no_image(tmp_path):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/image.png after two failures, /gone never."""
+    """Serves /image.png after two failures, and /gone never."""
 
     def __init__(self, asked, *args):
         self.asked = asked
@@ -84,7 +56,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(monkeypatch):
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, asked))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -93,17 +65,30 @@ def served(monkeypatch):
     server.server_close()
 
 
-def test_address(served):
-    address, asked = served
-    assert LoadImage()(f"{address}/image.png").size == (3, 2)
+def test_url(served):
+    url, asked = served
+    assert LoadImage()(f"{url}/image.png").size == (3, 2)
     assert len(asked) == 3
 
 
-def test_address_that_does_not_answer(served):
-    address, asked = served
-    with pytest.raises(DownloadFailed, match="did not answer in 2 trials"):
-        LoadImage(url_max_retries=2)(f"{address}/image.png")
+def test_url_that_cannot_be_downloaded(served):
+    url, asked = served
+    with pytest.raises(DownloadFailed, match="in 2 trials"):
+        LoadImage(url_max_retries=2)(f"{url}/image.png")
     asked.clear()
-    with pytest.raises(DownloadFailed, match="/gone answers 404"):
-        LoadImage()(f"{address}/gone")
+    with pytest.raises(DownloadFailed, match="/gone returns 404"):
+        LoadImage()(f"{url}/gone")
     assert asked == ["/gone"]
+
+
+def test_a_contact_sheet_shows_first_and_last(tmp_path, frames):
+    sheet = contact_sheet(frames, columns=2, rows=2, width=24, gap=2)
+    assert sheet.size == (50, 34)
+    greys = [sheet.getpixel(place)[0] for place in ((0, 0), (49, 0), (0, 33), (49, 33), (24, 0))]
+    assert greys == [0, 75, 150, 225, 0]
+    assert contact_sheet(frames[:1], width=24).size == (24, 16)
+    assert contact_sheet(frames[:3], columns=2, width=24, gap=0).size == (48, 32)
+    with pytest.raises(ValueError, match="0 frames"):
+        contact_sheet([])
+    with pytest.raises(ValueError, match="columns=0"):
+        contact_sheet(frames, columns=0)

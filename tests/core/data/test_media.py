@@ -1,4 +1,4 @@
-"""What is written is what is read: pictures, their number, their speed, and the sound."""
+"""Written videos and sounds are read back: frames, their number, their rate, and the samples."""
 
 import builtins
 import tracemalloc
@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.core.data.contact_sheet import contact_sheet
 from diffsynth.core.data.media import VideoData, count_frames, frame_rate_of, read_audio, read_frames
 from diffsynth.core.data.media_writer import (
     merge_video_audio,
@@ -51,7 +50,7 @@ def test_quality_and_encoder_options_reach_the_encoder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "settings", "message"),
+    ("images", "settings", "message"),
     [
         ([], {}, "0 frames"),
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], {}, "frame 1 is 8x16, the first one 8x8"),
@@ -63,9 +62,9 @@ def test_quality_and_encoder_options_reach_the_encoder(tmp_path):
         ([Image.new("RGB", (8, 8))], {"ffmpeg_params": ["-profile", "none"]}, "clip.mp4 cannot be written"),
     ],
 )
-def test_unfit_frames(tmp_path, pictures, settings, message):
+def test_unfit_frames(tmp_path, images, settings, message):
     with pytest.raises(ValueError, match=message):
-        save_video(pictures, tmp_path / "clip.mp4", **{"fps": 8, **settings})
+        save_video(images, tmp_path / "clip.mp4", **{"fps": 8, **settings})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +141,7 @@ def test_a_variable_frame_rate_is_told_and_helped(tmp_path, levels):
     """A recording whose frames come when something moves runs at another speed if each is taken for the next one."""
     path = tmp_path / "screen.mkv"
     write_irregular(path, [0, 50, 100, 150, 200], [0, 100, 200, 700, 800])
-    with pytest.raises(CorruptFile, match="shown for 100 ms as a rule and for 500 ms at most. Give VideoData an fps"):
+    with pytest.raises(CorruptFile, match="100 ms, the longest 500 ms. Give VideoData an fps"):
         VideoData(path)
     video = VideoData(path, fps=10)
     assert video.frame_rate == 10
@@ -176,7 +175,7 @@ def test_a_damaged_file(tmp_path, frames):
 
 
 def test_one_frame_is_held_at_a_time(tmp_path):
-    """Two minutes of 1080p are 18 GB as pictures."""
+    """Two minutes of 1080p are 18 GB as images."""
     save_video((np.full((270, 480, 3), level, dtype=np.uint8) for level in range(60)), tmp_path / "clip.mp4")
     video = VideoData(tmp_path / "clip.mp4")
     tracemalloc.start()
@@ -187,20 +186,7 @@ def test_one_frame_is_held_at_a_time(tmp_path):
     assert peak < 10 * 480 * 270 * 3
 
 
-def test_a_contact_sheet_shows_first_and_last(tmp_path, frames):
-    sheet = contact_sheet(frames, columns=2, rows=2, width=24, gap=2)
-    assert sheet.size == (50, 34)
-    greys = [sheet.getpixel(place)[0] for place in ((0, 0), (49, 0), (0, 33), (49, 33), (24, 0))]
-    assert greys == [0, 75, 150, 225, 0]
-    assert contact_sheet(frames[:1], width=24).size == (24, 16)
-    assert contact_sheet(frames[:3], columns=2, width=24, gap=0).size == (48, 32)
-    with pytest.raises(ValueError, match="0 frames"):
-        contact_sheet([])
-    with pytest.raises(ValueError, match="columns=0"):
-        contact_sheet(frames, columns=0)
-
-
-def test_sound_of_another_video_is_kept(tmp_path, frames, tone):
+def test_the_sound_of_another_video(tmp_path, frames, tone):
     save_video_with_audio(frames, tmp_path / "first.mp4", tone(seconds=1), fps=10)
     save_video_with_audio(frames, tmp_path / "second.mp4", tmp_path / "first.mp4", fps=10)
     sound, _ = read_audio(tmp_path / "second.mp4")
@@ -208,7 +194,7 @@ def test_sound_of_another_video_is_kept(tmp_path, frames, tone):
     assert abs(int(spectrum.argmax()) * 48_000 / sound.shape[1] - 440) < 3
 
 
-def test_a_sound_that_is_not_there_is_told_before_frames_are_made(tmp_path):
+def test_a_missing_sound_raises_before_frames_are_generated(tmp_path):
     def frames():
         raise AssertionError("made a frame")
         yield
@@ -219,9 +205,9 @@ def test_a_sound_that_is_not_there_is_told_before_frames_are_made(tmp_path):
 
 def test_frames_in_a_folder_are_in_the_order_of_their_numbers(tmp_path, frames, levels):
     """Eleven saved frames came back as 0, 1, 10, 2, ... when they were sorted as text."""
-    pictures = [*frames, Image.new("RGB", (48, 32), (250,) * 3)]
-    save_frames(pictures, tmp_path / "frames")
-    assert levels(VideoData(image_folder=tmp_path / "frames")) == levels(pictures)
+    images = [*frames, Image.new("RGB", (48, 32), (250,) * 3)]
+    save_frames(images, tmp_path / "frames")
+    assert levels(VideoData(image_folder=tmp_path / "frames")) == levels(images)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"video_file": "a.mp4", "image_folder": "a"}])

@@ -127,7 +127,7 @@ def test_default_operators(folder, frames):
     assert len(video("clip.gif")) == 1
     assert [frame.size for frame in video("0.png")] == [(48, 32)]
     image = UnifiedDataset.default_image_operator(str(folder), max_pixels=1000)
-    assert [picture.size for picture in image(["0.png", "1.png"])] == [(32, 16)] * 2
+    assert [each.size for each in image(["0.png", "1.png"])] == [(32, 16)] * 2
     with pytest.raises(ValueError, match="expected one of jpg"):
         video("clip.txt")
 

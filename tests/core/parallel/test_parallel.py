@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 
 from diffsynth.core.attention import attention
 from diffsynth.core.parallel import (
-    SINGLE_PROCESS,
+    LONE_PROCESS,
     MeshAxis,
     ProcessMesh,
     all_gather_shards,
@@ -120,7 +120,7 @@ def odd(rank: int) -> None:
     with pytest.raises(ValueError, match="cfg=2 does not divide the 1 processes"):
         create_mesh(cfg=2, device="cpu")
     mesh = create_mesh(device="cpu")
-    assert (mesh.branches, mesh.tokens, mesh.world) == (SINGLE_PROCESS, SINGLE_PROCESS, SINGLE_PROCESS)
+    assert (mesh.branches, mesh.tokens, mesh.world) == (LONE_PROCESS, LONE_PROCESS, LONE_PROCESS)
 
 
 def test_a_mesh_of_one_process() -> None:
@@ -136,9 +136,9 @@ def test_without_a_process_group_a_mesh_is_refused() -> None:
 
 def test_one_process_exchanges_nothing() -> None:
     x = rand(1, 4, 2)
-    assert all_gather_shards(x, 4, SINGLE_PROCESS) is x
+    assert all_gather_shards(x, 4, LONE_PROCESS) is x
     assert [
-        float(each) for each in compute_and_gather(["a", "bc"], lambda name: torch.tensor(len(name)), SINGLE_PROCESS)
+        float(each) for each in compute_and_gather(["a", "bc"], lambda name: torch.tensor(len(name)), LONE_PROCESS)
     ] == [1, 2]
     assert ProcessMesh().broadcast_seeds([None, 3]) == [None, 3]
 

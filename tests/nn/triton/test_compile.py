@@ -1,4 +1,4 @@
-"""torch.compile sees through the kernels: one graph of our operators, with kernels inside rather than a black box."""
+"""torch.compile traces into the kernels: one graph of our operators, with the kernels inside."""
 
 import json
 import os
@@ -10,10 +10,10 @@ import json
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from diffsynth import nn
-from diffsynth.nn import kernels
+from diffsynth.nn import fused
 from diffsynth.nn.rms_norm import rms_norm
 
-kernels.no_kernels_on = lambda device_type: None  # as on a GPU; nothing is launched here
+fused.no_kernels_on = lambda device_type: None  # as on a GPU; nothing is launched here
 
 def layers(x, weight, scale, q, cos, sin, time):
     y = rms_norm(x, weight, eps=1e-6, scale=scale, residual=x, gate=scale)
@@ -53,11 +53,11 @@ print(json.dumps([outside, inside]))
 
 
 def test_one_graph_for_all_sizes_and_kernels_inside_it():
-    """In a process of its own: kernels that are interpreted cannot be traced."""
+    """In a process of its own, because interpreted kernels cannot be traced."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
-    (*_, outside), [inside] = json.loads(result.stdout.splitlines()[-1])  # tracing may begin again before it is inside
+    (*_, outside), [inside] = json.loads(result.stdout.splitlines()[-1])  # tracing may restart
     ours = ["norm", "norm_rotary", "gated_activation", "sinusoidal_embedding"]
     assert [name.split(".")[1] for name in outside if name.startswith("diffsynth.")] == ours
     assert sum("triton_kernel_wrapper" in name for name in inside) == len(ours)

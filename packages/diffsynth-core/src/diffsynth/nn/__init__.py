@@ -1,13 +1,14 @@
-"""Small layers that several networks share. Each file is one layer, with its functional form beside it.
+"""Small layers that several networks share, one per file, with their functional forms.
 
-A layer runs as a fused Triton kernel where one can serve the call, else as its naive twin in `diffsynth.nn.naive`;
-`why_not` tells the reason. `rms_norm` and `layer_norm`, the functions, stand in the modules of their names.
+A layer runs as a fused Triton kernel if one can serve the call, else as its reference implementation in
+`diffsynth.nn.naive`; `why_not` returns the reason. The functions `rms_norm` and `layer_norm` are in modules of these
+names.
 """
 
 from __future__ import annotations
 
+from diffsynth.nn.fused import KERNELS, why_not
 from diffsynth.nn.gated_mlp import geglu, swiglu
-from diffsynth.nn.kernels import KERNELS, why_not
 from diffsynth.nn.layer_norm import LayerNorm
 from diffsynth.nn.modulation import gated_residual, modulate
 from diffsynth.nn.rms_norm import RMSNorm, rms_norm_rotary

@@ -1,6 +1,6 @@
 """Gated activations of feed-forward layers (Shazeer 2020, arXiv:2002.05202).
 
-Plain gelu has no place here: behind a linear, torch's own is one pass over memory already.
+Plain gelu is not here: after a linear layer, torch's own kernel is a single pass over memory.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from diffsynth.nn import fused, naive
 
 
 def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """`silu(gate) * up`."""
+    """Return `silu(gate) * up`."""
     out = fused.gated_activation(gate, up, "silu")
     return naive.swiglu(gate, up) if out is None else out
 
 
 def geglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """`gelu(gate) * up`, gelu in its tanh form."""
+    """Return `gelu(gate) * up`, with the tanh approximation of gelu."""
     out = fused.gated_activation(gate, up, "gelu")
     return naive.geglu(gate, up) if out is None else out

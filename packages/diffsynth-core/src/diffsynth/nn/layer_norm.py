@@ -1,4 +1,4 @@
-"""Layer normalisation (Ba et al. 2016, arXiv:1607.06450), followed by modulation where a network wants it."""
+"""Layer normalisation (Ba et al. 2016, arXiv:1607.06450), with optional modulation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def layer_norm(
     scale: Float[Tensor, "#b #s d"] | None = None,
     shift: Float[Tensor, "#b #s d"] | None = None,
 ) -> Float[Tensor, "*b d"]:
-    """`y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis, then `y * (1 + scale) + shift`
-    where they are given; in the dtype of `x`.
+    """Normalise the last axis and modulate, in the dtype of `x`.
+
+    `y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, then `y * (1 + scale) + shift` if they are given.
 
     Raises:
         ValueError: `shift` without `scale`.
@@ -33,7 +34,7 @@ def layer_norm(
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's layer over the last axis, which modulates in the same breath: `norm(x, scale=scale, shift=shift)`."""
+    """`torch.nn.LayerNorm` over the last axis, with optional modulation: `norm(x, scale=scale, shift=shift)`."""
 
     def forward(
         self,
@@ -42,5 +43,5 @@ class LayerNorm(nn.LayerNorm):
         scale: Float[Tensor, "#b #s d"] | None = None,
         shift: Float[Tensor, "#b #s d"] | None = None,
     ) -> Float[Tensor, "*b d"]:
-        """See `layer_norm`."""
+        """Return `x` normalised and modulated; see `layer_norm`."""
         return layer_norm(x, self.weight, self.bias, eps=self.eps, scale=scale, shift=shift)

@@ -1,4 +1,4 @@
-"""Adaptive modulation of a stream by the time (DiT, Peebles & Xie 2022, arXiv:2212.09748)."""
+"""Adaptive modulation of hidden states by the diffusion time (DiT, Peebles & Xie 2022, arXiv:2212.09748)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from diffsynth.nn import fused, naive
 def modulate(
     x: Float[Tensor, "b s e"], scale: Float[Tensor, "#b #s e"], shift: Float[Tensor, "#b #s e"] | None = None
 ) -> Float[Tensor, "b s e"]:
-    """`x * (1 + scale) + shift`, in the dtype of `x`. After a norm, give `scale` and `shift` to the norm instead."""
+    """Return `x * (1 + scale) + shift`, in the dtype of `x`.
+
+    After a norm, pass `scale` and `shift` to the norm instead, which is one kernel.
+    """
     out = fused.norm(x, kind="none", scale=scale, shift=shift)
     return naive.modulate(x, scale, shift) if out is None else out
 
@@ -19,6 +22,6 @@ def modulate(
 def gated_residual(
     x: Float[Tensor, "b s e"], h: Float[Tensor, "b s e"], gate: Float[Tensor, "#b #s e"]
 ) -> Float[Tensor, "b s e"]:
-    """`x + gate * h`, in the dtype of `x`: what a layer adds to its stream."""
+    """Return `x + gate * h`, the gated residual connection, in the dtype of `x`."""
     out = fused.norm(h, kind="none", residual=x, gate=gate)
     return naive.gated_residual(x, h, gate) if out is None else out

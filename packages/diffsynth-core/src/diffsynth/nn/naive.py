@@ -1,6 +1,7 @@
-"""Every fused layer as its formula in plain torch: the truth for the kernels, and what runs where no kernel can.
+"""The reference implementations of the fused layers in plain torch, which also run if no kernel can.
 
-Each function works on any device and dtype and has gradients. Results have the dtype of the first argument.
+The kernels are tested against them. Each function works on any device and dtype and has gradients. Results have the
+dtype of the first argument.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], *, eps: float) -> Float[Tensor, "*b d"]:
-    """`x / sqrt(mean(x**2) + eps) * weight` over the last axis, computed in fp32."""
+    """Return `x / sqrt(mean(x**2) + eps) * weight` over the last axis, computed in fp32."""
     if x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     # Under autocast activations are bf16 and weights fp32: PyTorch's fused kernel takes only equal dtypes.
@@ -25,30 +26,30 @@ def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], *, eps: float
 def layer_norm(
     x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"] | None, bias: Float[Tensor, "d"] | None, *, eps: float
 ) -> Float[Tensor, "*b d"]:
-    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis, computed in fp32."""
+    """Return `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis, computed in fp32."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """`x * (1 + scale) + shift`."""
+    """Return `x * (1 + scale) + shift`."""
     modulated = x * (1 + scale)
     return (modulated if shift is None else modulated + shift).to(x.dtype)
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    """`x + gate * h`."""
+    """Return `x + gate * h`."""
     return (x + gate * h).to(x.dtype)
 
 
 def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
-    """Neighbouring channels `(2i, 2i + 1)` turned as complex numbers, computed in fp32 (fp64 for fp64)."""
+    """Rotate neighbouring channels `(2i, 2i + 1)` as complex numbers, computed in fp32 (fp64 for fp64)."""
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     even, odd = rearrange(precise, "b s n (half two) -> two b s n half", two=2)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def rms_norm_rotary(
@@ -59,7 +60,7 @@ def rms_norm_rotary(
     *,
     eps: float,
 ) -> Float[Tensor, "b s n d"]:
-    """`rms_norm` over `d`, or over `n * d` if `weight` has as many elements, then `apply_rotary`."""
+    """Apply `rms_norm` over `d`, or over `n * d` if `weight` has as many elements, then `apply_rotary`."""
     n, d = x.shape[2:]
     if weight.shape[0] == d:
         return apply_rotary(rms_norm(x, weight, eps=eps), cos, sin)
@@ -67,17 +68,17 @@ def rms_norm_rotary(
 
 
 def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """`silu(gate) * up`."""
+    """Return `silu(gate) * up`."""
     return F.silu(gate) * up
 
 
 def geglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """`gelu(gate) * up`, gelu in its tanh form."""
+    """Return `gelu(gate) * up`, with the tanh approximation of gelu."""
     return F.gelu(gate, approximate="tanh") * up
 
 
 def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: float) -> Float[Tensor, "b dim"]:
-    """Cosines, then sines, of `time` at `dim / 2` frequencies from 1 down to 1 / max_period; fp32."""
+    """Return cosines, then sines, of `time` at `dim / 2` frequencies from 1 down to 1 / max_period; fp32."""
     exponents = torch.arange(dim // 2, dtype=torch.float32, device=time.device) / (dim // 2)
     angles = time[:, None].float() * torch.exp(-math.log(max_period) * exponents)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

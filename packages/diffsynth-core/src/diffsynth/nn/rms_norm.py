@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), with what networks do right after it."""
+"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), with operations that often follow it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def rms_norm(
     residual: Float[Tensor, "*b d"] | None = None,
     gate: Float[Tensor, "#b #s d"] | None = None,
 ) -> Float[Tensor, "*b d"]:
-    """`y = x / sqrt(mean(x**2) + eps) * weight` over the last axis, then `y * (1 + scale) + shift`, then
-    `residual + gate * y`, each where it is given; in the dtype of `x`.
+    """Normalise the last axis, modulate, and add to a residual, in the dtype of `x`.
+
+    `y = x / sqrt(mean(x**2) + eps) * weight`, then `y * (1 + scale) + shift`, then `residual + gate * y`, the last two
+    if their tensors are given.
 
     Raises:
         ValueError: `shift` without `scale`, or one of `residual` and `gate` alone.
@@ -39,7 +41,7 @@ def rms_norm(
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned weight, initially ones."""
+    """Layer of `rms_norm` with a trained weight, initially ones."""
 
     def __init__(self, dim: int, *, eps: float) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class RMSNorm(nn.Module):
         gate: Float[Tensor, "#b #s d"] | None = None,
         rotary: Rotary | None = None,
     ) -> Float[Tensor, "*b d"]:
-        """See `rms_norm`; with `rotary`, `x` is `b s n d` and is turned after it is normalised."""
+        """Return `x` after `rms_norm`; with `rotary`, `x` is `b s n d` and is rotated after the norm."""
         if rotary is not None:
             return rms_norm_rotary(x, self.weight, *rotary, eps=self.eps)
         return rms_norm(x, self.weight, eps=self.eps, scale=scale, shift=shift, residual=residual, gate=gate)
@@ -70,20 +72,20 @@ def rms_norm_rotary(
     *,
     eps: float,
 ) -> Float[Tensor, "b s n d"]:
-    """Queries or keys, normalised and then turned by the angles of `cos` and `sin`, in the dtype of `x`.
+    """Normalise queries or keys, then rotate them by the angles of `cos` and `sin`, in the dtype of `x`.
 
     Args:
-        x: heads of every token.
-        weight: of `d` elements normalises each head by itself (Z-Image, FLUX, Qwen-Image); of `n * d`, all heads of a
-            token together (Wan).
-        cos, sin: of the angles, fp32.
+        x: queries or keys.
+        weight: with `d` elements, each head is normalised separately (Z-Image, FLUX, Qwen-Image); with `n * d`, all
+            heads of a token together (Wan).
+        cos, sin: cosine and sine of the rotary angles, fp32.
         eps: added to the mean square.
 
     Raises:
         ValueError: `weight` has another length.
     """
     n, d = x.shape[2:]
-    # Not `in (d, n * d)`: torch.compile of torch 2.11, with sizes that are symbols, finds it false for equal ones.
+    # Not `in (d, n * d)`: torch.compile of torch 2.11, with symbolic sizes, evaluates it to False for equal ones.
     if weight.shape[0] != d and weight.shape[0] != n * d:
         raise ValueError(f"weight has {weight.shape[0]} elements; expected {d} for each head or {n * d} for all")
     out = fused.norm_rotary(x, weight, cos, sin, eps=eps)

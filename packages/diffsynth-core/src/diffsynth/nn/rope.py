@@ -1,7 +1,7 @@
 """Rotary position embedding over several axes (Su et al. 2021, arXiv:2104.09864).
 
 The head is cut into one section per axis (time, height, width); within a section neighbouring channels `(2i, 2i + 1)`
-are a complex number that is turned by `position * theta ** (-2i / section)`.
+are a complex number that is rotated by `position * theta ** (-2i / section)`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from diffsynth.nn import fused, naive
 def rotary_angles(
     position_ids: Int[Tensor, "b s axes"], *, axes_dims: Sequence[int], theta: float
 ) -> Float[Tensor, "b s half_d"]:
-    """Angles in radians, fp32, on the device of `position_ids`; position 0 turns nothing.
+    """Return rotary angles in radians, fp32, on the device of `position_ids`; they are 0 at position 0.
 
-    Products are formed in fp64: at position 1000 an fp32 frequency is off by 3e-5 rad already. Devices without fp64
-    get their angles from the CPU.
+    Products are computed in fp64: with fp32 frequencies, the angle at position 1000 has an error of 3e-5 rad. For a
+    device without fp64, pass positions on the CPU.
 
     Args:
         position_ids: one integer position per axis.
-        axes_dims: even section sizes, summing to the head dimension.
+        axes_dims: even section sizes, whose sum is the head dim.
         theta: base of the frequencies.
     """
     device = position_ids.device
@@ -39,6 +39,6 @@ def rotary_angles(
 def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
-    """`x` turned by the angles of `cos` and `sin`, computed in fp32, in the dtype of `x`."""
+    """Rotate `x` by the angles of `cos` and `sin`, computed in fp32; the result has the dtype of `x`."""
     out = fused.norm_rotary(x, None, cos, sin)
     return naive.apply_rotary(x, cos, sin) if out is None else out

@@ -10,19 +10,19 @@ from diffsynth.nn import fused, naive
 
 
 def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: float = 10000.0) -> Float[Tensor, "b dim"]:
-    """Cosines, then sines, of `time` at `dim / 2` frequencies from 1 down to 1 / max_period; fp32.
+    """Return cosines, then sines, of `time` at `dim / 2` frequencies from 1 down to 1 / max_period; fp32.
 
     Args:
-        time: in the net's own unit (0 to 1000 for most).
-        dim: even.
-        max_period: the longest period, over 2 pi.
+        time: diffusion time in the unit of the network (0 to 1000 for most).
+        dim: size of the embedding, even.
+        max_period: the longest period, divided by 2 pi.
     """
     out = fused.sinusoidal_embedding(time, dim, max_period=max_period)
     return naive.sinusoidal_embedding(time, dim, max_period=max_period) if out is None else out
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids through `Linear, SiLU, Linear`."""
+    """Embedding of the diffusion time: sinusoids, then `Linear, SiLU, Linear`."""
 
     def __init__(self, dim: int, *, hidden_dim: int, frequency_dim: int = 256) -> None:
         super().__init__()
@@ -30,5 +30,5 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, dim))
 
     def forward(self, time: Float[Tensor, "b"], *, dtype: torch.dtype) -> Float[Tensor, "b dim"]:
-        """Embedding of `time`; the sinusoids are fp32 until they enter the MLP in `dtype`."""
+        """Return the embedding of `time`; the sinusoids are computed in fp32, and the MLP in `dtype`."""
         return self.mlp(sinusoidal_embedding(time, self.frequency_dim).to(dtype))

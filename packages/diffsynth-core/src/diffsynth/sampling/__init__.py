@@ -1,1 +1,1 @@
-"""Sampling as pure functions of tensors: schedules, solvers, guidance, noise."""
+"""Schedules, solvers, guidance and noise, as pure functions of tensors."""

@@ -1,4 +1,4 @@
-"""Guidance: one velocity out of several."""
+"""Guidance: the combination of velocities of several branches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 def classifier_free_guidance(
     velocity_cond: Float[Tensor, "b ..."], velocity_uncond: Float[Tensor, "b ..."], cfg_scale: float
 ) -> Float[Tensor, "b ..."]:
-    """`v_uncond + cfg_scale * (v_cond - v_uncond)` (Ho & Salimans 2022, arXiv:2207.12598), in the inputs' dtype.
+    """Return `v_uncond + cfg_scale * (v_cond - v_uncond)`, in the dtype of the inputs.
 
-    At 1.0 the result is `velocity_cond` up to rounding: skip the second pass then, as `Pipeline` does. 0 is
-    `velocity_uncond`; below 0 steers away from the prompt.
+    Ho & Salimans 2022, arXiv:2207.12598. With 1.0 the result is `velocity_cond` up to rounding: skip the second pass
+    then, as `Pipeline` does. 0 is `velocity_uncond`; values below 0 guide away from the prompt.
 
     Raises:
         ValueError: the two shapes differ.

@@ -1,4 +1,4 @@
-"""Noise: drawing it reproducibly, and mixing it with data."""
+"""Reproducible random noise, and the mixing of noise with data."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def initial_noise(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Float[Tensor, "b ..."]:
-    """Standard normal noise, image by image: entry i is what a call with `seeds[i]` alone would draw.
+    """Return standard normal noise for a batch; entry i equals the noise of a call with only `seeds[i]`.
 
-    `dtype` is the one drawn in, because a generator can give other values in bf16 than in fp32. Z-Image, FLUX.2 and
-    Qwen-Image draw in the pipeline's dtype (bf16); FLUX.1 and Wan draw fp32, and their callers cast afterwards.
+    Random numbers are generated in `dtype`, because a generator can give other values in bf16 than in fp32. Z-Image,
+    FLUX.2 and Qwen-Image use the pipeline's dtype (bf16); FLUX.1 and Wan use fp32, and their callers cast afterwards.
 
     Args:
-        shape: of one image, `(c, h, w)` or `(c, t, h, w)`.
-        seeds: one per image; None draws from the global generator of `rand_device`.
-        rand_device: where to draw. The CPU gives one picture on every machine.
-        dtype: what to draw in, and of the result.
-        device: of the result.
+        shape: shape of one entry, `(c, h, w)` or `(c, t, h, w)`.
+        seeds: one per entry; None uses the global generator of `rand_device`.
+        rand_device: device of the generator. The CPU gives the same noise on every machine.
+        dtype: dtype of the random numbers and of the result.
+        device: device of the result.
 
     Raises:
         ValueError: no seeds, or a seed outside 64 bits.
     """
     if not seeds:
-        raise ValueError("seeds is empty; expected one entry per image, None for an unseeded one")
+        raise ValueError("seeds is empty; expected one entry per image, None for a random seed")
     images = [
         torch.randn(1, *shape, generator=_generator(seed, rand_device), device=rand_device, dtype=dtype)
         for seed in seeds
@@ -44,12 +44,13 @@ def initial_noise(
 def add_noise(
     x0: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], sigma: Float[Tensor, " b"] | Float[Tensor, ""] | float
 ) -> Float[Tensor, "b ..."]:
-    """`(1 - sigma) * x0 + sigma * noise`, in the dtype of `x0`.
+    """Return `(1 - sigma) * x0 + sigma * noise`, in the dtype of `x0`.
 
     Args:
         x0: data.
-        noise: of the same shape.
-        sigma: noise level in [0, 1], one for all or one per entry; not checked, it may live on an accelerator.
+        noise: noise of the shape of `x0`.
+        sigma: noise level in [0, 1], one for all or one per entry. The range is not checked, because reading a tensor
+            on an accelerator would synchronise with it.
 
     Raises:
         ValueError: `noise` has another shape than `x0`, or `sigma` another length.
@@ -65,7 +66,7 @@ def add_noise(
 
 def _generator(seed: int | None, device: torch.device | str) -> torch.Generator | None:
     if seed is None:
-        # A new Generator starts at a constant seed; only the global one differs from run to run.
+        # A new Generator has a constant seed; only the global generator differs between runs.
         return None
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed!r}: expected an integer of at most 64 bits")

@@ -1,11 +1,11 @@
-"""Noise levels of every family, as pure functions; none of them knows a pipeline.
+"""Schedules of noise levels of every family, as pure functions.
 
 One convention: sigma is 1 at pure noise and 0 at data, `x = (1 - sigma) * x0 + sigma * noise`. A schedule is fp32 on
 the CPU, has one entry more than there are steps, descends strictly and ends in exactly 0. `strength` cuts the grid
 *before* the shift warps it, as the published pipelines do, so a shifted schedule starts above `strength`. All steps
-always run; a lower strength makes them finer.
+always run; a lower strength makes them smaller.
 
-The arithmetic is fp32 in the order of the published code, so that a known seed keeps its picture.
+The arithmetic is fp32 in the order of the published code, so that a seed gives the same image as there.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 FLUX1_SIGMA_MIN = 0.003 / 1.002
-"""Where FLUX.1's grid ends before its shift; the last step goes from there to 0."""
+"""Last level of FLUX.1's grid before the shift; the last step goes from there to 0."""
 
 QWEN_IMAGE_TERMINAL = 0.02
-"""The last level of Qwen-Image before 0."""
+"""Last level of Qwen-Image before 0."""
 
 TRAINING_MU = 0.8
-"""FLUX.2 and Qwen-Image are trained with this shift at every size."""
+"""Shift with which FLUX.2 and Qwen-Image are trained, for every image size."""
 
 LIGHTNING_MU = math.log(3)
+"""Shift with which Qwen-Image-Lightning is distilled, for every image size."""
 
 
 def z_image_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Noise levels of Z-Image: a uniform grid, shifted (Z-Image team 2025, arXiv:2511.22699).
+    """Return the noise levels of Z-Image: a uniform grid, shifted (Z-Image team 2025, arXiv:2511.22699).
 
     Args:
         num_steps: calls of the network, at least 1.
-        shift: above 0; 1.0 leaves the grid uniform, larger spends more steps near pure noise.
-        strength: where the unshifted grid starts, in (0, 1]; below 1 for image-to-image.
+        shift: above 0; 1.0 keeps the grid uniform, larger values spend more steps near pure noise.
+        strength: start of the unshifted grid, in (0, 1]; below 1 for image-to-image.
 
     Raises:
         ValueError: an argument out of range.
@@ -44,22 +45,22 @@ def z_image_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0)
 
 
 def wan_sigmas(num_steps: int, *, shift: float = 5.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Noise levels of Wan 2.1 and 2.2: Z-Image's formula with a larger shift (Wan team 2025, arXiv:2503.20314).
+    """Return the noise levels of Wan 2.1 and 2.2: Z-Image's formula with a larger shift.
 
-    Arguments and errors are those of `z_image_sigmas`.
+    Wan team 2025, arXiv:2503.20314. Arguments and errors are those of `z_image_sigmas`.
     """
     return z_image_sigmas(num_steps, shift=shift, strength=strength)
 
 
 def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Noise levels of FLUX.1: a grid that ends above 0, shifted; the last step jumps to 0.
+    """Return the noise levels of FLUX.1: a grid that ends above 0, shifted, and then 0.
 
-    The grid is 1 to 0.003/1.002, endpoints included. With one step it is its first entry.
+    The grid goes from 1 to 0.003/1.002, inclusive. With one step it is its first entry.
 
     Args:
         num_steps: calls of the network, at least 1.
-        shift: above 0; 1.0 is none.
-        strength: in (0, 1]; interpolates the start between the two ends.
+        shift: above 0; 1.0 is no shift.
+        strength: in (0, 1]; interpolates the start of the grid between its two ends.
 
     Raises:
         ValueError: an argument out of range.
@@ -72,15 +73,15 @@ def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -
 def flux2_sigmas(
     num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Noise levels of FLUX.2: a grid from 1 to 1/num_steps, shifted by a `mu` that grows with the image.
+    """Return the noise levels of FLUX.2: a grid from 1 to 1/num_steps, shifted by a `mu` that grows with the image.
 
-    One step starts at 1 whatever `strength` is: the grid's two ends coincide there.
+    With one step it starts at 1 for every `strength`, because the two ends of the grid coincide.
 
     Args:
         num_steps: calls of the network, at least 1.
         num_tokens: image tokens, `(height // 16) * (width // 16)` of the *rounded* size; gives `mu` by `flux2_mu`.
-        mu: log of the shift, over `num_tokens`. Neither given is the training schedule, mu = 0.8.
-        strength: in (0, 1].
+        mu: log of the shift; has precedence over `num_tokens`. Without both it is that of training, 0.8.
+        strength: start of the unshifted grid, in (0, 1].
 
     Raises:
         ValueError: an argument out of range.
@@ -95,18 +96,18 @@ def flux2_sigmas(
 def qwen_image_sigmas(
     num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Noise levels of Qwen-Image: shifted, then stretched so that the last level before 0 is 0.02 (arXiv:2508.02324).
+    """Return the noise levels of Qwen-Image: shifted, then stretched so that the last one before 0 is 0.02.
 
-    The stretch `1 - (1 - sigma) / k` keeps 1 fixed and moves the last level to 0.02. Two of its ends are ours:
-    * One step is not stretched. Its only level is the last one, so the formula gives 0/0 at full strength and a start
-      of 0.02 below it, which would not denoise; the schedule is `[shifted strength, 0]` instead.
+    arXiv:2508.02324. The stretch `1 - (1 - sigma) / k` keeps 1 fixed and moves the last level to 0.02. Two edge cases:
+    * One step is not stretched. Its only level is the last one, so the formula would give 0/0 at full strength, and
+      a start of 0.02, which does not denoise, below it; the schedule is `[shifted strength, 0]` instead.
     * As strength goes to 0 every level goes to 0.02, not to 0.
 
     Args:
         num_steps: calls of the network, at least 1.
         num_tokens: image tokens, `(height // 16) * (width // 16)` of the *rounded* size; gives `mu` by `qwen_image_mu`.
-        mu: log of the shift, over `num_tokens`. Neither given is the training schedule, mu = 0.8.
-        strength: in (0, 1].
+        mu: log of the shift; has precedence over `num_tokens`. Without both it is that of training, 0.8.
+        strength: start of the unshifted grid, in (0, 1].
 
     Raises:
         ValueError: an argument out of range.
@@ -121,12 +122,12 @@ def qwen_image_sigmas(
 def qwen_image_lightning_sigmas(
     num_steps: int, *, mu: float = LIGHTNING_MU, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Noise levels of the distilled Qwen-Image-Lightning: shift 3 at every size, and no terminal stretch.
+    """Return the noise levels of the distilled Qwen-Image-Lightning: shift 3 at every size, without a stretch.
 
     Args:
         num_steps: calls of the network, at least 1.
         mu: log of the shift.
-        strength: in (0, 1].
+        strength: start of the unshifted grid, in (0, 1].
 
     Raises:
         ValueError: an argument out of range.
@@ -147,7 +148,7 @@ def shift_sigmas(sigmas: Float[Tensor, " steps"], shift: float) -> Float[Tensor,
 
 
 def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tensor, " steps"]:
-    """`shift_sigmas` by `exp(mu)`, in the form in which FLUX.2 and Qwen-Image publish it.
+    """Warp levels toward high noise by a shift of `exp(mu)`, in the form published for FLUX.2 and Qwen-Image.
 
     Raises:
         ValueError: `mu` is not a number in [-80, 80], beyond which `exp(mu)` leaves fp32.
@@ -158,7 +159,7 @@ def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tens
 
 
 def flux2_mu(num_tokens: int, *, num_steps: int) -> float:
-    """FLUX.2's shift: linear in the number of image tokens, and up to 4300 tokens also in the number of steps.
+    """Return the log shift of FLUX.2: linear in the number of image tokens, and up to 4300 tokens in that of steps.
 
     Raises:
         ValueError: `num_tokens` is not a positive integer.
@@ -173,7 +174,7 @@ def flux2_mu(num_tokens: int, *, num_steps: int) -> float:
 
 
 def qwen_image_mu(num_tokens: int) -> float:
-    """Qwen-Image's shift: linear in the number of image tokens, 0.5 at 256 (256x256) and 0.9 at 8192.
+    """Return the log shift of Qwen-Image: linear in the number of image tokens, 0.5 at 256 (256x256), 0.9 at 8192.
 
     Raises:
         ValueError: `num_tokens` is not a positive integer.
@@ -192,14 +193,13 @@ def _stretch_to_terminal(sigmas: Float[Tensor, " steps"], terminal: float) -> Fl
 
 
 def _schedule(levels: Float[Tensor, " steps"]) -> Float[Tensor, "steps_plus_1"]:
-    """Append the final 0, and part levels that rounding made equal.
+    """Append the final 0, and separate levels that rounding made equal, so that the schedule strictly descends.
 
-    They meet where strength is tiny (a FLUX.2 grid of 1e-8 around 1/num_steps) or the shift extreme (FLUX.2 at 4200
-    pixels a side). One unit in the last place apart is below what a network sees, and keeps every schedule strictly
-    descending.
+    Levels coincide if strength is tiny (a FLUX.2 grid of 1e-8 around 1/num_steps) or the shift extreme (FLUX.2 at 4200
+    pixels a side). They are moved apart by one unit in the last place, which does not affect a network.
 
     Raises:
-        ValueError: so strong a shift that most levels round to 1, which leaves no schedule to speak of.
+        ValueError: a shift so strong that most levels round to 1.
     """
     if len(levels) > 1 and not (levels < 1).sum() >= len(levels) / 2:  # NaN counts as coinciding
         raise ValueError(f"the shift is too strong for {len(levels)} steps: levels near 1 coincide in fp32; lower it")

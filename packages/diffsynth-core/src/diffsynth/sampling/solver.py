@@ -1,4 +1,4 @@
-"""Solvers of `dx/dsigma = velocity(x, sigma)` from noise to data."""
+"""Solvers of the ODE `dx/dsigma = velocity(x, sigma)` from noise to data."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def euler(
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Float[Tensor, "b ..."]:
-    """Latents after one first-order step per pair of neighbouring noise levels (rectified flow, arXiv:2209.03003).
+    """Integrate with the Euler method, one step per pair of neighbouring noise levels, and return the final latents.
 
-    The state keeps the dtype of `latents` between steps, bf16 included, as the published pipelines do.
+    Rectified flow, arXiv:2209.03003. Latents keep their dtype between steps, also bf16, as in the published pipelines.
 
     Args:
         velocity: `(latents, sigma) -> noise - x0`, of the shape of `latents`.
-        latents: at noise level `sigmas[0]`.
-        sigmas: fp32, strictly descending; see `diffsynth.sampling.schedule`.
-        on_step: called with the step's index and the latents it reached.
+        latents: latents at noise level `sigmas[0]`.
+        sigmas: noise levels, fp32, strictly descending; see `diffsynth.sampling.schedule`.
+        on_step: called after each step with its index and the new latents.
         progress: wraps the list of steps, as `tqdm` does.
 
     Raises:
-        ValueError: `sigmas` holds fewer than two levels, so there is no step to take.
+        ValueError: `sigmas` has fewer than two levels.
     """
     if len(sigmas) < 2:
         raise ValueError(f"sigmas has {len(sigmas)} entries; expected num_steps + 1, at least 2")

@@ -1,4 +1,4 @@
-"""From files to training samples: manifests, data operators, the unified data set, video and sound."""
+"""Loading of training data: manifests, data operators, `UnifiedDataset`, and reading and writing of video and sound."""
 
 from __future__ import annotations
 

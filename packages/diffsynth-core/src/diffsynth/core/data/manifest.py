@@ -1,4 +1,4 @@
-"""The rows of a data set's table: csv, json or jsonl, always UTF-8."""
+"""Reading of the rows of a dataset's table: csv, json or jsonl in UTF-8."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from diffsynth.errors import TrainingError
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows as they stand in the file. Cells of a csv are text, whatever they look like.
+    """Return the rows of a table. Cells of a csv are text and are not converted.
 
     Args:
-        path: .csv with a header line, .json with a list of objects, or .jsonl with an object per line.
+        path: a .csv with a header line, a .json with a list of objects, or a .jsonl with an object per line.
 
     Raises:
-        TrainingError: another suffix, no such file, or one that does not parse.
+        TrainingError: another suffix, a missing file, or one that cannot be parsed.
     """
     readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
     if path.suffix not in readers:
@@ -39,7 +39,7 @@ def _read_csv(path: Path) -> Any:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, start=1):
         if None in row:
-            raise csv.Error(f"row {number} has more cells than the header; put a text with commas into quotes")
+            raise csv.Error(f"row {number} has more cells than the header; quote texts with commas")
     return rows
 
 
@@ -48,6 +48,6 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_jsonl(path: Path) -> Any:
-    # Not splitlines(): it also breaks at separators that may stand inside a JSON text, such as U+2028.
+    # Not splitlines(), which also breaks at separators that are allowed within a JSON text, such as U+2028.
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Reading video and sound through PyAV, which is imported when it is needed; `media_writer` writes."""
+"""Reading of video and sound by PyAV, which is imported at first use; `media_writer` writes."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from diffsynth.core.data.image import LoadImage, cover
+from diffsynth.core.data.image import cover, read_image
 from diffsynth.errors import CorruptFile, NoFiles, Unavailable
 
 Location = str | Path
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class VideoData(Sequence[Image.Image]):
-    """The frames of a video file or of a folder of images, read when they are asked for; cheapest in order.
+    """Sequence of the frames of a video file or of a folder of images, decoded on access; fastest in order.
 
-    One frame is in memory at a time. A file is looked through once, without decoding, when this is made.
+    One frame is in memory at a time. The packets of a file are scanned once, without decoding, by the constructor.
 
     Args:
-        video_file: the video.
-        image_folder: or the images, in the order of the numbers in their names.
-        height: with `width`, each frame is scaled to cover this size and cropped about its centre.
-        width: likewise.
-        fps: frames per second of this view: of a video those shown at these times are taken, so that it keeps its
-            speed. None takes every frame.
+        video_file: the video; or
+        image_folder: a folder of images, sorted by the numbers in their names.
+        height: in pixels; with `width`, each frame is scaled to cover this size and cropped about its centre.
+        width: in pixels; given with `height`, or not at all.
+        fps: frames per second of this sequence; the frames shown at these times are selected, so that a video keeps
+            its speed. None selects every frame.
 
     Raises:
-        ValueError: no source or two, one of height and width alone, an `fps` that is not positive or of a folder, or
-            images of several sizes without a height and a width.
-        NoFiles: the source is not there, or a folder without images.
-        CorruptFile: a file that has no video, or, without `fps`, one whose frames do not come at a constant rate.
+        ValueError: no source or two, only one of height and width, an `fps` that is not positive or given for a folder,
+            or images of several sizes without a height and a width.
+        NoFiles: the source does not exist, or a folder has no images.
+        CorruptFile: a file has no video, or, without `fps`, a variable frame rate.
         Unavailable: PyAV is not installed.
     """
 
@@ -78,7 +78,7 @@ class VideoData(Sequence[Image.Image]):
         return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
-        """A frame, or a list of frames for a slice."""
+        """Return a frame, or a list of frames for a slice."""
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         if index < 0:
@@ -86,11 +86,11 @@ class VideoData(Sequence[Image.Image]):
         if not 0 <= index < len(self):
             raise IndexError(f"frame {index} of {len(self)}")
         source = self._indices[index]
-        frame = self._decoded(source) if self._video else LoadImage()(self._images[source])
+        frame = self._decoded(source) if self._video else read_image(self._images[source])
         return frame if self.height is None or self.width is None else cover(frame, self.height, self.width)
 
     def raw_data(self) -> list[Image.Image]:
-        """All frames."""
+        """Return all frames."""
         return list(self)
 
     def _decoded(self, index: int) -> Image.Image:
@@ -101,7 +101,7 @@ class VideoData(Sequence[Image.Image]):
             frame = next(self._reader, None)
             if frame is None:
                 raise CorruptFile(
-                    f"{self._video} ends after {self._at + 1} frames, and was to have more; it is damaged"
+                    f"{self._video} ends after {self._at + 1} frames, but has packets for more; the file is damaged"
                 )
             self._at, self._frame = self._at + 1, frame
         assert self._frame is not None
@@ -110,12 +110,12 @@ class VideoData(Sequence[Image.Image]):
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the frames of a video are shown.
+    """Presentation times of the frames of a video.
 
     Args:
-        path: of the file, for messages.
-        times: of each frame in seconds since the first one's, ascending.
-        frame_rate: frames per second, as the file says.
+        path: the file, for messages.
+        times: time of each frame in seconds since the first one, ascending.
+        frame_rate: nominal frames per second of the file.
     """
 
     path: Path
@@ -124,21 +124,21 @@ class Timeline:
 
     @classmethod
     def of(cls, path: Location) -> Timeline:
-        """Read from the packets, which are not decoded; raises like `read_frames`."""
+        """Read the timeline from the packets of a file, without decoding; raises like `read_frames`."""
         rate = frame_rate_of(path)
         with opened(path, "video") as (container, stream):
             packets = [packet for packet in container.demux(stream) if packet.size]
             stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
             base = stream.time_base
         if not packets:
-            raise CorruptFile(f"{path} has a video of no frames")
-        if len(stamps) < len(packets):  # containers that keep no times, such as old AVIs: the rate is all there is
+            raise CorruptFile(f"{path} has a video without frames")
+        if len(stamps) < len(packets):  # containers without timestamps, such as old AVIs
             return cls(Path(path), tuple(float(index / rate) for index in range(len(packets))), rate)
         return cls(Path(path), tuple(float((stamp - stamps[0]) * base) for stamp in stamps), rate)
 
     @property
     def usual_step(self) -> float:
-        """Seconds that a frame is shown, the median."""
+        """Median duration of a frame in seconds."""
         steps = sorted(self._steps)
         return steps[len(steps) // 2] if steps else float(1 / self.frame_rate)
 
@@ -147,33 +147,34 @@ class Timeline:
         return [later - earlier for earlier, later in pairwise(self.times)]
 
     def every_frame(self) -> range:
-        """Indices of all frames.
+        """Return the indices of all frames.
 
         Raises:
-            CorruptFile: they do not come at a constant rate, so that a network would see them at a wrong speed.
+            CorruptFile: a variable frame rate, with which the video would have a wrong speed.
         """
         longest = max(self._steps, default=self.usual_step)
         if longest > 1.5 * self.usual_step:
             raise CorruptFile(
-                f"{self.path} has no constant frame rate: a frame is shown for {1000 * self.usual_step:.0f} ms as a "
-                f"rule and for {1000 * longest:.0f} ms at most. Give VideoData an fps: it takes frames by their times."
+                f"{self.path} has no constant frame rate: the median duration of a frame is "
+                f"{1000 * self.usual_step:.0f} ms, the longest {1000 * longest:.0f} ms. Give VideoData an fps, to "
+                f"select frames by their times."
             )
         return range(len(self.times))
 
     def at_rate(self, frame_rate: Fraction) -> list[int]:
-        """Which frame is shown at each tick of a clock of `frame_rate`, until the video ends."""
+        """Return the index of the frame shown at each multiple of `1 / frame_rate` seconds, until the video ends."""
         seconds = self.times[-1] + self.usual_step
         ticks = max(round(seconds * float(frame_rate)), 1)
-        # A time that a container rounds to milliseconds is not to miss its tick.
+        # Containers round times to milliseconds: a frame must not miss its tick by less.
         return [bisect_right(self.times, float(tick / frame_rate) + 1e-3) - 1 for tick in range(ticks)]
 
 
 def read_frames(path: Location) -> Iterator[Image.Image]:
-    """All frames of a video as RGB images, decoded one by one.
+    """Yield all frames of a video as RGB images, decoded one by one.
 
     Raises:
-        NoFiles: there is no such file.
-        CorruptFile: it has no video that can be read.
+        NoFiles: the file does not exist.
+        CorruptFile: the file has no video that can be read.
         Unavailable: PyAV is not installed.
     """
     with opened(path, "video") as (container, stream):
@@ -183,16 +184,16 @@ def read_frames(path: Location) -> Iterator[Image.Image]:
 
 
 def frame_rate_of(path: Location) -> Fraction:
-    """Frames per second, as the file says; raises like `read_frames`."""
+    """Return the nominal frames per second of a video file; raises like `read_frames`."""
     with opened(path, "video") as (_, stream):
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
-            raise CorruptFile(f"{path} does not say how many frames it has per second")
+            raise CorruptFile(f"{path} has no frame rate")
         return Fraction(rate)
 
 
 def count_frames(path: Location) -> int:
-    """Frames in a video; counted by its packets where the file does not say. Raises like `read_frames`."""
+    """Return the number of frames of a video, from its header or by counting packets; raises like `read_frames`."""
     with opened(path, "video") as (container, stream):
         return int(stream.frames) or sum(1 for packet in container.demux(stream) if packet.size)
 
@@ -200,19 +201,19 @@ def count_frames(path: Location) -> int:
 def read_audio(
     path: Location, sample_rate: int | None = None, *, mono: bool = False
 ) -> tuple[Float[Tensor, "channels samples"], int]:
-    """The sound of an audio or video file.
+    """Return the sound of an audio or video file.
 
     Args:
-        path: of the file.
-        sample_rate: samples per second; None keeps the file's.
-        mono: the mean of its channels, as one.
+        path: the file.
+        sample_rate: samples per second; None keeps that of the file.
+        mono: return the mean of the channels as one channel.
 
     Returns:
         fp32 samples in [-1, 1] on the CPU, and their rate.
 
     Raises:
-        NoFiles: there is no such file.
-        CorruptFile: it has no sound that can be read.
+        NoFiles: the file does not exist.
+        CorruptFile: the file has no sound that can be read.
         Unavailable: PyAV is not installed.
     """
     av = pyav()
@@ -225,15 +226,15 @@ def read_audio(
             for part in resampler.resample(frame)
         ]
     if not parts:
-        raise CorruptFile(f"{path} has a sound of no length")
+        raise CorruptFile(f"{path} has an audio stream without samples")
     return torch.cat(parts, dim=1), rate
 
 
 def pyav() -> Any:
-    """The library.
+    """Import PyAV and return its module `av`.
 
     Raises:
-        Unavailable: it is not installed.
+        Unavailable: PyAV is not installed.
     """
     try:
         import av
@@ -244,7 +245,7 @@ def pyav() -> Any:
 
 @contextmanager
 def opened(path: Location, kind: str) -> Iterator[tuple[Any, Any]]:
-    """A file and its first stream of a kind; what PyAV raises meanwhile names the file."""
+    """Open a file, and yield its container and its first stream of a kind; errors of PyAV become `CorruptFile`."""
     path, av = _existing(path), pyav()
     try:
         with av.open(str(path)) as container:
@@ -265,9 +266,9 @@ def _existing(path: Location) -> Path:
 def _images_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise NoFiles(f"image_folder {folder} is not a folder")
-    found = [file for file in folder.iterdir() if file.suffix.lower() in _PICTURES]
+    found = [file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES]
     if not found:
-        raise NoFiles(f"image_folder {folder} has no images; expected {', '.join(_PICTURES)}")
+        raise NoFiles(f"image_folder {folder} has no images; expected {', '.join(_IMAGE_SUFFIXES)}")
     return sorted(found, key=_by_number)
 
 

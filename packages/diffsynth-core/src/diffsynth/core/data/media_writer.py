@@ -1,4 +1,4 @@
-"""Writing video, pictures and sound: H.264 and AAC through PyAV. A video file appears whole or not at all."""
+"""Writing of video, frames and sound, H.264 and AAC, by PyAV. Video files are written atomically."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def save_video(
     *,
     comment: str | None = None,
 ) -> None:
-    """Write frames as a video; the suffix decides the container, H.264 is the codec.
+    """Write frames as a video in H.264; the suffix selects the container.
 
     Args:
-        frames: images, or arrays `h w 3` of uint8, of one size, taken one by one: they may come while they are made.
-            Or a tensor: `c t h w` or `1 c t h w` in [-1, 1], or `t h w 3` of uint8. An odd height or width is kept, at
-            the cost of a pixel format (4:4:4) that some players do not show.
-        save_path: of the file; missing folders are made.
+        frames: images, or uint8 arrays `h w 3`, of one size, consumed one by one, so a generator works. Or a tensor:
+            `c t h w` or `1 c t h w` in [-1, 1], or uint8 `t h w 3`. An odd height or width is kept with the pixel
+            format 4:4:4, which some players do not support.
+        save_path: the file; missing folders are created.
         fps: frames per second.
-        quality: 0 to 10, which is H.264's crf 51 to 0.
+        quality: 0 to 10, which is crf 51 to 0 of H.264.
         ffmpeg_params: options of the encoder, as "-name", "value" pairs: `["-preset", "slow"]`.
-        comment: a text that the file carries.
+        comment: text for the metadata of the file.
 
     Raises:
-        ValueError: no frames, different sizes, a tensor of another shape, options that are no pairs, or a suffix of no
-            container.
+        ValueError: no frames, different sizes, a tensor of another shape, options that are no pairs, or an unknown
+            suffix.
         Unavailable: PyAV is not installed.
     """
     if not 0 <= quality <= 10:
@@ -56,7 +56,7 @@ def save_video(
     if not fps > 0:
         raise ValueError(f"fps={fps}: expected a positive number")
     options = {"crf": str(round((1 - quality / 10) * 51)), **_encoder_options(ffmpeg_params or ())}
-    images = iter(_pictures(frames))
+    images = iter(_images(frames))
     first = next(images, None)
     if first is None:
         raise ValueError("0 frames; expected at least one")
@@ -77,41 +77,41 @@ def save_video(
 
 
 def read_comment(path: Location) -> str | None:
-    """The text that a video carries, if it has one; raises like `read_frames`."""
+    """Return the comment in the metadata of a video, or None; raises like `read_frames`."""
     with opened(path, "video") as (container, _):
         text = container.metadata.get("comment")
         return None if text is None else str(text)
 
 
 def save_frames(frames: Sequence[Image.Image], save_path: Location) -> None:
-    """Write frames into a folder as `0.png`, `1.png`, ..."""
+    """Write frames to a folder as `0.png`, `1.png`, ..."""
     Path(save_path).mkdir(parents=True, exist_ok=True)
     for index, frame in enumerate(frames):
         frame.save(Path(save_path) / f"{index}.png")
 
 
 def merge_video_audio(video_path: Location, audio_path: Location) -> None:
-    """Give a video file a sound track, in place. Pictures are not encoded again; the sound, in AAC, ends when they do.
+    """Add a sound track in AAC to a video file, in place. Frames are not encoded again; the sound is cut to the video.
 
     Raises:
-        NoFiles: one of the files is not there.
-        CorruptFile: one of them cannot be read. The video is unchanged then.
+        NoFiles: one of the files does not exist.
+        CorruptFile: one of the files cannot be read. The video is then unchanged.
         Unavailable: PyAV is not installed.
     """
     sound, rate = read_audio(audio_path, _SOUND_RATE)
     seconds = Fraction(count_frames(video_path)) / frame_rate_of(video_path)
-    with _written(video_path) as target, opened(video_path, "video") as (source, pictures):
-        copied = target.add_stream_from_template(pictures)
+    with _written(video_path) as target, opened(video_path, "video") as (source, video):
+        copied = target.add_stream_from_template(video)
         track = target.add_stream("aac", rate=rate, layout=_layout(sound))
-        waiting = _encoded(sound[:, : int(seconds * rate)], track, rate)
-        for packet in source.demux(pictures):
+        pending = _encoded(sound[:, : int(seconds * rate)], track, rate)
+        for packet in source.demux(video):
             if packet.dts is None:
                 continue
-            while waiting and waiting[0].dts * waiting[0].time_base <= packet.dts * packet.time_base:
-                target.mux(waiting.pop(0))
+            while pending and pending[0].dts * pending[0].time_base <= packet.dts * packet.time_base:
+                target.mux(pending.pop(0))
             packet.stream = copied
             target.mux(packet)
-        target.mux(waiting)
+        target.mux(pending)
 
 
 def save_video_with_audio(
@@ -122,15 +122,18 @@ def save_video_with_audio(
     quality: float = 9,
     ffmpeg_params: Sequence[str] | None = None,
 ) -> None:
-    """`save_video`, then `merge_video_audio`; raises what they raise. The sound may be that of another video."""
-    read_audio(audio_path)  # before the frames are written, or even made
+    """Write frames as a video with the sound of an audio or video file.
+
+    Arguments and errors are those of `save_video` and `merge_video_audio`.
+    """
+    read_audio(audio_path)  # raises before frames are generated and written
     save_video(frames, save_path, fps=fps, quality=quality, ffmpeg_params=ffmpeg_params)
     merge_video_audio(save_path, audio_path)
 
 
 @contextmanager
 def _written(path: Location) -> Iterator[Any]:
-    """A container to write into; the file is replaced when all went well."""
+    """Yield a container to write; it replaces the file if no error occurs."""
     path, av = Path(path), pyav()
     if path.suffix.lower() not in _CONTAINERS:
         raise ValueError(f"{path} ends in {path.suffix or 'no suffix'!r}; expected one of {', '.join(_CONTAINERS)}")
@@ -146,14 +149,14 @@ def _written(path: Location) -> Iterator[Any]:
         partial.unlink(missing_ok=True)
 
 
-def _pictures(frames: Frames) -> Iterator[Image.Image]:
+def _images(frames: Frames) -> Iterator[Image.Image]:
     if isinstance(frames, Tensor):
         frames = _arrays(frames)
     return (frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames)
 
 
 def _arrays(video: Tensor) -> Iterator[np.ndarray]:
-    """Frames of a tensor, one by one, as uint8 `h w 3`."""
+    """Yield the frames of a tensor as uint8 arrays `h w 3`."""
     if video.dtype == torch.uint8 and video.ndim == 4 and video.shape[3] == 3:
         return (frame.cpu().numpy() for frame in video)
     if not video.is_floating_point() or (*video.shape[:-3],) not in {(3,), (1, 3)}:

@@ -1,18 +1,22 @@
-"""Data operators: casts, paths, dispatch and files. Those for images, clips and sound are re-exported here."""
+"""Data operators: functions of one value, chained by `>>`, that turn a cell of a manifest into a training value."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image, ImageSequence, UnidentifiedImageError
+from torch import Tensor
 
-from diffsynth.core.data.audio import LoadAudio, LoadAudioWithTorchaudio, LoadPureAudioWithTorchaudio
-from diffsynth.core.data.clip import FrameSamplerByRateMixin, LoadGIF, LoadVideo
-from diffsynth.core.data.image import ImageCropAndResize, LoadImage
-from diffsynth.core.data.operator_base import DataProcessingOperator, DataProcessingPipeline
+from diffsynth.core.data.image import cover, read_image
+from diffsynth.core.data.media import count_frames, frame_rate_of, read_audio, read_frames
 from diffsynth.errors import CorruptFile, NoFiles
 
 __all__ = [
@@ -39,69 +43,108 @@ __all__ = [
     "ToStr",
 ]
 
+Sound = tuple[Float[Tensor, "channels samples"], int]
+"""(fp32 samples in [-1, 1], sample rate)."""
 
-class DataProcessingOperatorRaw(DataProcessingOperator):
-    """The value itself."""
+
+class DataProcessingOperator:
+    """Base class of data operators. Subclasses define `__call__`."""
 
     def __call__(self, data: Any) -> Any:
-        """`data`."""
+        """Return the processed value."""
+        raise NotImplementedError(f"{type(self).__name__} defines no __call__")
+
+    def __rshift__(self, following: DataProcessingOperator) -> DataProcessingPipeline:
+        """Return a pipeline of this operator and the following one."""
+        return DataProcessingPipeline([self, following])
+
+
+class DataProcessingPipeline(DataProcessingOperator):
+    """Operators applied in order; `first >> second` creates one.
+
+    Args:
+        operators: applied from first to last; nested pipelines are flattened.
+
+    Raises:
+        TypeError: an entry that is not callable.
+    """
+
+    def __init__(self, operators: list[DataProcessingOperator] | None = None) -> None:
+        self.operators: list[DataProcessingOperator] = []
+        for operator in operators or []:
+            if not callable(operator):
+                raise TypeError(f"{operator!r} is no data operator; expected a callable of one value")
+            self.operators += operator.operators if isinstance(operator, DataProcessingPipeline) else [operator]
+
+    def __call__(self, data: Any) -> Any:
+        """Return the value after the last operator."""
+        for operator in self.operators:
+            data = operator(data)
+        return data
+
+
+class DataProcessingOperatorRaw(DataProcessingOperator):
+    """Returns the value unchanged."""
+
+    def __call__(self, data: Any) -> Any:
+        """Return `data`."""
         return data
 
 
 class ToInt(DataProcessingOperator):
-    """An int, as of a csv's text."""
+    """Converts to int, for example the text of a csv cell."""
 
     def __call__(self, data: Any) -> int:
-        """`int(data)`."""
+        """Return `int(data)`."""
         return int(data)
 
 
 class ToFloat(DataProcessingOperator):
-    """A float, as of a csv's text."""
+    """Converts to float, for example the text of a csv cell."""
 
     def __call__(self, data: Any) -> float:
-        """`float(data)`."""
+        """Return `float(data)`."""
         return float(data)
 
 
 class ToStr(DataProcessingOperator):
-    """A text.
+    """Converts to text.
 
     Args:
-        none_value: stands for None.
+        none_value: the result for None.
     """
 
     def __init__(self, none_value: str = "") -> None:
         self.none_value = none_value
 
     def __call__(self, data: Any) -> str:
-        """`str(data)`, or `none_value`."""
+        """Return `str(data)`, or `none_value` for None."""
         return self.none_value if data is None else str(data)
 
 
 class ToList(DataProcessingOperator):
-    """The value as the only item of a list."""
+    """Wraps the value in a list."""
 
     def __call__(self, data: Any) -> list[Any]:
-        """`[data]`."""
+        """Return `[data]`."""
         return [data]
 
 
 class ToAbsolutePath(DataProcessingOperator):
-    """A path below a folder; addresses (`http://`, `https://`) pass unchanged.
+    """Joins a path to a folder; URLs (`http://`, `https://`) are returned unchanged.
 
     Args:
-        base_path: the folder; an absolute path in the data stands for itself.
+        base_path: the folder; absolute paths in the data are kept.
     """
 
     def __init__(self, base_path: str | Path = "") -> None:
         self.base_path = base_path
 
     def __call__(self, data: str) -> str:
-        """The joined path.
+        """Return the joined path.
 
         Raises:
-            TypeError: not a path, as in a row without a value.
+            TypeError: not a path, as for an empty cell.
         """
         if not isinstance(data, str | Path):
             raise TypeError(f"{data!r} is no path; expected a text")
@@ -111,20 +154,20 @@ class ToAbsolutePath(DataProcessingOperator):
 
 
 class SequentialProcess(DataProcessingOperator):
-    """One operator over every item of a list.
+    """Applies one operator to every item of a list.
 
     Args:
-        operator: applied to each; None leaves them as they are.
+        operator: applied to each item; None leaves them unchanged.
     """
 
     def __init__(self, operator: Callable[[Any], Any] | None = None) -> None:
         self.operator = operator or DataProcessingOperatorRaw()
 
     def __call__(self, data: Sequence[Any]) -> list[Any]:
-        """A list as long as `data`.
+        """Return the list of processed items.
 
         Raises:
-            TypeError: a text, whose items would be letters, or no sequence.
+            TypeError: a text, whose items would be letters, or not a sequence.
         """
         if isinstance(data, str) or not isinstance(data, Sequence):
             raise TypeError(f"{data!r} is no list; route other types with RouteByType")
@@ -132,26 +175,26 @@ class SequentialProcess(DataProcessingOperator):
 
 
 SequencialProcess = SequentialProcess
-"""The spelling of older scripts."""
+"""The spelling of DiffSynth-Studio."""
 
 
 class RouteByExtensionName(DataProcessingOperator):
-    """An operator for a file's kind.
+    """Selects an operator by the suffix of a file name.
 
     Args:
-        operator_map: pairs of suffixes without dot ("jpg", "png") and operator, tried in order; None for any suffix.
+        operator_map: pairs of suffixes without dot ("jpg", "png") and operator, tried in order; None is any suffix.
     """
 
     def __init__(self, operator_map: Sequence[tuple[Sequence[str] | None, Callable[[Any], Any]]]) -> None:
         self.operator_map = list(operator_map)
 
     def __call__(self, data: str) -> Any:
-        """What the operator of this suffix makes of it; case does not matter.
+        """Return the result of the operator for this suffix, ignoring case.
 
         Raises:
-            ValueError: no operator for it.
+            ValueError: no operator for the suffix.
         """
-        # The query of an address is no part of its suffix.
+        # The query of a URL is not part of its suffix.
         suffix = Path(str(data).partition("?")[0]).suffix.removeprefix(".").lower()
         for suffixes, operator in self.operator_map:
             if suffixes is None or suffix in suffixes:
@@ -161,20 +204,20 @@ class RouteByExtensionName(DataProcessingOperator):
 
 
 class RouteByType(DataProcessingOperator):
-    """An operator for a value's type.
+    """Selects an operator by the type of the value.
 
     Args:
-        operator_map: pairs of type and operator, tried in order; None for any type.
+        operator_map: pairs of type and operator, tried in order; None is any type.
     """
 
     def __init__(self, operator_map: Sequence[tuple[type | None, Callable[[Any], Any]]]) -> None:
         self.operator_map = list(operator_map)
 
     def __call__(self, data: Any) -> Any:
-        """What the operator of this type makes of it.
+        """Return the result of the operator for this type.
 
         Raises:
-            ValueError: no operator for it.
+            ValueError: no operator for the type.
         """
         for kind, operator in self.operator_map:
             if kind is None or isinstance(data, kind):
@@ -184,21 +227,21 @@ class RouteByType(DataProcessingOperator):
 
 
 class LoadTorchPickle(DataProcessingOperator):
-    """What `torch.save` wrote: tensors, numbers, texts, and lists and dicts of them. A pickle cannot run code here.
+    """Loads a file of `torch.save`: tensors, numbers, texts, and lists and dicts of them, without running code.
 
     Args:
-        map_location: where tensors go.
+        map_location: device of the tensors; None is the device that they were saved from.
     """
 
     def __init__(self, map_location: torch.device | str | None = None) -> None:
         self.map_location = map_location
 
     def __call__(self, data: str | Path) -> Any:
-        """The content of the file.
+        """Return the content of the file.
 
         Raises:
-            NoFiles: there is no such file.
-            CorruptFile: it is no pickle, or holds objects that only running its code could make.
+            NoFiles: the file does not exist.
+            CorruptFile: not a pickle, or one with objects that only running its code could create.
         """
         if not Path(data).is_file():
             raise NoFiles(f"{data} does not exist")
@@ -207,3 +250,247 @@ class LoadTorchPickle(DataProcessingOperator):
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CorruptFile(f"{data} is not a pickle of tensors and plain values: {reason}") from None
+
+
+class LoadImage(DataProcessingOperator):
+    """Loads an image from a file or a URL.
+
+    Args:
+        convert_RGB: convert to three channels.
+        convert_RGBA: convert to four channels; has precedence over `convert_RGB`.
+        url_timeout: seconds to wait for a response.
+        url_max_retries: number of download attempts; the pause between them grows by one second.
+    """
+
+    def __init__(
+        self,
+        convert_RGB: bool = True,  # noqa: N803
+        convert_RGBA: bool = False,  # noqa: N803
+        url_timeout: float = 30,
+        url_max_retries: int = 3,
+    ) -> None:
+        self.mode = "RGBA" if convert_RGBA else "RGB" if convert_RGB else None
+        self.url_timeout = url_timeout
+        self.url_max_retries = url_max_retries
+
+    def __call__(self, data: str | Path) -> Image.Image:
+        """Return the image; raises like `image.read_image`."""
+        return read_image(data, self.mode, timeout=self.url_timeout, max_trials=self.url_max_retries)
+
+
+class ImageCropAndResize(DataProcessingOperator):
+    """Resizes an image to a size that a network supports.
+
+    Args:
+        height: in pixels; with `width`, the image is scaled to cover this size and cropped about its centre.
+        width: in pixels; given with `height`, or not at all.
+        max_pixels: without `height` and `width`, images with more pixels are scaled down to at most this many.
+        height_division_factor: without `height`, the height is rounded down to a multiple of this.
+        width_division_factor: without `width`, the width is rounded down to a multiple of this.
+
+    Raises:
+        ValueError: only one of height and width.
+    """
+
+    def __init__(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        max_pixels: int | None = None,
+        height_division_factor: int = 1,
+        width_division_factor: int = 1,
+    ) -> None:
+        if (height is None) != (width is None):
+            raise ValueError(f"height={height} and width={width}: give both, or neither for the image's own")
+        self.height, self.width = height, width
+        self.max_pixels = max_pixels
+        self.height_division_factor = height_division_factor
+        self.width_division_factor = width_division_factor
+
+    def get_height_width(self, image: Image.Image) -> tuple[int, int]:
+        """Return the height and width that this image will have.
+
+        Raises:
+            ValueError: the image is smaller than the factors.
+        """
+        if self.height is not None and self.width is not None:
+            return self.height, self.width
+        height, width = image.height, image.width
+        if self.max_pixels is not None and height * width > self.max_pixels:
+            scale = (self.max_pixels / (height * width)) ** 0.5
+            height, width = int(height * scale), int(width * scale)
+        height -= height % self.height_division_factor
+        width -= width % self.width_division_factor
+        if not height or not width:
+            raise ValueError(
+                f"image of {image.width}x{image.height} pixels is smaller than the factors "
+                f"{self.width_division_factor}x{self.height_division_factor}; give a height and a width"
+            )
+        return height, width
+
+    def __call__(self, data: Image.Image) -> Image.Image:
+        """Return the resized image."""
+        return cover(data, *self.get_height_width(data))
+
+
+class FrameSamplerByRateMixin:
+    """Selects the first frames of a video.
+
+    Args:
+        num_frames: number of frames. A shorter video gives the largest number with remainder
+            `time_division_remainder` modulo `time_division_factor`.
+        time_division_factor: frames that a network compresses into one latent frame.
+        time_division_remainder: frames that are encoded alone, for causal networks the first one.
+        frame_rate: selected frames per second, if `fix_frame_rate`; else every frame is selected.
+        fix_frame_rate: skip or repeat frames so that the video keeps its speed at `frame_rate`.
+    """
+
+    def __init__(
+        self,
+        num_frames: int = 81,
+        time_division_factor: int = 4,
+        time_division_remainder: int = 1,
+        frame_rate: float = 24,
+        fix_frame_rate: bool = False,
+    ) -> None:
+        self.num_frames = num_frames
+        self.time_division_factor = time_division_factor
+        self.time_division_remainder = time_division_remainder
+        self.frame_rate = frame_rate
+        self.fix_frame_rate = fix_frame_rate
+
+    def take(self, frames: Iterable[Any], raw_frame_rate: Fraction) -> list[Any]:
+        """Return the selected frames; reads no further than the last of them.
+
+        Args:
+            frames: all frames of the video, in order.
+            raw_frame_rate: frames per second of the video.
+        """
+        step = raw_frame_rate / Fraction(self.frame_rate) if self.fix_frame_rate else Fraction(1)
+        taken: list[Any] = []
+        for index, frame in enumerate(frames):
+            while len(taken) < self.num_frames and len(taken) * step // 1 == index:
+                taken.append(frame)
+            if len(taken) == self.num_frames:
+                return taken
+        while len(taken) > 1 and len(taken) % self.time_division_factor != self.time_division_remainder:
+            taken.pop()
+        return taken
+
+
+class LoadVideo(DataProcessingOperator, FrameSamplerByRateMixin):
+    """Loads the first frames of a video file as RGB images. Decoding stops at the last one.
+
+    Args:
+        num_frames, time_division_factor, time_division_remainder, frame_rate, fix_frame_rate: see
+            `FrameSamplerByRateMixin`.
+        frame_processor: applied to each frame; None leaves them unchanged.
+    """
+
+    def __init__(
+        self,
+        num_frames: int = 81,
+        time_division_factor: int = 4,
+        time_division_remainder: int = 1,
+        frame_processor: Callable[[Image.Image], Any] | None = None,
+        frame_rate: float = 24,
+        fix_frame_rate: bool = False,
+    ) -> None:
+        FrameSamplerByRateMixin.__init__(
+            self, num_frames, time_division_factor, time_division_remainder, frame_rate, fix_frame_rate
+        )
+        self.frame_processor = frame_processor
+
+    def __call__(self, data: str | Path) -> list[Any]:
+        """Return the processed frames.
+
+        Raises:
+            NoFiles: the file does not exist.
+            CorruptFile: the file has no video that can be read.
+            Unavailable: PyAV is not installed.
+        """
+        rate = frame_rate_of(data) if self.fix_frame_rate else Fraction(1)
+        return self._processed(read_frames(data), rate)
+
+    def _processed(self, frames: Iterable[Image.Image], raw_frame_rate: Fraction) -> list[Any]:
+        taken = self.take(frames, raw_frame_rate)
+        return taken if self.frame_processor is None else [self.frame_processor(frame) for frame in taken]
+
+
+class LoadGIF(LoadVideo):
+    """Loads the first frames of a GIF or another animated image; the duration of its first frame holds for all."""
+
+    def __call__(self, data: str | Path) -> list[Any]:
+        """Return the processed frames.
+
+        Raises:
+            NoFiles: the file does not exist.
+            CorruptFile: the file is not an image.
+        """
+        if not Path(data).is_file():
+            raise NoFiles(f"{data} does not exist")
+        try:
+            with Image.open(data) as animation:
+                # Viewers show frames with a duration of 0, or without one, for a tenth of a second.
+                milliseconds = animation.info.get("duration") or 100
+                frames = (frame.convert("RGB") for frame in ImageSequence.Iterator(animation))
+                return self._processed(frames, Fraction(1000) / Fraction(milliseconds))
+        except UnidentifiedImageError as error:
+            raise CorruptFile(f"{data} is not an image that can be read: {error}") from error
+
+
+class LoadAudio(DataProcessingOperator):
+    """Loads the sound of a file as one channel.
+
+    Args:
+        sr: samples per second.
+    """
+
+    def __init__(self, sr: int = 16_000) -> None:
+        self.sr = sr
+
+    def __call__(self, data: str | Path) -> np.ndarray:
+        """Return fp32 samples in [-1, 1]; raises like `media.read_audio`."""
+        return read_audio(data, self.sr, mono=True)[0][0].numpy()
+
+
+class LoadAudioWithTorchaudio(DataProcessingOperator, FrameSamplerByRateMixin):
+    """Loads the sound of the frames that `LoadVideo` selects from the same file, cut or padded with silence.
+
+    It reads by PyAV; the name is that of DiffSynth-Studio.
+
+    Args:
+        num_frames, time_division_factor, time_division_remainder, frame_rate, fix_frame_rate: as for `LoadVideo`.
+    """
+
+    def __call__(self, data: str | Path) -> Sound:
+        """Return samples and rate; raises like `media.read_audio` and `media.read_frames`."""
+        rate = frame_rate_of(data)
+        frames = self.take(range(count_frames(data)), rate)
+        seconds = len(frames) / (Fraction(self.frame_rate) if self.fix_frame_rate else rate)
+        sound, sample_rate = read_audio(data)
+        return _with_length(sound, int(seconds * sample_rate)), sample_rate
+
+
+class LoadPureAudioWithTorchaudio(DataProcessingOperator):
+    """Loads the sound of an audio file. It reads by PyAV; the name is that of DiffSynth-Studio.
+
+    Args:
+        target_sample_rate: samples per second; None keeps that of the file.
+        target_duration: in seconds, cut or padded with silence; None keeps that of the file.
+    """
+
+    def __init__(self, target_sample_rate: int | None = None, target_duration: float | None = None) -> None:
+        self.target_sample_rate = target_sample_rate
+        self.target_duration = target_duration
+
+    def __call__(self, data: str | Path) -> Sound:
+        """Return samples and rate; raises like `media.read_audio`."""
+        sound, sample_rate = read_audio(data, self.target_sample_rate)
+        if self.target_duration is None:
+            return sound, sample_rate
+        return _with_length(sound, int(self.target_duration * sample_rate)), sample_rate
+
+
+def _with_length(sound: Tensor, samples: int) -> Tensor:
+    return F.pad(sound[:, :samples], (0, max(samples - sound.shape[1], 0)))

@@ -1,4 +1,4 @@
-"""`UnifiedDataset`: rows of a table, or files that an earlier stage cached, as training samples."""
+"""`UnifiedDataset`: training samples from the rows of a table, or from files that split training cached."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ Operator = Callable[[Any], Any]
 
 
 class UnifiedDataset(Dataset[Any]):
-    """Samples of a table (csv, json, jsonl), or, without a table, the `.pth` files below a folder.
+    """Dataset of the rows of a table (csv, json, jsonl), or, without a table, of the `.pth` files below a folder.
 
     Args:
-        base_path: the folder that holds the files.
-        metadata_path: the table; None reads what split training cached below `base_path`.
-        repeat: how often each row is drawn in an epoch.
-        data_file_keys: columns that name files; a row need not have all of them.
-        main_data_operator: makes a value of such a cell, as `default_image_operator` does.
-        special_operator_map: column -> operator, for any column; beats `main_data_operator`.
-        max_data_items: the length of an epoch, in place of rows x repeat: fewer samples or, by going round, more.
+        base_path: folder of the files.
+        metadata_path: the table; None uses the `.pth` files that split training cached below `base_path`.
+        repeat: number of times that each row occurs in an epoch.
+        data_file_keys: columns of file names; a row may lack some of them.
+        main_data_operator: operator for the cells of these columns, for example `default_image_operator()`.
+        special_operator_map: column -> operator, for any column; has precedence over `main_data_operator`.
+        max_data_items: length of an epoch instead of rows x repeat; if it is larger, samples are repeated.
 
     Raises:
-        TrainingError: no rows or no cached files, a table that cannot be read, or none of the columns with an operator
-            is in it.
-        TypeError: `data_file_keys` is one text.
+        TrainingError: no rows or no cached files, a table that cannot be read, or a table without any of the columns
+            that have an operator.
+        TypeError: `data_file_keys` is a text.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class UnifiedDataset(Dataset[Any]):
 
     @property
     def load_from_cache(self) -> bool:
-        """Whether samples are cached files."""
+        """Whether samples come from cached files."""
         return self.metadata_path is None
 
     def load_metadata(self, metadata_path: str | Path | None) -> None:
-        """Read the rows, or find the cached files; raises as the class says."""
+        """Read the rows of a table, or with None find the cached files; raises like the constructor."""
         self.metadata_path = metadata_path
         if metadata_path is None:
             self.search_for_cached_data_files(self.base_path or ".")
@@ -98,7 +98,7 @@ class UnifiedDataset(Dataset[Any]):
             )
 
     def search_for_cached_data_files(self, path: str | Path) -> None:
-        """Find the `.pth` files below a folder, in the order of their names."""
+        """Find the `.pth` files below a folder, sorted by path."""
         self.cached_data = sorted(Path(path).rglob("*.pth"))
         if not self.cached_data:
             raise TrainingError(f"no .pth file below {path}; give a metadata_path, or the folder of cached samples")
@@ -110,11 +110,11 @@ class UnifiedDataset(Dataset[Any]):
         return len(self.cached_data if self.load_from_cache else self.data) * self.repeat
 
     def __getitem__(self, index: int) -> Any:
-        """A row with its files loaded, or what a cached file holds.
+        """Return a row with its files loaded, or the content of a cached file.
 
         Raises:
-            IndexError: not below the length.
-            TrainingError: a value cannot be made; the message names row, column and reason.
+            IndexError: index out of range.
+            TrainingError: an operator fails; the message names row, column and reason.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -129,12 +129,12 @@ class UnifiedDataset(Dataset[Any]):
             return cell
         try:
             return self.operators[column](cell)
-        except Exception as error:  # operators may be anybody's; whatever they raise, the row is what helps
+        except Exception as error:  # operators of users may raise anything; the message must name the row
             raise TrainingError(f"{self.metadata_path}, row {number + 1}, column {column!r}: {error}") from error
 
     @staticmethod
     def check_data_equal(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-        """Whether two samples have the same columns with the same values."""
+        """Return whether two samples have the same columns with equal values."""
         return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
 
     @staticmethod
@@ -146,7 +146,7 @@ class UnifiedDataset(Dataset[Any]):
         height_division_factor: int = 16,
         width_division_factor: int = 16,
     ) -> DataProcessingOperator:
-        """Loads an image, or each of a list, and gives it a size; see `ImageCropAndResize`."""
+        """Return an operator that loads an image, or a list of images, and resizes it; see `ImageCropAndResize`."""
         resize = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
         load = ToAbsolutePath(base_path) >> LoadImage() >> resize
         return RouteByType([(str, load), (list, SequentialProcess(load))])
@@ -163,7 +163,10 @@ class UnifiedDataset(Dataset[Any]):
         time_division_factor: int = 4,
         time_division_remainder: int = 1,
     ) -> DataProcessingOperator:
-        """Loads a video, a GIF or an image as a list of frames; see `LoadVideo` and `ImageCropAndResize`."""
+        """Return an operator that loads a video, GIF or image as a list of resized frames.
+
+        See `LoadVideo` and `ImageCropAndResize`.
+        """
         resize = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
         frames = (num_frames, time_division_factor, time_division_remainder, resize)
         by_suffix = RouteByExtensionName(

@@ -14,10 +14,10 @@ from diffsynth.core.parallel.collectives import (
     shard_slice,
     ulysses_attention,
 )
-from diffsynth.core.parallel.mesh import SINGLE_PROCESS, MeshAxis, ProcessMesh, create_mesh, init_distributed
+from diffsynth.core.parallel.mesh import LONE_PROCESS, MeshAxis, ProcessMesh, create_mesh, init_distributed
 
 __all__ = [
-    "SINGLE_PROCESS",
+    "LONE_PROCESS",
     "MeshAxis",
     "ProcessMesh",
     "all_gather_shards",

@@ -29,7 +29,7 @@ class MeshAxis:
     size: int = 1
 
 
-SINGLE_PROCESS = MeshAxis()
+LONE_PROCESS = MeshAxis()
 """An axis of one process, without communication."""
 
 
@@ -44,9 +44,9 @@ class ProcessMesh:
         device: the device of tensors that are communicated.
     """
 
-    branches: MeshAxis = SINGLE_PROCESS
-    tokens: MeshAxis = SINGLE_PROCESS
-    world: MeshAxis = SINGLE_PROCESS
+    branches: MeshAxis = LONE_PROCESS
+    tokens: MeshAxis = LONE_PROCESS
+    world: MeshAxis = LONE_PROCESS
     device: torch.device | None = None
 
     @property
@@ -159,7 +159,7 @@ def _own_axis(groups: list[list[int]]) -> MeshAxis:
 
     `new_group` is collective: every process must create all groups in the same order.
     """
-    own = SINGLE_PROCESS
+    own = LONE_PROCESS
     for ranks in groups:
         if len(ranks) == 1:
             continue

@@ -1,4 +1,4 @@
-"""What every launcher needs: a kernel that torch.compile can see, rows whose elements are neighbours, block sizes."""
+"""Helpers for launching kernels: tracing by torch.compile, dense rows, strides and block sizes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from triton.runtime.jit import JITFunction
 
 
 def launchable(kernel: Any) -> Any:
-    """The kernel for `[grid](...)` inside a `triton_op`; under TRITON_INTERPRET=1 there is nothing to trace."""
+    """Return the kernel for `[grid](...)` inside a `triton_op`, so that torch.compile traces it.
+
+    Under TRITON_INTERPRET=1 a kernel is a Python function, which is returned unchanged.
+    """
     return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """`x`, or a copy of it, whose last axis has stride 1."""
+    """Return `x`, or a copy of it, with stride 1 in the last axis."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def strides(x: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of the leading axes of `x`, 0 where it has one entry for all of `sizes`."""
+    """Return the strides of the leading axes of `x`, 0 for an axis that is broadcast to `sizes`."""
     return tuple(
         0 if own == 1 and size != 1 else x.stride(axis)
         for axis, (own, size) in enumerate(zip(x.shape[: len(sizes)], sizes, strict=True))
@@ -29,11 +32,12 @@ def strides(x: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def warps(elements: int) -> int:
-    """Warps for a tile: 16 elements per thread, 1 to 16 warps."""
+    """Return the number of warps for a tile: 16 elements per thread, 1 to 16 warps."""
     return min(max(elements // 512, 1), 16)
 
 
 def block(size: int) -> int:
-    """The power of two that holds `size` elements."""
-    # While torch.compile traces, a size may be a symbol: block sizes are of one width, and shifting symbols never ends.
+    """Return the smallest power of two of at least `size`."""
+    # While torch.compile traces, `size` may be symbolic, and next_power_of_2() would not terminate: int() makes it a
+    # constant of the graph.
     return triton.next_power_of_2(int(size))

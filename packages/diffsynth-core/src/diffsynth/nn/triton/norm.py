@@ -1,14 +1,14 @@
-"""One pass over a row: normalise, scale and shift it, add it to a residual.
+"""A norm, modulation and gated residual in one pass over a row.
 
     y = x,  x / sqrt(mean(x^2) + eps)  or  (x - mean(x)) / sqrt(var(x) + eps)
     y = y * weight + bias
     y = y * (1 + scale) + shift
     y = residual + gate * y
 
-Every line but the first is left out where its tensors are. Zhang & Sennrich 2019 (arXiv:1910.07467), Ba et al. 2016
+Every line but the first is skipped if its tensors are None. Zhang & Sennrich 2019 (arXiv:1910.07467), Ba et al. 2016
 (arXiv:1607.06450), Peebles & Xie 2022 (arXiv:2212.09748).
 
-Tolerance against the naive twin in fp64: fp32 2e-6 of the largest value; bf16 and fp16 one rounding, 2^-8 and 2^-11.
+Tolerance against the reference in fp64: fp32 2e-6 of the largest value; bf16 and fp16 one rounding, 2^-8 and 2^-11.
 """
 
 # ruff: noqa: N803 - constexpr parameters are in capitals, as everywhere in Triton
@@ -32,7 +32,7 @@ def norm_fwd_kernel(
     KIND: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R rows of one sample; BLOCK_E holds a whole row. KIND: 0 none, 1 rms, 2 layer."""
+    """Compute BLOCK_R rows of one sample; BLOCK_E holds a whole row. KIND: 0 none, 1 rms, 2 layer."""
     i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r = (i_block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     o_e = tl.arange(0, BLOCK_E)[None, :]
@@ -58,7 +58,7 @@ def norm_fwd_kernel(
 
 
 def config(width: int) -> dict[str, int]:
-    """Block sizes for rows of this many elements."""
+    """Return block sizes for rows of `width` elements."""
     rows = max(1, min(16, 2048 // block(width)))
     return {"BLOCK_R": rows, "BLOCK_E": block(width), "num_warps": warps(rows * block(width))}
 
@@ -75,7 +75,11 @@ def norm(
     kind: str,
     eps: float,
 ) -> Tensor:
-    """See the module. `x` is `b s e`, `residual`, `scale`, `shift` and `gate` `#b #s e`, `weight` and `bias` `e`."""
+    """Return the normalised, modulated and added rows, as in the module's formulas.
+
+    `x` is `b s e`, `residual`, `scale`, `shift` and `gate` are `#b #s e`, `weight` and `bias` are `e`.
+    """
+    # Pointers of omitted tensors must be valid for Triton: `x` is passed for them, and never read.
     b, s, e = x.shape
     x = dense_rows(x)
     lines = [x if tensor is None else dense_rows(tensor) for tensor in (scale, shift, residual, gate)]

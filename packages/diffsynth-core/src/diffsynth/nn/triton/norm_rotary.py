@@ -1,12 +1,12 @@
-"""Queries or keys of one token: normalised over each head or over all of them, then turned by their position.
+"""A norm of queries or keys, over each head or over all heads, and the rotary embedding of their position.
 
     y = x / sqrt(mean(x^2) + eps) * weight
     out[2i], out[2i + 1] = y[2i] * cos - y[2i + 1] * sin,  y[2i] * sin + y[2i + 1] * cos
 
-Without a weight the first line is left out. Zhang & Sennrich 2019 (arXiv:1910.07467), Su et al. 2021
+Without a weight the first line is skipped. Zhang & Sennrich 2019 (arXiv:1910.07467), Su et al. 2021
 (arXiv:2104.09864).
 
-Tolerance against the naive twin in fp64: fp32 2e-6 of the largest value; bf16 and fp16 one rounding, 2^-8 and 2^-11.
+Tolerance against the reference in fp64: fp32 2e-6 of the largest value; bf16 and fp16 one rounding, 2^-8 and 2^-11.
 """
 
 # ruff: noqa: N803 - constexpr parameters are in capitals, as everywhere in Triton
@@ -29,7 +29,7 @@ def norm_rotary_fwd_kernel(
     tokens, heads, dim, eps,
     NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """All heads of BLOCK_T tokens. NORM: 0 none, 1 each head, 2 all heads together."""
+    """Compute all heads of BLOCK_T tokens. NORM: 0 none, 1 each head, 2 all heads together."""
     i_b = tl.program_id(1).to(tl.int64)
     o_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None, None]
     o_n, o_d = tl.arange(0, BLOCK_N)[None, :, None], tl.arange(0, BLOCK_D)[None, None, :]
@@ -47,13 +47,13 @@ def norm_rotary_fwd_kernel(
     b_cos = tl.load(cos + i_b * stride_cb + o_t * stride_cs + o_h, mask=m_h, other=0.0).to(tl.float32)
     b_sin = tl.load(sin + i_b * stride_sb + o_t * stride_ss + o_h, mask=m_h, other=0.0).to(tl.float32)
     b_even, b_odd = tl.split(tl.reshape(b_y, (BLOCK_T, BLOCK_N, BLOCK_D // 2, 2)))
-    b_turned = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
-    b_out = tl.reshape(b_turned, (BLOCK_T, BLOCK_N, BLOCK_D)).to(out.dtype.element_ty)
+    b_rotated = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
+    b_out = tl.reshape(b_rotated, (BLOCK_T, BLOCK_N, BLOCK_D)).to(out.dtype.element_ty)
     tl.store(out + ((i_b * tokens + o_t) * heads + o_n) * dim + o_d, b_out, mask=m_x)
 
 
 def config(heads: int, dim: int) -> dict[str, int]:
-    """Block sizes for tokens of this many heads of this many channels."""
+    """Return block sizes for tokens of `heads` heads with `dim` channels."""
     token = block(heads) * block(dim)
     tokens = max(1, min(16, 2048 // token))
     return {"BLOCK_T": tokens, "BLOCK_N": block(heads), "BLOCK_D": block(dim), "num_warps": warps(tokens * token)}
@@ -61,12 +61,15 @@ def config(heads: int, dim: int) -> dict[str, int]:
 
 @torch.library.triton_op("diffsynth::norm_rotary", mutates_args=())
 def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """See the module. `x` is `b s n d`, `cos` and `sin` are `#b s half_d`, `weight` has `d` or `n * d` elements."""
+    """Return normalised and rotated queries or keys, as in the module's formulas.
+
+    `x` is `b s n d`, `cos` and `sin` are `#b s half_d`, `weight` has `d` or `n * d` elements.
+    """
     b, s, n, d = x.shape
     x, cos, sin = dense_rows(x), dense_rows(cos), dense_rows(sin)
     out = torch.empty((b, s, n, d), dtype=x.dtype, device=x.device)
     sizes = config(n, d)
-    # One head: both readings of the weight are the same.
+    # With one head, both kinds of norm are the same.
     over = NO_NORM if weight is None else PER_HEAD if weight.shape[0] == d else ALL_HEADS
     launchable(norm_rotary_fwd_kernel)[(triton.cdiv(s, sizes["BLOCK_T"]), b)](
         x,

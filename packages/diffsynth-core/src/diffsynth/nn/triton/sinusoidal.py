@@ -1,11 +1,11 @@
-"""Sinusoids of the diffusion time in one launch (Vaswani et al. 2017, arXiv:1706.03762).
+"""Sinusoids of the diffusion time in one kernel (Vaswani et al. 2017, arXiv:1706.03762).
 
     out = cos(time * f), sin(time * f)        f_i = max_period ** (-i / (dim / 2))
 
-All of it is fp64, which costs nothing at this size: the angle is brought to [-pi, pi], then both series are summed to
-x^22, where the rest is below 1e-11. (The library's cosine keeps a table on the stack for angles that do not occur.)
+Everything is computed in fp64, which costs nothing at this size: the angle is reduced to [-pi, pi], then both Taylor
+series are summed to x^22, where the remainder is below 1e-11. (`tl.cos` keeps a table on the stack for large angles.)
 
-Tolerance against fp64: 1e-6. The naive twin forms angles in fp32, and is off by 1e-4 at 1000.
+Tolerance against fp64: 1e-6. The reference implementation computes angles in fp32, with an error of 1e-4 at 1000.
 """
 
 # ruff: noqa: N803 - constexpr parameters are in capitals, as everywhere in Triton
@@ -25,7 +25,7 @@ PER_TURN = tl.constexpr(1 / (2 * math.pi))
 
 @triton.jit
 def sinusoidal_fwd_kernel(time, out, stride_time, half, MINUS_LOG_PERIOD: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The sinusoids of one sample."""
+    """Compute the sinusoids of one sample."""
     i_b = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BLOCK_H)
     m_h = o_h < half
@@ -44,7 +44,7 @@ def sinusoidal_fwd_kernel(time, out, stride_time, half, MINUS_LOG_PERIOD: tl.con
 
 @torch.library.triton_op("diffsynth::sinusoidal_embedding", mutates_args=())
 def sinusoidal_embedding(time: Tensor, dim: int, max_period: float) -> Tensor:
-    """See the module. `time` is `b`; the result is fp32."""
+    """Return cosines, then sines, `b dim` in fp32, of `time` of shape `b`."""
     half = dim // 2
     out = torch.empty((time.shape[0], 2 * half), dtype=torch.float32, device=time.device)
     launchable(sinusoidal_fwd_kernel)[(time.shape[0],)](

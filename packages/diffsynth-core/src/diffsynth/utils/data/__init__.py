@@ -1,6 +1,6 @@
 """`diffsynth.utils.data`: reading and writing video and sound."""
 
-from diffsynth.core.data.contact_sheet import contact_sheet
+from diffsynth.core.data.image import contact_sheet
 from diffsynth.core.data.media import VideoData, read_audio
 from diffsynth.core.data.media_writer import merge_video_audio, save_frames, save_video, save_video_with_audio
 

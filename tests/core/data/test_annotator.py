@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsynth.core.data.annotator import Annotator
-from diffsynth.core.data.edges import canny
+from diffsynth.core.data.annotator import Annotator, canny
 from diffsynth.errors import Unavailable
 
 
@@ -20,10 +19,10 @@ def lines(image: Image.Image) -> np.ndarray:
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_step_is_one_straight_line(axis):
-    picture = np.zeros((21, 33))
-    picture[(slice(None),) * axis + (slice(10, None),)] = 200
-    found = lines(canny(of_array(picture)))
-    assert found.sum() == picture.shape[1 - axis]
+    array = np.zeros((21, 33))
+    array[(slice(None),) * axis + (slice(10, None),)] = 200
+    found = lines(canny(of_array(array)))
+    assert found.sum() == array.shape[1 - axis]
     assert found.any(axis=1 - axis).sum() == 1
 
 
@@ -36,13 +35,13 @@ def test_a_slope_is_a_connected_diagonal():
 
 def test_a_weak_edge_counts_only_where_it_leads_to_a_strong_one():
     """Levels fall along the edge: strong at the top, weak below, and the weak island beside it stays dark."""
-    picture = np.zeros((40, 60))
-    picture[:, 20:40] = np.linspace(90, 30, 40)[:, None]
-    picture[15:25, 50:55] = 30
-    found = lines(canny(of_array(picture), low=100, high=300))
+    array = np.zeros((40, 60))
+    array[:, 20:40] = np.linspace(90, 30, 40)[:, None]
+    array[15:25, 50:55] = 30
+    found = lines(canny(of_array(array), low=100, high=300))
     assert found[:, 18:42].any(axis=1).all()
     assert not found[10:30, 45:].any()
-    assert not lines(canny(of_array(picture), low=100, high=1000)).any()
+    assert not lines(canny(of_array(array), low=100, high=1000)).any()
 
 
 def test_nothing_in_nothing():
@@ -53,9 +52,9 @@ def test_nothing_in_nothing():
 
 
 def test_annotator(tmp_path):
-    picture = np.zeros((20, 30))
-    picture[:, 15:] = 255
-    image = of_array(picture)
+    array = np.zeros((20, 30))
+    array[:, 15:] = 255
+    image = of_array(array)
     for kind in ("tile", "none", "inpaint"):
         assert Annotator(kind)(image) == image.convert("RGB")
     assert Annotator("depth", skip_processor=True)(image) == image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Which calls a kernel serves; on a machine without a GPU, a device that says it has one stands in."""
+"""Calls that a kernel serves or refuses; without a GPU, the check of the device is replaced."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from diffsynth import nn
-from diffsynth.nn import fused, kernels, naive
+from diffsynth.nn import fused, naive
 from diffsynth.nn.layer_norm import layer_norm
 from diffsynth.nn.rms_norm import rms_norm
 
 
 @pytest.fixture
 def _everywhere(monkeypatch):
-    """Kernels run on every device: here, in Triton's interpreter."""
-    monkeypatch.setattr(kernels, "no_kernels_on", lambda device_type: None)
+    """Kernels run on every device, on the CPU in Triton's interpreter."""
+    monkeypatch.setattr(fused, "no_kernels_on", lambda device_type: None)
 
 
-def test_the_cpu_runs_plain_torch_and_says_why(caplog) -> None:
+def test_the_cpu_runs_plain_torch_and_logs_why(caplog) -> None:
     x, weight = torch.randn(2, 5, 8), torch.randn(8)
     assert nn.why_not("norm", x, weight) == "tensors are on cpu; the kernels run on cuda"
-    kernels._told.clear()
-    with caplog.at_level(logging.DEBUG, logger=kernels.logger.name):
+    fused._logged.clear()
+    with caplog.at_level(logging.DEBUG, logger=fused.logger.name):
         assert torch.equal(rms_norm(x, weight, eps=1e-6), naive.rms_norm(x, weight, eps=1e-6))
         rms_norm(x, weight, eps=1e-6)
     assert [record.getMessage() for record in caplog.records] == [
@@ -33,7 +33,7 @@ def test_the_cpu_runs_plain_torch_and_says_why(caplog) -> None:
 
 def test_a_switch_turns_them_off(monkeypatch) -> None:
     monkeypatch.setenv("DIFFSYNTH_FUSED_KERNELS", "off")
-    assert kernels.no_kernels_on("cuda") == "DIFFSYNTH_FUSED_KERNELS is off"
+    assert fused.no_kernels_on("cuda") == "DIFFSYNTH_FUSED_KERNELS is off"
 
 
 def test_an_unknown_kernel() -> None:
@@ -49,9 +49,9 @@ def test_an_unknown_kernel() -> None:
         (lambda x: nn.why_not("norm", x, torch.empty(8, device="meta")), "tensors are on cpu and on meta"),
         (lambda x: nn.why_not("norm", x.requires_grad_()), "a gradient is needed"),
         (lambda x: nn.why_not("norm", x[:0]), "is empty"),
-        (lambda x: kernels.broadcasts(x, x[:, :3]), r"\(2, 3, 8\) does not broadcast to \(2, 5, 8\)"),
-        (lambda x: kernels.broadcasts(x, x[0]), "the kernel takes 'b s e'"),
-        (lambda x: kernels.too_wide(kernels.MAX_WIDTH + 1), "at most 16384"),
+        (lambda x: fused.broadcasts(x, x[:, :3]), r"\(2, 3, 8\) does not broadcast to \(2, 5, 8\)"),
+        (lambda x: fused.broadcasts(x, x[0]), "the kernel takes 'b s e'"),
+        (lambda x: fused.too_wide(fused.MAX_WIDTH + 1), "at most 16384"),
     ],
 )
 def test_reasons(call, reason: str) -> None:
@@ -61,7 +61,7 @@ def test_reasons(call, reason: str) -> None:
 
 @pytest.mark.usefixtures("_everywhere")
 def test_every_layer_reaches_its_kernel(monkeypatch) -> None:
-    """The kernel's result, within its tolerance, where it serves; the twin's, bit by bit, where it refuses."""
+    """The result is the kernel's, within its tolerance, if it serves, else exactly the reference's."""
     x, residual = torch.randn(2, 2, 5, 8)
     weight, bias, scale, shift, gate = torch.randn(8), torch.randn(8), *torch.randn(3, 2, 1, 8)
     q, (cos, sin) = torch.randn(2, 5, 2, 4), torch.randn(2, 1, 5, 2)
