@@ -12,11 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-<<<<<<< HEAD
 from diffsynth.core.parallel import LONE_PROCESS, ProcessMesh
-=======
-from diffsynth.core.parallel import LONE_PROCESS, MeshAxis, ProcessMesh
->>>>>>> ed6064a (Data operators in one file, fused kernels behind one; device, data, nn and sampling in plain prose)
 from diffsynth.runtime.unit import unit
 from diffsynth_wan.extension import Extension, FramePositions
 from diffsynth_wan.sharding import with_sharded_tokens
@@ -135,14 +131,9 @@ def cache_reference_video(
     """
     frames = video_shape.latent_size[0]
     windows = [Window(0, frames)] if sliding_window is None else sliding_window.windows(frames)
-<<<<<<< HEAD
     axis = LONE_PROCESS if mesh is None else mesh.tokens
     masked = dit.config.in_channels - 2 * reference_latents.shape[1]
     caches = {}
-=======
-    axis = LONE_PROCESS if mesh is None else mesh.tokens
-    read = {}
->>>>>>> ed6064a (Data operators in one file, fused kernels behind one; device, data, nn and sampling in plain prose)
     for window in windows:
         cache = caches[window.start] = ReferenceKVCache(offload=animate2_offload_kv)
         latents = reference_latents[:, :, window.start : window.stop]
