@@ -1,14 +1,15 @@
-"""How near a plan comes to what a run takes: predicted peaks beside VmHWM of fresh processes, on the CPU.
+"""Errors of plans on the CPU: predicted peaks of memory against VmHWM of fresh processes.
 
     python benchmarks/plan.py [--cases CASE ...] [--json FILE]
     python benchmarks/plan.py --times [--json FILE]
 
-Each case is a Z-Image pipeline of random fp32 weights, shaped so that one stage takes most. One process plans it, on
-meta and without weights; another one makes it and calls it, and says what the system counted (VmHWM in /proc). Both
-count the whole process: interpreter, libraries, weights, activations, workspaces of kernels. Goal: within 10 %.
+Each case is a Z-Image pipeline of random fp32 weights, shaped so that one stage takes most. One process plans it on
+the meta device, without weights; another one builds and calls it, and reports the peak that the system counted (VmHWM
+in /proc). Both count the whole process: interpreter, libraries, weights, activations, workspaces of kernels. Goal:
+within 10 %.
 
-`--times` measures `diffsynth plan` itself: CPU seconds of fresh processes, imports included, which other work on the
-machine changes less than the clock. Goal: 20 for 14B at 720p.
+`--times` measures `diffsynth plan` itself: CPU seconds of fresh processes, imports included; other work on the machine
+changes them less than it changes the clock. Goal: 20 for 14B at 720p.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+from diffsynth.core.planning import GIB
+
 SMALL_DIT = {"dim": 256, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 64}
 SMALL_TEXT = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "vocab_size": 320}
 SMALL_VAE = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
 CASES: dict[str, dict[str, Any]] = {
-    "denoise, one picture": {
+    "denoise, one image": {
         "dit": SMALL_DIT | {"dim": 1536, "n_heads": 12, "n_kv_heads": 12, "n_layers": 4},
         "call": {"height": 1536, "width": 1024, "output_type": "latents", "num_inference_steps": 2},
         "stage": "denoise",
     },
-    "denoise, many pictures": {
+    "denoise, many images": {
         "dit": SMALL_DIT | {"dim": 512, "n_heads": 4, "n_kv_heads": 4},
         "call": {"height": 256, "width": 256, "num_images": 128, "output_type": "latents", "num_inference_steps": 1},
         "stage": "denoise",
@@ -67,7 +69,7 @@ COMMANDS = {
 
 
 def pipeline(case: dict[str, Any], device: str) -> Any:
-    """The case's pipeline, with random weights or, on meta, without."""
+    """Return the pipeline of a case, with random weights or, on meta, without any."""
     import torch
 
     from diffsynth.models.config import TINY_QWEN3_TEXT_ENCODER, FluxAutoencoderConfig
@@ -104,7 +106,7 @@ def call(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict(name: str) -> dict[str, Any]:
-    """In a process of its own: what the plan says."""
+    """Return the prediction of a plan; runs in a process of its own."""
     from diffsynth.runtime.planning import plan_call
 
     case = CASES[name]
@@ -121,7 +123,7 @@ def predict(name: str) -> dict[str, Any]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """In a process of its own: what the call takes."""
+    """Return the measured peak of a call; runs in a process of its own."""
     from diffsynth.core.device.memory import memory_in_use, peak_memory
 
     case = CASES[name]
@@ -141,7 +143,7 @@ def fresh(mode: str, name: str) -> dict[str, Any]:
 
 
 def times() -> dict[str, float]:
-    """CPU seconds of each of `COMMANDS`, in user and system mode."""
+    """Return the CPU seconds of each of `COMMANDS`, in user and system mode."""
     seconds = {}
     for name, command in COMMANDS.items():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -156,7 +158,7 @@ def times() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--times", action="store_true", help="how long plans take, and nothing else")
+    parser.add_argument("--times", action="store_true", help="measure only the time of plans")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--predict", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
@@ -175,7 +177,7 @@ def main() -> None:
 
 
 def accuracy(cases: list[str]) -> dict[str, dict[str, Any]]:
-    """What was predicted and what was measured, by case."""
+    """Return the predicted and the measured peaks of memory by case."""
     rows = {}
     print(f"{'case':32} {'predicted':>10} {'measured':>10} {'error':>7} {'activations':>12} {'plan s':>7} {'run s':>7}")
     for name in cases:

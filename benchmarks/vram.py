@@ -1,21 +1,22 @@
-"""What it costs to hold few weights on the device: our policies beside no management and diffusers' group offload.
+"""The cost of few weights on the device: our policies, no memory management, and the group offload of diffusers.
 
     python benchmarks/vram.py                                   on a GPU: FLUX, Wan, Z-Image at their published sizes
     python benchmarks/vram.py --networks flux                   one of them
     python benchmarks/vram.py --device cpu --scale small        casting and disk, measured on the CPU
-    python benchmarks/vram.py --simulate                        no device: the schedule's curve, by arithmetic
+    python benchmarks/vram.py --simulate                        no device: predicted seconds per step
 
-All contenders run the same module with the same random weights and inputs, each in a process of its own; ours must
-give the bits that the unmanaged module gives, or the exit code is 1. A step is one forward pass. Medians.
+All contenders run the same module with the same random weights and inputs, each in a process of its own. Our outputs
+must equal those of the unmanaged module bit for bit, or the exit code is 1. A step is one forward pass. Times are
+medians.
 
-* cpu s: what all threads of the host worked in a step; on a busy machine it says more than the clock.
-* memory: the peak of torch's allocator on a GPU; on the CPU the peak of the process (VmHWM) beyond what it took before.
-* moved, GB/s: of ours from the offload report; diffusers moves every weight in every step.
-* hidden: the share of copying that does not show in the time of a step, 1 - (step - resident step) / copying. Of ours
-  from the speed that the copies had, of diffusers from that of ours at 0 %.
-* simulated: seconds of a step by `step_seconds`, from the resident step and the speed that the copies had.
+* cpu s: CPU time of all threads of the host in a step; on a busy machine it varies less than the clock.
+* memory: the peak of torch's allocator on a GPU; on the CPU the peak of the process (VmHWM) above its memory before.
+* moved, GB/s: for ours from the transfer report; diffusers moves every weight in every step.
+* hidden: the share of the copying time that adds nothing to a step, 1 - (step - resident step) / copying; for ours
+  from the speed of its copies, for diffusers from the speed of ours with 0 % resident.
+* simulated: seconds of a step by `step_seconds`, from the resident step and the speed of the copies.
 * plan: error of the memory that a plan predicts.
-* frontier: our fastest row that takes no more memory than a row of diffusers.
+* ours/theirs: the time of our fastest row that takes no more memory than this row of diffusers, over its time.
 """
 
 from __future__ import annotations
@@ -39,11 +40,10 @@ from offload import contenders, curve
 from offload.networks import NETWORKS, SCALES
 
 from diffsynth.core import device as devices
-from diffsynth.core.planning import BlockTiming, step_seconds
+from diffsynth.core.planning import GIB, BlockTiming, step_seconds
 
-GIB = 2**30
 EXACT = ("diffsynth cpu-offload", "diffsynth disk")
-"""Whose output must be the unmanaged module's, bit for bit."""
+"""Contenders whose output must equal that of the unmanaged module bit for bit."""
 
 COLUMNS = (
     ("stays", "stays", ".0%", 1),
@@ -59,11 +59,11 @@ COLUMNS = (
     ("hidden", "hidden", ".0%", 1),
     ("ours/theirs", "ours_at_no_more_memory", ".2f", 1),
 )
-"""Title, key, format, unit."""
+"""Title, key of a row, format, unit."""
 
 
 def run_one(name: str, contender: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one contender, in this process."""
+    """Time one contender in this process, and return its rows."""
     device = torch.device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     network = NETWORKS[name](options.scale, "diffusers" if name == "flux" else options.library)
@@ -76,14 +76,14 @@ def run_one(name: str, contender: str, options: argparse.Namespace) -> list[dict
         rows = []
         for row in contenders.CONTENDERS[contender](setting):
             row["memory"] = row["peak_vram"] if device.type != "cpu" else (row["peak_ram"] or 0) - before
-            # Pinned memory may stand in no account of the process.
+            # The system may not count pinned memory as memory of the process.
             row["host_taken"] = free - (devices.available_memory("cpu") or 0)
             rows.append({"contender": contender, "network": network.name, **row})
         return rows
 
 
 def in_a_process(name: str, contender: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same, in a process of its own; a contender that fails is left out with its reason."""
+    """Time one contender in a process of its own; the row of one that fails has the exit code."""
     command = [sys.executable, __file__, "--one", contender, "--networks", name, "--device", options.device]
     for setting in ("scale", "library", "repeats", "warmup"):
         command += [f"--{setting}", str(getattr(options, setting))]
@@ -97,7 +97,7 @@ def in_a_process(name: str, contender: str, options: argparse.Namespace) -> list
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put the rows of one network side by side."""
+    """Add figures relative to the resident row, and to rows of diffusers, to the rows of one network."""
     done = [row for row in rows if "failed" not in row]
     base = next((row for row in done if row["contender"] == "resident"), None)
     link = next((row["bytes_per_second"] for row in done if row.get("bytes_per_second")), None)
@@ -113,8 +113,8 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["hidden"] = min(max(1 - (row["seconds"] - base["seconds"]) * speed / row["moved"], 0.0), 1.0)
             if flow is not None:
                 of_flop = base["seconds"] / sum(flops for flops, _ in flow)
-                turns = [BlockTiming(flops * of_flop, size / speed) for flops, size in flow]
-                row["simulated"] = step_seconds(turns, slots=row["slots"])
+                timings = [BlockTiming(flops * of_flop, size / speed) for flops, size in flow]
+                row["simulated"] = step_seconds(timings, slots=row["slots"])
         if row.get("predicted") and row["memory"]:
             row["memory_error"] = row["predicted"] / row["memory"] - 1
     for row in done:
@@ -142,7 +142,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """The device, and versions."""
+    """Return the device, the cores and the versions of libraries."""
     names = ("torch", "triton", "diffusers", "safetensors", "diffsynth-core")
     return {
         "device": devices.card_name(torch.device(options.device)),
@@ -164,16 +164,16 @@ def write(report: dict[str, Any], file: Path | None) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--library", choices=["diffsynth", "diffusers"], default="diffsynth", help="whose networks")
+    parser.add_argument("--library", choices=["diffsynth", "diffusers"], default="diffsynth", help="of the networks")
     parser.add_argument("--contenders", nargs="+", choices=contenders.CONTENDERS, help="default: all but disk on a GPU")
-    parser.add_argument("--without", nargs="+", default=[], help="parts of the names of contenders that are left out")
+    parser.add_argument("--without", nargs="+", default=[], help="leave out contenders with such names")
     parser.add_argument("--scale", choices=SCALES, help="default: full on a GPU, small on the CPU")
     parser.add_argument("--device", help="default: the first accelerator, else cpu")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=2, help="steps before; the first one learns the order of blocks")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before; the first records the order")
     parser.add_argument("--warm-cache", action="store_true", help="do not drop files from the page cache")
-    parser.add_argument("--folder", type=Path, help="for weights on disk; a temporary folder")
-    parser.add_argument("--simulate", action="store_true", help="the curve, and nothing is run")
+    parser.add_argument("--folder", type=Path, help="folder for weights on disk; default: that for temporary files")
+    parser.add_argument("--simulate", action="store_true", help="predict, and run nothing")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--one", choices=contenders.CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -188,7 +188,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """1 if a row of ours gives other bits than the unmanaged module."""
+    """Run the benchmark; return 1 if one of our outputs differs from that of the unmanaged module."""
     options = arguments()
     if options.one:
         print(json.dumps(run_one(options.networks[0], options.one, options)))
@@ -198,7 +198,7 @@ def main() -> int:
         before, rows = report["rows"], []
         for contender in options.contenders:
             rows += in_a_process(name, contender, options)
-            # Again after each, so that a run that is cut short leaves what it has.
+            # Written after each contender, so that an interrupted run leaves its figures.
             report["rows"] = before + compare(copy.deepcopy(rows))
             write(report, options.json)
             print(f"{name}: {contender} is done", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Who holds the weights, and how: no management, ours policy by policy, and diffusers' hooks. Each is timed here."""
+"""The contenders, timed: no memory management, our policies, and the hooks of diffusers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from offload.curve import SHARES, turns, workload
+from offload.curve import SHARES, timings, workload
 from offload.networks import Network
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diffsynth.core import device as devices
-from diffsynth.core.planning import Speeds, Workload
-from diffsynth.core.planning.planner import spread
+from diffsynth.core.planning import Speeds, Workload, spread
 from diffsynth.core.vram import Policy, wrap
 from diffsynth.core.vram.managed import ManagedModule
 from diffsynth.errors import Unplannable
@@ -32,15 +31,17 @@ GROUPS = (1, 4)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all contenders.
+    """Settings that all contenders share.
 
     Args:
-        network: that is run.
-        device, dtype: of computation.
-        repeats, warmup: steps that are timed, and those before.
-        folder: for weights on disk.
-        cold: the files are dropped from the page cache before each step.
-        load: the network's sizes and operations; None if it cannot be rehearsed.
+        network: the network that is run.
+        device: device of computation.
+        dtype: dtype of computation.
+        repeats: number of steps that are timed.
+        warmup: number of steps before these.
+        folder: folder for weights on disk.
+        cold: files are dropped from the page cache before each step.
+        load: sizes and costs of the network; None if it cannot be traced.
     """
 
     network: Network
@@ -53,12 +54,12 @@ class Setting:
     load: Workload | None = None
 
     def build(self) -> nn.Module:
-        """The network with its random weights, on the device."""
+        """Return the network with its random weights, on the device."""
         return self.network.build(self.device, self.dtype)
 
 
 def traced(network: Network, device: torch.device, dtype: torch.dtype) -> Workload | None:
-    """Sizes and operations of a step; None if its code asks for values."""
+    """Return the sizes and costs of a step; None if the network reads values of tensors."""
     try:
         return workload(network, device.type, dtype)
     except Unplannable:
@@ -66,14 +67,17 @@ def traced(network: Network, device: torch.device, dtype: torch.dtype) -> Worklo
 
 
 def resident(setting: Setting) -> Iterator[dict[str, Any]]:
-    """No management: everything is on the device."""
+    """Time the network without memory management: everything is on the device."""
     module = setting.build()
     row = measure(setting, module)
-    yield {"name": "resident", "stays": 1.0, "moved": 0, "predicted": _predicted(setting, None, 0)} | row
+    predicted = None
+    if setting.load is not None:
+        predicted = setting.load.components[0].whole + setting.load.stages[0].activations
+    yield {"name": "resident", "stays": 1.0, "moved": 0, "predicted": predicted} | row
 
 
 def ours(setting: Setting, preset: str) -> Iterator[dict[str, Any]]:
-    """One preset of ours, share by share of resident blocks; on the CPU weights in memory are where they are used."""
+    """Time one of our presets with each share of resident blocks; on the CPU weights in memory are used in place."""
     module = setting.build()
     source = _source(module, setting.folder / "ours") if preset == "disk" else None
     policy = Policy.preset(preset, setting.device, setting.dtype)
@@ -92,7 +96,7 @@ def ours(setting: Setting, preset: str) -> Iterator[dict[str, Any]]:
 
 
 def theirs_groups(setting: Setting, level: str) -> Iterator[dict[str, Any]]:
-    """diffusers' group offload: with streams on an accelerator, from disk on the CPU, where it has none."""
+    """Time the group offload of diffusers: with streams on an accelerator, from disk on the CPU, which has none."""
     from diffusers.hooks import apply_group_offloading
 
     on_cpu = setting.device.type == "cpu"
@@ -113,7 +117,7 @@ def theirs_groups(setting: Setting, level: str) -> Iterator[dict[str, Any]]:
 
 
 def theirs_casting(setting: Setting) -> Iterator[dict[str, Any]]:
-    """diffusers' storage in fp8: every layer is cast when it runs, all are on the device."""
+    """Time the fp8 storage of diffusers: each layer is cast when it runs, and all are on the device."""
     from diffusers.hooks import apply_layerwise_casting
 
     module = setting.build()
@@ -135,9 +139,9 @@ CONTENDERS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
 def measure(
     setting: Setting, module: nn.Module, *, files: Path | None = None, report: ManagedModule | None = None
 ) -> dict[str, Any]:
-    """Median seconds of a step, peaks of memory, a digest of the output, and what the report of ours says."""
+    """Return the median seconds of a step, peaks of memory, a digest of the output, and figures of our report."""
     device = setting.device
-    inputs = setting.network.draw(device, setting.dtype)
+    inputs = setting.network.random_inputs(device, setting.dtype)
     kept = tuple(files.glob("*.safetensors")) if files is not None and files.is_dir() and setting.cold else ()
     times, work, output = [], [], None
     for step in range(setting.warmup + setting.repeats):
@@ -147,7 +151,7 @@ def measure(
             if report is not None:
                 report.report.settle()
                 report.report.clear()
-        _forget(kept)
+        _drop_from_page_cache(kept)
         devices.synchronize(device)
         started, busy = time.perf_counter(), time.process_time()
         with torch.no_grad():
@@ -164,44 +168,33 @@ def measure(
         "digest": _digest(output),
     }
     if report is not None:
-        told = report.report.settle()
+        transfers = report.report.settle()
         row |= {
-            "moved": told.bytes_moved / setting.repeats,
-            "bytes_per_second": told.bytes_per_second,
-            "hidden_by_report": told.hidden_share,
-            "misses": told.misses,
+            "moved": transfers.bytes_moved / setting.repeats,
+            "bytes_per_second": transfers.bytes_per_second,
+            "hidden_by_report": transfers.hidden_share,
+            "misses": transfers.misses,
         }
     return row
 
 
 def _simulation(setting: Setting, wrapped: ManagedModule, kept: frozenset[str]) -> dict[str, Any]:
-    """What a plan predicts of memory, and what a simulation of the schedule starts from."""
+    """Return the memory that a plan predicts, and the block calls that the schedule is simulated from."""
     if setting.load is None:
         return {}
-    here = frozenset(wrapped.blocks) - frozenset(wrapped.streamed) | kept
+    on_device = frozenset(wrapped.blocks) - frozenset(wrapped.streamed) | kept
     component = wrapped.footprint("net")
     activations = setting.load.stages[0].activations
-    sizes = {block.name: block.stored for block in component.blocks if block.name not in here}
-    flow = [(turn.compute, sizes.get(run.block, 0)) for turn, run in _paired(setting.load)]
-    weights = component.on_device(here, slots=wrapped.slots)
+    sizes = {block.name: block.stored for block in component.blocks if block.name not in on_device}
+    unit = Speeds(link=1.0, compute=1.0, disk=1.0)
+    calls = zip(timings(setting.load, frozenset(), unit), setting.load.stages[0].block_calls, strict=True)
+    flow = [(timing.compute, sizes.get(call.block, 0)) for timing, call in calls]
+    weights = component.on_device(on_device, slots=wrapped.slots)
     return {"predicted": weights + activations, "flow": flow}
 
 
-def _paired(load: Workload) -> Iterator[tuple[Any, Any]]:
-    one = Speeds(link=1.0, compute=1.0, disk=1.0)
-    return zip(turns(load, frozenset(), one), load.stages[0].runs, strict=True)
-
-
-def _predicted(setting: Setting, here: frozenset[str] | None, slots: int) -> int | None:
-    if setting.load is None:
-        return None
-    (component,) = setting.load.components
-    names = frozenset(block.name for block in component.blocks)
-    return component.on_device(names if here is None else here, slots=slots) + setting.load.stages[0].activations
-
-
 def _source(module: nn.Module, folder: Path) -> Any:
-    """The module's weights in one file, as the loader would hand them on."""
+    """Write the module's weights to one file, and return a source that reads them."""
     from safetensors.torch import save_file
 
     from diffsynth.core.loader import convert
@@ -217,8 +210,8 @@ def _source(module: nn.Module, folder: Path) -> Any:
     )
 
 
-def _forget(files: tuple[Path, ...]) -> None:
-    """Have the system drop these files from its page cache; what is mapped at the moment stays."""
+def _drop_from_page_cache(files: tuple[Path, ...]) -> None:
+    """Have the system drop files from its page cache; pages that are mapped at the moment stay."""
     for file in files:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())

@@ -1,7 +1,7 @@
-"""The schedule without a device: seconds per step by the share of blocks that stays, and by a limit.
+"""Predicted seconds per step, without a device: by the share of resident blocks, and by a limit.
 
-A link and a device are one number each. Weights, activations and operations are those of a rehearsal of the network at
-its published size, on meta; the schedule is `diffsynth.core.planning`, the arithmetic that users' plans are made of.
+Link and device are one speed each. Weights, activations and operations are those of a meta trace of the network at its
+published size; times are those of `diffsynth.core.planning`, which plans of users have, too.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import torch
 from offload.networks import NETWORKS, Network
 
 from diffsynth.core.planning import (
+    GIB,
     BlockCall,
+    BlockFootprint,
     BlockTiming,
     ComponentFootprint,
     Speeds,
     StageCost,
     Workload,
     plan_memory,
+    spread,
     step_seconds,
 )
-from diffsynth.core.planning.planner import spread
 from diffsynth.core.planning.tracer import MetaTracer
-from diffsynth.core.planning.workload import BlockFootprint
 from diffsynth.core.vram.partition import partition
 
-GIB = 2**30
 SHARES = (0.0, 0.25, 0.42, 0.75, 1.0)
 
 MACHINES = {
@@ -37,49 +37,52 @@ MACHINES = {
 """Assumed, not measured: shares of data sheets."""
 
 PUBLISHED = ((1, 49.0), (4, 41.0), (8, 33.0), (14, 26.0), (16, 24.6), (38, 23.4))
-"""GiB of the whole process and seconds of a whole picture: cache-dit's layerwise offload of FLUX.1-dev on an L20, with
-no bucket, one, one and four resident blocks, more of these, and everything resident."""
+"""GiB of the whole process and seconds of a whole image: cache-dit's layerwise offload of FLUX.1-dev on an L20, with no
+bucket, one, one and four resident blocks, more of these, and everything resident."""
 
 
 def workload(network: Network, device_type: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Workload:
-    """One step of a network, rehearsed without weights."""
+    """Return the sizes and costs of one step of a network, from a meta trace without weights."""
     meta = torch.device("meta")
     module = network.build(meta, dtype)
     parts = partition(module, smallest=network.smallest)
     blocks = {block.name: block.module for block in parts.blocks}
     tracer = MetaTracer(device_type, {"net": module}, {"net": blocks})
     with tracer, torch.no_grad(), tracer.stage("denoise") as stage:
-        inputs = network.draw(meta, dtype)
+        inputs = network.random_inputs(meta, dtype)
         module(**inputs)
-    runs = tuple(BlockCall("net", block_run.block, block_run.flops) for block_run in stage.blocks_run)
-    outside = BlockCall("net", "", max(stage.flops - sum(run.flops for run in runs), 0))
-    loads = tuple(BlockFootprint(block.name, block.bytes(), block.bytes()) for block in parts.blocks)
-    component = ComponentFootprint("net", loads, parts.rest_bytes(), parts.rest_bytes())
-    return Workload((component,), (StageCost("denoise", ("net",), stage.device_bytes, runs=(*runs, outside), steps=8),))
+    outside = BlockCall("net", "", max(stage.flops - sum(call.flops for call in stage.block_calls), 0))
+    footprints = tuple(BlockFootprint(block.name, block.bytes(), block.bytes()) for block in parts.blocks)
+    component = ComponentFootprint("net", footprints, parts.rest_bytes(), parts.rest_bytes())
+    block_calls = (*stage.block_calls, outside)
+    cost = StageCost("denoise", ("net",), stage.device_bytes, block_calls=block_calls, steps=8)
+    return Workload((component,), (cost,))
 
 
-def turns(load: Workload, resident: frozenset[str], speeds: Speeds) -> list[BlockTiming]:
-    """Each run of a step, with the copy that it needs."""
+def timings(load: Workload, resident: frozenset[str], speeds: Speeds) -> list[BlockTiming]:
+    """Return the times of each block call of a step, and of the copy that it needs."""
     (component,), (stage,) = load.components, load.stages
     sizes = {block.name: block.stored for block in component.blocks if block.name not in resident}
-    return [BlockTiming(run.flops / speeds.compute, sizes.get(run.block, 0) / speeds.link) for run in stage.runs]
+    return [
+        BlockTiming(call.flops / speeds.compute, sizes.get(call.block, 0) / speeds.link) for call in stage.block_calls
+    ]
 
 
 def by_share(load: Workload, speeds: Speeds) -> list[dict[str, Any]]:
-    """A row for each share of blocks that stays."""
+    """Return a row for each share of resident blocks."""
     (component,), (stage,) = load.components, load.stages
     names = [block.name for block in component.blocks]
-    everything = step_seconds(turns(load, frozenset(names), speeds), slots=1)
+    everything = step_seconds(timings(load, frozenset(names), speeds), slots=1)
     rows = []
     for share in SHARES:
         resident = frozenset(names[index] for index in spread(round(share * len(names)), len(names)))
-        away = len(names) - len(resident)
-        seconds = step_seconds(turns(load, resident, speeds), slots=2)
+        streamed = len(names) - len(resident)
+        seconds = step_seconds(timings(load, resident, speeds), slots=2)
         moved = sum(block.stored for block in component.blocks if block.name not in resident)
         rows.append(
             {
                 "share": share,
-                "vram": component.on_device(resident, slots=2 if away else 0) + stage.activations,
+                "vram": component.on_device(resident, slots=2 if streamed else 0) + stage.activations,
                 "moved": moved,
                 "seconds_per_step": seconds,
                 "of_resident": seconds / everything,
@@ -90,10 +93,10 @@ def by_share(load: Workload, speeds: Speeds) -> list[dict[str, Any]]:
 
 
 def beside_published(load: Workload, speeds: Speeds) -> list[dict[str, Any]]:
-    """At the published curve's memory: its slowdown, and that of our plan for as much.
+    """Return the slowdown of the published curve and that of our plan, at the same memory.
 
-    The published peaks are of a process that holds text encoders, too, while everything is resident; below that they
-    are off the device, as ours would be. So ours are of the transformer alone.
+    With everything resident, the published peak includes text encoders; below that they are offloaded. Ours are of the
+    transformer alone.
     """
     everything = plan_memory(load, speeds=speeds).seconds_per_step
     rows = []
@@ -110,7 +113,7 @@ def beside_published(load: Workload, speeds: Speeds) -> list[dict[str, Any]]:
 
 
 def simulated(scale: str = "full", networks: tuple[str, ...] = ("flux", "wan", "z-image")) -> dict[str, Any]:
-    """All curves."""
+    """Return the curves of all networks and machines."""
     report: dict[str, Any] = {"assumed": {name: vars(speeds) for name, speeds in MACHINES.items()}, "curves": {}}
     for name in networks:
         network = NETWORKS[name](scale, "diffusers" if name == "flux" else "diffsynth")
@@ -123,7 +126,7 @@ def simulated(scale: str = "full", networks: tuple[str, ...] = ("flux", "wan", "
 
 
 def show(report: dict[str, Any]) -> list[str]:
-    """Lines of a table."""
+    """Return the lines of a table."""
     lines = [f"{'simulated':58} {'stays':>6} {'GiB':>6} {'GB moved':>9} {'s/step':>8} {'/resident':>9} {'hidden':>7}"]
     for name, rows in report["curves"].items():
         for row in rows:

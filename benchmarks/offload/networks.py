@@ -1,6 +1,6 @@
 """The networks that are offloaded: FLUX (12B), Wan (14B) and Z-Image (6B), with random weights and inputs.
 
-Ours, or diffusers'; at the published size, or at two smaller ones. FLUX is diffusers' as long as there is none here.
+They are ours or those of diffusers, at the published size or at two smaller ones. FLUX is that of diffusers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from diffsynth.core.vram.partition import SMALL
 
 SCALES = ("tiny", "small", "full")
-"""Kilobytes; a few hundred megabytes in fp32; as published."""
+"""Sizes of the weights: kilobytes; a few hundred megabytes in fp32; as published."""
 
-Draw = Callable[..., Tensor]
-"""A random tensor of a shape."""
+Random = Callable[..., Tensor]
+"""Returns a random tensor of a shape."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Network:
     """One network at one size.
 
     Args:
-        name: with its library and what it makes.
-        make: gives the module, on the current default device and in the current default dtype.
-        inputs: keyword arguments of a forward pass.
-        smallest: bytes from which a block is streamed.
+        name: name for the table: the network, the size of its output, its library.
+        make: returns the module, on the current default device and in the current default dtype.
+        inputs: returns the keyword arguments of a forward pass, made of random tensors.
+        smallest: bytes from which on a module is a block.
     """
 
     name: str
     make: Callable[[], nn.Module]
-    inputs: Callable[[Draw], dict[str, Any]]
+    inputs: Callable[[Random], dict[str, Any]]
     smallest: int = SMALL
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Frozen, in eval mode; equal weights each time, none on meta."""
+        """Return the module, frozen and in eval mode, with the same random weights each time; without any on meta."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -46,7 +46,7 @@ class Network:
                 module = self.make()
         finally:
             torch.set_default_dtype(before)
-        # Not .to(dtype): angles and the like are kept in fp32 by their makers.
+        # Not .to(dtype): angles and the like stay in fp32.
         module.eval().requires_grad_(False)
         if device.type != "meta":
             generator = torch.Generator(device).manual_seed(0)
@@ -54,8 +54,8 @@ class Network:
                 parameter.normal_(std=0.02, generator=generator)
         return module
 
-    def draw(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Inputs, equal each time."""
+    def random_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """Return the keyword arguments of a forward pass, the same each time."""
         generator = torch.Generator("cpu").manual_seed(1)
 
         def random(*shape: int) -> Tensor:
@@ -67,7 +67,7 @@ class Network:
 
 
 def flux(scale: str, library: str) -> Network:
-    """FLUX.1, 1024 x 1024."""
+    """Return FLUX.1, at 1024 x 1024 when full."""
     from diffusers import FluxTransformer2DModel
 
     sizes: dict[str, Any] = {
@@ -80,14 +80,14 @@ def flux(scale: str, library: str) -> Network:
     side, words = {"tiny": (4, 5), "small": (8, 16), "full": (64, 512)}[scale]
     text, pooled = sizes.get("joint_attention_dim", 4096), sizes.get("pooled_projection_dim", 768)
 
-    def inputs(draw: Draw) -> dict[str, Any]:
-        latents = draw(1, side * side, 64)
+    def inputs(random: Random) -> dict[str, Any]:
+        latents = random(1, side * side, 64)
         ids = torch.zeros(side, side, 3)
         ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
         return {
             "hidden_states": latents,
-            "encoder_hidden_states": draw(1, words, text),
-            "pooled_projections": draw(1, pooled),
+            "encoder_hidden_states": random(1, words, text),
+            "pooled_projections": random(1, pooled),
             "timestep": torch.full((1,), 0.7, device=latents.device, dtype=latents.dtype),
             "guidance": torch.full((1,), 3.5, device=latents.device, dtype=torch.float32),
             "img_ids": ids.view(-1, 3).to(latents),
@@ -104,7 +104,7 @@ def flux(scale: str, library: str) -> Network:
 
 
 def wan(scale: str, library: str) -> Network:
-    """Wan 2.1 14B, 81 frames of 832 x 480."""
+    """Return Wan 2.1 14B, at 81 frames of 832 x 480 when full."""
     sizes = {"tiny": (2, 12, 48, 3), "small": (6, 128, 2048, 8), "full": (40, 128, 13824, 40)}
     heads, head_dim, ffn_dim, layers = sizes[scale]
     text = {"tiny": 16, "small": 256, "full": 4096}[scale]
@@ -124,8 +124,8 @@ def wan(scale: str, library: str) -> Network:
             num_attention_heads=heads, attention_head_dim=head_dim, ffn_dim=ffn_dim, num_layers=layers, text_dim=text
         )
 
-    def inputs(draw: Draw) -> dict[str, Any]:
-        latents, prompt = draw(1, 16, frames, height, width), draw(1, words, text)
+    def inputs(random: Random) -> dict[str, Any]:
+        latents, prompt = random(1, 16, frames, height, width), random(1, words, text)
         if library == "diffusers":
             time = torch.full((1,), 700, device=latents.device)
             return {"hidden_states": latents, "timestep": time, "encoder_hidden_states": prompt, "return_dict": False}
@@ -136,7 +136,7 @@ def wan(scale: str, library: str) -> Network:
 
 
 def z_image(scale: str, library: str) -> Network:
-    """Z-Image, 1024 x 1024."""
+    """Return Z-Image, at 1024 x 1024 when full."""
     sizes: dict[str, Any] = {
         "tiny": {"dim": 32, "n_heads": 2, "n_kv_heads": 2, "n_layers": 3, "n_refiner_layers": 1, "cap_feat_dim": 16}
         | {"axes_dims": (4, 6, 6)},
@@ -157,8 +157,8 @@ def z_image(scale: str, library: str) -> Network:
 
         return ZImageTransformer2DModel(**sizes)
 
-    def inputs(draw: Draw) -> dict[str, Any]:
-        latents, prompt = draw(1, 16, side, side), draw(1, words, text)
+    def inputs(random: Random) -> dict[str, Any]:
+        latents, prompt = random(1, 16, side, side), random(1, words, text)
         time = torch.full((1,), 0.3, device=latents.device)
         if library == "diffusers":
             return {"x": [latents[0, :, None]], "t": time, "cap_feats": [prompt[0]], "return_dict": False}

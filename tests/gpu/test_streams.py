@@ -12,9 +12,7 @@ from tests.core.vram.networks import Tower, tower
 from tests.core.vram.sources import emptied, on_disk
 
 from diffsynth.core import device as devices
-from diffsynth.core.planning import StageCost, Workload, plan_memory
-from diffsynth.core.planning.planner import spread
-from diffsynth.core.planning.workload import BlockCall, Speeds
+from diffsynth.core.planning import BlockCall, Speeds, StageCost, Workload, plan_memory, spread
 from diffsynth.core.vram import Policy, wrap
 
 WIDTH, DEPTH = 2048, 8  # blocks of 64 MiB in fp32
@@ -84,17 +82,17 @@ def test_a_busy_device_changes_no_bit(expected, tokens, device):
 def test_memory_is_what_was_planned_and_all_of_it_comes_back(tokens, device):
     module = tower(width=WIDTH, depth=DEPTH)
     wrapped = wrap(module, Policy.preset("cpu-offload", device))
-    component = wrapped.load("net")
-    runs = tuple(BlockCall("net", block.name, 10**9) for block in component.blocks)
-    load = Workload((component,), (StageCost("denoise", ("net",), MIB, runs=runs, steps=4),))
+    component = wrapped.footprint("net")
+    block_calls = tuple(BlockCall("net", block.name, 10**9) for block in component.blocks)
+    load = Workload((component,), (StageCost("denoise", ("net",), MIB, block_calls=block_calls, steps=4),))
     run(module, tokens, 1)  # cuBLAS takes its workspace once
     wrapped.leave()
     gc.collect()
     before = devices.memory_in_use(device)
     for gib in (0, 0.1, 0.15, 0.2, 0.3):
         plan = plan_memory(load, vram_limit=gib, speeds=SPEEDS)
-        (residence,) = plan.stages[0].residences
-        wrapped.configure(resident=residence.resident, slots=max(residence.slots, 1))
+        (component_plan,) = plan.stages[0].components
+        wrapped.configure(resident=component_plan.resident, slots=max(component_plan.slots, 1))
         devices.reset_peak_memory(device)
         with wrapped:
             run(module, tokens)

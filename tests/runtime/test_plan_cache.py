@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import diffsynth
 from diffsynth.core.vram.managed import ManagedModule, managed
@@ -54,18 +55,22 @@ def plan_of(pipe, call):
 @pytest.fixture
 def most(monkeypatch):
     """The most bytes of weights that were on the device at once, by the components in use."""
-    seen = {}
-    run = ManagedModule._run
+    entered, seen = set(), {}
+    enter = ManagedModule.enter
 
-    def watched(self, name, forward, *args, **kwargs):
-        def inside(*args, **kwargs):
-            seen[self] = max(seen.get(self, 0), self.device_bytes)
-            return forward(*args, **kwargs)
+    def watched(self):
+        entered.add(self)
+        enter(self)
 
-        return run(self, name, inside, *args, **kwargs)
+    def measure(*_):
+        for component in entered:
+            seen[component] = max(seen.get(component, 0), component.device_bytes)
 
-    monkeypatch.setattr(ManagedModule, "_run", watched)
-    return seen
+    monkeypatch.setattr(ManagedModule, "enter", watched)
+    hooks = register_module_forward_pre_hook(measure), register_module_forward_hook(measure)
+    yield seen
+    for hook in hooks:
+        hook.remove()
 
 
 def whole(pipe):

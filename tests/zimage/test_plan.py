@@ -199,7 +199,7 @@ def test_a_model_that_nobody_downloaded_is_planned_from_its_published_layout(now
     assert plan["peak_vram"] <= 8 * GIB
     assert plan["speeds"]["measured"] is False or torch.cuda.is_available()
     denoise = next(stage for stage in plan["stages"] if stage["name"] == "denoise")
-    (dit,) = denoise["residences"]
+    (dit,) = denoise["components"]
     assert len(dit["resident"]) + len(dit["streamed"]) > 30
     assert denoise["steps"] == 8
     # 6.15 billion parameters in bf16 and 4.02 of the text encoder.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffsynth.core.planning.kernel_workspace import workspace
+from diffsynth.core.planning.allocations import kernel_workspace
 from diffsynth.core.planning.tracer import MetaTracer
 from diffsynth.errors import Unplannable
 
@@ -22,7 +22,7 @@ def on_meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def rehearse(run, device_type="cuda", components=None, blocks=None):
+def trace(run, device_type="cuda", components=None, blocks=None):
     with MetaTracer(device_type, components or {}, blocks) as tracer, tracer.stage("stage") as stage:
         run()
     return stage
@@ -55,9 +55,9 @@ class Net(nn.Module):
 def test_live_bytes_are_those_of_a_real_run():
     net, x = Net(), torch.randn(2, 256, 64)
     with torch.device("meta"):
-        twin = Net()
-    net.conv = twin.conv = nn.Identity()  # its workspace is another test's
-    stage = rehearse(lambda: twin(x.to("meta")), components={"net": twin})
+        on_meta_net = Net()
+    net.conv = on_meta_net.conv = nn.Identity()  # its workspace is another test's
+    stage = trace(lambda: on_meta_net(x.to("meta")), components={"net": on_meta_net})
     real = real_peak(lambda: net(x.clone()))
     assert stage.device_bytes == pytest.approx(real, rel=0.01)
 
@@ -70,7 +70,7 @@ def test_what_waits_on_the_host_is_counted_there():
         second = (on_meta(1024) + 1).cpu()
         return first.to("meta", copy=True), second
 
-    stage = rehearse(run)
+    stage = trace(run)
     assert (stage.device_bytes, stage.host_bytes) == (2 * 4096, 2 * 4096)
 
 
@@ -78,11 +78,9 @@ def test_blocks_are_noted_with_their_operations():
     with torch.device("meta"):
         net = Net()
     blocks = {"net": {f"blocks.{index}": block for index, block in enumerate(net.blocks)}}
-    stage = rehearse(lambda: net(on_meta(2, 256, 64)), components={"net": net}, blocks=blocks)
-    assert [(block_run.role, block_run.block) for block_run in stage.blocks_run] == [
-        ("net", f"blocks.{index}") for index in range(3)
-    ]
-    assert {block_run.flops for block_run in stage.blocks_run} == {2 * 512 * 64 * 64}
+    stage = trace(lambda: net(on_meta(2, 256, 64)), components={"net": net}, blocks=blocks)
+    assert [(call.role, call.block) for call in stage.block_calls] == [("net", f"blocks.{index}") for index in range(3)]
+    assert {call.flops for call in stage.block_calls} == {2 * 512 * 64 * 64}
     assert stage.flops == 3 * 2 * 512 * 64 * 64 + 2 * 2 * 64 * 64 * 9 * 256
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in net.blocks)
 
@@ -91,7 +89,7 @@ def test_hooks_and_modes_are_gone_after_an_error():
     with torch.device("meta"):
         net = Net()
     with pytest.raises(RuntimeError, match="of the model"):
-        rehearse(_raise, components={"net": net}, blocks={"net": {"conv": net.conv}})
+        trace(_raise, components={"net": net}, blocks={"net": {"conv": net.conv}})
     assert not net.conv._forward_hooks
     assert torch.arange(3).tolist() == [0, 1, 2]
     with pytest.raises(Exception, match="meta"):
@@ -144,7 +142,7 @@ def _into_host():
 def test_small_values_that_follow_from_arguments_are_known(name):
     run, expected = VALUES[name]
     answers = []
-    rehearse(lambda: answers.append(run()))
+    trace(lambda: answers.append(run()))
     assert answers == [expected]
 
 
@@ -165,8 +163,8 @@ def _unknown_below(tensor):
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_a_value_that_depends_on_weights_cannot_be_planned(name):
-    with pytest.raises((Unplannable, NotImplementedError), match=r"depends on weights or pixels|meta"):
-        rehearse(UNKNOWN[name])
+    with pytest.raises((Unplannable, NotImplementedError), match=r"weights or pixels|meta"):
+        trace(UNKNOWN[name])
 
 
 @pytest.mark.parametrize(
@@ -178,7 +176,7 @@ def test_a_value_that_depends_on_weights_cannot_be_planned(name):
 )
 def test_attention_holds_no_scores_whoever_calls_it(attend):
     q = on_meta(1, 8, 4096, 64, dtype=torch.bfloat16)
-    stage = rehearse(lambda: attend(q))
+    stage = trace(lambda: attend(q))
     assert stage.device_bytes == 2 * q.numel() * 2 + 4 * 8 * 4096
     assert stage.flops == 4 * 8 * 4096 * 4096 * 64
 
@@ -190,7 +188,7 @@ def test_workspaces_of_convolutions_on_the_cpu():
     def size(c_in, c_out, kernel=3, **options):
         x = torch.empty(1, c_in, 512, 512, device="meta").to(**options)
         weight = on_meta(c_out, c_in, kernel, kernel)
-        return workspace(conv, (x, weight), on_meta(1, c_out, 512, 512), "cpu") / 2**20
+        return kernel_workspace(conv, (x, weight), on_meta(1, c_out, 512, 512), "cpu") / 2**20
 
     assert size(128, 128) == pytest.approx(128, abs=1)
     assert size(256, 128) == pytest.approx(256, abs=2)
@@ -201,6 +199,6 @@ def test_workspaces_of_convolutions_on_the_cpu():
 
 def test_rms_norm_is_one_kernel_on_accelerators():
     x = on_meta(64, 1024)
-    on_gpu = rehearse(lambda: F.rms_norm(x, (1024,)))
-    on_cpu = rehearse(lambda: F.rms_norm(x, (1024,)), device_type="cpu")
+    on_gpu = trace(lambda: F.rms_norm(x, (1024,)))
+    on_cpu = trace(lambda: F.rms_norm(x, (1024,)), device_type="cpu")
     assert on_gpu.device_bytes == x.numel() * 4 < on_cpu.device_bytes

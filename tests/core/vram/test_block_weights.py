@@ -13,7 +13,7 @@ from diffsynth.core.vram.block_weights import PinnedPool
 def test_an_arena_gives_every_block_memory_of_its_own(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     slabs: list[int] = []
 
-    def slab(size: int, device: torch.device, lock: bool = True) -> torch.Tensor:
+    def slab(size: int, device: torch.device, pin: bool = True) -> torch.Tensor:
         slabs.append(size)
         return torch.zeros(size, dtype=torch.uint8)
 

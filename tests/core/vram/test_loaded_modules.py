@@ -63,7 +63,7 @@ def device(request, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     yield slow
-    loaded_modules(CUDA).clear()
+    loaded_modules(CUDA).offload_all()
 
 
 class Block(nn.Module):
@@ -217,4 +217,4 @@ def test_nothing_sets_out_from_ordinary_memory(device, monkeypatch):
 def test_nothing_sets_out_on_the_cpu():
     first, second = (nn.Linear(4, 4).requires_grad_(False) for _ in range(2))
     wrapped = [wrap(one, Policy.preset("cpu-offload", "cpu"), smallest=0) for one in (first, second)]
-    assert wrapped[1].to_send() == []
+    assert wrapped[1].prefetchable() == []

@@ -276,15 +276,15 @@ def test_storage_order_survives() -> None:
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_moves() -> None:
-    with pytest.raises(ValueError, match="no file that could be read block by block"):
+    with pytest.raises(ValueError, match="block by block.*offload_device='cpu'"):
         wrap(tower(), STREAMED)
-    with pytest.raises(ValueError, match="start learns"):
+    with pytest.raises(ValueError, match="start requires gradients"):
         wrap(tower().requires_grad_(True), HOST)
     module = tower()
     wrapped = wrap(module, HOST, smallest=0)
     with pytest.raises(ValueError, match="wrapped already"):
         wrap(module, HOST)
-    with pytest.raises(ValueError, match=r"no block 'layers.77'"):
+    with pytest.raises(ValueError, match=r"'layers\.77'"):
         wrapped.configure(resident=("layers.77",), slots=2)
     with pytest.raises(ValueError, match="slots=0"):
         wrapped.configure(resident=None, slots=0)

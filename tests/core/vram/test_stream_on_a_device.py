@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -53,10 +54,10 @@ def run(slow, orders, *, locked, slots):
     stream = BlockStream(block_weights, torch.device("cuda", 0), slots=slots, order=order, report=report)
     wrong, turns = [], 0
     for numbers in orders:
-        order.begin()
+        order.begin_stage()
         for number in numbers:
             name = f"block{number}"
-            order.saw(name)
+            order.called(name)
             memory = stream.acquire(name).as_subclass(torch.Tensor)[: SIZE - number % 3]
 
             def compute(memory=memory, number=number):
@@ -98,13 +99,15 @@ def test_a_wrong_guess_does_not_come_late(device, monkeypatch):
 
     monkeypatch.setattr(Master, "fill", fill_late)
     block_weights = {"guessed": Master(1, locked=False), "wanted": Master(0, locked=True)}
-    order = BlockOrder(list(block_weights))
-    stream = BlockStream(block_weights, torch.device("cuda", 0), slots=1, order=order, report=TransferReport())
+    order, report = BlockOrder(list(block_weights)), TransferReport()
+    stream = BlockStream(block_weights, torch.device("cuda", 0), slots=1, order=order, report=report)
     timer = threading.Timer(0.05, gate.set)
     timer.start()
     memory = stream.acquire("wanted").as_subclass(torch.Tensor)
     timer.join()
-    stream._thread.submit(int).result()  # whatever the thread was at is done
+    deadline = time.monotonic() + 10
+    while report.bytes_moved < sum(each.packing.stored_bytes for each in block_weights.values()):
+        assert time.monotonic() < deadline, "the thread did not copy the block that it read"
     device.submit(lambda: read.extend(memory.tolist()))
     stream.release("wanted")
     stream.close()

@@ -142,7 +142,8 @@ def _placement(component: ComponentPlan) -> str:
     """Return the placement of a component, `dit: 12 of 34 blocks resident, others from host, 2 slots`."""
     count = len(component.resident) + len(component.streamed)
     if not component.streamed:
-        return f"{component.role}: whole" + ("" if component.waits == "device" else f", from {component.waits}")
+        source = "" if component.offloaded_to == "device" else f", from {component.offloaded_to}"
+        return f"{component.role}: whole{source}"
     blocks = f"{len(component.resident)} of {count} blocks resident"
     slots = f"{component.slots} slot{'s' if component.slots > 1 else ''}"
-    return f"{component.role}: {blocks}, others from {component.waits}, {slots}"
+    return f"{component.role}: {blocks}, others from {component.offloaded_to}, {slots}"

@@ -10,9 +10,9 @@ from torch import nn
 
 from diffsynth.core import device as devices
 from diffsynth.core.loader.config import VRAM_KEYS
-from diffsynth.core.planning.planner import GIB, spread
+from diffsynth.core.planning import GIB, spread
 from diffsynth.core.vram.disk_map import DiskMap
-from diffsynth.core.vram.managed import SLOTS, ManagedModule, wrap
+from diffsynth.core.vram.managed import DEFAULT_SLOTS, ManagedModule, wrap
 from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import NotEnoughMemory, did_you_mean
 
@@ -155,8 +155,8 @@ def _keep_within(managed: ManagedModule, vram_limit: float) -> None:
     room, names = int(vram_limit * GIB), managed.blocks
     for count in range(len(names), -1, -1):
         resident = frozenset(names[index] for index in spread(count, len(names)))
-        if load.on_device(resident, slots=SLOTS) <= room:
-            managed.configure(resident=resident, slots=SLOTS)
+        if load.on_device(resident, slots=DEFAULT_SLOTS) <= room:
+            managed.configure(resident=resident, slots=DEFAULT_SLOTS)
             return
     least = load.on_device(frozenset(), slots=1)
     if least > room:

@@ -1,4 +1,4 @@
-"""Calls that a loop makes again and again with arguments that look alike: a rehearsal makes each of them once."""
+"""Calls that a loop repeats with arguments of the same shapes: a plan makes one of them and counts the others."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from contextvars import ContextVar
 from typing import Any
 
 Caller = Callable[..., Any]
-"""Called with a function and its arguments; gives what the function would give."""
+"""Called with a function and its arguments; returns a result in place of the function's."""
 
 _caller: ContextVar[Caller | None] = ContextVar("diffsynth_repeats_caller", default=None)
 
 
 def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, and nothing else, in a run.
+    """Return `function(*arguments)`; while a plan is made, equal calls are made once and counted each time.
 
-    A rehearsal on the meta device does not make a call that looks like an earlier one: it counts its operations and its
-    memory again and gives tensors of the same shapes. So a plan of a video takes as long as one tile of each size.
+    A plan runs the code on the meta device. There a call with arguments of the same shapes and values as an earlier
+    one is not made: its operations and its memory are counted again, and new tensors of the same shapes are returned.
+    So a plan of a video takes as long as one tile of each size.
 
     Args:
-        function: one object for all the calls, or a bound method of one; one made in the loop never repeats. All it
-            does is what it returns and what it changes in its arguments, and it asks for no values of tensors.
+        function: the same object for all calls, or a bound method of one object; one that is made in the loop never
+            repeats. It may return tensors and change attributes of its arguments, nothing else, and it may not read
+            values of tensors.
         arguments: tensors, plain values, lists, tuples and dicts of those, and objects with attributes of that kind,
             such as a cache of earlier frames. Tensors in attributes belong to their object alone.
     """
@@ -30,8 +32,8 @@ def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @contextmanager
-def made_by(caller: Caller) -> Iterator[None]:
-    """Leave repeated calls to `caller`."""
+def intercepted_by(caller: Caller) -> Iterator[None]:
+    """Have `caller` make the calls of `repeated` inside the `with`."""
     token = _caller.set(caller)
     try:
         yield

@@ -20,8 +20,8 @@ from diffsynth._models import ModelRecord
 from diffsynth.core import device as devices
 from diffsynth.core.device.memory import memory_in_use
 from diffsynth.core.device.speed import compute_speed, disk_speed, link_speed
-from diffsynth.core.planning import BlockCall, MemoryPlan, Speeds, StageCost, Workload, plan_memory
-from diffsynth.core.planning.tracer import MetaTracer, StageTrace
+from diffsynth.core.planning import BlockCall, MemoryPlan, Speeds, StageCost, StageTrace, Workload, plan_memory
+from diffsynth.core.planning.tracer import MetaTracer
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.errors import NotEnoughMemory, Unplannable
 from diffsynth.runtime.architectures import architecture_of, partition_by
@@ -96,7 +96,7 @@ def plan_call(
 
     def workload(storages: Mapping[str, WeightStorage]) -> Workload:
         components = tuple(component_footprint(role, module, storages[role]) for role, module in modules.items())
-        facts = {"storage": storage_name(storages), "base": base, "on_host": device.type == "cpu"}
+        facts = {"storage": storage_name(storages), "base_host_bytes": base, "on_host": device.type == "cpu"}
         return Workload(components, tuple(stages), asks_for_tiles=bool(tiles), **facts)
 
     limits: dict[str, Any] = {
@@ -267,7 +267,7 @@ def _trace(
             cost = StageCost(name, used, trace.device_bytes, trace.host_bytes, _block_calls(trace, used, traced), steps)
             if costs and costs[-1].name == name:  # the same unit, for another branch
                 costs[-1] = _joined(costs[-1], cost)
-            elif (used and trace.flops) or max(cost.activations, cost.host) >= _STAGE_BYTES:
+            elif (used and trace.flops) or max(cost.activations, cost.host_bytes) >= _STAGE_BYTES:
                 costs.append(cost)
 
         _run_stages(pipe, request, stage, decodes=decodes, loops=loops)
@@ -316,9 +316,8 @@ def _steps_by_roles(
 
 def _block_calls(trace: StageTrace, roles: Sequence[str], traced: int) -> tuple[BlockCall, ...]:
     """Return the block calls of the last step that was traced, and one call for all operations outside of blocks."""
-    count = len(trace.blocks_run) // traced
-    last = trace.blocks_run[len(trace.blocks_run) - count :]
-    calls = [BlockCall(block_run.role, block_run.block, block_run.flops) for block_run in last]
+    count = len(trace.block_calls) // traced
+    calls = trace.block_calls[len(trace.block_calls) - count :]
     rest = trace.flops // traced - sum(call.flops for call in calls)
     return (*calls, BlockCall(roles[0] if roles else "", "", max(rest, 0)))
 
@@ -327,17 +326,17 @@ def _joined(first: StageCost, second: StageCost) -> StageCost:
     return replace(
         first,
         activations=max(first.activations, second.activations),
-        host=max(first.host, second.host),
-        runs=(*first.runs, *second.runs),
+        host_bytes=max(first.host_bytes, second.host_bytes),
+        block_calls=(*first.block_calls, *second.block_calls),
     )
 
 
 def _with_tiles(whole: StageCost, tiled: Sequence[StageCost]) -> StageCost:
     """Return the cost of a stage with that of its tiled run beside it, if the two differ."""
     same = next((stage for stage in tiled if stage.name == whole.name), None)
-    if same is None or (same.activations, same.runs) == (whole.activations, whole.runs):
+    if same is None or (same.activations, same.block_calls) == (whole.activations, whole.block_calls):
         return whole
-    return replace(whole, tiled=same.activations, tiled_runs=same.runs)
+    return replace(whole, tiled_activations=same.activations, tiled_block_calls=same.block_calls)
 
 
 def _blocks(module: nn.Module, wrapped: ManagedModule | None) -> dict[str, nn.Module]:

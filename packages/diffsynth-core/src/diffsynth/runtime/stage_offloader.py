@@ -55,9 +55,9 @@ class StageOffloader:
         if not used:
             yield
             return
-        with self._loaded.turn():
+        with self._loaded.lock():
             beside = [] if plan is None else _configure(plan, stage, roles, self._managed)
-            with self._loaded.stage(used, beside=beside):
+            with self._loaded.stage(used, keep=beside):
                 yield
 
     def prepare(self, roles: Collection[str]) -> None:
@@ -75,7 +75,7 @@ class StageOffloader:
         """
         for role in roles:
             if role in self._managed:
-                self._managed[role].begin_round(forgets=is_first)
+                self._managed[role].begin_step(is_first=is_first)
 
     @contextmanager
     def overlapped_swap(
@@ -99,7 +99,7 @@ class StageOffloader:
         if plan is not None:
             _configure(plan, stage, following, coming)
             room = _spare_room(plan, stage, roles, coming)
-        with self._loaded.overlapped_swap(leaving, list(coming.values()), room=room):
+        with self._loaded.overlapped_swap(leaving, list(coming.values()), free_bytes=room):
             yield
 
     def end_call(self, plan: MemoryPlan | None) -> None:

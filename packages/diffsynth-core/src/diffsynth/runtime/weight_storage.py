@@ -13,7 +13,7 @@ from diffsynth.core import device as devices
 from diffsynth.core.planning import BlockFootprint, ComponentFootprint
 from diffsynth.core.vram.managed import ManagedModule
 from diffsynth.core.vram.packing import Packing
-from diffsynth.core.vram.policy import AUTO, FP8, PRESETS, Policy, unknown
+from diffsynth.core.vram.policy import AUTO, FP8, PRESETS, Policy, unknown_policy
 from diffsynth.runtime.architectures import architecture_of, partition_by
 
 
@@ -101,7 +101,7 @@ def check_policy(policy: str | None, vram_limit: float | None, device: torch.dev
         ValueError: an unknown policy, one that a limit contradicts, or a limit on the CPU.
     """
     if policy is not None and policy not in (*PRESETS, AUTO):
-        raise ValueError(unknown(policy))
+        raise ValueError(unknown_policy(policy))
     if policy == "none" and vram_limit is not None:
         raise ValueError(
             f"policy 'none' keeps everything on the device, whatever vram_limit={vram_limit} says; "

@@ -1,13 +1,26 @@
-"""What fits into how much memory, and how long it takes: arithmetic over sizes. No tensors, no modules."""
+"""What fits into how much memory, and how long it takes.
+
+`plan_memory` turns a `Workload` and limits into a `MemoryPlan`: arithmetic over sizes, without torch. `tracer` measures
+a workload by running code on torch's meta device.
+"""
 
 from __future__ import annotations
 
-from diffsynth.core.planning.overlap import BlockTiming, step_seconds
 from diffsynth.core.planning.plan import ComponentPlan, MemoryPlan, StagePlan, StorageOption
-from diffsynth.core.planning.planner import plan_memory
-from diffsynth.core.planning.workload import BlockCall, BlockFootprint, ComponentFootprint, Speeds, StageCost, Workload
+from diffsynth.core.planning.planner import BlockTiming, plan_memory, spread, step_seconds
+from diffsynth.core.planning.workload import (
+    GIB,
+    BlockCall,
+    BlockFootprint,
+    ComponentFootprint,
+    Speeds,
+    StageCost,
+    StageTrace,
+    Workload,
+)
 
 __all__ = [
+    "GIB",
     "BlockCall",
     "BlockFootprint",
     "BlockTiming",
@@ -17,8 +30,10 @@ __all__ = [
     "Speeds",
     "StageCost",
     "StagePlan",
+    "StageTrace",
     "StorageOption",
     "Workload",
     "plan_memory",
+    "spread",
     "step_seconds",
 ]

@@ -1,52 +1,74 @@
-"""What operations give on meta, remembered: torch works most of it out in Python, and blocks repeat each other."""
+"""Results of operations on the meta device: their shapes, remembered, and the values of small tensors."""
 
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from diffsynth.core.planning.known_values import tensors_in
+MAX_KNOWN = 2**20
+"""Elements up to which values are tracked: lengths, masks and positions are this small, activations are not."""
+
+_UNFILLED = ("aten::empty", "aten::new_empty", "aten::_empty")
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """Return the tensors among arguments or results of an operation, which nest in lists and dicts alone.
+
+    Faster than `torch.utils._pytree`, and called for each operation.
+    """
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
 
 
 class MetaResultCache:
-    """Calls operations whose tensors are on meta; one that is called again with alike arguments is not called again."""
+    """Calls operations on meta tensors, and returns a remembered result for arguments of the same shapes and values.
+
+    torch works out most shapes in Python, and the blocks of a network repeat each other.
+    """
 
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What `func` gives: new tensors on meta of the right shape, stride and dtype."""
+        """Return the result of an operation: new tensors on meta of the right shape, stride and dtype."""
         key = _key((args, tuple(kwargs.items()))) if _makes_new_tensors(func) else None
         if key is None:
             return func(*args, **kwargs)
         key = (func, key)
         if key not in self._known:
             out = func(*args, **kwargs)
-            if not _shares(out, (args, kwargs)):
-                self._known[key] = _form(out)
+            # The schema of some operations, such as `_unsafe_view`, does not declare that they return a view.
+            storages = {id(tensor.untyped_storage()) for tensor in tensors_in(args, kwargs)}
+            if not any(id(tensor.untyped_storage()) in storages for tensor in tensors_in(out)):
+                self._known[key] = _description(out)
             return out
         return _made(self._known[key])
 
 
 @functools.cache
 def _makes_new_tensors(func: Any) -> bool:
-    """Whether it writes to no argument and gives nothing that shares memory with one."""
+    """Whether an operation writes to no argument and declares no result that shares memory with one."""
     schema = func._schema
     aliases = [each.alias_info for each in (*schema.arguments, *schema.returns)]
     return bool(schema.returns) and not any(aliases) and torch.Tag.nondeterministic_seeded not in func.tags
 
 
-def _shares(out: Any, given: Any) -> bool:
-    """Whether a result is a view of an argument after all: the schema of `_unsafe_view` keeps silent about it."""
-    storages = {id(tensor.untyped_storage()) for tensor in tensors_in(given)}
-    return any(id(tensor.untyped_storage()) in storages for tensor in tensors_in(out))
-
-
 def _key(value: Any) -> Any:
-    """Equal for arguments that give alike results; None if a tensor is not on meta, or something has no such key."""
+    """Return a hashable key, equal for arguments with equal results; None if there is none, or a tensor has values."""
     if isinstance(value, Tensor):
         if not value.is_meta or (type(value) is not Tensor and not isinstance(value, torch.nn.Parameter)):
             return None
@@ -60,14 +82,103 @@ def _key(value: Any) -> Any:
     return (type(value), value) if isinstance(value, torch.memory_format) else None
 
 
-def _form(out: Any) -> Any:
+def _description(out: Any) -> Any:
+    """Return a result with a tuple of shape, stride, dtype and device in place of each tensor."""
     if isinstance(out, Tensor):
         return (out.shape, out.stride(), out.dtype, out.device)
-    return [_form(each) for each in out] if isinstance(out, list | tuple) else out
+    return [_description(each) for each in out] if isinstance(out, list | tuple) else out
 
 
-def _made(form: Any) -> Any:
-    if isinstance(form, tuple):
-        shape, stride, dtype, device = form
+def _made(description: Any) -> Any:
+    """Return a new result of a `_description`."""
+    if isinstance(description, tuple):
+        shape, stride, dtype, device = description
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    return tuple(_made(each) for each in form) if isinstance(form, list) else form
+    return tuple(_made(each) for each in description) if isinstance(description, list) else description
+
+
+class KnownValues:
+    """Values of small tensors on the meta device, as far as they follow from constants.
+
+    Each known tensor has a copy on the CPU that holds its values. An operation whose inputs are all known is run on
+    the copies, too. Views of tensors have views of copies, so a write in place is seen by all of them. A write of
+    something unknown makes a storage unknown for good.
+    """
+
+    def __init__(self) -> None:
+        self._copies: Any = WeakTensorKeyDictionary()
+        self._invalid: dict[int, weakref.ref[object]] = {}
+
+    def value_of(self, tensor: Tensor) -> Tensor | None:
+        """Return the value of a tensor, on the CPU; None if it is not known."""
+        copy: Tensor | None = self._copies.get(tensor) if tensor.is_meta else tensor
+        if copy is None or id(copy.untyped_storage()) in self._invalid:
+            return None
+        return copy
+
+    def set_value(self, tensor: Tensor, value: Tensor) -> None:
+        """Set the value of a tensor on the meta device."""
+        self._copies[tensor] = value
+
+    def record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Work out the values of the results of an operation on the meta device, if its inputs are known.
+
+        Args:
+            func: the operation, of `torch.ops.aten`.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            out: its result.
+        """
+        results = tensors_in(out)
+        if not any(result.is_meta for result in results):
+            return
+        known = None if any(result.numel() > MAX_KNOWN for result in results) else self.on_cpu(args, kwargs)
+        if known is None or _is_arbitrary(func):
+            self.invalidate_written(func, args, kwargs)
+            return
+        copies = tensors_in(func(*known[0], **known[1]))
+        for result, copy in zip(results, copies, strict=True):
+            if result.is_meta and result not in self._copies:
+                self._copies[result] = copy
+
+    def on_cpu(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Return the arguments of an operation with known values for tensors, and the CPU for devices.
+
+        Returns:
+            Positional and keyword arguments; None if a value is not known.
+        """
+        tensors = tensors_in(args, kwargs)
+        if any(tensor.numel() > MAX_KNOWN or self.value_of(tensor) is None for tensor in tensors):
+            return None
+        known_args, known_kwargs = tree_map_only(Tensor, self.value_of, (tuple(args), dict(kwargs)))
+        if "device" in known_kwargs:
+            known_kwargs["device"] = torch.device("cpu")
+        return known_args, known_kwargs
+
+    def invalidate_written(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Make the tensors unknown that an operation writes to."""
+        if not func._schema.is_mutable:
+            return
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            self._invalidate(argument, value)
+        for argument in func._schema.arguments:
+            self._invalidate(argument, kwargs.get(argument.name))
+
+    def _invalidate(self, argument: Any, value: Any) -> None:
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            return
+        for tensor in tensors_in(value):
+            copy = self._copies.get(tensor) if tensor.is_meta else tensor
+            if copy is not None:
+                storage = copy.untyped_storage()
+                key = id(storage)
+                # A later storage may have the same id, so the entry goes with the storage.
+                self._invalid[key] = weakref.ref(storage, functools.partial(self._forget, key))
+
+    def _forget(self, key: int, _: object) -> None:
+        self._invalid.pop(key, None)
+
+
+def _is_arbitrary(func: Any) -> bool:
+    """Whether the values of the result do not follow from the arguments: random values, and unfilled memory."""
+    return torch.Tag.nondeterministic_seeded in func.tags or func._schema.name.startswith(_UNFILLED)

@@ -1,4 +1,4 @@
-"""A plan: what is where, stage by stage, and what it costs. Sizes in bytes, times in seconds."""
+"""Memory plans: where the weights of each stage are, and what the stage costs. Sizes in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from diffsynth.core.planning.workload import Speeds
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """Where a component is in a stage.
+    """Where the weights of a component are during a stage.
 
     Args:
-        role: of the component.
-        resident: blocks that stay on the device for the stage.
-        streamed: blocks that come and go.
-        slots: places on the device for those.
-        waits: where its weights are while they are not on the device: "host", "disk", or "device" if they never leave.
-        stays: it is on the device in all other stages, too.
+        role: name of the component.
+        resident: names of the blocks that stay on the device for the stage.
+        streamed: names of the blocks that are copied to the device for each of their calls.
+        slots: number of streamed blocks on the device at once.
+        offloaded_to: where its weights are stored while they are not on the device: "host" or "disk"; "device" if they
+            never leave it.
+        stays_on_device: the component is on the device during all other stages, too.
     """
 
     role: str
     resident: tuple[str, ...]
     streamed: tuple[str, ...] = ()
     slots: int = 0
-    waits: str = "host"
-    stays: bool = False
+    offloaded_to: str = "host"
+    stays_on_device: bool = False
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage.
+    """The plan of one stage.
 
     Args:
-        name: of the unit, or "denoise".
-        residences: of the components it runs.
-        activations: on the device beside weights.
-        vram: the most that is on the device, weights included.
-        ram: the most that the process takes of host memory.
-        bytes_once: that go to the device when it begins.
-        bytes_per_step: that go there in each step.
-        steps: how many there are.
-        seconds_per_step: in the long run; products of matrices, convolutions and attention alone are counted.
-        tiled: the plan has the autoencoder work tile by tile here.
-        bytes_ahead: of `bytes_once`, those that set out while the stage before computes its last step.
+        name: name of the unit, or "denoise".
+        components: where the weights of the components are that the stage runs.
+        activations: bytes on the device beside weights.
+        vram: peak of bytes on the device, weights included.
+        ram: peak of bytes of host memory of the process.
+        bytes_once: bytes copied to the device when the stage begins.
+        bytes_per_step: bytes copied to the device in each step.
+        steps: number of steps.
+        seconds_per_step: predicted time of a step; only matrix products, convolutions and attention are counted.
+        tiled: the plan has the autoencoder work in tiles in this stage.
+        bytes_ahead: those of `bytes_once` that are copied while the stage before computes its last step.
     """
 
     name: str
@@ -62,18 +63,19 @@ class StagePlan:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Components it runs."""
+        """Roles of the components that the stage runs."""
         return tuple(component.role for component in self.components)
 
 
 @dataclass(frozen=True)
 class StorageOption:
-    """What a call would be with its weights stored in one dtype.
+    """The prediction for a call with its weights stored in one dtype.
 
     Args:
-        storage: the dtype's name, or empty for each tensor's own.
-        seconds_per_step, bytes_per_step: predicted; 0 if the limits cannot be kept.
-        reason: why they cannot be kept; empty if they can.
+        storage: name of the dtype, or empty for each tensor's own dtype.
+        seconds_per_step: predicted time of a step of the loop; 0 if the limits cannot be kept.
+        bytes_per_step: bytes copied to the device in a step; 0 if the limits cannot be kept.
+        reason: why the limits cannot be kept; empty if they can.
     """
 
     storage: str
@@ -90,19 +92,19 @@ class StorageOption:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A whole call.
+    """The plan of a whole call.
 
     Args:
-        stages: in running order.
-        vram_limit: GiB that were asked for; None for no limit.
-        ram_limit: GiB of host memory, likewise.
-        smallest_vram: bytes below which nothing helps.
-        smallest_ram: bytes of host memory, likewise.
-        storage: dtype that weights wait in, or empty for their own.
-        evicted: components that leave the device between stages.
-        speeds: that times are predicted from.
-        asks_for_tiles: the call has tiles by its own arguments, so they are none of the plan's.
-        options: dtypes that `storage` was chosen from, if there was a choice.
+        stages: plans of the stages, in running order.
+        vram_limit: limit on device memory in GiB; None is no limit.
+        ram_limit: limit on host memory in GiB; None is no limit.
+        smallest_vram: smallest limit on device memory that can be kept, in bytes.
+        smallest_ram: smallest limit on host memory that can be kept, in bytes.
+        storage: name of the dtype in which weights are stored, or empty for each tensor's own dtype.
+        evicted: roles of components that leave the device between stages.
+        speeds: speeds that times are predicted from.
+        asks_for_tiles: the arguments of the call have the autoencoder work in tiles; the plan did not decide it.
+        options: predictions for each dtype that `storage` was chosen from, if there was a choice.
     """
 
     stages: tuple[StagePlan, ...]
@@ -118,35 +120,35 @@ class MemoryPlan:
 
     @property
     def peak_vram(self) -> int:
-        """Of all stages."""
+        """Peak of bytes on the device over all stages."""
         return max((stage.vram for stage in self.stages), default=0)
 
     @property
     def peak_ram(self) -> int:
-        """Of all stages."""
+        """Peak of bytes of host memory over all stages."""
         return max((stage.ram for stage in self.stages), default=0)
 
     @property
     def loop(self) -> tuple[StagePlan, ...]:
-        """The stages of the denoising loop; more than one where experts take turns."""
+        """The stages of the denoising loop: one for each group of steps that runs the same components."""
         return tuple(stage for stage in self.stages if stage.name.startswith("denoise"))
 
     @property
     def bytes_per_step(self) -> int:
-        """Of the slowest stage of the loop."""
+        """Bytes copied to the device in a step, of the stage of the loop that copies most."""
         return max((stage.bytes_per_step for stage in self.loop), default=0)
 
     @property
     def seconds_per_step(self) -> float:
-        """Of the slowest stage of the loop."""
+        """Predicted time of a step, of the slowest stage of the loop."""
         return max((stage.seconds_per_step for stage in self.loop), default=0.0)
 
     @property
     def tiled(self) -> bool:
-        """Whether the plan turns tiles on: without them the call would not keep its limit."""
+        """Whether the plan turns tiles on, because the limit could not be kept without them."""
         return any(stage.tiled for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with the sums."""
+        """Return the plan as dicts, tuples and plain values, together with its properties."""
         sums = ("peak_vram", "peak_ram", "bytes_per_step", "seconds_per_step", "tiled")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}

@@ -1,9 +1,9 @@
-"""From a workload and its limits to a plan.
+"""The planner: from the workload of a call and its limits to a memory plan.
 
-What costs least is given up first: components that do not run leave the device; then blocks of those that run stream,
-as few as possible and spread over their depth; then the autoencoder works in tiles, which may change its pixels. The
-dtype that weights wait in is the caller's to allow: of several workloads the first is taken, unless it does not fit or
-another one's steps are predicted to be faster.
+What costs least is given up first. Components that a stage does not run leave the device. Then blocks of those that
+run are streamed, as few as possible and spread over their depth. Then the autoencoder works in tiles, which may change
+its pixels. The dtype in which weights are stored is the caller's to allow: of several workloads the first is taken,
+unless it does not fit or the steps of another one are predicted to be faster.
 """
 
 from __future__ import annotations
@@ -12,20 +12,29 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from diffsynth.core.planning.overlap import BlockTiming, step_seconds
 from diffsynth.core.planning.plan import ComponentPlan, MemoryPlan, StagePlan, StorageOption
-from diffsynth.core.planning.workload import BlockCall, BlockFootprint, ComponentFootprint, Speeds, StageCost, Workload
+from diffsynth.core.planning.workload import (
+    GIB,
+    BlockCall,
+    BlockFootprint,
+    ComponentFootprint,
+    Speeds,
+    StageCost,
+    Workload,
+)
 from diffsynth.errors import NotEnoughMemory
 
-GIB = 2**30
-_DEPTHS = (2, 3, 4)
-"""Slots that are tried: one block computes, the others are on their way."""
+_SLOTS = (2, 3, 4)
+"""Numbers of slots that are tried: one block computes while the others are copied."""
 
-_GAIN = 0.05
-"""How much faster steps must be for weights to be rounded; converting them takes time that no prediction has."""
+_MIN_GAIN = 0.05
+"""Share by which steps must become faster for weights to be rounded: no prediction has the time of converting them."""
 
-_STAGING = 2
-"""Buffers between disk and device, each as large as the largest block."""
+_STAGING_BUFFERS = 2
+"""Host buffers between disk and device, each as large as the largest block."""
+
+_WARM_UP_STEPS = 2
+"""Steps after which the times of a step repeat, whatever was in the slots at first."""
 
 
 def plan_memory(
@@ -36,21 +45,21 @@ def plan_memory(
     offloads: bool = False,
     disk: Sequence[str] = (),
 ) -> MemoryPlan:
-    """The plan of the first workload that fits, or of a later one whose steps are predicted to be faster by 5 %.
+    """Return the plan of the first workload that fits, or of a later one whose steps are predicted 5 % faster.
 
     Args:
-        workloads: one call, with its weights stored in one dtype or another; the first is what is wanted if it costs
-            nothing. `options` of the plan has what was predicted for each.
-        vram_limit: GiB on the device: None is no limit, and nothing ever leaves it; 0 keeps no block there and takes
-            as little as possible. On the host `ram_limit` is what counts.
-        ram_limit: GiB of the whole process, or None.
-        speeds: for times.
-        offloads: components leave the device between stages even if nothing limits it.
-        disk: roles whose weights wait on disk in any case; others do where `ram_limit` asks for it.
+        workloads: one call, with its weights stored in one dtype or another; the first is preferred. With several,
+            `options` of the plan has the prediction for each.
+        vram_limit: GiB on the device. None is no limit: nothing ever leaves the device. 0 keeps no block there and
+            takes as little as possible. On the CPU `ram_limit` is the limit instead.
+        ram_limit: GiB of host memory of the whole process; None is no limit.
+        speeds: speeds of the machine, for times.
+        offloads: components leave the device between stages even without a limit.
+        disk: roles whose weights are stored on disk in any case; with `ram_limit` other roles may be, too.
 
     Raises:
-        NotEnoughMemory: none fits; the message has the smallest limit that would.
-        ValueError: a limit below 0.
+        NotEnoughMemory: no workload fits; the message has the smallest limit that can be kept.
+        ValueError: a limit is below 0.
     """
     for name, limit in (("vram_limit", vram_limit), ("ram_limit", ram_limit)):
         if limit is not None and not limit >= 0:
@@ -69,25 +78,74 @@ def plan_memory(
         raise NotEnoughMemory("; ".join(option.reason for option in options))
     chosen = plans[0]
     for plan in plans[1:]:
-        if plan.seconds_per_step < (1 - _GAIN) * chosen.seconds_per_step:
+        # Rounding changes the output, so it must be worth it.
+        if plan.seconds_per_step < (1 - _MIN_GAIN) * chosen.seconds_per_step:
             chosen = plan
     return replace(chosen, options=tuple(options) if len(options) > 1 else ())
 
 
 def spread(count: int, of: int) -> frozenset[int]:
-    """Indices of `count` things among `of`, as far apart as possible."""
+    """Return `count` indices below `of`, as far apart as possible."""
     return frozenset(index for index in range(of) if (index + 1) * count // of > index * count // of)
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """Where the blocks of the components of one stage are."""
+class BlockTiming:
+    """Times of one call of a block.
+
+    Args:
+        compute: seconds of computation.
+        copy: seconds of the copy of its weights, which must end before; 0 if the block is resident.
+    """
+
+    compute: float
+    copy: float = 0.0
+
+
+def step_seconds(timings: Sequence[BlockTiming], *, slots: int) -> float:
+    """Return the seconds of a step in the long run, with one link, one device and `slots` slots for streamed blocks.
+
+    A copy begins when the link is free and a slot is; a slot is free when the block in it has computed. A block
+    computes when the one before it has, and its weights are there. Equal blocks that are all streamed therefore take
+    `max(copy, compute)` each with two slots or more, and `copy + compute` with one.
+
+    Args:
+        timings: block calls of one step, in order.
+        slots: number of slots, at least 1 if any block is streamed.
+
+    Raises:
+        ValueError: a block is streamed, and there is no slot.
+    """
+    streamed = sum(timing.copy > 0 for timing in timings)
+    if streamed and slots < 1:
+        raise ValueError(f"{streamed} blocks are streamed through {slots} slots; expected 1 or more")
+    computed = link = 0.0
+    freed: list[float] = []
+    ends = []
+    for _ in range(_WARM_UP_STEPS + 2):
+        for timing in timings:
+            if timing.copy:
+                slot = freed[-slots] if len(freed) >= slots else 0.0
+                link = max(link, slot) + timing.copy
+                computed = max(computed, link) + timing.compute
+                freed.append(computed)
+            else:
+                computed += timing.compute
+        ends.append(computed)
+    return ends[-1] - ends[-2]
+
+
+@dataclass(frozen=True)
+class _Residency:
+    """Resident blocks of the components of one stage, by role, and the number of slots for the others."""
 
     resident: dict[str, frozenset[str]]
     slots: int
 
 
 class _Planner:
+    """Plans one workload; see `plan_memory` for the arguments."""
+
     def __init__(
         self,
         workload: Workload,
@@ -97,261 +155,274 @@ class _Planner:
         offloads: bool,
         disk: frozenset[str],
     ) -> None:
-        self._load = workload
-        self._vram, self._ram = vram_limit, ram_limit
+        self._workload = workload
+        self._vram_limit, self._ram_limit = vram_limit, ram_limit
         self._speeds = speeds
         self._offloads = offloads or vram_limit is not None
         self._loop_roles = {role for stage in workload.stages if stage.steps > 1 for role in stage.roles}
         self._disk = disk
 
     def plan(self) -> MemoryPlan:
-        whole, in_tiles = (self._least_of_all(load) for load in (self._load, self._load.cut()))
-        smallest_vram = min(whole, in_tiles)
+        # Tiles are one argument of the call, so all stages have them or none. They change pixels: only where the limit
+        # cannot be kept without them, and they help.
+        untiled, tiled = (self._minimum(workload) for workload in (self._workload, self._workload.with_tiles()))
+        smallest_vram = min(untiled, tiled)
         limit = self._device_limit()
-        if limit is not None and limit < whole and in_tiles < whole:
-            self._load = self._load.cut()
+        if limit is not None and limit < untiled and tiled < untiled:
+            self._workload = self._workload.with_tiles()
         if limit and limit < smallest_vram:
             raise NotEnoughMemory(self._too_small(limit, smallest_vram))
-        stays = self._staying(limit)
-        choices = [self._choose(stage, stays, limit) for stage in self._load.stages]
-        self._disk |= self._onto_disk(choices, stays)
+        staying = self._staying(limit)
+        residencies = [self._residency(stage, staying, limit) for stage in self._workload.stages]
+        self._disk |= self._moved_to_disk(residencies, staying)
+        stages = [self._stage(*pair, staying) for pair in zip(self._workload.stages, residencies, strict=True)]
         return MemoryPlan(
-            stages=self._sent_ahead(
-                [self._stage(*pair, stays) for pair in zip(self._load.stages, choices, strict=True)], limit
-            ),
-            vram_limit=self._vram,
-            ram_limit=self._ram,
-            smallest_vram=0 if self._load.on_host else smallest_vram,
-            smallest_ram=self._least_ram(),
-            storage=self._load.storage,
-            evicted=tuple(part.role for part in self._load.components if part.role not in stays),
+            stages=self._with_bytes_ahead(stages, limit),
+            vram_limit=self._vram_limit,
+            ram_limit=self._ram_limit,
+            smallest_vram=0 if self._workload.on_host else smallest_vram,
+            smallest_ram=self._minimum_ram(),
+            storage=self._workload.storage,
+            evicted=tuple(each.role for each in self._workload.components if each.role not in staying),
             speeds=self._speeds,
-            asks_for_tiles=self._load.asks_for_tiles,
+            asks_for_tiles=self._workload.asks_for_tiles,
         )
 
     def _device_limit(self) -> int | None:
-        """Bytes for weights and activations; None for no limit, 0 for as little as possible."""
-        if not self._load.on_host:
-            return None if self._vram is None else int(self._vram * GIB)
-        if self._ram is None:
+        """Return the bytes for weights and activations: None for no limit, 0 for as little as possible."""
+        if not self._workload.on_host:
+            return None if self._vram_limit is None else int(self._vram_limit * GIB)
+        if self._ram_limit is None:
             return None
-        return max(int(self._ram * GIB) - self._load.base - max(stage.host for stage in self._load.stages), 1)
+        host_bytes = max(stage.host_bytes for stage in self._workload.stages)
+        return max(int(self._ram_limit * GIB) - self._workload.base_host_bytes - host_bytes, 1)
 
     def _too_small(self, limit: int, smallest: int) -> str:
-        stage = max(self._load.stages, key=self._least)
-        name, asked = ("ram_limit", self._ram) if self._load.on_host else ("vram_limit", self._vram)
-        smallest += 0 if not self._load.on_host else int((self._ram or 0) * GIB) - limit
-        stored = f" stored in {self._load.storage}" if self._load.storage else ""
+        stage = max(self._workload.stages, key=self._minimum_of_stage)
+        on_host = self._workload.on_host
+        name, value = ("ram_limit", self._ram_limit) if on_host else ("vram_limit", self._vram_limit)
+        smallest += int((self._ram_limit or 0) * GIB) - limit if on_host else 0
+        stored = f" stored in {self._workload.storage}" if self._workload.storage else ""
         return (
-            f"{name}={asked} GiB is too small for {stage.name}{stored}: its activations alone take "
+            f"{name}={value} GiB is too small for {stage.name}{stored}: its activations alone take "
             f"{stage.activations / GIB:.2f} GiB. The smallest limit that can be kept is "
-            f"{_round_up(smallest):.2f} GiB; a smaller picture takes less"
+            f"{_gib_rounded_up(smallest):.2f} GiB; a smaller image or video takes less"
         )
 
-    def _least_of_all(self, load: Workload) -> int:
-        return max((self._least(stage) for stage in load.stages), default=0)
+    def _minimum(self, workload: Workload) -> int:
+        return max((self._minimum_of_stage(stage) for stage in workload.stages), default=0)
 
-    def _least(self, stage: StageCost) -> int:
-        """Bytes with nothing resident and one slot."""
-        parts = [self._load.component(role) for role in stage.roles]
-        return stage.activations + sum(part.on_device(frozenset(), slots=1) for part in parts)
+    def _minimum_of_stage(self, stage: StageCost) -> int:
+        """Return the bytes on the device with no block resident and one slot."""
+        components = [self._workload.component(role) for role in stage.roles]
+        return stage.activations + sum(component.on_device((), slots=1) for component in components)
 
-    def _least_ram(self) -> int:
-        if self._load.on_host:
-            least = max((self._least(stage) + stage.host for stage in self._load.stages), default=0)
-            return self._load.base + least
-        blocks = [block.stored for part in self._load.components for block in part.blocks]
-        return self._load.base + max(stage.host for stage in self._load.stages) + _STAGING * max(blocks, default=0)
+    def _minimum_ram(self) -> int:
+        base = self._workload.base_host_bytes
+        if self._workload.on_host:
+            stages = (self._minimum_of_stage(stage) + stage.host_bytes for stage in self._workload.stages)
+            return base + max(stages, default=0)
+        blocks = [block.stored for component in self._workload.components for block in component.blocks]
+        host_bytes = max(stage.host_bytes for stage in self._workload.stages)
+        return base + host_bytes + _STAGING_BUFFERS * max(blocks, default=0)
 
     def _staying(self, limit: int | None) -> frozenset[str]:
-        """Components that never leave the device: all that fit beside what every stage needs at least.
+        """Return the components that never leave the device: all that fit beside the least that each stage needs.
 
-        Those of the loop are the last to go: they are the largest, and would have to come back for each call.
+        Those of the loop are the last to go: they are the largest, and would have to be copied again for each call.
         """
-        every = [part.role for part in self._load.components]
+        components = self._workload.components
         if limit is None:
-            return frozenset() if self._offloads else frozenset(every)
-        by_cost = sorted(self._load.components, key=lambda part: (part.role in self._loop_roles, -part.whole))
-        for leaving in range(len(every) + 1):
-            stays = frozenset(part.role for part in by_cost[leaving:])
-            if all(self._room(stage, stays, limit) >= self._least_beside(stage, stays) for stage in self._load.stages):
-                return stays
+            return frozenset() if self._offloads else frozenset(each.role for each in components)
+        by_cost = sorted(components, key=lambda each: (each.role in self._loop_roles, -each.whole))
+        for leaving in range(len(components) + 1):
+            staying = frozenset(each.role for each in by_cost[leaving:])
+            if all(
+                self._room_beside(stage, staying, limit) >= self._needed_beside(stage, staying)
+                for stage in self._workload.stages
+            ):
+                return staying
         return frozenset()
 
-    def _least_beside(self, stage: StageCost, stays: frozenset[str]) -> int:
-        parts = [self._load.component(role) for role in stage.roles if role not in stays]
-        if stage.steps > 1 and (self._loop_roles & stays) - set(stage.roles):
+    def _needed_beside(self, stage: StageCost, staying: frozenset[str]) -> int:
+        components = [self._workload.component(role) for role in stage.roles if role not in staying]
+        if stage.steps > 1 and (self._loop_roles & staying) - set(stage.roles):
             # One expert does not stay at the price of streaming another in each of its steps.
-            return sum(part.whole for part in parts)
-        return sum(part.on_device(frozenset(), slots=2) for part in parts) if stays else 0
+            return sum(component.whole for component in components)
+        return sum(component.on_device((), slots=2) for component in components) if staying else 0
 
-    def _room(self, stage: StageCost, stays: frozenset[str], limit: int) -> int:
-        return limit - stage.activations - sum(self._load.component(role).whole for role in stays)
+    def _room_beside(self, stage: StageCost, staying: frozenset[str], limit: int) -> int:
+        return limit - stage.activations - sum(self._workload.component(role).whole for role in staying)
 
-    def _choose(self, stage: StageCost, stays: frozenset[str], limit: int | None) -> _Choice:
-        parts = [self._load.component(role) for role in stage.roles]
-        whole = {part.role: frozenset(block.name for block in part.blocks) for part in parts}
+    def _residency(self, stage: StageCost, staying: frozenset[str], limit: int | None) -> _Residency:
+        """Return the residency of the stage with the fastest steps; of equally fast ones that with fewest slots."""
+        components = [self._workload.component(role) for role in stage.roles]
+        everything = {each.role: frozenset(block.name for block in each.blocks) for each in components}
         if limit is None:
-            return _Choice(whole, 0)
-        nothing = {role: whole[role] if role in stays else frozenset[str]() for role in stage.roles}
+            return _Residency(everything, 0)
         if limit == 0:
-            return _Choice({role: frozenset() for role in stage.roles}, 1)
-        beside = sum(self._load.component(role).whole for role in stays if role not in stage.roles)
-        fits = self._fitting(parts, whole, nothing, limit - beside - stage.activations)
-        assert fits, f"{stage.name}: nothing fits, though the limit is not below the least"
-        return _Choice(*min(fits, key=lambda pair: (self._seconds(stage, *pair), pair[1])))
-
-    def _fitting(
-        self,
-        parts: Sequence[ComponentFootprint],
-        whole: dict[str, frozenset[str]],
-        nothing: dict[str, frozenset[str]],
-        room: int,
-    ) -> list[tuple[dict[str, frozenset[str]], int]]:
-        """Resident blocks by role, as many as there is room for, for each depth that fits; one slot if no other."""
-        if sum(part.whole for part in parts) <= room:
-            return [(whole, 0)]
-        found = []
-        for slots in (*_DEPTHS, 1):
-            if slots == 1 and found:
+            return _Residency({role: frozenset() for role in stage.roles}, 1)
+        least = {role: everything[role] if role in staying else frozenset[str]() for role in stage.roles}
+        beside = sum(self._workload.component(role).whole for role in staying if role not in stage.roles)
+        room = limit - beside - stage.activations
+        if sum(component.whole for component in components) <= room:
+            return _Residency(everything, 0)
+        fitting: list[_Residency] = []
+        for slots in (*_SLOTS, 1):
+            # One slot hides no copy, so it is for limits that leave no room for two.
+            if slots == 1 and fitting:
                 break
-            for resident in _ever_fewer(parts, whole, nothing):
-                if sum(part.on_device(resident[part.role], slots=slots) for part in parts) <= room:
-                    found.append((resident, slots))
+            for resident in _shrinking(components, least):
+                if sum(each.on_device(resident[each.role], slots=slots) for each in components) <= room:
+                    fitting.append(_Residency(resident, slots))
                     break
-        return found
+        assert fitting, f"{stage.name}: nothing fits, though the limit is not below the minimum"
+        return min(fitting, key=lambda one: (self._step_seconds(stage, one), one.slots))
 
-    def _onto_disk(self, choices: Sequence[_Choice], stays: frozenset[str]) -> frozenset[str]:
-        """Components whose weights cannot wait in host memory: those that move least first.
+    def _moved_to_disk(self, residencies: Sequence[_Residency], staying: frozenset[str]) -> frozenset[str]:
+        """Return the components whose weights do not fit in host memory; those with least traffic go to disk first.
 
         Raises:
-            NotEnoughMemory: even with all of them on disk the limit is too small.
+            NotEnoughMemory: the limit is too small even with all weights on disk.
         """
-        if self._ram is None or self._load.on_host:
+        if self._ram_limit is None or self._workload.on_host:
             return frozenset()
-        limit = int(self._ram * GIB)
-        if limit < self._least_ram():
+        limit = int(self._ram_limit * GIB)
+        if limit < self._minimum_ram():
             raise NotEnoughMemory(
-                f"ram_limit={self._ram} GiB is too small: the process and its buffers take "
-                f"{_round_up(self._least_ram()):.2f} GiB even if all weights wait on disk"
+                f"ram_limit={self._ram_limit} GiB is too small: the process and its buffers take "
+                f"{_gib_rounded_up(self._minimum_ram()):.2f} GiB even with all weights on disk"
             )
-        traffic = dict.fromkeys((part.role for part in self._load.components), 0)
-        for stage, choice in zip(self._load.stages, choices, strict=True):
+        traffic = dict.fromkeys((component.role for component in self._workload.components), 0)
+        for stage, residency in zip(self._workload.stages, residencies, strict=True):
             for role in stage.roles:
-                traffic[role] += self._moved_once(role, choice, stays) + stage.steps * self._moved(stage, choice, role)
+                traffic[role] += self._bytes_once(role, residency, staying)
+                traffic[role] += stage.steps * self._bytes_per_step(stage, residency, role)
         moved: set[str] = set()
         for role in sorted(traffic, key=lambda role: traffic[role]):
-            if max(self._host(stage, stays, self._disk | moved) for stage in self._load.stages) <= limit:
+            if max(self._host_bytes(stage, self._disk | moved) for stage in self._workload.stages) <= limit:
                 break
             moved.add(role)
         return frozenset(moved)
 
-    def _stage(self, stage: StageCost, choice: _Choice, stays: frozenset[str]) -> StagePlan:
-        parts = {role: self._load.component(role) for role in stage.roles}
-        components = tuple(
+    def _stage(self, stage: StageCost, residency: _Residency, staying: frozenset[str]) -> StagePlan:
+        resident, slots, on_host = residency.resident, residency.slots, self._workload.on_host
+        components = {role: self._workload.component(role) for role in stage.roles}
+        plans = tuple(
             ComponentPlan(
                 role,
-                tuple(block.name for block in part.blocks if block.name in choice.resident[role]),
-                streamed := tuple(block.name for block in part.blocks if block.name not in choice.resident[role]),
-                choice.slots if streamed else 0,
-                self._waits(role, stays),
-                role in stays,
+                tuple(block.name for block in component.blocks if block.name in resident[role]),
+                streamed := tuple(block.name for block in component.blocks if block.name not in resident[role]),
+                slots if streamed else 0,
+                self._offloaded_to(role, staying),
+                role in staying,
             )
-            for role, part in parts.items()
+            for role, component in components.items()
         )
-        weights = sum(part.on_device(choice.resident[role], slots=choice.slots) for role, part in parts.items())
-        beside = sum(self._load.component(role).whole for role in stays if role not in parts)
+        weights = sum(component.on_device(resident[role], slots=slots) for role, component in components.items())
+        beside = sum(self._workload.component(role).whole for role in staying if role not in components)
         on_device = stage.activations + weights + beside
-        ram = self._host(stage, stays, self._disk) + (on_device if self._load.on_host else 0)
         return StagePlan(
             name=stage.name,
-            components=components,
+            components=plans,
             activations=stage.activations,
-            vram=0 if self._load.on_host else on_device,
-            ram=ram,
-            bytes_once=sum(self._moved_once(role, choice, stays) for role in parts),
-            bytes_per_step=sum(self._moved(stage, choice, role) for role in parts),
+            vram=0 if on_host else on_device,
+            ram=self._host_bytes(stage, self._disk) + (on_device if on_host else 0),
+            bytes_once=sum(self._bytes_once(role, residency, staying) for role in components),
+            bytes_per_step=sum(self._bytes_per_step(stage, residency, role) for role in components),
             steps=stage.steps,
-            seconds_per_step=self._seconds(stage, choice.resident, choice.slots),
-            tiled=stage.in_tiles,
+            seconds_per_step=self._step_seconds(stage, residency),
+            tiled=stage.is_tiled,
         )
 
-    def _sent_ahead(self, stages: list[StagePlan], limit: int | None) -> tuple[StagePlan, ...]:
-        """Where experts take turns, blocks of the next take the place of those that have run for the last time.
+    def _with_bytes_ahead(self, stages: list[StagePlan], limit: int | None) -> tuple[StagePlan, ...]:
+        """Fill in what is copied ahead of a stage of the loop that runs another expert than the one before.
 
-        That is learnt from the step before, so where there is none only free memory counts. See `OverlappedSwap`.
+        In the last step of an expert, blocks of the next one take the place of those that have run for the last time.
+        Which call is the last is learnt from the step before; without one only free memory counts. See
+        `OverlappedSwap`.
         """
         for index, (earlier, later) in enumerate(pairwise(stages), start=1):
-            coming = [each for each in later.components if each.role not in earlier.roles and each.waits == "host"]
             if not (earlier.name.startswith("denoise") and later.name.startswith("denoise")):
                 continue
-            leaving = [each for each in earlier.components if each.role not in later.roles and not each.stays]
-            room = max(limit - earlier.vram, 0) if limit else 0
-            room += sum(self._sizes(leaving)) if earlier.steps > 1 else 0
-            ahead = [
-                sent for sent in accumulate(self._sizes(each for each in coming if not each.stays)) if sent <= room
+            incoming = [
+                each
+                for each in later.components
+                if each.role not in earlier.roles and each.offloaded_to == "host" and not each.stays_on_device
             ]
+            outgoing = [
+                each for each in earlier.components if each.role not in later.roles and not each.stays_on_device
+            ]
+            room = max(limit - earlier.vram, 0) if limit else 0
+            room += sum(self._resident_sizes(outgoing)) if earlier.steps > 1 else 0
+            ahead = [copied for copied in accumulate(self._resident_sizes(incoming)) if copied <= room]
             stages[index] = replace(later, bytes_ahead=max(ahead, default=0))
         return tuple(stages)
 
-    def _sizes(self, components: Iterable[ComponentPlan]) -> Iterator[int]:
-        """Of resident blocks, as they move."""
+    def _resident_sizes(self, components: Iterable[ComponentPlan]) -> Iterator[int]:
+        """Yield the stored bytes of each resident block."""
         for component in components:
-            kept = frozenset(component.resident)
-            yield from (block.stored for block in self._load.component(component.role).blocks if block.name in kept)
+            resident = frozenset(component.resident)
+            blocks = self._workload.component(component.role).blocks
+            yield from (block.stored for block in blocks if block.name in resident)
 
-    def _waits(self, role: str, stays: frozenset[str]) -> str:
-        if role in self._disk or (self._load.on_host and role not in stays):
+    def _offloaded_to(self, role: str, staying: frozenset[str]) -> str:
+        if role in self._disk or (self._workload.on_host and role not in staying):
             return "disk"
-        return "host" if self._offloads and not self._load.on_host else "device"
+        return "host" if self._offloads and not self._workload.on_host else "device"
 
-    def _host(self, stage: StageCost, stays: frozenset[str], disk: frozenset[str] | set[str]) -> int:
-        """Host memory of a stage. Without a limit weights are on the device and nowhere else."""
-        if self._load.on_host:
-            return self._load.base + stage.host
-        waiting = [part for part in self._load.components if self._offloads and part.role not in disk]
-        reads = [block.stored for part in self._load.components if part.role in disk for block in part.blocks]
-        return self._load.base + stage.host + sum(part.stored for part in waiting) + _STAGING * max(reads, default=0)
+    def _host_bytes(self, stage: StageCost, disk: frozenset[str] | set[str]) -> int:
+        """Return the host memory of a stage. Without a limit weights are on the device and nowhere else."""
+        bytes_ = self._workload.base_host_bytes + stage.host_bytes
+        if self._workload.on_host:
+            return bytes_
+        components = self._workload.components
+        in_memory = [each.stored for each in components if self._offloads and each.role not in disk]
+        read = [block.stored for each in components if each.role in disk for block in each.blocks]
+        return bytes_ + sum(in_memory) + _STAGING_BUFFERS * max(read, default=0)
 
-    def _moved_once(self, role: str, choice: _Choice, stays: frozenset[str]) -> int:
-        if role in stays:
+    def _bytes_once(self, role: str, residency: _Residency, staying: frozenset[str]) -> int:
+        if role in staying:
             return 0
-        part = self._load.component(role)
-        kept = choice.resident[role]
-        return part.rest_stored + sum(block.stored for block in part.blocks if block.name in kept)
+        component = self._workload.component(role)
+        resident = residency.resident[role]
+        return component.rest_stored + sum(block.stored for block in component.blocks if block.name in resident)
 
-    def _moved(self, stage: StageCost, choice: _Choice, role: str) -> int:
-        """Bytes in one step."""
-        sizes = self._travelling(role, choice.resident[role], choice.slots)
-        return sum(sizes.get(run.block, 0) for run in stage.runs if run.role == role)
+    def _bytes_per_step(self, stage: StageCost, residency: _Residency, role: str) -> int:
+        sizes = self._streamed_sizes(role, residency)
+        return sum(sizes.get(call.block, 0) for call in stage.block_calls if call.role == role)
 
-    def _travelling(self, role: str, resident: frozenset[str], slots: int) -> dict[str, int]:
-        """Streamed blocks and their bytes; none where all of them have a slot of their own."""
-        streamed = [block for block in self._load.component(role).blocks if block.name not in resident]
-        return {block.name: block.stored for block in streamed} if len(streamed) > slots else {}
+    def _streamed_sizes(self, role: str, residency: _Residency) -> dict[str, int]:
+        """Return the stored bytes of streamed blocks by name; none where each of them has a slot of its own."""
+        resident = residency.resident[role]
+        streamed = [block for block in self._workload.component(role).blocks if block.name not in resident]
+        return {block.name: block.stored for block in streamed} if len(streamed) > residency.slots else {}
 
-    def _seconds(self, stage: StageCost, resident: dict[str, frozenset[str]], slots: int) -> float:
-        travelling = {role: self._travelling(role, resident[role], slots) for role in stage.roles}
-        return step_seconds([self._turn(run, travelling) for run in stage.runs], slots=max(slots, 1))
+    def _step_seconds(self, stage: StageCost, residency: _Residency) -> float:
+        streamed = {role: self._streamed_sizes(role, residency) for role in stage.roles}
+        timings = [self._timing(call, streamed) for call in stage.block_calls]
+        return step_seconds(timings, slots=max(residency.slots, 1))
 
-    def _turn(self, run: BlockCall, travelling: dict[str, dict[str, int]]) -> BlockTiming:
-        speed = self._speeds.disk if run.role in self._disk or self._load.on_host else self._speeds.link
-        size = travelling.get(run.role, {}).get(run.block, 0)
-        return BlockTiming(run.flops / self._speeds.compute, size / speed)
+    def _timing(self, call: BlockCall, streamed: dict[str, dict[str, int]]) -> BlockTiming:
+        speed = self._speeds.disk if call.role in self._disk or self._workload.on_host else self._speeds.link
+        size = streamed.get(call.role, {}).get(call.block, 0)
+        return BlockTiming(call.flops / self._speeds.compute, size / speed)
 
 
-def _ever_fewer(
-    parts: Sequence[ComponentFootprint], whole: dict[str, frozenset[str]], nothing: dict[str, frozenset[str]]
+def _shrinking(
+    components: Sequence[ComponentFootprint], least: dict[str, frozenset[str]]
 ) -> Iterator[dict[str, frozenset[str]]]:
-    """Sets of resident blocks, the largest first; those of components that stay are always in."""
-    loose: list[tuple[str, BlockFootprint]] = [
-        (part.role, block) for part in parts if not nothing[part.role] for block in part.blocks
+    """Yield sets of resident blocks by role, the largest first; each contains `least`."""
+    optional: list[tuple[str, BlockFootprint]] = [
+        (component.role, block) for component in components if not least[component.role] for block in component.blocks
     ]
-    for count in range(len(loose), -1, -1):
-        kept = [loose[index] for index in spread(count, len(loose))]
-        yield {role: nothing[role] | frozenset(block.name for owner, block in kept if owner == role) for role in whole}
+    for count in range(len(optional), -1, -1):
+        kept = [optional[index] for index in spread(count, len(optional))]
+        yield {
+            role: always | frozenset(block.name for owner, block in kept if owner == role)
+            for role, always in least.items()
+        }
 
 
-def _round_up(size: int) -> float:
-    """GiB to two places, not below the size."""
+def _gib_rounded_up(size: int) -> float:
     return -(-size * 100 // GIB) / 100

@@ -1,189 +1,191 @@
-"""Repeated calls of a rehearsal: of those that look alike the first is made, the others are counted as it was.
+"""Repeated calls in a traced run: of calls with arguments of the same form one is made, the others are counted.
 
-The look of tensors is their shape, stride, dtype and the size of their memory; that of other values is the value.
+The form of a tensor is its shape, stride, dtype and the size of its memory; the form of any other value is the value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffsynth.core.planning.known_values import tensors_in
-
-if TYPE_CHECKING:
-    from diffsynth.core.planning.tracer import BlockTrace, MetaTracer
+from diffsynth.core.planning.allocations import AllocationTracker
+from diffsynth.core.planning.meta_results import KnownValues, tensors_in
+from diffsynth.core.planning.workload import BlockCall, StageTrace
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Effects:
     """What a call did.
 
     Args:
-        flops, visits: of its operations.
-        peak: the most that was alive in it above what was before it, by place.
-        result: the look of what it gave.
-        changes: for each argument, the looks of attributes that came to look otherwise.
+        flops: floating-point operations of the call.
+        block_calls: calls of blocks within it.
+        peak_above: peak of live bytes above what was live before it, by memory.
+        result: form of its result.
+        changes: for each argument, the forms of attributes whose form changed.
     """
 
     flops: int
-    blocks_run: tuple[BlockTrace, ...]
-    peak: Mapping[str, int]
+    block_calls: tuple[BlockCall, ...]
+    peak_above: Mapping[str, int]
     result: Any
     changes: tuple[Mapping[str, Any], ...]
 
 
 class RepeatedCalls:
-    """Makes calls for `diffsynth.core.repeats.repeated`.
+    """Makes the calls of `diffsynth.core.repeats.repeated` during a traced run.
 
     Args:
-        rehearsal: that counts what is in them.
+        stages: traces of the stages so far; what a call does is added to the last one.
+        allocations: counts the memory of the call.
+        values: knows the values of small tensors.
     """
 
-    def __init__(self, tracer: MetaTracer) -> None:
-        self._tracer = tracer
-        self._seen: dict[Any, _Seen | None] = {}
+    def __init__(self, stages: Sequence[StageTrace], allocations: AllocationTracker, values: KnownValues) -> None:
+        self._stages, self._allocations, self._values = stages, allocations, values
+        self._effects: dict[Any, _Effects | None] = {}
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function gives; after the first call of a look, tensors that look like what that one gave."""
+        """Return the result of the function; after the first call of a form, new tensors of the form of its result."""
         key = self._key(function, arguments)
-        if key is not None and key not in self._seen:
+        if key is not None and key not in self._effects:
             return self._first(key, function, arguments)
-        seen = None if key is None else self._seen[key]
-        return function(*arguments) if seen is None else self._again(seen, arguments)
+        effects = None if key is None else self._effects[key]
+        return function(*arguments) if effects is None else self._repeat(effects, arguments)
 
     def _key(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        """Equal for calls that do the same; None where that cannot be told."""
-        if not self._tracer.stages or torch.is_grad_enabled():  # a graph keeps tensors for its way back
+        """Return a key that is equal for calls that do the same; None if that cannot be known."""
+        if not self._stages or torch.is_grad_enabled():  # the graph of autograd keeps tensors of the call alive
             return None
-        if self._is_known(None, arguments) or not _alone(None, arguments):
+        if self._has_known_values(None, arguments) or not _has_own_memory(None, arguments):
             return None
         try:
-            return (function, *((type(each), _look(_contents(each))) for each in arguments))
-        except _NoLook:
+            return (function, *((type(each), _form(_contents(each))) for each in arguments))
+        except _NoFormError:
             return None
 
-    def _is_known(self, result: Any, arguments: Sequence[Any]) -> bool:
-        """Whether a value is known: what comes of it would not be known of a copy."""
+    def _has_known_values(self, result: Any, arguments: Sequence[Any]) -> bool:
+        # New tensors of the same form have no known values, so a call whose values matter is always made.
         tensors = [tensor for each in (result, *arguments) for tensor in tensors_in(_contents(each))]
-        return any(self._tracer.values.of(tensor) is not None for tensor in tensors)
+        return any(self._values.value_of(tensor) is not None for tensor in tensors)
 
     def _first(self, key: Any, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        stage = self._tracer.stages[-1]
-        flops, blocks_run = stage.flops, len(stage.blocks_run)
-        with self._tracer.allocations.above() as peak:
+        stage = self._stages[-1]
+        flops, count = stage.flops, len(stage.block_calls)
+        with self._allocations.peak_above() as peak_above:
             result = function(*arguments)
-        did = (stage.flops - flops, tuple(stage.blocks_run[blocks_run:]), peak)
-        self._seen[key] = None if self._is_known(result, arguments) else _seen(did, key, result, arguments)
+        self._effects[key] = None
+        if self._has_known_values(result, arguments) or not _has_own_memory(result, arguments):
+            return result
+        try:
+            changes = tuple(_changes(each, before) for each, (_, before) in zip(arguments, key[1:], strict=True))
+            form = _form(result)
+        except _NoFormError:
+            return result
+        block_calls = tuple(stage.block_calls[count:])
+        self._effects[key] = _Effects(stage.flops - flops, block_calls, peak_above, form, changes)
         return result
 
-    def _again(self, seen: _Seen, arguments: Sequence[Any]) -> Any:
-        self._tracer.allocations.repeat(seen.peak)
-        stage = self._tracer.stages[-1]
-        stage.flops += seen.flops
-        stage.blocks_run += seen.blocks_run
-        for argument, changes in zip(arguments, seen.changes, strict=True):
+    def _repeat(self, effects: _Effects, arguments: Sequence[Any]) -> Any:
+        self._allocations.repeat(effects.peak_above)
+        stage = self._stages[-1]
+        stage.flops += effects.flops
+        stage.block_calls += effects.block_calls
+        for argument, changes in zip(arguments, effects.changes, strict=True):
             attributes = vars(argument) if changes else {}
-            # All of the old go before the new come, as they did within the call.
+            # All old values are freed before the new ones are made, as they were within the call.
             attributes.update(dict.fromkeys(changes))
-            attributes.update({name: _made(look) for name, look in changes.items()})
-        return _made(seen.result)
-
-
-def _seen(
-    did: tuple[int, tuple[BlockTrace, ...], Mapping[str, int]], key: Any, result: Any, arguments: Sequence[Any]
-) -> _Seen | None:
-    """What can be said of a call that was made; None if one like it cannot be counted alone."""
-    try:
-        changes = tuple(_changes(each, before) for each, (_, before) in zip(arguments, key[1:], strict=True))
-        look = _look(result)
-    except _NoLook:
-        return None
-    return _Seen(*did, look, changes) if _alone(result, arguments) else None
+            attributes.update({name: _made(form) for name, form in changes.items()})
+        return _made(effects.result)
 
 
 def _changes(argument: Any, before: Any) -> Mapping[str, Any]:
-    """The looks of attributes that came to look otherwise.
+    """Return the forms of the attributes of an argument whose form a call changed.
 
     Raises:
-        _NoLook: something else changed.
+        _NoFormError: the call changed something else.
     """
-    after = _look(_contents(argument))
+    after = _form(_contents(argument))
     if after == before:
         return {}
-    if not _has_attributes(argument):
-        raise _NoLook
+    if not _has_attributes_alone(argument):
+        raise _NoFormError
     old, new = dict(before.items), dict(after.items)
     if old.keys() - new.keys():
-        raise _NoLook
-    return {name: look for name, look in new.items() if name not in old or old[name] != look}
+        raise _NoFormError
+    return {name: form for name, form in new.items() if name not in old or old[name] != form}
 
 
-def _alone(result: Any, arguments: Sequence[Any]) -> bool:
-    """Whether tensors of a result and of attributes have memory that no other argument and none of them shares."""
-    given = [tensor for each in arguments if not _has_attributes(each) for tensor in tensors_in(each)]
-    own = [tensor for each in arguments if _has_attributes(each) for tensor in tensors_in(vars(each))]
+def _has_own_memory(result: Any, arguments: Sequence[Any]) -> bool:
+    """Whether no tensor of a result or of an attribute shares memory with another one, or with another argument."""
+    given = [tensor for each in arguments if not _has_attributes_alone(each) for tensor in tensors_in(each)]
+    own = [tensor for each in arguments if _has_attributes_alone(each) for tensor in tensors_in(vars(each))]
     own += tensors_in(result)
     storages = {id(tensor.untyped_storage()) for tensor in own}
     return len(storages) == len(own) and storages.isdisjoint(id(tensor.untyped_storage()) for tensor in given)
 
 
-class _NoLook(Exception):
-    """A value of which nobody can say whether another is like it."""
+class _NoFormError(Exception):
+    """A value has no form: whether another value is like it cannot be known."""
 
 
-class _Tensor(NamedTuple):
+class _TensorForm(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
 
 
-class _Items(NamedTuple):
+class _ContainerForm(NamedTuple):
     kind: type
     items: tuple[Any, ...]
 
 
-class _Plain(NamedTuple):
-    # 1, 1.0 and True are equal.
+class _ValueForm(NamedTuple):
+    # 1, 1.0 and True are equal, so the type is part of the form.
     kind: type
     value: Any
 
 
-def _look(value: Any) -> Any:
-    """Hashable; `_made` makes another of the same look."""
+def _form(value: Any) -> Any:
+    """Return the hashable form of a value, from which `_made` makes another one.
+
+    Raises:
+        _NoFormError: the value is of another kind.
+    """
     if isinstance(value, Tensor):
         if not value.is_meta or type(value) not in (Tensor, nn.Parameter):
-            raise _NoLook
-        return _Tensor(tuple(value.shape), value.stride(), value.dtype, value.untyped_storage().nbytes())
+            raise _NoFormError
+        return _TensorForm(tuple(value.shape), value.stride(), value.dtype, value.untyped_storage().nbytes())
     if type(value) in (list, tuple):
-        return _Items(type(value), tuple(map(_look, value)))
+        return _ContainerForm(type(value), tuple(map(_form, value)))
     if type(value) is dict:
-        return _Items(dict, tuple((name, _look(each)) for name, each in value.items()))
+        return _ContainerForm(dict, tuple((name, _form(each)) for name, each in value.items()))
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        return _Plain(type(value), value)
-    raise _NoLook
+        return _ValueForm(type(value), value)
+    raise _NoFormError
 
 
-def _made(look: Any) -> Any:
-    if isinstance(look, _Plain):
-        return look.value
-    if isinstance(look, _Items):
-        made = [(name, _made(each)) for name, each in look.items] if look.kind is dict else map(_made, look.items)
-        return look.kind(made)
-    whole = torch.empty(look.nbytes // look.dtype.itemsize, dtype=look.dtype, device="meta")
-    return whole.as_strided(look.shape, look.stride)
+def _made(form: Any) -> Any:
+    if isinstance(form, _ValueForm):
+        return form.value
+    if isinstance(form, _ContainerForm):
+        made = [(name, _made(each)) for name, each in form.items] if form.kind is dict else map(_made, form.items)
+        return form.kind(made)
+    whole = torch.empty(form.nbytes // form.dtype.itemsize, dtype=form.dtype, device="meta")
+    return whole.as_strided(form.shape, form.stride)
 
 
 def _contents(argument: Any) -> Any:
-    return vars(argument) if _has_attributes(argument) else argument
+    return vars(argument) if _has_attributes_alone(argument) else argument
 
 
-def _has_attributes(argument: Any) -> bool:
-    """Whether its attributes are all there is to an object; functions and containers may have some, too."""
+def _has_attributes_alone(argument: Any) -> bool:
+    """Whether an object is nothing but its attributes; functions, containers and slotted objects hold more."""
     kind = type(argument)
     if not hasattr(argument, "__dict__") or isinstance(argument, nn.Module):
         return False

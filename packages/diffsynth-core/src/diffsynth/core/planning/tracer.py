@@ -1,11 +1,10 @@
-"""The rehearsal itself: operations on the meta device, watched."""
+"""The meta trace: a run of the real code on torch's meta device that counts its memory and its operations."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,62 +16,27 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from diffsynth.core.attention.meta import MetaCall, meta_call_of_sdpa, observed_meta_calls
-from diffsynth.core.planning.allocations import AllocationTracker
-from diffsynth.core.planning.kernel_workspace import workspace
-from diffsynth.core.planning.known_values import KnownValues, tensors_in
-from diffsynth.core.planning.meta_results import MetaResultCache
+from diffsynth.core.planning.allocations import AllocationTracker, kernel_workspace
+from diffsynth.core.planning.meta_results import KnownValues, MetaResultCache, tensors_in
 from diffsynth.core.planning.repeated_calls import RepeatedCalls
-from diffsynth.core.repeats import made_by
+from diffsynth.core.planning.workload import BlockCall, StageTrace
+from diffsynth.core.repeats import intercepted_by
 from diffsynth.errors import Unplannable
 
 _aten = torch.ops.aten
-_FACTORIES = (torch.tensor, torch.as_tensor, torch.asarray)
-_READERS = (Tensor.tolist, Tensor.numpy)
+_FACTORIES: tuple[Any, ...] = (torch.tensor, torch.as_tensor, torch.asarray)
+_READERS: tuple[Any, ...] = (Tensor.tolist, Tensor.numpy)
 _NEEDS_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
 
 
-@dataclass(frozen=True)
-class BlockTrace:
-    """One run of a block.
-
-    Args:
-        role: of its component.
-        block: its name in the component.
-        flops: floating-point operations of its matrix products, convolutions and attention.
-    """
-
-    role: str
-    block: str
-    flops: int
-
-
-@dataclass
-class StageTrace:
-    """What one stage took.
-
-    Args:
-        name: of the stage.
-        device_bytes: the most that was alive on the device at once, weights not counted.
-        host_bytes: the same in host memory.
-        flops: of everything in it, blocks included.
-        visits: blocks in the order they ran.
-    """
-
-    name: str
-    device_bytes: int = 0
-    host_bytes: int = 0
-    flops: int = 0
-    blocks_run: list[BlockTrace] = field(default_factory=list)
-
-
 class MetaTracer:
-    """Watches code that runs on the meta device inside `with rehearsal:`.
+    """Traces code that runs on the meta device inside `with tracer:`, stage by stage.
 
     Args:
-        device_type: of the device that is meant, "cuda" or "cpu"; kernels there take different workspaces.
-        components: role -> module, all on meta.
-        blocks: role -> the blocks whose runs are noted, by name.
+        device_type: type of the device that is planned for, "cuda" or "cpu": kernels there take different workspaces.
+        components: role -> module, all on meta. Their weights are not counted.
+        blocks: role -> name -> block; their calls are recorded.
     """
 
     def __init__(
@@ -86,7 +50,6 @@ class MetaTracer:
         self.allocations = AllocationTracker()
         self.values = KnownValues()
         self._blocks = blocks or {}
-        self._running: list[tuple[str, str, int]] = []
         self._exit = ExitStack()
         for module in components.values():
             self.allocations.ignore((*module.parameters(), *module.buffers()))
@@ -95,11 +58,11 @@ class MetaTracer:
         with ExitStack() as entered:
             for role, blocks in self._blocks.items():
                 for name, module in blocks.items():
-                    self._note_runs(entered, role, name, module)
-            entered.enter_context(observed_meta_calls(self._attention))
-            entered.enter_context(made_by(RepeatedCalls(self)))
-            entered.enter_context(_Calls(self))
-            entered.enter_context(_Operations(self))
+                    self._record_calls(entered, role, name, module)
+            entered.enter_context(observed_meta_calls(self.attention))
+            entered.enter_context(intercepted_by(RepeatedCalls(self.stages, self.allocations, self.values)))
+            entered.enter_context(_FunctionMode(self))
+            entered.enter_context(_DispatchMode(self))
             self._exit = entered.pop_all()
         return self
 
@@ -108,48 +71,51 @@ class MetaTracer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageTrace]:
-        """What happens inside belongs to this stage; stages follow each other and are kept in `stages`."""
+        """Count what runs inside the `with` as one stage; its trace is complete at the end, and is in `stages`."""
         stage = StageTrace(name)
         self.stages.append(stage)
-        self.allocations.restart_peak()
+        self.allocations.reset_peak()
         yield stage
         stage.device_bytes, stage.host_bytes = self.allocations.peak["device"], self.allocations.peak["host"]
 
     def count(self, flops: int) -> None:
-        """Add floating-point operations to the stage, and so to the block that runs."""
+        """Add floating-point operations to the current stage, and so to the block that runs."""
         if self.stages:
             self.stages[-1].flops += flops
 
-    def _attention(self, call: MetaCall) -> None:
+    def attention(self, call: MetaCall) -> None:
+        """Count a call of attention: its output, its workspace and its operations."""
         self.allocations.allocated(call.out)
-        self.allocations.scratch(call.workspace(self.device_type))
+        self.allocations.workspace(call.workspace(self.device_type))
         self.count(call.flops)
 
-    def _note_runs(self, entered: ExitStack, role: str, name: str, module: nn.Module) -> None:
+    def _record_calls(self, entered: ExitStack, role: str, name: str, module: nn.Module) -> None:
+        flops_before: list[int] = []
+
         def begins(*_: object) -> None:
             if self.stages:
-                self._running.append((role, name, self.stages[-1].flops))
+                flops_before.append(self.stages[-1].flops)
 
         def ends(*_: object) -> None:
             if self.stages:
-                _, _, before = self._running.pop()
-                self.stages[-1].blocks_run.append(BlockTrace(role, name, self.stages[-1].flops - before))
+                flops = self.stages[-1].flops - flops_before.pop()
+                self.stages[-1].block_calls.append(BlockCall(role, name, flops))
 
         entered.callback(module.register_forward_pre_hook(begins).remove)
         entered.callback(module.register_forward_hook(ends).remove)
 
 
-class _Operations(TorchDispatchMode):
-    """Below autograd: every operation of torch, one at a time."""
+class _DispatchMode(TorchDispatchMode):
+    """Sees each operation of torch, below autograd."""
 
     def __init__(self, tracer: MetaTracer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tracer = tracer
         self._results = MetaResultCache()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        watcher, values = self._tracer, self._tracer.values
+        tracer, values = self._tracer, self._tracer.values
         inputs = tensors_in(args, kwargs)
         if _needs_values(func) and (known := _by_value(values, func, args, kwargs)):
             return known[0]
@@ -157,32 +123,33 @@ class _Operations(TorchDispatchMode):
             return self._to_host(inputs[0], kwargs)
         if any(tensor.is_meta for tensor in inputs):
             if func is _aten.copy_.default and not args[0].is_meta:
-                values.spoil(func, args, kwargs)
+                # torch would refuse to copy from meta: the host tensor keeps its memory, and its values are unknown.
+                values.invalidate_written(func, args, kwargs)
                 return args[0]
             if not all(tensor.is_meta for tensor in inputs):
                 args, kwargs = tree_map_only(Tensor, _as_meta(values), (args, kwargs))
             if func.overloadpacket in _INDEXED:
-                args = (args[0], _long_indices(values, func, args[1]), *args[2:])
+                args = (args[0], _integer_indices(values, args[1]), *args[2:])
         out = self._results(func, args, kwargs)
-        values.follow(func, args, kwargs, out)
+        values.record(func, args, kwargs, out)
         for result in tensors_in(out):
-            watcher.allocations.allocated(result)
+            tracer.allocations.allocated(result)
         if count := flop_registry.get(func.overloadpacket):
-            watcher.count(count(*args, **kwargs, out_val=out))
-            watcher.allocations.scratch(workspace(func, args, out, watcher.device_type))
+            tracer.count(count(*args, **kwargs, out_val=out))
+            tracer.allocations.workspace(kernel_workspace(func, args, out, tracer.device_type))
         return out
 
     def _to_host(self, tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """A real tensor where the value is known. Elsewhere it stays on meta, in the account of the host."""
+        """Return a real tensor if the value is known, else one on meta that is counted as host memory."""
         dtype = kwargs.get("dtype") or tensor.dtype
-        twin = self._tracer.values.of(tensor)
-        moved = torch.empty_like(tensor, dtype=dtype) if twin is None else twin.to(dtype, copy=True)
+        value = self._tracer.values.value_of(tensor)
+        moved = torch.empty_like(tensor, dtype=dtype) if value is None else value.to(dtype, copy=True)
         self._tracer.allocations.allocated(moved, on_host=True)
         return moved
 
 
-class _Calls(TorchFunctionMode):
-    """Above autograd: calls that must not be taken apart into operations."""
+class _FunctionMode(TorchFunctionMode):
+    """Sees each function of torch, above autograd: those that must not be taken apart into operations."""
 
     def __init__(self, tracer: MetaTracer) -> None:
         super().__init__()
@@ -192,13 +159,16 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and (args[0] if args else kwargs["query"]).is_meta:
             call = meta_call_of_sdpa(*args, **kwargs)
-            self._tracer._attention(call)
+            self._tracer.attention(call)
             return call.out.transpose(1, 2)
         if func is F.rms_norm and self._tracer.device_type != "cpu" and args[0].is_meta:
             # One kernel on accelerators; on meta it would be taken apart as on the CPU.
             return torch.empty_like(args[0])
         if func in _READERS and args[0].is_meta:
-            return func(_known(self._tracer.values, func.__name__, args[0]))
+            value = self._tracer.values.value_of(args[0])
+            if value is None:
+                raise _unplannable(func.__name__, args[0])
+            return func(value)
         if func in _FACTORIES and torch.device(kwargs.get("device") or "cpu").type == "meta":
             # torch fills no memory on meta, and the value would be lost.
             return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
@@ -207,7 +177,7 @@ class _Calls(TorchFunctionMode):
 
 @functools.cache
 def _needs_values(func: Any) -> bool:
-    # Indexing does with masks alone, which become places.
+    # Indexing needs values of masks alone; `_integer_indices` replaces those.
     return func.overloadpacket not in _INDEXED and any(tag in func.tags for tag in _NEEDS_VALUES)
 
 
@@ -217,13 +187,13 @@ def _goes_to_cpu(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _by_value(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
-    """The result, in a tuple, of an operation that depends on values; None if nothing in it is on meta.
+    """Return the result, in a tuple, of an operation that depends on values; None if no argument is on meta.
 
     Raises:
         Unplannable: a value is not known.
     """
     inputs = tensors_in(args, kwargs)
-    known = values.arguments(args, kwargs)
+    known = values.on_cpu(args, kwargs)
     if known is None:
         raise _unplannable(str(func), inputs[0])
     if not any(tensor.is_meta for tensor in inputs):
@@ -231,56 +201,45 @@ def _by_value(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tuple[A
 
     def on_meta(result: Tensor) -> Tensor:
         made = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
-        values.learn(made, result)
+        values.set_value(made, result)
         return made
 
     return (tree_map_only(Tensor, on_meta, func(*known[0], **known[1])),)
 
 
-def _known(values: KnownValues, what: str, tensor: Tensor) -> Tensor:
-    """The value of a tensor.
-
-    Raises:
-        Unplannable: it is not known.
-    """
-    twin = values.of(tensor)
-    if twin is None:
-        raise _unplannable(what, tensor)
-    return twin
-
-
 def _unplannable(what: str, tensor: Tensor) -> Unplannable:
     return Unplannable(
-        f"{what} asks for the values of a tensor of shape {tuple(tensor.shape)} that depends on weights or pixels; "
-        f"a plan knows only values that follow from the arguments of a call. Run it instead, and look at the peak"
+        f"{what} needs the values of a tensor of shape {tuple(tensor.shape)}, which depend on weights or pixels; "
+        "a plan knows only values that follow from the arguments of a call. Run the call instead, and measure its peak"
     )
 
 
-def _as_meta(values: KnownValues) -> Any:
-    """Beside tensors on meta all are, but for single numbers."""
+def _as_meta(values: KnownValues) -> Callable[[Tensor], Tensor]:
+    """Return a function that moves a tensor to meta; single numbers stay, as torch allows them beside meta tensors."""
 
-    def change(tensor: Tensor) -> Tensor:
+    def moved(tensor: Tensor) -> Tensor:
         if tensor.is_meta or tensor.ndim == 0:
             return tensor
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        if (twin := values.of(tensor)) is not None:
-            values.learn(made, twin)
+        if (value := values.value_of(tensor)) is not None:
+            values.set_value(made, value)
         return made
 
-    return change
+    return moved
 
 
-def _long_indices(values: KnownValues, func: Any, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Indices with masks replaced by the places where they are True."""
-    long: list[Tensor | None] = []
+def _integer_indices(values: KnownValues, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return indices with each mask replaced by the positions at which it is True, one index per axis."""
+    integers: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype not in (torch.bool, torch.uint8):
-            long.append(index)
+            integers.append(index)
             continue
-        (places,) = _by_value(values, _aten.nonzero.default, (index,), {}) or (index.nonzero(),)
+        (positions,) = _by_value(values, _aten.nonzero.default, (index,), {}) or (index.nonzero(),)
+        value = values.value_of(positions)
+        assert value is not None
         for axis in range(index.ndim):
-            long.append(places[:, axis])
-            twin = values.of(places)
-            assert twin is not None
-            values.learn(long[-1], twin[:, axis])
-    return long
+            along_axis = positions[:, axis]
+            values.set_value(along_axis, value[:, axis])
+            integers.append(along_axis)
+    return integers

@@ -1,18 +1,22 @@
-"""What a call needs: sizes of weights, and what its stages take beside them. All sizes in bytes."""
+"""Sizes of weights, costs of stages and speeds of the machine: the input of the planner. All sizes are in bytes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+GIB = 2**30
+"""Bytes of a GiB, the unit of `vram_limit` and `ram_limit`."""
 
 
 @dataclass(frozen=True)
 class BlockFootprint:
-    """The weights of a block.
+    """The size of the weights of one block.
 
     Args:
-        name: in its component.
-        stored: as they wait and move.
-        computed: as they are computed with.
+        name: dotted name of the block in its component.
+        stored: bytes in the dtype in which the weights are stored and copied.
+        computed: bytes in the dtype in which the block computes.
     """
 
     name: str
@@ -22,13 +26,14 @@ class BlockFootprint:
 
 @dataclass(frozen=True)
 class ComponentFootprint:
-    """The weights of a component.
+    """The size of the weights of one component.
 
     Args:
-        role: in the pipeline.
-        blocks: in order of execution; each may be away while it does not run.
-        rest: what is on the device as long as the component's stage runs, as it is computed with.
-        rest_stored: the same as it waits.
+        role: name of the component in the pipeline.
+        blocks: blocks in order of execution; each may be offloaded while it does not run.
+        rest: bytes of weights and buffers outside blocks, in the dtype of computation. They are on the device as long
+            as a stage of the component runs.
+        rest_stored: bytes of the same in the dtype in which they are stored.
     """
 
     role: str
@@ -38,16 +43,25 @@ class ComponentFootprint:
 
     @property
     def stored(self) -> int:
-        """All of it as it waits."""
+        """Bytes of all weights in the dtype in which they are stored."""
         return self.rest_stored + sum(block.stored for block in self.blocks)
 
     @property
     def whole(self) -> int:
-        """All of it on the device, none of it converted ahead."""
+        """Bytes on the device with every block resident."""
         return self.on_device({block.name for block in self.blocks}, slots=0)
 
-    def on_device(self, resident: set[str] | frozenset[str], *, slots: int) -> int:
-        """What it takes there in its stage: the rest, resident blocks, a ring of slots, and a converted block."""
+    def on_device(self, resident: Collection[str], *, slots: int) -> int:
+        """Return the bytes on the device while a stage of the component runs.
+
+        Args:
+            resident: names of the blocks that stay on the device for the stage.
+            slots: how many of the other blocks are on the device at once.
+
+        Returns:
+            The sum of the weights outside blocks, the resident blocks, the slots (each as large as the largest
+            streamed block) and, where stored and computed dtypes differ, one block in the dtype of computation.
+        """
         streamed = [block.stored for block in self.blocks if block.name not in resident]
         converted = max((block.computed for block in self.blocks if block.computed != block.stored), default=0)
         kept = sum(block.stored for block in self.blocks if block.name in resident)
@@ -56,85 +70,116 @@ class ComponentFootprint:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One run of a block, or of what stands between blocks (an empty name)."""
+    """One call of a block.
+
+    Args:
+        role: component of the block.
+        block: name of the block in its component; empty for everything that ran outside of blocks.
+        flops: floating-point operations of matrix products, convolutions and attention.
+    """
 
     role: str
     block: str
     flops: int
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """A part of a call during which the same components are used.
+@dataclass
+class StageTrace:
+    """What one stage took in a run on the meta device, see `MetaTracer`.
 
     Args:
-        name: of the unit, or "denoise".
-        roles: components it runs.
-        activations: the most that is alive on the device beside weights, workspaces of kernels included.
-        host: the same in host memory.
-        runs: of blocks, in one step.
-        steps: how often those repeat.
-        tiled: `activations` if the autoencoder works tile by tile; None if it cannot, or if that changes nothing.
-        tiled_runs: `runs` then.
-        in_tiles: it does.
+        name: name of the stage.
+        device_bytes: peak of live bytes on the device, without weights.
+        host_bytes: peak of live bytes in host memory.
+        flops: floating-point operations of the whole stage.
+        block_calls: calls of blocks in the order in which they ended.
+    """
+
+    name: str
+    device_bytes: int = 0
+    host_bytes: int = 0
+    flops: int = 0
+    block_calls: list[BlockCall] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage of a call takes: a part of the call during which the same components run.
+
+    Args:
+        name: name of the unit, or "denoise".
+        roles: components that the stage runs.
+        activations: peak of live bytes on the device beside weights, workspaces of kernels included.
+        host_bytes: peak of live bytes in host memory.
+        block_calls: calls of blocks in one step.
+        steps: number of steps.
+        tiled_activations: `activations` if the autoencoder works in tiles; None if it cannot, or if nothing changes.
+        tiled_block_calls: `block_calls` if the autoencoder works in tiles; empty if they are the same.
+        is_tiled: the figures are those of an autoencoder in tiles.
     """
 
     name: str
     roles: tuple[str, ...]
     activations: int
-    host: int = 0
-    runs: tuple[BlockCall, ...] = ()
+    host_bytes: int = 0
+    block_calls: tuple[BlockCall, ...] = ()
     steps: int = 1
-    tiled: int | None = None
-    tiled_runs: tuple[BlockCall, ...] = ()
-    in_tiles: bool = False
+    tiled_activations: int | None = None
+    tiled_block_calls: tuple[BlockCall, ...] = ()
+    is_tiled: bool = False
 
-    def cut(self) -> StageCost:
-        """The same where the autoencoder works tile by tile."""
-        if self.tiled is None:
+    def with_tiles(self) -> StageCost:
+        """Return the cost of the stage with the autoencoder in tiles; the same cost if tiles change nothing."""
+        if self.tiled_activations is None:
             return self
-        runs = self.tiled_runs or self.runs
-        return replace(self, activations=self.tiled, runs=runs, tiled=None, tiled_runs=(), in_tiles=True)
+        return replace(
+            self,
+            activations=self.tiled_activations,
+            block_calls=self.tiled_block_calls or self.block_calls,
+            tiled_activations=None,
+            tiled_block_calls=(),
+            is_tiled=True,
+        )
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A call.
+    """What one call of a pipeline takes, with its weights stored in one way.
 
     Args:
-        components: that it uses.
-        stages: in running order.
-        storage: how weights wait: a dtype's name, or empty for each tensor's own.
-        base: host memory of the process before it holds any weights.
-        on_host: the device is the host: weights and activations share its memory.
-        asks_for_tiles: the call itself has the autoencoder work tile by tile, whatever memory there is.
+        components: sizes of the components that the call uses.
+        stages: costs of its stages, in running order.
+        storage: name of the dtype in which weights are stored; empty for each tensor's own dtype.
+        base_host_bytes: host memory of the process before it holds any weights.
+        on_host: the device is the CPU, so weights and activations share host memory.
+        asks_for_tiles: the arguments of the call have the autoencoder work in tiles, whatever the limits are.
     """
 
     components: tuple[ComponentFootprint, ...]
     stages: tuple[StageCost, ...]
     storage: str = ""
-    base: int = 0
+    base_host_bytes: int = 0
     on_host: bool = False
     asks_for_tiles: bool = False
 
-    def cut(self) -> Workload:
-        """The same call with tiles: one argument of it, so all stages have them or none."""
-        return replace(self, stages=tuple(stage.cut() for stage in self.stages))
+    def with_tiles(self) -> Workload:
+        """Return the workload with tiles in all stages: `tiled` is one argument of the call."""
+        return replace(self, stages=tuple(stage.with_tiles() for stage in self.stages))
 
     def component(self, role: str) -> ComponentFootprint:
-        """By role."""
+        """Return the footprint of a component by its role."""
         return next(component for component in self.components if component.role == role)
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What times are predicted from.
+    """Speeds of the machine that times are predicted from.
 
     Args:
-        link: bytes/s from host memory to the device.
-        compute: FLOP/s.
-        disk: bytes/s.
-        measured: whether link and compute were measured on this machine.
+        link: copies from host memory to the device, in bytes/s.
+        compute: computation, in FLOP/s.
+        disk: reads from disk, in bytes/s.
+        measured: whether `link` and `compute` were measured on this machine.
         source: one line on where the figures are from.
     """
 

@@ -1,8 +1,8 @@
-"""Weights that come and go: policies, blocks that stream, budgets and plans.
+"""Offloaded weights: policies, blocks that are streamed to a device, and the modules that a device holds.
 
     managed = wrap(model, Policy.preset("cpu-offload", "cuda"))
 
-`budget` and `rehearsal` are packages of their own: what fits into how much memory, and what a call would take.
+`diffsynth.core.planning` predicts what fits into how much memory, and decides which blocks stay.
 """
 
 from __future__ import annotations

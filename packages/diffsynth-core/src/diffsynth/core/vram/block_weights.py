@@ -1,4 +1,4 @@
-"""Where the weights of a block come from: the one copy in host memory, or the file."""
+"""Weights of a block while it is offloaded: in host memory, or in their file."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from diffsynth.core.vram.policy import Policy
 
 
 class BlockWeights(Protocol):
-    """The weights of one block, packed. They are read, never written back."""
+    """The packed weights of one block. They are read, never written back.
+
+    Attributes:
+        packing: layout of the weights.
+        memory: the packed weights, `stored_bytes` bytes in host memory; None if they are on disk.
+    """
 
     packing: Packing
     memory: Tensor | None
-    """In host memory, `stored_bytes` bytes, if they are there."""
 
     def fill(self, memory: Tensor) -> None:
-        """Write them, packed, to host memory."""
+        """Write the packed weights to host memory of `stored_bytes` bytes."""
 
 
 class HostWeights:
-    """Weights in host memory, pinned if a device is to copy from them while the host goes on.
+    """Weights in host memory, pinned if a device is to copy from it asynchronously.
 
     Args:
-        packing: of the block.
-        memory: `stored_bytes` bytes.
+        packing: layout of the weights.
+        memory: the packed weights, `stored_bytes` bytes.
     """
 
     def __init__(self, packing: Packing, memory: Tensor) -> None:
@@ -39,29 +43,35 @@ class HostWeights:
 
     @classmethod
     def copy(cls, packing: Packing, tensors: Mapping[str, Tensor], memory: Tensor) -> HostWeights:
-        """Of tensors by name."""
+        """Copy tensors into host memory.
+
+        Args:
+            packing: layout of the weights.
+            tensors: parameters by name, on any device, in the dtypes that they have or can be cast from.
+            memory: host memory of `stored_bytes` bytes, which is written to and held.
+        """
         for name, view in packing.stored_views(memory).items():
             view.copy_(tensors[name].detach())
         return cls(packing, memory)
 
     @classmethod
     def read(cls, weights: BlockWeights, memory: Tensor) -> HostWeights:
-        """Of another master's weights."""
+        """Read the weights of another source into host memory of `stored_bytes` bytes, which is held."""
         weights.fill(memory)
         return cls(weights.packing, memory)
 
     def fill(self, memory: Tensor) -> None:
-        """See `BlockWeights`."""
+        """Write the packed weights to host memory of `stored_bytes` bytes."""
         assert self.memory is not None
         memory[: self.packing.stored_bytes].copy_(self.memory)
 
 
 class DiskWeights:
-    """Weights in their file, read through the plan of its layout.
+    """Weights in their file, read through the conversion plan of its layout.
 
     Args:
-        packing: of the block.
-        source: of the component; its target keys are the names of the packing.
+        packing: layout of the weights.
+        source: reads the component's file; its target keys are the names of the packing.
     """
 
     def __init__(self, packing: Packing, source: ComponentSource) -> None:
@@ -70,7 +80,7 @@ class DiskWeights:
         self._source = source
 
     def fill(self, memory: Tensor) -> None:
-        """See `BlockWeights`.
+        """Read the packed weights into host memory of `stored_bytes` bytes.
 
         Raises:
             CorruptFile: the file changed since its header was read, or cannot be read.
@@ -79,22 +89,23 @@ class DiskWeights:
 
 
 def check_source(policy: Policy, source: ComponentSource | None, name: str) -> None:
-    """Refuse to have weights wait on disk where nothing could read them block by block.
+    """Check that weights can be read from disk block by block, if the policy stores them there.
 
     Args:
-        policy: that they are to be under.
-        source: of the weights, or None.
-        name: what the message calls the module if it has no source.
+        policy: policy of the component.
+        source: reads the component's file; None if it has none.
+        name: name of the module for the message, if it has no source.
 
     Raises:
-        ValueError: with the remedy.
+        ValueError: the policy stores weights on disk, and there is no file, or no safetensors file.
     """
     if not (policy.offload.on_disk or policy.onload.on_disk):
         return
     if source is None or not (source.streams or source.files):
         raise ValueError(
-            f"{name if source is None else source.where} is to wait on disk, but it has no file that could be read "
-            "block by block. Load it from a safetensors file with the policy, or use offload_device='cpu'"
+            f"the policy stores the weights of {name if source is None else source.where} on disk, but there is no "
+            "file to read them from block by block. Load it from a safetensors file with the policy, or use "
+            "offload_device='cpu'"
         )
     if not source.streams:
         raise ValueError(
@@ -104,13 +115,13 @@ def check_source(policy: Policy, source: ComponentSource | None, name: str) -> N
 
 
 def is_pinned(weights: BlockWeights) -> bool:
-    """Whether a device copies from it while the host goes on."""
+    """Whether the weights are in pinned memory, from which a device copies asynchronously."""
     return weights.memory is not None and weights.memory.is_pinned()
 
 
-def host_memory(size: int, device: torch.device, *, lock: bool = True) -> Tensor:
-    """Bytes on the host, pinned for an accelerator if `lock`."""
-    if device.type == "cpu" or not lock:
+def host_memory(size: int, device: torch.device, *, pin: bool = True) -> Tensor:
+    """Return `size` bytes of host memory, pinned if `device` is an accelerator and `pin` is set."""
+    if device.type == "cpu" or not pin:
         return torch.empty(size, dtype=torch.uint8)
     return devices.pinned_memory(size, device)
 
@@ -118,28 +129,28 @@ def host_memory(size: int, device: torch.device, *, lock: bool = True) -> Tensor
 class PinnedPool:
     """Host memory for the blocks of a component, in few pinned slabs whose sizes are powers of two.
 
-    torch's allocator rounds pinned memory up to a power of two, block by block up to twice of what is asked for.
+    torch's allocator rounds each pinned tensor up to a power of two, which can double the memory of a block.
 
     Args:
-        sizes: bytes of the blocks, in the order they are taken.
-        device: that will copy from it.
-        lock: whether to pin.
+        sizes: bytes of the blocks, in the order in which they are taken.
+        device: device that copies from the memory.
+        pin: whether to pin it; on the CPU it never is.
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device, *, lock: bool = True) -> None:
-        self._left = sum(sizes)
+    def __init__(self, sizes: Sequence[int], device: torch.device, *, pin: bool = True) -> None:
+        self._remaining = sum(sizes)
         self._device = device
-        self._lock = lock and device.type != "cpu"
+        self._pin = pin and device.type != "cpu"
         self._slab = torch.empty(0, dtype=torch.uint8)
 
     def take(self, size: int) -> Tensor:
-        """Memory for the next block."""
-        self._left -= size
-        if not self._lock:
+        """Return memory of `size` bytes for the next block."""
+        self._remaining -= size
+        if not self._pin:
             return torch.empty(size, dtype=torch.uint8)
         if size > self._slab.numel():
-            left = size + max(self._left, 0)
-            largest = 1 << (left.bit_length() - 1)
+            needed = size + max(self._remaining, 0)
+            largest = 1 << (needed.bit_length() - 1)
             self._slab = host_memory(max(largest, 1 << max(size - 1, 0).bit_length()), self._device)
         taken, self._slab = self._slab[:size], self._slab[size:]
         return taken

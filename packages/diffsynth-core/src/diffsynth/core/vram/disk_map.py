@@ -1,4 +1,4 @@
-"""Tensors of a file by name, read when they are asked for."""
+"""Tensors of a file by name, read when they are looked up."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from diffsynth.errors import KeyMismatch, shortened
 
 
 class DiskMap(Mapping[str, Tensor]):
-    """The tensors of a checkpoint as a mapping; each is read anew whenever it is looked up.
+    """The tensors of a checkpoint as a mapping; each is read again whenever it is looked up.
 
-    No file is held open and no tensor kept, so there is nothing to flush.
+    No file stays open and no tensor is cached, so there is nothing to flush.
 
     Args:
         path: a file, or the files of one checkpoint.
-        device: where tensors go.
-        torch_dtype: of floating ones; None keeps the file's.
-        state_dict_converter: makes other names, or other tensors, of the file's; it is run once, on tensors without
-            values (see `diffsynth.core.loader.reader.traced`).
-        buffer_size: has no effect.
+        device: device of the tensors.
+        torch_dtype: dtype of floating-point tensors; None keeps the file's.
+        state_dict_converter: returns other names, or other tensors, for those of the file; it is run once, on tensors
+            without values (see `diffsynth.core.loader.reader.traced`).
+        buffer_size: has no effect; older code passes it.
 
     Raises:
         CheckpointError: the file is missing or cannot be read.
-        ValueError: a converter that needs values.
+        ValueError: the converter reads values of tensors.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class DiskMap(Mapping[str, Tensor]):
         return name in self._targets
 
     def flush_files(self) -> None:
-        """Nothing to do: no file is held open."""
+        """Do nothing: no file is open. Older code calls it."""
 
     def source_of(self, module: nn.Module, prefix: str = "") -> ComponentSource:
-        """The weights of a module, for `wrap`; other names are left alone.
+        """Return a source that reads the weights of a module, for `wrap`; other names of the file are ignored.
 
         Args:
-            module: whose parameters, and buffers that are on meta, the file must hold.
-            prefix: stands before their names in this mapping, `"encoder."`.
+            module: the module; the file must have its parameters and those of its buffers that are on meta.
+            prefix: prefix of their names in this mapping, such as `"encoder."`.
 
         Raises:
-            KeyMismatch: it lacks some, or has them in other shapes; a buffer is on meta that no file holds.
+            KeyMismatch: names are missing or have other shapes, or a buffer on meta is in no file.
         """
         wanted = dict(module.named_parameters()) | {
             name: buffer for name, buffer in module.named_buffers() if buffer.is_meta or prefix + name in self
@@ -89,20 +89,20 @@ class DiskMap(Mapping[str, Tensor]):
             raise KeyMismatch(
                 f"{type(module).__name__} has buffers on meta that no file holds: {shortened(lost)}. Fill them first"
             )
-        places = {name: prefix + name for name in wanted} | self._places_of_shared(module, prefix)
+        keys = {name: prefix + name for name in wanted} | self._keys_of_tied(module, prefix)
         shapes = self.source.shapes
-        differences = key_differences(shapes, {place: tuple(wanted[name].shape) for name, place in places.items()})
+        differences = key_differences(shapes, {key: tuple(wanted[name].shape) for name, key in keys.items()})
         if faults := replace(differences, unknown=()):
             raise KeyMismatch(
                 f"{self.source.where} does not fit {type(module).__name__}: {faults.describe(limit=8)}. "
-                "Give a state_dict_converter, or the prefix of its names"
+                "Pass a state_dict_converter, or the prefix of its names"
             )
-        targets = {name: self._targets[place] for name, place in places.items()}
-        dtypes = {name: self.source.dtypes[place] for name, place in places.items()}
+        targets = {name: self._targets[key] for name, key in keys.items()}
+        dtypes = {name: self.source.dtypes[key] for name, key in keys.items()}
         return ComponentSource(self._header, targets, dtypes)
 
-    def _places_of_shared(self, module: nn.Module, prefix: str) -> dict[str, str]:
-        """First name of each parameter that has several -> the one of them that the file has."""
+    def _keys_of_tied(self, module: nn.Module, prefix: str) -> dict[str, str]:
+        """Return, for the first name of each parameter with several names, the key that the file has it under."""
         names: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)

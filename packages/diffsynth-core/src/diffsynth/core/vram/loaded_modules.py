@@ -1,4 +1,4 @@
-"""Who is on a device: stages take turns, and what is in the way leaves."""
+"""The wrapped modules that a device holds: stages run one at a time, and modules that are in the way are offloaded."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from diffsynth.core.vram.managed import ManagedModule
 
 
 class LoadedModules:
-    """The wrapped modules of one device, whichever pipelines they are of.
+    """The wrapped modules on one device, of all pipelines.
 
-    Two stages at once would take each other's components away, or fill the device past its limit; so threads take
-    turns.
+    Two stages at once would offload each other's components, or fill the device past its limit, so only one thread at
+    a time runs a stage.
     """
 
     def __init__(self) -> None:
-        self._turn = threading.RLock()
+        self._lock = threading.RLock()
         self._present: weakref.WeakSet[ManagedModule] = weakref.WeakSet()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Nobody else's stage runs inside the `with`."""
-        with self._turn:
+    def lock(self) -> Iterator[None]:
+        """Run no stage of another thread inside the `with`."""
+        with self._lock:
             yield
 
     @contextmanager
-    def stage(self, used: Collection[ManagedModule], *, beside: Collection[ManagedModule] = ()) -> Iterator[None]:
-        """Have these modules on the device inside the `with`. They stay afterwards, until another stage wants the room.
+    def stage(self, used: Collection[ManagedModule], *, keep: Collection[ManagedModule] = ()) -> Iterator[None]:
+        """Have modules on the device inside the `with`. They stay afterwards, until another stage needs the memory.
 
         Args:
-            used: what the stage runs.
-            beside: what may be on the device meanwhile; everything else leaves first.
+            used: modules that the stage runs.
+            keep: modules that may be on the device meanwhile; all others are offloaded first.
         """
-        with self._turn:
-            self.clear(but=(*used, *beside))
+        with self._lock:
+            self.offload_all(keep=(*used, *keep))
             try:
                 for module in used:
                     self._present.add(module)
@@ -53,84 +53,88 @@ class LoadedModules:
 
     @contextmanager
     def overlapped_swap(
-        self, leaving: Collection[ManagedModule], coming: Collection[ManagedModule], *, room: int = 0
+        self, outgoing: Collection[ManagedModule], incoming: Collection[ManagedModule], *, free_bytes: int = 0
     ) -> Iterator[None]:
-        """Run the last step of a stage inside the `with`; see `OverlappedSwap`.
+        """Run the last step of a stage inside the `with`, and load the modules of the next; see `OverlappedSwap`.
 
         Args:
-            leaving: modules of the stage that the next one does not use.
-            coming: those that it uses and this does not, configured for it.
-            room: bytes that they may take beside what leaves.
+            outgoing: modules of the stage that the next one does not use.
+            incoming: modules of the next stage that this one does not use, configured for it.
+            free_bytes: bytes that the incoming modules may take beside those that outgoing blocks free.
         """
-        with self._turn:
-            if not any(module.to_send() for module in coming):
+        with self._lock:
+            if not any(module.prefetchable() for module in incoming):
                 yield
                 return
-            self._present.update(coming)
-            swap = OverlappedSwap(leaving, coming, room=room)
+            self._present.update(incoming)
+            swap = OverlappedSwap(outgoing, incoming, free_bytes=free_bytes)
             try:
                 yield
             finally:
                 swap.close()
 
-    def clear(self, *, but: Collection[ManagedModule] = ()) -> None:
-        """Have all but some leave the device."""
-        with self._turn:
+    def offload_all(self, *, keep: Collection[ManagedModule] = ()) -> None:
+        """Offload the modules on the device, except those in `keep`."""
+        with self._lock:
             for module in list(self._present):
-                if module not in but:
+                if module not in keep:
                     module.leave()
                     self._present.discard(module)
 
 
 class OverlappedSwap:
-    """A device goes from some modules to others, block by block, while the last step of the first runs.
+    """Swaps modules on a device block by block, while the last step of the outgoing ones runs.
 
-    A block that has run for the last time leaves, and in its place the next one of the others sets out, so all together
-    they never take more than the first took, and `room`. Which run is the last is learnt from the step before; without
-    one, `room` is all there is. A block that is asked for once more after all takes its place back: that costs time,
-    never a wrong weight.
+    A block that has run for the last time is evicted, and the next block of the incoming modules is copied to the
+    freed memory. So all together they never take more than the outgoing modules and `free_bytes`. Which call of a
+    block is the last is predicted from the step before; without one only `free_bytes` is filled. If a block is called
+    once more after all, it is loaded again: that costs time, and never gives wrong weights.
 
     Args:
-        leaving, coming, room: as of `LoadedModules.hand_over`.
+        outgoing: modules of the stage that the next one does not use.
+        incoming: modules of the next stage that this one does not use, configured for it.
+        free_bytes: bytes that the incoming modules may take beside those that outgoing blocks free.
     """
 
-    def __init__(self, leaving: Collection[ManagedModule], coming: Collection[ManagedModule], *, room: int) -> None:
-        self._leaving, self._coming = tuple(leaving), tuple(coming)
-        self._room = room
-        self._runs_left = {
-            (module, name): module.expected_runs(name) for module in self._leaving for name in module.blocks
+    def __init__(
+        self, outgoing: Collection[ManagedModule], incoming: Collection[ManagedModule], *, free_bytes: int
+    ) -> None:
+        self._outgoing, self._incoming = tuple(outgoing), tuple(incoming)
+        self._free_bytes = free_bytes
+        self._calls_left = {
+            (module, name): module.expected_calls(name) for module in self._outgoing for name in module.blocks
         }
-        self._waiting = deque((module, *block) for module in self._coming for block in module.to_send())
-        for module in self._leaving:
+        self._to_prefetch = deque((module, *block) for module in self._incoming for block in module.prefetchable())
+        for module in self._outgoing:
             module.swap = self
-        self._send()
+        self._prefetch()
 
-    def ran(self, module: ManagedModule, name: str) -> None:
-        """A block of those that leave has run."""
-        self._runs_left[module, name] -= 1
-        if self._runs_left[module, name] == 0:
-            self._room += module.let_go(name)
-            self._send()
+    def block_called(self, module: ManagedModule, name: str) -> None:
+        """Count a call of an outgoing block, and replace the block after its last one."""
+        self._calls_left[module, name] -= 1
+        if self._calls_left[module, name] == 0:
+            self._free_bytes += module.evict(name)
+            self._prefetch()
 
-    def withdraw(self) -> None:
-        """A block that was let go is asked for: those that came in its place make room, and no other sets out."""
-        self._waiting.clear()
-        for module in self._coming:
+    def evicted_too_early(self) -> None:
+        """Offload the incoming modules, because an evicted block needs its memory again, and prefetch no more."""
+        self._to_prefetch.clear()
+        for module in self._incoming:
             module.leave()
 
     def close(self) -> None:
-        """The step is over."""
-        for module in self._leaving:
+        """End the swap, after the step."""
+        for module in self._outgoing:
             module.swap = None
 
-    def _send(self) -> None:
-        while self._waiting and self._waiting[0][2] <= self._room:
-            module, name, size = self._waiting.popleft()
-            module.send(name)
-            self._room -= size
+    def _prefetch(self) -> None:
+        while self._to_prefetch and self._to_prefetch[0][2] <= self._free_bytes:
+            module, name, size = self._to_prefetch.popleft()
+            module.prefetch(name)
+            self._free_bytes -= size
 
 
 @functools.cache
 def loaded_modules(device: torch.device) -> LoadedModules:
-    """The one of a device, `cuda:0` rather than `cuda`."""
+    """Return the `LoadedModules` of a device, which must have an index: `cuda:0`, not `cuda`."""
     return LoadedModules()

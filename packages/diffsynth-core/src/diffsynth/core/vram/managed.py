@@ -1,4 +1,4 @@
-"""A module whose blocks come and go: `wrap` makes it, and it changes no bit of what the module computes."""
+"""A wrapped module: its blocks are streamed, or stay on the device for a stage. Wrapping changes no bit of a result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,14 @@ from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.core.planning.workload import BlockFootprint, ComponentFootprint
 from diffsynth.core.vram.block_weights import BlockWeights, DiskWeights, HostWeights, PinnedPool, check_source
 from diffsynth.core.vram.packing import Packing
-from diffsynth.core.vram.parameters import REST, away, buffers_of, frozen, places_of, read_buffers
+from diffsynth.core.vram.parameters import (
+    REST,
+    buffers_of,
+    frozen_parameters,
+    parameter_locations,
+    read_buffers,
+    unloaded_parameters,
+)
 from diffsynth.core.vram.partition import SMALL, Block, partition
 from diffsynth.core.vram.policy import BlockState, Placement, Policy
 from diffsynth.core.vram.report import TransferReport
@@ -29,19 +36,26 @@ from diffsynth.core.vram.resident_blocks import ResidentBlocks
 from diffsynth.core.vram.stream import BlockOrder, BlockStream
 from diffsynth.errors import did_you_mean
 
-if TYPE_CHECKING:
-    from diffsynth.core.vram.loaded_modules import OverlappedSwap
-
-SLOTS = 2
-"""Blocks that are on the device at once unless a plan says otherwise: one computes, the next is on its way."""
+DEFAULT_SLOTS = 2
+"""Streamed blocks that are on the device at once unless a plan says otherwise: one computes, the next is copied."""
 
 _ATTRIBUTE = "_diffsynth_managed"
 _FLAG = "vram_management_enabled"
-"""What older code asks a module for."""
+"""The attribute by which older code recognizes a wrapped module."""
+
+
+class BlockSwap(Protocol):
+    """Follows the calls of a module's blocks in the last step of its stage; see `OverlappedSwap`."""
+
+    def block_called(self, module: ManagedModule, name: str) -> None:
+        """A block was called."""
+
+    def evicted_too_early(self) -> None:
+        """A block that was evicted is called again."""
 
 
 def managed(module: nn.Module) -> ManagedModule | None:
-    """What `wrap` made of a module, if it is wrapped."""
+    """Return the `ManagedModule` of a wrapped module; None if it is not wrapped."""
     return vars(module).get(_ATTRIBUTE)
 
 
@@ -56,52 +70,59 @@ def wrap(
     smallest: int = SMALL,
     high_precision: Sequence[str] = (),
 ) -> ManagedModule:
-    """Put a module under a policy; its classes, its names and its results stay what they are.
+    """Put a module under a policy, in place; its classes, its names and its results stay the same.
 
         managed = wrap(model, Policy.preset("cpu-offload", "cuda"))
         with managed:
             output = model(inputs.to("cuda"))
 
     Args:
-        module: frozen, in eval mode. With a source it may be on meta.
-        policy: where its weights are in which state.
-        source: its weights on disk; without one they are what the module holds, and a policy may not name the disk.
-        repeated, atomic, whole, smallest: where it may be cut; see `partition`.
+        module: the module, frozen and in eval mode. With a source it may be on meta.
+        policy: placement of the weights in each state.
+        source: reads the weights from their file. Without one the weights of the module are used, and the policy may
+            not store them on disk.
+        repeated: names of the lists whose items are blocks; see `partition`.
+        atomic: classes of modules that are never cut; see `partition`.
+        whole: classes of modules that are blocks; see `partition`.
+        smallest: bytes below which a module is no block; see `partition`.
         high_precision: name patterns of parameters that keep their dtype where storage is narrower than 16 bits.
 
     Raises:
-        ValueError: the module is wrapped already, learns, is a tensor subclass's, or is to wait on disk without a
-            source that can be read block by block.
+        ValueError: the module, or a block of it, is wrapped already; a parameter requires gradients or is of a tensor
+            subclass; the policy stores weights on disk, and there is no source that can be read block by block.
     """
     if managed(module) is not None:
-        raise ValueError(f"this {type(module).__name__} is wrapped already; managed(module) gives what wraps it")
+        raise ValueError(f"this {type(module).__name__} is wrapped already; managed(module) returns its ManagedModule")
     check_source(policy, source, type(module).__name__)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            raise ValueError(f"{name} learns; only frozen weights can come and go: module.requires_grad_(False)")
+            raise ValueError(f"{name} requires gradients; only frozen weights are moved: module.requires_grad_(False)")
         if type(parameter.data) is not Tensor:
             raise ValueError(f"{name} is a {type(parameter.data).__name__}; expected a plain tensor")
     blocks = partition(module, repeated=repeated, atomic=atomic, whole=whole, smallest=smallest).blocks
-    for block in blocks:
-        if forward_chain.find(block.module, ForwardLayer.STREAMING) is not None:
-            raise ValueError(f"{block.name} is a block of another wrapped module; unwrap that first")
-    made = ManagedModule(
-        module,
-        policy,
-        blocks=blocks,
-        source=source,
-        high_precision=high_precision,
-    )
+    for name, part in ((type(module).__name__, module), *((block.name, block.module) for block in blocks)):
+        if forward_chain.find(part, ForwardLayer.STREAMING) is not None:
+            raise ValueError(f"{name} is wrapped as a part of another module; unwrap that module first")
+    made = ManagedModule(module, policy, blocks=blocks, source=source, high_precision=high_precision)
     vars(module)[_ATTRIBUTE] = made
     vars(module)[_FLAG] = True
     return made
 
 
 class ManagedModule:
-    """The lifetime of a wrapped module: `wrap` gives it, `unwrap()` ends it.
+    """A wrapped module, from `wrap` to `unwrap()`.
 
-    `enter()` is the beginning of a stage that uses the module and `leave()` its end; `with` does both. The module may
-    be called without: it enters by itself and stays until `leave()`. Threads take turns, block by block.
+    `enter()` begins a stage that uses the module and `leave()` ends it; `with` does both. The module may be called
+    without a stage: the call begins one, which lasts until `leave()`. Calls of several threads run block by block, one
+    at a time.
+
+    Attributes:
+        module: the wrapped module.
+        policy: its policy.
+        report: counts its transfers.
+        slots: number of streamed blocks on the device at once; see `configure`.
+        resident: names of the blocks that stay on the device for a stage; None is all.
+        swap: follows the calls of blocks while the module is swapped for another one.
     """
 
     def __init__(
@@ -116,57 +137,67 @@ class ManagedModule:
         self.module = module
         self.policy = policy
         self.report = TransferReport()
-        self.slots = SLOTS
+        self.slots = DEFAULT_SLOTS
         self.resident: frozenset[str] | None = None
-        self.swap: OverlappedSwap | None = None
+        self.swap: BlockSwap | None = None
         self._lock = threading.RLock()
         self._blocks = {block.name: block for block in blocks}
         self._source = source
         self._state = BlockState.OFFLOAD
-        self._bound: str | None = None
-        self._residents = ResidentBlocks(policy.device, self.report)
+        self._running: str | None = None
+        self._resident_blocks = ResidentBlocks(policy.device, self.report)
         self._views: dict[tuple[str, int], dict[str, nn.Parameter]] = {}
         self._stream: BlockStream | None = None
         self._prefetcher: FilePrefetcher | None = None
         self._order = BlockOrder(tuple(self._blocks))
-        self._computed = torch.empty(0, dtype=torch.uint8)
-        self._places = places_of(module, self._blocks)
-        self._packings = {name: self._packing(name, high_precision) for name in self._places}
-        # What a block was given when the module was made or read; nothing is kept twice.
-        self._weights_of: dict[str, BlockWeights] = self._first_weights()
-        self._rest_parameters = {name: self._at_rest(name) for name in self._places}
-        for name in self._places:
-            self._bind(name, self._rest_parameters[name])
+        self._converted = torch.empty(0, dtype=torch.uint8)
+        self._locations = parameter_locations(module, self._blocks)
+        self._packings = {name: self._packing(name, high_precision) for name in self._locations}
+        # The weights as they are offloaded: of the module itself, or of its source; there is no second copy.
+        self._block_weights: dict[str, BlockWeights] = self._first_weights()
+        self._offloaded = {name: self._offloaded_parameters(name) for name in self._locations}
+        for name in self._locations:
+            self._bind(name, self._offloaded[name])
         if source is not None:
             read_buffers(module, source)
-        self._install()
+        enter = functools.partial(functools.partial, self._enter_and_run)
+        forward_chain.install(module, ForwardLayer.STREAMING, enter)
+        for block in blocks:
+            run = functools.partial(functools.partial, self._run_block, block.name)
+            forward_chain.install(block.module, ForwardLayer.STREAMING, run)
 
     @property
     def state(self) -> BlockState:
-        """OFFLOAD, ONLOAD between blocks, COMPUTATION inside one."""
-        return BlockState.COMPUTATION if self._bound is not None else self._state
+        """OFFLOAD outside of a stage, COMPUTATION while a block runs, ONLOAD between blocks."""
+        return BlockState.COMPUTATION if self._running is not None else self._state
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the blocks."""
+        """Names of the blocks, in the order of the module tree."""
         return tuple(self._blocks)
 
     @property
     def streamed(self) -> tuple[str, ...]:
-        """Blocks that are away between their turns, as it is configured."""
-        return tuple(name for name in self._blocks if not self._stays(name))
+        """Names of the blocks that are copied to the device for each of their calls, as configured."""
+        return tuple(name for name in self._blocks if not self._is_resident(name))
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the component holds on its device now."""
+        """Bytes of weights that are on the device now, buffers of the module not included."""
         own = {
-            memory.untyped_storage().data_ptr(): memory.numel() for memory in self._residents if self._is_ours(memory)
+            memory.untyped_storage().data_ptr(): memory.numel()
+            for memory in self._resident_blocks
+            if all(memory is not weights.memory for weights in self._block_weights.values())
         }
         slots = self._stream.device_bytes if self._stream is not None else 0
-        return sum(own.values()) + slots + self._computed.numel()
+        return sum(own.values()) + slots + self._converted.numel()
 
     def footprint(self, role: str = "") -> ComponentFootprint:
-        """What its weights take, for a plan."""
+        """Return the sizes of the weights, for a plan.
+
+        Args:
+            role: name of the component in the plan.
+        """
         rest = self._packings[REST]
         buffers = sum(buffer.numel() * buffer.element_size() for _, _, buffer in buffers_of(self.module))
         packed = [(name, self._packings[name]) for name in self._blocks]
@@ -178,12 +209,12 @@ class ManagedModule:
         )
 
     def configure(self, *, resident: Collection[str] | None, slots: int) -> None:
-        """What the next stage keeps on the device.
+        """Set which blocks stay on the device in the next stage; a stage of other settings ends.
 
         Args:
-            resident: blocks that stay for the whole stage; None is all. A policy that keeps nothing ready, or
-                everything, has the last word.
-            slots: blocks on the device at once among the others, at least 1.
+            resident: names of the blocks that stay for the whole stage; None is all. It has no effect under a policy
+                whose `onload` is on the device (all stay) or whose `preparing` is not (none stays).
+            slots: number of the other blocks that are on the device at once, at least 1.
 
         Raises:
             ValueError: an unknown block, or no slot.
@@ -200,79 +231,81 @@ class ManagedModule:
                 self.resident, self.slots = chosen, slots
 
     def prepare(self) -> None:
-        """A hint that a stage begins soon: meanwhile a thread has the system cache what `enter()` will read from disk.
+        """Have a thread read ahead the files that `enter()` will read, so that the system caches them.
 
-        Takes no memory of the process and changes no weight. Weights in host memory have nothing to prepare.
+        A hint that a stage begins soon. It takes no memory of the process and changes no weight. Weights in host memory
+        need no reading.
         """
         with self._lock:
-            waits = self._state is BlockState.OFFLOAD and self.policy.offload.on_disk
-            if waits and self._source is not None and self._prefetcher is None:
+            reads = self._state is BlockState.OFFLOAD and self.policy.offload.on_disk
+            if reads and self._source is not None and self._prefetcher is None:
                 self._prefetcher = FilePrefetcher(self._source)
 
     def enter(self) -> None:
-        """A stage begins: what stays on the device goes there, the first blocks set out."""
+        """Begin a stage: load what stays on the device, and begin to copy the first streamed blocks."""
         with self._lock:
-            self._dismiss()
+            self._stop_prefetcher()
             if self._state is not BlockState.OFFLOAD:
                 return
             try:
                 self._onload()
             except BaseException:
-                self._drop()
+                self._offload()
                 raise
 
     def leave(self) -> None:
-        """The stage is over: nothing of the module is on the device any more."""
+        """End the stage: no weight or buffer of the module is on the device any more."""
         with self._lock:
-            self._dismiss()
+            self._stop_prefetcher()
             if self._state is BlockState.OFFLOAD:
-                self._residents.drop()
+                self._resident_blocks.drop()
             else:
-                self._drop()
+                self._offload()
 
-    def begin_round(self, *, forgets: bool = False) -> None:
-        """A step of a loop begins: how often blocks run in it is counted, and expected of the next one.
+    def begin_step(self, *, is_first: bool = False) -> None:
+        """Begin a step of a loop: the calls of each block are counted, and expected of the next step.
 
         Args:
-            forgets: what ran before was no step of this loop.
+            is_first: no step of this loop ran before.
         """
-        self._order.begin_round(forgets=forgets)
+        self._order.begin_step(is_first=is_first)
 
-    def expected_runs(self, name: str) -> int:
-        """How often a block ran in the step before this one."""
-        return self._order.runs_before(name)
+    def expected_calls(self, name: str) -> int:
+        """Return how often a block was called in the step before the current one."""
+        return self._order.calls_in_last_step(name)
 
-    def to_send(self) -> list[tuple[str, int]]:
-        """Blocks that could set out now for a stage that has not begun, and their bytes."""
+    def prefetchable(self) -> list[tuple[str, int]]:
+        """Return the names and bytes of blocks that can be copied now for a stage that has not begun."""
         if self._state is not BlockState.OFFLOAD:
             return []
-        away = [name for name in self._blocks if name not in self._residents and self._stays(name)]
         return [
             (name, self._packings[name].stored_bytes)
-            for name in away
-            if self._residents.can_send(self._weights_of[name])
+            for name in self._blocks
+            if name not in self._resident_blocks
+            and self._is_resident(name)
+            and self._resident_blocks.can_prefetch(self._block_weights[name])
         ]
 
-    def send(self, name: str) -> None:
-        """Have one of `to_send()` set out: it arrives while the device computes, and stays like those of the stage."""
+    def prefetch(self, name: str) -> None:
+        """Begin to copy a block of `prefetchable()` while the device computes; it stays for the next stage."""
         with self._lock:
-            self._residents.send(name, self._weights_of[name])
+            self._resident_blocks.prefetch(name, self._block_weights[name])
 
-    def let_go(self, name: str) -> int:
-        """Have a block leave before its stage ends, since it is not expected to run again; gives the bytes it took."""
+    def evict(self, name: str) -> int:
+        """Free a block that is not expected to run again in the stage, and return the bytes that it took."""
         with self._lock:
             if self._stream is not None:
                 self._stream.finish(name)
-            if self._state is BlockState.OFFLOAD or name not in self._residents:
+            if self._state is BlockState.OFFLOAD or name not in self._resident_blocks:
                 return 0
-            self._residents.drop([name])
+            self._resident_blocks.drop([name])
             self._views = {key: views for key, views in self._views.items() if key[0] != name}
             return self._packings[name].stored_bytes
 
     def unwrap(self) -> nn.Module:
-        """End it: the module is an ordinary one again, on the CPU, in the dtypes it is stored in.
+        """End the management and return the module: an ordinary one, on the CPU, in the dtypes it is stored in.
 
-        Weights that were on disk stay on meta.
+        Weights that were on disk stay on meta. Other layers of its forward, such as compiled code, stay.
         """
         with self._lock:
             self.leave()
@@ -281,12 +314,12 @@ class ManagedModule:
             for name in (_ATTRIBUTE, _FLAG):
                 vars(self.module).pop(name, None)
             for name, packing in self._packings.items():
-                memory = self._weights_of[name].memory
+                memory = self._block_weights[name].memory
                 if memory is None:
-                    self._bind(name, frozen(self._on_meta(packing)))
+                    self._bind(name, frozen_parameters(_on_meta(packing)))
                 elif memory.is_pinned():
                     # Pinned memory is for transfers, and there will be none.
-                    self._bind(name, frozen(packing.stored_views(memory.clone())))
+                    self._bind(name, frozen_parameters(packing.stored_views(memory.clone())))
         return self.module
 
     def __enter__(self) -> ManagedModule:
@@ -302,145 +335,146 @@ class ManagedModule:
             "wrap(), or after managed(module).unwrap()"
         )
 
-    def _dismiss(self) -> None:
+    def _stop_prefetcher(self) -> None:
         if self._prefetcher is not None:
             self._prefetcher.stop()
             self._prefetcher = None
 
     def _onload(self) -> None:
         self._state = BlockState.ONLOAD
-        self._order.begin()
+        self._order.begin_stage()
         if self.policy.offload.on_disk and not self.policy.onload.on_disk:
-            self._weights_of = self._read_all(self._weights_of)
+            self._block_weights = self._read_all(self._block_weights)
         streamed = {}
-        for name in self._places:
-            if name == REST or self._stays(name):
-                self._bring(name)
+        for name in self._locations:
+            if name == REST or self._is_resident(name):
+                self._load(name)
             else:
-                streamed[name] = self._weights_of[name]
+                streamed[name] = self._block_weights[name]
         if streamed:
             self._stream = BlockStream(
                 streamed, self.policy.device, slots=self.slots, order=self._order, report=self.report
             )
         size = max((p.computed_bytes for name, p in self._packings.items() if name != REST and p.converts), default=0)
-        self._computed = torch.empty(size, dtype=torch.uint8, device=self.policy.device)
-        self._bind(REST, frozen(self._packings[REST].computed_views(self._bring(REST))))
+        self._converted = torch.empty(size, dtype=torch.uint8, device=self.policy.device)
+        self._bind(REST, frozen_parameters(self._packings[REST].computed_views(self._load(REST))))
         for part, key, buffer in buffers_of(self.module):
             part._buffers[key] = buffer.to(self.policy.device)
 
-    def _drop(self) -> None:
-        if self._bound is not None:
-            self._unbind(self._bound)
+    def _offload(self) -> None:
+        if self._running is not None:
+            self._unbind(self._running)
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        self._residents.drop()
+        self._resident_blocks.drop()
         self._views.clear()
-        self._computed = torch.empty(0, dtype=torch.uint8)
-        self._bind(REST, self._rest_parameters[REST])
+        self._converted = torch.empty(0, dtype=torch.uint8)
+        self._bind(REST, self._offloaded[REST])
         for part, key, buffer in buffers_of(self.module):
             part._buffers[key] = buffer.to("cpu")
         if self._source is not None and self.policy.offload.on_disk:
-            self._weights_of = {name: DiskWeights(packing, self._source) for name, packing in self._packings.items()}
+            self._block_weights = {name: DiskWeights(packing, self._source) for name, packing in self._packings.items()}
         self._state = BlockState.OFFLOAD
 
-    def _stays(self, name: str) -> bool:
+    def _is_resident(self, name: str) -> bool:
         onload: Placement = self.policy.onload
-        in_place = self.policy.device.type == "cpu" and self._weights_of[name].memory is not None
-        if in_place or (not onload.on_disk and devices.check_device(onload.device).type == self.policy.device.type):
+        is_in_place = self.policy.device.type == "cpu" and self._block_weights[name].memory is not None
+        if is_in_place or (not onload.on_disk and devices.check_device(onload.device).type == self.policy.device.type):
             return True
-        return self.policy.keeps_ready and (self.resident is None or name in self.resident)
+        return self.policy.allows_resident and (self.resident is None or name in self.resident)
 
-    def _bring(self, name: str) -> Tensor:
-        """Packed weights on the device, for the stage; those outside blocks as they are computed with."""
-        return self._residents.bring(name, self._weights_of[name], converted=name == REST)
+    def _load(self, name: str) -> Tensor:
+        """Return packed weights on the device, for the stage; those outside blocks in computed dtypes."""
+        return self._resident_blocks.load(name, self._block_weights[name], converted=name == REST)
 
     @contextmanager
-    def _turn(self, name: str) -> Iterator[int | None]:
-        """The weights of a block are in place inside the `with`; gives the memory that others will use after it."""
+    def _bound(self, name: str) -> Iterator[int | None]:
+        """Have the parameters of a block on the device inside the `with`.
+
+        Yields:
+            The address of their memory if other blocks use it afterwards, else None.
+        """
         with self._lock:
             self.enter()
-            self._order.saw(name)
-            with self._weights(name) as (memory, is_lent):
+            self._order.called(name)
+            with self._on_device(name) as (memory, is_shared):
                 key = (name, memory.data_ptr())
                 if key not in self._views:
-                    self._views[key] = frozen(self._packings[name].computed_views(memory))
+                    self._views[key] = frozen_parameters(self._packings[name].computed_views(memory))
                 try:
-                    self._bound = name
+                    self._running = name
                     self._bind(name, self._views[key])
-                    yield memory.untyped_storage().data_ptr() if is_lent else None
+                    yield memory.untyped_storage().data_ptr() if is_shared else None
                 finally:
                     self._unbind(name)
 
     @contextmanager
-    def _weights(self, name: str) -> Iterator[tuple[Tensor, bool]]:
-        """A block's weights as they are computed with, and whether their memory will be another block's."""
-        packing, ready = self._packings[name], self._residents.get(name)
-        if ready is None and self._stays(name):
-            # It was let go too early.
+    def _on_device(self, name: str) -> Iterator[tuple[Tensor, bool]]:
+        """Yield a block's packed weights in computed dtypes, and whether other blocks use the memory afterwards."""
+        packing, stored = self._packings[name], self._resident_blocks.get(name)
+        if stored is None and self._is_resident(name):
+            # It was evicted, and is called again after all.
             if self.swap is not None:
-                self.swap.withdraw()
-            ready = self._bring(name)
-        if ready is not None:
-            stored, release = ready, None
-        else:
+                self.swap.evicted_too_early()
+            stored = self._load(name)
+        release = None
+        if stored is None:
             assert self._stream is not None
             stored, release = self._stream.acquire(name), self._stream.release
         try:
             if packing.converts:
-                packing.convert(stored, self._computed)
+                packing.convert(stored, self._converted)
                 if release is not None:
-                    # What was converted is not read again, so the next block may set out already.
+                    # The stored weights are not read again, so the next block may take the slot already.
                     release(name)
                     release = None
-                yield self._computed, True
+                yield self._converted, True
             else:
                 yield stored, release is not None
         finally:
             if release is not None:
                 release(name)
 
-    def _run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A block's forward with its weights there."""
+    def _run_block(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             raise RuntimeError(f"{name} is streamed, which cannot be compiled from outside; compile its blocks instead")
-        if torch.is_grad_enabled() and any(_wants_grad(value) for value in pytree.tree_leaves((args, kwargs))):
+        if torch.is_grad_enabled() and any(_requires_grad(value) for value in pytree.tree_leaves((args, kwargs))):
             raise RuntimeError(
-                f"{name} would be gone by the time its gradient is wanted; run it under torch.no_grad(), or do not "
-                "wrap a module that gradients pass through"
+                f"{name} is offloaded before its gradient is computed; run it under torch.no_grad(), or do not wrap a "
+                "module that gradients pass through"
             )
-        with self._turn(name) as lent:
+        with self._bound(name) as shared:
             output = forward(*args, **kwargs)
-            # A block may give out a weight, or a part of one; its memory is about to be another block's.
-            output = pytree.tree_map(lambda value: value.clone() if _is_in(value, lent) else value, output)
+            # A block may return a weight, or a view of one; its memory is about to be overwritten by another block.
+            output = pytree.tree_map(lambda value: value.clone() if _is_in(value, shared) else value, output)
         if self.swap is not None:
-            self.swap.ran(self, name)
+            self.swap.block_called(self, name)
         return output
 
     def _enter_and_run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.enter()
         return forward(*args, **kwargs)
 
-    def _install(self) -> None:
-        enter = functools.partial(functools.partial, self._enter_and_run)
-        forward_chain.install(self.module, ForwardLayer.STREAMING, enter)
-        for name, block in self._blocks.items():
-            run = functools.partial(functools.partial, self._run, name)
-            forward_chain.install(block.module, ForwardLayer.STREAMING, run)
-
-    def _bind(self, name: str, parameters: dict[str, nn.Parameter]) -> None:
-        for part, key, full in self._places[name]:
+    def _bind(self, name: str, parameters: Mapping[str, nn.Parameter]) -> None:
+        for part, key, full in self._locations[name]:
             part._parameters[key] = parameters[full]
 
     def _unbind(self, name: str) -> None:
-        self._bind(name, self._rest_parameters[name])
-        self._bound = None
+        self._bind(name, self._offloaded[name])
+        self._running = None
+
+    def _own_tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the parameters of a block that the module has now, by full name."""
+        found = {full: part._parameters[key] for part, key, full in self._locations[name]}
+        return {full: tensor for full, tensor in found.items() if tensor is not None}
 
     def _packing(self, name: str, high_precision: Sequence[str]) -> Packing:
-        tensors = {full: part._parameters[key] for part, key, full in self._places[name]}
+        tensors = self._own_tensors(name)
         return Packing(tensors, {full: self._dtypes(full, tensor, high_precision) for full, tensor in tensors.items()})
 
     def _dtypes(self, name: str, tensor: Tensor, high_precision: Sequence[str]) -> tuple[torch.dtype, torch.dtype]:
+        """Return the dtypes in which a parameter is stored and computed with."""
         own = tensor.dtype
         if not own.is_floating_point:
             return own, own
@@ -457,13 +491,11 @@ class ManagedModule:
             return self._read_all(on_disk)
         weights: dict[str, BlockWeights] = {}
         pool = self._pool()
-        for name, places in self._places.items():
-            tensors = {full: part._parameters[key] for part, key, full in places}
-            packing = self._packings[name]
+        for name, packing in self._packings.items():
             memory = pool.take(packing.stored_bytes)
-            weights[name] = HostWeights.copy(packing, tensors, memory)
-            # At once, so that no more than one block is in memory twice.
-            self._bind(name, frozen(packing.stored_views(memory)))
+            weights[name] = HostWeights.copy(packing, self._own_tensors(name), memory)
+            # Bound now, so that only one block at a time is in memory twice.
+            self._bind(name, frozen_parameters(packing.stored_views(memory)))
         return weights
 
     def _read_all(self, weights: Mapping[str, BlockWeights]) -> dict[str, BlockWeights]:
@@ -471,27 +503,24 @@ class ManagedModule:
         return {name: HostWeights.read(each, pool.take(each.packing.stored_bytes)) for name, each in weights.items()}
 
     def _pool(self) -> PinnedPool:
-        """Pinned if that leaves the host half of what is free."""
+        """Return host memory for all weights, pinned if half of the free memory is left to the host."""
         sizes = [packing.stored_bytes for packing in self._packings.values()]
         free = devices.available_memory("cpu")
-        return PinnedPool(sizes, self.policy.device, lock=free is None or 2 * sum(sizes) < free)
+        return PinnedPool(sizes, self.policy.device, pin=free is None or 2 * sum(sizes) < free)
 
-    def _at_rest(self, name: str) -> dict[str, nn.Parameter]:
-        """What stands in the module while a block is not in use."""
-        packing, memory = self._packings[name], self._weights_of[name].memory
+    def _offloaded_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Return the parameters that the module has while a block does not run."""
+        packing, memory = self._packings[name], self._block_weights[name].memory
         if memory is not None:
-            return frozen(packing.stored_views(memory))
-        return away(self._on_meta(packing))
-
-    @staticmethod
-    def _on_meta(packing: Packing) -> dict[str, Tensor]:
-        return packing.computed_views(torch.empty(packing.computed_bytes, dtype=torch.uint8, device="meta"))
-
-    def _is_ours(self, memory: Tensor) -> bool:
-        return all(memory is not weights.memory for weights in self._weights_of.values())
+            return frozen_parameters(packing.stored_views(memory))
+        return unloaded_parameters(_on_meta(packing))
 
 
-def _wants_grad(value: Any) -> bool:
+def _on_meta(packing: Packing) -> dict[str, Tensor]:
+    return packing.computed_views(torch.empty(packing.computed_bytes, dtype=torch.uint8, device="meta"))
+
+
+def _requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 

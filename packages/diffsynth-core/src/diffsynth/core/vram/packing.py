@@ -1,4 +1,4 @@
-"""The parameters of a block in one stretch of memory, so that one copy moves them."""
+"""The layout of a block's parameters in one contiguous buffer, so that one copy moves them all."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256
-"""Elements, so that a tensor is aligned alike in both dtypes it can have: kernels are chosen by alignment, too."""
+"""Elements to which tensors are aligned in stored and computed dtype alike: kernels are chosen by alignment, too."""
 
 
 @dataclass(frozen=True)
 class PackedTensorInfo:
-    """The place of one tensor.
+    """The position of one tensor in the buffer.
 
     Args:
-        shape, stride: of the tensor.
-        stored, computed: its dtypes at rest and in use.
-        group: which run of equal dtypes it is part of.
-        first: its first element in that run.
+        shape: shape of the tensor.
+        stride: its stride, in elements.
+        stored: dtype in which it is stored and copied.
+        computed: dtype in which it is computed with.
+        group: index of its group.
+        first: index of its first element in the group.
     """
 
     shape: torch.Size
@@ -34,7 +36,15 @@ class PackedTensorInfo:
 
 @dataclass(frozen=True)
 class Group:
-    """A run of tensors that share both dtypes: converted by one copy."""
+    """Adjacent tensors that share both dtypes, so that one copy converts them.
+
+    Args:
+        stored: dtype in which they are stored.
+        computed: dtype in which they are computed with.
+        count: number of elements, padding included.
+        stored_start: offset in the stored buffer, in bytes.
+        computed_start: offset in the computed buffer, in bytes.
+    """
 
     stored: torch.dtype
     computed: torch.dtype
@@ -44,21 +54,21 @@ class Group:
 
 
 class Packing:
-    """Where each parameter of a block lies, at rest and in use.
+    """Layout of the parameters of a block, in a buffer of stored dtypes and in one of computed dtypes.
 
     Args:
-        tensors: by name; only shape, stride and dtype are read.
-        dtypes: name -> (stored, computed).
+        tensors: tensors by name; only shape and stride are read.
+        dtypes: name -> (stored dtype, computed dtype).
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> None:
         pairs = list(dict.fromkeys(dtypes[name] for name in tensors))
         counts = [0] * len(pairs)
-        self.slots: dict[str, PackedTensorInfo] = {}
+        self.tensors: dict[str, PackedTensorInfo] = {}
         for name, tensor in tensors.items():
             group = pairs.index(dtypes[name])
             stride = tensor.stride() if _is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
-            self.slots[name] = PackedTensorInfo(tensor.shape, stride, *dtypes[name], group, counts[group])
+            self.tensors[name] = PackedTensorInfo(tensor.shape, stride, *dtypes[name], group, counts[group])
             counts[group] += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
         self.groups: list[Group] = []
         stored_start = computed_start = 0
@@ -71,36 +81,36 @@ class Packing:
 
     @property
     def converts(self) -> bool:
-        """Whether a tensor is used in another dtype than it is kept in."""
+        """Whether any tensor is computed with in another dtype than it is stored in."""
         return any(group.stored != group.computed for group in self.groups)
 
     def stored_views(self, memory: Tensor) -> dict[str, Tensor]:
-        """The tensors at rest in a stretch of `stored_bytes` bytes."""
-        runs = [_run(memory, group.stored_start, group.count, group.stored) for group in self.groups]
-        return {name: _view(runs[slot.group], slot) for name, slot in self.slots.items()}
+        """Return the tensors by name, in stored dtypes, as views of a buffer of `stored_bytes` bytes."""
+        groups = [_view(memory, group.stored_start, group.count, group.stored) for group in self.groups]
+        return {name: _tensor(groups[info.group], info) for name, info in self.tensors.items()}
 
     def computed_views(self, memory: Tensor) -> dict[str, Tensor]:
-        """The tensors in use in a stretch of `computed_bytes` bytes."""
-        runs = [_run(memory, group.computed_start, group.count, group.computed) for group in self.groups]
-        return {name: _view(runs[slot.group], slot) for name, slot in self.slots.items()}
+        """Return the tensors by name, in computed dtypes, as views of a buffer of `computed_bytes` bytes."""
+        groups = [_view(memory, group.computed_start, group.count, group.computed) for group in self.groups]
+        return {name: _tensor(groups[info.group], info) for name, info in self.tensors.items()}
 
     def convert(self, stored: Tensor, computed: Tensor) -> None:
-        """From rest to use, a copy a group."""
+        """Convert a stored buffer into a computed one, with one copy per group."""
         for group in self.groups:
-            source = _run(stored, group.stored_start, group.count, group.stored)
-            _run(computed, group.computed_start, group.count, group.computed).copy_(source)
+            source = _view(stored, group.stored_start, group.count, group.stored)
+            _view(computed, group.computed_start, group.count, group.computed).copy_(source)
 
 
-def _run(memory: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
+def _view(memory: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
     return memory[start : start + count * dtype.itemsize].view(dtype)
 
 
-def _view(run: Tensor, slot: PackedTensorInfo) -> Tensor:
-    return run.as_strided(slot.shape, slot.stride, run.storage_offset() + slot.first)
+def _tensor(group: Tensor, info: PackedTensorInfo) -> Tensor:
+    return group.as_strided(info.shape, info.stride, group.storage_offset() + info.first)
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its strides only permute its axes, as in channels-last: then they are kept."""
+    """Whether the strides only permute the axes, as in channels-last: then they are preserved."""
     axes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
     expected = 1
     for stride, size in axes:

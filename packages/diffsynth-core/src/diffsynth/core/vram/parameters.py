@@ -1,8 +1,8 @@
-"""Where the parameters and buffers of a module stand, and how others are put in their place."""
+"""Parameters and buffers of a module by location, and the tensors that replace them while weights are offloaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,27 +12,30 @@ from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.core.vram.partition import Block
 
 REST = ""
-"""The name of what is outside blocks; it comes first and stays for the whole stage."""
+"""The name under which parameters outside blocks are listed; they stay on the device for the whole stage."""
 
-Places = list[tuple[nn.Module, str, str]]
-"""Where a parameter stands: its module, its name there, and the first name it has in the whole."""
+Locations = list[tuple[nn.Module, str, str]]
+"""Where parameters are registered: the module, the name in it, and the first name in the whole module tree."""
 
 
-def places_of(module: nn.Module, blocks: dict[str, Block]) -> dict[str, Places]:
-    """By block; a parameter that stands in two places has one name."""
+def parameter_locations(module: nn.Module, blocks: Mapping[str, Block]) -> dict[str, Locations]:
+    """Return the locations of a module's parameters by block, `REST` first.
+
+    A parameter that is registered in two places is listed twice, under one name.
+    """
     owner = {id(p): name for name, block in blocks.items() for p in block.module.parameters()}
-    places: dict[str, Places] = {REST: [], **{name: [] for name in blocks}}
+    locations: dict[str, Locations] = {REST: [], **{name: [] for name in blocks}}
     names: dict[int, str] = {}
     for prefix, part in module.named_modules():
         for key, parameter in part._parameters.items():
             if parameter is not None:
                 full = names.setdefault(id(parameter), f"{prefix}.{key}" if prefix else key)
-                places[owner.get(id(parameter), REST)].append((part, key, full))
-    return places
+                locations[owner.get(id(parameter), REST)].append((part, key, full))
+    return locations
 
 
 def buffers_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Each buffer with its module and its name there; those on meta are nobody's yet."""
+    """Yield each buffer with its module and its name there, without those that are on meta and not filled yet."""
     for part in module.modules():
         for key, buffer in list(part._buffers.items()):
             if buffer is not None and not buffer.is_meta:
@@ -40,22 +43,22 @@ def buffers_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def read_buffers(module: nn.Module, source: ComponentSource) -> None:
-    """Put the buffers that a file holds in their place."""
-    places = {
+    """Read the buffers of a module that its file holds."""
+    locations = {
         f"{prefix}.{key}" if prefix else key: (part, key)
         for prefix, part in module.named_modules()
         for key in part._buffers
     }
-    found = source.read([name for name in source.keys if name in places])
+    found = source.read([name for name in source.keys if name in locations])
     for name, tensor in found.items():
-        part, key = places[name]
+        part, key = locations[name]
         part._buffers[key] = tensor
 
 
 class UnloadedTensor(Tensor):
-    """A weight that is in no memory now. It has a shape, a dtype and a name; to compute with it is an error.
+    """A weight that is in no memory. It has a shape, a dtype and a name; computing with it is an error.
 
-    A plain tensor on meta would not do: torch multiplies one by a matrix that is there, and gives whatever was in the
+    A plain tensor on meta would not do: torch multiplies one by a matrix with data, and returns whatever was in the
     memory of the result.
     """
 
@@ -65,30 +68,29 @@ class UnloadedTensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Refuses to have it together with tensors that are there.
+        """Refuse an operation that also takes tensors with data.
 
         Raises:
-            RuntimeError: always then.
+            RuntimeError: an argument has data; the message names the weight.
         """
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        there = [value for value in tensors if not isinstance(value, cls)]
-        if any(not value.is_meta for value in there):
+        if any(not isinstance(value, cls) and not value.is_meta for value in tensors):
             names = {value.full_name for value in tensors if isinstance(value, cls) and hasattr(value, "full_name")}
             raise RuntimeError(
                 f"{' and '.join(sorted(names)) or 'a weight'} is read while its block does not run, so it is not "
-                "there. Name the class of the module that reads it in `atomic`: then it is not cut"
+                "loaded. Name the class of the module that reads it in `atomic`: then it is not cut"
             )
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
-def away(tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Tensors on meta as parameters that nobody can compute with."""
-    parameters = frozen({name: tensor.as_subclass(UnloadedTensor) for name, tensor in tensors.items()})
+def unloaded_parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Return tensors on meta as parameters that raise an error when they are computed with."""
+    parameters = frozen_parameters({name: tensor.as_subclass(UnloadedTensor) for name, tensor in tensors.items()})
     for name, parameter in parameters.items():
         parameter.full_name = name  # type: ignore[attr-defined]
     return parameters
 
 
-def frozen(views: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Tensors as parameters that do not learn."""
-    return {name: nn.Parameter(view, requires_grad=False) for name, view in views.items()}
+def frozen_parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Return tensors as parameters without gradients."""
+    return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}

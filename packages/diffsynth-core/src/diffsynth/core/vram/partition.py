@@ -1,4 +1,4 @@
-"""Where a module may be cut: blocks that come and go, and the rest that stays for a whole stage."""
+"""The partition of a module into blocks, which can be streamed, and the rest, which stays on the device for a stage."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from torch import Tensor, nn
 from diffsynth.errors import did_you_mean
 
 SMALL = 2**20
-"""Bytes below which a module is not worth a transfer of its own."""
+"""Bytes below which a module is no block: a transfer of its own would cost more than it saves."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A module that is run as a whole, and so may be away at any other time.
+    """A submodule that runs as a whole, so that its weights can be offloaded at any other time.
 
     Args:
-        name: dotted, from the partitioned module; empty if it is that module.
-        module: the block.
+        name: dotted name in the partitioned module; empty if it is that module itself.
+        module: the submodule.
     """
 
     name: str
     module: nn.Module
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Distinct parameters by the name they have in the partitioned module."""
+        """Return the distinct parameters by their full name in the partitioned module."""
         before = f"{self.name}." if self.name else ""
         return {before + name: parameter for name, parameter in self.module.named_parameters()}
 
     def bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Of its parameters; `dtype` counts floating ones as if they had it."""
+        """Return the bytes of the parameters; with `dtype`, as if floating-point ones had it."""
         return sum(_bytes(parameter, dtype) for parameter in self.parameters().values())
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A module in parts.
+    """The blocks of a module, and what is outside of them.
 
     Args:
-        blocks: in the order of the module tree, which is near the order of execution.
-        rest: parameters outside blocks: a container's own, those that a block shares, those of small modules.
-        buffers: all of them. They may be written to, so they never travel with a block.
+        blocks: blocks in the order of the module tree, which is near the order of execution.
+        rest: parameters outside blocks by name: those of containers themselves, of blocks that share parameters, and
+            of small modules.
+        buffers: all buffers by name. A forward may write to them, so they are never streamed with a block.
     """
 
     blocks: tuple[Block, ...]
@@ -52,7 +53,7 @@ class Partition:
     buffers: dict[str, Tensor]
 
     def rest_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Of what stays for a whole stage, buffers included."""
+        """Return the bytes of `rest` and `buffers`; with `dtype`, as if floating-point parameters had it."""
         return sum(_bytes(p, dtype) for p in self.rest.values()) + sum(_bytes(b, None) for b in self.buffers.values())
 
 
@@ -64,21 +65,22 @@ def partition(
     whole: tuple[type, ...] = (),
     smallest: int = SMALL,
 ) -> Partition:
-    """Cut a module at its repeated blocks.
+    """Return the partition of a module at its repeated blocks.
 
-    The items of the repeated lists are blocks, and so is every module beside them. A module that holds a list is
-    cut, so it must read no parameter of a part of it without calling that part; name its class in `atomic` if it does.
+    The items of the repeated lists are blocks, and so is every module beside them. A module that contains a list is
+    cut, so it must not read a parameter of a submodule without calling the submodule; name its class in `atomic` if it
+    does.
 
     Args:
-        module: on any device, meta included.
-        repeated: dotted names of the lists whose items run one after the other; empty takes every outermost
-            `ModuleList` of two or more items that have parameters.
-        atomic: classes that are never cut.
-        whole: classes that are blocks wherever they are found, in place of `repeated`.
-        smallest: bytes below which a module joins the rest.
+        module: the module, on any device, meta included.
+        repeated: dotted names of the lists whose items run one after the other; if empty, every outermost `ModuleList`
+            of two or more items with parameters.
+        atomic: classes of modules that are never cut.
+        whole: classes of modules that are blocks wherever they are found, instead of `repeated`.
+        smallest: bytes below which a module is part of the rest.
 
     Raises:
-        ValueError: `repeated` names what the module does not have.
+        ValueError: the module has no submodule of a name in `repeated`.
     """
     if whole:
         blocks = [Block(name, part) for name, part in _outermost(module, (*whole, *atomic))]
@@ -87,21 +89,23 @@ def partition(
         blocks = list(_blocks("", module, lists, atomic))
     # A module that has two names is one block, by the first of them.
     blocks = list({id(block.module): block for block in reversed(blocks)}.values())[::-1]
-    everywhere = _places(module)
-    shared = {each.name for each in blocks if any(everywhere[key] > n for key, n in _places(each.module).items())}
-    # A module that cannot be cut at all is rest, too: it comes and goes with its stage.
+    uses = _parameter_uses(module)
+    shared = {
+        each.name for each in blocks if any(uses[key] > count for key, count in _parameter_uses(each.module).items())
+    }
+    # A module that cannot be cut at all is rest, too: it is on the device as a whole for its stage.
     kept = tuple(each for each in blocks if each.name and each.name not in shared and 0 < each.bytes() >= smallest)
-    held = {id(parameter) for block in kept for parameter in block.parameters().values()}
-    rest = {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in held}
+    streamed = {id(parameter) for block in kept for parameter in block.parameters().values()}
+    rest = {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in streamed}
     return Partition(kept, rest, dict(module.named_buffers()))
 
 
 def _blocks(name: str, module: nn.Module, lists: Collection[str], atomic: tuple[type, ...]) -> Iterator[Block]:
     inside = f"{name}." if name else ""
     holds_list = any(other.startswith(inside) and other != name for other in lists)
-    # Lists and dicts of modules have no forward: it is their items that are run.
-    is_run = type(module).forward is not nn.Module.forward and name not in lists
-    if is_run and (not holds_list or isinstance(module, atomic)):
+    # Lists and dicts of modules have no forward: their items are called instead.
+    is_called = type(module).forward is not nn.Module.forward and name not in lists
+    if is_called and (not holds_list or isinstance(module, atomic)):
         yield Block(name, module)
         return
     for child_name, child in module.named_children():
@@ -132,7 +136,7 @@ def _found_lists(module: nn.Module, atomic: tuple[type, ...]) -> tuple[str, ...]
     return tuple(found)
 
 
-def _outermost(module: nn.Module, classes: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+def _outermost(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
     found: list[str] = []
     for name, part in module.named_modules():
         if isinstance(part, classes) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
@@ -140,8 +144,8 @@ def _outermost(module: nn.Module, classes: tuple[type, ...]) -> Iterator[tuple[s
             yield name, part
 
 
-def _places(module: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter, by its id."""
+def _parameter_uses(module: nn.Module) -> Counter[int]:
+    """Return in how many modules each parameter is registered, by its id."""
     return Counter(id(own) for part in module.modules() for own in part._parameters.values() if own is not None)
 
 

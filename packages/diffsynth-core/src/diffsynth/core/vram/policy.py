@@ -1,4 +1,4 @@
-"""Where weights are and in which dtype, state by state: the policy of a component."""
+"""Policies: on which device and in which dtype the weights of a component are, in each state."""
 
 from __future__ import annotations
 
@@ -14,46 +14,51 @@ from diffsynth.core import device as devices
 from diffsynth.errors import did_you_mean
 
 DISK = "disk"
-"""The device of weights that are read from their file whenever they are needed."""
+"""The device name of weights that are read from their file whenever they are needed."""
 
 PRESETS = ("none", "cpu-offload", "fp8", "dynamic", "disk")
 
 AUTO = "auto"
-"""The name of a choice between two presets, see `Auto`."""
+"""The policy name for a choice between two presets; see `Auto`."""
 
 FP8 = torch.float8_e4m3fn
-"""What the preset "fp8" stores weights in."""
+"""The dtype in which the preset "fp8" stores weights."""
 
 
 @dataclass(frozen=True)
 class Auto:
-    """A pipeline's plan chooses, when it is loaded: "dynamic", or "fp8" where its steps are predicted to be faster.
+    """A policy that is chosen when a pipeline is loaded: "dynamic", or "fp8" if its steps are predicted to be faster.
 
-    It is chosen once, so that pictures do not depend on which calls came before.
+    It is chosen once, so that outputs do not depend on which calls came before.
 
     Args:
-        call: the arguments of the call that it is chosen for; those left out have their defaults.
+        call: arguments of the call that the policy is chosen for; the others have their defaults.
     """
 
     call: Mapping[str, Any] = field(default_factory=dict)
 
 
 class BlockState(enum.Enum):
-    """What a component, or a block of it, is doing."""
+    """The states of a component or a block, from the furthest from the device to the nearest."""
 
     OFFLOAD = "offload"
-    """The component is not in the current stage."""
+    """The current stage does not use the component."""
     ONLOAD = "onload"
-    """Its stage runs; the block waits for its turn."""
+    """The stage of the component runs, and the block does not."""
     PREPARING = "preparing"
-    """The block is kept ready on the device, if memory allows."""
+    """The block stays on the device between its calls, if memory allows."""
     COMPUTATION = "computation"
     """The block runs."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A device, `"disk"` among them, and a dtype; None is each tensor's own."""
+    """A device and a dtype of weights.
+
+    Args:
+        device: name of the device, or "disk".
+        dtype: dtype of floating-point weights; None is each tensor's own.
+    """
 
     device: str
     dtype: torch.dtype | None = None
@@ -64,7 +69,7 @@ class Placement:
 
     @property
     def on_disk(self) -> bool:
-        """Whether nothing is in memory."""
+        """Whether the weights are on disk and in no memory."""
         return self.device == DISK
 
     def __str__(self) -> str:
@@ -74,14 +79,20 @@ class Placement:
 
 @dataclass(frozen=True)
 class Policy:
-    """A placement for each state.
+    """A placement of weights for each state.
 
-    What is computed never depends on how much memory there is: a block's weights pass the dtypes of all four states,
-    whether it is kept ready or not. They are stored and moved in the narrowest of them.
+    Outputs never depend on how much memory there is: weights are cast to the narrowest dtype of all four states,
+    whether their block stays on the device or not. They are stored and copied in that dtype.
+
+    Args:
+        offload: placement while the current stage does not use the component.
+        onload: placement while the stage runs and the block does not.
+        preparing: placement between calls of the block, if memory allows.
+        computation: placement while the block runs.
 
     Raises:
         ValueError: computation on disk, a state that is further from the device than the one before it, a device that
-            does not exist, a dtype that a device lacks.
+            does not exist, a dtype that a device does not support.
     """
 
     offload: Placement
@@ -107,36 +118,36 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where computation happens."""
+        """The device of computation."""
         return torch.device(self.computation.device)
 
     @property
-    def keeps_ready(self) -> bool:
-        """Whether blocks may stay on the device between their turns."""
+    def allows_resident(self) -> bool:
+        """Whether blocks may stay on the device between their calls."""
         return not self.preparing.on_disk and _same(torch.device(self.preparing.device), self.device)
 
     def stored_dtype(self, own: torch.dtype) -> torch.dtype:
-        """In which a floating tensor is kept and moved: the narrowest that it passes."""
+        """Return the dtype in which a tensor of floating-point dtype `own` is stored: the narrowest of all states."""
         states = (self.offload, self.onload, self.preparing, self.computation)
         return min((state.dtype or own for state in states), key=lambda dtype: dtype.itemsize)
 
     def computed_dtype(self, own: torch.dtype) -> torch.dtype:
-        """In which a floating tensor is used."""
+        """Return the dtype in which a tensor of floating-point dtype `own` is computed with."""
         return self.computation.dtype or own
 
     @classmethod
     def preset(cls, name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Policy:
-        """A usual policy by name.
+        """Return a common policy by name.
 
         Args:
-            name: "none" (always on the device), "cpu-offload" (in host memory; in its stage as much as the limit
-                allows on the device), "dynamic" (the same; it says that a limit is wanted), "fp8" (the same, stored
-                in float8_e4m3fn) or "disk" (in no memory; blocks are read when they are needed).
-            device: where computation happens.
-            dtype: of computation; None is each tensor's own.
+            name: "none" (weights are always on the device), "cpu-offload" (they are in host memory, and during a stage
+                on the device as far as the limit allows), "dynamic" (the same, with a limit), "fp8" (the same, stored
+                in float8_e4m3fn) or "disk" (they are in no memory; blocks are read when they are needed).
+            device: device of computation.
+            dtype: dtype of computation; None is each tensor's own.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: an unknown name, or "auto".
         """
         here = Placement(str(device), dtype)
         host = Placement("cpu", dtype)
@@ -149,38 +160,39 @@ class Policy:
         if name == "disk":
             return cls(Placement(DISK), Placement(DISK), here, here)
         if name == AUTO:
-            raise ValueError("policy 'auto' is for a pipeline, whose plan chooses: expected 'dynamic' or 'fp8' here")
-        raise ValueError(unknown(name))
+            raise ValueError("policy 'auto' is chosen by the plan of a pipeline; expected 'dynamic' or 'fp8' here")
+        raise ValueError(unknown_policy(name))
 
     @classmethod
     def from_keys(
         cls, keys: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype | None
     ) -> Policy | None:
-        """The policy that the eight keys of a `ModelConfig` spell; None if none of them is set.
+        """Return the policy of the eight keys of a `ModelConfig`; None if none of them is set.
 
-        States after `offload` that are left out are filled: `computation` is the pipeline's device and dtype,
-        `onload` and `preparing` are what `computation` is.
+        Missing states after `offload` are filled in: `computation` is the pipeline's device and dtype, `onload` and
+        `preparing` are the same as `computation`.
 
         Args:
-            keys: `<state>_device` and `<state>_dtype`.
-            device: of the pipeline.
-            dtype: of the pipeline.
+            keys: values of `<state>_device` and `<state>_dtype` by name.
+            device: device of the pipeline.
+            dtype: dtype of the pipeline; None is each tensor's own.
 
         Raises:
-            ValueError: a hole: a key without its partner, or a later state without `offload`.
+            ValueError: a device without a dtype, a dtype without a device, or a later state without `offload`.
         """
         given = {name: value for name, value in keys.items() if value is not None}
         if not given:
             return None
         placements = {state: _placement(state, given) for state in BlockState}
-        if placements[BlockState.OFFLOAD] is None:
+        offload = placements[BlockState.OFFLOAD]
+        if offload is None:
             raise ValueError(
-                f"{', '.join(given)} without offload_device and offload_dtype: say where the weights wait, for example "
-                "offload_device='cpu', offload_dtype=torch.bfloat16"
+                f"{', '.join(given)} without offload_device and offload_dtype: set where the weights are stored, for "
+                "example offload_device='cpu', offload_dtype=torch.bfloat16"
             )
         computation = placements[BlockState.COMPUTATION] or Placement(str(device), dtype)
         return cls(
-            placements[BlockState.OFFLOAD],
+            offload,
             placements[BlockState.ONLOAD] or computation,
             placements[BlockState.PREPARING] or computation,
             computation,
@@ -198,14 +210,14 @@ class Policy:
         return 1
 
 
-def unknown(name: str) -> str:
-    """What to say of a policy's name that there is not."""
+def unknown_policy(name: str) -> str:
+    """Return the error message for an unknown policy name, with the nearest known one."""
     names = (*PRESETS, AUTO)
     return f"policy {name!r} is unknown{did_you_mean(name, names)} Expected {', '.join(names)}"
 
 
 def _same(one: torch.device, other: torch.device) -> bool:
-    """Whether two devices are one; without an index it is the current one, which is the pipeline's."""
+    """Whether two devices are the same; a device without an index is the current one, which is the pipeline's."""
     return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 

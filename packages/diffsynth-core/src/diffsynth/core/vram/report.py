@@ -1,4 +1,4 @@
-"""What transfers cost: the offload report."""
+"""Counts and times of the transfers of one component."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 from diffsynth.core.device import Timestamp
 
-_PENDING = 4096
-"""Copies whose times are asked for together."""
+_MAX_PENDING = 4096
+"""Copies after which the device is asked for their times."""
 
 
 @dataclass
 class TransferReport:
-    """Of one component since it was wrapped, or since `clear()`.
+    """Transfers of one component since it was wrapped, or since `clear()`.
 
     Args:
-        bytes_moved: to the device, or from disk where computation is on the CPU.
-        seconds_copying: that copies took, one after the other. On a device with streams they are timed by its events.
-        seconds_waited: that computation stood still for them.
-        hits: blocks that were on their way when their turn came.
-        misses: blocks that were not.
+        bytes_moved: bytes copied to the device, or read from disk where computation is on the CPU.
+        seconds_copying: sum of the times of the copies. On a device with streams they are timed by its events.
+        seconds_waited: time that computation waited for copies.
+        hits: calls of blocks whose copy had begun before.
+        misses: calls of blocks whose copy had not begun.
     """
 
     bytes_moved: int = 0
@@ -29,52 +29,63 @@ class TransferReport:
     hits: int = 0
     misses: int = 0
     _pending: list[tuple[Timestamp, Timestamp, Timestamp]] = field(default_factory=list, repr=False, compare=False)
-    _guard: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @property
     def bytes_per_second(self) -> float:
-        """Achieved by the copies; 0 if there was none."""
+        """Throughput of the copies; 0 without copies."""
         return self.bytes_moved / self.seconds_copying if self.seconds_copying else 0.0
 
     @property
     def hidden_share(self) -> float:
-        """Share of the copying that computation did not wait for, in [0, 1]; 1 if there was none."""
+        """Share of the copying time that computation did not wait for, in [0, 1]; 1 without copies."""
         if not self.seconds_copying:
             return 1.0
         return min(max(1 - self.seconds_waited / self.seconds_copying, 0.0), 1.0)
 
     def copied(self, size: int, seconds: float) -> None:
-        """Count a copy."""
-        with self._guard:
+        """Count a copy of `size` bytes that took `seconds` by the host's clock."""
+        with self._lock:
             self.bytes_moved += size
             self.seconds_copying += seconds
 
     def waited(self, seconds: float, *, hit: bool | None = None) -> None:
-        """Count a wait; `hit` says whether it was for a block that was on its way, None that it was for no block."""
-        with self._guard:
+        """Count a wait.
+
+        Args:
+            seconds: time that computation waited, by the host's clock.
+            hit: whether the copy of the block had begun before; None if the wait is for no call of a block.
+        """
+        with self._lock:
             self.seconds_waited += seconds
             self.hits += hit is True
             self.misses += hit is False
 
-    def timed(self, began: Timestamp, ended: Timestamp, asked: Timestamp) -> None:
-        """Count the time of a copy by the device's clock, and the wait of a block that asked for it."""
-        with self._guard:
-            self._pending.append((began, ended, asked))
-            if len(self._pending) >= _PENDING:
+    def timed(self, began: Timestamp, ended: Timestamp, needed: Timestamp) -> None:
+        """Count the time of a copy, and the wait for it, by the device's clock.
+
+        Args:
+            began: when the copy began.
+            ended: when the copy ended.
+            needed: when computation was ready to read the weights.
+        """
+        with self._lock:
+            self._pending.append((began, ended, needed))
+            if len(self._pending) >= _MAX_PENDING:
                 self.settle()
 
     def settle(self) -> TransferReport:
-        """Ask the device for the times that are still out; the host waits until they are known."""
-        with self._guard:
+        """Add the times of copies that the device has not reported yet; the host waits for these copies."""
+        with self._lock:
             pending, self._pending = self._pending, []
-            for began, ended, asked in pending:
+            for began, ended, needed in pending:
                 self.seconds_copying += ended.seconds_since(began)
-                self.seconds_waited += max(ended.seconds_since(asked), 0.0)
+                self.seconds_waited += max(ended.seconds_since(needed), 0.0)
         return self
 
     def clear(self) -> None:
-        """Begin anew."""
-        with self._guard:
+        """Set all counts and times to 0."""
+        with self._lock:
             self._pending.clear()
             self.bytes_moved, self.hits, self.misses = 0, 0, 0
             self.seconds_copying = self.seconds_waited = 0.0

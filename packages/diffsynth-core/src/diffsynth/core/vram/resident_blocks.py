@@ -1,4 +1,4 @@
-"""Blocks that stay on a device for a stage: they come when it begins, or set out before, while another stage runs."""
+"""Blocks that stay on a device for a stage: loaded when it begins, or prefetched while another stage runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from diffsynth.core.vram.report import TransferReport
 
 
 @dataclass(frozen=True)
-class _Arrival:
-    """A copy on its way: the event behind it, and when it began and ended by the device's clock."""
+class _Copy:
+    """An asynchronous copy: the event behind it, and when it began and ended by the device's clock."""
 
     ready: Any
     began: devices.Timestamp
@@ -25,11 +25,11 @@ class _Arrival:
 
 
 class ResidentBlocks:
-    """Packed weights that are on a device until they are dropped.
+    """Packed weights of blocks that are on a device until they are dropped.
 
     Args:
-        device: where they go; on the CPU they are where they wait.
-        report: counts what happens.
+        device: device of the weights. On the CPU, weights in host memory are used in place.
+        report: counts the transfers.
     """
 
     def __init__(self, device: torch.device, report: TransferReport) -> None:
@@ -37,7 +37,7 @@ class ResidentBlocks:
         self._report = report
         self._side = devices.side_stream(device)
         self._memory: dict[str, Tensor] = {}
-        self._arriving: dict[str, _Arrival] = {}
+        self._copies: dict[str, _Copy] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._memory
@@ -46,17 +46,23 @@ class ResidentBlocks:
         return iter(self._memory.values())
 
     def get(self, name: str) -> Tensor | None:
-        """The weights of a block, which the device may read from now on; None if they are not here."""
-        memory, arrival = self._memory.get(name), self._arriving.pop(name, None)
-        if arrival is not None:
-            self._report.timed(arrival.began, arrival.ended, devices.timestamp(self._device))
-            devices.wait_event(arrival.ready, self._device)
+        """Return the packed weights of a block, which work of the device may read from now on; None if not loaded."""
+        memory, copy = self._memory.get(name), self._copies.pop(name, None)
+        if copy is not None:
+            self._report.timed(copy.began, copy.ended, devices.timestamp(self._device))
+            devices.wait_event(copy.ready, self._device)
         return memory
 
-    def bring(self, name: str, weights: BlockWeights, *, converted: bool = False) -> Tensor:
-        """Have a block here, as it waits or as it is computed with; what is here or on its way is not brought again."""
-        if (there := self.get(name)) is not None:
-            return there
+    def load(self, name: str, weights: BlockWeights, *, converted: bool = False) -> Tensor:
+        """Return the packed weights of a block on the device, and load them if they are not there.
+
+        Args:
+            name: name of the block.
+            weights: its weights in host memory or on disk.
+            converted: return them in computed dtypes instead of stored ones.
+        """
+        if (loaded := self.get(name)) is not None:
+            return loaded
         started, packing, memory = time.perf_counter(), weights.packing, weights.memory
         if memory is None:
             memory = torch.empty(packing.stored_bytes, dtype=torch.uint8)
@@ -69,7 +75,7 @@ class ResidentBlocks:
         if stored is not weights.memory:
             self._report.copied(packing.stored_bytes, seconds)
             self._report.waited(seconds)
-            # The host does not stay for the copy, so its clock would tell how long the asking took.
+            # The host does not wait for the copy, so only the device's clock measures it.
             self._report.timed(began, devices.timestamp(self._device), began)
         if converted and packing.converts:
             computed = self._empty(packing.computed_bytes)
@@ -78,30 +84,30 @@ class ResidentBlocks:
         self._memory[name] = stored
         return stored
 
-    def can_send(self, weights: BlockWeights) -> bool:
-        """Whether a block can come while the device computes and the host goes on."""
+    def can_prefetch(self, weights: BlockWeights) -> bool:
+        """Whether the device can copy the weights while it computes and the host goes on."""
         return self._side.overlaps and is_pinned(weights)
 
-    def send(self, name: str, weights: BlockWeights) -> None:
-        """Have a block set out on a queue of its own; see `can_send`. `get` waits for it."""
+    def prefetch(self, name: str, weights: BlockWeights) -> None:
+        """Begin to copy a block on a stream of its own, if `can_prefetch`; `get` waits for the copy."""
         size = weights.packing.stored_bytes
         memory, source = self._empty(size), weights.memory
         assert source is not None
-        # The allocator may give out memory that earlier work of the computing queue still reads.
+        # The allocator may return memory that earlier work of the computing stream still reads.
         self._side.wait_event(devices.record_event(self._device))
         began = self._side.timestamp()
         with self._side.run():
             memory.copy_(source[:size], non_blocking=True)
         self._memory[name] = memory
-        self._arriving[name] = _Arrival(self._side.record_event(), began, self._side.timestamp())
+        self._copies[name] = _Copy(self._side.record_event(), began, self._side.timestamp())
         self._report.copied(size, 0.0)
 
     def drop(self, names: Collection[str] | None = None) -> None:
-        """Let go of some, or of all; their memory is somebody else's once the device has done what it was given."""
+        """Free the weights of some blocks, or of all, once the device has done the work that it was given."""
         for name in list(self._memory) if names is None else names:
-            if (arrival := self._arriving.pop(name, None)) is not None:
-                # The memory goes back to an allocator that knows nothing of the other queue.
-                devices.wait_event(arrival.ready, self._device)
+            if (copy := self._copies.pop(name, None)) is not None:
+                # The memory goes back to an allocator that does not know of the side stream.
+                devices.wait_event(copy.ready, self._device)
             del self._memory[name]
 
     def _empty(self, size: int) -> Tensor:

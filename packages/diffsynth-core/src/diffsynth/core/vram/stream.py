@@ -1,4 +1,4 @@
-"""Blocks that come to the device ahead of their turn, in a ring of slots, while earlier ones compute."""
+"""Streamed blocks: their weights are copied into a ring of slots on the device while earlier blocks compute."""
 
 from __future__ import annotations
 
@@ -23,69 +23,69 @@ class _Slot:
     """Device memory for one block.
 
     Args:
-        memory: bytes.
-        block: whose weights are in it or on their way.
-        arriving: the thread's part of the way, if one works on it.
+        memory: the bytes.
+        block: name of the block whose weights are in it, or are being copied to it.
+        reading: the thread's work on that copy, if the thread does it.
         ready: event behind the copy.
         times: when the copy began and ended, by the device's clock.
-        used: event behind the last computation that read it.
+        used: event behind the last computation that read the memory.
     """
 
     memory: Tensor
     block: str | None = None
-    arriving: Future[Any] | None = None
+    reading: Future[Any] | None = None
     ready: Any = None
     times: tuple[devices.Timestamp, devices.Timestamp] | None = None
     used: Any = None
 
 
 @dataclass
-class _Staging:
-    """Pinned memory between disk or ordinary memory and the device; `copied` is the event behind its last use."""
+class _StagingBuffer:
+    """Pinned memory between disk or pageable memory and the device; `copied` is the event behind its last use."""
 
     memory: Tensor
     copied: Any = None
 
 
 class BlockOrder:
-    """The order in which blocks run, learnt: whoever followed a block last time follows it next time.
+    """The order in which blocks are called, as learnt from the last time: each block's successor.
 
-    A round is a step of a loop; how often a block ran in the last one is how often it is expected to in this.
+    It also counts how often each block is called in a step of the loop, which predicts the next step.
 
     Args:
-        names: the order to begin with.
+        names: names of the blocks in the order that is expected at first.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._next = dict(zip(names, [*names[1:], *names[:1]], strict=True))
         self._first = next(iter(names), None)
         self._last: str | None = None
-        self._runs: Counter[str] = Counter()
-        self._runs_before: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
+        self._calls_before: Counter[str] = Counter()
 
-    def begin_round(self, *, forgets: bool) -> None:
-        """From now on runs are counted anew; nothing is known of a round before if it `forgets`."""
-        self._runs_before, self._runs = Counter() if forgets else self._runs, Counter()
-
-    def runs_before(self, name: str) -> int:
-        """How often a block ran in the round before this."""
-        return self._runs_before[name]
-
-    def begin(self) -> None:
-        """A stage begins: who runs next is first."""
+    def begin_stage(self) -> None:
+        """Begin a stage: the next block that is called is the first."""
         self._last = None
 
-    def saw(self, name: str) -> None:
-        """A block has its turn."""
-        self._runs[name] += 1
+    def begin_step(self, *, is_first: bool) -> None:
+        """Begin a step: calls are counted from 0. Before the first step of a loop nothing is known of a step."""
+        self._calls_before, self._calls = Counter() if is_first else self._calls, Counter()
+
+    def called(self, name: str) -> None:
+        """Record a call of a block."""
+        self._calls[name] += 1
         if self._last is None:
             self._first = name
         else:
             self._next[self._last] = name
         self._last = name
 
+    def calls_in_last_step(self, name: str) -> int:
+        """Return how often a block was called in the step before the current one."""
+        return self._calls_before[name]
+
     def after(self, name: str | None) -> Iterator[str]:
-        """Those expected after a block, or from the first on after None, each once."""
+        """Yield the blocks expected after a block, each once; after None those from the first on."""
         seen = {name}
         following = self._first if name is None else self._next[name]
         while following is not None and following not in seen:
@@ -95,19 +95,19 @@ class BlockOrder:
 
 
 class BlockStream:
-    """Gives each block its memory on the device when its turn comes, and has the next ones on their way by then.
+    """Provides the weights of each block on the device when it is called, and prefetches those of the next blocks.
 
-    A wrong guess of the order costs time, never a wrong weight.
+    A wrong prediction of the order costs time, and never gives wrong weights.
 
-    Pinned masters are copied by the device alone, on a stream of its own. Others, those on disk among them, go
-    through two staging buffers, by a thread. On the CPU the thread reads into the slot itself.
+    Weights in pinned memory are copied by the device alone, on a stream of its own. Others, those on disk among them,
+    are read by a thread and go through two staging buffers. On the CPU the thread reads into the slot itself.
 
     Args:
-        masters: of the blocks that take turns, by name.
-        device: where they go.
-        slots: blocks on the device at once, at least 1; with 1 nothing is hidden.
-        order: who is expected after whom; the caller tells it who has a turn.
-        report: counts what happens.
+        block_weights: weights of the streamed blocks, by name.
+        device: device of the slots.
+        slots: number of blocks on the device at once, at least 1; with 1 no copy is hidden.
+        order: predicts which block follows which; the caller records the calls.
+        report: counts the transfers.
     """
 
     def __init__(
@@ -125,38 +125,39 @@ class BlockStream:
         self._report = report
         self._order = order
         self._in_use: _Slot | None = None
-        self._over: set[str] = set()
+        self._finished: set[str] = set()
         self._side = devices.side_stream(device)
         memories = [
             torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(slots, len(block_weights)))
         ]
-        # The allocator may give out memory that earlier work of the computing stream still reads.
+        # The allocator may return memory that earlier work of the computing stream still reads.
         self._slots = [_Slot(memory, used=devices.record_event(device)) for memory in memories]
         self._on_host = device.type == "cpu" and not self._side.overlaps
-        staged = not self._on_host and any(not is_pinned(weights) for weights in block_weights.values())
-        self._staging = [_Staging(host_memory(largest, device)) for _ in range(2 if staged else 0)]
-        needs_thread = staged or (self._on_host and bool(block_weights))
+        is_staged = not self._on_host and any(not is_pinned(weights) for weights in block_weights.values())
+        self._staging = [_StagingBuffer(host_memory(largest, device)) for _ in range(2 if is_staged else 0)]
+        needs_thread = is_staged or (self._on_host and bool(block_weights))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffsynth-vram") if needs_thread else None
-        self._look_ahead(None)
+        self._prefetch_after(None)
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the slots take on the device."""
+        """Bytes of the slots on the device."""
         return sum(slot.memory.numel() for slot in self._slots)
 
     def acquire(self, name: str) -> Tensor:
-        """The packed weights of a block, on the device, until `release`; the next blocks set out."""
+        """Return the packed weights of a block on the device, valid until `release`, and prefetch the next blocks."""
         slot = self._slot_of(name)
         hit = slot is not None
         if slot is None:
             slot = self._free_slot(())
             assert slot is not None, "one block at a time"
-            self._begin(slot, name)
+            self._copy_to(slot, name)
         started = time.perf_counter()
-        if slot.arriving is not None:
+        if slot.reading is not None:
             try:
-                slot.arriving.result()
+                slot.reading.result()
             except BaseException:
+                # The slot has no valid weights, so the next call must read them again.
                 slot.block = None
                 raise
         if slot.times is not None:
@@ -165,70 +166,72 @@ class BlockStream:
         devices.wait_event(slot.ready, self._device)
         self._report.waited(time.perf_counter() - started, hit=hit)
         self._in_use = slot
-        self._look_ahead(name)
+        self._prefetch_after(name)
         return slot.memory
 
     def release(self, name: str) -> None:
-        """The block has been given to the device; its slot is free once that is done."""
+        """Release the weights of a block: its slot is free once the device has done the work that it was given."""
         slot = self._in_use
-        assert slot is not None, f"{name} is released, but nothing is in use"
-        assert slot.block == name, f"{name} is released, but it is {slot.block}'s turn"
+        assert slot is not None, f"{name} is released, but no slot is in use"
+        assert slot.block == name, f"{name} is released, but {slot.block} is in use"
         slot.used = devices.record_event(self._device)
         self._in_use = None
         if len(self._slots) > 1:
-            self._look_ahead(name)
+            self._prefetch_after(name)
 
     def finish(self, name: str) -> None:
-        """A block is not expected to have another turn; if it has one after all, it comes then."""
-        self._over.add(name)
+        """Do not prefetch a block any more: it is not expected to be called again. If it is, it is copied then."""
+        self._finished.add(name)
 
     def close(self) -> None:
-        """Let go of threads, staging and slots; whatever is still on its way arrives first."""
+        """Free thread, staging buffers and slots, after the copies that have begun."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-        # The slots' memory goes back to an allocator that knows nothing of the side stream.
+        # The slots' memory goes back to an allocator that does not know of the side stream.
         devices.wait_event(self._side.record_event(), self._device)
         for staging in self._staging:
             if staging.copied is not None:
                 staging.copied.synchronize()
         self._slots, self._staging, self._in_use = [], [], None
 
-    def _look_ahead(self, name: str | None) -> None:
-        """Have the blocks after this one set out, as many as there is room for."""
+    def _prefetch_after(self, name: str | None) -> None:
+        """Begin to copy the blocks that are expected after a block, as many as there are free slots for."""
         room = len(self._slots) - (self._in_use is not None)
-        expected = (each for each in self._order.after(name) if each in self._block_weights and each not in self._over)
-        coming = tuple(itertools.islice(expected, room))
-        for following in coming:
+        expected = (
+            each for each in self._order.after(name) if each in self._block_weights and each not in self._finished
+        )
+        wanted = tuple(itertools.islice(expected, room))
+        for following in wanted:
             if self._slot_of(following) is None:
-                slot = self._free_slot(coming if name is None else (name, *coming))
+                slot = self._free_slot(wanted if name is None else (name, *wanted))
                 if slot is None:
                     return
-                self._begin(slot, following)
+                self._copy_to(slot, following)
 
     def _slot_of(self, name: str) -> _Slot | None:
         return next((slot for slot in self._slots if slot.block == name), None)
 
     def _free_slot(self, wanted: Collection[str]) -> _Slot | None:
-        """A slot whose block is not wanted, an empty one first; None if there is none."""
+        """Return a slot whose block is not wanted, preferably an empty one; None if there is none."""
         free = [slot for slot in self._slots if slot is not self._in_use and slot.block not in wanted]
         return min(free, key=lambda slot: slot.block is not None, default=None)
 
-    def _begin(self, slot: _Slot, name: str) -> None:
-        if slot.arriving is not None and not slot.arriving.cancel():
-            # A wrong guess that the thread is still at would come after, and over, what is copied without it. If it
-            # failed, whoever wants that block hears of it.
-            slot.arriving.exception()
+    def _copy_to(self, slot: _Slot, name: str) -> None:
+        if slot.reading is not None and not slot.reading.cancel():
+            # The thread still reads a block that was wrongly predicted: its bytes would overwrite what is copied
+            # without the thread. An error of that read is raised when its block is needed.
+            slot.reading.exception()
         slot.block = name
         weights = self._block_weights[name]
         if not self._on_host and is_pinned(weights):
-            slot.arriving = None
+            slot.reading = None
             self._upload(slot, weights.memory, weights.packing.stored_bytes)
         else:
             assert self._thread is not None
-            slot.arriving = self._thread.submit(self._bring, slot, weights)
+            slot.reading = self._thread.submit(self._read_to, slot, weights)
 
-    def _bring(self, slot: _Slot, weights: BlockWeights) -> None:
-        """In the thread: from disk or ordinary memory towards the device."""
+    def _read_to(self, slot: _Slot, weights: BlockWeights) -> None:
+        """Read weights from disk or pageable memory and copy them to a slot; runs in the thread."""
         started = time.perf_counter()
         size = weights.packing.stored_bytes
         if self._on_host:
