@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffsynth.core.planning import GIB
+from diffsynth.core.planning.workload import GIB
 
 SMALL_DIT = {"dim": 256, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 64}
 SMALL_TEXT = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "vocab_size": 320}

@@ -40,7 +40,8 @@ from offload import contenders, curve
 from offload.networks import NETWORKS, SCALES
 
 from diffsynth.core import device as devices
-from diffsynth.core.planning import GIB, BlockTiming, step_seconds
+from diffsynth.core.planning import BlockTiming, step_seconds
+from diffsynth.core.planning.workload import GIB
 
 EXACT = ("diffsynth cpu-offload", "diffsynth disk")
 """Contenders whose output must equal that of the unmanaged module bit for bit."""

@@ -12,7 +12,6 @@ import torch
 from offload.networks import NETWORKS, Network
 
 from diffsynth.core.planning import (
-    GIB,
     BlockCall,
     BlockFootprint,
     BlockTiming,
@@ -25,6 +24,7 @@ from diffsynth.core.planning import (
     step_seconds,
 )
 from diffsynth.core.planning.tracer import MetaTracer
+from diffsynth.core.planning.workload import GIB
 from diffsynth.core.vram.partition import partition
 
 SHARES = (0.0, 0.25, 0.42, 0.75, 1.0)

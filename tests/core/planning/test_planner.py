@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffsynth.core.planning import (
-    GIB,
     BlockCall,
     BlockFootprint,
     BlockTiming,
@@ -20,6 +19,7 @@ from diffsynth.core.planning import (
     spread,
     step_seconds,
 )
+from diffsynth.core.planning.workload import GIB
 from diffsynth.errors import NotEnoughMemory
 
 SPEEDS = Speeds(link=25e9, compute=100e12, disk=3e9)

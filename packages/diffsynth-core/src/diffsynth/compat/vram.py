@@ -10,7 +10,8 @@ from torch import nn
 
 from diffsynth.core import device as devices
 from diffsynth.core.loader.config import VRAM_KEYS
-from diffsynth.core.planning import GIB, spread
+from diffsynth.core.planning import spread
+from diffsynth.core.planning.workload import GIB
 from diffsynth.core.vram.disk_map import DiskMap
 from diffsynth.core.vram.managed import DEFAULT_SLOTS, ManagedModule, wrap
 from diffsynth.core.vram.policy import Policy

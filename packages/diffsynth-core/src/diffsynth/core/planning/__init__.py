@@ -9,7 +9,6 @@ from __future__ import annotations
 from diffsynth.core.planning.plan import ComponentPlan, MemoryPlan, StagePlan, StorageOption
 from diffsynth.core.planning.planner import BlockTiming, plan_memory, spread, step_seconds
 from diffsynth.core.planning.workload import (
-    GIB,
     BlockCall,
     BlockFootprint,
     ComponentFootprint,
@@ -20,7 +19,6 @@ from diffsynth.core.planning.workload import (
 )
 
 __all__ = [
-    "GIB",
     "BlockCall",
     "BlockFootprint",
     "BlockTiming",
