@@ -33,7 +33,7 @@ def download(config: ModelConfig) -> None:
         _FETCHERS[config.hub](config)
     except Exception as error:  # each hub library raises its own exceptions, and those of its http client
         # A library may quote the headers that it sent: an error that shows the token is not chained.
-        leaks = bool(config.token) and config.token in _all_texts(error)
+        leaks = bool(config.token and config.token in _all_texts(error))
         raise DownloadFailed(_explain(config, error)) from (None if leaks else error)
     _check_content(config, since=started)
 
@@ -54,7 +54,7 @@ def _globs(patterns: Sequence[str]) -> list[str]:
 
 
 def _from_modelscope(config: ModelConfig) -> None:
-    from modelscope import snapshot_download
+    from modelscope import snapshot_download  # type: ignore[import-untyped]
 
     snapshot_download(
         config.model_id,
