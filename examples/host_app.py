@@ -1,19 +1,19 @@
-"""A small drawing server: how an application of yours may hold pipelines.
+"""A small image generation server, as an example of an application that uses pipelines.
 
     python examples/host_app.py                                   z-image-nano, on http://127.0.0.1:8000
     python examples/host_app.py turbo=z-image-turbo base=z-image  two models that share text encoder and autoencoder
 
-    GET    /                       a page that builds its form from the schema
-    GET    /models                 names
-    GET    /models/NAME/schema     JSON Schema of what a job of this model takes
+    GET    /                       a web page that builds its form from the schema
+    GET    /models                 names of the models
+    GET    /models/NAME/schema     JSON Schema of the arguments of a job
     POST   /jobs                   {"model": NAME, "arguments": {...}} -> {"id": ..., "state": "queued", ...}
     GET    /jobs/ID                state
     GET    /jobs/ID/events         server-sent events: queued, started, step (one each), done | failed | cancelled
-    DELETE /jobs/ID                cancel, also in the middle of a run
-    GET    /jobs/ID/image.png      the picture, with the record of what made it
+    DELETE /jobs/ID                cancel a queued or running job
+    GET    /jobs/ID/image.png      the image, with the record of the call
 
-Requests are answered in a thread each; jobs wait in a queue and are drawn by workers. There is no login: the server
-listens on the loopback interface unless told otherwise. Nothing here is specific to a model.
+Each request is answered in a thread of its own; jobs are queued and run by workers. There is no login, so the server
+listens on the loopback interface by default. Nothing here is specific to a model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 PAGE = Path(__file__).with_suffix(".html")
 ENDS = ("done", "failed", "cancelled")
 FIXED = {"num_images": 1, "output_type": "pil"}
-"""A job is one picture, so callers cannot set these."""
+"""Arguments that callers cannot set, because a job is one image."""
 
 MAX_BODY = 32 * 2**20
 MAX_PIXELS = 2048 * 2048
@@ -60,7 +60,7 @@ HEARTBEAT = 15.0
 
 
 class Refusal(Exception):
-    """An answer other than success: an HTTP status and what to say."""
+    """An error response: an HTTP status and a message for the client."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -70,11 +70,11 @@ class Refusal(Exception):
 def open_models(
     models: Mapping[str, str], *, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Pipeline]:
-    """Pipelines by the name they have here. What several models take from one source is loaded once and shared.
+    """Return pipelines by name. A component that several models take from one source is loaded once and shared.
 
     Args:
-        models: name here -> a model's name or hub id.
-        device: where everything lives; None picks the first accelerator, else the CPU.
+        models: name on this server -> a model's name or hub id.
+        device: the device that computes; None picks the first accelerator, else the CPU.
         dtype: of weights and activations.
     """
     device = default_device() if device is None else device
@@ -103,7 +103,7 @@ def open_models(
 
 
 class Job:
-    """One picture to draw, and what has happened to it; safe to use from several threads."""
+    """A job for one image, and its events; safe to use from several threads."""
 
     def __init__(self, model: str, arguments: dict[str, Any]) -> None:
         self.id = secrets.token_hex(8)
@@ -117,11 +117,11 @@ class Job:
 
     @property
     def state(self) -> str:
-        """ "queued", "started", or one of `ENDS`."""
+        """The state: "queued", "started", or one of `ENDS`."""
         return next(kind for kind, _ in reversed(self.events) if kind != "step")
 
     def add(self, kind: str, **data: Any) -> bool:
-        """Append an event and wake whoever follows; False if the job has ended before."""
+        """Append an event and notify the threads that follow the job; return False if it has ended already."""
         with self._changed:
             if self.events and self.state in ENDS:
                 return False
@@ -130,16 +130,16 @@ class Job:
             return True
 
     def cancel(self) -> None:
-        """End a waiting job at once; a running one ends at its next step."""
+        """Cancel the job: a queued one ends now, a running one at its next step."""
         self.cancelled.set()
         with self._changed:
-            waiting = self.state == "queued"
-        # Should a worker take it up between these lines, it sees the event.
-        if waiting:
+            is_queued = self.state == "queued"
+        # A worker that starts the job between these lines sees that `cancelled` is set.
+        if is_queued:
             self.add("cancelled")
 
     def follow(self, after: int = 0) -> Iterator[tuple[int, str, dict[str, Any]] | None]:
-        """Events from a number on, as they come, until the job ends; None now and then while there are none."""
+        """Yield events after a number as they arrive, until the job ends; None as a heartbeat while there are none."""
         while True:
             with self._changed:
                 if len(self.events) <= after and self.state not in ENDS:
@@ -154,7 +154,7 @@ class Job:
                 yield None
 
     def to_dict(self) -> dict[str, Any]:
-        """What a client is told."""
+        """Return the job as JSON values for clients."""
         kind, data = self.events[-1]
         return {"id": self.id, "model": self.model, "state": self.state, "seed": self.arguments["seed"]} | (
             {kind: data} if data else {}
@@ -162,25 +162,25 @@ class Job:
 
 
 class Studio:
-    """Pipelines, a queue of jobs, and the workers that draw them.
+    """Pipelines, a queue of jobs, and the workers that run them.
 
     Args:
-        pipelines: by name; they may share components, as a call changes none.
-        workers: jobs that are drawn at once.
-        waiting: jobs that may wait; more are refused.
+        pipelines: by name; they may share components, because calls do not change them.
+        workers: number of jobs that run at once.
+        queue_size: maximum number of queued jobs; more are refused.
     """
 
-    def __init__(self, pipelines: Mapping[str, Pipeline], *, workers: int = 1, waiting: int = 16) -> None:
+    def __init__(self, pipelines: Mapping[str, Pipeline], *, workers: int = 1, queue_size: int = 16) -> None:
         self.pipelines = dict(pipelines)
         self.jobs: dict[str, Job] = {}
-        self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
+        self._queue: queue.Queue[Job | None] = queue.Queue(queue_size)
         self._lock = threading.Lock()
         self._workers = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
         for worker in self._workers:
             worker.start()
 
     def schema(self, model: str) -> dict[str, Any]:
-        """What a job of this model takes: the schema of the pipeline without what is fixed here."""
+        """Return the schema of a job: that of the pipeline without the arguments in `FIXED`."""
         schema = self._pipeline(model, status=404).schema()
         for name in FIXED:
             if described := schema["properties"].pop(name, None):
@@ -188,10 +188,10 @@ class Studio:
         return schema | {"title": model}
 
     def submit(self, model: str, values: Any) -> Job:
-        """Queue a job whose arguments are known to be good.
+        """Check the arguments of a job and queue it.
 
         Raises:
-            Refusal, TypeError, ValueError, DiffsynthError: they are not, or too many jobs wait.
+            Refusal, TypeError, ValueError, DiffsynthError: an argument is invalid, or the queue is full.
         """
         pipe = self._pipeline(model, status=400)
         arguments = {**arguments_from_json(self.schema(model), values), **FIXED}
@@ -199,15 +199,15 @@ class Studio:
             arguments["seed"] = secrets.randbelow(2**31)
         request = pipe.check(**arguments)
         if request.batch_size != 1 or not request.single:
-            raise Refusal(400, "a job is one picture: give one prompt and one seed")
+            raise Refusal(400, "a job is one image: pass one prompt and one seed")
         pixels = request.values.get("height", 1) * request.values.get("width", 1)
         if pixels > MAX_PIXELS:
-            raise Refusal(400, f"height times width is {pixels}; this server draws at most {MAX_PIXELS} pixels")
+            raise Refusal(400, f"height times width is {pixels}; this server generates at most {MAX_PIXELS} pixels")
         job = Job(model, arguments)
         try:
             self._queue.put_nowait(job)
         except queue.Full:
-            raise Refusal(503, f"{self._queue.maxsize} jobs are waiting already; try again later") from None
+            raise Refusal(503, f"{self._queue.maxsize} jobs are queued already; try again later") from None
         with self._lock:
             self.jobs[job.id] = job
             ended = [one.id for one in self.jobs.values() if one.state in ENDS]
@@ -216,17 +216,17 @@ class Studio:
         return job
 
     def job(self, job_id: str) -> Job:
-        """A job by its id.
+        """Return a job by its id.
 
         Raises:
-            Refusal: there is none.
+            Refusal: no job has this id.
         """
         if job_id not in self.jobs:
             raise Refusal(404, f"there is no job {job_id!r}; the last {KEPT_JOBS} are kept")
         return self.jobs[job_id]
 
     def close(self) -> None:
-        """Cancel everything and wait for the workers."""
+        """Cancel all jobs and join the workers."""
         for job in list(self.jobs.values()):
             job.cancel()
         for _ in self._workers:
@@ -245,26 +245,26 @@ class Studio:
                 job.add("cancelled")
                 continue
             try:
-                job.png = self._draw(job)
+                job.png = self._generate(job)
                 job.add("done", image=f"/jobs/{job.id}/image.png")
             except Cancelled:
                 job.add("cancelled")
-            except Exception as error:  # a job that fails must not take its worker with it
+            except Exception as error:  # a failed job must not end its worker
                 logger.exception("job %s failed", job.id)
                 job.add("failed", error=f"{type(error).__name__}: {error}")
 
-    def _draw(self, job: Job) -> bytes:
+    def _generate(self, job: Job) -> bytes:
         pipe = self.pipelines[job.model]
 
-        def tell(step: Step) -> None:
+        def on_step(step: Step) -> None:
             job.add("step", index=step.index + 1, of=step.num_steps)
 
-        image = pipe(**job.arguments, on_step=tell, cancel=job.cancelled, progress_bar_cmd=no_progress)
+        image = pipe(**job.arguments, on_step=on_step, cancel=job.cancelled, progress_bar_cmd=no_progress)
         return to_png(image, provenance.record(pipe, job.arguments))
 
 
 def to_png(image: Image.Image, made_by: Mapping[str, Any]) -> bytes:
-    """A PNG file that `diffsynth info FILE.png` reads."""
+    """Return a PNG file with the record that `diffsynth info FILE.png` reads."""
     text, buffer = PngInfo(), io.BytesIO()
     text.add_itxt(provenance.KEY, json.dumps(made_by, ensure_ascii=False))
     image.save(buffer, format="PNG", pnginfo=text)
@@ -272,7 +272,7 @@ def to_png(image: Image.Image, made_by: Mapping[str, Any]) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """HTTP in front of a `Studio`."""
+    """Handles the HTTP requests for a `Studio`."""
 
     server: Server
 
@@ -288,34 +288,34 @@ class Handler(BaseHTTPRequestHandler):
     )
 
     def answer(self) -> None:
-        """Route a request; whatever goes wrong becomes a status and a message."""
+        """Route a request; an exception becomes an error response."""
         try:
             self._check_host()
             self._route()
         except Refusal as refusal:
             self._send_json({"error": str(refusal)}, refusal.status)
         except (BrokenPipeError, ConnectionResetError):
-            logger.debug("%s went away", self.client_address)
-        except Exception:  # a fault of this program; the client learns that, the log learns which
+            logger.debug("%s disconnected", self.client_address)
+        except Exception:  # a bug of this program: the log has the traceback
             logger.exception("%s %s", self.command, self.path)
             self._send_json({"error": "something went wrong here; see the server's log"}, 500)
 
     do_GET = do_POST = do_DELETE = answer  # noqa: N815
 
     def page(self) -> None:
-        """The page."""
+        """Send the web page."""
         self._send(PAGE.read_bytes(), "text/html; charset=utf-8")
 
     def models(self) -> None:
-        """Names of the models."""
+        """Send the names of the models."""
         self._send_json(list(self.server.studio.pipelines))
 
     def schema(self, model: str) -> None:
-        """What a job of a model takes."""
+        """Send the schema of a job."""
         self._send_json(self.server.studio.schema(model))
 
     def submit(self) -> None:
-        """A new job."""
+        """Queue a new job."""
         body = self._read_json()
         if not isinstance(body, dict) or not {"model"} <= set(body) <= {"model", "arguments"}:
             raise Refusal(400, 'expected {"model": NAME, "arguments": {...}}')
@@ -326,17 +326,17 @@ class Handler(BaseHTTPRequestHandler):
         self._send_json(job.to_dict(), 201)
 
     def state(self, job_id: str) -> None:
-        """How a job stands."""
+        """Send the state of a job."""
         self._send_json(self.server.studio.job(job_id).to_dict())
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job; one that has ended stays as it is."""
+        """Cancel a job; a job that has ended does not change."""
         job = self.server.studio.job(job_id)
         job.cancel()
         self._send_json(job.to_dict())
 
     def events(self, job_id: str) -> None:
-        """Server-sent events; a client that connects again goes on where it stopped."""
+        """Send server-sent events; a client that reconnects continues after its last event."""
         job = self.server.studio.job(job_id)
         seen = self.headers.get("Last-Event-ID", "")
         self.send_response(200)
@@ -349,14 +349,14 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def image(self, job_id: str) -> None:
-        """The picture of a job that is done."""
+        """Send the image of a job that is done."""
         job = self.server.studio.job(job_id)
         if job.state != "done":
-            raise Refusal(409, f"job {job_id} is {job.state} and has no picture")
+            raise Refusal(409, f"job {job_id} is {job.state} and has no image")
         self._send(job.png, "image/png")
 
     def log_message(self, format: str, *values: Any) -> None:
-        """Into the log, not onto the terminal."""
+        """Log requests instead of writing them to stderr."""
         logger.debug(format, *values)
 
     def _route(self) -> None:
@@ -372,10 +372,10 @@ class Handler(BaseHTTPRequestHandler):
         raise Refusal(404, f"there is nothing at {path}")
 
     def _check_host(self) -> None:
-        # A page of another site may make its own name point here; its requests still carry that name.
+        # DNS rebinding: another site may resolve its own name to this server, but its requests carry that name.
         name = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
         if _is_loopback(self.server.server_address[0]) and not _is_loopback(name):
-            raise Refusal(403, f"this server is for its own machine; Host was {name!r}")
+            raise Refusal(403, f"this server accepts requests from its own machine only; Host was {name!r}")
 
     def _read_json(self) -> Any:
         if self.headers.get_content_type() != "application/json":
@@ -384,7 +384,7 @@ class Handler(BaseHTTPRequestHandler):
         if not length.isdecimal():
             raise Refusal(411, "send Content-Length")
         if int(length) > MAX_BODY:
-            raise Refusal(413, f"the body has {length} bytes; at most {MAX_BODY} are taken")
+            raise Refusal(413, f"the body has {length} bytes; at most {MAX_BODY} are accepted")
         try:
             return json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
@@ -403,7 +403,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread per request around one `Studio`."""
+    """An HTTP server with a thread for each request."""
 
     daemon_threads = True
 
@@ -425,12 +425,12 @@ def _is_loopback(host: str) -> bool:
 
 def main() -> None:
     """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description="Draw over HTTP.")
+    parser = argparse.ArgumentParser(description="Generate images over HTTP.")
     parser.add_argument("models", nargs="*", default=["nano=z-image-nano"], metavar="NAME=MODEL")
-    parser.add_argument("--host", default="127.0.0.1", help="other than loopback, anybody who reaches it may draw")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; there is no login")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device")
-    parser.add_argument("--workers", type=int, default=1, help="pictures drawn at once")
+    parser.add_argument("--workers", type=int, default=1, help="number of jobs that run at once")
     options = parser.parse_args()
     models = {name: model or name for name, _, model in (text.partition("=") for text in options.models)}
     studio = Studio(open_models(models, device=options.device), workers=options.workers)

@@ -1,4 +1,4 @@
-"""The page "Use it in your app", block by block in one program; each section's effect is looked at."""
+"""The page "Use it in your app": its blocks run in one program, and the effect of each section is checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TITLES = [
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-    """What the page's blocks define, run in order; nothing is left out."""
+    """The names that the page's blocks define, all run in order."""
     defined: dict = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("app"))
@@ -71,14 +71,14 @@ def test_cancel(names):
 
 
 def test_threads(names):
-    again = [names["draw"](seed) for seed in range(4)]
+    again = [names["generate"](seed) for seed in range(4)]
     assert [image.tobytes() for image in names["images"]] == [image.tobytes() for image in again]
     assert len({image.tobytes() for image in again}) == 4
 
 
 def test_share_components(names):
-    pipe, twin, other = names["pipe"], names["twin"], names["other"]
-    assert all(twin.components[role] is part for role, part in pipe.components.items())
+    pipe, second, other = names["pipe"], names["second"], names["other"]
+    assert all(second.components[role] is part for role, part in pipe.components.items())
     assert other.dit is not pipe.dit
     assert other.text_encoder is pipe.text_encoder
     call = {"prompt": "a red apple", "seed": 0, "height": 32, "width": 32, "num_inference_steps": 2}

@@ -38,7 +38,7 @@ app = host_app()
 
 @pytest.fixture(scope="module")
 def pipelines():
-    return app.open_models({"nano": "z-image-nano", "twin": "z-image-nano"}, device="cpu")
+    return app.open_models({"nano": "z-image-nano", "again": "z-image-nano"}, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def same(png: bytes, image: Image.Image) -> bool:
 
 
 def test_models_and_their_schemas(client, pipelines):
-    assert client.ask("GET", "/models") == (200, ["nano", "twin"])
+    assert client.ask("GET", "/models") == (200, ["nano", "again"])
     status, schema = client.ask("GET", "/models/nano/schema")
     assert (status, schema["title"]) == (200, "nano")
     whole = pipelines["nano"].schema()
@@ -128,7 +128,7 @@ def test_models_and_their_schemas(client, pipelines):
     assert {"num_images", "on_step", "cancel"} <= set(schema["x-diffsynth-host-only"])
 
 
-def test_progress_arrives_in_order_and_then_the_picture(client, direct):
+def test_progress_arrives_in_order_and_then_the_image(client, direct):
     job = client.submit(prompt="a red apple", seed=3, num_inference_steps=4)
     events = list(client.events(job))
     assert [number for number, _, _ in events] == list(range(1, 8))
@@ -139,21 +139,21 @@ def test_progress_arrives_in_order_and_then_the_picture(client, direct):
     assert client.ask("GET", f"/jobs/{job}")[1]["state"] == "done"
 
 
-def test_a_client_that_connects_again_goes_on_where_it_stopped(client):
+def test_a_client_that_reconnects_continues_after_its_last_event(client):
     job = client.submit(prompt="a", seed=0)
     assert client.wait(job) == "done"
     assert [kind for _, kind, _ in client.events(job, after=3)] == ["step", "done"]
 
 
-def test_concurrent_jobs_get_their_own_pictures(client, direct):
-    """Bit for bit those of calls made alone, though two workers use one text encoder at a time."""
+def test_concurrent_jobs_get_their_own_images(client, direct):
+    """Images are bit-equal to those of single calls, though two workers use one text encoder at a time."""
     prompts = ("a red apple", "dog face", "green leaf", "a red apple")
-    wanted = [(("nano", "twin")[seed % 2], prompt, seed) for seed, prompt in enumerate(prompts)]
+    wanted = [(("nano", "again")[seed % 2], prompt, seed) for seed, prompt in enumerate(prompts)]
     jobs = [client.submit(model, prompt=prompt, seed=seed) for model, prompt, seed in wanted]
     assert [client.wait(job) for job in jobs] == ["done"] * 4
-    pictures = [client.image(job) for job in jobs]
-    assert len(set(pictures)) == 4
-    for png, (_, prompt, seed) in zip(pictures, wanted, strict=True):
+    images = [client.image(job) for job in jobs]
+    assert len(set(images)) == 4
+    for png, (_, prompt, seed) in zip(images, wanted, strict=True):
         assert same(png, direct(prompt, seed=seed, **SMALL))
 
 
@@ -164,14 +164,14 @@ def test_cancel_in_the_middle_of_a_run_frees_the_worker(pipelines, direct):
         also = client.submit(prompt="a red apple", seed=5)
         events = client.events(job)
         assert [next(events)[1] for _ in range(3)] == ["queued", "started", "step"]
-        status, told = client.ask("DELETE", f"/jobs/{waiting}")
-        assert (status, told["state"]) == (200, "cancelled")  # at once: nobody draws it yet
+        status, answer = client.ask("DELETE", f"/jobs/{waiting}")
+        assert (status, answer["state"]) == (200, "cancelled")  # now: no worker has started it
         assert client.ask("DELETE", f"/jobs/{job}")[0] == 200
         rest = [kind for _, kind, _ in events]
         assert rest[-1] == "cancelled"
         assert len(rest) < 1900
         status, answer = client.ask("GET", f"/jobs/{job}/image.png")
-        assert (status, answer["error"]) == (409, f"job {job} is cancelled and has no picture")
+        assert (status, answer["error"]) == (409, f"job {job} is cancelled and has no image")
         assert client.wait(also) == "done"
         assert same(client.image(also), direct("a red apple", seed=5, **SMALL))
         assert client.ask("DELETE", f"/jobs/{also}")[1]["state"] == "done"
@@ -179,13 +179,13 @@ def test_cancel_in_the_middle_of_a_run_frees_the_worker(pipelines, direct):
 
 
 def test_two_names_of_one_model_share_every_component(pipelines):
-    nano, twin = pipelines["nano"], pipelines["twin"]
-    assert nano is not twin
-    assert all(twin.components[role] is part for role, part in nano.components.items())
+    nano, again = pipelines["nano"], pipelines["again"]
+    assert nano is not again
+    assert all(again.components[role] is part for role, part in nano.components.items())
 
 
 def test_two_models_share_the_text_encoder(monkeypatch, tmp_path, pipelines):
-    """A second model that has only its network for itself: the rest is loaded once."""
+    """Of a second model that differs in its network only, the other components are loaded once."""
     folder = tmp_path / "Owner" / "Other"
     folder.mkdir(parents=True)
     source = Path(pipelines["nano"].component_files["dit"][0])
@@ -213,8 +213,8 @@ def test_two_models_share_the_text_encoder(monkeypatch, tmp_path, pipelines):
         assert ImageChops.difference(first, second).getbbox() is not None
 
 
-def test_a_picture_tells_how_it_was_made(client, tmp_path):
-    job = client.submit(prompt="a red apple")  # the seed is drawn by the server
+def test_an_image_has_the_record_of_its_call(client, tmp_path):
+    job = client.submit(prompt="a red apple")  # the server chooses the seed
     assert client.wait(job) == "done"
     (tmp_path / "a.png").write_bytes(client.image(job))
     record = provenance.read_png(tmp_path / "a.png")
@@ -223,7 +223,7 @@ def test_a_picture_tells_how_it_was_made(client, tmp_path):
     assert set(record["weights"]) == {"dit", "text_encoder", "vae", "tokenizer"}
 
 
-def test_a_picture_to_start_from(client, direct):
+def test_an_input_image(client, direct):
     blue, buffer = Image.new("RGB", (32, 32), "blue"), io.BytesIO()
     blue.save(buffer, format="PNG")
     text = base64.b64encode(buffer.getvalue()).decode()
@@ -238,11 +238,11 @@ BAD = [
     ({"model": "nano", "arguments": {"cfg_scale": float("nan")}}, "cfg_scale=nan: expected a number"),
     ({"model": "nano", "arguments": {"on_step": 1}}, "'on_step' can only be given by a program"),
     ({"model": "nano", "arguments": {"output_type": "tensor"}}, "'output_type' can only be given by a program"),
-    ({"model": "nano", "arguments": {"prompt": ["a", "b"]}}, "a job is one picture"),
-    ({"model": "nano", "arguments": {"height": 10**6}}, "draws at most"),
-    ({"model": "nano", "arguments": {"input_image": "?"}}, "expected a PNG picture in base64"),
+    ({"model": "nano", "arguments": {"prompt": ["a", "b"]}}, "a job is one image"),
+    ({"model": "nano", "arguments": {"height": 10**6}}, "generates at most"),
+    ({"model": "nano", "arguments": {"input_image": "?"}}, "expected a PNG image in base64"),
     ({"model": "nano", "arguments": [1]}, "expected a JSON object"),
-    ({"model": "nan", "arguments": {}}, "there is no model 'nan' here; there are nano, twin"),
+    ({"model": "nan", "arguments": {}}, "there is no model 'nan' here; there are nano, again"),
     ({"model": ["nano"]}, "there is no model ['nano'] here"),
     ({"modle": "nano"}, 'expected {"model": NAME'),
     ([], 'expected {"model": NAME'),
@@ -271,7 +271,7 @@ def test_other_refusals(client):
     assert client.wait(client.submit(prompt="still there")) == "done"
 
 
-def test_a_job_that_fails_says_why_and_frees_the_worker(pipelines, monkeypatch):
+def test_a_failed_job_has_an_error_and_frees_its_worker(pipelines, monkeypatch):
     def out_of_memory(*roles, **reads):
         raise RuntimeError("out of memory")
 
@@ -284,22 +284,22 @@ def test_a_job_that_fails_says_why_and_frees_the_worker(pipelines, monkeypatch):
 
 
 def test_a_full_queue_refuses(pipelines):
-    with serving(pipelines, workers=1, waiting=1) as client:
+    with serving(pipelines, workers=1, queue_size=1) as client:
         long = client.submit(prompt="a", num_inference_steps=2000)
         events = client.events(long)
         assert [next(events)[1] for _ in range(2)] == ["queued", "started"]
         client.submit(prompt="b")
         status, answer = client.ask("POST", "/jobs", {"model": "nano"})
-        assert (status, answer["error"]) == (503, "1 jobs are waiting already; try again later")
+        assert (status, answer["error"]) == (503, "1 jobs are queued already; try again later")
 
 
-def test_a_fault_of_the_server_is_a_500(client, monkeypatch):
+def test_a_bug_of_the_server_is_a_500(client, monkeypatch):
     monkeypatch.setattr(client.studio, "job", None)
     assert client.ask("GET", "/jobs/0")[0] == 500
     assert client.ask("GET", "/models")[0] == 200
 
 
-def test_the_page_asks_only_for_what_is_there(client):
+def test_the_page_requests_existing_routes_only(client):
     status, content = client.ask("GET", "/")
     page = content.decode()
     assert status == 200
@@ -311,6 +311,6 @@ def test_the_page_asks_only_for_what_is_there(client):
     assert "innerHTML" not in page
 
 
-def test_an_unknown_model_is_said_before_anything_is_loaded():
+def test_an_unknown_model_is_refused_before_anything_is_loaded():
     with pytest.raises(diffsynth.errors.UnknownModel, match="did you mean 'z-image-nano'"):
         app.open_models({"nano": "z-image-nan"})
