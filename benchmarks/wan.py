@@ -1,15 +1,15 @@
-"""Wan beside diffusers: seconds a step and memory of its networks, frames a second and memory of its autoencoder.
+"""Compare Wan with diffusers: seconds per step and memory of networks, frames per second and memory of autoencoders.
 
     python benchmarks/wan.py                           on a GPU: published sizes, random weights, bf16
-    python benchmarks/wan.py --cases t2v-1.3b decode   some of it
-    python benchmarks/wan.py --tiny                    a few kilobytes, fp32, on the CPU: shows that it runs, no more
+    python benchmarks/wan.py --cases t2v-1.3b decode   some cases
+    python benchmarks/wan.py --tiny                    tiny sizes in fp32 on the CPU, to check that it runs
 
-Each contender runs in a process of its own, with the same sizes. A step is two forward passes, with a prompt and
-without, as guidance takes them. Medians. The autoencoder works without tiles; ours is given a video piece by piece and
-its results leave the device as they come, as the pipeline does it.
+Each library runs in its own process, with the same sizes. A step is two forward passes, one with the prompt and one
+without, as in guidance. Times are medians. The autoencoders work without tiles; ours gets the video in pieces and moves
+each result to the CPU, as the pipeline does.
 
-* memory: the peak of torch's allocator on a GPU, weights included; on the CPU the peak of the process.
-* published: what others measured for the same case, with whose hardware; see PUBLISHED.
+* memory: peak of torch's allocator on a GPU, weights included; on the CPU, peak of the process.
+* published: figures that others measured for the same case, with their hardware; see PUBLISHED.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ PUBLISHED = {
         "seconds": {"diffusers": 9.77, "xDiT": 8.93, "FastVideo": 7.35, "SGL-Diffusion": 6.13, "LightX2V": 5.18},
     }
 }
-"""Seconds a step of Wan2.1-I2V-14B-480P, 81 frames; none of it was measured here."""
+"""Seconds per step of Wan2.1-I2V-14B-480P, 81 frames; not measured by us."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """A network, or a direction of the autoencoder, and the size of the video.
 
     Args:
-        frames, height, width: of the video, in pixels.
-        sizes: of the network; empty for the autoencoder.
-        coder: of the autoencoder: "encode" or "decode".
+        frames, height, width: size of the video; height and width in pixels.
+        sizes: config fields of the network; None for the autoencoder.
+        coder: "encode" or "decode", for the autoencoder.
     """
 
     frames: int
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def latent(self) -> tuple[int, int, int]:
-        """Size of the latents."""
+        """Frames, height and width of the latents."""
         return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
 
@@ -87,7 +87,7 @@ TINY = {
 
 
 def build(case: Case, library: str, device: torch.device, dtype: torch.dtype, *, tiny: bool) -> nn.Module:
-    """The network or the autoencoder, with random weights, frozen."""
+    """Return the network or the autoencoder with random weights, without gradients."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -135,16 +135,16 @@ def _autoencoder(library: str, dim: int) -> nn.Module:
 
 
 def work(case: Case, library: str, module: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
-    """One step, or one encoding or decoding."""
+    """Return a function that runs one step, or encodes or decodes once."""
     generator = torch.Generator("cpu").manual_seed(1)
 
-    def draw(*shape: int) -> Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     if case.sizes is not None:
-        return _step(case, case.sizes, library, module, draw)
+        return _step(case, case.sizes, library, module, random)
     encodes = case.coder == "encode"
-    given = draw(1, 3, case.frames, case.height, case.width) if encodes else draw(1, 16, *case.latent)
+    given = random(1, 3, case.frames, case.height, case.width) if encodes else random(1, 16, *case.latent)
     if library == "diffusers":
         return lambda: module.encode(given).latent_dist.mode() if encodes else module.decode(given, return_dict=False)
     sizes = [1, *[4 if encodes else 1] * (case.latent[0] - 1)]
@@ -157,13 +157,13 @@ def work(case: Case, library: str, module: nn.Module, device: torch.device, dtyp
 
 
 def _step(
-    case: Case, sizes: dict[str, int], library: str, module: nn.Module, draw: Callable[..., Tensor]
+    case: Case, sizes: dict[str, int], library: str, module: nn.Module, random: Callable[..., Tensor]
 ) -> Callable[[], Any]:
-    latents = draw(1, 16, *case.latent)
-    prompts = [draw(1, 512, sizes["text_dim"]) for _ in range(2)]
+    latents = random(1, 16, *case.latent)
+    prompts = [random(1, 512, sizes["text_dim"]) for _ in range(2)]
     extra = sizes["in_channels"] - 16
-    condition = draw(1, extra, *case.latent) if extra else None
-    image = draw(1, 257, sizes["image_dim"]) if "image_dim" in sizes else None
+    condition = random(1, extra, *case.latent) if extra else None
+    image = random(1, 257, sizes["image_dim"]) if "image_dim" in sizes else None
     if library == "diffsynth":
         sigma = torch.full((1,), 0.7, device=latents.device)
         return lambda: [module(latents, sigma, prompt, image, condition) for prompt in prompts]
@@ -173,15 +173,15 @@ def _step(
 
 
 def run_one(name: str, library: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The row of one contender, in this process."""
+    """Measure one library in this process and return its row."""
     device = torch.device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     case = (TINY if options.tiny else FULL)[name]
     with torch.no_grad():
         run = work(case, library, build(case, library, device, dtype, tiny=options.tiny), device, dtype)
         times = []
-        for turn in range(options.warmup + options.repeats):
-            if turn == options.warmup:
+        for index in range(options.warmup + options.repeats):
+            if index == options.warmup:
                 devices.reset_peak_memory(device)
             devices.synchronize(device)
             started = time.perf_counter()
@@ -195,7 +195,7 @@ def run_one(name: str, library: str, options: argparse.Namespace) -> dict[str, A
 
 
 def in_a_process(name: str, library: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The same, in a process of its own; one that fails is told with its exit code."""
+    """Return the row of one library, measured in a new process; if that fails, a row with its exit code."""
     command = [sys.executable, __file__, "--one", library, "--cases", name, "--device", options.device]
     command += ["--repeats", str(options.repeats), "--warmup", str(options.warmup)] + ["--tiny"] * options.tiny
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -206,7 +206,7 @@ def in_a_process(name: str, library: str, options: argparse.Namespace) -> dict[s
 
 
 def show(rows: list[dict[str, Any]], *, tiny: bool) -> list[str]:
-    """A table; what others published stands under the case it is of, unless the sizes are others."""
+    """Return the lines of the table; published figures follow the rows of their case, except with `--tiny`."""
     lines = [f"{'':12}{'':16}{'seconds':>10}{'frames/s':>10}{'GiB':>8}"]
     for name in dict.fromkeys(row["case"] for row in rows):
         for row in (each for each in rows if each["case"] == name):
@@ -225,7 +225,7 @@ def show(rows: list[dict[str, Any]], *, tiny: bool) -> list[str]:
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """The device, and versions."""
+    """Return the device, versions and options."""
     names = ("torch", "triton", "diffusers", "diffsynth-core", "diffsynth-wan")
     return {
         "device": devices.card_name(torch.device(options.device)),
@@ -243,7 +243,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=FULL, default=list(FULL))
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
-    parser.add_argument("--tiny", action="store_true", help="a few kilobytes, on the CPU unless told otherwise")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, on the CPU unless --device is given")
     parser.add_argument("--device", help="default: the first accelerator; cpu with --tiny")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
@@ -257,7 +257,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """1 if a contender failed."""
+    """Run the benchmark; return 1 if a library failed."""
     options = arguments()
     if options.one:
         print(json.dumps(run_one(options.cases[0], options.one, options)))
@@ -266,7 +266,7 @@ def main() -> int:
     for name in options.cases:
         for library in options.libraries:
             rows.append(in_a_process(name, library, options))
-            # After each, so that a run that is cut short leaves what it has.
+            # Written after each row, so that an interrupted run leaves its results.
             options.json.parent.mkdir(parents=True, exist_ok=True)
             report = {**machine(options), "rows": rows}
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

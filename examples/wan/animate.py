@@ -1,8 +1,8 @@
-"""A character moves like the person of a clip, or takes that person's place in it.
+"""Animate a character by pose and face videos, in a new scene or in place of the person in a given one.
 
 wan2.2-animate-14b
 
-Poses, face, scene and mask are made of the clip beforehand; each has num_frames - 4 frames or more.
+Pose, face, scene and mask videos are extracted from a video beforehand; each needs num_frames - 4 frames.
 """
 
 from PIL import Image

@@ -1,4 +1,4 @@
-"""A character moves as the person of a clip does, by nothing but the clip: no poses, faces or masks of it.
+"""Animate a character by a reference video, without pose, face or mask videos.
 
 wan2.2-animate-2-14b
 wan2.2-animate-2-14b-distilled  10 steps without guidance

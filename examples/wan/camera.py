@@ -1,4 +1,4 @@
-"""An image, seen by a camera that turns: Left, Right, Up, Down, LeftUp, LeftDown, RightUp or RightDown.
+"""Image to video with a camera that turns: Left, Right, Up, Down, LeftUp, LeftDown, RightUp or RightDown.
 
 wan2.1-fun-v1.1-1.3b-control-camera
 wan2.1-fun-v1.1-14b-control-camera

@@ -1,9 +1,9 @@
-"""A video that moves as a control video says: poses, depth or edges.
+"""Generate a video controlled by poses, depth or edges, and by a reference image.
 
 wan2.1-fun-v1.1-1.3b-control
 wan2.1-fun-v1.1-14b-control
 wan2.2-fun-a14b-control         two experts
-wan2.1-fun-1.3b-control         takes no reference_image, and neither does the next
+wan2.1-fun-1.3b-control         takes no reference_image, nor does the next one
 wan2.1-fun-14b-control
 """
 

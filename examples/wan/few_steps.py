@@ -1,4 +1,4 @@
-"""A distilled network draws in 6 steps, without guidance.
+"""Text to video in 6 steps without guidance, with a distilled model.
 
 krea-realtime-video
 """

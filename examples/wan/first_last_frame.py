@@ -1,7 +1,7 @@
-"""What lies between two images.
+"""Generate the video between a first and a last image.
 
-wan2.1-flf2v-14b-720p       wants both
-wan2.1-fun-1.3b-inp         may do without the last one, as may those below
+wan2.1-flf2v-14b-720p       needs both images
+wan2.1-fun-1.3b-inp         does not need the last image, nor do those below
 wan2.1-fun-14b-inp
 wan2.1-fun-v1.1-1.3b-inp
 wan2.1-fun-v1.1-14b-inp

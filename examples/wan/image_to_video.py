@@ -1,4 +1,4 @@
-"""A video that begins with an image.
+"""Generate a video that begins with an image.
 
 wan2.1-i2v-14b-480p
 wan2.1-i2v-14b-720p

@@ -1,4 +1,4 @@
-"""How much moves, from 0 to 100.
+"""Text to video with a given amount of motion, from 0 to 100.
 
 wan2.1-1.3b-speedcontrol-v1
 """

@@ -1,4 +1,4 @@
-"""A prompt, or a prompt and a first image, become a video of 24 frames per second.
+"""Text or image to video at 24 frames per second.
 
 wan2.2-ti2v-5b
 """

@@ -1,8 +1,8 @@
-"""A prompt becomes a video.
+"""Generate a video from a prompt.
 
 wan2.1-t2v-1.3b
 wan2.1-t2v-14b
-wan2.2-t2v-a14b     two experts of 14B; vram_limit=24 in load() has them take turns on 24 GiB
+wan2.2-t2v-a14b     two experts of 14B; with vram_limit=24 in load(), only the expert in use is on the device
 """
 
 import diffsynth

@@ -1,4 +1,4 @@
-"""A video that follows another one, looks like reference images, or changes where a mask is white.
+"""Generate a video from a control video and reference images, or edit a video where a mask is white.
 
 vace-wan2.1-1.3b-preview
 wan2.1-vace-1.3b

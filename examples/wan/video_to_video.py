@@ -1,8 +1,8 @@
-"""A video becomes another: `denoising_strength` is how far it goes back towards noise before it is drawn anew.
+"""Video to video: `denoising_strength` is the noise level that the input video is raised to.
 
 wan2.1-t2v-1.3b
 wan2.1-t2v-14b
-wan2.2-t2v-a14b     two experts; below a strength of 0.58 the second one draws alone
+wan2.2-t2v-a14b     two experts; below a strength of 0.58 only the second one runs
 """
 
 import diffsynth

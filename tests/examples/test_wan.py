@@ -14,7 +14,7 @@ import diffsynth
 from diffsynth import registry
 from diffsynth.core.data.media import count_frames, frame_rate_of
 from diffsynth.testing import tiny_hub
-from row_harness import Harness, pictures_of_a_data_set
+from row_harness import Harness, write_data_set
 
 FOLDER = Path(__file__).parents[2] / "examples" / "wan"
 SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py"))
@@ -57,7 +57,7 @@ def test_it_runs(script, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
     monkeypatch.setattr(diffsynth, "load", functools.partial(diffsynth.load, device="cpu", torch_dtype=torch.float32))
     given = opened(script)
-    pictures_of_a_data_set("", local_dir=str(tmp_path), allow_file_pattern=given)
+    write_data_set("", local_dir=str(tmp_path), allow_file_pattern=given)
     calls = Harness(monkeypatch, tmp_path, steps=STEPS).run(text_of(script))
     written = sorted(
         (file for file in tmp_path.glob("*.mp4") if file.name not in given), key=lambda file: file.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""Shapes tell the configs of the shared networks."""
+"""Configs of the shared networks are inferred from shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FluxAutoencoder against diffusers' AutoencoderKL, through the published key names (the two share them)."""
+"""FluxAutoencoder equals diffusers' AutoencoderKL, which has the same key names."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_moments_equal_diffusers() -> None:
 
 
 def test_every_parameter_matters() -> None:
-    """Softmax forgets what all keys share, so a bias of `to_k` is neutral by mathematics; nothing else may be."""
+    """Every parameter changes the output except the bias of `to_k`, to which softmax is invariant."""
     _, oracle = build_pair()
     image, latents = draw_image()[:1, :, :32, :24], draw_latents()[:1, :, :4, :3]
 
@@ -133,7 +133,7 @@ def test_a_tile_that_holds_everything_is_the_whole_to_the_bit() -> None:
 
 @torch.no_grad()
 def test_tiles_equal_the_same_tiles_by_hand() -> None:
-    """The twin: two columns of one size, though the stride would leave a narrow one; ramps over all that they share."""
+    """Two columns of one size, where the stride would leave a narrow one, equal a blend that is written out here."""
     ours, _ = build_pair()
     latents, image = draw_latents()[:, :, :8], draw_image()[:, :, :64]
     tiling = {"tiled": True, "tile_size": (8, 8), "tile_stride": (8, 6)}
@@ -154,7 +154,7 @@ def test_tiles_equal_the_same_tiles_by_hand() -> None:
 
 @torch.no_grad()
 def test_tiles_are_near_the_whole_and_nearer_the_larger_they_are() -> None:
-    """Norms and attention see a tile at a time, so there is no equality; relative errors (RMS) are these at most."""
+    """Tiled results differ, as norms and attention span one tile; relative errors (RMS) stay below these bounds."""
     ours, _ = build_pair()
     latents, image = draw_latents(), draw_image()
     whole, encoded = ours.decode(latents), ours.encode(image)
@@ -171,7 +171,7 @@ def rms(got: torch.Tensor, expected: torch.Tensor) -> float:
 @settings(max_examples=50)
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(1, 20))
 def test_even_tiles_have_one_size_and_leave_no_gap(extent: int, size: int, stride: int) -> None:
-    """The reference's tiles left a rest uncovered (NaN), and failed where a picture is smaller than a tile."""
+    """The reference's tiles left a rest uncovered (NaN), and failed where an image is smaller than a tile."""
     stride = min(size, stride)
     spans = [t.rows for t in cover(extent, 1, tiled=True, tile_size=(size, 1), tile_stride=(stride, 1), even=True)]
     assert {span.stop - span.start for span in spans} == {min(size, extent)}

@@ -1,4 +1,4 @@
-"""Qwen3TextEncoder against transformers' own Qwen3Model, through the published key names."""
+"""Qwen3TextEncoder equals transformers' Qwen3Model, loaded from the published key names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our attention inside a model of transformers: the same numbers as its own, and our choice of backend."""
+"""Our attention in transformers' models: the same results as theirs, with our choice of backend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build(implementation: str, **changes: object) -> Qwen3Model:
 @pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}])
 @torch.no_grad()
 def test_whole_models_equal_eager(changes: dict[str, object]) -> None:
-    """Its masks, of padding and of sliding windows, arrive as we understand them."""
+    """Masks of padding and of sliding windows are interpreted as in transformers."""
     ours, oracle = build(transformers_attention.attn_implementation(), **changes), build("eager", **changes)
     ours.load_state_dict(oracle.state_dict())
     ids = torch.arange(22).reshape(2, 11)

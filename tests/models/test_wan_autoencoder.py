@@ -1,4 +1,4 @@
-"""WanAutoencoder against diffusers' AutoencoderKLWan, through the published key names, and against itself in pieces."""
+"""WanAutoencoder equals diffusers' AutoencoderKLWan, and pieces of any length give the same result."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from diffsynth.models.config import WanAutoencoderConfig, infer_wan_autoencoder_
 from diffsynth.models.wan_autoencoder import WanAutoencoder
 
 CONFIG = WanAutoencoderConfig(dim=8, dim_mult=(1, 2, 4), temporal_downsample=(False, True))
-"""Every kind of layer, and one level less than the published sizes: a proof runs the oracle once for each parameter."""
+"""Config with every kind of layer and one level less than the published one: a test runs the oracle per parameter."""
 FULL = WanAutoencoderConfig(dim=8)
-"""The published numbers of levels, two of them in time."""
+"""Config with the published number of levels, two of which also downsample time."""
 
 WIDE = WanAutoencoderConfig(dim=96, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,))
 LAYOUTS = Path(__file__).parents[1] / "data" / "layouts"
@@ -70,7 +70,7 @@ def test_decode_equals_diffusers(config: WanAutoencoderConfig, frames: int) -> N
     ours, oracle = build_pair(config)
     latents = draw_latents(frames, batch=2)
     truth = wan_vae_oracle.video_of(oracle, latents)
-    assert float(truth.abs().max()) < 1  # else diffusers would have clamped, and hidden a difference
+    assert float(truth.abs().max()) < 1  # otherwise diffusers clamps, which could hide a difference
     assert parity.relative_error(ours.decode(latents), truth) <= parity.TOLERANCE
 
 
@@ -128,7 +128,7 @@ def test_equal_pieces_give_equal_bits() -> None:
 
 @torch.no_grad()
 def test_pieces_come_before_the_last_is_asked_for() -> None:
-    """A writer that stops early must not have waited for the end, nor have paid for it."""
+    """A consumer that stops early does not compute the remaining pieces."""
     ours = build(CONFIG)
     asked = []
 
@@ -169,7 +169,7 @@ def test_a_tile_that_holds_everything_is_the_whole_to_the_bit() -> None:
 
 @torch.no_grad()
 def test_tiles_equal_the_same_tiles_by_hand() -> None:
-    """The twin: each tile decoded alone, weighted by a pyramid that is written out here, and divided by the sum."""
+    """Tiles equal a blend that is written out here: each tile decoded alone and weighted by a pyramid."""
     ours = build(CONFIG)
     latents = draw_latents(2, 4, 6)
     got = ours.decode(latents, tiled=True, tile_size=(4, 4), tile_stride=(4, 2))
@@ -207,7 +207,7 @@ def test_caches_of_tiles_may_wait_on_the_host(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_memory_of_a_stream_does_not_grow() -> None:
-    """What waits between two pieces is as much after fifty as after two."""
+    """The cache between two pieces is as large after fifty pieces as after two."""
     from diffsynth.models.causal_video import FrameCache
 
     ours = build(CONFIG)
@@ -248,7 +248,7 @@ class Wrapper(torch.nn.Module):
 
 @torch.no_grad()
 def test_layers_may_be_wrapped() -> None:
-    """A layer that was told by its class lost its cache when something took its place, to move it."""
+    """A wrapped layer still gets the cache, although the wrapper has another class."""
     ours = build(CONFIG)
     expected = ours.decode(draw_latents(2, 1, 1))
     for index, layer in enumerate(ours.decoder.upsamples):

@@ -1,4 +1,4 @@
-"""The reference's Wan examples, run on the tiny hub."""
+"""Wan examples of DiffSynth-Studio run on the tiny hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from row_scripts import read_rows, video_script
 
 ROWS = read_rows("wan")
 STEPS = 10
-"""50 become 5: one level of theirs lies between the two boundaries that experts switch at, 0.9 and 0.875."""
+"""Divisor of the number of steps: 50 become 5, one of which lies between the expert boundaries 0.9 and 0.875."""
 
 PROMPT = {
     "prompt": '"Documentary photography style. A lively puppy runs across a green lawn."',
@@ -32,7 +32,7 @@ PROMPT = {
 
 @dataclass(frozen=True)
 class Example:
-    """Calls of a script, and the pictures and videos it opens."""
+    """Calls of a script, and the images and videos it opens."""
 
     calls: tuple[dict[str, str], ...]
     media: dict[str, str] = field(default_factory=dict)
@@ -119,10 +119,10 @@ RUN: dict[str, Example] = {
     "Wan2.2-Fun-A14B-Control": FUN_REFERENCE,
     "Wan2.2-Fun-A14B-Control-Camera": CAMERA,
 }
-"""Row -> its calls; the values of the reference's table."""
+"""Row -> its calls, with the values of DiffSynth-Studio's table."""
 
 MODEL_OF = {"Wan2.1-VACE-1.3B-Preview": "VACE-Wan2.1-1.3B-Preview"}
-"""Row -> the model that it is an example of, where they differ."""
+"""Row -> its model, where the names differ."""
 
 LATER = {
     "LongCat-Video",
@@ -132,7 +132,7 @@ LATER = {
     "Wan2.2-S2V-14B",
     "Wan2.2-S2V-14B_multi_clips",
 }
-"""Rows that come later: LongCat, Video-As-Prompt, Wan-Dancer and S2V have networks and encoders of their own."""
+"""Rows that are not supported yet: LongCat, Video-As-Prompt, Wan-Dancer and S2V have other networks and encoders."""
 
 COUNTED = [
     "Wan2.1-T2V-1.3B",
@@ -148,8 +148,11 @@ COUNTED = [
     "Wan2.2-Animate-2-14B-Distilled",
     "Wan2.2-Fun-A14B-Control",
 ]
-"""One row of each kind: the others load networks of the same parts in another size, and only run. So does Animate: its
-faces have 512 x 512 pixels even here. `tests/wan/test_animate_trajectory.py` compares what its arguments do."""
+"""One row of each kind, whose arguments are tested one by one; rows of the same networks in other sizes only run.
+
+Animate only runs, too, as its faces have 512 x 512 pixels even here: `tests/wan/test_animate_trajectory.py` tests its
+arguments.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +180,7 @@ def run(harness: Harness, name: str) -> list[Call]:
 
 
 def write_lora(folder: Path, name: str) -> None:
-    """A LoRA, as training writes it, of the queries of the network in a folder."""
+    """Write a LoRA of the queries of the network in a folder, as training does."""
     shapes = header.read(sorted(folder.glob("diffusion_pytorch_model*.safetensors"))).shapes
     weights = {}
     for key, (outputs, inputs) in ((key, shape) for key, shape in shapes.items() if key.endswith("self_attn.q.weight")):
@@ -194,7 +197,7 @@ def differs(one: list[Image.Image], other: list[Image.Image]) -> bool:
 
 
 def size_of(call: Call, name: str, *, default: bool = False) -> int:
-    """As the harness makes it small, and the pipeline rounds it up."""
+    """Return a size as the harness divides it and the pipeline rounds it up."""
     usual = call.pipe.__signature__.parameters[name].default
     multiple = 2 * call.pipe.vae.config.factor
     asked = usual if default else call.arguments.get(name, usual)
@@ -225,20 +228,20 @@ def test_a_row_runs(name, harness):
 @pytest.mark.parametrize("name", COUNTED)
 def test_every_argument_of_a_row_counts(name, harness):
     if {"num_inference_steps", "sigma_shift"} <= set(ROWS[f"wanvideo/{name}"]["call"]):
-        harness.steps = 3  # one step starts at 1 whatever the shift is
+        harness.steps = 3  # a single step starts at 1 for every shift
     call = run(harness, name)[-1]
     changed = [argument for argument in call.arguments if not call.is_default(argument)]
     assert {"prompt", "seed"} <= set(changed) | {"seed"}
     assert not differs(call.again(), call.output)
     for argument in changed:
         if argument in ("height", "width") and size_of(call, argument) == size_of(call, argument, default=True):
-            continue  # 960 and 832 pixels are both 64 where all is small
+            continue  # 960 and 832 pixels both become 64
         try:
             other: Any = call.again(**{argument: ...})
         except (ValueError, MissingComponent):
-            continue  # the network cannot do without it
+            continue  # the network needs it
         if argument == "animate2_offload_kv":
-            assert not differs(other, call.output)  # where memory is, and nothing else
+            assert not differs(other, call.output)  # changes the placement in memory only
             continue
         assert differs(other, call.output), f"{argument} changes nothing"
 
@@ -253,7 +256,7 @@ def test_common_files_come_from_one_repository_unless_they_are_here(harness, hub
 
 
 def test_one_expert_alone_is_refused_before_anything_is_loaded(harness):
-    """There is not even a file."""
+    """Rows without support raise although no file exists."""
     row = ROWS["wanvideo/Wan2.2-T2V-A14B"]
     files = [file for file in row["files"] if "low_noise_model" not in file["origin_file_pattern"]]
     with pytest.raises(MissingComponent, match="high-noise expert alone.*low_noise_model"):

@@ -1,4 +1,4 @@
-"""The reference's Z-Image examples, run on the tiny hub."""
+"""Z-Image examples of DiffSynth-Studio run on the tiny hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image, ImageChops
 
 from diffsynth.errors import NoFiles
 from diffsynth.testing import tiny_hub
-from row_harness import Harness, pictures_of_a_data_set
+from row_harness import Harness, write_data_set
 from row_scripts import read_rows, script
 
 ROWS = read_rows("z_image")
@@ -18,7 +18,7 @@ COMMON = {"prompt": PROMPT, "seed": "42", "rand_device": '"cuda"'}
 GUIDED = {"cfg_scale": "4", "num_inference_steps": "50"}
 
 RUN = {"z_image/Z-Image-Turbo": COMMON, "z_image/Z-Image": COMMON | GUIDED}
-"""Row -> what its call gives; the values of the reference's table."""
+"""Row -> arguments of its call, with the values of DiffSynth-Studio's table."""
 
 _CONTROL = COMMON | {"controlnet_inputs": "[]", "height": "1024", "width": "1024"}
 _STYLE = COMMON | GUIDED | {"negative_prompt": '"blurred"', "positive_only_lora": "{}", "sigma_shift": "8"}
@@ -36,10 +36,10 @@ MISSING = {
     "z_image/Z-Image-Turbo-Fun-Controlnet-Union-2.1-8steps": ("ControlNet", _CONTROL, _CONTROLNET),
     "z_image/Z-Image-Turbo-Fun-Controlnet-Tile-2.1-8steps": ("ControlNet", _CONTROL, _CONTROLNET),
 }
-"""Row -> the part that is not here yet, what its call gives, and what the error must name."""
+"""Row -> the unsupported component, arguments of its call, and the name that the error must contain."""
 
 UNKNOWN = {"controlnet_inputs", "edit_image", "positive_only_lora"}
-"""Arguments that come with the missing parts."""
+"""Arguments of the unsupported components."""
 
 
 @pytest.fixture(scope="module")
@@ -129,5 +129,5 @@ def test_the_harness_keeps_everything_but_size_steps_and_device(harness):
         'assert Image.open("data/y/z.png").size == (64, 64)\n'
     )
     assert calls == []
-    assert pictures_of_a_data_set("a/b", str(harness.folder / "more"), "one.png").endswith("more")
+    assert write_data_set("a/b", str(harness.folder / "more"), "one.png").endswith("more")
     assert (harness.folder / "more" / "one.png").is_file()

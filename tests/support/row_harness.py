@@ -1,4 +1,4 @@
-"""Runs users' scripts where there is no GPU and no network. All that it replaces stands here, and nothing else is:
+"""Harness that runs users' scripts without a GPU and without a network. It replaces only:
 
 device ("cuda" becomes "cpu"), precision where asked, size, number of frames and of steps,
 `modelscope.dataset_snapshot_download`, `torch.cuda.mem_get_info`.
@@ -20,23 +20,23 @@ from diffsynth import Pipeline
 from diffsynth.core.data.media_writer import save_video
 
 SIDE = 16
-"""Sides of pictures become this many times smaller."""
+"""Divisor of the sides of images and videos."""
 
 STEPS = 6
-"""So does the number of steps, rounded up, unless a harness says otherwise: 8 become 2, 50 become 9."""
+"""Default divisor of the number of steps, rounded up: 8 become 2, 50 become 9."""
 
 FRAMES = 10
-"""And the number of frames behind the first, to multiples of 4: 81 become 9, 49 become 5, 121 become 13."""
+"""Divisor of the frames after the first, rounded to multiples of 4: 81 become 9, 49 become 5, 121 become 13."""
 
 CLIP_FRAMES = 14
-"""Of a video in a data set."""
+"""Number of frames of a video in a data set."""
 
 MEMORY = 80 * 2**30
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a pipeline in a script: its arguments as the script gives them but for the device, and its result."""
+    """One call of a pipeline in a script: the script's arguments, except for the device, and the result."""
 
     pipe: Pipeline
     arguments: dict[str, Any]
@@ -44,19 +44,19 @@ class Call:
     steps: int = STEPS
 
     def again(self, **changed: Any) -> Any:
-        """The result with some arguments changed; those set to `...` are left out."""
+        """Return the result with some arguments changed; those set to `...` are left out."""
         arguments = self.arguments | changed
         given = {name: value for name, value in arguments.items() if value is not ...}
         return _small(self.pipe, given, steps=self.steps)
 
     def is_default(self, name: str) -> bool:
-        """Whether the pipeline would take this value anyway."""
+        """Return whether a value is the pipeline's default."""
         return self.pipe.__signature__.parameters[name].default == self.arguments[name]
 
 
 @dataclass
 class Harness:
-    """A place for scripts to run in, and a record of what they called.
+    """Environment in which scripts run, and a record of their calls.
 
     Args:
         monkeypatch: undoes the replacements.
@@ -72,9 +72,9 @@ class Harness:
     calls: list[Call] = field(default_factory=list)
 
     def run(self, script: str) -> list[Call]:
-        """Run a script to its end; what it raises passes."""
+        """Run a script; its exceptions propagate."""
         self.monkeypatch.chdir(self.folder)
-        self.monkeypatch.setattr(modelscope, "dataset_snapshot_download", pictures_of_a_data_set)
+        self.monkeypatch.setattr(modelscope, "dataset_snapshot_download", write_data_set)
         self.monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (MEMORY, MEMORY))
         tree = ast.fix_missing_locations(_Replace(self.precise).visit(ast.parse(script)))
         before = len(self.calls)
@@ -87,17 +87,17 @@ class Harness:
         return output
 
 
-def pictures_of_a_data_set(dataset_id: str, local_dir: str, allow_file_pattern: str | list[str], **unread: Any) -> str:
-    """In place of the hub's: a picture or a video under every name that the script asks for."""
+def write_data_set(dataset_id: str, local_dir: str, allow_file_pattern: str | list[str], **unread: Any) -> str:
+    """Write an image or a video under every file name of the data set; replaces the hub's download."""
     names = [allow_file_pattern] if isinstance(allow_file_pattern, str) else allow_file_pattern
     for number, name in enumerate(names):
         path = Path(local_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.linear_gradient("L").rotate(90 * number).resize((64, 64)).convert("RGB")
+        image = Image.linear_gradient("L").rotate(90 * number).resize((64, 64)).convert("RGB")
         if path.suffix == ".mp4":
-            save_video([picture.rotate(9 * turn) for turn in range(CLIP_FRAMES)], path)
+            save_video([image.rotate(9 * turn) for turn in range(CLIP_FRAMES)], path)
         else:
-            picture.save(path)
+            image.save(path)
     return local_dir
 
 
@@ -105,7 +105,7 @@ _CALL = "_call_of_the_harness"
 
 
 class _Replace(ast.NodeTransformer):
-    """The device, the precision, and who makes the call of `pipe`."""
+    """Replace the device, the precision and the call of `pipe`."""
 
     def __init__(self, precise: bool) -> None:
         self.precise = precise
@@ -125,7 +125,7 @@ class _Replace(ast.NodeTransformer):
 
 
 def _small(pipe: Pipeline, arguments: dict[str, Any], *, steps: int) -> Any:
-    """Call with smaller sides, fewer frames and fewer steps than the arguments say, or than the defaults would be."""
+    """Call with sides, frames and steps divided, whether they are given or defaults."""
     defaults = {name: parameter.default for name, parameter in pipe.__signature__.parameters.items()}
     asked = defaults | arguments
     small = {name: asked[name] // SIDE for name in ("height", "width") if name in asked}

@@ -1,4 +1,4 @@
-"""Rows of the reference's examples as the scripts that its users have, word for word in their style."""
+"""Rows of DiffSynth-Studio's table of examples as scripts in the style of its documentation."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ DOORS = {
 
 
 def read_rows(family: str) -> dict[str, dict[str, Any]]:
-    """Rows of a family by name."""
+    """Return the rows of a family by name."""
     rows = json.loads((ROWS_FOLDER / f"{family}.json").read_text(encoding="utf-8"))
     return {row["row"]: row for row in rows}
 
 
 def script(row: Mapping[str, Any], values: Mapping[str, str], *, vram_limit: bool = False) -> str:
-    """A row's example.
+    """Return the script of a row.
 
     Args:
-        row: what it imports, loads and gives.
+        row: imports, files and arguments of the row.
         values: call argument -> its text in the script, for every argument of the row.
-        vram_limit: as in the examples for little memory, all that the device has but half a GiB.
+        vram_limit: whether to pass a limit, as in the examples for little memory: all device memory except 0.5 GiB.
     """
     (pipeline,) = [name for name in row["pipelines"] if name != "TemplatePipeline"]
     imports = [f"from {DOORS[pipeline]} import {pipeline}, ModelConfig"]
@@ -62,15 +62,15 @@ def video_script(
     vram_limit: bool = False,
     lora: Mapping[str, str] | None = None,
 ) -> str:
-    """A row's example of a video model: one call after the other, and a file of each.
+    """Return the script of a row of a video model, with one output file for each call.
 
     Args:
-        row: what it imports, loads and gives.
-        calls: argument -> its text in the script, for each call; together they give every argument of the row.
-        media: name of a variable -> a file of the data set, a picture or a video.
-        fps: of the files.
+        row: imports, files and arguments of the row.
+        calls: argument -> its text in the script, for each call; together, all arguments of the row.
+        media: variable name -> file of the data set, an image or a video.
+        fps: frames per second of the output files.
         vram_limit: see `script`.
-        lora: a file of a LoRA, which is loaded before the last call.
+        lora: LoRA file that is loaded before the last call.
     """
     (pipeline,) = row["pipelines"]
     tokenizers = [file for file in row["files"] if file["origin_file_pattern"].endswith("umt5-xxl/")]

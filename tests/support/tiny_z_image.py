@@ -1,4 +1,4 @@
-"""Z-Image of a few thousand parameters that draws latents from a prompt, for tests of what goes on around a network."""
+"""Z-Image pipeline of a few thousand parameters that generates latents from a prompt, for tests of the engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = {"height": 32, "width": 48, "output_type": "latents", "seed": 0}
 
 
 def tiny_z_image(*, n_layers: int = 6) -> ZImagePipeline:
-    """Refiners of one block and `n_layers` layers, so that a step cache works on the layers alone."""
+    """Return a pipeline with refiners of one block and `n_layers` layers, so that step caches apply to the layers."""
     tokenizer = byte_tokenizer()
     config = {"dim": 24, "n_heads": 1, "n_kv_heads": 1, "cap_feat_dim": 16, "axes_dims": (8, 8, 8)}
     dit = ZImageDiT(ZImageDiTConfig(n_layers=n_layers, n_refiner_layers=1, **config))

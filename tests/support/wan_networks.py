@@ -1,4 +1,4 @@
-"""Wan's networks at a size for tests, from published key names, and their twins of diffusers."""
+"""Small Wan networks loaded from published key names, and diffusers' networks with the same weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from diffsynth_wan.config import WanDiTConfig
 from diffsynth_wan.dit import WanDiT
 
 SMALL = {"dim": 256, "ffn_dim": 320, "num_heads": 2, "num_layers": 2, "text_dim": 48, "freq_dim": 64}
-"""Two heads of 128, the head dimension that all files share."""
+"""Config fields with two heads of 128, the head dimension of all files."""
 
 
 def load_published(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Architecture -> module, as a file of these tensors is recognised and loaded, without its signature."""
+    """Return architecture -> module, loaded from these tensors as from a file that is recognised by structure."""
     header = pickled.of_state_dict(dict(tensors))
     found = recognize.recognize(header, *_discovery.catalog().layouts(), tiers=("structure",))
     assert [one.extra for one in found] == [()] * len(found)
@@ -31,9 +31,9 @@ def load_published(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
 
 
 def draw(*modules: nn.Module) -> dict[str, Tensor]:
-    """Weights of these modules together, under our names, none of them neutral; constants as they are.
+    """Return random weights of these modules under our names, none of them neutral, and constants unchanged.
 
-    Queries are longer than a norm leaves them: an average over 512 tokens hardly notices the bias of its keys.
+    Norm weights of queries are tripled: with flat attention over 512 tokens, a bias of the keys hardly has an effect.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for module in modules:
@@ -45,18 +45,18 @@ def draw(*modules: nn.Module) -> dict[str, Tensor]:
 
 
 def meta(kind: type[nn.Module], config: Any) -> nn.Module:
-    """For its shapes alone."""
+    """Return a module on the meta device, for its shapes."""
     with torch.device("meta"):
         return kind(config)
 
 
 def oracle_of(config: WanDiTConfig, **more: Any) -> WanTransformer3DModel:
-    """The twin, without weights."""
+    """Return diffusers' network for a config, with its initial weights."""
     return WanTransformer3DModel(**oracle_arguments(config), **more).eval()
 
 
 def oracle_arguments(config: WanDiTConfig) -> dict[str, Any]:
-    """Of diffusers' classes of the family."""
+    """Return the arguments of diffusers' Wan classes for a config."""
     return {
         "patch_size": config.patch_size,
         "num_attention_heads": config.num_heads,
@@ -73,7 +73,7 @@ def oracle_arguments(config: WanDiTConfig) -> dict[str, Any]:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By diffusers' own converter, and by hand what it leaves out."""
+    """Return tensors under diffusers' names, by its converter and by hand where that has no rule."""
     converted = convert_wan_transformer_to_diffusers(dict(tensors))
     if "img_emb.emb_pos" in converted:
         converted["condition_embedder.image_embedder.pos_embed"] = converted.pop("img_emb.emb_pos")
@@ -81,7 +81,7 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_pair(config: WanDiTConfig) -> tuple[WanDiT, WanTransformer3DModel]:
-    """Ours, loaded from published names, and the twin with the same weights."""
+    """Return our network, loaded from published names, and diffusers' network with the same weights."""
     published = draw(meta(WanDiT, config))
     ours = load_published(published)["wan_dit"]
     oracle = oracle_of(config, pos_embed_seq_len=config.image_tokens or None)

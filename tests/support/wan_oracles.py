@@ -1,4 +1,4 @@
-"""Tiny Wan networks twice: diffusers' and transformers', and ours with the same weights through the published rules."""
+"""Tiny Wan networks of diffusers and transformers, and ours with the same weights, loaded by the key rules."""
 
 from __future__ import annotations
 
@@ -38,51 +38,51 @@ DIT = {
 
 
 class UniformScheduler(FlowMatchEulerDiscreteScheduler):
-    """On the grid that Wan was published with: from 1 down to, but without, 0; diffusers' own ends at 1/1000."""
+    """Return a scheduler with the published grid, from 1 down to 0 exclusive; diffusers' default ends at 1/1000."""
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         super().set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=device)
 
 
 def drawn(module: nn.Module, seed: int) -> nn.Module:
-    """With weights in which nothing is neutral."""
+    """Return the module with random weights, none of them neutral."""
     module.eval().load_state_dict(draw_weights(shapes_of(module), seed=seed))
     return module.requires_grad_(False)
 
 
 def oracle_dit(seed: int = 0, **changed: Any) -> WanTransformer3DModel:
-    """diffusers' transformer."""
+    """Return diffusers' transformer."""
     return drawn(WanTransformer3DModel(**DIT | changed), seed)
 
 
 def our_dit(oracle: nn.Module) -> nn.Module:
-    """Ours with its weights."""
+    """Return our network with the oracle's weights."""
     return load_published(oracle.state_dict(), expect="wan_dit/t2v_14b_diffusers")
 
 
 def oracle_vace_dit(seed: int = 0) -> WanVACETransformer3DModel:
-    """diffusers' transformer with VACE."""
+    """Return diffusers' transformer with VACE."""
     return drawn(WanVACETransformer3DModel(**DIT, vace_layers=[0], vace_in_channels=96), seed)
 
 
 def our_vace(oracle: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Our transformer and our VACE with its weights."""
+    """Return our transformer and our VACE with the oracle's weights."""
     found = load_components(oracle.state_dict())
     return found["wan_dit/diffusers_with_vace"], found["wan_vace/diffusers"]
 
 
 def oracle_vae(seed: int = 10) -> AutoencoderKLWan:
-    """diffusers' autoencoder of Wan 2.1, thin."""
+    """Return diffusers' autoencoder of Wan 2.1 with few channels."""
     return drawn(AutoencoderKLWan(base_dim=8), seed)
 
 
 def our_vae(oracle: nn.Module) -> nn.Module:
-    """Ours with its weights."""
+    """Return our network with the oracle's weights."""
     return load_published(oracle.state_dict(), expect="wan_autoencoder/diffusers")
 
 
 def oracle_vae_22(seed: int = 10) -> AutoencoderKLWan:
-    """diffusers' autoencoder of Wan 2.2, thin."""
+    """Return diffusers' autoencoder of Wan 2.2 with few channels."""
     facts = Wan22AutoencoderConfig()
     module = AutoencoderKLWan(
         base_dim=8,
@@ -100,12 +100,12 @@ def oracle_vae_22(seed: int = 10) -> AutoencoderKLWan:
 
 
 def our_vae_22(oracle: nn.Module) -> nn.Module:
-    """Ours with its weights."""
+    """Return our network with the oracle's weights."""
     return load_published(oracle.state_dict(), expect="wan22_autoencoder/diffusers")
 
 
 def oracle_text_encoder(seed: int = 20) -> UMT5EncoderModel:
-    """transformers' UMT5."""
+    """Return transformers' UMT5."""
     config = UMT5Config(
         vocab_size=VOCAB_SIZE,
         d_model=TEXT_DIM,
@@ -124,14 +124,14 @@ def oracle_text_encoder(seed: int = 20) -> UMT5EncoderModel:
 
 
 def our_text_encoder(oracle: UMT5EncoderModel) -> nn.Module:
-    """Ours with its weights."""
+    """Return our network with the oracle's weights."""
     state = oracle.state_dict()
     state.pop("encoder.embed_tokens.weight", None)
     return load_published(state, expect="wan_text_encoder/transformers")
 
 
 def shared_parts() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Text encoder, tokenizer and autoencoder of an oracle pipeline (and its scheduler), and those of ours."""
+    """Return text encoder, tokenizer, autoencoder and scheduler of an oracle pipeline, and the components of ours."""
     text_encoder, vae, tokenizer = oracle_text_encoder(), oracle_vae(), tiny_tokenizer()
     theirs = {
         "text_encoder": text_encoder,
@@ -144,14 +144,14 @@ def shared_parts() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def noise(seed: int, frames: int, height: int, width: int, *, channels: int = 16, factor: int = 8) -> torch.Tensor:
-    """What our pipeline draws for this seed."""
+    """Return the noise that our pipeline generates for a seed."""
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (1, channels, (frames - 1) // 4 + 1, height // factor, width // factor)
     return torch.randn(shape, generator=generator)
 
 
 def oracle_animate_dit(seed: int = 0) -> WanAnimateTransformer3DModel:
-    """diffusers' transformer with Animate, narrow but for faces of 512 x 512 pixels: it knows that depth alone."""
+    """Return diffusers' narrow transformer with Animate; faces have 512 x 512 pixels, the only depth it supports."""
     widths = (3, 4, 4, 5, 6, 7, 8, 8)
     module = WanAnimateTransformer3DModel(
         **DIT | {"in_channels": 36},
@@ -168,17 +168,17 @@ def oracle_animate_dit(seed: int = 0) -> WanAnimateTransformer3DModel:
     weights = draw_weights({name: tuple(value.shape) for name, value in module.named_parameters()}, seed=seed)
     for name, weight in weights.items():
         if name.startswith("motion_encoder.") and weight.ndim > 1:
-            weight.mul_(weight[0].numel() ** 0.5)  # these layers divide by it themselves
+            weight.mul_(weight[0].numel() ** 0.5)  # these layers divide by it in forward()
     module.load_state_dict(module.state_dict() | weights)
     return module.requires_grad_(False)
 
 
 def our_animate(oracle: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Our transformer and our adapter with its weights."""
+    """Return our transformer and our adapter with the oracle's weights."""
     found = load_components(oracle.state_dict())
     return found["wan_dit/diffusers_with_animate"], found["wan_animate_adapter/diffusers"]
 
 
 def our_animate_2(oracle: nn.Module) -> nn.Module:
-    """Our transformer with its weights."""
+    """Return our transformer with the oracle's weights."""
     return load_published(oracle.state_dict(), expect="wan_dit/animate_2_diffusers")

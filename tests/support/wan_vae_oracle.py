@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKLWan as pipelines use it: scaled latents in and out, and weights where nothing is neutral."""
+"""diffusers' AutoencoderKLWan as pipelines use it, with scaled latents, and with random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffsynth.core.loader import component, pickled, recognize
 
 
 def draw_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """As `parity` does; norms at 1 +- 0.3, and frames so small that diffusers, which clamps them, clamps nothing."""
+    """Return weights as `parity` does, with norms at 1 +- 0.3 and outputs so small that diffusers clamps nothing."""
     weights = parity.draw_weights(shapes)
     for name, weight in weights.items():
         if name.endswith("gamma"):
@@ -26,7 +26,7 @@ def draw_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def loaded(published: dict[str, Tensor], architecture: str, config: Any) -> nn.Module:
-    """What the loader makes of a file, told by its structure."""
+    """Return the module that the loader builds from a file recognised by structure."""
     tensors = pickled.of_state_dict(published)
     (found,) = recognize.recognize(tensors, *_discovery.catalog().layouts())
     assert (found.architecture.name, found.config) == (architecture, config)
@@ -34,19 +34,19 @@ def loaded(published: dict[str, Tensor], architecture: str, config: Any) -> nn.M
 
 
 def latents_of(oracle: AutoencoderKLWan, video: Tensor) -> Tensor:
-    """Of the posterior's mean."""
+    """Return the scaled latents of the posterior's mean."""
     mean, std = _scales(oracle)
     return (oracle.encode(video).latent_dist.mode() - mean) / std
 
 
 def video_of(oracle: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Clamped to [-1, 1]."""
+    """Return the frames, clamped to [-1, 1]."""
     mean, std = _scales(oracle)
     return oracle.decode((latents * std + mean).to(oracle.dtype)).sample
 
 
 def draw_video(frames: int, height: int, width: int, batch: int = 1) -> Tensor:
-    """Uniform in [-1, 1]."""
+    """Return a video, uniform in [-1, 1]."""
     return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 

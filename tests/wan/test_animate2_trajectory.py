@@ -1,5 +1,4 @@
-"""Animate-2: whole trajectories, clip after clip, against diffusers' modular pipeline with tiny networks of the same
-weights."""
+"""Animate-2: trajectories of consecutive clips equal those of diffusers' pipeline with the same tiny networks."""
 
 from __future__ import annotations
 
@@ -25,11 +24,11 @@ HEIGHT, WIDTH, FRAMES = 32, 48, 5
 CALL = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "num_inference_steps": 3}
 TEXTS = {"prompt": "a man on a beach", "negative_prompt": "blurry"}
 LAYERS = 10
-"""Guidance leaves out the tenth."""
+"""Number of blocks; guidance skips the tenth."""
 
 
 class Eye(torch.nn.Module):
-    """An image encoder that has an answer of its own for every picture."""
+    """An image encoder with another output for every image."""
 
     dtype = torch.float32
 
@@ -43,7 +42,7 @@ class Eye(torch.nn.Module):
 
 
 class Clips:
-    """Both pipelines, and what the oracle drew for two clips, of which the second goes on from the first."""
+    """Return both pipelines and the oracle's results for two clips, of which the second continues the first."""
 
     def __init__(self, cfg_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
         theirs, ours = shared_parts()
@@ -73,7 +72,7 @@ class Clips:
             **theirs, transformer=network, image_encoder=eye, guider=ClassifierFreeGuidance(guidance_scale=cfg_scale)
         )
         self.person, self.moves = clip_of(1, 1)[0], clip_of(2, 2 * FRAMES - 1)
-        # The image encoder sees the first frame of a clip; diffusers' that of the first clip, in all of them.
+        # Our image encoder gets the first frame of each clip; diffusers' gets that of the first clip for all of them.
         self.moves[FRAMES - 1] = self.moves[0]
         self.frames = oracle(
             **TEXTS,
@@ -110,7 +109,7 @@ def clip_of(seed: int, frames: int) -> list[Image.Image]:
 
 
 def drawn_noise(seed: int) -> torch.Tensor:
-    """What our pipeline draws: that of the character's frame last."""
+    """Return the noise of our pipeline, with that of the character's frame last."""
     return noise(seed, FRAMES + 4, HEIGHT, WIDTH).roll(1, dims=2)
 
 
@@ -121,7 +120,7 @@ def clips():
 
 
 def test_clip_after_clip(clips):
-    """Guidance steers away from a pass without the prompt and without the tenth block."""
+    """The unconditional pass of guidance has no prompt and skips the tenth block."""
     assert len(clips.latents) == 2
     steps = []
     watched = {"output_type": "tensor", "on_step": lambda step: steps.append(step.latents)}

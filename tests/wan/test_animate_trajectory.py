@@ -1,4 +1,4 @@
-"""Animate: whole trajectories against diffusers' pipeline, with a tiny network of the same weights."""
+"""Animate: whole trajectories equal those of diffusers' pipeline with the same tiny networks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from wan_oracles import IMAGE_DIM, noise, oracle_animate_dit, our_animate, share
 SIZE = {"height": 32, "width": 48}
 CALL = {"num_inference_steps": 3, **SIZE}
 FRAMES = 5
-"""Of the result; the character's image takes four more."""
+"""Number of frames of the result; the character's image takes four more."""
 
 
 class SeenImage(torch.nn.Module):
-    """An image encoder that has its answer ready."""
+    """An image encoder that returns a constant."""
 
     def __init__(self, embeds):
         super().__init__()
@@ -36,7 +36,7 @@ def pipelines():
     dit = oracle_animate_dit()
     oracle = WanAnimatePipeline(**theirs, transformer=dit, image_encoder=None, image_processor=None)
     oracle.set_progress_bar_config(disable=True)
-    oracle.check_inputs = lambda *given: None  # it refuses an image beside its embedding, and needs both
+    oracle.check_inputs = lambda *given: None  # it refuses an image together with its embedding, but needs both
     network, adapter = our_animate(dit)
     embeds = torch.randn(1, 257, IMAGE_DIM, generator=torch.Generator().manual_seed(0))
     pipe = WanVideoPipeline.from_components(
@@ -71,7 +71,7 @@ def texts(ours):
 @pytest.mark.parametrize(("replaces", "cfg_scale"), [(False, 1.0), (True, 3.0)])
 @torch.no_grad()
 def test_animate(pipelines, replaces, cfg_scale):
-    """Guidance blanks the face on its negative side."""
+    """The unconditional branch of guidance gets a black face."""
     ours, oracle = pipelines
     image, pose, face = clip_of(0)[0], clip_of(1), clip_of(2, 512, 512)
     scene = {"background_video": clip_of(3), "mask_video": mask()} if replaces else {}

@@ -1,4 +1,4 @@
-"""What a call is refused for, before a network runs."""
+"""Calls that are refused before a network runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RED, BLUE = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (64, 32), "blue"
 
 
 class NeverRuns(torch.nn.Module):
-    """A network of which nothing but its config may be asked."""
+    """A network whose config may be read, and which must not run."""
 
     def __init__(self, config):
         super().__init__()
@@ -174,7 +174,7 @@ def test_refused(networks, arguments, error, message):
 
 @pytest.fixture
 def told(monkeypatch, tmp_path):
-    """What `diffsynth generate` says on stderr for arguments, in a folder of clips; loading anything fails the test."""
+    """Return a function that runs `diffsynth generate` in a folder of clips and returns stderr; no model may load."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(diffsynth, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     for name, frames in (("short.mp4", 5), ("clip.mp4", 9), ("long.mp4", 10)):
@@ -220,5 +220,5 @@ def test_frames_and_sides_off_the_rule_are_rounded_and_logged(caplog):
     assert "10 frames are rounded up to 13, 4n + 1" in caplog.text
 
 
-def test_one_frame_is_a_picture():
+def test_one_frame_is_an_image():
     assert pipeline().program.units[0](height=32, width=32, num_frames=1, vae_factor=16, time_factor=4) == (32, 32, 1)

@@ -78,7 +78,7 @@ def head(tensors: dict[str, tuple[int, ...]]) -> Header:
 
 @functools.cache
 def published(name: str) -> Header:
-    """Of the repository's own copies of published layouts."""
+    """Return the header of a published layout, from the copies in this repository."""
     file = ROOT / "tests/data/layouts" / f"{name}.json.gz"
     return head(json.loads(gzip.decompress(file.read_bytes()))["tensors"])
 
@@ -107,7 +107,7 @@ def test_every_layout_has_its_config_here() -> None:
 
 @pytest.mark.parametrize("prefix", ["model.", "model.diffusion_model.", "pipe.dit.", "diffusion_model."])
 def test_a_prefix_changes_nothing(prefix: str) -> None:
-    """Of which the first is what krea-realtime's file has."""
+    """krea-realtime's file has the first one."""
     plain = published("Wan2.1-T2V-14B--wan_video_dit")
     (found,) = recognized(head({f"{prefix}{name}": shape for name, shape in plain.shapes.items()}), "signature")
     assert (found.checkpoint.name, found.prefix) == ("wan_dit/t2v_14b", prefix)

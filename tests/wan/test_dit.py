@@ -1,4 +1,4 @@
-"""What WanDiT promises beside being right: what it refuses, its extension points, training, compiling."""
+"""WanDiT: refused inputs, extension points, training, compilation."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_one_time_is_that_time_in_every_frame() -> None:
 
 @torch.no_grad()
 def test_a_window_stands_where_its_frames_are() -> None:
-    """Attention sees differences of positions: frames moved together change nothing, frames moved apart do."""
+    """Attention depends on differences of positions: a common shift of all frames changes nothing, a gap does."""
     dit, arguments = build(), inputs()
     truth = dit(**arguments)
     assert parity.relative_error(dit(**arguments, extensions=[FramePositions((7, 8, 9))]), truth) < 1e-4
@@ -101,13 +101,13 @@ def test_an_extension_sees_and_changes_the_pass() -> None:
 
     plain, changed = dit(**arguments), dit(**arguments, extensions=[watch])
     assert seen == [0, 1]
-    # The head normalises: tokens of twice the length give what they gave, but for the epsilon.
+    # The head normalises: tokens of twice the length give the same output, except for the epsilon of the norm.
     assert parity.relative_error(changed, plain) < 1e-5
     assert not torch.equal(changed, plain)
 
 
 @torch.no_grad()
-def test_a_block_that_is_skipped_is_as_if_it_were_not_there() -> None:
+def test_a_skipped_block_equals_a_network_without_it() -> None:
     dit, arguments = build(), inputs()
     shorter = build(replace(TINY_DIT, num_layers=1))
     shorter.load_state_dict({k: v for k, v in dit.state_dict().items() if not k.startswith("blocks.1.")})
@@ -119,8 +119,8 @@ def test_a_block_that_is_skipped_is_as_if_it_were_not_there() -> None:
 
 
 @torch.no_grad()
-def test_tokens_may_be_shared_out() -> None:
-    """What a parallel engine does, in one process: a part of the tokens, with the keys of all from another pass."""
+def test_tokens_may_be_sharded() -> None:
+    """Sharded tokens in one process: a part of the tokens, with the keys of all tokens from another pass."""
     dit, arguments = build(), inputs()
     keys: dict[int, tuple[Tensor, Tensor]] = {}
     whole: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""WanDiT against diffusers: text, image, first and last frame, and a time per frame."""
+"""WanDiT equals diffusers' network: text, image, first and last frame, and one time per frame."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_equals_diffusers(case: str, size: str) -> None:
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_every_parameter_matters(case: str) -> None:
-    """Without this the comparisons above would prove nothing."""
+    """Every parameter changes the output, so the comparisons above cover all of them."""
     config = CONFIGS[case]
     _, oracle = build_pair(config)
     inputs = draw_inputs(config, (2, 2, 6), batch=1)

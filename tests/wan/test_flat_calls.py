@@ -1,4 +1,4 @@
-"""Memory of the host does not grow from call to call of a whole pipeline, nor with the windows of its videos."""
+"""Host memory grows neither with the number of calls of a pipeline nor with the windows of its videos."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ print(json.dumps(seen))
 """
 
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""glibc keeps freed blocks of varying sizes for itself, and so many that they would hide a leak; now it keeps none."""
+"""Settings that make glibc return freed memory at once; by default it caches enough to hide a leak."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts pages in /proc")
 def test_memory_is_flat_over_calls_and_windows(tmp_path):
-    """The peak after two short videos and after two of five windows, each encoded from a clip.
+    """The peak after two short videos equals that after two videos of five windows, each encoded from a clip.
 
-    In its own process, which loads torch and its libraries and writes the tiny hub: half of the time.
+    Runs in its own process, which spends half of its time loading torch and writing the tiny hub.
     """
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **GIVES_BACK})

@@ -1,4 +1,4 @@
-"""Memory of the host does not grow with the windows of a video, nor from clip to clip: in a process of its own."""
+"""Host memory grows neither with the windows of a video nor with the number of clips."""
 
 from __future__ import annotations
 
@@ -55,13 +55,14 @@ print(json.dumps(seen))
 """
 
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""glibc keeps freed blocks of varying sizes for itself, and so many that they would hide a leak; now it keeps none."""
+"""Settings that make glibc return freed memory at once; by default it caches enough to hide a leak."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts pages in /proc")
 def test_memory_is_flat_over_windows_and_clips():
-    """The peak after few windows and a short clip, and after that of many and of a long one: a window and what a
-    network made of it are 1 MB each, a piece of a clip 3 MB. Most of the time torch is loaded.
+    """The peak with few windows and a short clip equals that with many windows and a long clip.
+
+    A window and its velocity are 1 MB each, a piece of a clip 3 MB. Most of the time is spent loading torch.
     """
     environment = {**os.environ, **GIVES_BACK}
     command = [sys.executable, "-c", PROGRAM]

@@ -1,6 +1,6 @@
-"""Whole calls of models that nobody else draws: a part of zeros changes no bit, and goldens say that nothing moved.
+"""Whole calls of models without another implementation: modules of zeros change no bit, and goldens stay the same.
 
-Networks are the tiny hub's, whose weights depend on nothing but their names.
+Networks are the tiny hub's, whose weights depend only on their names.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GOLDENS = {
     "wan2.1-1.3b-speedcontrol-v1": [-0.2808, 2.1376, -1.3455, 2.8295, -0.2339, -0.0665],
     "krea-realtime-video": [0.1201, 2.1264, -2.2027, -1.7669, -1.7128, -1.0769],
 }
-"""Mean, deviation and four values of the latents; they move only with a change of numerics, which says so."""
+"""Mean, standard deviation and four values of the latents; they change only with the numerics."""
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def is_golden(name: str, latents: torch.Tensor) -> bool:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["wan2.1-fun-v1.1-1.3b-control-camera", "wan2.2-fun-a14b-control-camera"])
 def test_a_camera(name, load):
-    """With an adapter of zeros a camera that turns is one that does not."""
+    """With an adapter of zeros, the camera's direction changes nothing."""
     pipe = load(name)
     turned = pipe(**CALL | CAMERA)
     assert is_golden(name, turned)
@@ -77,7 +77,7 @@ def test_a_camera(name, load):
 
 @torch.no_grad()
 def test_control_with_a_reference(load):
-    """The image is a frame in front, so `ref_conv` of zeros is not its absence: all tokens attend to that frame."""
+    """A `ref_conv` of zeros does not equal no image: all tokens still attend to the frame of zeros."""
     pipe = load("wan2.1-fun-v1.1-1.3b-control")
     latents = pipe(**CALL, control_video=CLIP, reference_image=IMAGE)
     assert is_golden("wan2.1-fun-v1.1-1.3b-control", latents)
@@ -88,7 +88,7 @@ def test_control_with_a_reference(load):
 
 @torch.no_grad()
 def test_speed(load):
-    """The controller's last layer starts at zero: then every speed is the network's own."""
+    """With the controller's initial last layer of zeros, the amount of motion changes nothing."""
     pipe = load("wan2.1-1.3b-speedcontrol-v1")
     fast = pipe(**CALL, motion_bucket_id=100)
     assert is_golden("wan2.1-1.3b-speedcontrol-v1", fast)
@@ -100,7 +100,7 @@ def test_speed(load):
 
 @torch.no_grad()
 def test_few_steps(load):
-    """Six calls of the network, at levels 20 u / (1 + 19 u) for u = 1, 5/6, ..., 1/6."""
+    """The network runs six times, at the noise levels 20 u / (1 + 19 u) for u = 1, 5/6, ..., 1/6."""
     pipe, levels = load("krea-realtime-video"), []
     call = {name: value for name, value in CALL.items() if name != "num_inference_steps"}
     latents = pipe(**call, on_step=lambda step: levels.append(step.sigma))

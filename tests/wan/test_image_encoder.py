@@ -1,4 +1,4 @@
-"""WanImageEncoder against transformers' CLIP vision tower, through the published names of both layouts."""
+"""WanImageEncoder equals transformers' CLIP vision tower, loaded from both published layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffsynth_wan.tiny import TINY_IMAGE_ENCODER as CONFIG
 from published_tensors import load_published
 
 PUBLISHED_LAST = 31
-"""The block that Wan skips, as its index stands in the published files; tiny files have it right behind the others."""
+"""Index in published files of the block that Wan skips; in tiny files it follows the other blocks."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def transformers_file(oracle: CLIPVisionModelWithProjection) -> dict[str, torch.
 
 
 def original_file(oracle: CLIPVisionModelWithProjection) -> dict[str, torch.Tensor]:
-    """open_clip's names, written by hand, and a text tower that nobody reads."""
+    """Return a file with open_clip's names, and a text tower that is dropped."""
     state = transformers_file(oracle)
     vision, embeddings = "vision_model.", "vision_model.embeddings."
     made = {
@@ -71,7 +71,7 @@ def ours(oracle: CLIPVisionModelWithProjection) -> WanImageEncoder:
 
 
 def draw_pixels() -> torch.Tensor:
-    """Of the network's own size, so that nothing is resized."""
+    """An image of the network's size, which is not resized."""
     size = (2, 3, CONFIG.image_size, CONFIG.image_size)
     return torch.rand(size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -89,7 +89,7 @@ def test_equals_the_penultimate_states_of_transformers(ours, oracle):
 def test_every_parameter_matters(oracle):
     unread = [name for name, _ in oracle.named_parameters() if f".layers.{CONFIG.num_layers}." in name]
     unread += ["vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias", "visual_projection.weight"]
-    # Softmax takes no notice of what is added to every score of a query alike.
+    # Softmax is invariant to a constant that is added to all scores of a query.
     unread += [f"vision_model.encoder.layers.{n}.self_attn.k_proj.bias" for n in range(CONFIG.num_layers)]
     image = draw_pixels()
     assert parity.neutral_parameters(oracle, lambda: run_oracle(oracle, image), skip=unread) == []

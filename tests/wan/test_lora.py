@@ -1,4 +1,4 @@
-"""LoRAs of Wan: diffusers reads ours under its own names, and under those they are here what they were."""
+"""LoRAs of Wan: diffusers loads ours under its names, and we load them back from these names."""
 
 import torch
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin

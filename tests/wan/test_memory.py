@@ -1,4 +1,4 @@
-"""Wan's networks under a memory policy: no bit of a result changes, although extensions call parts of a network."""
+"""Memory policies change no bit of the results of Wan's networks, although extensions call single modules."""
 
 from __future__ import annotations
 

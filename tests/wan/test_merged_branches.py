@@ -1,4 +1,4 @@
-"""`cfg_merge`: both branches of guidance in one batch give what two calls give, or are refused by the unit's name."""
+"""`cfg_merge`: both branches in one batch equal two calls, or are refused with the name of the unit that differs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASES = {
     "wan2.2-vace-fun-a14b": {"vace_video": CLIP, "switch_DiT_boundary": 0.9},
     "wan2.1-1.3b-speedcontrol-v1": {"motion_bucket_id": 40, "prompt": ["a puppy", "two puppies"]},
 }
-"""A model of each kind of condition: beside the latents, in front, per frame, two experts; two prompts at once."""
+"""A model for each kind of condition: channels, prefix frames, time per frame, two experts; two prompts at once."""
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_one_batch_gives_what_two_calls_give(name, load, monkeypatch):
 
 
 def test_what_cannot_be_merged_is_refused_by_name(load):
-    """Animate steers away from a black face: each branch has its own."""
+    """Animate's branches have different faces."""
     pipe = load("wan2.2-animate-14b")
     clips = {"input_image": IMAGE, "animate_pose_video": CLIP, "animate_face_video": CLIP}
     with pytest.raises(

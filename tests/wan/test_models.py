@@ -1,4 +1,4 @@
-"""Coefficients of TeaCache: the models that have some, and that a block takes what they were fitted to."""
+"""TeaCache: the models that have coefficients, and the argument of a block that they are fitted to."""
 
 import inspect
 

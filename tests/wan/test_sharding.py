@@ -1,6 +1,6 @@
-"""Several processes draw what one draws: every variant, tokens and heads that do not divide, whole calls of a pipeline.
+"""Several processes compute the result of one: every variant, uneven tokens and heads, whole calls of a pipeline.
 
-Networks, inputs and what one process gives are made once, before the processes are forked.
+Networks, inputs and the results of one process are computed once, before the processes are forked.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from diffsynth_wan.variants.vace import VaceControl, WanVace
 from processes import run_together
 
 WIDTH = {"dim": 384, "num_heads": 3}
-"""Three heads: two processes have 2 and 1, the fourth of four has none."""
+"""Three heads: two processes have 2 and 1; with four processes, the last one has none."""
 
 NARROW = replace(TINY_DIT, **WIDTH)
 TOLERANCE = 1e-5
@@ -69,7 +69,7 @@ def drawn(module: torch.nn.Module, seed: int = 0) -> Any:
 def run_of(
     config: WanDiTConfig = NARROW, extensions: Sequence[Extension] = (), dit: WanDiT | None = None, **given: Any
 ) -> Run:
-    """A pass over 3 x 3 x 2 tokens, two videos at once; 18 tokens do not divide by 4, and 4 parts cut a frame of 6."""
+    """Return a forward pass over 3 x 3 x 2 tokens of two videos; 4 shards of 18 tokens are uneven and cut frames."""
     dit = drawn(WanDiT(config)) if dit is None else dit
     inputs = tiny_dit_inputs(config, torch.Generator().manual_seed(0)) | given
     return lambda axis: dit(**inputs, extensions=with_sharded_tokens(extensions, axis))
@@ -89,7 +89,7 @@ def animate() -> Run:
 
 
 def animate_2() -> Run:
-    """The reference is read by all processes together, too: each keeps all of its tokens, in the heads that it has."""
+    """Return a pass with a recorded reference; each process stores all of its tokens for its own heads."""
     dit = drawn(WanDiT(NARROW))
 
     def run(axis: MeshAxis) -> Tensor:
@@ -101,7 +101,7 @@ def animate_2() -> Run:
 
 
 def everything_at_once() -> Run:
-    """Whatever may stand beside each other, in the order of the pipeline."""
+    """Return a pass with extensions that can be combined, in the order of the pipeline."""
     config = replace(NARROW, reference_channels=16, camera_channels=24)
     vace = drawn(WanVace(replace(TINY_VACE, **WIDTH)))
     controller = drawn(WanMotionController(replace(TINY_MOTION_CONTROLLER, dim=384)))
@@ -126,7 +126,7 @@ RUNS: dict[str, Callable[[], Run]] = {
 
 
 class Parts:
-    """A tiny TI2V pipeline, calls of it, and what one process draws."""
+    """Return a tiny TI2V pipeline, calls of it, and their results in one process."""
 
     def __init__(self) -> None:
         config = replace(NARROW, in_channels=48, out_channels=48, text_dim=32, frame_times=True)
@@ -160,18 +160,18 @@ class Parts:
         return self.pipe(**self.call | changes)
 
     def follow(self) -> Any:
-        """Animate-2: the processes read the reference video together, too."""
+        """Animate-2: processes also record the reference video together."""
         return self.follower(**self.call | self.dance)
 
     def draw_with_experts(self) -> Any:
-        """One step of each, with a reference image for VACE."""
+        """One step of each expert, with a reference image for VACE."""
         image = self.image["input_image"]
         return self.experts(**self.call, vace_reference_image=image, switch_DiT_boundary=0.9, cfg_scale=1.0)
 
 
 @cache
 def prepared() -> tuple[dict[str, Run], dict[str, Tensor], Parts, dict[str, Tensor]]:
-    """Runs of networks and calls of a pipeline, each with what one process gives."""
+    """Forward passes and calls of a pipeline, each with the result of one process."""
     runs = {name: make() for name, make in RUNS.items()}
     parts = Parts()
     with torch.no_grad():
@@ -191,7 +191,7 @@ def all_runs(rank: int) -> dict[str, float]:
 
 
 def all_calls(rank: int) -> dict[str, float]:
-    """Errors of a pipeline's calls; and how much of a pass this process did."""
+    """Return the errors of a pipeline's calls, and the share of a forward pass that this process computed."""
     _, _, parts, truths = prepared()
     errors = {}
     tokens: list[int] = []
@@ -234,7 +234,7 @@ def test_every_variant(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_calls_of_a_pipeline(size: int) -> None:
-    """Tokens are shared, then branches and, of four processes, the tokens of each; all draw the same noise."""
+    """Processes share tokens, then branches and, if there are four, the tokens of each; all generate the same noise."""
     prepared()
     answers = run_together(size, all_calls)
     assert len({errors.pop("unseeded") for errors in answers}) == 1
@@ -244,7 +244,7 @@ def test_calls_of_a_pipeline(size: int) -> None:
 
 
 def with_usp(rank: int) -> tuple[str, int, float]:
-    """`from_pretrained(use_usp=True)` around a loader that has everything ready."""
+    """`from_pretrained(use_usp=True)` with a loader that returns given components."""
     _, _, parts, truths = prepared()
     given = []
     Pipeline.from_pretrained = lambda dtype, device, *rest, **more: given.append(str(device)) or parts.pipe

@@ -1,4 +1,4 @@
-"""WanTextEncoder against transformers' UMT5EncoderModel, whose names reach ours through the published rules."""
+"""WanTextEncoder equals transformers' UMT5EncoderModel, loaded by our key rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffsynth_wan.tiny import TINY_TEXT_ENCODER as CONFIG
 from published_tensors import load_published
 
 LONG = 140
-"""Beyond `max_distance`, so that every bucket is used."""
+"""Length of the text: longer than `max_distance`, so that every bucket is used."""
 
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
 
@@ -40,7 +40,7 @@ def oracle() -> UMT5EncoderModel:
 
 
 def published(oracle: UMT5EncoderModel, *names: str) -> dict[str, torch.Tensor]:
-    """What a file of it holds: the one embedding stands under one of two names, or under both."""
+    """Return the tensors of a file, with the embedding under one of its two names or under both."""
     state = {name: value for name, value in oracle.state_dict().items() if name not in (SHARED, TIED)}
     return state | dict.fromkeys(names, oracle.shared.weight)
 
@@ -109,8 +109,8 @@ def test_buckets():
     config = WanTextEncoderConfig()
     buckets = relative_buckets(200, config=config)
     assert buckets[50, 50] == 0
-    assert buckets[50, 49] == 1  # a key behind
-    assert buckets[50, 51] == 17  # a key ahead
+    assert buckets[50, 49] == 1  # an earlier key
+    assert buckets[50, 51] == 17  # a later key
     assert buckets[150, 0] == buckets[199, 0] == 15
     assert buckets[0, 150] == 31
     assert set(buckets.flatten().tolist()) == set(range(32)) - {16}

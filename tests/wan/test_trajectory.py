@@ -1,4 +1,4 @@
-"""Whole trajectories against the diffusers pipelines, with tiny networks of the same weights."""
+"""Whole trajectories equal those of diffusers' pipelines with the same tiny networks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def oracle_with(parts, cls=OraclePipeline, **rest):
 
 @pytest.fixture(scope="module")
 def embedded(text_to_video):
-    """Arguments of an oracle, its prompts encoded: those of image-to-video cannot do it without ftfy."""
+    """Return arguments of an oracle with encoded prompts: image-to-video pipelines cannot encode without ftfy."""
     _, oracle = text_to_video
     texts = oracle.encode_prompt(CALL["prompt"], CALL["negative_prompt"], max_sequence_length=512)
     names = ("prompt_embeds", "negative_prompt_embeds")
@@ -79,7 +79,7 @@ def test_frames(text_to_video):
 
 
 def test_video_to_video(text_to_video):
-    """Half strength over 3 steps is the second half of diffusers' 6 steps: the same levels."""
+    """Strength 0.5 with 3 steps has the noise levels of the second half of diffusers' 6 steps."""
     ours, oracle = text_to_video
     clip = clip_of(0, 11)
     with torch.no_grad():
@@ -118,12 +118,12 @@ def clip_of(seed, frames):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return clip_of(1, 2)
 
 
 class SeenImages(torch.nn.Module):
-    """An image encoder that has its answers ready."""
+    """An image encoder that returns constants."""
 
     def __init__(self, embeds):
         super().__init__()
@@ -136,33 +136,33 @@ class SeenImages(torch.nn.Module):
 
 
 @pytest.mark.parametrize("both_ends", [False, True])
-def test_image_to_video_with_an_image_branch(parts, pictures, embedded, both_ends):
-    """Wan 2.1: mask and encoded image beside the latents, CLIP's hidden states in the cross-attention."""
+def test_image_to_video_with_an_image_branch(parts, images, embedded, both_ends):
+    """Wan 2.1: mask and encoded image as condition latents, CLIP's hidden states in the cross-attention."""
     dit = oracle_dit(
         in_channels=36, image_dim=IMAGE_DIM, added_kv_proj_dim=256, pos_embed_seq_len=514 if both_ends else None
     )
     oracle = oracle_with(parts, WanImageToVideoPipeline, transformer=dit, image_encoder=None, image_processor=None)
-    oracle.check_inputs = lambda *given: None  # it refuses an image beside its embedding, and needs both
+    oracle.check_inputs = lambda *given: None  # it refuses an image together with its embedding, but needs both
     embeds = [torch.randn(1, 257, IMAGE_DIM, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     ours = ours_with(parts, dit=our_dit(dit), image_encoder=SeenImages(embeds))
-    last = pictures[1] if both_ends else None
+    last = images[1] if both_ends else None
     given = torch.cat(embeds) if both_ends else embeds[0]
     expected = oracle(
         **embedded,
-        image=pictures[0],
+        image=images[0],
         last_image=last,
         image_embeds=given,
         guidance_scale=5.0,
         latents=noise(7, 9, 48, 64),
         output_type="latent",
     ).frames
-    latents = ours(**CALL, input_image=pictures[0], end_image=last, seed=7, output_type="latents")
+    latents = ours(**CALL, input_image=images[0], end_image=last, seed=7, output_type="latents")
     assert relative_error(latents, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("boundary", [0.9, 0.5])
 def test_two_experts(parts, boundary):
-    """Levels 1, 0.909 and 0.714: the boundary falls between them, once before the last and never before the second."""
+    """Noise levels are 1, 0.909 and 0.714; boundaries before the last one, and below all."""
     high, low = oracle_dit(0), oracle_dit(1)
     oracle = oracle_with(parts, transformer=high, transformer_2=low, boundary_ratio=boundary)
     ours = ours_with(parts, dit=our_dit(high), dit2=our_dit(low))
@@ -173,7 +173,7 @@ def test_two_experts(parts, boundary):
     assert (relative_error(latents, swapped) > 1e-3) == (boundary == 0.9)
 
 
-def test_image_to_video_with_two_experts(parts, pictures, embedded):
+def test_image_to_video_with_two_experts(parts, images, embedded):
     """Wan 2.2: no image branch."""
     high, low = oracle_dit(0, in_channels=36), oracle_dit(1, in_channels=36)
     oracle = oracle_with(
@@ -187,30 +187,28 @@ def test_image_to_video_with_two_experts(parts, pictures, embedded):
     )
     ours = ours_with(parts, dit=our_dit(high), dit2=our_dit(low))
     expected = oracle(
-        **embedded, image=pictures[0], guidance_scale=3.5, latents=noise(7, 9, 48, 64), output_type="latent"
+        **embedded, image=images[0], guidance_scale=3.5, latents=noise(7, 9, 48, 64), output_type="latent"
     ).frames
-    latents = ours(
-        **CALL, input_image=pictures[0], cfg_scale=3.5, seed=7, switch_DiT_boundary=0.9, output_type="latents"
-    )
+    latents = ours(**CALL, input_image=images[0], cfg_scale=3.5, seed=7, switch_DiT_boundary=0.9, output_type="latents")
     assert relative_error(latents, expected) < TOLERANCE
 
 
 def masks(frames):
-    """Half of the picture, another half in the end."""
+    """Half of the image, the other half at the end."""
     half = np.zeros((frames, 48, 64, 3), dtype=np.uint8)
     half[: frames // 2, :, 32:] = half[frames // 2 :, 24:] = 255
     return [Image.fromarray(frame) for frame in half]
 
 
 @pytest.mark.parametrize("given", ["video", "video and mask", "reference", "everything"])
-def test_vace(parts, pictures, embedded, given):
+def test_vace(parts, images, embedded, given):
     dit = oracle_vace_dit()
     oracle = oracle_with(parts, WanVACEPipeline, transformer=dit)
     network, vace = our_vace(dit)
     ours = ours_with(parts, dit=network, vace=vace)
     video = clip_of(2, 9) if given != "reference" else None
     mask = masks(9) if given in ("video and mask", "everything") else None
-    reference = pictures[0] if given in ("reference", "everything") else None
+    reference = images[0] if given in ("reference", "everything") else None
     frames = 9 if reference is None else 13
     drawn = noise(7, frames, 48, 64)
     expected = oracle(
@@ -252,8 +250,8 @@ def test_vace_at_scale_zero_is_the_network_alone(parts):
 
 
 @pytest.mark.parametrize("with_image", [False, True])
-def test_frames_with_times_of_their_own(parts, pictures, embedded, with_image):
-    """TI2V: the autoencoder of Wan 2.2, and an image as a first frame that has no noise."""
+def test_frames_with_times_of_their_own(parts, images, embedded, with_image):
+    """TI2V: the autoencoder of Wan 2.2, and an image as a first frame without noise."""
     dit, vae = oracle_dit(in_channels=48, out_channels=48), oracle_vae_22()
     theirs, ours = parts[0] | {"vae": vae}, parts[1] | {"vae": our_vae_22(vae)}
     frames = {"transformer": dit, "expand_timesteps": True}
@@ -262,7 +260,7 @@ def test_frames_with_times_of_their_own(parts, pictures, embedded, with_image):
     else:
         oracle = oracle_with((theirs,), **frames)
     size = {"height": 64, "width": 96}
-    image = pictures[0].resize((96, 64))
+    image = images[0].resize((96, 64))
     expected = oracle(
         **embedded | size,
         **({"image": image} if with_image else {}),

@@ -1,4 +1,4 @@
-"""Two experts share a device in turns: the plan counts one of them at a time, and the loop has one there at a time."""
+"""Two experts: the plan counts one of them at a time, and the loop has one on the device at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffsynth_wan import WanVideoPipeline
 from wan_oracles import oracle_dit, our_dit, shared_parts
 
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 0}
-"""Levels 1, 0.909 and 0.714: with the boundary at 0.8 the second expert draws the last step."""
+"""Noise levels are 1, 0.909 and 0.714: with the boundary at 0.8, the second expert runs in the last step."""
 
 
 def pipeline(experts: int = 2) -> WanVideoPipeline:
@@ -30,7 +30,7 @@ def test_the_plan_needs_room_for_one_expert():
     assert "dit2" in second.roles
     assert "dit" not in second.roles
     assert (first.steps, second.steps) == (2, 1)
-    assert 0.8 < second.bytes_ahead / second.bytes_once < 1  # all but what is outside of blocks
+    assert 0.8 < second.bytes_ahead / second.bytes_once < 1  # all weights except those outside of blocks
     one = pipeline(1).plan(device="cuda", policy="cpu-offload", prompt="a", **CALL)
     assert first.vram == second.vram == pytest.approx(one.loop[0].vram, rel=0.01)
 

@@ -1,4 +1,4 @@
-"""Wan22Autoencoder against diffusers' residual AutoencoderKLWan, through the key names of its `vae/`."""
+"""Wan22Autoencoder equals diffusers' residual AutoencoderKLWan, loaded from the key names of its `vae/`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from diffsynth_wan.config import Wan22AutoencoderConfig, infer_wan22_autoencoder
 from diffsynth_wan.vae import Wan22Autoencoder
 
 CONFIG = Wan22AutoencoderConfig(dim=8, decoder_dim=12, dim_mult=(1, 2, 2), temporal_downsample=(False, True))
-"""Every kind of layer, and one level less than the published sizes: a proof runs the oracle once for each parameter."""
+"""Config with every kind of layer and one level less than the published one: a test runs the oracle per parameter."""
 FULL = Wan22AutoencoderConfig(dim=8, decoder_dim=8)
-"""The published numbers of levels, two of them in time."""
+"""Config with the published number of levels, two of which also downsample time."""
 WIDE = Wan22AutoencoderConfig(dim=96, decoder_dim=96, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,))
 LAYOUT = Path(__file__).parents[1] / "data" / "layouts" / "Wan2.2-TI2V-5B--wan_video_vae.json.gz"
 
@@ -67,7 +67,7 @@ def test_decode_equals_diffusers(config: Wan22AutoencoderConfig, frames: int) ->
     ours, oracle = build_pair(config)
     latents = draw_latents(frames, batch=2)
     truth = wan_vae_oracle.video_of(oracle, latents)
-    assert float(truth.abs().max()) < 1  # else diffusers would have clamped, and hidden a difference
+    assert float(truth.abs().max()) < 1  # otherwise diffusers clamps, which could hide a difference
     assert parity.relative_error(ours.decode(latents), truth) <= parity.TOLERANCE
 
 
@@ -127,7 +127,7 @@ def test_the_published_layout_loads_strictly(tier: str) -> None:
 
 
 def test_a_pickle_loads_as_its_tensors_do(tmp_path: Path) -> None:
-    """`Wan2.2_VAE.pth`, as it is published."""
+    """`Wan2.2_VAE.pth` as published."""
     ours, _ = build_pair()
     torch.save(ours.state_dict(), tmp_path / "Wan2.2_VAE.pth")
     tensors = read_files(files.find(ModelConfig(path=tmp_path / "Wan2.2_VAE.pth")))

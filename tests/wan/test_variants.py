@@ -1,4 +1,4 @@
-"""Variants without an oracle: naive twins, limits that are exact, and goldens; and what each variant refuses."""
+"""Variants without an oracle: reference implementations, exact special cases, goldens, and refused inputs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def inputs(config: WanDiTConfig = TINY_DIT) -> dict[str, Tensor]:
 
 
 def golden(out: Tensor) -> list[float]:
-    """Mean, deviation and four values of an output."""
+    """Return mean, standard deviation and four values of an output."""
     values = [out.mean(), out.std(), *out.flatten()[:: out.numel() // 4][:4]]
     return [round(float(value), 4) for value in values]
 
@@ -72,8 +72,8 @@ def test_a_camera_adapter_of_zeros_changes_no_bit() -> None:
 
 
 @torch.no_grad()
-def test_the_camera_adapter_is_its_naive_twin() -> None:
-    """A latent pixel has 24 x 64 channels: of the rays, then of the row and of the column in it."""
+def test_the_camera_adapter_equals_its_reference_implementation() -> None:
+    """A latent pixel has 24 x 64 channels, ordered by ray, then row, then column."""
     adapter = drawn(CameraAdapter(replace(CAMERA, camera_layers=2)))
     rays = rand(1, 24, 2, 32, 48)
     frames = []
@@ -93,7 +93,7 @@ def test_the_camera_adapter_is_its_naive_twin() -> None:
 
 @torch.no_grad()
 def test_camera_golden() -> None:
-    """The adapter's tokens are added before the blocks, where the reference adds them, to those of each frame."""
+    """The adapter's output is added to the tokens of each frame before the blocks, as in the published code."""
     dit = drawn(WanDiT(CAMERA))
     out = dit(**inputs(), extensions=[CameraMotion(rand(2, 24, 3, 48, 32))])
     assert close(golden(out), GOLDENS["camera"])
@@ -104,7 +104,7 @@ def test_camera_golden() -> None:
 
 @torch.no_grad()
 def test_a_reference_is_a_frame_in_front() -> None:
-    """With the patch embedding's weights, `ref_conv` gives what a video of one more frame gives for the others."""
+    """With the patch embedding's weights in `ref_conv`, the result equals that of a video of one more frame."""
     dit = drawn(WanDiT(REFERENCE))
     dit.ref_conv.weight.copy_(dit.patch_embedding.weight[:, :, 0])
     dit.ref_conv.bias.copy_(dit.patch_embedding.bias)
@@ -117,7 +117,7 @@ def test_a_reference_is_a_frame_in_front() -> None:
 
 @torch.no_grad()
 def test_reference_golden() -> None:
-    """The image's tokens stand at time 0 and the video's from 1 on, as in the reference implementation."""
+    """The image's tokens are at time 0 and the video's from 1 on, as in the published code."""
     out = drawn(WanDiT(REFERENCE))(**inputs(), extensions=[ReferenceFrame(rand(2, 16, 6, 4))])
     assert close(golden(out), GOLDENS["reference"])
 
@@ -127,7 +127,7 @@ def test_reference_golden() -> None:
 
 @torch.no_grad()
 def test_a_controller_of_zeros_changes_no_bit() -> None:
-    """Its last layer starts at zero."""
+    """The last layer is initialised with zeros, so speed control changes nothing."""
     dit, controller = drawn(WanDiT(TINY_DIT)), drawn(WanMotionController(TINY_MOTION_CONTROLLER))
     for parameter in controller.linear[4].parameters():
         parameter.zero_()
@@ -137,8 +137,7 @@ def test_a_controller_of_zeros_changes_no_bit() -> None:
 
 @torch.no_grad()
 def test_speed_golden() -> None:
-    """The controller sees ten times the number, so that 0 to 100 are the network's 0 to 1000; its six vectors are added
-    to those of the time, before each block adds its own."""
+    """The amount of motion is scaled by 10; the six vectors are added to the modulation by time."""
     dit, controller = drawn(WanDiT(TINY_DIT)), drawn(WanMotionController(TINY_MOTION_CONTROLLER))
     slow, fast = (dit(**inputs(), extensions=[SpeedControl(controller(torch.tensor([x])))]) for x in (0.0, 100.0))
     assert parity.relative_error(slow, fast) > 1e-3
@@ -212,7 +211,7 @@ def test_animate_refuses_what_does_not_fit() -> None:
 
 @pytest.mark.parametrize("log_scale", [0.0, -1.3])
 def test_reference_attention_equals_one_masked_softmax(log_scale: float) -> None:
-    """The reference implementation: all keys at once, other frames of the reference masked, frame 1's keys biased."""
+    """Reference implementation: all keys at once, other frames of the reference masked, frame 1's keys biased."""
     frames, per_frame = 4, 3
     q, k, v = (rand(2, frames * per_frame, 2, 8, seed=seed) for seed in (1, 2, 3))
     reference_k, reference_v = (rand(1, (frames - 1) * per_frame, 2, 8, seed=seed) for seed in (4, 5))
@@ -293,4 +292,4 @@ GOLDENS = {
     "reference": [-0.2251, 1.8952, -1.1435, -0.2617, -0.9567, -1.0217],
     "speed": [0.0933, 1.8745, -0.1692, 0.2127, 1.2156, -0.0741],
 }
-"""Of our own code, from seeds; they move only with a change of numerics, which says so."""
+"""Results of our own code for fixed seeds; they change only with the numerics."""

@@ -1,4 +1,4 @@
-"""VACE, Animate and Animate-2 against diffusers."""
+"""VACE, Animate and Animate-2 equal diffusers' networks."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 
 def smooth_faces(batch: int) -> Tensor:
-    """Pixels that blurring leaves as they are."""
+    """Return pixels that the blur filter leaves unchanged."""
     coarse = rand(batch * 5, 3, 6, 6, seed=7).clamp(-1, 1)
     fine = F.interpolate(coarse, (512, 512), mode="bilinear", align_corners=True)
     return fine.unflatten(0, (batch, 5)).transpose(1, 2).contiguous()
 
 
 class Vace:
-    """Of four blocks, the first and the third get a hint."""
+    """The first and the third of four blocks get a hint."""
 
     def __init__(self, num_layers: int = 4) -> None:
         network = WanDiTConfig(**{**SMALL, "num_layers": num_layers})
@@ -81,7 +81,7 @@ class Vace:
 
 
 class Animate:
-    """Faces of 512 x 512 pixels through few channels: diffusers' converter knows the published depth alone."""
+    """Config for faces of 512 x 512 pixels with few channels: diffusers' converter needs the published depth."""
 
     added = WanAnimateConfig(
         **BESIDE,
@@ -100,7 +100,7 @@ class Animate:
         self.published = draw(meta(WanDiT, network), WanAnimateAdapter(self.added))
         for name, weight in self.published.items():
             if name.startswith("motion_encoder.enc.") and name.endswith(".weight"):
-                weight.mul_(weight[0].numel() ** 0.5)  # these layers divide by it themselves
+                weight.mul_(weight[0].numel() ** 0.5)  # these layers divide by it in forward()
         parts = load_published(self.published)
         self.dit, self.adapter = parts["wan_dit"], parts["wan_animate_adapter"]
         assert (self.dit.config, self.adapter.config) == (network, self.added)
@@ -115,7 +115,7 @@ class Animate:
             face_encoder_num_heads=2,
             inject_face_latents_blocks=num_layers // 2,
         )
-        # The depth of the head is no argument of diffusers' network.
+        # diffusers' network has no argument for the depth of the head.
         del self.oracle.motion_encoder.motion_network[1:3]
         self.oracle.eval().load_state_dict(to_diffusers(self.published))
 
@@ -148,7 +148,7 @@ class Animate:
 
 
 class Animate2:
-    """A reference of two latent frames, a new video of three."""
+    """A reference of two latent frames and a new video of three."""
 
     network = WanDiTConfig(**{**SMALL, "num_layers": 2}, in_channels=36, image_dim=1280, reference_video=True)
 
@@ -173,7 +173,7 @@ class Animate2:
             num_layers=num_layers,
         ).eval()
         self.oracle.load_state_dict(convert_wan_animate_2_transformer_to_diffusers(dict(published)))
-        # It compiles the making of its mask; the mask is the same without.
+        # diffusers compiles the function that builds its mask; the mask is the same without.
         made = functools.partial(animate_2_of_diffusers.create_block_mask)
         monkeypatch.setattr(
             animate_2_of_diffusers,
@@ -267,7 +267,7 @@ def test_animate_for_two_videos_at_once() -> None:
 
 
 def test_animate_every_parameter_matters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The motion encoder by itself, on one face; then all the rest, and what the motion encoder gave."""
+    """Compare the motion encoder on one face, then the other modules on its output."""
     pair = Animate(num_layers=2)
     inputs = pair.inputs()
     encoder = pair.oracle.motion_encoder
@@ -331,7 +331,7 @@ def test_animate_2_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lowered(inputs: dict[str, Any]) -> dict[str, Any]:
-    """In bf16, but for the time."""
+    """Inputs in bf16, except the time."""
     return {
         name: lowered(x) if isinstance(x, dict) else x if name == "time" else x.bfloat16() for name, x in inputs.items()
     }

@@ -1,4 +1,4 @@
-"""Long videos: windows, what each of them is given, how they are blended, and what cannot be cut."""
+"""Sliding windows: their conditions, blending, and what is refused with them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def drawn(module: nn.Module) -> nn.Module:
 
 
 class Idle(nn.Module):
-    """A component that is not asked for anything but its sizes."""
+    """A component of which only the config is read."""
 
     config = SimpleNamespace(factor=8, time_factor=4)
 
@@ -64,7 +64,7 @@ def pipeline(dit: nn.Module, cls: type[WanVideoPipeline] = WanVideoPipeline, **m
 
 @pytest.mark.parametrize(("frames", "size", "stride"), [(21, 8, 4), (9, 4, 3), (10, 4, 4), (7, 3, 2), (5, 2, 1)])
 def test_windows_are_those_of_the_reference(frames, size, stride):
-    """Its loop, written again: windows from every `stride`, until one reaches the end; ramps over the overlap."""
+    """The loop of DiffSynth-Studio: a window at every `stride` until one reaches the end; ramps over the overlap."""
     expected = []
     for start in range(0, frames, stride):
         if start - stride >= 0 and start - stride + size >= frames:
@@ -89,7 +89,7 @@ def test_an_overlap_of_more_than_half_fades_on_both_sides():
 
 
 def blended(parts: list[tuple[list[int], list[float], Tensor]], frames: int) -> Tensor:
-    """Frame by frame, in fp64."""
+    """Return the blend, frame by frame in fp64."""
     rows = []
     for frame in range(frames):
         hits = [(w[f.index(frame)], v[:, :, f.index(frame)].double()) for f, w, v in parts if frame in f]
@@ -98,7 +98,7 @@ def blended(parts: list[tuple[list[int], list[float], Tensor]], frames: int) -> 
 
 
 CUTS = [([0, 1, 2, 3], [1, 1, 0.75, 0.25]), ([2, 3, 4, 5], [0.25, 0.75, 0.75, 0.25]), ([4, 5, 6], [0.25, 0.75, 1])]
-"""Seven frames in windows of 4, from every second."""
+"""Frames and weights of the windows of 7 frames, with size 4 and stride 2."""
 
 LATENTS = rand(1, 16, 7, 4, 4)
 WITH_LEAD = rand(1, 16, 8, 4, 4)
@@ -171,7 +171,7 @@ def test_animate_is_cut_and_every_window_sees_the_character():
 
 @torch.no_grad()
 def test_animate_2_is_cut_and_every_window_reads_its_own_part_of_the_reference():
-    """Only the window with the first frames has the end of the clip before to look at less."""
+    """Only the first window has the last frames of the previous clip, so only there `log_scale` applies."""
     dit = drawn(WanDiT(replace(TINY_DIT, in_channels=36, reference_video=True)))
     reference, condition = rand(1, 16, 7, 4, 4, seed=6), rand(1, 20, 8, 4, 4, seed=7)
     parts = []
@@ -208,7 +208,7 @@ def test_animate_2_is_cut_and_every_window_reads_its_own_part_of_the_reference()
 
 @torch.no_grad()
 def test_a_given_frame_is_clean_in_its_windows_and_stays():
-    """TI2V: only windows with that frame have a time for each frame."""
+    """TI2V: only windows with the first frame have one time per frame."""
     dit = drawn(WanDiT(replace(TINY_DIT, frame_times=True)))
     first = rand(1, 16, 1, 4, 4, seed=6)
     parts = []
@@ -257,7 +257,7 @@ def test_a_call_tells_windows_of_the_frames_in_front(monkeypatch):
 
 
 class Watched(nn.Module):
-    """A network that tells how much it was given, and how many of its results are still there."""
+    """A network that records the sizes of its inputs, and how many of its results are alive."""
 
     config = WanDiTConfig()
 
@@ -287,12 +287,12 @@ def test_one_window_is_in_memory_however_many_there_are():
 
 @unit("extensions")
 def paint_stripes(*, extensions: tuple, stripes: int = 0) -> tuple:
-    """Of a plugin; says nothing of windows."""
+    """A plugin's unit that does not declare support for windows."""
     return (*extensions, lambda dit, stream: stream) if stripes else extensions
 
 
 class Striped(WanVideoPipeline):
-    """With one more unit."""
+    """Pipeline with one more unit."""
 
     units = (*UNITS[:-1], paint_stripes, UNITS[-1])
 

@@ -1,4 +1,4 @@
-"""The `TypedDict` that editors read and the units that the pipeline runs say the same, both ways."""
+"""The `TypedDict` of the arguments equals the arguments of the pipeline's units."""
 
 import inspect
 
@@ -18,7 +18,7 @@ def test_types_equal_those_of_the_units():
 
 
 def test_names_and_defaults_of_the_reference():
-    """`spec/features.md` A4: what an existing script passes, and what it relies on when it does not."""
+    """`spec/features.md` A4: names and defaults that existing scripts rely on."""
     parameters = inspect.signature(ZImagePipeline.__call__).parameters
     expected = {
         "prompt": "",

@@ -1,4 +1,4 @@
-"""What the declarations of Z-Image and of the shared networks say is so."""
+"""Specs of Z-Image and of the shared networks match the published files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our key rules against the converters of diffusers, value for value."""
+"""Our key rules give the values of diffusers' converters."""
 
 import gzip
 import importlib.resources
@@ -28,7 +28,7 @@ def load_tensors(tensors):
 
 
 def fused_file():
-    """A tiny network under the names of single-file Z-Image checkpoints, q, k and v in one matrix."""
+    """Return a tiny network under the names of single-file checkpoints, with q, k and v in one matrix."""
     torch.manual_seed(0)
     state = ZImageDiT(TINY_DIT).state_dict()
     names = {
@@ -61,7 +61,7 @@ def test_fused_z_image(prefix):
 
 
 def test_published_names_under_a_prefix_alone():
-    """diffusers' own converter leaves such a file alone; ours must not."""
+    """Files of this layout, which diffusers' converter does not convert, load with our rules."""
     torch.manual_seed(0)
     state = ZImageDiT(TINY_DIT).state_dict()
     found, ours = load_tensors({f"model.diffusion_model.{key}": tensor for key, tensor in state.items()})

@@ -1,4 +1,4 @@
-"""What ZImageDiT promises beside being right: switches, sizes, training."""
+"""ZImageDiT: options, sizes, training."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
 
 
 @torch.no_grad()
-def test_what_stands_under_the_mask_is_of_no_account() -> None:
+def test_masked_tokens_are_ignored() -> None:
     dit, arguments = build(), inputs()
     before = dit(**arguments)
     arguments["prompt_embeds"][~arguments["prompt_mask"]] = 1e6
@@ -128,7 +128,7 @@ def test_autocast_keeps_the_stream_in_fp32() -> None:
 
 
 def test_grouped_key_heads() -> None:
-    """No published file has them, so only this: two key heads repeated by hand give the same as four."""
+    """Two key heads equal four key heads with repeated weights; no published file has fewer key heads than heads."""
     grouped_config = ZImageDiTConfig(**{**vars(TINY_DIT), "n_kv_heads": 2})
     grouped, full = build(grouped_config), ZImageDiT(TINY_DIT)
     weights = grouped.state_dict()

@@ -1,4 +1,4 @@
-"""ZImageDiT against diffusers, through the published key names (the two share them)."""
+"""ZImageDiT equals diffusers' network, which has the same key names."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_equals_diffusers_at_the_shape_of_nano() -> None:
 
 
 def test_every_parameter_matters() -> None:
-    """Without this the comparisons above would prove nothing."""
+    """Every parameter changes the output, so the comparisons above cover all of them."""
     _, oracle = build_pair(SMALL)
     inputs = draw_inputs(SMALL, (10, 6), [5, 40])
     assert parity.neutral_parameters(oracle, lambda: run_oracle(oracle, inputs)) == []

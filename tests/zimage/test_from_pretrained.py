@@ -1,4 +1,4 @@
-"""From files as the hub has them (no metadata of ours) to pictures."""
+"""Images from files as on the hub, without our metadata."""
 
 import pytest
 import torch

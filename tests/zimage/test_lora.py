@@ -1,4 +1,4 @@
-"""LoRAs of Z-Image: ours are read by diffusers, and those of other programs are here what diffusers makes of them."""
+"""LoRAs of Z-Image: diffusers loads ours, and we load those of other programs as diffusers does."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_diffusers_reads_what_we_save(dit, alpha, tmp_path):
 
 
 def test_fused_attention_of_kohya(dit):
-    """As sd-scripts writes it for the original code's names: query, key and value are one layer there."""
+    """LoRAs of sd-scripts use the original code's names, where query, key and value are one layer."""
     dice, dim = torch.Generator().manual_seed(0), TINY_DIT.dim
     parts = {"attention.qkv": (3 * dim, dim), "attention.out": (dim, dim)}
     named = {f"layers.0.{part}": layer_of(*shape, dice, alpha=1.0) for part, shape in parts.items()}

@@ -1,4 +1,4 @@
-"""The model in the wheel, through the command that the README begins with."""
+"""The model in the wheel, and the first command of the README."""
 
 import json
 from importlib.resources import files
@@ -27,7 +27,7 @@ def test_it_is_there_and_small():
     assert size <= 16_000_000
 
 
-def test_generate_writes_a_picture_that_tells_how_it_was_made(tmp_path):
+def test_generate_writes_an_image_with_its_provenance(tmp_path):
     out = tmp_path / "apple.png"
     result = CliRunner().invoke(program, ["generate", "z-image-nano", "a red apple", "-o", str(out), "--seed", "0"])
     assert result.exit_code == 0, result.output
@@ -39,7 +39,7 @@ def test_generate_writes_a_picture_that_tells_how_it_was_made(tmp_path):
     assert all(identity.startswith("sampled-sha256:") for identity in record["weights"]["dit"].values())
 
 
-def test_a_seed_keeps_its_picture(pipe):
+def test_a_seed_gives_the_same_image(pipe):
     first, again, other = (pipe("a red apple", seed=seed, output_type="tensor") for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -54,7 +54,7 @@ def test_words_decide_the_colour(pipe):
     assert green.argmax() == 1
 
 
-def test_guidance_and_images_to_start_from_change_the_picture(pipe):
+def test_guidance_and_images_to_start_from_change_the_image(pipe):
     base = pipe("a red apple", seed=0, output_type="tensor")
     guided = pipe("a red apple", seed=0, cfg_scale=3.0, negative_prompt="green apple", output_type="tensor")
     started = pipe(
@@ -68,7 +68,7 @@ def test_guidance_and_images_to_start_from_change_the_picture(pipe):
     assert not torch.equal(base, started)
 
 
-def test_several_pictures_at_once(pipe):
+def test_several_images_at_once(pipe):
     images = pipe(["a red apple", "dog face"], num_images=2, seed=0, num_inference_steps=2)
     assert len(images) == 4
     assert all(image.size == (128, 128) for image in images)

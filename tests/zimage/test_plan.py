@@ -1,4 +1,4 @@
-"""Plans of Z-Image: from its published layout without a weight, and of pipelines in memory beside what they take."""
+"""Plans of Z-Image from its published layout without weights, and plans of pipelines compared with measurements."""
 
 import dataclasses
 import json
@@ -28,13 +28,13 @@ SIZE = {"height": 64, "width": 48}
 
 @pytest.fixture(autouse=True)
 def _known_speeds(monkeypatch):
-    """Nothing is measured."""
+    """Speeds are not measured."""
     monkeypatch.setattr(planning, "_speeds", lambda device, dtype: Speeds(25e9, 100e12, 3e9))
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A pipeline with random weights on the CPU."""
+    """Return a pipeline with random weights on the CPU."""
     text = dataclasses.replace(TINY_QWEN3_TEXT_ENCODER, hidden_size=TINY_DIT.cap_feat_dim)
     parts = {
         "dit": build(ARCHITECTURES[0], TINY_DIT),
@@ -89,12 +89,12 @@ def test_a_limit_below_the_activations_is_refused_with_the_smallest(tiny):
 
 
 IN_TILES = {"height": 128, "width": 96, "tile_size": 8, "tile_stride": 6, "num_inference_steps": 1, "seed": 3}
-"""Of 16 x 12 latent pixels."""
+"""Request for 16 x 12 latent pixels."""
 
 
 @pytest.fixture(scope="module")
 def needs(tiny):
-    """The least bytes that a call takes whole, and in tiles."""
+    """Return the smallest limit in bytes of a call without tiles, and with tiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "_speeds", lambda device, dtype: Speeds(25e9, 100e12, 3e9))
         plans = [tiny.plan(**IN_TILES, tiled=tiled, device="cuda", vram_limit=8) for tiled in (False, True)]
@@ -104,7 +104,7 @@ def needs(tiny):
 
 @pytest.fixture
 def decoded(tiny):
-    """Sizes of what the decoder is given in earnest."""
+    """Return a list that records the sizes of the decoder's inputs."""
     seen = []
 
     def note(module, given):
@@ -118,7 +118,7 @@ def decoded(tiny):
 
 @pytest.fixture
 def limited(tiny):
-    """From a limit in GiB to the pipeline that keeps it; without one again after the test."""
+    """Return a function: limit in GiB -> the pipeline with that limit, which is removed after the test."""
 
     def keeping(gib):
         keep_limit(tiny, gib)
@@ -163,7 +163,7 @@ def test_what_a_call_says_of_tiles_is_never_changed(tiny, needs, decoded, limite
 
 
 def test_the_peak_of_a_stage_is_what_torch_allocates(tiny):
-    """Rehearsed and real, on the same code: what the profiler of torch counts while the network runs once."""
+    """The meta trace equals the counts of torch's profiler for one forward pass of the same code."""
     latents, mask = torch.randn(1, 16, 8, 6), torch.ones(1, 40, dtype=torch.bool)
     embeds, time = torch.randn(1, 40, TINY_DIT.cap_feat_dim), torch.tensor([0.5])
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profiler:
@@ -173,10 +173,10 @@ def test_the_peak_of_a_stage_is_what_torch_allocates(tiny):
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    twin = meta_components.without_weights(tiny.dit, torch.float32)
+    meta_dit = meta_components.without_weights(tiny.dit, torch.float32)
     inputs = [one.to("meta") for one in (latents, time, embeds)]
-    with torch.no_grad(), MetaTracer("cpu", {"dit": twin}) as tracer, tracer.stage("dit") as stage:
-        twin(*inputs, mask.to("meta"))
+    with torch.no_grad(), MetaTracer("cpu", {"dit": meta_dit}) as tracer, tracer.stage("dit") as stage:
+        meta_dit(*inputs, mask.to("meta"))
     given = sum(one.numel() * one.element_size() for one in (latents, time, embeds, mask))
     assert stage.device_bytes + stage.host_bytes - given == pytest.approx(peak, rel=0.1)
 
@@ -187,7 +187,7 @@ def run(*arguments):
 
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path):
-    """A machine without the model's files."""
+    """Plan on a machine without the model's files."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Whole trajectories against the diffusers pipelines, with tiny networks of the same weights."""
+"""Whole trajectories equal those of diffusers' pipelines with the same tiny networks."""
 
 import json
 
@@ -109,7 +109,7 @@ def test_text_to_image(pipelines, cfg_scale):
         assert relative_error(unguided, expected) > 1e-2
 
 
-def test_pictures(pipelines):
+def test_images(pipelines):
     ours, oracle, _ = pipelines
     arguments = {"prompt": "a red apple", "num_inference_steps": 4, **SIZE}
     expected = oracle(**arguments, guidance_scale=0, latents=noise(3), output_type="pil").images[0]
@@ -119,7 +119,7 @@ def test_pictures(pipelines):
 
 
 def test_image_to_image(pipelines):
-    """Half strength over 4 steps is the second half of diffusers' 8 steps: the same levels."""
+    """Strength 0.5 with 4 steps has the noise levels of the second half of diffusers' 8 steps."""
     ours, _, oracle = pipelines
     pixels = np.random.default_rng(0).integers(0, 255, (SIZE["height"], SIZE["width"], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)

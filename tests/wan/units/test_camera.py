@@ -1,4 +1,4 @@
-"""Rays of a camera: limits that are exact, and a naive twin."""
+"""Camera rays: exact special cases, and a reference implementation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from diffsynth_wan.units.camera import DIRECTIONS, ORIGIN, add_camera_control, c
 
 SIZE = {"num_frames": 3, "height": 10, "width": 14}
 SIGNS = {"Left": (9, 1), "Right": (9, -1), "Up": (13, 1), "Down": (13, -1)}
-"""Which number of a camera's line changes, and how."""
+"""Number of the camera line that changes, and its sign."""
 
 
 def naive(direction, *, num_frames, height, width, speed):
-    """Camera line by camera line, pixel by pixel."""
+    """Return the rays, computed in loops over frames and pixels."""
     lines = [list(ORIGIN)]
     while len(lines) < num_frames:
         line = list(lines[-1])
@@ -41,12 +41,12 @@ def naive(direction, *, num_frames, height, width, speed):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_equals_its_naive_twin(direction):
+def test_equals_the_reference_implementation(direction):
     got = camera_rays(direction, **SIZE, speed=0.02)
     assert torch.allclose(got, naive(direction, **SIZE, speed=0.02), atol=1e-5)
 
 
-def test_a_wide_picture():
+def test_a_wide_image():
     size = {"num_frames": 2, "height": 16, "width": 64}
     assert torch.allclose(camera_rays("Up", **size, speed=0.1), naive("Up", **size, speed=0.1), atol=1e-5)
 
@@ -64,8 +64,11 @@ def test_an_origin_has_nineteen_numbers():
 
 
 CORNER = (-0.631487, -0.346299, 0.693759)
-"""By hand, of 18 x 32 pixels, where focal lengths are 0.532139961 x 32 = 0.946026558 x 18 = 17.02848 pixels: the centre
-of the corner is ((0.5 - 16) / 17.02848, (0.5 - 9) / 17.02848, 1), a vector of length 1.441423."""
+"""Ray through the corner of 18 x 32 pixels, computed by hand.
+
+Focal lengths are 0.532139961 x 32 = 0.946026558 x 18 = 17.02848 pixels: the centre of the corner pixel is at
+((0.5 - 16) / 17.02848, (0.5 - 9) / 17.02848, 1), a vector of length 1.441423.
+"""
 
 TURNS = {
     "Left": (-1, 0),
@@ -77,7 +80,7 @@ TURNS = {
     "RightUp": (1, -1),
     "RightDown": (1, 1),
 }
-"""Where rays go with each frame. A matrix is [[1, 0, a], [0, 1, b], [0, 0, 1]]; its inverse has -a, -b."""
+"""Rays rotate with each frame. A matrix is [[1, 0, a], [0, 1, b], [0, 0, 1]]; its inverse has -a, -b."""
 
 
 @pytest.mark.parametrize("direction", TURNS)
@@ -91,7 +94,7 @@ def test_the_corner_by_hand(direction):
 
 
 def test_a_camera_elsewhere_by_hand():
-    """At (1, 2, 3) the way from the fourth camera to the first is 0.09 along x; the moment is that times the ray."""
+    """With an origin at (1, 2, 3), the fourth camera is 0.09 along x from the first."""
     origin = (*ORIGIN[:10], 1, *ORIGIN[11:14], 2, *ORIGIN[15:18], 3)
     rays = camera_rays("Left", num_frames=4, height=18, width=32, speed=0.01, origin=origin)
     expected = [0, -0.09 * 0.693759, 0.09 * -0.346299, -0.652300, -0.346299, 0.693759]
@@ -99,7 +102,7 @@ def test_a_camera_elsewhere_by_hand():
 
 
 def test_the_usual_camera_and_its_speed():
-    """Of `spec/features.md` A4: 1/54 a frame, and 19 numbers."""
+    """`spec/features.md` A4: 1/54 per frame, and 19 numbers."""
     assert ORIGIN == (0, 0.532139961, 0.946026558, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
     assert sorted(DIRECTIONS) == sorted(TURNS)
     usual = camera_rays("Up", num_frames=3, height=18, width=32)
@@ -107,7 +110,7 @@ def test_the_usual_camera_and_its_speed():
 
 
 def test_the_frames_of_a_latent_frame_are_channels():
-    """Coordinate by coordinate, four frames each; the first frame stands for four."""
+    """Channels are ordered by coordinate, then frame; the first frame is repeated four times."""
     video_shape = SimpleNamespace(num_frames=5, height=18, width=32, time_factor=4, device="cpu", dtype=torch.float32)
     (motion,) = add_camera_control(
         extensions=(), camera_control_direction="Left", camera_control_speed=0.01, video_shape=video_shape

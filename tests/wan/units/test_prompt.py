@@ -1,4 +1,4 @@
-"""From a prompt to the states that the network reads, against diffusers' way."""
+"""Encoded prompts equal those of diffusers' pipeline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encode(encoder, prompts):
 
 @torch.no_grad()
 def test_equals_padding_and_a_mask(encoders):
-    """diffusers encodes all 512 tokens under a mask and cuts the padding off; we encode the text alone."""
+    """diffusers encodes all 512 tokens with a mask and drops the padding; we encode only the text."""
     ours, oracle = encoders
     prompts = ["a puppy", "", "a much longer prompt about a puppy on a lawn"]
     tokens = tiny_tokenizer()(prompts, padding="max_length", max_length=512, truncation=True, return_tensors="pt")
