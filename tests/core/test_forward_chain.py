@@ -27,7 +27,7 @@ ORDER = [ForwardLayer.STEP_CACHE, ForwardLayer.STREAMING, ForwardLayer.COMPILED]
 
 
 class Block(nn.Module):
-    """What its forward passes is noted in `calls`, outermost first."""
+    """A block that records in `calls` which layers its forward passes, outermost first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def backend():
 
 
 def noting(block: Block, layer: ForwardLayer, name: str | None = None):
-    """A decorator that notes its layer's name in `calls` of the block."""
+    """Return a decorator that records the name of its layer in `calls` of the block."""
 
     def decorate(forward):
         def noted(*args, **kwargs):
@@ -96,7 +96,7 @@ def noting(block: Block, layer: ForwardLayer, name: str | None = None):
 
 
 def passed(block: Block) -> list[str]:
-    """Names of the layers that a call passes, from the outside."""
+    """Return the names of the layers that a call passes, outermost first."""
     block.calls.clear()
     x = torch.ones(1, 8)
     assert torch.equal(block(x, scale=2.0), x + 2.0 * block.linear(x))
@@ -147,7 +147,7 @@ def test_a_decorator_that_raises_changes_nothing():
 
 
 def assigned(block: Block, *, wraps: bool):
-    """A forward that other code put around the one that the block has."""
+    """Return a forward that other code put around the one that the block has."""
     inner = block.forward
 
     def forward(*args, **kwargs):

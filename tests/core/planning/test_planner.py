@@ -1,4 +1,4 @@
-"""The arithmetic of a budget: what it keeps, what it gives up first, and how long a step then takes."""
+"""The planner: limits are kept, the cheapest is given up first, and the time of a step is predicted."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ def block_calls(part, flops):
 
 
 def workload(*, dit=12.0, text_encoder=8.0, act=1.5, decode=4.0, tiled=1.0, **changes):
-    """A text-to-image call of about the size of FLUX.1."""
+    """Return a text-to-image call of about the size of FLUX.1."""
     parts = component("dit", dit, 38), component("text_encoder", text_encoder, 36), component("vae", 0.2, 1)
     stages = (
         StageCost("encode_prompt", ("text_encoder",), GIB // 5, block_calls=block_calls(parts[1], 1e10)),
@@ -112,7 +112,7 @@ def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can():
 
 
 def narrow(wide):
-    """The same call with weights of half the size, converted block by block."""
+    """Return the same call with weights of half the size, converted block by block."""
     parts = tuple(
         dataclasses.replace(
             part, blocks=tuple(BlockFootprint(each.name, each.stored // 2, each.stored) for each in part.blocks)
@@ -156,7 +156,7 @@ def test_weights_are_rounded_only_where_steps_become_faster(limit, compute, chos
 
 
 def test_what_does_not_fit_is_not_chosen_and_said():
-    """A converted block stands beside the one that waits, so that fp8 alone needs more than the wide dtype."""
+    """A block is on the device in both dtypes while it is converted, so fp8 alone needs more than the wide dtype."""
     wide = workload(tiled=0.5)
     limit = (plan_memory(wide, vram_limit=0, speeds=SPEEDS).smallest_vram + 2**20) / GIB
     for offered in ((wide, narrow(wide)), (narrow(wide), wide)):
@@ -184,7 +184,7 @@ def test_tiles_are_for_all_stages_of_a_call_or_for_none():
     assert tight.smallest_vram == roomy.smallest_vram
 
 
-def test_weights_wait_on_disk_where_host_memory_is_short_those_first_that_move_least():
+def test_weights_go_to_disk_where_host_memory_is_short_least_traffic_first():
     plan = plan_memory(workload(), vram_limit=8, ram_limit=16, speeds=SPEEDS)
     offloaded_to = {component.role: component.offloaded_to for stage in plan.stages for component in stage.components}
     assert offloaded_to == {"text_encoder": "disk", "dit": "host", "vae": "disk"}

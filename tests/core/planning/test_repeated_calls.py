@@ -1,4 +1,4 @@
-"""Repeated calls: counted as if each were made, made once if they look alike, and plain calls where nothing counts."""
+"""Repeated calls: counted as if each were made, made once for each form, and plain calls outside a trace."""
 
 import contextlib
 
@@ -30,7 +30,7 @@ LOOPS = {
     "decode a video in tiles": ("cuda", WanAutoencoder, WAN, lambda vae: vae.decode(on_meta(1, 16, 3, 6, 8), **TILES)),
     "decode a video": ("cpu", WanAutoencoder, WAN, lambda vae: vae.decode(on_meta(1, 16, 6, 4, 4))),
     "encode a video": ("cuda", WanAutoencoder, WAN, lambda vae: vae.encode(on_meta(1, 3, 11, 8, 8))),
-    "decode a picture in tiles": (
+    "decode an image in tiles": (
         "cpu",
         FluxAutoencoder,
         TINY_FLUX_AUTOENCODER,
@@ -40,7 +40,7 @@ LOOPS = {
 
 
 def count(vae, run, device_type, *, each):
-    """The stage of a run, what is alive behind it, and how many calls of layers were made; `each` call for real."""
+    """Return the trace of a run, the live bytes after it, its shape, and the number of layer calls; `each` makes all."""
     calls, blocks = [], dict(vae.named_children())
     hook = vae.decoder.register_forward_hook(lambda *_: calls.append(None))
     other = vae.encoder.register_forward_hook(lambda *_: calls.append(None))
@@ -55,7 +55,7 @@ def count(vae, run, device_type, *, each):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_rehearsal_with_repeats_counts_what_one_of_every_call_counts(name):
+def test_a_trace_with_repeats_counts_the_same_as_one_of_every_call(name):
     device_type, cls, config, run = LOOPS[name]
     with torch.device("meta"):
         vae = cls(config).eval()
@@ -68,7 +68,7 @@ def test_a_rehearsal_with_repeats_counts_what_one_of_every_call_counts(name):
 
 
 class Kept:
-    """Something that a function changes."""
+    """An object that a function changes."""
 
     def __init__(self, kept=None):
         self.kept = kept
@@ -79,7 +79,7 @@ class Slotted(Kept):
 
 
 class Twice:
-    """Counts how often it is called."""
+    """A function that counts its calls."""
 
     def __init__(self, function=lambda x, *_: x * 2):
         self.calls = 0
@@ -129,7 +129,7 @@ MADE_EACH = {
 
 
 @pytest.mark.parametrize("name", MADE_ONCE)
-def test_calls_that_look_alike_are_made_once(name):
+def test_calls_of_the_same_form_are_made_once(name):
     function, arguments = MADE_ONCE[name]
     assert calls_of(function, arguments, arguments, arguments) == 1
 
@@ -140,8 +140,8 @@ def test_calls_that_may_do_something_else_are_all_made(name):
     assert calls_of(function, arguments, arguments) == 2
 
 
-def test_calls_that_look_different_are_made():
-    """1 and True are equal, shapes of one size are not, and an object may come to look otherwise."""
+def test_calls_of_other_forms_are_made():
+    """1 and True are equal, shapes of one size are not, and the form of an object may change."""
     looks = [(on_meta(3), 1), (on_meta(3), True), (on_meta(4), 1), (on_meta(4).double(), 1), (on_meta(3, 1), 1)]
     looks += [(on_meta(3), Kept()), (on_meta(3), Kept(on_meta(1))), (on_meta(3), (on_meta(1),)), (on_meta(3), [])]
     assert calls_of(Twice(), *(lambda each=each: each for each in looks)) == len(looks)
@@ -176,7 +176,7 @@ def test_what_an_object_kept_goes_before_the_new_comes():
     assert stage.device_bytes == 3 * 4096 + 512
 
 
-def test_outside_a_rehearsal_every_call_is_made():
+def test_outside_a_trace_every_call_is_made():
     function, cache = Twice(keep), Kept()
     assert [repeated(function, torch.tensor([1.0]), cache).item() for _ in range(3)] == [2, 2, 2]
     assert function.calls == 3

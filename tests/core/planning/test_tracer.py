@@ -1,4 +1,4 @@
-"""What a rehearsal counts, beside what torch really allocates, and which values it knows in the middle of a model."""
+"""Memory that a meta trace counts against real allocations, and the values that it knows inside a model."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def trace(run, device_type="cuda", components=None, blocks=None):
 
 
 def real_peak(run):
-    """A second way to count: what torch's own profiler saw its allocator give and take back on the CPU."""
+    """Return the peak that torch's profiler recorded of its allocator on the CPU: a second way to count."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         kept = run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -62,8 +62,8 @@ def test_live_bytes_are_those_of_a_real_run():
     assert stage.device_bytes == pytest.approx(real, rel=0.01)
 
 
-def test_what_waits_on_the_host_is_counted_there():
-    """Keys and values of a reference video once stood in the device's account though a call had them moved."""
+def test_tensors_on_the_host_are_counted_there():
+    """Keys and values of a reference video were counted on the device although a call had moved them to the host."""
 
     def run():
         first = (on_meta(1024) + 1).cpu()
@@ -174,7 +174,7 @@ def test_a_value_that_depends_on_weights_cannot_be_planned(name):
         lambda q: F.scaled_dot_product_attention(query=q, key=q, value=q),  # as diffusers does
     ],
 )
-def test_attention_holds_no_scores_whoever_calls_it(attend):
+def test_attention_allocates_no_scores_in_any_calling_form(attend):
     q = on_meta(1, 8, 4096, 64, dtype=torch.bfloat16)
     stage = trace(lambda: attend(q))
     assert stage.device_bytes == 2 * q.numel() * 2 + 4 * 8 * 4096

@@ -1,4 +1,4 @@
-"""Where the weights of blocks lie in host memory."""
+"""Host memory for the weights of blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffsynth.core.vram.block_weights import PinnedPool
 
 
 @pytest.mark.parametrize("sizes", [[700] * 40, [1], [0, 5, 0], [2**20, 3, 2**20 + 1, 17], list(range(1, 200))])
-def test_an_arena_gives_every_block_memory_of_its_own(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_gives_every_block_memory_of_its_own(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     slabs: list[int] = []
 
     def slab(size: int, device: torch.device, pin: bool = True) -> torch.Tensor:
@@ -18,8 +18,8 @@ def test_an_arena_gives_every_block_memory_of_its_own(sizes: list[int], monkeypa
         return torch.zeros(size, dtype=torch.uint8)
 
     monkeypatch.setattr(block_weights, "host_memory", slab)
-    arena = PinnedPool(sizes, torch.device("meta"))
-    taken = [arena.take(size) for size in sizes]
+    pool = PinnedPool(sizes, torch.device("meta"))
+    taken = [pool.take(size) for size in sizes]
     for number, memory in enumerate(taken):
         memory.fill_(number % 251)
     assert [memory.numel() for memory in taken] == sizes

@@ -1,5 +1,5 @@
-"""Two experts on a device with queues: the second comes block by block as the first goes, with never a wrong weight,
-never more memory than the larger of them takes, and nothing of it where there are no queues.
+"""Two experts on a device with streams: the second replaces the first block by block, with no wrong weight and with no
+more memory than the larger one takes. Without streams nothing is prefetched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZE, BLOCKS, PASSES = 512, 5, 2
 
 
 class Allocator:
-    """Gives out memory of a `SlowDevice` that was given back before the device has done with it, as torch's does."""
+    """An allocator that reuses memory of a `SlowDevice` before the device has finished with it, as torch's does."""
 
     def __init__(self, slow: SlowDevice) -> None:
         self.slow, self.free, self.used, self.peak = slow, {}, 0, 0
@@ -49,7 +49,7 @@ class Allocator:
 
 @pytest.fixture(params=["main", "side", "either"])
 def device(request, monkeypatch):
-    """A device whose memory is an `Allocator`'s; memory of the host says that it is pinned."""
+    """A device whose memory comes from an `Allocator`; host memory reports that it is pinned."""
     slow = SlowDevice(prefer=request.param)
     slow.allocator = Allocator(slow)
     monkeypatch.setattr(backends, "torch_module", {"cuda": slow}.get)
@@ -97,7 +97,7 @@ class Expert(nn.Module):
 
 
 class Call:
-    """A loop of two experts, and what had been sent of the second when its first step began."""
+    """A loop of two experts; `sent` is the bytes of the second that were copied before its first step."""
 
     def __init__(self, slow: SlowDevice, *, resident: int = BLOCKS) -> None:
         self.slow, self.wrong, self.sent = slow, [], None
@@ -110,7 +110,7 @@ class Call:
         self.offloader = StageOffloader(experts, CUDA)
 
     def plan(self, steps: list[str], limit: float) -> MemoryPlan:
-        """Of the loop, with no activations, and so many bytes."""
+        """Return a plan of the loop without activations, limited to so many bytes."""
         loads = tuple(one.footprint(role) for role, one in self.managed.items())
         stages = tuple(
             StageCost(f"denoise ({load.role})", (load.role,), 0, steps=steps.count(load.role)) for load in loads
@@ -146,7 +146,7 @@ def test_the_second_is_there_when_the_first_has_ended(device, resident):
 
 @pytest.mark.parametrize("steps", [STEPS, ["dit", "dit2", "dit2"]])
 @pytest.mark.parametrize("blocks", [1.5, 3, 4, 5.5, 7, 9, 10])
-def test_what_sets_out_is_what_was_planned_and_the_limit_is_kept(device, blocks, steps):
+def test_prefetched_bytes_are_those_planned_and_the_limit_is_kept(device, blocks, steps):
     call, limit = Call(device), blocks * SIZE + 1
     plan = call.plan(steps, limit)
     call.play(steps, plan=plan)
@@ -207,14 +207,14 @@ def test_a_call_that_ends_early_leaves_nothing_behind(device):
     assert call.play(STEPS).wrong == []
 
 
-def test_nothing_sets_out_from_ordinary_memory(device, monkeypatch):
+def test_pageable_memory_is_not_prefetched(device, monkeypatch):
     """The host would have to stay for it."""
     monkeypatch.setattr(LockedTensor, "is_pinned", lambda self, device=None: False)
     call = Call(device).play(STEPS)
     assert (call.wrong, call.sent) == ([], 0)
 
 
-def test_nothing_sets_out_on_the_cpu():
+def test_nothing_is_prefetched_on_the_cpu():
     first, second = (nn.Linear(4, 4).requires_grad_(False) for _ in range(2))
     wrapped = [wrap(one, Policy.preset("cpu-offload", "cpu"), smallest=0) for one in (first, second)]
     assert wrapped[1].prefetchable() == []

@@ -31,7 +31,7 @@ def on(policy: Policy, folder: Path, *, module: Tower | None = None, **cuts: obj
 
 
 def lowered(module: Tower, keep: tuple[str, ...] = ()) -> Tower:
-    """What storage in fp8 makes of a module, by hand."""
+    """Round the weights of a module as storage in fp8 does."""
     for name, parameter in module.named_parameters():
         if not any(part in name for part in keep):
             parameter.data = parameter.data.to(torch.float8_e4m3fn).to(parameter.dtype)
@@ -89,7 +89,7 @@ def test_high_precision_layers_are_not_lowered() -> None:
     assert torch.equal(module(TOKENS), expected)
 
 
-def test_blocks_in_another_order_are_right_and_learnt(tmp_path: Path) -> None:
+def test_blocks_in_another_order_are_right_and_prefetched(tmp_path: Path) -> None:
     module, plain = tower(), tower()
     _, wrapped = on(STREAMED, tmp_path, module=module)
     for each in (module, plain):
@@ -104,7 +104,7 @@ def test_blocks_in_another_order_are_right_and_learnt(tmp_path: Path) -> None:
     assert wrapped.report.bytes_moved > 0
 
 
-def test_every_block_is_on_its_way_when_its_turn_comes(tmp_path: Path) -> None:
+def test_every_block_is_copied_before_it_is_called(tmp_path: Path) -> None:
     module, wrapped = on(STREAMED, tmp_path)
     wrapped.configure(resident=(), slots=2)
     with wrapped:

@@ -18,7 +18,7 @@ from slow_device import LockedTensor, SlowDevice
 SIZE = 32
 
 
-class Master:
+class FakeWeights:
     """A block whose bytes are all its number; pinned, or read by the thread."""
 
     def __init__(self, number: int, *, locked: bool) -> None:
@@ -47,9 +47,9 @@ def device(request, monkeypatch):
 
 
 def run(slow, orders, *, locked, slots):
-    """What the computation of each block read from its slot, pass after pass, and the report."""
+    """Run blocks in these orders; return the wrong weights that were read, the number of calls, and the report."""
     names = [f"block{number}" for number in range(7)]
-    block_weights = {name: Master(number, locked=locked(number)) for number, name in enumerate(names)}
+    block_weights = {name: FakeWeights(number, locked=locked(number)) for number, name in enumerate(names)}
     report, order = TransferReport(), BlockOrder(names)
     stream = BlockStream(block_weights, torch.device("cuda", 0), slots=slots, order=order, report=report)
     wrong, turns = [], 0
@@ -91,14 +91,14 @@ def test_every_computation_reads_its_own_block(device, kind, slots):
 
 def test_a_wrong_guess_does_not_come_late(device, monkeypatch):
     """The thread is at a block in ordinary memory when a pinned one takes its slot: 'mixed', above, by luck."""
-    gate, fill, read = threading.Event(), Master.fill, []
+    gate, fill, read = threading.Event(), FakeWeights.fill, []
 
     def fill_late(self, memory):
         assert gate.wait(10)
         fill(self, memory)
 
-    monkeypatch.setattr(Master, "fill", fill_late)
-    block_weights = {"guessed": Master(1, locked=False), "wanted": Master(0, locked=True)}
+    monkeypatch.setattr(FakeWeights, "fill", fill_late)
+    block_weights = {"guessed": FakeWeights(1, locked=False), "wanted": FakeWeights(0, locked=True)}
     order, report = BlockOrder(list(block_weights)), TransferReport()
     stream = BlockStream(block_weights, torch.device("cuda", 0), slots=1, order=order, report=report)
     timer = threading.Timer(0.05, gate.set)

@@ -1,4 +1,4 @@
-"""The engine by the names and arguments of older code: module maps, the eight keys, wrapper classes."""
+"""Memory management by the names and arguments of older code: module maps, the eight keys, wrapper classes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ModuleMap = Mapping[type[nn.Module], type["AutoTorchModule"]]
 
 
 class AutoTorchModule:
-    """How a `module_map` has a class of layers cut. These classes say it; they have no instances and no code."""
+    """A value of `module_map`: how layers of a class are cut. Such classes have no instances and no code."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused.
+        """Refuse to make an instance.
 
         Raises:
             TypeError: always.
@@ -38,15 +38,15 @@ class AutoTorchModule:
 
 
 class AutoWrappedModule(AutoTorchModule):
-    """The layer comes and goes as a whole."""
+    """The layer is a block, and is streamed as a whole."""
 
 
 class AutoWrappedLinear(AutoWrappedModule):
-    """The same; here linear layers are like others."""
+    """The same as `AutoWrappedModule`: linear layers need no wrapper of their own."""
 
 
 class AutoWrappedNonRecurseModule(AutoTorchModule):
-    """What is inside comes and goes by itself; the layer's own parameters stay for the stage."""
+    """The layers inside it are cut; its own parameters stay on the device for the stage."""
 
 
 def enable_vram_management(
@@ -57,25 +57,27 @@ def enable_vram_management(
     disk_map: DiskMap | None = None,
     quantize: Any = None,
 ) -> nn.Module:
-    """Put a model under the policy that eight keys spell.
+    """Put a model under the policy of eight keys, and return it.
 
     Args:
-        model: it is frozen, and keeps its class and its results. With a `disk_map` it may be on meta.
+        model: the model, which is frozen here; it keeps its class and its results. With a `disk_map` it may be on meta.
         module_map: layer class -> `AutoWrappedModule`, `AutoWrappedLinear` or `AutoWrappedNonRecurseModule`; the first
-            that fits a layer counts. With the model's own class in it, the model comes and goes as a whole. None or
-            nothing cuts it at its repeated blocks, which moves the same bytes in fewer copies.
+            that fits a layer counts. With the model's own class in it, the model is moved as a whole. None or an empty
+            map cuts it at its repeated blocks, which moves the same bytes in fewer copies.
         vram_config: `offload_device`, `offload_dtype` and so on; see `Policy.from_keys`. Computation is on the first
             accelerator where it is left out.
-        vram_limit: GiB that this model's weights may take on the device; 0 keeps none between their turns, None all.
-        disk_map: its weights.
-        quantize: not in this version.
+        vram_limit: GiB that this model's weights may take on the device; 0 keeps none
+            between calls of their blocks, None keeps all.
+        disk_map: reads the weights from their file.
+        quantize: not supported in this version.
 
     Returns:
-        The model, with `vram_management_enabled` True. `diffsynth.core.vram.managed(model)` ends it, and reports.
+        The model, with `vram_management_enabled` True. `diffsynth.core.vram.managed(model)` has its
+        transfer report, and `unwrap()`.
 
     Raises:
-        ValueError: a policy with a hole, or one that asks for a file that there is not; see `wrap`.
-        TypeError: a module map of something else.
+        ValueError: a key of the policy is missing, or it needs a file and there is none; see `wrap`.
+        TypeError: the module map has other keys or values.
         NotEnoughMemory: the limit is less than the model needs with one layer at a time.
         KeyMismatch: the weights do not fit the model.
     """
@@ -94,10 +96,10 @@ def enable_vram_management_recursively(
     disk_map: DiskMap | None = None,
     quantize: Any = None,
 ) -> nn.Module:
-    """`enable_vram_management` of what is inside a model, whatever the map says of the model's own class.
+    """Do the same as `enable_vram_management`, but ignore an entry of the map for the model's own class.
 
     Args:
-        name_prefix: of the model's parameters in the `disk_map`, without a dot behind it.
+        name_prefix: prefix of the model's parameters in the `disk_map`, without a dot at its end.
     """
     _check(module_map or {}, vram_config, vram_limit, quantize)
     prefix = f"{name_prefix}." if name_prefix else ""
@@ -105,10 +107,10 @@ def enable_vram_management_recursively(
 
 
 def fill_vram_config(model: nn.Module, vram_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys with `onload` and `preparing` as `computation` is: of a model that comes and goes as a whole.
+    """Return the keys with `onload` and `preparing` set to `computation`, for a model that is moved as a whole.
 
     Raises:
-        ValueError: a key that there is not, or no computation.
+        ValueError: an unknown key, or no computation.
     """
     _check_keys(vram_config)
     parts = {part: vram_config.get(f"computation_{part}") for part in ("device", "dtype")}
@@ -118,7 +120,7 @@ def fill_vram_config(model: nn.Module, vram_config: Mapping[str, Any]) -> dict[s
         f"{state}_{part}": value for state in ("onload", "preparing") for part, value in parts.items()
     }
     if any(name in vram_config and vram_config[name] != value for name, value in filled.items()):
-        logger.info("%s comes and goes as a whole: onload and preparing are as computation", type(model).__name__)
+        logger.info("%s is moved as a whole: onload and preparing are as computation", type(model).__name__)
     return filled
 
 
@@ -145,21 +147,21 @@ def _enable(
 
 
 def _keep_within(managed: ManagedModule, vram_limit: float) -> None:
-    """Have as many blocks stay on the device as a limit allows, spread evenly."""
+    """Configure as many resident blocks as a limit allows, spread evenly."""
     managed.configure(resident=(), slots=1)
     if managed.blocks and not managed.streamed:
-        logger.warning("vram_limit=%s has no effect: the weights wait where they are computed with", vram_limit)
+        logger.warning("vram_limit=%s has no effect: the weights are used where they are stored", vram_limit)
         return
     if vram_limit == 0:
         return
-    load = managed.footprint()
+    footprint = managed.footprint()
     room, names = int(vram_limit * GIB), managed.blocks
     for count in range(len(names), -1, -1):
         resident = frozenset(names[index] for index in spread(count, len(names)))
-        if load.on_device(resident, slots=DEFAULT_SLOTS) <= room:
+        if footprint.on_device(resident, slots=DEFAULT_SLOTS) <= room:
             managed.configure(resident=resident, slots=DEFAULT_SLOTS)
             return
-    least = load.on_device(frozenset(), slots=1)
+    least = footprint.on_device(frozenset(), slots=1)
     if least > room:
         raise NotEnoughMemory(
             f"vram_limit={vram_limit} GiB is too small for the weights of {type(managed.module).__name__}: with one "
@@ -168,7 +170,7 @@ def _keep_within(managed: ManagedModule, vram_limit: float) -> None:
 
 
 def _entry(module: nn.Module, module_map: ModuleMap) -> type[AutoTorchModule] | None:
-    """What a map says of a module."""
+    """Return the entry of a map that fits a module; None if none does."""
     return next((how for layer, how in module_map.items() if isinstance(module, layer)), None)
 
 
@@ -180,7 +182,7 @@ def _check(
     module_map: ModuleMap, vram_config: Mapping[str, Any], vram_limit: float | None, quantize: Any = None
 ) -> None:
     if quantize is not None:
-        raise NotImplementedError(f"quantize={quantize!r}: it comes with quantization, in a later version")
+        raise NotImplementedError(f"quantize={quantize!r}: quantization is not supported in this version")
     if vram_limit is not None and not vram_limit >= 0:
         raise ValueError(f"vram_limit={vram_limit!r}: expected GiB of at least 0, or None for no limit")
     _check_keys(vram_config)
@@ -189,7 +191,7 @@ def _check(
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)) or how not in known:
             raise TypeError(
                 f"module_map[{layer!r}] is {how!r}; expected a module class and one of "
-                f"{', '.join(each.__name__ for each in known)}. Code of a wrapper would never run: use hooks"
+                f"{', '.join(each.__name__ for each in known)}. Code of a wrapper would never run: use forward hooks"
             )
 
 
@@ -201,7 +203,7 @@ def _check_keys(vram_config: Mapping[str, Any]) -> None:
 
 
 def _cuts(model: nn.Module, module_map: ModuleMap) -> dict[str, Any]:
-    """The arguments of `wrap`.
+    """Return the arguments of `wrap` for a module map.
 
     Raises:
         ValueError: the model has no such layers.

@@ -1,4 +1,4 @@
-"""What fits into how much memory, and how long it takes.
+"""Memory plans: which weights fit into how much memory, and how long a step takes.
 
 `plan_memory` turns a `Workload` and limits into a `MemoryPlan`: arithmetic over sizes, without torch. `tracer` measures
 a workload by running code on torch's meta device.

@@ -11,7 +11,7 @@ from diffsynth.core.planning.workload import Speeds
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """Where the weights of a component are during a stage.
+    """The location of a component's weights during a stage.
 
     Args:
         role: name of the component.

@@ -136,7 +136,7 @@ def step_seconds(timings: Sequence[BlockTiming], *, slots: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Residency:
+class _StageLayout:
     """Resident blocks of the components of one stage, by role, and the number of slots for the others."""
 
     resident: dict[str, frozenset[str]]
@@ -173,9 +173,9 @@ class _Planner:
         if limit and limit < smallest_vram:
             raise NotEnoughMemory(self._too_small(limit, smallest_vram))
         staying = self._staying(limit)
-        residencies = [self._residency(stage, staying, limit) for stage in self._workload.stages]
-        self._disk |= self._moved_to_disk(residencies, staying)
-        stages = [self._stage(*pair, staying) for pair in zip(self._workload.stages, residencies, strict=True)]
+        layouts = [self._layout(stage, staying, limit) for stage in self._workload.stages]
+        self._disk |= self._moved_to_disk(layouts, staying)
+        stages = [self._stage(*pair, staying) for pair in zip(self._workload.stages, layouts, strict=True)]
         return MemoryPlan(
             stages=self._with_bytes_ahead(stages, limit),
             vram_limit=self._vram_limit,
@@ -254,32 +254,32 @@ class _Planner:
     def _room_beside(self, stage: StageCost, staying: frozenset[str], limit: int) -> int:
         return limit - stage.activations - sum(self._workload.component(role).whole for role in staying)
 
-    def _residency(self, stage: StageCost, staying: frozenset[str], limit: int | None) -> _Residency:
-        """Return the residency of the stage with the fastest steps; of equally fast ones that with fewest slots."""
+    def _layout(self, stage: StageCost, staying: frozenset[str], limit: int | None) -> _StageLayout:
+        """Return the layout of the stage with the fastest steps; of equally fast ones that with fewest slots."""
         components = [self._workload.component(role) for role in stage.roles]
         everything = {each.role: frozenset(block.name for block in each.blocks) for each in components}
         if limit is None:
-            return _Residency(everything, 0)
+            return _StageLayout(everything, 0)
         if limit == 0:
-            return _Residency({role: frozenset() for role in stage.roles}, 1)
+            return _StageLayout({role: frozenset() for role in stage.roles}, 1)
         least = {role: everything[role] if role in staying else frozenset[str]() for role in stage.roles}
         beside = sum(self._workload.component(role).whole for role in staying if role not in stage.roles)
         room = limit - beside - stage.activations
         if sum(component.whole for component in components) <= room:
-            return _Residency(everything, 0)
-        fitting: list[_Residency] = []
+            return _StageLayout(everything, 0)
+        fitting: list[_StageLayout] = []
         for slots in (*_SLOTS, 1):
             # One slot hides no copy, so it is for limits that leave no room for two.
             if slots == 1 and fitting:
                 break
             for resident in _shrinking(components, least):
                 if sum(each.on_device(resident[each.role], slots=slots) for each in components) <= room:
-                    fitting.append(_Residency(resident, slots))
+                    fitting.append(_StageLayout(resident, slots))
                     break
         assert fitting, f"{stage.name}: nothing fits, though the limit is not below the minimum"
         return min(fitting, key=lambda one: (self._step_seconds(stage, one), one.slots))
 
-    def _moved_to_disk(self, residencies: Sequence[_Residency], staying: frozenset[str]) -> frozenset[str]:
+    def _moved_to_disk(self, layouts: Sequence[_StageLayout], staying: frozenset[str]) -> frozenset[str]:
         """Return the components whose weights do not fit in host memory; those with least traffic go to disk first.
 
         Raises:
@@ -294,10 +294,10 @@ class _Planner:
                 f"{_gib_rounded_up(self._minimum_ram()):.2f} GiB even with all weights on disk"
             )
         traffic = dict.fromkeys((component.role for component in self._workload.components), 0)
-        for stage, residency in zip(self._workload.stages, residencies, strict=True):
+        for stage, layout in zip(self._workload.stages, layouts, strict=True):
             for role in stage.roles:
-                traffic[role] += self._bytes_once(role, residency, staying)
-                traffic[role] += stage.steps * self._bytes_per_step(stage, residency, role)
+                traffic[role] += self._bytes_once(role, layout, staying)
+                traffic[role] += stage.steps * self._bytes_per_step(stage, layout, role)
         moved: set[str] = set()
         for role in sorted(traffic, key=lambda role: traffic[role]):
             if max(self._host_bytes(stage, self._disk | moved) for stage in self._workload.stages) <= limit:
@@ -305,8 +305,8 @@ class _Planner:
             moved.add(role)
         return frozenset(moved)
 
-    def _stage(self, stage: StageCost, residency: _Residency, staying: frozenset[str]) -> StagePlan:
-        resident, slots, on_host = residency.resident, residency.slots, self._workload.on_host
+    def _stage(self, stage: StageCost, layout: _StageLayout, staying: frozenset[str]) -> StagePlan:
+        resident, slots, on_host = layout.resident, layout.slots, self._workload.on_host
         components = {role: self._workload.component(role) for role in stage.roles}
         plans = tuple(
             ComponentPlan(
@@ -328,10 +328,10 @@ class _Planner:
             activations=stage.activations,
             vram=0 if on_host else on_device,
             ram=self._host_bytes(stage, self._disk) + (on_device if on_host else 0),
-            bytes_once=sum(self._bytes_once(role, residency, staying) for role in components),
-            bytes_per_step=sum(self._bytes_per_step(stage, residency, role) for role in components),
+            bytes_once=sum(self._bytes_once(role, layout, staying) for role in components),
+            bytes_per_step=sum(self._bytes_per_step(stage, layout, role) for role in components),
             steps=stage.steps,
-            seconds_per_step=self._step_seconds(stage, residency),
+            seconds_per_step=self._step_seconds(stage, layout),
             tiled=stage.is_tiled,
         )
 
@@ -339,7 +339,7 @@ class _Planner:
         """Fill in what is copied ahead of a stage of the loop that runs another expert than the one before.
 
         In the last step of an expert, blocks of the next one take the place of those that have run for the last time.
-        Which call is the last is learnt from the step before; without one only free memory counts. See
+        Which call is the last is predicted from the step before; without one only free memory counts. See
         `OverlappedSwap`.
         """
         for index, (earlier, later) in enumerate(pairwise(stages), start=1):
@@ -381,27 +381,27 @@ class _Planner:
         read = [block.stored for each in components if each.role in disk for block in each.blocks]
         return bytes_ + sum(in_memory) + _STAGING_BUFFERS * max(read, default=0)
 
-    def _bytes_once(self, role: str, residency: _Residency, staying: frozenset[str]) -> int:
+    def _bytes_once(self, role: str, layout: _StageLayout, staying: frozenset[str]) -> int:
         if role in staying:
             return 0
         component = self._workload.component(role)
-        resident = residency.resident[role]
+        resident = layout.resident[role]
         return component.rest_stored + sum(block.stored for block in component.blocks if block.name in resident)
 
-    def _bytes_per_step(self, stage: StageCost, residency: _Residency, role: str) -> int:
-        sizes = self._streamed_sizes(role, residency)
+    def _bytes_per_step(self, stage: StageCost, layout: _StageLayout, role: str) -> int:
+        sizes = self._streamed_sizes(role, layout)
         return sum(sizes.get(call.block, 0) for call in stage.block_calls if call.role == role)
 
-    def _streamed_sizes(self, role: str, residency: _Residency) -> dict[str, int]:
+    def _streamed_sizes(self, role: str, layout: _StageLayout) -> dict[str, int]:
         """Return the stored bytes of streamed blocks by name; none where each of them has a slot of its own."""
-        resident = residency.resident[role]
+        resident = layout.resident[role]
         streamed = [block for block in self._workload.component(role).blocks if block.name not in resident]
-        return {block.name: block.stored for block in streamed} if len(streamed) > residency.slots else {}
+        return {block.name: block.stored for block in streamed} if len(streamed) > layout.slots else {}
 
-    def _step_seconds(self, stage: StageCost, residency: _Residency) -> float:
-        streamed = {role: self._streamed_sizes(role, residency) for role in stage.roles}
+    def _step_seconds(self, stage: StageCost, layout: _StageLayout) -> float:
+        streamed = {role: self._streamed_sizes(role, layout) for role in stage.roles}
         timings = [self._timing(call, streamed) for call in stage.block_calls]
-        return step_seconds(timings, slots=max(residency.slots, 1))
+        return step_seconds(timings, slots=max(layout.slots, 1))
 
     def _timing(self, call: BlockCall, streamed: dict[str, dict[str, int]]) -> BlockTiming:
         speed = self._speeds.disk if call.role in self._disk or self._workload.on_host else self._speeds.link

@@ -19,7 +19,7 @@ from diffsynth.core.planning.workload import BlockCall, StageTrace
 
 @dataclass(frozen=True)
 class _Effects:
-    """What a call did.
+    """Recorded effects of a call.
 
     Args:
         flops: floating-point operations of the call.

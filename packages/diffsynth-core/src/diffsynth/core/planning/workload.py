@@ -85,7 +85,7 @@ class BlockCall:
 
 @dataclass
 class StageTrace:
-    """What one stage took in a run on the meta device, see `MetaTracer`.
+    """Measurements of one stage in a run on the meta device; see `MetaTracer`.
 
     Args:
         name: name of the stage.
@@ -104,7 +104,7 @@ class StageTrace:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage of a call takes: a part of the call during which the same components run.
+    """The cost of one stage of a call: a part during which the same components run.
 
     Args:
         name: name of the unit, or "denoise".
@@ -144,7 +144,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one call of a pipeline takes, with its weights stored in one way.
+    """Sizes and costs of one call of a pipeline, with its weights stored in one way.
 
     Args:
         components: sizes of the components that the call uses.

@@ -15,7 +15,7 @@ REST = ""
 """The name under which parameters outside blocks are listed; they stay on the device for the whole stage."""
 
 Locations = list[tuple[nn.Module, str, str]]
-"""Where parameters are registered: the module, the name in it, and the first name in the whole module tree."""
+"""Locations of parameters: the module, the name in it, and the first name in the whole module tree."""
 
 
 def parameter_locations(module: nn.Module, blocks: Mapping[str, Block]) -> dict[str, Locations]:

@@ -48,7 +48,7 @@ class _StagingBuffer:
 
 
 class BlockOrder:
-    """The order in which blocks are called, as learnt from the last time: each block's successor.
+    """The order in which blocks are called, as recorded in the last pass: the successor of each block.
 
     It also counts how often each block is called in a step of the loop, which predicts the next step.
 
