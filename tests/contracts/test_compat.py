@@ -18,24 +18,13 @@ DOORS = {
     "diffsynth.diffusion.base_pipeline",
     "diffsynth.diffusion.template",
     "diffsynth.metrics",
-    "diffsynth.models.flux2_vae",
-    "diffsynth.models.general_modules",
-    "diffsynth.models.model_loader",
-    "diffsynth.models.qwen_image_controlnet",
-    "diffsynth.models.qwen_image_dit",
-    "diffsynth.models.qwen_image_text_encoder",
-    "diffsynth.models.z_image_text_encoder",
-    "diffsynth.pipelines.flux2_image",
-    "diffsynth.pipelines.flux_image",
-    "diffsynth.pipelines.qwen_image",
-    "diffsynth.utils.data.audio",
-    "diffsynth.utils.data.audio_video",
-    "diffsynth.utils.quant.serialization",
-    "diffsynth.utils.ses",
-    "diffsynth.utils.state_dict_converters.qwen_image_text_encoder",
+    "diffsynth.models",
+    "diffsynth.pipelines",
+    "diffsynth.utils",
+    "diffsynth.utils.data",
     "diffsynth_wan.doors.wan_video",
 }
-"""Modules under names that older scripts import, and the packages whose lazy `__getattr__` has such names."""
+"""Modules under names that older scripts import, and packages that have such names or modules beside their own."""
 
 
 def names_compat(name: str) -> bool:

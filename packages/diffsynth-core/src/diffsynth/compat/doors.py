@@ -1,12 +1,16 @@
 """Door modules: module names that scripts for DiffSynth-Studio import. No torch.
 
-__getattr__ = door(__name__, {"ModelConfig": "diffsynth:ModelConfig"}, {"BasePipeline": use("diffsynth.Pipeline")})
+    __getattr__ = door(__name__, {"ModelConfig": "diffsynth:ModelConfig"}, {"BasePipeline": use("diffsynth.Pipeline")})
+
+A door of a package that has modules of its own lies in `compat/modules/<package>`, a folder that `with_doors` adds to
+the package's path.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 QUANTIZATION = (
@@ -67,3 +71,13 @@ def door(
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return attribute
+
+
+def with_doors(path: Iterable[str], package: str) -> list[str]:
+    """Return the `__path__` of a package with the folder of its doors behind its own.
+
+    Args:
+        path: the package's own `__path__`; its modules come first.
+        package: dotted name inside `diffsynth`, "utils.data".
+    """
+    return [*path, str(Path(__file__).parent / "modules" / Path(*package.split(".")))]

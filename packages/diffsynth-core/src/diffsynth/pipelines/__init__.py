@@ -1,7 +1,6 @@
 """Doors of families: `diffsynth.pipelines.<name>` is a module that an installed family declares by `register_doors`.
 
-They keep scripts for DiffSynth-Studio working; new code imports the family itself. The modules in this folder are for
-families that are not there yet.
+They keep scripts for DiffSynth-Studio working; new code imports the family itself.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import importlib.util
 from pathlib import Path
 
 from diffsynth import _discovery
+from diffsynth.compat.doors import with_doors
 
 
 def _folders() -> list[str]:
@@ -23,5 +23,5 @@ def _folders() -> list[str]:
     return found
 
 
-# The families' folders come first, so that their doors replace the modules of this folder.
-__path__ = [*_folders(), *__path__]
+# The families' folders come first, so that their doors replace those for families that are not there yet.
+__path__ = with_doors([*_folders(), *__path__], "pipelines")

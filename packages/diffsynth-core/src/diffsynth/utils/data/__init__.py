@@ -1,5 +1,6 @@
 """`diffsynth.utils.data`: reading and writing video and sound."""
 
+from diffsynth.compat.doors import with_doors
 from diffsynth.core.data.image import contact_sheet
 from diffsynth.core.data.media import VideoData, read_audio
 from diffsynth.core.data.media_writer import merge_video_audio, save_frames, save_video, save_video_with_audio
@@ -13,3 +14,5 @@ __all__ = [
     "save_video",
     "save_video_with_audio",
 ]
+
+__path__ = with_doors(__path__, "utils.data")
