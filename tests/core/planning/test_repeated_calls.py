@@ -40,7 +40,7 @@ LOOPS = {
 
 
 def count(vae, run, device_type, *, each):
-    """Return the trace of a run, the live bytes after it, its shape, and the number of layer calls; `each` makes all."""
+    """Return the trace of a run, the live bytes after it, its shape, and the layer calls; `each` makes all of them."""
     calls, blocks = [], dict(vae.named_children())
     hook = vae.decoder.register_forward_hook(lambda *_: calls.append(None))
     other = vae.encoder.register_forward_hook(lambda *_: calls.append(None))
