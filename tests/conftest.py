@@ -33,6 +33,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 # Workers and the processes that tests start share the cores. Torch reads this once, when its thread pool is made.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Containers often set PYTHONDONTWRITEBYTECODE. Each process would then compile torch anew, which takes 10 s, and the
+# tests start dozens: bytecode is written all the same, but into the environment instead of beside the sources.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(sys.prefix) / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config) -> int | None:
