@@ -1,13 +1,13 @@
-"""Attention on a GPU: is it right there, and how fast is it beside what else is installed.
+"""Attention on a GPU: correctness, and speed compared with the other installed backends.
 
-    python benchmarks/attention.py                                  all cases, all contenders, JSON under results/
+    python benchmarks/attention.py                                  all cases, all backends, JSON under results/
     python benchmarks/attention.py --cases wan --passes fwd --contenders triton sdpa_flash
-    TRITON_INTERPRET=1 python benchmarks/attention.py --device cpu --tiny     does the script run
+    TRITON_INTERPRET=1 python benchmarks/attention.py --device cpu --tiny     check that the script runs
 
-First outputs and gradients are held to the naive twin in fp64, at sizes that fit no block; a contender that fails is
-not timed. Then each case is timed by events, the median of `--repeats`, in an order of contenders that changes from
-round to round, and 16 queries of two heads of its output are held to the naive twin, too. Ceilings are this machine's
-own: a large matrix product, and a copy.
+First outputs and gradients are compared with the reference in fp64, at sizes that do not fit the blocks; a backend that
+fails is not timed. Then each case is timed by events, the median of `--repeats`, with the order of backends rotated in
+each round, and 16 queries of two heads of its output are compared with the reference. Upper bounds are measured on the
+same machine: a large matrix product, and a copy.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from diffsynth.core.device.speed import compute_speed
 
 CONTENDERS = ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa", "flash_attention_3", "flash_attention_2")
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
-"""Of the largest error, relative to the largest value."""
+"""Largest accepted error, relative to the largest value."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of a model.
+    """One attention call of a model.
 
     Args:
-        name: model and what it attends to.
-        q_len, k_len, heads, kv_heads, dim: sizes; batch is 1.
-        padded: keys at the end that a mask of `b 1 1 k` hides.
-        packed: lengths of the samples that share the tokens.
-        causal, window: as `attention` takes them.
+        name: model, and the variant of the call.
+        q_len, k_len, heads, kv_heads, dim: sizes; the batch size is 1.
+        padded: number of keys at the end that a mask `b 1 1 k` excludes.
+        packed: lengths of the packed samples.
+        causal, window: as for `attention`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Case:
     window: tuple[int, int] | None = None
 
     def arguments(self, device: str) -> dict[str, Any]:
-        """What the call has beside q, k and v."""
+        """Return the arguments of the call beside q, k and v."""
         given: dict[str, Any] = {"causal": self.causal, "window": self.window}
         if self.padded:
             given["mask"] = (torch.arange(self.k_len, device=device) < self.k_len - self.padded)[None, None, None]
@@ -71,21 +71,21 @@ class Case:
         return given
 
     def pairs(self) -> float:
-        """How many queries may attend how many keys."""
+        """Return the number of allowed pairs of queries and keys."""
         if self.packed:
             return sum(length**2 for length in self.packed)
         keys = self.k_len - self.padded
         left, right = (self.window or (-1, -1)) if not self.causal else (-1, 0)
         total = 0
         for i in range(self.q_len):
-            beside = i + self.k_len - self.q_len
-            first = max(0, beside - left) if left >= 0 else 0
-            last = min(keys, beside + right + 1) if right >= 0 else keys
+            aligned = i + self.k_len - self.q_len
+            first = max(0, aligned - left) if left >= 0 else 0
+            last = min(keys, aligned + right + 1) if right >= 0 else keys
             total += max(0, last - first)
         return total
 
     def flop(self, direction: str) -> float:
-        """Of two matrix products forward, of five backward."""
+        """Return the FLOP of two matrix products forward, or of five backward."""
         return {"fwd": 4, "bwd": 10}[direction] * self.pairs() * self.dim * self.heads
 
 
@@ -123,7 +123,7 @@ CHECKED = (
 
 
 def draw(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """q, k and v, all in need of a gradient."""
+    """Return random q, k and v, all with requires_grad."""
     generator = torch.Generator(device).manual_seed(0)
     sizes = ((case.q_len, case.heads), (case.k_len, case.kv_heads), (case.k_len, case.kv_heads))
     return [
@@ -133,7 +133,7 @@ def draw(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def off(got: Tensor, wanted: Tensor) -> float:
-    """The largest error, relative to the largest value; infinite where one is not finite."""
+    """Return the largest error, relative to the largest value; infinity if a value is not finite."""
     got, wanted = got.detach(), wanted.detach()
     if not bool(got.isfinite().all()):
         return float("inf")
@@ -141,7 +141,7 @@ def off(got: Tensor, wanted: Tensor) -> float:
 
 
 def check_contender(name: str, cases: tuple[Case, ...], device: str, dtype: torch.dtype) -> dict[str, str]:
-    """What is wrong with its outputs and gradients, by case; a case that it refuses is not wrong."""
+    """Return the errors of outputs and gradients by case; refused cases are skipped."""
     wrong = {}
     for case in cases:
         tensors = draw(case, device, dtype)
@@ -162,17 +162,17 @@ def check_contender(name: str, cases: tuple[Case, ...], device: str, dtype: torc
 
 
 def spot_error(call: AttentionCall, case: Case, out: Tensor) -> float:
-    """The error of 16 queries of the first and the last head."""
+    """Return the error of 16 queries of the first and the last head."""
     rows = torch.randint(case.q_len, (16,), generator=torch.Generator().manual_seed(1)).to(out.device)
     heads = torch.tensor([0, case.heads - 1], device=out.device)
     keys = torch.arange(case.k_len, device=out.device)
-    beside = (rows + case.k_len - case.q_len)[:, None]
+    aligned = (rows + case.k_len - case.q_len)[:, None]
     left, right = call.limits
     allowed = (keys < case.k_len - case.padded).expand(16, -1).clone()
     if left >= 0:
-        allowed &= keys >= beside - left
+        allowed &= keys >= aligned - left
     if right >= 0:
-        allowed &= keys <= beside + right
+        allowed &= keys <= aligned + right
     if call.cu_seqlens is not None:
         ends = call.cu_seqlens[0][1:]
         allowed &= torch.bucketize(rows, ends, right=True)[:, None] == torch.bucketize(keys, ends, right=True)
@@ -184,13 +184,13 @@ def spot_error(call: AttentionCall, case: Case, out: Tensor) -> float:
 
 @dataclass
 class Clock:
-    """Milliseconds of a function: by events on an accelerator, else by the wall."""
+    """Measured milliseconds of a function: by events on an accelerator, else by the wall clock."""
 
     device: str
     times: list[float] = field(default_factory=list)
 
     def measure(self, run: Callable[[], object]) -> None:
-        """Once, into `times`."""
+        """Run the function once, and append its time to `times`."""
         if self.device == "cpu":
             started = time.perf_counter()
             run()
@@ -205,7 +205,7 @@ class Clock:
 
 
 def runs(case: Case, names: list[str], direction: str, args: argparse.Namespace) -> tuple[dict, dict]:
-    """By contender, a function to time; and the reason or the error of those that are not timed."""
+    """Return a function to time for each backend, and the reason or error of those that are not timed."""
     dtype = getattr(torch, args.dtype)
     tensors = draw(case, args.device, dtype)
     if direction == "fwd":
@@ -234,7 +234,7 @@ def runs(case: Case, names: list[str], direction: str, args: argparse.Namespace)
 
 
 def time_case(case: Case, direction: str, args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    """Median milliseconds and TFLOP/s of each contender."""
+    """Return median milliseconds and TFLOP/s of each backend."""
     ready, left_out = runs(case, names, direction, args)
     clocks = {name: Clock(args.device) for name in ready}
     for run in ready.values():
@@ -254,7 +254,7 @@ def time_case(case: Case, direction: str, args: argparse.Namespace, names: list[
 
 
 def copy_speed(device: str) -> float:
-    """Bytes/s read and written by a copy of 256 MiB on the device."""
+    """Return the bytes/s read and written by a copy of 256 MiB on the device."""
     source = torch.zeros(2**28 if device != "cpu" else 2**22, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     clock = Clock(device)
@@ -264,7 +264,7 @@ def copy_speed(device: str) -> float:
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Versions, the card, and its ceilings."""
+    """Return versions, the name of the GPU, and its upper bounds."""
     try:
         import triton
 
@@ -288,16 +288,16 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """1 if a contender of ours is wrong."""
+    """Return 1 if the backend `triton` is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--cases", default="", help="part of a case's name")
+    parser.add_argument("--cases", default="", help="substring of a case's name")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), help="names of backends")
     parser.add_argument("--passes", nargs="+", choices=["fwd", "bwd"], default=["fwd", "bwd"])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="sizes that an interpreter on a CPU gets through")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for Triton's interpreter on a CPU")
     parser.add_argument("--json", type=Path, help="default: results/attention-<device>.json beside this file")
     args = parser.parse_args()
     facts = machine(args)

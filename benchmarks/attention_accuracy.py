@@ -1,11 +1,11 @@
-"""How near the inexact backends come: cosine similarity and relative L1 against the formula in fp32.
+"""Accuracy of the inexact backends: cosine similarity and relative L1 against the reference in fp32.
 
     TRITON_INTERPRET=1 python benchmarks/attention_accuracy.py            on the CPU, minutes
     python benchmarks/attention_accuracy.py --device cuda                 longer sequences
 
-Inputs are random; peaked, so that each query attends to few keys; with keys that share a large vector, as those of real
-models do; and what the layers of a tiny Z-Image really pass to attention. Weights of tiny models are random: the last
-says that the shapes and scales of a model are served, not how a trained one fares.
+Inputs are random; peaked, so that each query attends to few keys; with a large vector common to all keys, as in real
+models; and those of the layers of a tiny Z-Image. Weights of tiny models are random, so the last covers the shapes and
+scales of a model, not the accuracy of a trained one.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def main() -> int:
-    """Prints a table; 1 if a backend gave something that is not finite."""
+    """Print a table, and return 1 if a result is not finite."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backends", nargs="+", default=["triton", "triton_int8", "sage_attention"])
-    parser.add_argument("--length", type=int, help="tokens of the made-up inputs; default 130 on the CPU, else 4608")
+    parser.add_argument("--length", type=int, help="tokens of the generated inputs; default 130 on the CPU, else 4608")
     parser.add_argument("--json", type=Path, help="default: results/attention-accuracy.json beside this file")
     args = parser.parse_args()
     length = args.length or (130 if args.device == "cpu" else 4608)
     dtype = torch.float16 if args.device == "cpu" else torch.bfloat16
     rows, is_finite = [], True
-    for name, inputs in (*made_up(length), *of_tiny_model()):
+    for name, inputs in (*generated(length), *of_tiny_model()):
         small = [x.to(args.device, dtype) for x in inputs]
         truth = NaiveAttention()(checked_call(*(x.float() for x in small)))
         for backend in args.backends:
@@ -60,8 +60,8 @@ def main() -> int:
     return int(not is_finite)
 
 
-def made_up(length: int) -> Iterator[tuple[str, Inputs]]:
-    """Two heads of 128."""
+def generated(length: int) -> Iterator[tuple[str, Inputs]]:
+    """Yield names and generated inputs, two heads of 128 channels."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, length, 2, 128, generator=generator) for _ in range(3))
     yield "random", (q, k, v)
@@ -70,7 +70,7 @@ def made_up(length: int) -> Iterator[tuple[str, Inputs]]:
 
 
 def of_tiny_model() -> list[tuple[str, Inputs]]:
-    """The widest call of each shape that a tiny Z-Image makes of attention, text encoder and autoencoder included."""
+    """Return one attention call of each shape of a tiny Z-Image, including text encoder and autoencoder."""
     import diffsynth
     from diffsynth.testing import tiny_hub
 

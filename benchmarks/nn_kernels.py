@@ -1,11 +1,11 @@
-"""The fused kernels of `diffsynth.nn`: bandwidth beside a plain copy's on a GPU.
+"""The fused kernels of `diffsynth.nn`: bandwidth on a GPU compared with a plain copy.
 
-    python benchmarks/nn_kernels.py [--tokens 4096 32768] [--json FILE]     on a GPU: correct first, then timed
+    python benchmarks/nn_kernels.py [--tokens 4096 32768] [--json FILE]     on a GPU: checked, then timed
     TRITON_INTERPRET=1 python benchmarks/nn_kernels.py --tiny               every case runs once, on the CPU
 
-Bytes are those that must be read and written once; the goal is 0.8 of what a copy of as many bytes reaches. A kernel
-that is not equal to its naive twin is not timed. Medians of --repeats runs, by events on the device.
-What the binaries take is in `kernels/README.md`.
+Bytes are those that must be read and written at least once; the goal is 0.8 of the speed of a copy. A kernel
+that differs from its reference implementation is not timed. Medians of --repeats runs, by events on the device.
+Registers and shared memory of the binaries are in `kernels/README.md`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from diffsynth.nn import naive
 from diffsynth.nn.triton import gated_activation, norm, norm_rotary, sinusoidal
 
 TOLERANCE = {torch.bfloat16: 2**-6, torch.float32: 1e-4}
-"""Relative to the largest value. The naive twin rounds after every step."""
+"""Largest accepted error, relative to the largest value. The reference rounds after every operation."""
 
 WIDTHS = {"Z-Image": (3840, 30, 10240), "FLUX": (3072, 24, 12288), "Wan 14B": (5120, 40, 13824)}
-"""Width of the stream, heads of 128, width of the feed-forward layer."""
+"""Width of the hidden states, number of heads of 128, width of the feed-forward layer."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call by kernel and by twin, and the bytes that it has to move."""
+    """One call by kernel and by reference implementation, and the bytes that it must move."""
 
     name: str
     kernel: Callable[[], Tensor]
-    twin: Callable[[], Tensor]
+    reference: Callable[[], Tensor]
     moved: int
 
 
@@ -89,11 +89,11 @@ def cases(tokens: int, widths: tuple[int, int, int], device: str, dtype: torch.d
             2 * row + 2 * cos.numel() * 4,
         )
     a, b = draw(1, tokens, f), draw(1, tokens, f)
-    for name, twin in (("silu", naive.swiglu), ("gelu", naive.geglu)):
+    for name, reference in (("silu", naive.swiglu), ("gelu", naive.geglu)):
         yield Case(
             f"{name}, gated",
             lambda name=name: gated_activation.gated_activation(a, b, name),
-            lambda twin=twin: twin(a, b),
+            lambda reference=reference: reference(a, b),
             3 * a.numel() * a.element_size(),
         )
     times = 1000 * torch.rand(64, device=device)
@@ -106,12 +106,12 @@ def cases(tokens: int, widths: tuple[int, int, int], device: str, dtype: torch.d
 
 
 def error(case: Case) -> float:
-    ours, truth = case.kernel().double(), case.twin().double()
-    return float((ours - truth).abs().max() / truth.abs().max())
+    ours, expected = case.kernel().double(), case.reference().double()
+    return float((ours - expected).abs().max() / expected.abs().max())
 
 
 def seconds(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """Median time of a call; the caches are flushed before each on a GPU."""
+    """Return the median time of a call in seconds; on a GPU the caches are flushed before each run."""
     if device == "cpu":
         started = time.perf_counter()
         call()
@@ -135,11 +135,13 @@ def measure(tokens: list[int], widths: dict[str, tuple[int, int, int]], repeats:
         for count in tokens:
             for case in cases(count, sizes, device, dtype):
                 if (off := error(case)) > TOLERANCE[dtype]:
-                    sys.exit(f"{case.name}, {model}, {count} tokens: differs from its twin by {off:.1e}; not timed")
+                    sys.exit(
+                        f"{case.name}, {model}, {count} tokens: differs from its reference by {off:.1e}; not timed"
+                    )
                 source = torch.empty(max(case.moved // 2, 1), dtype=torch.uint8, device=device)
                 target = torch.empty_like(source)
                 copy = seconds(lambda to=target, source=source: to.copy_(source), repeats, device)
-                kernel, twin = (seconds(call, repeats, device) for call in (case.kernel, case.twin))
+                kernel, reference = (seconds(call, repeats, device) for call in (case.kernel, case.reference))
                 rows.append(
                     {
                         "case": case.name,
@@ -147,10 +149,10 @@ def measure(tokens: list[int], widths: dict[str, tuple[int, int, int]], repeats:
                         "tokens": count,
                         "error": off,
                         "kernel_us": kernel * 1e6,
-                        "twin_us": twin * 1e6,
+                        "reference_us": reference * 1e6,
                         "gb_per_s": case.moved / kernel / 1e9,
                         "of_copy": copy / kernel,
-                        "times_faster": twin / kernel,
+                        "times_faster": reference / kernel,
                     }
                 )
     return rows

@@ -1,7 +1,7 @@
-"""The kernels of `diffsynth.core.attention.triton`, as `compile.py` compiles them, for each row of their table.
+"""Cases of `compile.py` for the kernels of `diffsynth.core.attention.triton`, for each row of their table.
 
-A row has to carry masks, windows, packed samples, the narrower of its head dims, and, forward, 8-bit queries and keys.
-Those that prepare for them are in `preparing_cases.py`.
+A row is compiled with masks, windows, packed samples, a smaller head dim, and, forward, 8-bit queries and keys. The
+small kernels around attention are in `preparing_cases.py`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _VARIANTS = {
 }
 _INT8_VARIANTS = ("plain", "mask", "window")
 _NARROWER = {64: 48, 128: 96, 256: 192}
-"""Head dims that fill a part of a row's blocks. They are multiples of 16: `op.aligned` sees to it,
-and `tiles.aligned_rows` to the rows of masks."""
+"""Head dims that fill a part of a row's blocks. They are multiples of 16, as `op.aligned` ensures;
+`tiles.aligned_rows` does the same for masks."""
 
 
 def cases() -> Iterator[Case]:
-    """Every row of the table in every variant; the default ones are bf16, head dim 128, plain, for sm_90."""
+    """Yield every row of the table in every variant; the default ones are bf16, head dim 128, plain, for sm_90."""
     for arch, rows in configs.TABLE.items():
         for row in rows:
             for variant in _VARIANTS:

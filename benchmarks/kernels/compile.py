@@ -1,11 +1,11 @@
-"""Compile every kernel, in every configuration of its table, for GPUs that are not there, and keep what they take.
+"""Compile every kernel, in every configuration of its table, without a GPU, and record the resources they use.
 
     python benchmarks/kernels/compile.py                    all: minutes to an hour; compiled.json and README.md
     python benchmarks/kernels/compile.py --only flash_fwd --target 90 --changed
     python benchmarks/kernels/compile.py --default --complete --dry     what CI compiles and checks; writes nothing
 
-Exits with 1 if a kernel spills or wants more shared memory than there is. Modules `*_cases.py` beside this file list
-the kernels. Nothing here runs one: speed is measured by `benchmarks/attention.py`, on a GPU.
+Exits with 1 if a kernel spills or needs more shared memory than a block can have. Modules `*_cases.py` beside this file
+list the kernels. Nothing here runs a kernel: speed is measured by `benchmarks/attention.py`, on a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # read when kernels are made, which the import of `*_cases` does
+os.environ["TRITON_INTERPRET"] = "0"  # read when kernels are defined, at the import of `*_cases`
 
 import triton
 from offline import Case, Report
@@ -43,14 +43,16 @@ _BLOCKS = ("BLOCK", *(f"BLOCK_{axis}" for axis in "MNRTEFH"))
 
 
 def main() -> int:
-    """0 if every compiled kernel may be launched."""
+    """Return 0 if every compiled kernel may be launched."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of the case's name")
+    parser.add_argument("--only", default="", help="substring of the case's name")
     parser.add_argument("--target", type=int, help="compute capability, 90 for sm_90")
     parser.add_argument("--default", action="store_true", help="only the default configurations")
-    parser.add_argument("--changed", action="store_true", help="leave out what compiled.json has of this configuration")
+    parser.add_argument("--changed", action="store_true", help="skip configurations that compiled.json has")
     parser.add_argument(
-        "--complete", action="store_true", help="fail, too, if compiled.json lacks or has what it must not"
+        "--complete",
+        action="store_true",
+        help="also fail if compiled.json lacks a case, or has one that must not be launched",
     )
     parser.add_argument("--dry", action="store_true", help="write nothing")
     args = parser.parse_args()
@@ -74,15 +76,17 @@ def main() -> int:
 
 
 def listed() -> list[Case]:
-    """The cases of all modules beside this one."""
+    """Return the cases of all modules `*_cases.py`."""
     names = sorted(path.stem for path in HERE.glob("*_cases.py"))
     return [case for name in names for case in importlib.import_module(name).cases()]
 
 
 def problems_of_table(every: dict[str, Case], known: dict[str, dict[str, Any]]) -> list[str]:
-    """Cases that were not compiled in their configuration, and what was compiled that must not be launched."""
+    """Return the cases that compiled.json lacks, and those that must not be launched."""
     found = [
-        f"compiled.json lacks {key} as it is now" for key, case in every.items() if not is_known(case, known.get(key))
+        f"compiled.json lacks {key} in its current configuration"
+        for key, case in every.items()
+        if not is_known(case, known.get(key))
     ]
     for row in known.values():
         found += Report(**{field.name: row[field.name] for field in dataclasses.fields(Report)}).problems()
@@ -90,18 +94,18 @@ def problems_of_table(every: dict[str, Case], known: dict[str, dict[str, Any]]) 
 
 
 def blocks(case: Case) -> str:
-    """Sizes of blocks, `128 x 64`."""
+    """Return the block sizes of a case, `128 x 64`."""
     return " x ".join(str(value) for name, value in case.constexprs.items() if name in _BLOCKS)
 
 
 def is_known(case: Case, row: dict[str, object] | None) -> bool:
-    """Whether a row is of this configuration; changes of the kernel's code do not show."""
+    """Return whether a row is of this configuration; changes of the kernel's code are not detected."""
     wanted = (blocks(case), case.num_warps, case.num_stages)
     return row is not None and (row["blocks"], row["num_warps"], row["num_stages"]) == wanted
 
 
 def write(rows: dict[str, dict[str, object]]) -> None:
-    """`compiled.json`, and the table of README.md made from it."""
+    """Write `compiled.json`, and the table of README.md made from it."""
     RESULTS.write_text(json.dumps({"triton": triton.__version__, "cases": rows}, indent=1) + "\n")
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     for key, row in rows.items():

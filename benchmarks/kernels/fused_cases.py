@@ -1,4 +1,4 @@
-"""The fused kernels of `diffsynth.nn`, at the widths of the models; those of equal blocks are compiled once."""
+"""Cases of `compile.py` for the fused kernels of `diffsynth.nn`, at the widths of models; equal blocks only once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from diffsynth.core.attention.triton import configs
 from diffsynth.nn.triton import gated_activation, norm, norm_rotary, sinusoidal
 
 _WIDTHS = {"Z-Image": (3840, 30, 10240), "FLUX": (3072, 24, 12288), "Wan 14B": (5120, 40, 13824)}
-"""Width of the stream, heads of 128, width of the feed-forward layer."""
+"""Width of the hidden states, number of heads of 128, width of the feed-forward layer."""
 
 _STAGES = 3
-"""What Triton launches with where nothing else is said."""
+"""Triton's default for num_stages."""
 
 
 def cases() -> Iterator[Case]:
-    """Norms of both kinds with all that may follow, RoPE after both kinds of norm, both gates, sinusoids."""
+    """Yield both norms with all options, RoPE after both kinds of norm, both gated activations, and sinusoids."""
     for arch in configs.TABLE:
         seen = []
         for model, (width, heads, inner) in _WIDTHS.items():

@@ -1,10 +1,9 @@
-"""Compile a Triton kernel for a GPU that is not there, and read from the binary what it would take of one.
+"""Compile a Triton kernel without a GPU, and read registers, spills and shared memory from the binary.
 
     report = compile_report(kernel, {"x": "*bf16:16", "count": "i32"}, {"BLOCK": 1024}, target=90)
-    report.problems()   # () or reasons why no GPU of that kind could run it well
+    report.problems()   # () or reasons why it must not be launched on such a GPU
 
-Needs ptxas and cuobjdump, which Triton's wheel brings, and kernels that are not interpreted: TRITON_INTERPRET unset
-when they are imported.
+Needs ptxas and cuobjdump, which are part of Triton's wheel, and kernels that were imported without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 """Bytes of shared memory that one block may have (CUDA programming guide, table of compute capabilities)."""
 
 REGISTER_LIMIT = 255
-"""Registers of a thread; a kernel that has them all is close to spilling."""
+"""Registers of a thread; a kernel that uses all of them is close to spilling."""
 
 _MMA = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
@@ -35,10 +34,10 @@ class Case:
     """One kernel in one configuration, as a module `*_cases.py` beside this one lists it in `cases()`.
 
     Args:
-        name: kernel, dtype, sizes and variant, for people; unique beside `target`.
-        kernel, signature, constexprs, target, num_warps, num_stages: as `compile_report` takes them.
-        tuned: whether somebody timed this configuration on such a device.
-        is_default: compiled in CI.
+        name: kernel, dtype, sizes and variant; unique for each `target`.
+        kernel, signature, constexprs, target, num_warps, num_stages: as for `compile_report`.
+        tuned: whether this configuration was timed on such a device.
+        is_default: whether CI compiles it.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Case:
     is_default: bool = False
 
     def report(self) -> Report:
-        """What it takes."""
+        """Compile the case, and return its resources."""
         return compile_report(
             self.kernel, self.signature, self.constexprs, self.target, self.num_warps, self.num_stages
         )
@@ -60,17 +59,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel in one configuration takes of one kind of GPU.
+    """Resources of one kernel in one configuration on one kind of GPU.
 
     Args:
         kernel: name of the function.
         arch: compute capability, 90 for sm_90.
-        num_warps, num_stages: as asked for.
-        registers: per thread.
-        spilled: bytes per thread that did not fit into registers and live in local memory.
-        shared: bytes per block.
-        mma: matrix instructions by name, how many of each stand in the code.
-        seconds: that compiling took; near 0 when it came from Triton's cache.
+        num_warps, num_stages: launch options.
+        registers: registers per thread.
+        spilled: bytes per thread that are spilled to local memory.
+        shared: bytes of shared memory per block.
+        mma: name -> number of matrix instructions in the code.
+        seconds: compile time; near 0 if the kernel was in Triton's cache.
     """
 
     kernel: str
@@ -84,7 +83,7 @@ class Report:
     seconds: float
 
     def problems(self) -> tuple[str, ...]:
-        """Why this must not be launched: it spills, or asks for shared memory that no block gets."""
+        """Return why this must not be launched: spills, or more shared memory than a block can have."""
         found = []
         if self.spilled:
             found.append(f"{self.kernel} on sm_{self.arch} spills {self.spilled} bytes per thread")
@@ -102,13 +101,13 @@ def compile_report(
     num_warps: int = 4,
     num_stages: int = 2,
 ) -> Report:
-    """Compile `kernel` for `sm_<target>` on the CPU and report.
+    """Compile `kernel` for `sm_<target>` on the CPU, and return its resources.
 
     Args:
         kernel: a `triton.jit` function.
         signature: type of each parameter that is not in `constexprs`: "*bf16" a pointer, "i32", "fp32"; with ":16" its
-            value or address is a multiple of 16, as Triton would find out at the launch.
-        constexprs: value of each constexpr; None too for a pointer that is not given.
+            value or address is a multiple of 16, which Triton detects at a launch.
+        constexprs: value of each constexpr; None for a pointer that is not given.
         target: compute capability, a key of SHARED_LIMIT.
         num_warps, num_stages: launch options.
 
@@ -117,14 +116,14 @@ def compile_report(
     """
     if not isinstance(kernel, triton.JITFunction):
         raise ValueError(f"{kernel!r} is interpreted and has no binary; unset TRITON_INTERPRET before importing it")
-    untold = [name for name in kernel.arg_names if name not in signature and name not in constexprs]
-    if untold:
-        raise ValueError(f"{kernel.__name__}: no type or value for {', '.join(untold)}")
+    missing = [name for name in kernel.arg_names if name not in signature and name not in constexprs]
+    if missing:
+        raise ValueError(f"{kernel.__name__}: no type or value for {', '.join(missing)}")
     types, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
+    for position, name in enumerate(kernel.arg_names):
         types[name], _, multiple = ("constexpr" if name in constexprs else signature[name]).partition(":")
         if multiple:
-            attributes[(place,)] = [["tt.divisibility", int(multiple)]]
+            attributes[(position,)] = [["tt.divisibility", int(multiple)]]
     source = ASTSource(kernel, types, dict(constexprs), attributes)
     started = time.perf_counter()
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
@@ -137,7 +136,7 @@ def compile_report(
         num_warps=num_warps,
         num_stages=num_stages,
         registers=usage["REG"],
-        spilled=usage["STACK"],  # our kernels have no arrays of their own: all that is on the stack was spilled
+        spilled=usage["STACK"],  # the kernels have no local arrays, so everything on the stack is spilled
         shared=compiled.metadata.shared,
         mma={name: count for name in _MMA if (count := compiled.asm["ptx"].count(name))},
         seconds=round(seconds, 2),

@@ -1,6 +1,6 @@
-"""The small kernels around attention: sums for the backward pass, lists of a mask's blocks, 8-bit queries and keys.
+"""Cases of `compile.py` for the small kernels around attention: delta, block states of a mask, quantization.
 
-Their blocks are those of the attention kernels that they prepare for, so that `configs.TABLE` is their table, too.
+Their block sizes are those of the attention kernels, from `configs.TABLE`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from offline import Case
 from diffsynth.core.attention.triton import backward, configs, int8, op, tiles
 
 _WARPS, _STAGES = 4, 3
-"""What Triton launches with where nothing else is said."""
+"""Triton's defaults for num_warps and num_stages."""
 
 
 def cases() -> Iterator[Case]:
-    """One for each size of block that a row of the table asks for; the default ones are those of head dim 128."""
+    """Yield one case for each block size of the table; the default ones are those of head dim 128."""
     for arch, rows in configs.TABLE.items():
         for head_dim in (64, 128, 256):
             yield _delta(head_dim, arch)
@@ -45,7 +45,7 @@ def _mask_tiles(block_m: int, block_n: int, arch: int) -> Case:
 
 
 def _quantize(what: str, head_dim: int, block: int, arch: int) -> Case:
-    types = {"x": "*bf16:16", "small": "*i8:16", "scales": "*fp32:16"}
+    types = {"x": "*bf16:16", "quantized": "*i8:16", "scales": "*fp32:16"}
     types |= {f"stride_{axis}": "i32:16" for axis in "bsn"} | dict.fromkeys(("heads", "tiles", "length"), "i32")
     constexprs: dict[str, Any] = {"D": head_dim, "BLOCK_D": head_dim, "BLOCK": block, "HAS_MEAN": what == "keys"}
     if what == "keys":

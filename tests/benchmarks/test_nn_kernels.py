@@ -8,7 +8,7 @@ from pathlib import Path
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "nn_kernels.py"
 
 
-def test_every_case_equals_its_twin(tmp_path, monkeypatch, capsys):
+def test_every_case_equals_its_reference(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(BENCHMARK), "--tiny", "--json", str(tmp_path / "x.json")])
     runpy.run_path(str(BENCHMARK), run_name="__main__")
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]

@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture
 def device():
-    """The accelerator, its peak of memory counted from here."""
+    """The accelerator, with its peak memory reset."""
     import torch
 
     from diffsynth.core import device as devices
@@ -53,7 +53,7 @@ def device():
 
 @pytest.fixture
 def on_the_device(device):
-    """What a test makes without naming a device is made on the accelerator."""
+    """Tensors without an explicit device are created on the accelerator."""
     import torch
 
     before = torch.get_default_device()

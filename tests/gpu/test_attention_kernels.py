@@ -21,17 +21,17 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 @pytest.fixture(autouse=True)
 def _as_a_device_rounds(monkeypatch):
-    """Products of fp32 are added up in another order than in the interpreter."""
+    """fp32 products are summed in another order than in the interpreter."""
     monkeypatch.setitem(cases.TOLERANCE, torch.float32, 2e-5)
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("limits", [{}, {"causal": True}, {"window": (40, 9)}])
 def test_bf16_at_the_blocks_of_the_table(dim, limits, monkeypatch):
-    """The interpreter refuses bf16; the configs that are tuned for it are met here alone."""
+    """The interpreter refuses bf16, so only this test runs the rows of the table for it."""
     monkeypatch.setitem(cases.TOLERANCE, torch.bfloat16, 2e-2)
     cases.compare(cases.draw(257, 300, n=4, n_kv=2, d=dim, dtype=torch.bfloat16), **limits)
 
 
-def test_int8_is_drawn_on_the_device():
+def test_int8_inputs_are_on_the_device():
     assert all(x.device.type != "cpu" for x in of_int8.draw())

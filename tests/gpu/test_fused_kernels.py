@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from tests.nn.triton.test_gated_activation import test_equals_the_reference as test_gated_equals_the_reference  # noqa: F401
 from tests.nn.triton.test_gated_activation import test_far_from_zero, test_halves_of_one_tensor  # noqa: F401
-from tests.nn.triton.test_gated_activation import test_is_its_twin as test_gated_is_its_twin  # noqa: F401
 from tests.nn.triton.test_norm import (  # noqa: F401
     test_eps_counts_where_the_input_is_small,
     test_inputs_may_have_any_strides,
@@ -17,6 +17,6 @@ from tests.nn.triton.test_norm_rotary import (  # noqa: F401
     test_a_batch_shares_its_angles_and_inputs_may_have_any_strides,
     test_each_head_all_heads_and_no_norm,
 )
-from tests.nn.triton.test_sinusoidal import test_is_nearer_to_the_truth_than_an_fp32_angle  # noqa: F401
+from tests.nn.triton.test_sinusoidal import test_is_more_accurate_than_an_fp32_angle  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("on_the_device")

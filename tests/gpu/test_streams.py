@@ -1,4 +1,4 @@
-"""Blocks that come and go on a real device: the bits of the unmanaged module, the planned memory, nothing left."""
+"""Streamed blocks on a real device: outputs of the unmanaged module, the planned memory, and no memory left over."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tokens(device) -> torch.Tensor:
 
 @pytest.fixture
 def expected(large, tokens, device) -> torch.Tensor:
-    """What the module gives that is on the device as it is."""
+    """The output of the unmanaged module on the device."""
     with torch.no_grad():
         out = large.to(device)(tokens)
     large.to("cpu")
@@ -68,7 +68,7 @@ def test_the_bits_of_the_unmanaged_module(preset, share, slots, expected, tokens
 
 
 def test_a_busy_device_changes_no_bit(expected, tokens, device):
-    """Copies finish long before computation here, and so a slot is overwritten at once if nothing waits for its use."""
+    """Copies finish long before computation, so a slot is overwritten too early if no copy waits for its use."""
     module = tower(width=WIDTH, depth=DEPTH)
     wrapped = wrap(module, Policy.preset("cpu-offload", device))
     wrapped.configure(resident=(), slots=2)
@@ -141,7 +141,7 @@ def test_pinned_memory_is_given_back(tokens, device):
 
 
 def test_copies_overlap_with_computation(tokens, device):
-    """A block that computes twice as long as its copy takes hides it; the report says so."""
+    """A block whose computation takes twice as long as its copy hides it, and the report shows that."""
     module = tower(width=WIDTH, depth=DEPTH)
     wrapped = wrap(module, Policy.preset("cpu-offload", device))
     wrapped.configure(resident=(), slots=2)

@@ -81,15 +81,15 @@ def test_every_layer_reaches_its_kernel(monkeypatch) -> None:
     by_kernel = [call() for call in calls]
     served = []
     monkeypatch.setattr(fused, "serves", lambda kernel, reason: served.append(reason))
-    by_twin = [call() for call in calls]
+    by_reference = [call() for call in calls]
     assert served == [None] * len(calls)
-    for ours, truth in zip(by_kernel, by_twin, strict=True):
-        assert ours.shape == truth.shape
-        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(by_kernel, by_reference, strict=True):
+        assert ours.shape == expected.shape
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("_everywhere")
-def test_what_a_kernel_refuses_still_has_a_result_and_a_gradient() -> None:
+def test_a_refused_call_has_a_result_and_a_gradient() -> None:
     x = torch.randn(2, 5, 8, requires_grad=True)
     nn.modulate(x, torch.ones(8), torch.ones(5, 8)).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 2.0))
@@ -97,7 +97,7 @@ def test_what_a_kernel_refuses_still_has_a_result_and_a_gradient() -> None:
     assert nn.gated_residual(fp32, bf16, bf16).dtype == torch.float32
 
 
-def test_halves_that_do_not_belong_together() -> None:
+def test_gate_and_up_of_different_shapes() -> None:
     x, weight = torch.randn(2, 5, 8), torch.randn(8)
     with pytest.raises(ValueError, match="shift is given without scale"):
         rms_norm(x, weight, eps=1e-6, shift=x)

@@ -18,7 +18,7 @@ def test_angles_are_position_times_frequency() -> None:
     assert torch.equal(angles, torch.tensor(truth, dtype=torch.float64).float())
 
 
-def test_neighbouring_channels_turn_as_a_complex_number() -> None:
+def test_neighbouring_channels_rotate_as_a_complex_number() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 3, 16, generator=generator)
     ids = torch.randint(50, (2, 5, 3), generator=generator)

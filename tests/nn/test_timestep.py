@@ -17,7 +17,7 @@ def test_cosines_then_sines() -> None:
 
 
 def test_sinusoids_stay_fp32_until_the_mlp() -> None:
-    """In bf16, 999 and 1000 are one number; their sinusoids are not."""
+    """In bf16, 999 and 1000 are equal; their sinusoids differ."""
     embedder = TimestepEmbedder(8, hidden_dim=16).bfloat16()
     out = embedder(torch.tensor([999.0, 1000.0]), dtype=torch.bfloat16)
     assert out.dtype == torch.bfloat16

@@ -21,13 +21,13 @@ def test_a_batch_is_its_single_calls(dtype):
     assert not torch.equal(batch[0], batch[1])
 
 
-def test_a_seed_draws_what_the_published_pipelines_draw():
+def test_a_seed_gives_the_noise_of_the_published_pipelines():
     expected = torch.randn(1, *SHAPE, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.bfloat16)
     assert torch.equal(draw([0]), expected)
 
 
-def test_drawing_in_bf16_is_not_drawing_in_fp32_and_casting():
-    """On the CPU the two agree where the size is a multiple of 16, and part at any other size."""
+def test_noise_in_bf16_is_not_noise_in_fp32_cast_to_bf16():
+    """On the CPU the two agree if the size is a multiple of 16, and differ at any other size."""
     odd = (1, 5, 7)
     assert not torch.equal(draw([0], torch.bfloat16, odd), draw([0], torch.float32, odd).bfloat16())
 
@@ -40,7 +40,7 @@ def test_seeds_leave_the_global_generator_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_no_seed_draws_anew():
+def test_no_seed_gives_new_noise():
     first, second = draw([None, None])
     assert not torch.equal(first, second)
     assert not torch.equal(draw([None]), draw([None]))

@@ -99,7 +99,7 @@ def test_strength_is_applied_before_the_shift():
 
 
 @pytest.mark.parametrize("schedule", SIZED)
-def test_mu_beats_size_and_neither_is_the_training_shift(schedule):
+def test_mu_has_precedence_over_size_and_without_both_it_is_that_of_training(schedule):
     torch.testing.assert_close(schedule(4, num_tokens=1, mu=0.8), schedule(4), rtol=0, atol=0)
 
 

@@ -1,4 +1,4 @@
-"""The kernel of gated activations against its naive twins in fp64; it runs in Triton's interpreter."""
+"""The kernel of gated activations against the reference in fp64, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def close(gate, up, activation):
 
 @pytest.mark.parametrize("activation", TWINS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 60), (63, 96), (111, 100), (257, 128), (3, 2100)])
-def test_is_its_twin(rows: int, width: int, activation: str) -> None:
+def test_equals_the_reference(rows: int, width: int, activation: str) -> None:
     close(*(4 * torch.randn(2, 1, rows, width)), activation)
 
 

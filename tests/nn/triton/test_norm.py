@@ -1,4 +1,4 @@
-"""The kernel of rows against its naive twins in fp64; it runs in Triton's interpreter."""
+"""The kernel of norms and modulation against the reference in fp64, in Triton's interpreter."""
 
 from __future__ import annotations
 

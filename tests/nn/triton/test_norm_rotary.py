@@ -1,4 +1,4 @@
-"""The kernel of queries and keys against its naive twins in fp64; it runs in Triton's interpreter."""
+"""The kernel of norm and rotary embedding against the reference in fp64, in Triton's interpreter."""
 
 from __future__ import annotations
 

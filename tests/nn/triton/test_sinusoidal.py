@@ -1,4 +1,4 @@
-"""The kernel of sinusoids against fp64; it runs in Triton's interpreter."""
+"""The kernel of sinusoids against fp64, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffsynth.nn.triton.sinusoidal import sinusoidal_embedding
 
 @pytest.mark.parametrize("dim", [60, 96, 100, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_is_nearer_to_the_truth_than_an_fp32_angle(dim: int, dtype: torch.dtype) -> None:
+def test_is_more_accurate_than_an_fp32_angle(dim: int, dtype: torch.dtype) -> None:
     time = torch.tensor([0.0, 1.0, 333.25, 999.5, 1000.0]).to(dtype)[::2]
     half = dim // 2
     angles = time.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
