@@ -64,6 +64,7 @@ def attention_forward(
     )
     _checked(out_pattern, "out")
     if attn_mask is not None:
+        # PyTorch's masks broadcast from the right; `AttentionCall` needs all four axes.
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     is_bias = attn_mask is not None and attn_mask.dtype != torch.bool
     call = checked_call(

@@ -154,6 +154,7 @@ def flash_dq_kernel(
     )
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    # The two loops of the forward kernel. lse is +inf for rows without an allowed key, so their weights are 0.
     for MASKED in tl.static_range(2):
         begin, end = visit_range(first, full_first, full_last, last, MASKED)
         for i in range(begin, end):

@@ -65,6 +65,7 @@ def flash_fwd_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    # Two loops, unrolled at compile time: full blocks skip all mask arithmetic, then the partial blocks apply it.
     for MASKED in tl.static_range(2):
         begin, end = visit_range(first, full_first, full_last, last, MASKED)
         for i in range(begin, end):
