@@ -17,6 +17,7 @@ from torch import nn
 from diffsynth.core.loader import component
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.planning.workload import GIB
 from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.core.vram.policy import AUTO, Auto, Policy
 from diffsynth.errors import NotEnoughMemory, Unplannable, did_you_mean
@@ -116,9 +117,9 @@ class MemoryOptions:
         blocks = architectures.partition_by(architecture, module)
         dtype = policy.computation.dtype or self.dtype
         least = blocks.rest_bytes(dtype) + max((block.bytes(dtype) for block in blocks.blocks), default=0)
-        if least > self.vram_limit * 2**30:
+        if least > self.vram_limit * GIB:
             raise NotEnoughMemory(
-                f"vram_limit={self.vram_limit} GiB: {role} takes {least / 2**30:.2f} GiB for its largest block and "
+                f"vram_limit={self.vram_limit} GiB: {role} takes {least / GIB:.2f} GiB for its largest block and "
                 "the weights outside of blocks, before any activation. Nothing was loaded. Run: diffsynth plan MODEL"
             )
 

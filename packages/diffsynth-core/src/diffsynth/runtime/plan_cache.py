@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.planning import MemoryPlan
+from diffsynth.core.planning.workload import GIB
 from diffsynth.runtime.request import Request
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class PlanCache:
         logger.info(
             "vram_limit=%s GiB: at most %.2f GiB, %.2f GB moved a step%s%s",
             self._limit,
-            plan.peak_vram / 2**30,
+            plan.peak_vram / GIB,
             plan.bytes_per_step / 1e9,
             f"; {', '.join(plan.evicted)} are offloaded between stages" if plan.evicted else "",
             "; the autoencoder works in tiles" if plan.tiled else "",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diffsynth.core.planning import MemoryPlan, StagePlan
+from diffsynth.core.planning.workload import GIB
 from diffsynth.core.vram.loaded_modules import loaded_modules
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.core.vram.report import TransferReport
@@ -165,7 +166,7 @@ def _spare_room(plan: MemoryPlan, stage: str, roles: Collection[str], coming: Ma
     lines = _lines(plan, stage, roles)
     if plan.vram_limit is None or not lines:
         return staying
-    return staying + max(int(plan.vram_limit * 2**30) - max(line.vram for line in lines), 0)
+    return staying + max(int(plan.vram_limit * GIB) - max(line.vram for line in lines), 0)
 
 
 def _lines(plan: MemoryPlan, stage: str, roles: Collection[str]) -> list[StagePlan]:
