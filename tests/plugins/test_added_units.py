@@ -1,4 +1,4 @@
-"""Units that plugins add to the toy pipeline: a misfit is left out, says whose it is, and breaks nothing."""
+"""Units that plugins add to the toy pipeline: one that does not fit is left out and reported with its plugin."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""The policy "auto": a plan chooses how weights are stored, once, when a pipeline is loaded, and says why."""
+"""The policy "auto": a plan chooses the storage of weights once, when a pipeline is loaded, and logs the reason."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def free(hub):
 
 @pytest.fixture
 def a_device(monkeypatch):
-    """The CPU in place of a device with memory of its own: what is chosen is chosen for that."""
+    """The CPU in place of a device with its own memory: storage is chosen for that device."""
     choose = memory_options.choose
 
-    def on_cuda(pipe, given, configs=None):
-        settled = choose(pipe, MemoryOptions(CUDA, given.dtype, given.vram_limit, given.policies), configs)
-        return MemoryOptions(given.device, given.dtype, None, settled.policies)
+    def on_cuda(pipe, options, configs=None):
+        chosen = choose(pipe, MemoryOptions(CUDA, options.dtype, options.vram_limit, options.policies), configs)
+        return MemoryOptions(options.device, options.dtype, None, chosen.policies)
 
     monkeypatch.setattr(memory_options, "choose", on_cuda)
 
@@ -71,14 +71,14 @@ def stored(pipe):
     return {role: managed(pipe.components[role]).policy.stored_dtype(torch.bfloat16) for role in MODULES}
 
 
-def test_storage_is_chosen_by_the_limit_once_and_said(hub, a_device, caplog):
+def test_storage_is_chosen_by_the_limit_once_and_logged(hub, a_device, caplog):
     caplog.set_level(logging.INFO, logger="diffsynth")
     tight, roomy = (loaded(hub, policy=Auto(CALL), vram_limit=limit) for limit in (0, 8))
     assert set(stored(tight).values()) == {FP8}
     assert set(stored(roomy).values()) == {torch.bfloat16}
-    said = [record.getMessage() for record in caplog.records if "policy 'auto'" in record.getMessage()]
-    assert ["'fp8'" in said[0], "'dynamic'" in said[1], len(said)] == [True, True, 2]
-    assert all("their own dtype: " in line and "float8_e4m3fn: " in line and "GB a step" in line for line in said)
+    logged = [record.getMessage() for record in caplog.records if "policy 'auto'" in record.getMessage()]
+    assert ["'fp8'" in logged[0], "'dynamic'" in logged[1], len(logged)] == [True, True, 2]
+    assert all("their own dtype: " in line and "float8_e4m3fn: " in line and "GB a step" in line for line in logged)
     options = {"output_type": "tensor", "progress_bar_cmd": no_progress}
     for pipe, policy in ((tight, "fp8"), (roomy, "none")):
         assert torch.equal(pipe("one", **CALL, **options), loaded(hub, policy=policy)("one", **CALL, **options))
@@ -120,19 +120,19 @@ def test_the_refusal_names_the_policy_that_could(free):
 def test_without_a_limit_or_without_a_plan_nothing_is_rounded(free, monkeypatch, caplog):
     calls = []
     monkeypatch.setattr(memory_options, "plan_call", lambda *args, **kwargs: calls.append(args))
-    for given in (
+    for options in (
         MemoryOptions(CUDA, torch.bfloat16, None, "auto"),
         MemoryOptions(torch.device("cpu"), torch.bfloat16, 8, "auto"),
     ):
-        assert memory_options.choose(free, given).policies == dict.fromkeys(MODULES, "dynamic")
+        assert memory_options.choose(free, options).policies == dict.fromkeys(MODULES, "dynamic")
     assert not calls
 
     def refuse(*args, **kwargs):
         raise NotEnoughMemory("too small")
 
     monkeypatch.setattr(memory_options, "plan_call", refuse)
-    given = MemoryOptions(CUDA, torch.bfloat16, 0.001, {"dit": Auto({"height": 64}), "vae": "disk"})
-    assert memory_options.choose(free, given).policies == {"dit": "dynamic", "vae": "disk"}
+    options = MemoryOptions(CUDA, torch.bfloat16, 0.001, {"dit": Auto({"height": 64}), "vae": "disk"})
+    assert memory_options.choose(free, options).policies == {"dit": "dynamic", "vae": "disk"}
     assert "weights are not rounded, as no plan was made for the call {'height': 64}: too small" in caplog.text
 
 

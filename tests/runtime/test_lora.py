@@ -1,4 +1,4 @@
-"""A pipeline with a LoRA: what it draws, what it says of it, and what it refuses before anything is changed."""
+"""A pipeline with a LoRA: its results, its record, and the refusals, which change nothing."""
 
 import logging
 
@@ -22,31 +22,36 @@ def style(module, seed=1):
     return small.state_dict("diffusion_model.{}.lora_{A,B}.weight", made)
 
 
-def draw(pipe):
+def generate(pipe):
     return pipe("a", num_inference_steps=2, **SMALL)
 
 
 def test_hot_cold_and_cleared(tmp_path, caplog):
     pipe = tiny_z_image()
-    plain, weights = draw(pipe), {key: tensor.clone() for key, tensor in pipe.dit.state_dict().items()}
+    plain, weights = generate(pipe), {key: tensor.clone() for key, tensor in pipe.dit.state_dict().items()}
     file = save_lora(style(pipe.dit), tmp_path / "style.safetensors")
     pipe.enable_lora_hot_loading(pipe.dit)
     with caplog.at_level(logging.INFO, "diffsynth"):
         pipe.load_lora(pipe.dit, file, alpha=0.5)
     assert f"{file}: 7 layers of dit changed, beside the weights, alpha=0.5" in caplog.text
-    hot = draw(pipe)
+    hot = generate(pipe)
     assert not torch.allclose(hot, plain, atol=1e-3)
-    (said,) = provenance.record(pipe, {"prompt": "a"})["loras"]
-    assert (said["role"], said["alpha"], said["hot"], list(said["files"])) == ("dit", 0.5, True, ["style.safetensors"])
+    (recorded,) = provenance.record(pipe, {"prompt": "a"})["loras"]
+    assert (recorded["role"], recorded["alpha"], recorded["hot"], list(recorded["files"])) == (
+        "dit",
+        0.5,
+        True,
+        ["style.safetensors"],
+    )
     pipe.load_lora(pipe.dit, ModelConfig(path=file), alpha=-0.5)
-    torch.testing.assert_close(draw(pipe), plain)
+    torch.testing.assert_close(generate(pipe), plain)
     pipe.clear_lora()
     assert pipe.loras == ()
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(generate(pipe), plain)
     assert all(torch.equal(tensor, weights[key]) for key, tensor in pipe.dit.state_dict().items())
 
     pipe.load_lora(pipe.dit, state_dict=style(pipe.dit), alpha=0.5, hotload=False)
-    torch.testing.assert_close(draw(pipe), hot, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(generate(pipe), hot, rtol=1e-4, atol=1e-5)
     pipe.clear_lora()
     assert "fused LoRAs stay in the weights until the model is loaded anew" in caplog.text
     assert [lora.hot for lora in pipe.loras] == [False]
@@ -59,7 +64,7 @@ def test_a_component_under_a_policy_is_hot_by_default():
     for each in (pipe, expected):
         each.load_lora(each.dit, state_dict=style(each.dit), hotload=None if each is pipe else True, verbose=0)
     assert pipe.loras[0].hot
-    assert torch.equal(draw(pipe), draw(expected))
+    assert torch.equal(generate(pipe), generate(expected))
 
 
 def test_plans_are_made_anew():
@@ -74,8 +79,8 @@ def test_plans_are_made_anew():
         pipe.clear_lora,
     ):
         change()
-        draw(pipe)
-        draw(pipe)
+        generate(pipe)
+        generate(pipe)
     assert len(plans) == 3
 
 
@@ -101,8 +106,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name):
     pipe = tiny_z_image()
-    given, error, message = REFUSED[name]
-    module, arguments = given(pipe)
+    call, error, message = REFUSED[name]
+    module, arguments = call(pipe)
     weights = {key: tensor.clone() for key, tensor in pipe.dit.state_dict().items()}
     with pytest.raises(error, match=message):
         pipe.load_lora(module, **{"state_dict": style(pipe.dit), **arguments})

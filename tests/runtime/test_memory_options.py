@@ -1,4 +1,4 @@
-"""Every policy, on every model in miniature: the picture is the one that is drawn without."""
+"""Every policy on a tiny model: images are equal to those without a policy."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def loaded(hub, device="cpu", **memory):
         return diffsynth.load("z-image-turbo", device=device, torch_dtype=torch.float32, **memory)
 
 
-def pictures(pipe):
+def images(pipe):
     batch = pipe(["a red apple", "two pears on a table"], seed=[3, 4], cfg_scale=2.5, negative_prompt="blue", **CALL)
     return torch.cat([batch, pipe("one", seed=5, **CALL)])
 
 
 @pytest.fixture(scope="module")
 def expected(hub):
-    return pictures(loaded(hub))
+    return images(loaded(hub))
 
 
 @pytest.mark.parametrize("policy", ["none", "cpu-offload", "dynamic", "disk", {"dit": "disk", "vae": "cpu-offload"}])
 def test_a_policy_changes_no_bit(hub, expected, policy):
     pipe = loaded(hub, policy=policy)
     for _ in range(2):
-        assert torch.equal(pictures(pipe), expected)
+        assert torch.equal(images(pipe), expected)
     if policy == "disk":
         assert all(parameter.is_meta for parameter in pipe.text_encoder.parameters())
         assert pipe.transfers["dit"].bytes_moved > 0
@@ -69,23 +69,23 @@ def test_streaming_changes_no_bit(hub, expected, resident, slots):
     managed(pipe.dit).configure(resident=resident, slots=slots)
     managed(pipe.text_encoder).configure(resident=(), slots=slots)
     managed(pipe.vae).configure(resident=(), slots=slots)
-    pictures(pipe)
+    images(pipe)
     pipe.transfers["dit"].clear()
-    assert torch.equal(pictures(pipe), expected)
+    assert torch.equal(images(pipe), expected)
     assert pipe.transfers["dit"].hits > 0
-    assert (pipe.transfers["dit"].misses == 0) == (slots > 1), "by now the order is learnt"
+    assert (pipe.transfers["dit"].misses == 0) == (slots > 1), "the order of blocks is known from the first call"
 
 
 def test_fp8_rounds_each_weight_once_but_those_of_high_precision(hub, expected):
     by_hand = loaded(hub)
     for role in ("dit", "text_encoder", "vae"):
-        kept = architectures.architecture_of(by_hand.components[role]).high_precision
-        patterns = tuple(pattern.replace("*", "") for pattern in kept)
+        exact = architectures.architecture_of(by_hand.components[role]).high_precision
+        patterns = tuple(pattern.replace("*", "") for pattern in exact)
         for name, parameter in by_hand.components[role].named_parameters():
             if not any(part in name for part in patterns):
                 parameter.data = parameter.data.to(torch.float8_e4m3fn).to(torch.float32)
-    got = pictures(loaded(hub, policy="fp8"))
-    assert torch.equal(got, pictures(by_hand))
+    got = images(loaded(hub, policy="fp8"))
+    assert torch.equal(got, images(by_hand))
     assert not torch.equal(got, expected)
 
 
@@ -106,7 +106,7 @@ def test_the_eight_keys_of_a_config_are_its_policy(hub, expected):
         vram_limit=0,
     ).named(record.name, record.defaults)
     assert managed(pipe.dit).policy.onload.on_disk
-    assert torch.equal(pictures(pipe), expected)
+    assert torch.equal(images(pipe), expected)
 
 
 def test_pipelines_that_share_a_component_share_its_memory(hub, expected):
@@ -114,8 +114,8 @@ def test_pipelines_that_share_a_component_share_its_memory(hub, expected):
     second = ZImagePipeline(dict(first.components), device="cpu", torch_dtype=torch.float32, policy="cpu-offload")
     second.named("z-image-turbo", {"num_inference_steps": 8})
     assert managed(second.text_encoder) is managed(first.text_encoder)
-    assert torch.equal(pictures(second), expected)
-    assert torch.equal(pictures(first), expected)
+    assert torch.equal(images(second), expected)
+    assert torch.equal(images(first), expected)
 
 
 def test_cancelling_leaves_nothing_on_the_device(hub):

@@ -1,4 +1,4 @@
-"""Any pipeline shares the branches of guidance among two processes; one that cannot share tokens says so."""
+"""Any pipeline distributes the branches of guidance over two processes; one that cannot shard tokens refuses it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def share_branches(rank: int) -> dict[str, Any]:
     pipe = toy_pipeline()
     alone = pipe(**CALL, seed=4)
     passes, shown = [], []
-    pipe.dit.register_forward_hook(lambda *given: passes.append(1))
+    pipe.dit.register_forward_hook(lambda *_: passes.append(1))
     with pytest.raises(ValueError, match="ToyPipeline cannot share the tokens of a result among 2 processes"):
         pipe.parallel()
     assert pipe.mesh.world.size == 1
@@ -34,7 +34,7 @@ def share_branches(rank: int) -> dict[str, Any]:
 
 
 def test_branches_are_shared() -> None:
-    """Each process does one pass a step; the first alone shows progress; without a seed all draw the same."""
+    """Each process does one pass a step; the first alone shows progress; without a seed all generate the same."""
     first, second = run_together(2, share_branches)
     for answer in (first, second):
         assert answer["equal"]

@@ -22,18 +22,18 @@ def test_signature_of_class_and_instance():
     assert inspect.signature(toy_pipeline()).parameters["num_inference_steps"].default == 4
 
 
-def test_it_draws_what_was_asked():
+def test_the_result_follows_the_prompt():
     assert toy_pipeline()("x" * 7, seed=0) == pytest.approx(0.7, abs=1e-5)
 
 
-def test_what_only_the_loop_reads_is_freed_before_pictures_are_made():
-    """What Animate-2 keeps of a reference video takes tens of gigabytes, and stood beside the decoder's."""
-    kept = []
+def test_values_that_only_the_loop_reads_are_freed_before_decoding():
+    """Tokens of Animate-2's reference video, tens of gigabytes, were in memory while the decoder ran."""
+    references = []
 
     @unit("ballast", "weight")
     def load():
         ballast = torch.zeros(2)
-        kept.append(weakref.ref(ballast))
+        references.append(weakref.ref(ballast))
         return ballast, 1.0
 
     @unit("colour")
@@ -42,7 +42,7 @@ def test_what_only_the_loop_reads_is_freed_before_pictures_are_made():
 
     @unit("output")
     def decode(*, latents, weight):
-        assert kept[0]() is None
+        assert references[0]() is None
         return [float(latents.mean()) * weight]
 
     class Laden(ToyPipeline):
@@ -233,8 +233,8 @@ def test_a_unit_that_only_requires_a_role_speaks_for_its_arguments():
         toy_pipeline(Experts)
 
 
-def test_only_the_expert_of_the_moment_is_on_the_device():
-    """A pipeline of two experts says which of them a noise level wants; they change places once, at the boundary."""
+def test_only_the_expert_in_use_is_on_the_device():
+    """`roles_at` returns the expert of a noise level; the experts are swapped once, at the boundary."""
 
     class Experts(ToyPipeline):
         def roles_at(self, sigma, values):

@@ -1,4 +1,4 @@
-"""A limit on the device decides what stays and what streams, call by call, and is kept to the byte that was planned."""
+"""A limit decides for each call which blocks stay on the device and which are streamed; it is never exceeded."""
 
 from __future__ import annotations
 

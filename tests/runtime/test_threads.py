@@ -1,4 +1,4 @@
-"""What may be called from several threads at once, and that it gives what one thread gets."""
+"""Calls from several threads at once return the results of calls from one thread."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def twin(pipe):
+def second(pipe):
     """Another pipeline of the same components."""
     return type(pipe).from_components(device="cpu", **pipe.components)
 
 
-def draw(pipe, call, **more):
+def generate(pipe, call, **more):
     size = {"height": 32, "width": 32, "num_inference_steps": 2, "cfg_scale": 1.0}
     return pipe(**{**size, **call, **more}, output_type="tensor")
 
 
-def test_calls_in_threads_are_bit_equal_to_calls_in_turn(pipe, twin):
-    alone = [draw(pipe, call) for call in CALLS]
+def test_calls_in_threads_are_bit_equal_to_calls_in_turn(pipe, second):
+    alone = [generate(pipe, call) for call in CALLS]
     start = threading.Barrier(4)
 
     def together(number):
         if number < 4:
             start.wait(timeout=10)
-        return draw((pipe, twin)[number % 2], CALLS[number])
+        return generate((pipe, second)[number % 2], CALLS[number])
 
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(together, range(len(CALLS))))
@@ -50,19 +50,19 @@ def test_calls_in_threads_are_bit_equal_to_calls_in_turn(pipe, twin):
     assert not torch.equal(alone[0], alone[3][..., :32, :])
 
 
-def test_components_are_shared_and_not_copied(pipe, twin):
-    assert twin.text_encoder is pipe.text_encoder
-    assert twin.tokenizer is pipe.tokenizer
-    assert [each.data_ptr() for each in twin.dit.parameters()] == [each.data_ptr() for each in pipe.dit.parameters()]
+def test_components_are_shared_and_not_copied(pipe, second):
+    assert second.text_encoder is pipe.text_encoder
+    assert second.tokenizer is pipe.tokenizer
+    assert [each.data_ptr() for each in second.dit.parameters()] == [each.data_ptr() for each in pipe.dit.parameters()]
 
 
 def test_a_cancelled_call_leaves_the_others_alone(pipe):
-    alone, stop = draw(pipe, CALLS[1]), threading.Event()
+    alone, stop = generate(pipe, CALLS[1]), threading.Event()
     with ThreadPoolExecutor(2) as threads:
         stopped = threads.submit(
-            draw, pipe, CALLS[0], num_inference_steps=500, cancel=stop, on_step=lambda _: stop.set()
+            generate, pipe, CALLS[0], num_inference_steps=500, cancel=stop, on_step=lambda _: stop.set()
         )
-        other = threads.submit(draw, pipe, CALLS[1])
+        other = threads.submit(generate, pipe, CALLS[1])
         assert torch.equal(other.result(timeout=30), alone)
         with pytest.raises(Cancelled):
             stopped.result(timeout=30)
@@ -72,4 +72,4 @@ def test_two_threads_load_one_model(pipe):
     with ThreadPoolExecutor(2) as threads:
         loaded = list(threads.map(lambda _: diffsynth.load("z-image-nano", device="cpu"), range(2)))
     assert loaded[0].dit is not loaded[1].dit
-    assert all(torch.equal(draw(one, CALLS[0]), draw(pipe, CALLS[0])) for one in loaded)
+    assert all(torch.equal(generate(one, CALLS[0]), generate(pipe, CALLS[0])) for one in loaded)

@@ -1,4 +1,4 @@
-"""Regional compilation, counted: a backend that compiles nothing and remembers what it was asked for."""
+"""Regional compilation, counted by a backend that compiles nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_blocks_compile_once_for_all_steps_and_sizes(backend) -> None:
 
 
 def test_streamed_blocks_compile_underneath_what_moves_them(backend) -> None:
-    """Compiling what the VRAM engine put around a block would trace the streaming itself, which it forbids."""
+    """Compiling the layer that streams weights would trace the streaming itself, which it forbids."""
     network, x = nn.Sequential(Block(), Block()).requires_grad_(False).eval(), torch.randn(3, 8)
     truth = network(x)
     managed = wrap(network, Policy.preset("cpu-offload", "cpu"), whole=(Block,), smallest=0)

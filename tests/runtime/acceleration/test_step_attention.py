@@ -1,4 +1,4 @@
-"""Which backend serves which step of a tiny Z-Image, seen by backends that write down who asked them."""
+"""The attention backend of each step of a tiny Z-Image, recorded by the backends themselves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pipe():
 
 
 class Recording:
-    """The naive one, which writes down the step and the branch that it served."""
+    """The reference backend, which records the step and the branch that it served."""
 
     def __init__(self, name: str, served: list, now: ContextVar) -> None:
         self.name, self.served, self.now = name, served, now
@@ -50,7 +50,7 @@ def served(monkeypatch, pipe):
             register_backend(name, Recording(name, served, now), priority=1000 if name == "exact" else -1000)
         velocity, calls = type(pipe).velocity, []
 
-        def told(self, latents, sigma, **conditions):
+        def recorded(self, latents, sigma, **conditions):
             token = now.set((len(calls) // 2, BRANCHES[len(calls) % 2]))
             calls.append(float(sigma[0]))
             try:
@@ -58,8 +58,8 @@ def served(monkeypatch, pipe):
             finally:
                 now.reset(token)
 
-        told.__signature__ = inspect.signature(velocity)
-        monkeypatch.setattr(type(pipe), "velocity", told)
+        recorded.__signature__ = inspect.signature(velocity)
+        monkeypatch.setattr(type(pipe), "velocity", recorded)
         yield served
 
 
