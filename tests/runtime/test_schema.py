@@ -1,4 +1,4 @@
-"""A pipeline describes its call: complete, true of what the call takes, and without loading anything."""
+"""The schema of a call is complete, agrees with the arguments that the call accepts, and needs nothing loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from diffsynth.spec import resolve
 from toy_pipeline import ToyPipeline, toy_pipeline
 
 MODELS = sorted(one.spec.name for one in _discovery.catalog().models if one.distribution.startswith("diffsynth-"))
-PICTURE = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png", "x-diffsynth-type": "image"}
+IMAGE = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png", "x-diffsynth-type": "image"}
 
 
 def in_json(value):
@@ -47,7 +47,7 @@ class Mood(enum.Enum):
 
 @dataclass
 class Spot:
-    """A place and what is said of it."""
+    """A position and its description."""
 
     x: float
     words: tuple[str, int] = ("here", 1)
@@ -118,7 +118,7 @@ def check_schema(schema):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if diffsynth.registry.get(name).weights == "present"])
 def test_a_bound_in_the_schema_is_one_of_the_pipeline(name):
-    """What the words of a docstring forbid, the units forbid too."""
+    """A value outside of a documented range is refused by the units, too."""
     pipe = diffsynth.load(name, device="cpu")
     schema, tried = pipe.schema(), 0
     usual = {"height": 32, "width": 32, "num_inference_steps": 1, "cfg_scale": 1.0}
@@ -141,7 +141,7 @@ def test_of_a_class_and_of_an_instance():
     assert (of_class["title"], of_instance["title"]) == ("ToyPipeline", "toy-1")
     assert (of_class["properties"]["height"]["default"], of_instance["properties"]["height"]["default"]) == (32, 16)
     assert of_class["properties"].keys() == of_instance["properties"].keys()
-    assert of_class["description"] == "Draws grey images whose level is a tenth of the prompt's length."
+    assert of_class["description"] == "Generates grey images whose level is a tenth of the prompt's length."
     assert of_class["x-diffsynth-pipeline"] == "toy_pipeline:ToyPipeline"
     assert of_class["required"] == []
 
@@ -173,8 +173,8 @@ def test_a_unit_that_is_added_brings_its_argument_and_its_words():
         (Literal["a", "b"], {"enum": ["a", "b"]}),
         (tuple[int, str], {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}]}),
         (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}),
-        (Image.Image, PICTURE),
-        (Image.Image | Tensor, {**PICTURE, "x-diffsynth-host-types": ["Tensor"]}),
+        (Image.Image, IMAGE),
+        (Image.Image | Tensor, {**IMAGE, "x-diffsynth-host-types": ["Tensor"]}),
         (Any, {}),
         (Tensor, None),
         (Float[Tensor, "b c"] | None, None),
@@ -224,7 +224,7 @@ def test_json_becomes_arguments():
 
 def test_a_dataclass_of_the_library():
     schema = schema_of(list[ControlNetInput])
-    assert schema["items"]["properties"]["image"]["anyOf"][0] == PICTURE
+    assert schema["items"]["properties"]["image"]["anyOf"][0] == IMAGE
     assert schema["items"]["properties"]["scale"] == {"type": "number", "default": 1.0}
 
 
