@@ -25,7 +25,7 @@ STATE = "state.pt"
 def save_weights(
     folder: Path, components: Iterable[Component], *, dtype: torch.dtype, step: int, notes: Mapping[str, str]
 ) -> list[Path]:
-    """Write a file `<role>.safetensors` for each trained component, with its config in the metadata.
+    """Write `<role>.safetensors` for each trained component, its config in the metadata, and return the files' paths.
 
     Args:
         folder: output folder; created if missing.
@@ -66,7 +66,7 @@ def save_state(
     ema: Mapping[str, Tensor] | None,
     device: torch.device,
 ) -> None:
-    """Write the state that the next step depends on: fp32 weights, optimizer, weight average, random states, step.
+    """Write to `state.pt` what the next step depends on: fp32 weights, optimizer, weight average, random states, step.
 
     The position in the data and the learning rate follow from the step number and the seed.
     """
@@ -94,7 +94,7 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> tuple[int, dict[str, Tensor] | None]:
-    """Restore a saved state; return the number of steps done, and the averaged weights or None.
+    """Restore parameters, optimizer and random state from a file; return steps done, and averaged weights or None.
 
     Raises:
         TrainingError: the folder holds no state, or one with another seed or other parameters.
@@ -122,12 +122,12 @@ def load_state(
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` steps."""
+    """Return the path `root/step-NNNNNNN` of the checkpoint after `step` steps, whether or not it exists."""
     return root / f"step-{step:07d}"
 
 
 def last_checkpoint(root: Path) -> Path:
-    """Return the folder of the newest checkpoint below `root`.
+    """Return the path of the folder of the newest checkpoint below `root`.
 
     Raises:
         TrainingError: there is no checkpoint.
@@ -139,7 +139,7 @@ def last_checkpoint(root: Path) -> Path:
 
 
 def drop_old(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints below `root`."""
+    """Delete all but the newest `keep` checkpoint folders below `root`; none if `keep` is 0."""
     found = sorted(path.parent for path in root.glob(f"step-*/{STATE}"))
     for folder in found[:-keep] if keep else []:
         logger.info("deleting %s", folder)

@@ -49,18 +49,18 @@ class Component:
 
     @property
     def config(self) -> Any:
-        """Return the config dataclass of the module."""
+        """Config of the module, an instance of its architecture's dataclass."""
         return self.module.config
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (`"role.name"`, parameter) for each trained parameter."""
+        """Yield a pair (`"role.name"`, parameter) for each parameter that requires a gradient."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 yield f"{self.role}.{name}", parameter
 
 
 def training_spec(recipe: Recipe) -> TrainingSpec:
-    """Return the training declaration of the recipe's pipeline.
+    """Return the `TrainingSpec` that a plugin declares for the recipe's pipeline.
 
     Raises:
         TrainingError: no plugin declares training for the pipeline.
@@ -75,7 +75,7 @@ def training_spec(recipe: Recipe) -> TrainingSpec:
 
 
 def build_components(recipe: Recipe, spec: TrainingSpec) -> dict[str, Component]:
-    """Return the components by role, fp32 on the CPU; those that are not trained are frozen and in eval mode.
+    """Return a dict role -> `Component` with an fp32 module on the CPU; untrained ones are frozen, in eval mode.
 
     Raises:
         TrainingError: unknown role, architecture or config field, a role that cannot be trained, or no trained one.
@@ -104,7 +104,7 @@ def build_components(recipe: Recipe, spec: TrainingSpec) -> dict[str, Component]
 def build_pipeline(
     recipe: Recipe, spec: TrainingSpec, components: Mapping[str, Component], device: torch.device
 ) -> Pipeline:
-    """Build the fp32 pipeline of the components and processors; autocast lowers the precision of the forward pass."""
+    """Return the recipe's `Pipeline` on `device`: the given components in fp32, and processors from its folders."""
     cls: type[Pipeline] = resolve(spec.pipeline)
     members: dict[str, Any] = {role: component.module for role, component in components.items()}
     for role, folder in recipe.processors.items():
@@ -119,7 +119,7 @@ def build_pipeline(
 
 
 def repeated_blocks(component: Component) -> Iterator[nn.Module]:
-    """Yield the repeated blocks that the component's architecture declares."""
+    """Yield the modules that the component's architecture declares as repeated blocks."""
     for name in component.architecture.repeated_blocks:
         yield from component.module.get_submodule(name)
 

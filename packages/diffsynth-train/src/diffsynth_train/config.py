@@ -180,7 +180,7 @@ class Recipe:
 
 
 def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
-    """Read a recipe from a file.
+    """Return the `Recipe` (all settings of a training run) that a TOML file describes.
 
     Args:
         path: path of the TOML file.
@@ -202,7 +202,7 @@ def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
 
 
 def parse_section(section: type[Section], content: Mapping[str, Any], *, where: str) -> Section:
-    """Build a dataclass, including nested ones, from a parsed table.
+    """Return an instance of the dataclass `section`, and of those nested in it, built from a parsed TOML table.
 
     Args:
         section: the dataclass.
@@ -243,7 +243,11 @@ def _change(content: dict[str, Any], change: str) -> None:
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:
-    """Check a TOML value against a type hint and convert it: tables to dataclasses, lists to tuples, int to float."""
+    """Return a TOML value converted to a type hint: tables to dataclasses, lists to tuples, int to float.
+
+    Raises:
+        TrainingError: the value does not fit the hint.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return parse_section(typing.cast(type, hint), value, where=where)

@@ -33,7 +33,10 @@ class LossLog:
         self._rewrite()
 
     def add(self, step: int, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
-        """Add the metrics of a step; return the means if a row is complete, else None. NaN values are ignored."""
+        """Add the metrics of a step; return a dict of their means since the last row if a row is complete, else None.
+
+        Means ignore NaN values; `step` is the number of steps done.
+        """
         for name, value in values.items():
             self._sums.setdefault(name, []).append(value)
         if step % self._every:
@@ -64,7 +67,7 @@ class LossLog:
 
 @contextmanager
 def training_progress(total: int, done: int) -> Iterator[Progress]:
-    """Context manager: a progress bar on stderr with one task; nothing is shown if stderr is not a terminal."""
+    """Context manager that shows a `Progress` bar with one task on stderr; nothing is shown without a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("train"),

@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one optimization step; see `torch.optim.Optimizer.step`."""
+        """Update every parameter that has a gradient, once; return the loss of `closure`, or None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal_factor(matrix: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """Return an approximation of `U V^T`, where `U S V^T` is the singular value decomposition of the matrix.
+    """Return a matrix close to `U V^T`, where `U S V^T` is the singular value decomposition of the input.
 
     Five Newton-Schulz steps in bf16. Singular values of the result lie between 0.7 and 1.2; the result has the dtype of
     the input.

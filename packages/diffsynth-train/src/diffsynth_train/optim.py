@@ -15,7 +15,7 @@ from diffsynth_train.muon import Muon
 def build_optimizer(
     recipe: OptimizerRecipe, parameters: Iterable[nn.Parameter], tables: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Build the optimizer that the recipe names: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) or Muon.
+    """Return the optimizer that the recipe names: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) or Muon.
 
     Args:
         recipe: optimizer settings; weight decay is applied to matrices and convolutions only.
@@ -39,7 +39,7 @@ def build_optimizer(
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:
-    """Return the learning rate of a step in [0, steps)."""
+    """Return the learning rate of step `step` of `steps`, counted from 0, as the warm-up and schedule give it."""
     warmup = min(1.0, (step + 1) / recipe.warmup_steps) if recipe.warmup_steps else 1.0
     decay = 1.0
     if recipe.schedule == "cosine":

@@ -27,7 +27,7 @@ Row = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def split_units(units: Sequence[Unit], trained: set[str], varied: frozenset[str]) -> tuple[list[Unit], list[Unit]]:
-    """Split units into cacheable and live ones.
+    """Return two lists of units: those whose results can be cached, and those to run in each step.
 
     Live units use a trained role, draw random numbers, or depend on an argument that varies from step to step.
     """
@@ -65,7 +65,10 @@ class UnitCache:
         self._rows: dict[int, Row] = {}
 
     def fill(self, dataset: Dataset, batch_size: int) -> None:
-        """Read the cached rows and compute the missing ones; a run with equal content, units and weights reads all."""
+        """Read the cached results of all rows of `dataset` into memory; compute and store those that are missing.
+
+        A run with the same cache folder, content, units and weights finds all of them.
+        """
         if not self._units:
             return
         missing = [index for index in range(len(dataset)) if not self._read(index, dataset)]
@@ -77,7 +80,7 @@ class UnitCache:
                 self._write(index, dataset, row)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Return the cached values of some rows, stacked along a batch axis.
+        """Return a dict name -> value of the cached results of some rows, tensors stacked along a batch axis.
 
         Raises:
             TrainingError: rows of the batch differ in a plain value.

@@ -49,13 +49,13 @@ class Dataset:
 
     @property
     def varied(self) -> frozenset[str]:
-        """Return the arguments that vary from step to step; units that read them must not be cached."""
+        """Names of the arguments that vary from step to step: `{"prompt"}`, or none if captions are used unchanged."""
         captions = self.recipe.captions
         fixed = captions.templates == ("{caption}",) and captions.drop == 0
         return frozenset() if fixed else frozenset({"prompt"})
 
     def batch(self, indices: Sequence[int], random_source: random.Random | None = None) -> dict[str, Any]:
-        """Return the call arguments of some rows; tensors are fp32 on the CPU.
+        """Return a dict with the call arguments of some rows: lists of texts, fp32 images on the CPU, height and width.
 
         Args:
             indices: rows.
@@ -71,7 +71,7 @@ class Dataset:
         return values
 
     def fingerprint(self, index: int) -> bytes:
-        """Return the bytes that identify a row for caching: the content of its files, its texts and the image size."""
+        """Return the bytes that identify a row for caching: image size, content of its files, and its texts."""
         parts = [f"{self.recipe.height}x{self.recipe.width}".encode()]
         for column in self.columns:
             if column in self.file_columns:
@@ -97,7 +97,7 @@ class Dataset:
 
 
 def batch_indices(length: int, batch_size: int, *, step: int, seed: int) -> list[int]:
-    """Return the row indices of a step, counted from 0. Each epoch visits every row once, in a new random order.
+    """Return a list of `batch_size` row indices for a step; each epoch visits every row once, in a new random order.
 
     A batch may extend over the end of an epoch. The result depends on the arguments only, so that a resumed run
     continues exactly.
@@ -115,12 +115,12 @@ def batch_indices(length: int, batch_size: int, *, step: int, seed: int) -> list
 
 
 def step_random(seed: int, step: int, rank: int = 0) -> random.Random:
-    """Return the random source of a step's caption variation."""
+    """Return a `random.Random` for the caption variation of a step, seeded by seed, step and process."""
     return random.Random(_mix(seed, step, rank))
 
 
 def step_generator(seed: int, step: int, device: torch.device, rank: int = 0) -> torch.Generator:
-    """Return the generator of a step's noise, on `device`."""
+    """Return a `torch.Generator` on `device` for the noise of a step, seeded by seed, step and process."""
     return torch.Generator(device).manual_seed(_mix(seed, step, rank))
 
 
@@ -129,7 +129,7 @@ def _mix(*numbers: int) -> int:
 
 
 def check_templates(recipe: CaptionRecipe) -> None:
-    """Check the caption templates and the drop probability.
+    """Raise TrainingError if a caption template or the probability of an empty prompt is invalid.
 
     Raises:
         TrainingError: there is no template, a template has an unknown field or lacks `{caption}`, or `drop` is not in
@@ -151,13 +151,13 @@ def check_templates(recipe: CaptionRecipe) -> None:
 
 
 def vary_caption(caption: str, recipe: CaptionRecipe, random_source: random.Random) -> str:
-    """Return the caption in a randomly chosen template, or the empty prompt."""
+    """Return the text of the caption in a randomly chosen template, or `""` with probability `recipe.drop`."""
     if random_source.random() < recipe.drop:
         return ""
     return fill_template(random_source.choice(recipe.templates), caption)
 
 
 def fill_template(template: str, caption: str) -> str:
-    """Return the template with the caption filled in, and "a" or "an" for `{article}`."""
+    """Return the template as a text, with the caption for `{caption}` and "a" or "an" for `{article}`."""
     article = "an" if caption[:1].lower() in "aeiou" and caption else "a"
     return template.format(caption=caption, article=article)

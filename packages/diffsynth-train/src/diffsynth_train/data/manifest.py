@@ -20,19 +20,19 @@ class Manifest:
 
     @property
     def folder(self) -> Path:
-        """Return the folder that paths in the rows are relative to."""
+        """Path of the manifest's folder, which paths in its rows are relative to."""
         return self.path.parent
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def file(self, index: int, column: str) -> Path:
-        """Return the path of the file that a row names in a column."""
+        """Return the path of the file that row `index` (from 0) names in a column."""
         return self.folder / str(self.rows[index][column])
 
 
 def read_manifest(path: Path, *, columns: Iterable[str], files: Iterable[str]) -> Manifest:
-    """Read and check a manifest.
+    """Return a `Manifest` (the rows of a dataset file) after checking that all columns and files exist.
 
     Args:
         path: .csv with a header line, .json with a list of objects, or .jsonl with an object per line.

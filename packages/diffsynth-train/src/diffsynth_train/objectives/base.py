@@ -30,11 +30,11 @@ class Objective(Protocol):
     needs_forward_only: ClassVar[bool]
 
     def units(self) -> tuple[Unit, ...]:
-        """Return the pipeline's units whose results the loss needs, in order."""
+        """Return a tuple of the pipeline's units whose results the loss needs, in order."""
         ...
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a scalar with gradient, and further metrics for the log.
+        """Return the loss, a scalar tensor with gradient, and a dict of further metrics for the log, scalar tensors.
 
         Args:
             values: call arguments and results of the units; tensors are on the pipeline's device.
@@ -43,12 +43,12 @@ class Objective(Protocol):
         ...
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Measure values on all rows with the final weights; called once at the end of training."""
+        """Store in configs what is measured on all rows with the final weights; called once, at the end of training."""
         ...
 
 
 def build_objective(recipe: Recipe, pipe: Pipeline, spec: TrainingSpec) -> Objective:
-    """Build the objective that the recipe names.
+    """Return an `Objective` (the training loss) of the class that the recipe names, with the recipe's options.
 
     Raises:
         TrainingError: the name is missing or unknown, or an option is unknown.

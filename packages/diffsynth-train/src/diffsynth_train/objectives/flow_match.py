@@ -64,11 +64,11 @@ class FlowMatch:
         self.conditions = pipe.conditions()
 
     def units(self) -> tuple[Unit, ...]:
-        """Return the units that write the conditions and the clean latents."""
+        """Return a tuple of the pipeline's units that compute the network's conditions and the clean latents."""
         return self.pipe.condition_units("input_latents")
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss; the metrics are the unweighted errors in the noisier and the cleaner half of the table."""
+        """Return the loss, a scalar, and a dict of unweighted mean errors for the noisier and the cleaner levels."""
         x0: Float[Tensor, "b ..."] = values["input_latents"]
         # Sample an index, not a time: rounded to bf16, times above 512 of 1000 lie on a grid of 4.
         index = torch.randint(self.first, self.last, (len(x0),), generator=generator, device=x0.device)
@@ -83,11 +83,11 @@ class FlowMatch:
         return (self.weights[index] * error).mean(), {name: half.detach() for name, half in halves.items()}
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Do nothing: no value is measured."""
+        """Do nothing: this objective measures no value after training."""
 
 
 def bell_weights(sigmas: Float[Tensor, "levels"]) -> Float[Tensor, "levels"]:
-    """Return loss weights of mean 1 that are largest in the middle of the noise range, with minimum 0.
+    """Return a loss weight for each noise level: mean 1, minimum 0, largest in the middle of the noise range.
 
     `exp(-2 (sigma - 1/2)^2)` minus its smallest value, as in DiffSynth-Studio.
     """

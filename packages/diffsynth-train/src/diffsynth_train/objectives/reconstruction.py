@@ -60,11 +60,11 @@ class Reconstruction:
             raise TrainingError(f"[objective] crop = {options.crop}: expected a multiple of {factor}")
 
     def units(self) -> tuple[Unit, ...]:
-        """Return no units: the autoencoder is called directly."""
+        """Return an empty tuple: no units are needed, since the loss calls the autoencoder directly."""
         return ()
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss; the metric `mse` is the squared error alone."""
+        """Return the loss, a scalar, and a dict with the metric `mse`, the mean squared error alone."""
         options, config = self.options, self.autoencoder.config
         image: Float[Tensor, "b c h w"] = self._crop(values[options.image], generator)
         mean, logvar = self.autoencoder.encode_moments(image)
@@ -82,7 +82,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Set shift and scaling factor in the config so that scaled latents of the data have mean 0 and variance 1."""
+        """Set shift and scaling factor in the autoencoder's config so that scaled latents have mean 0, variance 1."""
         means = [self.autoencoder.encode_moments(values[self.options.image])[0].float() for values in batches]
         z = torch.cat([mean.flatten() for mean in means]).double()
         self.autoencoder.config = dataclasses.replace(
