@@ -32,7 +32,7 @@ _logged: set[tuple[str, str]] = set()
 
 
 def why_not(kernel: str, *tensors: Tensor | None) -> str | None:
-    """Return why a kernel cannot serve a call with these tensors, or None if it can.
+    """Return the reason why a fused kernel cannot serve a call with these tensors, or None if it can.
 
     Args:
         kernel: one of `KERNELS`.
@@ -61,7 +61,7 @@ def why_not(kernel: str, *tensors: Tensor | None) -> str | None:
 
 
 def no_kernels_on(device_type: str) -> str | None:
-    """Return why no kernel runs on this kind of device, or None."""
+    """Return the reason why no fused kernel runs on this kind of device, or None."""
     if not _env.fused_kernels():
         return "DIFFSYNTH_FUSED_KERNELS is off"
     if device_type != "cuda":
@@ -74,7 +74,7 @@ no_kernels_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(kernel: str, reason: str | None) -> bool:
-    """Return whether `reason` is None, and log a reason the first time that it occurs."""
+    """Whether a kernel serves a call: `reason` is None; a reason is logged the first time that it occurs."""
     if reason is not None and not torch.compiler.is_compiling() and (kernel, reason) not in _logged:
         _logged.add((kernel, reason))
         logger.debug("%s runs as plain torch: %s", kernel, reason)
@@ -82,7 +82,7 @@ def serves(kernel: str, reason: str | None) -> bool:
 
 
 def broadcasts(x: Tensor, *others: Tensor | None) -> str | None:
-    """Return why `others` do not broadcast to `x` (`b s e`) in `norm`, or None; each must be `#b #s e`."""
+    """Return the reason why `others` (each None or `#b #s e`) do not broadcast to `x` (`b s e`), or None if they do."""
     for other in others:
         if other is None:
             continue
@@ -94,7 +94,7 @@ def broadcasts(x: Tensor, *others: Tensor | None) -> str | None:
 
 
 def too_wide(width: int) -> str | None:
-    """Return why a program cannot hold `width` elements, or None if it can."""
+    """Return the reason why a program of a kernel cannot hold `width` elements, or None if it can."""
     return (
         f"{width} elements are normalised together; the kernel takes at most {MAX_WIDTH}" if width > MAX_WIDTH else None
     )
@@ -117,7 +117,10 @@ def norm(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor | None:
-    """Return the result of the kernel `nn.triton.norm`, or None if it refuses; `kind` is "none", "rms" or "layer"."""
+    """Return `x` normalised by `kind`, modulated and added to `residual`, or None where the kernel cannot be used.
+
+    `kind` is "none", "rms" or "layer"; steps whose tensors are None are skipped.
+    """
     broadcast = (scale, shift, residual, gate)
     reason = why_not("norm", x, weight, bias, *broadcast) or broadcasts(x, *broadcast) or too_wide(x.shape[-1])
     if reason is None and residual is not None and residual.dtype != x.dtype:
@@ -132,7 +135,7 @@ def norm(
 
 
 def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, *, eps: float = 0.0) -> Tensor | None:
-    """Return the result of the kernel `nn.triton.norm_rotary`, or None if it refuses."""
+    """Return `x` normalised (if `weight` is given) and rotated, or None where the kernel cannot be used."""
     reason = why_not("norm_rotary", x, weight, cos, sin) or too_wide(x.shape[2] * x.shape[3])
     if not serves("norm_rotary", reason):
         return None
@@ -142,7 +145,7 @@ def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, *, e
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor | None:
-    """Return the result of the kernel `nn.triton.gated_activation`, or None if it refuses."""
+    """Return `activation(gate) * up` ("silu" or "gelu"), or None where the kernel cannot be used."""
     reason = why_not("gated_activation", gate, up)
     if reason is None and (gate.shape != up.shape or gate.dtype != up.dtype):
         reason = f"gate is {tuple(gate.shape)} {gate.dtype}, up is {tuple(up.shape)} {up.dtype}"
@@ -154,7 +157,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor | None
 
 
 def sinusoidal_embedding(time: Tensor, dim: int, *, max_period: float) -> Tensor | None:
-    """Return the result of the kernel `nn.triton.sinusoidal`, or None if it refuses."""
+    """Return cosines, then sines, of `time`, fp32 `b dim`, or None where the kernel cannot be used."""
     if not serves("sinusoidal_embedding", why_not("sinusoidal_embedding", time)):
         return None
     from diffsynth.nn.triton.sinusoidal import sinusoidal_embedding as kernel

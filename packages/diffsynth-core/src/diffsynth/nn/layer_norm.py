@@ -17,7 +17,7 @@ def layer_norm(
     scale: Float[Tensor, "#b #s d"] | None = None,
     shift: Float[Tensor, "#b #s d"] | None = None,
 ) -> Float[Tensor, "*b d"]:
-    """Normalise the last axis and modulate, in the dtype of `x`.
+    """Return `x` after layer norm over the last axis and modulation, in the dtype of `x`.
 
     `y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, then `y * (1 + scale) + shift` if they are given.
 
@@ -43,5 +43,5 @@ class LayerNorm(nn.LayerNorm):
         scale: Float[Tensor, "#b #s d"] | None = None,
         shift: Float[Tensor, "#b #s d"] | None = None,
     ) -> Float[Tensor, "*b d"]:
-        """Return `x` normalised and modulated; see `layer_norm`."""
+        """Return `x` after layer norm and modulation by `scale` and `shift`, if they are given; see `layer_norm`."""
         return layer_norm(x, self.weight, self.bias, eps=self.eps, scale=scale, shift=shift)

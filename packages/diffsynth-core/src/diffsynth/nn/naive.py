@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], *, eps: float) -> Float[Tensor, "*b d"]:
-    """Return `x / sqrt(mean(x**2) + eps) * weight` over the last axis, computed in fp32."""
+    """Return `x / sqrt(mean(x**2) + eps) * weight` over the last axis, in the dtype of `x`."""
     if x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     # Under autocast activations are bf16 and weights fp32: PyTorch's fused kernel takes only equal dtypes.
@@ -26,25 +26,25 @@ def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], *, eps: float
 def layer_norm(
     x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"] | None, bias: Float[Tensor, "d"] | None, *, eps: float
 ) -> Float[Tensor, "*b d"]:
-    """Return `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis, computed in fp32."""
+    """Return `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis, in the dtype of `x`."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Return `x * (1 + scale) + shift`."""
+    """Return `x * (1 + scale) + shift`, in the dtype of `x`; `shift` may be None."""
     modulated = x * (1 + scale)
     return (modulated if shift is None else modulated + shift).to(x.dtype)
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    """Return `x + gate * h`."""
+    """Return `x + gate * h`, in the dtype of `x`."""
     return (x + gate * h).to(x.dtype)
 
 
 def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
-    """Rotate neighbouring channels `(2i, 2i + 1)` as complex numbers, computed in fp32 (fp64 for fp64)."""
+    """Return `x` with channels `(2i, 2i + 1)` rotated as complex numbers; computed in fp32 (fp64 for fp64)."""
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     even, odd = rearrange(precise, "b s n (half two) -> two b s n half", two=2)
     cos, sin = cos[:, :, None], sin[:, :, None]
@@ -60,7 +60,7 @@ def rms_norm_rotary(
     *,
     eps: float,
 ) -> Float[Tensor, "b s n d"]:
-    """Apply `rms_norm` over `d`, or over `n * d` if `weight` has as many elements, then `apply_rotary`."""
+    """Return `x` after `rms_norm` over `d`, or over `n * d` if `weight` has as many elements, and `apply_rotary`."""
     n, d = x.shape[2:]
     if weight.shape[0] == d:
         return apply_rotary(rms_norm(x, weight, eps=eps), cos, sin)

@@ -22,7 +22,7 @@ def rms_norm(
     residual: Float[Tensor, "*b d"] | None = None,
     gate: Float[Tensor, "#b #s d"] | None = None,
 ) -> Float[Tensor, "*b d"]:
-    """Normalise the last axis, modulate, and add to a residual, in the dtype of `x`.
+    """Return `x` after RMS norm over the last axis, modulation, and addition to a residual, in the dtype of `x`.
 
     `y = x / sqrt(mean(x**2) + eps) * weight`, then `y * (1 + scale) + shift`, then `residual + gate * y`, the last two
     if their tensors are given.
@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
         gate: Float[Tensor, "#b #s d"] | None = None,
         rotary: Rotary | None = None,
     ) -> Float[Tensor, "*b d"]:
-        """Return `x` after `rms_norm`; with `rotary`, `x` is `b s n d` and is rotated after the norm."""
+        """Return `x` after `rms_norm` with these arguments; with `rotary`, `x` (`b s n d`) normed and rotated."""
         if rotary is not None:
             return rms_norm_rotary(x, self.weight, *rotary, eps=self.eps)
         return rms_norm(x, self.weight, eps=self.eps, scale=scale, shift=shift, residual=residual, gate=gate)
@@ -72,7 +72,7 @@ def rms_norm_rotary(
     *,
     eps: float,
 ) -> Float[Tensor, "b s n d"]:
-    """Normalise queries or keys, then rotate them by the angles of `cos` and `sin`, in the dtype of `x`.
+    """Return queries or keys after RMS norm and rotation by the angles of `cos` and `sin`, in the dtype of `x`.
 
     Args:
         x: queries or keys.

@@ -18,7 +18,7 @@ from diffsynth.nn import fused, naive
 def rotary_angles(
     position_ids: Int[Tensor, "b s axes"], *, axes_dims: Sequence[int], theta: float
 ) -> Float[Tensor, "b s half_d"]:
-    """Return rotary angles in radians, fp32, on the device of `position_ids`; they are 0 at position 0.
+    """Return the rotary angles of tokens, in radians, as fp32 `b s half_d` on the device of `position_ids`.
 
     Products are computed in fp64: with fp32 frequencies, the angle at position 1000 has an error of 3e-5 rad. For a
     device without fp64, pass positions on the CPU.
@@ -39,6 +39,6 @@ def rotary_angles(
 def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
-    """Rotate `x` by the angles of `cos` and `sin`, computed in fp32; the result has the dtype of `x`."""
+    """Return `x` rotated by the angles of `cos` and `sin`, in the dtype of `x`; computed in fp32 (fp64 for fp64)."""
     out = fused.norm_rotary(x, None, cos, sin)
     return naive.apply_rotary(x, cos, sin) if out is None else out

@@ -30,5 +30,5 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, dim))
 
     def forward(self, time: Float[Tensor, "b"], *, dtype: torch.dtype) -> Float[Tensor, "b dim"]:
-        """Return the embedding of `time`; the sinusoids are computed in fp32, and the MLP in `dtype`."""
+        """Return the embedding `b dim` of `time` in `dtype`: fp32 sinusoids, then the MLP in `dtype`."""
         return self.mlp(sinusoidal_embedding(time, self.frequency_dim).to(dtype))

@@ -21,7 +21,7 @@ def gated_activation_fwd_kernel(
     gate, up, out, stride_gate, stride_up, rows, width,
     GELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_F elements of BLOCK_R rows."""
+    """Compute `silu(gate) * up`, or with GELU `gelu(gate) * up`, into BLOCK_F elements of BLOCK_R rows of `out`."""
     o_r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     o_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     m_f = (o_r < rows) & (o_f < width)
@@ -34,7 +34,7 @@ def gated_activation_fwd_kernel(
 
 
 def config(width: int) -> dict[str, int]:
-    """Return block sizes for rows of `width` elements."""
+    """Return a dict of BLOCK_R (rows), BLOCK_F (elements) and num_warps for rows of `width` elements."""
     columns = min(block(width), 2048)
     rows = max(1, min(32, 2048 // columns))
     return {"BLOCK_R": rows, "BLOCK_F": columns, "num_warps": warps(rows * columns)}
@@ -42,7 +42,7 @@ def config(width: int) -> dict[str, int]:
 
 @torch.library.triton_op("diffsynth::gated_activation", mutates_args=())
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Return `activation(gate) * up`; "silu" or "gelu". `gate` and `up` are `*b f`, and may be halves of one tensor."""
+    """Return `activation(gate) * up` for "silu" or "gelu"; `gate` and `up` (`*b f`) may be halves of one tensor."""
     width = gate.shape[-1]
     rows = [dense_rows(tensor.reshape(-1, width)) for tensor in (gate, up)]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)

@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 
 
 def launchable(kernel: Any) -> Any:
-    """Return the kernel for `[grid](...)` inside a `triton_op`, so that torch.compile traces it.
+    """Return a wrapper of a Triton kernel, launched as `[grid](...)`, that torch.compile can trace in a `triton_op`.
 
     Under TRITON_INTERPRET=1 a kernel is a Python function, which is returned unchanged.
     """
@@ -19,12 +19,12 @@ def launchable(kernel: Any) -> Any:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """Return `x`, or a copy of it, with stride 1 in the last axis."""
+    """Return `x` itself if its last axis has stride 1, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def strides(x: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of the leading axes of `x`, 0 for an axis that is broadcast to `sizes`."""
+    """Return the strides, in elements, of the leading axes of `x`; 0 for an axis that is broadcast to `sizes`."""
     return tuple(
         0 if own == 1 and size != 1 else x.stride(axis)
         for axis, (own, size) in enumerate(zip(x.shape[: len(sizes)], sizes, strict=True))
@@ -32,12 +32,12 @@ def strides(x: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def warps(elements: int) -> int:
-    """Return the number of warps for a tile: 16 elements per thread, 1 to 16 warps."""
+    """Return the number of warps for a tile of `elements`: 16 elements per thread, 1 to 16 warps."""
     return min(max(elements // 512, 1), 16)
 
 
 def block(size: int) -> int:
-    """Return the smallest power of two of at least `size`."""
+    """Return the smallest power of two that is at least `size`."""
     # While torch.compile traces, `size` may be symbolic, and next_power_of_2() would not terminate: int() makes it a
     # constant of the graph.
     return triton.next_power_of_2(int(size))

@@ -32,7 +32,10 @@ def norm_fwd_kernel(
     KIND: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_R rows of one sample; BLOCK_E holds a whole row. KIND: 0 none, 1 rms, 2 layer."""
+    """Compute norm (KIND 0 none, 1 rms, 2 layer), modulation, gate and residual into BLOCK_R rows of `out`.
+
+    The rows are of one sample; BLOCK_E holds a whole row.
+    """
     i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r = (i_block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     o_e = tl.arange(0, BLOCK_E)[None, :]
@@ -58,7 +61,7 @@ def norm_fwd_kernel(
 
 
 def config(width: int) -> dict[str, int]:
-    """Return block sizes for rows of `width` elements."""
+    """Return a dict of BLOCK_R (rows), BLOCK_E (elements) and num_warps for rows of `width` elements."""
     rows = max(1, min(16, 2048 // block(width)))
     return {"BLOCK_R": rows, "BLOCK_E": block(width), "num_warps": warps(rows * block(width))}
 
@@ -75,7 +78,7 @@ def norm(
     kind: str,
     eps: float,
 ) -> Tensor:
-    """Return the normalised, modulated and added rows, as in the module's formulas.
+    """Return `x` normalised, modulated, multiplied by `gate` and added to `residual`, each if given.
 
     `x` is `b s e`, `residual`, `scale`, `shift` and `gate` are `#b #s e`, `weight` and `bias` are `e`.
     """

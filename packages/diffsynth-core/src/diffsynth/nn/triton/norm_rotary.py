@@ -29,7 +29,7 @@ def norm_rotary_fwd_kernel(
     tokens, heads, dim, eps,
     NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute all heads of BLOCK_T tokens. NORM: 0 none, 1 each head, 2 all heads together."""
+    """Compute norm (NORM 0 none, 1 each head, 2 all heads together) and rotation into BLOCK_T tokens of `out`."""
     i_b = tl.program_id(1).to(tl.int64)
     o_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None, None]
     o_n, o_d = tl.arange(0, BLOCK_N)[None, :, None], tl.arange(0, BLOCK_D)[None, None, :]
@@ -53,7 +53,7 @@ def norm_rotary_fwd_kernel(
 
 
 def config(heads: int, dim: int) -> dict[str, int]:
-    """Return block sizes for tokens of `heads` heads with `dim` channels."""
+    """Return BLOCK_T, BLOCK_N, BLOCK_D and num_warps for tokens of `heads` heads with `dim` channels."""
     token = block(heads) * block(dim)
     tokens = max(1, min(16, 2048 // token))
     return {"BLOCK_T": tokens, "BLOCK_N": block(heads), "BLOCK_D": block(dim), "num_warps": warps(tokens * token)}
@@ -61,7 +61,7 @@ def config(heads: int, dim: int) -> dict[str, int]:
 
 @torch.library.triton_op("diffsynth::norm_rotary", mutates_args=())
 def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """Return normalised and rotated queries or keys, as in the module's formulas.
+    """Return queries or keys `x` after RMS norm, unless `weight` is None, and rotation by `cos` and `sin`.
 
     `x` is `b s n d`, `cos` and `sin` are `#b s half_d`, `weight` has `d` or `n * d` elements.
     """

@@ -25,7 +25,7 @@ PER_TURN = tl.constexpr(1 / (2 * math.pi))
 
 @triton.jit
 def sinusoidal_fwd_kernel(time, out, stride_time, half, MINUS_LOG_PERIOD: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Compute the sinusoids of one sample."""
+    """Compute the cosines, then the sines, of one entry of `time` into its row of `out`."""
     i_b = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BLOCK_H)
     m_h = o_h < half
@@ -44,7 +44,7 @@ def sinusoidal_fwd_kernel(time, out, stride_time, half, MINUS_LOG_PERIOD: tl.con
 
 @torch.library.triton_op("diffsynth::sinusoidal_embedding", mutates_args=())
 def sinusoidal_embedding(time: Tensor, dim: int, max_period: float) -> Tensor:
-    """Return cosines, then sines, `b dim` in fp32, of `time` of shape `b`."""
+    """Return an fp32 tensor `b dim` of the cosines, then the sines, of `time` (`b`) at `dim / 2` frequencies."""
     half = dim // 2
     out = torch.empty((time.shape[0], 2 * half), dtype=torch.float32, device=time.device)
     launchable(sinusoidal_fwd_kernel)[(time.shape[0],)](
