@@ -29,12 +29,12 @@ class AllocationTracker:
         self._known: dict[int, weakref.ref[object]] = {}
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Never count these tensors: weights are counted elsewhere."""
+        """Exclude the memory of these tensors from all counts: weights are counted elsewhere."""
         for tensor in tensors:
             self._add(tensor, "device", 0)
 
     def allocated(self, tensor: Tensor, *, on_host: bool = False) -> None:
-        """Count the storage of a tensor, unless it is counted already.
+        """Count the storage of a tensor as live until it is freed, unless it is counted already.
 
         Args:
             tensor: result of an operation.
@@ -45,16 +45,16 @@ class AllocationTracker:
         self._add(tensor, memory, -(-size // ROUNDING) * ROUNDING)
 
     def workspace(self, size: int) -> None:
-        """Count bytes of the device that an operation takes only while it runs."""
+        """Raise the device's peak to the live bytes plus `size`, which an operation takes only while it runs."""
         self.peak["device"] = max(self.peak["device"], self.live["device"] + size)
 
     def reset_peak(self) -> None:
-        """Set the peak to what is live now."""
+        """Set the peaks on the device and on the host to the bytes that are live now."""
         self.peak = dict(self.live)
 
     @contextmanager
     def peak_above(self) -> Iterator[Mapping[str, int]]:
-        """Measure the peak inside the `with` above what was live at its beginning.
+        """Context manager that measures by how many bytes the peak inside it exceeds what was live at its beginning.
 
         Yields:
             Bytes by memory ("device", "host"), filled in at the end.
@@ -69,7 +69,7 @@ class AllocationTracker:
                 self.peak[memory] = max(self.peak[memory], peak[memory])
 
     def repeat(self, above: Mapping[str, int]) -> None:
-        """Raise the peak as a call would whose `peak_above` is known."""
+        """Raise each peak to the live bytes plus `above`, as a repeated call would; `above` is from `peak_above`."""
         for memory, size in above.items():
             self.peak[memory] = max(self.peak[memory], self.live[memory] + size)
 
@@ -90,7 +90,7 @@ class AllocationTracker:
 
 
 def kernel_workspace(func: Any, args: Sequence[Any], out: Any, device_type: str) -> int:
-    """Return the bytes that a kernel takes beside inputs and outputs; 0 for kernels that need next to nothing.
+    """Return the bytes of scratch memory that a kernel takes beside inputs and outputs; 0 if no rule is known for it.
 
     Args:
         func: the operation, of `torch.ops.aten`.

@@ -19,7 +19,7 @@ _UNFILLED = ("aten::empty", "aten::new_empty", "aten::_empty")
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
-    """Return the tensors among arguments or results of an operation, which nest in lists and dicts alone.
+    """Return a flat list of the tensors in the values, which nest in lists, tuples and dicts alone.
 
     Faster than `torch.utils._pytree`, and called for each operation.
     """
@@ -44,7 +44,7 @@ class MetaResultCache:
         self._known: dict[Any, Any] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation: new tensors on meta of the right shape, stride and dtype."""
+        """Return the result of an operation on meta; for known shapes, new tensors like the first result."""
         key = _key((args, tuple(kwargs.items()))) if _makes_new_tensors(func) else None
         if key is None:
             return func(*args, **kwargs)
@@ -61,14 +61,14 @@ class MetaResultCache:
 
 @functools.cache
 def _makes_new_tensors(func: Any) -> bool:
-    """Whether an operation writes to no argument and declares no result that shares memory with one."""
+    """Whether an operation has a result, declares no view of an argument and no write to one, and is not random."""
     schema = func._schema
     aliases = [each.alias_info for each in (*schema.arguments, *schema.returns)]
     return bool(schema.returns) and not any(aliases) and torch.Tag.nondeterministic_seeded not in func.tags
 
 
 def _key(value: Any) -> Any:
-    """Return a hashable key, equal for arguments with equal results; None if there is none, or a tensor has values."""
+    """Return a hashable key, equal for arguments with equal results; None if there is none (tensors with data)."""
     if isinstance(value, Tensor):
         if not value.is_meta or (type(value) is not Tensor and not isinstance(value, torch.nn.Parameter)):
             return None
@@ -83,14 +83,14 @@ def _key(value: Any) -> Any:
 
 
 def _description(out: Any) -> Any:
-    """Return a result with a tuple of shape, stride, dtype and device in place of each tensor."""
+    """Return the result with a (shape, stride, dtype, device) tuple for each tensor, and a list for each sequence."""
     if isinstance(out, Tensor):
         return (out.shape, out.stride(), out.dtype, out.device)
     return [_description(each) for each in out] if isinstance(out, list | tuple) else out
 
 
 def _made(description: Any) -> Any:
-    """Return a new result of a `_description`."""
+    """Return a result made of a `_description`: new, unfilled tensors, and tuples for sequences."""
     if isinstance(description, tuple):
         shape, stride, dtype, device = description
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
@@ -110,18 +110,20 @@ class KnownValues:
         self._invalid: dict[int, weakref.ref[object]] = {}
 
     def value_of(self, tensor: Tensor) -> Tensor | None:
-        """Return the value of a tensor, on the CPU; None if it is not known."""
+        """Return a CPU tensor with the values of `tensor` (itself if it is not on meta); None if they are not known."""
         copy: Tensor | None = self._copies.get(tensor) if tensor.is_meta else tensor
         if copy is None or id(copy.untyped_storage()) in self._invalid:
             return None
         return copy
 
     def set_value(self, tensor: Tensor, value: Tensor) -> None:
-        """Set the value of a tensor on the meta device."""
+        """Set the known values of a tensor on the meta device to those of `value`, a CPU tensor."""
         self._copies[tensor] = value
 
     def record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Work out the values of the results of an operation on the meta device, if its inputs are known.
+        """Keep the values of an operation's results on meta if all inputs are known; else forget what it writes to.
+
+        Results that are random, unfilled or larger than `MAX_KNOWN` are not kept.
 
         Args:
             func: the operation, of `torch.ops.aten`.
@@ -142,7 +144,7 @@ class KnownValues:
                 self._copies[result] = copy
 
     def on_cpu(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Return the arguments of an operation with known values for tensors, and the CPU for devices.
+        """Return (args, kwargs) of an operation with CPU tensors for those on meta; None if a value is not known.
 
         Returns:
             Positional and keyword arguments; None if a value is not known.
@@ -156,7 +158,7 @@ class KnownValues:
         return known_args, known_kwargs
 
     def invalidate_written(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Make the tensors unknown that an operation writes to."""
+        """Mark the tensors that an operation writes to as unknown, for good."""
         if not func._schema.is_mutable:
             return
         for argument, value in zip(func._schema.arguments, args, strict=False):
@@ -180,5 +182,5 @@ class KnownValues:
 
 
 def _is_arbitrary(func: Any) -> bool:
-    """Whether the values of the result do not follow from the arguments: random values, and unfilled memory."""
+    """Whether an operation returns random values or unfilled memory, which do not follow from its arguments."""
     return torch.Tag.nondeterministic_seeded in func.tags or func._schema.name.startswith(_UNFILLED)

@@ -63,7 +63,7 @@ class StagePlan:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles of the components that the stage runs."""
+        """Roles (names) of the components that the stage runs."""
         return tuple(component.role for component in self.components)
 
 
@@ -120,35 +120,35 @@ class MemoryPlan:
 
     @property
     def peak_vram(self) -> int:
-        """Peak of bytes on the device over all stages."""
+        """Peak device memory over all stages, in bytes; 0 if the device is the CPU."""
         return max((stage.vram for stage in self.stages), default=0)
 
     @property
     def peak_ram(self) -> int:
-        """Peak of bytes of host memory over all stages."""
+        """Peak host memory over all stages, in bytes."""
         return max((stage.ram for stage in self.stages), default=0)
 
     @property
     def loop(self) -> tuple[StagePlan, ...]:
-        """The stages of the denoising loop: one for each group of steps that runs the same components."""
+        """`StagePlan`s of the denoising loop: one for each group of steps that runs the same components."""
         return tuple(stage for stage in self.stages if stage.name.startswith("denoise"))
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes copied to the device in a step, of the stage of the loop that copies most."""
+        """Bytes copied to the device in a step of the denoising loop, the most of its stages; 0 without a loop."""
         return max((stage.bytes_per_step for stage in self.loop), default=0)
 
     @property
     def seconds_per_step(self) -> float:
-        """Predicted time of a step, of the slowest stage of the loop."""
+        """Predicted seconds of a step of the denoising loop, in its slowest stage; 0 without a loop."""
         return max((stage.seconds_per_step for stage in self.loop), default=0.0)
 
     @property
     def tiled(self) -> bool:
-        """Whether the plan turns tiles on, because the limit could not be kept without them."""
+        """Whether the plan has the autoencoder work in tiles, because the limit could not be kept without them."""
         return any(stage.tiled for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as dicts, tuples and plain values, together with its properties."""
+        """Return the plan as a dict: its fields, nested as dicts and tuples, and its properties except `loop`."""
         sums = ("peak_vram", "peak_ram", "bytes_per_step", "seconds_per_step", "tiled")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}

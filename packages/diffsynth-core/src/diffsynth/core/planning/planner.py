@@ -45,7 +45,7 @@ def plan_memory(
     offloads: bool = False,
     disk: Sequence[str] = (),
 ) -> MemoryPlan:
-    """Return the plan of the first workload that fits, or of a later one whose steps are predicted 5 % faster.
+    """Return the `MemoryPlan` of the first workload that fits, or of a later one whose steps are predicted 5 % faster.
 
     Args:
         workloads: one call, with its weights stored in one dtype or another; the first is preferred. With several,
@@ -85,7 +85,7 @@ def plan_memory(
 
 
 def spread(count: int, of: int) -> frozenset[int]:
-    """Return `count` indices below `of`, as far apart as possible."""
+    """Return a frozenset of `count` indices below `of`, as far apart as possible."""
     return frozenset(index for index in range(of) if (index + 1) * count // of > index * count // of)
 
 
@@ -103,7 +103,7 @@ class BlockTiming:
 
 
 def step_seconds(timings: Sequence[BlockTiming], *, slots: int) -> float:
-    """Return the seconds of a step in the long run, with one link, one device and `slots` slots for streamed blocks.
+    """Return the seconds that a step takes in the long run, if blocks are streamed over one link into `slots` slots.
 
     A copy begins when the link is free and a slot is; a slot is free when the block in it has computed. A block
     computes when the one before it has, and its weights are there. Equal blocks that are all streamed therefore take
@@ -189,7 +189,7 @@ class _Planner:
         )
 
     def _device_limit(self) -> int | None:
-        """Return the bytes for weights and activations: None for no limit, 0 for as little as possible."""
+        """Return the byte budget for weights and activations: None is no limit, 0 is as little as possible."""
         if not self._workload.on_host:
             return None if self._vram_limit is None else int(self._vram_limit * GIB)
         if self._ram_limit is None:
@@ -213,7 +213,7 @@ class _Planner:
         return max((self._minimum_of_stage(stage) for stage in workload.stages), default=0)
 
     def _minimum_of_stage(self, stage: StageCost) -> int:
-        """Return the bytes on the device with no block resident and one slot."""
+        """Return the fewest bytes on the device that a stage runs with: activations, no resident block, one slot."""
         components = [self._workload.component(role) for role in stage.roles]
         return stage.activations + sum(component.on_device((), slots=1) for component in components)
 
@@ -227,7 +227,9 @@ class _Planner:
         return base + host_bytes + _STAGING_BUFFERS * max(blocks, default=0)
 
     def _staying(self, limit: int | None) -> frozenset[str]:
-        """Return the components that never leave the device: all that fit beside the least that each stage needs.
+        """Return a frozenset of the roles (names) of components that never leave the device, as many as fit the limit.
+
+        Without a limit these are all components, or none if `offloads` is set.
 
         Those of the loop are the last to go: they are the largest, and would have to be copied again for each call.
         """
@@ -255,7 +257,10 @@ class _Planner:
         return limit - stage.activations - sum(self._workload.component(role).whole for role in staying)
 
     def _layout(self, stage: StageCost, staying: frozenset[str], limit: int | None) -> _StageLayout:
-        """Return the layout of the stage with the fastest steps; of equally fast ones that with fewest slots."""
+        """Return the `_StageLayout` (resident blocks and slots) with the fastest steps, then the fewest slots.
+
+        All blocks are resident if they fit, or without a limit; none is under a limit of 0.
+        """
         components = [self._workload.component(role) for role in stage.roles]
         everything = {each.role: frozenset(block.name for block in each.blocks) for each in components}
         if limit is None:
@@ -280,7 +285,9 @@ class _Planner:
         return min(fitting, key=lambda one: (self._step_seconds(stage, one), one.slots))
 
     def _moved_to_disk(self, layouts: Sequence[_StageLayout], staying: frozenset[str]) -> frozenset[str]:
-        """Return the components whose weights do not fit in host memory; those with least traffic go to disk first.
+        """Return a frozenset of the roles (names) of components that must go to disk to keep the limit on host memory.
+
+        Those with least traffic go first. Without a limit, and on the CPU, none does.
 
         Raises:
             NotEnoughMemory: the limit is too small even with all weights on disk.
@@ -336,7 +343,7 @@ class _Planner:
         )
 
     def _with_bytes_ahead(self, stages: list[StagePlan], limit: int | None) -> tuple[StagePlan, ...]:
-        """Fill in what is copied ahead of a stage of the loop that runs another expert than the one before.
+        """Return the `StagePlan`s with `bytes_ahead` set where the loop changes from one expert to another.
 
         In the last step of an expert, blocks of the next one take the place of those that have run for the last time.
         Which call is the last is predicted from the step before; without one only free memory counts. See
@@ -360,7 +367,7 @@ class _Planner:
         return tuple(stages)
 
     def _resident_sizes(self, components: Iterable[ComponentPlan]) -> Iterator[int]:
-        """Yield the stored bytes of each resident block."""
+        """Yield the size of each resident block of the components, in bytes as stored."""
         for component in components:
             resident = frozenset(component.resident)
             blocks = self._workload.component(component.role).blocks
@@ -372,7 +379,10 @@ class _Planner:
         return "host" if self._offloads and not self._workload.on_host else "device"
 
     def _host_bytes(self, stage: StageCost, disk: frozenset[str] | set[str]) -> int:
-        """Return the host memory of a stage. Without a limit weights are on the device and nowhere else."""
+        """Return the bytes of host memory in a stage: base, live tensors, offloaded weights and staging buffers.
+
+        Weights count only if components are offloaded. On the CPU the caller adds weights and activations.
+        """
         bytes_ = self._workload.base_host_bytes + stage.host_bytes
         if self._workload.on_host:
             return bytes_
@@ -393,7 +403,7 @@ class _Planner:
         return sum(sizes.get(call.block, 0) for call in stage.block_calls if call.role == role)
 
     def _streamed_sizes(self, role: str, layout: _StageLayout) -> dict[str, int]:
-        """Return the stored bytes of streamed blocks by name; none where each of them has a slot of its own."""
+        """Return a dict block name -> bytes copied at each call; empty if each streamed block has its own slot."""
         resident = layout.resident[role]
         streamed = [block for block in self._workload.component(role).blocks if block.name not in resident]
         return {block.name: block.stored for block in streamed} if len(streamed) > layout.slots else {}
@@ -412,7 +422,7 @@ class _Planner:
 def _shrinking(
     components: Sequence[ComponentFootprint], least: dict[str, frozenset[str]]
 ) -> Iterator[dict[str, frozenset[str]]]:
-    """Yield sets of resident blocks by role, the largest first; each contains `least`."""
+    """Yield dicts role (component) -> names of its resident blocks, most blocks first; each contains `least`."""
     optional: list[tuple[str, BlockFootprint]] = [
         (component.role, block) for component in components if not least[component.role] for block in component.blocks
     ]

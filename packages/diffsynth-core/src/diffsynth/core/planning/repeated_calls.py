@@ -58,7 +58,7 @@ class RepeatedCalls:
         return function(*arguments) if effects is None else self._repeat(effects, arguments)
 
     def _key(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        """Return a key that is equal for calls that do the same; None if that cannot be known."""
+        """Return a hashable key, equal for calls that have the same effects; None if that cannot be known."""
         if not self._stages or torch.is_grad_enabled():  # the graph of autograd keeps tensors of the call alive
             return None
         if self._has_known_values(None, arguments) or not _has_own_memory(None, arguments):
@@ -104,7 +104,7 @@ class RepeatedCalls:
 
 
 def _changes(argument: Any, before: Any) -> Mapping[str, Any]:
-    """Return the forms of the attributes of an argument whose form a call changed.
+    """Return a dict attribute name -> new form, for the attributes of an argument that a call added or changed in form.
 
     Raises:
         _NoFormError: the call changed something else.
@@ -121,7 +121,7 @@ def _changes(argument: Any, before: Any) -> Mapping[str, Any]:
 
 
 def _has_own_memory(result: Any, arguments: Sequence[Any]) -> bool:
-    """Whether no tensor of a result or of an attribute shares memory with another one, or with another argument."""
+    """Whether each tensor of the result and of arguments' attributes shares its memory with no other tensor."""
     given = [tensor for each in arguments if not _has_attributes_alone(each) for tensor in tensors_in(each)]
     own = [tensor for each in arguments if _has_attributes_alone(each) for tensor in tensors_in(vars(each))]
     own += tensors_in(result)
@@ -152,7 +152,9 @@ class _ValueForm(NamedTuple):
 
 
 def _form(value: Any) -> Any:
-    """Return the hashable form of a value, from which `_made` makes another one.
+    """Return the hashable form of a value: shape, stride, dtype and bytes of a tensor, else the value.
+
+    `_made` returns a new value of a form.
 
     Raises:
         _NoFormError: the value is of another kind.
@@ -185,7 +187,7 @@ def _contents(argument: Any) -> Any:
 
 
 def _has_attributes_alone(argument: Any) -> bool:
-    """Whether an object is nothing but its attributes; functions, containers and slotted objects hold more."""
+    """Whether an object is nothing but its attributes, unlike functions, containers, modules and slotted objects."""
     kind = type(argument)
     if not hasattr(argument, "__dict__") or isinstance(argument, nn.Module):
         return False

@@ -71,7 +71,10 @@ class MetaTracer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageTrace]:
-        """Count what runs inside the `with` as one stage; its trace is complete at the end, and is in `stages`."""
+        """Context manager that counts what runs inside as one stage and yields its `StageTrace`, complete at the end.
+
+        The trace is in `stages`, too.
+        """
         stage = StageTrace(name)
         self.stages.append(stage)
         self.allocations.reset_peak()
@@ -79,12 +82,12 @@ class MetaTracer:
         stage.device_bytes, stage.host_bytes = self.allocations.peak["device"], self.allocations.peak["host"]
 
     def count(self, flops: int) -> None:
-        """Add floating-point operations to the current stage, and so to the block that runs."""
+        """Add `flops` floating-point operations to the current stage, and so to its running block; none without one."""
         if self.stages:
             self.stages[-1].flops += flops
 
     def attention(self, call: MetaCall) -> None:
-        """Count a call of attention: its output, its workspace and its operations."""
+        """Add a call of attention to the counts: the memory of its output, its scratch memory and its operations."""
         self.allocations.allocated(call.out)
         self.allocations.workspace(call.workspace(self.device_type))
         self.count(call.flops)
@@ -140,7 +143,7 @@ class _DispatchMode(TorchDispatchMode):
         return out
 
     def _to_host(self, tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Return a real tensor if the value is known, else one on meta that is counted as host memory."""
+        """Return a CPU copy of a tensor if its values are known, else one on meta; either counts as host memory."""
         dtype = kwargs.get("dtype") or tensor.dtype
         value = self._tracer.values.value_of(tensor)
         moved = torch.empty_like(tensor, dtype=dtype) if value is None else value.to(dtype, copy=True)
@@ -187,7 +190,7 @@ def _goes_to_cpu(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _by_value(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
-    """Return the result, in a tuple, of an operation that depends on values; None if no argument is on meta.
+    """Return a tuple of one: the result on meta of an operation that needs values; None if no argument is on meta.
 
     Raises:
         Unplannable: a value is not known.
@@ -215,7 +218,10 @@ def _unplannable(what: str, tensor: Tensor) -> Unplannable:
 
 
 def _as_meta(values: KnownValues) -> Callable[[Tensor], Tensor]:
-    """Return a function that moves a tensor to meta; single numbers stay, as torch allows them beside meta tensors."""
+    """Return a function that moves a tensor to meta with its known values; tensors without axes stay where they are.
+
+    torch allows those beside meta tensors.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
         if tensor.is_meta or tensor.ndim == 0:
@@ -229,7 +235,7 @@ def _as_meta(values: KnownValues) -> Callable[[Tensor], Tensor]:
 
 
 def _integer_indices(values: KnownValues, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return indices with each mask replaced by the positions at which it is True, one index per axis."""
+    """Return the list of indices with each mask replaced by the positions at which it is True, one tensor per axis."""
     integers: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype not in (torch.bool, torch.uint8):

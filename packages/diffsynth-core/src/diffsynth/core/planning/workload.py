@@ -43,16 +43,16 @@ class ComponentFootprint:
 
     @property
     def stored(self) -> int:
-        """Bytes of all weights in the dtype in which they are stored."""
+        """Size of the component's weights and buffers in the dtype in which they are stored, in bytes."""
         return self.rest_stored + sum(block.stored for block in self.blocks)
 
     @property
     def whole(self) -> int:
-        """Bytes on the device with every block resident."""
+        """Size of the component on the device with every block resident, in bytes."""
         return self.on_device({block.name for block in self.blocks}, slots=0)
 
     def on_device(self, resident: Collection[str], *, slots: int) -> int:
-        """Return the bytes on the device while a stage of the component runs.
+        """Return the bytes, an int, that the component's weights take on the device while a stage of it runs.
 
         Args:
             resident: names of the blocks that stay on the device for the stage.
@@ -129,7 +129,7 @@ class StageCost:
     is_tiled: bool = False
 
     def with_tiles(self) -> StageCost:
-        """Return the cost of the stage with the autoencoder in tiles; the same cost if tiles change nothing."""
+        """Return the `StageCost` with the autoencoder in tiles; the same object if tiles change nothing."""
         if self.tiled_activations is None:
             return self
         return replace(
@@ -163,11 +163,11 @@ class Workload:
     asks_for_tiles: bool = False
 
     def with_tiles(self) -> Workload:
-        """Return the workload with tiles in all stages: `tiled` is one argument of the call."""
+        """Return the `Workload` with the autoencoder in tiles in all stages, as `tiled` is one argument of the call."""
         return replace(self, stages=tuple(stage.with_tiles() for stage in self.stages))
 
     def component(self, role: str) -> ComponentFootprint:
-        """Return the footprint of a component by its role."""
+        """Return the `ComponentFootprint` of the component with this role (name in the pipeline)."""
         return next(component for component in self.components if component.role == role)
 
 
