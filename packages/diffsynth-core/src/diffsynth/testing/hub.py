@@ -29,7 +29,7 @@ _DEFAULT_PROCESSORS = {"transformers:AutoTokenizer": "diffsynth.testing.tiny_pro
 
 
 def tiny_hub(root: Path | str, models: Sequence[str] | str | None = None) -> list[Path]:
-    """Write tiny versions of models below `root`, so that scripts run on them unchanged.
+    """Write tiny versions of models below `root`, so that scripts run on them unchanged; return the written paths.
 
     With `DIFFSYNTH_MODEL_BASE_PATH=root` and `DIFFSYNTH_SKIP_DOWNLOAD=true`, `diffsynth.load` and `from_pretrained`
     find the file names of the hub under `<owner>/<repository>`, with few layers, random bf16 weights under the
@@ -144,7 +144,7 @@ def _component(spec: ModelSpec, role: str, need: Role | Processor | None, source
 
 
 def _layout_for(spec: ModelSpec, role: str, need: Role, source: str) -> tuple[ArchitectureSpec, CheckpointSpec]:
-    """Return the checkpoint that lists the source, else the one with its architecture's own key names."""
+    """Return specs (architecture, checkpoint) for a source: the checkpoint that lists it, else one without rules."""
     architectures, checkpoints = _discovery.catalog().layouts()
     fitting = [one for one in checkpoints if one.architecture in need.architectures]
     listed = [one for one in fitting if source in one.files] or [one for one in fitting if not one.rules]
@@ -160,7 +160,7 @@ def _layout_for(spec: ModelSpec, role: str, need: Role, source: str) -> tuple[Ar
 def _with_dtypes(
     shapes: Mapping[str, tuple[int, ...]], checkpoint: CheckpointSpec, state: Mapping[str, torch.Tensor]
 ) -> TinyFile:
-    """Return the tensors of a tiny file: bf16, except where the network has integers."""
+    """Return a dict key -> `TinyTensor` (shape, dtype) of a tiny file: bf16, except where the network has integers."""
     integers = {
         source: state[key].dtype
         for key, target in convert.plan(rules_of(checkpoint), shapes).targets.items()
@@ -171,7 +171,7 @@ def _with_dtypes(
 
 
 def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield (source, reference to its writer) of each processor that the model or its pipeline loads from the hub."""
+    """Yield a pair (source, reference to a function that writes it) for each processor loaded from the hub."""
     for role, need in roles.items():
         source = spec.processors.get(role) or ("" if not isinstance(need, Processor) or need.optional else need.source)
         if not source or not _is_on_hub(source):
@@ -186,7 +186,7 @@ def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tupl
 
 
 def _merge_components(first: _Weights, second: _Weights, source: str) -> _Weights:
-    """Merge two components of one file: the keys that either reads, and the keys that both drop."""
+    """Return the weights of a file of two components: the keys that either reads, and the keys that both drop."""
     read = [
         {key: tensor for key, tensor in each.contents.items() if key not in each.dropped} for each in (first, second)
     ]
@@ -202,7 +202,11 @@ def _merge_components(first: _Weights, second: _Weights, source: str) -> _Weight
 
 
 def _merge_models(models: Iterable[_TinyModel]) -> tuple[dict[str, _Weights], dict[str, str]]:
-    """Return source -> weights and source -> writer of all models; models that share a source must agree on it."""
+    """Return two dicts for all models: source -> weights, and source -> reference to the function that writes it.
+
+    Raises:
+        ValueError: models that share a source do not agree on it.
+    """
     found: dict[str, tuple[str, Any]] = {}
     for model in models:
         for source, file in (*model.weights.items(), *model.processors.items()):
@@ -217,7 +221,11 @@ def _merge_models(models: Iterable[_TinyModel]) -> tuple[dict[str, _Weights], di
 
 
 def _claim(root: Path, names: Sequence[str]) -> None:
-    """Mark `root` as a tiny hub; refuse other folders, so that tiny weights are never written among real ones."""
+    """Mark the folder `root` as a tiny hub by a file that lists its models.
+
+    Raises:
+        FileExistsError: `root` is neither empty nor a tiny hub; tiny weights are never written among real ones.
+    """
     mark = root / MARK
     if root.exists() and not mark.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} is not empty and not a tiny hub (it has no {MARK}). Choose a new folder.")

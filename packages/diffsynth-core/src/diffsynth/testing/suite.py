@@ -47,7 +47,7 @@ def conformance(distribution: str) -> Callable[..., None]:
 
 
 def checks_of(distribution: str) -> list[Check]:
-    """Return the checks of an installed plugin, each after those it depends on; none has run.
+    """Return a list of each `Check` of an installed plugin, each after those it depends on; none has run.
 
     Raises:
         ValueError: no distribution of that name has an allowed plugin.

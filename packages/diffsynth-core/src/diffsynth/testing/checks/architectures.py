@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield five checks for each architecture."""
+    """Yield five `Check` objects, not yet run, for each architecture of the plugin."""
     for fact in subject.declared("architectures"):
         built, loaded, ran = (
             f"{fact.name} builds on meta without allocating memory",
@@ -34,17 +34,17 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 
 def runs(name: str) -> str:
-    """Return the name of the check that checks which run this architecture depend on."""
+    """Return the name of the check that runs this architecture's forward; checks that need a working one name it."""
     return f"{name} forward is finite and reproducible"
 
 
 def no_meta_after_loading(name: str) -> str:
-    """Return the name of the check that checks which load this architecture depend on."""
+    """Return the name of the check that this architecture loads completely; checks that load it name this one."""
     return f"{name} has no tensor on meta after loading"
 
 
 def config_inferred(name: str) -> str:
-    """Return the name of the check that checks of this architecture's layouts depend on."""
+    """Return the name of the check that infers this architecture's config; checks of its layouts depend on it."""
     return f"{name} config is inferred from its shapes"
 
 
@@ -60,7 +60,10 @@ def _builds_on_meta(fact: ArchitectureSpec) -> None:
 
 
 def _has_no_meta_after_loading(fact: ArchitectureSpec) -> None:
-    """Load as the loader does: assign weights, then call `reset_buffers()` for what no file holds."""
+    """Raise AssertionError if a tensor of the module is on meta after its weights are assigned and buffers reset.
+
+    The loader does the same: `reset_buffers()` computes what no file holds.
+    """
     from torch import Tensor
 
     from diffsynth.core.loader import component
@@ -138,7 +141,7 @@ def _saves_and_loads(fact: ArchitectureSpec, subject: Subject) -> None:
 
 
 def tiny_real(fact: ArchitectureSpec) -> nn.Module:
-    """Return the tiny module with random fp32 weights, the same in every check."""
+    """Return the architecture's tiny fp32 `nn.Module` in eval mode, with the same random weights in every check."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -148,7 +151,7 @@ def tiny_real(fact: ArchitectureSpec) -> nn.Module:
 
 
 def tiny_output(fact: ArchitectureSpec, module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors in the module's output for its tiny inputs, by their path in the output."""
+    """Return a dict path in the output -> tensor, for the output of the module for the architecture's tiny inputs."""
     import torch
 
     inputs = resolve(fact.tiny_inputs)(resolve(fact.tiny), torch.Generator().manual_seed(0))
@@ -170,7 +173,7 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors that are not bit-equal, or that only one of the mappings has."""
+    """Return a sorted list of the names of tensors that are not equal in two mappings, or that only one of them has."""
     import torch
 
     return sorted(

@@ -39,7 +39,7 @@ class Subject:
 
     @classmethod
     def find(cls, distribution: str) -> Subject:
-        """Return the subject for a distribution by name.
+        """Return the `Subject` (the plugins to check, with their declarations) of an installed distribution, by name.
 
         Raises:
             ValueError: no distribution of that name has an allowed plugin.
@@ -60,16 +60,16 @@ class Subject:
 
     @property
     def problems(self) -> list[Problem]:
-        """Return the problems that discovery found in this distribution."""
+        """List of each `Problem` that discovery found in this distribution's plugins."""
         return [problem for problem in self.catalog.problems if problem.distribution == self.distribution]
 
     @property
     def is_loaded(self) -> bool:
-        """Return whether a plugin of this distribution was loaded."""
+        """Whether a plugin of this distribution was loaded."""
         return any(plugin.distribution == self.distribution for plugin in self.catalog.plugins)
 
     def declared(self, kind: str) -> list[Any]:
-        """Return the distribution's declarations of one kind, such as `"architectures"`."""
+        """Return a list of the specs that this distribution declares of one kind, such as `"architectures"`."""
         return [one.spec for one in getattr(self.catalog, kind) if one.distribution == self.distribution]
 
 

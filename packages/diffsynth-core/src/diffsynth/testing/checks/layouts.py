@@ -16,7 +16,7 @@ from diffsynth.testing.checks.plugin import NAMES, REFERENCES
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield up to four checks for each checkpoint that ships its layout."""
+    """Yield two or four `Check` objects, not yet run, for each checkpoint of the plugin that ships its layout."""
     own = {fact.name for fact in subject.declared("architectures")}
     for fact in subject.declared("checkpoints"):
         if not fact.layout:

@@ -35,7 +35,7 @@ class _Blocker(importlib.abc.MetaPathFinder):
 
 
 def heavy_imports(modules: Sequence[str]) -> list[str]:
-    """Import modules in a new process and return a sentence for each attempted import of a heavy package."""
+    """Import modules in a new process; return a list with a sentence for each attempted import of a heavy package."""
     command = [sys.executable, "-P", "-m", __name__, *modules]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -45,7 +45,7 @@ def heavy_imports(modules: Sequence[str]) -> list[str]:
 
 
 def main(modules: Sequence[str]) -> None:
-    """Import modules and print the attempted heavy imports as a JSON list on the last line of stdout."""
+    """Import modules and write the attempted imports of heavy packages to stdout, as a JSON list on the last line."""
     blocker = _Blocker()
     sys.meta_path.insert(0, blocker)
     for name in modules:

@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield two checks for each architecture with `lora_targets`."""
+    """Yield two `Check` objects, not yet run, for each architecture of the plugin that has `lora_targets`."""
     for fact in subject.declared("architectures"):
         if not fact.lora_targets:
             continue
@@ -72,7 +72,7 @@ def _supports_lora(fact: ArchitectureSpec) -> None:
 
 
 def _random_lora(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
-    """Return a LoRA that changes each weight by a third of its norm: measurable, and small enough to be stable."""
+    """Return a random `LoRA` that changes each target's weight by a quarter of its norm: measurable and stable."""
     import torch
 
     from diffsynth.core.lora import LoRA, LoRALayer, target_layers
@@ -107,7 +107,7 @@ def _save_and_read(lora: LoRA, module: nn.Module) -> LoRA:
 def _outside_tolerance(
     plain: Mapping[str, Tensor], hot: Mapping[str, Tensor], fused: Mapping[str, Tensor]
 ) -> list[str]:
-    """Return the names of outputs that differ between an unfused (hot) and a fused LoRA."""
+    """Return a list of the names of outputs that differ too much between an unfused (hot) and a fused LoRA."""
 
     def differs(name: str) -> bool:
         change = (fused[name] - plain[name]).abs().max()

@@ -12,7 +12,7 @@ from diffsynth.testing.checks.plugin import NAMES, REFERENCES, is_installed
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield one check for each pipeline, one or two for each model, and one for each training declaration."""
+    """Yield `Check` objects: one for each pipeline, one or two for each model, one for each training declaration."""
     models, trainings = subject.declared("models"), subject.declared("training")
     extended = [fact.pipeline for fact in subject.declared("units") if is_installed(fact.pipeline)]
     for pipeline in dict.fromkeys([fact.pipeline for fact in (*models, *trainings)] + extended):
@@ -61,7 +61,10 @@ def _fits_its_pipeline(model: ModelSpec) -> None:
 
 
 def _packaged_files_match(model: ModelSpec, subject: Subject) -> None:
-    """Check that packaged weights exist, are recognised as their role requires, and convert; no tensor is read."""
+    """Raise AssertionError unless a model's packaged weights exist, convert, and are what their role takes.
+
+    No tensor is read.
+    """
     from diffsynth import ModelConfig
     from diffsynth.core.loader import component, convert, recognize
     from diffsynth.core.loader.checkpoint import read_config
