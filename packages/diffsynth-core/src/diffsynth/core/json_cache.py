@@ -10,7 +10,7 @@ from diffsynth import _env
 
 
 def read_json_cache(name: str) -> dict[str, Any]:
-    """Return the entries of a cache file; an empty dict if the file is missing, unreadable or not a JSON object.
+    """Return the entries of a cache file as a dict; empty if the file is missing, unreadable or not a JSON object.
 
     Args:
         name: the file's name in the cache folder, such as `"speed.json"`.

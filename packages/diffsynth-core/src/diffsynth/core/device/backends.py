@@ -94,7 +94,7 @@ ACCELERATORS = tuple(kind for kind in BACKENDS if kind != "cpu")
 
 
 def type_and_index(device: torch.device | str | int) -> tuple[str, int | None]:
-    """Return type and index of a device or its name.
+    """Return the type of a device or its name, such as "cuda", and its index, None if it has none.
 
     Names are not parsed by torch, which does not know "npu" without torch_npu, and reads "cuda:256" as "cuda:0".
 
@@ -113,7 +113,7 @@ def type_and_index(device: torch.device | str | int) -> tuple[str, int | None]:
 
 
 def torch_module(kind: str) -> Any:
-    """Return `torch.cuda`, `torch.npu` or `torch.mps`; None for the CPU, or if torch has no such module."""
+    """Return torch's module for a kind of device, such as `torch.cuda`; None for the CPU, or if torch has none."""
     return None if kind == "cpu" else getattr(torch, kind, None)
 
 
@@ -128,7 +128,7 @@ def is_available(kind: str) -> bool:
 
 
 def backend_and_module(device: torch.device | str) -> tuple[Backend, Any]:
-    """Return the backend of a device and its torch module, see `torch_module`.
+    """Return the `Backend` of a device and its torch module, such as `torch.cuda` (None: see `torch_module`).
 
     Raises:
         ValueError: an unknown kind of device.

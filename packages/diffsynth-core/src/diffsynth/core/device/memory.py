@@ -22,7 +22,7 @@ _SELF = Path("/proc/self")
 
 
 def available_memory(device: torch.device | str) -> int | None:
-    """Return the free bytes of a device; None if unknown (MPS, and hosts without /proc)."""
+    """Return the free memory of a device in bytes; None if unknown (MPS, hosts without /proc, no such device)."""
     backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _free_host_memory()
@@ -35,7 +35,7 @@ def available_memory(device: torch.device | str) -> int | None:
 
 
 def total_memory(device: torch.device | str) -> int | None:
-    """Return the bytes of memory of a device; None if unknown.
+    """Return the total memory of a device in bytes; None if unknown.
 
     On the CPU within a container the lower of the host's memory and the container's limit; on MPS the maximum that
     Metal recommends.
@@ -51,10 +51,7 @@ def total_memory(device: torch.device | str) -> int | None:
 
 
 def memory_in_use(device: torch.device | str) -> int | None:
-    """Return the bytes that tensors of this process occupy on a device; on the CPU those of the process (VmRSS).
-
-    None if unknown.
-    """
+    """Return the bytes that tensors of this process occupy on a device, on the CPU its VmRSS; None if unknown."""
     backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _status("VmRSS")
@@ -66,9 +63,9 @@ def memory_in_use(device: torch.device | str) -> int | None:
 
 
 def peak_memory(device: torch.device | str) -> int | None:
-    """Return the maximum of `memory_in_use` since the start or `reset_peak_memory`; on the CPU VmHWM.
+    """Return the maximum of `memory_in_use`, in bytes, since the start or `reset_peak_memory`; None if unknown.
 
-    None if unknown (MPS, and hosts without /proc).
+    On the CPU this is VmHWM. Unknown are MPS and hosts without /proc.
     """
     backend, module = _available_backend(device)
     if backend.kind == "cpu":
@@ -90,14 +87,14 @@ def reset_peak_memory(device: torch.device | str) -> bool:
 
 
 def empty_cache(device: torch.device | str | None = None) -> None:
-    """Return cached blocks of torch's allocator to the driver; nothing on the CPU. None is the default device."""
+    """Free the cached blocks of torch's allocator on a device (None: the default device); nothing on the CPU."""
     _, module = backend_and_module(default_device() if device is None else device)
     if module is not None:
         module.empty_cache()
 
 
 def pinned_memory(size: int, device: torch.device | str) -> torch.Tensor:
-    """Return `size` bytes of pinned host memory, from which a device copies asynchronously, as a uint8 tensor.
+    """Return a uint8 tensor of `size` bytes in host memory, pinned if possible, for asynchronous copies to a device.
 
     torch's allocator rounds sizes up to a power of two, so callers should ask for 2**n bytes. On MPS and the CPU, and
     if the system pins no more memory (logged once), this is pageable memory, whose copies block the host.
@@ -112,7 +109,7 @@ def pinned_memory(size: int, device: torch.device | str) -> torch.Tensor:
 
 
 def _available_backend(device: torch.device | str) -> tuple[Backend, Any]:
-    """Return the backend and its torch module, None if this machine has no such device."""
+    """Return the device's `Backend` and torch module; the module is None on the CPU and for missing devices."""
     backend, module = backend_and_module(device)
     return backend, module if is_available(backend.kind) else None
 
@@ -149,7 +146,7 @@ def _status(field: str) -> int | None:
 
 
 def _kilobytes(file: Path, field: str) -> int | None:
-    """Return the bytes of a line such as `VmHWM:  1708 kB`; None without that file or line."""
+    """Return, in bytes, the value of a line such as `VmHWM:  1708 kB` of a file; None without that file or line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -168,7 +165,7 @@ def _reset_status() -> bool:
 
 
 def _cgroup_limit() -> int | None:
-    """Return the memory limit of the container in bytes (cgroup v2); None without a limit."""
+    """Return the memory limit of the container in bytes (cgroup v2); None without a limit that can be read."""
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         return None if limit == "max" else int(limit)
@@ -177,7 +174,10 @@ def _cgroup_limit() -> int | None:
 
 
 def _free_in_cgroup() -> int | None:
-    """Return the bytes that the container may still use; None without a limit. /proc/meminfo is for the machine."""
+    """Return how many bytes the container may still use; None without a limit that can be read.
+
+    /proc/meminfo is for the machine.
+    """
     limit = _cgroup_limit()
     if limit is None:
         return None

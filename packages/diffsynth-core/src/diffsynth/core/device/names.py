@@ -23,7 +23,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def default_device() -> torch.device:
-    """Return the preferred accelerator that is available, else the CPU."""
+    """Return the preferred available accelerator as a `torch.device`, or the CPU if there is none."""
     return torch.device(get_device_type())
 
 
@@ -38,7 +38,7 @@ def present_devices() -> tuple[str, ...]:
 
 
 def check_device(device: torch.device | str | int) -> torch.device:
-    """Check that a device is available, and return it with its index, "cuda:0" for "cuda".
+    """Check that a device is available, and return a `torch.device` with its index, "cuda:0" for "cuda".
 
     Raises:
         ValueError: not a device, an unknown kind of device, or one that this machine does not have.
@@ -68,9 +68,9 @@ def check_device(device: torch.device | str | int) -> torch.device:
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """Check that a device converts from and to a dtype, and return the dtype. Computing in it is not checked.
+    """Check that a device converts from and to a dtype, and return the dtype.
 
-    The answer comes from a table (`backends.py`), so the device need not be available.
+    Computing in it is not checked. The answer comes from a table (`backends.py`), so the device need not be available.
 
     Raises:
         ValueError: the device has no conversion for it.
@@ -84,7 +84,7 @@ def check_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
 
 
 def card_name(device: torch.device | str) -> str:
-    """Return the name of the hardware, "NVIDIA H100 80GB HBM3"; for the CPU and MPS that of the processor."""
+    """Return the name of a device's hardware, "NVIDIA H100 80GB HBM3"; for the CPU and MPS that of the processor."""
     backend, module = backend_and_module(device)
     if backend.indexed and module is not None:
         return str(module.get_device_name(torch.device(device)))
@@ -92,7 +92,10 @@ def card_name(device: torch.device | str) -> str:
 
 
 def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
-    """Return the CUDA compute capability, (9, 0) for Hopper; None for ROCm and every other kind of device."""
+    """Return the CUDA compute capability as (major, minor), (9, 0) for Hopper; None if the device has none.
+
+    That is the case for ROCm, every other kind of device, and a machine without CUDA devices.
+    """
     backend, module = backend_and_module(device)
     if backend.kind != "cuda" or torch.version.hip is not None or not is_available(backend.kind):
         return None
@@ -101,13 +104,13 @@ def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
 
 
 def built_for() -> tuple[str, ...]:
-    """Return the toolkits that torch is compiled for besides the CPU, `("CUDA 13.2",)`; torch_npu is not listed."""
+    """Return names and versions of the toolkits that torch is built for, `("CUDA 13.2",)`; torch_npu is not listed."""
     kits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     return tuple(f"{kit} {version}" for kit, version in kits.items() if version)
 
 
 def get_device_type() -> str:
-    """Return the type of `default_device()`: "cuda", "npu", "mps" or "cpu"."""
+    """Return the type of the default device: "cuda", "npu", "mps" or "cpu"."""
     return next((kind for kind in ACCELERATORS if is_available(kind)), "cpu")
 
 
@@ -137,7 +140,7 @@ def parse_device_type(device: torch.device | str) -> str:
 
 
 def parse_nccl_backend(device_type: str) -> str:
-    """Return the backend of torch.distributed for a device type: "nccl", "hccl" or "gloo".
+    """Return the name of torch.distributed's backend for a device type: "nccl", "hccl" or "gloo".
 
     Raises:
         ValueError: an unknown type.
@@ -148,12 +151,15 @@ def parse_nccl_backend(device_type: str) -> str:
 
 
 def get_nccl_backend() -> str:
-    """Return the backend of torch.distributed for the default device."""
+    """Return the name of torch.distributed's backend for the default device: "nccl", "hccl" or "gloo"."""
     return parse_nccl_backend(get_device_type())
 
 
 def enable_high_precision_for_bf16() -> None:
-    """Disable TF32 and reduced-precision bf16 sums in matrix products, for the process; nothing on MPS and the CPU."""
+    """Disable TF32, on NPU HF32, in the matrix products of this process; nothing on MPS and the CPU.
+
+    On CUDA this also disables reduced-precision sums of bf16 products.
+    """
     kind = get_device_type()
     if kind == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False

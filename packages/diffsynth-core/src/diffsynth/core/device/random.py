@@ -8,7 +8,7 @@ from diffsynth.core.device.backends import backend_and_module
 
 
 def generator(device: torch.device | str, seed: int | None = None) -> torch.Generator:
-    """Return a random generator of a device, with a random seed if `seed` is None; for MPS one of the CPU."""
+    """Return a `torch.Generator` of a device (MPS: of the CPU), with the given seed, or a random one if it is None."""
     kind = torch.device(device).type
     made = torch.Generator("cpu" if kind == "mps" else device)
     if seed is None:
@@ -19,7 +19,7 @@ def generator(device: torch.device | str, seed: int | None = None) -> torch.Gene
 
 
 def random_state(device: torch.device | str) -> torch.Tensor:
-    """Return the state of the device's default generator as bytes in host memory."""
+    """Return the state of a device's default random generator, as a uint8 tensor in host memory."""
     backend, module = backend_and_module(device)
     if module is None:
         return torch.get_rng_state()
@@ -27,7 +27,7 @@ def random_state(device: torch.device | str) -> torch.Tensor:
 
 
 def set_random_state(state: torch.Tensor, device: torch.device | str) -> None:
-    """Restore a state that `random_state` returned for a device of the same kind."""
+    """Set a device's default random generator to a state that `random_state` returned for the same kind of device."""
     backend, module = backend_and_module(device)
     if module is None:
         torch.set_rng_state(state.cpu())

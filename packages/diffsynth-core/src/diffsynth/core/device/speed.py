@@ -63,7 +63,7 @@ _NVME = Speed(3e9, measured=False, source="assumed: an NVMe drive on PCIe 3.0 x4
 
 
 def link_speed(device: torch.device | str) -> Speed:
-    """Return the speed of copies from pinned host memory to a device, in bytes/s; on the CPU of copies in memory.
+    """Return the `Speed`, in bytes/s, of copies from pinned host memory to a device; on the CPU of copies in memory.
 
     Measured with 256 MiB, the median of five; assumed if this machine has no such device or no free memory on it.
 
@@ -78,7 +78,7 @@ def link_speed(device: torch.device | str) -> Speed:
 
 
 def compute_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """Return the speed of a large matrix product in a dtype, in FLOP/s.
+    """Return the `Speed`, in FLOP/s, of a large matrix product on a device in a dtype.
 
     The median of five measurements; assumed if this machine has no such device or no free memory on it.
 
@@ -97,7 +97,7 @@ def compute_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
 
 
 def disk_speed(folder: Path | str) -> Speed:
-    """Return the speed of reads from the disk of a folder, without the page cache, in bytes/s.
+    """Return the `Speed`, in bytes/s, of reads from the disk of a folder, without the page cache.
 
     Four threads read a temporary file of 128 MiB, in the nearest existing parent if the folder does not exist. A drive
     with a cache of its own appears faster than it is. Assumed if nothing can be written, and where the page cache of a
@@ -123,7 +123,7 @@ def _hardware(device: torch.device) -> str:
 
 
 def _once(key: str, measure: Callable[[], float], assumed: Speed) -> Speed:
-    """Return the cached speed of a key, else measure and cache it; if that fails, return the assumption."""
+    """Return the cached `Speed` of a key, else measure and cache it; if that fails, return the assumption."""
     known = read_json_cache(_CACHE).get(key)
     if not isinstance(known, float):
         try:

@@ -37,7 +37,7 @@ class SideStream:
         return _in_order()
 
     def record_event(self) -> Any:
-        """Return an event after all work submitted so far; None if there is nothing to wait for."""
+        """Return a torch event that follows all work submitted so far; None on a device without events."""
         return record_event(self.device)
 
     def wait_event(self, event: Any) -> None:
@@ -52,7 +52,7 @@ class SideStream:
         wait_event(event, self.device)
 
     def timestamp(self) -> Timestamp:
-        """Return the time at which all work submitted so far is done."""
+        """Return a `Timestamp` for the moment at which all work submitted so far is done."""
         return timestamp(self.device)
 
 
@@ -71,7 +71,7 @@ class OverlappingStream(SideStream):
         return self._module.stream(self._stream)
 
     def record_event(self) -> Any:
-        """Return an event after all work submitted so far."""
+        """Return a torch event that completes when all work submitted to this stream so far is done."""
         return _record(self._module.Event(), self._stream)
 
     def wait_event(self, event: Any) -> None:
@@ -80,7 +80,7 @@ class OverlappingStream(SideStream):
             self._stream.wait_event(event)
 
     def timestamp(self) -> Timestamp:
-        """Return the time at which all work submitted so far is done."""
+        """Return a `Timestamp` for the moment at which all work submitted to this stream so far is done."""
         return Timestamp(_record(self._module.Event(enable_timing=True), self._stream))
 
 
@@ -96,7 +96,7 @@ class Timestamp:
         self._host_time = time.perf_counter()
 
     def seconds_since(self, earlier: Timestamp) -> float:
-        """Return the seconds since an earlier timestamp of the same device; the host waits for this one."""
+        """Return the seconds from an earlier timestamp of the same device to this one, for which the host waits."""
         if self._event is None:
             return self._host_time - earlier._host_time
         self._event.synchronize()
@@ -104,7 +104,7 @@ class Timestamp:
 
 
 def side_stream(device: torch.device | str) -> SideStream:
-    """Return a new stream for work beside the current stream; on MPS and the CPU the work runs in order.
+    """Return a new `SideStream` for work beside the current stream; on MPS and the CPU the work runs in order.
 
     A tensor that is made in one stream and used in another must live until an event after its use, or the allocator
     reuses its memory too early.
@@ -117,7 +117,7 @@ def side_stream(device: torch.device | str) -> SideStream:
 
 
 def record_event(device: torch.device | str) -> Any:
-    """Return an event after all work submitted to the device's current stream; None if there is nothing to wait for.
+    """Return a torch event that follows all work submitted to the device's current stream; None on MPS and the CPU.
 
     Without events (MPS) the host waits now, and the result is None.
     """
@@ -129,7 +129,7 @@ def record_event(device: torch.device | str) -> Any:
 
 
 def timestamp(device: torch.device | str) -> Timestamp:
-    """Return the time at which all work submitted to the device's current stream is done.
+    """Return a `Timestamp` for the moment at which all work submitted to the device's current stream is done.
 
     Without events (MPS) the host waits now.
     """
@@ -159,7 +159,7 @@ def wait_event(event: Any, device: torch.device | str) -> None:
 
 
 def synchronize(device: torch.device | str | None = None) -> None:
-    """Wait on the host for all work of a device; nothing on the CPU. None is the default device."""
+    """Wait on the host for all work of a device (None: the default device); nothing on the CPU."""
     device = default_device() if device is None else torch.device(device)
     backend, module = backend_and_module(device)
     if module is not None:

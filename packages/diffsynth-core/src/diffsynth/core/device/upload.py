@@ -30,7 +30,7 @@ class UploadRing:
 
     @contextmanager
     def buffer(self) -> Iterator[Tensor]:
-        """Yield a free uint8 buffer to fill and to `upload` from; copies may still run after the `with` block."""
+        """Context manager that lends a free uint8 host buffer, to fill and `upload` from; copies may outlast it."""
         memory, copied = self._free.get()
         event = None
         try:
@@ -43,7 +43,7 @@ class UploadRing:
             self._free.put((memory, event))
 
     def upload(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Start copies (source, destination) of equal dtype from views of a buffer to tensors on the device."""
+        """Start a copy for each pair (view of a buffer, tensor on the device) of equal dtype."""
         for source, destination in pairs:
             destination.copy_(source, non_blocking=True)
 

@@ -20,9 +20,9 @@ def gradient_checkpoint_forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Return `model(*args, **kwargs)`, with activations recomputed in the backward pass instead of stored.
+    """Call `model(*args, **kwargs)` and return its result; if wanted, activations are recomputed, not stored.
 
-    Without gradient recording this is a plain call.
+    Without gradient recording, or if neither option is set, this is a plain call.
 
     Args:
         model: a module or function.

@@ -15,7 +15,7 @@ from diffsynth.core.loader.header import Header
 
 
 def read_config(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> Header:
-    """Return the header of a `ModelConfig`'s files, or of the tensors it carries.
+    """Return the `Header` (dtype and shape by key) of a `ModelConfig`'s files, or of the tensors it carries.
 
     Args:
         config: the checkpoint.
@@ -32,7 +32,7 @@ def read_config(config: ModelConfig, *, resolve: Callable[[str], list[Path] | No
 
 
 def read_files(files: Iterable[Path]) -> Header:
-    """Return the merged header of one checkpoint's files, or of the one checkpoint in a folder.
+    """Return one merged `Header` (dtype and shape by key) of a checkpoint's files, or of a folder's only checkpoint.
 
     Args:
         files: safetensors files, or torch pickles, which are told by their suffix.

@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def build(architecture: ArchitectureSpec, config: Any) -> nn.Module:
-    """Return the module on the meta device, without memory and without initialisation."""
+    """Return a new `nn.Module` of an architecture and config, on the meta device: its weights have no memory."""
     with torch.device("meta"):
         return resolve(architecture.module)(config)
 
 
 def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype) -> tuple[nn.Module, ComponentSource]:
-    """Return the module on the meta device, and the source that its weights are read from.
+    """Return a component as an `nn.Module` on the meta device, and the `ComponentSource` that reads its weights.
 
     Args:
         recognized: the component in the file.
@@ -63,7 +63,7 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
 def load_component(
     recognized: Recognized, header: Header, *, device: torch.device | str, dtype: torch.dtype, copy: bool = True
 ) -> nn.Module:
-    """Return a module with its weights on a device, in eval mode and frozen.
+    """Return a component as an `nn.Module`, weights read onto a device (not for "meta"), in eval mode and frozen.
 
     Peak host memory is that of the module on the CPU, or of a ring of upload buffers for an accelerator; and in both
     cases that of the source tensors that are being converted, a few at a time.
@@ -86,7 +86,10 @@ def load_component(
 def materialize(
     module: nn.Module, source: ComponentSource, *, device: torch.device | str, copy: bool = True
 ) -> nn.Module:
-    """Return the module of `open_component` with its weights read; arguments and errors as for `load_component`."""
+    """Read the weights of `source` into `module` and return it, in eval mode and frozen.
+
+    `device`, `copy` and errors: see `load_component`.
+    """
     on_meta = torch.device(device).type == "meta"
     if not on_meta:
         _check_memory(source, device=device, copy=copy)
@@ -98,7 +101,7 @@ def materialize(
 
 
 def fill_buffers(module: nn.Module) -> None:
-    """Compute the buffers that no file holds, by each submodule's `reset_buffers()`.
+    """Compute, in place, the buffers of a module that no file holds, by each submodule's `reset_buffers()`.
 
     Raises:
         KeyMismatch: a buffer is still on meta.
@@ -124,7 +127,11 @@ def _dtype(
     architecture: ArchitectureSpec,
     dtype: torch.dtype,
 ) -> torch.dtype:
-    """Return the dtype that a target is read in."""
+    """Return the `torch.dtype` that one parameter is read in: `dtype`, or in some cases the file's.
+
+    The file's dtype is kept for numbers that are not floating and need no conversion, and for parameters of high
+    precision if `dtype` has less than 16 bits.
+    """
     if not target.sources:
         return dtype
     stored = stored_dtype(header, prefix + target.sources[0])

@@ -90,7 +90,7 @@ class ModelConfig:
 
     @classmethod
     def from_source(cls, text: str, **fields: Any) -> ModelConfig:
-        """Return the config of a source string, `owner/repository:pattern` or `scheme://location`."""
+        """Return a `ModelConfig` for a source string, `owner/repository:pattern` or `scheme://location`."""
         parsed = parse_source(text)
         if parsed.scheme:
             return cls(source=text, **fields)
@@ -98,33 +98,33 @@ class ModelConfig:
 
     @property
     def vram_keys(self) -> dict[str, Any]:
-        """The eight placement fields, by name."""
+        """The eight placement fields, `offload_device` to `computation_dtype`, as a dict name -> value or None."""
         return {name: getattr(self, name) for name in VRAM_KEYS}
 
     @property
     def root(self) -> Path:
-        """The folder under which files are looked up and downloaded to."""
+        """The folder, a `Path`, under which repositories are looked up and downloaded to."""
         return Path(self.local_model_path) if self.local_model_path is not None else _env.model_base_path()
 
     @property
     def folder(self) -> Path:
-        """The folder of the repository's files. Each revision has a folder of its own."""
+        """The folder, a `Path`, of the repository's files; each revision has one of its own."""
         at = f"@{self.revision.replace('/', '--')}" if self.revision else ""
         return self.root / f"{self.model_id}{at}"
 
     @property
     def offline(self) -> bool:
-        """Whether downloads are off."""
+        """Whether downloads are off, by `skip_download` or else by the environment."""
         return _env.skip_download() if self.skip_download is None else self.skip_download
 
     @property
     def hub(self) -> str:
-        """The hub to download from, "modelscope" or "huggingface"."""
+        """Name of the hub to download from, "modelscope" or "huggingface"."""
         return self.download_source or _env.download_source()
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Globs inside the repository; empty for the whole of it."""
+        """Globs of files inside the repository, as a tuple; empty for the whole repository."""
         pattern = self.origin_file_pattern
         several = [pattern] if isinstance(pattern, str) or pattern is None else list(pattern)
         return tuple(each for each in several if each not in (None, "", "./"))

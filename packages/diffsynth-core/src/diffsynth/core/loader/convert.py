@@ -30,16 +30,16 @@ class Rule:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Patterns of the source keys."""
+        """Key patterns of the tensors that the rule reads, as a tuple."""
         raise NotImplementedError
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Patterns of the target keys."""
+        """Key patterns of the tensors that the rule makes, as a tuple."""
         raise NotImplementedError
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the shapes of the targets for sources of these shapes.
+        """Return a tuple with the shape of each tensor that the rule makes from sources of these shapes.
 
         Raises:
             ValueError: the rule does not apply to sources of these shapes.
@@ -47,7 +47,7 @@ class Rule:
         raise NotImplementedError
 
     def inverse(self, *sources: Shape) -> Rule:
-        """Return the rule that undoes this one for sources of these shapes.
+        """Return the `Rule` that undoes this one for sources of these shapes.
 
         Raises:
             ValueError: the rule has no inverse.
@@ -66,11 +66,11 @@ class Rename(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the source's shape."""
+        """Return a tuple with one shape, the source's."""
         return sources
 
     def inverse(self, *sources: Shape) -> Rename:
-        """Return the rename with source and target exchanged."""
+        """Return the `Rename` with source and target exchanged."""
         return Rename(self.target, self.source)
 
 
@@ -85,7 +85,7 @@ class Drop(Rule):
     targets = property(lambda self: ())
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return no shapes."""
+        """Return an empty tuple: no tensor is made from a dropped key."""
         return ()
 
 
@@ -105,7 +105,7 @@ class Split(Rule):
         _axis(self, self.dim)
 
     def part_sizes(self, source: Shape) -> tuple[int, ...]:
-        """Return the extent of each part along `dim`."""
+        """Return a tuple with the extent of each part along `dim`, in elements."""
         extent = source[self.dim]
         sizes = self.sizes or (extent // len(self.parts),) * len(self.parts)
         if sum(sizes) != extent:
@@ -113,12 +113,12 @@ class Split(Rule):
         return sizes
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the source's shape with each part's extent along `dim`."""
+        """Return a tuple with the shape of each part: the source's, with the part's extent along `dim`."""
         (source,) = sources
         return tuple((*source[: self.dim], size, *source[self.dim + 1 :]) for size in self.part_sizes(source))
 
     def inverse(self, *sources: Shape) -> Fuse:
-        """Return the rule that joins the parts."""
+        """Return the `Fuse` rule that joins the parts to the source again."""
         return Fuse(self.parts, self.source, self.dim)
 
 
@@ -137,14 +137,14 @@ class Fuse(Rule):
         _axis(self, self.dim)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the first source's shape with the sum of all extents along `dim`."""
+        """Return a tuple with one shape: the first source's, with the sum of all sources' extents along `dim`."""
         first = sources[0]
         if any(_without(shape, self.dim) != _without(first, self.dim) for shape in sources):
             raise ValueError(f"{self.target}: {sources} cannot be joined along {self.dim}")
         return ((*first[: self.dim], sum(shape[self.dim] for shape in sources), *first[self.dim + 1 :]),)
 
     def inverse(self, *sources: Shape) -> Split:
-        """Return the rule that splits the target into its parts."""
+        """Return the `Split` rule that splits the target into its parts."""
         return Split(self.target, self.parts, self.dim, tuple(shape[self.dim] for shape in sources))
 
 
@@ -160,7 +160,7 @@ class Reshape(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return `shape` with -1 and 0 replaced by extents."""
+        """Return a tuple with one shape: the declared one, with -1 and 0 replaced by extents."""
         (source,) = sources
         shape = tuple(extent or source[axis] for axis, extent in enumerate(self.shape))
         known = max(prod(extent for extent in shape if extent != -1), 1)
@@ -170,7 +170,7 @@ class Reshape(Rule):
         return (full,)
 
     def inverse(self, *sources: Shape) -> Reshape:
-        """Return the reshape to the source's shape."""
+        """Return the `Reshape` rule back to the source's shape."""
         return Reshape(self.target, self.source, sources[0])
 
 
@@ -186,14 +186,14 @@ class Permute(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the source's extents in the new order."""
+        """Return a tuple with one shape: the source's extents in the new order of the axes."""
         (source,) = sources
         if sorted(self.order) != list(range(len(source))):
             raise ValueError(f"{self.source} of shape {source} has no axes {self.order}")
         return (tuple(source[axis] for axis in self.order),)
 
     def inverse(self, *sources: Shape) -> Permute:
-        """Return the rule that restores the order of the axes."""
+        """Return the `Permute` rule that restores the order of the axes."""
         return Permute(self.target, self.source, tuple(self.order.index(axis) for axis in range(len(self.order))))
 
 
@@ -213,14 +213,14 @@ class ReorderChunks(Rule):
         _axis(self, self.dim)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the source's shape."""
+        """Return a tuple with one shape, the source's, after checking that `dim` divides into equal chunks."""
         (source,) = sources
         if source[self.dim] % len(self.order):
             raise ValueError(f"{self.source} of shape {source} has no {len(self.order)} equal chunks")
         return sources
 
     def inverse(self, *sources: Shape) -> ReorderChunks:
-        """Return the rule that restores the order of the chunks."""
+        """Return the `ReorderChunks` rule that restores the order of the chunks."""
         order = tuple(self.order.index(chunk) for chunk in range(len(self.order)))
         return ReorderChunks(self.target, self.source, order, self.dim)
 
@@ -236,11 +236,11 @@ class Tie(Rule):
     targets = property(lambda self: (self.source, self.target))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the source's shape twice."""
+        """Return a tuple with the source's shape twice."""
         return sources * 2
 
     def inverse(self, *sources: Shape) -> Apply:
-        """Return the rule that keeps one of the two tensors after checking that they are equal."""
+        """Return an `Apply` rule that checks that the two tensors are equal and keeps one of them."""
         return Apply(_equal, (self.source, self.target), self.source, lambda source, target: source)
 
 
@@ -259,7 +259,7 @@ class Dequantize(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the weight's shape."""
+        """Return a tuple with one shape, the weight's, after checking that the scale fits it."""
         weight, scale = sources
         # Where blocks do not divide the weight, their size cannot be told.
         fits = len(scale) <= len(weight) and all(
@@ -282,7 +282,7 @@ class Constant(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the declared shape."""
+        """Return a tuple with one shape, the declared one."""
         return (self.shape,)
 
 
@@ -299,7 +299,7 @@ class Apply(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the shape that `shape` computes."""
+        """Return a tuple with one shape, which the function `shape` computes from the sources' shapes."""
         return (self.shape(*sources),)
 
 
@@ -322,12 +322,12 @@ class Plan:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Target key -> shape."""
+        """A dict target key -> shape of the planned tensor."""
         return {key: target.shape for key, target in self.targets.items()}
 
 
 def plan(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
-    """Return the plan that rules make for the keys of a file.
+    """Return the `Plan` of a file: for each target key the rule and source keys that make it, and the dropped keys.
 
     Args:
         rules: tried in order; the first that matches a key takes it.
@@ -356,7 +356,9 @@ def plan(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
 
 
 def check(plan: Plan, wanted: Mapping[str, Shape], *, where: str, unused: str = "raise") -> list[str]:
-    """Compare a plan with a module's parameters, before any tensor is read.
+    """Check that a plan fits a module's parameters, and return a list of planned keys that the module does not have.
+
+    No tensor is read.
 
     Args:
         plan: the plan of the file.
@@ -378,7 +380,7 @@ def check(plan: Plan, wanted: Mapping[str, Shape], *, where: str, unused: str = 
 
 
 def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
-    """Return the rules, without holes, that convert the plan's targets back to a file of these keys and shapes.
+    """Return a list of rules, without holes, that convert the planned tensors back to a file of these keys and shapes.
 
     Args:
         rules: the rules that read the file.
@@ -398,7 +400,7 @@ def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
 
 
 def concrete(rule: Rule, sources: tuple[str, ...]) -> Rule:
-    """Return a rule with its holes filled so that its sources are these keys."""
+    """Return a copy of a `Rule` with the holes in its key patterns filled so that its sources are these keys."""
     holes = match(rule.sources[0], sources[0]) or {}
     names: dict[str, Any] = {}
     for name, value in vars(rule).items():
@@ -428,7 +430,9 @@ def _add(
 
 
 def _matches(rule: Rule, ordered: Sequence[str], taken: Container[str]) -> list[dict[str, str]]:
-    """Return one filling of the holes for each set of keys that a rule's source patterns match.
+    """Return a list of dicts hole -> text, one for each filling that makes a source pattern an unused key.
+
+    For a rule without sources it is one empty dict.
 
     Args:
         ordered: the keys, sorted.
@@ -451,7 +455,7 @@ def _matches(rule: Rule, ordered: Sequence[str], taken: Container[str]) -> list[
 
 
 def match(pattern: str, key: str) -> dict[str, str] | None:
-    """Return the hole -> text that makes a pattern equal to a key; None if the key does not match."""
+    """Return a dict hole -> text with which a pattern equals the key; None if the key does not match."""
     if "{" not in pattern:
         return {} if pattern == key else None
     if not key.startswith(pattern.partition("{")[0]):
@@ -463,12 +467,12 @@ def match(pattern: str, key: str) -> dict[str, str] | None:
 
 
 def normalized_key(key: str) -> str:
-    """Return a key with every number in it replaced by `N`, so that keys of repeated blocks are equal."""
+    """Return a tensor's key with every number replaced by `N`, so that keys of repeated blocks are equal."""
     return _NUMBER.sub("N", key)
 
 
 def fill(pattern: str, holes: Mapping[str, str]) -> str:
-    """Return a pattern with its holes replaced by the given texts."""
+    """Return a key pattern with its holes, such as `{n}`, replaced by the given texts."""
     for hole, text in holes.items():
         pattern = pattern.replace(hole, text)
     return pattern

@@ -39,7 +39,7 @@ def download(config: ModelConfig) -> None:
 
 
 def command(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
-    """Return the shell command that downloads the same files, or those of some patterns only."""
+    """Return the shell command (one line) that downloads the config's files, or those of some patterns only."""
     start = {
         "huggingface": ["hf", "download", str(config.model_id)],
         "modelscope": ["modelscope", "download", "--model", str(config.model_id)],
@@ -84,7 +84,10 @@ _FETCHERS: dict[str, Callable[[ModelConfig], None]] = {
 
 
 def _check_content(config: ModelConfig, *, since: float) -> None:
-    """Check the sha256 of each new file that the hub noted one for; ModelScope's library checks its own files."""
+    """Delete a new file whose sha256 differs from the one that huggingface_hub noted, and raise DownloadFailed.
+
+    ModelScope's library checks its own files.
+    """
     for file in sorted(config.folder.rglob("*")):
         # One second of tolerance, because file systems round their times.
         if not file.is_file() or file.stat().st_mtime < since - 1 or not (announced := hub_sha256(file)):
@@ -137,7 +140,7 @@ def _advice(error: Exception) -> str:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """Return an error, the errors that caused it, and those of single files."""
+    """Return a list of exceptions: an error, the errors that caused it, and those of single files."""
     found: list[BaseException] = []
     remaining: list[BaseException | None] = [error]
     while remaining:

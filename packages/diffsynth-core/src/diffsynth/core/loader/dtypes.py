@@ -29,7 +29,7 @@ BITS: Mapping[str, int] = {name: bits for name, (bits, _) in _DTYPES.items()}
 
 @functools.cache
 def torch_dtypes() -> Mapping[str, torch.dtype]:
-    """Return the torch dtype of each name that torch has a counterpart for."""
+    """Return a dict dtype name in a safetensors header -> `torch.dtype`, without names that torch has no dtype for."""
     import torch
 
     return {name: getattr(torch, own) for name, (_, own) in _DTYPES.items() if own}
@@ -37,5 +37,5 @@ def torch_dtypes() -> Mapping[str, torch.dtype]:
 
 @functools.cache
 def dtype_names() -> Mapping[torch.dtype, str]:
-    """Return the name in a header of each torch dtype that the format can store."""
+    """Return a dict `torch.dtype` -> its name in a safetensors header, for the dtypes that the format can store."""
     return {dtype: name for name, dtype in torch_dtypes().items()}

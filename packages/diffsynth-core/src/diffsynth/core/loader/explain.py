@@ -37,7 +37,7 @@ class UnrecognizedFile:
 
 
 def explain(file: UnrecognizedFile) -> str:
-    """Return the first explanation that applies to a file, as one or two sentences."""
+    """Return one or two sentences on why a file was not recognised: the first explanation that applies."""
     return next(text for reason in REASONS if (text := reason(file)))
 
 
@@ -71,7 +71,10 @@ def _family_not_installed(file: UnrecognizedFile) -> str:
 
 
 def _nearest(file: UnrecognizedFile) -> str:
-    """Name the layout with the largest share of common keys, why it was refused, and the first differences."""
+    """Return a text that names the layout with the largest share of common keys, and why it does not fit.
+
+    If no layout is near, the text says so and names two of the file's keys.
+    """
     best: tuple[float, CheckpointSpec, str, Mapping[str, Shape]] | None = None
     found = {prefix: {normalized_key(key) for key in shapes} for prefix, shapes in file.views}
     for checkpoint in file.checkpoints:

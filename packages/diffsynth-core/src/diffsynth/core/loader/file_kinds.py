@@ -28,7 +28,7 @@ _SIGNS: tuple[tuple[bytes, str], ...] = (
 
 
 def open_weights(file: Path, *, pickled: bool = False) -> BinaryIO:
-    """Open a file for reading, unless its first bytes show that it holds no weights.
+    """Open a file and return the binary stream; raise if the first bytes show that it holds no weights.
 
     Args:
         pickled: whether torch pickles are accepted.
@@ -52,7 +52,7 @@ def open_weights(file: Path, *, pickled: bool = False) -> BinaryIO:
 
 
 def why_missing(file: Path) -> str:
-    """Return the rest of a sentence that says why no file can be read at a path: `"does not exist"`."""
+    """Return a phrase that says why no file can be read at a path, such as `"does not exist"`."""
     if file.is_dir():
         return "is a folder; name the files in it"
     if file.is_symlink():
@@ -65,7 +65,7 @@ def why_missing(file: Path) -> str:
 
 
 def _other_kind(start: bytes, pickled: bool) -> str:
-    """Return the rest of a sentence about a file that starts with these bytes; empty if it may hold weights."""
+    """Return a phrase that says what a file with these first bytes is; empty if it may hold weights."""
     if not start:
         return "is empty. Fetch it again."
     if start.startswith(b"version https://git-lfs"):

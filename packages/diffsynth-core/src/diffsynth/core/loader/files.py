@@ -32,7 +32,9 @@ _NO_WEIGHTS = re.compile(
 
 
 def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> list[Path]:
-    """Return the local files (or one folder) of a config, downloaded first if they are missing and downloads are on.
+    """Return a list of the local files (or folders) of a config; missing files of a hub are downloaded first.
+
+    With downloads off nothing is downloaded.
 
     Args:
         config: the checkpoint, or another file or folder of a repository.
@@ -68,7 +70,7 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
 
 
 def _unmatched(config: ModelConfig) -> list[str]:
-    """Return the patterns that no local file matches."""
+    """Return a list of the config's patterns that no local file matches; "./" means the whole repository."""
     patterns = config.patterns or ("./",)
     return [pattern for pattern in patterns if not _in_folder(config.folder, () if pattern == "./" else (pattern,))]
 
@@ -80,7 +82,7 @@ def _how_to_fetch(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
 
 
 def checkpoint_at(path: Path) -> list[Path]:
-    """Return the files of the checkpoint at a path: a file, any shard of a set, an index of shards, or a folder.
+    """Return a list of the checkpoint files at a path: a file, any shard of a set, an index of shards, or a folder.
 
     Raises:
         NoFiles: there is no checkpoint, shards are missing, or the folder holds several.
@@ -95,7 +97,7 @@ def checkpoint_at(path: Path) -> list[Path]:
 
 
 def only_checkpoint(folder: Path) -> list[Path]:
-    """Return the files of the one checkpoint in a folder, without its subfolders.
+    """Return a list of the files of the one checkpoint in a folder; subfolders are not searched.
 
     Raises:
         NoFiles: there is no checkpoint, there are several, or shards are missing; the message shows what is there.
@@ -115,7 +117,7 @@ def only_checkpoint(folder: Path) -> list[Path]:
 
 
 def _checkpoints_in(folder: Path) -> list[list[Path]]:
-    """Return the weight files of a folder, grouped by checkpoint."""
+    """Return a list of the checkpoints in a folder, each as a list of its weight files."""
     files = sorted(
         file
         for file in folder.iterdir()
@@ -134,7 +136,9 @@ def _checkpoints_in(folder: Path) -> list[list[Path]]:
 
 
 def weights_state(sources: Iterable[str], base_path: Path) -> str:
-    """Return "present", "partial" or "absent", by file names alone; a source that core cannot resolve is absent.
+    """Return "present", "partial" or "absent" for the files of a model, by file names on disk alone.
+
+    A source that core cannot resolve is absent.
 
     Args:
         sources: source strings of a model's files.
@@ -150,7 +154,7 @@ def weights_state(sources: Iterable[str], base_path: Path) -> str:
 
 
 def missing_shards(files: Iterable[Path]) -> list[Path]:
-    """Return the shards that belong to these files by number or by an index beside them, and are not among them."""
+    """Return a sorted list of the shards, known by number or by an index, that are missing from these files."""
     files = set(files)
     wanted: set[Path] = set()
     for file in files:
@@ -169,7 +173,7 @@ def missing_shards(files: Iterable[Path]) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """Return the file names in an index of shards; an empty list if it does not parse."""
+    """Return a sorted list of the file names in an index of shards; empty if the index does not parse."""
     try:
         names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -245,7 +249,7 @@ def _has_content(folder: Path) -> bool:
 
 
 def _is_present(source: Source, base_path: Path) -> bool | None:
-    """Return whether the files of a source are present; None if only a part of them is."""
+    """Return True if a source's files are on disk, False if they are not, None if shards of them are missing."""
     if source.scheme:
         try:
             return source.scheme == "package" and _package_path(source).exists()
@@ -269,7 +273,7 @@ def _reject_missing_shards(files: list[Path], next_step: str = "") -> None:
 
 
 def _contents_of(folder: Path) -> str:
-    """Return a sentence that lists the contents of a folder, or of its nearest parent that exists."""
+    """Return a sentence that lists the names in a folder or its nearest existing parent; empty if none exists."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():

@@ -30,19 +30,21 @@ _ALIKE = 0.6
 
 @functools.cache
 def packages() -> Mapping[str, Mapping[str, Any]]:
-    """Return distribution -> its models, commands and architectures."""
+    """Return a dict distribution -> its models, commands and architectures, for our packages, installed or not."""
     text = importlib.resources.files("diffsynth").joinpath("data/first_party.json").read_text(encoding="utf-8")
     found: dict[str, dict[str, Any]] = json.loads(text)
     return found
 
 
 def models_by_package() -> dict[str, list[str]]:
-    """Return distribution -> names of its models, for distributions that have any."""
+    """Return a dict distribution -> sorted names of its models, for our packages that have any, installed or not."""
     return {name: sorted(contents["models"]) for name, contents in packages().items() if contents.get("models")}
 
 
 def where_is_model(name: str) -> str:
-    """Return `"It is in diffsynth-x. Run: pip install diffsynth-x"` for a model; empty if no package has it.
+    """Return a sentence on which distribution has a model and how to get it; empty if none of our packages has it.
+
+    For example `"It is in diffsynth-x. Run: pip install diffsynth-x"`.
 
     Args:
         name: a model's name or hub id, in any case.
@@ -52,7 +54,7 @@ def where_is_model(name: str) -> str:
 
 
 def near_model(name: str) -> str:
-    """Return a sentence with the model of the nearest spelling and its install command; empty if none is near."""
+    """Return a sentence with the model of the nearest spelling and how to get its package; empty if none is near."""
     homes = _models()
     near = difflib.get_close_matches(name.lower(), [spelling.lower() for spelling in homes], n=1)
     for spelling, distribution in homes.items():
@@ -62,17 +64,17 @@ def near_model(name: str) -> str:
 
 
 def where_is_command(name: str) -> str:
-    """Return the sentence of `where_is_model` for a command of the program; empty if no package has it."""
+    """Return a sentence on which distribution has a command and how to get it; empty if none of ours has it."""
     return _where("commands", name)
 
 
 def where_is_architecture(name: str) -> str:
-    """Return the sentence of `where_is_model` for an architecture; empty if no package has it."""
+    """Return a sentence on which distribution has an architecture and how to get it; empty if none of ours has it."""
     return _where("architectures", name)
 
 
 def whose_keys(keys: Iterable[str]) -> str:
-    """Return a sentence with the package, not in use, whose architecture has these keys; empty if there is none.
+    """Return a sentence with the package, not in use, whose architecture has these keys, and how to get it; else empty.
 
     Args:
         keys: the file's keys; they may have a wrapper prefix.
@@ -99,7 +101,7 @@ def whose_keys(keys: Iterable[str]) -> str:
 
 
 def how_to_get(distribution: str) -> str:
-    """Return the command for a package that is not installed, left out by DIFFSYNTH_PLUGINS, or too old."""
+    """Return a sentence that says how to get a package: install it, allow it in DIFFSYNTH_PLUGINS, or upgrade it."""
     names = _plugin_names(distribution)
     if names is None:
         return f"Run: pip install {distribution}"
@@ -111,7 +113,7 @@ def how_to_get(distribution: str) -> str:
 
 
 def _models() -> dict[str, str]:
-    """Return name or hub id of every model -> its distribution."""
+    """Return a dict model name or hub id -> distribution, for all models of our packages, installed or not."""
     return {
         spelling: distribution
         for distribution, contents in packages().items()
@@ -134,7 +136,7 @@ def _in_use(distribution: str) -> bool:
 
 
 def _plugin_names(distribution: str) -> frozenset[str] | None:
-    """Return the plugin names of a distribution; None if it is not installed."""
+    """Return a frozenset of a distribution's plugin names; None if the distribution is not installed."""
     try:
         entries = importlib.metadata.distribution(distribution).entry_points
     except importlib.metadata.PackageNotFoundError:

@@ -60,7 +60,7 @@ class FileStamp:
 
     @classmethod
     def of(cls, file: Path | int) -> FileStamp:
-        """Return the stamp of a path or an open descriptor.
+        """Return the `FileStamp` (size, time of the last change, inode) of a path or an open descriptor.
 
         Raises:
             OSError: there is no such file.
@@ -109,18 +109,18 @@ class Header:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Key -> shape."""
+        """A dict key -> shape of each tensor."""
         return {key: info.shape for key, info in self.tensors.items()}
 
     @property
     def where(self) -> str:
-        """The names of the files, for messages."""
+        """Text that names the files in messages: the first and how many more; "the given state_dict" without files."""
         if not self.files:
             return "the given state_dict"
         return shortened(self.files, 1)
 
     def check_unchanged(self, file: Path, descriptor: int | None = None) -> None:
-        """Raise if a file was changed since this header was read.
+        """Raise CorruptFile if a file was changed, replaced or removed since this header was read.
 
         Args:
             file: one of `files`.
@@ -141,7 +141,7 @@ class Header:
 
 
 def read(files: Iterable[Path], read_file: Callable[[Path], Header] | None = None) -> Header:
-    """Return the merged header of one checkpoint's safetensors files, or of the one checkpoint in a folder.
+    """Return one merged `Header` of a checkpoint's safetensors files, or of the only checkpoint in a folder.
 
     Args:
         files: the files, or one folder.
@@ -190,9 +190,10 @@ def _check_same_checkpoint(
 
 
 def read_safetensors(file: Path) -> Header:
-    """Return the header of one safetensors file: 8 bytes of length, then JSON, then the tensors' data.
+    """Return the `Header` of one safetensors file: dtype, shape and byte offsets of each tensor, and the metadata.
 
-    Gaps between tensors and bytes behind the last one are accepted, overlapping tensors are not.
+    The file has 8 bytes of length, then JSON, then the tensors' data. Gaps between tensors and bytes behind the last
+    one are accepted, overlapping tensors are not.
 
     Raises:
         NoFiles: there is no such file.
@@ -217,7 +218,10 @@ def read_safetensors(file: Path) -> Header:
 
 
 def _header_text(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, int]:
-    """Return the JSON text and the offset of the data; never reads more than the format's limit."""
+    """Return the header's JSON text as bytes, and the offset in bytes at which the tensors' data begins.
+
+    It never reads more than the format's limit.
+    """
     start = stream.read(9)
     if size < 8:
         raise CorruptFile(f"{file} is not a safetensors file: it has {size} bytes")
@@ -292,7 +296,7 @@ def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> N
 
 
 def signature(shapes: Mapping[str, Any]) -> str:
-    """Return the md5 that identifies a layout, equal to the published hashes.
+    """Return the md5 (hexadecimal text) of a layout's keys and shapes, equal to the published hashes.
 
     The hashed text has `key:d0_d1` and `key` for every tensor, and `key|` with its own entries for a nested dict,
     sorted and joined by commas.
@@ -314,12 +318,12 @@ def _signed_text(shapes: Mapping[str, Any]) -> str:
 
 
 def strip_prefix(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
-    """Return the entries whose key starts with a prefix, with the prefix removed."""
+    """Return a dict key -> shape of the entries whose key starts with a prefix, with the prefix removed."""
     return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
 
 
 def wrapper_prefixes(keys: Iterable[str]) -> tuple[str, ...]:
-    """Return the known wrapper prefixes that some of these keys start with, the more specific first.
+    """Return a tuple of the known wrapper prefixes that some of these keys start with, the more specific first.
 
     A prefix found here may belong to the component's own names (Qwen3's begin with `model.`): recognition decides.
     """

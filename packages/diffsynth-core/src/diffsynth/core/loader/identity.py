@@ -16,9 +16,10 @@ BLOCKS = 64
 
 
 def file_identity(path: Path) -> str:
-    """Return `"sha256:..."` as the hub states it, or `"sampled-sha256:..."` of the size, header and 64 blocks of 1 MiB.
+    """Return a weight file's identity: `"sha256:..."` as the hub states it, or `"sampled-sha256:..."` of samples.
 
-    Files of at most 64 MiB are read whole. Sampled identities are cached by path, size and modification time.
+    The samples are the size, the header and 64 blocks of 1 MiB. Files of at most 64 MiB are read whole. Sampled
+    identities are cached by path, size and modification time.
 
     Raises:
         NoFiles: there is no such file.
@@ -39,7 +40,7 @@ def file_identity(path: Path) -> str:
 
 
 def hub_sha256(path: Path) -> str:
-    """Return the sha256 that huggingface_hub noted beside a download; empty if there is no valid note.
+    """Return the sha256 (hexadecimal text) that huggingface_hub noted beside a download; empty without a valid note.
 
     The note has three lines: commit, etag, time. It is not valid for a file that was written after it.
     """
@@ -69,7 +70,7 @@ def _sampled(path: Path, size: int) -> str:
 
 
 def _header_length(path: Path, size: int) -> int:
-    """Return the bytes of a safetensors header with its length field; one block for any other file."""
+    """Return the length, in bytes, of a safetensors header with its length field; 1 MiB for any other file."""
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         return 8 + length if length < size and stream.read(1) == b"{" else BLOCK

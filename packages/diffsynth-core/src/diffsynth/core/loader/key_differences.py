@@ -27,7 +27,7 @@ class KeyDifferences:
         return bool(self.missing or self.unknown or self.wrong_shape)
 
     def describe(self, limit: int = 4) -> str:
-        """Return `"2 missing (a, b); 1 wrong shape (...); 9 unknown (a, b, c, d and 5 more)"`.
+        """Return a text such as `"2 missing (a, b); 9 unknown (a, b, c, d and 5 more)"`; empty if nothing differs.
 
         Args:
             limit: how many keys of each kind are named.
@@ -37,7 +37,7 @@ class KeyDifferences:
 
 
 def key_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> KeyDifferences:
-    """Return the differences between two mappings of keys to shapes.
+    """Return the `KeyDifferences` of two dicts key -> shape: missing, unknown and wrongly shaped keys.
 
     Args:
         found: key -> shape of the file.

@@ -18,12 +18,12 @@ from diffsynth.spec import CheckpointSpec, resolve
 
 
 def layout_of(checkpoint: CheckpointSpec) -> Mapping[str, Shape]:
-    """Return key -> shape of the published file; empty if the plugin ships no layout file."""
+    """Return a dict key -> shape of the published file; empty if the plugin ships no layout file."""
     return _read(checkpoint.layout) if checkpoint.layout else {}
 
 
 def rules_of(checkpoint: CheckpointSpec) -> Sequence[convert.Rule]:
-    """Return the rules from the file's keys to the architecture's own names; empty if the names are the same."""
+    """Return the `Rule`s, a sequence, from the file's keys to the architecture's own; empty if they are the same."""
     return resolve(checkpoint.rules) if checkpoint.rules else ()
 
 
@@ -37,7 +37,7 @@ def _read(layout: str) -> Mapping[str, Shape]:
 def file_shapes(
     rules: Sequence[convert.Rule], own: Mapping[str, Shape], published: Mapping[str, Shape] | None = None
 ) -> dict[str, Shape]:
-    """Return key -> shape of the file that these rules would convert to a network's parameters.
+    """Return a dict key -> shape of the file that these rules would convert to a network's parameters.
 
     Args:
         rules: the layout's rules.
@@ -73,7 +73,7 @@ def file_shapes(
 
 
 def _matches(rule: convert.Rule, own: Mapping[str, Shape], taken: set[str]) -> list[dict[str, str]]:
-    """Return each filling of the holes that makes all targets parameters which no earlier rule has taken."""
+    """Return dicts hole -> text that make all targets of a rule parameters, the first of which no earlier rule took."""
     first, *others = rule.targets
     candidates = (convert.match(first, key) for key in own if key not in taken)
     return [
@@ -102,7 +102,7 @@ def _source_shapes(
 
 
 def _fused_parts(rule: convert.Fuse, target: Shape, known: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    """Divide a fused extent in the proportions of the published parts."""
+    """Return the shape of each part of a fused tensor, its extent divided in the proportions of the published parts."""
     total = sum(shape[rule.dim] for shape in known)
     if len(known) != len(rule.parts) or any(shape[rule.dim] * target[rule.dim] % total for shape in known):
         raise ValueError(f"the sizes of {', '.join(rule.parts)} cannot be told from {rule.target}")
@@ -111,7 +111,7 @@ def _fused_parts(rule: convert.Fuse, target: Shape, known: tuple[Shape, ...]) ->
 
 
 def _shape_before_reshape(rule: convert.Reshape, target: Shape, known: tuple[Shape, ...]) -> Shape:
-    """Return the target's shape with the published file's trailing axes of extent 1, or the published shape."""
+    """Return the shape before a reshape: the target's with trailing axes of extent 1, or the published shape."""
     for shape in known:
         ones = len(shape) - len(target)
         if ones >= 0 and shape[len(target) :] == (1,) * ones and shape[: len(target)] == rule.shapes(shape)[0]:

@@ -41,7 +41,7 @@ class _Base:
 
 
 def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[CheckpointSpec]) -> str:
-    """Return a sentence that says a file is a LoRA and for what; empty if the file is not a LoRA.
+    """Return a sentence that says that a file is a LoRA and for which model; empty if the file is not a LoRA.
 
     Args:
         where: the file's name, for the message.
@@ -66,7 +66,9 @@ def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[Check
 
 
 def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> str:
-    """Return the models and the architecture that a LoRA is for, `"Z-Image (z_image_dit)"`; empty if unknown.
+    """Return the names of the models and the architecture that a LoRA is for, as a text; empty if unknown.
+
+    For example `"Z-Image (z_image_dit)"`, or `"another size of z_image_dit"`.
 
     Args:
         modules: module name -> input size, as `target_modules` returns them.
@@ -81,7 +83,7 @@ def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -
 
 
 def without_prefix(module: str, names: Container[str], underscored: Mapping[str, str]) -> str | None:
-    """Return the module name that a LoRA's name for a module means; None if there is no such module.
+    """Return the name of the model's module that a LoRA's name for it means; None if there is no such module.
 
     Args:
         module: the LoRA's name, with a program's prefix before it, or with underscores for dots.
@@ -99,7 +101,7 @@ def without_prefix(module: str, names: Container[str], underscored: Mapping[str,
 
 
 def target_modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Return module name -> input size for the modules that a LoRA changes; empty if the file is not a LoRA.
+    """Return a dict module name -> input size, in features, of the modules that a LoRA changes; empty for other files.
 
     The size is 0 where the file's shapes do not tell it.
 
@@ -121,13 +123,16 @@ def target_modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
 
 
 def _bases(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> tuple[list[_Base], _Base | None]:
-    """Return every layout as a base, and the best of them."""
+    """Return a list with every layout as a `_Base`, and the best of them, None without layouts."""
     bases = [_compare(modules, checkpoint, _weights(checkpoint, checkpoints)) for checkpoint in checkpoints]
     return bases, max(bases, key=lambda base: (base.named >= _ENOUGH, base.fitting, base.named), default=None)
 
 
 def _named(bases: Sequence[_Base], best: _Base) -> str:
-    """Return the repositories of all layouts that fit as well, and the architecture in parentheses."""
+    """Return a text with the repositories of all layouts that fit the LoRA, and the architecture in parentheses.
+
+    It is the architecture alone if the layouts name no repository.
+    """
     name = best.checkpoint.architecture
     fitting = [base.checkpoint for base in bases if base.checkpoint.architecture == name and base.fitting >= _ENOUGH]
     ids = [parse_source(source).model_id for checkpoint in fitting for source in checkpoint.files]
@@ -148,7 +153,7 @@ def _compare(modules: Mapping[str, int], checkpoint: CheckpointSpec, weights: Ma
 
 
 def _weights(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> dict[str, Shape]:
-    """Return module name -> shape of its weight in a layout."""
+    """Return a dict module name -> shape of its weight in a layout, for weights of two or more axes."""
     layout = layout_of(checkpoint) or _by_rules(checkpoint, checkpoints)
     return {
         key.removesuffix(".weight"): shape
@@ -158,7 +163,10 @@ def _weights(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) 
 
 
 def _by_rules(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> Mapping[str, Shape]:
-    """Derive a layout that ships no key list from its rules and a published layout of the same architecture."""
+    """Return a dict key -> shape of a layout that ships no key list, derived from another layout; empty if none fits.
+
+    Its rules are undone on a published layout of the same architecture.
+    """
     for sibling in checkpoints:
         if sibling.architecture == checkpoint.architecture and sibling.layout:
             own = convert.plan(rules_of(sibling), layout_of(sibling)).shapes

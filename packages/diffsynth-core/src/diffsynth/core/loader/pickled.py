@@ -21,7 +21,9 @@ _WRAPPERS = ("state_dict", "module", "model_state")
 
 
 def read(file: Path) -> Header:
-    """Return the header of a pickle; a single `state_dict`, `module` or `model_state` around its tensors is removed.
+    """Return the `Header` (dtype and shape by name) of a torch pickle, which also holds the tensors.
+
+    A single `state_dict`, `module` or `model_state` around the tensors is removed.
 
     Raises:
         NoFiles: there is no such file.
@@ -44,7 +46,7 @@ def read(file: Path) -> Header:
 def of_state_dict(
     state_dict: Mapping[str, Any], files: tuple[Path, ...] = (), stamps: Mapping[Path, FileStamp] | None = None
 ) -> Header:
-    """Return the header of tensors in memory. Keys of nested dicts are joined by dots.
+    """Return the `Header` (dtype and shape by name) of a state dict; nested keys are joined by dots.
 
     Args:
         state_dict: tensors by key; values that are neither tensors nor dicts are ignored.

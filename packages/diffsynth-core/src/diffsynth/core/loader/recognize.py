@@ -57,7 +57,7 @@ class Recognized:
 
     @property
     def rules(self) -> Sequence[convert.Rule]:
-        """The rules from the file's keys to the architecture's own names."""
+        """The sequence of `Rule`s from the file's keys to the architecture's own names."""
         return (*self.scaling, *(rules_of(self.checkpoint) if self.checkpoint is not None else ()))
 
 
@@ -81,7 +81,7 @@ def recognize(
     *,
     tiers: Sequence[str] = TIERS,
 ) -> list[Recognized]:
-    """Return the components that a checkpoint holds, at least one.
+    """Return a list of `Recognized`, one for each component (module of a pipeline) in a checkpoint, at least one.
 
     Args:
         header: the checkpoint's header.
@@ -118,7 +118,7 @@ def recognize(
 
 
 def _without(header: Header, found: Sequence[Recognized]) -> Header:
-    """Return the header without the keys under a prefix that was recognised."""
+    """Return the `Header` without the keys that start with the prefix of a recognised component."""
     if not found:
         return header
     prefixes = tuple(recognized.prefix for recognized in found)
@@ -199,7 +199,10 @@ def _by_structure(
 
 
 def _alike(checkpoints: Iterable[CheckpointSpec]) -> list[list[CheckpointSpec]]:
-    """Group layouts that structure cannot tell apart: a family may publish one set of names in many sizes."""
+    """Return lists of layouts that structure cannot tell apart: same architecture, rules and config fields.
+
+    A family may publish one set of names in many sizes.
+    """
     found: dict[tuple[str, str, str], list[CheckpointSpec]] = {}
     for checkpoint in checkpoints:
         fields = repr(sorted(checkpoint.config.items()))
@@ -214,7 +217,7 @@ def _candidate(
     shapes: Mapping[str, Shape],
     known: _KnownNames,
 ) -> _Candidate:
-    """Return the keys under a prefix as a candidate for a layout.
+    """Return a `_Candidate`: the keys under a prefix, recognised as one layout.
 
     Raises:
         KeyMismatch, ValueError, LookupError: the keys do not fit the layout; the message says why.
@@ -235,7 +238,7 @@ def _candidate(
 
 
 def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[tuple[convert.Rule, ...], convert.Plan]:
-    """Return the rules for a file's scaled weights, and the plan that these and the layout's rules make."""
+    """Return a tuple of rules for a file's scaled weights, and the `Plan` that these and the layout's rules make."""
     scales = scaled.find(shapes)
     declared = any(isinstance(rule, convert.Dequantize) for rule in rules)
     if declared or not (scales.weights or scales.unused):
@@ -245,7 +248,7 @@ def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[t
 
 
 def _weigh(header: Header, candidates: Sequence[_Candidate]) -> list[Recognized]:
-    """Return candidates that share no key, preferring those that claim most keys.
+    """Return a list of `Recognized`: candidates that share no key, preferring those that claim most keys.
 
     Raises:
         Unrecognized: two architectures claim exactly the same keys.
@@ -296,7 +299,7 @@ class _KnownNames:
 
 
 def _views(header: Header) -> Iterator[tuple[str, dict[str, Shape]]]:
-    """Yield prefix and shapes of the bare keys, then of the keys under each wrapper prefix, nested ones too."""
+    """Yield (prefix, dict key -> shape) of all keys, then of those under each wrapper prefix, nested ones too."""
     remaining = [("", header.shapes, 0)]
     seen = set()
     while remaining:
@@ -318,7 +321,9 @@ def _config(architecture: ArchitectureSpec, checkpoint: CheckpointSpec, plan: co
 def _require_makeable(
     architecture: ArchitectureSpec, rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]
 ) -> None:
-    """Check that each required name is a key, or can be made by a rule; a cheap test that refuses most files.
+    """Raise ValueError unless each required name is a key or can be made by a rule.
+
+    This cheap test refuses most files.
 
     Raises:
         ValueError: a required name that is no key and that no rule can make.

@@ -43,13 +43,13 @@ class Scales:
     unused: tuple[str, ...]
 
     def without(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Return the entries of `shapes` that are neither scales nor notes."""
+        """Return a dict key -> shape of the entries that are neither scales nor unused notes."""
         ours = {*self.weights.values(), *self.unused}
         return {key: shape for key, shape in shapes.items() if key not in ours}
 
 
 def find(shapes: Mapping[str, Shape]) -> Scales:
-    """Return the scales among a file's keys."""
+    """Return the `Scales` of a file: a dict weight key -> scale key, and keys that are not needed."""
     weights: dict[str, str] = {}
     unused: list[str] = []
     for key in shapes:
@@ -62,7 +62,7 @@ def find(shapes: Mapping[str, Shape]) -> Scales:
 
 
 def packed_format(keys: Iterable[str]) -> str:
-    """Return the name of the packed quantisation that these keys belong to; empty if there is none."""
+    """Return the name of the packed quantisation of these keys, such as "NVFP4"; empty if there is none."""
     lasts = (key.rpartition(".")[2] for key in keys)
     return next((_PACKED[last] for last in lasts if last in _PACKED), "")
 
@@ -83,11 +83,11 @@ class Scaled(convert.Rule):
     targets = property(lambda self: self.rule.targets)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return the inner rule's shapes, after checking that every scale fits its weight."""
+        """Return a tuple of shapes, the inner rule's, after checking that every scale fits its weight."""
         return self.rule.shapes(*self.dequantized(sources, _scaled_shape))
 
     def dequantized(self, sources: Sequence[T], multiply: Callable[[T, T], T]) -> tuple[T, ...]:
-        """Return the inner rule's sources, each `multiply(weight, scale)` where it has a scale."""
+        """Return a tuple of the inner rule's sources, each `multiply(weight, scale)` where it has a scale."""
         count = len(self.rule.sources)
         scales = iter(sources[count:])
         return tuple(
@@ -101,7 +101,7 @@ def _scaled_shape(weight: Shape, scale: Shape) -> Shape:
 
 
 def rules(scales: Scales, plan: convert.Plan) -> tuple[convert.Rule, ...]:
-    """Return rules for a file's scaled weights, to be placed before the layout's own rules.
+    """Return a tuple of `Rule`s for a file's scaled weights, to be placed before the layout's own rules.
 
     Args:
         scales: the file's scales.

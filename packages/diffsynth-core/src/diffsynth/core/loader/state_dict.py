@@ -29,7 +29,7 @@ def load_state_dict(
     pin_memory: bool = False,
     verbose: int = 0,
 ) -> dict[str, Any]:
-    """Return all tensors of a checkpoint, by key.
+    """Return a dict key -> tensor of all tensors of a checkpoint; a pickle's nested dicts stay nested.
 
     Args:
         file_path: a safetensors file or a pickle, told by the suffix; several files are parts of one checkpoint.
@@ -55,16 +55,20 @@ def load_state_dict(
 def load_state_dict_from_safetensors(
     file_path: File, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file; arguments and errors as for `load_state_dict`."""
+    """Return a dict key -> tensor of all tensors of a safetensors file.
+
+    Arguments and errors: see `load_state_dict`.
+    """
     return read_tensors(read_safetensors(Path(file_path)), device=device, dtype=torch_dtype)
 
 
 def load_state_dict_from_bin(
     file_path: File, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Return all tensors of a pickle, nested as they are in it; arguments and errors as for `load_state_dict`.
+    """Return a dict key -> tensor of all tensors of a torch pickle, nested as they are in it.
 
-    A single `state_dict`, `module` or `model_state` around them is removed.
+    A single `state_dict`, `module` or `model_state` around them is removed. Arguments and errors: see
+    `load_state_dict`.
     """
     header = pickled.read(Path(file_path))
     # The file is mapped: without the copy the tensors would change when the file does.
@@ -75,12 +79,15 @@ def load_state_dict_from_bin(
 
 
 def load_metadata_from_safetensors(file_path: File | Sequence[File]) -> dict[str, str]:
-    """Return the metadata in the headers of one or more files, merged; errors as for `load_state_dict`."""
+    """Return the metadata in the headers of one or more safetensors files, merged, as a dict of texts.
+
+    Errors: see `load_state_dict`.
+    """
     return {key: text for file in _files(file_path) for key, text in read_safetensors(file).metadata.items()}
 
 
 def load_keys_dict(file_path: File | Sequence[File]) -> dict[str, Any]:
-    """Return key -> shape of a checkpoint, nested as a pickle is; of safetensors only the header is read.
+    """Return a dict key -> shape of a checkpoint, nested as a pickle is; of safetensors only the header is read.
 
     Raises:
         NoFiles, CorruptFile: as for `load_state_dict`.
@@ -90,7 +97,7 @@ def load_keys_dict(file_path: File | Sequence[File]) -> dict[str, Any]:
 
 
 def hash_model_file(path: File | Sequence[File], with_shape: bool = True) -> str:
-    """Return the md5 that identifies a layout by its keys and shapes; values and dtypes do not matter.
+    """Return the md5 (hexadecimal text) of a checkpoint's keys and shapes; values and dtypes do not matter.
 
     Args:
         path: a file, or the files of one checkpoint.
@@ -105,12 +112,15 @@ def hash_model_file(path: File | Sequence[File], with_shape: bool = True) -> str
 
 
 def hash_state_dict_keys(state_dict: Mapping[str, Any], with_shape: bool = True) -> str:
-    """Return `hash_model_file` of tensors in memory; values that are no tensors are ignored."""
+    """Return the md5 (hexadecimal text) of the keys and shapes of tensors in memory, as `hash_model_file` does.
+
+    Values that are no tensors are ignored.
+    """
     return _hash(_shapes(pickled.of_state_dict(state_dict)), with_shape)
 
 
 def placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-    """Return a tensor on a device, a floating one in `dtype`; None keeps its own dtype."""
+    """Return a tensor moved to a device and, if it is floating and `dtype` is not None, converted to `dtype`."""
     return tensor.to(device, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
 
 
@@ -123,7 +133,7 @@ def _hash(shapes: Mapping[str, Any], with_shape: bool) -> str:
 
 
 def _names(shapes: Mapping[str, Any]) -> str:
-    """Return the text that `signature` hashes, without the shapes."""
+    """Return the text to hash for a layout without shapes: its sorted keys, with `key|` before a nested dict's."""
     return ",".join(sorted(f"{k}|{_names(v)}" if isinstance(v, Mapping) else k for k, v in shapes.items()))
 
 

@@ -52,17 +52,17 @@ class ReadRequest:
 
     @property
     def end(self) -> int:
-        """Offset in the file behind the last byte."""
+        """Offset in the file behind the request's last byte, in bytes."""
         return self.start + self.into.numel() * self.stored.itemsize
 
     @property
     def room(self) -> int:
-        """Bytes that the request takes in a buffer, before and after the conversion of its dtype."""
+        """Bytes that the request takes in a buffer, in the larger of its two dtypes, rounded up to 64."""
         size = self.into.numel() * max(self.stored.itemsize, self.into.dtype.itemsize)
         return -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def cut(self) -> list[ReadRequest]:
-        """Return requests of at most a block each that together read the same; an empty list for no elements."""
+        """Return a list of `ReadRequest`s of a block each at most that read the same; empty for no elements."""
         count = BLOCK // max(self.stored.itemsize, self.into.dtype.itemsize)
         starts = range(0, self.into.numel(), count)
         return [
@@ -84,7 +84,7 @@ class BlockReader:
         self._header = header
 
     def tensor(self, key: str) -> Tensor:
-        """Return one tensor in its stored dtype: new memory, or the tensor itself if the header holds it in memory.
+        """Return the tensor of a key in its stored dtype: in new memory, or the memory of one that the header holds.
 
         Raises:
             CorruptFile: the file changed, cannot be read, or torch has no such dtype.
@@ -100,7 +100,9 @@ class BlockReader:
         return tensor
 
     def tasks(self, requests: Iterable[ReadRequest], ring: UploadRing | None) -> list[Callable[[], None]]:
-        """Return functions that carry out the requests, one block each; they may run in any order and in any thread.
+        """Return a list of functions without arguments, each of which carries out the requests of one block.
+
+        They may run in any order and in any thread.
 
         Blocks of different files alternate, so that all files are read at once; each file is read forward.
 
@@ -112,7 +114,7 @@ class BlockReader:
         return [functools.partial(self._fill, block, ring, scratch) for block in blocks]
 
     def discard(self, file: Path, start: int, end: int) -> None:
-        """Read a range of bytes and drop it, so that the system's page cache holds it."""
+        """Read bytes `start` to `end` of a file and drop them, so that the system's page cache holds them."""
         scratch = torch.empty(min(end - start, BLOCK), dtype=torch.uint8)
         for first in range(start, end, BLOCK):
             self._read(file, first, [scratch[: end - first]])
@@ -168,19 +170,19 @@ class FileMapping:
         self._start = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
 
     def tensor(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the mapped tensor whose first byte is at offset `start` of the file."""
+        """Return a tensor of this shape and dtype that maps the file from byte `start` on; nothing is copied."""
         count = torch.Size(shape).numel()
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
 
     def populate(self, start: int, end: int) -> bool:
-        """Bring a range of bytes into memory; return False where the system has no call for that."""
+        """Bring a range of the file's bytes into memory, and return whether the system could do that."""
         first = start // PAGE * PAGE
         call = _madvise()
         return call is not None and call(self._start + first, end - first, _MADV_POPULATE_READ) == 0
 
 
 def upload(source: Tensor, destination: Tensor, ring: UploadRing) -> None:
-    """Copy a host tensor to the ring's device, block by block, converting its dtype before the upload.
+    """Copy a host tensor into `destination` on the ring's device, block by block, its dtype converted on the host.
 
     Args:
         source: one axis, contiguous, in host memory.
@@ -196,12 +198,15 @@ def upload(source: Tensor, destination: Tensor, ring: UploadRing) -> None:
 
 
 def new_ring(device: torch.device) -> UploadRing:
-    """Return an upload ring with two buffers for each thread: one is filled while the other is uploaded."""
+    """Return an `UploadRing` with two buffers of BLOCK bytes for each reading thread.
+
+    One is filled while the other is uploaded.
+    """
     return UploadRing(device, buffers=2 * THREADS, size=BLOCK)
 
 
 def torch_dtype(key: str, info: TensorInfo) -> torch.dtype:
-    """Return the torch dtype of a tensor in a header.
+    """Return the `torch.dtype` of a tensor that a header describes.
 
     Args:
         key: the tensor's key, for the message.
@@ -219,7 +224,9 @@ def torch_dtype(key: str, info: TensorInfo) -> torch.dtype:
 
 
 def run_tasks(tasks: Sequence[Callable[[], None]], threads: int = THREADS) -> None:
-    """Run tasks on threads, started in their order.
+    """Call the tasks (functions without arguments) on threads, in their order, and wait until all are done.
+
+    A single task, or one thread, runs in the calling thread.
 
     Args:
         threads: how many tasks run at the same time.
@@ -269,7 +276,7 @@ class ByteBudget:
 
     @contextmanager
     def of(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes inside the `with`; wait until they are free."""
+        """Context manager that holds `size` bytes of the limit, after waiting until they are free."""
         with self._changed:
             self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._size)
             self._held += size
@@ -282,7 +289,10 @@ class ByteBudget:
 
 
 def _blocks(requests: list[ReadRequest]) -> list[list[ReadRequest]]:
-    """Group requests that are neighbours in a file into blocks, ordered so that all files are read at once."""
+    """Return a list of blocks, each a list of requests that are neighbours in a file and fit into BLOCK bytes.
+
+    Blocks of different files alternate, so that all files are read at once.
+    """
     blocks: list[list[ReadRequest]] = []
     for request in sorted(requests, key=lambda request: (request.file, request.start)):
         last = blocks[-1] if blocks else []
@@ -301,7 +311,9 @@ def _blocks(requests: list[ReadRequest]) -> list[list[ReadRequest]]:
 
 @contextmanager
 def _borrowed(scratch: queue.SimpleQueue[Tensor]) -> Iterator[Tensor]:
-    """Yield a block of memory for data as it is stored, and put it back for the next block.
+    """Context manager that lends a uint8 host tensor of BLOCK bytes from `scratch`, or a new one.
+
+    It goes into `scratch` afterwards.
 
     Memory is used again because an allocator that keeps freed blocks would in the end hold as much as the file.
     """
@@ -316,7 +328,7 @@ def _borrowed(scratch: queue.SimpleQueue[Tensor]) -> Iterator[Tensor]:
 
 
 def _cut(buffer: Tensor, block: Sequence[ReadRequest], *, stored: bool = False) -> list[Tensor]:
-    """Return a part of the buffer for each request, in the request's stored or final dtype."""
+    """Return a list of views of the buffer, one for each request, in the request's stored or final dtype."""
     parts, first = [], 0
     for request in block:
         dtype = request.stored if stored else request.into.dtype

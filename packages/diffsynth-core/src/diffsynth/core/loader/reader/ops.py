@@ -16,12 +16,12 @@ from diffsynth.core.loader.scaled import Scaled
 
 
 def apply_rule(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tensor:
-    """Return output `index` of a rule as a contiguous tensor, which may share memory with a source."""
+    """Apply a rule to tensors and return output `index`, contiguous; it may share memory with a source."""
     return strided(rule, sources, index).contiguous()
 
 
 def strided(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tensor:
-    """Return output `index` of a rule, as a strided view of the sources where possible.
+    """Apply a rule to tensors and return output `index`, as a strided view of the sources where possible.
 
     The copy that follows then moves the elements once.
     """
@@ -32,7 +32,7 @@ def strided(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tens
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return a weight times its scale, in fp32.
+    """Return a tensor in fp32, the weight multiplied by its scale.
 
     Args:
         weight: low-precision weight of any shape.
@@ -58,7 +58,9 @@ class ElementRun:
 
 
 def runs(target: convert.Target, sources: Sequence[Shape]) -> list[ElementRun] | None:
-    """Return the runs of elements that make up a target, in order; None if the elements are permuted or computed.
+    """Return a list of the `ElementRun`s (consecutive source elements) that make up a target, in order; else None.
+
+    It is None if the elements are permuted or computed.
 
     Args:
         target: the planned target.

@@ -67,36 +67,36 @@ class ComponentSource:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Every target key, in the module's order."""
+        """Every target key (name of a tensor in the module), as a tuple in the module's order."""
         return tuple(self._targets)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Target key -> shape."""
+        """A dict target key -> shape of the tensor."""
         return {key: target.shape for key, target in self._targets.items()}
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that are read; empty for tensors in memory."""
+        """Paths of the files that are read, as a tuple; empty for tensors in memory."""
         return self._header.files
 
     @property
     def streams(self) -> bool:
-        """Whether reading a part needs memory for that part only: true for safetensors, false for pickles."""
+        """Whether reading some tensors needs memory for these only: true for safetensors, false for all others."""
         return self._header.tensors_in_memory is None
 
     def targets_of(self, prefix: str) -> tuple[str, ...]:
-        """Return the target keys that start with a prefix, `"layers.3."`."""
+        """Return a tuple of the target keys that start with a prefix, such as `"layers.3."`."""
         return tuple(key for key in self._targets if key.startswith(prefix))
 
     def size(self, keys: Iterable[str] | None = None) -> int:
-        """Return the bytes of these targets (None: all) in the dtypes that they are read in."""
+        """Return the size in bytes of these targets (None: all) in the dtypes that they are read in."""
         return sum(
             prod(self._targets[key].shape) * self.dtypes[key].itemsize for key in (self.keys if keys is None else keys)
         )
 
     def host_memory(self, device: torch.device | str, *, copy: bool) -> int:
-        """Return the peak bytes of host memory that reading everything to a device takes.
+        """Return the peak host memory, in bytes, that reading all targets to a device takes.
 
         Args:
             device: the destination.
@@ -111,7 +111,7 @@ class ComponentSource:
     def read(
         self, keys: Iterable[str] | None = None, *, device: torch.device | str = "cpu", copy: bool = True
     ) -> dict[str, Tensor]:
-        """Return the tensors of these targets (None: all) on a device; on "meta" nothing is read.
+        """Return a dict target key -> tensor on a device, of these keys (None: all); on "meta" nothing is read.
 
         Args:
             keys: target keys.
@@ -141,7 +141,7 @@ class ComponentSource:
         return {key: (made if key in made else new)[key] for key in wanted}
 
     def fill(self, into: Mapping[str, Tensor]) -> None:
-        """Read targets into existing tensors.
+        """Read targets into the existing tensors of `into`, converted to their dtypes.
 
         Args:
             into: target key -> tensor: contiguous, of the target's shape, of any dtype; all on one device.
@@ -160,7 +160,7 @@ class ComponentSource:
         self._run([], into)
 
     def read_ahead(self, *, limit: int, stop: Callable[[], bool]) -> None:
-        """Read the first `limit` bytes of the files and drop them, so that the system's page cache holds them.
+        """Read up to `limit` bytes of the files and drop them, so that the system's page cache holds them.
 
         Args:
             limit: bytes.
@@ -183,7 +183,7 @@ class ComponentSource:
         return key
 
     def _run(self, tasks: list[Task], into: Mapping[str, Tensor]) -> None:
-        """Run the given tasks together with those that fill `into`."""
+        """Run the given tasks together with those that fill the tensors of `into`, and wait until all are done."""
         on_device = next((t.device for t in into.values() if t.device.type != "cpu"), None)
         ring = new_ring(on_device) if on_device is not None else None
         budget = ByteBudget(_WORK)
@@ -201,7 +201,7 @@ class ComponentSource:
             ring.wait()
 
     def _make(self, key: str, into: Tensor, ring: UploadRing | None, budget: ByteBudget) -> None:
-        """Compute one target from all of its sources at once."""
+        """Compute one target from all of its sources in memory, and copy it into `into`."""
         target = self._targets[key]
         with budget.of(self._work(target)), torch.no_grad():
             made = self._computed(target)
@@ -211,7 +211,7 @@ class ComponentSource:
                 upload(made.reshape(-1), into.view(-1), ring)
 
     def _requests(self, key: str, into: Tensor) -> list[ReadRequest] | None:
-        """Return the reads that fill a target in place; None if it has to be computed or is not in a file.
+        """Return a list of the `ReadRequest`s that fill a target in place; None if it is computed or not in a file.
 
         Sources of different dtypes count as computed, because joining them promotes the dtype.
         """
@@ -233,7 +233,7 @@ class ComponentSource:
         return requests
 
     def _range(self, key: str) -> _FileRange | None:
-        """Return the bytes that are the target as it is wanted; None if it is not one aligned range of its dtype."""
+        """Return the `_FileRange` whose bytes are the target as wanted; None if no single aligned range is."""
         target = self._targets[key]
         # Two names of one tensor get memory of their own, so that changing one does not change the other.
         if len(target.sources) != 1 or (isinstance(target.rule, convert.Tie) and target.index):
@@ -249,7 +249,7 @@ class ComponentSource:
         return _FileRange(info.file, start, start + found[0].count * dtype.itemsize)
 
     def _mapped(self, keys: Iterable[str]) -> tuple[dict[str, Tensor], list[Task]]:
-        """Return tensors that map the files, and the tasks that bring their pages into memory."""
+        """Return a dict target key -> tensor that maps its file, and a list of tasks that read the mapped pages."""
         mappings: dict[Path, FileMapping] = {}
         ranges: dict[Path, list[tuple[int, int]]] = {}
         made: dict[str, Tensor] = {}
@@ -294,7 +294,7 @@ class ComponentSource:
         return {key: torch.empty(self._targets[key].shape, dtype=self.dtypes[key], device=device) for key in keys}
 
     def _work(self, target: convert.Target) -> int:
-        """Return the bytes of source tensors held while a target is computed; 0 if it is read in place."""
+        """Return the bytes of source tensors that are held while a target is computed; 0 if it is read in place."""
         infos = [self._header.tensors[self._prefix + source] for source in target.sources]
         alike = len({info.dtype for info in infos}) == 1
         if alike and runs(target, [info.shape for info in infos]) is not None:
@@ -312,7 +312,9 @@ class _FileRange:
 
 
 def read_tensors(header: Header, *, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return every tensor of a header under its own name, each in memory of its own.
+    """Return a dict key -> tensor of every tensor of a header; tensors of files get memory of their own.
+
+    Tensors of a state dict that need no change are shared with it.
 
     Args:
         device: the destination.
@@ -329,7 +331,7 @@ def read_tensors(header: Header, *, device: torch.device | str, dtype: torch.dty
 
 
 def stored_dtype(header: Header, key: str) -> torch.dtype:
-    """Return the dtype of a tensor in its file or in memory.
+    """Return the `torch.dtype` that a tensor has in its file or in memory.
 
     Raises:
         CorruptFile: torch has no such dtype.
@@ -339,7 +341,7 @@ def stored_dtype(header: Header, key: str) -> torch.dtype:
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the ranges in order, those that touch or overlap joined into one."""
+    """Return a sorted list of (start, end) ranges, those that touch or overlap joined into one."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if joined and start <= joined[-1][1]:
