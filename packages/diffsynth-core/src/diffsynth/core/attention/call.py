@@ -66,7 +66,7 @@ class AttentionCall:
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Query and key tokens of the longest packed sample; all tokens, an upper bound, if offsets are unknown."""
+        """Largest numbers of query and of key tokens in a packed sample; numbers of all if offsets are unknown."""
         if self.offsets is None:
             return self.q_len, self.k_len
         q_len, k_len = (max(after - before for before, after in itertools.pairwise(x)) for x in self.offsets)
@@ -81,7 +81,7 @@ class AttentionCall:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """`window` and `causal` combined into one window (left, right); (-1, -1) if there is no limit."""
+        """`window` and `causal` as one window (left, right), in tokens; -1 is no limit on a side."""
         left, right = self.window or (-1, -1)
         return (left, 0) if self.causal else (left, right)
 
@@ -91,14 +91,14 @@ class AttentionCall:
         return self.limits == (-1, -1) and self.mask is None and self.cu_seqlens is None and self.score_bias is None
 
     def allowed(self) -> Bool[Tensor, "#b #n #q #k"] | None:
-        """Return `mask`, `causal`, `window` and `cu_seqlens` as one mask; None if every pair may attend."""
+        """Return `mask`, `causal`, `window`, `cu_seqlens` as one bool mask (True = may attend), None if all may."""
         if self.limits == (-1, -1) and self.cu_seqlens is None:
             return self.mask
         by_position = self._allowed_by_position()[None, None]
         return by_position if self.mask is None else by_position & self.mask
 
     def describe(self) -> str:
-        """Return shapes, dtype, device and options of the call as text for messages."""
+        """Return a text for messages: shapes, dtype, device and options of the call."""
         parts = [_shapes(self.q, self.k, self.v)]
         parts.append(f"{str(self.q.dtype).removeprefix('torch.')} on {self.q.device}")
         if self.mask is not None:
@@ -149,7 +149,7 @@ class AttentionBackend(Protocol):
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return why the backend cannot serve this call exactly as described, or None if it can."""
+        """Return the reason why the backend cannot serve this call exactly as described, or None if it can."""
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
         """Return the attention output in the dtype of `call.q`; called only if `refuses(call)` is None."""
@@ -258,7 +258,10 @@ def _checked_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, 
 def _checked_cu_seqlens(
     cu_seqlens: CuSeqlens, q: Tensor, k: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[tuple[int, ...], tuple[int, ...]] | None]:
-    """Return the offsets on the device of `q`, and their values if they were on the CPU."""
+    """Check the offsets; return those of q and k on the device of `q`, and as tuples (None if not from the CPU).
+
+    The tuples are None too while torch.compile traces.
+    """
     if q.shape[0] != 1:
         raise ValueError(
             f"attention cu_seqlens packs samples along the tokens of a batch of 1, but q is {tuple(q.shape)}; "

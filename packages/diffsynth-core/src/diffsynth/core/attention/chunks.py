@@ -23,7 +23,7 @@ QueryChunk = tuple[int, AttentionCall | None]
 def attend_in_chunks(
     query_chunks: Iterator[QueryChunk], call: AttentionCall, serve: Callable[[AttentionCall], Tensor]
 ) -> Float[Tensor, "b q n d_v"]:
-    """Serve each chunk of a call, and return the outputs concatenated along the queries."""
+    """Return the attention output of a call: the outputs of `serve` for its chunks, concatenated along the queries."""
     b, _, n, _ = call.q.shape
     outs = [
         call.q.new_zeros(b, size, n, call.v.shape[-1]) if chunk is None else serve(chunk)
@@ -33,7 +33,10 @@ def attend_in_chunks(
 
 
 def by_sample(call: AttentionCall) -> Iterator[QueryChunk]:
-    """Yield one chunk for each packed sample that has queries. Needs `call.offsets`."""
+    """Yield (number of queries, `AttentionCall` or None without keys) for each packed sample with queries.
+
+    `call.offsets` must be known.
+    """
     assert call.offsets is not None
     for q_range, k_range in zip(*map(itertools.pairwise, call.offsets), strict=True):
         size = q_range[1] - q_range[0]
@@ -43,13 +46,13 @@ def by_sample(call: AttentionCall) -> Iterator[QueryChunk]:
 
 
 def chunk_size(call: AttentionCall) -> int:
-    """Return the number of queries of a chunk of `by_window`: the width of the window, at least `CHUNK`."""
+    """Return the queries per chunk of `by_window`, an int: the window's width (4 `CHUNK` if open), at least `CHUNK`."""
     left, right = call.limits
     return max(CHUNK, left + right + 1 if left >= 0 and right >= 0 else 4 * CHUNK)
 
 
 def by_window(call: AttentionCall) -> Iterator[QueryChunk]:
-    """Yield chunks of neighbouring queries, each with only the keys that their windows cover."""
+    """Yield (number of queries, `AttentionCall` over the keys in their windows, None without keys) for each chunk."""
     left, right = call.limits
     size = chunk_size(call)
     shift = call.k_len - call.q_len

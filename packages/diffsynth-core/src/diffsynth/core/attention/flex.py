@@ -28,7 +28,7 @@ class FlexAttention:
     """Backend that supports every option of `AttentionCall`; on the CPU without gradients."""
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return a reason for dtypes, devices and head dims without a kernel, and for gradients on the CPU."""
+        """Return the reason why the call is refused, or None: its device, dtype, head dim, or gradients on the CPU."""
         device = call.q.device.type
         if device not in _DEVICES:
             return f"tensors are on {device}; flex needs one of {', '.join(_DEVICES)}"
@@ -42,7 +42,7 @@ class FlexAttention:
         return None
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return a reason for every call: the first call of each kind compiles a kernel."""
+        """Return the reason why `auto` prefers other backends for every call: it compiles a kernel for each kind."""
         return "it compiles a kernel for each kind of call, and is used only if selected by name"
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
@@ -66,7 +66,7 @@ def flex(call: AttentionCall, score_mod: ScoreMod | None = None) -> Float[Tensor
 
 
 def _block_mask(call: AttentionCall) -> Any:
-    """Return PyTorch's `BlockMask` of the call; None if every pair may attend."""
+    """Return PyTorch's `BlockMask` of the allowed pairs of the call; None if every pair may attend."""
     mask_mod = _mask_mod(call)
     if mask_mod is None:
         return None
@@ -106,7 +106,7 @@ def _mask_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
 
 
 def _samples(cu: Tensor, length: int) -> Tensor:
-    """Return the index of the packed sample of each token."""
+    """Return the index of the packed sample of each token, as an int64 tensor."""
     return torch.bucketize(torch.arange(length, dtype=cu.dtype, device=cu.device), cu[1:], right=True)
 
 
@@ -120,7 +120,7 @@ def _score_mod(bias: Tensor | None, score_mod: ScoreMod | None) -> ScoreMod | No
 
 
 def _lookup(tensor: Tensor) -> Callable[..., Tensor]:
-    """Return a function (b, n, q, k) -> entry of a tensor that broadcasts to 'b n q k'."""
+    """Return a function of indices (b, n, q, k) that gives the entry of `tensor`, which broadcasts to 'b n q k'."""
     b_is_1, n_is_1, q_is_1, k_is_1 = (size == 1 for size in tensor.shape)
 
     def entry(b: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Tensor:

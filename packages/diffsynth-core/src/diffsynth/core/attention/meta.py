@@ -36,14 +36,14 @@ class MetaCall:
     declared: Workspace | None
 
     def workspace(self, device_type: str) -> int:
-        """Return the bytes that the backend allocates beside its output; the output's size if it declares none."""
+        """Return the backend's scratch memory for this call, in bytes; the size of the output if it declares none."""
         if self.declared is None:
             return self.out.numel() * self.out.element_size()
         return int(self.declared(self.call, device_type))
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the two matrix products, over all pairs of queries and keys."""
+        """Number of floating-point operations of the two matrix products, over all pairs of queries and keys."""
         b, q_len, n, d = self.call.q.shape
         return 2 * b * n * q_len * self.call.k.shape[1] * (d + self.call.v.shape[3])
 
@@ -53,7 +53,7 @@ _observer: ContextVar[Callable[[MetaCall], None] | None] = ContextVar("diffsynth
 
 @contextmanager
 def observed_meta_calls(observer: Callable[[MetaCall], None]) -> Iterator[None]:
-    """Call `observer` with each call of `attention()` on the meta device within the `with` block."""
+    """Context manager that calls `observer` with the `MetaCall` of each `attention()` on the meta device."""
     token = _observer.set(observer)
     try:
         yield
@@ -62,7 +62,7 @@ def observed_meta_calls(observer: Callable[[MetaCall], None]) -> Iterator[None]:
 
 
 def attend_on_meta(call: AttentionCall, workspace: Workspace | None) -> Tensor:
-    """Return the output of a call on the meta device, and report the call to the observer."""
+    """Return the output of a call on the meta device (no values), and pass its `MetaCall` to the observer, if any."""
     meta = _meta_call(call, workspace)
     if (observer := _observer.get()) is not None:
         observer(meta)
@@ -105,7 +105,7 @@ def _meta_call(call: AttentionCall, workspace: Workspace | None) -> MetaCall:
 
 
 def fused_workspace(call: AttentionCall) -> int:
-    """Return the bytes of a PyTorch kernel that holds no score matrix: logsumexp and mask.
+    """Return the scratch memory, in bytes, of a PyTorch kernel without a score matrix: logsumexp and expanded mask.
 
     The logsumexp is fp32 per query. PyTorch expands every mask to a tensor of scores that is added. Grouped
     heads are copied if there is a mask.
@@ -123,7 +123,7 @@ def fused_workspace(call: AttentionCall) -> int:
 
 
 def score_matrix_workspace(call: AttentionCall, *, dtype: torch.dtype | None = None) -> int:
-    """Return the bytes of an implementation that holds all scores and their softmax; None is the dtype of the call."""
+    """Return the bytes of all scores, their softmax, and copies of q, k and v in `dtype`, by default the call's."""
     b, q_len, n, d = call.q.shape
     itemsize = call.q.element_size() if dtype is None else dtype.itemsize
     scores = 2 * b * n * q_len * call.k_len
@@ -132,7 +132,7 @@ def score_matrix_workspace(call: AttentionCall, *, dtype: torch.dtype | None = N
 
 
 def _mask_elements(call: AttentionCall) -> int:
-    """Return the number of elements of the largest mask or bias that `sdpa` passes to PyTorch."""
+    """Return an estimate of the number of elements of the largest mask or bias that `sdpa` passes to PyTorch, or 0."""
     given = max((tensor.numel() for tensor in (call.mask, call.score_bias) if tensor is not None), default=0)
     if call.offsets is not None:
         q_len, k_len = call.longest

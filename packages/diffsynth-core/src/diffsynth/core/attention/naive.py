@@ -18,15 +18,15 @@ class NaiveAttention:
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return a reason for dtypes that are not floating point."""
+        """Return the reason why the call is refused: its dtype is not floating point; else None."""
         return None if call.q.is_floating_point() else f"dtype {call.q.dtype} is not floating point"
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return a reason for every call: it is meant for tests, and for calls that all others refuse."""
+        """Return the reason why `auto` prefers other backends for every call: it holds the whole score matrix."""
         return "it holds the whole score matrix"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """Return the bytes of all scores and their softmax."""
+        """Return the backend's scratch memory for a call, in bytes: scores, their softmax and copies of q, k and v."""
         return score_matrix_workspace(call, dtype=torch.promote_types(call.q.dtype, torch.float32))
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:

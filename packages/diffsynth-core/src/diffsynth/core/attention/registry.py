@@ -69,7 +69,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def find_backend(name: str) -> RegisteredBackend:
-    """Return the backend with this name or alias.
+    """Return the `RegisteredBackend` (a backend and its settings) with this name or alias.
 
     Raises:
         ValueError: unknown backend; the message has the nearest spelling.
@@ -84,13 +84,13 @@ def find_backend(name: str) -> RegisteredBackend:
 
 
 def check_known(name: str) -> None:
-    """Raise ValueError, with the nearest spelling, unless `name` is `auto` or the name of a backend."""
+    """Raise ValueError, with the nearest spelling, unless `name` is `auto`, or the name or alias of a backend."""
     if name != "auto":
         find_backend(name)
 
 
 def refusal(name: str, call: AttentionCall) -> str | None:
-    """Return why the backend with this name cannot serve a call, or None if it can.
+    """Return the reason why the backend with this name cannot serve a call, or None if it can.
 
     Raises:
         ValueError: unknown backend.
@@ -99,7 +99,7 @@ def refusal(name: str, call: AttentionCall) -> str | None:
 
 
 def avoidance(name: str, call: AttentionCall) -> str | None:
-    """Return why `auto` prefers other backends to the one with this name, or None if it does not.
+    """Return the reason why `auto` prefers other backends to the one with this name, or None if it does not.
 
     Raises:
         ValueError: unknown backend.

@@ -40,7 +40,7 @@ class SdpaAttention:
         self.kernel = kernel
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return a reason for dtypes without a kernel, a bias that would be rounded, and what `kernel` cannot serve."""
+        """Return the reason why the call is refused, or None: dtype, a bias of another dtype, or limits of `kernel`."""
         if call.q.dtype not in _DTYPES:
             return f"dtype {call.q.dtype} is none of fp16, bf16, fp32, fp64"
         if call.score_bias is not None and call.score_bias.dtype != call.q.dtype:
@@ -50,7 +50,7 @@ class SdpaAttention:
         return _cpu_refusal(self.kernel, call) if call.q.device.type == "cpu" else _cuda_refusal(self.kernel, call)
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return a reason for backends of a single kernel, and for windows and packed samples on an accelerator."""
+        """Return the reason why `auto` prefers other backends (single kernel; window or samples on a GPU), or None."""
         if self.kernel is not None:
             return "it is a single kernel of sdpa, used only if selected by name"
         if call.q.device.type != "cpu" and (call.window is not None or call.cu_seqlens is not None):
@@ -58,7 +58,7 @@ class SdpaAttention:
         return None
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """Return the bytes of the score matrix for the math kernel, else those of a fused kernel."""
+        """Return the backend's scratch memory for a call, in bytes; with kernel "math", it holds all scores."""
         return score_matrix_workspace(call) if self.kernel == "math" else fused_workspace(call)
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
@@ -89,7 +89,7 @@ class SdpaAttention:
 
 
 def _is_plain_causal(call: AttentionCall) -> bool:
-    """Whether PyTorch's `is_causal` describes the call: it is aligned to the first key, and excludes a mask."""
+    """Whether PyTorch's `is_causal` alone describes the call: causal, equal lengths, no mask or bias."""
     return call.limits == (-1, 0) and call.q_len == call.k_len and not _has_tensors(call)
 
 
@@ -98,7 +98,7 @@ def _has_tensors(call: AttentionCall) -> bool:
 
 
 def _takes_mask(call: AttentionCall) -> bool:
-    """Whether any chunk of the call passes a mask to PyTorch."""
+    """Whether a mask or bias is passed to PyTorch for the call or one of its chunks."""
     if call.mask is not None or call.score_bias is not None or call.window is not None:
         return True
     if call.cu_seqlens is None:

@@ -38,7 +38,7 @@ def attention(
     score_bias: Float[Tensor, "#b #n #q #k"] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "b q n d_v"]:
-    """Compute `softmax(scale * q k^T + score_bias) v` for each head, in the dtype of `q`.
+    """Return the attention output `softmax(scale * q k^T + score_bias) v` of each head, in the dtype of `q`.
 
     Under `torch.autocast` q, k and v are cast first, as in `F.scaled_dot_product_attention`.
 
@@ -187,7 +187,7 @@ class use_attention:  # noqa: N801 - it is used like a function
         self._is_for_module = module is not None
 
     def remove(self) -> None:
-        """End the choice for a module; calling it again does nothing."""
+        """Remove the hooks of a choice for a module, which ends it; calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -236,7 +236,7 @@ class restored_choice:  # noqa: N801
 
 
 def chosen_backend() -> str | None:
-    """Return the backend of the innermost `use_attention` in this thread or task, or None."""
+    """Return the name of the backend that the innermost `use_attention` of this thread or task selects, or None."""
     if not _is_used:
         return None
     return _innermost.get() if CAN_TRACE_CONTEXTVARS or not torch.compiler.is_compiling() else _thread_choice.innermost

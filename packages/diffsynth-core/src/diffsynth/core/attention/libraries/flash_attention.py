@@ -47,7 +47,7 @@ class FlashAttention:
     max_head_dim: int = 256
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return a reason for masks, biases, fp32, wide heads, other devices, and a missing or too old library."""
+        """Return the reason why the call is refused, or None: device, library, dtype, head dim, mask, gradients."""
         if reason := device_refusal(self.name, call, self.capabilities, rocm=self.rocm) or missing(self.module):
             return reason
         if reason := half_refusal(call, max_head_dim=self.max_head_dim):

@@ -19,20 +19,20 @@ _functions: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def clear_cache() -> None:
-    """Forget which libraries were found, so that the next call looks for them again."""
+    """Clear the caches of the libraries and functions that were found, so that the next call looks for them again."""
     for cache in (_missing, _refusals, _functions):
         cache.clear()
 
 
 def missing(module: str) -> str | None:
-    """Return why a module cannot be imported, or None. Looked up once, without importing it or its package."""
+    """Return the reason "... is not installed" for a module, or None. Looked up once, without importing its package."""
     if module not in _missing:
         _missing[module] = None if _is_installed(module) else f"{module} is not installed"
     return _missing[module]
 
 
 def function_refusal(module: str, name: str, *arguments: str) -> str | None:
-    """Return why a function of a library cannot be used, or None: missing, not importable, or without these arguments.
+    """Return why a library's function is unusable (missing, not importable, lacks these arguments), or None.
 
     Arguments are checked because another version would raise in the middle of a run.
     """
@@ -43,7 +43,7 @@ def function_refusal(module: str, name: str, *arguments: str) -> str | None:
 
 
 def function(module: str, name: str) -> Callable[..., Any]:
-    """Return a function of a library, for which `function_refusal` returned None."""
+    """Return the callable of this name in a library; `function_refusal` must have returned None for it."""
     return _functions[module, name]
 
 
@@ -59,7 +59,7 @@ for _constant in (missing, function_refusal, _major_and_minor):
 def device_refusal(
     name: str, call: AttentionCall, capabilities: range | None = None, *, rocm: bool = False
 ) -> str | None:
-    """Return why the device of a call is not supported, or None: not CUDA, or a compute capability without kernels.
+    """Return why the device of a call is not supported (not CUDA, ROCm, its compute capability), or None if it is.
 
     Args:
         name: name of the backend, for the message.
@@ -81,7 +81,7 @@ def device_refusal(
 
 
 def half_refusal(call: AttentionCall, *, max_head_dim: int) -> str | None:
-    """Return why dtype or head dim is not supported, or None: fp16 or bf16, and one head dim, a multiple of 8."""
+    """Return why a call's dtype (not fp16, bf16) or head dims (too wide, unequal, no multiple of 8) fail, or None."""
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {call.q.dtype} is neither fp16 nor bf16"
     dim, of_values = call.q.shape[-1], call.v.shape[-1]

@@ -24,7 +24,7 @@ class XformersAttention:
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return a reason for masks, biases, windows over packed samples, queries without keys, and other devices."""
+        """Return the reason why the call is refused, or None: device, library, dtype, head dims, or options."""
         if reason := device_refusal("xformers", call) or missing("xformers"):
             return reason
         if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -65,7 +65,7 @@ def _content_refusal(call: AttentionCall) -> str | None:
 
 
 def _bias(call: AttentionCall) -> Any:
-    """Return the attention bias object of xFormers for the call, which describes the allowed pairs; None if plain."""
+    """Return an object of xFormers that describes which pairs may attend; None if all may."""
     if call.is_plain:
         return None
     biases = importlib.import_module("xformers.ops.fmha.attn_bias")

@@ -24,11 +24,11 @@ class TritonAttention:
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return a reason for devices other than CUDA from sm_80 on, head dims over 256, biases and fp64."""
+        """Return the reason why the call is refused, or None: device, dtype, head dim over 256, scale, or options."""
         return missing("triton") or _device_refusal(call) or _content_refusal(call)
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return a reason for the interpreter, and for devices on which the block sizes were not timed."""
+        """Return the reason why `auto` prefers other backends (interpreter, or device without timings), or None."""
         capability = capability_of(call.q.device)
         if capability is None:
             return "Triton's interpreter is slow"
@@ -36,7 +36,7 @@ class TritonAttention:
         return None if all(row.tuned for row in rows) else f"its kernels were not timed on sm_{capability}"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """Return the bytes of the logsumexp, of padded copies, and of the block lists of a mask.
+        """Return the backend's scratch memory for a call, in bytes: logsumexp, padded copies, block lists of a mask.
 
         The logsumexp is fp32 per query. Tensors and masks whose rows are not a multiple of 16 long are copied. A block
         of the mask has an int8 state, an int64 index of the sort and an int32 entry of the list.
@@ -61,7 +61,7 @@ class TritonInt8Attention:
     """Backend of the forward kernel with queries and keys quantized to 8 bits: inference only, and inexact."""
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return a reason for what `triton` refuses, and for gradients, fp32 and packed samples."""
+        """Return the reason why the call is refused, or None: as by `triton`, or gradients, fp32 or packed samples."""
         if reason := missing("triton") or _device_refusal(call, "triton_int8") or _content_refusal(call):
             return reason
         if call.q.dtype == torch.float32:
@@ -71,11 +71,11 @@ class TritonInt8Attention:
         return "it has no gradients" if call.needs_grad else None
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return a reason for every call: the result is an approximation."""
+        """Return the reason why `auto` prefers other backends for every call: the result is an approximation."""
         return "its 8-bit scores are inexact; it is used only if selected by name"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """Return the bytes of `triton`, and of the 8-bit queries and keys."""
+        """Return the bytes that `triton` would take, plus those of 8-bit copies of the queries and keys."""
         return TritonAttention().workspace(call, device_type) + call.q.numel() + call.k.numel()
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:

@@ -30,7 +30,10 @@ from diffsynth.core.attention.triton.addressing import (
 def flash_delta_kernel(
     out, d_out, delta, heads, rows, q_len, D_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Compute fp32 `delta[b, n, q]` for BLOCK_M of the `rows = b * q_len * n` rows of contiguous `out` and `d_out`."""
+    """Compute the sum of `out * d_out` over channels, for BLOCK_M of their rows, into fp32 `delta[b, n, q]`.
+
+    `out` and `d_out` are contiguous and have `rows = b * q_len * n` rows.
+    """
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_dv = tl.arange(0, BLOCK_DV)
     m_row = o_row < rows

@@ -99,7 +99,7 @@ def flash_fwd_kernel(
 
 @triton.jit
 def _softmax_step(b_scores, b_peak, b_sum, scale_log2, MASKED: tl.constexpr):
-    """Return the weights of one more block, the factor on previous sums, and the new maximum and sum of each row."""
+    """Return one more block's softmax weights, the factor on earlier sums, and the new maximum and sum of each row."""
     b_next = tl.maximum(b_peak, tl.max(b_scores, 1) * scale_log2)
     b_pivot = b_next
     if MASKED:  # keep the pivot finite for rows without an allowed key so far

@@ -26,7 +26,7 @@ from diffsynth.nn.triton.launch import launchable
 def flash_attention_int8(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, limits: Sequence[int]
 ) -> Tensor:
-    """Return the attention output `b q n d_v`; the arguments are those of `op.flash_attention`."""
+    """Return the attention output `b q n d_v`, from 8-bit queries and keys; arguments as in `op.flash_attention`."""
     d_v = v.shape[3]
     q, k, v = (aligned(tensor) for tensor in (q, k, v))
     b, q_len, n, _ = q.shape
@@ -45,7 +45,7 @@ def flash_attention_int8(
 
 
 def quantize(x: Tensor, mean: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    """Return `x`, minus `mean` if given, as int8 with fp32 scales `b n blocks`."""
+    """Return `x`, minus `mean` if given, as an int8 tensor, and fp32 scales `b n blocks`, one per `block` tokens."""
     b, length, n, d = x.shape
     tiles = triton.cdiv(length, block)
     quantized = torch.empty(b, length, n, d, dtype=torch.int8, device=x.device)
@@ -62,7 +62,7 @@ def quantize_kernel(
     x, mean, quantized, scales, stride_b, stride_s, stride_n, heads, tiles, length,
     HAS_MEAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute `quantized = round((x - mean) / scale)` for BLOCK tokens of one head, `scale = max|x - mean| / 127`.
+    """Compute `round((x - mean) / scale)` of BLOCK tokens of a head into `quantized`, `scale = max|x - mean| / 127`.
 
     x is `b s n d`, mean `b n d`, quantized `b s n d`, scales `b n tiles`; the last three are contiguous.
     """

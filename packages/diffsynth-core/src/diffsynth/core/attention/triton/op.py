@@ -125,7 +125,7 @@ def kernel_arguments(
     cu_seqlens: Sequence[Tensor],
     limits: Sequence[int],
 ) -> dict[str, Any]:
-    """Return the arguments that the attention kernels share: strides, sizes, flags, block sizes and launch options."""
+    """Return a dict name -> argument of an attention kernel: mask lists, strides, sizes, flags, launch options."""
     q, k, v = qkv
     (_, q_len, n, d), k_len, d_v = q.shape, k.shape[1], v.shape[3]
     by_keys = kernel == "dkdv"
@@ -183,12 +183,12 @@ def _strides(tensor: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
 
 
 def padded(dim: int) -> int:
-    """Return the head dim of a block: the next power of two, at least 16 as `tl.dot` needs."""
+    """Return the head dim padded for a block: the next power of two, at least 16 as `tl.dot` needs."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy with dense rows at multiples of 16 elements; the head dim is padded with zeros.
+    """Return the tensor, or a copy whose rows are dense and begin at multiples of 16 elements, padded with zeros.
 
     Triton vectorises loads of such rows. Scalar loads need so many registers that the kernels spill.
     """
@@ -199,6 +199,6 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a device current within the `with` block: Triton launches on the current device, whatever the tensors'."""
+    """Return a context manager that makes a device current, because Triton launches there; it is empty for the CPU."""
     module = torch_module(device.type)
     return nullcontext() if module is None else module.device(device)
