@@ -95,7 +95,7 @@ class Catalog:
     doors: tuple[Declared[spec.DoorSpec], ...] = ()
 
     def layouts(self) -> tuple[dict[str, spec.ArchitectureSpec], list[spec.CheckpointSpec]]:
-        """Return the architectures by name and the list of published layouts, as `recognize()` takes them."""
+        """Return (dict name -> `ArchitectureSpec`, list of `CheckpointSpec`s), as `recognize()` takes them."""
         # Two architectures with one name are reported as problems; the first is used, so no plugin can replace core's.
         by_name = {one.spec.name: one.spec for one in reversed(self.architectures)}
         return by_name, [one.spec for one in self.checkpoints]
@@ -134,7 +134,7 @@ class _Rejected(Exception):
 
 
 def catalog() -> Catalog:
-    """Return the declarations of all installed plugins; the first call discovers them. Thread-safe.
+    """Return the `Catalog`: the declarations of all plugins that load; the first call discovers them. Thread-safe.
 
     Raises:
         BrokenPlugin: a plugin failed, and DIFFSYNTH_STRICT_PLUGINS is on.
@@ -143,7 +143,7 @@ def catalog() -> Catalog:
 
 
 def refresh() -> Catalog:
-    """Discover plugins again and return the new catalog. Modules that are already imported are not reloaded."""
+    """Discover plugins again and return the new `Catalog`; modules that are already imported are not reloaded."""
     global _discovered
     import importlib
 
@@ -154,13 +154,13 @@ def refresh() -> Catalog:
 
 
 def problems() -> list[Problem]:
-    """Return the problems that discovery found, and those reported later when a plugin's code was first used."""
+    """Return a list of `Problem`s: those that discovery found, and later ones from the first use of a plugin's code."""
     current = _current()
     return [*current.catalog.problems, *current.late]
 
 
 def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None:
-    """Record an error in the code that a declaration names as a problem of its plugin, and log it once.
+    """Record an error in the code that a declaration names as a `Problem` of its plugin, and log it once.
 
     Raises:
         BrokenPlugin: DIFFSYNTH_STRICT_PLUGINS is on.
@@ -180,7 +180,7 @@ def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None
 
 
 def notify(hook_name: str, **values: Any) -> None:
-    """Call every implementation of an observer hook.
+    """Call every implementation of an observer hook; their results are not used.
 
     An implementation that raises is logged with its plugin's name, once per hook; the others are still called.
 
@@ -201,7 +201,7 @@ def notify(hook_name: str, **values: Any) -> None:
 
 
 def first(hook_name: str, **values: Any) -> Any:
-    """Return the first result of a hook that is not None, or None.
+    """Return the first result of a hook's implementations that is not None; None if there is none.
 
     An exception raised by an implementation is passed on, with a note that names its plugin.
     """
@@ -270,13 +270,16 @@ def _discover() -> _Discovered:
 
 
 def describe(problems: Sequence[Problem]) -> str:
-    """Return one line for a log or an error: `1 plugin is broken: flux (diffsynth-flux 0.3.1): ... Run: ...`."""
+    """Return a line of text: `1 plugin is broken: flux (diffsynth-flux 0.3.1): ... Run: ...`, for logs and errors."""
     count = "1 plugin is broken" if len(problems) == 1 else f"{len(problems)} plugins are broken"
     return f"{count}: {'; '.join(map(str, problems))}. Run: diffsynth plugins"
 
 
 def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
-    """Return the allowed entry points in a fixed order, each with all distributions that use its name if several do."""
+    """Return a list of (entry point, `Plugin`, distributions that use its name if several do), core first.
+
+    Plugins that DIFFSYNTH_PLUGINS does not allow are left out.
+    """
     import importlib.metadata
 
     allowed = _env.plugins()
@@ -296,7 +299,7 @@ def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
 
 
 def _provider(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    """Return name and version of the distribution of an entry point.
+    """Return (name, version) of the distribution of an entry point; ("unknown", "") if it has none.
 
     The header is read line by line because `entry.dist.name` parses the whole METADATA file, which is slow.
     """
@@ -366,7 +369,7 @@ def _declarations(manager: pluggy.PluginManager, module: Any) -> dict[str, list[
 
 
 def _collector(hook_name: str, expected: type, into: list[Any]) -> Callable[[Any], None]:
-    """Return the `register` function of a hook: it checks a declaration and appends it to `into`."""
+    """Return the function `register` of a hook: it checks a declaration and appends it to `into`."""
 
     def register(declaration: Any) -> None:
         if not isinstance(declaration, expected):
@@ -385,7 +388,7 @@ def _collector(hook_name: str, expected: type, into: list[Any]) -> Callable[[Any
 
 
 def _exited(plugin: Plugin, error: SystemExit) -> _Rejected:
-    """Return the error of a plugin that raised SystemExit while it was loaded, with the command that removes it."""
+    """Return a `_Rejected` error for a plugin that raised SystemExit while it was loaded; it names a remedy."""
     rejected = _Rejected(
         f"ends the program while it is loaded ({_message(error)}); do that inside a function only. "
         f"Without the plugin: pip uninstall {plugin.distribution}"

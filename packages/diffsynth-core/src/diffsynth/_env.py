@@ -13,7 +13,7 @@ _FALSE = frozenset({"0", "false", "no", "off", ""})
 
 
 def skip_download() -> bool:
-    """DIFFSYNTH_SKIP_DOWNLOAD: do not use the network. Default false."""
+    """DIFFSYNTH_SKIP_DOWNLOAD: whether to work without the network. Default false."""
     return _boolean("DIFFSYNTH_SKIP_DOWNLOAD")
 
 
@@ -33,23 +33,26 @@ def attention_implementation() -> str:
 
 
 def fused_kernels() -> bool:
-    """DIFFSYNTH_FUSED_KERNELS: run layers of `diffsynth.nn` as fused kernels; false: plain torch. Default true."""
+    """DIFFSYNTH_FUSED_KERNELS: whether layers of `diffsynth.nn` are fused kernels, else plain torch. Default true."""
     return _boolean("DIFFSYNTH_FUSED_KERNELS", default=True)
 
 
 def triton_interpret() -> bool:
-    """TRITON_INTERPRET: Triton's variable; run kernels on the CPU in its interpreter, slowly. Default false."""
+    """TRITON_INTERPRET: Triton's variable; whether kernels run on the CPU in its interpreter, slowly. Default false."""
     return _boolean("TRITON_INTERPRET")
 
 
 def plugins() -> frozenset[str] | None:
-    """DIFFSYNTH_PLUGINS: comma-separated entry-point names of the plugins to load; unset loads all, empty none."""
+    """DIFFSYNTH_PLUGINS: set of the entry-point names of the plugins to load; None, if it is not set, loads all.
+
+    The variable holds names with commas between them; an empty one loads none.
+    """
     value = os.environ.get("DIFFSYNTH_PLUGINS")
     return None if value is None else frozenset(filter(None, (name.strip() for name in value.split(","))))
 
 
 def strict_plugins() -> bool:
-    """DIFFSYNTH_STRICT_PLUGINS: raise on a broken plugin instead of reporting it. Default false."""
+    """DIFFSYNTH_STRICT_PLUGINS: whether a broken plugin raises instead of being reported. Default false."""
     return _boolean("DIFFSYNTH_STRICT_PLUGINS")
 
 

@@ -40,17 +40,17 @@ class ModelRecord:
 
     @property
     def exact_name(self) -> str:
-        """Return `"plugin:name"`, such as `"flux:flux.1-dev"`, which is unique even if two plugins declare one name."""
+        """The name `"plugin:name"`, such as `"flux:flux.1-dev"`; it is unique even if two plugins declare one name."""
         return f"{self.plugin}:{self.name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict of plain values, in the order of declaration."""
+        """Return the record as a dict: field -> value, mappings as dicts, in the order of declaration."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 def models(pattern: str | None = None) -> list[ModelRecord]:
-    """Return the records of all models, sorted by name.
+    """Return a list of the `ModelRecord`s of all models, sorted by name.
 
     Args:
         pattern: a glob; only models whose name or hub id matches it are returned. Case is ignored.
@@ -60,7 +60,7 @@ def models(pattern: str | None = None) -> list[ModelRecord]:
 
 
 def get(name: str) -> ModelRecord:
-    """Return the record of a model.
+    """Return the `ModelRecord` of the model with a name.
 
     Args:
         name: model name or hub id, case ignored; `"plugin:name"` if two plugins declare one name.
@@ -83,12 +83,12 @@ def get(name: str) -> ModelRecord:
 
 
 def problems() -> list[Problem]:
-    """Return the problems of plugins and of the installation as a whole."""
+    """Return a list of the `Problem`s of plugins and of the installation as a whole."""
     return [*_discovery.problems(), *_upstream()]
 
 
 def refresh() -> None:
-    """Discover plugins again, after one was installed or removed."""
+    """Discover plugins again, after one was installed or removed; later calls see the new ones."""
     _discovery.refresh()
 
 
@@ -133,7 +133,7 @@ def _unknown(name: str, declared: tuple[Declared[ModelSpec], ...]) -> str:
 
 
 def _upstream() -> list[Problem]:
-    """Return a problem if the distribution `diffsynth` of DiffSynth-Studio, which has our import name, is installed."""
+    """Return a list of one `Problem` if DiffSynth-Studio's `diffsynth`, of our import name, is installed; else []."""
     import importlib.metadata
 
     try:

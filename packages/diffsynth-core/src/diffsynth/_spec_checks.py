@@ -27,13 +27,13 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
 
 
 def references(declaration: Any) -> list[str]:
-    """Return the non-empty code references in a declaration."""
+    """Return a list of the non-empty references `"package.module:attribute"` to code in a declaration."""
     values = [getattr(declaration, name) for name in _REFERENCES[type(declaration)]]
     return [text for value in values for text in _texts(value) if text]
 
 
 def sources(declaration: Any) -> list[str]:
-    """Return the source strings in a declaration."""
+    """Return a list of the source strings (files to load) in a declaration; empty for kinds without files."""
     if isinstance(declaration, spec.ModelSpec):
         return [*declaration.components.values(), *declaration.processors.values()]
     return list(declaration.files) if isinstance(declaration, spec.CheckpointSpec) else []
@@ -46,12 +46,12 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def identity(declaration: Any) -> str:
-    """Return the name that must be unique among a plugin's declarations of one kind; empty if the kind has no names."""
+    """Return the name, lower case, that must be unique among a plugin's declarations of a kind; empty without one."""
     return str(getattr(declaration, "name", "")).lower()
 
 
 def check_spec(declaration: Any) -> None:
-    """Check the names, references and sources in a declaration without importing anything.
+    """Raise TypeError or ValueError unless names, references and sources in a declaration fit; nothing is imported.
 
     A referenced module is looked up only if its top-level package is imported already.
 
@@ -112,7 +112,7 @@ def duplicates(declared: Iterable[Any]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _may_exist(module_name: str) -> bool:
-    """Return False if the module is certainly missing.
+    """Whether a module may exist; False only if it is certainly missing.
 
     Nothing is imported, so a module is looked up only if its top-level package is imported already; else True.
     """

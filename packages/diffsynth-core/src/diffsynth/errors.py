@@ -116,7 +116,7 @@ class Refused(BackendError):
 
 
 def shortened(items: Iterable[object], limit: int = 8) -> str:
-    """Return `"a, b and 3 more"`: the first items, and how many were left out.
+    """Return a text such as `"a, b and 3 more"`: the first items, and the number of those left out.
 
     Args:
         items: shown by `str`.

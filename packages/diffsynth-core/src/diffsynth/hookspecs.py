@@ -82,7 +82,7 @@ def register_doors(register: Callable[[spec.DoorSpec], None]) -> None:
 
 @hookspec(firstresult=True)
 def resolve_source(source: str) -> list[Path] | None:
-    """Return the local files of a `scheme://` source that core does not know."""
+    """Return a list of the local files of a `scheme://` source that core does not know; None for other sources."""
 
 
 # Observe: return values are ignored; an exception is reported and the call continues.

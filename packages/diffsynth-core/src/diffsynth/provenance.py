@@ -20,7 +20,7 @@ KEY = "diffsynth"
 
 
 def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is needed to generate an image or video again, as JSON values.
+    """Return a dict of JSON values, the record of a call: what is needed to generate an image or video again.
 
     Args:
         pipe: the pipeline that made it.
@@ -77,7 +77,7 @@ def save_video(frames: Sequence[Image.Image], path: Path | str, made_by: Mapping
 
 
 def read_video(path: Path | str) -> dict[str, Any]:
-    """Return the record of a video.
+    """Return the record of the call that made a video, a dict of JSON values stored in its file.
 
     Raises:
         ValueError: the video has no record of diffsynth.
@@ -97,7 +97,7 @@ def read_video(path: Path | str) -> dict[str, Any]:
 
 
 def read_png(path: Path | str) -> dict[str, Any]:
-    """Return the record of a PNG image.
+    """Return the record of the call that made a PNG image, a dict of JSON values stored in its file.
 
     Raises:
         ValueError: the file is no PNG, or has no record of diffsynth.

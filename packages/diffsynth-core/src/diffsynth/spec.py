@@ -276,7 +276,7 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """Parse a source string; see the module's docstring for its forms.
+    """Return a source string as a `Source`; see the module's docstring for its forms.
 
     Raises:
         ValueError: neither `scheme://...` nor `owner/repository:pattern`.

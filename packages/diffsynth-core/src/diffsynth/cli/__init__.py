@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit.
+    """Run the `diffsynth` program, then raise SystemExit with its exit code.
 
     Args:
         arguments: command-line arguments; None for those of the process.

@@ -68,7 +68,7 @@ def _check_room(out: Path, size: int) -> None:
 
 
 def _with_published_keys(tensors: Header, dtype: str | None) -> tuple[ComponentSource, dict[str, Any]]:
-    """Return every tensor under its published key, and the metadata that stays valid."""
+    """Return (`ComponentSource` of all tensors under their published keys, dict with the metadata to save)."""
     import torch
 
     from diffsynth.core.loader import convert as rules
@@ -85,7 +85,7 @@ def _with_published_keys(tensors: Header, dtype: str | None) -> tuple[ComponentS
 
 
 def _with_own_keys(tensors: Header, dtype: str | None) -> tuple[ComponentSource, dict[str, Any]]:
-    """Return the only component in the files, under the key names of its architecture, and its metadata."""
+    """Return (`ComponentSource` of the only component, keys as in our network, dict of metadata to save)."""
     if dtype is None:
         raise UserError("--own-names needs a --dtype: key rules fuse and scale tensors, so all tensors get one dtype")
     import torch

@@ -138,7 +138,10 @@ def _merge(arguments: dict[str, Any], settings: Iterator[tuple[str, Any]]) -> di
 
 
 def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Check that the model takes the arguments; return them with image and video paths opened. Loads no weights."""
+    """Return a dict of the arguments, images and videos opened; raise UserError for one that the model does not have.
+
+    Loads no weights.
+    """
     from diffsynth import registry
     from diffsynth.spec import resolve
 
@@ -155,7 +158,7 @@ def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(model: str, arguments: Mapping[str, Any]) -> None:
-    """Check the values of the arguments before loading, which takes minutes for a large model."""
+    """Raise the error of a wrong argument value before weights are loaded, which takes minutes for a large model."""
     from diffsynth import registry
     from diffsynth.runtime.planning import check_before_loading
 
@@ -192,7 +195,7 @@ def _status(text: str) -> Iterator[None]:
 
 
 def _open_images(arguments: dict[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the paths of images and videos by opened ones in all arguments that take images."""
+    """Return a dict of the arguments; paths in those that take images are replaced by PIL images or `VideoData`."""
     image_arguments = {name for name, schema in schemas.items() if '"x-diffsynth-type": "image"' in json.dumps(schema)}
     return {name: _opened(name, value) if name in image_arguments else value for name, value in arguments.items()}
 
@@ -246,7 +249,7 @@ def _numbered(out: Path, count: int) -> list[Path]:
 
 
 def _arguments_of_result(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return the arguments that generate result `index` alone: its seed is `seed + index`, or the item of a list."""
+    """Return a dict of the arguments that generate result `index` alone: seed `seed + index`, or the item of a list."""
     single = {name: value for name, value in arguments.items() if name != "num_images"}
     seed = single["seed"]
     return single | {"seed": seed[index] if isinstance(seed, list | tuple) else seed + index}

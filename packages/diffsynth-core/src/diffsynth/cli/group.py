@@ -32,11 +32,11 @@ class Program(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all commands: those of core first, then those of plugins."""
+        """Return a list of the names of all commands, those of core first, then those of plugins."""
         return [*_OWN, *sorted({one.spec.name for one in _discovery.catalog().commands} - set(_OWN))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command; None if there is none of that name."""
+        """Import and return a `click.Command`; None if there is no command of that name."""
         if cmd_name in _OWN:
             command = resolve(_OWN[cmd_name][0])
             assert isinstance(command, click.Command)
@@ -50,7 +50,7 @@ class Program(click.Group):
         return _plugin_command(found[0]) if found else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Resolve a command as click does; an unknown name raises with the nearest spelling and the broken plugins."""
+        """Return click's (name, command, other arguments); for an unknown name raise UserError with the nearest."""
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             broken = _discovery.catalog().problems
@@ -63,7 +63,7 @@ class Program(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands in the help text, from declarations alone."""
+        """Write the list of commands into the help text; no command is imported for that."""
         rows = [(name, text) for name, (_, text) in _OWN.items()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -72,7 +72,7 @@ class Program(click.Group):
                 formatter.write_dl([(one.spec.name, one.spec.help or f"from {one.distribution}") for one in declared])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; turn an error that the user can correct into one line and exit code 2."""
+        """Run a command and return its result; turn a `DiffsynthError` or ValueError into UserError, one line."""
         try:
             return super().invoke(ctx)
         except (DiffsynthError, ValueError) as error:

@@ -97,7 +97,7 @@ def info(subject: str, as_json: bool) -> None:
 
 
 def _schema(model: str) -> dict[str, Any] | None:
-    """Return the JSON schema of the model's call; print the reason and return None if that fails."""
+    """Return the JSON Schema of a model's call as a dict; if that fails, print the reason and return None."""
     from diffsynth.runtime.schema import model_schema
 
     try:

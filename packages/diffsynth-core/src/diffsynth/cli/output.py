@@ -23,7 +23,7 @@ class UserError(click.ClickException):
 
 
 def fail(ctx: click.Context, error: Exception) -> NoReturn:
-    """End the program on an error that the user can correct; with `--traceback`, print its traceback.
+    """Raise UserError with one line about an error; with `--traceback`, print the error's traceback before.
 
     Raises:
         UserError: always.
@@ -35,12 +35,12 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
 
 
 def json_option(function: Function) -> Function:
-    """Add the option `--json` to a command, passed as `as_json`."""
+    """Return a command with the option `--json` added, which is passed as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
 
 
 def traceback_option(function: Function) -> Function:
-    """Add the option `--traceback` to a command, so that it works behind the command's name, too."""
+    """Return a command with the option `--traceback` added, which works behind the command's name, too."""
 
     def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:
@@ -58,19 +58,19 @@ def traceback_option(function: Function) -> Function:
 
 
 def show_json(value: Any) -> None:
-    """Print a value as JSON."""
+    """Print a value as JSON on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; cells are never cut, so that the output can be searched and piped."""
+    """Print a table on stdout; cells are never cut, so that the output can be searched and piped."""
     widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
     for row in (headers, *rows):
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def show_record(values: dict[str, Any], *, indent: int = 0) -> None:
-    """Print names and values line by line, nested mappings indented; empty values are omitted."""
+    """Print names and values line by line on stdout, nested mappings indented; empty values are omitted."""
     shown = {name: value for name, value in values.items() if value not in (None, "", {}, [])}
     width = max((len(name) for name in shown), default=0)
     for name, value in shown.items():
@@ -82,7 +82,7 @@ def show_record(values: dict[str, Any], *, indent: int = 0) -> None:
 
 
 def what_to_install() -> str:
-    """Return the text to show if no models are installed: the package to install for each model family."""
+    """Return a text for an installation without models: packages to install, or that DIFFSYNTH_PLUGINS excludes all."""
     if "DIFFSYNTH_PLUGINS" in os.environ:
         return f"No models: DIFFSYNTH_PLUGINS={os.environ['DIFFSYNTH_PLUGINS']!r} allows no plugin that has any."
     from diffsynth.core.loader import first_party

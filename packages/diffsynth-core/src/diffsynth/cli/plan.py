@@ -51,7 +51,7 @@ def plan(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compute a call of MODEL: memory by stage, weight placement, GB moved and seconds per step.
+    """Print the plan of a call of MODEL: memory by stage, weight placement, GB moved and seconds per step.
 
     Sizes come from the headers of its files if they are present, else from its package. Exit 1 if it does not fit.
     """
@@ -87,7 +87,7 @@ def plan(
 
 
 def _check_names(record: ModelRecord, arguments: Mapping[str, Any]) -> None:
-    """End the program if an option is not an argument of the model's pipeline."""
+    """Raise UserError if an option is not an argument of the model's pipeline."""
     from diffsynth.runtime.request import reject_unknown
     from diffsynth.spec import resolve
 
@@ -139,7 +139,7 @@ def _row(stage: StagePlan, *, has_device: bool) -> tuple[str, ...]:
 
 
 def _placement(component: ComponentPlan) -> str:
-    """Return the placement of a component, `dit: 12 of 34 blocks resident, others from host, 2 slots`."""
+    """Return where a component's weights are, as text: `dit: 12 of 34 blocks resident, others from host, 2 slots`."""
     count = len(component.resident) + len(component.streamed)
     if not component.streamed:
         source = "" if component.offloaded_to == "device" else f", from {component.offloaded_to}"

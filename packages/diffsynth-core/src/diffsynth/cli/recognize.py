@@ -20,7 +20,7 @@ from diffsynth.errors import CheckpointError, shortened
 @traceback_option
 @click.pass_context
 def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
-    """Identify checkpoint files by their headers; exit 3 if one matches no installed architecture.
+    """Identify checkpoint files by their headers; exit 3 if any of them matches no installed architecture.
 
     FILE may also be a shard index, a folder that holds one checkpoint, or a shard, which means its whole set. Exit 2 if
     a file cannot be read; the results of the others are printed nevertheless.
@@ -75,7 +75,7 @@ def _component(found: Any) -> dict[str, Any]:
 
 
 def _extra(answer: dict[str, Any]) -> str:
-    """Return a line about the keys of a recognised file that are not used; empty if there are none."""
+    """Return one line of text about the keys of a recognised file that are not used; empty if there are none."""
     extra = [key for component in answer["components"] for key in component["extra"]]
     if not extra:
         return ""

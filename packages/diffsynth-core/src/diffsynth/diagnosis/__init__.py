@@ -33,12 +33,12 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
 
 
 def diagnose() -> dict[str, list[Finding]]:
-    """Run all checks and return section title -> findings."""
+    """Run all checks and return a dict section title -> list of `Finding`s."""
     return {title: [finding for check in checks for finding in _run(check)] for title, checks in SECTIONS.items()}
 
 
 def is_usable(report: dict[str, list[Finding]]) -> bool:
-    """Return whether no finding is broken."""
+    """Whether no finding of a report has the state "broken"."""
     return all(finding.state != "broken" for findings in report.values() for finding in findings)
 
 

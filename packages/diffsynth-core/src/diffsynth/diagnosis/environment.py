@@ -24,7 +24,10 @@ WEIGHTS_SPACE = 30 * GIB
 
 
 def settings() -> Iterator[Finding]:
-    """Check each environment variable of diffsynth, report unknown ones, and show those of the download libraries."""
+    """Yield a `Finding` for each variable of diffsynth, each unknown one, and each set one of the download libraries.
+
+    Each name in DIFFSYNTH_PLUGINS that is not installed gets one, too.
+    """
     ours = variable_readers()
     for variable, reader in ours.items():
         yield _setting(variable, reader)
@@ -41,13 +44,13 @@ def settings() -> Iterator[Finding]:
 
 
 def folders() -> Iterator[Finding]:
-    """Check that the folders of weights and caches are writable and have free space."""
+    """Yield two `Finding`s: whether the folders of weights and of caches are writable and have enough free space."""
     yield _folder("weights", _env.model_base_path(), "DIFFSYNTH_MODEL_BASE_PATH", enough=WEIGHTS_SPACE)
     yield _folder("cache", _env.cache_dir(), "DIFFSYNTH_CACHE_DIR", enough=GIB)
 
 
 def variable_readers() -> dict[str, Callable[[], Any]]:
-    """Return environment variable -> the function of `diffsynth._env` that reads it."""
+    """Return a dict: name of an environment variable -> function of `diffsynth._env` that reads it."""
     functions = [value for value in vars(_env).values() if inspect.isfunction(value)]
     readers = [each for each in functions if each.__module__ == _env.__name__ and not each.__name__.startswith("_")]
     return {(reader.__doc__ or "").partition(":")[0]: reader for reader in readers}
@@ -71,7 +74,7 @@ def _shown(value: Any) -> str:
 
 
 def _without_login(value: str) -> str:
-    """Return an address with user name and password masked."""
+    """Return an address (a URL) with user name and password replaced by `***`."""
     return re.sub(r"//[^/@]*@", "//***@", value)
 
 

@@ -35,5 +35,5 @@ class Finding:
             raise ValueError(f"finding {self.name!r} is {self.state!r} and has no next action")
 
     def to_dict(self) -> dict[str, str]:
-        """Return the finding as a dict of strings, without `cause`."""
+        """Return the finding as a dict of strings: name, state, seen and next_action, without `cause`."""
         return {"name": self.name, "state": self.state, "seen": self.seen, "next_action": self.next_action}

@@ -23,7 +23,7 @@ _HOLDS = {
 
 
 def distributions() -> Iterator[Finding]:
-    """Report the versions of our packages; for those that are not installed, the models they add."""
+    """Yield a `Finding` per distribution: its version or, for one of ours that is not installed, the models it adds."""
     for name in _installed():
         yield Finding(name, "ok", _version(name) or "")
     for name, added in absent_packages().items():
@@ -32,7 +32,7 @@ def distributions() -> Iterator[Finding]:
 
 
 def requirements() -> Iterator[Finding]:
-    """Check that the libraries that our packages require are installed in the required versions."""
+    """Yield a `Finding` for each required library: its version, or that it is missing or has a wrong one."""
     packages = _installed()
     seen = set(packages)
     for package in packages:
@@ -47,13 +47,13 @@ def requirements() -> Iterator[Finding]:
 
 
 def absent_packages() -> dict[str, list[str]]:
-    """Return packages of ours that are not installed -> the models they add."""
+    """Return a dict: name of a package of ours that is not installed -> names of the models that it adds."""
     models = first_party.models_by_package()
     return {name: models.get(name, []) for name in sorted(first_party.packages()) if _version(name) is None}
 
 
 def plugins() -> Iterator[Finding]:
-    """Report plugins that loaded, plugins that failed, and conflicts of the installation."""
+    """Yield a `Finding` for each plugin that loaded, and for each problem of a plugin or of the installation."""
     problems = registry.problems()
     broken = {(problem.plugin, problem.distribution) for problem in problems}
     for plugin in _discovery.catalog().plugins:
@@ -71,7 +71,7 @@ def plugins() -> Iterator[Finding]:
 
 
 def models() -> Iterator[Finding]:
-    """Report for each model whether its weights are present, and how to get missing ones."""
+    """Yield a `Finding` for each model: its weights are present, or how to get them; one if there are no models."""
     records = registry.list()
     if not records:
         yield Finding("models", "note", "none are installed", "Install a model family; see diffsynth list")
@@ -100,7 +100,7 @@ def _incomplete(record: ModelRecord) -> Finding:
 
 
 def _installed() -> list[str]:
-    """Return the installed distributions: diffsynth-core, our other packages, and all that have a plugin."""
+    """Return names of installed distributions: diffsynth-core first, then our others and those with a plugin."""
     plugins = {entry.dist.name for entry in importlib.metadata.entry_points(group=_discovery.GROUP) if entry.dist}
     others = {name for name in first_party.packages() if _version(name)} | plugins
     return ["diffsynth-core", *sorted(others - {"diffsynth-core"})]
@@ -124,12 +124,12 @@ def _version(distribution: str) -> str | None:
 
 
 def _is_for_others(marker: str | None) -> bool:
-    """Return whether a marker excludes this platform; `sys_platform` is the only marker our packages use."""
+    """Whether a marker is given and does not name this platform by `sys_platform`, which alone our packages use."""
     return marker is not None and not ("sys_platform" in marker and repr(sys.platform) in marker.replace('"', "'"))
 
 
 def is_within(version: str, bounds: str) -> bool:
-    """Return whether a version satisfies the bounds; only `>=`, `<` and `==` on release numbers are checked."""
+    """Whether a version satisfies the bounds; only `>=`, `<` and `==` on release numbers are checked."""
     for bound in filter(None, bounds.split(",")):
         match = re.match(r"\s*(>=|<|==)\s*([\d.]+)\s*$", bound)
         if match and not _HOLDS[match[1]](_release(version), _release(match[2])):
@@ -138,7 +138,7 @@ def is_within(version: str, bounds: str) -> bool:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Return the release number without trailing zeros: `(2, 15)` for `2.15.0+cu130`."""
+    """Return a version's release number as a tuple of ints, without trailing zeros: `(2, 15)` for `2.15.0+cu130`."""
     numbers = [int(number) for number in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]  # type: ignore[index]
     while numbers and numbers[-1] == 0:
         numbers.pop()

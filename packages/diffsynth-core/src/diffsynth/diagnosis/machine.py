@@ -22,13 +22,13 @@ _COMPILED_ON_FIRST_CALL = {"flex"}
 
 
 def python() -> Iterator[Finding]:
-    """Report the Python interpreter and the operating system."""
+    """Yield two `Finding`s: the Python interpreter, and the operating system with its number of CPU cores."""
     yield Finding("python", "ok", f"{platform.python_version()} at {sys.executable}")
     yield Finding("system", "ok", f"{platform.platform()}, {os.cpu_count()} CPU cores")
 
 
 def devices() -> Iterator[Finding]:
-    """Multiply matrices on each device, and report its free memory."""
+    """Yield a `Finding` per device: whether it multiplies matrices, its free memory; and one if only a CPU is found."""
     from diffsynth.core import device
 
     if device.get_device_type() == "cpu":
@@ -45,7 +45,7 @@ def devices() -> Iterator[Finding]:
 
 
 def attention() -> Iterator[Finding]:
-    """Try each attention backend on a small bf16 call on the default device, and report which one `auto` uses."""
+    """Yield a `Finding` per attention backend, tried in a small bf16 call on the default device; and the one in use."""
     from diffsynth.core.attention import available_backends
     from diffsynth.core.attention.registry import avoidance
     from diffsynth.core.attention.select import choose
@@ -92,7 +92,7 @@ def _attention_in_use(first: str | None, why_not: dict[str, str], call: Attentio
 
 
 def quantization() -> Iterator[Finding]:
-    """Report each quantization backend that a plugin declares, and whether it can be imported."""
+    """Yield a `Finding` per quantization backend of a plugin: whether it can be imported; one if there are none."""
     declared = _discovery.catalog().quantization
     if not declared:
         yield Finding("backends", "ok", "none: no installed plugin declares one, so weights are used as stored")
@@ -107,12 +107,12 @@ def quantization() -> Iterator[Finding]:
 
 
 def in_gib(count: float | None) -> str:
-    """Return a number of bytes as text in GiB; `"an unknown amount"` for None."""
+    """Return a number of bytes as text, such as "1.5 GiB"; "an unknown amount" for None."""
     return "an unknown amount" if count is None else f"{count / GIB:.1f} GiB"
 
 
 def check_device(name: str) -> Finding:
-    """Multiply matrices on a device and return the finding."""
+    """Multiply matrices on a device; return a `Finding`: its name and free memory, or that it does not compute."""
     import torch
 
     from diffsynth.core import device
@@ -139,7 +139,7 @@ def _small_call() -> AttentionCall:
 
 
 def _why_unusable(backend: str, call: AttentionCall) -> str:
-    """Return why a backend cannot compute the call; empty if it can."""
+    """Return the reason why an attention backend cannot compute a call, as text; empty if none is found."""
     import torch
 
     from diffsynth.core.attention.registry import refusal

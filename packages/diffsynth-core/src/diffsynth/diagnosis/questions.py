@@ -9,7 +9,7 @@ from diffsynth.diagnosis.machine import GIB, attention, in_gib
 
 
 def file_not_detected() -> list[Finding]:
-    """Report how many layouts are known, and how to find out why a file matches none."""
+    """Return one `Finding`: the number of known layouts, and how to find out why a file matches none."""
     architectures, checkpoints = _discovery.catalog().layouts()
     more = ", ".join(name for name, models in absent_packages().items() if models)
     seen = f"{len(architectures)} architectures in {len(checkpoints)} published layouts are known"
@@ -18,7 +18,7 @@ def file_not_detected() -> list[Finding]:
 
 
 def out_of_memory() -> list[Finding]:
-    """Report the free memory of the default device, and how to use less."""
+    """Return one `Finding`: the free memory of the default device, and how to use less."""
     from diffsynth.core import device
 
     where = device.default_device()
@@ -33,7 +33,7 @@ def out_of_memory() -> list[Finding]:
 
 
 def where_files_go() -> list[Finding]:
-    """Report the folders of weights and caches."""
+    """Return one `Finding`: the folders of weights and caches, and how to change them."""
     weights = _env.model_base_path().expanduser().absolute()
     seen = f"weights into {weights}/OWNER/REPOSITORY, small caches into {_env.cache_dir()}"
     action = "Set DIFFSYNTH_MODEL_BASE_PATH, or pass base_path= to diffsynth.load()"
@@ -41,14 +41,14 @@ def where_files_go() -> list[Finding]:
 
 
 def which_attention() -> list[Finding]:
-    """Report the attention backend in use."""
+    """Return one `Finding`: the attention backend in use, and how to force another."""
     used = next(finding for finding in attention() if finding.name == "in use")
     action = "Set DIFFSYNTH_ATTENTION_IMPLEMENTATION to force one; by default the best usable one is chosen"
     return [Finding("Which attention is used", used.state, used.seen, used.next_action or action)]
 
 
 def downloads() -> list[Finding]:
-    """Report the hub that files are downloaded from, and how to work offline."""
+    """Return one `Finding`: the hub that files are downloaded from, and how to change that or work offline."""
     hub = _env.download_source()
     if _env.skip_download():
         seen, action = "off: files are only looked up in the folder of weights", "unset DIFFSYNTH_SKIP_DOWNLOAD"
@@ -60,7 +60,7 @@ def downloads() -> list[Finding]:
 
 
 def lora() -> list[Finding]:
-    """Report that LoRAs can be loaded, and how to find out what a file is."""
+    """Return one `Finding`: LoRAs are loaded with `load_lora()`, and how to find out what a file is."""
     action = "Run: diffsynth recognize FILE (shows whether a file is a LoRA, and for which model)"
     return [Finding("My LoRA does nothing", "ok", "pipelines load them with load_lora()", action)]
 

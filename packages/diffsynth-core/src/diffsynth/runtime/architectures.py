@@ -25,14 +25,14 @@ class Stack:
 
 
 def architecture_of(module: nn.Module) -> ArchitectureSpec | None:
-    """Return the architecture that a plugin declares for the class of a module or for its nearest base class."""
+    """Return the `ArchitectureSpec` declared for a module's class, or its nearest base class; None if there is none."""
     declared = {each.spec.module: each.spec for each in reversed(_discovery.catalog().architectures)}
     names = (f"{kind.__module__}:{kind.__qualname__}" for kind in type(module).__mro__)
     return next((declared[name] for name in names if name in declared), None)
 
 
 def cuts(architecture: ArchitectureSpec | None) -> dict[str, Any]:
-    """Return the arguments of `diffsynth.core.vram.wrap` that an architecture declares.
+    """Return a dict: the keyword arguments of `diffsynth.core.vram.wrap` that an architecture declares.
 
     Layer classes that plugins declare atomic (`register_layer_wrappers`) are included, also without an architecture.
     """
@@ -50,12 +50,12 @@ def cuts(architecture: ArchitectureSpec | None) -> dict[str, Any]:
 
 
 def partition_by(architecture: ArchitectureSpec | None, module: nn.Module) -> Partition:
-    """Return the blocks, and the parameters outside of them, that `wrap` would cut a module into."""
+    """Return a `Partition`: the blocks, and the parameters outside of them, that `wrap` would cut a module into."""
     return partition(module, **{name: cut for name, cut in cuts(architecture).items() if name != "high_precision"})
 
 
 def stacks_of(module: nn.Module) -> tuple[Stack, ...]:
-    """Return the stacks of repeated blocks that the architecture of a module declares, in that order."""
+    """Return a tuple of `Stack`s of repeated blocks, as a module's architecture declares them; empty without one."""
     architecture = architecture_of(module)
     if architecture is None:
         return ()
@@ -63,7 +63,7 @@ def stacks_of(module: nn.Module) -> tuple[Stack, ...]:
 
 
 def long_stacks(module: nn.Module) -> tuple[Stack, ...]:
-    """Return the stacks that take most of the time: those with at least a quarter of the blocks of the longest one.
+    """Return a tuple of a module's `Stack`s that have at least a quarter of the blocks of its longest one.
 
     The refiners of Z-Image, 2 blocks beside 30, are not among them.
     """

@@ -44,7 +44,7 @@ class ControlNetInput:
             )
 
     def is_active(self, step: int, num_steps: int) -> bool:
-        """Whether it is active during a step, counted from 0.
+        """Whether the ControlNet is active during a step, counted from 0.
 
         Raises:
             ValueError: a step outside of 0 to `num_steps - 1`.

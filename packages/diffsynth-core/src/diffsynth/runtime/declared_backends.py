@@ -14,7 +14,7 @@ _in_use: set[Declared[AttentionSpec]] = set()
 
 
 def use_declared_backends() -> None:
-    """Register every declared backend once. A backend that cannot be used is left out and reported as a problem.
+    """Register every attention backend of plugins once; one that cannot be used is left out and recorded as a problem.
 
     Raises:
         BrokenPlugin: a backend cannot be used, and DIFFSYNTH_STRICT_PLUGINS is on.

@@ -36,7 +36,7 @@ class Branches:
         self._merged = merge_conditions(conditions, batch_size) if merges and len(conditions) > 1 else None
 
     def predict(self, predict: Predict, latents: Tensor, levels: Tensor) -> list[Tensor]:
-        """Return the prediction of each branch. Merged branches are predicted under one name, `cond+uncond`."""
+        """Return a list of predicted velocities, a tensor for each branch; merged branches are called `cond+uncond`."""
         if self._merged is None:
             return compute_and_gather(
                 list(self._conditions),
@@ -49,7 +49,7 @@ class Branches:
 
 
 def merge_conditions(conditions: Mapping[str, Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
-    """Return the conditions of one batch that holds all branches.
+    """Return a dict name -> condition for one batch that holds all branches of guidance (cond, uncond).
 
     Tensors that differ are concatenated along their first axis. A condition that all branches share is passed as it is,
     but a tensor with an entry for each of several results is repeated.
@@ -86,7 +86,7 @@ def check_merging(
     conditions: Collection[str],
     axis: MeshAxis,
 ) -> None:
-    """Check that the branches of a call can be merged, before anything is encoded.
+    """Raise ValueError unless the guidance branches (cond, uncond) can share one batch, before anything is encoded.
 
     Args:
         program: the pipeline's units.

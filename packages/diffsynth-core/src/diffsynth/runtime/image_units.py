@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def image_size(multiple: int, *, default: int = 1024) -> Unit:
-    """Return a unit that checks height and width and rounds them up to a multiple, with a warning if they change."""
+    """Return a `Unit` that checks height and width (pixels) and rounds them up to a multiple; it warns of a change."""
 
     def round_size(*, height: int = default, width: int = default) -> tuple[int, int]:
         _check_side("height", height)
@@ -52,7 +52,7 @@ def encode_input_image(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"] | None:
-    """Return the latents of the input image, one for all results or one for each; None without an image."""
+    """Return the latents of the input image as a tensor with an entry for each result; None without an image."""
     if input_image is None:
         return None
     pixels = images_to_batch(input_image, height=height, width=width).to(device, dtype)
@@ -72,13 +72,13 @@ def decode_image(
     tile_stride: int | tuple[int, int] = TILE_STRIDE,
     output_type: str,
 ) -> list[Image.Image] | Float[Tensor, "b 3 height width"]:
-    """Return the images of latents, as PIL images or as a tensor in [-1, 1]."""
+    """Return the images of latents: a list of PIL images, or a tensor in [-1, 1] if `output_type` is "tensor"."""
     pixels = vae.decode(latents, **image_tiling(tiled, tile_size, tile_stride))
     return pixels if output_type == "tensor" else tensor_to_images(pixels)
 
 
 def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride: int | Sequence[int]) -> Tiling:
-    """Return the tiling arguments of an image autoencoder. A size or stride that is one number is for both sides.
+    """Return a dict of tiling arguments for an image autoencoder; a size or stride of one number is for both sides.
 
     Args:
         tiled: whether it works tile by tile; None is no, unless a memory plan turned it on.
@@ -96,7 +96,7 @@ def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride
 
 
 def check_tiling(values: Mapping[str, Any]) -> None:
-    """Check the tiling arguments of a call before anything runs; see `image_tiling` for the errors."""
+    """Raise ValueError unless the tiling arguments of a call are valid; see `image_tiling`."""
     image_tiling(*(values[name] for name in ("tiled", "tile_size", "tile_stride")))
 
 

@@ -27,16 +27,16 @@ class PlannablePipeline(Protocol):
     __signature__: inspect.Signature
 
     def check(self, **arguments: Any) -> Request:
-        """Check the arguments of a call without making it."""
+        """Return the checked arguments of a call as a `Request`, without making the call."""
 
     def call_values(self, request: Request) -> CallValues:
-        """Return the values that the units of a call start from."""
+        """Return the `CallValues` that the units of a call start from."""
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the roles that `velocity()` calls at a noise level."""
+        """Return a tuple of the roles (component names) that `velocity()` calls at a noise level."""
 
     def denoise(self, request: Request, values: CallValues) -> Tensor:
-        """Return the latents at the end of the schedule."""
+        """Run the denoising loop and return the latents, a tensor, at the end of the schedule."""
 
     def decode(self, request: Request, values: CallValues, latents: Tensor) -> Any:
-        """Return the output of the output units."""
+        """Run the output units and return what they output, such as images."""

@@ -23,7 +23,7 @@ def load(
     policy: Policies = None,
     base_path: Path | str | None = None,
 ) -> Pipeline:
-    """Return the pipeline of a model, with all its components loaded.
+    """Return the `Pipeline` of a model, with all its components loaded.
 
     Args:
         name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.

@@ -50,7 +50,7 @@ class LoRAMethods:
 
     @property
     def loras(self) -> tuple[LoadedLoRA, ...]:
-        """The LoRAs that are loaded, in the order of loading."""
+        """The LoRAs that are loaded: a tuple of `LoadedLoRA`, in the order of loading."""
         return tuple(vars(self).get("_loras", ()))
 
     def load_lora(
@@ -100,7 +100,7 @@ class LoRAMethods:
             logger.info("%s: %d layers of %s changed, %s, alpha=%g", lora.where, len(fitted.layers), role, how, alpha)
 
     def clear_lora(self) -> None:
-        """Remove all hot LoRAs from all components; fused ones stay in the weights."""
+        """Remove all hot LoRAs (computed beside the weights) from all components; fused ones stay in the weights."""
         modules = [part for part in self.components.values() if isinstance(part, nn.Module)]
         cleared = sum(clear_hot(module) for module in modules)
         vars(self)["_loras"] = [lora for lora in self.loras if not lora.hot]

@@ -53,7 +53,7 @@ class MemoryOptions:
     policies: Policies = field(default=None)
 
     def check_roles(self, roles: Mapping[str, Any]) -> None:
-        """Check that the pipeline has every role that a policy is given for.
+        """Raise ValueError if a policy is given for a role that the pipeline does not have.
 
         Raises:
             ValueError: an unknown role.
@@ -63,7 +63,7 @@ class MemoryOptions:
                 raise ValueError(f"policy for {role!r}, which is no role{did_you_mean(role, roles)} {', '.join(roles)}")
 
     def policy(self, role: str, config: ModelConfig | None = None) -> Policy | None:
-        """Return the policy of a component, or None for one that stays on the device.
+        """Return the `Policy` of a component, or None for one that stays on the device.
 
         Raises:
             ValueError: an unknown preset, an incomplete set of the eight keys, a device or dtype that is not available.
@@ -89,17 +89,17 @@ class MemoryOptions:
 
     @property
     def auto_call(self) -> dict[str, Any]:
-        """The arguments of the call that the policy "auto" is chosen for."""
+        """The arguments, a dict, of the call that the policy "auto" is chosen for; empty for the default call."""
         every = self.policies.values() if isinstance(self.policies, Mapping) else [self.policies]
         return dict(next((each.call for each in every if isinstance(each, Auto)), {}))
 
     def with_presets(self, presets: Mapping[str, str], roles: Iterable[str]) -> MemoryOptions:
-        """Return a copy with these presets in place of "auto"; the policies of the other `roles` stay."""
+        """Return `MemoryOptions` with these presets in place of "auto"; the policies of the other `roles` stay."""
         fixed = {role: wanted for role in roles if (wanted := self._wanted(role)) is not None}
         return replace(self, policies=fixed | dict(presets))
 
     def check_limit(self, role: str, module: nn.Module, *, architecture: ArchitectureSpec, policy: Policy) -> None:
-        """Check that the limit has room for the largest block of a component and the weights outside of blocks.
+        """Raise NotEnoughMemory unless a component's largest block and its weights outside of blocks fit the limit.
 
         Activations are not counted: a plan counts them when the call is known.
 
@@ -126,7 +126,7 @@ class MemoryOptions:
     def read(
         self, module: nn.Module, source: ComponentSource, *, architecture: ArchitectureSpec, policy: Policy
     ) -> nn.Module:
-        """Wrap the module that `open_component` returned; its weights are read to where the policy stores them.
+        """Wrap and return a module that `open_component` returned; its weights are read to where the policy says.
 
         Raises:
             ValueError: see `check_source`.
@@ -151,7 +151,7 @@ class MemoryOptions:
 
 
 def for_call(policies: Policies, call: Mapping[str, Any]) -> Policies:
-    """Return the policies with "auto" chosen for a call with these arguments; those of an `Auto` have precedence."""
+    """Return the policies with "auto" as an `Auto` of these call arguments; those of an `Auto` have precedence."""
     if isinstance(policies, Mapping):
         return {role: for_call(policy, call) for role, policy in policies.items()}  # type: ignore[misc]
     if policies == AUTO:
@@ -166,7 +166,7 @@ def choose_before_reading(
     processors: Mapping[str, Any],
     configs: Mapping[str, ModelConfig],
 ) -> MemoryOptions:
-    """Return the options of a pipeline that is being loaded, with "auto" replaced by a preset.
+    """Return the `MemoryOptions` of a pipeline that is being loaded, with "auto" replaced by a preset.
 
     Args:
         build: makes the pipeline from components by role; roles that are left out are empty.
@@ -187,7 +187,9 @@ def choose_before_reading(
 def choose(
     pipe: PlannablePipeline, options: MemoryOptions, configs: Mapping[str, ModelConfig] | None = None
 ) -> MemoryOptions:
-    """Return the options of a pipeline with "auto" replaced by "dynamic" or "fp8"; arguments and errors as above.
+    """Return the `MemoryOptions` of a pipeline with "auto" replaced by "dynamic" or "fp8".
+
+    Errors are those of `choose_before_reading`.
 
     Components that are wrapped already keep their policies. "dynamic" is chosen without a limit, and with a warning
     where the call cannot be planned or the limit cannot be kept.

@@ -46,12 +46,15 @@ class FixedLengthTokenizer:
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def apply_chat_template(self, messages: Any, *, tokenize: bool = True, **options: Any) -> Any:
-        """Return an empty text, or its tokens: the number of tokens does not depend on the text."""
+        """Return the tokens of a chat as a `BatchEncoding`; an empty text unless `tokenize`.
+
+        The number of tokens does not depend on the messages.
+        """
         return self("", **options) if tokenize else ""
 
 
 def without_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a component on meta, with the same shapes and dtypes; the component itself does not change.
+    """Return a copy of a component (a module) on meta, without data; the component itself does not change.
 
     Args:
         module: of a pipeline; it may be wrapped.
@@ -80,7 +83,7 @@ def without_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def declared_components(record: ModelRecord, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Return the components of a model on meta, by role, from its files' headers or else from published layouts.
+    """Return a dict role -> module on meta for a model, built from its files' headers or else from published layouts.
 
     Args:
         record: of the model.

@@ -133,7 +133,7 @@ class Pipeline(LoRAMethods):
         policy: Policies = None,
         **processor_configs: Any,
     ) -> Pipeline:
-        """Return a pipeline with every component loaded from files.
+        """Return a `Pipeline` whose components are loaded from files.
 
         Args:
             torch_dtype: of parameters and activations.
@@ -163,7 +163,7 @@ class Pipeline(LoRAMethods):
     def from_components(
         cls, *, device: torch.device | str | None = None, torch_dtype: torch.dtype = torch.bfloat16, **components: Any
     ) -> Pipeline:
-        """Return a pipeline of components in memory, by role; modules are moved to `device` and `torch_dtype`.
+        """Return a `Pipeline` of components in memory, by role; modules are moved to `device` and `torch_dtype`.
 
         Roles that are left out stay empty: a pipeline in training may hold an autoencoder alone.
         """
@@ -175,7 +175,7 @@ class Pipeline(LoRAMethods):
 
     @property
     def transfers(self) -> Mapping[str, TransferReport]:
-        """The transfers of each component under a policy so far: role -> report, which can be printed."""
+        """The weight transfers so far of each component under a policy: role -> printable `TransferReport`."""
         return self._offloader.reports
 
     def named(self, name: str, defaults: Mapping[str, Any]) -> Pipeline:
@@ -219,7 +219,7 @@ class Pipeline(LoRAMethods):
 
     @classmethod
     def call_signature(cls, defaults: Mapping[str, Any] | None = None) -> inspect.Signature:
-        """Return the signature of a call, arguments of units that plugins add included, without loading anything.
+        """Return the `inspect.Signature` of a call, with arguments of units that plugins add; nothing is loaded.
 
         Args:
             defaults: argument -> default of a model, in place of the class's.
@@ -231,7 +231,7 @@ class Pipeline(LoRAMethods):
 
     @classmethod
     def build_program(cls) -> Program:
-        """Return the checked units of the pipeline, those that plugins add included.
+        """Return the pipeline's units, those that plugins add included, as a checked `Program`.
 
         Raises:
             InvalidPipeline: units do not fit together.
@@ -240,7 +240,10 @@ class Pipeline(LoRAMethods):
         return check_units(with_added_units(cls, cls.units, roles=cls.roles, provided=provided), provided)
 
     def check(self, **arguments: Any) -> Request:
-        """Check the arguments of a call without making it; return them, completed. Errors are those of the call."""
+        """Check the arguments of a call without making it; return them, with defaults, as a `Request`.
+
+        Errors are those of the call.
+        """
         request = check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
         self._step_cache_session(request)
         check_attention(request.loop.attention, self.device, self.dtype)
@@ -249,7 +252,9 @@ class Pipeline(LoRAMethods):
         return request
 
     def parallel(self, *, cfg: int = 1, sequence: int | None = None) -> Pipeline:
-        """Compute calls together with the other processes of `torch.distributed`; all must make the same calls.
+        """Set the pipeline to compute calls together with the other processes of `torch.distributed`, and return it.
+
+        All processes must make the same calls.
 
         `docs/parallel.md` has the details.
 
@@ -279,7 +284,7 @@ class Pipeline(LoRAMethods):
         compile_models: Sequence[str] | None = None,
         **options: Any,
     ) -> None:
-        """Compile the repeated blocks of the networks with `torch.compile`, at their first call.
+        """Set up `torch.compile` for the repeated blocks of the networks; each is compiled at its first call.
 
         Args:
             mode, dynamic, fullgraph, options: of `torch.compile`; with `dynamic` all sizes share one compiled code.
@@ -305,7 +310,7 @@ class Pipeline(LoRAMethods):
         device: torch.device | str | None = None,
         **arguments: Any,
     ) -> MemoryPlan:
-        """Return a plan of a call without making it: memory by stage, transfers, seconds.
+        """Return a `MemoryPlan` of a call without making it: memory by stage, transfers, seconds.
 
         Args:
             vram_limit, ram_limit: GiB to plan for, see `plan_memory`; the limit of this pipeline is not used.
@@ -322,7 +327,7 @@ class Pipeline(LoRAMethods):
         return plan_call(self, arguments, device=self.device if device is None else device, **limits)
 
     def velocity(self, latents: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        """Return `dx/dsigma = noise - x0` at a noise level, in the shape of `latents`.
+        """Return a tensor `dx/dsigma = noise - x0` at a noise level, in the shape of `latents`.
 
         Args:
             latents: `b c h w` or `b c t h w`.
@@ -332,7 +337,7 @@ class Pipeline(LoRAMethods):
         raise NotImplementedError
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the roles that `velocity()` calls at a noise level; `loop_roles` unless experts alternate.
+        """Return the roles (component names) used by `velocity()` at a noise level; `loop_roles` without experts.
 
         Args:
             sigma: noise level in (0, 1].
@@ -342,13 +347,13 @@ class Pipeline(LoRAMethods):
 
     @classmethod
     def conditions(cls, *, required_only: bool = False) -> frozenset[str]:
-        """Return the names that `velocity()` reads, or only those without a default if `required_only`."""
+        """Return a frozenset of the names that `velocity()` reads; only those without a default if `required_only`."""
         parameters = inspect.signature(cls.velocity).parameters.values()
         named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
         return frozenset(each.name for each in named if not required_only or each.default is each.empty)
 
     def run_units(self, units: Sequence[Unit], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Run some units on the `cond` branch, with gradients if they are enabled; for training.
+        """Run some units on the `cond` branch, with gradients if enabled; return a dict name -> value. For training.
 
         Args:
             units: some of `self.units`, in order; see `needed_for` and `split`.
@@ -366,7 +371,7 @@ class Pipeline(LoRAMethods):
         return call_values.for_branch("cond")
 
     def condition_units(self, *also: str) -> tuple[Unit, ...]:
-        """Return the units that are needed for what `velocity()` reads and for further names."""
+        """Return a tuple of the units that are needed for what `velocity()` reads and for the names `also`."""
         return needed_for(self.program.units, {*self.conditions(), *also})
 
     def __getattr__(self, name: str) -> Any:
@@ -376,7 +381,7 @@ class Pipeline(LoRAMethods):
         raise AttributeError(f"{type(self).__name__} has no {name!r}{did_you_mean(name, type(self).roles)}")
 
     def call_values(self, request: Request) -> CallValues:
-        """Return the values that the units of a call start from: its arguments, and what the pipeline sets."""
+        """Return the `CallValues` that the units of a call start from: its arguments, and what the pipeline sets."""
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
         seeds = self.mesh.broadcast_seeds(request.seeds)
         provided = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
@@ -385,7 +390,7 @@ class Pipeline(LoRAMethods):
         return CallValues({**request.values, **loop, **provided}, branches)
 
     def denoise(self, request: Request, values: CallValues) -> Tensor:
-        """Run the denoising loop; return the latents at the end of the schedule, in fp32.
+        """Run the denoising loop; return the latents at the end of the schedule, an fp32 tensor.
 
         Args:
             request: the checked call.
@@ -442,7 +447,7 @@ class Pipeline(LoRAMethods):
             return euler(velocity, latents, sigmas, on_step=on_step, progress=progress)
 
     def decode(self, request: Request, values: CallValues, latents: Tensor) -> Any:
-        """Run the output units; return one result for a request of a single one, else all of them.
+        """Run the output units and return their output; for a request of a single result, a list's only item.
 
         Args:
             request: the checked call.
@@ -463,11 +468,11 @@ class Pipeline(LoRAMethods):
 
     @classmethod
     def _from_some(cls, components: Mapping[str, Any], **options: Any) -> Pipeline:
-        """Return a pipeline whose other roles are empty."""
+        """Return a `Pipeline` of some components; its other roles are empty."""
         return cls(dict.fromkeys(cls.roles) | dict(components), **options)
 
     def _check_program(self) -> None:
-        """Check that roles exist and that every name is written before it is read.
+        """Raise InvalidPipeline unless roles exist and every name is written before it is read.
 
         Raises:
             InvalidPipeline: naming the unit.
@@ -491,7 +496,7 @@ class Pipeline(LoRAMethods):
                 )
 
     def _planned_request(self, arguments: Mapping[str, Any]) -> Request:
-        """Check a call and add the plan that keeps the limit; the plan may turn tiles on."""
+        """Return the checked `Request` of a call, with a plan if a limit is to be kept; the plan may turn tiles on."""
         request = self.check(**arguments)
         if self.plan_cache is None:
             return request
@@ -509,7 +514,7 @@ class Pipeline(LoRAMethods):
         return self.decode(request, values, latents)
 
     def _fact_values(self) -> dict[str, Any]:
-        """Return the facts of the components that are loaded: name -> value."""
+        """Return a dict name -> value of the facts (config fields that units read) of the loaded components."""
         paths = {name: path.split(".") for name, path in self.facts.items()}
         loaded = {name: (self.components[role], field) for name, (role, field) in paths.items()}
         return {name: getattr(part.config, field) for name, (part, field) in loaded.items() if part is not None}
@@ -531,7 +536,7 @@ class Pipeline(LoRAMethods):
 
 
 def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy of `__call__` for a subclass, whose signature can differ from that of the base class."""
+    """Return a function that calls `__call__`, for a subclass: its signature can differ from the base class's."""
 
     @functools.wraps(function)
     def call(self: Pipeline, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:

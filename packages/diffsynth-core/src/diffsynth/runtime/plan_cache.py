@@ -39,7 +39,7 @@ class PlanCache:
         self._lock = threading.Lock()
 
     def plan(self, request: Request, arguments: Mapping[str, Any]) -> MemoryPlan:
-        """Return the plan of a call.
+        """Return the `MemoryPlan` of a call: a new one for the first call of these sizes, else that of the first.
 
         Args:
             request: the checked call.
@@ -75,7 +75,7 @@ class PlanCache:
 
 
 def _size_key(value: Any) -> Any:
-    """Return the part of an argument's value that sizes may depend on, as a hashable value."""
+    """Return a hashable key for the sizes in a value: itself if plain, an image's or tensor's size, or a type name."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Image.Image):

@@ -62,7 +62,7 @@ def plan_call(
     storages: Mapping[str, WeightStorage] | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> MemoryPlan:
-    """Return the memory plan of one call of a pipeline.
+    """Return the `MemoryPlan` of one call of a pipeline in memory.
 
     Args:
         pipe: with its components, on any device, meta included; nothing of it changes.
@@ -126,7 +126,7 @@ def plan_model(
     dtype: str = "bfloat16",
     **limits: Any,
 ) -> MemoryPlan:
-    """Return the memory plan of one call of a model, without its weights and without using the device.
+    """Return the `MemoryPlan` of one call of a model, without its weights and without using the device.
 
     Args:
         record: of the model.
@@ -142,7 +142,7 @@ def plan_model(
 
 
 def check_before_loading(record: ModelRecord, arguments: Mapping[str, Any]) -> None:
-    """Check the arguments of a call of a model before its weights are read.
+    """Raise the error that a call of a model would raise for its arguments, before weights are read.
 
     Not checked are what depends on the device, and models whose files are neither here nor declared by a plugin.
 
@@ -183,7 +183,7 @@ def _storages(
 
 
 def _unloaded(record: ModelRecord, dtype: torch.dtype) -> PlannablePipeline:
-    """Return the pipeline of a model on meta, without its processors.
+    """Return the `Pipeline` of a model with its components on meta (no weights) and without its processors.
 
     Raises:
         Unplannable: a file is neither here nor declared.
@@ -206,7 +206,7 @@ def _base_memory(pipe: PlannablePipeline) -> int:
 
 
 def _on_meta(pipe: PlannablePipeline, arguments: Mapping[str, Any], prompt_tokens: int) -> PlannablePipeline:
-    """Return a copy of a pipeline on meta, without weights."""
+    """Return a copy of a pipeline whose modules are on meta, without weights."""
     components: dict[str, Any] = {}
     for role, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -221,7 +221,9 @@ def _on_meta(pipe: PlannablePipeline, arguments: Mapping[str, Any], prompt_token
 
 
 def _tiles_argument(pipe: PlannablePipeline, arguments: Mapping[str, Any]) -> bool | None:
-    """Return whether the call asks for tiles; None leaves it to the plan, also where a pipeline's default is not True.
+    """Return whether the call asks for tiles, a bool, or None, which leaves it to the plan.
+
+    A pipeline's default that is not True leaves it to the plan, too.
 
     A pipeline without the argument `tiled`, or without the component that it is for, works without tiles.
     """
@@ -242,7 +244,7 @@ def _trace(
     *,
     loops: bool = True,
 ) -> list[StageCost]:
-    """Return the cost of each stage of a call, in running order; without `loops`, the stages of the loop are left out.
+    """Return a list of the `StageCost`s of a call, in running order; without `loops` those of the loop are left out.
 
     Args:
         pipe: on meta.
@@ -309,13 +311,13 @@ def _run_stages(pipe: PlannablePipeline, request: Request, stage: Any, *, decode
 def _steps_by_roles(
     pipe: PlannablePipeline, sigmas: Tensor, values: Mapping[str, Any]
 ) -> list[tuple[tuple[str, ...], list[tuple[float, float]]]]:
-    """Return the steps, as pairs of noise levels, in runs of steps that use the same roles."""
+    """Return a list of (roles, steps) per run of steps with equal roles; a step is (noise level, next noise level)."""
     pairs = list(pairwise(sigmas.tolist()))
     return [(roles, list(run)) for roles, run in groupby(pairs, lambda pair: pipe.roles_at(pair[0], values))]
 
 
 def _block_calls(trace: StageTrace, roles: Sequence[str], traced: int) -> tuple[BlockCall, ...]:
-    """Return the block calls of the last step that was traced, and one call for all operations outside of blocks."""
+    """Return a tuple: the `BlockCall`s of the last traced step, and one for all operations outside of blocks."""
     count = len(trace.block_calls) // traced
     calls = trace.block_calls[len(trace.block_calls) - count :]
     rest = trace.flops // traced - sum(call.flops for call in calls)
@@ -332,7 +334,7 @@ def _joined(first: StageCost, second: StageCost) -> StageCost:
 
 
 def _with_tiles(whole: StageCost, tiled: Sequence[StageCost]) -> StageCost:
-    """Return the cost of a stage with that of its tiled run beside it, if the two differ."""
+    """Return the `StageCost` of a stage, with the costs of its tiled run added if they differ."""
     same = next((stage for stage in tiled if stage.name == whole.name), None)
     if same is None or (same.activations, same.block_calls) == (whole.activations, whole.block_calls):
         return whole
@@ -340,7 +342,7 @@ def _with_tiles(whole: StageCost, tiled: Sequence[StageCost]) -> StageCost:
 
 
 def _blocks(module: nn.Module, wrapped: ManagedModule | None) -> dict[str, nn.Module]:
-    """Return the blocks of a component by name, cut as it is wrapped or as `wrap` would cut it."""
+    """Return a dict name -> module of the blocks of a component, cut as it is wrapped or as `wrap` would cut it."""
     if wrapped is not None:
         return {name: module.get_submodule(name) for name in wrapped.blocks}
     return {block.name: block.module for block in partition_by(architecture_of(module), module).blocks}

@@ -25,5 +25,5 @@ def progress_bar(items: Iterable[Item], *, description: str = "denoise", total: 
 
 
 def no_progress(items: Iterable[Item]) -> Iterable[Item]:
-    """Return the items without showing a bar: `pipe(..., progress_bar_cmd=no_progress)`."""
+    """Return the items unchanged, so that no progress bar is shown: `pipe(..., progress_bar_cmd=no_progress)`."""
     return items

@@ -117,7 +117,7 @@ class Request:
 
 
 def build_signature(program: Program, loop: LoopArguments, defaults: Mapping[str, Any]) -> inspect.Signature:
-    """Return the arguments of a pipeline: those of units in running order, then the loop's; `prompt` is positional.
+    """Return an `inspect.Signature`: arguments of units in running order, then the loop's; `prompt` is positional.
 
     Args:
         program: the units.
@@ -153,7 +153,7 @@ def check_request(
     *,
     per_image: Sequence[str],
 ) -> Request:
-    """Check the arguments of a call and return them as a request.
+    """Check the arguments of a call and return them as a `Request`.
 
     Args:
         arguments: as the caller passed them.
@@ -181,7 +181,7 @@ def check_request(
 
 
 def reject_unknown(arguments: Iterable[str], signature: inspect.Signature) -> None:
-    """Check that a signature has all of these arguments.
+    """Raise TypeError for an argument that a signature does not have.
 
     Raises:
         TypeError: an unknown argument, with the nearest spelling.

@@ -34,17 +34,17 @@ class StageOffloader:
 
     @property
     def is_needed(self) -> bool:
-        """Whether a component of the pipeline is wrapped."""
+        """Whether any component of the pipeline is wrapped, so that its weights are moved."""
         return bool(self._managed)
 
     @property
     def reports(self) -> dict[str, TransferReport]:
-        """The transfers of each wrapped component: role -> report."""
+        """The weight transfers of each wrapped component: dict role -> `TransferReport`."""
         return {role: module.report for role, module in self._managed.items()}
 
     @contextmanager
     def on_device(self, roles: Collection[str], stage: str = "", plan: MemoryPlan | None = None) -> Iterator[None]:
-        """Load these roles on the device inside the `with`; stages of other threads on the device wait.
+        """Context manager that loads these roles' components on the device; other threads' stages there wait.
 
         Args:
             roles: the roles that the stage uses.
@@ -68,7 +68,7 @@ class StageOffloader:
                 self._managed[role].prepare()
 
     def begin_step(self, roles: Collection[str], *, is_first: bool) -> None:
-        """Begin a step of the loop.
+        """Notify the wrapped components of these roles that a step of the loop begins.
 
         Args:
             roles: the roles that the step uses.
@@ -82,7 +82,7 @@ class StageOffloader:
     def overlapped_swap(
         self, roles: Collection[str], following: Collection[str], stage: str, plan: MemoryPlan | None
     ) -> Iterator[None]:
-        """Load the roles of the next step while the last step of other roles runs inside the `with`.
+        """Context manager for the last step of these roles: the roles of the next step are loaded while it runs.
 
         Args:
             roles: the roles of this step.
@@ -104,7 +104,7 @@ class StageOffloader:
             yield
 
     def end_call(self, plan: MemoryPlan | None) -> None:
-        """Offload the components that the plan evicts between stages; without a plan, all of them."""
+        """Offload the components that the plan evicts between stages; without a plan, all wrapped ones."""
         for role, module in self._managed.items():
             if plan is None or role in plan.evicted:
                 module.leave()
@@ -150,7 +150,7 @@ class ExpertSwitcher:
 def _configure(
     plan: MemoryPlan, stage: str, roles: Collection[str], modules: Mapping[str, ManagedModule]
 ) -> list[ManagedModule]:
-    """Set resident blocks and slots of a stage's components as planned; return the modules that may stay loaded.
+    """Set resident blocks and slots of a stage's components as planned; return a list of modules that may stay loaded.
 
     A stage without a line in the plan costs next to nothing; its components keep the settings of another stage.
     """
@@ -161,7 +161,7 @@ def _configure(
 
 
 def _spare_room(plan: MemoryPlan, stage: str, roles: Collection[str], coming: Mapping[str, ManagedModule]) -> int:
-    """Return the bytes on the device that the components of the next step may take while a stage still runs."""
+    """Return the room, in bytes on the device, for the next step's components while a stage still runs."""
     staying = sum(module.footprint(role).whole for role, module in coming.items() if role not in plan.evicted)
     lines = _lines(plan, stage, roles)
     if plan.vram_limit is None or not lines:
@@ -170,7 +170,7 @@ def _spare_room(plan: MemoryPlan, stage: str, roles: Collection[str], coming: Ma
 
 
 def _lines(plan: MemoryPlan, stage: str, roles: Collection[str]) -> list[StagePlan]:
-    """Return the plan's lines for a stage, for the expert with these roles if experts have lines of their own."""
+    """Return a list of a stage's `StagePlan`s; only those of the expert with these roles if each expert has its own."""
     lines = [line for line in plan.stages if line.name == stage] if stage != "denoise" else list(plan.loop)
     # A role of a line may be empty or not loaded, so a line needs only some of `roles`.
     return [line for line in lines if set(line.roles) <= set(roles)] or lines

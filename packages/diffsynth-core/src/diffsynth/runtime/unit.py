@@ -76,7 +76,7 @@ class Unit:
         return self.function(*roles, **reads)
 
     def run(self, components: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Call the function with the components and values that it names; return written name -> value.
+        """Call the function with the components and values that it names; return a dict written name -> value.
 
         Raises:
             MissingComponent: a value is missing, because a role of the unit that writes it is not loaded.
@@ -107,7 +107,7 @@ def unit(
     requires: Sequence[str] = (),
     only_with: str = "",
 ) -> Callable[[Callable[..., Any]], Unit]:
-    """Return a decorator that turns a function into a unit.
+    """Return a decorator that turns a function into a `Unit`.
 
     Args:
         writes: names of the results. A function that writes one name returns its value, else a tuple in this order.
@@ -163,7 +163,7 @@ class Program:
     writes: frozenset[str]
 
     def owners(self, argument: str) -> list[Unit]:
-        """Return the units that read an argument, in any branch."""
+        """Return a list of the units that read an argument, in any branch."""
         return [step for step in self.units if argument in _argument_names(step)]
 
     def is_used(self, step: Unit, values: Mapping[str, Any]) -> bool:
@@ -178,7 +178,7 @@ class Program:
 
 
 def check_units(units: Sequence[Unit], provided: Collection[str]) -> Program:
-    """Check that every name has a value when a unit reads it; return the units as a program.
+    """Return the units as a `Program`; raise InvalidPipeline unless every name has a value when a unit reads it.
 
     Args:
         units: in running order.
@@ -259,7 +259,7 @@ def is_enabled(step: Unit, values: Mapping[str, Any]) -> bool:
 
 
 def needed_roles(step: Unit) -> tuple[str, ...]:
-    """Return the roles without which the unit does not run."""
+    """Return a tuple of the roles (component names) without which the unit does not run."""
     return (*(role for role in step.roles if role not in step.optional_roles), *step.requires)
 
 
@@ -277,11 +277,11 @@ class CallValues:
 
     @property
     def branched(self) -> set[str]:
-        """The names whose values differ by branch."""
+        """The set of names whose values differ by branch."""
         return {name for values in self.branches.values() for name in values}
 
     def for_branch(self, branch: str = "shared") -> dict[str, Any]:
-        """Return the values that a unit of this branch reads."""
+        """Return a dict name -> value for a unit of this branch: shared values, overridden by those of the branch."""
         return self.shared | self.branches.get(branch, {})
 
     def write(self, branch: str, values: Mapping[str, Any]) -> None:
@@ -296,7 +296,7 @@ class CallValues:
 
 
 def needed_for(units: Sequence[Unit], names: Collection[str]) -> tuple[Unit, ...]:
-    """Return the units that write one of `names`, and the units that those read from, in running order."""
+    """Return a tuple of the units that write one of `names` and those whose results they read, in running order."""
     wanted, needed = set(names), []
     for step in reversed(units):
         if wanted & set(step.writes):
@@ -306,7 +306,7 @@ def needed_for(units: Sequence[Unit], names: Collection[str]) -> tuple[Unit, ...
 
 
 def split(units: Sequence[Unit], trained: Collection[str]) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-    """Split units into those whose results may be cached while `trained` roles are trained, and live ones.
+    """Return two tuples of units: those whose results may be cached while `trained` roles are trained, and live ones.
 
     A unit is live if it uses a trained role, draws random numbers, or reads a name that a live unit writes.
     """
@@ -347,7 +347,7 @@ def _declare(arguments: dict[str, Read], read: Read, step: Unit, units: Sequence
 
 
 def _type_text(read: Read) -> str:
-    """Return the annotation of a read as text, without module names.
+    """Return the type that a unit declares for a value, as text without module names; "untyped" if it declares none.
 
     An annotation is a type, or a text if its module postpones evaluation; both give one text.
     """
@@ -358,6 +358,6 @@ def _type_text(read: Read) -> str:
 
 
 def _owner(name: str, step: Unit, units: Sequence[Unit]) -> str:
-    """Return, for a message, the first other unit that writes or reads a name; "" if `step` is the first."""
+    """Return a text that names the first unit that writes or reads a name, for a message; "" if that unit is `step`."""
     owner = next(each for each in units if name in each.writes or name in _argument_names(each))
     return "" if owner is step else f"; it belongs to {owner.title}"

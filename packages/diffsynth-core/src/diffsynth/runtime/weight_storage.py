@@ -35,7 +35,7 @@ class WeightStorage:
 
     @classmethod
     def under(cls, policy: Policy | None, dtype: torch.dtype, wrapped: ManagedModule | None = None) -> WeightStorage:
-        """Return the storage under a policy of weights that compute in `dtype`; None is no policy."""
+        """Return the `WeightStorage` of weights that compute in `dtype` under a policy; the default without one."""
         if policy is None:
             return cls()
         stored = policy.stored_dtype(dtype)
@@ -43,13 +43,13 @@ class WeightStorage:
 
 
 def storages_under(policy: str, roles: Collection[str]) -> dict[str, WeightStorage]:
-    """Return the storage of every role under a preset or "auto"."""
+    """Return a dict role -> `WeightStorage` under a preset or "auto"; it is the same for every role."""
     known = {"fp8": WeightStorage(FP8), "disk": WeightStorage(on_disk=True), AUTO: WeightStorage(is_auto=True)}
     return dict.fromkeys(roles, known.get(policy, WeightStorage()))
 
 
 def storage_choices(storages: Mapping[str, WeightStorage], device: torch.device) -> list[dict[str, WeightStorage]]:
-    """Return the storages to choose from: the exact one first, then float8 for the open roles where it can help."""
+    """Return a list of dicts role -> `WeightStorage`: exact, and, if it can help, float8 where a plan may choose."""
     fixed = {role: replace(each, is_auto=False) for role, each in storages.items()}
     if not any(each.is_auto for each in storages.values()) or not _may_round(device):
         return [fixed]
@@ -57,7 +57,7 @@ def storage_choices(storages: Mapping[str, WeightStorage], device: torch.device)
 
 
 def storage_name(storages: Mapping[str, WeightStorage]) -> str:
-    """Return the names of storage dtypes other than the tensors' own, with roles unless all share one; or ""."""
+    """Return a text of storage dtypes other than the tensors' own, with their roles unless all share one; or ""."""
     roles: dict[str, list[str]] = {}
     for role, each in storages.items():
         if each.dtype is not None:
@@ -68,7 +68,7 @@ def storage_name(storages: Mapping[str, WeightStorage]) -> str:
 
 
 def component_footprint(role: str, module: nn.Module, storage: WeightStorage) -> ComponentFootprint:
-    """Return the bytes of a component's weights, block by block.
+    """Return a `ComponentFootprint`: bytes of each block and of the rest, stored and as computed with.
 
     Args:
         role: of the component.
@@ -95,7 +95,7 @@ def component_footprint(role: str, module: nn.Module, storage: WeightStorage) ->
 
 
 def check_policy(policy: str | None, vram_limit: float | None, device: torch.device) -> None:
-    """Check that a plan can be made for a policy, a limit and a device.
+    """Raise ValueError unless a plan can be made for a policy, a limit and a device.
 
     Raises:
         ValueError: an unknown policy, one that a limit contradicts, or a limit on the CPU.

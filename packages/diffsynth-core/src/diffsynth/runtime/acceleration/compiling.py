@@ -16,7 +16,7 @@ from diffsynth.runtime.architectures import stacks_of
 
 
 def compile_components(components: Mapping[str, Any], roles: Collection[str], **options: Any) -> None:
-    """Compile the repeated blocks of these roles, at their first call.
+    """Set up `torch.compile` for the repeated blocks of these roles' modules; each is compiled at its first call.
 
     Compiling again replaces earlier compiled code. Blocks of one class and of equal settings share compiled code. A
     component whose architecture declares no repeated blocks is compiled whole.
@@ -38,7 +38,7 @@ def compile_components(components: Mapping[str, Any], roles: Collection[str], **
 
 
 def compile_forward(module: nn.Module, **options: Any) -> None:
-    """Compile a module's own `forward`, beneath the layers that stream its weights or reuse its outputs.
+    """Set up `torch.compile` for a module's own `forward`, beneath layers that stream its weights or reuse its outputs.
 
     These layers must not be traced. Compiling again replaces earlier compiled code, also that of the user.
     """

@@ -43,7 +43,7 @@ _lock = threading.Lock()
 def step_cache_session(
     cache: StepCache | None, components: Mapping[str, Any], loop_roles: Collection[str], model_name: str | None
 ) -> StepCacheSession:
-    """Return a new session for one call.
+    """Return a new `StepCacheSession` for one call; without a step cache it does nothing.
 
     Args:
         cache: the step cache of the call; None caches nothing.
@@ -110,7 +110,7 @@ class StepCacheSession:
 
     @contextmanager
     def forward_pass(self, branch: str, *, is_last: bool) -> Iterator[None]:
-        """Evaluate the velocity of a branch once inside the `with`.
+        """Context manager in which the velocity of a branch is evaluated once, with the step caches of this call.
 
         Args:
             branch: its name; merged branches have a name of their own.
@@ -126,16 +126,16 @@ class StepCacheSession:
             self._reused.append(branch)
 
     def take_reused(self) -> tuple[str, ...]:
-        """Return the branches that skipped blocks since the last call of this method."""
+        """Return a tuple: names of the branches that skipped blocks since the last call of this method."""
         reused, self._reused = tuple(self._reused), []
         return reused
 
     def position(self, block: nn.Module) -> BlockPosition | None:
-        """Return the position of a block, or None for a block that is never skipped."""
+        """Return the `BlockPosition` of a block, or None for a block that is never skipped."""
         return self._positions.get(id(block))
 
     def history(self, network: int, branch: str, ordinal: int) -> BranchHistory:
-        """Return the history of a network in a branch, for its `ordinal`-th call in each forward pass."""
+        """Return the `BranchHistory` of a network in a branch, for its `ordinal`-th call in each forward pass."""
         key = (network, branch, ordinal)
         if key not in self._histories:
             assert self._cache is not None
@@ -193,11 +193,11 @@ class BranchHistory:
     begun: dict[int, tuple[Sequence[Any], Any]] = field(default_factory=dict)
 
     def begin(self, decider: int) -> None:
-        """Begin a forward pass of the network, with the first block of stack `decider`."""
+        """Set the history to the beginning of a forward pass of the network, whose first stack is `decider`."""
         self.index, self.decider, self.reusing, self.begun = self.index + 1, decider, False, {}
 
     def pattern_of(self, stack: int, values: Sequence[Any], result: Any, *, name: str) -> ForwardPattern:
-        """Return the pattern of a stack, derived from the first call of its first block."""
+        """Return the `ForwardPattern` of a stack, derived from the first call of its first block."""
         if stack not in self.patterns:
             self.patterns[stack] = _first_pattern(values, result, name)
         return self.patterns[stack]
@@ -234,7 +234,7 @@ class ForwardPass:
         self.reused = False
 
     def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Return the result of a block, computed or predicted."""
+        """Return the result of a block: computed, or predicted from earlier steps."""
         position = self._session.position(block)
         if position is None:
             return forward(*args, **kwargs)
@@ -255,7 +255,7 @@ class ForwardPass:
         return result
 
     def _history(self, position: BlockPosition) -> tuple[BranchHistory, bool]:
-        """Return the history for a block, and whether a call of the network begins with it."""
+        """Return (`BranchHistory` for a block, whether a call of the network begins with this block)."""
         ordinal, history = self._open.get(position.network, (-1, None))
         again = history is not None and position.block_index == 0 and position.stack_index == history.decider
         if history is not None and not again:
@@ -273,7 +273,7 @@ class ForwardPass:
         run: Callable[[], Any],
         bound: inspect.BoundArguments,
     ) -> Any:
-        """Decide at the first block of a call whether the network is skipped; return the block's result."""
+        """Decide whether a network's call is skipped; return the result, computed or predicted, of its first block."""
         values = _flat(bound)
         pattern_of = functools.partial(history.pattern_of, position.stack_index, values, name=position.stack.name)
         first_call = FirstBlockCall(history.index, self._is_last, bound.arguments, values, block, run, pattern_of)
@@ -302,7 +302,7 @@ def _install_layer(block: nn.Module) -> None:
 
 
 def _remove_layer(block: nn.Module) -> None:
-    """Remove the layer of a block when the last call that needs it is over."""
+    """Remove the step-cache layer around a block's `forward`, unless another call still uses it."""
     with _lock:
         _users[id(block)] -= 1
         if not _users[id(block)]:
@@ -311,7 +311,7 @@ def _remove_layer(block: nn.Module) -> None:
 
 
 def _first_pattern(values: Sequence[Any], result: Any, name: str) -> ForwardPattern:
-    """Return a pattern in which the streams are the first arguments, in the order in which they are returned.
+    """Return a `ForwardPattern` whose streams (hidden states) are the first arguments, in the order of the results.
 
     Raises:
         Refused: the block returns other tensors than those that it takes first.
@@ -328,7 +328,7 @@ def _first_pattern(values: Sequence[Any], result: Any, name: str) -> ForwardPatt
 
 
 def _confirmed_pattern(pattern: ForwardPattern, values: Sequence[Any], result: Any) -> ForwardPattern:
-    """Return the pattern with the order of streams corrected by the arguments of the second block.
+    """Return the `ForwardPattern`, its order of streams corrected by the arguments of the second block.
 
     The second block takes the very tensors that the first one returned; if it does not, the order is kept.
     """
@@ -342,7 +342,7 @@ def _signature(kind: type[nn.Module]) -> inspect.Signature:
 
 
 def _flat(bound: inspect.BoundArguments) -> list[Any]:
-    """Return the values of a call in order, without the module itself."""
+    """Return a list of the argument values of a call in order, `*args` one by one, without the module itself."""
     flat: list[Any] = []
     for name, value in bound.arguments.items():
         many = bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL

@@ -10,7 +10,7 @@ from diffsynth.errors import did_you_mean
 
 
 def parse_settings(text: str, known: Collection[str], *, argument: str) -> dict[str, Any]:
-    """Return the settings of a text by name; a value that is no Python literal is a text.
+    """Return a dict name -> value of the settings in a text; a value that is no Python literal stays text.
 
     Args:
         text: empty for no settings.

@@ -47,7 +47,7 @@ class StepAttention:
                 raise ValueError(f"attention: {name}={value!r}: expected an integer of at least 0")
 
     def at(self, index: int, num_steps: int) -> str:
-        """Return the backend of a step, counted from 0."""
+        """Return the name of the attention backend of a step, counted from 0."""
         is_within = self.first <= index < num_steps - self.last
         return self.backend if is_within else self.otherwise
 
@@ -57,7 +57,7 @@ AttentionArgument = StepAttention | str | None
 
 
 def parse_step_attention(value: Any) -> StepAttention | None:
-    """Return the backends of a text `name` or `name:first=2,last=2,otherwise=sdpa`; other values as they are.
+    """Return a `StepAttention` for a text `name` or `name:first=2,last=2,otherwise=sdpa`; one given, or None, as it is.
 
     Raises:
         ValueError: an unknown backend or setting, or a number out of range.
@@ -75,12 +75,12 @@ def parse_step_attention(value: Any) -> StepAttention | None:
 
 
 def attention_at(schedule: StepAttention | None, index: int, num_steps: int) -> AbstractContextManager[Any]:
-    """Return a context that uses the backend of a step; it does nothing without a schedule."""
+    """Return a context manager that sets the attention backend of a step; without a schedule it does nothing."""
     return nullcontext() if schedule is None else use_attention(schedule.at(index, num_steps))
 
 
 def check_attention(schedule: StepAttention | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Check before the first step that each backend is available for tensors of this device and dtype.
+    """Raise Refused unless each attention backend of a schedule is available for tensors of this device and dtype.
 
     A backend that refuses the shape of a layer's call raises in that layer.
 

@@ -25,7 +25,7 @@ class StepCache:
     """The settings of a step cache, for a call's argument `step_cache`."""
 
     def refuses(self, model: ModelSpec | None) -> str | None:
-        """Return why this cache cannot serve a model, or None if it can.
+        """Return the reason why this step cache cannot serve a model, as text, or None if it can.
 
         Args:
             model: None for a pipeline of files or components, which has no model name.
@@ -33,7 +33,7 @@ class StepCache:
         return None
 
     def strategy(self, model: ModelSpec | None) -> CacheStrategy:
-        """Return a new strategy for one branch of one network; `refuses(model)` returned None before."""
+        """Return a new `CacheStrategy` for one branch of one network; `refuses(model)` returned None before."""
         raise NotImplementedError
 
 
@@ -50,11 +50,11 @@ class ForwardPattern:
     is_tuple: bool
 
     def streams(self, values: Sequence[Any]) -> Streams:
-        """Return the streams among a block's arguments."""
+        """Return a tuple of the streams (hidden states) among a block's arguments."""
         return tuple(values[index] for index in self.indices)
 
     def result(self, streams: Streams) -> Any:
-        """Return streams in the form in which a block returns them."""
+        """Return streams as a block returns them: as a tuple of tensors, or the only tensor."""
         return streams if self.is_tuple else streams[0]
 
 
@@ -87,16 +87,19 @@ class FirstBlockCall:
 
     @property
     def streams(self) -> Streams:
-        """The streams that the block takes. It runs for them, because its result shows which arguments they are."""
+        """The streams (hidden states, a tuple) that the block takes.
+
+        The block runs for them, because its result shows which arguments they are.
+        """
         return self.pattern_of(self.result).streams(self.values)
 
     @property
     def output(self) -> Streams:
-        """The streams that the block returns."""
+        """The streams (hidden states, a tuple) that the block returns; it runs at the first access."""
         return as_streams(self.result)
 
     def output_of(self, name: str) -> Tensor:
-        """Return the output of a submodule of the block, while the block runs."""
+        """Run the block and return the output tensor of one of its submodules."""
         seen: dict[int, Tensor] = {}
 
         def see(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -127,26 +130,26 @@ class CacheStrategy:
         raise NotImplementedError
 
     def computed(self, stack: int, index: int, start: Streams, end: Streams) -> None:
-        """Record the streams before and after a stack that ran, in forward pass `index`."""
+        """Record, for predictions, the streams before and after a stack that ran in forward pass `index`."""
         self._changes[stack] = difference(end, start)
 
     def predicted(self, stack: int, index: int, start: Streams) -> Streams:
-        """Return the predicted streams after a stack that is skipped, in forward pass `index`."""
+        """Return the predicted streams, a tuple of tensors, after a stack that is skipped in forward pass `index`."""
         return tuple(before + change for before, change in zip(start, self._changes[stack], strict=True))
 
 
 def as_streams(result: Any) -> Streams:
-    """Return the result of a block as a tuple of streams."""
+    """Return the result of a block, a tensor or several, as a tuple of tensors."""
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def difference(now: Streams, before: Streams) -> Streams:
-    """Return `now - before`, stream by stream."""
+    """Return a tuple of tensors, `now - before` for each stream (hidden state)."""
     return tuple(a - b for a, b in zip(now, before, strict=True))
 
 
 def relative_change(now: Streams, before: Streams) -> float:
-    """Return `sum |now - before| / sum |before|` over all streams, in fp32; infinite if shapes differ.
+    """Return a float, `sum |now - before| / sum |before|` over all streams, in fp32; infinite if shapes differ.
 
     This synchronizes with the GPU.
     """

@@ -48,7 +48,7 @@ class FirstBlockCache(StepCache):
             raise ValueError(f"max_reused={self.max_reused!r}: expected at least 1, or None")
 
     def strategy(self, model: ModelSpec | None) -> CacheStrategy:
-        """Return a new strategy; see `StepCache`."""
+        """Return a new `CacheStrategy` with these settings; see `StepCache.strategy`."""
         return _FirstBlockStrategy(self)
 
 
@@ -101,7 +101,7 @@ class TaylorSeer(StepCache):
                 raise ValueError(f"{name}={value!r}: expected an integer of at least {least}{upper}")
 
     def strategy(self, model: ModelSpec | None) -> CacheStrategy:
-        """Return a new strategy; see `StepCache`."""
+        """Return a new `CacheStrategy` with these settings; see `StepCache.strategy`."""
         return _TaylorStrategy(self)
 
 
@@ -156,7 +156,7 @@ class TeaCache(StepCache):
             raise ValueError(f"threshold={self.threshold!r}: expected a finite number of at least 0")
 
     def refuses(self, model: ModelSpec | None) -> str | None:
-        """Return why the cache cannot serve a model, or None if it can; see `StepCache`."""
+        """Return the reason why this step cache cannot serve a model, as text, or None if it can; see `StepCache`."""
         if self.fitted is not None:
             return None
         named = model_named(self.model) if self.model else model
@@ -167,7 +167,7 @@ class TeaCache(StepCache):
         return None
 
     def strategy(self, model: ModelSpec | None) -> CacheStrategy:
-        """Return a new strategy; see `StepCache`."""
+        """Return a new `CacheStrategy` with these settings and the coefficients; see `StepCache.strategy`."""
         named = model_named(self.model) if self.model else model
         fitted = self.fitted or (named.tea_cache if named is not None else None)
         assert fitted is not None, "refuses() comes first"
@@ -206,7 +206,7 @@ class _TeaStrategy(CacheStrategy):
 
 
 def model_named(name: str) -> ModelSpec:
-    """Return the declaration of a model.
+    """Return the `ModelSpec` that declares a model.
 
     Raises:
         UnknownModel, AmbiguousModel: see `diffsynth.registry.get`.
@@ -223,7 +223,7 @@ StepCacheArgument = FirstBlockCache | TaylorSeer | TeaCache | str | None
 
 
 def parse_step_cache(value: Any) -> StepCache | None:
-    """Return the step cache of a text `name` or `name:setting=value,setting=value`; a step cache and None as they are.
+    """Return a `StepCache` for a text `name` or `name:setting=value,setting=value`; a step cache and None as they are.
 
     Raises:
         ValueError: an unknown name or setting, or a value out of range.

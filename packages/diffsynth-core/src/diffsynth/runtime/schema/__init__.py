@@ -35,7 +35,7 @@ class SchemaMethod:
 
 
 def model_schema(name: str) -> dict[str, Any]:
-    """Return the schema of a model's call, by name, without reading a file of the model.
+    """Return the JSON Schema of a model's call as a dict, without reading a file of the model.
 
     Args:
         name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.
@@ -52,7 +52,7 @@ def model_schema(name: str) -> dict[str, Any]:
 
 
 def describe(subject: Any, *, title: str | None = None, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the JSON Schema of a pipeline's call.
+    """Return the JSON Schema of a pipeline's call as a dict.
 
     Args:
         subject: a subclass of `Pipeline`, or an instance, which has its model's name and defaults.
@@ -91,7 +91,7 @@ def describe(subject: Any, *, title: str | None = None, defaults: Mapping[str, A
 
 
 def _property(parameter: inspect.Parameter, program: Program, text: str) -> dict[str, Any] | None:
-    """Return the schema of an argument, or None for one that JSON cannot hold."""
+    """Return the JSON Schema of an argument as a dict, or None for an argument that JSON cannot hold."""
     found = schema_of(type_of(parameter, program))
     if found is None:
         return None

@@ -28,7 +28,7 @@ _IMAGE = {
 
 
 def type_of(parameter: inspect.Parameter, program: Program) -> Any:
-    """Return the type of an argument; the text of the annotation where its names are imported for type checkers only.
+    """Return an argument's type, or the text of its annotation where names are imported for type checkers only.
 
     Args:
         parameter: of a pipeline's signature; its annotation may be a text.
@@ -46,7 +46,7 @@ def type_of(parameter: inspect.Parameter, program: Program) -> Any:
 
 
 def schema_of(kind: Any) -> Schema | None:
-    """Return the schema of a type's values, or None if JSON can hold none of them.
+    """Return the JSON Schema of a type's values as a dict, or None if JSON can hold none of them.
 
     `x-diffsynth-host-types` lists the members of a union that JSON cannot hold.
     """
@@ -114,7 +114,7 @@ def _class(kind: type) -> Schema | None:
 
 
 def _dataclass(kind: type) -> Schema:
-    """Return the schema of an object with the fields that JSON can hold; the other fields get their defaults."""
+    """Return the JSON Schema of a dataclass with the fields that JSON can hold; the other fields get their defaults."""
     hints = typing.get_type_hints(kind)
     fields = [field for field in dataclasses.fields(kind) if field.init]
     properties: dict[str, Schema] = {}

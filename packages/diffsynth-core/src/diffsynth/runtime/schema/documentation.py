@@ -36,7 +36,7 @@ _KEYWORD = {
 
 
 def documented(cls: type, program: Program) -> dict[str, str]:
-    """Return the description of each argument. Descriptions of the family have precedence over those of shared units.
+    """Return a dict argument -> description; a family's descriptions have precedence over those of shared units.
 
     Args:
         cls: the pipeline class.
@@ -51,7 +51,7 @@ def documented(cls: type, program: Program) -> dict[str, str]:
 
 
 def with_range(schema: dict[str, Any], text: str) -> dict[str, Any]:
-    """Return a schema with the ranges that a description states for its numbers."""
+    """Return a JSON Schema with the ranges added that a description states for its numbers."""
     if "anyOf" in schema:
         return {**schema, "anyOf": [with_range(one, text) for one in schema["anyOf"]]}
     if schema.get("type") not in ("integer", "number"):
@@ -88,7 +88,7 @@ def _typed_dicts(cls: type) -> Iterator[Any]:
 
 
 def _with_groups(whole: Any) -> Iterator[Any]:
-    """Yield a `TypedDict` and those that it inherits from, which Python 3.11 does not record."""
+    """Yield a `TypedDict` and those of its module whose fields it has: Python 3.11 does not record base classes."""
     yield whole
     for kind in vars(sys.modules[whole.__module__]).values():
         if (
