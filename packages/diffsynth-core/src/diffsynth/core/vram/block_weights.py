@@ -26,7 +26,7 @@ class BlockWeights(Protocol):
     memory: Tensor | None
 
     def fill(self, memory: Tensor) -> None:
-        """Write the packed weights to host memory of `stored_bytes` bytes."""
+        """Write the block's packed weights into `memory`, a host tensor of at least `stored_bytes` bytes."""
 
 
 class HostWeights:
@@ -43,7 +43,7 @@ class HostWeights:
 
     @classmethod
     def copy(cls, packing: Packing, tensors: Mapping[str, Tensor], memory: Tensor) -> HostWeights:
-        """Copy tensors into host memory.
+        """Copy the tensors into `memory`, a host tensor, and return the `HostWeights` that hold it.
 
         Args:
             packing: layout of the weights.
@@ -56,12 +56,12 @@ class HostWeights:
 
     @classmethod
     def read(cls, weights: BlockWeights, memory: Tensor) -> HostWeights:
-        """Read the weights of another source into host memory of `stored_bytes` bytes, which is held."""
+        """Write the weights of a block into `memory`, a host tensor, and return the `HostWeights` that hold it."""
         weights.fill(memory)
         return cls(weights.packing, memory)
 
     def fill(self, memory: Tensor) -> None:
-        """Write the packed weights to host memory of `stored_bytes` bytes."""
+        """Write the block's packed weights into `memory`, a host tensor of at least `stored_bytes` bytes."""
         assert self.memory is not None
         memory[: self.packing.stored_bytes].copy_(self.memory)
 
@@ -80,7 +80,7 @@ class DiskWeights:
         self._source = source
 
     def fill(self, memory: Tensor) -> None:
-        """Read the packed weights into host memory of `stored_bytes` bytes.
+        """Read the packed weights from their file into `memory`, a host tensor of at least `stored_bytes` bytes.
 
         Raises:
             CorruptFile: the file changed since its header was read, or cannot be read.
@@ -89,7 +89,7 @@ class DiskWeights:
 
 
 def check_source(policy: Policy, source: ComponentSource | None, name: str) -> None:
-    """Check that weights can be read from disk block by block, if the policy stores them there.
+    """Raise ValueError if the policy stores weights on disk and `source` cannot read them block by block.
 
     Args:
         policy: policy of the component.
@@ -120,7 +120,10 @@ def is_pinned(weights: BlockWeights) -> bool:
 
 
 def host_memory(size: int, device: torch.device, *, pin: bool = True) -> Tensor:
-    """Return `size` bytes of host memory, pinned if `device` is an accelerator and `pin` is set."""
+    """Return an unfilled uint8 tensor of `size` bytes on the host, pinned for an accelerator if `pin` is set.
+
+    Where the system cannot pin memory it is pageable; see `pinned_memory`.
+    """
     if device.type == "cpu" or not pin:
         return torch.empty(size, dtype=torch.uint8)
     return devices.pinned_memory(size, device)
@@ -144,7 +147,7 @@ class PinnedPool:
         self._slab = torch.empty(0, dtype=torch.uint8)
 
     def take(self, size: int) -> Tensor:
-        """Return memory of `size` bytes for the next block."""
+        """Return an unfilled uint8 host tensor of `size` bytes for the next block, pinned if the pool pins memory."""
         self._remaining -= size
         if not self._pin:
             return torch.empty(size, dtype=torch.uint8)

@@ -73,7 +73,7 @@ class DiskMap(Mapping[str, Tensor]):
         """Do nothing: no file is open. Older code calls it."""
 
     def source_of(self, module: nn.Module, prefix: str = "") -> ComponentSource:
-        """Return a source that reads the weights of a module, for `wrap`; other names of the file are ignored.
+        """Return a `ComponentSource` that reads a module's weights, for `wrap`; other names of the file are ignored.
 
         Args:
             module: the module; the file must have its parameters and those of its buffers that are on meta.
@@ -102,7 +102,7 @@ class DiskMap(Mapping[str, Tensor]):
         return ComponentSource(self._header, targets, dtypes)
 
     def _keys_of_tied(self, module: nn.Module, prefix: str) -> dict[str, str]:
-        """Return, for the first name of each parameter with several names, the key that the file has it under."""
+        """Return a dict: first name of each parameter with several names -> its key in the file, or prefix + name."""
         names: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)

@@ -27,13 +27,15 @@ class LoadedModules:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Run no stage of another thread inside the `with`."""
+        """Context manager inside which no other thread runs a stage on the device."""
         with self._lock:
             yield
 
     @contextmanager
     def stage(self, used: Collection[ManagedModule], *, keep: Collection[ManagedModule] = ()) -> Iterator[None]:
-        """Have modules on the device inside the `with`. They stay afterwards, until another stage needs the memory.
+        """Context manager that loads the modules in `used` onto the device after offloading all but these and `keep`.
+
+        The modules stay afterwards, until another stage needs the memory; after an error they are offloaded.
 
         Args:
             used: modules that the stage runs.
@@ -55,7 +57,9 @@ class LoadedModules:
     def overlapped_swap(
         self, outgoing: Collection[ManagedModule], incoming: Collection[ManagedModule], *, free_bytes: int = 0
     ) -> Iterator[None]:
-        """Run the last step of a stage inside the `with`, and load the modules of the next; see `OverlappedSwap`.
+        """Context manager for the last step of a stage, in which modules of the next replace blocks that have finished.
+
+        See `OverlappedSwap`. If no incoming block can be prefetched, it only locks out stages of other threads.
 
         Args:
             outgoing: modules of the stage that the next one does not use.
@@ -74,7 +78,7 @@ class LoadedModules:
                 swap.close()
 
     def offload_all(self, *, keep: Collection[ManagedModule] = ()) -> None:
-        """Offload the modules on the device, except those in `keep`."""
+        """Offload all wrapped modules from the device, except those in `keep`."""
         with self._lock:
             for module in list(self._present):
                 if module not in keep:
@@ -110,7 +114,7 @@ class OverlappedSwap:
         self._prefetch()
 
     def block_called(self, module: ManagedModule, name: str) -> None:
-        """Count a call of an outgoing block, and replace the block after its last one."""
+        """Count a call of an outgoing block; after its last one, free the block and prefetch incoming blocks."""
         self._calls_left[module, name] -= 1
         if self._calls_left[module, name] == 0:
             self._free_bytes += module.evict(name)
@@ -123,7 +127,7 @@ class OverlappedSwap:
             module.leave()
 
     def close(self) -> None:
-        """End the swap, after the step."""
+        """End the swap after the step: calls of the outgoing modules' blocks are no longer counted."""
         for module in self._outgoing:
             module.swap = None
 
@@ -136,5 +140,5 @@ class OverlappedSwap:
 
 @functools.cache
 def loaded_modules(device: torch.device) -> LoadedModules:
-    """Return the `LoadedModules` of a device, which must have an index: `cuda:0`, not `cuda`."""
+    """Return the one `LoadedModules` of a device; an accelerator must have an index: `cuda:0`, not `cuda`."""
     return LoadedModules()

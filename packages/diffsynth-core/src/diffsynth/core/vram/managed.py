@@ -48,14 +48,14 @@ class BlockSwap(Protocol):
     """Follows the calls of a module's blocks in the last step of its stage; see `OverlappedSwap`."""
 
     def block_called(self, module: ManagedModule, name: str) -> None:
-        """A block was called."""
+        """Record that a call of a block has ended."""
 
     def evicted_too_early(self) -> None:
-        """A block that was evicted is called again."""
+        """Free device memory for a block that was evicted and is called again."""
 
 
 def managed(module: nn.Module) -> ManagedModule | None:
-    """Return the `ManagedModule` of a wrapped module; None if it is not wrapped."""
+    """Return the `ManagedModule` that `wrap` made for a module; None if the module is not wrapped."""
     return vars(module).get(_ATTRIBUTE)
 
 
@@ -70,7 +70,9 @@ def wrap(
     smallest: int = SMALL,
     high_precision: Sequence[str] = (),
 ) -> ManagedModule:
-    """Put a module under a policy, in place; its classes, its names and its results stay the same.
+    """Put a module under a placement policy, in place, and return its `ManagedModule`.
+
+    The module's classes, its names and its results stay the same.
 
         managed = wrap(model, Policy.preset("cpu-offload", "cuda"))
         with managed:
@@ -168,7 +170,7 @@ class ManagedModule:
 
     @property
     def state(self) -> BlockState:
-        """OFFLOAD outside of a stage, COMPUTATION while a block runs, ONLOAD between blocks."""
+        """State, a `BlockState`: OFFLOAD outside of a stage, COMPUTATION while a block runs, ONLOAD between blocks."""
         return BlockState.COMPUTATION if self._running is not None else self._state
 
     @property
@@ -183,7 +185,10 @@ class ManagedModule:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of weights that are on the device now, buffers of the module not included."""
+        """Device memory that the module's weights take now, in bytes, empty slots included and buffers not.
+
+        On the CPU, weights that are used where they are stored count 0.
+        """
         own = {
             memory.untyped_storage().data_ptr(): memory.numel()
             for memory in self._resident_blocks
@@ -193,7 +198,7 @@ class ManagedModule:
         return sum(own.values()) + slots + self._converted.numel()
 
     def footprint(self, role: str = "") -> ComponentFootprint:
-        """Return the sizes of the weights, for a plan.
+        """Return a `ComponentFootprint`: bytes of each block and of the rest, stored and as computed with.
 
         Args:
             role: name of the component in the plan.
@@ -209,7 +214,7 @@ class ManagedModule:
         )
 
     def configure(self, *, resident: Collection[str] | None, slots: int) -> None:
-        """Set which blocks stay on the device in the next stage; a stage of other settings ends.
+        """Set the resident blocks and the number of slots for the next stage; a stage of other settings ends.
 
         Args:
             resident: names of the blocks that stay for the whole stage; None is all. It has no effect under a policy
@@ -231,7 +236,7 @@ class ManagedModule:
                 self.resident, self.slots = chosen, slots
 
     def prepare(self) -> None:
-        """Have a thread read ahead the files that `enter()` will read, so that the system caches them.
+        """Start a thread that reads ahead the files that `enter()` will read, so that the system caches them.
 
         A hint that a stage begins soon. It takes no memory of the process and changes no weight. Weights in host memory
         need no reading.
@@ -242,7 +247,7 @@ class ManagedModule:
                 self._prefetcher = FilePrefetcher(self._source)
 
     def enter(self) -> None:
-        """Begin a stage: load what stays on the device, and begin to copy the first streamed blocks."""
+        """Begin a stage, unless one runs: load what stays on the device and begin to copy the first streamed blocks."""
         with self._lock:
             self._stop_prefetcher()
             if self._state is not BlockState.OFFLOAD:
@@ -254,7 +259,7 @@ class ManagedModule:
                 raise
 
     def leave(self) -> None:
-        """End the stage: no weight or buffer of the module is on the device any more."""
+        """End the stage, if one runs: free the copies of weights on the device, and move buffers to the CPU."""
         with self._lock:
             self._stop_prefetcher()
             if self._state is BlockState.OFFLOAD:
@@ -263,7 +268,7 @@ class ManagedModule:
                 self._offload()
 
     def begin_step(self, *, is_first: bool = False) -> None:
-        """Begin a step of a loop: the calls of each block are counted, and expected of the next step.
+        """Begin a step of a loop: count calls of blocks from 0, and expect as many as in the step before.
 
         Args:
             is_first: no step of this loop ran before.
@@ -271,11 +276,11 @@ class ManagedModule:
         self._order.begin_step(is_first=is_first)
 
     def expected_calls(self, name: str) -> int:
-        """Return how often a block was called in the step before the current one."""
+        """Return how often a block was called in the step before the current one, an int; 0 without such a step."""
         return self._order.calls_in_last_step(name)
 
     def prefetchable(self) -> list[tuple[str, int]]:
-        """Return the names and bytes of blocks that can be copied now for a stage that has not begun."""
+        """Return a list of (name, bytes) of blocks that can be copied now for the next stage; empty during a stage."""
         if self._state is not BlockState.OFFLOAD:
             return []
         return [
@@ -287,12 +292,15 @@ class ManagedModule:
         ]
 
     def prefetch(self, name: str) -> None:
-        """Begin to copy a block of `prefetchable()` while the device computes; it stays for the next stage."""
+        """Begin to copy a block of `prefetchable()` to the device while it computes; it stays for the next stage."""
         with self._lock:
             self._resident_blocks.prefetch(name, self._block_weights[name])
 
     def evict(self, name: str) -> int:
-        """Free a block that is not expected to run again in the stage, and return the bytes that it took."""
+        """Free a resident block during a stage and return the bytes that it took; 0 if it is not resident.
+
+        The block is not expected to run again in the stage. A streamed block is not prefetched any more.
+        """
         with self._lock:
             if self._stream is not None:
                 self._stream.finish(name)
@@ -303,7 +311,7 @@ class ManagedModule:
             return self._packings[name].stored_bytes
 
     def unwrap(self) -> nn.Module:
-        """End the management and return the module: an ordinary one, on the CPU, in the dtypes it is stored in.
+        """End the management and return the module: an ordinary one, on the CPU, in the dtypes it was stored in.
 
         Weights that were on disk stay on meta. Other layers of its forward, such as compiled code, stay.
         """
@@ -385,12 +393,12 @@ class ManagedModule:
         return self.policy.allows_resident and (self.resident is None or name in self.resident)
 
     def _load(self, name: str) -> Tensor:
-        """Return packed weights on the device, for the stage; those outside blocks in computed dtypes."""
+        """Load packed weights onto the device and return the uint8 tensor; those outside blocks in computed dtypes."""
         return self._resident_blocks.load(name, self._block_weights[name], converted=name == REST)
 
     @contextmanager
     def _bound(self, name: str) -> Iterator[int | None]:
-        """Have the parameters of a block on the device inside the `with`.
+        """Context manager with a block's parameters on the device; it yields their address if reused, else None.
 
         Yields:
             The address of their memory if other blocks use it afterwards, else None.
@@ -411,7 +419,10 @@ class ManagedModule:
 
     @contextmanager
     def _on_device(self, name: str) -> Iterator[tuple[Tensor, bool]]:
-        """Yield a block's packed weights in computed dtypes, and whether other blocks use the memory afterwards."""
+        """Context manager that yields a block's packed weights (uint8) on the device and whether the memory is reused.
+
+        The weights are in computed dtypes; True means that other blocks use the memory afterwards.
+        """
         packing, stored = self._packings[name], self._resident_blocks.get(name)
         if stored is None and self._is_resident(name):
             # It was evicted, and is called again after all.
@@ -465,7 +476,7 @@ class ManagedModule:
         self._running = None
 
     def _own_tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the parameters of a block that the module has now, by full name."""
+        """Return a dict full name -> parameter of a block, as the module has it now."""
         found = {full: part._parameters[key] for part, key, full in self._locations[name]}
         return {full: tensor for full, tensor in found.items() if tensor is not None}
 
@@ -474,7 +485,7 @@ class ManagedModule:
         return Packing(tensors, {full: self._dtypes(full, tensor, high_precision) for full, tensor in tensors.items()})
 
     def _dtypes(self, name: str, tensor: Tensor, high_precision: Sequence[str]) -> tuple[torch.dtype, torch.dtype]:
-        """Return the dtypes in which a parameter is stored and computed with."""
+        """Return two dtypes: that in which a parameter is stored, and that in which it is computed with."""
         own = tensor.dtype
         if not own.is_floating_point:
             return own, own
@@ -503,13 +514,13 @@ class ManagedModule:
         return {name: HostWeights.read(each, pool.take(each.packing.stored_bytes)) for name, each in weights.items()}
 
     def _pool(self) -> PinnedPool:
-        """Return host memory for all weights, pinned if half of the free memory is left to the host."""
+        """Return a `PinnedPool` for all weights; it pins if half of the free memory is left, or if that is unknown."""
         sizes = [packing.stored_bytes for packing in self._packings.values()]
         free = devices.available_memory("cpu")
         return PinnedPool(sizes, self.policy.device, pin=free is None or 2 * sum(sizes) < free)
 
     def _offloaded_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return the parameters that the module has while a block does not run."""
+        """Return a dict full name -> parameter of the module while a block does not run, on the CPU or on meta."""
         packing, memory = self._packings[name], self._block_weights[name].memory
         if memory is not None:
             return frozen_parameters(packing.stored_views(memory))

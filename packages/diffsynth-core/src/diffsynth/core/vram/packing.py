@@ -85,17 +85,17 @@ class Packing:
         return any(group.stored != group.computed for group in self.groups)
 
     def stored_views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return the tensors by name, in stored dtypes, as views of a buffer of `stored_bytes` bytes."""
+        """Return a dict name -> tensor in its stored dtype, a view of `memory` with at least `stored_bytes` bytes."""
         groups = [_view(memory, group.stored_start, group.count, group.stored) for group in self.groups]
         return {name: _tensor(groups[info.group], info) for name, info in self.tensors.items()}
 
     def computed_views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return the tensors by name, in computed dtypes, as views of a buffer of `computed_bytes` bytes."""
+        """Return a dict name -> tensor in its computed dtype, a view of `memory` of `computed_bytes` bytes or more."""
         groups = [_view(memory, group.computed_start, group.count, group.computed) for group in self.groups]
         return {name: _tensor(groups[info.group], info) for name, info in self.tensors.items()}
 
     def convert(self, stored: Tensor, computed: Tensor) -> None:
-        """Convert a stored buffer into a computed one, with one copy per group."""
+        """Write the weights in buffer `stored` into buffer `computed`, in computed dtypes, with one copy per group."""
         for group in self.groups:
             source = _view(stored, group.stored_start, group.count, group.stored)
             _view(computed, group.computed_start, group.count, group.computed).copy_(source)
@@ -110,7 +110,7 @@ def _tensor(group: Tensor, info: PackedTensorInfo) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the strides only permute the axes, as in channels-last: then they are preserved."""
+    """Whether a tensor has elements and fills its memory without gaps, with its axes in any order (channels-last)."""
     axes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
     expected = 1
     for stride, size in axes:

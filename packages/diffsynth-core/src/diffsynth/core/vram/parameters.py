@@ -19,7 +19,7 @@ Locations = list[tuple[nn.Module, str, str]]
 
 
 def parameter_locations(module: nn.Module, blocks: Mapping[str, Block]) -> dict[str, Locations]:
-    """Return the locations of a module's parameters by block, `REST` first.
+    """Return a dict block name -> locations of its parameters (module, name in it, full name), `REST` first.
 
     A parameter that is registered in two places is listed twice, under one name.
     """
@@ -35,7 +35,7 @@ def parameter_locations(module: nn.Module, blocks: Mapping[str, Block]) -> dict[
 
 
 def buffers_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Yield each buffer with its module and its name there, without those that are on meta and not filled yet."""
+    """Yield (module, name in it, buffer) for each buffer of the module tree, except those on meta."""
     for part in module.modules():
         for key, buffer in list(part._buffers.items()):
             if buffer is not None and not buffer.is_meta:
@@ -43,7 +43,7 @@ def buffers_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def read_buffers(module: nn.Module, source: ComponentSource) -> None:
-    """Read the buffers of a module that its file holds."""
+    """Replace those buffers of a module that its file holds by the file's, in place."""
     locations = {
         f"{prefix}.{key}" if prefix else key: (part, key)
         for prefix, part in module.named_modules()
@@ -84,7 +84,7 @@ class UnloadedTensor(Tensor):
 
 
 def unloaded_parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Return tensors on meta as parameters that raise an error when they are computed with."""
+    """Return a dict name -> parameter on meta, which raises RuntimeError when it is computed with."""
     parameters = frozen_parameters({name: tensor.as_subclass(UnloadedTensor) for name, tensor in tensors.items()})
     for name, parameter in parameters.items():
         parameter.full_name = name  # type: ignore[attr-defined]
@@ -92,5 +92,5 @@ def unloaded_parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter
 
 
 def frozen_parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Return tensors as parameters without gradients."""
+    """Return a dict name -> `nn.Parameter` without gradient, made of each tensor."""
     return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}

@@ -28,12 +28,12 @@ class Block:
     module: nn.Module
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the distinct parameters by their full name in the partitioned module."""
+        """Return a dict full name in the partitioned module -> parameter of the block, each once."""
         before = f"{self.name}." if self.name else ""
         return {before + name: parameter for name, parameter in self.module.named_parameters()}
 
     def bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Return the bytes of the parameters; with `dtype`, as if floating-point ones had it."""
+        """Return the bytes, an int, of the block's parameters; with `dtype`, as if floating-point ones had it."""
         return sum(_bytes(parameter, dtype) for parameter in self.parameters().values())
 
 
@@ -53,7 +53,7 @@ class Partition:
     buffers: dict[str, Tensor]
 
     def rest_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Return the bytes of `rest` and `buffers`; with `dtype`, as if floating-point parameters had it."""
+        """Return the bytes, an int, of `rest` and `buffers`; with `dtype`, as if floating-point parameters had it."""
         return sum(_bytes(p, dtype) for p in self.rest.values()) + sum(_bytes(b, None) for b in self.buffers.values())
 
 
@@ -65,7 +65,7 @@ def partition(
     whole: tuple[type, ...] = (),
     smallest: int = SMALL,
 ) -> Partition:
-    """Return the partition of a module at its repeated blocks.
+    """Return the `Partition` of a module: its blocks, the parameters outside of them, and its buffers.
 
     The items of the repeated lists are blocks, and so is every module beside them. A module that contains a list is
     cut, so it must not read a parameter of a submodule without calling the submodule; name its class in `atomic` if it
@@ -145,7 +145,7 @@ def _outermost(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Itera
 
 
 def _parameter_uses(module: nn.Module) -> Counter[int]:
-    """Return in how many modules each parameter is registered, by its id."""
+    """Return a `Counter`: id of each parameter -> number of modules in which it is registered."""
     return Counter(id(own) for part in module.modules() for own in part._parameters.values() if own is not None)
 
 

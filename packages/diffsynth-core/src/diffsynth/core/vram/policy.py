@@ -118,7 +118,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """The device of computation."""
+        """Device of computation, a `torch.device`."""
         return torch.device(self.computation.device)
 
     @property
@@ -137,7 +137,7 @@ class Policy:
 
     @classmethod
     def preset(cls, name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Policy:
-        """Return a common policy by name.
+        """Return the `Policy` of a preset: "none", "cpu-offload", "dynamic", "fp8" or "disk".
 
         Args:
             name: "none" (weights are always on the device), "cpu-offload" (they are in host memory, and during a stage
@@ -167,7 +167,7 @@ class Policy:
     def from_keys(
         cls, keys: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype | None
     ) -> Policy | None:
-        """Return the policy of the eight keys of a `ModelConfig`; None if none of them is set.
+        """Return the `Policy` of the eight placement keys of a `ModelConfig`; None if none of them is set.
 
         Missing states after `offload` are filled in: `computation` is the pipeline's device and dtype, `onload` and
         `preparing` are the same as `computation`.

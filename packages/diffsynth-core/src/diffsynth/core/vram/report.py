@@ -33,7 +33,7 @@ class TransferReport:
 
     @property
     def bytes_per_second(self) -> float:
-        """Throughput of the copies; 0 without copies."""
+        """Throughput of the copies, in bytes per second; 0 without copies."""
         return self.bytes_moved / self.seconds_copying if self.seconds_copying else 0.0
 
     @property
@@ -44,13 +44,13 @@ class TransferReport:
         return min(max(1 - self.seconds_waited / self.seconds_copying, 0.0), 1.0)
 
     def copied(self, size: int, seconds: float) -> None:
-        """Count a copy of `size` bytes that took `seconds` by the host's clock."""
+        """Add a copy of `size` bytes to the counts, and its `seconds` by the host's clock."""
         with self._lock:
             self.bytes_moved += size
             self.seconds_copying += seconds
 
     def waited(self, seconds: float, *, hit: bool | None = None) -> None:
-        """Count a wait.
+        """Add a wait of the computation to the counts, and a hit or a miss if it was for a call of a block.
 
         Args:
             seconds: time that computation waited, by the host's clock.
@@ -62,7 +62,7 @@ class TransferReport:
             self.misses += hit is False
 
     def timed(self, began: Timestamp, ended: Timestamp, needed: Timestamp) -> None:
-        """Count the time of a copy, and the wait for it, by the device's clock.
+        """Keep the device's timestamps of a copy, whose time and wait `settle` adds to the counts.
 
         Args:
             began: when the copy began.
@@ -75,7 +75,7 @@ class TransferReport:
                 self.settle()
 
     def settle(self) -> TransferReport:
-        """Add the times of copies that the device has not reported yet; the host waits for these copies."""
+        """Wait for the copies that `timed` kept, add their times to the counts, and return this `TransferReport`."""
         with self._lock:
             pending, self._pending = self._pending, []
             for began, ended, needed in pending:
@@ -84,7 +84,7 @@ class TransferReport:
         return self
 
     def clear(self) -> None:
-        """Set all counts and times to 0."""
+        """Set all counts and times of the report to 0, and forget the copies that `timed` kept."""
         with self._lock:
             self._pending.clear()
             self.bytes_moved, self.hits, self.misses = 0, 0, 0

@@ -46,7 +46,7 @@ class ResidentBlocks:
         return iter(self._memory.values())
 
     def get(self, name: str) -> Tensor | None:
-        """Return the packed weights of a block, which work of the device may read from now on; None if not loaded."""
+        """Return a block's packed weights, a uint8 tensor that the device may read from now on; None if not loaded."""
         memory, copy = self._memory.get(name), self._copies.pop(name, None)
         if copy is not None:
             self._report.timed(copy.began, copy.ended, devices.timestamp(self._device))
@@ -54,7 +54,7 @@ class ResidentBlocks:
         return memory
 
     def load(self, name: str, weights: BlockWeights, *, converted: bool = False) -> Tensor:
-        """Return the packed weights of a block on the device, and load them if they are not there.
+        """Return a block's packed weights on the device, a uint8 tensor; they are loaded first if they are not there.
 
         Args:
             name: name of the block.
@@ -85,11 +85,14 @@ class ResidentBlocks:
         return stored
 
     def can_prefetch(self, weights: BlockWeights) -> bool:
-        """Whether the device can copy the weights while it computes and the host goes on."""
+        """Whether the device can copy the weights while it computes and the host continues: they must be pinned."""
         return self._side.overlaps and is_pinned(weights)
 
     def prefetch(self, name: str, weights: BlockWeights) -> None:
-        """Begin to copy a block on a stream of its own, if `can_prefetch`; `get` waits for the copy."""
+        """Begin to copy a block to the device on a stream of its own; `get` waits for the copy.
+
+        Call it only if `can_prefetch`.
+        """
         size = weights.packing.stored_bytes
         memory, source = self._empty(size), weights.memory
         assert source is not None
@@ -103,7 +106,7 @@ class ResidentBlocks:
         self._report.copied(size, 0.0)
 
     def drop(self, names: Collection[str] | None = None) -> None:
-        """Free the weights of some blocks, or of all, once the device has done the work that it was given."""
+        """Free the device memory of the named blocks, or of all for None, once the device has done its earlier work."""
         for name in list(self._memory) if names is None else names:
             if (copy := self._copies.pop(name, None)) is not None:
                 # The memory goes back to an allocator that does not know of the side stream.

@@ -64,15 +64,18 @@ class BlockOrder:
         self._calls_before: Counter[str] = Counter()
 
     def begin_stage(self) -> None:
-        """Begin a stage: the next block that is called is the first."""
+        """Begin a stage: the next block that is called is recorded as the first."""
         self._last = None
 
     def begin_step(self, *, is_first: bool) -> None:
-        """Begin a step: calls are counted from 0. Before the first step of a loop nothing is known of a step."""
+        """Begin a step of a loop: count calls of blocks from 0, and keep the counts of the step before.
+
+        If `is_first` no counts are kept: nothing is known of a step yet.
+        """
         self._calls_before, self._calls = Counter() if is_first else self._calls, Counter()
 
     def called(self, name: str) -> None:
-        """Record a call of a block."""
+        """Count a call of a block and record the block as the successor of the one called before."""
         self._calls[name] += 1
         if self._last is None:
             self._first = name
@@ -81,11 +84,11 @@ class BlockOrder:
         self._last = name
 
     def calls_in_last_step(self, name: str) -> int:
-        """Return how often a block was called in the step before the current one."""
+        """Return how often a block was called in the step before the current one, an int; 0 without such a step."""
         return self._calls_before[name]
 
     def after(self, name: str | None) -> Iterator[str]:
-        """Yield the blocks expected after a block, each once; after None those from the first on."""
+        """Yield the names of the blocks expected after a block, each once; after None those from the first on."""
         seen = {name}
         following = self._first if name is None else self._next[name]
         while following is not None and following not in seen:
@@ -141,11 +144,14 @@ class BlockStream:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the slots on the device."""
+        """Size of all slots on the device together, in bytes."""
         return sum(slot.memory.numel() for slot in self._slots)
 
     def acquire(self, name: str) -> Tensor:
-        """Return the packed weights of a block on the device, valid until `release`, and prefetch the next blocks."""
+        """Return a slot's uint8 tensor on the device, which begins with the packed weights of a block until `release`.
+
+        It also begins to copy the next blocks.
+        """
         slot = self._slot_of(name)
         hit = slot is not None
         if slot is None:
@@ -170,7 +176,7 @@ class BlockStream:
         return slot.memory
 
     def release(self, name: str) -> None:
-        """Release the weights of a block: its slot is free once the device has done the work that it was given."""
+        """Release the slot of a block: it may be overwritten once the device has done the work that it was given."""
         slot = self._in_use
         assert slot is not None, f"{name} is released, but no slot is in use"
         assert slot.block == name, f"{name} is released, but {slot.block} is in use"
@@ -180,11 +186,11 @@ class BlockStream:
             self._prefetch_after(name)
 
     def finish(self, name: str) -> None:
-        """Do not prefetch a block any more: it is not expected to be called again. If it is, it is copied then."""
+        """Stop prefetching a block, which is not expected to be called again; if it is, it is copied then."""
         self._finished.add(name)
 
     def close(self) -> None:
-        """Free thread, staging buffers and slots, after the copies that have begun."""
+        """Stop the thread and free staging buffers and slots, after the copies that have begun."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         # The slots' memory goes back to an allocator that does not know of the side stream.
@@ -212,7 +218,7 @@ class BlockStream:
         return next((slot for slot in self._slots if slot.block == name), None)
 
     def _free_slot(self, wanted: Collection[str]) -> _Slot | None:
-        """Return a slot whose block is not wanted, preferably an empty one; None if there is none."""
+        """Return a `_Slot` not in use with no block of `wanted`, preferably an empty one; None if there is none."""
         free = [slot for slot in self._slots if slot is not self._in_use and slot.block not in wanted]
         return min(free, key=lambda slot: slot.block is not None, default=None)
 
@@ -231,7 +237,7 @@ class BlockStream:
             slot.reading = self._thread.submit(self._read_to, slot, weights)
 
     def _read_to(self, slot: _Slot, weights: BlockWeights) -> None:
-        """Read weights from disk or pageable memory and copy them to a slot; runs in the thread."""
+        """Read a block's weights from disk or host memory and copy them into `slot`; runs in the thread."""
         started = time.perf_counter()
         size = weights.packing.stored_bytes
         if self._on_host:
