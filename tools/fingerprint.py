@@ -6,13 +6,13 @@
 
 Models are those of the tiny hub, in fp32 on one thread of the CPU; a case is one call. `NAME/steps` is the sha256 of
 the latents after each step, with the branches that a step cache left out, and `NAME/output` that of what the call
-returns: latents, a tensor of pixels, or pictures. A case is named by its model, its inputs, and what differs from the
+returns: latents, a tensor of pixels, or images. A case is named by its model, its inputs, and what differs from the
 base case: no policy, guidance in two calls, no window, no LoRA, no step cache, fp32, latents.
 
 * z-image and wan2.1-t2v-1.3b: all combinations of policy, guidance, sliding window, LoRA and step cache that a pipeline
   takes.
 * The other models: one of them at a time, each kind of input, bf16, decoded results, and two combined cases.
-* Models whose tiny network is that of another one in other weights (`TWINS`): their inputs, and one combined case.
+* Models with the tiny network of another one and other weights (`SAME_NETWORKS`): their inputs, and one combined case.
 * Z-Image and Wan: batches, tiles, a `vram_limit`, and pipelines put together by `from_pretrained`.
 * Training: gradients, losses and weights of two steps of `diffsynth_train`, by flow matching and by reconstruction, and
   gradients of Wan's velocity. Names of parameters are not part of the hash, so that they may change.
@@ -80,44 +80,44 @@ PRODUCT = ("z-image", "wan2.1-t2v-1.3b")
 """Models with all combinations."""
 
 GRADIENT = Image.linear_gradient("L").resize((48, 32))
-TWINS = re.compile(
+SAME_NETWORKS = re.compile(
     r"wan2.1-(t2v-14b|i2v-14b-720p|vace-14b|fun-14b-.*|fun-v1.1-14b-.*|fun-v1.1-1.3b-inp)|vace-.*-preview|.*-distilled"
 )
 """Models with fewer cases, because another model has the same networks in miniature."""
 
-PICTURE = Image.merge("RGB", (GRADIENT, GRADIENT.rotate(90), GRADIENT.rotate(45)))
-CLIP = [PICTURE.rotate(9 * turn) for turn in range(9)]
+IMAGE = Image.merge("RGB", (GRADIENT, GRADIENT.rotate(90), GRADIENT.rotate(45)))
+CLIP = [IMAGE.rotate(9 * turn) for turn in range(9)]
 MASKS = [GRADIENT.rotate(30 * turn).convert("RGB") for turn in range(9)]
 STEPS = {"num_inference_steps": 4, "seed": 3, "progress_bar_cmd": lambda steps: steps}
 TEXT = {"prompt": "a red puppy", "negative_prompt": "blurred", **STEPS}
 SIZES = {"z-image": {"height": 48, "width": 64}, "wan": {"height": 32, "width": 48, "num_frames": 9}}
 """By family."""
 
-CAMERA = {"camera_control_direction": "LeftUp", "camera_control_speed": 0.1, "input_image": PICTURE}
-FACES = {"animate_pose_video": CLIP, "animate_face_video": CLIP[::-1], "input_image": PICTURE}
-DANCE = {"animate2_reference_image": PICTURE, "animate2_reference_video": CLIP, "animate2_prompt_ref": "a dance"}
+CAMERA = {"camera_control_direction": "LeftUp", "camera_control_speed": 0.1, "input_image": IMAGE}
+FACES = {"animate_pose_video": CLIP, "animate_face_video": CLIP[::-1], "input_image": IMAGE}
+DANCE = {"animate2_reference_image": IMAGE, "animate2_reference_video": CLIP, "animate2_prompt_ref": "a dance"}
 Inputs = Mapping[str, Mapping[str, Any]]
 INPUTS: tuple[tuple[str, Inputs], ...] = (
-    ("z-image.*", {"text": {}, "image": {"input_image": PICTURE.resize((64, 48)), "denoising_strength": 0.7}}),
-    (".*flf2v.*", {"ends": {"input_image": PICTURE, "end_image": CLIP[5]}}),
-    (".*-inp", {"image": {"input_image": PICTURE}, "ends": {"input_image": PICTURE, "end_image": CLIP[5]}}),
-    (".*-i2v-.*", {"image": {"input_image": PICTURE}}),
-    (".*-camera", {"camera": CAMERA, "rest": {"input_image": PICTURE}}),
+    ("z-image.*", {"text": {}, "image": {"input_image": IMAGE.resize((64, 48)), "denoising_strength": 0.7}}),
+    (".*flf2v.*", {"ends": {"input_image": IMAGE, "end_image": CLIP[5]}}),
+    (".*-inp", {"image": {"input_image": IMAGE}, "ends": {"input_image": IMAGE, "end_image": CLIP[5]}}),
+    (".*-i2v-.*", {"image": {"input_image": IMAGE}}),
+    (".*-camera", {"camera": CAMERA, "rest": {"input_image": IMAGE}}),
     (
         ".*(v1.1|2.2).*-control",
-        {"reference": {"control_video": CLIP, "reference_image": PICTURE}, "control": {"control_video": CLIP}},
+        {"reference": {"control_video": CLIP, "reference_image": IMAGE}, "control": {"control_video": CLIP}},
     ),
-    (".*-control", {"control": {"control_video": CLIP}, "image": {"control_video": CLIP, "input_image": PICTURE}}),
+    (".*-control", {"control": {"control_video": CLIP}, "image": {"control_video": CLIP, "input_image": IMAGE}}),
     (
         ".*vace.*",
         {
-            "masked": {"vace_video": CLIP, "vace_video_mask": MASKS, "vace_reference_image": PICTURE},
+            "masked": {"vace_video": CLIP, "vace_video_mask": MASKS, "vace_reference_image": IMAGE},
             "control": {"vace_video": CLIP, "vace_scale": 0.5},
             "text": {},
         },
     ),
     (".*speedcontrol.*", {"speed": {"motion_bucket_id": 70}, "text": {}}),
-    (".*-ti2v-.*", {"image": {"input_image": PICTURE, "width": 64}, "text": {"width": 64}}),
+    (".*-ti2v-.*", {"image": {"input_image": IMAGE, "width": 64}, "text": {"width": 64}}),
     (
         ".*animate-2.*",
         {"dance": DANCE, "next": {**DANCE, "animate2_refert_images": CLIP[-1:], "animate2_log_scale": -1.3}},
@@ -178,7 +178,7 @@ class Case:
 
     @property
     def pipeline(self) -> tuple[str, ...]:
-        """What two cases have alike that use one pipeline."""
+        """The fields that two cases share if they use one pipeline."""
         return (self.model, self.policy, self.dtype, self.door)
 
 
@@ -211,7 +211,7 @@ def one_at_a_time(record: registry.ModelRecord) -> Iterator[Case]:
         yield replace(base, inputs=name)
     yield replace(base, policy="disk", lora="hot", cache="first_block", output="tensor")
     yield replace(base, cache="tea")
-    if TWINS.fullmatch(record.name):
+    if SAME_NETWORKS.fullmatch(record.name):
         return
     yield from (replace(base, output=output) for output in OUTPUTS)
     yield from (replace(base, policy=policy) for policy in POLICIES)
@@ -340,7 +340,7 @@ class Hash:
         self.add(value)
 
     def add(self, value: Any) -> None:
-        """Take in a tensor, a picture, a list of either, or something whose `repr` says all."""
+        """Take in a tensor, an image, a list of either, or something whose `repr` says all."""
         if isinstance(value, torch.Tensor):
             plain = value.detach().contiguous()
             self._hash.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
@@ -355,7 +355,7 @@ class Hash:
             self._hash.update(repr(value).encode())
 
     def hexdigest(self) -> str:
-        """Of what was taken in."""
+        """Return the hash of all added values."""
         return self._hash.hexdigest()
 
 
@@ -408,7 +408,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "objective": {"name": "reconstruction", "crop": 16, "noise": 0.05},
     },
 }
-"""What differs from case to case in the recipes of training."""
+"""Case -> changes to the training recipe."""
 
 
 def recipe_of(changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -466,7 +466,7 @@ def of_all(tensors: Iterable[torch.Tensor | None]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """What hashes depend on beside the code."""
+    """Return the facts besides the code that hashes depend on."""
     return {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -56,7 +56,7 @@ def main() -> None:
         "version": font_version(arguments.font),
         "sha256": hashlib.sha256(arguments.font.read_bytes()).hexdigest(),
         "license": "OFL-1.1",
-        "pictures": len(rows),
+        "images": len(rows),
         "size": arguments.size,
         "unicode": unicodedata.unidata_version,
     }

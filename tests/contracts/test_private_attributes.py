@@ -12,17 +12,35 @@ from source_tree import ROOT, modules, syntax_tree
 
 pytestmark = pytest.mark.xdist_group("sources")  # every file of ours is parsed once for all
 
-EXEMPT: dict[tuple[str, str], str] = {}
-"""(test file, attribute) -> reason why no public name shows the same."""
+READS = "counts or forbids reads of a file; a loaded module does not show when it was read"
+SPEEDS = "fixed speeds in place of measured ones, so that a plan is the same on every machine"
+IN_USE = "backends of an earlier test are forgotten; they are a state of the process"
 
-LEFT = 39
-"""Uses that are neither exempt nor rewritten yet; may only fall."""
+EXEMPT: dict[tuple[str, str], str] = {
+    ("core/loader/reader/test_full_size.py", "_read"): READS,
+    ("core/loader/reader/test_source.py", "_make"): "runs the steps of a load on a fake device, one by one",
+    ("core/loader/reader/test_source.py", "_read"): READS,
+    ("core/loader/reader/test_source.py", "_reader"): "runs the steps of a load on a fake device, one by one",
+    ("core/loader/reader/test_source.py", "_requests"): "runs the steps of a load on a fake device, one by one",
+    (
+        "core/loader/reader/test_source.py",
+        "_targets",
+    ): "the plan of each tensor, as the reference implementation reads it",
+    ("core/loader/test_component.py", "_read"): READS,
+    ("core/loader/test_components.py", "_read"): READS,
+    ("docs/test_hooks.py", "_in_use"): IN_USE,
+    ("models/test_wan_autoencoder.py", "_decode_piece"): "one step of the streaming decoder, for the size of its cache",
+    ("plugins/test_declared_backends.py", "_in_use"): IN_USE,
+    ("runtime/test_auto_policy.py", "_speeds"): SPEEDS,
+    ("zimage/test_plan.py", "_speeds"): SPEEDS,
+}
+"""(test file, attribute) -> reason why no public name shows the same."""
 
 
 def test_tests_touch_no_private_attribute():
     found = [use for use in uses() if use[:2] not in EXEMPT]
     lines = [f"{path}:{line}: {name}" for path, name, line in found]
-    assert len(found) <= LEFT, f"private attributes are used ({len(found)}, limit {LEFT}):\n" + "\n".join(lines)
+    assert not found, "tests use private attributes:\n" + "\n".join(lines)
 
 
 def test_exemptions_are_needed():

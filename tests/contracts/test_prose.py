@@ -48,12 +48,15 @@ WORDS = {
 }
 """Word that is ours alone -> what to write instead."""
 
-EXEMPT: dict[tuple[str, str], str] = {}
+EXEMPT: dict[tuple[str, str], str] = {
+    ("examples/train_from_scratch/evaluate.py", "picture"): "a key of the published evaluation.json of z-image-nano",
+    (
+        "examples/train_from_scratch/make_tokenizer.py",
+        "picture",
+    ): "a phrase of captions, which the tokenizer is made for",
+    ("tests/support/processes.py", "master"): "MASTER_ADDR and MASTER_PORT are torch's names",
+}
 """(file, matched text in lower case) -> reason why it is the right word there."""
-
-OPENINGS_LEFT = 465
-WORDS_LEFT = 740
-"""Not rewritten yet; may only fall."""
 
 PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(f'(?:{word})' for word in WORDS)})(?![a-z])".replace(" ", r"[\s_-]+"))
 FOLDERS = ("benchmarks", "docs", "examples", "packages", "tests", "tools")
@@ -77,7 +80,7 @@ def test_docstrings_begin_with_a_plain_sentence():
         for text, line in docstrings(syntax_tree(path))
         if OPENING.match(text)
     ]
-    assert len(found) <= OPENINGS_LEFT, f"{len(found)} docstrings, limit {OPENINGS_LEFT}:\n" + "\n".join(found)
+    assert not found, "these docstrings begin otherwise:\n" + "\n".join(found)
 
 
 def test_texts_use_the_words_of_the_field():
@@ -87,7 +90,7 @@ def test_texts_use_the_words_of_the_field():
         for word, line in private_words(path.read_text(encoding="utf-8"))
         if (path.relative_to(ROOT).as_posix(), word) not in EXEMPT
     ]
-    assert len(found) <= WORDS_LEFT, f"{len(found)} words, limit {WORDS_LEFT}:\n" + "\n".join(found)
+    assert not found, "these words have one of the field in their place:\n" + "\n".join(found)
 
 
 def test_exemptions_are_needed():

@@ -39,7 +39,7 @@ def names(tmp_path_factory):
             for _, language, code in blocks(text):
                 assert language == "python", f"{title}: only python is run"
                 exec(compile(code, f"host-apps.md: {title}", "exec"), defined)
-        defined["record_in_the_picture"] = provenance.read_png("apple.png")
+        defined["record_in_the_image"] = provenance.read_png("apple.png")
     return defined
 
 
@@ -97,7 +97,7 @@ def test_errors(names):
 
 
 def test_keep_the_record(names):
-    record = names["record_in_the_picture"]
+    record = names["record_in_the_image"]
     assert (record["model"], record["prompt"], record["seed"]) == ("z-image-nano", "a red apple", 0)
 
 

@@ -185,7 +185,7 @@ def test_two_names_of_one_model_share_every_component(pipelines):
 
 
 def test_two_models_share_the_text_encoder(monkeypatch, tmp_path, pipelines):
-    """Of a second model that differs in its network only, the other components are loaded once."""
+    """Two models that differ only in the network load the other components once."""
     folder = tmp_path / "Owner" / "Other"
     folder.mkdir(parents=True)
     source = Path(pipelines["nano"].component_files["dit"][0])

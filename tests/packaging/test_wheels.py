@@ -54,7 +54,7 @@ def test_core_and_z_image_draw(wheels, environment):
     assert environment.run("python", "-c", door).stdout.strip() == "diffsynth_zimage.pipeline"
 
 
-def test_a_strangers_plugin_comes_and_goes(wheels, environment):
+def test_a_third_party_plugin_is_installed_and_removed(wheels, environment):
     environment.install(wheel(wheels, "diffsynth_core"), wheel(wheels, TOY))
     assert installed(environment) == {"toy-1": "present"}
     environment.run("diffsynth", "generate", "toy-1", "red", "--seed", "1", "-o", "red.png")
@@ -66,7 +66,7 @@ def test_a_strangers_plugin_comes_and_goes(wheels, environment):
     assert installed(environment) == {}
 
 
-def test_a_strangers_unit_joins_z_image(wheels, environment):
+def test_a_third_party_unit_is_added_to_z_image(wheels, environment):
     environment.install(*(wheel(wheels, name) for name in ("diffsynth_core", "diffsynth_zimage", TOY)))
     code = """
 import inspect, diffsynth, torch

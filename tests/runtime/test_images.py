@@ -30,7 +30,7 @@ def test_another_size_is_covered_and_cropped_about_the_middle(caplog):
     assert "90x30 is resized to cover 16x16" in caplog.text
 
 
-def test_grey_and_transparent_pictures_become_rgb():
+def test_grey_and_transparent_images_become_rgb():
     for mode in ("L", "RGBA", "P"):
         assert image_to_tensor(Image.new(mode, (8, 8)), 8, 8).shape == (1, 3, 8, 8)
 

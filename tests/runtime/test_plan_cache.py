@@ -83,7 +83,7 @@ def test_with_room_for_all_nothing_leaves(expected):
         assert torch.equal(pipe("a red apple", **CALL), expected)
     moved = {role: report.bytes_moved for role, report in pipe.transfers.items()}
     sizes = whole(pipe)
-    assert all(moved[role] <= sizes[role] for role in MODULES), "each went there once, for both calls"
+    assert all(moved[role] <= sizes[role] for role in MODULES), "each is copied to the device once, for both calls"
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])

@@ -87,7 +87,7 @@ def test_a_missing_image_names_row_and_path(folder):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"data_file_keys": ("picture",)}, TrainingError, "none of the columns picture; it has image, prompt, speed"),
+        ({"data_file_keys": ("photo",)}, TrainingError, "none of the columns photo; it has image, prompt, speed"),
         ({"data_file_keys": "image,video"}, TypeError, "split"),
     ],
 )

@@ -114,10 +114,10 @@ def test_fused_parts_are_joined(toy, head):
 
 
 def test_two_architectures_that_claim_the_same_keys_are_no_answer(toy, net):
-    twin = dataclasses.replace(toy.ARCHITECTURES["net"], name="twin")
-    checkpoints = (*toy.CHECKPOINTS, dataclasses.replace(toy.CHECKPOINTS[0], name="twin", architecture="twin"))
-    with pytest.raises(Unrecognized, match="claimed by net and twin alike"):
-        recognize(pickled.of_state_dict(net), toy.ARCHITECTURES | {"twin": twin}, checkpoints)
+    copied = dataclasses.replace(toy.ARCHITECTURES["net"], name="copied")
+    checkpoints = (*toy.CHECKPOINTS, dataclasses.replace(toy.CHECKPOINTS[0], name="copied", architecture="copied"))
+    with pytest.raises(Unrecognized, match="claimed by net and copied alike"):
+        recognize(pickled.of_state_dict(net), toy.ARCHITECTURES | {"copied": copied}, checkpoints)
 
 
 def test_a_broken_tensor_shape_is_a_no_not_a_crash(toy):

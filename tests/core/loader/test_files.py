@@ -42,7 +42,7 @@ def test_folders(hub, pattern, folder):
 
 
 @pytest.mark.parametrize("suffix", [".incomplete", ".partial", ".lock"])
-def test_what_is_still_on_its_way_is_not_there(hub, suffix):
+def test_a_partial_download_is_not_there(hub, suffix):
     (hub.parent / "vae").mkdir()
     (hub.parent / "vae" / f"x.safetensors{suffix}").write_bytes(b"half")
     with pytest.raises(NoFiles, match=r"no file matches 'vae/\*'"):

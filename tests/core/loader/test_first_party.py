@@ -191,7 +191,7 @@ def test_the_generator_takes_what_a_family_may_have(monkeypatch):
     model = ModelSpec(name="new", family="new", task="t", pipeline="a:P", components={})
     catalog = Catalog(
         plugins=(Plugin("new", "diffsynth-new", "1.0"),),
-        models=(declared(model), declared(ModelSpec(**{**vars(model), "name": "other"}), "stranger")),
+        models=(declared(model), declared(ModelSpec(**{**vars(model), "name": "other"}), "other")),
         commands=(declared(CommandSpec(name="draw", command="a:c")),),
         architectures=(declared(dit),),
         checkpoints=tuple(map(declared, layouts)),

@@ -10,7 +10,7 @@ from diffsynth.nn import naive
 from diffsynth.nn.triton.gated_activation import gated_activation
 from fused_kernels import TOLERANCE
 
-TWINS = {"silu": naive.swiglu, "gelu": naive.geglu}
+REFERENCES = {"silu": naive.swiglu, "gelu": naive.geglu}
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def close(gate, up, activation):
     got = gated_activation(gate, up, activation)
     assert got.dtype == gate.dtype
-    assert parity.relative_error(got, TWINS[activation](gate.double(), up.double())) < TOLERANCE[gate.dtype]
+    assert parity.relative_error(got, REFERENCES[activation](gate.double(), up.double())) < TOLERANCE[gate.dtype]
 
 
-@pytest.mark.parametrize("activation", TWINS)
+@pytest.mark.parametrize("activation", REFERENCES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 60), (63, 96), (111, 100), (257, 128), (3, 2100)])
 def test_equals_the_reference(rows: int, width: int, activation: str) -> None:
     close(*(4 * torch.randn(2, 1, rows, width)), activation)

@@ -1,4 +1,4 @@
-"""What torch.compile sees of the kernels, without a GPU: outside the interpreter, so in a process of its own.
+"""Graphs that torch.compile makes of the kernels, without a GPU; in a process of its own, without the interpreter.
 
 What they take of a device is in tests/benchmarks/test_kernels.py.
 """

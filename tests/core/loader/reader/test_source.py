@@ -262,7 +262,7 @@ def test_ctrl_c_stops_the_threads():
             assert not thread.is_alive()
 
 
-def test_an_allowance_bounds_what_is_held():
+def test_a_byte_budget_bounds_what_is_held():
     budget, held, most, lock = blocks.ByteBudget(100), [0], [0], threading.Lock()
 
     def task(size):

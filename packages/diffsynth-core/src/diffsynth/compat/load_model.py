@@ -102,7 +102,7 @@ def load_model_with_disk_offload(
 ) -> Module:
     """Return a module whose weights stay on disk, with as many blocks on the device as its free memory holds.
 
-    Weights are rounded to float8_e4m3fn on their way to the device. Arguments and errors as for `load_model`.
+    Weights are rounded to float8_e4m3fn when they are copied to the device. Arguments and errors as for `load_model`.
     """
     device = torch.device(device)
     disk = {f"{state}_{part}": "disk" for state in ("offload", "onload") for part in ("device", "dtype")}

@@ -15,7 +15,7 @@ MERGES = "merges_branches"
 """The name that a unit writes to have the branches computed as one batch: True or False."""
 
 Predict = Callable[[str, Tensor, Tensor, Mapping[str, Any]], Tensor]
-"""From a branch's name, latents, noise levels and conditions to the velocity."""
+"""Function of a branch's name, latents, noise levels and conditions that returns the velocity."""
 
 
 class Branches:

@@ -27,7 +27,7 @@ from diffsynth.spec import ArchitectureSpec, CheckpointSpec, resolve
 TIERS = ("metadata", "signature", "structure")
 
 _DEPTH = 3
-"""How many wrapper prefixes may be nested."""
+"""Largest number of nested wrapper prefixes."""
 
 
 @dataclass(frozen=True)
