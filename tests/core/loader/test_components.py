@@ -114,10 +114,10 @@ def test_fused_parts_are_joined(toy, head):
 
 
 def test_two_architectures_that_claim_the_same_keys_are_no_answer(toy, net):
-    copied = dataclasses.replace(toy.ARCHITECTURES["net"], name="copied")
-    checkpoints = (*toy.CHECKPOINTS, dataclasses.replace(toy.CHECKPOINTS[0], name="copied", architecture="copied"))
-    with pytest.raises(Unrecognized, match="claimed by net and copied alike"):
-        recognize(pickled.of_state_dict(net), toy.ARCHITECTURES | {"copied": copied}, checkpoints)
+    second = dataclasses.replace(toy.ARCHITECTURES["net"], name="second")
+    checkpoints = (*toy.CHECKPOINTS, dataclasses.replace(toy.CHECKPOINTS[0], name="second", architecture="second"))
+    with pytest.raises(Unrecognized, match="claimed by net and second alike"):
+        recognize(pickled.of_state_dict(net), toy.ARCHITECTURES | {"second": second}, checkpoints)
 
 
 def test_a_broken_tensor_shape_is_a_no_not_a_crash(toy):
