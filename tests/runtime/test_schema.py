@@ -61,7 +61,7 @@ class Spot:
 
 @unit("spots")
 def place_spots(*, spots: list[Spot] | None = None, mood: Mood | None = None, unseen: "NotThere | None" = None):
-    """Where to put things.
+    """Place spots.
 
     Args:
         spots: places, in order;
@@ -201,7 +201,7 @@ def test_types(kind, expected):
         ("as it likes", {}),
     ],
 )
-def test_ranges_stand_in_words(text, bounds):
+def test_ranges_are_read_from_words(text, bounds):
     assert with_range({"type": "number"}, text) == {"type": "number", **bounds}
     assert with_range({"type": "string"}, text) == {"type": "string"}
 
