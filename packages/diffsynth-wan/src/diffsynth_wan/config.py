@@ -91,7 +91,7 @@ class WanDiTConfig:
 
     @property
     def axes_dims(self) -> tuple[int, int, int]:
-        """Channels of a head that RoPE rotates by time, height and width: 44, 42 and 42 of 128."""
+        """Numbers of channels of a head that RoPE rotates by time, height and width: 44, 42 and 42 of 128."""
         head_dim = self.dim // self.num_heads
         space = 2 * (head_dim // 6)
         return head_dim - 2 * space, space, space
@@ -179,7 +179,7 @@ class WanMotionControllerConfig:
 
 
 def infer_dit_config(shapes: Shapes) -> WanDiTConfig:
-    """Return the config of a transformer file from the shapes of its tensors.
+    """Return the `WanDiTConfig` of a transformer file, inferred from the shapes of its tensors.
 
     Raises:
         ValueError: the file has modules of an unsupported variant, or sizes that no Wan network has.
@@ -215,7 +215,7 @@ def infer_dit_config(shapes: Shapes) -> WanDiTConfig:
 
 
 def infer_vace_config(shapes: Shapes) -> WanVaceConfig:
-    """Return the config of the VACE network in a file.
+    """Return the `WanVaceConfig` of the VACE network in a file, inferred from the shapes of its tensors.
 
     Raises:
         ValueError: the width is no multiple of the head dimension.
@@ -232,7 +232,7 @@ def infer_vace_config(shapes: Shapes) -> WanVaceConfig:
 
 
 def infer_animate_config(shapes: Shapes) -> WanAnimateConfig:
-    """Return the config of Animate's networks in a file.
+    """Return the `WanAnimateConfig` of Animate's networks in a file, inferred from the shapes of its tensors.
 
     Raises:
         ValueError: the width is no multiple of the head dimension.
@@ -260,7 +260,7 @@ def infer_animate_config(shapes: Shapes) -> WanAnimateConfig:
 
 
 def infer_motion_controller_config(shapes: Shapes) -> WanMotionControllerConfig:
-    """Return the config of a motion controller file.
+    """Return the `WanMotionControllerConfig` of a motion controller file, inferred from the shapes of its tensors.
 
     Its tensor names are common ones (`linear.0.weight`), so names and shapes must match exactly.
 
@@ -310,7 +310,7 @@ class WanTextEncoderConfig:
 
 
 def infer_text_encoder_config(shapes: Shapes) -> WanTextEncoderConfig:
-    """Return the config of a text encoder file from the shapes of its tensors."""
+    """Return the `WanTextEncoderConfig` of a text encoder file, inferred from the shapes of its tensors."""
     vocab_size, dim = shapes["token_embedding.weight"]
     num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     return WanTextEncoderConfig(
@@ -354,12 +354,12 @@ class WanImageEncoderConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens: the class token, and one for each patch."""
+        """Number of tokens of an image: the class token, and one for each patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
 def infer_image_encoder_config(shapes: Shapes) -> WanImageEncoderConfig:
-    """Return the config of an image encoder file from the shapes of its tensors.
+    """Return the `WanImageEncoderConfig` of an image encoder file, inferred from the shapes of its tensors.
 
     Raises:
         ValueError: the patches are no square, or the width is no multiple of ViT-H's head dimension.
@@ -419,7 +419,7 @@ class Wan22AutoencoderConfig(WanAutoencoderConfig):
 
 
 def infer_wan22_autoencoder_config(shapes: Shapes) -> Wan22AutoencoderConfig:
-    """Return the config of an autoencoder file from the shapes of its tensors.
+    """Return the `Wan22AutoencoderConfig` of an autoencoder file, inferred from the shapes of its tensors.
 
     Raises:
         ValueError: the file has another number of latent channels or another patch size.

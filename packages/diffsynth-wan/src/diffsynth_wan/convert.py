@@ -44,7 +44,7 @@ def _renamed(names: dict[str, str]) -> tuple[Rule, ...]:
 
 
 def _attention(theirs: str, ours: str) -> dict[str, str]:
-    """Return diffusers' key -> our key for an attention module, including the keys and values of an image."""
+    """Return a dict diffusers' name -> our name of an attention module's parameters, those for an image included."""
     return {
         f"{theirs}.to_q.{{*}}": f"{ours}.q.{{*}}",
         f"{theirs}.to_k.{{*}}": f"{ours}.k.{{*}}",

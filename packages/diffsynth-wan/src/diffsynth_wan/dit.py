@@ -63,7 +63,7 @@ class WanDiT(nn.Module):
         *,
         extensions: Sequence[Extension] = (),
     ) -> Float[Tensor, "b c t h w"]:
-        """Return the velocity `noise - x0`, in the dtype of `latents`.
+        """Return the velocity `noise - x0`, a tensor with the axes `b c t h w` and the dtype of `latents`.
 
         Args:
             latents: noised, scaled latents; frames, height and width are multiples of `config.patch_size`.
@@ -109,7 +109,7 @@ class WanDiT(nn.Module):
         image_embeds: Float[Tensor, "b i image_dim"] | None,
         condition_latents: Float[Tensor, "b c_condition t h w"] | None,
     ) -> Stream:
-        """Return the inputs of the blocks before extensions; arguments and errors are those of `forward`."""
+        """Return a `Stream`, the blocks' inputs before extensions; arguments and errors are those of `forward`."""
         grid = self._grid(latents)
         if condition_latents is not None:
             latents = torch.cat((latents, condition_latents), dim=1)
@@ -129,12 +129,12 @@ class WanDiT(nn.Module):
         )
 
     def set_positions(self, stream: Stream, positions: Positions) -> Stream:
-        """Return the stream with its tokens at these RoPE positions."""
+        """Return a `Stream` with the same tokens at other RoPE positions."""
         rotary = rotary_embedding(positions, self.config, stream.tokens.device)
         return replace(stream, positions=positions, rotary=rotary)
 
     def run_block(self, block: nn.Module, index: int, tokens: Float[Tensor, "b s e"], stream: Stream) -> Tensor:
-        """Return the tokens after `block`, with the self-attention that `stream` has for block `index`."""
+        """Return the tokens `b s e` after `block`, with the self-attention that `stream` has for block `index`."""
         return gradient_checkpoint_forward(
             block,
             self.gradient_checkpointing,
@@ -196,7 +196,7 @@ class WanBlock(nn.Module):
         rotary: Rotary,
         attend: Attend,
     ) -> Float[Tensor, "b s e"]:
-        """Return the tokens after this block."""
+        """Return the tokens `b s e` after this block."""
         groups = modulation.shape[1]
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = _group_modulations(self.modulation, modulation)
         h = self.norm1(_in_groups(x, groups), scale=scale, shift=shift).view(x.shape)
@@ -222,13 +222,13 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(dim, eps=config.eps)
 
     def forward(self, x: Float[Tensor, "b s e"], rotary: Rotary, attend: Attend) -> Float[Tensor, "b s e"]:
-        """Return the projected attention output of each token."""
+        """Return the projected self-attention output `b s e`, one vector for each token."""
         q = self.norm_q(self.heads(self.q(x)), rotary=rotary)
         k = self.norm_k(self.heads(self.k(x)), rotary=rotary)
         return self.o(attend(q, k, self.heads(self.v(x))).flatten(2))
 
     def heads(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s n d"]:
-        """Return `x` with its channels divided into heads."""
+        """Return `x` as `b s n d`, its channels divided into `n` heads."""
         return x.unflatten(2, (self.num_heads, -1))
 
 
@@ -245,7 +245,7 @@ class CrossAttention(SelfAttention):
     def forward(
         self, x: Float[Tensor, "b s e"], context: Float[Tensor, "b l e"], image_context: Float[Tensor, "b i e"] | None
     ) -> Float[Tensor, "b s e"]:
-        """Return the projected attention output of each token."""
+        """Return the projected cross-attention output `b s e`, one vector for each video token."""
         q = self.heads(self.norm_q(self.q(x)))
         out = attention(q, self.heads(self.norm_k(self.k(context))), self.heads(self.v(context)))
         if image_context is not None:
@@ -270,7 +270,7 @@ class ImageEmbedding(nn.Module):
         self.emb_pos = nn.Parameter(torch.zeros(1, config.image_tokens, image_dim)) if config.image_tokens else None
 
     def forward(self, image_embeds: Float[Tensor, "b i image_dim"]) -> Float[Tensor, "b i e"]:
-        """Return one context token for each hidden state."""
+        """Return the context tokens `b i e`, one for each hidden state of the image encoder."""
         if self.emb_pos is not None:
             image_embeds = image_embeds + self.emb_pos.to(image_embeds.dtype)
         return self.proj(image_embeds)
@@ -287,7 +287,7 @@ class CameraAdapter(nn.Module):
         self.residual_blocks = nn.Sequential(*(CameraBlock(config.dim) for _ in range(config.camera_layers)))
 
     def forward(self, rays: Float[Tensor, "b c t height width"]) -> Float[Tensor, "b s e"]:
-        """Return one vector for each token of the video; each frame is embedded by itself."""
+        """Return the embedded camera rays `b s e`, a vector for each video token; each frame is embedded by itself."""
         frames = rays.shape[2]
         pixels = F.pixel_unshuffle(rearrange(rays, "b c t h w -> (b t) c h w"), CAMERA_PIXELS)
         tokens = self.residual_blocks(self.conv(pixels))
@@ -303,7 +303,7 @@ class CameraBlock(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
 
     def forward(self, x: Float[Tensor, "bt e h w"]) -> Float[Tensor, "bt e h w"]:
-        """Return the feature maps after this block."""
+        """Return the feature maps `bt e h w` after this block, of the size of the input."""
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
@@ -318,14 +318,14 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Float[Tensor, "b s e"], time: Float[Tensor, "b g e"]) -> Float[Tensor, "b s p"]:
-        """Return the latents of each token's patch, channels last."""
+        """Return the output values `b s p` of each token's patch, flattened with channels last."""
         groups = time.shape[1]
         shift, scale = _group_modulations(self.modulation, time.float()[:, :, None])
         return self.head(self.norm(_in_groups(x, groups), scale=scale, shift=shift).view(x.shape))
 
 
 def rotary_embedding(positions: Positions, config: WanDiTConfig, device: torch.device) -> Rotary:
-    """Return cosine and sine of the rotary angles of a token grid, on `device`.
+    """Return two tensors `1 s half_d` on `device`: cosine and sine of the rotary angles of each token of a grid.
 
     Angles are computed in fp64 on the CPU, once for each position of an axis.
     """
@@ -346,10 +346,10 @@ def rotary_embedding(positions: Positions, config: WanDiTConfig, device: torch.d
 def _group_modulations(
     own: Float[Tensor, "1 k e"], by_time: Float[Tensor, "b g #k e"]
 ) -> tuple[Float[Tensor, "bg 1 e"], ...]:
-    """Return `k` modulations for each group of tokens: a block's own plus those by time; fp32."""
+    """Return a tuple of `k` fp32 tensors `bg 1 e`: a block's own modulations plus those by time, for each group."""
     return (own.float() + by_time).flatten(0, 1).unsqueeze(2).unbind(1)
 
 
 def _in_groups(x: Float[Tensor, "b s e"], groups: int) -> Float[Tensor, "bg m e"]:
-    """Return the tokens with groups as the batch axis."""
+    """Return the tokens as `bg m e`: groups of `m` consecutive tokens along the batch axis."""
     return x.unflatten(1, (groups, -1)).flatten(0, 1)

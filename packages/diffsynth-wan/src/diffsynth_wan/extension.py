@@ -45,7 +45,7 @@ this process, where `Stream.split` takes the same shard of a tensor that the ext
 
 
 def full_attention(block: int) -> Attend:
-    """Return the default self-attention of a block: every token attends to every token."""
+    """Return the function that computes a block's self-attention by default: every token attends to every token."""
     return attention
 
 
@@ -92,12 +92,12 @@ class Stream:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of the token grid, including prefix frames."""
+        """Size of the token grid as (frames, rows, columns), prefix frames included."""
         time, height, width = self.positions
         return len(time), len(height), len(width)
 
     def with_residual(self, block: int, residual: Residual) -> Stream:
-        """Return this stream with one more residual after `block`."""
+        """Return a `Stream` with one more residual, a function whose result is added to the tokens after `block`."""
         return replace(self, residuals={**self.residuals, block: (*self.residuals.get(block, ()), residual)})
 
 
@@ -106,22 +106,22 @@ class Network(Protocol):
 
     @property
     def config(self) -> WanDiTConfig:
-        """Config of the network."""
+        """Config of the network, a `WanDiTConfig`."""
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Transformer blocks."""
+        """Transformer blocks of the network, an `nn.ModuleList` in the order of the forward pass."""
 
     @property
     def ref_conv(self) -> nn.Module:
-        """Patch embedding of a reference image; only if `config.reference_channels` is not 0."""
+        """Module that embeds the patches of a reference image; only if `config.reference_channels` is not 0."""
 
     @property
     def control_adapter(self) -> nn.Module:
-        """Embedding of camera rays; only if `config.camera_channels` is not 0."""
+        """Module that embeds camera rays; only if `config.camera_channels` is not 0."""
 
     def set_positions(self, stream: Stream, positions: Positions) -> Stream:
-        """Return the stream with its tokens at these RoPE positions."""
+        """Return a `Stream` with the same tokens at other RoPE positions."""
 
 
 Extension: TypeAlias = Callable[[Network, Stream], Stream]

@@ -33,7 +33,7 @@ class WanImageEncoder(nn.Module):
         self.transformer = nn.ModuleList(ClipBlock(config) for _ in range(config.num_layers))
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b s e"]:
-        """Return the hidden states of the class token and of each patch, in the dtype of `image`.
+        """Return the hidden states `b s e` of the class token and of each patch, in the dtype of `image`.
 
         Args:
             image: pixels in [-1, 1] of any size; resized to a square of `config.image_size` without keeping the aspect
@@ -49,7 +49,7 @@ class WanImageEncoder(nn.Module):
 
 
 def clip_pixels(image: Float[Tensor, "b 3 h w"], size: int) -> Float[Tensor, "b 3 size size"]:
-    """Return CLIP's input: pixels in [-1, 1] resized to a square of `size` and normalised by `MEAN` and `STD`."""
+    """Return CLIP's input `b 3 size size`: pixels in [-1, 1] resized to a square and normalised by `MEAN` and `STD`."""
     # Interpolating in bf16 would round every pixel twice.
     pixels = F.interpolate(image.float(), size=(size, size), mode="bicubic", align_corners=False)
     mean, std = (torch.tensor(each, device=image.device)[:, None, None] for each in (MEAN, STD))
@@ -69,7 +69,7 @@ class ClipBlock(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
-        """Return the hidden states after this block."""
+        """Return the hidden states `b s e` after this block."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -84,6 +84,6 @@ class ClipAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
-        """Return the projected attention output of each token."""
+        """Return the projected attention output `b s e`, one vector for each token."""
         q, k, v = rearrange(self.to_qkv(x), "b s (three n d) -> three b s n d", three=3, n=self.num_heads)
         return self.proj(rearrange(attention(q, k, v), "b s n d -> b s (n d)"))

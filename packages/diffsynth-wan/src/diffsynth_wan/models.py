@@ -57,7 +57,7 @@ def _model(
     license: str = "Apache-2.0",
     paper: str = "arXiv:2503.20314",
 ) -> ModelSpec:
-    """Return the spec of a model with the common encoders and autoencoder.
+    """Return the `ModelSpec` of a Wan model with the text encoder, tokenizer and autoencoder that models share.
 
     Args:
         hub_id, task, description, defaults, license, paper: fields of `ModelSpec`.
@@ -92,7 +92,7 @@ def _model(
 
 
 def _experts(*roles: str) -> dict[str, str]:
-    """Return role -> file for two experts; the roles of one expert share a file."""
+    """Return a dict role (name of a component) -> file, for two experts; the roles of one expert share a file."""
     high, low = f"high_noise_model/{NETWORK}", f"low_noise_model/{NETWORK}"
     return dict.fromkeys(roles, high) | {f"{role}2": low for role in roles}
 

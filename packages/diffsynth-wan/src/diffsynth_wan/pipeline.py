@@ -88,7 +88,7 @@ class WanVideoPipeline(Pipeline):
         use_usp: bool = False,
         **processor_configs: Any,
     ) -> Pipeline:
-        """Load every component from files; see `Pipeline.from_pretrained`.
+        """Return a pipeline with every component loaded from files; see `Pipeline.from_pretrained`.
 
         Args:
             torch_dtype, device, model_configs, vram_limit, policy, processor_configs: see `Pipeline.from_pretrained`.
@@ -117,7 +117,10 @@ class WanVideoPipeline(Pipeline):
         return super().__call__(prompt, **arguments)
 
     def check(self, **arguments: Any) -> Request:
-        """Check the arguments of a call without running it; raise the error that the call would raise."""
+        """Check a call's arguments without running it; return them, completed, as a `Request`.
+
+        Errors are those of the call.
+        """
         if "output_type" in arguments:
             output_type = arguments["output_type"]
             arguments["output_type"] = OUTPUT_TYPES.get(output_type, output_type)
@@ -130,7 +133,7 @@ class WanVideoPipeline(Pipeline):
         return request
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the roles that run at a noise level: those of one of the two experts."""
+        """Return the roles (names of components) that run at a noise level: those of one of the two experts."""
         second = sigma < values.get("expert_boundary", 0.0)
         return ("dit2", "vace2", "animate_adapter") if second else self.loop_roles
 
@@ -148,7 +151,7 @@ class WanVideoPipeline(Pipeline):
         expert_boundary: float = 0.0,
         sliding_window: SlidingWindow | None = None,
     ) -> Float[Tensor, "b c t h w"]:
-        """Return the velocity of the latents; see `Pipeline.velocity`.
+        """Return the velocity `noise - x0` of the latents, a tensor `b c t h w`; see `Pipeline.velocity`.
 
         All levels of a batch must belong to one expert, that is, be on one side of `expert_boundary`.
 
@@ -198,14 +201,17 @@ class WanVideoPipeline(Pipeline):
         return velocity
 
     def _expert(self, sigma: Float[Tensor, "b"], boundary: float) -> tuple[Any, Any]:
-        """Return the transformer and the VACE network for a noise level."""
+        """Return the transformer for a noise level and its VACE network, None where none is loaded."""
         if self.dit2 is None or float(sigma[0]) >= boundary:
             return self.dit, self.vace
         return self.dit2, self.vace2
 
 
 def _redirected(config: ModelConfig) -> ModelConfig:
-    """Return a config for the same file in the repository `CONVERTED`, unless the file is already downloaded."""
+    """Return a `ModelConfig` for the same file in the repository `CONVERTED`, or `config` itself.
+
+    `config` is returned for files that are not in `COMMON_FILES` or are already downloaded.
+    """
     pattern = config.origin_file_pattern
     name = str(pattern).rpartition("/")[2]
     if config.model_id is None or name not in COMMON_FILES or (config.folder / str(pattern)).exists():

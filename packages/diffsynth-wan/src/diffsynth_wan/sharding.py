@@ -17,7 +17,7 @@ from diffsynth_wan.extension import Extension, Network, Stream, TokenScope
 
 
 def with_sharded_tokens(extensions: Sequence[Extension], axis: MeshAxis) -> tuple[Extension, ...]:
-    """Insert `ShardTokens` between the extensions of scope "whole" and those of scope "part"; none for one process.
+    """Return the extensions with `ShardTokens` between scope "whole" and scope "part"; without it for one process.
 
     Raises:
         ValueError: an extension has no `token_scope`, or one of scope "whole" follows one of scope "part".
@@ -80,7 +80,7 @@ class ShardTokens:
 
 
 def local_groups(x: Float[Tensor, "b g ..."], own: slice, total: int) -> Float[Tensor, "b g_own ..."]:
-    """Return the rows of `x` for the tokens in `own`, again one row per group of equally many consecutive tokens.
+    """Return the rows `b g_own ...` of `x` for the tokens in `own`, one row for each group of equally many tokens.
 
     `x` has one row for each of `g` equal groups of the `total` tokens. If `own` starts or ends inside a group, all
     groups are cut into the longest pieces that fit both.

@@ -29,7 +29,7 @@ class WanTextEncoder(nn.Module):
         input_ids: Int[Tensor, "b s"],
         attention_mask: Int[Tensor, "b s"] | Bool[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b s e"]:
-        """Return the normalised hidden states, in the dtype of the weights; those of padding are meaningless.
+        """Return the normalised hidden states `b s e` in the dtype of the weights; those of padding are meaningless.
 
         Args:
             input_ids: token ids.
@@ -57,7 +57,7 @@ class T5Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "b s e"], buckets: Int[Tensor, "s s"], is_text: Bool[Tensor, "b 1 1 s"] | None
     ) -> Float[Tensor, "b s e"]:
-        """Return the hidden states after this block; padding is masked as a key, not as a query."""
+        """Return the hidden states `b s e` after this block; padding is masked as a key, not as a query."""
         x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), is_text)
         return x + self.ffn(self.norm2(x))
 
@@ -70,7 +70,7 @@ class PositionBias(nn.Module):
         self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, buckets: Int[Tensor, "q k"]) -> Float[Tensor, "1 n q k"]:
-        """Return the score bias of every head."""
+        """Return the bias `1 n q k` of the attention scores, by head, query and key."""
         return rearrange(self.embedding(buckets), "q k n -> 1 n q k")
 
 
@@ -91,7 +91,7 @@ class T5Attention(nn.Module):
         bias: Float[Tensor, "1 n s s"],
         is_text: Bool[Tensor, "b 1 1 s"] | None,
     ) -> Float[Tensor, "b s e"]:
-        """Return the projected attention output of each token."""
+        """Return the projected attention output `b s e`, one vector for each token."""
         q, k, v = (rearrange(to(x), "b s (n d) -> b s n d", n=self.num_heads) for to in (self.q, self.k, self.v))
         out = attention(q, k, v, mask=is_text, score_bias=bias.to(q.dtype), scale=1.0)
         return self.o(rearrange(out, "b s n d -> b s (n d)"))
@@ -107,14 +107,14 @@ class T5FeedForward(nn.Module):
         self.fc2 = nn.Linear(config.dim_ffn, config.dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
-        """Return the feed-forward output of each token."""
+        """Return the feed-forward output `b s e`, one vector for each token."""
         return self.fc2(self.gate(x) * self.fc1(x))
 
 
 def relative_buckets(
     length: int, *, config: WanTextEncoderConfig, device: torch.device | str | None = None
 ) -> Int[Tensor, "q k"]:
-    """Return the bucket of the relative position of each query and key (T5, Raffel et al. 2020, arXiv:1910.10683).
+    """Return an int tensor `q k`: the bucket of each query's and key's relative position (T5, arXiv:1910.10683).
 
     The upper half of the buckets is for keys after the query. In each half, the first half of the buckets holds one
     distance each; the others grow logarithmically up to `config.max_distance`.

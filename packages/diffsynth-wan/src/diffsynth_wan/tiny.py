@@ -50,7 +50,7 @@ VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 
 def tiny_dit_inputs(config: WanDiTConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `WanDiT.forward` for two short videos; fp32 on the CPU."""
+    """Return a dict of arguments of `WanDiT.forward` for two short videos; fp32 on the CPU."""
     import torch
 
     return {
@@ -61,7 +61,7 @@ def tiny_dit_inputs(config: WanDiTConfig, generator: torch.Generator) -> dict[st
 
 
 def tiny_vace_inputs(config: WanVaceConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `WanVace.forward` for hints to the first blocks of a network; fp32 on the CPU."""
+    """Return a dict of arguments of `WanVace.forward` for hints to the first blocks of a network; fp32 on the CPU."""
     import torch
 
     from diffsynth_wan.dit import rotary_embedding
@@ -82,7 +82,7 @@ def tiny_vace_inputs(config: WanVaceConfig, generator: torch.Generator) -> dict[
 
 
 def tiny_animate_inputs(config: WanAnimateConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `WanAnimateAdapter.forward` for two latent frames; fp32 on the CPU."""
+    """Return a dict of arguments of `WanAnimateAdapter.forward` for two latent frames; fp32 on the CPU."""
     import torch
 
     return {
@@ -92,14 +92,14 @@ def tiny_animate_inputs(config: WanAnimateConfig, generator: torch.Generator) ->
 
 
 def tiny_motion_controller_inputs(config: WanMotionControllerConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `WanMotionController.forward` for the least and the most motion."""
+    """Return a dict of arguments of `WanMotionController.forward` for the least and the most motion."""
     import torch
 
     return {"motion_bucket_id": torch.tensor([0.0, 100.0])}
 
 
 def tiny_text_encoder_inputs(config: WanTextEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `WanTextEncoder.forward` for two prompts of different length; on the CPU."""
+    """Return a dict of arguments of `WanTextEncoder.forward` for two prompts of different length; on the CPU."""
     import torch
 
     return {
@@ -109,14 +109,14 @@ def tiny_text_encoder_inputs(config: WanTextEncoderConfig, generator: torch.Gene
 
 
 def tiny_image_encoder_inputs(config: WanImageEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `WanImageEncoder.forward` for two small images that are not square; fp32 on the CPU."""
+    """Return a dict of arguments of `WanImageEncoder.forward`: two small images, not square; fp32 on the CPU."""
     import torch
 
     return {"image": torch.rand(2, 3, 40, 72, generator=generator) * 2 - 1}
 
 
 def tiny_wan22_autoencoder_inputs(config: Wan22AutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `Wan22Autoencoder.forward` for a video of two latent frames, not square; fp32 on the CPU."""
+    """Return a dict of arguments of `Wan22Autoencoder.forward`: a video of two latent frames; fp32 on the CPU."""
     import torch
 
     size = (config.time_factor + 1, 2 * config.factor, config.factor)
@@ -124,12 +124,12 @@ def tiny_wan22_autoencoder_inputs(config: Wan22AutoencoderConfig, generator: tor
 
 
 def write_tiny_tokenizer(folder: Path) -> None:
-    """Save `tiny_tokenizer` to a folder, in the format that `AutoTokenizer` reads."""
+    """Write the files of `tiny_tokenizer()` to a folder, in the format that `AutoTokenizer` reads."""
     tiny_tokenizer().save_pretrained(folder)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of a few kilobytes that works like UMT5's: one token per byte, an end token, right padding."""
+    """Return a fast tokenizer that works like UMT5's, in a few kilobytes: one token per byte, an end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -37,13 +37,13 @@ class Wan22Autoencoder(CausalAutoencoder):
         super().__init__(config, _encoder(config), _decoder(config))
 
     def patchify(self, video: Float[Tensor, "b c_in t h w"]) -> Float[Tensor, "b c2 t h2 w2"]:
-        """Return the frames with squares of pixels folded into channels, column by column."""
+        """Return the video `b c2 t h2 w2` with squares of pixels folded into channels, column by column."""
         return rearrange(
             video, "b c t (h p) (w q) -> b (c q p) t h w", p=self.config.patch_size, q=self.config.patch_size
         )
 
     def unpatchify(self, patches: Float[Tensor, "b c2 t h2 w2"]) -> Float[Tensor, "b c_in t h w"]:
-        """Return the frames that `patchify` folded."""
+        """Return the video `b c t h w` whose squares of pixels `patchify` folded into channels."""
         return rearrange(
             patches, "b (c q p) t h w -> b c t (h p) (w q)", p=self.config.patch_size, q=self.config.patch_size
         )
@@ -67,7 +67,7 @@ class DownBlock(CausalLayer):
         self.frames = 2 if step else 1
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """Return the features at the next resolution."""
+        """Return the features `b c2 t2 h2 w2` at the next lower resolution; at the last one, the size is unchanged."""
         return self.downsamples(x, cache) + self._averaged(x, cache)
 
     def _averaged(self, x: Tensor, cache: FrameCache) -> Tensor:
@@ -96,7 +96,7 @@ class UpBlock(CausalLayer):
         self.frames = 2 if step else 1
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """Return the features at the next resolution."""
+        """Return the features `b c2 t2 h2 w2` at the next higher resolution; at the last one, the size is unchanged."""
         h = self.upsamples(x, cache)
         return h + self._repeated(x, cache) if self.has_shortcut else h
 

@@ -31,12 +31,12 @@ class Window:
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """Indices of the window's frames in the latents, prefix frames first."""
+        """Indices of the window's latent frames in the latents, prefix frames first."""
         prefix = self.prefix_frames
         return (*range(prefix), *range(prefix + self.start, prefix + self.stop))
 
     def cut(self, x: Tensor, dim: int = 2) -> Tensor:
-        """Return the window's frames of a tensor that has all latent frames along `dim`; fewer if `x` ends earlier."""
+        """Return the window's frames of a tensor with latent frames along `dim`; fewer if the tensor ends earlier."""
         prefix = self.prefix_frames
         video = x.narrow(dim, prefix, max(x.shape[dim] - prefix, 0)) if prefix else x
         start = min(self.start, video.shape[dim])
@@ -44,7 +44,7 @@ class Window:
         return torch.cat([x.narrow(dim, 0, prefix), video], dim=dim) if prefix else video
 
     def weights(self) -> Float[Tensor, "t"]:
-        """Return the blending weight of each frame: 1, with linear ramps over `fade_in` and `fade_out`."""
+        """Return an fp32 tensor `t` with the blending weight of each frame: 1, with linear ramps at both ends."""
         index = torch.arange(self.stop - self.start, dtype=torch.float32) + 0.5
         ramps = torch.minimum(index / max(self.fade_in, 0.5), index.flip(0) / max(self.fade_out, 0.5)).clamp(max=1)
         return torch.cat([torch.ones(self.prefix_frames), ramps])
@@ -65,7 +65,7 @@ class SlidingWindow:
 
     @classmethod
     def from_arguments(cls, size: int | None, stride: int | None, *, prefix_frames: int = 0) -> SlidingWindow | None:
-        """Return the windows for `sliding_window_size` and `sliding_window_stride`; None if both are None.
+        """Return a `SlidingWindow` for `sliding_window_size` and `sliding_window_stride`; None if both are None.
 
         Raises:
             ValueError: only one of them is given, one is no positive integer, or the stride leaves gaps.
@@ -86,7 +86,7 @@ class SlidingWindow:
         return cls(size, stride, prefix_frames)
 
     def windows(self, frames: int) -> list[Window]:
-        """Return the windows of a video of `frames` latent frames, prefix frames not counted.
+        """Return a list of each `Window` of a video of `frames` latent frames, prefix frames not counted.
 
         The last window may be shorter than `size`. A single window has no ramps.
         """
@@ -101,7 +101,7 @@ class SlidingWindow:
 
 
 def cut_conditions(conditions: Mapping[str, Any], window: Window) -> dict[str, Any]:
-    """Return the arguments of `WanVideoPipeline.velocity` for one window.
+    """Return a dict of the arguments of `WanVideoPipeline.velocity` for one window, cut from those of the video.
 
     Conditions with a frame axis are cut; extensions are replaced by the result of their `in_window`, after a
     `FramePositions` that keeps the window's frames at their positions in the video.
@@ -125,7 +125,7 @@ def blend_windows(
     latents: Float[Tensor, "b c t h w"],
     conditions: Mapping[str, Any],
 ) -> Float[Tensor, "b c t h w"]:
-    """Return the weighted mean per frame of `velocity(latents, **conditions)` over all windows.
+    """Return a tensor `b c t h w`: per frame, the weighted mean of `velocity` over the windows that have the frame.
 
     Windows run one after another and sums are fp32, so memory does not grow with the number of windows. The result has
     the dtype of `latents`.

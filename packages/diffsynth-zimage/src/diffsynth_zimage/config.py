@@ -69,17 +69,17 @@ class ZImageDiTConfig:
 
     @property
     def head_dim(self) -> int:
-        """Head dimension of attention."""
+        """Number of channels of each attention head."""
         return self.dim // self.n_heads
 
     @property
     def ffn_dim(self) -> int:
-        """Inner width of the gated feed-forward."""
+        """Inner width of the gated feed-forward, in channels."""
         return int(self.dim / 3 * 8)
 
     @property
     def time_dim(self) -> int:
-        """Width of the time embedding that modulates the layers."""
+        """Width, in channels, of the time embedding that modulates the layers."""
         return min(self.dim, 256)
 
 
@@ -96,7 +96,7 @@ TINY_DIT = ZImageDiTConfig(
 
 
 def tiny_dit_inputs(config: ZImageDiTConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `ZImageDiT.forward` for two images with captions of different length; fp32 on the CPU."""
+    """Return a dict of arguments of `ZImageDiT.forward`: two images, captions of two lengths; fp32 on the CPU."""
     import torch
 
     mask = torch.arange(9)[None, :] < torch.tensor([[9], [5]])
@@ -109,7 +109,7 @@ def tiny_dit_inputs(config: ZImageDiTConfig, generator: torch.Generator) -> dict
 
 
 def infer_dit_config(shapes: Shapes) -> ZImageDiTConfig:
-    """Return the config of a transformer file from the shapes of its tensors.
+    """Return the `ZImageDiTConfig` of a transformer file, inferred from the shapes of its tensors.
 
     Raises:
         ValueError: the file is of another variant, or has sizes that no Z-Image network has.

@@ -47,7 +47,7 @@ class ZImageDiT(nn.Module):
         prompt_embeds: Float[Tensor, "b s e"],
         prompt_mask: Bool[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """Return the negated velocity, `x0 - noise`, in the dtype of `latents`.
+        """Return the negated velocity `x0 - noise`, a tensor with the axes `b c h w` and the dtype of `latents`.
 
         Args:
             latents: noised, scaled latents; height and width are multiples of `config.patch_size`.
@@ -92,7 +92,10 @@ class ZImageDiT(nn.Module):
         )
 
     def init_weights(self) -> None:
-        """Initialise for training from scratch: layers are the identity, the output is zero (DiT, arXiv:2212.09748)."""
+        """Set the weights for training from scratch: modulated layers are the identity, the output is zero.
+
+        As in DiT (arXiv:2212.09748). The layers over the caption alone have no modulation and are not the identity.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -136,7 +139,7 @@ class ContextBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b s e"], rotary: Rotary, mask: Bool[Tensor, "b 1 1 s"] | None
     ) -> Float[Tensor, "b s e"]:
-        """The stream after this layer."""
+        """Return the tokens `b s e` after this layer."""
         x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotary, mask))
         return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
 
@@ -155,7 +158,7 @@ class ZImageBlock(ContextBlock):
         mask: Bool[Tensor, "b 1 1 s"] | None,
         time_embed: Float[Tensor, "b t"],
     ) -> Float[Tensor, "b s e"]:
-        """The stream after this layer."""
+        """Return the tokens `b s e` after this layer."""
         scale_attn, gate_attn, scale_ffn, gate_ffn = self.adaLN_modulation(time_embed)[:, None].chunk(4, dim=-1)
         h = self.attention(self.attention_norm1(x, scale=scale_attn), rotary, mask)
         x = self.attention_norm2(h, residual=x, gate=gate_attn.tanh())
@@ -181,7 +184,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b s e"], rotary: Rotary, mask: Bool[Tensor, "b 1 1 s"] | None
     ) -> Float[Tensor, "b s e"]:
-        """Return the projected attention output of each token."""
+        """Return the projected attention output `b s e`, one vector for each token."""
         q, k, v = (
             rearrange(to(x), "b s (n d) -> b s n d", d=self.head_dim) for to in (self.to_q, self.to_k, self.to_v)
         )
@@ -200,7 +203,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
-        """Return the feed-forward output of each token."""
+        """Return the feed-forward output `b s e`, one vector for each token."""
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
@@ -214,7 +217,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
 
     def forward(self, x: Float[Tensor, "b s e"], time_embed: Float[Tensor, "b t"]) -> Float[Tensor, "b s p"]:
-        """Return the latents of each token's patch, channels last."""
+        """Return the latent values `b s p` of each token's patch, flattened with channels last."""
         scale = self.adaLN_modulation(time_embed)[:, None]
         return self.linear(self.norm_final(x, scale=scale))
 
@@ -264,7 +267,7 @@ def _layout(lengths: list[int], grid: tuple[int, int], config: ZImageDiTConfig, 
 
 
 def _position_ids(padded: int, caption_len: int, grid: tuple[int, int], image_len: int) -> Int[Tensor, "s axes"]:
-    """Return the RoPE positions (time, height, width) of image tokens, then caption tokens; on the CPU.
+    """Return an int tensor, on the CPU, with the RoPE position (time, height, width) of image, then caption tokens.
 
     Caption tokens have times 1, 2, ..., padding included; the image has the next time. Padding of the image is at the
     origin.
@@ -291,6 +294,6 @@ def _lengths(prompt_embeds: Tensor, prompt_mask: Tensor | None) -> list[int]:
 def _text_first(
     prompt_embeds: Float[Tensor, "b s e"], prompt_mask: Bool[Tensor, "b s"], longest: int
 ) -> Float[Tensor, "b longest e"]:
-    """Return the embeddings with text tokens moved to the front, in order; later entries are not used."""
+    """Return the prompt embeddings `b longest e` with text tokens moved to the front; the rest is not used."""
     order = (~prompt_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     return prompt_embeds.take_along_dim(order[:, :, None], dim=1)

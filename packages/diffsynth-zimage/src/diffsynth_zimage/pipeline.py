@@ -44,7 +44,7 @@ class ZImagePipeline(Pipeline):
         enable_npu_patch: bool = True,
         **processor_configs: Any,
     ) -> Pipeline:
-        """Load every component from files; see `Pipeline.from_pretrained`.
+        """Return a pipeline with every component loaded from files; see `Pipeline.from_pretrained`.
 
         Args:
             torch_dtype, device, model_configs, vram_limit, policy, processor_configs: see `Pipeline.from_pretrained`.
@@ -65,7 +65,10 @@ class ZImagePipeline(Pipeline):
         return super().__call__(prompt, **arguments)
 
     def check(self, **arguments: Any) -> Request:
-        """Check the arguments of a call without running it; raise the error that the call would raise."""
+        """Check a call's arguments without running it; return them, completed, as a `Request`.
+
+        Errors are those of the call.
+        """
         request = super().check(**arguments)
         check_tiling(request.values)
         return request
@@ -78,6 +81,6 @@ class ZImagePipeline(Pipeline):
         prompt_embeds: Float[Tensor, "b s e"],
         prompt_mask: Bool[Tensor, "b s"],
     ) -> Float[Tensor, "b c h w"]:
-        """Return the velocity of the latents; see `Pipeline.velocity`."""
+        """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
         # Z-Image's network runs time backwards: it takes 1 - sigma and returns -v.
         return -self.dit(latents, 1 - sigma, prompt_embeds, prompt_mask)

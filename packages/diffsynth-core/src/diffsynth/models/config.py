@@ -197,7 +197,7 @@ class WanAutoencoderConfig:
 
     @property
     def time_factor(self) -> int:
-        """Frames per latent frame; the first frame is a latent frame by itself."""
+        """Video frames per latent frame; the first video frame has a latent frame to itself."""
         return 1 << sum(self.temporal_downsample)
 
 

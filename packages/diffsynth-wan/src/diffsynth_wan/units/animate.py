@@ -19,7 +19,7 @@ from diffsynth_wan.variants.animate import AnimateMotion
 
 @unit("is_cond", "is_cond_of_uncond")
 def mark_branches() -> tuple[bool, bool]:
-    """Return `is_cond` for the two branches of guidance: True in `cond`, False in `uncond`."""
+    """Return two bools, `is_cond` of the two branches of guidance: True for `cond`, False for `uncond`."""
     return True, False
 
 
@@ -33,7 +33,7 @@ def encode_animate_latents(
     animate_mask_video: Clip | None = None,
     video_shape: VideoShape,
 ) -> Float[Tensor, "1 c_image t h w"] | None:
-    """Return mask and latents of the character's image, followed by those of the scene.
+    """Return a tensor of mask and latents: a frame of the character's image, then the scene; None without a pose video.
 
     The scene is grey, or the inpaint video, which is kept where its mask is black.
     """
@@ -56,7 +56,10 @@ def encode_animate_latents(
 
 
 def _kept_mask(mask: Clip | None, shape: VideoShape, frames: int) -> Float[Tensor, "1 time_factor t h w"]:
-    """Return 1 where the scene is kept; the frames of a latent frame are channels, the first frame fills its own."""
+    """Return a mask `1 time_factor t h w`, 1 where the scene is kept; the frames of a latent frame are channels.
+
+    The first frame fills all channels of its latent frame.
+    """
     assert mask is not None, "checked before anything was encoded"
     size = {"num_frames": frames, "height": shape.height, "width": shape.width}
     pieces = clip_pieces("animate_mask_video", mask, piece=shape.time_factor, **size)
@@ -79,7 +82,10 @@ def add_animate_motion(
     is_cond: bool,
     video_shape: VideoShape,
 ) -> tuple[Extension, ...]:
-    """Return the extensions with pose and face added; the unconditional branch gets a black face."""
+    """Return `extensions` with an `AnimateMotion` (pose and face) appended; unchanged without a pose video.
+
+    The unconditional branch gets a black face.
+    """
     if animate_pose_video is None:
         return extensions
     frames = video_shape.num_frames - video_shape.time_factor
@@ -97,5 +103,8 @@ def add_animate_motion(
 
 @unit("prefix_frames", requires=("animate_adapter",))
 def add_animate_prefix_frame(*, prefix_frames: int, animate_pose_video: Clip | None = None) -> int:
-    """Return the number of prefix frames with the character's image, the first latent frame of `num_frames`."""
+    """Return the number of prefix frames: one more if there is a pose video, for the character's image.
+
+    It is the first latent frame of `num_frames`.
+    """
     return prefix_frames + (animate_pose_video is not None)

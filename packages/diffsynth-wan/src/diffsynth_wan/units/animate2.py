@@ -40,7 +40,7 @@ def encode_reference_prompt(
     animate2_reference_video: Clip | None = None,
     device: torch.device,
 ) -> Float[Tensor, "1 s e"]:
-    """Return the hidden states of the prompt that describes the reference video."""
+    """Return the hidden states `1 s e` of the prompt that describes the reference video."""
     return encode_text(text_encoder, tokenizer, animate2_prompt_ref, device)
 
 
@@ -48,7 +48,7 @@ def encode_reference_prompt(
 def encode_reference_image_embeds(
     image_encoder: Any = None, *, animate2_reference_video: Clip | None = None, video_shape: VideoShape, image_dim: int
 ) -> Float[Tensor, "1 s e"] | None:
-    """Return CLIP's hidden states of the first frame of the reference video, for a network with an image branch."""
+    """Return CLIP's hidden states `1 s e` of the reference video's first frame; None if the network takes none."""
     if not image_dim:
         return None
     assert animate2_reference_video is not None, "only with it"
@@ -61,7 +61,7 @@ def encode_reference_image_embeds(
 def encode_reference_video(
     vae: Any, *, animate2_reference_video: Clip | None = None, video_shape: VideoShape
 ) -> Float[Tensor, "1 c t h w"]:
-    """Return the latents of the reference video."""
+    """Return the latents `1 c t h w` of the reference video."""
     assert animate2_reference_video is not None, "only with it"
     return video_shape.encode_clip(vae, VIDEO, animate2_reference_video)
 
@@ -76,7 +76,7 @@ def encode_animate2_latents(
     animate2_refert_images: Clip | None = None,
     video_shape: VideoShape,
 ) -> Float[Tensor, "1 c_image t_prefix h w"]:
-    """Return mask and latents of the character's image, followed by those of a grey clip.
+    """Return a tensor of mask and latents: a frame of the character's image, then those of a grey clip.
 
     The clip begins with the last frames of the previous clip, if they are given.
     """
@@ -96,7 +96,7 @@ def encode_animate2_latents(
 
 
 def _padded_pieces(clip: Clip | None, given: int, shape: VideoShape) -> Iterator[Float[Tensor, "1 3 t height width"]]:
-    """Yield the pieces of a clip as long as the video: the first `given` frames of `clip`, then grey."""
+    """Yield, in pieces, a clip as long as the video: the first `given` frames of `clip`, then grey (0) frames."""
     pieces: Iterator[Tensor] = iter(())
     if clip is not None:
         size = {"num_frames": given, "height": shape.height, "width": shape.width}
@@ -108,7 +108,7 @@ def _padded_pieces(clip: Clip | None, given: int, shape: VideoShape) -> Iterator
 
 @unit("prefix_frames", only_with=VIDEO)
 def add_animate2_prefix_frame(*, prefix_frames: int, animate2_reference_video: Clip | None = None) -> int:
-    """Return the number of prefix frames with the character's image."""
+    """Return the number of prefix frames: one more than `prefix_frames`, for the character's image."""
     return prefix_frames + 1
 
 
@@ -125,7 +125,7 @@ def cache_reference_video(
     video_shape: VideoShape,
     mesh: ProcessMesh | None = None,
 ) -> dict[int, ReferenceKVCache]:
-    """Return first frame of a window -> keys and values of its frames of the reference video.
+    """Return a dict first frame of a window -> `ReferenceKVCache` with keys and values of the reference in that window.
 
     One forward pass for each window fills its cache, for all steps and both branches of guidance.
     """
@@ -159,6 +159,6 @@ def add_reference_attention(
     reference_caches: dict[int, ReferenceKVCache],
     is_cond: bool,
 ) -> tuple[Extension, ...]:
-    """Return the extensions with attention to the reference added; the unconditional branch skips one block."""
+    """Return `extensions` with a `ReferenceAttention` appended; the unconditional branch skips one block."""
     skip = frozenset() if is_cond else SKIPPED_BLOCKS
     return (*extensions, ReferenceAttention(reference_caches[0], animate2_log_scale, skip, reference_caches))

@@ -42,7 +42,7 @@ def camera_rays(
     speed: float = 1 / 54,
     origin: Sequence[float] = ORIGIN,
 ) -> Float[Tensor, "6 t height width"]:
-    """Return the Plücker coordinates (moment, direction) of the ray through each pixel of each frame; fp32 on the CPU.
+    """Return a tensor `6 t height width`: Plücker coordinates (moment, direction) of each pixel's ray; fp32, CPU.
 
     Args:
         direction: rotation of the camera, one of `DIRECTIONS`.
@@ -63,7 +63,7 @@ def camera_rays(
 
 
 def check_camera(direction: str, origin: Sequence[float]) -> None:
-    """Raise the errors of `camera_rays` for a direction and a first camera."""
+    """Raise ValueError for an unknown direction, or a first camera that does not have 19 numbers."""
     if direction not in DIRECTIONS:
         raise ValueError(
             f"camera_control_direction={direction!r}: expected one of {', '.join(DIRECTIONS)}"
@@ -85,14 +85,14 @@ def _world_to_camera(direction: str, num_frames: int, speed: float, origin: Sequ
 
 
 def _relative_poses(world_to_camera: Float[Tensor, "t 4 4"]) -> Float[Tensor, "t 4 4"]:
-    """Return the matrices from each camera to the first one."""
+    """Return the fp32 4 x 4 matrix of each frame from its camera's coordinates to those of the first camera."""
     poses = world_to_camera[0] @ torch.linalg.inv(world_to_camera)
     poses[0] = torch.eye(4, dtype=poses.dtype)
     return poses.float()
 
 
 def _pixel_directions(origin: Sequence[float], height: int, width: int) -> Float[Tensor, "3 h w"]:
-    """Return unit vectors through the centres of the pixels, in camera coordinates."""
+    """Return a tensor `3 h w` of unit vectors through the centre of each pixel, in camera coordinates."""
     focal_x, focal_y, centre_x, centre_y = origin[1:5]
     if width / height < _SCREEN:
         focal_x *= height * _SCREEN / width
@@ -114,7 +114,7 @@ def add_camera_control(
     camera_control_origin: tuple[float, ...] = ORIGIN,
     video_shape: VideoShape,
 ) -> tuple[Extension, ...]:
-    """Return the extensions with the camera's rays added; without a direction, the camera adapter is not used."""
+    """Return `extensions` with a `CameraMotion` (the camera's rays) appended; unchanged without a direction."""
     if camera_control_direction is None:
         return extensions
     rays = camera_rays(

@@ -34,7 +34,7 @@ ANIMATE2_DEFAULTS = {
 
 
 def check_inputs(values: Mapping[str, Any], components: Mapping[str, Any]) -> None:
-    """Check the images and clips of a call against each other and against the loaded networks.
+    """Raise an error unless the images and clips of a call fit each other and the loaded networks.
 
     Raises:
         ValueError: a clip is too short, of mixed sizes or of another length than its mask; an end image without an
@@ -52,7 +52,7 @@ def check_inputs(values: Mapping[str, Any], components: Mapping[str, Any]) -> No
 
 
 def check_windows(request: Request, program: Program, vae: Any) -> None:
-    """Refuse sliding windows together with what cannot be cut into windows.
+    """Raise ValueError if sliding windows are used with something that cannot be cut into windows.
 
     All extensions of the units in `UNITS` have `in_window`. A plugin's unit that writes `extensions` declares the same
     for its own by reading `sliding_window_size`.
@@ -85,7 +85,7 @@ def check_windows(request: Request, program: Program, vae: Any) -> None:
 
 
 def check_experts(names: Sequence[str]) -> None:
-    """Refuse to load one of two experts alone, by the folder names of published models.
+    """Raise MissingComponent if `names` has one of two experts alone, by the folder names of published models.
 
     Args:
         names: paths or patterns of the files to load.

@@ -21,12 +21,12 @@ Clip: TypeAlias = Sequence[Image.Image] | Tensor
 
 
 def clip_length(clip: Clip) -> int:
-    """Return the number of frames."""
+    """Return the number of frames of a clip."""
     return clip.shape[2] if isinstance(clip, Tensor) else len(clip)
 
 
 def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: int, any_size: bool = False) -> None:
-    """Raise if a clip cannot be fitted to a video of this size; nothing is decoded or encoded.
+    """Raise an error if a clip cannot be fitted to a video of this size; nothing is decoded or encoded.
 
     Args:
         name: name of the call's argument, for messages.
@@ -62,7 +62,7 @@ def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: in
 def clip_pieces(
     name: str, clip: Clip, *, num_frames: int, height: int, width: int, piece: int
 ) -> Iterator[Float[Tensor, "1 3 t height width"]]:
-    """Yield the first `num_frames` frames as fp32 in [-1, 1] on the CPU: one frame, then `piece` frames at a time.
+    """Yield the pixels of a clip's first `num_frames` frames, fp32 in [-1, 1], on the CPU: one, then `piece` at a time.
 
     Frames of another size are scaled to cover height x width and cropped about their centre.
     """
@@ -80,7 +80,10 @@ def clip_pieces(
 
 
 def _same_size(name: str, frames: Iterator[Image.Image]) -> Iterator[Image.Image]:
-    """Yield the frames; raise at the first of another size, which `check_clip` cannot see before it is decoded."""
+    """Yield the given frames, PIL images; raise ValueError at one of another size than the first.
+
+    `check_clip` cannot see the size before a frame is decoded.
+    """
     first = None
     for index, frame in enumerate(frames):
         first = frame if first is None else first

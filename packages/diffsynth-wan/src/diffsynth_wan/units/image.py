@@ -28,7 +28,7 @@ def encode_image_latents(
     latent_channels: int,
     frame_times: bool,
 ) -> Float[Tensor, "1 c_image t h w"] | None:
-    """Return a mask of the given frames, and the latents of a clip of these frames that is grey in between.
+    """Return a tensor of a mask and latents, for a clip of the given frames that is grey elsewhere; None without one.
 
     Networks with as many image channels as latent channels (Control-Camera of Wan 2.1) were trained with the latents
     of the first frame, zeros for later frames, and no mask. Animate has its own latents.
@@ -58,7 +58,7 @@ def encode_image_latents(
 def encode_first_frame(
     vae: Any, *, input_image: Image.Image | None = None, video_shape: VideoShape, frame_times: bool
 ) -> Float[Tensor, "1 c 1 h w"] | None:
-    """Return the latents of the first frame, for networks with one noise level per frame (TI2V); else None."""
+    """Return the latents `1 c 1 h w` of the first frame, for networks with one noise level per frame; else None."""
     if input_image is None or not frame_times:
         return None
     return video_shape.encode_image(vae, input_image)
@@ -76,7 +76,7 @@ def encode_image_embeds(
     image_dim: int,
     image_tokens: int,
 ) -> Float[Tensor, "1 s e"] | None:
-    """Return CLIP's hidden states for a network with an image branch; None for the others, zeros without an image.
+    """Return CLIP's hidden states `1 s e`, zeros without an image; None for a network without an image branch.
 
     They are those of the reference image or the character's image if there is one; else of the first image and, in a
     network with positions for two images, the last one.
@@ -103,7 +103,7 @@ def concat_condition_latents(
     in_channels: int,
     latent_channels: int,
 ) -> Float[Tensor, "1 c_condition t h w"] | None:
-    """Return the condition latents in as many channels as the network has: control video, mask, image.
+    """Return the latents of the conditions, as channels: control video, mask, image; None if the network takes none.
 
     In a network with channels for a control video, those of a missing image are zero.
     """

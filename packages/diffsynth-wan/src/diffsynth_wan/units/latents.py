@@ -23,13 +23,13 @@ from diffsynth_wan.units.shape import VideoShape
 def schedule(
     *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float = 5.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return the noise levels of the steps."""
+    """Return a tensor of the noise levels (sigmas) of the steps, and a last 0."""
     return wan_sigmas(num_inference_steps, shift=sigma_shift, strength=denoising_strength)
 
 
 @unit("expert_boundary", requires=("dit2",))
 def set_boundary(*, switch_DiT_boundary: float = 0.875) -> float:  # noqa: N803 - the published name
-    """Return the noise level below which `dit2` takes over (Wan 2.2 with two experts).
+    """Return the noise level in [0, 1] below which `dit2` replaces `dit` (Wan 2.2 with two experts).
 
     Raises:
         ValueError: the level is not in [0, 1].
@@ -48,7 +48,7 @@ def generate_noise(
     seeds: list[int | None],
     rand_device: str = "cpu",
 ) -> Float[Tensor, "b c t h w"]:
-    """Return noise for the video and its prefix frames, generated in fp32 and then cast.
+    """Return noise `b c t h w` for the video and its prefix frames, generated in fp32 and then cast.
 
     The noise of prefix frames is generated last, so that the noise of the video does not depend on their number.
     """
@@ -62,7 +62,7 @@ def generate_noise(
 def encode_input_video(
     vae: Any, *, input_video: Clip | None = None, video_shape: VideoShape
 ) -> Float[Tensor, "1 c t h w"] | None:
-    """Return the latents of the input video; None without one."""
+    """Return the latents `1 c t h w` of the input video; None without one."""
     return None if input_video is None else video_shape.encode_clip(vae, "input_video", input_video)
 
 
@@ -75,7 +75,7 @@ def initial_latents(
     first_latents: Float[Tensor, "1 c t_first h w"] | None = None,
     vace_references: Float[Tensor, "1 c t_prefix h w"] | None = None,
 ) -> Float[Tensor, "b c t h w"]:
-    """Return the noise, or the input noised to the first level of the schedule; first frames replace it unnoised."""
+    """Return latents `b c t h w`: noise, or the input noised to the first noise level; given first frames are clean."""
     latents = noise
     if input_latents is not None:
         whole = input_latents if vace_references is None else torch.cat([vace_references, input_latents], dim=2)
@@ -90,7 +90,7 @@ def initial_latents(
 def decode_video(
     vae: Any, *, latents: Float[Tensor, "b c t h w"], prefix_frames: int, video_shape: VideoShape, output_type: str
 ) -> list[list[Image.Image]] | Float[Tensor, "b 3 frames height width"]:
-    """Return a list of frames for each video, or a tensor in [-1, 1]; prefix frames are dropped."""
+    """Return a list of PIL images for each video, or a tensor `b 3 t h w` in [-1, 1]; prefix frames are dropped."""
     pieces = list(latents[:, :, prefix_frames:].split(1, dim=2))
     decoded = vae.decode_pieces(progress_bar(pieces, description="decode", total=len(pieces)), **video_shape.tiling)
     if output_type == "tensor":

@@ -30,7 +30,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]")
 def encode_prompt(
     text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
 ) -> Float[Tensor, "b s e"]:
-    """Return the hidden states of each prompt, padded with zeros to 512 tokens; equal prompts are encoded once."""
+    """Return the hidden states `b s e` of the prompts, padded with zeros to 512 tokens; equal ones are encoded once."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
     embeds = torch.cat([encode_text(text_encoder, tokenizer, text, device) for text in distinct])
@@ -38,7 +38,7 @@ def encode_prompt(
 
 
 def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.device) -> Float[Tensor, "1 s e"]:
-    """Return the hidden states of one text, padded after the encoder, which computes no padding tokens."""
+    """Return the hidden states `1 s e` of one text, padded with zeros to 512 tokens after the encoder."""
     tokens = tokenizer([clean_prompt(text)], add_special_tokens=True, return_tensors="pt")["input_ids"]
     if tokens.shape[1] > MAX_PROMPT_TOKENS:
         logger.warning("a prompt of %d tokens is cut to %d", tokens.shape[1], MAX_PROMPT_TOKENS)
@@ -49,7 +49,7 @@ def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.devi
 
 
 def clean_prompt(text: str) -> str:
-    """Return the text cleaned as in Wan's training: no HTML entities, plain quotes, normal width, single spaces.
+    """Return a text, cleaned as in Wan's training: no HTML entities, plain quotes, normal width, single spaces.
 
     The published code runs `ftfy.fix_text`; this gives the same for text whose encoding is not broken.
     """
@@ -61,5 +61,5 @@ def clean_prompt(text: str) -> str:
 
 @unit("merges_branches")
 def merge_branches(*, cfg_merge: bool = False) -> bool:
-    """Return whether prompt and negative prompt go through the network as one batch."""
+    """Return a bool: whether prompt and negative prompt go through the network as one batch."""
     return cfg_merge

@@ -51,16 +51,16 @@ class VideoShape:
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
-        """Frames, height and width of the latents."""
+        """Size of the video's latents as (frames, height, width), in latent frames and latent pixels."""
         frames = (self.num_frames - 1) // self.time_factor + 1
         return frames, self.height // self.vae_factor, self.width // self.vae_factor
 
     def pixels(self, image: Image.Image) -> Float[Tensor, "1 3 height width"]:
-        """Return an image as fp32 in [-1, 1] on the CPU, scaled to cover the video's size and cropped."""
+        """Return an image, scaled and cropped to the video's size, as fp32 `1 3 height width` in [-1, 1] on the CPU."""
         return image_to_tensor(image, self.height, self.width)
 
     def encode_image(self, vae: Any, image: Image.Image) -> Float[Tensor, "1 c 1 h w"]:
-        """Return the latents of an image as a video of one frame."""
+        """Return the latents `1 c 1 h w` of an image, encoded as a video of one frame."""
         return self.encode_pieces(vae, [self.pixels(image)[:, :, None]], num_frames=1)
 
     def encode_clip(self, vae: Any, name: str, clip: Clip, *, num_frames: int | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class VideoShape:
         return self.encode_pieces(vae, pieces, num_frames=frames)
 
     def encode_pieces(self, vae: Any, pieces: Iterable[Tensor], *, num_frames: int) -> Tensor:
-        """Return the latents `1 c t h w` of pixels in pieces: one frame, then `time_factor` frames each."""
+        """Return the latents `1 c t h w` of a video given as pixels in pieces: one frame, then `time_factor` each."""
         total = (num_frames - 1) // self.time_factor + 1
         shown: Iterable[Tensor] = progress_bar(pieces, description="encode", total=total) if total > 1 else pieces
         moved = (piece.to(self.device, self.dtype) for piece in shown)
@@ -88,7 +88,7 @@ class VideoShape:
     def keyframe_pieces(
         self, first: Float[Tensor, "1 3 height width"], last: Float[Tensor, "1 3 height width"] | None = None
     ) -> Iterator[Float[Tensor, "1 3 t height width"]]:
-        """Yield the pieces of a clip with this first frame and, if given, this last frame; all others are grey (0)."""
+        """Yield a clip in pieces: the first frame, then grey (0) frames, ending with the last frame if given."""
         grey = first.new_zeros(1, 3, self.time_factor, self.height, self.width)
         yield first[:, :, None]
         pieces = self.latent_size[0] - 1
@@ -102,7 +102,7 @@ class VideoShape:
 def rounded_shape(
     height: int, width: int, num_frames: int, *, vae_factor: int, time_factor: int
 ) -> tuple[int, int, int]:
-    """Return the sides rounded up to whole tokens, and the frames rounded up to one more than a multiple.
+    """Return (height, width, frames): pixels rounded up to whole tokens, frames to one more than a multiple.
 
     Raises:
         ValueError: one of the sizes is no positive integer.
@@ -118,7 +118,10 @@ def rounded_shape(
 def round_shape(
     *, height: int = 480, width: int = 832, num_frames: int = 81, vae_factor: int, time_factor: int
 ) -> tuple[int, int, int]:
-    """Return the sides rounded up to whole tokens and the frames to 4n + 1; changes are logged."""
+    """Return (height, width, frames): pixels rounded up to whole tokens, frames to `time_factor * n + 1`.
+
+    Changes are logged.
+    """
     rounded = rounded_shape(height, width, num_frames, vae_factor=vae_factor, time_factor=time_factor)
     if rounded[:2] != (height, width):
         logger.warning("%dx%d is rounded up to %dx%d, multiples of %d", height, width, *rounded[:2], PATCH * vae_factor)
@@ -141,7 +144,7 @@ def set_video_shape(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[VideoShape, tuple[Extension, ...], int]:
-    """Return the shape for the other units, and initial values that they add to: no extension and no prefix frame.
+    """Return a `VideoShape` for the other units, and initial values that they add to: no extension, no prefix frame.
 
     Raises:
         ValueError: tiles of no size, or that leave gaps.
@@ -164,5 +167,8 @@ def set_video_shape(
 def set_sliding_window(
     *, sliding_window_size: int | None = None, sliding_window_stride: int | None = None, prefix_frames: int
 ) -> SlidingWindow | None:
-    """Return the sliding windows of the call, or None; runs after all units that add prefix frames."""
+    """Return a `SlidingWindow` for the call, or None without sliding windows.
+
+    Runs after all units that add prefix frames.
+    """
     return SlidingWindow.from_arguments(sliding_window_size, sliding_window_stride, prefix_frames=prefix_frames)

@@ -35,7 +35,7 @@ def encode_vace_references(
     vace_reference_image: Image.Image | Sequence[Image.Image] | None = None,
     video_shape: VideoShape,
 ) -> tuple[Float[Tensor, "1 c t h w"] | None, int]:
-    """Return the latents of the reference images, each a latent frame before the video, and the new prefix length."""
+    """Return the latents of the reference images, a frame each, or None; and the new number of prefix frames."""
     if vace_reference_image is None:
         return None, prefix_frames
     images = [vace_reference_image] if isinstance(vace_reference_image, Image.Image) else list(vace_reference_image)
@@ -53,7 +53,9 @@ def encode_vace_condition(
     vace_scale: float = 1.0,
     video_shape: VideoShape,
 ) -> VaceCondition | None:
-    """Return the latents of the kept and of the changeable pixels of the video, and the mask; references come first.
+    """Return a `VaceCondition`: latents of a video's kept and changeable pixels, with a mask; None without VACE inputs.
+
+    The reference images are the first frames.
 
     A missing video is grey, and without a mask all of it may change.
     """
@@ -71,14 +73,14 @@ def encode_vace_condition(
 
 
 def _masked(clip: Clip | None, mask: Clip | None, shape: VideoShape, *, kept: bool) -> Iterator[Tensor]:
-    """Yield the kept or the changeable pixels of the video, in pieces; the other pixels are grey (0)."""
+    """Yield a video in pieces, with the kept or the changeable pixels; the other pixels are grey (0)."""
     pieces = zip(_pieces("vace_video", clip, shape, missing=0.0), _mask_pieces(mask, shape), strict=True)
     for pixels, changeable in pieces:
         yield pixels * (1 - changeable if kept else changeable)
 
 
 def _pieces(name: str, clip: Clip | None, shape: VideoShape, *, missing: float) -> Iterator[Tensor]:
-    """Yield the pixels of a clip in pieces; for None, a clip of the constant `missing`."""
+    """Yield the pixels of a clip as tensors of a few frames; if `clip` is None, those of the constant `missing`."""
     size = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width}
     if clip is not None:
         yield from clip_pieces(name, clip, piece=shape.time_factor, **size)
@@ -88,13 +90,16 @@ def _pieces(name: str, clip: Clip | None, shape: VideoShape, *, missing: float) 
 
 
 def _mask_pieces(clip: Clip | None, shape: VideoShape) -> Iterator[Float[Tensor, "1 3 t height width"]]:
-    """Yield 1 for changeable pixels and 0 for kept ones: a lossy file has other levels, VACE was trained without."""
+    """Yield a mask in pieces of a few frames: 1 for changeable pixels, 0 for kept ones; all 1 without a clip.
+
+    A lossy file has other levels, which VACE was not trained with.
+    """
     for pixels in _pieces("vace_video_mask", clip, shape, missing=1.0):
         yield (pixels > 0).float()
 
 
 def _folded_mask(clip: Clip | None, shape: VideoShape) -> Float[Tensor, "1 c t h w"]:
-    """Return the mask with the pixels of a latent pixel as channels, and one of four frames per latent frame."""
+    """Return a mask `1 c t h w`: the pixels of a latent pixel are channels; of each latent frame, one frame is used."""
     factor, frames = shape.vae_factor, shape.latent_size[0]
     masks = torch.cat([piece[:, :1] for piece in _mask_pieces(clip, shape)], dim=2)
     folded = rearrange(masks, "1 1 t (h p) (w q) -> 1 (p q) t h w", p=factor, q=factor)

@@ -67,7 +67,7 @@ class AnimateMotion:
         return stream
 
     def in_window(self, window: Window) -> AnimateMotion:
-        """Return the extension with pose and face of the window's frames; every window has the character's image."""
+        """Return an `AnimateMotion` with pose and face of a window's frames; each window has the character's image."""
         assert window.prefix_frames, "the character's image is frame 0, before the video"
         pose = self.pose_tokens.unflatten(1, (self.face_tokens.shape[1] - 1, -1))
         pose = replace(window, prefix_frames=window.prefix_frames - 1).cut(pose, dim=1).flatten(1, 2)
@@ -107,7 +107,7 @@ class WanAnimateAdapter(nn.Module):
         pose_latents: Float[Tensor, "b c t h w"],
         face_pixels: Float[Tensor, "b 3 frames height width"],
     ) -> tuple[Float[Tensor, "b s e"], Float[Tensor, "b t_plus_1 n e"]]:
-        """Return pose tokens, and face tokens with an empty frame at the start.
+        """Return pose tokens `b s e`, and face tokens `b t_plus_1 n e` whose first frame is zero.
 
         Args:
             pose_latents: scaled latents of the pose video.
@@ -134,7 +134,7 @@ class FaceEncoder(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, config.dim))
 
     def forward(self, motion: Float[Tensor, "b frames m"]) -> Float[Tensor, "b t n e"]:
-        """Return one token per head and the learned padding token for each latent frame."""
+        """Return face tokens `b t n e`: for each latent frame, one token per head and the learned padding token."""
         batch = motion.shape[0]
         x = rearrange(self.conv1_local(motion), "b t (n c) -> (b n) t c", n=self.heads)
         x = F.silu(self.norm(x))
@@ -153,7 +153,7 @@ class CausalConv(nn.Module):
         self.conv = nn.Conv1d(in_dim, out_dim, kernel_size=3, stride=stride)
 
     def forward(self, x: Float[Tensor, "b t_in d_in"]) -> Float[Tensor, "b t d"]:
-        """Return every frame, or every second one at a stride of 2."""
+        """Return the convolved features `b t d` of every frame, or of every second one at a stride of 2."""
         padded = F.pad(x.transpose(1, 2), (2, 0), mode="replicate")
         return self.conv(padded).transpose(1, 2)
 
@@ -181,7 +181,7 @@ class FaceBlock(nn.Module):
         self.k_norm = RMSNorm(head_dim, eps=config.eps)
 
     def forward(self, x: Float[Tensor, "b s e"], face_tokens: Float[Tensor, "b t n e"]) -> Float[Tensor, "b s e"]:
-        """Return the attention output of each token."""
+        """Return the projected attention output `b s e`, one vector for each video token."""
         frames = face_tokens.shape[1]
         q = rearrange(self.linear1_q(self.pre_norm(x)), "b (t s) (n d) -> (b t) s n d", t=frames, n=self.num_heads)
         kv = self.linear1_kv(self.pre_norm(face_tokens))

@@ -30,7 +30,7 @@ class MotionEncoder(nn.Module):
         self.dec = MotionDecoder(config)
 
     def forward(self, faces: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b m"]:
-        """Return the motion vector of each face.
+        """Return the motion vectors `b m`, one for each image of a face.
 
         Args:
             faces: square images in [-1, 1] with a side of `config.face_size` pixels, as in training.
@@ -55,7 +55,7 @@ class CoefficientEncoder(nn.Module):
         )
 
     def forward(self, faces: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b d"]:
-        """Return the coefficient of each motion direction for each face."""
+        """Return coefficients `b d`: for each image of a face, one of each motion direction."""
         return self.fc(self.net_app(faces))
 
 
@@ -74,7 +74,7 @@ class AppearanceEncoder(nn.Module):
         )
 
     def forward(self, faces: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b style"]:
-        """Return one feature vector for each face."""
+        """Return feature vectors `b style`, one for each image of a face."""
         for conv in self.convs:
             faces = conv(faces)
         return faces.flatten(1)
@@ -92,7 +92,7 @@ class DownsampleBlock(nn.Module):
         self.skip = nn.Sequential(Blur(padding=1), EqualConv(in_channels, out_channels, 1, stride=2))
 
     def forward(self, x: Float[Tensor, "b c_in h_in w_in"]) -> Float[Tensor, "b c h w"]:
-        """Return the sum of convolutions and skip connection, divided by sqrt(2) to preserve the variance."""
+        """Return feature maps `b c h w` of half the size: convolutions plus skip connection, divided by sqrt(2)."""
         return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
 
 
@@ -106,7 +106,7 @@ class EqualConv(nn.Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Float[Tensor, "b c_in h_in w_in"]) -> Float[Tensor, "b c h w"]:
-        """Return the convolution, as `torch.nn.Conv2d` does."""
+        """Return feature maps `b c h w`: the convolution of `x`, as `torch.nn.Conv2d` does."""
         return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
 
 
@@ -120,7 +120,7 @@ class EqualLinear(nn.Module):
         self.scale = 1 / math.sqrt(in_dim)
 
     def forward(self, x: Float[Tensor, "b d_in"]) -> Float[Tensor, "b d"]:
-        """Return the linear map, as `torch.nn.Linear` does."""
+        """Return vectors `b d`: the linear map of `x`, with a bias, as `torch.nn.Linear` does."""
         return F.linear(x, self.weight * self.scale, self.bias)
 
 
@@ -132,7 +132,7 @@ class BiasedLeakyReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the activations, element by element."""
+        """Return the activations of `x`, element by element, with the axes `b c h w`."""
         return F.leaky_relu(x + self.bias, 0.2) * math.sqrt(2)
 
 
@@ -147,14 +147,14 @@ class Blur(nn.Module):
         self.register_buffer("kernel", blur_kernel())
 
     def forward(self, x: Float[Tensor, "b c h_in w_in"]) -> Float[Tensor, "b c h w"]:
-        """Return the filtered channels."""
+        """Return feature maps `b c h w`: each channel of `x`, blurred by itself."""
         channels = x.shape[1]
         kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
         return F.conv2d(x, kernel, padding=self.padding, groups=channels)
 
 
 def blur_kernel() -> Float[Tensor, "4 4"]:
-    """Return the blur kernel: the outer product of `BLUR` with itself, normalised to a sum of 1."""
+    """Return the blur kernel, a tensor `4 4`: the outer product of `BLUR` with itself, normalised to a sum of 1."""
     taps = torch.tensor(BLUR)
     return torch.outer(taps, taps) / taps.sum() ** 2
 
@@ -167,7 +167,7 @@ class MotionDecoder(nn.Module):
         self.direction = MotionDirections(config)
 
     def forward(self, coefficients: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
-        """Return the motion vectors; see `MotionDirections`."""
+        """Return the motion vectors `b m` that the coefficients give; see `MotionDirections`."""
         return self.direction(coefficients)
 
 
@@ -179,7 +179,7 @@ class MotionDirections(nn.Module):
         self.weight = nn.Parameter(torch.randn(config.motion_embed_dim, config.motion_dim))
 
     def forward(self, coefficients: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
-        """Return the sum of the directions times `coefficients`.
+        """Return the motion vectors `b m`: the sum of the orthogonal directions times `coefficients`.
 
         Computed in fp32: QR in 16 bits does not give orthogonal directions.
         """

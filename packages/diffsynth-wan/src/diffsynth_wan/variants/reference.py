@@ -49,5 +49,5 @@ class ReferenceFrame:
         return dit.set_positions(stream, ((0, *(frame + 1 for frame in time)), height, width))
 
     def in_window(self, window: Window) -> ReferenceFrame:
-        """Return itself: every window gets the frame, at time 0."""
+        """Return this extension, unchanged: every window gets the reference frame, at time 0."""
         return self

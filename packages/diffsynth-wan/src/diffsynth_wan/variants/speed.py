@@ -29,7 +29,7 @@ class WanMotionController(nn.Module):
         )
 
     def forward(self, motion_bucket_id: Float[Tensor, "b"]) -> Float[Tensor, "b 6 e"]:
-        """Return the vectors that are added to the six modulations of every block.
+        """Return a tensor `b 6 e` that is added to the six modulations of every block.
 
         Args:
             motion_bucket_id: amount of motion, from 0 to 100; fp32.
@@ -54,5 +54,5 @@ class SpeedControl:
         return replace(stream, modulation=stream.modulation + self.modulation[:, None].float())
 
     def in_window(self, window: Window) -> SpeedControl:
-        """Return itself: one amount of motion for the whole video."""
+        """Return this extension, unchanged: the amount of motion is one for the whole video."""
         return self

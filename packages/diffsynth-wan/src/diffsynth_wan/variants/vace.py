@@ -53,7 +53,7 @@ class _Hint:
 
 
 def hinted_blocks(blocks: int, hints: int) -> range:
-    """Return the indices of the blocks that get a hint: every second of 30 blocks, every fifth of 40.
+    """Return a range of the indices of the blocks that get a hint, evenly spaced: every `blocks // hints`-th.
 
     Raises:
         ValueError: `hints` does not divide `blocks`.
@@ -83,7 +83,7 @@ class WanVace(nn.Module):
     def forward(
         self, stream: Stream, control_latents: Float[Tensor, "b c t h w"], hinted: Sequence[int]
     ) -> dict[int, Float[Tensor, "b s e"]]:
-        """Return a hint for each block of the network in `hinted`.
+        """Return a dict index of a block in `hinted` -> hint, a tensor `b s e` to add to the tokens after that block.
 
         Args:
             stream: inputs of the network's blocks.
@@ -133,7 +133,7 @@ class VaceBlock(WanBlock):
         rotary: Rotary,
         attend: Attend,
     ) -> tuple[Float[Tensor, "b s e"], Float[Tensor, "b s e"]]:
-        """Return the control tokens after this block, and the hint."""
+        """Return two tensors `b s e`: the control tokens after this block, and the hint for the network."""
         if self.before_proj is not None:
             control = tokens + self.before_proj(control)
         control = super().forward(control, context, None, modulation, rotary, attend)
