@@ -116,15 +116,15 @@ def test_refused(pipelines):
     ours, _ = pipelines
     clip = clip_of(1)
     call = {**SIZE, "input_image": clip[0], "num_frames": 9}
-    with pytest.raises(ValueError, match="give animate_pose_video and animate_face_video"):
+    with pytest.raises(ValueError, match="pass animate_pose_video and animate_face_video"):
         ours("a man", **call)
     moved = call | {"animate_pose_video": clip, "animate_face_video": clip}
-    with pytest.raises(ValueError, match="belong together"):
+    with pytest.raises(ValueError, match="animate_inpaint_video and animate_mask_video"):
         ours("a man", **moved, animate_inpaint_video=clip)
     scene = {"animate_inpaint_video": clip, "animate_mask_video": [*clip, clip[0]]}
     with pytest.raises(ValueError, match="animate_mask_video has 6 frames, animate_inpaint_video 5; expected one mask"):
         ours("a man", **moved, **scene)
-    with pytest.raises(ValueError, match="animate_face_video has 4 frames, and the video wants 5"):
+    with pytest.raises(ValueError, match="animate_face_video has 4 frames, the video needs 5"):
         ours("a man", **moved | {"animate_face_video": clip[:4]})
-    with pytest.raises(ValueError, match="Animate spends 4 on the character"):
+    with pytest.raises(ValueError, match="num_frames=1: expected at least 5"):
         ours("a man", **moved | {"num_frames": 1})
