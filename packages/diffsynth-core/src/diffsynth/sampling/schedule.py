@@ -30,7 +30,9 @@ LIGHTNING_MU = math.log(3)
 
 
 def z_image_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Return the noise levels of Z-Image: a uniform grid, shifted (Z-Image team 2025, arXiv:2511.22699).
+    """Return the `num_steps + 1` noise levels of Z-Image, fp32: a uniform grid, shifted, and then 0.
+
+    Z-Image team 2025, arXiv:2511.22699.
 
     Args:
         num_steps: calls of the network, at least 1.
@@ -45,7 +47,7 @@ def z_image_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0)
 
 
 def wan_sigmas(num_steps: int, *, shift: float = 5.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Return the noise levels of Wan 2.1 and 2.2: Z-Image's formula with a larger shift.
+    """Return the `num_steps + 1` noise levels of Wan 2.1 and 2.2, fp32: Z-Image's, by default with a larger shift.
 
     Wan team 2025, arXiv:2503.20314. Arguments and errors are those of `z_image_sigmas`.
     """
@@ -53,7 +55,7 @@ def wan_sigmas(num_steps: int, *, shift: float = 5.0, strength: float = 1.0) -> 
 
 
 def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Return the noise levels of FLUX.1: a grid that ends above 0, shifted, and then 0.
+    """Return the `num_steps + 1` noise levels of FLUX.1, fp32: a grid that ends above 0, shifted, and then 0.
 
     The grid goes from 1 to 0.003/1.002, inclusive. With one step it is its first entry.
 
@@ -73,7 +75,9 @@ def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -
 def flux2_sigmas(
     num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return the noise levels of FLUX.2: a grid from 1 to 1/num_steps, shifted by a `mu` that grows with the image.
+    """Return the `num_steps + 1` noise levels of FLUX.2, fp32: a grid from 1 to 1/num_steps, shifted, and then 0.
+
+    The log shift `mu` grows with the image, if `num_tokens` is given.
 
     With one step it starts at 1 for every `strength`, because the two ends of the grid coincide.
 
@@ -96,7 +100,7 @@ def flux2_sigmas(
 def qwen_image_sigmas(
     num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return the noise levels of Qwen-Image: shifted, then stretched so that the last one before 0 is 0.02.
+    """Return the `num_steps + 1` noise levels of Qwen-Image, fp32: a shifted grid, stretched to 0.02, and then 0.
 
     arXiv:2508.02324. The stretch `1 - (1 - sigma) / k` keeps 1 fixed and moves the last level to 0.02. Two edge cases:
     * One step is not stretched. Its only level is the last one, so the formula would give 0/0 at full strength, and
@@ -122,7 +126,7 @@ def qwen_image_sigmas(
 def qwen_image_lightning_sigmas(
     num_steps: int, *, mu: float = LIGHTNING_MU, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return the noise levels of the distilled Qwen-Image-Lightning: shift 3 at every size, without a stretch.
+    """Return the `num_steps + 1` noise levels of Qwen-Image-Lightning, fp32: by default shift 3 for every size.
 
     Args:
         num_steps: calls of the network, at least 1.
@@ -137,7 +141,9 @@ def qwen_image_lightning_sigmas(
 
 
 def shift_sigmas(sigmas: Float[Tensor, " steps"], shift: float) -> Float[Tensor, " steps"]:
-    """Warp levels toward high noise: `s*u / (1 + (s-1)*u)` (SD3, Esser et al. 2024, arXiv:2403.03206). Keeps 0 and 1.
+    """Return noise levels moved toward 1 by a shift, `s*u / (1 + (s-1)*u)`, which keeps 0 and 1.
+
+    SD3, Esser et al. 2024, arXiv:2403.03206. A shift below 1 moves them toward 0.
 
     Raises:
         ValueError: `shift` is not a finite number above 0.
@@ -148,7 +154,7 @@ def shift_sigmas(sigmas: Float[Tensor, " steps"], shift: float) -> Float[Tensor,
 
 
 def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tensor, " steps"]:
-    """Warp levels toward high noise by a shift of `exp(mu)`, in the form published for FLUX.2 and Qwen-Image.
+    """Return noise levels moved toward 1 by a shift of `exp(mu)`, in the form of FLUX.2 and Qwen-Image.
 
     Raises:
         ValueError: `mu` is not a number in [-80, 80], beyond which `exp(mu)` leaves fp32.
@@ -159,7 +165,7 @@ def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tens
 
 
 def flux2_mu(num_tokens: int, *, num_steps: int) -> float:
-    """Return the log shift of FLUX.2: linear in the number of image tokens, and up to 4300 tokens in that of steps.
+    """Return the log shift of FLUX.2, a float: linear in `num_tokens`, and up to 4300 tokens in `num_steps`.
 
     Raises:
         ValueError: `num_tokens` is not a positive integer.
@@ -174,7 +180,7 @@ def flux2_mu(num_tokens: int, *, num_steps: int) -> float:
 
 
 def qwen_image_mu(num_tokens: int) -> float:
-    """Return the log shift of Qwen-Image: linear in the number of image tokens, 0.5 at 256 (256x256), 0.9 at 8192.
+    """Return the log shift of Qwen-Image, a float: linear in `num_tokens`, 0.5 at 256 (256x256), 0.9 at 8192.
 
     Raises:
         ValueError: `num_tokens` is not a positive integer.
@@ -193,7 +199,7 @@ def _stretch_to_terminal(sigmas: Float[Tensor, " steps"], terminal: float) -> Fl
 
 
 def _schedule(levels: Float[Tensor, " steps"]) -> Float[Tensor, "steps_plus_1"]:
-    """Append the final 0, and separate levels that rounding made equal, so that the schedule strictly descends.
+    """Return the levels and a final 0, with levels that rounding made equal moved apart, so that all descend strictly.
 
     Levels coincide if strength is tiny (a FLUX.2 grid of 1e-8 around 1/num_steps) or the shift extreme (FLUX.2 at 4200
     pixels a side). They are moved apart by one unit in the last place, which does not affect a network.

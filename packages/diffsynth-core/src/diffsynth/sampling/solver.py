@@ -21,7 +21,7 @@ def euler(
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Float[Tensor, "b ..."]:
-    """Integrate with the Euler method, one step per pair of neighbouring noise levels, and return the final latents.
+    """Return the latents at noise level `sigmas[-1]`, by one Euler step per pair of neighbouring noise levels.
 
     Rectified flow, arXiv:2209.03003. Latents keep their dtype between steps, also bf16, as in the published pipelines.
 

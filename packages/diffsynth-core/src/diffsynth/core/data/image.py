@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def read_image(
     source: str | Path, mode: str | None = "RGB", *, timeout: float = 30, max_trials: int = 3
 ) -> Image.Image:
-    """Read an image from a file or a URL.
+    """Return the PIL image of a file or a URL, in the given `mode`.
 
     Args:
         source: path, or a URL that begins with `http://` or `https://`.
@@ -65,7 +65,7 @@ def _download(url: str, timeout: float, max_trials: int) -> bytes:
 def cover(
     image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.BILINEAR
 ) -> Image.Image:
-    """Return the image scaled to cover height x width pixels, and cropped to this size about its centre."""
+    """Return the image scaled to cover height x width pixels and cropped to this size about its centre; or itself."""
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)

@@ -78,7 +78,7 @@ class VideoData(Sequence[Image.Image]):
         return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return a frame, or a list of frames for a slice."""
+        """Return the frame at `index` as an image, or a list of frames for a slice."""
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         if index < 0:
@@ -90,7 +90,7 @@ class VideoData(Sequence[Image.Image]):
         return frame if self.height is None or self.width is None else cover(frame, self.height, self.width)
 
     def raw_data(self) -> list[Image.Image]:
-        """Return all frames."""
+        """Return a list of all frames as images."""
         return list(self)
 
     def _decoded(self, index: int) -> Image.Image:
@@ -124,7 +124,7 @@ class Timeline:
 
     @classmethod
     def of(cls, path: Location) -> Timeline:
-        """Read the timeline from the packets of a file, without decoding; raises like `read_frames`."""
+        """Return the `Timeline` of a video file, from its packets, without decoding; raises like `read_frames`."""
         rate = frame_rate_of(path)
         with opened(path, "video") as (container, stream):
             packets = [packet for packet in container.demux(stream) if packet.size]
@@ -147,7 +147,7 @@ class Timeline:
         return [later - earlier for earlier, later in pairwise(self.times)]
 
     def every_frame(self) -> range:
-        """Return the indices of all frames.
+        """Return the indices of all frames as a `range`, for a constant frame rate.
 
         Raises:
             CorruptFile: a variable frame rate, with which the video would have a wrong speed.
@@ -162,7 +162,7 @@ class Timeline:
         return range(len(self.times))
 
     def at_rate(self, frame_rate: Fraction) -> list[int]:
-        """Return the index of the frame shown at each multiple of `1 / frame_rate` seconds, until the video ends."""
+        """Return a list of indices: of the frame shown at each multiple of `1 / frame_rate` s, until the video ends."""
         seconds = self.times[-1] + self.usual_step
         ticks = max(round(seconds * float(frame_rate)), 1)
         # Containers round times to milliseconds: a frame must not miss its tick by less.
@@ -184,7 +184,7 @@ def read_frames(path: Location) -> Iterator[Image.Image]:
 
 
 def frame_rate_of(path: Location) -> Fraction:
-    """Return the nominal frames per second of a video file; raises like `read_frames`."""
+    """Return the nominal frames per second of a video file as a `Fraction`; raises like `read_frames`."""
     with opened(path, "video") as (_, stream):
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
@@ -201,7 +201,7 @@ def count_frames(path: Location) -> int:
 def read_audio(
     path: Location, sample_rate: int | None = None, *, mono: bool = False
 ) -> tuple[Float[Tensor, "channels samples"], int]:
-    """Return the sound of an audio or video file.
+    """Return (samples, sample rate) of an audio or video file: an fp32 tensor 'channels samples', and Hz.
 
     Args:
         path: the file.
@@ -245,7 +245,7 @@ def pyav() -> Any:
 
 @contextmanager
 def opened(path: Location, kind: str) -> Iterator[tuple[Any, Any]]:
-    """Open a file, and yield its container and its first stream of a kind; errors of PyAV become `CorruptFile`."""
+    """Context manager: open a file as (container, first stream of a kind); errors of PyAV become `CorruptFile`."""
     path, av = _existing(path), pyav()
     try:
         with av.open(str(path)) as container:

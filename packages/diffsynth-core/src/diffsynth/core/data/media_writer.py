@@ -34,7 +34,7 @@ def save_video(
     *,
     comment: str | None = None,
 ) -> None:
-    """Write frames as a video in H.264; the suffix selects the container.
+    """Write frames to `save_path` as a video in H.264; the suffix selects the container.
 
     Args:
         frames: images, or uint8 arrays `h w 3`, of one size, consumed one by one, so a generator works. Or a tensor:
@@ -77,7 +77,7 @@ def save_video(
 
 
 def read_comment(path: Location) -> str | None:
-    """Return the comment in the metadata of a video, or None; raises like `read_frames`."""
+    """Return the comment in the metadata of a video as text, or None without one; raises like `read_frames`."""
     with opened(path, "video") as (container, _):
         text = container.metadata.get("comment")
         return None if text is None else str(text)
@@ -122,7 +122,7 @@ def save_video_with_audio(
     quality: float = 9,
     ffmpeg_params: Sequence[str] | None = None,
 ) -> None:
-    """Write frames as a video with the sound of an audio or video file.
+    """Write frames to `save_path` as a video with the sound of an audio or video file.
 
     Arguments and errors are those of `save_video` and `merge_video_audio`.
     """
@@ -133,7 +133,7 @@ def save_video_with_audio(
 
 @contextmanager
 def _written(path: Location) -> Iterator[Any]:
-    """Yield a container to write; it replaces the file if no error occurs."""
+    """Context manager: a PyAV container to write to a temporary file, which replaces `path` if no error occurs."""
     path, av = Path(path), pyav()
     if path.suffix.lower() not in _CONTAINERS:
         raise ValueError(f"{path} ends in {path.suffix or 'no suffix'!r}; expected one of {', '.join(_CONTAINERS)}")
@@ -156,7 +156,7 @@ def _images(frames: Frames) -> Iterator[Image.Image]:
 
 
 def _arrays(video: Tensor) -> Iterator[np.ndarray]:
-    """Yield the frames of a tensor as uint8 arrays `h w 3`."""
+    """Return an iterator over the frames of a tensor as uint8 arrays `h w 3`."""
     if video.dtype == torch.uint8 and video.ndim == 4 and video.shape[3] == 3:
         return (frame.cpu().numpy() for frame in video)
     if not video.is_floating_point() or (*video.shape[:-3],) not in {(3,), (1, 3)}:

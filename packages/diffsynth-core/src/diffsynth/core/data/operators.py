@@ -51,11 +51,11 @@ class DataProcessingOperator:
     """Base class of data operators. Subclasses define `__call__`."""
 
     def __call__(self, data: Any) -> Any:
-        """Return the processed value."""
+        """Return the processed value; the base class raises NotImplementedError."""
         raise NotImplementedError(f"{type(self).__name__} defines no __call__")
 
     def __rshift__(self, following: DataProcessingOperator) -> DataProcessingPipeline:
-        """Return a pipeline of this operator and the following one."""
+        """Return a `DataProcessingPipeline` of this operator and the following one."""
         return DataProcessingPipeline([self, following])
 
 
@@ -141,7 +141,7 @@ class ToAbsolutePath(DataProcessingOperator):
         self.base_path = base_path
 
     def __call__(self, data: str) -> str:
-        """Return the joined path.
+        """Return the path joined to the folder, as text; a URL is returned unchanged.
 
         Raises:
             TypeError: not a path, as for an empty cell.
@@ -164,7 +164,7 @@ class SequentialProcess(DataProcessingOperator):
         self.operator = operator or DataProcessingOperatorRaw()
 
     def __call__(self, data: Sequence[Any]) -> list[Any]:
-        """Return the list of processed items.
+        """Return a list of the results of the operator for each item.
 
         Raises:
             TypeError: a text, whose items would be letters, or not a sequence.
@@ -189,7 +189,7 @@ class RouteByExtensionName(DataProcessingOperator):
         self.operator_map = list(operator_map)
 
     def __call__(self, data: str) -> Any:
-        """Return the result of the operator for this suffix, ignoring case.
+        """Return the result of the first operator for the file's suffix, ignoring case.
 
         Raises:
             ValueError: no operator for the suffix.
@@ -214,7 +214,7 @@ class RouteByType(DataProcessingOperator):
         self.operator_map = list(operator_map)
 
     def __call__(self, data: Any) -> Any:
-        """Return the result of the operator for this type.
+        """Return the result of the first operator for the value's type.
 
         Raises:
             ValueError: no operator for the type.
@@ -237,7 +237,7 @@ class LoadTorchPickle(DataProcessingOperator):
         self.map_location = map_location
 
     def __call__(self, data: str | Path) -> Any:
-        """Return the content of the file.
+        """Return the object that the file stores: tensors, plain values, and lists and dicts of them.
 
         Raises:
             NoFiles: the file does not exist.
@@ -274,7 +274,7 @@ class LoadImage(DataProcessingOperator):
         self.url_max_retries = url_max_retries
 
     def __call__(self, data: str | Path) -> Image.Image:
-        """Return the image; raises like `image.read_image`."""
+        """Return the PIL image of a file or a URL; raises like `image.read_image`."""
         return read_image(data, self.mode, timeout=self.url_timeout, max_trials=self.url_max_retries)
 
 
@@ -308,7 +308,7 @@ class ImageCropAndResize(DataProcessingOperator):
         self.width_division_factor = width_division_factor
 
     def get_height_width(self, image: Image.Image) -> tuple[int, int]:
-        """Return the height and width that this image will have.
+        """Return the height and width, in pixels, that this image will have after resizing.
 
         Raises:
             ValueError: the image is smaller than the factors.
@@ -329,7 +329,7 @@ class ImageCropAndResize(DataProcessingOperator):
         return height, width
 
     def __call__(self, data: Image.Image) -> Image.Image:
-        """Return the resized image."""
+        """Return the image scaled and cropped to the size of `get_height_width`."""
         return cover(data, *self.get_height_width(data))
 
 
@@ -360,7 +360,7 @@ class FrameSamplerByRateMixin:
         self.fix_frame_rate = fix_frame_rate
 
     def take(self, frames: Iterable[Any], raw_frame_rate: Fraction) -> list[Any]:
-        """Return the selected frames; reads no further than the last of them.
+        """Return a list of the selected frames; read `frames` no further than the last of them.
 
         Args:
             frames: all frames of the video, in order.
@@ -402,7 +402,7 @@ class LoadVideo(DataProcessingOperator, FrameSamplerByRateMixin):
         self.frame_processor = frame_processor
 
     def __call__(self, data: str | Path) -> list[Any]:
-        """Return the processed frames.
+        """Return a list of the first frames of a video, each after `frame_processor`.
 
         Raises:
             NoFiles: the file does not exist.
@@ -421,7 +421,7 @@ class LoadGIF(LoadVideo):
     """Loads the first frames of a GIF or another animated image; the duration of its first frame holds for all."""
 
     def __call__(self, data: str | Path) -> list[Any]:
-        """Return the processed frames.
+        """Return a list of the first frames of an animated image, each after `frame_processor`.
 
         Raises:
             NoFiles: the file does not exist.
@@ -450,7 +450,7 @@ class LoadAudio(DataProcessingOperator):
         self.sr = sr
 
     def __call__(self, data: str | Path) -> np.ndarray:
-        """Return fp32 samples in [-1, 1]; raises like `media.read_audio`."""
+        """Return the samples of one channel as an fp32 array in [-1, 1]; raises like `media.read_audio`."""
         return read_audio(data, self.sr, mono=True)[0][0].numpy()
 
 
@@ -464,7 +464,7 @@ class LoadAudioWithTorchaudio(DataProcessingOperator, FrameSamplerByRateMixin):
     """
 
     def __call__(self, data: str | Path) -> Sound:
-        """Return samples and rate; raises like `media.read_audio` and `media.read_frames`."""
+        """Return (samples `channels samples`, rate in Hz); raises like `media.read_audio` and `media.read_frames`."""
         rate = frame_rate_of(data)
         frames = self.take(range(count_frames(data)), rate)
         seconds = len(frames) / (Fraction(self.frame_rate) if self.fix_frame_rate else rate)
@@ -485,7 +485,7 @@ class LoadPureAudioWithTorchaudio(DataProcessingOperator):
         self.target_duration = target_duration
 
     def __call__(self, data: str | Path) -> Sound:
-        """Return samples and rate; raises like `media.read_audio`."""
+        """Return (samples `channels samples`, rate in Hz); raises like `media.read_audio`."""
         sound, sample_rate = read_audio(data, self.target_sample_rate)
         if self.target_duration is None:
             return sound, sample_rate

@@ -79,11 +79,11 @@ class UnifiedDataset(Dataset[Any]):
 
     @property
     def load_from_cache(self) -> bool:
-        """Whether samples come from cached files."""
+        """Whether samples come from cached `.pth` files, because there is no table."""
         return self.metadata_path is None
 
     def load_metadata(self, metadata_path: str | Path | None) -> None:
-        """Read the rows of a table, or with None find the cached files; raises like the constructor."""
+        """Store the rows of a table in `data`, or, for None, the cached files' paths; raises like the constructor."""
         self.metadata_path = metadata_path
         if metadata_path is None:
             self.search_for_cached_data_files(self.base_path or ".")
@@ -98,7 +98,7 @@ class UnifiedDataset(Dataset[Any]):
             )
 
     def search_for_cached_data_files(self, path: str | Path) -> None:
-        """Find the `.pth` files below a folder, sorted by path."""
+        """Store the paths of the `.pth` files below a folder in `cached_data`, sorted; raise TrainingError if none."""
         self.cached_data = sorted(Path(path).rglob("*.pth"))
         if not self.cached_data:
             raise TrainingError(f"no .pth file below {path}; give a metadata_path, or the folder of cached samples")
@@ -110,7 +110,7 @@ class UnifiedDataset(Dataset[Any]):
         return len(self.cached_data if self.load_from_cache else self.data) * self.repeat
 
     def __getitem__(self, index: int) -> Any:
-        """Return a row with its files loaded, or the content of a cached file.
+        """Return a row as a dict column -> value, with its files loaded, or the content of a cached file.
 
         Raises:
             IndexError: index out of range.
@@ -134,7 +134,7 @@ class UnifiedDataset(Dataset[Any]):
 
     @staticmethod
     def check_data_equal(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-        """Return whether two samples have the same columns with equal values."""
+        """Whether two samples have the same columns with equal values."""
         return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
 
     @staticmethod
