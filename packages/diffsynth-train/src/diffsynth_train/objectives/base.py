@@ -43,7 +43,7 @@ class Objective(Protocol):
         ...
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Store in configs what is measured on all rows with the final weights; called once, at the end of training."""
+        """Measure values on all rows with the final weights and store them, for example in a config; called last."""
         ...
 
 
