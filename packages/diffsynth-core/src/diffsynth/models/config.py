@@ -42,7 +42,7 @@ class FluxAutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Image pixels per latent pixel, along one side."""
+        """Number of image pixels per latent pixel, along one side."""
         return 1 << (len(self.block_out_channels) - 1)
 
 
@@ -50,7 +50,7 @@ TINY_FLUX_AUTOENCODER = FluxAutoencoderConfig(block_out_channels=(64, 64, 128, 1
 
 
 def tiny_flux_autoencoder_inputs(config: FluxAutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `FluxAutoencoder.forward` for two small images that are not square; fp32 on the CPU."""
+    """Return a dict of arguments of `FluxAutoencoder.forward`: two small images, not square, fp32 on the CPU."""
     import torch
 
     size = (3 * config.factor, 2 * config.factor)
@@ -58,7 +58,7 @@ def tiny_flux_autoencoder_inputs(config: FluxAutoencoderConfig, generator: torch
 
 
 def infer_flux_autoencoder_config(shapes: Shapes) -> FluxAutoencoderConfig:
-    """Return the config of an autoencoder file from the shapes of its tensors.
+    """Return the `FluxAutoencoderConfig` of a file from the shapes of its tensors.
 
     Raises:
         ValueError: the file is of another autoencoder with similar names.
@@ -116,7 +116,7 @@ TINY_QWEN3_TEXT_ENCODER = Qwen3TextEncoderConfig(
 
 
 def tiny_qwen3_text_encoder_inputs(config: Qwen3TextEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `Qwen3TextEncoder.forward` for two prompts of different length, padded on the right."""
+    """Return a dict of arguments of `Qwen3TextEncoder.forward`: two random prompts, one padded on the right."""
     import torch
 
     return {
@@ -126,7 +126,7 @@ def tiny_qwen3_text_encoder_inputs(config: Qwen3TextEncoderConfig, generator: to
 
 
 def infer_qwen3_text_encoder_config(shapes: Shapes) -> Qwen3TextEncoderConfig:
-    """Return the config of a text encoder file from the shapes of its tensors.
+    """Return the `Qwen3TextEncoderConfig` of a file from the shapes of its tensors.
 
     Raises:
         ValueError: the file has no norm of queries per head, so it is not a Qwen3.
@@ -192,7 +192,7 @@ class WanAutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent pixel, along one side."""
+        """Number of pixels per latent pixel, along one side."""
         return 1 << len(self.temporal_downsample)
 
     @property
@@ -205,7 +205,7 @@ TINY_WAN_AUTOENCODER = WanAutoencoderConfig(dim=8)
 
 
 def tiny_wan_autoencoder_inputs(config: WanAutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return arguments of `WanAutoencoder.forward` for a video of two latent frames, not square; fp32 on the CPU."""
+    """Return a dict of arguments of `WanAutoencoder.forward`: a video of two latent frames, fp32 on the CPU."""
     import torch
 
     size = (config.time_factor + 1, 3 * config.factor, 2 * config.factor)
@@ -213,7 +213,7 @@ def tiny_wan_autoencoder_inputs(config: WanAutoencoderConfig, generator: torch.G
 
 
 def infer_wan_autoencoder_config(shapes: Shapes) -> WanAutoencoderConfig:
-    """Return the config of an autoencoder file from the shapes of its tensors.
+    """Return the `WanAutoencoderConfig` of a file from the shapes of its tensors.
 
     Raises:
         ValueError: the file has another number of latent channels, or no downsampling layer.

@@ -58,7 +58,7 @@ _WAN_RESIDUAL = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
 
 
 def wan_residual_blocks(source: str, target: str) -> tuple[Rule, ...]:
-    """Return the rules for a causal residual block in diffusers' layout."""
+    """Return the `Rename` rules from diffusers' parameter names to ours for a causal residual block."""
     return (
         *(
             Rename(f"{source}.{theirs}.{{*}}", f"{target}.residual.{ours}.{{*}}")
@@ -69,12 +69,12 @@ def wan_residual_blocks(source: str, target: str) -> tuple[Rule, ...]:
 
 
 def wan_resampling(source: str, target: str) -> tuple[Rule, ...]:
-    """Return the rules for a downsampling or upsampling layer in diffusers' layout."""
+    """Return the `Rename` rules from diffusers' parameter names to ours for a downsampling or upsampling layer."""
     return tuple(Rename(f"{source}.{name}.{{*}}", f"{target}.{name}.{{*}}") for name in ("resample", "time_conv"))
 
 
 def wan_ends(side: str) -> tuple[Rule, ...]:
-    """Return the rules for first and last layers and middle block of an encoder or decoder in diffusers' layout."""
+    """Return the `Rename` rules from diffusers' names to ours for first and last layers and middle block of a side."""
     names = {"conv_in": "conv1", "mid_block.attentions.0": "middle.1", "norm_out": "head.0", "conv_out": "head.2"}
     return (
         *(Rename(f"{side}.{theirs}.{{*}}", f"{side}.{ours}.{{*}}") for theirs, ours in names.items()),

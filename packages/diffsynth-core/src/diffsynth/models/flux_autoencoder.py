@@ -34,7 +34,7 @@ class FluxAutoencoder(nn.Module):
         generator: torch.Generator | None = None,
         **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c h w"]:
-        """Return the scaled latents, `(z - shift_factor) * scaling_factor`, in the dtype of `image`.
+        """Return the scaled latents of images, `(z - shift_factor) * scaling_factor`, in the dtype of `image`.
 
         Args:
             image: pixels in [-1, 1]; height and width are multiples of `config.factor`.
@@ -54,7 +54,7 @@ class FluxAutoencoder(nn.Module):
     def encode_moments(
         self, image: Float[Tensor, "b c_in h8 w8"], **tiling: Unpack[Tiling]
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """Return mean and log-variance of the posterior of the *unscaled* latents; the latter clamped to [-30, 20].
+        """Return two tensors, mean and log-variance (clamped to [-30, 20]) of the posterior of *unscaled* latents.
 
         Raises:
             ValueError: height or width is no multiple of the factor, or tiles would leave gaps.
@@ -68,17 +68,17 @@ class FluxAutoencoder(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Float[Tensor, "b c h w"], **tiling: Unpack[Tiling]) -> Float[Tensor, "b c_in h8 w8"]:
-        """Return the image of scaled latents, about in [-1, 1], not clamped; see `encode` for the rest."""
+        """Return the images of scaled latents, about in [-1, 1], not clamped; `tiling` and errors as in `encode`."""
         unscaled = latents / self.config.scaling_factor + self.config.shift_factor
         tiles = _tiles(*latents.shape[-2:], tiling)
         return tile_by_tile(self.decoder, unscaled, tiles, (1, self.config.factor))
 
     def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b c_in h8 w8"]:
-        """Return the reconstruction of an image from the mean of its posterior."""
+        """Return the images after encoding, to the mean of the posterior, and decoding."""
         return self.decode(self.encode(image))
 
     def init_weights(self) -> None:
-        """Initialise for training from scratch: every residual branch outputs zero (Fixup, arXiv:1901.09321)."""
+        """Set weights for training from scratch: every residual branch outputs zero (Fixup, arXiv:1901.09321)."""
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b two_c h w"]:
-        """Return mean and log-variance of the latents."""
+        """Return mean and log-variance of the latents in one tensor `b two_c h w`, stacked along the channels."""
         x = self.conv_in(image)
         for block in self.down_blocks:
             x = block(x)
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
     def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_in h8 w8"]:
-        """Return the image of the latents."""
+        """Return the decoded images `b c_in h8 w8` of unscaled latents."""
         x = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x)
@@ -145,7 +145,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(dim)] if downsample else [])
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """Return the features at the next resolution."""
+        """Return the features after this block, at half the resolution, except from the last block."""
         for layer in (*self.resnets, *self.downsamplers):
             x = layer(x)
         return x
@@ -162,7 +162,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(dim)] if upsample else [])
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """Return the features at the next resolution."""
+        """Return the features after this block, at twice the resolution, except from the last block."""
         for layer in (*self.resnets, *self.upsamplers):
             x = layer(x)
         return x
@@ -177,7 +177,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(config, dim, dim) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the features after this block."""
+        """Return the features after this block, of the shape of `x`."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
@@ -193,7 +193,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if in_dim == dim else nn.Conv2d(in_dim, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the features after this block."""
+        """Return the features after this residual block, at the same resolution."""
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
@@ -210,7 +210,7 @@ class PixelAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the features plus their attention output."""
+        """Return the features plus their attention output, of the shape of `x`."""
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         q, k, v = (to(tokens)[:, :, None] for to in (self.to_q, self.to_k, self.to_v))
         h = self.to_out(attention(q, k, v)[:, :, 0])

@@ -44,7 +44,7 @@ class Qwen3TextEncoder(nn.Module):
         *,
         layers: Sequence[int] = (-2,),
     ) -> Float[Tensor, "b s e"]:
-        """Return hidden states, in the dtype of the weights.
+        """Return the hidden states `b s e` of `layers`, concatenated along `e`, in the dtype of the weights.
 
         Args:
             input_ids: token ids.
@@ -74,7 +74,7 @@ class Qwen3TextEncoder(nn.Module):
         return torch.cat([states[index] for index in wanted], dim=-1)
 
     def init_weights(self) -> None:
-        """Initialise for training from scratch: layers preserve the scale of their input, token embeddings have std 1.
+        """Set weights for training from scratch: layers preserve the scale of their input, embeddings have std 1.
 
         The usual std of 0.02 fits widths of thousands: at a width of 128, layers would hardly change the hidden states.
         """
@@ -97,7 +97,7 @@ class Rotary(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "b s e"], position_ids: Int[Tensor, "#b s"]
     ) -> tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]]:
-        """Return cosine and sine for transformers' layout, in which both halves of a head have the same angles."""
+        """Return two tensors, cosine and sine of the rotary angles, the same for both halves of a head."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=hidden.device) / self.head_dim
         angles = position_ids[:, :, None].float() * (1.0 / self.theta**exponents)
         angles = torch.cat((angles, angles), dim=-1)
@@ -105,7 +105,7 @@ class Rotary(nn.Module):
 
 
 def _causal_mask(attention_mask: Tensor | None) -> Bool[Tensor, "b 1 s s"] | None:
-    """Return the causal mask without padding; None if there is none, since `causal=True` has faster kernels."""
+    """Return a bool mask that is causal and hides padding; None if there is no padding: `causal=True` is faster."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     is_text = attention_mask.bool()

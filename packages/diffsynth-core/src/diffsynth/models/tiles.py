@@ -42,11 +42,11 @@ class Span:
     fade_out: int
 
     def scaled(self, scale: int) -> Span:
-        """Return the span in an image that is `scale` times as large as the latents."""
+        """Return the `Span` (start, stop, fades) in an image that is `scale` times as large as the latents."""
         return Span(self.start * scale, self.stop * scale, self.fade_in * scale, self.fade_out * scale)
 
     def weights(self) -> Float[Tensor, "size"]:
-        """Return the blending weights: 1 inside, with linear ramps at the ends that never reach 0."""
+        """Return the fp32 blending weight of each pixel of the span: 1 inside, linear ramps above 0 at the ends."""
         index = torch.arange(1, self.stop - self.start + 1, dtype=torch.float32)
         rising = index / max(self.fade_in, 1)
         falling = index.flip(0) / max(self.fade_out, 1)
@@ -61,12 +61,12 @@ class Tile:
     columns: Span
 
     def cut(self, frames: Float[Tensor, "*b h w"], scale: int = 1) -> Float[Tensor, "*b h2 w2"]:
-        """Return the tile's view of frames that are `scale` times as large as the latents."""
+        """Return a view of the tile's pixels in frames that are `scale` times as large as the latents."""
         rows, columns = self.rows.scaled(scale), self.columns.scaled(scale)
         return frames[..., rows.start : rows.stop, columns.start : columns.stop]
 
     def weights(self, scale: int = 1) -> Float[Tensor, "h w"]:
-        """Return the blending weight of each pixel of the tile, `scale` times as large as the latents."""
+        """Return the fp32 blending weights `h w` of the tile's pixels, `scale` times as large as the latents."""
         rows, columns = self.rows.scaled(scale).weights(), self.columns.scaled(scale).weights()
         return torch.minimum(rows[:, None], columns[None, :])
 
@@ -88,13 +88,13 @@ class Blend:
         self._weight = self._sum.new_zeros(size)
 
     def add(self, tile: Tile, part: Float[Tensor, "*b h2 w2"]) -> None:
-        """Add the processed tile `part`."""
+        """Add the processed tile `part` to the weighted sum."""
         weights = tile.weights(self._scale).to(part.device)
         tile.cut(self._sum, self._scale).add_(part.float() * weights)
         tile.cut(self._weight, self._scale).add_(weights)
 
     def result(self) -> Float[Tensor, "*b h w"]:
-        """Return the weighted mean, in the dtype of the tiles; a single tile is returned unchanged."""
+        """Return the whole image: the weighted mean of the tiles added so far, in their dtype."""
         return (self._sum / self._weight).to(self._dtype)
 
 
@@ -107,7 +107,7 @@ def cover(
     tile_stride: tuple[int, int] = (15, 26),
     even: bool = False,
 ) -> list[Tile]:
-    """Return tiles that cover `height` x `width` latent pixels; a single one if `tiled` is False.
+    """Return a list of `Tile` that cover `height` x `width` latent pixels; a single one if `tiled` is False.
 
     Args:
         height, width: size of the latents in latent pixels.
@@ -152,7 +152,7 @@ def tile_by_tile(
 
 
 def check_tiles(tile_size: tuple[int, int], tile_stride: tuple[int, int]) -> None:
-    """Check the size and stride of tiles.
+    """Raise ValueError unless the size and stride of tiles are positive and leave no gaps.
 
     Raises:
         ValueError: a size or stride is not positive, or the stride leaves gaps.
