@@ -31,7 +31,7 @@ def flash_attention_2(
     is_causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return attention computed by FlashAttention 2."""
+    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by FlashAttention 2."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flash_attention_2"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
@@ -50,7 +50,7 @@ def flash_attention_3(
     is_causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return attention computed by FlashAttention 3."""
+    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by FlashAttention 3."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flash_attention_3"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
@@ -69,7 +69,7 @@ def flash_attention_4(
     is_causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return attention computed by FlashAttention 4."""
+    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by FlashAttention 4."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flash_attention_4"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
@@ -86,7 +86,7 @@ def sage_attention(
     dims: Mapping[str, int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Return attention computed by SageAttention, whose scores have 8 bits."""
+    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by SageAttention in 8 bits."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("sage_attention"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale)
@@ -103,7 +103,7 @@ def xformers_attention(
     dims: Mapping[str, int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Return attention computed by xFormers."""
+    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by xFormers."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("xformers"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale)
@@ -122,7 +122,10 @@ def flex_attention(
     scale: float | None = None,
     score_mod: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """Return attention computed by PyTorch's FlexAttention; `score_mod` as in `attention_forward`."""
+    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by PyTorch's FlexAttention.
+
+    `score_mod` is that of `attention_forward`.
+    """
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flex"):
         return attention_forward(q, k, v, *patterns, dims, attn_mask=attn_mask, scale=scale, score_mod=score_mod)
@@ -140,7 +143,7 @@ def torch_sdpa_sliding_window(
     dims: Mapping[str, int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Return attention of each query to `sliding_window` tokens on each side of it, computed by PyTorch."""
+    """Return the output, a tensor, of attention of each query to `sliding_window` tokens on each side, by PyTorch."""
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("sdpa"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, window_size=sliding_window)

@@ -25,7 +25,7 @@ _DISK_OFFLOAD_LIMIT = 80.0
 
 
 def skip_model_initialization(device: torch.device | str = "meta") -> AbstractContextManager[Any]:
-    """Return a context in which modules are built on `device`: on "meta" without memory and initialisation.
+    """Return a context manager in which modules are built on `device`: on "meta" without memory and initialisation.
 
     It is `torch.device(device)`, which applies to the current thread and patches nothing.
     """
@@ -46,7 +46,7 @@ def load_model(
     state_dict: Mapping[str, Any] | None = None,
     quantize: Any = None,
 ) -> Module:
-    """Return `model_class(**config)` with the weights of a file, in eval mode.
+    """Return the module `model_class(**config)` with the weights of a file or of a state dict, in eval mode.
 
     Args:
         model_class: the module's class, which is built on the meta device first. Buffers that the file does not have
@@ -100,9 +100,10 @@ def load_model_with_disk_offload(
     state_dict_converter: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
     module_map: Mapping[Any, Any] | None = None,
 ) -> Module:
-    """Return a module whose weights stay on disk, with as many blocks on the device as its free memory holds.
+    """Return a module in eval mode whose weights stay on disk, with as many blocks on the device as fit there.
 
-    Weights are rounded to float8_e4m3fn when they are copied to the device. Arguments and errors as for `load_model`.
+    Weights are rounded to float8_e4m3fn when they are read, and take at most 80 GiB of the device. Arguments and errors
+    are those of `load_model`; a `path` is required.
     """
     device = torch.device(device)
     disk = {f"{state}_{part}": "disk" for state in ("offload", "onload") for part in ("device", "dtype")}
@@ -125,7 +126,7 @@ def load_model_with_disk_offload(
 def _load(
     module: nn.Module, source: Any, converter: Any, *, dtype: torch.dtype | None, device: Any, ahead: bool = False
 ) -> None:
-    """Assign weights to a module on meta, from files or from a mapping."""
+    """Assign weights from files or from a mapping to a module on meta, and fill its buffers."""
     where = "the given state_dict" if isinstance(source, Mapping) else str(source)
     if isinstance(source, Mapping) or (converter is not None and not ahead):
         found = source if isinstance(source, Mapping) else load_state_dict(source)
@@ -150,7 +151,10 @@ def _load(
 def _managed(
     module: Module, source: Any, converter: Any, keys: Mapping[str, Any], module_map: Any, vram_limit: float | None
 ) -> Module:
-    """Put a module on meta under a policy, which reads the weights unless a converter needs all of them in memory."""
+    """Put a module on meta under the policy of `keys`, with the weights of `source`, and return it in eval mode.
+
+    The policy reads the weights from the file, unless a converter needs all of them in memory.
+    """
     from diffsynth.compat.vram import enable_vram_management
     from diffsynth.core.vram.disk_map import DiskMap
 

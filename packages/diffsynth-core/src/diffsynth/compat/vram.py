@@ -57,7 +57,7 @@ def enable_vram_management(
     disk_map: DiskMap | None = None,
     quantize: Any = None,
 ) -> nn.Module:
-    """Put a model under the policy of eight keys, and return it.
+    """Put a model under the placement policy of eight keys, in place, and return the model.
 
     Args:
         model: the model, which is frozen here; it keeps its class and its results. With a `disk_map` it may be on meta.
@@ -96,7 +96,9 @@ def enable_vram_management_recursively(
     disk_map: DiskMap | None = None,
     quantize: Any = None,
 ) -> nn.Module:
-    """Do the same as `enable_vram_management`, but ignore an entry of the map for the model's own class.
+    """Put a model under a placement policy and return it; a map entry for the model's own class is ignored.
+
+    Everything else is as in `enable_vram_management`.
 
     Args:
         name_prefix: prefix of the model's parameters in the `disk_map`, without a dot at its end.
@@ -107,7 +109,7 @@ def enable_vram_management_recursively(
 
 
 def fill_vram_config(model: nn.Module, vram_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys with `onload` and `preparing` set to `computation`, for a model that is moved as a whole.
+    """Return a dict of the placement keys with `onload` and `preparing` as `computation`: the model moves as a whole.
 
     Raises:
         ValueError: an unknown key, or no computation.
@@ -147,7 +149,10 @@ def _enable(
 
 
 def _keep_within(managed: ManagedModule, vram_limit: float) -> None:
-    """Configure as many resident blocks as a limit allows, spread evenly."""
+    """Set as many blocks resident as fit into `vram_limit` GiB, spread evenly; none for 0.
+
+    The limit has no effect where weights are used in place.
+    """
     managed.configure(resident=(), slots=1)
     if managed.blocks and not managed.streamed:
         logger.warning("vram_limit=%s has no effect: the weights are used where they are stored", vram_limit)
@@ -170,7 +175,7 @@ def _keep_within(managed: ManagedModule, vram_limit: float) -> None:
 
 
 def _entry(module: nn.Module, module_map: ModuleMap) -> type[AutoTorchModule] | None:
-    """Return the entry of a map that fits a module; None if none does."""
+    """Return the wrapper class that a map has for the class of a module, the first that fits; None if none does."""
     return next((how for layer, how in module_map.items() if isinstance(module, layer)), None)
 
 
@@ -203,7 +208,7 @@ def _check_keys(vram_config: Mapping[str, Any]) -> None:
 
 
 def _cuts(model: nn.Module, module_map: ModuleMap) -> dict[str, Any]:
-    """Return the arguments of `wrap` for a module map.
+    """Return the keyword arguments of `wrap` for a module map, a dict: `whole`, the classes that are blocks.
 
     Raises:
         ValueError: the model has no such layers.

@@ -48,7 +48,7 @@ _COPIED = frozenset({ForwardLayer.COMPILED})
 
 
 def install(module: nn.Module, layer: ForwardLayer, decorate: Decorator) -> None:
-    """Install a layer around a module's forward; a layer of the same kind is replaced.
+    """Install a decorator around a module's forward as a layer; a layer of the same kind is replaced.
 
     A deep copy of the module, or a pickled one, keeps a COMPILED layer only: the others belong to the original.
 
@@ -87,14 +87,14 @@ def remove(module: nn.Module, layer: ForwardLayer) -> None:
 
 
 def find(module: nn.Module, layer: ForwardLayer) -> Forward | None:
-    """Return the callable that a layer made of the forward beneath it; None if there is no such layer."""
+    """Return the callable that a layer of this kind puts around a module's forward; None if there is no such layer."""
     chain = _chain(module)
     found = None if chain is None else chain.layers.get(layer)
     return None if found is None else found.made
 
 
 def class_changed(module: nn.Module) -> None:
-    """Build the layers anew after an assignment to `module.__class__`, around the forward of the new class."""
+    """Rebuild a module's layers around the forward of its new class, after an assignment to `module.__class__`."""
     with _lock:
         if (chain := _chain(module)) is not None:
             chain.set(chain.decorators())
@@ -154,15 +154,18 @@ class _Chain:
 
     @property
     def __wrapped__(self) -> Forward:
-        """The innermost forward, which has the signature: `inspect` and hooks of other libraries ask for it."""
+        """Innermost forward, which has the signature: `inspect` and hooks of other libraries ask for it."""
         return self._innermost
 
     def decorators(self) -> dict[ForwardLayer, Decorator]:
-        """Return the decorator of each layer."""
+        """Return a dict kind (`ForwardLayer`) -> decorator of each layer."""
         return {kind: layer.decorate for kind, layer in self.layers.items()}
 
     def set(self, decorators: Mapping[ForwardLayer, Decorator]) -> None:
-        """Build layers around the innermost forward, and then have calls run them in place of the earlier ones."""
+        """Replace all layers by those of `decorators` (kind -> decorator), built around the innermost forward.
+
+        Calls run the earlier layers until the new ones are built.
+        """
         innermost = self.assigned or types.MethodType(type(self.module).forward, self.module)
         innermost = self._innermost if self._innermost == innermost else innermost
         outermost, layers = innermost, {}
@@ -186,7 +189,7 @@ def _leads_to(forward: Forward | None, chain: _Chain) -> bool:
 
 
 def _unwrapped(forward: Forward | None) -> list[Forward]:
-    """Return a forward and those inside it, as far as `__wrapped__` tells."""
+    """Return a list of a forward and the functions that it wraps, found by `__wrapped__`; empty for None."""
     found = []
     while forward is not None:
         found.append(forward)

@@ -12,7 +12,7 @@ from diffsynth.errors import KeyMismatch
 
 
 def merge_lora(loras: Sequence[Mapping[str, Tensor]], alpha: float = 1.0) -> dict[str, Tensor]:
-    """Return one LoRA equal to the sum of several. Their ranks are concatenated, so nothing is approximated.
+    """Return the state dict of one LoRA that equals the sum of several times `alpha`; its rank is the sum of theirs.
 
     Args:
         loras: state dicts in any known key names, with the same module names; they may change different layers.
@@ -36,7 +36,7 @@ def merge_lora(loras: Sequence[Mapping[str, Tensor]], alpha: float = 1.0) -> dic
 
 
 def reset_lora_rank(lora: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Return the LoRA of another rank that is nearest to this one, layer by layer (Eckart and Young 1936).
+    """Return the state dict of the LoRA of rank `rank` nearest to this one, layer by layer (Eckart and Young 1936).
 
     Args:
         lora: a state dict in any known key names.
@@ -55,7 +55,7 @@ def reset_lora_rank(lora: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def stacked(name: str, layers: Sequence[LoRALayer], alpha: float = 1.0) -> LoRALayer:
-    """Return the sum of several changes of one layer as one change, whose rank is the sum of theirs.
+    """Return one `LoRALayer` that equals the sum of several, times `alpha`; its rank is the sum of their ranks.
 
     Args:
         name: the layer's name, for the message.

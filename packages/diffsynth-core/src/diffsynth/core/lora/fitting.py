@@ -49,7 +49,7 @@ class _Layout:
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """The module names of the layout, and our own, some of which the rules do not change."""
+        """Names of the layout's modules and of our own, some of which the rules do not change."""
         sources = (
             convert.fill(source, holes)
             for rule in self.rules
@@ -62,7 +62,7 @@ class _Layout:
 
     @functools.cached_property
     def file_shapes(self) -> Mapping[str, Shape]:
-        """Key -> shape of a file of this layout at the module's size; empty if it cannot be derived."""
+        """Mapping key -> shape of a file of this layout at the module's size; empty if it cannot be derived."""
         try:
             return file_shapes(self.rules, self._shapes, self._published)
         except (ValueError, KeyMismatch):
@@ -91,7 +91,7 @@ class _Attempt:
 
 
 def fit(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec] = (), *, architecture: str = "") -> LoRA:
-    """Return a LoRA with the names of a module's layers. The module is not changed, and no layer is left out.
+    """Return the `LoRA` translated to the names of a module's layers; the module is not changed, no layer is left out.
 
     Args:
         lora: a LoRA with the names of its file.
@@ -118,7 +118,7 @@ def fit(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec] = (
 
 
 def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the linear layers that are, or end in a dot and, one of `targets`; in the module's order.
+    """Return the names of the linear layers whose last name parts are one of `targets`, a tuple in the module's order.
 
     Args:
         module: a module on any device.
@@ -138,7 +138,7 @@ def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def _layouts(module: nn.Module, checkpoints: Sequence[CheckpointSpec]) -> Iterator[_Layout]:
-    """Yield the module's own names as a layout, then one layout for each set of rules."""
+    """Yield `_Layout`s: one with the module's own names, then one for each set of rules of the checkpoints."""
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     yield _Layout("its own", (), shapes, {})
     by_rules = {checkpoint.rules: checkpoint for checkpoint in reversed(checkpoints) if checkpoint.rules}
@@ -182,7 +182,7 @@ def _attempt(lora: LoRA, own: Mapping[str, Shape], layout: _Layout) -> _Attempt:
 
 
 def _absent_parts(layout: _Layout, named: Mapping[str, LoRALayer]) -> dict[str, Shape]:
-    """Return key -> shape of parts of fused weights that the LoRA does not change while it changes other parts."""
+    """Return a dict key -> shape of parts of fused weights that the LoRA does not change while it changes others."""
     absent: dict[str, Shape] = {}
     for rule in layout.rules:
         if not isinstance(rule, convert.Fuse):
@@ -200,7 +200,7 @@ def _no_change(shape: Shape) -> LoRALayer:
 
 
 def _converted(target: convert.Target, layers: Sequence[LoRALayer]) -> LoRALayer:
-    """Return the change of a target that the changes of its sources make.
+    """Return the `LoRALayer` of one of our weights, made of those of the weights that it is converted from.
 
     Raises:
         ValueError: the rule does not keep a product of two matrices one.

@@ -63,21 +63,21 @@ class LoRALayer:
 
     @property
     def rank(self) -> int:
-        """The inner size of the two matrices."""
+        """Inner size of the two matrices."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`, or 1 without an alpha."""
+        """Factor of the change: `alpha / rank`, or 1 without an alpha."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the weight that is changed: outputs, inputs."""
+        """Shape (outputs, inputs) of the weight that is changed."""
         return self.up.shape[0], self.down.shape[1]
 
     def scaled_up(self, alpha: float = 1.0) -> Float[Tensor, "outputs rank"]:
-        """Return `up` multiplied by `alpha * scale`, in fp32."""
+        """Return matrix B (`up`) multiplied by `alpha * scale`, an fp32 tensor."""
         return self.up.float() * (alpha * self.scale)
 
 
@@ -95,7 +95,7 @@ class LoRA:
 
 
 def read_lora(source: str | Path | Sequence[Path] | Mapping[str, Tensor]) -> LoRA:
-    """Return a LoRA with the module names of its file; `fit` translates them to a module's names.
+    """Return the `LoRA` of a file or a state dict, with the module names found there, which `fit` translates.
 
     Args:
         source: a file, the files of one LoRA, or a state dict.
@@ -117,9 +117,10 @@ def save_lora(
     prefix: str = PREFIX,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a LoRA as a safetensors file with `lora_A`, `lora_B` and, where it differs from the rank, `alpha`.
+    """Write a LoRA as a safetensors file and return the file's `Path`.
 
-    The file is written atomically. Reading it gives the same bits.
+    Its keys are `lora_A`, `lora_B` and, for layers that have one, `alpha`. The file is written atomically. Reading it
+    gives the same bits.
 
     Args:
         lora: a LoRA with a network's own names, or a state dict in any known key names.
@@ -149,7 +150,7 @@ def save_lora(
 
 
 def to_state_dict(lora: LoRA, prefix: str = "") -> dict[str, Tensor]:
-    """Return a LoRA's tensors under the key names of peft and diffusers.
+    """Return the state dict (key -> tensor) of a LoRA under the key names of peft and diffusers.
 
     Args:
         prefix: put before every module name.
@@ -164,7 +165,7 @@ def to_state_dict(lora: LoRA, prefix: str = "") -> dict[str, Tensor]:
 
 
 def parse(state_dict: Mapping[str, Tensor], where: str = "the given state_dict") -> LoRA:
-    """Return the LoRA in a state dict, whichever program's key names it has.
+    """Return the `LoRA` that a state dict holds, in the key names of any usual program.
 
     Args:
         state_dict: key -> tensor; every key must be a part of a LoRA.
@@ -222,7 +223,7 @@ def _layer(where: str, module: str, pair: Mapping[str, Tensor], alpha: float | N
 
 
 def _refuse(where: str, others: list[str], *, count: int, is_lora: bool) -> NoReturn:
-    """Raise KeyMismatch for keys that are no part of a LoRA, grouped by what they are."""
+    """Raise KeyMismatch: keys are no part of a LoRA, grouped by what they are, or there is no LoRA at all."""
     kinds: dict[str, list[str]] = {}
     for key in others:
         kind = next((text for pattern, text in _OTHER_ADAPTERS.items() if re.fullmatch(pattern, key)), _NO_LORA_KEY)

@@ -19,7 +19,7 @@ _ATTRIBUTE = "_diffsynth_fused_loras"
 
 @torch.no_grad()
 def fuse(module: nn.Module, lora: LoRA, alpha: float = 1.0) -> None:
-    """Add a LoRA to a module's weights: `W + alpha * scale * up @ down`, in fp32, rounded once to the weight's dtype.
+    """Add a LoRA to a module's weights in place: `W + alpha * scale * up @ down` in fp32, rounded once to W's dtype.
 
     Because of the rounding a LoRA cannot be subtracted again: load the weights anew to remove it.
 
@@ -68,7 +68,7 @@ def _check(name: str, weight: Any) -> None:
 
 
 def _fingerprint(lora: LoRA) -> frozenset[tuple[str, float, float]]:
-    """Return a value that is equal for equal LoRAs, whichever files they come from."""
+    """Return a frozenset of names and sums of the layers, equal for equal LoRAs whichever files they come from."""
     return frozenset(
         (name, layer.down.double().abs().sum().item(), layer.scaled_up().double().sum().item())
         for name, layer in lora.layers.items()

@@ -32,18 +32,18 @@ class LoRAHotLoadMixin:
     """Matrix B, of shape `outputs rank`, multiplied by all factors."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's own output plus the LoRA's."""
+        """Return the sum of the layer's own output and the LoRA's, a tensor."""
         output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return output + self.lora_forward(x).to(output.dtype)
 
     def lora_forward(self, x: Tensor) -> Tensor:
-        """Return the LoRA's part of the output, in the dtype of `x`."""
+        """Return what the LoRA adds to the layer's output, a tensor in the dtype of `x`."""
         inner = functional.linear(x, self.lora_down.to(x.dtype))
         return functional.linear(inner, self.lora_up.to(x.dtype))
 
 
 def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[type, ...] = ()) -> None:
-    """Add a hot LoRA to a module's layers, besides the hot LoRAs that they have. Not to be called inside a stage.
+    """Add a hot (unfused) LoRA to a module's layers, besides those that they have. Not to be called inside a stage.
 
     Args:
         module: the module that `fit` fitted the LoRA to; it may be wrapped by the VRAM engine under any policy.
@@ -78,7 +78,7 @@ def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[
 
 
 def clear_hot(module: nn.Module) -> int:
-    """Remove all hot LoRAs from a module's layers and return the number of layers that had one."""
+    """Remove all hot (unfused) LoRAs from a module's layers and return the number of layers that had one."""
     engine = managed(module)
     if engine is not None and is_hot(module):
         engine.leave()
@@ -91,7 +91,7 @@ def clear_hot(module: nn.Module) -> int:
 
 
 def is_hot(module: nn.Module) -> bool:
-    """Whether a layer of a module has a hot LoRA."""
+    """Whether any layer of a module has a hot (unfused) LoRA."""
     return any(isinstance(layer, LoRAHotLoadMixin) for layer in module.modules())
 
 

@@ -20,19 +20,19 @@ Attend: TypeAlias = Callable[
 
 
 def shard_sizes(total: int, size: int) -> tuple[int, ...]:
-    """Return how many of `total` elements each of `size` processes has: equal but for one, the first have more."""
+    """Return a tuple: how many of `total` elements each process has; the first may have one more than the last."""
     return tuple(total // size + (index < total % size) for index in range(size))
 
 
 def shard_slice(total: int, axis: MeshAxis) -> slice:
-    """Return the slice of `total` elements that this process has."""
+    """Return the `slice` of the indices, out of `total`, of the elements that this process has."""
     sizes = shard_sizes(total, axis.size)
     start = sum(sizes[: axis.index])
     return slice(start, start + sizes[axis.index])
 
 
 def all_gather_shards(x: Float[Tensor, "b s_own ..."], total: int, axis: MeshAxis) -> Float[Tensor, "b s ..."]:
-    """Return the shards of all processes, concatenated along axis 1 to `total` elements, in every process.
+    """Return one tensor, equal in every process: the shards of all, concatenated along axis 1 to `total` elements.
 
     Args:
         x: the shard of this process, see `shard_slice`.
@@ -55,7 +55,9 @@ def all_gather_shards(x: Float[Tensor, "b s_own ..."], total: int, axis: MeshAxi
 
 
 def ulysses_attention(attend: Attend, tokens: int, axis: MeshAxis) -> Attend:
-    """Return self-attention for processes that have one shard of the tokens each, with all heads.
+    """Return a function that computes self-attention over all tokens for processes with one shard of them each.
+
+    Queries, keys, values and the output of each process have its own tokens and all heads.
 
     DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv:2309.14509): an all-to-all before attention exchanges shards of tokens
     for shards of heads, and one after it exchanges them back. `attend` gets all tokens of some heads, and may be any
@@ -91,7 +93,7 @@ def ulysses_attention(attend: Attend, tokens: int, axis: MeshAxis) -> Attend:
 
 
 def compute_and_gather(names: Sequence[str], compute: Callable[[str], Tensor], axis: MeshAxis) -> list[Tensor]:
-    """Return `[compute(name) for name in names]`; process `i` computes the `i`-th, and every process gets all.
+    """Return the list `[compute(name) for name in names]`; process `i` computes the `i`-th, and every process gets all.
 
     A single process computes all of them.
 
@@ -114,7 +116,7 @@ def compute_and_gather(names: Sequence[str], compute: Callable[[str], Tensor], a
 
 
 def _all_to_all(sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], axis: MeshAxis) -> list[Tensor]:
-    """Send the `i`-th tensor to process `i`, and return the received tensors, the `i`-th of `shapes[i]`."""
+    """Send the `i`-th tensor to process `i`, and return the list of received ones, the `i`-th of shape `shapes[i]`."""
     flat = torch.cat([tensor.reshape(-1) for tensor in sent])
     counts = [prod(shape) for shape in shapes]
     received = flat.new_empty(sum(counts))

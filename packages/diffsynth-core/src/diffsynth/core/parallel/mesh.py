@@ -55,7 +55,7 @@ class ProcessMesh:
         return self.world.index == 0
 
     def check_call(self, *, cfg_scale: float, step_cache: Any, cancel: Any) -> None:
-        """Refuse arguments of a pipeline call that would leave a process waiting for the others.
+        """Raise ValueError or Refused for arguments of a call that would leave a process waiting for the others.
 
         Raises:
             ValueError: branches are distributed but there is one only, or `cancel` is given, which processes could see
@@ -78,7 +78,10 @@ class ProcessMesh:
             )
 
     def broadcast_seeds(self, seeds: list[int | None]) -> list[int | None]:
-        """Return the seeds of the first process, with a random one for each None: noise must be equal in all."""
+        """Return the first process's seeds, with random ones for None; with one process, `seeds` unchanged.
+
+        Noise must be equal in all processes.
+        """
         if self.world.size == 1:
             return seeds
         values = [int(torch.randint(MAX_SEED, ())) if seed is None else seed for seed in seeds]
@@ -88,7 +91,7 @@ class ProcessMesh:
 
 
 def init_distributed(device: torch.device | str | None = None) -> torch.device:
-    """Initialise `torch.distributed`, unless it is initialised, and return the device of this process.
+    """Initialise `torch.distributed`, unless it is initialised, and return the `torch.device` of this process.
 
     Args:
         device: a kind of device ("cuda"), of which each process on a machine gets its own; or the device of this
@@ -118,7 +121,7 @@ def init_distributed(device: torch.device | str | None = None) -> torch.device:
 
 
 def create_mesh(*, cfg: int = 1, sequence: int | None = None, device: torch.device | str | None = None) -> ProcessMesh:
-    """Create a mesh of all processes, with `cfg` rows of `sequence`. Every process must call it.
+    """Return a new `ProcessMesh` of all processes, with `cfg` rows of `sequence`. Every process must call it.
 
     Neighbouring ranks share tokens, because these communicate in every block of a network.
 
@@ -155,7 +158,9 @@ def create_mesh(*, cfg: int = 1, sequence: int | None = None, device: torch.devi
 
 
 def _own_axis(groups: list[list[int]]) -> MeshAxis:
-    """Return the axis of this process among groups of ranks.
+    """Create the process groups of several lists of ranks, and return the `MeshAxis` of the one with this process.
+
+    Without one, or if this process is alone in its list, this is `LONE_PROCESS`.
 
     `new_group` is collective: every process must create all groups in the same order.
     """
