@@ -68,7 +68,7 @@ def _makes_new_tensors(func: Any) -> bool:
 
 
 def _key(value: Any) -> Any:
-    """Return a hashable key, equal for arguments with equal results; None if there is none (tensors with data)."""
+    """Return a hashable key, equal for arguments with equal results; None for tensors with data and unknown types."""
     if isinstance(value, Tensor):
         if not value.is_meta or (type(value) is not Tensor and not isinstance(value, torch.nn.Parameter)):
             return None

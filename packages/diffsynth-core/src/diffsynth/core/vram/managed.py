@@ -236,7 +236,7 @@ class ManagedModule:
                 self.resident, self.slots = chosen, slots
 
     def prepare(self) -> None:
-        """Start a thread that reads ahead the files that `enter()` will read, so that the system caches them.
+        """Start a thread that reads files ahead into the system's cache, if `enter()` will read weights from disk.
 
         A hint that a stage begins soon. It takes no memory of the process and changes no weight. Weights in host memory
         need no reading.
