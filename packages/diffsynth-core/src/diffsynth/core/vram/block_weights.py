@@ -26,7 +26,7 @@ class BlockWeights(Protocol):
     memory: Tensor | None
 
     def fill(self, memory: Tensor) -> None:
-        """Write the block's packed weights into `memory`, a host tensor of at least `stored_bytes` bytes."""
+        """Copy the block's packed weights into the first `stored_bytes` bytes of `memory`, a uint8 host tensor."""
 
 
 class HostWeights:
@@ -43,7 +43,8 @@ class HostWeights:
 
     @classmethod
     def copy(cls, packing: Packing, tensors: Mapping[str, Tensor], memory: Tensor) -> HostWeights:
-        """Copy the tensors into `memory`, a host tensor, and return the `HostWeights` that hold it.
+        """Copy `tensors` (name -> parameter) into `memory`, a uint8 host tensor, in stored dtypes, and return the
+        `HostWeights` that hold it.
 
         Args:
             packing: layout of the weights.
@@ -56,12 +57,14 @@ class HostWeights:
 
     @classmethod
     def read(cls, weights: BlockWeights, memory: Tensor) -> HostWeights:
-        """Write the weights of a block into `memory`, a host tensor, and return the `HostWeights` that hold it."""
+        """Copy the packed weights of a block into `memory`, a uint8 host tensor, and return the `HostWeights` that hold
+        it.
+        """
         weights.fill(memory)
         return cls(weights.packing, memory)
 
     def fill(self, memory: Tensor) -> None:
-        """Write the block's packed weights into `memory`, a host tensor of at least `stored_bytes` bytes."""
+        """Copy the block's packed weights into the first `stored_bytes` bytes of `memory`, a uint8 host tensor."""
         assert self.memory is not None
         memory[: self.packing.stored_bytes].copy_(self.memory)
 
@@ -80,7 +83,8 @@ class DiskWeights:
         self._source = source
 
     def fill(self, memory: Tensor) -> None:
-        """Read the packed weights from their file into `memory`, a host tensor of at least `stored_bytes` bytes.
+        """Read the block's packed weights from their file into the first `stored_bytes` bytes of `memory`, a uint8 host
+        tensor.
 
         Raises:
             CorruptFile: the file changed since its header was read, or cannot be read.
@@ -89,7 +93,7 @@ class DiskWeights:
 
 
 def check_source(policy: Policy, source: ComponentSource | None, name: str) -> None:
-    """Raise ValueError if the policy stores weights on disk and `source` cannot read them block by block.
+    """Raise ValueError if `policy` stores weights on disk, and `source` is None or cannot read its file block by block.
 
     Args:
         policy: policy of the component.
@@ -115,12 +119,15 @@ def check_source(policy: Policy, source: ComponentSource | None, name: str) -> N
 
 
 def is_pinned(weights: BlockWeights) -> bool:
-    """Whether the weights are in pinned memory, from which a device copies asynchronously."""
+    """Whether `weights` are in pinned host memory, from which a device copies asynchronously; False for weights on
+    disk.
+    """
     return weights.memory is not None and weights.memory.is_pinned()
 
 
 def host_memory(size: int, device: torch.device, *, pin: bool = True) -> Tensor:
-    """Return an unfilled uint8 tensor of `size` bytes on the host, pinned for an accelerator if `pin` is set.
+    """Return an unfilled uint8 CPU tensor of `size` bytes; it is pinned if `pin` is set, `device` is not the CPU and
+    the system can pin memory.
 
     Where the system cannot pin memory it is pageable; see `pinned_memory`.
     """
@@ -147,7 +154,7 @@ class PinnedPool:
         self._slab = torch.empty(0, dtype=torch.uint8)
 
     def take(self, size: int) -> Tensor:
-        """Return an unfilled uint8 host tensor of `size` bytes for the next block, pinned if the pool pins memory."""
+        """Return an unfilled uint8 CPU tensor of `size` bytes for the next block, pinned if the pool pins memory."""
         self._remaining -= size
         if not self._pin:
             return torch.empty(size, dtype=torch.uint8)

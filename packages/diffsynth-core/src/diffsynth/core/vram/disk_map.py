@@ -70,10 +70,11 @@ class DiskMap(Mapping[str, Tensor]):
         return name in self._targets
 
     def flush_files(self) -> None:
-        """Do nothing: no file is open. Older code calls it."""
+        """Do nothing, as no file stays open; older code calls this."""
 
     def source_of(self, module: nn.Module, prefix: str = "") -> ComponentSource:
-        """Return a `ComponentSource` that reads a module's weights, for `wrap`; other names of the file are ignored.
+        """Return a `ComponentSource`, for `wrap`, that reads the weights of `module` from the file; tensors of the file
+        that the module lacks are ignored.
 
         Args:
             module: the module; the file must have its parameters and those of its buffers that are on meta.
@@ -102,7 +103,9 @@ class DiskMap(Mapping[str, Tensor]):
         return ComponentSource(self._header, targets, dtypes)
 
     def _keys_of_tied(self, module: nn.Module, prefix: str) -> dict[str, str]:
-        """Return a dict: first name of each parameter with several names -> its key in the file, or prefix + name."""
+        """Return a dict first name of each parameter with several names -> its key in the file: `prefix` + the one of
+        its names that the file has, else the first.
+        """
         names: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)

@@ -27,13 +27,16 @@ class LoadedModules:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Context manager inside which no other thread runs a stage on the device."""
+        """Context manager that holds the device's lock: no other thread runs a stage (a part of a call) there
+        meanwhile.
+        """
         with self._lock:
             yield
 
     @contextmanager
     def stage(self, used: Collection[ManagedModule], *, keep: Collection[ManagedModule] = ()) -> Iterator[None]:
-        """Context manager that loads the modules in `used` onto the device after offloading all but these and `keep`.
+        """Context manager that first offloads all wrapped modules except those in `used` and `keep`, then loads the
+        modules in `used` onto the device.
 
         The modules stay afterwards, until another stage needs the memory; after an error they are offloaded.
 
@@ -57,7 +60,8 @@ class LoadedModules:
     def overlapped_swap(
         self, outgoing: Collection[ManagedModule], incoming: Collection[ManagedModule], *, free_bytes: int = 0
     ) -> Iterator[None]:
-        """Context manager for the last step of a stage, in which modules of the next replace blocks that have finished.
+        """Context manager for the last step of a stage: each block of `outgoing` is evicted after its last call, and
+        blocks of `incoming` are copied to the device in its place.
 
         See `OverlappedSwap`. If no incoming block can be prefetched, it only locks out stages of other threads.
 
@@ -78,7 +82,7 @@ class LoadedModules:
                 swap.close()
 
     def offload_all(self, *, keep: Collection[ManagedModule] = ()) -> None:
-        """Offload all wrapped modules from the device, except those in `keep`."""
+        """Free the device memory of all wrapped modules that are on the device, except those in `keep`."""
         with self._lock:
             for module in list(self._present):
                 if module not in keep:
@@ -114,20 +118,24 @@ class OverlappedSwap:
         self._prefetch()
 
     def block_called(self, module: ManagedModule, name: str) -> None:
-        """Count a call of an outgoing block; after its last one, free the block and prefetch incoming blocks."""
+        """Count a call of block `name` of `module`, an outgoing one; after its last expected call, free the block on
+        the device and begin to copy incoming blocks.
+        """
         self._calls_left[module, name] -= 1
         if self._calls_left[module, name] == 0:
             self._free_bytes += module.evict(name)
             self._prefetch()
 
     def evicted_too_early(self) -> None:
-        """Offload the incoming modules, because an evicted block needs its memory again, and prefetch no more."""
+        """Offload all incoming modules and begin no more copies of their blocks, because an evicted block is called
+        again.
+        """
         self._to_prefetch.clear()
         for module in self._incoming:
             module.leave()
 
     def close(self) -> None:
-        """End the swap after the step: calls of the outgoing modules' blocks are no longer counted."""
+        """End the swap: calls of the outgoing modules' blocks are no longer counted."""
         for module in self._outgoing:
             module.swap = None
 
@@ -140,5 +148,7 @@ class OverlappedSwap:
 
 @functools.cache
 def loaded_modules(device: torch.device) -> LoadedModules:
-    """Return the one `LoadedModules` of a device; an accelerator must have an index: `cuda:0`, not `cuda`."""
+    """Return the `LoadedModules` of `device`, the same object at each call; an accelerator needs an index: `cuda:0`, as
+    `cuda` would get an object of its own.
+    """
     return LoadedModules()

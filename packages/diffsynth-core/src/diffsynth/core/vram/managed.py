@@ -48,14 +48,14 @@ class BlockSwap(Protocol):
     """Follows the calls of a module's blocks in the last step of its stage; see `OverlappedSwap`."""
 
     def block_called(self, module: ManagedModule, name: str) -> None:
-        """Record that a call of a block has ended."""
+        """Record that a call of block `name` of `module` has ended."""
 
     def evicted_too_early(self) -> None:
-        """Free device memory for a block that was evicted and is called again."""
+        """Free device memory, because a block that was evicted is called again and must be loaded."""
 
 
 def managed(module: nn.Module) -> ManagedModule | None:
-    """Return the `ManagedModule` that `wrap` made for a module; None if the module is not wrapped."""
+    """Return the `ManagedModule` that `wrap` made for `module`; None if the module is not wrapped."""
     return vars(module).get(_ATTRIBUTE)
 
 
@@ -70,7 +70,8 @@ def wrap(
     smallest: int = SMALL,
     high_precision: Sequence[str] = (),
 ) -> ManagedModule:
-    """Put a module under a placement policy, in place, and return its `ManagedModule`.
+    """Put `module` under a placement policy (devices and dtypes of its weights), in place, and return its
+    `ManagedModule`.
 
     The module's classes, its names and its results stay the same.
 
@@ -170,22 +171,27 @@ class ManagedModule:
 
     @property
     def state(self) -> BlockState:
-        """State, a `BlockState`: OFFLOAD outside of a stage, COMPUTATION while a block runs, ONLOAD between blocks."""
+        """State of the module, a `BlockState`: OFFLOAD outside of a stage; in a stage COMPUTATION while a block runs,
+        else ONLOAD.
+        """
         return BlockState.COMPUTATION if self._running is not None else self._state
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the blocks, in the order of the module tree."""
+        """Names of the blocks, a tuple of strings in the order of the module tree."""
         return tuple(self._blocks)
 
     @property
     def streamed(self) -> tuple[str, ...]:
-        """Names of the blocks that are copied to the device for each of their calls, as configured."""
+        """Names of the blocks that are copied to the device for each of their calls under the current settings, a tuple
+        of strings.
+        """
         return tuple(name for name in self._blocks if not self._is_resident(name))
 
     @property
     def device_bytes(self) -> int:
-        """Device memory that the module's weights take now, in bytes, empty slots included and buffers not.
+        """Device memory that the module's weights take now, in bytes; empty slots (memory for streamed blocks) count,
+        buffers do not.
 
         On the CPU, weights that are used where they are stored count 0.
         """
@@ -198,7 +204,8 @@ class ManagedModule:
         return sum(own.values()) + slots + self._converted.numel()
 
     def footprint(self, role: str = "") -> ComponentFootprint:
-        """Return a `ComponentFootprint`: bytes of each block and of the rest, stored and as computed with.
+        """Return a `ComponentFootprint`: bytes of each block, and of the weights and buffers outside blocks, as stored
+        and as computed with.
 
         Args:
             role: name of the component in the plan.
@@ -214,7 +221,8 @@ class ManagedModule:
         )
 
     def configure(self, *, resident: Collection[str] | None, slots: int) -> None:
-        """Set the resident blocks and the number of slots for the next stage; a stage of other settings ends.
+        """Set `resident`, names of the blocks that stay on the device (None: all), and `slots`, how many others are
+        there at once; if either changes, a running stage ends.
 
         Args:
             resident: names of the blocks that stay for the whole stage; None is all. It has no effect under a policy
@@ -236,7 +244,8 @@ class ManagedModule:
                 self.resident, self.slots = chosen, slots
 
     def prepare(self) -> None:
-        """Start a thread that reads files ahead into the system's cache, if `enter()` will read weights from disk.
+        """Start a thread that reads the weights' file into the system's cache, if no stage runs and the next one will
+        read weights from disk.
 
         A hint that a stage begins soon. It takes no memory of the process and changes no weight. Weights in host memory
         need no reading.
@@ -247,7 +256,9 @@ class ManagedModule:
                 self._prefetcher = FilePrefetcher(self._source)
 
     def enter(self) -> None:
-        """Begin a stage, unless one runs: load what stays on the device and begin to copy the first streamed blocks."""
+        """Begin a stage, unless one runs: load the resident blocks and all that is outside blocks onto the device, and
+        begin to copy the first streamed blocks.
+        """
         with self._lock:
             self._stop_prefetcher()
             if self._state is not BlockState.OFFLOAD:
@@ -259,7 +270,9 @@ class ManagedModule:
                 raise
 
     def leave(self) -> None:
-        """End the stage, if one runs: free the copies of weights on the device, and move buffers to the CPU."""
+        """End the stage, if one runs: free the copies of weights on the device and move buffers to the CPU; without a
+        stage, free the prefetched blocks.
+        """
         with self._lock:
             self._stop_prefetcher()
             if self._state is BlockState.OFFLOAD:
@@ -268,7 +281,8 @@ class ManagedModule:
                 self._offload()
 
     def begin_step(self, *, is_first: bool = False) -> None:
-        """Begin a step of a loop: count calls of blocks from 0, and expect as many as in the step before.
+        """Begin a step of a loop: count calls of blocks from 0, and expect as many as in the step before (0 if
+        `is_first`).
 
         Args:
             is_first: no step of this loop ran before.
@@ -276,11 +290,13 @@ class ManagedModule:
         self._order.begin_step(is_first=is_first)
 
     def expected_calls(self, name: str) -> int:
-        """Return how often a block was called in the step before the current one, an int; 0 without such a step."""
+        """Return how often block `name` was called in the step before the current one, an int; 0 if there was none."""
         return self._order.calls_in_last_step(name)
 
     def prefetchable(self) -> list[tuple[str, int]]:
-        """Return a list of (name, bytes) of blocks that can be copied now for the next stage; empty during a stage."""
+        """Return a list of (block name, bytes as stored) pairs: the blocks that can be copied now for the next stage;
+        empty during a stage.
+        """
         if self._state is not BlockState.OFFLOAD:
             return []
         return [
@@ -292,12 +308,15 @@ class ManagedModule:
         ]
 
     def prefetch(self, name: str) -> None:
-        """Begin to copy a block of `prefetchable()` to the device while it computes; it stays for the next stage."""
+        """Begin to copy block `name`, one of `prefetchable()`, to the device while other blocks compute; it stays there
+        for the next stage.
+        """
         with self._lock:
             self._resident_blocks.prefetch(name, self._block_weights[name])
 
     def evict(self, name: str) -> int:
-        """Free a resident block during a stage and return the bytes that it took; 0 if it is not resident.
+        """Free the device memory of resident block `name` during a stage and return its bytes as stored; 0 outside of a
+        stage or if it is not resident.
 
         The block is not expected to run again in the stage. A streamed block is not prefetched any more.
         """
@@ -311,7 +330,8 @@ class ManagedModule:
             return self._packings[name].stored_bytes
 
     def unwrap(self) -> nn.Module:
-        """End the management and return the module: an ordinary one, on the CPU, in the dtypes it was stored in.
+        """End the management and return the module: an ordinary one, whose weights are on the CPU in stored dtypes, or
+        on meta if they were on disk.
 
         Weights that were on disk stay on meta. Other layers of its forward, such as compiled code, stay.
         """
@@ -393,12 +413,15 @@ class ManagedModule:
         return self.policy.allows_resident and (self.resident is None or name in self.resident)
 
     def _load(self, name: str) -> Tensor:
-        """Load packed weights onto the device and return the uint8 tensor; those outside blocks in computed dtypes."""
+        """Load the packed weights of block `name` onto the device, unless they are there, and return them, a uint8
+        tensor: in computed dtypes for `REST` (outside blocks), else as stored.
+        """
         return self._resident_blocks.load(name, self._block_weights[name], converted=name == REST)
 
     @contextmanager
     def _bound(self, name: str) -> Iterator[int | None]:
-        """Context manager with a block's parameters on the device; it yields their address if reused, else None.
+        """Context manager that binds a block's parameters on the device and yields the address of their memory, an int,
+        if other blocks reuse it, else None.
 
         Yields:
             The address of their memory if other blocks use it afterwards, else None.
@@ -419,7 +442,8 @@ class ManagedModule:
 
     @contextmanager
     def _on_device(self, name: str) -> Iterator[tuple[Tensor, bool]]:
-        """Context manager that yields a block's packed weights (uint8) on the device and whether the memory is reused.
+        """Context manager that yields (uint8 tensor, bool): a block's packed weights on the device, and whether that
+        memory is reused.
 
         The weights are in computed dtypes; True means that other blocks use the memory afterwards.
         """
@@ -476,7 +500,7 @@ class ManagedModule:
         self._running = None
 
     def _own_tensors(self, name: str) -> dict[str, Tensor]:
-        """Return a dict full name -> parameter of a block, as the module has it now."""
+        """Return a dict full name -> parameter of block `name`, as the module has them now."""
         found = {full: part._parameters[key] for part, key, full in self._locations[name]}
         return {full: tensor for full, tensor in found.items() if tensor is not None}
 
@@ -485,7 +509,9 @@ class ManagedModule:
         return Packing(tensors, {full: self._dtypes(full, tensor, high_precision) for full, tensor in tensors.items()})
 
     def _dtypes(self, name: str, tensor: Tensor, high_precision: Sequence[str]) -> tuple[torch.dtype, torch.dtype]:
-        """Return two dtypes: that in which a parameter is stored, and that in which it is computed with."""
+        """Return a pair of dtypes of parameter `name`: stored and computed with; both are its own if it is not a
+        floating-point tensor.
+        """
         own = tensor.dtype
         if not own.is_floating_point:
             return own, own
@@ -514,13 +540,17 @@ class ManagedModule:
         return {name: HostWeights.read(each, pool.take(each.packing.stored_bytes)) for name, each in weights.items()}
 
     def _pool(self) -> PinnedPool:
-        """Return a `PinnedPool` for all weights; it pins if half of the free memory is left, or if that is unknown."""
+        """Return a new `PinnedPool` for all weights; it pins if they take less than half of the free host memory or
+        that is unknown, but never for the CPU.
+        """
         sizes = [packing.stored_bytes for packing in self._packings.values()]
         free = devices.available_memory("cpu")
         return PinnedPool(sizes, self.policy.device, pin=free is None or 2 * sum(sizes) < free)
 
     def _offloaded_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return a dict full name -> parameter of the module while a block does not run, on the CPU or on meta."""
+        """Return a dict full name -> parameter that the module has while block `name` does not run: on the CPU, or on
+        meta if the weights are on disk.
+        """
         packing, memory = self._packings[name], self._block_weights[name].memory
         if memory is not None:
             return frozen_parameters(packing.stored_views(memory))

@@ -81,21 +81,27 @@ class Packing:
 
     @property
     def converts(self) -> bool:
-        """Whether any tensor is computed with in another dtype than it is stored in."""
+        """Whether any tensor of the block has a computed dtype other than its stored dtype."""
         return any(group.stored != group.computed for group in self.groups)
 
     def stored_views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return a dict name -> tensor in its stored dtype, a view of `memory` with at least `stored_bytes` bytes."""
+        """Return a dict name -> tensor in its stored dtype, each a view of `memory`, which must have `stored_bytes`
+        bytes or more.
+        """
         groups = [_view(memory, group.stored_start, group.count, group.stored) for group in self.groups]
         return {name: _tensor(groups[info.group], info) for name, info in self.tensors.items()}
 
     def computed_views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return a dict name -> tensor in its computed dtype, a view of `memory` of `computed_bytes` bytes or more."""
+        """Return a dict name -> tensor in its computed dtype, each a view of `memory`, which must have `computed_bytes`
+        bytes or more.
+        """
         groups = [_view(memory, group.computed_start, group.count, group.computed) for group in self.groups]
         return {name: _tensor(groups[info.group], info) for name, info in self.tensors.items()}
 
     def convert(self, stored: Tensor, computed: Tensor) -> None:
-        """Write the weights in buffer `stored` into buffer `computed`, in computed dtypes, with one copy per group."""
+        """Cast the weights in buffer `stored` to their computed dtypes and write them into buffer `computed`, one copy
+        for each pair of dtypes.
+        """
         for group in self.groups:
             source = _view(stored, group.stored_start, group.count, group.stored)
             _view(computed, group.computed_start, group.count, group.computed).copy_(source)
@@ -110,7 +116,9 @@ def _tensor(group: Tensor, info: PackedTensorInfo) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor has elements and fills its memory without gaps, with its axes in any order (channels-last)."""
+    """Whether `tensor` has elements and fills its memory without gaps, in any order of its axes (channels-last counts,
+    too).
+    """
     axes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
     expected = 1
     for stride, size in axes:

@@ -19,7 +19,8 @@ Locations = list[tuple[nn.Module, str, str]]
 
 
 def parameter_locations(module: nn.Module, blocks: Mapping[str, Block]) -> dict[str, Locations]:
-    """Return a dict block name -> locations of its parameters (module, name in it, full name), `REST` first.
+    """Return a dict block name -> list of (module, name in it, full name) triples, one for each place of a parameter;
+    key `REST`, the first, has those outside blocks.
 
     A parameter that is registered in two places is listed twice, under one name.
     """
@@ -35,7 +36,7 @@ def parameter_locations(module: nn.Module, blocks: Mapping[str, Block]) -> dict[
 
 
 def buffers_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Yield (module, name in it, buffer) for each buffer of the module tree, except those on meta."""
+    """Yield a (module, name in it, buffer tensor) triple for each buffer of the module tree, except those on meta."""
     for part in module.modules():
         for key, buffer in list(part._buffers.items()):
             if buffer is not None and not buffer.is_meta:
@@ -43,7 +44,7 @@ def buffers_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def read_buffers(module: nn.Module, source: ComponentSource) -> None:
-    """Replace those buffers of a module that its file holds by the file's, in place."""
+    """Replace those buffers of `module` that the file of `source` holds by the file's tensors, in place."""
     locations = {
         f"{prefix}.{key}" if prefix else key: (part, key)
         for prefix, part in module.named_modules()
@@ -84,7 +85,9 @@ class UnloadedTensor(Tensor):
 
 
 def unloaded_parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Return a dict name -> parameter on meta, which raises RuntimeError when it is computed with."""
+    """Return a dict name -> parameter on meta, made of `tensors`; an operation on one and on a tensor with data raises
+    RuntimeError.
+    """
     parameters = frozen_parameters({name: tensor.as_subclass(UnloadedTensor) for name, tensor in tensors.items()})
     for name, parameter in parameters.items():
         parameter.full_name = name  # type: ignore[attr-defined]
@@ -92,5 +95,7 @@ def unloaded_parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter
 
 
 def frozen_parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Return a dict name -> `nn.Parameter` without gradient, made of each tensor."""
+    """Return a dict name -> `nn.Parameter` without gradient, made of the tensor of that name in `tensors` without a
+    copy.
+    """
     return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}

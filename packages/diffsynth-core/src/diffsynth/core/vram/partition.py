@@ -28,12 +28,16 @@ class Block:
     module: nn.Module
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return a dict full name in the partitioned module -> parameter of the block, each once."""
+        """Return a dict of the block's parameters, each once: full name in the partitioned module (`"blocks.0.weight"`)
+        -> parameter.
+        """
         before = f"{self.name}." if self.name else ""
         return {before + name: parameter for name, parameter in self.module.named_parameters()}
 
     def bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Return the bytes, an int, of the block's parameters; with `dtype`, as if floating-point ones had it."""
+        """Return the size of the block's parameters in bytes, an int; with a `dtype`, as if the floating-point ones had
+        it.
+        """
         return sum(_bytes(parameter, dtype) for parameter in self.parameters().values())
 
 
@@ -53,7 +57,9 @@ class Partition:
     buffers: dict[str, Tensor]
 
     def rest_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Return the bytes, an int, of `rest` and `buffers`; with `dtype`, as if floating-point parameters had it."""
+        """Return the size of `rest` and `buffers` in bytes, an int; with a `dtype`, as if the floating-point parameters
+        had it.
+        """
         return sum(_bytes(p, dtype) for p in self.rest.values()) + sum(_bytes(b, None) for b in self.buffers.values())
 
 
@@ -65,7 +71,8 @@ def partition(
     whole: tuple[type, ...] = (),
     smallest: int = SMALL,
 ) -> Partition:
-    """Return the `Partition` of a module: its blocks, the parameters outside of them, and its buffers.
+    """Return the `Partition` of `module`: its blocks (submodules that run as a whole), the parameters outside of them,
+    and its buffers.
 
     The items of the repeated lists are blocks, and so is every module beside them. A module that contains a list is
     cut, so it must not read a parameter of a submodule without calling the submodule; name its class in `atomic` if it
@@ -145,7 +152,7 @@ def _outermost(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Itera
 
 
 def _parameter_uses(module: nn.Module) -> Counter[int]:
-    """Return a `Counter`: id of each parameter -> number of modules in which it is registered."""
+    """Return a `Counter` of the parameters in the module tree: `id()` of each -> how often it is registered."""
     return Counter(id(own) for part in module.modules() for own in part._parameters.values() if own is not None)
 
 

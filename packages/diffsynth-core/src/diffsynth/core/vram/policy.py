@@ -69,7 +69,7 @@ class Placement:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the weights are on disk and in no memory."""
+        """Whether the weights are on disk and in no memory, so that they are read whenever they are needed."""
         return self.device == DISK
 
     def __str__(self) -> str:
@@ -123,21 +123,26 @@ class Policy:
 
     @property
     def allows_resident(self) -> bool:
-        """Whether blocks may stay on the device between their calls."""
+        """Whether blocks may stay on the device of computation between their calls."""
         return not self.preparing.on_disk and _same(torch.device(self.preparing.device), self.device)
 
     def stored_dtype(self, own: torch.dtype) -> torch.dtype:
-        """Return the dtype in which a tensor of floating-point dtype `own` is stored: the narrowest of all states."""
+        """Return the dtype in which a tensor of floating-point dtype `own` is stored: the narrowest of the four states'
+        dtypes, where a state without one has `own`.
+        """
         states = (self.offload, self.onload, self.preparing, self.computation)
         return min((state.dtype or own for state in states), key=lambda dtype: dtype.itemsize)
 
     def computed_dtype(self, own: torch.dtype) -> torch.dtype:
-        """Return the dtype in which a tensor of floating-point dtype `own` is computed with."""
+        """Return the dtype in which a tensor of floating-point dtype `own` is computed with: the policy's, or `own` if
+        it has none.
+        """
         return self.computation.dtype or own
 
     @classmethod
     def preset(cls, name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Policy:
-        """Return the `Policy` of a preset: "none", "cpu-offload", "dynamic", "fp8" or "disk".
+        """Return the `Policy` of preset `name`: "none", "cpu-offload", "dynamic", "fp8" or "disk"; another name is a
+        ValueError.
 
         Args:
             name: "none" (weights are always on the device), "cpu-offload" (they are in host memory, and during a stage
@@ -167,7 +172,8 @@ class Policy:
     def from_keys(
         cls, keys: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype | None
     ) -> Policy | None:
-        """Return the `Policy` of the eight placement keys of a `ModelConfig`; None if none of them is set.
+        """Return the `Policy` of the eight placement keys (`offload_device`, `offload_dtype` and so on) in `keys`; None
+        if none of them is set.
 
         Missing states after `offload` are filled in: `computation` is the pipeline's device and dtype, `onload` and
         `preparing` are the same as `computation`.
@@ -211,13 +217,17 @@ class Policy:
 
 
 def unknown_policy(name: str) -> str:
-    """Return the error message for an unknown policy name, with the nearest known one."""
+    """Return the error message for an unknown policy `name`, a string with all known names and, if one is similar, a
+    hint at it.
+    """
     names = (*PRESETS, AUTO)
     return f"policy {name!r} is unknown{did_you_mean(name, names)} Expected {', '.join(names)}"
 
 
 def _same(one: torch.device, other: torch.device) -> bool:
-    """Whether two devices are the same; a device without an index is the current one, which is the pipeline's."""
+    """Whether two devices are the same: of one type, and with equal indices or an index of None, which means the
+    current device.
+    """
     return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 

@@ -33,24 +33,25 @@ class TransferReport:
 
     @property
     def bytes_per_second(self) -> float:
-        """Throughput of the copies, in bytes per second; 0 without copies."""
+        """Throughput of the copies to the device, in bytes per second; 0.0 without copies."""
         return self.bytes_moved / self.seconds_copying if self.seconds_copying else 0.0
 
     @property
     def hidden_share(self) -> float:
-        """Share of the copying time that computation did not wait for, in [0, 1]; 1 without copies."""
+        """Share of the copying time during which computation did not wait, a float from 0 to 1; 1.0 without copies."""
         if not self.seconds_copying:
             return 1.0
         return min(max(1 - self.seconds_waited / self.seconds_copying, 0.0), 1.0)
 
     def copied(self, size: int, seconds: float) -> None:
-        """Add a copy of `size` bytes to the counts, and its `seconds` by the host's clock."""
+        """Add `size` to the bytes moved, and `seconds` to the time of copying."""
         with self._lock:
             self.bytes_moved += size
             self.seconds_copying += seconds
 
     def waited(self, seconds: float, *, hit: bool | None = None) -> None:
-        """Add a wait of the computation to the counts, and a hit or a miss if it was for a call of a block.
+        """Add `seconds` to the time that computation waited, and 1 to the hits or to the misses if the wait was for a
+        call of a block.
 
         Args:
             seconds: time that computation waited, by the host's clock.
@@ -62,7 +63,8 @@ class TransferReport:
             self.misses += hit is False
 
     def timed(self, began: Timestamp, ended: Timestamp, needed: Timestamp) -> None:
-        """Keep the device's timestamps of a copy, whose time and wait `settle` adds to the counts.
+        """Keep three timestamps of a copy, from the device's clock; `settle` adds the copy's time and wait to the
+        counts later.
 
         Args:
             began: when the copy began.
@@ -75,7 +77,9 @@ class TransferReport:
                 self.settle()
 
     def settle(self) -> TransferReport:
-        """Wait for the copies that `timed` kept, add their times to the counts, and return this `TransferReport`."""
+        """Wait for the copies that `timed` kept, add their times and waits to the counts, and return this same
+        `TransferReport`.
+        """
         with self._lock:
             pending, self._pending = self._pending, []
             for began, ended, needed in pending:

@@ -46,7 +46,9 @@ class ResidentBlocks:
         return iter(self._memory.values())
 
     def get(self, name: str) -> Tensor | None:
-        """Return a block's packed weights, a uint8 tensor that the device may read from now on; None if not loaded."""
+        """Return the packed weights of block `name` on the device, a uint8 tensor that its next work may read; None if
+        the block is not loaded.
+        """
         memory, copy = self._memory.get(name), self._copies.pop(name, None)
         if copy is not None:
             self._report.timed(copy.began, copy.ended, devices.timestamp(self._device))
@@ -54,7 +56,8 @@ class ResidentBlocks:
         return memory
 
     def load(self, name: str, weights: BlockWeights, *, converted: bool = False) -> Tensor:
-        """Return a block's packed weights on the device, a uint8 tensor; they are loaded first if they are not there.
+        """Return the packed weights of block `name` on the device, a uint8 tensor; they are loaded first if they are
+        not there.
 
         Args:
             name: name of the block.
@@ -85,11 +88,12 @@ class ResidentBlocks:
         return stored
 
     def can_prefetch(self, weights: BlockWeights) -> bool:
-        """Whether the device can copy the weights while it computes and the host continues: they must be pinned."""
+        """Whether the weights are pinned and the device can copy them while it computes and the host continues."""
         return self._side.overlaps and is_pinned(weights)
 
     def prefetch(self, name: str, weights: BlockWeights) -> None:
-        """Begin to copy a block to the device on a stream of its own; `get` waits for the copy.
+        """Begin to copy block `name` to the device on a stream of its own, beside the computation; `get` waits for the
+        copy.
 
         Call it only if `can_prefetch`.
         """
@@ -106,7 +110,9 @@ class ResidentBlocks:
         self._report.copied(size, 0.0)
 
     def drop(self, names: Collection[str] | None = None) -> None:
-        """Free the device memory of the named blocks, or of all for None, once the device has done its earlier work."""
+        """Free the device memory of the blocks in `names` (None: of all blocks), once the device has done its earlier
+        work.
+        """
         for name in list(self._memory) if names is None else names:
             if (copy := self._copies.pop(name, None)) is not None:
                 # The memory goes back to an allocator that does not know of the side stream.

@@ -64,18 +64,21 @@ class BlockOrder:
         self._calls_before: Counter[str] = Counter()
 
     def begin_stage(self) -> None:
-        """Begin a stage: the next block that is called is recorded as the first."""
+        """Begin a stage: forget which block was called last, so that the next one called is recorded as the first."""
         self._last = None
 
     def begin_step(self, *, is_first: bool) -> None:
-        """Begin a step of a loop: count calls of blocks from 0, and keep the counts of the step before.
+        """Begin a step of a loop: count calls of blocks from 0, and keep the counts of the step before unless
+        `is_first` is set.
 
         If `is_first` no counts are kept: nothing is known of a step yet.
         """
         self._calls_before, self._calls = Counter() if is_first else self._calls, Counter()
 
     def called(self, name: str) -> None:
-        """Count a call of a block and record the block as the successor of the one called before."""
+        """Count a call of block `name` and record it as the successor of the block called before; without one, as the
+        first.
+        """
         self._calls[name] += 1
         if self._last is None:
             self._first = name
@@ -84,11 +87,13 @@ class BlockOrder:
         self._last = name
 
     def calls_in_last_step(self, name: str) -> int:
-        """Return how often a block was called in the step before the current one, an int; 0 without such a step."""
+        """Return how often block `name` was called in the step before the current one, an int; 0 if there was none."""
         return self._calls_before[name]
 
     def after(self, name: str | None) -> Iterator[str]:
-        """Yield the names of the blocks expected after a block, each once; after None those from the first on."""
+        """Yield the names of the blocks expected after block `name`, in order, each once; after None those from the
+        first block on.
+        """
         seen = {name}
         following = self._first if name is None else self._next[name]
         while following is not None and following not in seen:
@@ -144,11 +149,12 @@ class BlockStream:
 
     @property
     def device_bytes(self) -> int:
-        """Size of all slots on the device together, in bytes."""
+        """Size of all slots (device memory for one block each) together, in bytes."""
         return sum(slot.memory.numel() for slot in self._slots)
 
     def acquire(self, name: str) -> Tensor:
-        """Return a slot's uint8 tensor on the device, which begins with the packed weights of a block until `release`.
+        """Return the uint8 tensor of a slot (device memory for one block), which begins with the packed weights of
+        block `name` until `release`.
 
         It also begins to copy the next blocks.
         """
@@ -176,7 +182,9 @@ class BlockStream:
         return slot.memory
 
     def release(self, name: str) -> None:
-        """Release the slot of a block: it may be overwritten once the device has done the work that it was given."""
+        """Release the slot (device memory) of block `name`, the one in use: another block may overwrite it once the
+        device has done its earlier work.
+        """
         slot = self._in_use
         assert slot is not None, f"{name} is released, but no slot is in use"
         assert slot.block == name, f"{name} is released, but {slot.block} is in use"
@@ -186,11 +194,13 @@ class BlockStream:
             self._prefetch_after(name)
 
     def finish(self, name: str) -> None:
-        """Stop prefetching a block, which is not expected to be called again; if it is, it is copied then."""
+        """Stop prefetching block `name`, as it is not expected to be called again; if it is, it is copied then."""
         self._finished.add(name)
 
     def close(self) -> None:
-        """Stop the thread and free staging buffers and slots, after the copies that have begun."""
+        """Stop the thread and free the staging buffers and slots (host and device memory), after the copies that have
+        begun.
+        """
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         # The slots' memory goes back to an allocator that does not know of the side stream.
@@ -201,7 +211,9 @@ class BlockStream:
         self._slots, self._staging, self._in_use = [], [], None
 
     def _prefetch_after(self, name: str | None) -> None:
-        """Begin to copy the blocks that are expected after a block, as many as there are free slots for."""
+        """Begin to copy the blocks expected after block `name` (None: the first ones) that no slot holds yet, as many
+        as there are free slots for.
+        """
         room = len(self._slots) - (self._in_use is not None)
         expected = (
             each for each in self._order.after(name) if each in self._block_weights and each not in self._finished
@@ -218,7 +230,9 @@ class BlockStream:
         return next((slot for slot in self._slots if slot.block == name), None)
 
     def _free_slot(self, wanted: Collection[str]) -> _Slot | None:
-        """Return a `_Slot` not in use with no block of `wanted`, preferably an empty one; None if there is none."""
+        """Return a `_Slot` that is not in use and holds no block named in `wanted`, an empty one if there is one; None
+        if none is free.
+        """
         free = [slot for slot in self._slots if slot is not self._in_use and slot.block not in wanted]
         return min(free, key=lambda slot: slot.block is not None, default=None)
 
@@ -237,7 +251,9 @@ class BlockStream:
             slot.reading = self._thread.submit(self._read_to, slot, weights)
 
     def _read_to(self, slot: _Slot, weights: BlockWeights) -> None:
-        """Read a block's weights from disk or host memory and copy them into `slot`; runs in the thread."""
+        """Read the packed weights of a block from disk or host memory and copy them into the memory of `slot`; runs in
+        the thread.
+        """
         started = time.perf_counter()
         size = weights.packing.stored_bytes
         if self._on_host:
