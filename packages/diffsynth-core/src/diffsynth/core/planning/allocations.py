@@ -29,12 +29,13 @@ class AllocationTracker:
         self._known: dict[int, weakref.ref[object]] = {}
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Exclude the memory of these tensors from all counts: weights are counted elsewhere."""
+        """Exclude the memory of `tensors` from all counts: weights, which are counted elsewhere."""
         for tensor in tensors:
             self._add(tensor, "device", 0)
 
     def allocated(self, tensor: Tensor, *, on_host: bool = False) -> None:
-        """Count the storage of a tensor as live until it is freed, unless it is counted already.
+        """Count the memory of `tensor` as live, on the device or on the host, until it is freed; do nothing if it is
+        counted already.
 
         Args:
             tensor: result of an operation.
@@ -45,7 +46,9 @@ class AllocationTracker:
         self._add(tensor, memory, -(-size // ROUNDING) * ROUNDING)
 
     def workspace(self, size: int) -> None:
-        """Raise the device's peak to the live bytes plus `size`, which an operation takes only while it runs."""
+        """Raise the device's peak, if it is lower, to the live bytes plus `size` bytes, which an operation takes only
+        while it runs.
+        """
         self.peak["device"] = max(self.peak["device"], self.live["device"] + size)
 
     def reset_peak(self) -> None:
@@ -54,7 +57,8 @@ class AllocationTracker:
 
     @contextmanager
     def peak_above(self) -> Iterator[Mapping[str, int]]:
-        """Context manager that measures by how many bytes the peak inside it exceeds what was live at its beginning.
+        """Context manager that yields a dict "device" and "host" -> bytes, filled in at the end: the peak inside less
+        what was live at the beginning.
 
         Yields:
             Bytes by memory ("device", "host"), filled in at the end.
@@ -69,7 +73,9 @@ class AllocationTracker:
                 self.peak[memory] = max(self.peak[memory], peak[memory])
 
     def repeat(self, above: Mapping[str, int]) -> None:
-        """Raise each peak to the live bytes plus `above`, as a repeated call would; `above` is from `peak_above`."""
+        """Raise each peak (device, host), if it is lower, to the live bytes plus its value in `above`, a mapping from
+        `peak_above`.
+        """
         for memory, size in above.items():
             self.peak[memory] = max(self.peak[memory], self.live[memory] + size)
 
@@ -90,7 +96,8 @@ class AllocationTracker:
 
 
 def kernel_workspace(func: Any, args: Sequence[Any], out: Any, device_type: str) -> int:
-    """Return the bytes of scratch memory that a kernel takes beside inputs and outputs; 0 if no rule is known for it.
+    """Return the scratch memory that a kernel takes beside its inputs and outputs, in bytes, an int; 0 if no rule is
+    known for the operation.
 
     Args:
         func: the operation, of `torch.ops.aten`.

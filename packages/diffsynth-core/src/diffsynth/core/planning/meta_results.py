@@ -19,7 +19,8 @@ _UNFILLED = ("aten::empty", "aten::new_empty", "aten::_empty")
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
-    """Return a flat list of the tensors in the values, which nest in lists, tuples and dicts alone.
+    """Return a list of all tensors in `values`, in order; lists, tuples and dicts are searched at any depth, other
+    objects are not.
 
     Faster than `torch.utils._pytree`, and called for each operation.
     """
@@ -61,14 +62,18 @@ class MetaResultCache:
 
 @functools.cache
 def _makes_new_tensors(func: Any) -> bool:
-    """Whether an operation has a result, declares no view of an argument and no write to one, and is not random."""
+    """Whether an operation returns something, declares no view of an argument and no write to one, and is not
+    random.
+    """
     schema = func._schema
     aliases = [each.alias_info for each in (*schema.arguments, *schema.returns)]
     return bool(schema.returns) and not any(aliases) and torch.Tag.nondeterministic_seeded not in func.tags
 
 
 def _key(value: Any) -> Any:
-    """Return a hashable key, equal for arguments with equal results; None for tensors with data and unknown types."""
+    """Return a hashable key of an operation's arguments, equal if the results have equal shapes; None if one is a
+    tensor with data or of an unknown type.
+    """
     if isinstance(value, Tensor):
         if not value.is_meta or (type(value) is not Tensor and not isinstance(value, torch.nn.Parameter)):
             return None
@@ -83,14 +88,18 @@ def _key(value: Any) -> Any:
 
 
 def _description(out: Any) -> Any:
-    """Return the result with a (shape, stride, dtype, device) tuple for each tensor, and a list for each sequence."""
+    """Return a description of `out`, an operation's result: a (shape, stride, dtype, device) tuple for a tensor, a list
+    for a sequence, else the value itself.
+    """
     if isinstance(out, Tensor):
         return (out.shape, out.stride(), out.dtype, out.device)
     return [_description(each) for each in out] if isinstance(out, list | tuple) else out
 
 
 def _made(description: Any) -> Any:
-    """Return a result made of a `_description`: new, unfilled tensors, and tuples for sequences."""
+    """Return a result as `description`, from `_description`, says: new, unfilled tensors, tuples for sequences, else
+    the value itself.
+    """
     if isinstance(description, tuple):
         shape, stride, dtype, device = description
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
@@ -110,18 +119,21 @@ class KnownValues:
         self._invalid: dict[int, weakref.ref[object]] = {}
 
     def value_of(self, tensor: Tensor) -> Tensor | None:
-        """Return a CPU tensor with the values of `tensor` (itself if it is not on meta); None if they are not known."""
+        """Return a CPU tensor with the values of `tensor`, or `tensor` itself if it is not on meta; None if the values
+        are unknown.
+        """
         copy: Tensor | None = self._copies.get(tensor) if tensor.is_meta else tensor
         if copy is None or id(copy.untyped_storage()) in self._invalid:
             return None
         return copy
 
     def set_value(self, tensor: Tensor, value: Tensor) -> None:
-        """Set the known values of a tensor on the meta device to those of `value`, a CPU tensor."""
+        """Keep `value`, a CPU tensor, as the known values of `tensor`, which is on the meta device."""
         self._copies[tensor] = value
 
     def record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Keep the values of an operation's results on meta if all inputs are known; else forget what it writes to.
+        """Keep the values of `out`, an operation's results on meta, if all inputs are known; else mark the tensors that
+        it writes to as unknown.
 
         Results that are random, unfilled or larger than `MAX_KNOWN` are not kept.
 
@@ -144,7 +156,8 @@ class KnownValues:
                 self._copies[result] = copy
 
     def on_cpu(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Return (args, kwargs) of an operation with CPU tensors for those on meta; None if a value is not known.
+        """Return a pair `(args, kwargs)`, a tuple and a dict, with CPU tensors of the same values for those on meta;
+        None if a value is not known.
 
         Returns:
             Positional and keyword arguments; None if a value is not known.
@@ -158,7 +171,7 @@ class KnownValues:
         return known_args, known_kwargs
 
     def invalidate_written(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Mark the tensors that an operation writes to as unknown, for good."""
+        """Mark the values of the arguments that operation `func` writes to as unknown, for good."""
         if not func._schema.is_mutable:
             return
         for argument, value in zip(func._schema.arguments, args, strict=False):

@@ -63,7 +63,7 @@ class StagePlan:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles (names) of the components that the stage runs."""
+        """Roles (names) of the components that the stage runs, a tuple of strings."""
         return tuple(component.role for component in self.components)
 
 
@@ -130,25 +130,31 @@ class MemoryPlan:
 
     @property
     def loop(self) -> tuple[StagePlan, ...]:
-        """`StagePlan`s of the denoising loop: one for each group of steps that runs the same components."""
+        """`StagePlan`s of the denoising loop, as a tuple: one for each run of steps that use the same components."""
         return tuple(stage for stage in self.stages if stage.name.startswith("denoise"))
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes copied to the device in a step of the denoising loop, the most of its stages; 0 without a loop."""
+        """Bytes copied to the device in each step of the denoising loop, in the stage that copies most; 0 without a
+        loop.
+        """
         return max((stage.bytes_per_step for stage in self.loop), default=0)
 
     @property
     def seconds_per_step(self) -> float:
-        """Predicted seconds of a step of the denoising loop, in its slowest stage; 0 without a loop."""
+        """Predicted time of a step of the denoising loop in its slowest stage, in seconds; 0.0 without a loop."""
         return max((stage.seconds_per_step for stage in self.loop), default=0.0)
 
     @property
     def tiled(self) -> bool:
-        """Whether the plan has the autoencoder work in tiles, because the limit could not be kept without them."""
+        """Whether the plan has the autoencoder work in tiles (parts of the image or video), because the limit could not
+        be kept without them.
+        """
         return any(stage.tiled for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as a dict: its fields, nested as dicts and tuples, and its properties except `loop`."""
+        """Return the plan as a dict name -> value of its fields, with nested plans as dicts in tuples, and of its
+        properties except `loop`.
+        """
         sums = ("peak_vram", "peak_ram", "bytes_per_step", "seconds_per_step", "tiled")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}

@@ -45,7 +45,8 @@ def plan_memory(
     offloads: bool = False,
     disk: Sequence[str] = (),
 ) -> MemoryPlan:
-    """Return the `MemoryPlan` of the first workload that fits, or of a later one whose steps are predicted 5 % faster.
+    """Return the `MemoryPlan` of the first of `workloads` (the same call with weights stored in different dtypes) that
+    fits the limits, or of a later one whose steps are predicted to be more than 5 % faster.
 
     Args:
         workloads: one call, with its weights stored in one dtype or another; the first is preferred. With several,
@@ -85,7 +86,7 @@ def plan_memory(
 
 
 def spread(count: int, of: int) -> frozenset[int]:
-    """Return a frozenset of `count` indices below `of`, as far apart as possible."""
+    """Return a frozenset of `count` indices from 0 to `of - 1`, spread evenly: {1, 3} for 2 of 4."""
     return frozenset(index for index in range(of) if (index + 1) * count // of > index * count // of)
 
 
@@ -103,7 +104,8 @@ class BlockTiming:
 
 
 def step_seconds(timings: Sequence[BlockTiming], *, slots: int) -> float:
-    """Return the seconds that a step takes in the long run, if blocks are streamed over one link into `slots` slots.
+    """Return the time of a step in seconds, once steps take equal times, if weights of blocks are copied one at a time
+    into `slots` buffers on the device.
 
     A copy begins when the link is free and a slot is; a slot is free when the block in it has computed. A block
     computes when the one before it has, and its weights are there. Equal blocks that are all streamed therefore take
@@ -189,7 +191,9 @@ class _Planner:
         )
 
     def _device_limit(self) -> int | None:
-        """Return the byte budget for weights and activations: None is no limit, 0 is as little as possible."""
+        """Return the budget for weights and activations on the device that computes, in bytes; None is no limit, 0 is
+        as little as possible.
+        """
         if not self._workload.on_host:
             return None if self._vram_limit is None else int(self._vram_limit * GIB)
         if self._ram_limit is None:
@@ -213,7 +217,9 @@ class _Planner:
         return max((self._minimum_of_stage(stage) for stage in workload.stages), default=0)
 
     def _minimum_of_stage(self, stage: StageCost) -> int:
-        """Return the fewest bytes on the device that a stage runs with: activations, no resident block, one slot."""
+        """Return the fewest bytes, an int, that a stage takes on the device: its activations, and its components with
+        no resident block and one slot.
+        """
         components = [self._workload.component(role) for role in stage.roles]
         return stage.activations + sum(component.on_device((), slots=1) for component in components)
 
@@ -227,7 +233,7 @@ class _Planner:
         return base + host_bytes + _STAGING_BUFFERS * max(blocks, default=0)
 
     def _staying(self, limit: int | None) -> frozenset[str]:
-        """Return a frozenset of the roles (names) of components that never leave the device, as many as fit the limit.
+        """Return a frozenset of roles (component names): those that never leave the device, as many as fit `limit`.
 
         Without a limit these are all components, or none if `offloads` is set.
 
@@ -257,7 +263,8 @@ class _Planner:
         return limit - stage.activations - sum(self._workload.component(role).whole for role in staying)
 
     def _layout(self, stage: StageCost, staying: frozenset[str], limit: int | None) -> _StageLayout:
-        """Return the `_StageLayout` (resident blocks and slots) with the fastest steps, then the fewest slots.
+        """Return the `_StageLayout` (names of resident blocks, number of slots) that fits `limit` and has the fastest
+        steps; of equally fast ones, the one with fewest slots.
 
         All blocks are resident if they fit, or without a limit; none is under a limit of 0.
         """
@@ -285,7 +292,8 @@ class _Planner:
         return min(fitting, key=lambda one: (self._step_seconds(stage, one), one.slots))
 
     def _moved_to_disk(self, layouts: Sequence[_StageLayout], staying: frozenset[str]) -> frozenset[str]:
-        """Return a frozenset of the roles (names) of components that must go to disk to keep the limit on host memory.
+        """Return a frozenset of roles (component names): those whose weights must be stored on disk to keep the limit
+        on host memory; empty if none must.
 
         Those with least traffic go first. Without a limit, and on the CPU, none does.
 
@@ -343,7 +351,8 @@ class _Planner:
         )
 
     def _with_bytes_ahead(self, stages: list[StagePlan], limit: int | None) -> tuple[StagePlan, ...]:
-        """Return the `StagePlan`s with `bytes_ahead` set where the loop changes from one expert to another.
+        """Return `stages` as a tuple of `StagePlan`s, with `bytes_ahead` set where the loop changes from one expert
+        (network) to another.
 
         In the last step of an expert, blocks of the next one take the place of those that have run for the last time.
         Which call is the last is predicted from the step before; without one only free memory counts. See
@@ -367,7 +376,7 @@ class _Planner:
         return tuple(stages)
 
     def _resident_sizes(self, components: Iterable[ComponentPlan]) -> Iterator[int]:
-        """Yield the size of each resident block of the components, in bytes as stored."""
+        """Yield the size of each resident block of `components`, as stored, in bytes, an int."""
         for component in components:
             resident = frozenset(component.resident)
             blocks = self._workload.component(component.role).blocks
@@ -379,7 +388,8 @@ class _Planner:
         return "host" if self._offloads and not self._workload.on_host else "device"
 
     def _host_bytes(self, stage: StageCost, disk: frozenset[str] | set[str]) -> int:
-        """Return the bytes of host memory in a stage: base, live tensors, offloaded weights and staging buffers.
+        """Return the host memory of a stage in bytes, an int: the process itself, live tensors, offloaded weights and
+        staging buffers; on the CPU only the first two.
 
         Weights count only if components are offloaded. On the CPU the caller adds weights and activations.
         """
@@ -403,7 +413,9 @@ class _Planner:
         return sum(sizes.get(call.block, 0) for call in stage.block_calls if call.role == role)
 
     def _streamed_sizes(self, role: str, layout: _StageLayout) -> dict[str, int]:
-        """Return a dict block name -> bytes copied at each call; empty if each streamed block has its own slot."""
+        """Return a dict name of a streamed block -> bytes copied at each of its calls; empty if none is streamed or
+        each has its own slot on the device.
+        """
         resident = layout.resident[role]
         streamed = [block for block in self._workload.component(role).blocks if block.name not in resident]
         return {block.name: block.stored for block in streamed} if len(streamed) > layout.slots else {}
@@ -422,7 +434,9 @@ class _Planner:
 def _shrinking(
     components: Sequence[ComponentFootprint], least: dict[str, frozenset[str]]
 ) -> Iterator[dict[str, frozenset[str]]]:
-    """Yield dicts role (component) -> names of its resident blocks, most blocks first; each contains `least`."""
+    """Yield dicts role (component name) -> frozenset of its resident blocks' names: first with all blocks, then with
+    one fewer each time, down to `least`.
+    """
     optional: list[tuple[str, BlockFootprint]] = [
         (component.role, block) for component in components if not least[component.role] for block in component.blocks
     ]

@@ -58,7 +58,9 @@ class RepeatedCalls:
         return function(*arguments) if effects is None else self._repeat(effects, arguments)
 
     def _key(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        """Return a hashable key, equal for calls that have the same effects; None if that cannot be known."""
+        """Return a hashable key of a call of `function`, equal for calls that have the same effects; None if that
+        cannot be known.
+        """
         if not self._stages or torch.is_grad_enabled():  # the graph of autograd keeps tensors of the call alive
             return None
         if self._has_known_values(None, arguments) or not _has_own_memory(None, arguments):
@@ -104,7 +106,8 @@ class RepeatedCalls:
 
 
 def _changes(argument: Any, before: Any) -> Mapping[str, Any]:
-    """Return a dict attribute name -> new form, for the attributes of an argument that a call added or changed in form.
+    """Return a mapping attribute name -> new form (shape, dtype and so on, or the value), for the attributes of
+    `argument` that a call added or changed in form.
 
     Raises:
         _NoFormError: the call changed something else.
@@ -121,7 +124,9 @@ def _changes(argument: Any, before: Any) -> Mapping[str, Any]:
 
 
 def _has_own_memory(result: Any, arguments: Sequence[Any]) -> bool:
-    """Whether each tensor of the result and of arguments' attributes shares its memory with no other tensor."""
+    """Whether each tensor of `result` and of the attributes of `arguments` shares its memory with no other tensor of
+    the call.
+    """
     given = [tensor for each in arguments if not _has_attributes_alone(each) for tensor in tensors_in(each)]
     own = [tensor for each in arguments if _has_attributes_alone(each) for tensor in tensors_in(vars(each))]
     own += tensors_in(result)
@@ -152,7 +157,8 @@ class _ValueForm(NamedTuple):
 
 
 def _form(value: Any) -> Any:
-    """Return the hashable form of a value: shape, stride, dtype and bytes of a tensor, else the value.
+    """Return the form of `value`, a hashable tuple: shape, stride, dtype and bytes of a tensor, type and forms of the
+    items of a container, else type and value.
 
     `_made` returns a new value of a form.
 
@@ -187,7 +193,9 @@ def _contents(argument: Any) -> Any:
 
 
 def _has_attributes_alone(argument: Any) -> bool:
-    """Whether an object is nothing but its attributes, unlike functions, containers, modules and slotted objects."""
+    """Whether an object's state is its attributes alone; False for functions, containers, modules and objects with
+    slots.
+    """
     kind = type(argument)
     if not hasattr(argument, "__dict__") or isinstance(argument, nn.Module):
         return False

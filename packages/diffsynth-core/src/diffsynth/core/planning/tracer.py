@@ -71,7 +71,8 @@ class MetaTracer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageTrace]:
-        """Context manager that counts what runs inside as one stage and yields its `StageTrace`, complete at the end.
+        """Context manager that counts what runs inside as one stage and yields its `StageTrace`, whose peaks are filled
+        in at the end.
 
         The trace is in `stages`, too.
         """
@@ -82,12 +83,14 @@ class MetaTracer:
         stage.device_bytes, stage.host_bytes = self.allocations.peak["device"], self.allocations.peak["host"]
 
     def count(self, flops: int) -> None:
-        """Add `flops` floating-point operations to the current stage, and so to its running block; none without one."""
+        """Add `flops` floating-point operations to the current stage; do nothing if there is no stage."""
         if self.stages:
             self.stages[-1].flops += flops
 
     def attention(self, call: MetaCall) -> None:
-        """Add a call of attention to the counts: the memory of its output, its scratch memory and its operations."""
+        """Add a call of attention to the counts: the bytes of its output and of its scratch memory, and its
+        floating-point operations.
+        """
         self.allocations.allocated(call.out)
         self.allocations.workspace(call.workspace(self.device_type))
         self.count(call.flops)
@@ -143,7 +146,9 @@ class _DispatchMode(TorchDispatchMode):
         return out
 
     def _to_host(self, tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Return a CPU copy of a tensor if its values are known, else one on meta; either counts as host memory."""
+        """Return a copy of `tensor` that counts as host memory: on the CPU if its values are known, else on meta,
+        without values.
+        """
         dtype = kwargs.get("dtype") or tensor.dtype
         value = self._tracer.values.value_of(tensor)
         moved = torch.empty_like(tensor, dtype=dtype) if value is None else value.to(dtype, copy=True)
@@ -190,7 +195,8 @@ def _goes_to_cpu(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _by_value(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
-    """Return a tuple of one: the result on meta of an operation that needs values; None if no argument is on meta.
+    """Return a tuple of one item, the result on meta of an operation that needs the values of its arguments; None if no
+    argument is on meta.
 
     Raises:
         Unplannable: a value is not known.
@@ -218,7 +224,8 @@ def _unplannable(what: str, tensor: Tensor) -> Unplannable:
 
 
 def _as_meta(values: KnownValues) -> Callable[[Tensor], Tensor]:
-    """Return a function that moves a tensor to meta with its known values; tensors without axes stay where they are.
+    """Return a function tensor -> tensor on meta of the same shape, with its values kept if known; it returns tensors
+    on meta or without axes as they are.
 
     torch allows those beside meta tensors.
     """
@@ -235,7 +242,9 @@ def _as_meta(values: KnownValues) -> Callable[[Tensor], Tensor]:
 
 
 def _integer_indices(values: KnownValues, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return the list of indices with each mask replaced by the positions at which it is True, one tensor per axis."""
+    """Return a list of the items of `indices`, with each mask replaced by one tensor of positions at which it is True
+    for each of its axes.
+    """
     integers: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype not in (torch.bool, torch.uint8):

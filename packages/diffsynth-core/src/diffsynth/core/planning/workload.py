@@ -43,16 +43,17 @@ class ComponentFootprint:
 
     @property
     def stored(self) -> int:
-        """Size of the component's weights and buffers in the dtype in which they are stored, in bytes."""
+        """Size of the component's weights and buffers in the dtypes in which they are stored, in bytes."""
         return self.rest_stored + sum(block.stored for block in self.blocks)
 
     @property
     def whole(self) -> int:
-        """Size of the component on the device with every block resident, in bytes."""
+        """Size of the component's weights and buffers on the device with every block there, in bytes."""
         return self.on_device({block.name for block in self.blocks}, slots=0)
 
     def on_device(self, resident: Collection[str], *, slots: int) -> int:
-        """Return the bytes, an int, that the component's weights take on the device while a stage of it runs.
+        """Return the device memory of the component's weights and buffers during a stage, in bytes, an int, with
+        `slots` blocks there beside the `resident` ones.
 
         Args:
             resident: names of the blocks that stay on the device for the stage.
@@ -129,7 +130,9 @@ class StageCost:
     is_tiled: bool = False
 
     def with_tiles(self) -> StageCost:
-        """Return the `StageCost` with the autoencoder in tiles; the same object if tiles change nothing."""
+        """Return a `StageCost` of the same stage with the autoencoder working in tiles (parts of the image or video);
+        the same object if tiles change nothing.
+        """
         if self.tiled_activations is None:
             return self
         return replace(
@@ -163,11 +166,15 @@ class Workload:
     asks_for_tiles: bool = False
 
     def with_tiles(self) -> Workload:
-        """Return the `Workload` with the autoencoder in tiles in all stages, as `tiled` is one argument of the call."""
+        """Return a `Workload` of the same call with the autoencoder working in tiles (parts of the image or video) in
+        all stages.
+        """
         return replace(self, stages=tuple(stage.with_tiles() for stage in self.stages))
 
     def component(self, role: str) -> ComponentFootprint:
-        """Return the `ComponentFootprint` of the component with this role (name in the pipeline)."""
+        """Return the `ComponentFootprint` of the component whose role (name in the pipeline) is `role`; there must be
+        one.
+        """
         return next(component for component in self.components if component.role == role)
 
 
