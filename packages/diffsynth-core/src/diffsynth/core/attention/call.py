@@ -66,7 +66,9 @@ class AttentionCall:
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Largest numbers of query and of key tokens in a packed sample; numbers of all if offsets are unknown."""
+        """Tuple (queries, keys): the most tokens of each in any packed sample; `q_len` and `k_len` if `offsets` is
+        None.
+        """
         if self.offsets is None:
             return self.q_len, self.k_len
         q_len, k_len = (max(after - before for before, after in itertools.pairwise(x)) for x in self.offsets)
@@ -74,31 +76,35 @@ class AttentionCall:
 
     @property
     def needs_grad(self) -> bool:
-        """Whether autograd records this call, so that a backward pass may follow."""
+        """Whether autograd records this call: gradients are enabled, and `q`, `k`, `v` or `score_bias` requires one."""
         bias = self.score_bias
         tensors = (self.q, self.k, self.v) if bias is None else (self.q, self.k, self.v, bias)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     @property
     def limits(self) -> tuple[int, int]:
-        """`window` and `causal` as one window (left, right), in tokens; -1 is no limit on a side."""
+        """Tuple (left, right): `window` combined with `causal` (right is 0), in tokens; -1 means no limit on that side."""
         left, right = self.window or (-1, -1)
         return (left, 0) if self.causal else (left, right)
 
     @property
     def is_plain(self) -> bool:
-        """Whether every query may attend every key of its batch row, with unchanged scores."""
+        """Whether the call has no mask, causality, window, packed samples or score bias, so that all pairs may attend."""
         return self.limits == (-1, -1) and self.mask is None and self.cu_seqlens is None and self.score_bias is None
 
     def allowed(self) -> Bool[Tensor, "#b #n #q #k"] | None:
-        """Return `mask`, `causal`, `window`, `cu_seqlens` as one bool mask (True = may attend), None if all may."""
+        """Return a bool tensor that broadcasts to `b n q k` (True = may attend) and combines `mask`, `causal`, `window`
+        and `cu_seqlens`; None if the call has none of these.
+        """
         if self.limits == (-1, -1) and self.cu_seqlens is None:
             return self.mask
         by_position = self._allowed_by_position()[None, None]
         return by_position if self.mask is None else by_position & self.mask
 
     def describe(self) -> str:
-        """Return a text for messages: shapes, dtype, device and options of the call."""
+        """Return a text for messages with shapes, dtype, device and options: "q (1, 8, 2, 64), k ..., float16 on cpu,
+        causal".
+        """
         parts = [_shapes(self.q, self.k, self.v)]
         parts.append(f"{str(self.q.dtype).removeprefix('torch.')} on {self.q.device}")
         if self.mask is not None:
@@ -149,7 +155,7 @@ class AttentionBackend(Protocol):
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return the reason why the backend cannot serve this call exactly as described, or None if it can."""
+        """Return a text, the reason why the backend cannot serve this call exactly as described, or None if it can."""
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
         """Return the attention output in the dtype of `call.q`; called only if `refuses(call)` is None."""
@@ -167,7 +173,8 @@ def checked_call(
     cu_seqlens: CuSeqlens | None = None,
     score_bias: Tensor | None = None,
 ) -> AttentionCall:
-    """Check the arguments of `attention()` and return them as an `AttentionCall`.
+    """Check the arguments of `attention()`, raise if no backend could serve them, and return them as an
+    `AttentionCall`.
 
     `scale` defaults to `d ** -0.5`. The values of `cu_seqlens` are checked if they are on the CPU, and then copied to
     the device of `q`. On an accelerator only dtype and shape are checked, because reading the values would synchronise
@@ -177,6 +184,7 @@ def checked_call(
         ValueError: shapes, dtypes, devices, windows or offsets that no backend could serve.
         TypeError: a mask that is not bool, a bias that is not floating point, offsets that are not int32.
     """
+    # First the axes and sizes of q, k and v: all later checks, and their messages, rely on four axes that fit.
     _check_tensors(q, k, v)
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if mask is not None:
@@ -258,7 +266,7 @@ def _checked_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, 
 def _checked_cu_seqlens(
     cu_seqlens: CuSeqlens, q: Tensor, k: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[tuple[int, ...], tuple[int, ...]] | None]:
-    """Check the offsets; return those of q and k on the device of `q`, and as tuples (None if not from the CPU).
+    """Check the offsets; return (q's, k's) on the device of `q`, then both as int tuples, or None if not on the CPU.
 
     The tuples are None too while torch.compile traces.
     """

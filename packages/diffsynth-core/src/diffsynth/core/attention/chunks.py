@@ -23,7 +23,9 @@ QueryChunk = tuple[int, AttentionCall | None]
 def attend_in_chunks(
     query_chunks: Iterator[QueryChunk], call: AttentionCall, serve: Callable[[AttentionCall], Tensor]
 ) -> Float[Tensor, "b q n d_v"]:
-    """Return the attention output of a call: the outputs of `serve` for its chunks, concatenated along the queries."""
+    """Return the attention output `b q n d_v` of `call`: the outputs of `serve` for its chunks (zeros for a chunk
+    without keys), concatenated along the queries.
+    """
     b, _, n, _ = call.q.shape
     outs = [
         call.q.new_zeros(b, size, n, call.v.shape[-1]) if chunk is None else serve(chunk)
@@ -33,7 +35,8 @@ def attend_in_chunks(
 
 
 def by_sample(call: AttentionCall) -> Iterator[QueryChunk]:
-    """Yield (number of queries, `AttentionCall` or None without keys) for each packed sample with queries.
+    """Yield (number of queries, the sample's `AttentionCall`, or None if it has no keys) for each packed sample in
+    order; samples without queries are skipped.
 
     `call.offsets` must be known.
     """
@@ -46,13 +49,17 @@ def by_sample(call: AttentionCall) -> Iterator[QueryChunk]:
 
 
 def chunk_size(call: AttentionCall) -> int:
-    """Return the queries per chunk of `by_window`, an int: the window's width (4 `CHUNK` if open), at least `CHUNK`."""
+    """Return the number of queries per chunk of `by_window`, an int: the window's width in tokens, or 1024 if a side
+    has no limit, but at least 256.
+    """
     left, right = call.limits
     return max(CHUNK, left + right + 1 if left >= 0 and right >= 0 else 4 * CHUNK)
 
 
 def by_window(call: AttentionCall) -> Iterator[QueryChunk]:
-    """Yield (number of queries, `AttentionCall` over the keys in their windows, None without keys) for each chunk."""
+    """Yield (number of queries, `AttentionCall` of these queries and the keys in their windows, or None if there are no
+    such keys) for each chunk of consecutive queries.
+    """
     left, right = call.limits
     size = chunk_size(call)
     shift = call.k_len - call.q_len

@@ -51,7 +51,9 @@ class FlexAttention:
 
 
 def flex(call: AttentionCall, score_mod: ScoreMod | None = None) -> Float[Tensor, "b q n d_v"]:
-    """Return the attention output of a call; `score_mod` changes the scaled scores after `score_bias`, before masks."""
+    """Return the attention output `b q n d_v` of a call; `score_mod`, if given, changes the scaled scores after
+    `score_bias` is added and before pairs are masked.
+    """
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     out = _kernel(call.q.device.type != "cpu")(
         q,
@@ -66,7 +68,9 @@ def flex(call: AttentionCall, score_mod: ScoreMod | None = None) -> Float[Tensor
 
 
 def _block_mask(call: AttentionCall) -> Any:
-    """Return PyTorch's `BlockMask` of the allowed pairs of the call; None if every pair may attend."""
+    """Return PyTorch's `BlockMask` of the pairs (query, key) that may attend in the call; None if every pair may
+    attend.
+    """
     mask_mod = _mask_mod(call)
     if mask_mod is None:
         return None
@@ -106,7 +110,7 @@ def _mask_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
 
 
 def _samples(cu: Tensor, length: int) -> Tensor:
-    """Return the index of the packed sample of each token, as an int64 tensor."""
+    """Return an int64 tensor: for each token, the index of the packed sample that it belongs to."""
     return torch.bucketize(torch.arange(length, dtype=cu.dtype, device=cu.device), cu[1:], right=True)
 
 
@@ -120,7 +124,7 @@ def _score_mod(bias: Tensor | None, score_mod: ScoreMod | None) -> ScoreMod | No
 
 
 def _lookup(tensor: Tensor) -> Callable[..., Tensor]:
-    """Return a function of indices (b, n, q, k) that gives the entry of `tensor`, which broadcasts to 'b n q k'."""
+    """Return a function (b, n, q, k) -> the element of `tensor` at these indices; an axis of size 1 is read at index 0."""
     b_is_1, n_is_1, q_is_1, k_is_1 = (size == 1 for size in tensor.shape)
 
     def entry(b: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def attention_forward(
     use_flex: bool = False,
     score_mod: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """Return the attention output `softmax(scale * q k^T) v` in the dtype of `q`, with the axes of `out_pattern`.
+    """Return the attention output `softmax(scale * q k^T) v` over the keys that may be attended, in the dtype of `q`
+    and with the axes of `out_pattern`.
 
     For scripts of DiffSynth-Studio; new code calls `attention()`.
 

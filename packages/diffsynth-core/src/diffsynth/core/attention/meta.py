@@ -36,14 +36,18 @@ class MetaCall:
     declared: Workspace | None
 
     def workspace(self, device_type: str) -> int:
-        """Return the backend's scratch memory for this call, in bytes; the size of the output if it declares none."""
+        """Return the backend's scratch memory for this call on a kind of device ("cuda"), in bytes; the size of the
+        output if `declared` is None.
+        """
         if self.declared is None:
             return self.out.numel() * self.out.element_size()
         return int(self.declared(self.call, device_type))
 
     @property
     def flops(self) -> int:
-        """Number of floating-point operations of the two matrix products, over all pairs of queries and keys."""
+        """Number of floating-point operations of the two matrix products, an int, over all pairs of queries and keys,
+        also those that may not attend.
+        """
         b, q_len, n, d = self.call.q.shape
         return 2 * b * n * q_len * self.call.k.shape[1] * (d + self.call.v.shape[3])
 
@@ -62,7 +66,9 @@ def observed_meta_calls(observer: Callable[[MetaCall], None]) -> Iterator[None]:
 
 
 def attend_on_meta(call: AttentionCall, workspace: Workspace | None) -> Tensor:
-    """Return the output of a call on the meta device (no values), and pass its `MetaCall` to the observer, if any."""
+    """Return the output `b q n d_v` of a call on the meta device (no values); call the observer of
+    `observed_meta_calls`, if any, with its `MetaCall`.
+    """
     meta = _meta_call(call, workspace)
     if (observer := _observer.get()) is not None:
         observer(meta)
@@ -79,7 +85,8 @@ def meta_call_of_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> MetaCall:
-    """Return the `MetaCall` of a direct call of `F.scaled_dot_product_attention`, with tensors `b n s d`.
+    """Return the `MetaCall` (call, output and workspace) of a call of `F.scaled_dot_product_attention`, whose tensors
+    are `b n s d` or lack leading axes.
 
     The parameters are those of PyTorch's function, by name and position, because callers pass on what other libraries
     gave it.
@@ -105,7 +112,8 @@ def _meta_call(call: AttentionCall, workspace: Workspace | None) -> MetaCall:
 
 
 def fused_workspace(call: AttentionCall) -> int:
-    """Return the scratch memory, in bytes, of a PyTorch kernel without a score matrix: logsumexp and expanded mask.
+    """Return the scratch memory, in bytes, of a PyTorch kernel without a score matrix: the logsumexp of each query, the
+    expanded mask and, with it, copies of grouped heads.
 
     The logsumexp is fp32 per query. PyTorch expands every mask to a tensor of scores that is added. Grouped
     heads are copied if there is a mask.
@@ -123,7 +131,9 @@ def fused_workspace(call: AttentionCall) -> int:
 
 
 def score_matrix_workspace(call: AttentionCall, *, dtype: torch.dtype | None = None) -> int:
-    """Return the bytes of all scores, their softmax, and copies of q, k and v in `dtype`, by default the call's."""
+    """Return the bytes of a kernel that holds all scores: the scores, their softmax, and copies of q, k and v, all in
+    `dtype` (None is that of the call).
+    """
     b, q_len, n, d = call.q.shape
     itemsize = call.q.element_size() if dtype is None else dtype.itemsize
     scores = 2 * b * n * q_len * call.k_len
@@ -132,7 +142,9 @@ def score_matrix_workspace(call: AttentionCall, *, dtype: torch.dtype | None = N
 
 
 def _mask_elements(call: AttentionCall) -> int:
-    """Return an estimate of the number of elements of the largest mask or bias that `sdpa` passes to PyTorch, or 0."""
+    """Return an estimate of the number of elements, an int, of the largest mask or bias that `sdpa` passes to PyTorch;
+    0 if it passes none.
+    """
     given = max((tensor.numel() for tensor in (call.mask, call.score_bias) if tensor is not None), default=0)
     if call.offsets is not None:
         q_len, k_len = call.longest

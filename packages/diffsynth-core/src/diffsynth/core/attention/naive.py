@@ -18,7 +18,7 @@ class NaiveAttention:
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return the reason why the call is refused: its dtype is not floating point; else None."""
+        """Return a text, the reason why the call is refused, if its dtype is not floating point; else None."""
         return None if call.q.is_floating_point() else f"dtype {call.q.dtype} is not floating point"
 
     def avoids(self, call: AttentionCall) -> str | None:

@@ -64,12 +64,13 @@ def register_backend(
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the names of the registered backends, in the order in which `auto` tries them."""
+    """Return a tuple of the names of the registered backends, without aliases, in the order in which `auto` tries them."""
     return tuple(BACKENDS)
 
 
 def find_backend(name: str) -> RegisteredBackend:
-    """Return the `RegisteredBackend` (a backend and its settings) with this name or alias.
+    """Return the `RegisteredBackend` (a backend and its settings) with this name or alias ("torch" is "sdpa"); raise
+    ValueError if unknown.
 
     Raises:
         ValueError: unknown backend; the message has the nearest spelling.
@@ -84,13 +85,15 @@ def find_backend(name: str) -> RegisteredBackend:
 
 
 def check_known(name: str) -> None:
-    """Raise ValueError, with the nearest spelling, unless `name` is `auto`, or the name or alias of a backend."""
+    """Raise ValueError, which names the nearest spelling, unless `name` is "auto" or the name or alias of a registered
+    backend.
+    """
     if name != "auto":
         find_backend(name)
 
 
 def refusal(name: str, call: AttentionCall) -> str | None:
-    """Return the reason why the backend with this name cannot serve a call, or None if it can.
+    """Return a text, the reason why the backend with this name or alias cannot serve a call, or None if it can.
 
     Raises:
         ValueError: unknown backend.
@@ -99,7 +102,8 @@ def refusal(name: str, call: AttentionCall) -> str | None:
 
 
 def avoidance(name: str, call: AttentionCall) -> str | None:
-    """Return the reason why `auto` prefers other backends to the one with this name, or None if it does not.
+    """Return a text, the reason why `auto` prefers other backends to the one with this name or alias, or None if it
+    does not.
 
     Raises:
         ValueError: unknown backend.

@@ -40,7 +40,9 @@ class SdpaAttention:
         self.kernel = kernel
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return the reason why the call is refused, or None: dtype, a bias of another dtype, or limits of `kernel`."""
+        """Return a text why the call is refused (its dtype, a bias of another dtype, or what the named `kernel` does
+        not support), or None if it is served.
+        """
         if call.q.dtype not in _DTYPES:
             return f"dtype {call.q.dtype} is none of fp16, bf16, fp32, fp64"
         if call.score_bias is not None and call.score_bias.dtype != call.q.dtype:
@@ -50,7 +52,9 @@ class SdpaAttention:
         return _cpu_refusal(self.kernel, call) if call.q.device.type == "cpu" else _cuda_refusal(self.kernel, call)
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return the reason why `auto` prefers other backends (single kernel; window or samples on a GPU), or None."""
+        """Return a text why `auto` prefers other backends (this is one named kernel; a window or packed samples off the
+        CPU), or None if it does not.
+        """
         if self.kernel is not None:
             return "it is a single kernel of sdpa, used only if selected by name"
         if call.q.device.type != "cpu" and (call.window is not None or call.cu_seqlens is not None):
@@ -58,7 +62,9 @@ class SdpaAttention:
         return None
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """Return the backend's scratch memory for a call, in bytes; with kernel "math", it holds all scores."""
+        """Return the backend's scratch memory for a call, in bytes: all scores with the kernel "math", else logsumexp
+        and mask.
+        """
         return score_matrix_workspace(call) if self.kernel == "math" else fused_workspace(call)
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
@@ -89,7 +95,9 @@ class SdpaAttention:
 
 
 def _is_plain_causal(call: AttentionCall) -> bool:
-    """Whether PyTorch's `is_causal` alone describes the call: causal, equal lengths, no mask or bias."""
+    """Whether PyTorch's `is_causal` alone describes the call: causal without left limit, as many queries as keys, no
+    mask, bias or packed samples.
+    """
     return call.limits == (-1, 0) and call.q_len == call.k_len and not _has_tensors(call)
 
 

@@ -38,7 +38,8 @@ def attention(
     score_bias: Float[Tensor, "#b #n #q #k"] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "b q n d_v"]:
-    """Return the attention output `softmax(scale * q k^T + score_bias) v` of each head, in the dtype of `q`.
+    """Return the attention output `b q n d_v`: for each head `softmax(scale * q k^T + score_bias) v` over the keys that
+    a query may attend, in the dtype of `q`.
 
     Under `torch.autocast` q, k and v are cast first, as in `F.scaled_dot_product_attention`.
 
@@ -83,7 +84,9 @@ def _cast_by_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def serve(call: AttentionCall, backend: str | None = None) -> Float[Tensor, "b q n d_v"]:
-    """Return the attention output of a checked call; `backend` and errors are those of `attention()`."""
+    """Return the attention output `b q n d_v` of an `AttentionCall`; `backend` (a name or None) and errors are those of
+    `attention()`.
+    """
     name = backend or chosen_backend() or _env.attention_implementation()
     if name == "auto":
         return _attend(BACKENDS[choose(call)], call)
@@ -102,10 +105,10 @@ def _attend(registered: RegisteredBackend, call: AttentionCall) -> Float[Tensor,
 
 
 def choose(call: AttentionCall) -> str:
-    """Return the name of the backend that `auto` selects for a call.
+    """Return the name of the first backend, in order of priority, that neither refuses nor avoids the call, else of the
+    first that does not refuse it.
 
-    That is the first one that neither refuses nor avoids the call, else the first that does not refuse it. Why a
-    backend is not selected is logged, once for each backend and reason.
+    Why a backend is not selected is logged, once for each backend and reason.
 
     Raises:
         Refused: every backend refuses the call; the message has all reasons.
@@ -187,7 +190,7 @@ class use_attention:  # noqa: N801 - it is used like a function
         self._is_for_module = module is not None
 
     def remove(self) -> None:
-        """Remove the hooks of a choice for a module, which ends it; calling it again does nothing."""
+        """Remove the module's hooks, which ends this choice of a backend for the module; calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -236,7 +239,9 @@ class restored_choice:  # noqa: N801
 
 
 def chosen_backend() -> str | None:
-    """Return the name of the backend that the innermost `use_attention` of this thread or task selects, or None."""
+    """Return the name of the backend ("auto" included) that the innermost `use_attention` of this thread or task
+    selects; None without one.
+    """
     if not _is_used:
         return None
     return _innermost.get() if CAN_TRACE_CONTEXTVARS or not torch.compiler.is_compiling() else _thread_choice.innermost

@@ -25,14 +25,17 @@ def clear_cache() -> None:
 
 
 def missing(module: str) -> str | None:
-    """Return the reason "... is not installed" for a module, or None. Looked up once, without importing its package."""
+    """Return the text "MODULE is not installed", or None if it is; looked up once per module, without importing its
+    package.
+    """
     if module not in _missing:
         _missing[module] = None if _is_installed(module) else f"{module} is not installed"
     return _missing[module]
 
 
 def function_refusal(module: str, name: str, *arguments: str) -> str | None:
-    """Return why a library's function is unusable (missing, not importable, lacks these arguments), or None.
+    """Return a text why a library's function cannot be used (not installed, not importable, or without one of
+    `arguments`), or None if it can.
 
     Arguments are checked because another version would raise in the middle of a run.
     """
@@ -43,7 +46,7 @@ def function_refusal(module: str, name: str, *arguments: str) -> str | None:
 
 
 def function(module: str, name: str) -> Callable[..., Any]:
-    """Return the callable of this name in a library; `function_refusal` must have returned None for it."""
+    """Return the callable `name` of the library `module`; `function_refusal` must have returned None for it before."""
     return _functions[module, name]
 
 
@@ -59,7 +62,8 @@ for _constant in (missing, function_refusal, _major_and_minor):
 def device_refusal(
     name: str, call: AttentionCall, capabilities: range | None = None, *, rocm: bool = False
 ) -> str | None:
-    """Return why the device of a call is not supported (not CUDA, ROCm, its compute capability), or None if it is.
+    """Return a text why the device of a call is not supported (not CUDA, ROCm unless `rocm`, a compute capability not
+    in `capabilities`), or None if it is.
 
     Args:
         name: name of the backend, for the message.
@@ -81,7 +85,9 @@ def device_refusal(
 
 
 def half_refusal(call: AttentionCall, *, max_head_dim: int) -> str | None:
-    """Return why a call's dtype (not fp16, bf16) or head dims (too wide, unequal, no multiple of 8) fail, or None."""
+    """Return a text why a call's dtype (not fp16 or bf16) or head dims (over `max_head_dim`, unequal, no multiple of 8)
+    are not supported, or None if they are.
+    """
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {call.q.dtype} is neither fp16 nor bf16"
     dim, of_values = call.q.shape[-1], call.v.shape[-1]

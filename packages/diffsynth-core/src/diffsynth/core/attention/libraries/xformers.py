@@ -65,7 +65,7 @@ def _content_refusal(call: AttentionCall) -> str | None:
 
 
 def _bias(call: AttentionCall) -> Any:
-    """Return an object of xFormers that describes which pairs may attend; None if all may."""
+    """Return an attention bias object of xFormers that describes which pairs may attend; None if all may."""
     if call.is_plain:
         return None
     biases = importlib.import_module("xformers.ops.fmha.attn_bias")

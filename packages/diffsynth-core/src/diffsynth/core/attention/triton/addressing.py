@@ -15,7 +15,8 @@ import triton.language as tl
 
 @triton.jit
 def program_indices(i_program, tiles, heads, REVERSED: tl.constexpr):
-    """Return the indices of the tile, head and batch row of a program; the latter two are int64.
+    """Return (index of the tile, index of the head, index of the batch row) that a kernel program works on; the latter
+    two are int64.
 
     Neighbouring programs share a head, so its keys stay in the cache. REVERSED starts with the last tiles, for kernels
     whose later tiles have more work: launching the longest programs first keeps the device busy to the end.
@@ -29,7 +30,8 @@ def program_indices(i_program, tiles, heads, REVERSED: tl.constexpr):
 
 @triton.jit
 def locate_sample(cu_tiled, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK: tl.constexpr, SAMPLES: tl.constexpr):
-    """Return a tile's index in its packed sample, then the sample's first query, first key and numbers of both.
+    """Return five integers: a tile's index within its packed sample, the sample's first query, its first key, its
+    number of queries and its number of keys.
 
     With SAMPLES 0 there is one sample. Each sample of `cu_tiled` is divided into tiles of BLOCK tokens. The grid has
     `tokens // BLOCK + samples` tiles, an upper bound that is known without reading the offsets from the device; surplus
@@ -59,7 +61,8 @@ def columns_to_visit(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return the blocks of columns to visit for the BLOCK_M rows at `row`, as (first, full_first, full_last, last).
+    """Return four block indices (first, full_first, full_last, last): the BLOCK_M queries at `row` visit key blocks
+    [first, last), and mask those outside [full_first, full_last).
 
     With a mask, these are positions in the tile's list of blocks.
     """
@@ -87,7 +90,8 @@ def rows_to_visit(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return the blocks of rows to visit for the BLOCK_N columns at `column`, as (first, full_first, full_last, last).
+    """Return four block indices (first, full_first, full_last, last): the BLOCK_N keys at `column` visit query blocks
+    [first, last), and mask those outside [full_first, full_last).
 
     With a mask, these are positions in the tile's list of blocks.
     """
@@ -120,7 +124,9 @@ def _in_blocks(first, full_first, full_last, last, BLOCK: tl.constexpr):
 
 @triton.jit
 def visit_range(first, full_first, full_last, last, MASKED: tl.constexpr):
-    """Return the range (begin, end) of the indices that `block_at` maps to MASKED blocks, or to full ones."""
+    """Return (begin, end), end exclusive, of the visit numbers that `block_at` maps to blocks: those that need a mask
+    if MASKED, else the full ones.
+    """
     if MASKED:
         begin, end = first, last - (full_last - full_first)
     else:
@@ -130,7 +136,9 @@ def visit_range(first, full_first, full_last, last, MASKED: tl.constexpr):
 
 @triton.jit
 def block_at(i, blocks, i_list, length, full_first, full_last, MASKED: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Return the index of the block that visit `i` loads; with a mask, read from the tile's list of `length` blocks."""
+    """Return the index of the block that visit number `i` loads; with HAS_MASK, it is read from the tile's list in
+    `blocks`, which has room for `length` blocks.
+    """
     if MASKED:
         i += tl.where(i < full_first, 0, full_last - full_first)
     if HAS_MASK:
@@ -143,7 +151,9 @@ def may_attend(
     o_rows, o_columns, q_len, k_len, left, right, p_mask,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return a bool block: True where a row may attend a column; their offsets broadcast against each other."""
+    """Return a bool block, True where a row (query) may attend a column (key); `o_rows` and `o_columns` are their
+    offsets and broadcast against each other.
+    """
     m_pairs = (o_rows < q_len) & (o_columns < k_len)
     if HAS_LEFT:
         m_pairs &= o_columns >= o_rows + (k_len - q_len - left)
@@ -156,7 +166,9 @@ def may_attend(
 
 @triton.jit
 def load_rows(pointers, m_rows, m_inner, MASK_ROWS: tl.constexpr, MASK_INNER: tl.constexpr):
-    """Return the loaded block; MASK_ROWS gives 0 in rows past the last token, MASK_INNER in the head dim's padding."""
+    """Return the block of values at `pointers`; with MASK_ROWS it is 0 where `m_rows` is False (past the last token),
+    with MASK_INNER where `m_inner` is (padding of the head dim).
+    """
     if MASK_ROWS and MASK_INNER:
         b_rows = tl.load(pointers, mask=m_rows[:, None] & m_inner[None, :], other=0)
     elif MASK_ROWS:

@@ -24,11 +24,15 @@ class TritonAttention:
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return the reason why the call is refused, or None: device, dtype, head dim over 256, scale, or options."""
+        """Return a text why the call is refused (Triton missing, device, dtype, head dim over 256, scale not above 0,
+        score bias, mask with packed samples), or None if served.
+        """
         return missing("triton") or _device_refusal(call) or _content_refusal(call)
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return the reason why `auto` prefers other backends (interpreter, or device without timings), or None."""
+        """Return a text why `auto` prefers other backends (on a CPU, or a GPU whose block sizes were not timed), or
+        None if it does not.
+        """
         capability = capability_of(call.q.device)
         if capability is None:
             return "Triton's interpreter is slow"
@@ -36,7 +40,8 @@ class TritonAttention:
         return None if all(row.tuned for row in rows) else f"its kernels were not timed on sm_{capability}"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """Return the backend's scratch memory for a call, in bytes: logsumexp, padded copies, block lists of a mask.
+        """Return the backend's scratch memory for a call, in bytes: logsumexp, padded copies of tensors, and the block
+        lists of a mask.
 
         The logsumexp is fp32 per query. Tensors and masks whose rows are not a multiple of 16 long are copied. A block
         of the mask has an int8 state, an int64 index of the sort and an int32 entry of the list.
@@ -61,7 +66,9 @@ class TritonInt8Attention:
     """Backend of the forward kernel with queries and keys quantized to 8 bits: inference only, and inexact."""
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return the reason why the call is refused, or None: as by `triton`, or gradients, fp32 or packed samples."""
+        """Return a text why the call is refused (by the conditions of the backend `triton`, or fp32, packed samples or
+        gradients), or None if it is served.
+        """
         if reason := missing("triton") or _device_refusal(call, "triton_int8") or _content_refusal(call):
             return reason
         if call.q.dtype == torch.float32:
@@ -75,7 +82,9 @@ class TritonInt8Attention:
         return "its 8-bit scores are inexact; it is used only if selected by name"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:
-        """Return the bytes that `triton` would take, plus those of 8-bit copies of the queries and keys."""
+        """Return the backend's scratch memory for a call, in bytes: that of the backend `triton`, and 8-bit copies of
+        queries and keys.
+        """
         return TritonAttention().workspace(call, device_type) + call.q.numel() + call.k.numel()
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:

@@ -30,7 +30,8 @@ from diffsynth.core.attention.triton.addressing import (
 def flash_delta_kernel(
     out, d_out, delta, heads, rows, q_len, D_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Compute the sum of `out * d_out` over channels, for BLOCK_M of their rows, into fp32 `delta[b, n, q]`.
+    """Compute the sum over channels of `out * d_out` for BLOCK_M rows (one head of one query each), and store it in
+    fp32 `delta[b, n, q]`.
 
     `out` and `d_out` are contiguous and have `rows = b * q_len * n` rows.
     """
@@ -56,7 +57,8 @@ def flash_dkdv_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Compute `dk` and `dv` of one tile of BLOCK_N keys for one query head, over blocks of BLOCK_M queries.
+    """Compute the gradients `dk` and `dv` of BLOCK_N keys for one query head, by a loop over blocks of BLOCK_M queries,
+    and store them.
 
     Query heads that share a key head have a gradient each; `op` adds them. `blocks` and `counts` are those of
     `flash_fwd_kernel`, but a list has the query blocks of a tile of keys.
@@ -130,7 +132,9 @@ def flash_dq_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Compute `dq` of one tile of BLOCK_M queries of one head, over the key blocks that `flash_fwd_kernel` visits."""
+    """Compute the gradient `dq` of BLOCK_M queries of one head, by a loop over the key blocks that `flash_fwd_kernel`
+    visits, and store it.
+    """
     i_tile, i_head, i_batch = program_indices(tl.program_id(0), tiles, heads, HAS_RIGHT)
     i_row, i_stat, k_tiles = i_batch * q_len, (i_batch * heads + i_head) * q_len, tl.cdiv(k_len, BLOCK_N)
     i_tile, q_start, k_start, q_len, k_len = locate_sample(

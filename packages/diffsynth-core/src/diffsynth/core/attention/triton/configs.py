@@ -103,7 +103,8 @@ INTERPRETED = tuple(Config(kernel, 256, 32, 32, 1, 1) for kernel in ("fwd", "dkd
 
 
 def rows_for(capability: int | None, *, fp32: bool) -> tuple[Config, ...]:
-    """Return the `Config` rows (block sizes) for a compute capability (90 is sm_90; None is the interpreter).
+    """Return a tuple of `Config` (block sizes), for each kernel and head dim, of a CUDA compute capability (90 is
+    sm_90; None is Triton's interpreter).
 
     A capability that is not in the table uses the rows of the next older one; 120 has the small shared memory of 89.
     """
@@ -117,13 +118,13 @@ def rows_for(capability: int | None, *, fp32: bool) -> tuple[Config, ...]:
 
 
 def config_for(kernel: Kernel, head_dim: int, capability: int | None, *, fp32: bool) -> Config:
-    """Return the `Config` (block sizes) of a kernel for the smallest head dim that holds `head_dim`, at most 256."""
+    """Return a kernel's `Config` (block sizes) for the smallest listed head dim >= `head_dim`, which is at most 256."""
     rows = rows_for(capability, fp32=fp32)
     return min((row for row in rows if row.kernel == kernel and row.head_dim >= head_dim), key=lambda row: row.head_dim)
 
 
 def capability_of(device: torch.device) -> int | None:
-    """Return the CUDA compute capability of a device as an int, 90 for sm_90; None for the CPU."""
+    """Return the CUDA compute capability of a device as an int, such as 90 for sm_90; None for the CPU."""
     if device.type == "cpu":
         return None
     major, minor = torch.cuda.get_device_capability(device)

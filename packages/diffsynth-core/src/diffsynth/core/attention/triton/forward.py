@@ -32,7 +32,8 @@ def flash_fwd_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """Compute `out` and `lse` of one tile of BLOCK_M queries of one head, over blocks of BLOCK_N keys.
+    """Compute the output `out` and the logsumexp `lse` of BLOCK_M queries of one head, by a loop over blocks of BLOCK_N
+    keys, and store them.
 
     Without `mask`, positions bound the loop. With it, each list in `blocks` has the key blocks that a tile may attend
     in full, then those in part, and `counts` the number of full blocks and of all: see `tiles.block_lists`.
@@ -99,7 +100,9 @@ def flash_fwd_kernel(
 
 @triton.jit
 def _softmax_step(b_scores, b_peak, b_sum, scale_log2, MASKED: tl.constexpr):
-    """Return one more block's softmax weights, the factor on earlier sums, and the new maximum and sum of each row."""
+    """Return (softmax weights of one more block of scores, factor by which earlier sums shrink, new maximum of each
+    row, new sum of each row).
+    """
     b_next = tl.maximum(b_peak, tl.max(b_scores, 1) * scale_log2)
     b_pivot = b_next
     if MASKED:  # keep the pivot finite for rows without an allowed key so far

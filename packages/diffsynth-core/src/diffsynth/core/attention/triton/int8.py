@@ -45,7 +45,9 @@ def flash_attention_int8(
 
 
 def quantize(x: Tensor, mean: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    """Return `x`, minus `mean` if given, as an int8 tensor, and fp32 scales `b n blocks`, one per `block` tokens."""
+    """Return (int8 tensor, fp32 scales `b n blocks`): `x`, minus `mean` unless it is None, divided by one scale per
+    `block` tokens of a head and rounded.
+    """
     b, length, n, d = x.shape
     tiles = triton.cdiv(length, block)
     quantized = torch.empty(b, length, n, d, dtype=torch.int8, device=x.device)
@@ -62,7 +64,8 @@ def quantize_kernel(
     x, mean, quantized, scales, stride_b, stride_s, stride_n, heads, tiles, length,
     HAS_MEAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute `round((x - mean) / scale)` of BLOCK tokens of a head into `quantized`, `scale = max|x - mean| / 127`.
+    """Store `round((x - mean) / scale)` of BLOCK tokens of a head in int8 `quantized`, and `scale = max|x - mean| /
+    127` in `scales`.
 
     x is `b s n d`, mean `b n d`, quantized `b s n d`, scales `b n tiles`; the last three are contiguous.
     """

@@ -38,7 +38,8 @@ def flash_attention(
     scale: float,
     limits: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention output `b q n d_v` and the logsumexp in base 2, fp32 `b n q`. Differentiable once.
+    """Return (attention output `b q n d_v`, logsumexp of the scores in base 2, fp32 `b n q`); the output is
+    differentiable once.
 
     Args:
         q, k, v: queries, keys and values `b s n d`, as in `AttentionCall`.
@@ -73,7 +74,9 @@ def flash_attention_backward(
     scale: float,
     limits: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `q`, `k` and `v` for the gradient `d_out` of `out`, the output of `flash_attention`."""
+    """Return three tensors, the gradients of `q`, `k` and `v`, for `d_out`, the gradient of the output `out` of
+    `flash_attention`.
+    """
     (n_kv, d), d_v = k.shape[2:], v.shape[3]
     q, k, v = (aligned(tensor) for tensor in (q, k, v))
     d_out, out = (aligned(tensor).contiguous() for tensor in (d_out, out))
@@ -125,7 +128,9 @@ def kernel_arguments(
     cu_seqlens: Sequence[Tensor],
     limits: Sequence[int],
 ) -> dict[str, Any]:
-    """Return a dict name -> argument of an attention kernel: mask lists, strides, sizes, flags, launch options."""
+    """Return a dict argument name -> value for a kernel ("fwd", "dkdv" or "dq"): block lists of the mask, strides,
+    sizes, flags and launch options.
+    """
     q, k, v = qkv
     (_, q_len, n, d), k_len, d_v = q.shape, k.shape[1], v.shape[3]
     by_keys = kernel == "dkdv"
@@ -183,12 +188,13 @@ def _strides(tensor: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
 
 
 def padded(dim: int) -> int:
-    """Return the head dim padded for a block: the next power of two, at least 16 as `tl.dot` needs."""
+    """Return `dim`, a head dim, padded to the next power of two, at least 16, which `tl.dot` needs."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy whose rows are dense and begin at multiples of 16 elements, padded with zeros.
+    """Return `tensor` itself, or a contiguous copy, if its rows do not begin at multiples of 16 elements; the copy's
+    last axis is zero-padded to a multiple of 16.
 
     Triton vectorises loads of such rows. Scalar loads need so many registers that the kernels spill.
     """
@@ -199,6 +205,8 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context manager that makes a device current, because Triton launches there; it is empty for the CPU."""
+    """Return a context manager that makes `device` the current one, because Triton launches there; it does nothing for
+    the CPU.
+    """
     module = torch_module(device.type)
     return nullcontext() if module is None else module.device(device)

@@ -36,7 +36,7 @@ class BlockLists:
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """Strides of batch, head and tile, in numbers of lists; 0 for an axis whose entries share one list."""
+        """Tuple of strides of batch, head and tile, counted in block lists (not elements); 0 for an axis of size 1."""
         b, n, tiles, _ = self.counts.shape
         return (n * tiles if b > 1 else 0), (tiles if n > 1 else 0), (1 if tiles > 1 else 0)
 
@@ -44,7 +44,8 @@ class BlockLists:
 def block_lists(
     mask: Tensor, lengths: tuple[int, int], limits: tuple[int, int], blocks: tuple[int, int], *, by_keys: bool
 ) -> BlockLists:
-    """Return the blocks that each tile must visit under a mask and a window: full ones first, then partial ones.
+    """Return the `BlockLists` of a mask and window: for each tile of queries the key blocks to visit, full ones first,
+    then partial ones (or query blocks for each tile of keys).
 
     They are cached as long as the mask lives. They are not cached while compiling, where they become part of the graph,
     and for inference tensors, which have no version counter to detect changes in place.
@@ -68,7 +69,8 @@ def block_lists(
 
 
 def aligned_rows(mask: Tensor) -> Tensor:
-    """Return the bool mask with expanded axes reduced to 1; a padded copy unless rows begin at multiples of 16 bytes.
+    """Return the bool `mask` with expanded batch, head and query axes cut to size 1; it is a padded copy unless rows
+    begin at multiples of 16 bytes.
 
     Triton vectorises loads of such rows. Loads of single bytes need so many registers that the kernels spill.
     """
@@ -109,7 +111,8 @@ def mask_tiles_kernel(
     mask, state, stride_mb, stride_mn, stride_mq, stride_mk, heads, q_len, k_len, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Compute the state of one BLOCK_M x BLOCK_N block of the mask into int8 `state`: 2 full, 1 partial, 0 empty.
+    """Store the state of one BLOCK_M x BLOCK_N block of the mask and window in int8 `state`: 2 if all pairs may attend,
+    1 if some, 0 if none.
 
     Columns past the last key are not allowed, so a block with such columns is partial; rows past the last query are
     ignored.
