@@ -32,7 +32,8 @@ _logged: set[tuple[str, str]] = set()
 
 
 def why_not(kernel: str, *tensors: Tensor | None) -> str | None:
-    """Return the reason why a fused kernel cannot serve a call with these tensors, or None if it can.
+    """Return a text, the reason why the fused kernel `kernel` cannot serve a call with these tensors, or None if it
+    can.
 
     Args:
         kernel: one of `KERNELS`.
@@ -61,7 +62,7 @@ def why_not(kernel: str, *tensors: Tensor | None) -> str | None:
 
 
 def no_kernels_on(device_type: str) -> str | None:
-    """Return the reason why no fused kernel runs on this kind of device, or None."""
+    """Return a text, the reason why no fused kernel runs on this kind of device ("cuda"), or None if they do."""
     if not _env.fused_kernels():
         return "DIFFSYNTH_FUSED_KERNELS is off"
     if device_type != "cuda":
@@ -74,7 +75,9 @@ no_kernels_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(kernel: str, reason: str | None) -> bool:
-    """Whether a kernel serves a call: `reason` is None; a reason is logged the first time that it occurs."""
+    """Whether a kernel serves a call, which is so if `reason` is None; a reason is logged the first time that it
+    occurs.
+    """
     if reason is not None and not torch.compiler.is_compiling() and (kernel, reason) not in _logged:
         _logged.add((kernel, reason))
         logger.debug("%s runs as plain torch: %s", kernel, reason)
@@ -82,7 +85,7 @@ def serves(kernel: str, reason: str | None) -> bool:
 
 
 def broadcasts(x: Tensor, *others: Tensor | None) -> str | None:
-    """Return the reason why `others` (each None or `#b #s e`) do not broadcast to `x` (`b s e`), or None if they do."""
+    """Return a text why one of `others` (None, or `#b #s e`) does not broadcast to `x` (`b s e`), or None if all do."""
     for other in others:
         if other is None:
             continue
@@ -94,7 +97,7 @@ def broadcasts(x: Tensor, *others: Tensor | None) -> str | None:
 
 
 def too_wide(width: int) -> str | None:
-    """Return the reason why a program of a kernel cannot hold `width` elements, or None if it can."""
+    """Return a text why a kernel program cannot hold `width` elements, if there are more than 16384; else None."""
     return (
         f"{width} elements are normalised together; the kernel takes at most {MAX_WIDTH}" if width > MAX_WIDTH else None
     )
@@ -117,7 +120,8 @@ def norm(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor | None:
-    """Return `x` normalised by `kind`, modulated and added to `residual`, or None where the kernel cannot be used.
+    """Return `x` normalised by `kind`, modulated, multiplied by `gate` and added to `residual`, of the shape of `x`;
+    None if the fused kernel cannot serve the call.
 
     `kind` is "none", "rms" or "layer"; steps whose tensors are None are skipped.
     """
@@ -135,7 +139,9 @@ def norm(
 
 
 def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, *, eps: float = 0.0) -> Tensor | None:
-    """Return `x` normalised (if `weight` is given) and rotated, or None where the kernel cannot be used."""
+    """Return `x` after RMS norm (unless `weight` is None) and rotation by `cos` and `sin`, of the shape of `x`; None if
+    the fused kernel cannot serve the call.
+    """
     reason = why_not("norm_rotary", x, weight, cos, sin) or too_wide(x.shape[2] * x.shape[3])
     if not serves("norm_rotary", reason):
         return None
@@ -145,7 +151,9 @@ def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, *, e
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor | None:
-    """Return `activation(gate) * up` ("silu" or "gelu"), or None where the kernel cannot be used."""
+    """Return the tensor `activation(gate) * up`, with activation "silu" or "gelu"; None if the fused kernel cannot
+    serve the call.
+    """
     reason = why_not("gated_activation", gate, up)
     if reason is None and (gate.shape != up.shape or gate.dtype != up.dtype):
         reason = f"gate is {tuple(gate.shape)} {gate.dtype}, up is {tuple(up.shape)} {up.dtype}"
@@ -157,7 +165,9 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor | None
 
 
 def sinusoidal_embedding(time: Tensor, dim: int, *, max_period: float) -> Tensor | None:
-    """Return cosines, then sines, of `time`, fp32 `b dim`, or None where the kernel cannot be used."""
+    """Return an fp32 tensor `b dim`, the cosines, then the sines, of `time` (`b`) at `dim / 2` frequencies; None if the
+    fused kernel cannot serve the call.
+    """
     if not serves("sinusoidal_embedding", why_not("sinusoidal_embedding", time)):
         return None
     from diffsynth.nn.triton.sinusoidal import sinusoidal_embedding as kernel

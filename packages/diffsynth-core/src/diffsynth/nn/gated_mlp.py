@@ -12,12 +12,12 @@ from diffsynth.nn import fused, naive
 
 
 def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """Return `silu(gate) * up`."""
+    """Return the tensor `silu(gate) * up`, of the shape of `up`."""
     out = fused.gated_activation(gate, up, "silu")
     return naive.swiglu(gate, up) if out is None else out
 
 
 def geglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """Return `gelu(gate) * up`, with the tanh approximation of gelu."""
+    """Return the tensor `gelu(gate) * up`, of the shape of `up`, with the tanh approximation of gelu."""
     out = fused.gated_activation(gate, up, "gelu")
     return naive.geglu(gate, up) if out is None else out

@@ -17,7 +17,8 @@ def layer_norm(
     scale: Float[Tensor, "#b #s d"] | None = None,
     shift: Float[Tensor, "#b #s d"] | None = None,
 ) -> Float[Tensor, "*b d"]:
-    """Return `x` after layer norm over the last axis and modulation, in the dtype of `x`.
+    """Return `x` after layer norm over the last axis and, if `scale` is given, modulation `* (1 + scale) + shift`, in
+    the dtype of `x`.
 
     `y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, then `y * (1 + scale) + shift` if they are given.
 
@@ -43,5 +44,7 @@ class LayerNorm(nn.LayerNorm):
         scale: Float[Tensor, "#b #s d"] | None = None,
         shift: Float[Tensor, "#b #s d"] | None = None,
     ) -> Float[Tensor, "*b d"]:
-        """Return `x` after layer norm and modulation by `scale` and `shift`, if they are given; see `layer_norm`."""
+        """Return `x` after layer norm over the last axis and, if `scale` is given, modulation `* (1 + scale) + shift`,
+        in the dtype of `x`.
+        """
         return layer_norm(x, self.weight, self.bias, eps=self.eps, scale=scale, shift=shift)

@@ -11,7 +11,7 @@ from diffsynth.nn import fused, naive
 def modulate(
     x: Float[Tensor, "b s e"], scale: Float[Tensor, "#b #s e"], shift: Float[Tensor, "#b #s e"] | None = None
 ) -> Float[Tensor, "b s e"]:
-    """Return `x * (1 + scale) + shift`, in the dtype of `x`; `shift` may be None.
+    """Return the tensor `x * (1 + scale) + shift`, in the shape and dtype of `x`; nothing is added if `shift` is None.
 
     After a norm, pass `scale` and `shift` to the norm instead, which is one kernel.
     """
@@ -22,6 +22,6 @@ def modulate(
 def gated_residual(
     x: Float[Tensor, "b s e"], h: Float[Tensor, "b s e"], gate: Float[Tensor, "#b #s e"]
 ) -> Float[Tensor, "b s e"]:
-    """Return `x + gate * h`, a gated residual connection, in the dtype of `x`."""
+    """Return the tensor `x + gate * h`, a gated residual connection, in the shape and dtype of `x`."""
     out = fused.norm(h, kind="none", residual=x, gate=gate)
     return naive.gated_residual(x, h, gate) if out is None else out

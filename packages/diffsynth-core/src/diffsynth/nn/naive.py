@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], *, eps: float) -> Float[Tensor, "*b d"]:
-    """Return `x / sqrt(mean(x**2) + eps) * weight` over the last axis, in the dtype of `x`."""
+    """Return the tensor `x / sqrt(mean(x**2) + eps) * weight`, the mean over the last axis, in the dtype of `x`."""
     if x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     # Under autocast activations are bf16 and weights fp32: PyTorch's fused kernel takes only equal dtypes.
@@ -26,25 +26,29 @@ def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], *, eps: float
 def layer_norm(
     x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"] | None, bias: Float[Tensor, "d"] | None, *, eps: float
 ) -> Float[Tensor, "*b d"]:
-    """Return `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis, in the dtype of `x`."""
+    """Return the tensor `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis, in the dtype of `x`; a
+    `weight` or `bias` of None is skipped.
+    """
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Return `x * (1 + scale) + shift`, in the dtype of `x`; `shift` may be None."""
+    """Return the tensor `x * (1 + scale) + shift`, in the dtype of `x`; nothing is added if `shift` is None."""
     modulated = x * (1 + scale)
     return (modulated if shift is None else modulated + shift).to(x.dtype)
 
 
 def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    """Return `x + gate * h`, in the dtype of `x`."""
+    """Return the tensor `x + gate * h`, in the dtype of `x`."""
     return (x + gate * h).to(x.dtype)
 
 
 def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
-    """Return `x` with channels `(2i, 2i + 1)` rotated as complex numbers; computed in fp32 (fp64 for fp64)."""
+    """Return `x` (`b s n d`) with channels `(2i, 2i + 1)` rotated as a complex number by the angle of `cos` and `sin`,
+    in the dtype of `x`; computed in fp32 (fp64 for fp64).
+    """
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     even, odd = rearrange(precise, "b s n (half two) -> two b s n half", two=2)
     cos, sin = cos[:, :, None], sin[:, :, None]
@@ -60,7 +64,9 @@ def rms_norm_rotary(
     *,
     eps: float,
 ) -> Float[Tensor, "b s n d"]:
-    """Return `x` after `rms_norm` over `d`, or over `n * d` if `weight` has as many elements, and `apply_rotary`."""
+    """Return `x` (`b s n d`) after `rms_norm` over `d` (over `n * d` if `weight` is longer than `d`) and
+    `apply_rotary`, in the dtype of `x`.
+    """
     n, d = x.shape[2:]
     if weight.shape[0] == d:
         return apply_rotary(rms_norm(x, weight, eps=eps), cos, sin)
@@ -68,17 +74,19 @@ def rms_norm_rotary(
 
 
 def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """Return `silu(gate) * up`."""
+    """Return the tensor `silu(gate) * up`, of the shape of `up`."""
     return F.silu(gate) * up
 
 
 def geglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """Return `gelu(gate) * up`, with the tanh approximation of gelu."""
+    """Return the tensor `gelu(gate) * up`, of the shape of `up`, with the tanh approximation of gelu."""
     return F.gelu(gate, approximate="tanh") * up
 
 
 def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: float) -> Float[Tensor, "b dim"]:
-    """Return cosines, then sines, of `time` at `dim / 2` frequencies from 1 down to 1 / max_period; fp32."""
+    """Return an fp32 tensor `b dim`: the cosines, then the sines, of `time` (`b`) at `dim / 2` frequencies from 1 down
+    to about 1 / max_period.
+    """
     exponents = torch.arange(dim // 2, dtype=torch.float32, device=time.device) / (dim // 2)
     angles = time[:, None].float() * torch.exp(-math.log(max_period) * exponents)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -22,7 +22,8 @@ def rms_norm(
     residual: Float[Tensor, "*b d"] | None = None,
     gate: Float[Tensor, "#b #s d"] | None = None,
 ) -> Float[Tensor, "*b d"]:
-    """Return `x` after RMS norm over the last axis, modulation, and addition to a residual, in the dtype of `x`.
+    """Return `x` after RMS norm over the last axis, modulation (if `scale` is given) and addition to `residual` (if
+    given), in the dtype of `x`.
 
     `y = x / sqrt(mean(x**2) + eps) * weight`, then `y * (1 + scale) + shift`, then `residual + gate * y`, the last two
     if their tensors are given.
@@ -58,7 +59,9 @@ class RMSNorm(nn.Module):
         gate: Float[Tensor, "#b #s d"] | None = None,
         rotary: Rotary | None = None,
     ) -> Float[Tensor, "*b d"]:
-        """Return `x` after `rms_norm` with these arguments; with `rotary`, `x` (`b s n d`) normed and rotated."""
+        """Return `x` after `rms_norm` with the layer's weight and these arguments, in the dtype of `x`; with `rotary`,
+        `x` (`b s n d`) after norm and rotation only.
+        """
         if rotary is not None:
             return rms_norm_rotary(x, self.weight, *rotary, eps=self.eps)
         return rms_norm(x, self.weight, eps=self.eps, scale=scale, shift=shift, residual=residual, gate=gate)
@@ -72,7 +75,8 @@ def rms_norm_rotary(
     *,
     eps: float,
 ) -> Float[Tensor, "b s n d"]:
-    """Return queries or keys after RMS norm and rotation by the angles of `cos` and `sin`, in the dtype of `x`.
+    """Return queries or keys `x` (`b s n d`) after RMS norm and rotation by the angles of `cos` and `sin`, in the dtype
+    of `x`.
 
     Args:
         x: queries or keys.

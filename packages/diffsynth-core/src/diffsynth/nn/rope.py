@@ -18,7 +18,8 @@ from diffsynth.nn import fused, naive
 def rotary_angles(
     position_ids: Int[Tensor, "b s axes"], *, axes_dims: Sequence[int], theta: float
 ) -> Float[Tensor, "b s half_d"]:
-    """Return the rotary angles of tokens, in radians, as fp32 `b s half_d` on the device of `position_ids`.
+    """Return the rotary angles of tokens, in radians, as an fp32 tensor `b s half_d` (half the head dim) on the device
+    of `position_ids`.
 
     Products are computed in fp64: with fp32 frequencies, the angle at position 1000 has an error of 3e-5 rad. For a
     device without fp64, pass positions on the CPU.
@@ -39,6 +40,8 @@ def rotary_angles(
 def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
-    """Return `x` rotated by the angles of `cos` and `sin`, in the dtype of `x`; computed in fp32 (fp64 for fp64)."""
+    """Return `x` (`b s n d`) rotated by the angles of `cos` and `sin`, in the dtype of `x`; computed in fp32 (fp64 for
+    fp64).
+    """
     out = fused.norm_rotary(x, None, cos, sin)
     return naive.apply_rotary(x, cos, sin) if out is None else out

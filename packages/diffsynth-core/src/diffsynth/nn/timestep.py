@@ -10,7 +10,8 @@ from diffsynth.nn import fused, naive
 
 
 def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: float = 10000.0) -> Float[Tensor, "b dim"]:
-    """Return cosines, then sines, of `time` at `dim / 2` frequencies from 1 down to 1 / max_period; fp32.
+    """Return an fp32 tensor `b dim`: the cosines, then the sines, of `time` (`b`) at `dim / 2` frequencies from 1 down
+    to about 1 / max_period.
 
     Args:
         time: diffusion time in the unit of the network (0 to 1000 for most).
@@ -30,5 +31,5 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, dim))
 
     def forward(self, time: Float[Tensor, "b"], *, dtype: torch.dtype) -> Float[Tensor, "b dim"]:
-        """Return the embedding `b dim` of `time` in `dtype`: fp32 sinusoids, then the MLP in `dtype`."""
+        """Return the embedding of `time` as a tensor `b dim` in `dtype`: fp32 sinusoids, cast, then an MLP."""
         return self.mlp(sinusoidal_embedding(time, self.frequency_dim).to(dtype))

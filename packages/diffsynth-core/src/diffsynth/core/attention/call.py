@@ -83,13 +83,13 @@ class AttentionCall:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Tuple (left, right): `window` combined with `causal` (right is 0), in tokens; -1 means no limit on that side."""
+        """Tuple (left, right), `window` combined with `causal` (right is 0), in tokens; -1 is no limit on that side."""
         left, right = self.window or (-1, -1)
         return (left, 0) if self.causal else (left, right)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the call has no mask, causality, window, packed samples or score bias, so that all pairs may attend."""
+        """Whether the call has no mask, causality, window, packed samples or score bias: all pairs may attend."""
         return self.limits == (-1, -1) and self.mask is None and self.cu_seqlens is None and self.score_bias is None
 
     def allowed(self) -> Bool[Tensor, "#b #n #q #k"] | None:

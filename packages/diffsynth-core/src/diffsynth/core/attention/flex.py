@@ -124,7 +124,7 @@ def _score_mod(bias: Tensor | None, score_mod: ScoreMod | None) -> ScoreMod | No
 
 
 def _lookup(tensor: Tensor) -> Callable[..., Tensor]:
-    """Return a function (b, n, q, k) -> the element of `tensor` at these indices; an axis of size 1 is read at index 0."""
+    """Return a function (b, n, q, k) -> element of `tensor` at these indices; an axis of size 1 is read at index 0."""
     b_is_1, n_is_1, q_is_1, k_is_1 = (size == 1 for size in tensor.shape)
 
     def entry(b: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def register_backend(
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return a tuple of the names of the registered backends, without aliases, in the order in which `auto` tries them."""
+    """Return a tuple of the names of the registered backends, not aliases, in the order in which `auto` tries them."""
     return tuple(BACKENDS)
 
 

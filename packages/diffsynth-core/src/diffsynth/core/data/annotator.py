@@ -65,7 +65,7 @@ class Annotator:
 
 
 def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
-    """Return an RGB image, of the size of `image`, with its edges as white lines of one pixel on black.
+    """Return an RGB PIL image, of the size of `image`, that shows its edges as white lines, one pixel wide, on black.
 
     Canny 1986, doi:10.1109/TPAMI.1986.4767851.
 
@@ -88,7 +88,9 @@ def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Imag
 
 
 def _sobel(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return two arrays, the gradients along x and along y as 3x3 Sobel sums; the border is repeated."""
+    """Return two float arrays of the shape of `grey`, the gradients along x and along y as 3x3 Sobel sums; border
+    pixels are repeated.
+    """
     padded = np.pad(grey, 1, mode="edge")
     along_y = padded[:-2] + 2 * padded[1:-1] + padded[2:]
     along_x = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
@@ -96,7 +98,9 @@ def _sobel(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_ridge(strength: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Return a bool array: True where a gradient is the largest along its direction, rounded to one of four."""
+    """Return a bool array: True where `strength` is the largest among the two neighbours along the gradient, whose
+    direction is rounded to a multiple of 45 degrees.
+    """
     slope = np.arctan2(dy, dx)
     direction = np.round(slope / (np.pi / 4)).astype(int) % 4
     ridge = np.zeros(strength.shape, dtype=bool)
@@ -114,7 +118,9 @@ def _neighbour(values: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def _connected(seeds: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Return a bool array: the seeds, and the candidates that a chain of adjacent candidates links to a seed."""
+    """Return a bool array: True for the pixels in `seeds`, and for those in `candidates` that a path of adjacent
+    candidates links to a seed.
+    """
     width = seeds.shape[1] + 2
     reached = np.pad(seeds, 1).ravel()
     open_ = np.pad(candidates, 1).ravel() & ~reached

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def read_image(
     source: str | Path, mode: str | None = "RGB", *, timeout: float = 30, max_trials: int = 3
 ) -> Image.Image:
-    """Return the PIL image of a file or a URL, in the given `mode`.
+    """Return the PIL image of a file or a URL, converted to `mode` ("RGB"); with None, the mode of the file is kept.
 
     Args:
         source: path, or a URL that begins with `http://` or `https://`.
@@ -65,7 +65,9 @@ def _download(url: str, timeout: float, max_trials: int) -> bytes:
 def cover(
     image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.BILINEAR
 ) -> Image.Image:
-    """Return the image scaled to cover height x width pixels and cropped to this size about its centre; or itself."""
+    """Return the PIL image scaled to cover `height` x `width` pixels and cropped to this size about its centre; `image`
+    itself if it has the size.
+    """
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)
@@ -78,7 +80,8 @@ def cover(
 def contact_sheet(
     frames: Sequence[Image.Image], *, columns: int = 4, rows: int = 3, width: int = 320, gap: int = 4
 ) -> Image.Image:
-    """Return one image of evenly spaced frames of a video, including the first and the last, in reading order.
+    """Return one RGB PIL image, a grid of evenly spaced frames of a video in reading order, from the first to the last
+    frame (the first alone if there is room for one).
 
     Only the shown frames are accessed, in order, so `frames` may be a `VideoData` of any length.
 

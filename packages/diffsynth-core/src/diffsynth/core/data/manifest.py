@@ -11,7 +11,8 @@ from diffsynth.errors import TrainingError
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a table as a list of dicts column -> value; values of a csv are text, not converted.
+    """Return the rows of a csv, json or jsonl table as a list of dicts column -> value; the values of a csv are text,
+    not converted.
 
     Args:
         path: a .csv with a header line, a .json with a list of objects, or a .jsonl with an object per line.

@@ -90,7 +90,7 @@ class VideoData(Sequence[Image.Image]):
         return frame if self.height is None or self.width is None else cover(frame, self.height, self.width)
 
     def raw_data(self) -> list[Image.Image]:
-        """Return a list of all frames as images."""
+        """Return a list of all frames as PIL images."""
         return list(self)
 
     def _decoded(self, index: int) -> Image.Image:
@@ -124,7 +124,9 @@ class Timeline:
 
     @classmethod
     def of(cls, path: Location) -> Timeline:
-        """Return the `Timeline` of a video file, from its packets, without decoding; raises like `read_frames`."""
+        """Return the `Timeline` (times of the frames, frame rate) of a video file, from its packets, without decoding;
+        raises like `read_frames`.
+        """
         rate = frame_rate_of(path)
         with opened(path, "video") as (container, stream):
             packets = [packet for packet in container.demux(stream) if packet.size]
@@ -138,7 +140,7 @@ class Timeline:
 
     @property
     def usual_step(self) -> float:
-        """Median duration of a frame in seconds."""
+        """Median duration of a frame, in seconds; for a single frame, 1 / frame rate."""
         steps = sorted(self._steps)
         return steps[len(steps) // 2] if steps else float(1 / self.frame_rate)
 
@@ -147,7 +149,7 @@ class Timeline:
         return [later - earlier for earlier, later in pairwise(self.times)]
 
     def every_frame(self) -> range:
-        """Return the indices of all frames as a `range`, for a constant frame rate.
+        """Return the indices of all frames as a `range`; raise CorruptFile if the frame rate is variable.
 
         Raises:
             CorruptFile: a variable frame rate, with which the video would have a wrong speed.
@@ -162,7 +164,9 @@ class Timeline:
         return range(len(self.times))
 
     def at_rate(self, frame_rate: Fraction) -> list[int]:
-        """Return a list of indices: of the frame shown at each multiple of `1 / frame_rate` s, until the video ends."""
+        """Return a list of frame indices: for each multiple of `1 / frame_rate` seconds until the video ends, the frame
+        shown then; indices may repeat or be skipped.
+        """
         seconds = self.times[-1] + self.usual_step
         ticks = max(round(seconds * float(frame_rate)), 1)
         # Containers round times to milliseconds: a frame must not miss its tick by less.
@@ -170,7 +174,7 @@ class Timeline:
 
 
 def read_frames(path: Location) -> Iterator[Image.Image]:
-    """Yield all frames of a video as RGB images, decoded one by one.
+    """Yield each frame of a video file as an RGB PIL image, in order, decoded one by one.
 
     Raises:
         NoFiles: the file does not exist.
@@ -193,7 +197,9 @@ def frame_rate_of(path: Location) -> Fraction:
 
 
 def count_frames(path: Location) -> int:
-    """Return the number of frames of a video, from its header or by counting packets; raises like `read_frames`."""
+    """Return the number of frames of a video file, an int, from its header, or by counting packets if the header has
+    none; raises like `read_frames`.
+    """
     with opened(path, "video") as (container, stream):
         return int(stream.frames) or sum(1 for packet in container.demux(stream) if packet.size)
 
@@ -201,7 +207,8 @@ def count_frames(path: Location) -> int:
 def read_audio(
     path: Location, sample_rate: int | None = None, *, mono: bool = False
 ) -> tuple[Float[Tensor, "channels samples"], int]:
-    """Return (samples, sample rate) of an audio or video file: an fp32 tensor 'channels samples', and Hz.
+    """Return (fp32 tensor `channels samples` in [-1, 1], sample rate in Hz as an int) of the sound of an audio or video
+    file.
 
     Args:
         path: the file.
@@ -245,7 +252,9 @@ def pyav() -> Any:
 
 @contextmanager
 def opened(path: Location, kind: str) -> Iterator[tuple[Any, Any]]:
-    """Context manager: open a file as (container, first stream of a kind); errors of PyAV become `CorruptFile`."""
+    """Context manager that opens a media file and yields (PyAV container, its first "video" or "audio" stream); errors
+    of PyAV become `CorruptFile`.
+    """
     path, av = _existing(path), pyav()
     try:
         with av.open(str(path)) as container:

@@ -34,7 +34,7 @@ def save_video(
     *,
     comment: str | None = None,
 ) -> None:
-    """Write frames to `save_path` as a video in H.264; the suffix selects the container.
+    """Write `frames` to the file `save_path` as a video in H.264; the file's suffix selects the container format.
 
     Args:
         frames: images, or uint8 arrays `h w 3`, of one size, consumed one by one, so a generator works. Or a tensor:
@@ -77,21 +77,22 @@ def save_video(
 
 
 def read_comment(path: Location) -> str | None:
-    """Return the comment in the metadata of a video as text, or None without one; raises like `read_frames`."""
+    """Return the comment in the metadata of a video file as text, or None without one; raises like `read_frames`."""
     with opened(path, "video") as (container, _):
         text = container.metadata.get("comment")
         return None if text is None else str(text)
 
 
 def save_frames(frames: Sequence[Image.Image], save_path: Location) -> None:
-    """Write frames to a folder as `0.png`, `1.png`, ..."""
+    """Write `frames` to the folder `save_path`, which is created if missing, as `0.png`, `1.png`, ..."""
     Path(save_path).mkdir(parents=True, exist_ok=True)
     for index, frame in enumerate(frames):
         frame.save(Path(save_path) / f"{index}.png")
 
 
 def merge_video_audio(video_path: Location, audio_path: Location) -> None:
-    """Add a sound track in AAC to a video file, in place. Frames are not encoded again; the sound is cut to the video.
+    """Add the sound of `audio_path` in AAC to the file `video_path`, in place; frames are not encoded again, and sound
+    longer than the video is cut.
 
     Raises:
         NoFiles: one of the files does not exist.
@@ -122,7 +123,8 @@ def save_video_with_audio(
     quality: float = 9,
     ffmpeg_params: Sequence[str] | None = None,
 ) -> None:
-    """Write frames to `save_path` as a video with the sound of an audio or video file.
+    """Write `frames` to the file `save_path` as a video in H.264 with the sound of the audio or video file
+    `audio_path`.
 
     Arguments and errors are those of `save_video` and `merge_video_audio`.
     """
@@ -133,7 +135,9 @@ def save_video_with_audio(
 
 @contextmanager
 def _written(path: Location) -> Iterator[Any]:
-    """Context manager: a PyAV container to write to a temporary file, which replaces `path` if no error occurs."""
+    """Context manager that yields a PyAV container to write to; its temporary file replaces `path` if no error occurs,
+    and is deleted else.
+    """
     path, av = Path(path), pyav()
     if path.suffix.lower() not in _CONTAINERS:
         raise ValueError(f"{path} ends in {path.suffix or 'no suffix'!r}; expected one of {', '.join(_CONTAINERS)}")
@@ -156,7 +160,7 @@ def _images(frames: Frames) -> Iterator[Image.Image]:
 
 
 def _arrays(video: Tensor) -> Iterator[np.ndarray]:
-    """Return an iterator over the frames of a tensor as uint8 arrays `h w 3`."""
+    """Return an iterator over the frames of a video tensor (in [-1, 1] or uint8) as uint8 numpy arrays `h w 3`."""
     if video.dtype == torch.uint8 and video.ndim == 4 and video.shape[3] == 3:
         return (frame.cpu().numpy() for frame in video)
     if not video.is_floating_point() or (*video.shape[:-3],) not in {(3,), (1, 3)}:

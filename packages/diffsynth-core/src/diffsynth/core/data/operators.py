@@ -308,7 +308,7 @@ class ImageCropAndResize(DataProcessingOperator):
         self.width_division_factor = width_division_factor
 
     def get_height_width(self, image: Image.Image) -> tuple[int, int]:
-        """Return the height and width, in pixels, that this image will have after resizing.
+        """Return a tuple (height, width), in pixels, of the size that `image` will have after resizing.
 
         Raises:
             ValueError: the image is smaller than the factors.
@@ -360,7 +360,8 @@ class FrameSamplerByRateMixin:
         self.fix_frame_rate = fix_frame_rate
 
     def take(self, frames: Iterable[Any], raw_frame_rate: Fraction) -> list[Any]:
-        """Return a list of the selected frames; read `frames` no further than the last of them.
+        """Return a list of the first `num_frames` frames (at `frame_rate`, if fixed), or fewer from a shorter video;
+        `frames` is read no further than the last of them.
 
         Args:
             frames: all frames of the video, in order.

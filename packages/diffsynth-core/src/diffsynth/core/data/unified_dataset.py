@@ -79,11 +79,13 @@ class UnifiedDataset(Dataset[Any]):
 
     @property
     def load_from_cache(self) -> bool:
-        """Whether samples come from cached `.pth` files, because there is no table."""
+        """Whether samples come from cached `.pth` files, which is so if `metadata_path` is None."""
         return self.metadata_path is None
 
     def load_metadata(self, metadata_path: str | Path | None) -> None:
-        """Store the rows of a table in `data`, or, for None, the cached files' paths; raises like the constructor."""
+        """Store the rows of the table `metadata_path` in `self.data`, or, if it is None, the paths of cached `.pth`
+        files in `self.cached_data`.
+        """
         self.metadata_path = metadata_path
         if metadata_path is None:
             self.search_for_cached_data_files(self.base_path or ".")
@@ -98,7 +100,9 @@ class UnifiedDataset(Dataset[Any]):
             )
 
     def search_for_cached_data_files(self, path: str | Path) -> None:
-        """Store the paths of the `.pth` files below a folder in `cached_data`, sorted; raise TrainingError if none."""
+        """Store a sorted list of the paths of all `.pth` files below the folder `path` in `self.cached_data`; raise
+        TrainingError if there are none.
+        """
         self.cached_data = sorted(Path(path).rglob("*.pth"))
         if not self.cached_data:
             raise TrainingError(f"no .pth file below {path}; give a metadata_path, or the folder of cached samples")
@@ -134,7 +138,7 @@ class UnifiedDataset(Dataset[Any]):
 
     @staticmethod
     def check_data_equal(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-        """Whether two samples have the same columns with equal values."""
+        """Whether two samples (dicts column -> value) have the same columns with equal values."""
         return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
 
     @staticmethod
@@ -146,7 +150,9 @@ class UnifiedDataset(Dataset[Any]):
         height_division_factor: int = 16,
         width_division_factor: int = 16,
     ) -> DataProcessingOperator:
-        """Return an operator that loads an image, or a list of images, and resizes it; see `ImageCropAndResize`."""
+        """Return a data operator (callable) that maps the path of an image, or a list of paths, to the resized PIL
+        image, or a list of them.
+        """
         resize = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
         load = ToAbsolutePath(base_path) >> LoadImage() >> resize
         return RouteByType([(str, load), (list, SequentialProcess(load))])
@@ -163,7 +169,8 @@ class UnifiedDataset(Dataset[Any]):
         time_division_factor: int = 4,
         time_division_remainder: int = 1,
     ) -> DataProcessingOperator:
-        """Return an operator that loads a video, GIF or image as a list of resized frames.
+        """Return a data operator (callable) that maps the path of a video, GIF or image to a list of resized PIL
+        frames, one for an image.
 
         See `LoadVideo` and `ImageCropAndResize`.
         """

@@ -34,7 +34,9 @@ def gated_activation_fwd_kernel(
 
 
 def config(width: int) -> dict[str, int]:
-    """Return a dict of BLOCK_R (rows), BLOCK_F (elements) and num_warps for rows of `width` elements."""
+    """Return a dict of launch options for rows of `width` elements: BLOCK_R (rows of a block), BLOCK_F (elements of a
+    row in a block) and num_warps.
+    """
     columns = min(block(width), 2048)
     rows = max(1, min(32, 2048 // columns))
     return {"BLOCK_R": rows, "BLOCK_F": columns, "num_warps": warps(rows * columns)}
@@ -42,7 +44,9 @@ def config(width: int) -> dict[str, int]:
 
 @torch.library.triton_op("diffsynth::gated_activation", mutates_args=())
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Return `activation(gate) * up` for "silu" or "gelu"; `gate` and `up` (`*b f`) may be halves of one tensor."""
+    """Return the tensor `activation(gate) * up`, with activation "silu" or "gelu"; `gate` and `up` (`*b f`) may be
+    halves of one tensor.
+    """
     width = gate.shape[-1]
     rows = [dense_rows(tensor.reshape(-1, width)) for tensor in (gate, up)]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)

@@ -24,7 +24,9 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def strides(x: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides, in elements, of the leading axes of `x`; 0 for an axis that is broadcast to `sizes`."""
+    """Return a tuple of the strides, in elements, of the first `len(sizes)` axes of `x`; 0 for an axis of size 1 that
+    is broadcast to `sizes`.
+    """
     return tuple(
         0 if own == 1 and size != 1 else x.stride(axis)
         for axis, (own, size) in enumerate(zip(x.shape[: len(sizes)], sizes, strict=True))
@@ -32,12 +34,14 @@ def strides(x: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def warps(elements: int) -> int:
-    """Return the number of warps for a tile of `elements`: 16 elements per thread, 1 to 16 warps."""
+    """Return the number of warps, an int, for a block of `elements`: 16 elements per thread, but at least 1 and at most
+    16 warps.
+    """
     return min(max(elements // 512, 1), 16)
 
 
 def block(size: int) -> int:
-    """Return the smallest power of two that is at least `size`."""
+    """Return the smallest power of two that is at least `size`, an int."""
     # While torch.compile traces, `size` may be symbolic, and next_power_of_2() would not terminate: int() makes it a
     # constant of the graph.
     return triton.next_power_of_2(int(size))

@@ -61,7 +61,9 @@ def norm_fwd_kernel(
 
 
 def config(width: int) -> dict[str, int]:
-    """Return a dict of BLOCK_R (rows), BLOCK_E (elements) and num_warps for rows of `width` elements."""
+    """Return a dict of launch options for rows of `width` elements: BLOCK_R (rows of a block), BLOCK_E (elements of a
+    padded row) and num_warps.
+    """
     rows = max(1, min(16, 2048 // block(width)))
     return {"BLOCK_R": rows, "BLOCK_E": block(width), "num_warps": warps(rows * block(width))}
 
@@ -78,7 +80,8 @@ def norm(
     kind: str,
     eps: float,
 ) -> Tensor:
-    """Return `x` normalised, modulated, multiplied by `gate` and added to `residual`, each if given.
+    """Return `x` (`b s e`) normalised, modulated, multiplied by `gate` and added to `residual`; steps whose tensors are
+    None are skipped.
 
     `x` is `b s e`, `residual`, `scale`, `shift` and `gate` are `#b #s e`, `weight` and `bias` are `e`.
     """

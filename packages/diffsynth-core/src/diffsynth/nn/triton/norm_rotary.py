@@ -53,7 +53,9 @@ def norm_rotary_fwd_kernel(
 
 
 def config(heads: int, dim: int) -> dict[str, int]:
-    """Return BLOCK_T, BLOCK_N, BLOCK_D and num_warps for tokens of `heads` heads with `dim` channels."""
+    """Return a dict of BLOCK_T (tokens), BLOCK_N (heads), BLOCK_D (channels) and num_warps for tokens of `heads` heads
+    with `dim` channels.
+    """
     token = block(heads) * block(dim)
     tokens = max(1, min(16, 2048 // token))
     return {"BLOCK_T": tokens, "BLOCK_N": block(heads), "BLOCK_D": block(dim), "num_warps": warps(tokens * token)}
@@ -61,7 +63,8 @@ def config(heads: int, dim: int) -> dict[str, int]:
 
 @torch.library.triton_op("diffsynth::norm_rotary", mutates_args=())
 def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """Return queries or keys `x` after RMS norm, unless `weight` is None, and rotation by `cos` and `sin`.
+    """Return queries or keys `x` (`b s n d`) after RMS norm, unless `weight` is None, and rotation by the angles of
+    `cos` and `sin`.
 
     `x` is `b s n d`, `cos` and `sin` are `#b s half_d`, `weight` has `d` or `n * d` elements.
     """
