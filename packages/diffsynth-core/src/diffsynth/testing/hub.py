@@ -29,7 +29,8 @@ _DEFAULT_PROCESSORS = {"transformers:AutoTokenizer": "diffsynth.testing.tiny_pro
 
 
 def tiny_hub(root: Path | str, models: Sequence[str] | str | None = None) -> list[Path]:
-    """Write tiny versions of models below `root`, so that scripts run on them unchanged; return the written paths.
+    """Write tiny versions of the named models (all for None) under the hub's file names below the folder `root`, and
+    return a sorted list of the paths of the written weight files and processor folders.
 
     With `DIFFSYNTH_MODEL_BASE_PATH=root` and `DIFFSYNTH_SKIP_DOWNLOAD=true`, `diffsynth.load` and `from_pretrained`
     find the file names of the hub under `<owner>/<repository>`, with few layers, random bf16 weights under the
@@ -144,7 +145,9 @@ def _component(spec: ModelSpec, role: str, need: Role | Processor | None, source
 
 
 def _layout_for(spec: ModelSpec, role: str, need: Role, source: str) -> tuple[ArchitectureSpec, CheckpointSpec]:
-    """Return specs (architecture, checkpoint) for a source: the checkpoint that lists it, else one without rules."""
+    """Return the pair (`ArchitectureSpec`, `CheckpointSpec`) by which the file `source` of a model is written: of the
+    first checkpoint for this role that lists the file, else of the first that has no rules.
+    """
     architectures, checkpoints = _discovery.catalog().layouts()
     fitting = [one for one in checkpoints if one.architecture in need.architectures]
     listed = [one for one in fitting if source in one.files] or [one for one in fitting if not one.rules]
@@ -160,7 +163,9 @@ def _layout_for(spec: ModelSpec, role: str, need: Role, source: str) -> tuple[Ar
 def _with_dtypes(
     shapes: Mapping[str, tuple[int, ...]], checkpoint: CheckpointSpec, state: Mapping[str, torch.Tensor]
 ) -> TinyFile:
-    """Return a dict key -> `TinyTensor` (shape, dtype) of a tiny file: bf16, except where the network has integers."""
+    """Return a dict key -> `TinyTensor` (shape, dtype) for a tiny file; the dtype is bf16, or that of `state` for
+    integer tensors.
+    """
     integers = {
         source: state[key].dtype
         for key, target in convert.plan(rules_of(checkpoint), shapes).targets.items()
@@ -171,7 +176,9 @@ def _with_dtypes(
 
 
 def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield a pair (source, reference to a function that writes it) for each processor loaded from the hub."""
+    """Yield a pair (source, `"module:function"` that writes a tiny version of it) for each processor that a model loads
+    from the hub.
+    """
     for role, need in roles.items():
         source = spec.processors.get(role) or ("" if not isinstance(need, Processor) or need.optional else need.source)
         if not source or not _is_on_hub(source):
@@ -186,7 +193,9 @@ def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tupl
 
 
 def _merge_components(first: _Weights, second: _Weights, source: str) -> _Weights:
-    """Return the weights of a file of two components: the keys that either reads, and the keys that both drop."""
+    """Return the `_Weights` (tensors to write) of a file that two components share: keys that at least one of them
+    reads, and keys that both drop.
+    """
     read = [
         {key: tensor for key, tensor in each.contents.items() if key not in each.dropped} for each in (first, second)
     ]
@@ -202,7 +211,8 @@ def _merge_components(first: _Weights, second: _Weights, source: str) -> _Weight
 
 
 def _merge_models(models: Iterable[_TinyModel]) -> tuple[dict[str, _Weights], dict[str, str]]:
-    """Return two dicts for all models: source -> weights, and source -> reference to the function that writes it.
+    """Return two dicts that merge the files of all models: source -> `_Weights`, and source -> `"module:function"` that
+    writes a processor.
 
     Raises:
         ValueError: models that share a source do not agree on it.
@@ -221,7 +231,8 @@ def _merge_models(models: Iterable[_TinyModel]) -> tuple[dict[str, _Weights], di
 
 
 def _claim(root: Path, names: Sequence[str]) -> None:
-    """Mark the folder `root` as a tiny hub by a file that lists its models.
+    """Create the folder `root` if missing, and add `names` to the file in it that marks it as a tiny hub and lists its
+    models.
 
     Raises:
         FileExistsError: `root` is neither empty nor a tiny hub; tiny weights are never written among real ones.

@@ -16,7 +16,8 @@ CONFORMANCE_VERSION = 3
 
 
 def conformance(distribution: str) -> Callable[..., None]:
-    """Return a parametrised pytest function with one case for each check that applies to the plugin.
+    """Return a parametrised pytest test function, with one case for each check that applies to the plugin of
+    `distribution`.
 
     A case that depends on a failed case is skipped, so that one cause gives one failure. A case that this machine
     cannot run, such as a backend without its device, is skipped with the reason.
@@ -47,7 +48,8 @@ def conformance(distribution: str) -> Callable[..., None]:
 
 
 def checks_of(distribution: str) -> list[Check]:
-    """Return a list of each `Check` of an installed plugin, each after those it depends on; none has run.
+    """Return a list of the `Check`s (named tests, not yet run) of an installed distribution, each after those it
+    depends on.
 
     Raises:
         ValueError: no distribution of that name has an allowed plugin.
@@ -68,7 +70,9 @@ class CheckRunner:
         self._errors: dict[str, Exception | None] = {}
 
     def failed_dependency(self, check: Check) -> str | None:
-        """Return the name of a failed check that this one depends on, directly or not; None if there is none."""
+        """Return the name of the first failed check that `check` depends on, directly or not, running those not yet
+        run; None if all passed.
+        """
         for name in check.after:
             earlier = self._by_name[name]
             if found := self.failed_dependency(earlier):
@@ -78,7 +82,7 @@ class CheckRunner:
         return None
 
     def error(self, check: Check) -> Exception | None:
-        """Return the exception that the check raised, or None if it passed."""
+        """Return the exception that `check` raised, or None if it passed; the check is run at the first call only."""
         if check.name not in self._errors:
             try:
                 check.run()

@@ -45,7 +45,7 @@ class TinyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensor's data in bytes."""
+        """Size of the tensor's data in bytes, an int."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -54,7 +54,8 @@ TinyFile = Mapping[str, TinyTensor]
 
 
 def write_weights(folder: Path, pattern: str, contents: TinyFile, *, file_stem: str) -> list[Path]:
-    """Write random tensors to files that `pattern` matches, and return the paths of these weight files.
+    """Write random tensors to one file, or to several if `pattern` is a glob, and return a list of the paths of these
+    files.
 
     A glob gives numbered shards with an index file, a plain name one file. No metadata of ours is written.
 
@@ -86,7 +87,8 @@ def write_weights(folder: Path, pattern: str, contents: TinyFile, *, file_stem: 
 
 
 def file_names(pattern: str, file_stem: str, *, shards: int) -> tuple[list[str], str]:
-    """Return a list of file names that a pattern matches, and the name of their index file, `""` for a single file.
+    """Return ([file names that `pattern` matches], name of their index file): `shards` numbered names for a glob; the
+    index is `""` if there is only one file.
 
     Raises:
         ValueError: the pattern contains a glob in a folder name, names a folder, or does not match `file_stem`.
@@ -108,7 +110,8 @@ def file_names(pattern: str, file_stem: str, *, shards: int) -> tuple[list[str],
 
 
 def random_tensors(contents: TinyFile, *, seed: str) -> dict[str, Tensor]:
-    """Return a dict key -> random tensor of the given shape and dtype on the CPU, reproducible by `seed`.
+    """Return a dict key -> CPU tensor of the given shape and dtype: random floats, the same for equal `seed`s, and
+    integers of 1.
 
     Standard deviation 1/sqrt(fan_in) for matrices and 0.1 for biases; norms in [0.9, 1.1]; integers are 1. No value
     is neutral, so that a tensor that is ignored or misplaced changes results.
@@ -139,7 +142,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def tiny_shapes(checkpoint: CheckpointSpec, wanted: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Return a dict published key -> small shape, in the layout's order, for a file that fills a small module.
+    """Return a dict published key -> small shape, in the layout's order: the tensors of a file that converts to the
+    small module.
 
     A published key is included if the module has a parameter made from it, or if the rules drop it explicitly.
 
@@ -184,7 +188,8 @@ def tiny_shapes(checkpoint: CheckpointSpec, wanted: Mapping[str, Shape]) -> dict
 
 
 def _shrink(rule: Rule, full: Sequence[Shape], targets: Sequence[tuple[Shape, Shape | None]]) -> tuple[Shape, ...]:
-    """Return a tuple of small source shapes from which the rule makes the small targets; a target of None may be any.
+    """Return a tuple of small shapes, one for each source tensor, from which the rule makes the small shapes in
+    `targets`; a target whose small shape is None may get any.
 
     Raises:
         ValueError: there are none.
@@ -205,7 +210,7 @@ def _shrink(rule: Rule, full: Sequence[Shape], targets: Sequence[tuple[Shape, Sh
 
 
 def _candidates(extent: int, ratios: Sequence[tuple[int, int]]) -> list[int]:
-    """Return a list of extents (sizes of an axis) to try: those of equal targets, proportional ones, and `extent`."""
+    """Return a list of small sizes to try, best first, for an axis of `extent`, given (full, small) `ratios`."""
     same = [small for large, small in ratios if large == extent]
     scaled = [extent * small // large for large, small in ratios if large and extent * small % large == 0]
     return list(dict.fromkeys([*same, *scaled, extent]))
@@ -220,7 +225,9 @@ def _makes(rule: Rule, sources: tuple[Shape, ...], targets: Sequence[Shape | Non
 
 
 def _small_extents(pairs: Iterable[tuple[Shape, Shape]]) -> dict[int, int]:
-    """Return a dict published extent (size of an axis) -> the small extent that most often replaces it."""
+    """Return a dict full size of an axis -> the small size that most often replaces it in `pairs` of (full, small)
+    shapes.
+    """
     counts: dict[int, Counter[int]] = {}
     for large, small in pairs:
         for before, after in zip(large, small, strict=True):

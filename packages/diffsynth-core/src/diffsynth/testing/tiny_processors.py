@@ -16,12 +16,14 @@ CHAT_TEMPLATE = (
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """Write the files of `byte_tokenizer()`, one token per byte, to a folder that `AutoTokenizer` can load."""
+    """Write the files of a tokenizer with one token per byte to `folder`, in the format that `AutoTokenizer` loads."""
     byte_tokenizer().save_pretrained(folder)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a fast tokenizer with one token per byte, and Qwen3's special tokens and chat template: 261 tokens."""
+    """Return a `PreTrainedTokenizerFast` of 261 tokens: one for each byte, and Qwen3's special tokens; with its chat
+    template.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield five `Check` objects, not yet run, for each architecture of the plugin."""
+    """Yield five `Check` objects (named tests, not yet run) for each architecture of the plugin `subject`."""
     for fact in subject.declared("architectures"):
         built, loaded, ran = (
             f"{fact.name} builds on meta without allocating memory",
@@ -34,17 +34,23 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 
 def runs(name: str) -> str:
-    """Return the name of the check that runs this architecture's forward; checks that need a working one name it."""
+    """Return the name of the check of architecture `name` that runs its forward: `"{name} forward is finite and
+    reproducible"`.
+    """
     return f"{name} forward is finite and reproducible"
 
 
 def no_meta_after_loading(name: str) -> str:
-    """Return the name of the check that this architecture loads completely; checks that load it name this one."""
+    """Return the name of the check that architecture `name` loads completely: `"{name} has no tensor on meta after
+    loading"`.
+    """
     return f"{name} has no tensor on meta after loading"
 
 
 def config_inferred(name: str) -> str:
-    """Return the name of the check that infers this architecture's config; checks of its layouts depend on it."""
+    """Return the name of the check that infers the config of architecture `name`: `"{name} config is inferred from its
+    shapes"`.
+    """
     return f"{name} config is inferred from its shapes"
 
 
@@ -141,7 +147,9 @@ def _saves_and_loads(fact: ArchitectureSpec, subject: Subject) -> None:
 
 
 def tiny_real(fact: ArchitectureSpec) -> nn.Module:
-    """Return the architecture's tiny fp32 `nn.Module` in eval mode, with the same random weights in every check."""
+    """Return the architecture's tiny fp32 `nn.Module` in eval mode, newly built, with the same random weights in each
+    call.
+    """
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -151,7 +159,9 @@ def tiny_real(fact: ArchitectureSpec) -> nn.Module:
 
 
 def tiny_output(fact: ArchitectureSpec, module: nn.Module) -> dict[str, Tensor]:
-    """Return a dict path in the output -> tensor, for the output of the module for the architecture's tiny inputs."""
+    """Return a dict path -> tensor of all tensors that `module` returns for the architecture's tiny inputs;
+    `"output[0]"` is a path.
+    """
     import torch
 
     inputs = resolve(fact.tiny_inputs)(resolve(fact.tiny), torch.Generator().manual_seed(0))
@@ -173,7 +183,9 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[str]:
-    """Return a sorted list of the names of tensors that are not equal in two mappings, or that only one of them has."""
+    """Return a sorted list of the keys whose tensors differ between two mappings name -> tensor, or that only one of
+    them has.
+    """
     import torch
 
     return sorted(

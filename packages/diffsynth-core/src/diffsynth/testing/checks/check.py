@@ -39,7 +39,8 @@ class Subject:
 
     @classmethod
     def find(cls, distribution: str) -> Subject:
-        """Return the `Subject` (the plugins to check, with their declarations) of an installed distribution, by name.
+        """Return the `Subject` (name, plugin modules and declarations to check) of the installed distribution of that
+        name.
 
         Raises:
             ValueError: no distribution of that name has an allowed plugin.
@@ -60,16 +61,20 @@ class Subject:
 
     @property
     def problems(self) -> list[Problem]:
-        """List of each `Problem` that discovery found in this distribution's plugins."""
+        """List of the `Problem`s of this distribution: failures of its plugins and faults of its installation; empty if
+        none.
+        """
         return [problem for problem in self.catalog.problems if problem.distribution == self.distribution]
 
     @property
     def is_loaded(self) -> bool:
-        """Whether a plugin of this distribution was loaded."""
+        """Whether at least one plugin of this distribution was loaded."""
         return any(plugin.distribution == self.distribution for plugin in self.catalog.plugins)
 
     def declared(self, kind: str) -> list[Any]:
-        """Return a list of the specs that this distribution declares of one kind, such as `"architectures"`."""
+        """Return a list of the specs of one kind that this distribution declares; `"architectures"` gives
+        `ArchitectureSpec`s.
+        """
         return [one.spec for one in getattr(self.catalog, kind) if one.distribution == self.distribution]
 
 

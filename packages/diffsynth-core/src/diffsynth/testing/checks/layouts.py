@@ -16,7 +16,9 @@ from diffsynth.testing.checks.plugin import NAMES, REFERENCES
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield two or four `Check` objects, not yet run, for each checkpoint of the plugin that ships its layout."""
+    """Yield two `Check`s (named tests, not yet run) for each checkpoint of the plugin with a layout; four if it has a
+    signature.
+    """
     own = {fact.name for fact in subject.declared("architectures")}
     for fact in subject.declared("checkpoints"):
         if not fact.layout:

@@ -35,7 +35,9 @@ class _Blocker(importlib.abc.MetaPathFinder):
 
 
 def heavy_imports(modules: Sequence[str]) -> list[str]:
-    """Import modules in a new process; return a list with a sentence for each attempted import of a heavy package."""
+    """Import the named modules in a new process, and return a list of texts, one for each attempted import of a heavy
+    package: `"NAME, line N, imports torch"`; empty if there was none.
+    """
     command = [sys.executable, "-P", "-m", __name__, *modules]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -45,7 +47,9 @@ def heavy_imports(modules: Sequence[str]) -> list[str]:
 
 
 def main(modules: Sequence[str]) -> None:
-    """Import modules and write the attempted imports of heavy packages to stdout, as a JSON list on the last line."""
+    """Import the named modules, with heavy packages blocked, and print a JSON list of the attempts to import one,
+    without repetitions, as the last line of stdout.
+    """
     blocker = _Blocker()
     sys.meta_path.insert(0, blocker)
     for name in modules:

@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield two `Check` objects, not yet run, for each architecture of the plugin that has `lora_targets`."""
+    """Yield two `Check`s (named tests, not yet run) for each architecture of the plugin that has `lora_targets`."""
     for fact in subject.declared("architectures"):
         if not fact.lora_targets:
             continue
@@ -72,7 +72,7 @@ def _supports_lora(fact: ArchitectureSpec) -> None:
 
 
 def _random_lora(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
-    """Return a random `LoRA` that changes each target's weight by a quarter of its norm: measurable and stable."""
+    """Return a `LoRA` with random factors that changes the weight of each layer in `targets` by a quarter of its norm."""
     import torch
 
     from diffsynth.core.lora import LoRA, LoRALayer, target_layers
@@ -107,7 +107,9 @@ def _save_and_read(lora: LoRA, module: nn.Module) -> LoRA:
 def _outside_tolerance(
     plain: Mapping[str, Tensor], hot: Mapping[str, Tensor], fused: Mapping[str, Tensor]
 ) -> list[str]:
-    """Return a list of the names of outputs that differ too much between an unfused (hot) and a fused LoRA."""
+    """Return a list of the names of floating-point outputs at which an unfused (`hot`) and a `fused` LoRA differ by
+    more than `TOLERANCE` of the change that the LoRA makes to `plain`.
+    """
 
     def differs(name: str) -> bool:
         change = (fused[name] - plain[name]).abs().max()

@@ -12,7 +12,9 @@ from diffsynth.testing.checks.plugin import NAMES, REFERENCES, is_installed
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield `Check` objects: one for each pipeline, one or two for each model, one for each training declaration."""
+    """Yield `Check` objects (named tests, not yet run): one for each pipeline, one or two for each model, and one for
+    each training declaration of the plugin.
+    """
     models, trainings = subject.declared("models"), subject.declared("training")
     extended = [fact.pipeline for fact in subject.declared("units") if is_installed(fact.pipeline)]
     for pipeline in dict.fromkeys([fact.pipeline for fact in (*models, *trainings)] + extended):
@@ -61,7 +63,8 @@ def _fits_its_pipeline(model: ModelSpec) -> None:
 
 
 def _packaged_files_match(model: ModelSpec, subject: Subject) -> None:
-    """Raise AssertionError unless a model's packaged weights exist, convert, and are what their role takes.
+    """Raise AssertionError unless each weight file that a model ships in its package exists, is recognised and has the
+    architecture that its role (name of a component) takes.
 
     No tensor is read.
     """

@@ -26,7 +26,9 @@ _LIGHT_FIELDS = ("config", "infer_config", "tiny", "tiny_inputs", "rules")
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield the `Check` objects for any plugin, whatever it declares; if it did not load, only those that show why."""
+    """Yield the `Check` objects (named tests, not yet run) that apply to any plugin; if it did not load, only those
+    that show why.
+    """
     yield Check(LIGHT, functools.partial(_is_light, subject))
     yield Check(API, functools.partial(_states_api, subject))
     yield Check(LOADS, functools.partial(_loads, subject), after=(LIGHT, API))
@@ -92,7 +94,7 @@ def _faults(kind: str, fact: Any) -> Iterator[str]:
 
 
 def is_installed(reference: str) -> bool:
-    """Return whether the top-level package of a reference `"module:name"` is installed.
+    """Return whether the top-level package of `reference` is installed; it is `"a"` for the reference `"a.b:name"`.
 
     A unit may extend a pipeline that is not installed.
     """

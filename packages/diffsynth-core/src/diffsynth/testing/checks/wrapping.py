@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield two `Check` objects, not yet run, for each architecture of the plugin."""
+    """Yield two `Check` objects (named tests, not yet run) for each architecture of the plugin."""
     for fact in subject.declared("architectures"):
         called = f"{fact.name} reads no parameter of a module that it does not call"
         first = (no_meta_after_loading(fact.name), runs(fact.name))
@@ -29,7 +29,9 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 
 def _calls_what_it_reads(fact: ArchitectureSpec) -> None:
-    """Raise AssertionError if offloading each leaf module's parameters outside its own forward changes the output."""
+    """Raise AssertionError if the output changes, or forward fails, when each leaf module's parameters are loaded only
+    while the leaf module runs.
+    """
     module = tiny_real(fact)
     leaves = [each for each in module.modules() if not any(True for _ in each.children())]
     classes = tuple({type(leaf) for leaf in leaves if any(True for _ in leaf.parameters())})
@@ -52,7 +54,9 @@ def _is_equal_wrapped(fact: ArchitectureSpec) -> None:
 
 
 def _wrapped(fact: ArchitectureSpec, module: nn.Module, preset: str, **cut: Any) -> list[str]:
-    """Return a sorted list of the names of outputs that offloading by the policy `preset` changes."""
+    """Return a sorted list of the names of the module's outputs that change when it is offloaded by the policy
+    `preset`.
+    """
     from diffsynth.core.loader import component
     from diffsynth.core.vram.managed import wrap
     from diffsynth.core.vram.policy import Policy
