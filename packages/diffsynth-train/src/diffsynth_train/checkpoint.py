@@ -25,7 +25,8 @@ STATE = "state.pt"
 def save_weights(
     folder: Path, components: Iterable[Component], *, dtype: torch.dtype, step: int, notes: Mapping[str, str]
 ) -> list[Path]:
-    """Write `<role>.safetensors` for each trained component, its config in the metadata, and return the files' paths.
+    """Write `<role>.safetensors` (role: name of a component) for each trained component, with its config as metadata,
+    and return a list of the files' paths.
 
     Args:
         folder: output folder; created if missing.
@@ -94,7 +95,8 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> tuple[int, dict[str, Tensor] | None]:
-    """Restore parameters, optimizer and random state from a file; return steps done, and averaged weights or None.
+    """Restore `parameters`, `optimizer` and the random state from a checkpoint folder, and return (steps done, averaged
+    weights as a dict name -> tensor, or None if they were not averaged).
 
     Raises:
         TrainingError: the folder holds no state, or one with another seed or other parameters.
@@ -127,7 +129,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def last_checkpoint(root: Path) -> Path:
-    """Return the path of the folder of the newest checkpoint below `root`.
+    """Return the path of the newest checkpoint folder (`step-NNNNNNN` with the highest number) in `root`.
 
     Raises:
         TrainingError: there is no checkpoint.
@@ -139,7 +141,7 @@ def last_checkpoint(root: Path) -> Path:
 
 
 def drop_old(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoint folders below `root`; none if `keep` is 0."""
+    """Delete all but the newest `keep` checkpoint folders below `root`; delete none if `keep` is 0."""
     found = sorted(path.parent for path in root.glob(f"step-*/{STATE}"))
     for folder in found[:-keep] if keep else []:
         logger.info("deleting %s", folder)

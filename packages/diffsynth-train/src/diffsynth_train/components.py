@@ -49,18 +49,18 @@ class Component:
 
     @property
     def config(self) -> Any:
-        """Config of the module, an instance of its architecture's dataclass."""
+        """Config of the component's module, an instance of its architecture's config dataclass."""
         return self.module.config
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield a pair (`"role.name"`, parameter) for each parameter that requires a gradient."""
+        """Yield a pair (`"role.name"`, parameter) for each parameter of the component that requires a gradient."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 yield f"{self.role}.{name}", parameter
 
 
 def training_spec(recipe: Recipe) -> TrainingSpec:
-    """Return the `TrainingSpec` that a plugin declares for the recipe's pipeline.
+    """Return the `TrainingSpec` that a plugin declares for the pipeline of `recipe`.
 
     Raises:
         TrainingError: no plugin declares training for the pipeline.
@@ -75,7 +75,8 @@ def training_spec(recipe: Recipe) -> TrainingSpec:
 
 
 def build_components(recipe: Recipe, spec: TrainingSpec) -> dict[str, Component]:
-    """Return a dict role -> `Component` with an fp32 module on the CPU; untrained ones are frozen, in eval mode.
+    """Return a dict role (name of a component) -> `Component`, for each in the recipe, with an fp32 module on the CPU;
+    parameters that are not trained are frozen.
 
     Raises:
         TrainingError: unknown role, architecture or config field, a role that cannot be trained, or no trained one.
@@ -104,7 +105,9 @@ def build_components(recipe: Recipe, spec: TrainingSpec) -> dict[str, Component]
 def build_pipeline(
     recipe: Recipe, spec: TrainingSpec, components: Mapping[str, Component], device: torch.device
 ) -> Pipeline:
-    """Return the recipe's `Pipeline` on `device`: the given components in fp32, and processors from its folders."""
+    """Return the recipe's `Pipeline` on `device`, with the given components in fp32 and the processors (such as
+    tokenizers) loaded from the recipe's folders.
+    """
     cls: type[Pipeline] = resolve(spec.pipeline)
     members: dict[str, Any] = {role: component.module for role, component in components.items()}
     for role, folder in recipe.processors.items():
@@ -119,7 +122,7 @@ def build_pipeline(
 
 
 def repeated_blocks(component: Component) -> Iterator[nn.Module]:
-    """Yield the modules that the component's architecture declares as repeated blocks."""
+    """Yield each block, a module, of the lists of repeated blocks that the component's architecture declares."""
     for name in component.architecture.repeated_blocks:
         yield from component.module.get_submodule(name)
 

@@ -180,7 +180,7 @@ class Recipe:
 
 
 def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
-    """Return the `Recipe` (all settings of a training run) that a TOML file describes.
+    """Return the `Recipe` (all settings of a training run) that a TOML file describes, after applying `changes` to it.
 
     Args:
         path: path of the TOML file.
@@ -243,7 +243,8 @@ def _change(content: dict[str, Any], change: str) -> None:
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:
-    """Return a TOML value converted to a type hint: tables to dataclasses, lists to tuples, int to float.
+    """Return `value`, from a TOML file, converted to the type `hint`: tables to dataclasses, lists to tuples, int to
+    float; other values that fit are unchanged.
 
     Raises:
         TrainingError: the value does not fit the hint.

@@ -24,14 +24,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the averaged weights, in place, with the current weights after a step; `step` counts from 0."""
+        """Move the averaged weights, in place, towards the current weights after step `step`, counted from 0."""
         decay = min(self._decay, (1 + step) / (10 + step))
         live = [parameter.detach() for parameter in self._live.values()]
         torch._foreach_lerp_(list(self._mean.values()), live, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Context manager in which the modules have the averaged weights; after it they have their own again."""
+        """Context manager in which the modules have the averaged weights; afterwards they have their own again."""
         with torch.no_grad():
             own = {name: parameter.detach().clone() for name, parameter in self._live.items()}
             self._copy(self._mean)
@@ -41,11 +41,11 @@ class Ema:
                 self._copy(own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return a dict parameter name -> averaged fp32 weight; the tensors are not copied."""
+        """Return a dict parameter name (`"role.name"`) -> averaged weight, an fp32 tensor that is not copied."""
         return dict(self._mean)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy saved averaged weights into this average."""
+        """Copy averaged weights from `state`, a dict as `state_dict()` returns it, into this average."""
         for name, mean in self._mean.items():
             mean.copy_(state[name])
 

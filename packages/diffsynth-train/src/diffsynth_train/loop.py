@@ -34,7 +34,8 @@ _CACHE_BATCH = 16
 
 
 def train(recipe: Recipe, *, resume: Path | None = None) -> list[Path]:
-    """Train according to a recipe, to its last step, and return the paths of the final weights.
+    """Train according to `recipe`, to its last step, and return a list of the paths of the final weights; empty in
+    processes other than the main one.
 
     Args:
         recipe: settings of the run.
@@ -86,7 +87,9 @@ class TrainingRun:
         self.output = Path(recipe.output.folder)
 
     def resume(self, folder: Path) -> int:
-        """Restore weights, optimizer, average and random state from a checkpoint; return the number of steps done."""
+        """Restore weights, optimizer, weight average and random state from a checkpoint folder; return the number of
+        steps done, an int.
+        """
         step, mean = checkpoint.load_state(
             folder, seed=self.recipe.seed, parameters=self.parameters, optimizer=self.optimizer, device=self.device
         )
@@ -97,7 +100,9 @@ class TrainingRun:
         return step
 
     def steps(self, start: int) -> None:
-        """Train from step `start`, counted from 0, to the recipe's last; log metrics and save checkpoints."""
+        """Train from step `start`, counted from 0, to the recipe's last step; log metrics and save checkpoints
+        meanwhile.
+        """
         loop = self.recipe.loop
         log = LossLog(self.output / "loss.csv", every=loop.log_every, start=start)
         with training_progress(loop.steps, start) as progress:
@@ -115,7 +120,9 @@ class TrainingRun:
                     self.save(step + 1)
 
     def step(self, step: int) -> dict[str, Tensor | float]:
-        """Perform optimizer step `step`, counted from 0; return a dict of metrics: loss, learning rate and others."""
+        """Perform optimizer step `step`, counted from 0; return a dict metric -> tensor or float: loss, those of the
+        objective, gradient norm and learning rate.
+        """
         recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
         rate = learning_rate(recipe.optimizer, step, recipe.loop.steps)
         for group in self.optimizer.param_groups:
@@ -143,7 +150,9 @@ class TrainingRun:
         return total | {"grad_norm": norm, "learning_rate": rate}
 
     def save(self, step: int) -> None:
-        """Write a checkpoint to resume from, and trained weights (averaged if on) as safetensors; main process only."""
+        """Write a checkpoint to resume from, and the trained weights (averaged if the recipe has an average) as
+        safetensors files, in the main process; delete old checkpoints. Other processes do nothing.
+        """
         if not self.accelerator.is_main_process:
             return
         folder = checkpoint.step_folder(self.output, step)
@@ -160,7 +169,8 @@ class TrainingRun:
         checkpoint.drop_old(self.output, self.recipe.loop.keep)
 
     def finish(self) -> list[Path]:
-        """Write the last checkpoint and call `objective.finish()`; return the paths of the final weights.
+        """Write the last checkpoint, call `objective.finish()` and write the final weights; return a list of their
+        paths, empty in processes other than the main one.
 
         Only the main process writes; the others return an empty list.
         """

@@ -35,7 +35,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient, once; return the loss of `closure`, or None without one."""
+        """Update every parameter that has a gradient, once; return the loss that `closure` computes before, or None
+        without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,7 +75,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal_factor(matrix: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """Return a matrix close to `U V^T`, where `U S V^T` is the singular value decomposition of the input.
+    """Return a matrix of the shape and dtype of `matrix`, close to `U V^T` of its singular value decomposition `U S
+    V^T`.
 
     Five Newton-Schulz steps in bf16. Singular values of the result lie between 0.7 and 1.2; the result has the dtype of
     the input.

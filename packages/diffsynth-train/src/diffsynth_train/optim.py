@@ -15,7 +15,8 @@ from diffsynth_train.muon import Muon
 def build_optimizer(
     recipe: OptimizerRecipe, parameters: Iterable[nn.Parameter], tables: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that the recipe names: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) or Muon.
+    """Return a `torch.optim.Optimizer` of `parameters`: `Muon` if the recipe names it, else `AdamW` (Loshchilov &
+    Hutter 2019, arXiv:1711.05101).
 
     Args:
         recipe: optimizer settings; weight decay is applied to matrices and convolutions only.
@@ -39,7 +40,9 @@ def build_optimizer(
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:
-    """Return the learning rate of step `step` of `steps`, counted from 0, as the warm-up and schedule give it."""
+    """Return the learning rate, a float, of step `step` (counted from 0) of `steps`, by the recipe's warm-up and
+    schedule.
+    """
     warmup = min(1.0, (step + 1) / recipe.warmup_steps) if recipe.warmup_steps else 1.0
     decay = 1.0
     if recipe.schedule == "cosine":

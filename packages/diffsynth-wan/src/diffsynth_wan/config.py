@@ -91,7 +91,9 @@ class WanDiTConfig:
 
     @property
     def axes_dims(self) -> tuple[int, int, int]:
-        """Numbers of channels of a head that RoPE rotates by time, height and width: 44, 42 and 42 of 128."""
+        """Tuple of the numbers of channels of an attention head that RoPE rotates by time, height and width: `(44, 42,
+        42)` for a head of 128.
+        """
         head_dim = self.dim // self.num_heads
         space = 2 * (head_dim // 6)
         return head_dim - 2 * space, space, space
@@ -161,7 +163,7 @@ class WanAnimateConfig:
 
     @property
     def face_size(self) -> int:
-        """Side of the face video in pixels."""
+        """Height and width, in pixels, of the square frames of the face video."""
         return 4 << (len(self.motion_channels) - 1)
 
 
@@ -354,7 +356,7 @@ class WanImageEncoderConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of an image: the class token, and one for each patch."""
+        """Number of tokens of an image, an int: the class token, and one for each patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
@@ -414,7 +416,7 @@ class Wan22AutoencoderConfig(WanAutoencoderConfig):
 
     @property
     def factor(self) -> int:
-        """Pixels per latent pixel, along one side."""
+        """Number of pixels per latent pixel along the height or the width, an int."""
         return super().factor * self.patch_size
 
 

@@ -44,7 +44,9 @@ def _renamed(names: dict[str, str]) -> tuple[Rule, ...]:
 
 
 def _attention(theirs: str, ours: str) -> dict[str, str]:
-    """Return a dict diffusers' name -> our name of an attention module's parameters, those for an image included."""
+    """Return a dict name in diffusers -> our name for the parameters of an attention module, with those for image
+    tokens.
+    """
     return {
         f"{theirs}.to_q.{{*}}": f"{ours}.q.{{*}}",
         f"{theirs}.to_k.{{*}}": f"{ours}.k.{{*}}",

@@ -109,7 +109,9 @@ class WanDiT(nn.Module):
         image_embeds: Float[Tensor, "b i image_dim"] | None,
         condition_latents: Float[Tensor, "b c_condition t h w"] | None,
     ) -> Stream:
-        """Return a `Stream`, the blocks' inputs before extensions; arguments and errors are those of `forward`."""
+        """Return a `Stream` (the inputs of the transformer blocks) before extensions change it; arguments and errors
+        are those of `WanDiT.forward`.
+        """
         grid = self._grid(latents)
         if condition_latents is not None:
             latents = torch.cat((latents, condition_latents), dim=1)
@@ -129,12 +131,14 @@ class WanDiT(nn.Module):
         )
 
     def set_positions(self, stream: Stream, positions: Positions) -> Stream:
-        """Return a `Stream` with the same tokens at other RoPE positions."""
+        """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`."""
         rotary = rotary_embedding(positions, self.config, stream.tokens.device)
         return replace(stream, positions=positions, rotary=rotary)
 
     def run_block(self, block: nn.Module, index: int, tokens: Float[Tensor, "b s e"], stream: Stream) -> Tensor:
-        """Return the tokens `b s e` after `block`, with the self-attention that `stream` has for block `index`."""
+        """Return a tensor: the tokens `b s e` after `block`, with the self-attention that `stream` sets for block
+        `index`.
+        """
         return gradient_checkpoint_forward(
             block,
             self.gradient_checkpointing,
@@ -325,7 +329,8 @@ class Head(nn.Module):
 
 
 def rotary_embedding(positions: Positions, config: WanDiTConfig, device: torch.device) -> Rotary:
-    """Return two tensors `1 s half_d` on `device`: cosine and sine of the rotary angles of each token of a grid.
+    """Return (cos, sin), tensors `1 s half_d` on `device`: cosines and sines of the RoPE angles of each token of the
+    grid with these positions along time, height and width.
 
     Angles are computed in fp64 on the CPU, once for each position of an axis.
     """
@@ -346,10 +351,14 @@ def rotary_embedding(positions: Positions, config: WanDiTConfig, device: torch.d
 def _group_modulations(
     own: Float[Tensor, "1 k e"], by_time: Float[Tensor, "b g #k e"]
 ) -> tuple[Float[Tensor, "bg 1 e"], ...]:
-    """Return a tuple of `k` fp32 tensors `bg 1 e`: a block's own modulations plus those by time, for each group."""
+    """Return a tuple of `k` fp32 tensors `bg 1 e`, one per modulation: the module's own plus those by time, for each
+    group of tokens.
+    """
     return (own.float() + by_time).flatten(0, 1).unsqueeze(2).unbind(1)
 
 
 def _in_groups(x: Float[Tensor, "b s e"], groups: int) -> Float[Tensor, "bg m e"]:
-    """Return the tokens as `bg m e`: groups of `m` consecutive tokens along the batch axis."""
+    """Return a tensor `bg m e`: each item's tokens `x`, divided into `groups` groups of `m` consecutive tokens, which
+    become items of the batch.
+    """
     return x.unflatten(1, (groups, -1)).flatten(0, 1)

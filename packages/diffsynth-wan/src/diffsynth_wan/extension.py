@@ -92,12 +92,16 @@ class Stream:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Size of the token grid as (frames, rows, columns), prefix frames included."""
+        """Tuple (frames, rows, columns): the size of the grid of tokens, with the prefix frames (before the video)
+        included.
+        """
         time, height, width = self.positions
         return len(time), len(height), len(width)
 
     def with_residual(self, block: int, residual: Residual) -> Stream:
-        """Return a `Stream` with one more residual, a function whose result is added to the tokens after `block`."""
+        """Return a copy of this `Stream` with one more function for `block`, whose result is added to the tokens after
+        it.
+        """
         return replace(self, residuals={**self.residuals, block: (*self.residuals.get(block, ()), residual)})
 
 
@@ -121,7 +125,7 @@ class Network(Protocol):
         """Module that embeds camera rays; only if `config.camera_channels` is not 0."""
 
     def set_positions(self, stream: Stream, positions: Positions) -> Stream:
-        """Return a `Stream` with the same tokens at other RoPE positions."""
+        """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`."""
 
 
 Extension: TypeAlias = Callable[[Network, Stream], Stream]

@@ -57,7 +57,8 @@ def _model(
     license: str = "Apache-2.0",
     paper: str = "arXiv:2503.20314",
 ) -> ModelSpec:
-    """Return the `ModelSpec` of a Wan model with the text encoder, tokenizer and autoencoder that models share.
+    """Return the `ModelSpec` of a Wan model, with the text encoder, tokenizer and autoencoder files that all these
+    models share.
 
     Args:
         hub_id, task, description, defaults, license, paper: fields of `ModelSpec`.
@@ -92,7 +93,9 @@ def _model(
 
 
 def _experts(*roles: str) -> dict[str, str]:
-    """Return a dict role (name of a component) -> file, for two experts; the roles of one expert share a file."""
+    """Return a dict role (name of a component) -> file for two experts: `"dit"` -> the high-noise file, `"dit2"` -> the
+    low-noise file, and so on for each of `roles`.
+    """
     high, low = f"high_noise_model/{NETWORK}", f"low_noise_model/{NETWORK}"
     return dict.fromkeys(roles, high) | {f"{role}2": low for role in roles}
 

@@ -133,7 +133,9 @@ class WanVideoPipeline(Pipeline):
         return request
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the roles (names of components) that run at a noise level: those of one of the two experts."""
+        """Return a tuple of the roles (names of components) that run at noise level `sigma`: those of the second expert
+        below `expert_boundary`, else those of the first.
+        """
         second = sigma < values.get("expert_boundary", 0.0)
         return ("dit2", "vace2", "animate_adapter") if second else self.loop_roles
 
@@ -201,14 +203,17 @@ class WanVideoPipeline(Pipeline):
         return velocity
 
     def _expert(self, sigma: Float[Tensor, "b"], boundary: float) -> tuple[Any, Any]:
-        """Return the transformer for a noise level and its VACE network, None where none is loaded."""
+        """Return (transformer, VACE network) of the expert for noise level `sigma`; the VACE network is None if none is
+        loaded.
+        """
         if self.dit2 is None or float(sigma[0]) >= boundary:
             return self.dit, self.vace
         return self.dit2, self.vace2
 
 
 def _redirected(config: ModelConfig) -> ModelConfig:
-    """Return a `ModelConfig` for the same file in the repository `CONVERTED`, or `config` itself.
+    """Return a `ModelConfig` for the same file in the repository `CONVERTED`; or `config` itself, if it names no file
+    in `COMMON_FILES`, a local path, or a file already downloaded.
 
     `config` is returned for files that are not in `COMMON_FILES` or are already downloaded.
     """

@@ -17,7 +17,8 @@ from diffsynth_wan.extension import Extension, Network, Stream, TokenScope
 
 
 def with_sharded_tokens(extensions: Sequence[Extension], axis: MeshAxis) -> tuple[Extension, ...]:
-    """Return the extensions with `ShardTokens` between scope "whole" and scope "part"; without it for one process.
+    """Return a tuple of `extensions` with a `ShardTokens` inserted after those of scope "whole" and before those of
+    scope "part"; unchanged for one process.
 
     Raises:
         ValueError: an extension has no `token_scope`, or one of scope "whole" follows one of scope "part".
@@ -80,7 +81,8 @@ class ShardTokens:
 
 
 def local_groups(x: Float[Tensor, "b g ..."], own: slice, total: int) -> Float[Tensor, "b g_own ..."]:
-    """Return the rows `b g_own ...` of `x` for the tokens in `own`, one row for each group of equally many tokens.
+    """Return a tensor `b g_own ...` of the entries of `x` for the tokens in `own`; `x` has one entry along axis 1 for
+    each of `g` groups of equally many consecutive tokens, and groups that `own` cuts are subdivided.
 
     `x` has one row for each of `g` equal groups of the `total` tokens. If `own` starts or ends inside a group, all
     groups are cut into the longest pieces that fit both.

@@ -124,12 +124,14 @@ def tiny_wan22_autoencoder_inputs(config: Wan22AutoencoderConfig, generator: tor
 
 
 def write_tiny_tokenizer(folder: Path) -> None:
-    """Write the files of `tiny_tokenizer()` to a folder, in the format that `AutoTokenizer` reads."""
+    """Write the files of a tiny tokenizer like UMT5's to `folder`, in the format that `AutoTokenizer` reads."""
     tiny_tokenizer().save_pretrained(folder)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a fast tokenizer that works like UMT5's, in a few kilobytes: one token per byte, an end token."""
+    """Return a `PreTrainedTokenizerFast` of a few kilobytes that works like UMT5's: one token per byte, and an end
+    token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -31,12 +31,16 @@ class Window:
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """Indices of the window's latent frames in the latents, prefix frames first."""
+        """Tuple of the indices, in the latents, of the window's latent frames: the prefix frames (before the video),
+        then its own.
+        """
         prefix = self.prefix_frames
         return (*range(prefix), *range(prefix + self.start, prefix + self.stop))
 
     def cut(self, x: Tensor, dim: int = 2) -> Tensor:
-        """Return the window's frames of a tensor with latent frames along `dim`; fewer if the tensor ends earlier."""
+        """Return a tensor: the prefix frames and the window's frames of `x`, whose axis `dim` is latent frames; fewer
+        if `x` ends earlier.
+        """
         prefix = self.prefix_frames
         video = x.narrow(dim, prefix, max(x.shape[dim] - prefix, 0)) if prefix else x
         start = min(self.start, video.shape[dim])
@@ -44,7 +48,9 @@ class Window:
         return torch.cat([x.narrow(dim, 0, prefix), video], dim=dim) if prefix else video
 
     def weights(self) -> Float[Tensor, "t"]:
-        """Return an fp32 tensor `t` with the blending weight of each frame: 1, with linear ramps at both ends."""
+        """Return an fp32 tensor `t` with the blending weight of each latent frame: 1, with linear ramps where the
+        window overlaps another.
+        """
         index = torch.arange(self.stop - self.start, dtype=torch.float32) + 0.5
         ramps = torch.minimum(index / max(self.fade_in, 0.5), index.flip(0) / max(self.fade_out, 0.5)).clamp(max=1)
         return torch.cat([torch.ones(self.prefix_frames), ramps])
@@ -65,7 +71,7 @@ class SlidingWindow:
 
     @classmethod
     def from_arguments(cls, size: int | None, stride: int | None, *, prefix_frames: int = 0) -> SlidingWindow | None:
-        """Return a `SlidingWindow` for `sliding_window_size` and `sliding_window_stride`; None if both are None.
+        """Return a `SlidingWindow` of `size` and `stride`, in latent frames; None if both are None.
 
         Raises:
             ValueError: only one of them is given, one is no positive integer, or the stride leaves gaps.
@@ -86,7 +92,8 @@ class SlidingWindow:
         return cls(size, stride, prefix_frames)
 
     def windows(self, frames: int) -> list[Window]:
-        """Return a list of each `Window` of a video of `frames` latent frames, prefix frames not counted.
+        """Return a list of the `Window`s that cover `frames` latent frames, prefix frames not counted, in order; the
+        last may be shorter.
 
         The last window may be shorter than `size`. A single window has no ramps.
         """
@@ -101,7 +108,8 @@ class SlidingWindow:
 
 
 def cut_conditions(conditions: Mapping[str, Any], window: Window) -> dict[str, Any]:
-    """Return a dict of the arguments of `WanVideoPipeline.velocity` for one window, cut from those of the video.
+    """Return a dict like `conditions` (arguments of `WanVideoPipeline.velocity`), with tensors and extensions cut to
+    the frames of `window`, and a `FramePositions` before the extensions.
 
     Conditions with a frame axis are cut; extensions are replaced by the result of their `in_window`, after a
     `FramePositions` that keeps the window's frames at their positions in the video.

@@ -92,7 +92,8 @@ class ZImageDiT(nn.Module):
         )
 
     def init_weights(self) -> None:
-        """Set the weights for training from scratch: modulated layers are the identity, the output is zero.
+        """Set the module's weights for training from scratch: modulated layers become the identity, the output becomes
+        zero.
 
         As in DiT (arXiv:2212.09748). The layers over the caption alone have no modulation and are not the identity.
         """
@@ -267,7 +268,8 @@ def _layout(lengths: list[int], grid: tuple[int, int], config: ZImageDiTConfig, 
 
 
 def _position_ids(padded: int, caption_len: int, grid: tuple[int, int], image_len: int) -> Int[Tensor, "s axes"]:
-    """Return an int tensor, on the CPU, with the RoPE position (time, height, width) of image, then caption tokens.
+    """Return an int CPU tensor `s axes` of RoPE positions (time, height, width) for the image's tokens, then the
+    caption's.
 
     Caption tokens have times 1, 2, ..., padding included; the image has the next time. Padding of the image is at the
     origin.
@@ -294,6 +296,8 @@ def _lengths(prompt_embeds: Tensor, prompt_mask: Tensor | None) -> list[int]:
 def _text_first(
     prompt_embeds: Float[Tensor, "b s e"], prompt_mask: Bool[Tensor, "b s"], longest: int
 ) -> Float[Tensor, "b longest e"]:
-    """Return the prompt embeddings `b longest e` with text tokens moved to the front; the rest is not used."""
+    """Return a tensor `b longest e`: the prompt embeddings with each text's tokens moved to the front; later entries
+    are not used.
+    """
     order = (~prompt_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     return prompt_embeds.take_along_dim(order[:, :, None], dim=1)

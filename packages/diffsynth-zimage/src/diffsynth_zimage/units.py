@@ -25,7 +25,9 @@ round_size = image_size(multiple=16)
 def schedule(
     *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float | None = None
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return a tensor of the noise levels (sigmas) of the steps, and a last 0; a `sigma_shift` of None means 3."""
+    """Return a tensor `steps_plus_1` of the noise levels (sigmas in [0, 1]) of the steps, and a last 0; a `sigma_shift`
+    of None means 3.
+    """
     shift = 3.0 if sigma_shift is None else sigma_shift
     return z_image_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
 
@@ -34,7 +36,9 @@ def schedule(
 def encode_prompt(
     text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
 ) -> tuple[Float[Tensor, "b s e"], Bool[Tensor, "b s"]]:
-    """Return hidden states `b s e` of the prompts and a bool mask `b s`, True for text; equal ones are encoded once."""
+    """Return (hidden states `b s e` of the prompts, bool mask `b s`, True for text, False for padding to the longest
+    prompt); prompts over `MAX_PROMPT_TOKENS` are cut with a warning, equal ones encoded once.
+    """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
     tokens = tokenizer(
@@ -53,7 +57,7 @@ def encode_prompt(
 
 
 def chat_text(tokenizer: Any, prompt: str) -> str:
-    """Return a text: the prompt as one user message in Qwen3's chat template, with thinking enabled as in training."""
+    """Return a str: `prompt` as one user message in Qwen3's chat template, with thinking enabled as in training."""
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
 
@@ -71,7 +75,9 @@ def initial_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"]:
-    """Return latents `b c h w` in the given dtype: noise, or the input latents noised to the first noise level."""
+    """Return the latents `b c h w` of the first step, in the given dtype: noise, or `input_latents` noised to the first
+    noise level.
+    """
     shape = (latent_channels, height // VAE_FACTOR, width // VAE_FACTOR)
     noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=dtype, device=device)
     return noise if input_latents is None else add_noise(input_latents, noise, sigmas[0])

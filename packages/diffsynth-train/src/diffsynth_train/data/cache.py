@@ -27,7 +27,8 @@ Row = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def split_units(units: Sequence[Unit], trained: set[str], varied: frozenset[str]) -> tuple[list[Unit], list[Unit]]:
-    """Return two lists of units: those whose results can be cached, and those to run in each step.
+    """Return ([units whose results can be computed once and cached], [units to run in each step]), both in the order of
+    `units`.
 
     Live units use a trained role, draw random numbers, or depend on an argument that varies from step to step.
     """
@@ -65,7 +66,8 @@ class UnitCache:
         self._rows: dict[int, Row] = {}
 
     def fill(self, dataset: Dataset, batch_size: int) -> None:
-        """Read the cached results of all rows of `dataset` into memory; compute and store those that are missing.
+        """Read the cached results of all rows (samples) of `dataset` into memory; compute and store those that are
+        missing.
 
         A run with the same cache folder, content, units and weights finds all of them.
         """
@@ -80,7 +82,8 @@ class UnitCache:
                 self._write(index, dataset, row)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Return a dict name -> value of the cached results of some rows, tensors stacked along a batch axis.
+        """Return a dict name -> cached value for some rows (samples): tensors stacked along a batch axis, and numbers
+        or texts, which must be equal in all rows; empty if nothing is cached.
 
         Raises:
             TrainingError: rows of the batch differ in a plain value.

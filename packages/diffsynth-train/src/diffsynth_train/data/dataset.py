@@ -49,13 +49,16 @@ class Dataset:
 
     @property
     def varied(self) -> frozenset[str]:
-        """Names of the arguments that vary from step to step: `{"prompt"}`, or none if captions are used unchanged."""
+        """Frozenset of the names of arguments that vary from step to step: `{"prompt"}`, or empty if captions are
+        unchanged.
+        """
         captions = self.recipe.captions
         fixed = captions.templates == ("{caption}",) and captions.drop == 0
         return frozenset() if fixed else frozenset({"prompt"})
 
     def batch(self, indices: Sequence[int], random_source: random.Random | None = None) -> dict[str, Any]:
-        """Return a dict with the call arguments of some rows: lists of texts, fp32 images on the CPU, height and width.
+        """Return a dict argument -> value for some rows (samples): lists of texts, images as one fp32 tensor `b 3 h w`
+        in [-1, 1] on the CPU, and the ints height and width in pixels.
 
         Args:
             indices: rows.
@@ -71,7 +74,9 @@ class Dataset:
         return values
 
     def fingerprint(self, index: int) -> bytes:
-        """Return the bytes that identify a row for caching: image size, content of its files, and its texts."""
+        """Return bytes that identify a row (sample) for caching: image size, contents of its files, and its texts,
+        joined.
+        """
         parts = [f"{self.recipe.height}x{self.recipe.width}".encode()]
         for column in self.columns:
             if column in self.file_columns:
@@ -97,7 +102,8 @@ class Dataset:
 
 
 def batch_indices(length: int, batch_size: int, *, step: int, seed: int) -> list[int]:
-    """Return a list of `batch_size` row indices for a step; each epoch visits every row once, in a new random order.
+    """Return a list of `batch_size` row indices for step `step`, counted from 0; each epoch has every row once, in a
+    new random order, and a batch may reach into the next epoch.
 
     A batch may extend over the end of an epoch. The result depends on the arguments only, so that a resumed run
     continues exactly.
@@ -115,12 +121,16 @@ def batch_indices(length: int, batch_size: int, *, step: int, seed: int) -> list
 
 
 def step_random(seed: int, step: int, rank: int = 0) -> random.Random:
-    """Return a `random.Random` for the caption variation of a step, seeded by seed, step and process."""
+    """Return a `random.Random` for the caption variation of a step, seeded by `seed`, `step` and `rank` (process
+    index).
+    """
     return random.Random(_mix(seed, step, rank))
 
 
 def step_generator(seed: int, step: int, device: torch.device, rank: int = 0) -> torch.Generator:
-    """Return a `torch.Generator` on `device` for the noise of a step, seeded by seed, step and process."""
+    """Return a `torch.Generator` on `device` for the noise of a step, seeded by `seed`, `step` and `rank` (process
+    index).
+    """
     return torch.Generator(device).manual_seed(_mix(seed, step, rank))
 
 
@@ -129,7 +139,7 @@ def _mix(*numbers: int) -> int:
 
 
 def check_templates(recipe: CaptionRecipe) -> None:
-    """Raise TrainingError if a caption template or the probability of an empty prompt is invalid.
+    """Raise TrainingError unless all caption templates are valid and the probability of an empty prompt is in [0, 1).
 
     Raises:
         TrainingError: there is no template, a template has an unknown field or lacks `{caption}`, or `drop` is not in
@@ -151,13 +161,13 @@ def check_templates(recipe: CaptionRecipe) -> None:
 
 
 def vary_caption(caption: str, recipe: CaptionRecipe, random_source: random.Random) -> str:
-    """Return the text of the caption in a randomly chosen template, or `""` with probability `recipe.drop`."""
+    """Return a str: `""` with probability `recipe.drop`, else a randomly chosen template filled with `caption`."""
     if random_source.random() < recipe.drop:
         return ""
     return fill_template(random_source.choice(recipe.templates), caption)
 
 
 def fill_template(template: str, caption: str) -> str:
-    """Return the template as a text, with the caption for `{caption}` and "a" or "an" for `{article}`."""
+    """Return `template` as a str, with the caption for `{caption}` and "a" or "an" to suit it for `{article}`."""
     article = "an" if caption[:1].lower() in "aeiou" and caption else "a"
     return template.format(caption=caption, article=article)

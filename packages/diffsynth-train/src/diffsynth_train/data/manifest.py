@@ -20,19 +20,20 @@ class Manifest:
 
     @property
     def folder(self) -> Path:
-        """Path of the manifest's folder, which paths in its rows are relative to."""
+        """Path of the folder of the manifest (dataset file); paths in its rows are relative to this folder."""
         return self.path.parent
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def file(self, index: int, column: str) -> Path:
-        """Return the path of the file that row `index` (from 0) names in a column."""
+        """Return the path, below the manifest's folder, of the file that row `index` (from 0) names in `column`."""
         return self.folder / str(self.rows[index][column])
 
 
 def read_manifest(path: Path, *, columns: Iterable[str], files: Iterable[str]) -> Manifest:
-    """Return a `Manifest` (the rows of a dataset file) after checking that all columns and files exist.
+    """Return a `Manifest` with the rows of a dataset file, after a check that each row has all `columns` and that all
+    files named in the columns `files` exist.
 
     Args:
         path: .csv with a header line, .json with a list of objects, or .jsonl with an object per line.

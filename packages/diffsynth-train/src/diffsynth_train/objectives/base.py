@@ -30,11 +30,12 @@ class Objective(Protocol):
     needs_forward_only: ClassVar[bool]
 
     def units(self) -> tuple[Unit, ...]:
-        """Return a tuple of the pipeline's units whose results the loss needs, in order."""
+        """Return a tuple of the `Unit`s of the pipeline whose results the loss needs, in the order they run."""
         ...
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a scalar tensor with gradient, and a dict of further metrics for the log, scalar tensors.
+        """Return (loss, metrics): a scalar tensor with gradient, and a dict name -> scalar tensor of further metrics
+        for the log.
 
         Args:
             values: call arguments and results of the units; tensors are on the pipeline's device.
@@ -43,12 +44,14 @@ class Objective(Protocol):
         ...
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Measure values on all rows with the final weights and store them, for example in a config; called last."""
+        """Measure values on all rows with the final weights and store them, for example in a config; called after
+        training.
+        """
         ...
 
 
 def build_objective(recipe: Recipe, pipe: Pipeline, spec: TrainingSpec) -> Objective:
-    """Return an `Objective` (the training loss) of the class that the recipe names, with the recipe's options.
+    """Return the `Objective` (training loss) that the recipe names, built with the recipe's options for `pipe`.
 
     Raises:
         TrainingError: the name is missing or unknown, or an option is unknown.

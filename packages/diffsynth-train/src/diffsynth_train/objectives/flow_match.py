@@ -64,11 +64,13 @@ class FlowMatch:
         self.conditions = pipe.conditions()
 
     def units(self) -> tuple[Unit, ...]:
-        """Return a tuple of the pipeline's units that compute the network's conditions and the clean latents."""
+        """Return a tuple of the pipeline's `Unit`s that compute the network's conditions and the clean latents."""
         return self.pipe.condition_units("input_latents")
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a scalar, and a dict of unweighted mean errors for the noisier and the cleaner levels."""
+        """Return (loss, metrics): a scalar tensor with gradient, and a dict with the unweighted mean errors
+        `noisy_half` and `clean_half`; NaN if the batch has no level in that half.
+        """
         x0: Float[Tensor, "b ..."] = values["input_latents"]
         # Sample an index, not a time: rounded to bf16, times above 512 of 1000 lie on a grid of 4.
         index = torch.randint(self.first, self.last, (len(x0),), generator=generator, device=x0.device)
@@ -87,7 +89,8 @@ class FlowMatch:
 
 
 def bell_weights(sigmas: Float[Tensor, "levels"]) -> Float[Tensor, "levels"]:
-    """Return a loss weight for each noise level: mean 1, minimum 0, largest in the middle of the noise range.
+    """Return a tensor `levels` with the loss weight of each noise level in `sigmas`: mean 1, minimum 0, largest at
+    sigma 1/2.
 
     `exp(-2 (sigma - 1/2)^2)` minus its smallest value, as in DiffSynth-Studio.
     """

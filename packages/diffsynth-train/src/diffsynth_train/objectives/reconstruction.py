@@ -60,11 +60,13 @@ class Reconstruction:
             raise TrainingError(f"[objective] crop = {options.crop}: expected a multiple of {factor}")
 
     def units(self) -> tuple[Unit, ...]:
-        """Return an empty tuple: no units are needed, since the loss calls the autoencoder directly."""
+        """Return an empty tuple of units: the loss calls the autoencoder directly and needs no results of units."""
         return ()
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a scalar, and a dict with the metric `mse`, the mean squared error alone."""
+        """Return (loss, metrics): a scalar tensor with gradient, and a dict with `mse`, the mean squared error without
+        the other terms.
+        """
         options, config = self.options, self.autoencoder.config
         image: Float[Tensor, "b c h w"] = self._crop(values[options.image], generator)
         mean, logvar = self.autoencoder.encode_moments(image)
@@ -82,7 +84,9 @@ class Reconstruction:
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Set shift and scaling factor in the autoencoder's config so that scaled latents have mean 0, variance 1."""
+        """Set shift and scaling factor in the autoencoder's config so that scaled latents of all rows have mean 0 and
+        variance 1.
+        """
         means = [self.autoencoder.encode_moments(values[self.options.image])[0].float() for values in batches]
         z = torch.cat([mean.flatten() for mean in means]).double()
         self.autoencoder.config = dataclasses.replace(

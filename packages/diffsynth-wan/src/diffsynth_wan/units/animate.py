@@ -19,7 +19,7 @@ from diffsynth_wan.variants.animate import AnimateMotion
 
 @unit("is_cond", "is_cond_of_uncond")
 def mark_branches() -> tuple[bool, bool]:
-    """Return two bools, `is_cond` of the two branches of guidance: True for `cond`, False for `uncond`."""
+    """Return `(True, False)`, the values of `is_cond` for the conditional and the unconditional branch of guidance."""
     return True, False
 
 
@@ -33,7 +33,8 @@ def encode_animate_latents(
     animate_mask_video: Clip | None = None,
     video_shape: VideoShape,
 ) -> Float[Tensor, "1 c_image t h w"] | None:
-    """Return a tensor of mask and latents: a frame of the character's image, then the scene; None without a pose video.
+    """Return a tensor `1 c_image t h w`, channels of a mask and of latents: one frame of the character's image, then
+    those of the scene; None without a pose video.
 
     The scene is grey, or the inpaint video, which is kept where its mask is black.
     """
@@ -56,7 +57,8 @@ def encode_animate_latents(
 
 
 def _kept_mask(mask: Clip | None, shape: VideoShape, frames: int) -> Float[Tensor, "1 time_factor t h w"]:
-    """Return a mask `1 time_factor t h w`, 1 where the scene is kept; the frames of a latent frame are channels.
+    """Return a mask `1 time_factor t h w` in [0, 1], 1 where the scene is kept; its channels are the video frames of a
+    latent frame.
 
     The first frame fills all channels of its latent frame.
     """
@@ -82,7 +84,7 @@ def add_animate_motion(
     is_cond: bool,
     video_shape: VideoShape,
 ) -> tuple[Extension, ...]:
-    """Return `extensions` with an `AnimateMotion` (pose and face) appended; unchanged without a pose video.
+    """Return the tuple `extensions` with an `AnimateMotion` (pose and face) appended; unchanged without a pose video.
 
     The unconditional branch gets a black face.
     """
@@ -103,7 +105,7 @@ def add_animate_motion(
 
 @unit("prefix_frames", requires=("animate_adapter",))
 def add_animate_prefix_frame(*, prefix_frames: int, animate_pose_video: Clip | None = None) -> int:
-    """Return the number of prefix frames: one more if there is a pose video, for the character's image.
+    """Return the number of prefix frames: `prefix_frames`, plus one for the character's image if there is a pose video.
 
     It is the first latent frame of `num_frames`.
     """

@@ -40,7 +40,7 @@ def encode_reference_prompt(
     animate2_reference_video: Clip | None = None,
     device: torch.device,
 ) -> Float[Tensor, "1 s e"]:
-    """Return the hidden states `1 s e` of the prompt that describes the reference video."""
+    """Return the text encoder's hidden states `1 s e`, 512 tokens, of the prompt that describes the reference video."""
     return encode_text(text_encoder, tokenizer, animate2_prompt_ref, device)
 
 
@@ -48,7 +48,9 @@ def encode_reference_prompt(
 def encode_reference_image_embeds(
     image_encoder: Any = None, *, animate2_reference_video: Clip | None = None, video_shape: VideoShape, image_dim: int
 ) -> Float[Tensor, "1 s e"] | None:
-    """Return CLIP's hidden states `1 s e` of the reference video's first frame; None if the network takes none."""
+    """Return CLIP's hidden states `1 s e` of the reference video's first frame; None if the network takes no image
+    embeddings.
+    """
     if not image_dim:
         return None
     assert animate2_reference_video is not None, "only with it"
@@ -76,7 +78,8 @@ def encode_animate2_latents(
     animate2_refert_images: Clip | None = None,
     video_shape: VideoShape,
 ) -> Float[Tensor, "1 c_image t_prefix h w"]:
-    """Return a tensor of mask and latents: a frame of the character's image, then those of a grey clip.
+    """Return a tensor `1 c_image t_prefix h w`, channels of a mask and of latents: one frame of the character's image,
+    then those of a clip that is grey after the given frames.
 
     The clip begins with the last frames of the previous clip, if they are given.
     """
@@ -96,7 +99,9 @@ def encode_animate2_latents(
 
 
 def _padded_pieces(clip: Clip | None, given: int, shape: VideoShape) -> Iterator[Float[Tensor, "1 3 t height width"]]:
-    """Yield, in pieces, a clip as long as the video: the first `given` frames of `clip`, then grey (0) frames."""
+    """Yield a clip as long as the video in pieces (tensors of a few frames): the first `given` frames of `clip`, then
+    grey (0) frames.
+    """
     pieces: Iterator[Tensor] = iter(())
     if clip is not None:
         size = {"num_frames": given, "height": shape.height, "width": shape.width}
@@ -125,7 +130,8 @@ def cache_reference_video(
     video_shape: VideoShape,
     mesh: ProcessMesh | None = None,
 ) -> dict[int, ReferenceKVCache]:
-    """Return a dict first frame of a window -> `ReferenceKVCache` with keys and values of the reference in that window.
+    """Return a dict index of a window's first latent frame -> `ReferenceKVCache` with the keys and values of the
+    reference video in that window; key 0 alone without sliding windows.
 
     One forward pass for each window fills its cache, for all steps and both branches of guidance.
     """
@@ -159,6 +165,8 @@ def add_reference_attention(
     reference_caches: dict[int, ReferenceKVCache],
     is_cond: bool,
 ) -> tuple[Extension, ...]:
-    """Return `extensions` with a `ReferenceAttention` appended; the unconditional branch skips one block."""
+    """Return the tuple `extensions` with a `ReferenceAttention` appended, which in the unconditional branch skips the
+    blocks in `SKIPPED_BLOCKS`.
+    """
     skip = frozenset() if is_cond else SKIPPED_BLOCKS
     return (*extensions, ReferenceAttention(reference_caches[0], animate2_log_scale, skip, reference_caches))

@@ -85,7 +85,9 @@ def _world_to_camera(direction: str, num_frames: int, speed: float, origin: Sequ
 
 
 def _relative_poses(world_to_camera: Float[Tensor, "t 4 4"]) -> Float[Tensor, "t 4 4"]:
-    """Return the fp32 4 x 4 matrix of each frame from its camera's coordinates to those of the first camera."""
+    """Return an fp32 tensor `t 4 4`: for each frame, the matrix from its camera's coordinates to those of the first
+    camera.
+    """
     poses = world_to_camera[0] @ torch.linalg.inv(world_to_camera)
     poses[0] = torch.eye(4, dtype=poses.dtype)
     return poses.float()
@@ -114,7 +116,7 @@ def add_camera_control(
     camera_control_origin: tuple[float, ...] = ORIGIN,
     video_shape: VideoShape,
 ) -> tuple[Extension, ...]:
-    """Return `extensions` with a `CameraMotion` (the camera's rays) appended; unchanged without a direction."""
+    """Return the tuple `extensions` with a `CameraMotion` (camera rays) appended; unchanged without a direction."""
     if camera_control_direction is None:
         return extensions
     rays = camera_rays(

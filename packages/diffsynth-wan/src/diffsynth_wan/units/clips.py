@@ -21,12 +21,13 @@ Clip: TypeAlias = Sequence[Image.Image] | Tensor
 
 
 def clip_length(clip: Clip) -> int:
-    """Return the number of frames of a clip."""
+    """Return the number of frames of `clip`, a sequence of images or a tensor `1 3 t h w`."""
     return clip.shape[2] if isinstance(clip, Tensor) else len(clip)
 
 
 def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: int, any_size: bool = False) -> None:
-    """Raise an error if a clip cannot be fitted to a video of this size; nothing is decoded or encoded.
+    """Raise an error if a clip (images or a tensor) is too short for a video of this size or cannot be fitted to it; no
+    frame is decoded or encoded.
 
     Args:
         name: name of the call's argument, for messages.
@@ -62,7 +63,8 @@ def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: in
 def clip_pieces(
     name: str, clip: Clip, *, num_frames: int, height: int, width: int, piece: int
 ) -> Iterator[Float[Tensor, "1 3 t height width"]]:
-    """Yield the pixels of a clip's first `num_frames` frames, fp32 in [-1, 1], on the CPU: one, then `piece` at a time.
+    """Yield the pixels of the first `num_frames` frames of `clip` as fp32 CPU tensors `1 3 t height width` in [-1, 1]:
+    the first frame alone, then `piece` frames at a time, the last tensor perhaps fewer.
 
     Frames of another size are scaled to cover height x width and cropped about their centre.
     """
@@ -80,7 +82,8 @@ def clip_pieces(
 
 
 def _same_size(name: str, frames: Iterator[Image.Image]) -> Iterator[Image.Image]:
-    """Yield the given frames, PIL images; raise ValueError at one of another size than the first.
+    """Yield the given frames, PIL images, unchanged; raise ValueError at the first whose size differs from the first
+    frame's.
 
     `check_clip` cannot see the size before a frame is decoded.
     """

@@ -21,7 +21,7 @@ from diffsynth_wan.variants.speed import SpeedControl
 def encode_control_video(
     vae: Any, *, control_video: Clip | None = None, video_shape: VideoShape
 ) -> Float[Tensor, "1 c t h w"] | None:
-    """Return the latents `1 c t h w` of the control video; None without one."""
+    """Return the latents `1 c t h w` of the control video; None without a control video."""
     return None if control_video is None else video_shape.encode_clip(vae, "control_video", control_video)
 
 
@@ -29,7 +29,9 @@ def encode_control_video(
 def add_reference_image(
     vae: Any, *, extensions: tuple[Extension, ...], reference_image: Image.Image | None = None, video_shape: VideoShape
 ) -> tuple[Extension, ...]:
-    """Return `extensions` with a `ReferenceFrame` (the encoded image) appended; unchanged without a reference image."""
+    """Return the tuple `extensions` with a `ReferenceFrame` (encoded image) appended; unchanged without a reference
+    image.
+    """
     if reference_image is None:
         return extensions
     return (*extensions, ReferenceFrame(video_shape.encode_image(vae, reference_image)[:, :, 0]))
@@ -43,7 +45,7 @@ def add_speed_control(
     motion_bucket_id: float | None = None,
     video_shape: VideoShape,
 ) -> tuple[Extension, ...]:
-    """Return `extensions` with a `SpeedControl` appended; unchanged if `motion_bucket_id` is None."""
+    """Return the tuple `extensions` with a `SpeedControl` appended; unchanged if `motion_bucket_id` is None."""
     if motion_bucket_id is None:
         return extensions
     bucket = torch.tensor([float(motion_bucket_id)], device=video_shape.device)

@@ -28,7 +28,9 @@ def encode_image_latents(
     latent_channels: int,
     frame_times: bool,
 ) -> Float[Tensor, "1 c_image t h w"] | None:
-    """Return a tensor of a mask and latents, for a clip of the given frames that is grey elsewhere; None without one.
+    """Return a tensor `1 c_image t h w`, channels of a mask (if the network takes one) and of the latents of a clip
+    with the given images as first and last frames, empty elsewhere; None without an image or with one noise level per
+    frame. `animate_latents`, if given, are returned instead.
 
     Networks with as many image channels as latent channels (Control-Camera of Wan 2.1) were trained with the latents
     of the first frame, zeros for later frames, and no mask. Animate has its own latents.
@@ -58,7 +60,9 @@ def encode_image_latents(
 def encode_first_frame(
     vae: Any, *, input_image: Image.Image | None = None, video_shape: VideoShape, frame_times: bool
 ) -> Float[Tensor, "1 c 1 h w"] | None:
-    """Return the latents `1 c 1 h w` of the first frame, for networks with one noise level per frame; else None."""
+    """Return the latents `1 c 1 h w` of `input_image`, for networks with one noise level per frame; None for other
+    networks or without an image.
+    """
     if input_image is None or not frame_times:
         return None
     return video_shape.encode_image(vae, input_image)
@@ -76,7 +80,8 @@ def encode_image_embeds(
     image_dim: int,
     image_tokens: int,
 ) -> Float[Tensor, "1 s e"] | None:
-    """Return CLIP's hidden states `1 s e`, zeros without an image; None for a network without an image branch.
+    """Return CLIP's hidden states `1 s e` of the call's images, zeros without an image; None for a network without an
+    image branch.
 
     They are those of the reference image or the character's image if there is one; else of the first image and, in a
     network with positions for two images, the last one.

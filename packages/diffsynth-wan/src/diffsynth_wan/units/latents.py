@@ -23,13 +23,14 @@ from diffsynth_wan.units.shape import VideoShape
 def schedule(
     *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float = 5.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return a tensor of the noise levels (sigmas) of the steps, and a last 0."""
+    """Return a tensor `steps_plus_1` of the noise levels (sigmas in [0, 1]) of the steps, falling, and a last 0."""
     return wan_sigmas(num_inference_steps, shift=sigma_shift, strength=denoising_strength)
 
 
 @unit("expert_boundary", requires=("dit2",))
 def set_boundary(*, switch_DiT_boundary: float = 0.875) -> float:  # noqa: N803 - the published name
-    """Return the noise level in [0, 1] below which `dit2` replaces `dit` (Wan 2.2 with two experts).
+    """Return `switch_DiT_boundary` as a float: the noise level in [0, 1] below which `dit2` replaces `dit` (Wan 2.2
+    with two experts).
 
     Raises:
         ValueError: the level is not in [0, 1].
@@ -48,7 +49,8 @@ def generate_noise(
     seeds: list[int | None],
     rand_device: str = "cpu",
 ) -> Float[Tensor, "b c t h w"]:
-    """Return noise `b c t h w` for the video and its prefix frames, generated in fp32 and then cast.
+    """Return a tensor of noise `b c t h w` for the prefix frames and the video, generated in fp32 and cast to the dtype
+    of `video_shape`.
 
     The noise of prefix frames is generated last, so that the noise of the video does not depend on their number.
     """
@@ -62,7 +64,7 @@ def generate_noise(
 def encode_input_video(
     vae: Any, *, input_video: Clip | None = None, video_shape: VideoShape
 ) -> Float[Tensor, "1 c t h w"] | None:
-    """Return the latents `1 c t h w` of the input video; None without one."""
+    """Return the latents `1 c t h w` of the input video; None without an input video."""
     return None if input_video is None else video_shape.encode_clip(vae, "input_video", input_video)
 
 
@@ -75,7 +77,9 @@ def initial_latents(
     first_latents: Float[Tensor, "1 c t_first h w"] | None = None,
     vace_references: Float[Tensor, "1 c t_prefix h w"] | None = None,
 ) -> Float[Tensor, "b c t h w"]:
-    """Return latents `b c t h w`: noise, or the input noised to the first noise level; given first frames are clean."""
+    """Return the latents `b c t h w` of the first step: noise, or the input video noised to the first noise level; the
+    frames of `first_latents`, if given, are put in without noise.
+    """
     latents = noise
     if input_latents is not None:
         whole = input_latents if vace_references is None else torch.cat([vace_references, input_latents], dim=2)
@@ -90,7 +94,9 @@ def initial_latents(
 def decode_video(
     vae: Any, *, latents: Float[Tensor, "b c t h w"], prefix_frames: int, video_shape: VideoShape, output_type: str
 ) -> list[list[Image.Image]] | Float[Tensor, "b 3 frames height width"]:
-    """Return a list of PIL images for each video, or a tensor `b 3 t h w` in [-1, 1]; prefix frames are dropped."""
+    """Return a list with a list of PIL images for each video; or, for the output type `"tensor"`, a tensor `b 3 t h w`
+    in [-1, 1]. Prefix frames are left out.
+    """
     pieces = list(latents[:, :, prefix_frames:].split(1, dim=2))
     decoded = vae.decode_pieces(progress_bar(pieces, description="decode", total=len(pieces)), **video_shape.tiling)
     if output_type == "tensor":

@@ -30,7 +30,9 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]")
 def encode_prompt(
     text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
 ) -> Float[Tensor, "b s e"]:
-    """Return the hidden states `b s e` of the prompts, padded with zeros to 512 tokens; equal ones are encoded once."""
+    """Return the text encoder's hidden states `b s e` of the prompts, each cut (with a warning) or padded with zeros to
+    512 tokens; equal prompts are encoded once.
+    """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
     embeds = torch.cat([encode_text(text_encoder, tokenizer, text, device) for text in distinct])
@@ -38,7 +40,9 @@ def encode_prompt(
 
 
 def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.device) -> Float[Tensor, "1 s e"]:
-    """Return the hidden states `1 s e` of one text, padded with zeros to 512 tokens after the encoder."""
+    """Return the text encoder's hidden states `1 s e` of one text, cut (with a warning) or padded with zeros to 512
+    tokens.
+    """
     tokens = tokenizer([clean_prompt(text)], add_special_tokens=True, return_tensors="pt")["input_ids"]
     if tokens.shape[1] > MAX_PROMPT_TOKENS:
         logger.warning("a prompt of %d tokens is cut to %d", tokens.shape[1], MAX_PROMPT_TOKENS)
@@ -49,7 +53,7 @@ def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.devi
 
 
 def clean_prompt(text: str) -> str:
-    """Return a text, cleaned as in Wan's training: no HTML entities, plain quotes, normal width, single spaces.
+    """Return `text`, a str, cleaned as in Wan's training: no HTML entities, plain quotes, normal width, single spaces.
 
     The published code runs `ftfy.fix_text`; this gives the same for text whose encoding is not broken.
     """
@@ -61,5 +65,5 @@ def clean_prompt(text: str) -> str:
 
 @unit("merges_branches")
 def merge_branches(*, cfg_merge: bool = False) -> bool:
-    """Return a bool: whether prompt and negative prompt go through the network as one batch."""
+    """Return `cfg_merge`: whether prompt and negative prompt go through the network as one batch."""
     return cfg_merge

@@ -51,7 +51,7 @@ class VideoShape:
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
-        """Size of the video's latents as (frames, height, width), in latent frames and latent pixels."""
+        """Tuple (frames, height, width): the size of the video's latents, in latent frames and latent pixels."""
         frames = (self.num_frames - 1) // self.time_factor + 1
         return frames, self.height // self.vae_factor, self.width // self.vae_factor
 
@@ -64,7 +64,8 @@ class VideoShape:
         return self.encode_pieces(vae, [self.pixels(image)[:, :, None]], num_frames=1)
 
     def encode_clip(self, vae: Any, name: str, clip: Clip, *, num_frames: int | None = None) -> Tensor:
-        """Return the latents `1 c t h w` of the first frames of a clip, which is read and encoded in pieces.
+        """Return the latents `1 c t h w` of the first `num_frames` frames of `clip` (None: as many as the video has),
+        read and encoded a few frames at a time.
 
         Args:
             vae: the autoencoder.
@@ -79,7 +80,9 @@ class VideoShape:
         return self.encode_pieces(vae, pieces, num_frames=frames)
 
     def encode_pieces(self, vae: Any, pieces: Iterable[Tensor], *, num_frames: int) -> Tensor:
-        """Return the latents `1 c t h w` of a video given as pixels in pieces: one frame, then `time_factor` each."""
+        """Return the latents `1 c t h w` of a video given as `pieces`, tensors of pixels: the first of one frame, the
+        others of `time_factor` frames.
+        """
         total = (num_frames - 1) // self.time_factor + 1
         shown: Iterable[Tensor] = progress_bar(pieces, description="encode", total=total) if total > 1 else pieces
         moved = (piece.to(self.device, self.dtype) for piece in shown)
@@ -88,7 +91,9 @@ class VideoShape:
     def keyframe_pieces(
         self, first: Float[Tensor, "1 3 height width"], last: Float[Tensor, "1 3 height width"] | None = None
     ) -> Iterator[Float[Tensor, "1 3 t height width"]]:
-        """Yield a clip in pieces: the first frame, then grey (0) frames, ending with the last frame if given."""
+        """Yield a clip as long as the video in pieces (tensors of a few frames): the frame `first`, then grey (0)
+        frames, the last of them replaced by `last` if given.
+        """
         grey = first.new_zeros(1, 3, self.time_factor, self.height, self.width)
         yield first[:, :, None]
         pieces = self.latent_size[0] - 1
@@ -102,7 +107,8 @@ class VideoShape:
 def rounded_shape(
     height: int, width: int, num_frames: int, *, vae_factor: int, time_factor: int
 ) -> tuple[int, int, int]:
-    """Return (height, width, frames): pixels rounded up to whole tokens, frames to one more than a multiple.
+    """Return the ints (height, width, frames): pixels rounded up to multiples of `PATCH * vae_factor`, frames rounded
+    up to a multiple of `time_factor` plus 1.
 
     Raises:
         ValueError: one of the sizes is no positive integer.
@@ -118,7 +124,8 @@ def rounded_shape(
 def round_shape(
     *, height: int = 480, width: int = 832, num_frames: int = 81, vae_factor: int, time_factor: int
 ) -> tuple[int, int, int]:
-    """Return (height, width, frames): pixels rounded up to whole tokens, frames to `time_factor * n + 1`.
+    """Return the ints (height, width, frames) of a call: pixels rounded up to multiples of `PATCH * vae_factor`, frames
+    rounded up to a multiple of `time_factor` plus 1.
 
     Changes are logged.
     """
@@ -144,7 +151,8 @@ def set_video_shape(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[VideoShape, tuple[Extension, ...], int]:
-    """Return a `VideoShape` for the other units, and initial values that they add to: no extension, no prefix frame.
+    """Return `(VideoShape, (), 0)`: the sizes of the call, and the start values of the extensions and of the number of
+    prefix frames, to which other units add.
 
     Raises:
         ValueError: tiles of no size, or that leave gaps.
@@ -167,7 +175,7 @@ def set_video_shape(
 def set_sliding_window(
     *, sliding_window_size: int | None = None, sliding_window_stride: int | None = None, prefix_frames: int
 ) -> SlidingWindow | None:
-    """Return a `SlidingWindow` for the call, or None without sliding windows.
+    """Return a `SlidingWindow` with the size and stride of the call; None if it gives neither.
 
     Runs after all units that add prefix frames.
     """

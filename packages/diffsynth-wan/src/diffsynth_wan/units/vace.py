@@ -35,7 +35,9 @@ def encode_vace_references(
     vace_reference_image: Image.Image | Sequence[Image.Image] | None = None,
     video_shape: VideoShape,
 ) -> tuple[Float[Tensor, "1 c t h w"] | None, int]:
-    """Return the latents of the reference images, a frame each, or None; and the new number of prefix frames."""
+    """Return (latents, number of prefix frames): latents `1 c t h w` of the reference images, a frame each, and
+    `prefix_frames` plus their number; `(None, prefix_frames)` without images.
+    """
     if vace_reference_image is None:
         return None, prefix_frames
     images = [vace_reference_image] if isinstance(vace_reference_image, Image.Image) else list(vace_reference_image)
@@ -53,7 +55,8 @@ def encode_vace_condition(
     vace_scale: float = 1.0,
     video_shape: VideoShape,
 ) -> VaceCondition | None:
-    """Return a `VaceCondition`: latents of a video's kept and changeable pixels, with a mask; None without VACE inputs.
+    """Return a `VaceCondition`: latents of a video's kept and of its changeable pixels, and the mask, along the
+    channels, with a scale; None without VACE inputs.
 
     The reference images are the first frames.
 
@@ -73,14 +76,16 @@ def encode_vace_condition(
 
 
 def _masked(clip: Clip | None, mask: Clip | None, shape: VideoShape, *, kept: bool) -> Iterator[Tensor]:
-    """Yield a video in pieces, with the kept or the changeable pixels; the other pixels are grey (0)."""
+    """Yield a video in pieces (tensors of a few frames) with only the kept, or only the changeable, pixels; the other
+    pixels are grey (0).
+    """
     pieces = zip(_pieces("vace_video", clip, shape, missing=0.0), _mask_pieces(mask, shape), strict=True)
     for pixels, changeable in pieces:
         yield pixels * (1 - changeable if kept else changeable)
 
 
 def _pieces(name: str, clip: Clip | None, shape: VideoShape, *, missing: float) -> Iterator[Tensor]:
-    """Yield the pixels of a clip as tensors of a few frames; if `clip` is None, those of the constant `missing`."""
+    """Yield the pixels of `clip` as tensors of a few frames; if it is None, tensors filled with `missing`."""
     size = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width}
     if clip is not None:
         yield from clip_pieces(name, clip, piece=shape.time_factor, **size)
@@ -90,7 +95,8 @@ def _pieces(name: str, clip: Clip | None, shape: VideoShape, *, missing: float) 
 
 
 def _mask_pieces(clip: Clip | None, shape: VideoShape) -> Iterator[Float[Tensor, "1 3 t height width"]]:
-    """Yield a mask in pieces of a few frames: 1 for changeable pixels, 0 for kept ones; all 1 without a clip.
+    """Yield a mask in pieces (tensors of a few frames): 1 for changeable pixels, 0 for kept ones; all 1 if `clip` is
+    None.
 
     A lossy file has other levels, which VACE was not trained with.
     """
@@ -99,7 +105,9 @@ def _mask_pieces(clip: Clip | None, shape: VideoShape) -> Iterator[Float[Tensor,
 
 
 def _folded_mask(clip: Clip | None, shape: VideoShape) -> Float[Tensor, "1 c t h w"]:
-    """Return a mask `1 c t h w`: the pixels of a latent pixel are channels; of each latent frame, one frame is used."""
+    """Return a mask `1 c t h w` whose channels are the pixels of a latent pixel: 1 for changeable pixels, 0 for kept
+    ones; one video frame is used for each latent frame.
+    """
     factor, frames = shape.vae_factor, shape.latent_size[0]
     masks = torch.cat([piece[:, :1] for piece in _mask_pieces(clip, shape)], dim=2)
     folded = rearrange(masks, "1 1 t (h p) (w q) -> 1 (p q) t h w", p=factor, q=factor)

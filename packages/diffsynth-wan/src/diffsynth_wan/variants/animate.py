@@ -67,7 +67,9 @@ class AnimateMotion:
         return stream
 
     def in_window(self, window: Window) -> AnimateMotion:
-        """Return an `AnimateMotion` with pose and face of a window's frames; each window has the character's image."""
+        """Return an `AnimateMotion` with pose and face of the frames of `window`, and the character's image in every
+        window.
+        """
         assert window.prefix_frames, "the character's image is frame 0, before the video"
         pose = self.pose_tokens.unflatten(1, (self.face_tokens.shape[1] - 1, -1))
         pose = replace(window, prefix_frames=window.prefix_frames - 1).cut(pose, dim=1).flatten(1, 2)
@@ -107,7 +109,7 @@ class WanAnimateAdapter(nn.Module):
         pose_latents: Float[Tensor, "b c t h w"],
         face_pixels: Float[Tensor, "b 3 frames height width"],
     ) -> tuple[Float[Tensor, "b s e"], Float[Tensor, "b t_plus_1 n e"]]:
-        """Return pose tokens `b s e`, and face tokens `b t_plus_1 n e` whose first frame is zero.
+        """Return (pose tokens `b s e`, face tokens `b t_plus_1 n e`); the face tokens of the first frame are zero.
 
         Args:
             pose_latents: scaled latents of the pose video.

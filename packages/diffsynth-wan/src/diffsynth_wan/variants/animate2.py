@@ -40,11 +40,11 @@ class ReferenceKVCache:
     blocks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def store(self, block: int, k: Float[Tensor, "b s n d"], v: Float[Tensor, "b s n d"]) -> None:
-        """Store keys (after RoPE) and values of one block; on the CPU if offloaded."""
+        """Store the keys (after RoPE) and values of block `block` in this cache; on the CPU if `offload` is on."""
         self.blocks[block] = (k.cpu(), v.cpu()) if self.offload else (k, v)
 
     def fetch(self, block: int, device: torch.device) -> tuple[Float[Tensor, "b s n d"], Float[Tensor, "b s n d"]]:
-        """Return two tensors `b s n d` on `device`: the stored keys and values of one block.
+        """Return (keys, values), two tensors `b s n d` on `device`, that were stored for block `block`.
 
         Raises:
             ValueError: the block was never stored.
@@ -111,7 +111,7 @@ class ReferenceAttention:
         )
 
     def in_window(self, window: Window) -> ReferenceAttention:
-        """Return a `ReferenceAttention` with the cache of the window's frames.
+        """Return a `ReferenceAttention` with the cache of the frames of `window`.
 
         Every window has frame 0. Only the first one has frame 1 of the video, so only there `log_scale` applies.
         """
@@ -133,7 +133,9 @@ class ReferenceAttention:
         return torch.cat(outputs, dim=1)
 
     def _score_bias(self, k: Tensor, per_frame: int) -> Tensor | None:
-        """Return a bias `1 1 1 keys` of attention scores, keys of the reference last; None if `log_scale` is 0."""
+        """Return a bias of the attention scores, a tensor `1 1 1 keys`: `log_scale` for the keys of the second frame,
+        else 0; None if `log_scale` is 0.
+        """
         if self.log_scale == 0:
             return None
         bias = k.new_zeros(1, 1, 1, k.shape[1] + per_frame)

@@ -35,5 +35,5 @@ class CameraMotion:
         return replace(stream, tokens=stream.tokens + dit.control_adapter(self.rays))
 
     def in_window(self, window: Window) -> CameraMotion:
-        """Return a `CameraMotion` with the camera rays of the window's frames."""
+        """Return a `CameraMotion` with the camera rays of the frames of `window`."""
         return CameraMotion(window.cut(self.rays))

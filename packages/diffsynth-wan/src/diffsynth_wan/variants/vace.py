@@ -53,7 +53,8 @@ class _Hint:
 
 
 def hinted_blocks(blocks: int, hints: int) -> range:
-    """Return a range of the indices of the blocks that get a hint, evenly spaced: every `blocks // hints`-th.
+    """Return a range of the indices of the blocks that get a hint (a tensor added to the tokens): every `blocks //
+    hints`-th, from 0.
 
     Raises:
         ValueError: `hints` does not divide `blocks`.
@@ -83,7 +84,8 @@ class WanVace(nn.Module):
     def forward(
         self, stream: Stream, control_latents: Float[Tensor, "b c t h w"], hinted: Sequence[int]
     ) -> dict[int, Float[Tensor, "b s e"]]:
-        """Return a dict index of a block in `hinted` -> hint, a tensor `b s e` to add to the tokens after that block.
+        """Return a dict index of a block in `hinted` -> hint, a tensor `b s e` that is to be added to the tokens after
+        that block.
 
         Args:
             stream: inputs of the network's blocks.
@@ -133,7 +135,7 @@ class VaceBlock(WanBlock):
         rotary: Rotary,
         attend: Attend,
     ) -> tuple[Float[Tensor, "b s e"], Float[Tensor, "b s e"]]:
-        """Return two tensors `b s e`: the control tokens after this block, and the hint for the network."""
+        """Return (control tokens after this block, hint to add to the network's tokens), two tensors `b s e`."""
         if self.before_proj is not None:
             control = tokens + self.before_proj(control)
         control = super().forward(control, context, None, modulation, rotary, attend)

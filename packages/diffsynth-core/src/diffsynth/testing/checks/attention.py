@@ -47,7 +47,7 @@ _TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield a `Check` (a named test, not yet run) for each pair of an attention backend of the plugin and a test case."""
+    """Yield a `Check` (a named test, not yet run) for each attention backend of the plugin and each test case."""
     for fact in subject.declared("attention"):
         for name, case in _CASES.items():
             equal = functools.partial(_equals_naive, fact, case)

@@ -72,7 +72,7 @@ def _supports_lora(fact: ArchitectureSpec) -> None:
 
 
 def _random_lora(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
-    """Return a `LoRA` with random factors that changes the weight of each layer in `targets` by a quarter of its norm."""
+    """Return a `LoRA` with random factors that changes the weight of each target layer by a quarter of its norm."""
     import torch
 
     from diffsynth.core.lora import LoRA, LoRALayer, target_layers
