@@ -31,7 +31,9 @@ class FrameCache:
     def before(
         self, layer: nn.Module, x: Float[Tensor, "b c t h w"], count: int
     ) -> Float[Tensor, "b c t_before h w"] | None:
-        """Return the layer's earlier frames, at most `count`, or None, and store the last `count` including `x`."""
+        """Return the stored last frames of a layer's earlier pieces, or None if there are none, and store the last
+        `count` frames up to the end of `x` (none after the last piece).
+        """
         before = self._frames.pop(layer, None)
         if not self.is_last:
             recent = x if before is None or x.shape[2] >= count else torch.cat((before, x), dim=2)
@@ -40,7 +42,7 @@ class FrameCache:
         return before
 
     def to(self, device: torch.device | str) -> None:
-        """Move all stored frames to a device, in place."""
+        """Move all stored frames of this cache to `device`, in place."""
         self._frames = {layer: frames.to(device) for layer, frames in self._frames.items()}
 
     @property
@@ -62,7 +64,7 @@ class CausalSequential(nn.Sequential, CausalLayer):
         self._is_causal = tuple(isinstance(layer, CausalLayer) for layer in layers)
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """Return the features `b c2 t2 h2 w2` of a piece of a video after all layers."""
+        """Return the features `b c2 t2 h2 w2` of a piece of a video (`x`) after all layers in order."""
         for layer, is_causal in zip(self, self._is_causal, strict=True):
             x = layer(x, cache) if is_causal else layer(x)
         return x
@@ -79,7 +81,9 @@ class CausalConv3d(nn.Conv3d, CausalLayer):
         super().__init__(in_dim, dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t h w"]:
-        """Return the convolved features `b c2 t h w` of a piece of a video, with as many frames as `x`."""
+        """Return the convolved features `b c2 t h w` of a piece of a video, with as many frames as `x`; earlier frames
+        come from `cache`.
+        """
         depth = self.kernel_size[0] - 1
         if depth == 0:
             return super().forward(x)
@@ -130,7 +134,7 @@ class ResidualBlock(CausalLayer):
         self.shortcut = nn.Identity() if in_dim == dim else nn.Conv3d(in_dim, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t h w"]:
-        """Return the features of a piece of a video after this residual block."""
+        """Return the features `b c2 t h w` of a piece of a video after this residual block."""
         return self.shortcut(x) + self.residual(x, cache)
 
 
@@ -144,7 +148,7 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c t h w"]:
-        """Return the features of all frames plus their attention output, of the shape of `x`."""
+        """Return the tensor `x` plus the self-attention output within each frame, in the shape of `x`."""
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "f (three c) h w -> three f (h w) 1 c", three=3)
         attended = rearrange(attention(q, k, v), "f (h w) 1 c -> f c h w", h=x.shape[3])
@@ -161,7 +165,9 @@ class Downsample(CausalLayer):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c t2 h2 w2"]:
-        """Return the features of a piece of a video at half the height and width and, if `in_time`, fewer frames."""
+        """Return the features `b c t2 h2 w2` of a piece of a video at half the height and width; with `in_time`, two
+        frames become one, except that a video's first stays.
+        """
         x = _by_frame(self.resample, x)
         if self.time_conv is None:
             return x
@@ -183,7 +189,9 @@ class Upsample(CausalLayer):
         self.time_conv = CausalConv3d(in_dim, 2 * in_dim, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """Return the features of a piece of a video at twice the height and width and, if `in_time`, more frames."""
+        """Return the features `b c2 t2 h2 w2` of a piece of a video at twice the height and width; with `in_time`, each
+        frame becomes two, except the video's first.
+        """
         if self.time_conv is not None:
             x = self._double_frames(x, cache)
         return _by_frame(self.resample, x)
@@ -218,7 +226,9 @@ class Encoder(nn.Module):
         self.head = _head(dim, moments)
 
     def forward(self, x: Float[Tensor, "b c_in t4 h8 w8"], cache: FrameCache) -> Float[Tensor, "b two_c t h w"]:
-        """Return mean and log-variance of a piece's latents as one tensor `b two_c t h w`, stacked by channel."""
+        """Return one tensor `b two_c t h w` for a piece of a video: the mean, then the log-variance of its latents,
+        stacked along the channels.
+        """
         x = self.downsamples(self.conv1(x, cache), cache)
         return self.head(self.middle(x, cache), cache)
 
@@ -244,7 +254,7 @@ class Decoder(nn.Module):
         self.head = _head(dim, out_channels)
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c_in t4 h8 w8"]:
-        """Return the decoded frames `b c_in t4 h8 w8` of a piece of latents."""
+        """Return the decoded frames of a piece of latents as a tensor `b c_in t4 h8 w8`."""
         x = self.middle(self.conv1(x, cache), cache)
         return self.head(self.upsamples(x, cache), cache)
 

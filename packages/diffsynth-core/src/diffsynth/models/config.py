@@ -42,7 +42,7 @@ class FluxAutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Number of image pixels per latent pixel, along one side."""
+        """Number of image pixels per latent pixel along one side, an int (8 by default)."""
         return 1 << (len(self.block_out_channels) - 1)
 
 
@@ -50,7 +50,9 @@ TINY_FLUX_AUTOENCODER = FluxAutoencoderConfig(block_out_channels=(64, 64, 128, 1
 
 
 def tiny_flux_autoencoder_inputs(config: FluxAutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return a dict of arguments of `FluxAutoencoder.forward`: two small images, not square, fp32 on the CPU."""
+    """Return a dict argument name -> value for `FluxAutoencoder.forward`: two random images, not square, fp32 on the
+    CPU.
+    """
     import torch
 
     size = (3 * config.factor, 2 * config.factor)
@@ -58,7 +60,7 @@ def tiny_flux_autoencoder_inputs(config: FluxAutoencoderConfig, generator: torch
 
 
 def infer_flux_autoencoder_config(shapes: Shapes) -> FluxAutoencoderConfig:
-    """Return the `FluxAutoencoderConfig` of a file from the shapes of its tensors.
+    """Return the `FluxAutoencoderConfig` of the network in a file, from `shapes` (tensor name -> shape).
 
     Raises:
         ValueError: the file is of another autoencoder with similar names.
@@ -116,7 +118,9 @@ TINY_QWEN3_TEXT_ENCODER = Qwen3TextEncoderConfig(
 
 
 def tiny_qwen3_text_encoder_inputs(config: Qwen3TextEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return a dict of arguments of `Qwen3TextEncoder.forward`: two random prompts, one padded on the right."""
+    """Return a dict argument name -> value for `Qwen3TextEncoder.forward`: token ids and mask of two random prompts,
+    one padded on the right.
+    """
     import torch
 
     return {
@@ -126,7 +130,7 @@ def tiny_qwen3_text_encoder_inputs(config: Qwen3TextEncoderConfig, generator: to
 
 
 def infer_qwen3_text_encoder_config(shapes: Shapes) -> Qwen3TextEncoderConfig:
-    """Return the `Qwen3TextEncoderConfig` of a file from the shapes of its tensors.
+    """Return the `Qwen3TextEncoderConfig` of the network in a file, from `shapes` (tensor name -> shape).
 
     Raises:
         ValueError: the file has no norm of queries per head, so it is not a Qwen3.
@@ -192,12 +196,14 @@ class WanAutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Number of pixels per latent pixel, along one side."""
+        """Number of video pixels per latent pixel along one side, an int (8 by default)."""
         return 1 << len(self.temporal_downsample)
 
     @property
     def time_factor(self) -> int:
-        """Video frames per latent frame; the first video frame has a latent frame to itself."""
+        """Number of video frames per latent frame, an int (4 by default); the first video frame has a latent frame to
+        itself.
+        """
         return 1 << sum(self.temporal_downsample)
 
 
@@ -205,7 +211,9 @@ TINY_WAN_AUTOENCODER = WanAutoencoderConfig(dim=8)
 
 
 def tiny_wan_autoencoder_inputs(config: WanAutoencoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return a dict of arguments of `WanAutoencoder.forward`: a video of two latent frames, fp32 on the CPU."""
+    """Return a dict argument name -> value for `WanAutoencoder.forward`: a random video of two latent frames, fp32 on
+    the CPU.
+    """
     import torch
 
     size = (config.time_factor + 1, 3 * config.factor, 2 * config.factor)
@@ -213,7 +221,7 @@ def tiny_wan_autoencoder_inputs(config: WanAutoencoderConfig, generator: torch.G
 
 
 def infer_wan_autoencoder_config(shapes: Shapes) -> WanAutoencoderConfig:
-    """Return the `WanAutoencoderConfig` of a file from the shapes of its tensors.
+    """Return the `WanAutoencoderConfig` of the network in a file, from `shapes` (tensor name -> shape).
 
     Raises:
         ValueError: the file has another number of latent channels, or no downsampling layer.

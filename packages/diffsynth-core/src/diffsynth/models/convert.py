@@ -58,7 +58,9 @@ _WAN_RESIDUAL = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
 
 
 def wan_residual_blocks(source: str, target: str) -> tuple[Rule, ...]:
-    """Return the `Rename` rules from diffusers' parameter names to ours for a causal residual block."""
+    """Return a tuple of `Rename` rules for a causal residual block, from diffusers' parameter names below `source` to
+    ours below `target`.
+    """
     return (
         *(
             Rename(f"{source}.{theirs}.{{*}}", f"{target}.residual.{ours}.{{*}}")
@@ -69,12 +71,16 @@ def wan_residual_blocks(source: str, target: str) -> tuple[Rule, ...]:
 
 
 def wan_resampling(source: str, target: str) -> tuple[Rule, ...]:
-    """Return the `Rename` rules from diffusers' parameter names to ours for a downsampling or upsampling layer."""
+    """Return a tuple of `Rename` rules for a down- or upsampling layer, from diffusers' parameter names below `source`
+    to ours below `target`.
+    """
     return tuple(Rename(f"{source}.{name}.{{*}}", f"{target}.{name}.{{*}}") for name in ("resample", "time_conv"))
 
 
 def wan_ends(side: str) -> tuple[Rule, ...]:
-    """Return the `Rename` rules from diffusers' names to ours for first and last layers and middle block of a side."""
+    """Return a tuple of `Rename` rules, from diffusers' parameter names to ours, for the first and last layers and
+    middle block of `side` ("encoder" or "decoder").
+    """
     names = {"conv_in": "conv1", "mid_block.attentions.0": "middle.1", "norm_out": "head.0", "conv_out": "head.2"}
     return (
         *(Rename(f"{side}.{theirs}.{{*}}", f"{side}.{ours}.{{*}}") for theirs, ours in names.items()),

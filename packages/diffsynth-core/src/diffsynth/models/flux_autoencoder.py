@@ -34,7 +34,8 @@ class FluxAutoencoder(nn.Module):
         generator: torch.Generator | None = None,
         **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c h w"]:
-        """Return the scaled latents of images, `(z - shift_factor) * scaling_factor`, in the dtype of `image`.
+        """Return the scaled latents of images, a tensor `(z - shift_factor) * scaling_factor` in the dtype of `image`;
+        `z` is the posterior's mean, or a sample with `generator`.
 
         Args:
             image: pixels in [-1, 1]; height and width are multiples of `config.factor`.
@@ -54,7 +55,8 @@ class FluxAutoencoder(nn.Module):
     def encode_moments(
         self, image: Float[Tensor, "b c_in h8 w8"], **tiling: Unpack[Tiling]
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """Return two tensors, mean and log-variance (clamped to [-30, 20]) of the posterior of *unscaled* latents.
+        """Return two tensors of *unscaled* latents `b c h w`, the mean and the log-variance (clamped to [-30, 20]) of
+        their posterior.
 
         Raises:
             ValueError: height or width is no multiple of the factor, or tiles would leave gaps.
@@ -68,13 +70,17 @@ class FluxAutoencoder(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Float[Tensor, "b c h w"], **tiling: Unpack[Tiling]) -> Float[Tensor, "b c_in h8 w8"]:
-        """Return the images of scaled latents, about in [-1, 1], not clamped; `tiling` and errors as in `encode`."""
+        """Return the images of scaled latents as a tensor with values about in [-1, 1], not clamped; `tiling` and
+        errors as in `encode`.
+        """
         unscaled = latents / self.config.scaling_factor + self.config.shift_factor
         tiles = _tiles(*latents.shape[-2:], tiling)
         return tile_by_tile(self.decoder, unscaled, tiles, (1, self.config.factor))
 
     def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b c_in h8 w8"]:
-        """Return the images after encoding, to the mean of the posterior, and decoding."""
+        """Return the images after encoding (to the mean of the posterior) and decoding, a tensor of the shape of
+        `image`.
+        """
         return self.decode(self.encode(image))
 
     def init_weights(self) -> None:
@@ -104,7 +110,9 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b two_c h w"]:
-        """Return mean and log-variance of the latents in one tensor `b two_c h w`, stacked along the channels."""
+        """Return one tensor `b two_c h w`: the mean, then the log-variance of the images' unscaled latents, stacked
+        along the channels.
+        """
         x = self.conv_in(image)
         for block in self.down_blocks:
             x = block(x)
@@ -127,7 +135,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
     def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_in h8 w8"]:
-        """Return the decoded images `b c_in h8 w8` of unscaled latents."""
+        """Return the decoded images of unscaled latents as a tensor `b c_in h8 w8`."""
         x = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x)
@@ -145,7 +153,9 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(dim)] if downsample else [])
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """Return the features after this block, at half the resolution, except from the last block."""
+        """Return the features `b c h2 w2` after this block: at half the height and width of `x`, or at the same size if
+        it is the encoder's last block.
+        """
         for layer in (*self.resnets, *self.downsamplers):
             x = layer(x)
         return x
@@ -162,7 +172,9 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(dim)] if upsample else [])
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """Return the features after this block, at twice the resolution, except from the last block."""
+        """Return the features `b c h2 w2` after this block: at twice the height and width of `x`, or at the same size
+        if it is the decoder's last block.
+        """
         for layer in (*self.resnets, *self.upsamplers):
             x = layer(x)
         return x
@@ -177,7 +189,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(config, dim, dim) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the features after this block, of the shape of `x`."""
+        """Return the features `b c h w` after this block, of the shape of `x`."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
@@ -193,7 +205,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if in_dim == dim else nn.Conv2d(in_dim, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the features after this residual block, at the same resolution."""
+        """Return the features `b c h w` after this residual block, at the height and width of `x`."""
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
@@ -210,7 +222,7 @@ class PixelAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the features plus their attention output, of the shape of `x`."""
+        """Return the tensor `x` plus the self-attention output over its pixels, in the shape of `x`."""
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         q, k, v = (to(tokens)[:, :, None] for to in (self.to_q, self.to_k, self.to_v))
         h = self.to_out(attention(q, k, v)[:, :, 0])
@@ -225,7 +237,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, stride=2)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """Return the features at half the resolution."""
+        """Return the features `b c h2 w2` at half the height and width of `x`."""
         # The network was trained with padding on the right and at the bottom only.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
@@ -238,7 +250,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """Return the features at twice the resolution."""
+        """Return the features `b c h2 w2` at twice the height and width of `x`."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

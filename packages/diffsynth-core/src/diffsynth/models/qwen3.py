@@ -44,7 +44,8 @@ class Qwen3TextEncoder(nn.Module):
         *,
         layers: Sequence[int] = (-2,),
     ) -> Float[Tensor, "b s e"]:
-        """Return the hidden states `b s e` of `layers`, concatenated along `e`, in the dtype of the weights.
+        """Return a tensor `b s e`, the hidden states at the indices `layers`, concatenated along the last axis, in the
+        dtype of the weights.
 
         Args:
             input_ids: token ids.
@@ -97,7 +98,9 @@ class Rotary(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "b s e"], position_ids: Int[Tensor, "#b s"]
     ) -> tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]]:
-        """Return two tensors, cosine and sine of the rotary angles, the same for both halves of a head."""
+        """Return two tensors `b s d`, cosine and sine of the rotary angles in the dtype of `hidden`; both halves of a
+        head have the same angles.
+        """
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=hidden.device) / self.head_dim
         angles = position_ids[:, :, None].float() * (1.0 / self.theta**exponents)
         angles = torch.cat((angles, angles), dim=-1)
@@ -105,7 +108,9 @@ class Rotary(nn.Module):
 
 
 def _causal_mask(attention_mask: Tensor | None) -> Bool[Tensor, "b 1 s s"] | None:
-    """Return a bool mask that is causal and hides padding; None if there is no padding: `causal=True` is faster."""
+    """Return a bool mask `b 1 s s` (True = may attend) that is causal and hides padding tokens from other tokens; None
+    if nothing is padded, because `causal=True` is faster.
+    """
     if attention_mask is None or bool(attention_mask.all()):
         return None
     is_text = attention_mask.bool()

@@ -42,11 +42,13 @@ class Span:
     fade_out: int
 
     def scaled(self, scale: int) -> Span:
-        """Return the `Span` (start, stop, fades) in an image that is `scale` times as large as the latents."""
+        """Return this `Span` with start, stop and fades multiplied by `scale`: latent pixels become image pixels."""
         return Span(self.start * scale, self.stop * scale, self.fade_in * scale, self.fade_out * scale)
 
     def weights(self) -> Float[Tensor, "size"]:
-        """Return the fp32 blending weight of each pixel of the span: 1 inside, linear ramps above 0 at the ends."""
+        """Return an fp32 tensor, the blending weight of each pixel of the span: 1 inside, linear ramps (above 0) over
+        the fades at its ends.
+        """
         index = torch.arange(1, self.stop - self.start + 1, dtype=torch.float32)
         rising = index / max(self.fade_in, 1)
         falling = index.flip(0) / max(self.fade_out, 1)
@@ -61,12 +63,14 @@ class Tile:
     columns: Span
 
     def cut(self, frames: Float[Tensor, "*b h w"], scale: int = 1) -> Float[Tensor, "*b h2 w2"]:
-        """Return a view of the tile's pixels in frames that are `scale` times as large as the latents."""
+        """Return a view of the tile's part of `frames`, which are `scale` times as high and wide as the latents."""
         rows, columns = self.rows.scaled(scale), self.columns.scaled(scale)
         return frames[..., rows.start : rows.stop, columns.start : columns.stop]
 
     def weights(self, scale: int = 1) -> Float[Tensor, "h w"]:
-        """Return the fp32 blending weights `h w` of the tile's pixels, `scale` times as large as the latents."""
+        """Return an fp32 tensor `h w`, the blending weights of the tile's pixels in an image `scale` times as large as
+        the latents.
+        """
         rows, columns = self.rows.scaled(scale).weights(), self.columns.scaled(scale).weights()
         return torch.minimum(rows[:, None], columns[None, :])
 
@@ -88,13 +92,15 @@ class Blend:
         self._weight = self._sum.new_zeros(size)
 
     def add(self, tile: Tile, part: Float[Tensor, "*b h2 w2"]) -> None:
-        """Add the processed tile `part` to the weighted sum."""
+        """Add `part`, the processed pixels of `tile`, to the weighted sum."""
         weights = tile.weights(self._scale).to(part.device)
         tile.cut(self._sum, self._scale).add_(part.float() * weights)
         tile.cut(self._weight, self._scale).add_(weights)
 
     def result(self) -> Float[Tensor, "*b h w"]:
-        """Return the whole image: the weighted mean of the tiles added so far, in their dtype."""
+        """Return the whole image as a tensor: the weighted mean of the tiles added so far, in the dtype of the first
+        tile.
+        """
         return (self._sum / self._weight).to(self._dtype)
 
 
@@ -107,7 +113,8 @@ def cover(
     tile_stride: tuple[int, int] = (15, 26),
     even: bool = False,
 ) -> list[Tile]:
-    """Return a list of `Tile` that cover `height` x `width` latent pixels; a single one if `tiled` is False.
+    """Return a list of `Tile`s (rectangles) that cover `height` x `width` latent pixels, row by row; a single one if
+    `tiled` is False.
 
     Args:
         height, width: size of the latents in latent pixels.
@@ -131,7 +138,7 @@ def cover(
 def tile_by_tile(
     run: Callable[[Tensor], Tensor], x: Float[Tensor, "*b h_in w_in"], tiles: Sequence[Tile], scales: tuple[int, int]
 ) -> Float[Tensor, "*c h_out w_out"]:
-    """Return the blended results of `run` for each tile of `x`; a single tile gives `run(x)`.
+    """Return one tensor blended from the results of `run` for each tile of `x`; a single tile gives `run(x)`, not cut.
 
     Args:
         run: maps a tile of `x` to a tile of the result.
@@ -152,7 +159,8 @@ def tile_by_tile(
 
 
 def check_tiles(tile_size: tuple[int, int], tile_stride: tuple[int, int]) -> None:
-    """Raise ValueError unless the size and stride of tiles are positive and leave no gaps.
+    """Raise ValueError unless `tile_size` and `tile_stride` are pairs of positive integers and no stride is larger than
+    its size.
 
     Raises:
         ValueError: a size or stride is not positive, or the stride leaves gaps.

@@ -16,7 +16,7 @@ _NAME = "diffsynth"
 
 
 def attn_implementation() -> str:
-    """Return the name that selects our attention as `attn_implementation` of a transformers config.
+    """Return the name "diffsynth", which selects our attention as `attn_implementation` of a transformers config.
 
     The first call registers it with transformers.
     """
@@ -38,7 +38,7 @@ def _attend(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Return (attention output `b s n d`, None) for `b n s d` tensors, as transformers' functions do.
+    """Return a tuple (attention output `b s n d`, None) for tensors `b n s d`, as transformers' attention functions do.
 
     Without a mask, attention is causal by the module's `is_causal` if there is more than one query, as in transformers'
     `sdpa`; a mask includes causality. Options that our attention does not implement are refused.

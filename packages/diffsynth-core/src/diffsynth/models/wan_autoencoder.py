@@ -44,7 +44,7 @@ class CausalAutoencoder(nn.Module):
         progress: Progress | None = None,
         **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c t h w"]:
-        """Return the scaled latents of a video, `(mean - latents_mean) / latents_std`, in the dtype of `video`.
+        """Return the scaled latents of a video, a tensor `(mean - latents_mean) / latents_std` in the dtype of `video`.
 
         Args:
             video: pixels in [-1, 1]; `config.time_factor * k + 1` frames, sides that are multiples of `config.factor`.
@@ -67,7 +67,9 @@ class CausalAutoencoder(nn.Module):
         progress: Progress | None = None,
         **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c_in t4 h8 w8"]:
-        """Return the video of scaled latents, about in [-1, 1], not clamped; other arguments as in `encode`."""
+        """Return the video of scaled latents as a tensor with values about in [-1, 1], not clamped; other arguments as
+        in `encode`.
+        """
         pieces = latents.split(latents_per_piece, dim=2)
         decoded = self.decode_pieces(pieces if progress is None else progress(pieces), **tiling)
         first = next(decoded)
@@ -84,7 +86,7 @@ class CausalAutoencoder(nn.Module):
     def encode_pieces(
         self, pieces: Iterable[Float[Tensor, "b c_in t4 h8 w8"]], **tiling: Unpack[Tiling]
     ) -> Iterator[Float[Tensor, "b c t h w"]]:
-        """Yield a tensor of scaled latents `b c t h w` for each piece of a video.
+        """Yield a tensor of scaled latents `b c t h w` for each piece (consecutive frames) of a video, in order.
 
         Args:
             pieces: consecutive frames: first `config.time_factor * k + 1`, then multiples of `config.time_factor`.
@@ -101,7 +103,8 @@ class CausalAutoencoder(nn.Module):
     def encode_moments(
         self, video: Float[Tensor, "b c_in t4 h8 w8"]
     ) -> tuple[Float[Tensor, "b c t h w"], Float[Tensor, "b c t h w"]]:
-        """Return two tensors, mean and log-variance (clamped to [-30, 20]) of the posterior of *unscaled* latents.
+        """Return two tensors of *unscaled* latents `b c t h w`, the mean and the log-variance (clamped to [-30, 20]) of
+        their posterior.
 
         Raises:
             ValueError: the number of frames or a side does not fit.
@@ -113,7 +116,8 @@ class CausalAutoencoder(nn.Module):
     def decode_pieces(
         self, pieces: Iterable[Float[Tensor, "b c t h w"]], **tiling: Unpack[Tiling]
     ) -> Iterator[Float[Tensor, "b c_in t4 h8 w8"]]:
-        """Yield a tensor of frames for each piece of scaled latents, such as those of `latents.split(1, dim=2)`.
+        """Return an iterator over tensors of frames, one for each piece of scaled latents, such as those of
+        `latents.split(1, dim=2)`.
 
         The first latent frame gives one frame, each further one `config.time_factor` frames.
 
@@ -125,7 +129,8 @@ class CausalAutoencoder(nn.Module):
     def split_video(
         self, video: Float[Tensor, "b c_in t4 h8 w8"], latents_per_piece: int = 1
     ) -> list[Float[Tensor, "b c_in t4_piece h8 w8"]]:
-        """Return a list of views of a video, the pieces of consecutive frames for `encode_pieces`.
+        """Return a list of views of `video`, its pieces of consecutive frames for `encode_pieces`, each of
+        `latents_per_piece` latent frames (the last may have fewer).
 
         Raises:
             ValueError: the number of frames does not fit.
@@ -138,15 +143,17 @@ class CausalAutoencoder(nn.Module):
         return [head, *(later.split(factor * latents_per_piece, dim=2) if later.shape[2] else ())]
 
     def forward(self, video: Float[Tensor, "b c_in t4 h8 w8"]) -> Float[Tensor, "b c_in t4 h8 w8"]:
-        """Return the video after encoding, to the mean of the posterior, and decoding."""
+        """Return the video after encoding (to the mean of the posterior) and decoding, a tensor of the shape of
+        `video`.
+        """
         return self.decode(self.encode(video))
 
     def patchify(self, video: Float[Tensor, "b c_in t h w"]) -> Float[Tensor, "b c2 t h2 w2"]:
-        """Return the input of the encoder for frames: here the frames themselves."""
+        """Return the encoder's input for frames; in this class the tensor `video` itself."""
         return video
 
     def unpatchify(self, patches: Float[Tensor, "b c2 t h2 w2"]) -> Float[Tensor, "b c_in t h w"]:
-        """Return the frames for the output of the decoder: here the output itself."""
+        """Return the frames for the decoder's output; in this class the tensor `patches` itself."""
         return patches
 
     def _streamed(
@@ -157,7 +164,8 @@ class CausalAutoencoder(nn.Module):
         scale_out: int,
         tiling: Tiling,
     ) -> Iterator[Tensor]:
-        """Yield the result of `run`, a tensor, for each piece, blended from tiles; each tile has its own `FrameCache`.
+        """Yield a tensor for each piece: the results of `run` for its tiles, blended; each tile has its own
+        `FrameCache`.
 
         All tiles of a piece run before the next piece, so their caches exist at the same time. If these would take
         more than half of the free device memory, they are stored on the CPU between pieces.
@@ -199,7 +207,9 @@ class CausalAutoencoder(nn.Module):
         return self.unpatchify(self.decoder(self.conv2(latents), cache))
 
     def _latent_scales(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two fp32 tensors, mean and standard deviation of each latent channel, on the device of `like`."""
+        """Return two fp32 tensors `c 1 1 1`, the mean and the standard deviation of each latent channel, on the device
+        of `like`.
+        """
         scales = (self.config.latents_mean, self.config.latents_std)
         mean, std = (torch.tensor(scale, dtype=torch.float32, device=like.device) for scale in scales)
         return mean[:, None, None, None], std[:, None, None, None]
@@ -246,7 +256,7 @@ def _latent_size(piece: Tensor, scale: int) -> tuple[int, int]:
 
 
 def _with_last(pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Yield (piece, whether it is the last one) for each piece."""
+    """Yield (piece, whether it is the last one) for each of `pieces`, one piece behind."""
     previous = None
     for piece in pieces:
         if previous is not None:
@@ -257,7 +267,9 @@ def _with_last(pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
 
 
 def _exceed_memory(cache: FrameCache, count: int, device: torch.device) -> bool:
-    """Whether `count` caches of this size after the first piece would take more than half of the free memory."""
+    """Whether `count` caches like `cache` (as it is after the first piece) would take more than half of the device's
+    free memory; False for a single one, or if that is unknown.
+    """
     free = devices.available_memory(device) if count > 1 and device.type != "meta" else None
     # After its first frame, a cache has half of its final size.
     return free is not None and 2 * cache.nbytes * count > free // 2

@@ -17,7 +17,8 @@ def initial_noise(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Float[Tensor, "b ..."]:
-    """Return standard normal noise, one entry per seed; entry i equals the noise of a call with only `seeds[i]`.
+    """Return a tensor of standard normal noise with one entry of `shape` per seed; entry i equals the noise of a call
+    with only `seeds[i]`, unless that is None.
 
     Random numbers are generated in `dtype`, because a generator can give other values in bf16 than in fp32. Z-Image,
     FLUX.2 and Qwen-Image use the pipeline's dtype (bf16); FLUX.1 and Wan use fp32, and their callers cast afterwards.
@@ -44,7 +45,7 @@ def initial_noise(
 def add_noise(
     x0: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], sigma: Float[Tensor, " b"] | Float[Tensor, ""] | float
 ) -> Float[Tensor, "b ..."]:
-    """Return noised data, `(1 - sigma) * x0 + sigma * noise`, in the dtype of `x0`.
+    """Return noised data, the tensor `(1 - sigma) * x0 + sigma * noise`, in the shape and dtype of `x0`.
 
     Args:
         x0: data.

@@ -30,7 +30,8 @@ LIGHTNING_MU = math.log(3)
 
 
 def z_image_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Return the `num_steps + 1` noise levels of Z-Image, fp32: a uniform grid, shifted, and then 0.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of Z-Image: a uniform grid from `strength` down,
+    shifted, and then 0.
 
     Z-Image team 2025, arXiv:2511.22699.
 
@@ -47,7 +48,8 @@ def z_image_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0)
 
 
 def wan_sigmas(num_steps: int, *, shift: float = 5.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Return the `num_steps + 1` noise levels of Wan 2.1 and 2.2, fp32: Z-Image's, by default with a larger shift.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of Wan 2.1 and 2.2: those of Z-Image, but with a
+    default shift of 5.
 
     Wan team 2025, arXiv:2503.20314. Arguments and errors are those of `z_image_sigmas`.
     """
@@ -55,7 +57,8 @@ def wan_sigmas(num_steps: int, *, shift: float = 5.0, strength: float = 1.0) -> 
 
 
 def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Return the `num_steps + 1` noise levels of FLUX.1, fp32: a grid that ends above 0, shifted, and then 0.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of FLUX.1: a grid that ends above 0, shifted, and then
+    0.
 
     The grid goes from 1 to 0.003/1.002, inclusive. With one step it is its first entry.
 
@@ -75,7 +78,8 @@ def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -
 def flux2_sigmas(
     num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return the `num_steps + 1` noise levels of FLUX.2, fp32: a grid from 1 to 1/num_steps, shifted, and then 0.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of FLUX.2: a grid that ends at 1/num_steps, shifted,
+    and then 0.
 
     The log shift `mu` grows with the image, if `num_tokens` is given.
 
@@ -100,7 +104,8 @@ def flux2_sigmas(
 def qwen_image_sigmas(
     num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return the `num_steps + 1` noise levels of Qwen-Image, fp32: a shifted grid, stretched to 0.02, and then 0.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of Qwen-Image: a grid, shifted, stretched to end at
+    0.02 (unless it has one step), and then 0.
 
     arXiv:2508.02324. The stretch `1 - (1 - sigma) / k` keeps 1 fixed and moves the last level to 0.02. Two edge cases:
     * One step is not stretched. Its only level is the last one, so the formula would give 0/0 at full strength, and
@@ -126,7 +131,8 @@ def qwen_image_sigmas(
 def qwen_image_lightning_sigmas(
     num_steps: int, *, mu: float = LIGHTNING_MU, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return the `num_steps + 1` noise levels of Qwen-Image-Lightning, fp32: by default shift 3 for every size.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of Qwen-Image-Lightning: a uniform grid, shifted by
+    `exp(mu)` (by default 3), and then 0.
 
     Args:
         num_steps: calls of the network, at least 1.
@@ -141,7 +147,8 @@ def qwen_image_lightning_sigmas(
 
 
 def shift_sigmas(sigmas: Float[Tensor, " steps"], shift: float) -> Float[Tensor, " steps"]:
-    """Return noise levels moved toward 1 by a shift, `s*u / (1 + (s-1)*u)`, which keeps 0 and 1.
+    """Return a tensor of the noise levels `u` in `sigmas` after a shift `s`, `s*u / (1 + (s-1)*u)`, which keeps 0 and
+    1; `s` above 1 moves them toward 1.
 
     SD3, Esser et al. 2024, arXiv:2403.03206. A shift below 1 moves them toward 0.
 
@@ -154,7 +161,8 @@ def shift_sigmas(sigmas: Float[Tensor, " steps"], shift: float) -> Float[Tensor,
 
 
 def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tensor, " steps"]:
-    """Return noise levels moved toward 1 by a shift of `exp(mu)`, in the form of FLUX.2 and Qwen-Image.
+    """Return a tensor of the noise levels in `sigmas` after a shift of `exp(mu)`, in the formula of FLUX.2 and
+    Qwen-Image; `mu` above 0 moves them toward 1.
 
     Raises:
         ValueError: `mu` is not a number in [-80, 80], beyond which `exp(mu)` leaves fp32.
@@ -165,7 +173,8 @@ def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tens
 
 
 def flux2_mu(num_tokens: int, *, num_steps: int) -> float:
-    """Return the log shift of FLUX.2, a float: linear in `num_tokens`, and up to 4300 tokens in `num_steps`.
+    """Return the log of FLUX.2's shift, a float, linear in `num_tokens`; up to 4300 tokens it is also linear in
+    `num_steps`.
 
     Raises:
         ValueError: `num_tokens` is not a positive integer.
@@ -180,7 +189,8 @@ def flux2_mu(num_tokens: int, *, num_steps: int) -> float:
 
 
 def qwen_image_mu(num_tokens: int) -> float:
-    """Return the log shift of Qwen-Image, a float: linear in `num_tokens`, 0.5 at 256 (256x256), 0.9 at 8192.
+    """Return the log of Qwen-Image's shift, a float, linear in `num_tokens`: 0.5 for 256 tokens, 0.9 for 8192, not
+    clamped.
 
     Raises:
         ValueError: `num_tokens` is not a positive integer.
@@ -199,7 +209,8 @@ def _stretch_to_terminal(sigmas: Float[Tensor, " steps"], terminal: float) -> Fl
 
 
 def _schedule(levels: Float[Tensor, " steps"]) -> Float[Tensor, "steps_plus_1"]:
-    """Return the levels and a final 0, with levels that rounding made equal moved apart, so that all descend strictly.
+    """Return a tensor of `levels` (at most 1) and a final 0; levels that rounding made equal are moved apart, so that
+    all descend strictly.
 
     Levels coincide if strength is tiny (a FLUX.2 grid of 1e-8 around 1/num_steps) or the shift extreme (FLUX.2 at 4200
     pixels a side). They are moved apart by one unit in the last place, which does not affect a network.
