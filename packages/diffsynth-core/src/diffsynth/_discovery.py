@@ -160,7 +160,7 @@ def problems() -> list[Problem]:
 
 
 def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None:
-    """Record an error in the code that a declaration names as a `Problem` of its plugin, and log it once.
+    """Record an error in a declaration's code as a `Problem` of its plugin, unless it is known, and log it.
 
     Raises:
         BrokenPlugin: DIFFSYNTH_STRICT_PLUGINS is on.
@@ -201,7 +201,7 @@ def notify(hook_name: str, **values: Any) -> None:
 
 
 def first(hook_name: str, **values: Any) -> Any:
-    """Return the first result of a hook's implementations that is not None; None if there is none.
+    """Call a hook's implementations and return the first result that is not None; None if there is none.
 
     An exception raised by an implementation is passed on, with a note that names its plugin.
     """
@@ -270,13 +270,13 @@ def _discover() -> _Discovered:
 
 
 def describe(problems: Sequence[Problem]) -> str:
-    """Return a line of text: `1 plugin is broken: flux (diffsynth-flux 0.3.1): ... Run: ...`, for logs and errors."""
+    """Return one line for logs: "1 plugin is broken: flux (diffsynth-flux 0.3.1): ... Run: diffsynth plugins"."""
     count = "1 plugin is broken" if len(problems) == 1 else f"{len(problems)} plugins are broken"
     return f"{count}: {'; '.join(map(str, problems))}. Run: diffsynth plugins"
 
 
 def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
-    """Return a list of (entry point, `Plugin`, distributions that use its name if several do), core first.
+    """Return a list of (entry point, `Plugin`, list of distributions that share its name, else empty), core first.
 
     Plugins that DIFFSYNTH_PLUGINS does not allow are left out.
     """
@@ -369,7 +369,7 @@ def _declarations(manager: pluggy.PluginManager, module: Any) -> dict[str, list[
 
 
 def _collector(hook_name: str, expected: type, into: list[Any]) -> Callable[[Any], None]:
-    """Return the function `register` of a hook: it checks a declaration and appends it to `into`."""
+    """Return a function that raises `_Rejected` for an invalid declaration and else appends it to `into`."""
 
     def register(declaration: Any) -> None:
         if not isinstance(declaration, expected):

@@ -50,7 +50,7 @@ class ModelRecord:
 
 
 def models(pattern: str | None = None) -> list[ModelRecord]:
-    """Return a list of the `ModelRecord`s of all models, sorted by name.
+    """Return a list of the `ModelRecord`s of the installed models, all or those matching `pattern`, sorted by name.
 
     Args:
         pattern: a glob; only models whose name or hub id matches it are returned. Case is ignored.

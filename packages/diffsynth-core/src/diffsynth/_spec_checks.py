@@ -27,13 +27,13 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
 
 
 def references(declaration: Any) -> list[str]:
-    """Return a list of the non-empty references `"package.module:attribute"` to code in a declaration."""
+    """Return a list of the non-empty references to code, texts "package.module:attribute", in a declaration."""
     values = [getattr(declaration, name) for name in _REFERENCES[type(declaration)]]
     return [text for value in values for text in _texts(value) if text]
 
 
 def sources(declaration: Any) -> list[str]:
-    """Return a list of the source strings (files to load) in a declaration; empty for kinds without files."""
+    """Return a list of the source strings, such as "owner/repo:*.pt", in a declaration; empty if it has none."""
     if isinstance(declaration, spec.ModelSpec):
         return [*declaration.components.values(), *declaration.processors.values()]
     return list(declaration.files) if isinstance(declaration, spec.CheckpointSpec) else []
@@ -46,7 +46,7 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def identity(declaration: Any) -> str:
-    """Return the name, lower case, that must be unique among a plugin's declarations of a kind; empty without one."""
+    """Return a declaration's name in lower case, which is unique per plugin and kind; "" for a kind without names."""
     return str(getattr(declaration, "name", "")).lower()
 
 
@@ -112,7 +112,7 @@ def duplicates(declared: Iterable[Any]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _may_exist(module_name: str) -> bool:
-    """Whether a module may exist; False only if it is certainly missing.
+    """Whether a module may exist: False only if its top-level package is imported and lacks it.
 
     Nothing is imported, so a module is looked up only if its top-level package is imported already; else True.
     """

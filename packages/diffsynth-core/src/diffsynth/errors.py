@@ -116,7 +116,7 @@ class Refused(BackendError):
 
 
 def shortened(items: Iterable[object], limit: int = 8) -> str:
-    """Return a text such as `"a, b and 3 more"`: the first items, and the number of those left out.
+    """Return the first `limit` items as text, and the number of the others: "a, b and 3 more".
 
     Args:
         items: shown by `str`.

@@ -276,7 +276,7 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """Return a source string as a `Source`; see the module's docstring for its forms.
+    """Return a `Source` parsed from a text such as "owner/repo:*.safetensors" or "package://name/path".
 
     Raises:
         ValueError: neither `scheme://...` nor `owner/repository:pattern`.

@@ -138,7 +138,7 @@ def _merge(arguments: dict[str, Any], settings: Iterator[tuple[str, Any]]) -> di
 
 
 def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a dict of the arguments, images and videos opened; raise UserError for one that the model does not have.
+    """Return `arguments` with images and videos opened; raise UserError for an argument that the model does not have.
 
     Loads no weights.
     """
@@ -158,7 +158,7 @@ def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(model: str, arguments: Mapping[str, Any]) -> None:
-    """Raise the error of a wrong argument value before weights are loaded, which takes minutes for a large model."""
+    """Raise the error that a call would raise for its argument values, before weights are loaded."""
     from diffsynth import registry
     from diffsynth.runtime.planning import check_before_loading
 
@@ -195,7 +195,7 @@ def _status(text: str) -> Iterator[None]:
 
 
 def _open_images(arguments: dict[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dict of the arguments; paths in those that take images are replaced by PIL images or `VideoData`."""
+    """Return `arguments` with paths of images or videos, where these are taken, opened as PIL images or `VideoData`."""
     image_arguments = {name for name, schema in schemas.items() if '"x-diffsynth-type": "image"' in json.dumps(schema)}
     return {name: _opened(name, value) if name in image_arguments else value for name, value in arguments.items()}
 
@@ -249,7 +249,7 @@ def _numbered(out: Path, count: int) -> list[Path]:
 
 
 def _arguments_of_result(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return a dict of the arguments that generate result `index` alone: seed `seed + index`, or the item of a list."""
+    """Return `arguments` of result `index` alone: no num_images, and seed `seed + index`, or that item of a list."""
     single = {name: value for name, value in arguments.items() if name != "num_images"}
     seed = single["seed"]
     return single | {"seed": seed[index] if isinstance(seed, list | tuple) else seed + index}

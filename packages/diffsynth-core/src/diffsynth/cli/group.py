@@ -32,11 +32,11 @@ class Program(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return a list of the names of all commands, those of core first, then those of plugins."""
+        """Return a list of the names of all commands: those of core in fixed order, then those of plugins, sorted."""
         return [*_OWN, *sorted({one.spec.name for one in _discovery.catalog().commands} - set(_OWN))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a `click.Command`; None if there is no command of that name."""
+        """Import and return the `click.Command` called `cmd_name`; None if there is none."""
         if cmd_name in _OWN:
             command = resolve(_OWN[cmd_name][0])
             assert isinstance(command, click.Command)
@@ -72,7 +72,7 @@ class Program(click.Group):
                 formatter.write_dl([(one.spec.name, one.spec.help or f"from {one.distribution}") for one in declared])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command and return its result; turn a `DiffsynthError` or ValueError into UserError, one line."""
+        """Run a command and return its result; a `DiffsynthError` or ValueError becomes a UserError of one line."""
         try:
             return super().invoke(ctx)
         except (DiffsynthError, ValueError) as error:

@@ -47,7 +47,7 @@ def new_plugin(name: str, output: Path | None) -> None:
 
 
 def render(name: str) -> dict[str, bytes]:
-    """Return a dict path -> bytes of every file in the package of a plugin called `name`."""
+    """Return a dict path in the package -> file content as bytes, for the package of a plugin called `name`."""
     identifier = name.replace("-", "_")
     names = {
         "name": name,
@@ -84,7 +84,7 @@ def _check_name(name: str) -> None:
 
 
 def _with_architecture(weights: bytes, architecture: str) -> bytes:
-    """Return the bytes of a safetensors file with another architecture's name in its metadata."""
+    """Return the safetensors file `weights` (bytes) with `architecture` as the architecture name in its metadata."""
     (length,) = struct.unpack("<Q", weights[:8])
     header = json.loads(weights[8 : 8 + length])
     header["__metadata__"]["diffsynth.architecture"] = architecture

@@ -35,12 +35,12 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
 
 
 def json_option(function: Function) -> Function:
-    """Return a command with the option `--json` added, which is passed as `as_json`."""
+    """Return `function`, a command, with the option `--json` added, which is passed as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
 
 
 def traceback_option(function: Function) -> Function:
-    """Return a command with the option `--traceback` added, which works behind the command's name, too."""
+    """Return `function`, a command, with the option `--traceback` added, which sets that of the whole program."""
 
     def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:
@@ -82,7 +82,7 @@ def show_record(values: dict[str, Any], *, indent: int = 0) -> None:
 
 
 def what_to_install() -> str:
-    """Return a text for an installation without models: packages to install, or that DIFFSYNTH_PLUGINS excludes all."""
+    """Return a text for an installation without models: `pip install` lines, or that DIFFSYNTH_PLUGINS allows none."""
     if "DIFFSYNTH_PLUGINS" in os.environ:
         return f"No models: DIFFSYNTH_PLUGINS={os.environ['DIFFSYNTH_PLUGINS']!r} allows no plugin that has any."
     from diffsynth.core.loader import first_party

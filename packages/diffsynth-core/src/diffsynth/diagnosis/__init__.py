@@ -33,12 +33,12 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
 
 
 def diagnose() -> dict[str, list[Finding]]:
-    """Run all checks and return a dict section title -> list of `Finding`s."""
+    """Run all checks and return a dict section title -> list of `Finding`s; a check that raises gives a broken one."""
     return {title: [finding for check in checks for finding in _run(check)] for title, checks in SECTIONS.items()}
 
 
 def is_usable(report: dict[str, list[Finding]]) -> bool:
-    """Whether no finding of a report has the state "broken"."""
+    """Whether no `Finding` of `report` (section title -> findings) has the state "broken"."""
     return all(finding.state != "broken" for findings in report.values() for finding in findings)
 
 

@@ -74,7 +74,7 @@ def _shown(value: Any) -> str:
 
 
 def _without_login(value: str) -> str:
-    """Return an address (a URL) with user name and password replaced by `***`."""
+    """Return `value` with the login in a URL replaced: "https://me:key@hub" -> "https://***@hub"."""
     return re.sub(r"//[^/@]*@", "//***@", value)
 
 

@@ -32,7 +32,9 @@ def distributions() -> Iterator[Finding]:
 
 
 def requirements() -> Iterator[Finding]:
-    """Yield a `Finding` for each required library: its version, or that it is missing or has a wrong one."""
+    """Yield a `Finding` per library that installed packages of ours and plugins need: its version, or missing, or
+    wrong.
+    """
     packages = _installed()
     seen = set(packages)
     for package in packages:
@@ -47,7 +49,7 @@ def requirements() -> Iterator[Finding]:
 
 
 def absent_packages() -> dict[str, list[str]]:
-    """Return a dict: name of a package of ours that is not installed -> names of the models that it adds."""
+    """Return a dict name -> list of its models' names, for each package of ours that is not installed."""
     models = first_party.models_by_package()
     return {name: models.get(name, []) for name in sorted(first_party.packages()) if _version(name) is None}
 
@@ -100,7 +102,7 @@ def _incomplete(record: ModelRecord) -> Finding:
 
 
 def _installed() -> list[str]:
-    """Return names of installed distributions: diffsynth-core first, then our others and those with a plugin."""
+    """Return a list of installed distributions' names: diffsynth-core, then our others and those of plugins, sorted."""
     plugins = {entry.dist.name for entry in importlib.metadata.entry_points(group=_discovery.GROUP) if entry.dist}
     others = {name for name in first_party.packages() if _version(name)} | plugins
     return ["diffsynth-core", *sorted(others - {"diffsynth-core"})]
@@ -124,12 +126,12 @@ def _version(distribution: str) -> str | None:
 
 
 def _is_for_others(marker: str | None) -> bool:
-    """Whether a marker is given and does not name this platform by `sys_platform`, which alone our packages use."""
+    """Whether a requirement's marker (None: False) does not contain `sys_platform` with this platform's name."""
     return marker is not None and not ("sys_platform" in marker and repr(sys.platform) in marker.replace('"', "'"))
 
 
 def is_within(version: str, bounds: str) -> bool:
-    """Whether a version satisfies the bounds; only `>=`, `<` and `==` on release numbers are checked."""
+    """Whether a version such as "2.15.0" satisfies bounds such as ">=2.6,<3"; other operators are ignored."""
     for bound in filter(None, bounds.split(",")):
         match = re.match(r"\s*(>=|<|==)\s*([\d.]+)\s*$", bound)
         if match and not _HOLDS[match[1]](_release(version), _release(match[2])):

@@ -107,7 +107,7 @@ def quantization() -> Iterator[Finding]:
 
 
 def in_gib(count: float | None) -> str:
-    """Return a number of bytes as text, such as "1.5 GiB"; "an unknown amount" for None."""
+    """Return a number of bytes as text with one decimal, such as "1.5 GiB"; "an unknown amount" for None."""
     return "an unknown amount" if count is None else f"{count / GIB:.1f} GiB"
 
 
@@ -139,7 +139,7 @@ def _small_call() -> AttentionCall:
 
 
 def _why_unusable(backend: str, call: AttentionCall) -> str:
-    """Return the reason why an attention backend cannot compute a call, as text; empty if none is found."""
+    """Return why an attention backend cannot compute a call correctly, as text; "" if it can or is not tried."""
     import torch
 
     from diffsynth.core.attention.registry import refusal

@@ -15,7 +15,8 @@ from diffsynth.spec import UnitSpec, resolve
 def with_added_units(
     cls: type, units: Sequence[Unit], *, roles: Collection[str], provided: Collection[str]
 ) -> tuple[Unit, ...]:
-    """Return a tuple of a pipeline class's units and those that plugins add to it, after the one it names, or last.
+    """Return a tuple of `units` and the fitting units that plugins add to `cls`, each after the one it names, else
+    last.
 
     A unit that clashes with another, or whose code cannot be imported, is left out and becomes a problem of its plugin,
     see `registry.problems()`: the mistake of one plugin must not take the pipeline from its users. Of two plugins that
@@ -54,7 +55,7 @@ def with_added_units(
 def _added_unit(
     declared: Declared[UnitSpec], units: tuple[Unit, ...], roles: Collection[str], pipeline_name: str
 ) -> Unit:
-    """Import and return a unit that a plugin adds; raise InvalidPipeline if its name, roles or place do not fit."""
+    """Import and return the `Unit` that a plugin adds; raise InvalidPipeline if its name, roles or place do not fit."""
     step, after = resolve(declared.spec.unit), declared.spec.after
     if not isinstance(step, Unit):
         raise InvalidPipeline(f"{declared.spec.unit!r} is a {type(step).__name__}; expected a function under @unit")
@@ -76,7 +77,9 @@ def _inserted(step: Unit, after: str | None, units: tuple[Unit, ...]) -> tuple[U
 
 
 def _check_arguments(step: Unit, before: Sequence[Unit], after: Sequence[Unit], provided: Collection[str]) -> None:
-    """Raise InvalidPipeline unless a unit leaves the pipeline's arguments, their types and defaults as they are."""
+    """Raise InvalidPipeline if an added unit removes an argument of the pipeline, or redeclares what every pipeline
+    has.
+    """
     for read in step.reads:
         if read.name in provided and read.default is not REQUIRED:
             raise InvalidPipeline(

@@ -32,7 +32,7 @@ def architecture_of(module: nn.Module) -> ArchitectureSpec | None:
 
 
 def cuts(architecture: ArchitectureSpec | None) -> dict[str, Any]:
-    """Return a dict: the keyword arguments of `diffsynth.core.vram.wrap` that an architecture declares.
+    """Return a dict of keyword arguments for `diffsynth.core.vram.wrap`, from an architecture; for None only `atomic`.
 
     Layer classes that plugins declare atomic (`register_layer_wrappers`) are included, also without an architecture.
     """
@@ -50,12 +50,12 @@ def cuts(architecture: ArchitectureSpec | None) -> dict[str, Any]:
 
 
 def partition_by(architecture: ArchitectureSpec | None, module: nn.Module) -> Partition:
-    """Return a `Partition`: the blocks, and the parameters outside of them, that `wrap` would cut a module into."""
+    """Return the `Partition` of a module: the blocks that `wrap` would cut it into, and the parameters outside."""
     return partition(module, **{name: cut for name, cut in cuts(architecture).items() if name != "high_precision"})
 
 
 def stacks_of(module: nn.Module) -> tuple[Stack, ...]:
-    """Return a tuple of `Stack`s of repeated blocks, as a module's architecture declares them; empty without one."""
+    """Return a tuple with a `Stack` per list of repeated blocks that a module's architecture declares; else empty."""
     architecture = architecture_of(module)
     if architecture is None:
         return ()

@@ -36,7 +36,7 @@ class Branches:
         self._merged = merge_conditions(conditions, batch_size) if merges and len(conditions) > 1 else None
 
     def predict(self, predict: Predict, latents: Tensor, levels: Tensor) -> list[Tensor]:
-        """Return a list of predicted velocities, a tensor for each branch; merged branches are called `cond+uncond`."""
+        """Return a list of velocities, a tensor for each branch of guidance, computed one by one or as one batch."""
         if self._merged is None:
             return compute_and_gather(
                 list(self._conditions),
@@ -49,7 +49,7 @@ class Branches:
 
 
 def merge_conditions(conditions: Mapping[str, Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
-    """Return a dict name -> condition for one batch that holds all branches of guidance (cond, uncond).
+    """Return a dict name -> condition for one batch of all branches of guidance; tensors that differ are concatenated.
 
     Tensors that differ are concatenated along their first axis. A condition that all branches share is passed as it is,
     but a tensor with an entry for each of several results is repeated.

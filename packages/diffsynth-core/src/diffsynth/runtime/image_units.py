@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def image_size(multiple: int, *, default: int = 1024) -> Unit:
-    """Return a `Unit` that checks height and width (pixels) and rounds them up to a multiple; it warns of a change."""
+    """Return a `Unit` that checks height and width (pixels) and rounds both up to multiples of `multiple`; it warns."""
 
     def round_size(*, height: int = default, width: int = default) -> tuple[int, int]:
         _check_side("height", height)
@@ -52,7 +52,7 @@ def encode_input_image(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"] | None:
-    """Return the latents of the input image as a tensor with an entry for each result; None without an image."""
+    """Return the latents of the input image, a tensor `b c h w` with an item for each result; None without an image."""
     if input_image is None:
         return None
     pixels = images_to_batch(input_image, height=height, width=width).to(device, dtype)
@@ -78,7 +78,8 @@ def decode_image(
 
 
 def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride: int | Sequence[int]) -> Tiling:
-    """Return a dict of tiling arguments for an image autoencoder; a size or stride of one number is for both sides.
+    """Return a dict of tiling arguments: `tiled`, a bool, `tile_size` and `tile_stride`, pairs of ints in latent
+    pixels.
 
     Args:
         tiled: whether it works tile by tile; None is no, unless a memory plan turned it on.

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 3 height width"]:
-    """Return an image as an fp32 tensor in [-1, 1]; another size is scaled to cover height x width and cropped."""
+    """Return an image as an fp32 tensor `1 3 h w` in [-1, 1]; another size is scaled to cover h x w, cropped."""
     image = image.convert("RGB")
     if image.size != (width, height):
         logger.info("image of %dx%d is resized to cover %dx%d", *image.size, width, height)
@@ -30,7 +30,7 @@ def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor
 def images_to_batch(
     images: Image.Image | Sequence[Image.Image] | Tensor, *, height: int, width: int
 ) -> Float[Tensor, "b 3 height width"]:
-    """Return images as one tensor `b 3 h w` in [-1, 1]; such a tensor of the right size is returned as it is.
+    """Return one PIL image or several as one fp32 tensor `b 3 h w` in [-1, 1]; a tensor is returned as it is.
 
     Raises:
         ValueError: a tensor whose last three sizes are not 3, height, width.
@@ -44,6 +44,6 @@ def images_to_batch(
 
 
 def tensor_to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
-    """Return a list of the PIL images in a tensor in [-1, 1], clipped and rounded to the nearest of 256 levels."""
+    """Return a list of PIL images, one for each item of a tensor `b 3 h w`; values are clamped to [-1, 1]."""
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return [Image.fromarray(array) for array in rearrange(levels, "b c h w -> b h w c").numpy()]

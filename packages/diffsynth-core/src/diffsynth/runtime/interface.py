@@ -30,7 +30,7 @@ class PlannablePipeline(Protocol):
         """Return the checked arguments of a call as a `Request`, without making the call."""
 
     def call_values(self, request: Request) -> CallValues:
-        """Return the `CallValues` that the units of a call start from."""
+        """Return the `CallValues` (values by name, shared and by branch) that the units of a call start from."""
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
         """Return a tuple of the roles (component names) that `velocity()` calls at a noise level."""

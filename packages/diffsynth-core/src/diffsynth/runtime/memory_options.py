@@ -63,7 +63,7 @@ class MemoryOptions:
                 raise ValueError(f"policy for {role!r}, which is no role{did_you_mean(role, roles)} {', '.join(roles)}")
 
     def policy(self, role: str, config: ModelConfig | None = None) -> Policy | None:
-        """Return the `Policy` of a component, or None for one that stays on the device.
+        """Return the `Policy` under which a component's weights are offloaded; None if they stay on the device.
 
         Raises:
             ValueError: an unknown preset, an incomplete set of the eight keys, a device or dtype that is not available.
@@ -82,24 +82,25 @@ class MemoryOptions:
         return wanted if isinstance(wanted, Policy) else Policy.preset(wanted, self.device, self.dtype)
 
     def is_auto(self, role: str, config: ModelConfig | None = None) -> bool:
-        """Whether a plan is to choose the dtype that the weights of a component are stored in."""
+        """Whether a plan chooses the dtype of a component's stored weights: policy "auto", and no keys in `config`."""
         wanted = self._wanted(role)
         is_spelled = config is not None and any(value is not None for value in config.vram_keys.values())
         return not is_spelled and (wanted == AUTO or isinstance(wanted, Auto))
 
     @property
     def auto_call(self) -> dict[str, Any]:
-        """The arguments, a dict, of the call that the policy "auto" is chosen for; empty for the default call."""
+        """A dict argument -> value: the call that the policy "auto" is chosen for; empty for the default call."""
         every = self.policies.values() if isinstance(self.policies, Mapping) else [self.policies]
         return dict(next((each.call for each in every if isinstance(each, Auto)), {}))
 
     def with_presets(self, presets: Mapping[str, str], roles: Iterable[str]) -> MemoryOptions:
-        """Return `MemoryOptions` with these presets in place of "auto"; the policies of the other `roles` stay."""
+        """Return `MemoryOptions` whose policies are `presets` (role -> preset) and, for other `roles`, the old ones."""
         fixed = {role: wanted for role in roles if (wanted := self._wanted(role)) is not None}
         return replace(self, policies=fixed | dict(presets))
 
     def check_limit(self, role: str, module: nn.Module, *, architecture: ArchitectureSpec, policy: Policy) -> None:
-        """Raise NotEnoughMemory unless a component's largest block and its weights outside of blocks fit the limit.
+        """Raise NotEnoughMemory if a limit is set and a component's largest block and weights outside of blocks exceed
+        it.
 
         Activations are not counted: a plan counts them when the call is known.
 
@@ -126,7 +127,7 @@ class MemoryOptions:
     def read(
         self, module: nn.Module, source: ComponentSource, *, architecture: ArchitectureSpec, policy: Policy
     ) -> nn.Module:
-        """Wrap and return a module that `open_component` returned; its weights are read to where the policy says.
+        """Wrap `module` under `policy`, which decides where its weights are read to from `source`, and return it.
 
         Raises:
             ValueError: see `check_source`.
@@ -137,7 +138,7 @@ class MemoryOptions:
         return module
 
     def wrap_components(self, components: Mapping[str, Any]) -> None:
-        """Wrap the modules that are in memory and not wrapped yet, where a limit or a policy asks for it."""
+        """Wrap, for offloading, the modules not wrapped yet that have a policy; warn if a limit has no effect."""
         modules = {role: part for role, part in components.items() if isinstance(part, nn.Module)}
         for role, module in modules.items():
             policy = self.policy(role) if managed(module) is None else None
@@ -151,7 +152,7 @@ class MemoryOptions:
 
 
 def for_call(policies: Policies, call: Mapping[str, Any]) -> Policies:
-    """Return the policies with "auto" as an `Auto` of these call arguments; those of an `Auto` have precedence."""
+    """Return `policies` with each "auto" as an `Auto` of the arguments `call`; those that an `Auto` has already win."""
     if isinstance(policies, Mapping):
         return {role: for_call(policy, call) for role, policy in policies.items()}  # type: ignore[misc]
     if policies == AUTO:
@@ -166,7 +167,8 @@ def choose_before_reading(
     processors: Mapping[str, Any],
     configs: Mapping[str, ModelConfig],
 ) -> MemoryOptions:
-    """Return the `MemoryOptions` of a pipeline that is being loaded, with "auto" replaced by a preset.
+    """Return `options` of a pipeline being loaded, with "auto" replaced by "fp8" if a plan gains by it, else by
+    "dynamic".
 
     Args:
         build: makes the pipeline from components by role; roles that are left out are empty.
@@ -187,7 +189,7 @@ def choose_before_reading(
 def choose(
     pipe: PlannablePipeline, options: MemoryOptions, configs: Mapping[str, ModelConfig] | None = None
 ) -> MemoryOptions:
-    """Return the `MemoryOptions` of a pipeline with "auto" replaced by "dynamic" or "fp8".
+    """Return `options` with "auto" replaced by "fp8" if the plan of a call gains enough by it, else by "dynamic".
 
     Errors are those of `choose_before_reading`.
 

@@ -46,7 +46,7 @@ class FixedLengthTokenizer:
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def apply_chat_template(self, messages: Any, *, tokenize: bool = True, **options: Any) -> Any:
-        """Return the tokens of a chat as a `BatchEncoding`; an empty text unless `tokenize`.
+        """Return a `BatchEncoding` of a fixed number of tokens, whatever the messages; "" unless `tokenize`.
 
         The number of tokens does not depend on the messages.
         """
@@ -54,7 +54,7 @@ class FixedLengthTokenizer:
 
 
 def without_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a component (a module) on meta, without data; the component itself does not change.
+    """Return a copy of `module` on the meta device, without data; a wrapped module is built anew from its config.
 
     Args:
         module: of a pipeline; it may be wrapped.
@@ -104,7 +104,7 @@ def declared_components(record: ModelRecord, dtype: torch.dtype) -> dict[str, nn
 
 
 def is_here(source: str) -> bool:
-    """Whether all files of a source are on this machine."""
+    """Whether all files that a source (text such as "owner/repository:*.safetensors") names are on this machine."""
     return files.weights_state([source], _env.model_base_path()) == "present"
 
 

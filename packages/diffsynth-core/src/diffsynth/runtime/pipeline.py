@@ -163,7 +163,7 @@ class Pipeline(LoRAMethods):
     def from_components(
         cls, *, device: torch.device | str | None = None, torch_dtype: torch.dtype = torch.bfloat16, **components: Any
     ) -> Pipeline:
-        """Return a `Pipeline` of components in memory, by role; modules are moved to `device` and `torch_dtype`.
+        """Return a `Pipeline` of components by role; modules, unless wrapped, are moved to `device` and `torch_dtype`.
 
         Roles that are left out stay empty: a pipeline in training may hold an autoencoder alone.
         """
@@ -175,11 +175,11 @@ class Pipeline(LoRAMethods):
 
     @property
     def transfers(self) -> Mapping[str, TransferReport]:
-        """The weight transfers so far of each component under a policy: role -> printable `TransferReport`."""
+        """A mapping role -> `TransferReport` (printable) of weight transfers so far, of components under a policy."""
         return self._offloader.reports
 
     def named(self, name: str, defaults: Mapping[str, Any]) -> Pipeline:
-        """Set the name of the model and its defaults of call arguments; return the pipeline itself.
+        """Set the model's name and its defaults of call arguments in the pipeline; return the pipeline itself.
 
         Args:
             name: of the model.
@@ -231,7 +231,7 @@ class Pipeline(LoRAMethods):
 
     @classmethod
     def build_program(cls) -> Program:
-        """Return the pipeline's units, those that plugins add included, as a checked `Program`.
+        """Return a checked `Program` of the class's units and of those that plugins add to it.
 
         Raises:
             InvalidPipeline: units do not fit together.
@@ -252,7 +252,7 @@ class Pipeline(LoRAMethods):
         return request
 
     def parallel(self, *, cfg: int = 1, sequence: int | None = None) -> Pipeline:
-        """Set the pipeline to compute calls together with the other processes of `torch.distributed`, and return it.
+        """Set up the pipeline to compute calls together with the other processes of `torch.distributed`; return it.
 
         All processes must make the same calls.
 
@@ -310,7 +310,7 @@ class Pipeline(LoRAMethods):
         device: torch.device | str | None = None,
         **arguments: Any,
     ) -> MemoryPlan:
-        """Return a `MemoryPlan` of a call without making it: memory by stage, transfers, seconds.
+        """Return the `MemoryPlan` of a call (memory by stage, transfers, seconds) without making the call.
 
         Args:
             vram_limit, ram_limit: GiB to plan for, see `plan_memory`; the limit of this pipeline is not used.
@@ -337,7 +337,8 @@ class Pipeline(LoRAMethods):
         raise NotImplementedError
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the roles (component names) used by `velocity()` at a noise level; `loop_roles` without experts.
+        """Return a tuple of the roles (component names) that `velocity()` calls at a noise level; by default
+        `loop_roles`.
 
         Args:
             sigma: noise level in (0, 1].
@@ -353,7 +354,8 @@ class Pipeline(LoRAMethods):
         return frozenset(each.name for each in named if not required_only or each.default is each.empty)
 
     def run_units(self, units: Sequence[Unit], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Run some units on the `cond` branch, with gradients if enabled; return a dict name -> value. For training.
+        """Run `units` on the branch `cond`; return a dict name -> value of all values. Units without their roles are
+        skipped.
 
         Args:
             units: some of `self.units`, in order; see `needed_for` and `split`.
@@ -371,7 +373,9 @@ class Pipeline(LoRAMethods):
         return call_values.for_branch("cond")
 
     def condition_units(self, *also: str) -> tuple[Unit, ...]:
-        """Return a tuple of the units that are needed for what `velocity()` reads and for the names `also`."""
+        """Return a tuple of the units, in running order, whose results are needed for `velocity()` and the names
+        `also`.
+        """
         return needed_for(self.program.units, {*self.conditions(), *also})
 
     def __getattr__(self, name: str) -> Any:
@@ -447,7 +451,7 @@ class Pipeline(LoRAMethods):
             return euler(velocity, latents, sigmas, on_step=on_step, progress=progress)
 
     def decode(self, request: Request, values: CallValues, latents: Tensor) -> Any:
-        """Run the output units and return their output; for a request of a single result, a list's only item.
+        """Run the output units and return the value `output`; for a call of one result, the only item of a list.
 
         Args:
             request: the checked call.
@@ -468,11 +472,11 @@ class Pipeline(LoRAMethods):
 
     @classmethod
     def _from_some(cls, components: Mapping[str, Any], **options: Any) -> Pipeline:
-        """Return a `Pipeline` of some components; its other roles are empty."""
+        """Return a `Pipeline` of `components` (role -> component) with its other roles left empty (None)."""
         return cls(dict.fromkeys(cls.roles) | dict(components), **options)
 
     def _check_program(self) -> None:
-        """Raise InvalidPipeline unless roles exist and every name is written before it is read.
+        """Raise InvalidPipeline unless units and facts use existing roles and every name that is read has a provider.
 
         Raises:
             InvalidPipeline: naming the unit.
@@ -496,7 +500,9 @@ class Pipeline(LoRAMethods):
                 )
 
     def _planned_request(self, arguments: Mapping[str, Any]) -> Request:
-        """Return the checked `Request` of a call, with a plan if a limit is to be kept; the plan may turn tiles on."""
+        """Return the checked `Request` of a call, with a `MemoryPlan` if the pipeline keeps a limit; it may turn tiles
+        on.
+        """
         request = self.check(**arguments)
         if self.plan_cache is None:
             return request
@@ -514,7 +520,7 @@ class Pipeline(LoRAMethods):
         return self.decode(request, values, latents)
 
     def _fact_values(self) -> dict[str, Any]:
-        """Return a dict name -> value of the facts (config fields that units read) of the loaded components."""
+        """Return a dict fact -> value of its config field, for components that are loaded; other facts are left out."""
         paths = {name: path.split(".") for name, path in self.facts.items()}
         loaded = {name: (self.components[role], field) for name, (role, field) in paths.items()}
         return {name: getattr(part.config, field) for name, (part, field) in loaded.items() if part is not None}
@@ -536,7 +542,9 @@ class Pipeline(LoRAMethods):
 
 
 def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls `__call__`, for a subclass: its signature can differ from the base class's."""
+    """Return a function that calls `function`, a class's `__call__`, so that a subclass can have a signature of its
+    own.
+    """
 
     @functools.wraps(function)
     def call(self: Pipeline, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:

@@ -39,7 +39,8 @@ class PlanCache:
         self._lock = threading.Lock()
 
     def plan(self, request: Request, arguments: Mapping[str, Any]) -> MemoryPlan:
-        """Return the `MemoryPlan` of a call: a new one for the first call of these sizes, else that of the first.
+        """Return the `MemoryPlan` of a call: made for the first call of equal sizes and switches, reused for later
+        ones.
 
         Args:
             request: the checked call.

@@ -62,7 +62,7 @@ def plan_call(
     storages: Mapping[str, WeightStorage] | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> MemoryPlan:
-    """Return the `MemoryPlan` of one call of a pipeline in memory.
+    """Return the `MemoryPlan` of one call of a built pipeline, whose weights may be on any device or on meta.
 
     Args:
         pipe: with its components, on any device, meta included; nothing of it changes.
@@ -126,7 +126,7 @@ def plan_model(
     dtype: str = "bfloat16",
     **limits: Any,
 ) -> MemoryPlan:
-    """Return the `MemoryPlan` of one call of a model, without its weights and without using the device.
+    """Return the `MemoryPlan` of one call of a model, from its files' headers or published layouts, without weights.
 
     Args:
         record: of the model.
@@ -142,7 +142,7 @@ def plan_model(
 
 
 def check_before_loading(record: ModelRecord, arguments: Mapping[str, Any]) -> None:
-    """Raise the error that a call of a model would raise for its arguments, before weights are read.
+    """Check the arguments of a call of a model before weights are read; raise the error that the call would raise.
 
     Not checked are what depends on the device, and models whose files are neither here nor declared by a plugin.
 
@@ -194,7 +194,7 @@ def _unloaded(record: ModelRecord, dtype: torch.dtype) -> PlannablePipeline:
 
 
 def _base_memory(pipe: PlannablePipeline) -> int:
-    """Return the host memory of this process without the pipeline's weights, in bytes; 0 where it cannot be read."""
+    """Return the host memory that this process uses beside the pipeline's weights, in bytes; 0 where it is unknown."""
     tensors = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for part in pipe.components.values()
@@ -206,7 +206,7 @@ def _base_memory(pipe: PlannablePipeline) -> int:
 
 
 def _on_meta(pipe: PlannablePipeline, arguments: Mapping[str, Any], prompt_tokens: int) -> PlannablePipeline:
-    """Return a copy of a pipeline whose modules are on meta, without weights."""
+    """Return a copy of a pipeline on meta, without weights; a tokenizer is faked if it or the prompt is missing."""
     components: dict[str, Any] = {}
     for role, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -221,9 +221,9 @@ def _on_meta(pipe: PlannablePipeline, arguments: Mapping[str, Any], prompt_token
 
 
 def _tiles_argument(pipe: PlannablePipeline, arguments: Mapping[str, Any]) -> bool | None:
-    """Return whether the call asks for tiles, a bool, or None, which leaves it to the plan.
+    """Return the argument `tiled` of a call as a bool, False for a pipeline without tiles; None leaves it to the plan.
 
-    A pipeline's default that is not True leaves it to the plan, too.
+    None, if neither the call passes a value nor the pipeline's default is True.
 
     A pipeline without the argument `tiled`, or without the component that it is for, works without tiles.
     """
@@ -311,13 +311,13 @@ def _run_stages(pipe: PlannablePipeline, request: Request, stage: Any, *, decode
 def _steps_by_roles(
     pipe: PlannablePipeline, sigmas: Tensor, values: Mapping[str, Any]
 ) -> list[tuple[tuple[str, ...], list[tuple[float, float]]]]:
-    """Return a list of (roles, steps) per run of steps with equal roles; a step is (noise level, next noise level)."""
+    """Return a list of (roles, list of (noise level, next noise level)), one per run of steps that use equal roles."""
     pairs = list(pairwise(sigmas.tolist()))
     return [(roles, list(run)) for roles, run in groupby(pairs, lambda pair: pipe.roles_at(pair[0], values))]
 
 
 def _block_calls(trace: StageTrace, roles: Sequence[str], traced: int) -> tuple[BlockCall, ...]:
-    """Return a tuple: the `BlockCall`s of the last traced step, and one for all operations outside of blocks."""
+    """Return a tuple of the last traced step's `BlockCall`s, then one, named "", for operations outside of blocks."""
     count = len(trace.block_calls) // traced
     calls = trace.block_calls[len(trace.block_calls) - count :]
     rest = trace.flops // traced - sum(call.flops for call in calls)
@@ -334,7 +334,7 @@ def _joined(first: StageCost, second: StageCost) -> StageCost:
 
 
 def _with_tiles(whole: StageCost, tiled: Sequence[StageCost]) -> StageCost:
-    """Return the `StageCost` of a stage, with the costs of its tiled run added if they differ."""
+    """Return `whole`, with the memory and calls of the same stage in `tiled` as its tiled costs if they differ."""
     same = next((stage for stage in tiled if stage.name == whole.name), None)
     if same is None or (same.activations, same.block_calls) == (whole.activations, whole.block_calls):
         return whole
@@ -342,7 +342,7 @@ def _with_tiles(whole: StageCost, tiled: Sequence[StageCost]) -> StageCost:
 
 
 def _blocks(module: nn.Module, wrapped: ManagedModule | None) -> dict[str, nn.Module]:
-    """Return a dict name -> module of the blocks of a component, cut as it is wrapped or as `wrap` would cut it."""
+    """Return a dict name -> module of a component's blocks: those it is wrapped in, else those `wrap` would cut."""
     if wrapped is not None:
         return {name: module.get_submodule(name) for name in wrapped.blocks}
     return {block.name: block.module for block in partition_by(architecture_of(module), module).blocks}

@@ -73,7 +73,7 @@ class PretrainedLoader:
         vram_limit: float | None = None,
         policy: Policies = None,
     ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
-        """Return (dict role -> component, dict role -> list of the paths that it was loaded from).
+        """Load a pipeline's components; return (dict role -> component, dict role -> list of `Path`s it was read from).
 
         No tensor is read before all files are recognised and checked. Arguments and errors are those of
         `Pipeline.from_pretrained`.
@@ -191,7 +191,7 @@ def _dtype(policy: Policy | None, options: MemoryOptions) -> torch.dtype:
 
 
 def _prefetched(source: ComponentSource | None, device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context manager that reads the next component's files ahead while the current one is uploaded.
+    """Return a context manager that reads the files of `source` ahead; it does nothing for None or on the CPU.
 
     Loading to the CPU is limited by the disk already, so nothing is read ahead there.
     """

@@ -112,7 +112,7 @@ class Request:
 
     @property
     def batch_size(self) -> int:
-        """The number of images: prompts times `num_images`."""
+        """The number of images of the call: the number of prompts times `num_images`."""
         return len(self.seeds)
 
 
@@ -153,7 +153,7 @@ def check_request(
     *,
     per_image: Sequence[str],
 ) -> Request:
-    """Check the arguments of a call and return them as a `Request`.
+    """Check the arguments of a call and return them, completed by defaults, as a `Request`.
 
     Args:
         arguments: as the caller passed them.

@@ -40,7 +40,7 @@ class Processor:
 def fill_roles(
     roles: Mapping[str, Role | Processor], components: Mapping[str, Any], *, pipeline_name: str
 ) -> dict[str, Any]:
-    """Return a dict role (name of a component) -> component, with None for a role that is left empty.
+    """Return a dict role (component name) -> component of all `roles`; None for one that is left out and optional.
 
     Args:
         roles: of the pipeline.

@@ -39,7 +39,7 @@ class StageOffloader:
 
     @property
     def reports(self) -> dict[str, TransferReport]:
-        """The weight transfers of each wrapped component: dict role -> `TransferReport`."""
+        """A dict role -> `TransferReport` of the weight transfers so far, for each wrapped component."""
         return {role: module.report for role, module in self._managed.items()}
 
     @contextmanager
@@ -62,7 +62,7 @@ class StageOffloader:
                 yield
 
     def prepare(self, roles: Collection[str]) -> None:
-        """Announce roles that a later stage uses, so that their files are read ahead; see `ManagedModule.prepare`."""
+        """Announce that a later stage uses these roles' wrapped components, so that their files are read ahead."""
         for role in roles:
             if role in self._managed:
                 self._managed[role].prepare()
@@ -150,7 +150,8 @@ class ExpertSwitcher:
 def _configure(
     plan: MemoryPlan, stage: str, roles: Collection[str], modules: Mapping[str, ManagedModule]
 ) -> list[ManagedModule]:
-    """Set resident blocks and slots of a stage's components as planned; return a list of modules that may stay loaded.
+    """Set resident blocks and slots (load buffers) of a stage as planned; return a list of modules that may stay
+    loaded.
 
     A stage without a line in the plan costs next to nothing; its components keep the settings of another stage.
     """
@@ -161,7 +162,7 @@ def _configure(
 
 
 def _spare_room(plan: MemoryPlan, stage: str, roles: Collection[str], coming: Mapping[str, ManagedModule]) -> int:
-    """Return the room, in bytes on the device, for the next step's components while a stage still runs."""
+    """Return the bytes on the device that the next step's components may take while a stage still runs."""
     staying = sum(module.footprint(role).whole for role, module in coming.items() if role not in plan.evicted)
     lines = _lines(plan, stage, roles)
     if plan.vram_limit is None or not lines:

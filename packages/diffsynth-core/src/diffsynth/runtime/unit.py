@@ -167,7 +167,7 @@ class Program:
         return [step for step in self.units if argument in _argument_names(step)]
 
     def is_used(self, step: Unit, values: Mapping[str, Any]) -> bool:
-        """Whether a call sets `only_with` of a unit, or changes an argument that no other unit reads.
+        """Whether a call uses a unit: it sets the unit's `only_with`, or changes an argument that no other unit reads.
 
         True for a unit that has neither.
         """
@@ -218,9 +218,7 @@ def run_units(
     *,
     around: Callable[[Unit], Any] | None = None,
 ) -> None:
-    """Run the units in order and store their results in `values`.
-
-    A unit is skipped if a role that it needs is not loaded or its `only_with` is None.
+    """Run units in order and store results in `values`; skip one whose role is not loaded or whose `only_with` is None.
 
     Args:
         program: the units.
@@ -277,11 +275,11 @@ class CallValues:
 
     @property
     def branched(self) -> set[str]:
-        """The set of names whose values differ by branch."""
+        """The set of the names that have a value of their own in some branch."""
         return {name for values in self.branches.values() for name in values}
 
     def for_branch(self, branch: str = "shared") -> dict[str, Any]:
-        """Return a dict name -> value for a unit of this branch: shared values, overridden by those of the branch."""
+        """Return a dict name -> value: the shared values, overridden by those of the branch if it has any."""
         return self.shared | self.branches.get(branch, {})
 
     def write(self, branch: str, values: Mapping[str, Any]) -> None:
@@ -289,7 +287,7 @@ class CallValues:
         (self.shared if branch == "shared" else self.branches[branch]).update(values)
 
     def retain(self, names: Collection[str]) -> None:
-        """Delete all values except these, to free their memory."""
+        """Delete all values, shared or of a branch, whose name is not in `names`, to free their memory."""
         for values in (self.shared, *self.branches.values()):
             for name in values.keys() - names:
                 del values[name]
@@ -306,7 +304,7 @@ def needed_for(units: Sequence[Unit], names: Collection[str]) -> tuple[Unit, ...
 
 
 def split(units: Sequence[Unit], trained: Collection[str]) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-    """Return two tuples of units: those whose results may be cached while `trained` roles are trained, and live ones.
+    """Return (units whose results may be cached while `trained` roles are trained, the other units): two tuples.
 
     A unit is live if it uses a trained role, draws random numbers, or reads a name that a live unit writes.
     """
@@ -347,7 +345,7 @@ def _declare(arguments: dict[str, Read], read: Read, step: Unit, units: Sequence
 
 
 def _type_text(read: Read) -> str:
-    """Return the type that a unit declares for a value, as text without module names; "untyped" if it declares none.
+    """Return the declared type of `read` as text without module names, such as "Tensor"; "untyped" without one.
 
     An annotation is a type, or a text if its module postpones evaluation; both give one text.
     """
@@ -358,6 +356,6 @@ def _type_text(read: Read) -> str:
 
 
 def _owner(name: str, step: Unit, units: Sequence[Unit]) -> str:
-    """Return a text that names the first unit that writes or reads a name, for a message; "" if that unit is `step`."""
+    """Return "; it belongs to " and the title of the first unit that writes or reads a name; "" if it is `step`."""
     owner = next(each for each in units if name in each.writes or name in _argument_names(each))
     return "" if owner is step else f"; it belongs to {owner.title}"

@@ -35,7 +35,7 @@ class WeightStorage:
 
     @classmethod
     def under(cls, policy: Policy | None, dtype: torch.dtype, wrapped: ManagedModule | None = None) -> WeightStorage:
-        """Return the `WeightStorage` of weights that compute in `dtype` under a policy; the default without one."""
+        """Return the `WeightStorage` of weights under `policy` that compute in `dtype`; the default for None."""
         if policy is None:
             return cls()
         stored = policy.stored_dtype(dtype)
@@ -43,13 +43,13 @@ class WeightStorage:
 
 
 def storages_under(policy: str, roles: Collection[str]) -> dict[str, WeightStorage]:
-    """Return a dict role -> `WeightStorage` under a preset or "auto"; it is the same for every role."""
+    """Return a dict role -> `WeightStorage`, equal for all roles, for the name of a preset or "auto"."""
     known = {"fp8": WeightStorage(FP8), "disk": WeightStorage(on_disk=True), AUTO: WeightStorage(is_auto=True)}
     return dict.fromkeys(roles, known.get(policy, WeightStorage()))
 
 
 def storage_choices(storages: Mapping[str, WeightStorage], device: torch.device) -> list[dict[str, WeightStorage]]:
-    """Return a list of dicts role -> `WeightStorage`: exact, and, if it can help, float8 where a plan may choose."""
+    """Return a list of one or two dicts role -> `WeightStorage`: exact, and with float8 if a plan may choose it."""
     fixed = {role: replace(each, is_auto=False) for role, each in storages.items()}
     if not any(each.is_auto for each in storages.values()) or not _may_round(device):
         return [fixed]
@@ -57,7 +57,7 @@ def storage_choices(storages: Mapping[str, WeightStorage], device: torch.device)
 
 
 def storage_name(storages: Mapping[str, WeightStorage]) -> str:
-    """Return a text of storage dtypes other than the tensors' own, with their roles unless all share one; or ""."""
+    """Return the dtypes of rounded weights as text, with roles unless all: "float8_e4m3fn (dit)"; "" if none are."""
     roles: dict[str, list[str]] = {}
     for role, each in storages.items():
         if each.dtype is not None:
@@ -68,7 +68,7 @@ def storage_name(storages: Mapping[str, WeightStorage]) -> str:
 
 
 def component_footprint(role: str, module: nn.Module, storage: WeightStorage) -> ComponentFootprint:
-    """Return a `ComponentFootprint`: bytes of each block and of the rest, stored and as computed with.
+    """Return a component's `ComponentFootprint`: bytes of each block and of the rest, as stored and as computed with.
 
     Args:
         role: of the component.

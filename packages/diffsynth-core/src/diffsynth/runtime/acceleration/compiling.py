@@ -16,10 +16,11 @@ from diffsynth.runtime.architectures import stacks_of
 
 
 def compile_components(components: Mapping[str, Any], roles: Collection[str], **options: Any) -> None:
-    """Set up `torch.compile` for the repeated blocks of these roles' modules; each is compiled at its first call.
+    """Set up `torch.compile` for the repeated blocks of these roles' modules, or for a whole module without such
+    blocks.
 
-    Compiling again replaces earlier compiled code. Blocks of one class and of equal settings share compiled code. A
-    component whose architecture declares no repeated blocks is compiled whole.
+    Compiling again replaces earlier compiled code. Blocks of one class and of equal settings share compiled code. Each
+    is compiled at its first call.
 
     Args:
         components: role -> module, processor or None.
@@ -38,7 +39,7 @@ def compile_components(components: Mapping[str, Any], roles: Collection[str], **
 
 
 def compile_forward(module: nn.Module, **options: Any) -> None:
-    """Set up `torch.compile` for a module's own `forward`, beneath layers that stream its weights or reuse its outputs.
+    """Set up `torch.compile` for a module's own `forward` only; layers around it that stream weights stay uncompiled.
 
     These layers must not be traced. Compiling again replaces earlier compiled code, also that of the user.
     """

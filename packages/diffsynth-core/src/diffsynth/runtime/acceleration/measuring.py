@@ -51,7 +51,7 @@ class StepCacheReport:
 
 
 def measure_step_cache(pipe: Any, step_cache: StepCache | str, **arguments: Any) -> StepCacheReport:
-    """Call a pipeline without and with a step cache; return a `StepCacheReport`: difference of latents, durations.
+    """Call a pipeline without and with a step cache; return a `StepCacheReport`: difference of latents, both durations.
 
     Args:
         pipe: a pipeline; nothing of it changes.

@@ -43,7 +43,7 @@ _lock = threading.Lock()
 def step_cache_session(
     cache: StepCache | None, components: Mapping[str, Any], loop_roles: Collection[str], model_name: str | None
 ) -> StepCacheSession:
-    """Return a new `StepCacheSession` for one call; without a step cache it does nothing.
+    """Return a new `StepCacheSession` for one call; if `cache` is None the session does nothing.
 
     Args:
         cache: the step cache of the call; None caches nothing.
@@ -135,7 +135,9 @@ class StepCacheSession:
         return self._positions.get(id(block))
 
     def history(self, network: int, branch: str, ordinal: int) -> BranchHistory:
-        """Return the `BranchHistory` of a network in a branch, for its `ordinal`-th call in each forward pass."""
+        """Return the `BranchHistory` of a network in a branch for its `ordinal`-th call in each pass; made if it is
+        new.
+        """
         key = (network, branch, ordinal)
         if key not in self._histories:
             assert self._cache is not None
@@ -193,17 +195,17 @@ class BranchHistory:
     begun: dict[int, tuple[Sequence[Any], Any]] = field(default_factory=dict)
 
     def begin(self, decider: int) -> None:
-        """Set the history to the beginning of a forward pass of the network, whose first stack is `decider`."""
+        """Advance the history to the network's next forward pass; `decider` is the index of its first stack."""
         self.index, self.decider, self.reusing, self.begun = self.index + 1, decider, False, {}
 
     def pattern_of(self, stack: int, values: Sequence[Any], result: Any, *, name: str) -> ForwardPattern:
-        """Return the `ForwardPattern` of a stack, derived from the first call of its first block."""
+        """Return the `ForwardPattern` of a stack: which arguments are hidden states, by its first block's call."""
         if stack not in self.patterns:
             self.patterns[stack] = _first_pattern(values, result, name)
         return self.patterns[stack]
 
     def ran(self, position: BlockPosition, values: Sequence[Any], result: Any) -> None:
-        """Record the arguments and the result of a block that ran."""
+        """Record, for later predictions, the arguments (`values`) and the result of a block that ran."""
         stack = position.stack_index
         if position.block_index == 0:
             self.pattern_of(stack, values, result, name=position.stack.name)
@@ -234,7 +236,7 @@ class ForwardPass:
         self.reused = False
 
     def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Return the result of a block: computed, or predicted from earlier steps."""
+        """Return the result of a block, as its `forward` returns it: computed, or predicted from earlier steps."""
         position = self._session.position(block)
         if position is None:
             return forward(*args, **kwargs)
@@ -311,7 +313,7 @@ def _remove_layer(block: nn.Module) -> None:
 
 
 def _first_pattern(values: Sequence[Any], result: Any, name: str) -> ForwardPattern:
-    """Return a `ForwardPattern` whose streams (hidden states) are the first arguments, in the order of the results.
+    """Return a `ForwardPattern`: a block's first arguments are its streams (hidden states), as many as its results.
 
     Raises:
         Refused: the block returns other tensors than those that it takes first.
@@ -328,7 +330,7 @@ def _first_pattern(values: Sequence[Any], result: Any, name: str) -> ForwardPatt
 
 
 def _confirmed_pattern(pattern: ForwardPattern, values: Sequence[Any], result: Any) -> ForwardPattern:
-    """Return the `ForwardPattern`, its order of streams corrected by the arguments of the second block.
+    """Return a `ForwardPattern` with the indices at which `values` holds the tensors of `result`; else `pattern`.
 
     The second block takes the very tensors that the first one returned; if it does not, the order is kept.
     """

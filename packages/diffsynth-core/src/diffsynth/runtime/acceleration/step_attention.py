@@ -47,7 +47,7 @@ class StepAttention:
                 raise ValueError(f"attention: {name}={value!r}: expected an integer of at least 0")
 
     def at(self, index: int, num_steps: int) -> str:
-        """Return the name of the attention backend of a step, counted from 0."""
+        """Return the attention backend's name for step `index` (from 0): `otherwise` in the first and last steps."""
         is_within = self.first <= index < num_steps - self.last
         return self.backend if is_within else self.otherwise
 
@@ -57,7 +57,7 @@ AttentionArgument = StepAttention | str | None
 
 
 def parse_step_attention(value: Any) -> StepAttention | None:
-    """Return a `StepAttention` for a text `name` or `name:first=2,last=2,otherwise=sdpa`; one given, or None, as it is.
+    """Return `value` as a `StepAttention`: a text such as "triton_int8:first=2,last=2" is parsed; None stays None.
 
     Raises:
         ValueError: an unknown backend or setting, or a number out of range.
@@ -80,7 +80,7 @@ def attention_at(schedule: StepAttention | None, index: int, num_steps: int) -> 
 
 
 def check_attention(schedule: StepAttention | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise Refused unless each attention backend of a schedule is available for tensors of this device and dtype.
+    """Raise Refused unless each attention backend of a schedule (None: no check) can serve this device and dtype.
 
     A backend that refuses the shape of a layer's call raises in that layer.
 

@@ -50,11 +50,11 @@ class ForwardPattern:
     is_tuple: bool
 
     def streams(self, values: Sequence[Any]) -> Streams:
-        """Return a tuple of the streams (hidden states) among a block's arguments."""
+        """Return a tuple of those tensors among a block's arguments `values` that are streams (hidden states)."""
         return tuple(values[index] for index in self.indices)
 
     def result(self, streams: Streams) -> Any:
-        """Return streams as a block returns them: as a tuple of tensors, or the only tensor."""
+        """Return `streams` as a block returns them: the tuple itself, or its only tensor if blocks return no tuple."""
         return streams if self.is_tuple else streams[0]
 
 
@@ -82,12 +82,12 @@ class FirstBlockCall:
 
     @cached_property
     def result(self) -> Any:
-        """The result of the block, which runs at the first access only."""
+        """The result of the block as its `forward` returns it; the block runs at the first access only."""
         return self.run()
 
     @property
     def streams(self) -> Streams:
-        """The streams (hidden states, a tuple) that the block takes.
+        """A tuple of the streams (hidden-state tensors) that the block takes; the first access runs the block.
 
         The block runs for them, because its result shows which arguments they are.
         """
@@ -95,7 +95,7 @@ class FirstBlockCall:
 
     @property
     def output(self) -> Streams:
-        """The streams (hidden states, a tuple) that the block returns; it runs at the first access."""
+        """A tuple of the streams (hidden-state tensors) that the block returns; the first access runs the block."""
         return as_streams(self.result)
 
     def output_of(self, name: str) -> Tensor:
@@ -139,7 +139,7 @@ class CacheStrategy:
 
 
 def as_streams(result: Any) -> Streams:
-    """Return the result of a block, a tensor or several, as a tuple of tensors."""
+    """Return a block's `result`, one tensor or a tuple or list of tensors, as a tuple of tensors."""
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 

@@ -223,7 +223,7 @@ StepCacheArgument = FirstBlockCache | TaylorSeer | TeaCache | str | None
 
 
 def parse_step_cache(value: Any) -> StepCache | None:
-    """Return a `StepCache` for a text `name` or `name:setting=value,setting=value`; a step cache and None as they are.
+    """Return `value` as a `StepCache`: a text such as "first_block:threshold=0.1" is parsed; None stays None.
 
     Raises:
         ValueError: an unknown name or setting, or a value out of range.

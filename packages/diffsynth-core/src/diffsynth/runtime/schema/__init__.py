@@ -52,7 +52,7 @@ def model_schema(name: str) -> dict[str, Any]:
 
 
 def describe(subject: Any, *, title: str | None = None, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the JSON Schema of a pipeline's call as a dict.
+    """Return the JSON Schema of the arguments of a pipeline's call, as a dict.
 
     Args:
         subject: a subclass of `Pipeline`, or an instance, which has its model's name and defaults.

@@ -28,7 +28,7 @@ _IMAGE = {
 
 
 def type_of(parameter: inspect.Parameter, program: Program) -> Any:
-    """Return an argument's type, or the text of its annotation where names are imported for type checkers only.
+    """Return the type that an argument is annotated with, or the annotation's text if it cannot be evaluated.
 
     Args:
         parameter: of a pipeline's signature; its annotation may be a text.
@@ -69,7 +69,7 @@ def schema_of(kind: Any) -> Schema | None:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON holds it, tuples as lists, or NotImplemented if it cannot."""
+    """Return `value` as plain JSON values (a tuple becomes a list), or NotImplemented if JSON cannot hold it."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
@@ -114,7 +114,7 @@ def _class(kind: type) -> Schema | None:
 
 
 def _dataclass(kind: type) -> Schema:
-    """Return the JSON Schema of a dataclass with the fields that JSON can hold; the other fields get their defaults."""
+    """Return the JSON Schema, a dict, of a dataclass; fields that JSON cannot hold are left out."""
     hints = typing.get_type_hints(kind)
     fields = [field for field in dataclasses.fields(kind) if field.init]
     properties: dict[str, Schema] = {}

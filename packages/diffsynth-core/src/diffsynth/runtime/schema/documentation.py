@@ -51,7 +51,7 @@ def documented(cls: type, program: Program) -> dict[str, str]:
 
 
 def with_range(schema: dict[str, Any], text: str) -> dict[str, Any]:
-    """Return a JSON Schema with the ranges added that a description states for its numbers."""
+    """Return `schema` with the limits of numbers that `text` states, such as "at least 1" -> `"minimum": 1`."""
     if "anyOf" in schema:
         return {**schema, "anyOf": [with_range(one, text) for one in schema["anyOf"]]}
     if schema.get("type") not in ("integer", "number"):
@@ -79,7 +79,7 @@ def _entries(docstring: str) -> Iterator[tuple[str, str]]:
 
 
 def _typed_dicts(cls: type) -> Iterator[Any]:
-    """Yield the `TypedDict`s in `__call__(self, prompt, **arguments: Unpack[...])` of a class and its bases."""
+    """Yield the `TypedDict` classes that annotate the `**arguments` of `__call__` in a class and its bases."""
     for base in cls.__mro__:
         function = vars(base).get("__call__")
         annotation = getattr(function, "__annotations__", {}).get("arguments")
@@ -88,7 +88,10 @@ def _typed_dicts(cls: type) -> Iterator[Any]:
 
 
 def _with_groups(whole: Any) -> Iterator[Any]:
-    """Yield a `TypedDict` and those of its module whose fields it has: Python 3.11 does not record base classes."""
+    """Yield `whole`, a `TypedDict` class, then those of its module whose fields are all among its own.
+
+    Python 3.11 does not record base classes of a `TypedDict`.
+    """
     yield whole
     for kind in vars(sys.modules[whole.__module__]).values():
         if (

@@ -44,7 +44,7 @@ class _Unfit(Exception):
 
 
 def arguments_from_json(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dict of call arguments from a JSON object, with images decoded and numbers of the right type.
+    """Return a dict argument -> value from a JSON object; base64 images become PIL images, numbers get the right type.
 
     Args:
         schema: from `Pipeline.schema()`, in this process or another of the same installation.
@@ -140,7 +140,7 @@ def _object(schema: Mapping[str, Any], value: dict[str, Any]) -> Any:
 
 
 def _construct(schema: Mapping[str, Any], value: Any) -> Any:
-    """Return the enum member or dataclass that a schema makes of a plain value; the value itself if it names none."""
+    """Return `value` as the enum member or dataclass that `schema` names; `value` itself if it names none."""
     if "x-diffsynth-type" not in schema:
         return value
     kind = resolve(schema["x-diffsynth-type"])
