@@ -10,7 +10,8 @@ from diffsynth import _env
 
 
 def read_json_cache(name: str) -> dict[str, Any]:
-    """Return the entries of a cache file as a dict; empty if the file is missing, unreadable or not a JSON object.
+    """Return the content of a JSON file in the user's cache folder as a dict; empty if it is missing, unreadable or no
+    object.
 
     Args:
         name: the file's name in the cache folder, such as `"speed.json"`.
@@ -23,7 +24,8 @@ def read_json_cache(name: str) -> dict[str, Any]:
 
 
 def update_json_cache(name: str, key: str, value: Any) -> None:
-    """Set one entry of a cache file and replace the file atomically; does nothing if the folder is read-only.
+    """Set entry `key` of a JSON file in the user's cache folder to `value`, atomically; do nothing if it cannot be
+    written.
 
     Two processes that write at the same time may lose one entry, which is then computed again.
 

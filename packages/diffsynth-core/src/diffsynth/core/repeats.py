@@ -14,7 +14,8 @@ _caller: ContextVar[Caller | None] = ContextVar("diffsynth_repeats_caller", defa
 
 
 def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the result of `function(*arguments)`; while a plan is made, equal calls run once and count each time.
+    """Return the result of `function(*arguments)`; while a plan is made (a run on meta), equal calls run once and count
+    each time.
 
     A plan runs the code on the meta device. There a call with arguments of the same shapes and values as an earlier
     one is not made: its operations and its memory are counted again, and new tensors of the same shapes are returned.
@@ -33,7 +34,7 @@ def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @contextmanager
 def intercepted_by(caller: Caller) -> Iterator[None]:
-    """Context manager within which `caller` makes the calls of `repeated`."""
+    """Context manager in which `repeated(function, *arguments)` returns `caller(function, *arguments)`."""
     token = _caller.set(caller)
     try:
         yield

@@ -94,7 +94,8 @@ ACCELERATORS = tuple(kind for kind in BACKENDS if kind != "cpu")
 
 
 def type_and_index(device: torch.device | str | int) -> tuple[str, int | None]:
-    """Return the type of a device or its name, such as "cuda", and its index, None if it has none.
+    """Return a tuple (type, index) of a device or its name, `("cuda", 1)` for `"cuda:1"`; the index is None if it has
+    none.
 
     Names are not parsed by torch, which does not know "npu" without torch_npu, and reads "cuda:256" as "cuda:0".
 
@@ -113,7 +114,7 @@ def type_and_index(device: torch.device | str | int) -> tuple[str, int | None]:
 
 
 def torch_module(kind: str) -> Any:
-    """Return torch's module for a kind of device, such as `torch.cuda`; None for the CPU, or if torch has none."""
+    """Return torch's Python module for a kind of device, `torch.cuda` for "cuda"; None for "cpu", or if torch has none."""
     return None if kind == "cpu" else getattr(torch, kind, None)
 
 
@@ -128,7 +129,8 @@ def is_available(kind: str) -> bool:
 
 
 def backend_and_module(device: torch.device | str) -> tuple[Backend, Any]:
-    """Return the `Backend` of a device and its torch module, such as `torch.cuda` (None: see `torch_module`).
+    """Return a tuple: a device's `Backend`, and torch's module for it, such as `torch.cuda` (None for the CPU, or if
+    torch has none).
 
     Raises:
         ValueError: an unknown kind of device.

@@ -22,7 +22,9 @@ _SELF = Path("/proc/self")
 
 
 def available_memory(device: torch.device | str) -> int | None:
-    """Return the free memory of a device in bytes; None if unknown (MPS, hosts without /proc, no such device)."""
+    """Return the free memory of a device (CPU: of the host or container) in bytes; None if unknown (MPS, no /proc, no
+    device).
+    """
     backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _free_host_memory()
@@ -35,7 +37,8 @@ def available_memory(device: torch.device | str) -> int | None:
 
 
 def total_memory(device: torch.device | str) -> int | None:
-    """Return the total memory of a device in bytes; None if unknown.
+    """Return the total memory of a device (CPU: of the host or container) in bytes; None if unknown (no /proc, no
+    device).
 
     On the CPU within a container the lower of the host's memory and the container's limit; on MPS the maximum that
     Metal recommends.
@@ -51,7 +54,7 @@ def total_memory(device: torch.device | str) -> int | None:
 
 
 def memory_in_use(device: torch.device | str) -> int | None:
-    """Return the bytes that tensors of this process occupy on a device, on the CPU its VmRSS; None if unknown."""
+    """Return the bytes that this process's tensors occupy on a device, on the CPU its resident memory; None if unknown."""
     backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _status("VmRSS")
@@ -63,7 +66,8 @@ def memory_in_use(device: torch.device | str) -> int | None:
 
 
 def peak_memory(device: torch.device | str) -> int | None:
-    """Return the maximum of `memory_in_use`, in bytes, since the start or `reset_peak_memory`; None if unknown.
+    """Return the peak of `memory_in_use` (bytes of this process on a device) since the start or `reset_peak_memory`;
+    None if unknown.
 
     On the CPU this is VmHWM. Unknown are MPS and hosts without /proc.
     """
@@ -76,7 +80,9 @@ def peak_memory(device: torch.device | str) -> int | None:
 
 
 def reset_peak_memory(device: torch.device | str) -> bool:
-    """Restart the measurement of `peak_memory`, and return whether that was possible."""
+    """Restart the measurement of `peak_memory` (bytes of this process on a device); return a bool, whether that was
+    possible.
+    """
     backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _reset_status()
@@ -87,7 +93,9 @@ def reset_peak_memory(device: torch.device | str) -> bool:
 
 
 def empty_cache(device: torch.device | str | None = None) -> None:
-    """Free the cached blocks of torch's allocator on a device (None: the default device); nothing on the CPU."""
+    """Free the unused blocks that torch's allocator keeps on a device (None: the default device); do nothing on the
+    CPU.
+    """
     _, module = backend_and_module(default_device() if device is None else device)
     if module is not None:
         module.empty_cache()
@@ -109,7 +117,9 @@ def pinned_memory(size: int, device: torch.device | str) -> torch.Tensor:
 
 
 def _available_backend(device: torch.device | str) -> tuple[Backend, Any]:
-    """Return the device's `Backend` and torch module; the module is None on the CPU and for missing devices."""
+    """Return a tuple: the device's `Backend`, and torch's module for it, None on the CPU and if there is no such
+    device.
+    """
     backend, module = backend_and_module(device)
     return backend, module if is_available(backend.kind) else None
 
@@ -146,7 +156,7 @@ def _status(field: str) -> int | None:
 
 
 def _kilobytes(file: Path, field: str) -> int | None:
-    """Return, in bytes, the value of a line such as `VmHWM:  1708 kB` of a file; None without that file or line."""
+    """Return the bytes in a file's line for `field`, 1,748,992 for `VmHWM:  1708 kB`; None without that file or line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -174,7 +184,7 @@ def _cgroup_limit() -> int | None:
 
 
 def _free_in_cgroup() -> int | None:
-    """Return how many bytes the container may still use; None without a limit that can be read.
+    """Return how many bytes the container (cgroup v2) may still use, at least 0; None without a limit that can be read.
 
     /proc/meminfo is for the machine.
     """

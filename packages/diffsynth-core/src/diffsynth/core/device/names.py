@@ -28,7 +28,7 @@ def default_device() -> torch.device:
 
 
 def present_devices() -> tuple[str, ...]:
-    """Return the names of all devices that torch can use on this machine, the CPU last: `("cuda:0", "cpu")`."""
+    """Return a tuple of the names of all devices that torch can use on this machine, the CPU last: `("cuda:0", "cpu")`."""
     found: list[str] = []
     for kind, backend in BACKENDS.items():
         if is_available(kind):
@@ -38,7 +38,8 @@ def present_devices() -> tuple[str, ...]:
 
 
 def check_device(device: torch.device | str | int) -> torch.device:
-    """Check that a device is available, and return a `torch.device` with its index, "cuda:0" for "cuda".
+    """Check that this machine has a device; return it as a `torch.device`, with the current index if it has none
+    ("cpu": none).
 
     Raises:
         ValueError: not a device, an unknown kind of device, or one that this machine does not have.
@@ -68,7 +69,7 @@ def check_device(device: torch.device | str | int) -> torch.device:
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """Check that a device converts from and to a dtype, and return the dtype.
+    """Raise ValueError unless a device can convert tensors from and to `dtype`; return `dtype` unchanged.
 
     Computing in it is not checked. The answer comes from a table (`backends.py`), so the device need not be available.
 
@@ -84,7 +85,9 @@ def check_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
 
 
 def card_name(device: torch.device | str) -> str:
-    """Return the name of a device's hardware, "NVIDIA H100 80GB HBM3"; for the CPU and MPS that of the processor."""
+    """Return the name of a device's hardware, such as "NVIDIA H100 80GB HBM3"; for the CPU and MPS that of the
+    processor.
+    """
     backend, module = backend_and_module(device)
     if backend.indexed and module is not None:
         return str(module.get_device_name(torch.device(device)))
@@ -92,7 +95,8 @@ def card_name(device: torch.device | str) -> str:
 
 
 def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
-    """Return the CUDA compute capability as (major, minor), (9, 0) for Hopper; None if the device has none.
+    """Return a device's CUDA compute capability as a tuple (major, minor), (9, 0) for Hopper; None unless it is a CUDA
+    device.
 
     That is the case for ROCm, every other kind of device, and a machine without CUDA devices.
     """
@@ -104,13 +108,15 @@ def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
 
 
 def built_for() -> tuple[str, ...]:
-    """Return names and versions of the toolkits that torch is built for, `("CUDA 13.2",)`; torch_npu is not listed."""
+    """Return a tuple of the toolkits that torch is built for, `("CUDA 13.2",)` or `("ROCm 7.0",)`; empty for any other
+    build.
+    """
     kits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     return tuple(f"{kit} {version}" for kit, version in kits.items() if version)
 
 
 def get_device_type() -> str:
-    """Return the type of the default device: "cuda", "npu", "mps" or "cpu"."""
+    """Return the type of the default device (an accelerator if there is one) as text: "cuda", "npu", "mps" or "cpu"."""
     return next((kind for kind in ACCELERATORS if is_available(kind)), "cpu")
 
 
@@ -118,29 +124,30 @@ get_available_device_type = get_device_type
 
 
 def get_device_name() -> str:
-    """Return the name of the default device with its index, "cuda:0"; "cpu" and "mps" have no index."""
+    """Return the name of the default device with its current index, such as "cuda:0"; "cpu" and "mps" have no index."""
     kind = get_device_type()
     return f"{kind}:{get_device_id()}" if BACKENDS[kind].indexed else kind
 
 
 def get_device_id() -> int:
-    """Return the index of the current device of the default type; 0 for "cpu" and "mps"."""
+    """Return the index (an int) of the current device of the default type; 0 for "cpu" and "mps"."""
     kind = get_device_type()
     return int(backend_and_module(kind)[1].current_device()) if BACKENDS[kind].indexed else 0
 
 
 def get_torch_device() -> Any:
-    """Return torch's module for the default device: `torch.cuda`, `torch.npu`, `torch.mps` or `torch.cpu`."""
+    """Return torch's Python module for the default device: `torch.cuda`, `torch.npu`, `torch.mps` or `torch.cpu`."""
     return getattr(torch, get_device_type())
 
 
 def parse_device_type(device: torch.device | str) -> str:
-    """Return the type of a device or its name, `"cuda"` for `"cuda:1"`."""
+    """Return the type, as text, of a device or of a device's name: `"cuda"` for `"cuda:1"`."""
     return type_and_index(device)[0]
 
 
 def parse_nccl_backend(device_type: str) -> str:
-    """Return the name of torch.distributed's backend for a device type: "nccl", "hccl" or "gloo".
+    """Return the name of torch.distributed's backend for a device type: "nccl" for "cuda", "hccl" for "npu", else
+    "gloo".
 
     Raises:
         ValueError: an unknown type.
@@ -151,12 +158,15 @@ def parse_nccl_backend(device_type: str) -> str:
 
 
 def get_nccl_backend() -> str:
-    """Return the name of torch.distributed's backend for the default device: "nccl", "hccl" or "gloo"."""
+    """Return the name of torch.distributed's backend for the default device: "nccl" on CUDA, "hccl" on NPU, else
+    "gloo".
+    """
     return parse_nccl_backend(get_device_type())
 
 
 def enable_high_precision_for_bf16() -> None:
-    """Disable TF32, on NPU HF32, in the matrix products of this process; nothing on MPS and the CPU.
+    """Disable TF32 (CUDA) or HF32 (NPU) in this process's matrix products on the default device; do nothing on MPS and
+    the CPU.
 
     On CUDA this also disables reduced-precision sums of bf16 products.
     """

@@ -8,7 +8,7 @@ from diffsynth.core.device.backends import backend_and_module
 
 
 def generator(device: torch.device | str, seed: int | None = None) -> torch.Generator:
-    """Return a `torch.Generator` of a device (MPS: of the CPU), with the given seed, or a random one if it is None."""
+    """Return a new `torch.Generator` on a device (MPS: on the CPU), seeded with `seed`, or at random if `seed` is None."""
     kind = torch.device(device).type
     made = torch.Generator("cpu" if kind == "mps" else device)
     if seed is None:
@@ -27,7 +27,7 @@ def random_state(device: torch.device | str) -> torch.Tensor:
 
 
 def set_random_state(state: torch.Tensor, device: torch.device | str) -> None:
-    """Set a device's default random generator to a state that `random_state` returned for the same kind of device."""
+    """Set a device's default random generator to `state`, a tensor from `random_state` for the same kind of device."""
     backend, module = backend_and_module(device)
     if module is None:
         torch.set_rng_state(state.cpu())

@@ -63,7 +63,8 @@ _NVME = Speed(3e9, measured=False, source="assumed: an NVMe drive on PCIe 3.0 x4
 
 
 def link_speed(device: torch.device | str) -> Speed:
-    """Return the `Speed`, in bytes/s, of copies from pinned host memory to a device; on the CPU of copies in memory.
+    """Return the `Speed`, in bytes/s, of copies from pinned host memory to a device (CPU: within host memory), cached
+    or measured.
 
     Measured with 256 MiB, the median of five; assumed if this machine has no such device or no free memory on it.
 
@@ -78,7 +79,8 @@ def link_speed(device: torch.device | str) -> Speed:
 
 
 def compute_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """Return the `Speed`, in FLOP/s, of a large matrix product on a device in a dtype.
+    """Return the `Speed`, in FLOP/s, of a large matrix product on a device in a dtype: cached, measured or else
+    assumed.
 
     The median of five measurements; assumed if this machine has no such device or no free memory on it.
 
@@ -97,7 +99,8 @@ def compute_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
 
 
 def disk_speed(folder: Path | str) -> Speed:
-    """Return the `Speed`, in bytes/s, of reads from the disk of a folder, without the page cache.
+    """Return the `Speed`, in bytes/s, of reads from a folder's disk, without the page cache: cached, measured or else
+    assumed.
 
     Four threads read a temporary file of 128 MiB, in the nearest existing parent if the folder does not exist. A drive
     with a cache of its own appears faster than it is. Assumed if nothing can be written, and where the page cache of a
@@ -123,7 +126,9 @@ def _hardware(device: torch.device) -> str:
 
 
 def _once(key: str, measure: Callable[[], float], assumed: Speed) -> Speed:
-    """Return the cached `Speed` of a key, else measure and cache it; if that fails, return the assumption."""
+    """Return the cached `Speed` of `key`, else call `measure` and cache its value; if that fails, the value of
+    `assumed`.
+    """
     known = read_json_cache(_CACHE).get(key)
     if not isinstance(known, float):
         try:
@@ -182,7 +187,9 @@ def _measure_disk(folder: Path) -> float:
 
 
 def _read_lane(file: int, first: int) -> int:
-    """Read every fourth block of a file, and return the number of bytes read."""
+    """Read every fourth 8 MiB block of the test file, starting with block number `first`; return the number of bytes
+    read.
+    """
     memory = [bytearray(_DISK_BLOCK)]
     starts = range(first * _DISK_BLOCK, _DISK_BYTES, _DISK_THREADS * _DISK_BLOCK)
     return sum(os.preadv(file, memory, start) for start in starts)

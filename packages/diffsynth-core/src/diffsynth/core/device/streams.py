@@ -33,15 +33,18 @@ class SideStream:
         self.device = torch.device(device)
 
     def run(self) -> AbstractContextManager[None]:
-        """Return a context manager within which work is submitted to this stream."""
+        """Return a context manager in which new work goes to this stream; on a device without streams it has no effect."""
         return _in_order()
 
     def record_event(self) -> Any:
-        """Return a torch event that follows all work submitted so far; None on a device without events."""
+        """Return a torch event that completes with all work submitted so far; without events wait for that work and
+        return None.
+        """
         return record_event(self.device)
 
     def wait_event(self, event: Any) -> None:
-        """Let work submitted from now on wait for an event of this device, without blocking the host.
+        """Let work submitted from now on wait for `event`, from the same device, without blocking the host; None has no
+        effect.
 
         Args:
             event: from `record_event`; None does nothing.
@@ -52,7 +55,9 @@ class SideStream:
         wait_event(event, self.device)
 
     def timestamp(self) -> Timestamp:
-        """Return a `Timestamp` for the moment at which all work submitted so far is done."""
+        """Return a `Timestamp` for the moment at which all work submitted so far is done; without events the host waits
+        for it.
+        """
         return timestamp(self.device)
 
 
@@ -67,7 +72,7 @@ class OverlappingStream(SideStream):
         self._stream = self._module.Stream(device=self.device)
 
     def run(self) -> AbstractContextManager[None]:
-        """Return a context manager within which this stream is the current one."""
+        """Return a context manager in which this stream is torch's current stream, so that new work goes to it."""
         return self._module.stream(self._stream)
 
     def record_event(self) -> Any:
@@ -75,7 +80,7 @@ class OverlappingStream(SideStream):
         return _record(self._module.Event(), self._stream)
 
     def wait_event(self, event: Any) -> None:
-        """Let work submitted from now on wait for an event; None does nothing."""
+        """Let work submitted to this stream from now on wait for `event`; None has no effect."""
         if event is not None:
             self._stream.wait_event(event)
 
@@ -96,7 +101,9 @@ class Timestamp:
         self._host_time = time.perf_counter()
 
     def seconds_since(self, earlier: Timestamp) -> float:
-        """Return the seconds from an earlier timestamp of the same device to this one, for which the host waits."""
+        """Return the seconds, a float, from the `Timestamp` `earlier` to this one, both of one device; the host waits
+        for this one.
+        """
         if self._event is None:
             return self._host_time - earlier._host_time
         self._event.synchronize()
@@ -104,7 +111,8 @@ class Timestamp:
 
 
 def side_stream(device: torch.device | str) -> SideStream:
-    """Return a new `SideStream` for work beside the current stream; on MPS and the CPU the work runs in order.
+    """Return a new `SideStream`, whose work overlaps with the current stream; on MPS and the CPU its work runs in
+    order.
 
     A tensor that is made in one stream and used in another must live until an event after its use, or the allocator
     reuses its memory too early.
@@ -117,7 +125,7 @@ def side_stream(device: torch.device | str) -> SideStream:
 
 
 def record_event(device: torch.device | str) -> Any:
-    """Return a torch event that follows all work submitted to the device's current stream; None on MPS and the CPU.
+    """Return a torch event that completes with all work on the device's current stream so far; None on MPS and the CPU.
 
     Without events (MPS) the host waits now, and the result is None.
     """
@@ -141,7 +149,8 @@ def timestamp(device: torch.device | str) -> Timestamp:
 
 
 def wait_event(event: Any, device: torch.device | str) -> None:
-    """Let the device's current stream wait for an event before later work, without blocking the host.
+    """Let the device's current stream wait for `event` before its later work, without blocking the host; None has no
+    effect.
 
     Args:
         event: from `record_event` or `SideStream.record_event`; None does nothing.
@@ -159,7 +168,7 @@ def wait_event(event: Any, device: torch.device | str) -> None:
 
 
 def synchronize(device: torch.device | str | None = None) -> None:
-    """Wait on the host for all work of a device (None: the default device); nothing on the CPU."""
+    """Block the host until all work of a device (None: the default device) is done; do nothing on the CPU."""
     device = default_device() if device is None else torch.device(device)
     backend, module = backend_and_module(device)
     if module is not None:

@@ -30,7 +30,9 @@ class UploadRing:
 
     @contextmanager
     def buffer(self) -> Iterator[Tensor]:
-        """Context manager that lends a free uint8 host buffer, to fill and `upload` from; copies may outlast it."""
+        """Context manager that yields a free uint8 host buffer, waiting for one if needed, to fill and then `upload`
+        from.
+        """
         memory, copied = self._free.get()
         event = None
         try:
@@ -43,10 +45,12 @@ class UploadRing:
             self._free.put((memory, event))
 
     def upload(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Start a copy for each pair (view of a buffer, tensor on the device) of equal dtype."""
+        """Start the copies of `pairs`: from the first tensor (a view of a buffer) into the second, on the device, of
+        equal dtype.
+        """
         for source, destination in pairs:
             destination.copy_(source, non_blocking=True)
 
     def wait(self) -> None:
-        """Wait on the host until all copies are done."""
+        """Block the host until all copies to the device are done."""
         devices.synchronize(self.device)

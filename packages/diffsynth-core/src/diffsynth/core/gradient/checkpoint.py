@@ -20,7 +20,7 @@ def gradient_checkpoint_forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Call `model(*args, **kwargs)` and return its result; if wanted, activations are recomputed, not stored.
+    """Call `model(*args, **kwargs)` and return its result; if wanted, the backward pass computes the activations again.
 
     Without gradient recording, or if neither option is set, this is a plain call.
 
