@@ -114,7 +114,7 @@ def type_and_index(device: torch.device | str | int) -> tuple[str, int | None]:
 
 
 def torch_module(kind: str) -> Any:
-    """Return torch's Python module for a kind of device, `torch.cuda` for "cuda"; None for "cpu", or if torch has none."""
+    """Return torch's Python module for a device type, `torch.cuda` for "cuda"; None for "cpu", or if torch has none."""
     return None if kind == "cpu" else getattr(torch, kind, None)
 
 

@@ -54,7 +54,7 @@ def total_memory(device: torch.device | str) -> int | None:
 
 
 def memory_in_use(device: torch.device | str) -> int | None:
-    """Return the bytes that this process's tensors occupy on a device, on the CPU its resident memory; None if unknown."""
+    """Return the bytes that this process's tensors occupy on a device, on the CPU its VmRSS; None if unknown."""
     backend, module = _available_backend(device)
     if backend.kind == "cpu":
         return _status("VmRSS")
@@ -156,7 +156,7 @@ def _status(field: str) -> int | None:
 
 
 def _kilobytes(file: Path, field: str) -> int | None:
-    """Return the bytes in a file's line for `field`, 1,748,992 for `VmHWM:  1708 kB`; None without that file or line."""
+    """Return the bytes in a file's line of `field`: 1,748,992 for `VmHWM:  1708 kB`; None without file or line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -28,7 +28,7 @@ def default_device() -> torch.device:
 
 
 def present_devices() -> tuple[str, ...]:
-    """Return a tuple of the names of all devices that torch can use on this machine, the CPU last: `("cuda:0", "cpu")`."""
+    """Return a tuple of the names of all devices here that torch can use, the CPU last: `("cuda:0", "cpu")`."""
     found: list[str] = []
     for kind, backend in BACKENDS.items():
         if is_available(kind):

@@ -8,7 +8,7 @@ from diffsynth.core.device.backends import backend_and_module
 
 
 def generator(device: torch.device | str, seed: int | None = None) -> torch.Generator:
-    """Return a new `torch.Generator` on a device (MPS: on the CPU), seeded with `seed`, or at random if `seed` is None."""
+    """Return a `torch.Generator` on a device (MPS: on the CPU), seeded with `seed`, or at random if `seed` is None."""
     kind = torch.device(device).type
     made = torch.Generator("cpu" if kind == "mps" else device)
     if seed is None:

@@ -33,7 +33,7 @@ class SideStream:
         self.device = torch.device(device)
 
     def run(self) -> AbstractContextManager[None]:
-        """Return a context manager in which new work goes to this stream; on a device without streams it has no effect."""
+        """Return a context manager in which new work goes to this stream; without streams it has no effect."""
         return _in_order()
 
     def record_event(self) -> Any:

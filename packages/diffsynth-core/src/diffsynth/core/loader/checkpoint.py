@@ -15,7 +15,8 @@ from diffsynth.core.loader.header import Header
 
 
 def read_config(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> Header:
-    """Return the `Header` (dtype and shape by key) of a `ModelConfig`'s files, or of the tensors it carries.
+    """Return the `Header` (dtype and shape of each tensor) of a `ModelConfig`'s files, or of the state dict that it
+    carries.
 
     Args:
         config: the checkpoint.
@@ -32,7 +33,8 @@ def read_config(config: ModelConfig, *, resolve: Callable[[str], list[Path] | No
 
 
 def read_files(files: Iterable[Path]) -> Header:
-    """Return one merged `Header` (dtype and shape by key) of a checkpoint's files, or of a folder's only checkpoint.
+    """Return one `Header` (dtype and shape of each tensor) for all files of a checkpoint, or of a folder's only
+    checkpoint.
 
     Args:
         files: safetensors files, or torch pickles, which are told by their suffix.

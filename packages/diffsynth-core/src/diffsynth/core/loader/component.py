@@ -32,7 +32,8 @@ def build(architecture: ArchitectureSpec, config: Any) -> nn.Module:
 
 
 def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype) -> tuple[nn.Module, ComponentSource]:
-    """Return a component as an `nn.Module` on the meta device, and the `ComponentSource` that reads its weights.
+    """Return a tuple: a component (module of a pipeline) as an `nn.Module` on meta, and the `ComponentSource` of its
+    weights.
 
     Args:
         recognized: the component in the file.
@@ -63,7 +64,8 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
 def load_component(
     recognized: Recognized, header: Header, *, device: torch.device | str, dtype: torch.dtype, copy: bool = True
 ) -> nn.Module:
-    """Return a component as an `nn.Module`, weights read onto a device (not for "meta"), in eval mode and frozen.
+    """Return a component as an `nn.Module` with its weights on `device`, in eval mode and frozen; on "meta" nothing is
+    read.
 
     Peak host memory is that of the module on the CPU, or of a ring of upload buffers for an accelerator; and in both
     cases that of the source tensors that are being converted, a few at a time.
@@ -86,7 +88,7 @@ def load_component(
 def materialize(
     module: nn.Module, source: ComponentSource, *, device: torch.device | str, copy: bool = True
 ) -> nn.Module:
-    """Read the weights of `source` into `module` and return it, in eval mode and frozen.
+    """Read the weights of `source` onto `device` into `module`, and return `module`, in eval mode and frozen.
 
     `device`, `copy` and errors: see `load_component`.
     """
@@ -101,7 +103,8 @@ def materialize(
 
 
 def fill_buffers(module: nn.Module) -> None:
-    """Compute, in place, the buffers of a module that no file holds, by each submodule's `reset_buffers()`.
+    """Fill the buffers of `module` that no file holds, by each submodule's `reset_buffers()`; raise KeyMismatch if one
+    is left.
 
     Raises:
         KeyMismatch: a buffer is still on meta.
@@ -127,7 +130,8 @@ def _dtype(
     architecture: ArchitectureSpec,
     dtype: torch.dtype,
 ) -> torch.dtype:
-    """Return the `torch.dtype` that one parameter is read in: `dtype`, or in some cases the file's.
+    """Return the `torch.dtype` that a parameter is read in: `dtype`, or the file's for integers and some of high
+    precision.
 
     The file's dtype is kept for numbers that are not floating and need no conversion, and for parameters of high
     precision if `dtype` has less than 16 bits.

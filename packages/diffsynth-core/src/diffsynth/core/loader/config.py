@@ -98,33 +98,41 @@ class ModelConfig:
 
     @property
     def vram_keys(self) -> dict[str, Any]:
-        """The eight placement fields, `offload_device` to `computation_dtype`, as a dict name -> value or None."""
+        """A dict of the eight placement fields, `offload_device` to `computation_dtype`: field name -> value, None if
+        not set.
+        """
         return {name: getattr(self, name) for name in VRAM_KEYS}
 
     @property
     def root(self) -> Path:
-        """The folder, a `Path`, under which repositories are looked up and downloaded to."""
+        """`Path` of the folder that holds one folder for each repository, and into which they are downloaded."""
         return Path(self.local_model_path) if self.local_model_path is not None else _env.model_base_path()
 
     @property
     def folder(self) -> Path:
-        """The folder, a `Path`, of the repository's files; each revision has one of its own."""
+        """`Path` of the local folder of this repository, `root/owner/name`, with `@revision` appended if a revision is
+        set.
+        """
         at = f"@{self.revision.replace('/', '--')}" if self.revision else ""
         return self.root / f"{self.model_id}{at}"
 
     @property
     def offline(self) -> bool:
-        """Whether downloads are off, by `skip_download` or else by the environment."""
+        """Whether downloads are off: `skip_download`, or if that is None the environment variable
+        DIFFSYNTH_SKIP_DOWNLOAD.
+        """
         return _env.skip_download() if self.skip_download is None else self.skip_download
 
     @property
     def hub(self) -> str:
-        """Name of the hub to download from, "modelscope" or "huggingface"."""
+        """Name of the hub to download from, "modelscope" or "huggingface"; the environment's if `download_source` is
+        not set.
+        """
         return self.download_source or _env.download_source()
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Globs of files inside the repository, as a tuple; empty for the whole repository."""
+        """A tuple of globs of files (folders: a trailing "/") inside the repository; empty for the whole repository."""
         pattern = self.origin_file_pattern
         several = [pattern] if isinstance(pattern, str) or pattern is None else list(pattern)
         return tuple(each for each in several if each not in (None, "", "./"))

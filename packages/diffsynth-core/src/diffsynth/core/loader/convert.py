@@ -30,12 +30,12 @@ class Rule:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Key patterns of the tensors that the rule reads, as a tuple."""
+        """A tuple of key patterns, such as `"blocks.{n}.weight"`, of the tensors that the rule reads."""
         raise NotImplementedError
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Key patterns of the tensors that the rule makes, as a tuple."""
+        """A tuple of key patterns, such as `"blocks.{n}.weight"`, of the tensors that the rule makes."""
         raise NotImplementedError
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
@@ -47,7 +47,7 @@ class Rule:
         raise NotImplementedError
 
     def inverse(self, *sources: Shape) -> Rule:
-        """Return the `Rule` that undoes this one for sources of these shapes.
+        """Return the `Rule` that undoes this one for sources of these shapes; raise ValueError if there is none.
 
         Raises:
             ValueError: the rule has no inverse.
@@ -66,7 +66,7 @@ class Rename(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape, the source's."""
+        """Return a tuple with one shape, that of the source, because a renamed tensor keeps its shape."""
         return sources
 
     def inverse(self, *sources: Shape) -> Rename:
@@ -105,7 +105,9 @@ class Split(Rule):
         _axis(self, self.dim)
 
     def part_sizes(self, source: Shape) -> tuple[int, ...]:
-        """Return a tuple with the extent of each part along `dim`, in elements."""
+        """Return a tuple with the size of each part along axis `dim`, in elements; raise ValueError if their sum
+        differs.
+        """
         extent = source[self.dim]
         sizes = self.sizes or (extent // len(self.parts),) * len(self.parts)
         if sum(sizes) != extent:
@@ -113,12 +115,14 @@ class Split(Rule):
         return sizes
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with the shape of each part: the source's, with the part's extent along `dim`."""
+        """Return a tuple with the shape of each part of a split tensor: the source's, but with the part's size along
+        axis `dim`.
+        """
         (source,) = sources
         return tuple((*source[: self.dim], size, *source[self.dim + 1 :]) for size in self.part_sizes(source))
 
     def inverse(self, *sources: Shape) -> Fuse:
-        """Return the `Fuse` rule that joins the parts to the source again."""
+        """Return the `Fuse` rule that joins the parts of a split tensor to the source again."""
         return Fuse(self.parts, self.source, self.dim)
 
 
@@ -137,14 +141,16 @@ class Fuse(Rule):
         _axis(self, self.dim)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape: the first source's, with the sum of all sources' extents along `dim`."""
+        """Return a tuple with one shape, of the joined tensor: the first source's, but along axis `dim` the sum of all
+        sources'.
+        """
         first = sources[0]
         if any(_without(shape, self.dim) != _without(first, self.dim) for shape in sources):
             raise ValueError(f"{self.target}: {sources} cannot be joined along {self.dim}")
         return ((*first[: self.dim], sum(shape[self.dim] for shape in sources), *first[self.dim + 1 :]),)
 
     def inverse(self, *sources: Shape) -> Split:
-        """Return the `Split` rule that splits the target into its parts."""
+        """Return the `Split` rule that splits a joined tensor into its parts again, with their sizes."""
         return Split(self.target, self.parts, self.dim, tuple(shape[self.dim] for shape in sources))
 
 
@@ -160,7 +166,7 @@ class Reshape(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape: the declared one, with -1 and 0 replaced by extents."""
+        """Return a tuple with one shape: the declared one, with 0 replaced by the source's size and -1 by the rest."""
         (source,) = sources
         shape = tuple(extent or source[axis] for axis, extent in enumerate(self.shape))
         known = max(prod(extent for extent in shape if extent != -1), 1)
@@ -170,7 +176,7 @@ class Reshape(Rule):
         return (full,)
 
     def inverse(self, *sources: Shape) -> Reshape:
-        """Return the `Reshape` rule back to the source's shape."""
+        """Return the `Reshape` rule that gives the tensor the source's shape again."""
         return Reshape(self.target, self.source, sources[0])
 
 
@@ -186,14 +192,14 @@ class Permute(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape: the source's extents in the new order of the axes."""
+        """Return a tuple with one shape: the sizes of the source's axes in their new order."""
         (source,) = sources
         if sorted(self.order) != list(range(len(source))):
             raise ValueError(f"{self.source} of shape {source} has no axes {self.order}")
         return (tuple(source[axis] for axis in self.order),)
 
     def inverse(self, *sources: Shape) -> Permute:
-        """Return the `Permute` rule that restores the order of the axes."""
+        """Return the `Permute` rule that puts the axes back into the source's order."""
         return Permute(self.target, self.source, tuple(self.order.index(axis) for axis in range(len(self.order))))
 
 
@@ -213,14 +219,16 @@ class ReorderChunks(Rule):
         _axis(self, self.dim)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape, the source's, after checking that `dim` divides into equal chunks."""
+        """Return a tuple with one shape, the source's; raise ValueError if axis `dim` does not divide into equal
+        chunks.
+        """
         (source,) = sources
         if source[self.dim] % len(self.order):
             raise ValueError(f"{self.source} of shape {source} has no {len(self.order)} equal chunks")
         return sources
 
     def inverse(self, *sources: Shape) -> ReorderChunks:
-        """Return the `ReorderChunks` rule that restores the order of the chunks."""
+        """Return the `ReorderChunks` rule that puts the chunks back into the source's order."""
         order = tuple(self.order.index(chunk) for chunk in range(len(self.order)))
         return ReorderChunks(self.target, self.source, order, self.dim)
 
@@ -236,11 +244,11 @@ class Tie(Rule):
     targets = property(lambda self: (self.source, self.target))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with the source's shape twice."""
+        """Return a tuple with the source's shape twice, for the tensor's two names."""
         return sources * 2
 
     def inverse(self, *sources: Shape) -> Apply:
-        """Return an `Apply` rule that checks that the two tensors are equal and keeps one of them."""
+        """Return an `Apply` rule that raises ValueError unless the two tensors are equal, else keeps one of them."""
         return Apply(_equal, (self.source, self.target), self.source, lambda source, target: source)
 
 
@@ -259,7 +267,7 @@ class Dequantize(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape, the weight's, after checking that the scale fits it."""
+        """Return a tuple with one shape, the weight's; raise ValueError if the scale's shape does not fit it."""
         weight, scale = sources
         # Where blocks do not divide the weight, their size cannot be told.
         fits = len(scale) <= len(weight) and all(
@@ -282,7 +290,7 @@ class Constant(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape, the declared one."""
+        """Return a tuple with one shape, the declared one of the constant tensor."""
         return (self.shape,)
 
 
@@ -299,7 +307,7 @@ class Apply(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape, which the function `shape` computes from the sources' shapes."""
+        """Return a tuple with one shape, the result of the rule's function `shape` for the sources' shapes."""
         return (self.shape(*sources),)
 
 
@@ -322,12 +330,13 @@ class Plan:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """A dict target key -> shape of the planned tensor."""
+        """A dict target key -> shape (a tuple of ints) of the planned tensor."""
         return {key: target.shape for key, target in self.targets.items()}
 
 
 def plan(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
-    """Return the `Plan` of a file: for each target key the rule and source keys that make it, and the dropped keys.
+    """Return the `Plan` of a file: for each target key the rule and source keys that make it, and the dropped source
+    keys.
 
     Args:
         rules: tried in order; the first that matches a key takes it.
@@ -356,7 +365,8 @@ def plan(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
 
 
 def check(plan: Plan, wanted: Mapping[str, Shape], *, where: str, unused: str = "raise") -> list[str]:
-    """Check that a plan fits a module's parameters, and return a list of planned keys that the module does not have.
+    """Raise KeyMismatch unless a plan fits a module's parameters; return a list of planned keys that the module does
+    not have.
 
     No tensor is read.
 
@@ -380,7 +390,7 @@ def check(plan: Plan, wanted: Mapping[str, Shape], *, where: str, unused: str = 
 
 
 def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
-    """Return a list of rules, without holes, that convert the planned tensors back to a file of these keys and shapes.
+    """Return a list of `Rule`s that convert the planned tensors back to a file with the keys and shapes of `shapes`.
 
     Args:
         rules: the rules that read the file.
@@ -400,7 +410,9 @@ def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
 
 
 def concrete(rule: Rule, sources: tuple[str, ...]) -> Rule:
-    """Return a copy of a `Rule` with the holes in its key patterns filled so that its sources are these keys."""
+    """Return a copy of a `Rule` whose key patterns are filled, such as `{n}` with `3`, so that its sources are
+    `sources`.
+    """
     holes = match(rule.sources[0], sources[0]) or {}
     names: dict[str, Any] = {}
     for name, value in vars(rule).items():
@@ -430,7 +442,7 @@ def _add(
 
 
 def _matches(rule: Rule, ordered: Sequence[str], taken: Container[str]) -> list[dict[str, str]]:
-    """Return a list of dicts hole -> text, one for each filling that makes a source pattern an unused key.
+    """Return a list of dicts hole -> text, such as `{"{n}": "3"}`, each of which makes a source pattern an unused key.
 
     For a rule without sources it is one empty dict.
 
@@ -455,7 +467,7 @@ def _matches(rule: Rule, ordered: Sequence[str], taken: Container[str]) -> list[
 
 
 def match(pattern: str, key: str) -> dict[str, str] | None:
-    """Return a dict hole -> text with which a pattern equals the key; None if the key does not match."""
+    """Return a dict hole -> text, such as `"{n}"` -> `"3"`, that makes the pattern equal the key; None if none does."""
     if "{" not in pattern:
         return {} if pattern == key else None
     if not key.startswith(pattern.partition("{")[0]):
@@ -467,12 +479,12 @@ def match(pattern: str, key: str) -> dict[str, str] | None:
 
 
 def normalized_key(key: str) -> str:
-    """Return a tensor's key with every number replaced by `N`, so that keys of repeated blocks are equal."""
+    """Return a tensor's key with every number replaced by `N`: `"blocks.3.weight"` gives `"blocks.N.weight"`."""
     return _NUMBER.sub("N", key)
 
 
 def fill(pattern: str, holes: Mapping[str, str]) -> str:
-    """Return a key pattern with its holes, such as `{n}`, replaced by the given texts."""
+    """Return a key pattern with its holes replaced by texts: `"blocks.{n}"` with `{"{n}": "3"}` gives `"blocks.3"`."""
     for hole, text in holes.items():
         pattern = pattern.replace(hole, text)
     return pattern

@@ -21,7 +21,7 @@ _FOLDER_OPTION = {"huggingface": "--local-dir", "modelscope": "--local_dir"}
 
 
 def download(config: ModelConfig) -> None:
-    """Download the files that the config's patterns match into `config.folder`; an interrupted download is resumed.
+    """Download the files that `config.patterns` match (none: all) into `config.folder`; resume an interrupted download.
 
     Raises:
         DownloadFailed: the hub could not be reached or refused, the disk is full, or a checksum differs; the message
@@ -39,7 +39,9 @@ def download(config: ModelConfig) -> None:
 
 
 def command(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
-    """Return the shell command (one line) that downloads the config's files, or those of some patterns only."""
+    """Return a shell command, as one text, that downloads the files of `patterns`, or if that is empty those of the
+    config.
+    """
     start = {
         "huggingface": ["hf", "download", str(config.model_id)],
         "modelscope": ["modelscope", "download", "--model", str(config.model_id)],
@@ -84,7 +86,7 @@ _FETCHERS: dict[str, Callable[[ModelConfig], None]] = {
 
 
 def _check_content(config: ModelConfig, *, since: float) -> None:
-    """Delete a new file whose sha256 differs from the one that huggingface_hub noted, and raise DownloadFailed.
+    """Delete the first new file whose sha256 differs from the one that huggingface_hub noted, and raise DownloadFailed.
 
     ModelScope's library checks its own files.
     """
@@ -140,7 +142,7 @@ def _advice(error: Exception) -> str:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """Return a list of exceptions: an error, the errors that caused it, and those of single files."""
+    """Return a list of exceptions without repeats: `error`, those that caused it, and the errors of single files."""
     found: list[BaseException] = []
     remaining: list[BaseException | None] = [error]
     while remaining:

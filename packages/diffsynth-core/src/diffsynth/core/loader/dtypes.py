@@ -29,7 +29,9 @@ BITS: Mapping[str, int] = {name: bits for name, (bits, _) in _DTYPES.items()}
 
 @functools.cache
 def torch_dtypes() -> Mapping[str, torch.dtype]:
-    """Return a dict dtype name in a safetensors header -> `torch.dtype`, without names that torch has no dtype for."""
+    """Return a dict safetensors name of a dtype -> `torch.dtype`, `"BF16"` -> `torch.bfloat16`, for dtypes that torch
+    has.
+    """
     import torch
 
     return {name: getattr(torch, own) for name, (_, own) in _DTYPES.items() if own}
@@ -37,5 +39,7 @@ def torch_dtypes() -> Mapping[str, torch.dtype]:
 
 @functools.cache
 def dtype_names() -> Mapping[torch.dtype, str]:
-    """Return a dict `torch.dtype` -> its name in a safetensors header, for the dtypes that the format can store."""
+    """Return a dict `torch.dtype` -> its safetensors name, `torch.bfloat16` -> `"BF16"`, for dtypes that the format
+    has.
+    """
     return {dtype: name for name, dtype in torch_dtypes().items()}

@@ -37,7 +37,7 @@ class UnrecognizedFile:
 
 
 def explain(file: UnrecognizedFile) -> str:
-    """Return one or two sentences on why a file was not recognised: the first explanation that applies."""
+    """Return a text of one or two sentences on why a file was not recognised: the first explanation that applies."""
     return next(text for reason in REASONS if (text := reason(file)))
 
 
@@ -71,7 +71,7 @@ def _family_not_installed(file: UnrecognizedFile) -> str:
 
 
 def _nearest(file: UnrecognizedFile) -> str:
-    """Return a text that names the layout with the largest share of common keys, and why it does not fit.
+    """Return a text that names the layout with the largest share of the file's keys, and why the file does not fit it.
 
     If no layout is near, the text says so and names two of the file's keys.
     """

@@ -28,7 +28,8 @@ _SIGNS: tuple[tuple[bytes, str], ...] = (
 
 
 def open_weights(file: Path, *, pickled: bool = False) -> BinaryIO:
-    """Open a file and return the binary stream; raise if the first bytes show that it holds no weights.
+    """Open a file and return the binary stream, at its start; raise CorruptFile if its first bytes are not those of
+    weights.
 
     Args:
         pickled: whether torch pickles are accepted.
@@ -52,7 +53,7 @@ def open_weights(file: Path, *, pickled: bool = False) -> BinaryIO:
 
 
 def why_missing(file: Path) -> str:
-    """Return a phrase that says why no file can be read at a path, such as `"does not exist"`."""
+    """Return a phrase, to follow the path, on why no file can be read there: "does not exist", "is a folder; ..."."""
     if file.is_dir():
         return "is a folder; name the files in it"
     if file.is_symlink():
@@ -65,7 +66,9 @@ def why_missing(file: Path) -> str:
 
 
 def _other_kind(start: bytes, pickled: bool) -> str:
-    """Return a phrase that says what a file with these first bytes is; empty if it may hold weights."""
+    """Return a phrase on what a file with these first bytes is, `"is an image, not weights."`; empty if it may hold
+    weights.
+    """
     if not start:
         return "is empty. Fetch it again."
     if start.startswith(b"version https://git-lfs"):

@@ -36,7 +36,7 @@ class FilePrefetcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop reading and wait until the thread has ended."""
+        """Stop the thread that reads the files ahead, and wait until it has ended."""
         self._done.set()
         self._thread.join()
 

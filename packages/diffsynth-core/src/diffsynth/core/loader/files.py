@@ -32,7 +32,8 @@ _NO_WEIGHTS = re.compile(
 
 
 def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> list[Path]:
-    """Return a list of the local files (or folders) of a config; missing files of a hub are downloaded first.
+    """Return a list of the `Path`s of a config's local files (or folders), after downloading missing ones unless that
+    is off.
 
     With downloads off nothing is downloaded.
 
@@ -70,7 +71,9 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
 
 
 def _unmatched(config: ModelConfig) -> list[str]:
-    """Return a list of the config's patterns that no local file matches; "./" means the whole repository."""
+    """Return a list of the config's file patterns that no local file matches; `["./"]` if its whole repository is
+    missing.
+    """
     patterns = config.patterns or ("./",)
     return [pattern for pattern in patterns if not _in_folder(config.folder, () if pattern == "./" else (pattern,))]
 
@@ -82,7 +85,8 @@ def _how_to_fetch(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
 
 
 def checkpoint_at(path: Path) -> list[Path]:
-    """Return a list of the checkpoint files at a path: a file, any shard of a set, an index of shards, or a folder.
+    """Return a list of the `Path`s of the checkpoint files at a path: a file, any shard of a set, an index, or a
+    folder.
 
     Raises:
         NoFiles: there is no checkpoint, shards are missing, or the folder holds several.
@@ -97,7 +101,8 @@ def checkpoint_at(path: Path) -> list[Path]:
 
 
 def only_checkpoint(folder: Path) -> list[Path]:
-    """Return a list of the files of the one checkpoint in a folder; subfolders are not searched.
+    """Return a list of the weight files (`Path`s) of a folder's only checkpoint, without subfolders; raise NoFiles if
+    not one.
 
     Raises:
         NoFiles: there is no checkpoint, there are several, or shards are missing; the message shows what is there.
@@ -117,7 +122,9 @@ def only_checkpoint(folder: Path) -> list[Path]:
 
 
 def _checkpoints_in(folder: Path) -> list[list[Path]]:
-    """Return a list of the checkpoints in a folder, each as a list of its weight files."""
+    """Return a list of the checkpoints in a folder, each a sorted list of the `Path`s of its weight files (one, or its
+    shards).
+    """
     files = sorted(
         file
         for file in folder.iterdir()
@@ -136,7 +143,8 @@ def _checkpoints_in(folder: Path) -> list[list[Path]]:
 
 
 def weights_state(sources: Iterable[str], base_path: Path) -> str:
-    """Return "present", "partial" or "absent" for the files of a model, by file names on disk alone.
+    """Return "present" if all files of a model are on disk, "partial" if some are, else "absent"; only names are
+    compared.
 
     A source that core cannot resolve is absent.
 
@@ -154,7 +162,9 @@ def weights_state(sources: Iterable[str], base_path: Path) -> str:
 
 
 def missing_shards(files: Iterable[Path]) -> list[Path]:
-    """Return a sorted list of the shards, known by number or by an index, that are missing from these files."""
+    """Return a sorted list of the `Path`s of shards (parts of a checkpoint) that `files` lack, by their numbers or an
+    index.
+    """
     files = set(files)
     wanted: set[Path] = set()
     for file in files:
@@ -173,7 +183,9 @@ def missing_shards(files: Iterable[Path]) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """Return a sorted list of the file names in an index of shards; empty if the index does not parse."""
+    """Return a sorted list of the file names that a JSON index of shards (parts of a checkpoint) lists; empty if
+    unreadable.
+    """
     try:
         names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -249,7 +261,7 @@ def _has_content(folder: Path) -> bool:
 
 
 def _is_present(source: Source, base_path: Path) -> bool | None:
-    """Return True if a source's files are on disk, False if they are not, None if shards of them are missing."""
+    """Return True if a source's files are on disk, False if not, None if some shards (parts of a file set) are not."""
     if source.scheme:
         try:
             return source.scheme == "package" and _package_path(source).exists()
@@ -273,7 +285,9 @@ def _reject_missing_shards(files: list[Path], next_step: str = "") -> None:
 
 
 def _contents_of(folder: Path) -> str:
-    """Return a sentence that lists the names in a folder or its nearest existing parent; empty if none exists."""
+    """Return a sentence with up to 10 names in a folder or its nearest existing parent, `"In /m: a, b/."`; empty if
+    none exists.
+    """
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():

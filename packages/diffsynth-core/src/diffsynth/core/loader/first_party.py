@@ -30,19 +30,21 @@ _ALIKE = 0.6
 
 @functools.cache
 def packages() -> Mapping[str, Mapping[str, Any]]:
-    """Return a dict distribution -> its models, commands and architectures, for our packages, installed or not."""
+    """Return a dict package name -> dict with its "models", "commands" and "architectures", for our packages, installed
+    or not.
+    """
     text = importlib.resources.files("diffsynth").joinpath("data/first_party.json").read_text(encoding="utf-8")
     found: dict[str, dict[str, Any]] = json.loads(text)
     return found
 
 
 def models_by_package() -> dict[str, list[str]]:
-    """Return a dict distribution -> sorted names of its models, for our packages that have any, installed or not."""
+    """Return a dict package name -> sorted list of its models' names, for ours with models, installed or not."""
     return {name: sorted(contents["models"]) for name, contents in packages().items() if contents.get("models")}
 
 
 def where_is_model(name: str) -> str:
-    """Return a sentence on which distribution has a model and how to get it; empty if none of our packages has it.
+    """Return a text on which package has a model and how to get that package; empty if none of our packages has it.
 
     For example `"It is in diffsynth-x. Run: pip install diffsynth-x"`.
 
@@ -54,7 +56,7 @@ def where_is_model(name: str) -> str:
 
 
 def near_model(name: str) -> str:
-    """Return a sentence with the model of the nearest spelling and how to get its package; empty if none is near."""
+    """Return a text with the model of the nearest spelling, its package and how to get it; empty if none is near."""
     homes = _models()
     near = difflib.get_close_matches(name.lower(), [spelling.lower() for spelling in homes], n=1)
     for spelling, distribution in homes.items():
@@ -64,17 +66,20 @@ def near_model(name: str) -> str:
 
 
 def where_is_command(name: str) -> str:
-    """Return a sentence on which distribution has a command and how to get it; empty if none of ours has it."""
+    """Return a text on which package has a command and how to get it, "It is in x. Run: pip install x"; else empty."""
     return _where("commands", name)
 
 
 def where_is_architecture(name: str) -> str:
-    """Return a sentence on which distribution has an architecture and how to get it; empty if none of ours has it."""
+    """Return a text on which package has an architecture and how to get it, "It is in x. Run: pip install x"; else
+    empty.
+    """
     return _where("architectures", name)
 
 
 def whose_keys(keys: Iterable[str]) -> str:
-    """Return a sentence with the package, not in use, whose architecture has these keys, and how to get it; else empty.
+    """Return a text on which package, not in use, has an architecture with these keys, and how to get it; empty if none
+    has.
 
     Args:
         keys: the file's keys; they may have a wrapper prefix.
@@ -101,7 +106,9 @@ def whose_keys(keys: Iterable[str]) -> str:
 
 
 def how_to_get(distribution: str) -> str:
-    """Return a sentence that says how to get a package: install it, allow it in DIFFSYNTH_PLUGINS, or upgrade it."""
+    """Return a text on how to get a package, `"Run: pip install x"`: install, upgrade, or allow it in
+    DIFFSYNTH_PLUGINS.
+    """
     names = _plugin_names(distribution)
     if names is None:
         return f"Run: pip install {distribution}"
@@ -113,7 +120,7 @@ def how_to_get(distribution: str) -> str:
 
 
 def _models() -> dict[str, str]:
-    """Return a dict model name or hub id -> distribution, for all models of our packages, installed or not."""
+    """Return a dict model name or hub id -> name of its package, for all models of our packages, installed or not."""
     return {
         spelling: distribution
         for distribution, contents in packages().items()
@@ -136,7 +143,7 @@ def _in_use(distribution: str) -> bool:
 
 
 def _plugin_names(distribution: str) -> frozenset[str] | None:
-    """Return a frozenset of a distribution's plugin names; None if the distribution is not installed."""
+    """Return a frozenset of the names of a package's diffsynth plugins; None if the package is not installed."""
     try:
         entries = importlib.metadata.distribution(distribution).entry_points
     except importlib.metadata.PackageNotFoundError:

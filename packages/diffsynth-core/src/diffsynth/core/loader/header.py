@@ -109,18 +109,20 @@ class Header:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """A dict key -> shape of each tensor."""
+        """A dict key -> shape (a tuple of ints) of each tensor."""
         return {key: info.shape for key, info in self.tensors.items()}
 
     @property
     def where(self) -> str:
-        """Text that names the files in messages: the first and how many more; "the given state_dict" without files."""
+        """Text that names the checkpoint's files in messages, "a.safetensors and 2 more"; "the given state_dict"
+        without files.
+        """
         if not self.files:
             return "the given state_dict"
         return shortened(self.files, 1)
 
     def check_unchanged(self, file: Path, descriptor: int | None = None) -> None:
-        """Raise CorruptFile if a file was changed, replaced or removed since this header was read.
+        """Raise CorruptFile if `file` was changed, replaced or removed since this header was read.
 
         Args:
             file: one of `files`.
@@ -141,7 +143,8 @@ class Header:
 
 
 def read(files: Iterable[Path], read_file: Callable[[Path], Header] | None = None) -> Header:
-    """Return one merged `Header` of a checkpoint's safetensors files, or of the only checkpoint in a folder.
+    """Return one `Header` (dtype, shape and place of each tensor) for a checkpoint's files, or for a folder's only
+    checkpoint.
 
     Args:
         files: the files, or one folder.
@@ -218,7 +221,7 @@ def read_safetensors(file: Path) -> Header:
 
 
 def _header_text(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, int]:
-    """Return the header's JSON text as bytes, and the offset in bytes at which the tensors' data begins.
+    """Return a tuple: a file's JSON header as bytes, and the byte offset at which the tensors' data begins in the file.
 
     It never reads more than the format's limit.
     """
@@ -296,7 +299,7 @@ def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> N
 
 
 def signature(shapes: Mapping[str, Any]) -> str:
-    """Return the md5 (hexadecimal text) of a layout's keys and shapes, equal to the published hashes.
+    """Return the md5 (hexadecimal text) of a dict key -> shape, which may be nested; equal to the published hashes.
 
     The hashed text has `key:d0_d1` and `key` for every tensor, and `key|` with its own entries for a nested dict,
     sorted and joined by commas.
@@ -318,12 +321,14 @@ def _signed_text(shapes: Mapping[str, Any]) -> str:
 
 
 def strip_prefix(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
-    """Return a dict key -> shape of the entries whose key starts with a prefix, with the prefix removed."""
+    """Return a dict key -> shape of the entries of `shapes` whose key starts with `prefix`, which is removed from their
+    keys.
+    """
     return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
 
 
 def wrapper_prefixes(keys: Iterable[str]) -> tuple[str, ...]:
-    """Return a tuple of the known wrapper prefixes that some of these keys start with, the more specific first.
+    """Return a tuple of the known wrapper prefixes, such as "model.", that at least one of the keys starts with.
 
     A prefix found here may belong to the component's own names (Qwen3's begin with `model.`): recognition decides.
     """

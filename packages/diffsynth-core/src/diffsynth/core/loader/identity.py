@@ -16,7 +16,8 @@ BLOCKS = 64
 
 
 def file_identity(path: Path) -> str:
-    """Return a weight file's identity: `"sha256:..."` as the hub states it, or `"sampled-sha256:..."` of samples.
+    """Return a weight file's identity, a text: `"sha256:..."` if the hub's is known, else `"sampled-sha256:..."` of
+    samples.
 
     The samples are the size, the header and 64 blocks of 1 MiB. Files of at most 64 MiB are read whole. Sampled
     identities are cached by path, size and modification time.
@@ -40,7 +41,8 @@ def file_identity(path: Path) -> str:
 
 
 def hub_sha256(path: Path) -> str:
-    """Return the sha256 (hexadecimal text) that huggingface_hub noted beside a download; empty without a valid note.
+    """Return the sha256 (hexadecimal text) that huggingface_hub noted for a downloaded file; empty if no note is valid
+    for it.
 
     The note has three lines: commit, etag, time. It is not valid for a file that was written after it.
     """
@@ -70,7 +72,9 @@ def _sampled(path: Path, size: int) -> str:
 
 
 def _header_length(path: Path, size: int) -> int:
-    """Return the length, in bytes, of a safetensors header with its length field; 1 MiB for any other file."""
+    """Return the length in bytes of a safetensors file's header with its length field; 1 MiB (2**20) for any other
+    file.
+    """
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         return 8 + length if length < size and stream.read(1) == b"{" else BLOCK

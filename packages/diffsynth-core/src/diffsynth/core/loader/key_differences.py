@@ -37,7 +37,8 @@ class KeyDifferences:
 
 
 def key_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> KeyDifferences:
-    """Return the `KeyDifferences` of two dicts key -> shape: missing, unknown and wrongly shaped keys.
+    """Return the `KeyDifferences` of two dicts key -> shape: keys only in `wanted`, only in `found`, or with different
+    shapes.
 
     Args:
         found: key -> shape of the file.

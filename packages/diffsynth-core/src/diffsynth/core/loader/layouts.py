@@ -18,12 +18,16 @@ from diffsynth.spec import CheckpointSpec, resolve
 
 
 def layout_of(checkpoint: CheckpointSpec) -> Mapping[str, Shape]:
-    """Return a dict key -> shape of the published file; empty if the plugin ships no layout file."""
+    """Return a dict key -> shape of the tensors in a published checkpoint file; empty if the plugin ships no list of
+    them.
+    """
     return _read(checkpoint.layout) if checkpoint.layout else {}
 
 
 def rules_of(checkpoint: CheckpointSpec) -> Sequence[convert.Rule]:
-    """Return the `Rule`s, a sequence, from the file's keys to the architecture's own; empty if they are the same."""
+    """Return a sequence of the `Rule`s that convert a published file's tensors to the architecture's names; empty if
+    not needed.
+    """
     return resolve(checkpoint.rules) if checkpoint.rules else ()
 
 
@@ -37,7 +41,7 @@ def _read(layout: str) -> Mapping[str, Shape]:
 def file_shapes(
     rules: Sequence[convert.Rule], own: Mapping[str, Shape], published: Mapping[str, Shape] | None = None
 ) -> dict[str, Shape]:
-    """Return a dict key -> shape of the file that these rules would convert to a network's parameters.
+    """Return a dict key -> shape of a file that `rules` would convert to a network with the parameters `own`.
 
     Args:
         rules: the layout's rules.
@@ -73,7 +77,9 @@ def file_shapes(
 
 
 def _matches(rule: convert.Rule, own: Mapping[str, Shape], taken: set[str]) -> list[dict[str, str]]:
-    """Return dicts hole -> text that make all targets of a rule parameters, the first of which no earlier rule took."""
+    """Return a list of dicts hole -> text, such as `{"{n}": "3"}`, that make all of a rule's targets keys of `own`, the
+    first not in `taken`.
+    """
     first, *others = rule.targets
     candidates = (convert.match(first, key) for key in own if key not in taken)
     return [
@@ -102,7 +108,9 @@ def _source_shapes(
 
 
 def _fused_parts(rule: convert.Fuse, target: Shape, known: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    """Return the shape of each part of a fused tensor, its extent divided in the proportions of the published parts."""
+    """Return a tuple of the shapes of a fused tensor's parts: its size along `dim` divided in the proportions of
+    `known`.
+    """
     total = sum(shape[rule.dim] for shape in known)
     if len(known) != len(rule.parts) or any(shape[rule.dim] * target[rule.dim] % total for shape in known):
         raise ValueError(f"the sizes of {', '.join(rule.parts)} cannot be told from {rule.target}")
@@ -111,7 +119,7 @@ def _fused_parts(rule: convert.Fuse, target: Shape, known: tuple[Shape, ...]) ->
 
 
 def _shape_before_reshape(rule: convert.Reshape, target: Shape, known: tuple[Shape, ...]) -> Shape:
-    """Return the shape before a reshape: the target's with trailing axes of extent 1, or the published shape."""
+    """Return the shape of a tensor before a reshape: `target` with axes of size 1 appended, or the published shape."""
     for shape in known:
         ones = len(shape) - len(target)
         if ones >= 0 and shape[len(target) :] == (1,) * ones and shape[: len(target)] == rule.shapes(shape)[0]:

@@ -41,7 +41,8 @@ class _Base:
 
 
 def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[CheckpointSpec]) -> str:
-    """Return a sentence that says that a file is a LoRA and for which model; empty if the file is not a LoRA.
+    """Return a sentence that says that a file is a LoRA and for which model it was made; empty if the file is not a
+    LoRA.
 
     Args:
         where: the file's name, for the message.
@@ -66,7 +67,7 @@ def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[Check
 
 
 def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> str:
-    """Return the names of the models and the architecture that a LoRA is for, as a text; empty if unknown.
+    """Return a text with the models and the architecture that a LoRA is for, "Z-Image (z_image_dit)"; empty if unknown.
 
     For example `"Z-Image (z_image_dit)"`, or `"another size of z_image_dit"`.
 
@@ -83,7 +84,7 @@ def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -
 
 
 def without_prefix(module: str, names: Container[str], underscored: Mapping[str, str]) -> str | None:
-    """Return the name of the model's module that a LoRA's name for it means; None if there is no such module.
+    """Return the model's module name for a LoRA's name, `"blocks.0"` for `"lora_unet_blocks_0"`; None if there is none.
 
     Args:
         module: the LoRA's name, with a program's prefix before it, or with underscores for dots.
@@ -101,7 +102,8 @@ def without_prefix(module: str, names: Container[str], underscored: Mapping[str,
 
 
 def target_modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Return a dict module name -> input size, in features, of the modules that a LoRA changes; empty for other files.
+    """Return a dict module name -> number of input features (0: unknown) for what a LoRA changes; empty if it is no
+    LoRA.
 
     The size is 0 where the file's shapes do not tell it.
 
@@ -123,13 +125,16 @@ def target_modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
 
 
 def _bases(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> tuple[list[_Base], _Base | None]:
-    """Return a list with every layout as a `_Base`, and the best of them, None without layouts."""
+    """Return a tuple: a list with a `_Base` (how well it fits) for each layout, and the best of them, None without
+    layouts.
+    """
     bases = [_compare(modules, checkpoint, _weights(checkpoint, checkpoints)) for checkpoint in checkpoints]
     return bases, max(bases, key=lambda base: (base.named >= _ENOUGH, base.fitting, base.named), default=None)
 
 
 def _named(bases: Sequence[_Base], best: _Base) -> str:
-    """Return a text with the repositories of all layouts that fit the LoRA, and the architecture in parentheses.
+    """Return a text such as `"Z-Image or Z-Image-Turbo (z_image_dit)"`: the models that fit the LoRA, and their
+    architecture.
 
     It is the architecture alone if the layouts name no repository.
     """
@@ -153,7 +158,9 @@ def _compare(modules: Mapping[str, int], checkpoint: CheckpointSpec, weights: Ma
 
 
 def _weights(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> dict[str, Shape]:
-    """Return a dict module name -> shape of its weight in a layout, for weights of two or more axes."""
+    """Return a dict module name -> shape of its weight in a layout, without modules whose weight has fewer than two
+    axes.
+    """
     layout = layout_of(checkpoint) or _by_rules(checkpoint, checkpoints)
     return {
         key.removesuffix(".weight"): shape
@@ -163,7 +170,8 @@ def _weights(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) 
 
 
 def _by_rules(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> Mapping[str, Shape]:
-    """Return a dict key -> shape of a layout that ships no key list, derived from another layout; empty if none fits.
+    """Return a dict key -> shape of a layout without a list of keys, derived from another of its architecture; else
+    empty.
 
     Its rules are undone on a published layout of the same architecture.
     """

@@ -21,7 +21,7 @@ _WRAPPERS = ("state_dict", "module", "model_state")
 
 
 def read(file: Path) -> Header:
-    """Return the `Header` (dtype and shape by name) of a torch pickle, which also holds the tensors.
+    """Return the `Header` of a torch pickle: dtype and shape of each tensor, and the tensors themselves.
 
     A single `state_dict`, `module` or `model_state` around the tensors is removed.
 
@@ -46,7 +46,8 @@ def read(file: Path) -> Header:
 def of_state_dict(
     state_dict: Mapping[str, Any], files: tuple[Path, ...] = (), stamps: Mapping[Path, FileStamp] | None = None
 ) -> Header:
-    """Return the `Header` (dtype and shape by name) of a state dict; nested keys are joined by dots.
+    """Return the `Header` of a state dict: dtype and shape of each tensor, and the tensors; nested keys are joined by
+    dots.
 
     Args:
         state_dict: tensors by key; values that are neither tensors nor dicts are ignored.

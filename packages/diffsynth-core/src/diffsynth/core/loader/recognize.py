@@ -57,7 +57,9 @@ class Recognized:
 
     @property
     def rules(self) -> Sequence[convert.Rule]:
-        """The sequence of `Rule`s from the file's keys to the architecture's own names."""
+        """A sequence of the `Rule`s that convert the file's keys to the architecture's own names, those of scaled
+        weights first.
+        """
         return (*self.scaling, *(rules_of(self.checkpoint) if self.checkpoint is not None else ()))
 
 
@@ -81,7 +83,8 @@ def recognize(
     *,
     tiers: Sequence[str] = TIERS,
 ) -> list[Recognized]:
-    """Return a list of `Recognized`, one for each component (module of a pipeline) in a checkpoint, at least one.
+    """Return a list with a `Recognized` for each component (module of a pipeline) in a checkpoint; raise Unrecognized
+    if none.
 
     Args:
         header: the checkpoint's header.
@@ -118,7 +121,9 @@ def recognize(
 
 
 def _without(header: Header, found: Sequence[Recognized]) -> Header:
-    """Return the `Header` without the keys that start with the prefix of a recognised component."""
+    """Return a `Header` without the keys that start with the prefix of a component in `found`; `header` itself if that
+    is empty.
+    """
     if not found:
         return header
     prefixes = tuple(recognized.prefix for recognized in found)
@@ -199,7 +204,7 @@ def _by_structure(
 
 
 def _alike(checkpoints: Iterable[CheckpointSpec]) -> list[list[CheckpointSpec]]:
-    """Return lists of layouts that structure cannot tell apart: same architecture, rules and config fields.
+    """Return a list of lists of layouts (`CheckpointSpec`s) that agree in architecture, rules and config fields.
 
     A family may publish one set of names in many sizes.
     """
@@ -217,7 +222,7 @@ def _candidate(
     shapes: Mapping[str, Shape],
     known: _KnownNames,
 ) -> _Candidate:
-    """Return a `_Candidate`: the keys under a prefix, recognised as one layout.
+    """Return a `_Candidate`: the keys under one prefix, recognised as one layout; raise an error if they do not fit it.
 
     Raises:
         KeyMismatch, ValueError, LookupError: the keys do not fit the layout; the message says why.
@@ -238,7 +243,9 @@ def _candidate(
 
 
 def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[tuple[convert.Rule, ...], convert.Plan]:
-    """Return a tuple of rules for a file's scaled weights, and the `Plan` that these and the layout's rules make."""
+    """Return a tuple: a tuple of rules for scaled weights (empty if there are none), and the `Plan` that they and
+    `rules` make.
+    """
     scales = scaled.find(shapes)
     declared = any(isinstance(rule, convert.Dequantize) for rule in rules)
     if declared or not (scales.weights or scales.unused):
@@ -248,7 +255,8 @@ def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[t
 
 
 def _weigh(header: Header, candidates: Sequence[_Candidate]) -> list[Recognized]:
-    """Return a list of `Recognized`: candidates that share no key, preferring those that claim most keys.
+    """Return a list of `Recognized`, most keys first; a candidate is skipped if it claims no key, or a key of one
+    before it.
 
     Raises:
         Unrecognized: two architectures claim exactly the same keys.
@@ -284,7 +292,9 @@ class _KnownNames:
         self._names: dict[str, frozenset[str]] = {}
 
     def has(self, architecture: ArchitectureSpec, key: str) -> bool:
-        """Whether a layout has this name; without any layout, whether a required name has the same first part."""
+        """Whether a layout of the architecture has this name, numbers aside; without any, whether a required name
+        begins like it.
+        """
         if architecture.name not in self._names:
             self._names[architecture.name] = frozenset(
                 normalized_key(own)
@@ -299,7 +309,9 @@ class _KnownNames:
 
 
 def _views(header: Header) -> Iterator[tuple[str, dict[str, Shape]]]:
-    """Yield (prefix, dict key -> shape) of all keys, then of those under each wrapper prefix, nested ones too."""
+    """Yield `(prefix, dict key -> shape)`: "" with all keys, then each wrapper prefix with its keys, the prefix
+    removed.
+    """
     remaining = [("", header.shapes, 0)]
     seen = set()
     while remaining:
@@ -321,7 +333,8 @@ def _config(architecture: ArchitectureSpec, checkpoint: CheckpointSpec, plan: co
 def _require_makeable(
     architecture: ArchitectureSpec, rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]
 ) -> None:
-    """Raise ValueError unless each required name is a key or can be made by a rule.
+    """Raise ValueError unless each required name (number 0 for `{n}`) is a key of `shapes` or a rule can make it from
+    them.
 
     This cheap test refuses most files.
 

@@ -62,7 +62,8 @@ def save_checkpoint(
     base: str = "",
     shard_size: int = SHARD_SIZE,
 ) -> list[Path]:
-    """Write a module as safetensors, with architecture and config in the metadata, and return the files' paths.
+    """Write a module as safetensors, architecture and config in its metadata; return a list of the paths of the weight
+    files.
 
     Each file is written under another name, synced to disk and then renamed. Above `shard_size` the files are
     `name-00001-of-0000N.safetensors` with `name.safetensors.index.json`. Needs memory for one tensor.
@@ -153,7 +154,9 @@ def _save_shards(path: Path, shards: list[dict[str, _Entry]], notes: dict[str, s
 
 
 def _publish(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write all files under temporary names, then rename them to their paths, in order."""
+    """Call each path's function to write its file under a temporary name, then rename all files to their paths, in
+    order.
+    """
     partials = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial") for path in files}
     try:
         for path, write in files.items():
@@ -216,7 +219,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove_stale(path: Path, written: list[Path]) -> None:
-    """Delete files that an earlier call wrote under this name in another number of shards, and no other files."""
+    """Delete safetensors files that earlier calls saved as `path` or as its shards (numbered parts), if not in
+    `written`.
+    """
     shard = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}\.safetensors")
     earlier = [file for file in path.parent.iterdir() if file == path or shard.fullmatch(file.name)]
     stale = [file for file in earlier if file not in written and _is_ours(file)]
@@ -319,7 +324,8 @@ def _check_constant(rule: convert.Constant, entries: Mapping[str, _Entry], check
 
 
 def _shards(entries: Mapping[str, _Entry], shard_size: int) -> list[dict[str, _Entry]]:
-    """Divide the tensors, in order, into a list of dicts key -> `_Entry`, each a file of at most `shard_size` bytes.
+    """Return a list of dicts key -> `_Entry`, one for each file: the entries in order, at most `shard_size` bytes in a
+    file.
 
     A larger tensor has a file of its own.
     """

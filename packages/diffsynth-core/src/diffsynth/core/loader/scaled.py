@@ -43,13 +43,15 @@ class Scales:
     unused: tuple[str, ...]
 
     def without(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Return a dict key -> shape of the entries that are neither scales nor unused notes."""
+        """Return a dict key -> shape of the entries of `shapes` that are neither weights' scales nor unused notes."""
         ours = {*self.weights.values(), *self.unused}
         return {key: shape for key, shape in shapes.items() if key not in ours}
 
 
 def find(shapes: Mapping[str, Shape]) -> Scales:
-    """Return the `Scales` of a file: a dict weight key -> scale key, and keys that are not needed."""
+    """Return the `Scales` of a file: a dict key of a weight -> key of its scale, and a tuple of keys that are not
+    needed.
+    """
     weights: dict[str, str] = {}
     unused: list[str] = []
     for key in shapes:
@@ -62,7 +64,7 @@ def find(shapes: Mapping[str, Shape]) -> Scales:
 
 
 def packed_format(keys: Iterable[str]) -> str:
-    """Return the name of the packed quantisation of these keys, such as "NVFP4"; empty if there is none."""
+    """Return the name of the packed quantisation that these keys show, such as "NVFP4"; empty if they show none."""
     lasts = (key.rpartition(".")[2] for key in keys)
     return next((_PACKED[last] for last in lasts if last in _PACKED), "")
 
@@ -83,11 +85,11 @@ class Scaled(convert.Rule):
     targets = property(lambda self: self.rule.targets)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple of shapes, the inner rule's, after checking that every scale fits its weight."""
+        """Return a tuple of the shapes that the inner rule makes; raise ValueError if a scale does not fit."""
         return self.rule.shapes(*self.dequantized(sources, _scaled_shape))
 
     def dequantized(self, sources: Sequence[T], multiply: Callable[[T, T], T]) -> tuple[T, ...]:
-        """Return a tuple of the inner rule's sources, each `multiply(weight, scale)` where it has a scale."""
+        """Return a tuple of the inner rule's sources, each replaced by `multiply(source, scale)` if it has a scale."""
         count = len(self.rule.sources)
         scales = iter(sources[count:])
         return tuple(
@@ -101,7 +103,8 @@ def _scaled_shape(weight: Shape, scale: Shape) -> Shape:
 
 
 def rules(scales: Scales, plan: convert.Plan) -> tuple[convert.Rule, ...]:
-    """Return a tuple of `Rule`s for a file's scaled weights, to be placed before the layout's own rules.
+    """Return a tuple of `Rule`s that multiply a file's weights by their scales and drop unused keys; they precede the
+    layout's.
 
     Args:
         scales: the file's scales.

@@ -10,6 +10,8 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 def count_items(shapes: Shapes, prefix: str) -> int:
-    """Return the number of items of the module list `prefix`: one more than the highest index in "prefix.INDEX.…"."""
+    """Return the number of items of the module list `prefix`: the highest INDEX of keys "prefix.INDEX.…" plus 1; 0
+    without any.
+    """
     depth = prefix.count(".") + 1
     return max((int(key.split(".")[depth]) for key in shapes if key.startswith(f"{prefix}.")), default=-1) + 1

@@ -29,7 +29,7 @@ def load_state_dict(
     pin_memory: bool = False,
     verbose: int = 0,
 ) -> dict[str, Any]:
-    """Return a dict key -> tensor of all tensors of a checkpoint; a pickle's nested dicts stay nested.
+    """Return a dict key -> tensor of all tensors in a checkpoint's files; nested dicts in a pickle stay nested.
 
     Args:
         file_path: a safetensors file or a pickle, told by the suffix; several files are parts of one checkpoint.
@@ -79,7 +79,8 @@ def load_state_dict_from_bin(
 
 
 def load_metadata_from_safetensors(file_path: File | Sequence[File]) -> dict[str, str]:
-    """Return the metadata in the headers of one or more safetensors files, merged, as a dict of texts.
+    """Return a dict name -> text of the metadata in one or more safetensors files; of equal names the last file's text
+    stays.
 
     Errors: see `load_state_dict`.
     """
@@ -87,7 +88,8 @@ def load_metadata_from_safetensors(file_path: File | Sequence[File]) -> dict[str
 
 
 def load_keys_dict(file_path: File | Sequence[File]) -> dict[str, Any]:
-    """Return a dict key -> shape of a checkpoint, nested as a pickle is; of safetensors only the header is read.
+    """Return a dict key -> shape of all tensors of a checkpoint, nested where a pickle is; of safetensors only the
+    header is read.
 
     Raises:
         NoFiles, CorruptFile: as for `load_state_dict`.
@@ -112,7 +114,8 @@ def hash_model_file(path: File | Sequence[File], with_shape: bool = True) -> str
 
 
 def hash_state_dict_keys(state_dict: Mapping[str, Any], with_shape: bool = True) -> str:
-    """Return the md5 (hexadecimal text) of the keys and shapes of tensors in memory, as `hash_model_file` does.
+    """Return the md5 (hexadecimal text) of the keys and, if wanted, shapes of a dict of tensors, as `hash_model_file`
+    does for files.
 
     Values that are no tensors are ignored.
     """
@@ -120,7 +123,9 @@ def hash_state_dict_keys(state_dict: Mapping[str, Any], with_shape: bool = True)
 
 
 def placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-    """Return a tensor moved to a device and, if it is floating and `dtype` is not None, converted to `dtype`."""
+    """Return `tensor` on `device`, converted to `dtype` if it is floating and `dtype` is not None, else in its own
+    dtype.
+    """
     return tensor.to(device, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
 
 
@@ -133,7 +138,9 @@ def _hash(shapes: Mapping[str, Any], with_shape: bool) -> str:
 
 
 def _names(shapes: Mapping[str, Any]) -> str:
-    """Return the text to hash for a layout without shapes: its sorted keys, with `key|` before a nested dict's."""
+    """Return the text to hash for a dict without its shapes: sorted keys joined by commas, `key|` before the text of a
+    nested dict.
+    """
     return ",".join(sorted(f"{k}|{_names(v)}" if isinstance(v, Mapping) else k for k, v in shapes.items()))
 
 

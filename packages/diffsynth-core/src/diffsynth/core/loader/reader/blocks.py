@@ -52,17 +52,21 @@ class ReadRequest:
 
     @property
     def end(self) -> int:
-        """Offset in the file behind the request's last byte, in bytes."""
+        """Offset in the file, in bytes, just behind the last byte of the request."""
         return self.start + self.into.numel() * self.stored.itemsize
 
     @property
     def room(self) -> int:
-        """Bytes that the request takes in a buffer, in the larger of its two dtypes, rounded up to 64."""
+        """Bytes that the request takes in a buffer: its elements in the larger of its two dtypes, rounded up to a
+        multiple of 64.
+        """
         size = self.into.numel() * max(self.stored.itemsize, self.into.dtype.itemsize)
         return -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def cut(self) -> list[ReadRequest]:
-        """Return a list of `ReadRequest`s of a block each at most that read the same; empty for no elements."""
+        """Return a list of `ReadRequest`s of at most 8 MiB each that together read the same elements; empty for no
+        elements.
+        """
         count = BLOCK // max(self.stored.itemsize, self.into.dtype.itemsize)
         starts = range(0, self.into.numel(), count)
         return [
@@ -84,7 +88,8 @@ class BlockReader:
         self._header = header
 
     def tensor(self, key: str) -> Tensor:
-        """Return the tensor of a key in its stored dtype: in new memory, or the memory of one that the header holds.
+        """Return the tensor of a key in its stored dtype: read into new memory, or sharing the memory of one in the
+        header.
 
         Raises:
             CorruptFile: the file changed, cannot be read, or torch has no such dtype.
@@ -100,7 +105,8 @@ class BlockReader:
         return tensor
 
     def tasks(self, requests: Iterable[ReadRequest], ring: UploadRing | None) -> list[Callable[[], None]]:
-        """Return a list of functions without arguments, each of which carries out the requests of one block.
+        """Return a list of functions without arguments, one for each block of at most 8 MiB, that read it into its
+        destinations.
 
         They may run in any order and in any thread.
 
@@ -175,7 +181,9 @@ class FileMapping:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
 
     def populate(self, start: int, end: int) -> bool:
-        """Bring a range of the file's bytes into memory, and return whether the system could do that."""
+        """Read bytes `start` to `end` of the mapped file into memory, and return a bool: whether the system could do
+        that.
+        """
         first = start // PAGE * PAGE
         call = _madvise()
         return call is not None and call(self._start + first, end - first, _MADV_POPULATE_READ) == 0
@@ -198,7 +206,7 @@ def upload(source: Tensor, destination: Tensor, ring: UploadRing) -> None:
 
 
 def new_ring(device: torch.device) -> UploadRing:
-    """Return an `UploadRing` with two buffers of BLOCK bytes for each reading thread.
+    """Return an `UploadRing` to `device` with two buffers of 8 MiB for each of the four reading threads.
 
     One is filled while the other is uploaded.
     """
@@ -276,7 +284,9 @@ class ByteBudget:
 
     @contextmanager
     def of(self, size: int) -> Iterator[None]:
-        """Context manager that holds `size` bytes of the limit, after waiting until they are free."""
+        """Context manager that holds `size` bytes of the limit; it waits until so many are free, or until no thread
+        holds any.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._size)
             self._held += size
@@ -289,7 +299,8 @@ class ByteBudget:
 
 
 def _blocks(requests: list[ReadRequest]) -> list[list[ReadRequest]]:
-    """Return a list of blocks, each a list of requests that are neighbours in a file and fit into BLOCK bytes.
+    """Return a list of blocks, each a list of requests without gaps between them in a file, which need at most 8 MiB
+    together.
 
     Blocks of different files alternate, so that all files are read at once.
     """
@@ -311,7 +322,8 @@ def _blocks(requests: list[ReadRequest]) -> list[list[ReadRequest]]:
 
 @contextmanager
 def _borrowed(scratch: queue.SimpleQueue[Tensor]) -> Iterator[Tensor]:
-    """Context manager that lends a uint8 host tensor of BLOCK bytes from `scratch`, or a new one.
+    """Context manager that yields a uint8 host tensor of 8 MiB, taken from `scratch` or new, and puts it into `scratch`
+    at the end.
 
     It goes into `scratch` afterwards.
 
@@ -328,7 +340,9 @@ def _borrowed(scratch: queue.SimpleQueue[Tensor]) -> Iterator[Tensor]:
 
 
 def _cut(buffer: Tensor, block: Sequence[ReadRequest], *, stored: bool = False) -> list[Tensor]:
-    """Return a list of views of the buffer, one for each request, in the request's stored or final dtype."""
+    """Return a list of views of `buffer`, one for each request, with its number of elements in its stored or its final
+    dtype.
+    """
     parts, first = [], 0
     for request in block:
         dtype = request.stored if stored else request.into.dtype

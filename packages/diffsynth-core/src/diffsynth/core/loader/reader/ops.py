@@ -16,12 +16,15 @@ from diffsynth.core.loader.scaled import Scaled
 
 
 def apply_rule(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tensor:
-    """Apply a rule to tensors and return output `index`, contiguous; it may share memory with a source."""
+    """Return the tensor, contiguous, that a rule makes of `sources` as output number `index`; it may share their
+    memory.
+    """
     return strided(rule, sources, index).contiguous()
 
 
 def strided(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tensor:
-    """Apply a rule to tensors and return output `index`, as a strided view of the sources where possible.
+    """Return the tensor that a rule makes of `sources` as output number `index`, as a strided view of them where
+    possible.
 
     The copy that follows then moves the elements once.
     """
@@ -32,7 +35,8 @@ def strided(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tens
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return a tensor in fp32, the weight multiplied by its scale.
+    """Return an fp32 tensor of the weight's shape: the weight times its scale (one number, or one for each row or
+    block).
 
     Args:
         weight: low-precision weight of any shape.
@@ -58,7 +62,8 @@ class ElementRun:
 
 
 def runs(target: convert.Target, sources: Sequence[Shape]) -> list[ElementRun] | None:
-    """Return a list of the `ElementRun`s (consecutive source elements) that make up a target, in order; else None.
+    """Return a list of `ElementRun`s (consecutive source elements) that make up a target, in order; None if it has
+    others.
 
     It is None if the elements are permuted or computed.
 

@@ -67,36 +67,41 @@ class ComponentSource:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Every target key (name of a tensor in the module), as a tuple in the module's order."""
+        """A tuple of all target keys (names of the component's tensors), in the order in which they were given."""
         return tuple(self._targets)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """A dict target key -> shape of the tensor."""
+        """A dict target key (name of a tensor of the component) -> shape."""
         return {key: target.shape for key, target in self._targets.items()}
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Paths of the files that are read, as a tuple; empty for tensors in memory."""
+        """A tuple of the `Path`s of the files that are read; empty for tensors in memory."""
         return self._header.files
 
     @property
     def streams(self) -> bool:
-        """Whether reading some tensors needs memory for these only: true for safetensors, false for all others."""
+        """Whether reading some tensors takes memory for those only: True for safetensors; False for pickles and state
+        dicts.
+        """
         return self._header.tensors_in_memory is None
 
     def targets_of(self, prefix: str) -> tuple[str, ...]:
-        """Return a tuple of the target keys that start with a prefix, such as `"layers.3."`."""
+        """Return a tuple of the target keys (tensor names) that start with `prefix`, such as `"layers.3."`."""
         return tuple(key for key in self._targets if key.startswith(prefix))
 
     def size(self, keys: Iterable[str] | None = None) -> int:
-        """Return the size in bytes of these targets (None: all) in the dtypes that they are read in."""
+        """Return the total size in bytes of the tensors named in `keys` (None: all), in the dtypes that they are read
+        in.
+        """
         return sum(
             prod(self._targets[key].shape) * self.dtypes[key].itemsize for key in (self.keys if keys is None else keys)
         )
 
     def host_memory(self, device: torch.device | str, *, copy: bool) -> int:
-        """Return the peak host memory, in bytes, that reading all targets to a device takes.
+        """Return the peak host memory, in bytes, that reading all tensors onto `device` takes, without memory-mapped
+        files.
 
         Args:
             device: the destination.
@@ -111,7 +116,8 @@ class ComponentSource:
     def read(
         self, keys: Iterable[str] | None = None, *, device: torch.device | str = "cpu", copy: bool = True
     ) -> dict[str, Tensor]:
-        """Return a dict target key -> tensor on a device, of these keys (None: all); on "meta" nothing is read.
+        """Return a dict target key -> tensor on `device` for `keys` (None: all); on "meta" tensors have no data,
+        nothing is read.
 
         Args:
             keys: target keys.
@@ -141,7 +147,8 @@ class ComponentSource:
         return {key: (made if key in made else new)[key] for key in wanted}
 
     def fill(self, into: Mapping[str, Tensor]) -> None:
-        """Read targets into the existing tensors of `into`, converted to their dtypes.
+        """Read the tensors named in `into` from the files into the existing tensors of `into`, converted to their
+        dtypes.
 
         Args:
             into: target key -> tensor: contiguous, of the target's shape, of any dtype; all on one device.
@@ -160,7 +167,8 @@ class ComponentSource:
         self._run([], into)
 
     def read_ahead(self, *, limit: int, stop: Callable[[], bool]) -> None:
-        """Read up to `limit` bytes of the files and drop them, so that the system's page cache holds them.
+        """Read up to `limit` bytes of the files and drop them, to fill the system's page cache; end early if `stop()`
+        is True.
 
         Args:
             limit: bytes.
@@ -183,7 +191,7 @@ class ComponentSource:
         return key
 
     def _run(self, tasks: list[Task], into: Mapping[str, Tensor]) -> None:
-        """Run the given tasks together with those that fill the tensors of `into`, and wait until all are done."""
+        """Run `tasks` together with tasks that fill the tensors of `into`, and wait until all are done."""
         on_device = next((t.device for t in into.values() if t.device.type != "cpu"), None)
         ring = new_ring(on_device) if on_device is not None else None
         budget = ByteBudget(_WORK)
@@ -201,7 +209,7 @@ class ComponentSource:
             ring.wait()
 
     def _make(self, key: str, into: Tensor, ring: UploadRing | None, budget: ByteBudget) -> None:
-        """Compute one target from all of its sources in memory, and copy it into `into`."""
+        """Compute the tensor `key` from all of its source tensors in memory, and copy it into the tensor `into`."""
         target = self._targets[key]
         with budget.of(self._work(target)), torch.no_grad():
             made = self._computed(target)
@@ -211,7 +219,8 @@ class ComponentSource:
                 upload(made.reshape(-1), into.view(-1), ring)
 
     def _requests(self, key: str, into: Tensor) -> list[ReadRequest] | None:
-        """Return a list of the `ReadRequest`s that fill a target in place; None if it is computed or not in a file.
+        """Return a list of the `ReadRequest`s that read a target from files straight into `into`; None if that is not
+        possible.
 
         Sources of different dtypes count as computed, because joining them promotes the dtype.
         """
@@ -233,7 +242,9 @@ class ComponentSource:
         return requests
 
     def _range(self, key: str) -> _FileRange | None:
-        """Return the `_FileRange` whose bytes are the target as wanted; None if no single aligned range is."""
+        """Return the `_FileRange` (file, start, end) with exactly the bytes of a target in its wanted dtype; None if
+        there is none.
+        """
         target = self._targets[key]
         # Two names of one tensor get memory of their own, so that changing one does not change the other.
         if len(target.sources) != 1 or (isinstance(target.rule, convert.Tie) and target.index):
@@ -249,7 +260,9 @@ class ComponentSource:
         return _FileRange(info.file, start, start + found[0].count * dtype.itemsize)
 
     def _mapped(self, keys: Iterable[str]) -> tuple[dict[str, Tensor], list[Task]]:
-        """Return a dict target key -> tensor that maps its file, and a list of tasks that read the mapped pages."""
+        """Return a tuple: a dict target key -> tensor that maps its file, and a list of functions that read the mapped
+        pages.
+        """
         mappings: dict[Path, FileMapping] = {}
         ranges: dict[Path, list[tuple[int, int]]] = {}
         made: dict[str, Tensor] = {}
@@ -294,7 +307,9 @@ class ComponentSource:
         return {key: torch.empty(self._targets[key].shape, dtype=self.dtypes[key], device=device) for key in keys}
 
     def _work(self, target: convert.Target) -> int:
-        """Return the bytes of source tensors that are held while a target is computed; 0 if it is read in place."""
+        """Return the bytes of source tensors in memory while a target is computed; 0 if it is read straight into its
+        tensor.
+        """
         infos = [self._header.tensors[self._prefix + source] for source in target.sources]
         alike = len({info.dtype for info in infos}) == 1
         if alike and runs(target, [info.shape for info in infos]) is not None:
@@ -312,7 +327,8 @@ class _FileRange:
 
 
 def read_tensors(header: Header, *, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return a dict key -> tensor of every tensor of a header; tensors of files get memory of their own.
+    """Return a dict key -> tensor, on `device`, of all tensors of a header; those of files are copies in memory of
+    their own.
 
     Tensors of a state dict that need no change are shared with it.
 
@@ -341,7 +357,7 @@ def stored_dtype(header: Header, key: str) -> torch.dtype:
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return a sorted list of (start, end) ranges, those that touch or overlap joined into one."""
+    """Return a sorted list of (start, end) tuples: `ranges`, with those that touch or overlap joined into one."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if joined and start <= joined[-1][1]:

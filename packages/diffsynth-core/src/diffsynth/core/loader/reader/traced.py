@@ -26,12 +26,13 @@ Converter = Callable[[dict[str, Any]], Any]
 
 
 def called(converter: Any, state_dict: dict[str, Any]) -> Any:
-    """Return the result of calling a converter, or an instance of it if it is a class, with a state dict."""
+    """Return `converter(state_dict)`, or `converter()(state_dict)` if `converter` is a class."""
     return (converter() if inspect.isclass(converter) else converter)(state_dict)
 
 
 def trace(converter: Any, header: Header) -> tuple[dict[str, convert.Target], dict[str, torch.dtype]]:
-    """Return two dicts for the tensors that a converter makes of a file: name -> `Target` and name -> `torch.dtype`.
+    """Return two dicts for the tensors that a converter makes of a file: name -> `Target` (its sources and rule), name
+    -> dtype.
 
     The converter is called on fake tensors, which have names, shapes and dtypes but no values. It may rename, cut,
     join, reshape, convert and compute.
@@ -75,7 +76,7 @@ def trace(converter: Any, header: Header) -> tuple[dict[str, convert.Target], di
 
 
 def _nested_as_in_file(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return a dict key -> tensor, with dicts in it where the pickle has them."""
+    """Return `tensors` as a dict key -> tensor, with dicts in it where the file, a pickle, has nested dicts."""
 
     def filled(shapes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         return {
@@ -133,7 +134,7 @@ class _Recorder(TorchDispatchMode):
         self._seen: list[Tensor] = []
 
     def begin(self, tensors: Any) -> None:
-        """Give a number to each tensor that exists before the first recorded operation."""
+        """Give a number to each of `tensors`, which exist before the first recorded operation."""
         for tensor in tensors:
             self._number(tensor)
 
@@ -153,7 +154,9 @@ class _Recorder(TorchDispatchMode):
         return made
 
     def target(self, key: str, tensor: Tensor, fakes: Mapping[str, Tensor]) -> convert.Target:
-        """Return the `Target` of a computed tensor; its `Apply` rule replays the operations it depends on."""
+        """Return the `Target` of a computed tensor: its sources, its shape, and a rule that repeats the recorded
+        operations.
+        """
         wanted = {self._numbers[id(tensor)]} if id(tensor) in self._numbers else set()
         steps = []
         for step in reversed(self._steps):
