@@ -1,6 +1,7 @@
 """The device backends, their features, and their torch modules.
 
-"cuda" is CUDA and ROCm, as in torch. A new backend is a `Backend` here and a row in `docs/devices.md`.
+"cuda" is CUDA and ROCm, as in torch. A new backend is a `Backend` here, its link in `speed.py`
+(`_LINKS`), and a row in `docs/devices.md`.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ class _Planner:
         if stage.steps > 1 and (self._loop_roles & staying) - set(stage.roles):
             # One expert does not stay at the price of streaming another in each of its steps.
             return sum(component.whole for component in components)
-        return sum(component.on_device((), slots=2) for component in components) if staying else 0
+        return sum(component.on_device((), slots=_SLOTS[0]) for component in components) if staying else 0
 
     def _room_beside(self, stage: StageCost, staying: frozenset[str], limit: int) -> int:
         return limit - stage.activations - sum(self._workload.component(role).whole for role in staying)
