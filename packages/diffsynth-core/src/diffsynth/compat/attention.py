@@ -31,7 +31,10 @@ def flash_attention_2(
     is_causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by FlashAttention 2."""
+    """Return the output of attention by FlashAttention 2, a tensor with axes in the order of `out_pattern`.
+
+    It raises Refused if that backend cannot serve the call.
+    """
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flash_attention_2"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
@@ -50,7 +53,10 @@ def flash_attention_3(
     is_causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by FlashAttention 3."""
+    """Return the output of attention by FlashAttention 3, a tensor with axes in the order of `out_pattern`.
+
+    It raises Refused if that backend cannot serve the call.
+    """
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flash_attention_3"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
@@ -69,7 +75,10 @@ def flash_attention_4(
     is_causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by FlashAttention 4."""
+    """Return the output of attention by FlashAttention 4, a tensor with axes in the order of `out_pattern`.
+
+    It raises Refused if that backend cannot serve the call.
+    """
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("flash_attention_4"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, is_causal=is_causal, window_size=window_size)
@@ -86,7 +95,10 @@ def sage_attention(
     dims: Mapping[str, int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by SageAttention in 8 bits."""
+    """Return the output of attention by SageAttention (8 bits), a tensor with axes in the order of `out_pattern`.
+
+    It raises Refused if that backend cannot serve the call.
+    """
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("sage_attention"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale)
@@ -103,7 +115,10 @@ def xformers_attention(
     dims: Mapping[str, int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by xFormers."""
+    """Return the output of attention by xFormers, a tensor with axes in the order of `out_pattern`.
+
+    It raises Refused if that backend cannot serve the call.
+    """
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("xformers"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale)
@@ -122,7 +137,10 @@ def flex_attention(
     scale: float | None = None,
     score_mod: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """Return the output of attention, a tensor with the axes of `out_pattern`, computed by PyTorch's FlexAttention.
+    """Return the output of attention by PyTorch's FlexAttention, a tensor with axes in the order of `out_pattern`.
+
+    It raises Refused if that backend cannot serve the call.
+
 
     `score_mod` is that of `attention_forward`.
     """
@@ -143,7 +161,9 @@ def torch_sdpa_sliding_window(
     dims: Mapping[str, int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Return the output, a tensor, of attention of each query to `sliding_window` tokens on each side, by PyTorch."""
+    """Return the output of attention, a tensor with axes in the order of `out_pattern`, by PyTorch, where each query
+    sees only the tokens at most `sliding_window` places before or after it.
+    """
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)
     with use_attention("sdpa"):
         return attention_forward(q, k, v, *patterns, dims, scale=scale, window_size=sliding_window)

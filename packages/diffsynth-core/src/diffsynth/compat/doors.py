@@ -32,19 +32,22 @@ QUANTIZATION = (
 
 
 def later(feature: str) -> str:
-    """Return the end of an error message for a name whose feature comes in a later version."""
+    """Return the end of an error message for a name that comes with `feature`: `"yet: it comes with quantization, in a
+    later version"`.
+    """
     return f"yet: it comes with {feature}, in a later version"
 
 
 def use(replacement: str) -> str:
-    """Return the end of an error message for a name that `replacement` replaces."""
+    """Return the end of an error message for a name that `replacement` replaces: `"here: use diffsynth.Pipeline"`."""
     return f"here: use {replacement}"
 
 
 def door(
     module: str, found: Mapping[str, str] | None = None, absent: Mapping[str, str] | None = None
 ) -> Callable[[str], Any]:
-    """Return the `__getattr__` function of a door module (a module name that older scripts import).
+    """Return the `__getattr__` function, name -> object, of a door module (a module under a name that older scripts
+    import).
 
     A name that is absent raises ImportError, not AttributeError: the text of an AttributeError is lost in
     `from module import name`.
@@ -74,7 +77,7 @@ def door(
 
 
 def with_doors(path: Iterable[str], package: str) -> list[str]:
-    """Return the `__path__` of a package, a list of folders: its own, then that of its door modules.
+    """Return the `__path__` of `package`, a list of folder names: those of `path`, then the folder of its door modules.
 
     Args:
         path: the package's own `__path__`; its modules come first.

@@ -25,7 +25,8 @@ _DISK_OFFLOAD_LIMIT = 80.0
 
 
 def skip_model_initialization(device: torch.device | str = "meta") -> AbstractContextManager[Any]:
-    """Return a context manager in which modules are built on `device`: on "meta" without memory and initialisation.
+    """Return a context manager inside which modules are built on `device`; on "meta" they take no memory and are not
+    initialised.
 
     It is `torch.device(device)`, which applies to the current thread and patches nothing.
     """
@@ -46,7 +47,8 @@ def load_model(
     state_dict: Mapping[str, Any] | None = None,
     quantize: Any = None,
 ) -> Module:
-    """Return the module `model_class(**config)` with the weights of a file or of a state dict, in eval mode.
+    """Return the module `model_class(**config)` in eval mode, with the weights of the file `path` or of `state_dict`,
+    if that is given.
 
     Args:
         model_class: the module's class, which is built on the meta device first. Buffers that the file does not have
@@ -100,7 +102,8 @@ def load_model_with_disk_offload(
     state_dict_converter: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
     module_map: Mapping[Any, Any] | None = None,
 ) -> Module:
-    """Return a module in eval mode whose weights stay on disk, with as many blocks on the device as fit there.
+    """Return a `model_class(**config)` in eval mode whose weights stay on disk; as many blocks as fit stay on the
+    device once loaded.
 
     Weights are rounded to float8_e4m3fn when they are read, and take at most 80 GiB of the device. Arguments and errors
     are those of `load_model`; a `path` is required.
@@ -126,7 +129,9 @@ def load_model_with_disk_offload(
 def _load(
     module: nn.Module, source: Any, converter: Any, *, dtype: torch.dtype | None, device: Any, ahead: bool = False
 ) -> None:
-    """Assign weights from files or from a mapping to a module on meta, and fill its buffers."""
+    """Assign the weights of `source` (files, or a mapping key -> tensor) to `module`, which is on meta, and fill its
+    buffers.
+    """
     where = "the given state_dict" if isinstance(source, Mapping) else str(source)
     if isinstance(source, Mapping) or (converter is not None and not ahead):
         found = source if isinstance(source, Mapping) else load_state_dict(source)
@@ -151,7 +156,8 @@ def _load(
 def _managed(
     module: Module, source: Any, converter: Any, keys: Mapping[str, Any], module_map: Any, vram_limit: float | None
 ) -> Module:
-    """Put a module on meta under the policy of `keys`, with the weights of `source`, and return it in eval mode.
+    """Put `module`, which is on meta, under the placement policy of `keys`, with the weights of `source`, and return
+    it.
 
     The policy reads the weights from the file, unless a converter needs all of them in memory.
     """

@@ -57,7 +57,7 @@ def enable_vram_management(
     disk_map: DiskMap | None = None,
     quantize: Any = None,
 ) -> nn.Module:
-    """Put a model under the placement policy of eight keys, in place, and return the model.
+    """Put `model` under the placement policy of the eight keys in `vram_config`, in place, and return the same model.
 
     Args:
         model: the model, which is frozen here; it keeps its class and its results. With a `disk_map` it may be on meta.
@@ -96,7 +96,8 @@ def enable_vram_management_recursively(
     disk_map: DiskMap | None = None,
     quantize: Any = None,
 ) -> nn.Module:
-    """Put a model under a placement policy and return it; a map entry for the model's own class is ignored.
+    """Put `model` under a placement policy, in place, and return the same model; an entry of `module_map` for the
+    model's own class is ignored.
 
     Everything else is as in `enable_vram_management`.
 
@@ -109,7 +110,8 @@ def enable_vram_management_recursively(
 
 
 def fill_vram_config(model: nn.Module, vram_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dict of the placement keys with `onload` and `preparing` as `computation`: the model moves as a whole.
+    """Return a copy of `vram_config` whose `onload` and `preparing` keys have the values of `computation`, so that the
+    model moves as a whole.
 
     Raises:
         ValueError: an unknown key, or no computation.
@@ -149,7 +151,7 @@ def _enable(
 
 
 def _keep_within(managed: ManagedModule, vram_limit: float) -> None:
-    """Set as many blocks resident as fit into `vram_limit` GiB, spread evenly; none for 0.
+    """Set as many blocks of `managed` resident as fit into `vram_limit` GiB, spread evenly; none for 0.
 
     The limit has no effect where weights are used in place.
     """
@@ -175,7 +177,9 @@ def _keep_within(managed: ManagedModule, vram_limit: float) -> None:
 
 
 def _entry(module: nn.Module, module_map: ModuleMap) -> type[AutoTorchModule] | None:
-    """Return the wrapper class that a map has for the class of a module, the first that fits; None if none does."""
+    """Return the wrapper class in `module_map` for the first class there that `module` is an instance of; None if there
+    is none.
+    """
     return next((how for layer, how in module_map.items() if isinstance(module, layer)), None)
 
 
@@ -208,7 +212,8 @@ def _check_keys(vram_config: Mapping[str, Any]) -> None:
 
 
 def _cuts(model: nn.Module, module_map: ModuleMap) -> dict[str, Any]:
-    """Return the keyword arguments of `wrap` for a module map, a dict: `whole`, the classes that are blocks.
+    """Return keyword arguments of `wrap` for `module_map`, a dict with the one key `whole`: a tuple of the classes of
+    the model that are blocks.
 
     Raises:
         ValueError: the model has no such layers.

@@ -48,7 +48,8 @@ _COPIED = frozenset({ForwardLayer.COMPILED})
 
 
 def install(module: nn.Module, layer: ForwardLayer, decorate: Decorator) -> None:
-    """Install a decorator around a module's forward as a layer; a layer of the same kind is replaced.
+    """Install `decorate`, a decorator, around the forward of `module` as a layer of kind `layer`, in place of an
+    earlier one of that kind.
 
     A deep copy of the module, or a pickled one, keeps a COMPILED layer only: the others belong to the original.
 
@@ -70,7 +71,8 @@ def install(module: nn.Module, layer: ForwardLayer, decorate: Decorator) -> None
 
 
 def remove(module: nn.Module, layer: ForwardLayer) -> None:
-    """Remove a layer, if there is one; other layers and forwards of other code stay in effect.
+    """Remove the layer of kind `layer` from `module`, if there is one; other layers, and forwards that other code
+    assigned, stay in effect.
 
     After the last layer the instance has the `forward` that it had before the first one, or none of its own.
     """
@@ -87,21 +89,27 @@ def remove(module: nn.Module, layer: ForwardLayer) -> None:
 
 
 def find(module: nn.Module, layer: ForwardLayer) -> Forward | None:
-    """Return the callable that a layer of this kind puts around a module's forward; None if there is no such layer."""
+    """Return the callable that the layer of kind `layer` has put around the forward of `module`; None if there is no
+    such layer.
+    """
     chain = _chain(module)
     found = None if chain is None else chain.layers.get(layer)
     return None if found is None else found.made
 
 
 def class_changed(module: nn.Module) -> None:
-    """Rebuild a module's layers around the forward of its new class, after an assignment to `module.__class__`."""
+    """Rebuild the layers of `module` around the forward of its new class; to be called after an assignment to
+    `module.__class__`.
+    """
     with _lock:
         if (chain := _chain(module)) is not None:
             chain.set(chain.decorators())
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of this very module run compiled code: by a layer, by `torch.compile` or by `module.compile()`."""
+    """Whether calls of `module` itself run compiled code, by a layer, by `torch.compile` or by `module.compile()`; its
+    submodules do not count.
+    """
     if getattr(module, "_compiled_call_impl", None) is not None:
         return True
     return any(
@@ -111,7 +119,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def uncompiled(forward: Forward) -> Forward:
-    """Return the function that `torch.compile` compiled, or `forward` itself if it is not compiled."""
+    """Return the function that `torch.compile` compiled to `forward`, or `forward` itself if it is not compiled."""
     function: Forward = getattr(forward, _UNCOMPILED, forward)
     return function
 
@@ -158,11 +166,12 @@ class _Chain:
         return self._innermost
 
     def decorators(self) -> dict[ForwardLayer, Decorator]:
-        """Return a dict kind (`ForwardLayer`) -> decorator of each layer."""
+        """Return a new dict kind (`ForwardLayer`) -> decorator, with one entry for each layer."""
         return {kind: layer.decorate for kind, layer in self.layers.items()}
 
     def set(self, decorators: Mapping[ForwardLayer, Decorator]) -> None:
-        """Replace all layers by those of `decorators` (kind -> decorator), built around the innermost forward.
+        """Replace all layers by those of `decorators` (kind -> decorator), built around the innermost forward in the
+        order of their kinds.
 
         Calls run the earlier layers until the new ones are built.
         """
@@ -189,7 +198,7 @@ def _leads_to(forward: Forward | None, chain: _Chain) -> bool:
 
 
 def _unwrapped(forward: Forward | None) -> list[Forward]:
-    """Return a list of a forward and the functions that it wraps, found by `__wrapped__`; empty for None."""
+    """Return a list of `forward`, the function that it wraps (its `__wrapped__`), and so on inward; empty for None."""
     found = []
     while forward is not None:
         found.append(forward)

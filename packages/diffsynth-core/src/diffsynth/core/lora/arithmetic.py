@@ -12,7 +12,8 @@ from diffsynth.errors import KeyMismatch
 
 
 def merge_lora(loras: Sequence[Mapping[str, Tensor]], alpha: float = 1.0) -> dict[str, Tensor]:
-    """Return the state dict of one LoRA that equals the sum of several times `alpha`; its rank is the sum of theirs.
+    """Return a state dict (key -> tensor) of one LoRA that equals the sum of `loras` times `alpha`; its rank is the sum
+    of theirs, layer by layer.
 
     Args:
         loras: state dicts in any known key names, with the same module names; they may change different layers.
@@ -36,7 +37,8 @@ def merge_lora(loras: Sequence[Mapping[str, Tensor]], alpha: float = 1.0) -> dic
 
 
 def reset_lora_rank(lora: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Return the state dict of the LoRA of rank `rank` nearest to this one, layer by layer (Eckart and Young 1936).
+    """Return a state dict (key -> tensor) of the LoRA of rank `rank` that is nearest to `lora` in each layer (Eckart
+    and Young 1936).
 
     Args:
         lora: a state dict in any known key names.
@@ -55,7 +57,7 @@ def reset_lora_rank(lora: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def stacked(name: str, layers: Sequence[LoRALayer], alpha: float = 1.0) -> LoRALayer:
-    """Return one `LoRALayer` that equals the sum of several, times `alpha`; its rank is the sum of their ranks.
+    """Return one `LoRALayer` that equals the sum of `layers` times `alpha`; its rank is the sum of their ranks.
 
     Args:
         name: the layer's name, for the message.

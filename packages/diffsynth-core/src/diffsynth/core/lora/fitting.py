@@ -49,7 +49,7 @@ class _Layout:
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """Names of the layout's modules and of our own, some of which the rules do not change."""
+        """Names of modules with a weight, in the layout and in our own naming together, a frozenset."""
         sources = (
             convert.fill(source, holes)
             for rule in self.rules
@@ -62,7 +62,9 @@ class _Layout:
 
     @functools.cached_property
     def file_shapes(self) -> Mapping[str, Shape]:
-        """Mapping key -> shape of a file of this layout at the module's size; empty if it cannot be derived."""
+        """Mapping key -> shape of the tensors in a file of this layout, for the module's size; empty if it cannot be
+        derived.
+        """
         try:
             return file_shapes(self.rules, self._shapes, self._published)
         except (ValueError, KeyMismatch):
@@ -91,7 +93,8 @@ class _Attempt:
 
 
 def fit(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec] = (), *, architecture: str = "") -> LoRA:
-    """Return the `LoRA` translated to the names of a module's layers; the module is not changed, no layer is left out.
+    """Return a `LoRA` equal to `lora` under the names of the layers of `module`, which is not changed; raise
+    KeyMismatch if any layer does not fit.
 
     Args:
         lora: a LoRA with the names of its file.
@@ -118,7 +121,8 @@ def fit(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec] = (
 
 
 def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the linear layers whose last name parts are one of `targets`, a tuple in the module's order.
+    """Return a tuple of the names of those linear layers whose name is, or ends with a dot and, one of `targets`, in
+    the module's order.
 
     Args:
         module: a module on any device.
@@ -138,7 +142,9 @@ def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def _layouts(module: nn.Module, checkpoints: Sequence[CheckpointSpec]) -> Iterator[_Layout]:
-    """Yield `_Layout`s: one with the module's own names, then one for each set of rules of the checkpoints."""
+    """Yield `_Layout`s (naming schemes): one with the module's own names, then one for each different set of rules of
+    `checkpoints`.
+    """
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     yield _Layout("its own", (), shapes, {})
     by_rules = {checkpoint.rules: checkpoint for checkpoint in reversed(checkpoints) if checkpoint.rules}
@@ -182,7 +188,9 @@ def _attempt(lora: LoRA, own: Mapping[str, Shape], layout: _Layout) -> _Attempt:
 
 
 def _absent_parts(layout: _Layout, named: Mapping[str, LoRALayer]) -> dict[str, Shape]:
-    """Return a dict key -> shape of parts of fused weights that the LoRA does not change while it changes others."""
+    """Return a dict key -> shape of the weights that the LoRA leaves unchanged but that are fused with some that it
+    changes, as far as their shapes are known.
+    """
     absent: dict[str, Shape] = {}
     for rule in layout.rules:
         if not isinstance(rule, convert.Fuse):
@@ -200,7 +208,8 @@ def _no_change(shape: Shape) -> LoRALayer:
 
 
 def _converted(target: convert.Target, layers: Sequence[LoRALayer]) -> LoRALayer:
-    """Return the `LoRALayer` of one of our weights, made of those of the weights that it is converted from.
+    """Return the `LoRALayer` of one of our weights, converted by the rule of `target` from `layers`, the changes of the
+    weights that it is made of.
 
     Raises:
         ValueError: the rule does not keep a product of two matrices one.

@@ -63,21 +63,21 @@ class LoRALayer:
 
     @property
     def rank(self) -> int:
-        """Inner size of the two matrices."""
+        """Rank of the change, an int: rows of `down` and columns of `up`."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
-        """Factor of the change: `alpha / rank`, or 1 without an alpha."""
+        """Factor of the change: `alpha / rank`, or 1.0 if `alpha` is None."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape (outputs, inputs) of the weight that is changed."""
+        """Shape (outputs, inputs) of the weight that is changed, a tuple of ints."""
         return self.up.shape[0], self.down.shape[1]
 
     def scaled_up(self, alpha: float = 1.0) -> Float[Tensor, "outputs rank"]:
-        """Return matrix B (`up`) multiplied by `alpha * scale`, an fp32 tensor."""
+        """Return matrix B (`up`) multiplied by `alpha * scale`, a new fp32 tensor."""
         return self.up.float() * (alpha * self.scale)
 
 
@@ -95,7 +95,8 @@ class LoRA:
 
 
 def read_lora(source: str | Path | Sequence[Path] | Mapping[str, Tensor]) -> LoRA:
-    """Return the `LoRA` of a file or a state dict, with the module names found there, which `fit` translates.
+    """Return the `LoRA` of a file, of several files or of a state dict, with the module names found there (`fit`
+    translates them).
 
     Args:
         source: a file, the files of one LoRA, or a state dict.
@@ -117,7 +118,7 @@ def save_lora(
     prefix: str = PREFIX,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a LoRA as a safetensors file and return the file's `Path`.
+    """Write `lora` as a safetensors file to `path`, replacing an existing one, and return the file's `Path`.
 
     Its keys are `lora_A`, `lora_B` and, for layers that have one, `alpha`. The file is written atomically. Reading it
     gives the same bits.
@@ -150,7 +151,8 @@ def save_lora(
 
 
 def to_state_dict(lora: LoRA, prefix: str = "") -> dict[str, Tensor]:
-    """Return the state dict (key -> tensor) of a LoRA under the key names of peft and diffusers.
+    """Return the state dict (key -> tensor) of `lora` under the key names of peft and diffusers:
+    `"blocks.0.to_q.lora_A.weight"`.
 
     Args:
         prefix: put before every module name.
@@ -165,7 +167,7 @@ def to_state_dict(lora: LoRA, prefix: str = "") -> dict[str, Tensor]:
 
 
 def parse(state_dict: Mapping[str, Tensor], where: str = "the given state_dict") -> LoRA:
-    """Return the `LoRA` that a state dict holds, in the key names of any usual program.
+    """Return the `LoRA` that a state dict holds; the key names may be those of any usual program.
 
     Args:
         state_dict: key -> tensor; every key must be a part of a LoRA.
@@ -223,7 +225,9 @@ def _layer(where: str, module: str, pair: Mapping[str, Tensor], alpha: float | N
 
 
 def _refuse(where: str, others: list[str], *, count: int, is_lora: bool) -> NoReturn:
-    """Raise KeyMismatch: keys are no part of a LoRA, grouped by what they are, or there is no LoRA at all."""
+    """Always raise KeyMismatch: it says that there is no LoRA at all, or lists the keys in `others` that are no part of
+    one, by kind.
+    """
     kinds: dict[str, list[str]] = {}
     for key in others:
         kind = next((text for pattern, text in _OTHER_ADAPTERS.items() if re.fullmatch(pattern, key)), _NO_LORA_KEY)

@@ -19,7 +19,8 @@ _ATTRIBUTE = "_diffsynth_fused_loras"
 
 @torch.no_grad()
 def fuse(module: nn.Module, lora: LoRA, alpha: float = 1.0) -> None:
-    """Add a LoRA to a module's weights in place: `W + alpha * scale * up @ down` in fp32, rounded once to W's dtype.
+    """Add `lora` to the weights of `module` in place: `W + alpha * scale * up @ down` in fp32, rounded once to W's
+    dtype.
 
     Because of the rounding a LoRA cannot be subtracted again: load the weights anew to remove it.
 
@@ -53,7 +54,7 @@ def fuse(module: nn.Module, lora: LoRA, alpha: float = 1.0) -> None:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a LoRA was fused into a module's weights."""
+    """Whether a LoRA was fused into (added to) the weights of `module`."""
     return bool(vars(module).get(_ATTRIBUTE))
 
 
@@ -68,7 +69,9 @@ def _check(name: str, weight: Any) -> None:
 
 
 def _fingerprint(lora: LoRA) -> frozenset[tuple[str, float, float]]:
-    """Return a frozenset of names and sums of the layers, equal for equal LoRAs whichever files they come from."""
+    """Return a frozenset of (name, sum, sum) tuples, one per layer, of the sums of its matrices; equal LoRAs from
+    different files have equal ones.
+    """
     return frozenset(
         (name, layer.down.double().abs().sum().item(), layer.scaled_up().double().sum().item())
         for name, layer in lora.layers.items()

@@ -32,18 +32,19 @@ class LoRAHotLoadMixin:
     """Matrix B, of shape `outputs rank`, multiplied by all factors."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the sum of the layer's own output and the LoRA's, a tensor."""
+        """Return the layer's own output for `x` plus what the LoRA adds to it, a tensor in the output's dtype."""
         output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return output + self.lora_forward(x).to(output.dtype)
 
     def lora_forward(self, x: Tensor) -> Tensor:
-        """Return what the LoRA adds to the layer's output, a tensor in the dtype of `x`."""
+        """Return the LoRA's share of the layer's output for `x`, a tensor in the dtype of `x`."""
         inner = functional.linear(x, self.lora_down.to(x.dtype))
         return functional.linear(inner, self.lora_up.to(x.dtype))
 
 
 def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[type, ...] = ()) -> None:
-    """Add a hot (unfused) LoRA to a module's layers, besides those that they have. Not to be called inside a stage.
+    """Add `lora` as a hot LoRA (added to the outputs of layers, not to weights) to layers of `module`, beside those
+    that they have. Not to be called inside a stage.
 
     Args:
         module: the module that `fit` fitted the LoRA to; it may be wrapped by the VRAM engine under any policy.
@@ -78,7 +79,9 @@ def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[
 
 
 def clear_hot(module: nn.Module) -> int:
-    """Remove all hot (unfused) LoRAs from a module's layers and return the number of layers that had one."""
+    """Remove all hot LoRAs (added to outputs, not to weights) from the layers of `module` and return the number of
+    layers that had one, an int.
+    """
     engine = managed(module)
     if engine is not None and is_hot(module):
         engine.leave()
@@ -91,7 +94,7 @@ def clear_hot(module: nn.Module) -> int:
 
 
 def is_hot(module: nn.Module) -> bool:
-    """Whether any layer of a module has a hot (unfused) LoRA."""
+    """Whether any layer of `module` has a hot LoRA (added to its output, not to its weight)."""
     return any(isinstance(layer, LoRAHotLoadMixin) for layer in module.modules())
 
 

@@ -20,19 +20,22 @@ Attend: TypeAlias = Callable[
 
 
 def shard_sizes(total: int, size: int) -> tuple[int, ...]:
-    """Return a tuple: how many of `total` elements each process has; the first may have one more than the last."""
+    """Return a tuple of `size` ints, the numbers of elements of each process: equal shares of `total`, with one more in
+    each of the first `total % size`.
+    """
     return tuple(total // size + (index < total % size) for index in range(size))
 
 
 def shard_slice(total: int, axis: MeshAxis) -> slice:
-    """Return the `slice` of the indices, out of `total`, of the elements that this process has."""
+    """Return the `slice` of the indices from 0 to `total - 1` that this process has."""
     sizes = shard_sizes(total, axis.size)
     start = sum(sizes[: axis.index])
     return slice(start, start + sizes[axis.index])
 
 
 def all_gather_shards(x: Float[Tensor, "b s_own ..."], total: int, axis: MeshAxis) -> Float[Tensor, "b s ..."]:
-    """Return one tensor, equal in every process: the shards of all, concatenated along axis 1 to `total` elements.
+    """Return one tensor, equal in every process: the shards `x` of all processes, in order, joined along axis 1 to
+    `total` elements; a single process returns `x`.
 
     Args:
         x: the shard of this process, see `shard_slice`.
@@ -55,7 +58,8 @@ def all_gather_shards(x: Float[Tensor, "b s_own ..."], total: int, axis: MeshAxi
 
 
 def ulysses_attention(attend: Attend, tokens: int, axis: MeshAxis) -> Attend:
-    """Return a function that computes self-attention over all tokens for processes with one shard of them each.
+    """Return a function (queries, keys, values) -> output that computes self-attention over the tokens of all
+    processes, each of which passes and gets only its own tokens.
 
     Queries, keys, values and the output of each process have its own tokens and all heads.
 
@@ -93,7 +97,8 @@ def ulysses_attention(attend: Attend, tokens: int, axis: MeshAxis) -> Attend:
 
 
 def compute_and_gather(names: Sequence[str], compute: Callable[[str], Tensor], axis: MeshAxis) -> list[Tensor]:
-    """Return the list `[compute(name) for name in names]`; process `i` computes the `i`-th, and every process gets all.
+    """Return the list `[compute(name) for name in names]` in every process; process `i` computes the `i`-th item only,
+    a single process all.
 
     A single process computes all of them.
 
@@ -116,7 +121,9 @@ def compute_and_gather(names: Sequence[str], compute: Callable[[str], Tensor], a
 
 
 def _all_to_all(sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], axis: MeshAxis) -> list[Tensor]:
-    """Send the `i`-th tensor to process `i`, and return the list of received ones, the `i`-th of shape `shapes[i]`."""
+    """Send tensor `sent[i]` to process `i`, and return the list of received tensors, the `i`-th from process `i` and of
+    shape `shapes[i]`.
+    """
     flat = torch.cat([tensor.reshape(-1) for tensor in sent])
     counts = [prod(shape) for shape in shapes]
     received = flat.new_empty(sum(counts))

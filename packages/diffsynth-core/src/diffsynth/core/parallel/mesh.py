@@ -51,11 +51,12 @@ class ProcessMesh:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the first process, which shows progress and saves results."""
+        """Whether this is the first process of the mesh, the one that shows progress and saves results."""
         return self.world.index == 0
 
     def check_call(self, *, cfg_scale: float, step_cache: Any, cancel: Any) -> None:
-        """Raise ValueError or Refused for arguments of a call that would leave a process waiting for the others.
+        """Raise ValueError or Refused if arguments of a call would leave one process waiting for the others; else do
+        nothing.
 
         Raises:
             ValueError: branches are distributed but there is one only, or `cancel` is given, which processes could see
@@ -78,7 +79,8 @@ class ProcessMesh:
             )
 
     def broadcast_seeds(self, seeds: list[int | None]) -> list[int | None]:
-        """Return the first process's seeds, with random ones for None; with one process, `seeds` unchanged.
+        """Return a list of the first process's `seeds` in every process, with random ones for None; a single process
+        returns `seeds` unchanged, None included.
 
         Noise must be equal in all processes.
         """
@@ -91,7 +93,8 @@ class ProcessMesh:
 
 
 def init_distributed(device: torch.device | str | None = None) -> torch.device:
-    """Initialise `torch.distributed`, unless it is initialised, and return the `torch.device` of this process.
+    """Initialise `torch.distributed`, unless it is initialised, and return the `torch.device` of this process
+    (`cuda:1`).
 
     Args:
         device: a kind of device ("cuda"), of which each process on a machine gets its own; or the device of this
@@ -121,7 +124,8 @@ def init_distributed(device: torch.device | str | None = None) -> torch.device:
 
 
 def create_mesh(*, cfg: int = 1, sequence: int | None = None, device: torch.device | str | None = None) -> ProcessMesh:
-    """Return a new `ProcessMesh` of all processes, with `cfg` rows of `sequence`. Every process must call it.
+    """Return a new `ProcessMesh`, a table of all processes with `cfg` rows (branches of guidance) and `sequence`
+    columns (shards of the tokens). Every process must call it.
 
     Neighbouring ranks share tokens, because these communicate in every block of a network.
 
@@ -158,9 +162,8 @@ def create_mesh(*, cfg: int = 1, sequence: int | None = None, device: torch.devi
 
 
 def _own_axis(groups: list[list[int]]) -> MeshAxis:
-    """Create the process groups of several lists of ranks, and return the `MeshAxis` of the one with this process.
-
-    Without one, or if this process is alone in its list, this is `LONE_PROCESS`.
+    """Create process groups for the lists of ranks in `groups`, and return the `MeshAxis` of the list with this
+    process; `LONE_PROCESS` if it is in none or alone in it.
 
     `new_group` is collective: every process must create all groups in the same order.
     """

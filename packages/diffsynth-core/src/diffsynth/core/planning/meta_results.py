@@ -71,8 +71,8 @@ def _makes_new_tensors(func: Any) -> bool:
 
 
 def _key(value: Any) -> Any:
-    """Return a hashable key of an operation's arguments, equal if the results have equal shapes; None if one is a
-    tensor with data or of an unknown type.
+    """Return a hashable key of an operation's arguments: those with equal keys have results of equal shapes and dtypes;
+    None if one is a tensor with data or of an unknown type.
     """
     if isinstance(value, Tensor):
         if not value.is_meta or (type(value) is not Tensor and not isinstance(value, torch.nn.Parameter)):

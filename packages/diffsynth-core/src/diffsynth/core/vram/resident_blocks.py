@@ -46,7 +46,8 @@ class ResidentBlocks:
         return iter(self._memory.values())
 
     def get(self, name: str) -> Tensor | None:
-        """Return the packed weights of block `name` on the device, a uint8 tensor that its next work may read; None if
+        """Return the packed weights of block `name`, a uint8 tensor that the device may read from now on; None if the
+        block is not loaded.
         the block is not loaded.
         """
         memory, copy = self._memory.get(name), self._copies.pop(name, None)
