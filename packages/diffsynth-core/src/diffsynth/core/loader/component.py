@@ -130,8 +130,8 @@ def _dtype(
     architecture: ArchitectureSpec,
     dtype: torch.dtype,
 ) -> torch.dtype:
-    """Return the `torch.dtype` that a parameter is read in: `dtype`, or the file's for integers and some of high
-    precision.
+    """Return the `torch.dtype` that a parameter is read in: `dtype`, or the file's for unscaled integers and some
+    parameters of high precision.
 
     The file's dtype is kept for numbers that are not floating and need no conversion, and for parameters of high
     precision if `dtype` has less than 16 bits.
