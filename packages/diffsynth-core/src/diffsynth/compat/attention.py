@@ -141,7 +141,6 @@ def flex_attention(
 
     It raises Refused if that backend cannot serve the call.
 
-
     `score_mod` is that of `attention_forward`.
     """
     patterns = (q_pattern, k_pattern, v_pattern, out_pattern)

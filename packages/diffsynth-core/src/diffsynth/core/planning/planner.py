@@ -389,7 +389,7 @@ class _Planner:
 
     def _host_bytes(self, stage: StageCost, disk: frozenset[str] | set[str]) -> int:
         """Return the host memory of a stage in bytes, an int: the process itself, live tensors, offloaded weights and
-        staging buffers; on the CPU only the first two.
+        buffers for reads from disk; if the CPU computes, only the first two.
 
         Weights count only if components are offloaded. On the CPU the caller adds weights and activations.
         """

@@ -422,9 +422,6 @@ class ManagedModule:
     def _bound(self, name: str) -> Iterator[int | None]:
         """Context manager that binds a block's parameters on the device and yields the address of their memory, an int,
         if other blocks reuse it, else None.
-
-        Yields:
-            The address of their memory if other blocks use it afterwards, else None.
         """
         with self._lock:
             self.enter()
