@@ -47,7 +47,7 @@ def door(
     module: str, found: Mapping[str, str] | None = None, absent: Mapping[str, str] | None = None
 ) -> Callable[[str], Any]:
     """Return the `__getattr__` function, name -> object, of a door module (a module under a name that older scripts
-    import).
+    import): it imports names in `found`; those in `absent` raise ImportError, others AttributeError.
 
     A name that is absent raises ImportError, not AttributeError: the text of an AttributeError is lost in
     `from module import name`.

@@ -48,7 +48,7 @@ def load_model(
     quantize: Any = None,
 ) -> Module:
     """Return the module `model_class(**config)` in eval mode, with the weights of the file `path` or of `state_dict`,
-    if that is given.
+    if that is given: on `device` in `torch_dtype`, or under the placement policy of `vram_config`, if that is given.
 
     Args:
         model_class: the module's class, which is built on the meta device first. Buffers that the file does not have

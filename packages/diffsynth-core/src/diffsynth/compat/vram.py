@@ -26,7 +26,7 @@ class AutoTorchModule:
     """A value of `module_map`: how layers of a class are cut. Such classes have no instances and no code."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse to make an instance.
+        """Always raise TypeError: the class has no instances.
 
         Raises:
             TypeError: always.
@@ -57,7 +57,8 @@ def enable_vram_management(
     disk_map: DiskMap | None = None,
     quantize: Any = None,
 ) -> nn.Module:
-    """Put `model` under the placement policy of the eight keys in `vram_config`, in place, and return the same model.
+    """Freeze `model` and put it under the placement policy of the eight keys in `vram_config`, in place, and return the
+    same model.
 
     Args:
         model: the model, which is frozen here; it keeps its class and its results. With a `disk_map` it may be on meta.
@@ -96,8 +97,8 @@ def enable_vram_management_recursively(
     disk_map: DiskMap | None = None,
     quantize: Any = None,
 ) -> nn.Module:
-    """Put `model` under a placement policy, in place, and return the same model; an entry of `module_map` for the
-    model's own class is ignored.
+    """Freeze `model` and put it under the placement policy of the keys in `vram_config`, in place, and return the same
+    model; an entry of `module_map` for the model's own class is ignored.
 
     Everything else is as in `enable_vram_management`.
 
@@ -151,7 +152,8 @@ def _enable(
 
 
 def _keep_within(managed: ManagedModule, vram_limit: float) -> None:
-    """Set as many blocks of `managed` resident as fit into `vram_limit` GiB, spread evenly; none for 0.
+    """Set as many blocks of `managed` resident as fit into `vram_limit` GiB, spread evenly, none for 0; raise
+    NotEnoughMemory if the limit is too small for one block at a time.
 
     The limit has no effect where weights are used in place.
     """

@@ -12,8 +12,8 @@ from diffsynth.errors import KeyMismatch
 
 
 def merge_lora(loras: Sequence[Mapping[str, Tensor]], alpha: float = 1.0) -> dict[str, Tensor]:
-    """Return a state dict (key -> tensor) of one LoRA that equals the sum of `loras` times `alpha`; its rank is the sum
-    of theirs, layer by layer.
+    """Return a state dict (key -> tensor) of one LoRA: the sum of all `loras`, times the one number `alpha`; its rank
+    is the sum of theirs, layer by layer.
 
     Args:
         loras: state dicts in any known key names, with the same module names; they may change different layers.
@@ -57,7 +57,8 @@ def reset_lora_rank(lora: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def stacked(name: str, layers: Sequence[LoRALayer], alpha: float = 1.0) -> LoRALayer:
-    """Return one `LoRALayer` that equals the sum of `layers` times `alpha`; its rank is the sum of their ranks.
+    """Return one `LoRALayer`: the sum of all `layers`, times the one number `alpha`; its rank is the sum of their
+    ranks.
 
     Args:
         name: the layer's name, for the message.

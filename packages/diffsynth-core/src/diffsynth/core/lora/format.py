@@ -151,8 +151,8 @@ def save_lora(
 
 
 def to_state_dict(lora: LoRA, prefix: str = "") -> dict[str, Tensor]:
-    """Return the state dict (key -> tensor) of `lora` under the key names of peft and diffusers:
-    `"blocks.0.to_q.lora_A.weight"`.
+    """Return the state dict (key -> tensor) of `lora` with `prefix` before each module name:
+    `"blocks.0.to_q.lora_A.weight"`, `...lora_B.weight` and, if the layer has one, `...alpha`.
 
     Args:
         prefix: put before every module name.
@@ -167,7 +167,8 @@ def to_state_dict(lora: LoRA, prefix: str = "") -> dict[str, Tensor]:
 
 
 def parse(state_dict: Mapping[str, Tensor], where: str = "the given state_dict") -> LoRA:
-    """Return the `LoRA` that a state dict holds; the key names may be those of any usual program.
+    """Return the `LoRA` that `state_dict` holds, in the key names of any usual program; raise KeyMismatch if any key is
+    no part of a LoRA or a matrix is missing.
 
     Args:
         state_dict: key -> tensor; every key must be a part of a LoRA.

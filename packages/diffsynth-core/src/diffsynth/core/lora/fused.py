@@ -69,8 +69,8 @@ def _check(name: str, weight: Any) -> None:
 
 
 def _fingerprint(lora: LoRA) -> frozenset[tuple[str, float, float]]:
-    """Return a frozenset of (name, sum, sum) tuples, one per layer, of the sums of its matrices; equal LoRAs from
-    different files have equal ones.
+    """Return a frozenset of (layer name, sum of absolute values of `down`, sum of scaled `up`) tuples, one for each
+    layer; equal for equal LoRAs from different files.
     """
     return frozenset(
         (name, layer.down.double().abs().sum().item(), layer.scaled_up().double().sum().item())

@@ -43,8 +43,10 @@ class LoRAHotLoadMixin:
 
 
 def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[type, ...] = ()) -> None:
-    """Add `lora` as a hot LoRA (added to the outputs of layers, not to weights) to layers of `module`, beside those
-    that they have. Not to be called inside a stage.
+    """Add `lora`, multiplied by `alpha`, as a hot LoRA (added to the outputs of layers, not to weights) to layers of
+    `module`, beside those that they have; a running stage of the module ends.
+
+    Not to be called inside a stage.
 
     Args:
         module: the module that `fit` fitted the LoRA to; it may be wrapped by the VRAM engine under any policy.

@@ -27,7 +27,9 @@ def shard_sizes(total: int, size: int) -> tuple[int, ...]:
 
 
 def shard_slice(total: int, axis: MeshAxis) -> slice:
-    """Return the `slice` of the indices from 0 to `total - 1` that this process has."""
+    """Return the `slice` of the consecutive indices from 0 to `total - 1` that belong to this process, by its position
+    along `axis`.
+    """
     sizes = shard_sizes(total, axis.size)
     start = sum(sizes[: axis.index])
     return slice(start, start + sizes[axis.index])
@@ -58,8 +60,8 @@ def all_gather_shards(x: Float[Tensor, "b s_own ..."], total: int, axis: MeshAxi
 
 
 def ulysses_attention(attend: Attend, tokens: int, axis: MeshAxis) -> Attend:
-    """Return a function (queries, keys, values) -> output that computes self-attention over the tokens of all
-    processes, each of which passes and gets only its own tokens.
+    """Return a function (queries, keys, values) -> output, all of shape (batch, own tokens, heads, head size), that
+    computes self-attention over the tokens of all processes, each of which passes and gets only its own tokens.
 
     Queries, keys, values and the output of each process have its own tokens and all heads.
 

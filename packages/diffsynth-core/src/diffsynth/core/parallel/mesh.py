@@ -93,8 +93,8 @@ class ProcessMesh:
 
 
 def init_distributed(device: torch.device | str | None = None) -> torch.device:
-    """Initialise `torch.distributed`, unless it is initialised, and return the `torch.device` of this process
-    (`cuda:1`).
+    """Initialise `torch.distributed`, unless it is initialised, make the accelerator of this process, if it uses one,
+    the current device, and return its `torch.device` (`cuda:1`; `cpu` without an accelerator).
 
     Args:
         device: a kind of device ("cuda"), of which each process on a machine gets its own; or the device of this
@@ -125,7 +125,7 @@ def init_distributed(device: torch.device | str | None = None) -> torch.device:
 
 def create_mesh(*, cfg: int = 1, sequence: int | None = None, device: torch.device | str | None = None) -> ProcessMesh:
     """Return a new `ProcessMesh`, a table of all processes with `cfg` rows (branches of guidance) and `sequence`
-    columns (shards of the tokens). Every process must call it.
+    columns (shards of the tokens; None: the number of processes divided by `cfg`). Every process must call it.
 
     Neighbouring ranks share tokens, because these communicate in every block of a network.
 

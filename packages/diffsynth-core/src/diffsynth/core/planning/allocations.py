@@ -34,8 +34,8 @@ class AllocationTracker:
             self._add(tensor, "device", 0)
 
     def allocated(self, tensor: Tensor, *, on_host: bool = False) -> None:
-        """Count the memory of `tensor` as live, on the device or on the host, until it is freed; do nothing if it is
-        counted already.
+        """Count the bytes of `tensor`'s storage, rounded up to a multiple of 512, as live on the device or on the host
+        until it is freed; do nothing if it is counted already.
 
         Args:
             tensor: result of an operation.

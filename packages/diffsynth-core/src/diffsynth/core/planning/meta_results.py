@@ -45,7 +45,9 @@ class MetaResultCache:
         self._known: dict[Any, Any] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation on meta; for known shapes, new tensors like the first result."""
+        """Return the result of operation `func` on `args` and `kwargs`; if it was called before with tensors of the
+        same shapes and dtypes and equal other values, new, unfilled tensors like that result.
+        """
         key = _key((args, tuple(kwargs.items()))) if _makes_new_tensors(func) else None
         if key is None:
             return func(*args, **kwargs)
@@ -157,7 +159,7 @@ class KnownValues:
 
     def on_cpu(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Return a pair `(args, kwargs)`, a tuple and a dict, with CPU tensors of the same values for those on meta;
-        None if a value is not known.
+        None if a value is not known or a tensor has more than `MAX_KNOWN` elements.
 
         Returns:
             Positional and keyword arguments; None if a value is not known.

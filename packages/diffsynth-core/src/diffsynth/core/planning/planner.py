@@ -46,7 +46,8 @@ def plan_memory(
     disk: Sequence[str] = (),
 ) -> MemoryPlan:
     """Return the `MemoryPlan` of the first of `workloads` (the same call with weights stored in different dtypes) that
-    fits the limits, or of a later one whose steps are predicted to be more than 5 % faster.
+    fits the limits, or of a later one whose steps are predicted to be more than 5 % faster; raise NotEnoughMemory if
+    none fits.
 
     Args:
         workloads: one call, with its weights stored in one dtype or another; the first is preferred. With several,
@@ -233,7 +234,8 @@ class _Planner:
         return base + host_bytes + _STAGING_BUFFERS * max(blocks, default=0)
 
     def _staying(self, limit: int | None) -> frozenset[str]:
-        """Return a frozenset of roles (component names): those that never leave the device, as many as fit `limit`.
+        """Return a frozenset of roles (component names), those that never leave the device: as many as fit `limit`;
+        without a limit all, or none if components are to be offloaded.
 
         Without a limit these are all components, or none if `offloads` is set.
 

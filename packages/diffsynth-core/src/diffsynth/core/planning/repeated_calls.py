@@ -50,7 +50,9 @@ class RepeatedCalls:
         self._effects: dict[Any, _Effects | None] = {}
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return the result of the function; after the first call of a form, new tensors of the form of its result."""
+        """Return the result of `function(*arguments)`; if a call of the same form was recorded, do not call it, but add
+        its effects to the counts and return new meta tensors of the form of its result.
+        """
         key = self._key(function, arguments)
         if key is not None and key not in self._effects:
             return self._first(key, function, arguments)
@@ -59,7 +61,7 @@ class RepeatedCalls:
 
     def _key(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """Return a hashable key of a call of `function`, equal for calls that have the same effects; None if that
-        cannot be known.
+        cannot be known, outside of a stage and while gradients are enabled.
         """
         if not self._stages or torch.is_grad_enabled():  # the graph of autograd keeps tensors of the call alive
             return None

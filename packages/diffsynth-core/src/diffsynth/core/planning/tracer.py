@@ -146,8 +146,8 @@ class _DispatchMode(TorchDispatchMode):
         return out
 
     def _to_host(self, tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Return a copy of `tensor` that counts as host memory: on the CPU if its values are known, else on meta,
-        without values.
+        """Return a copy of `tensor`, in the dtype in `kwargs` or its own, that counts as host memory: on the CPU if its
+        values are known, else on meta, without values.
         """
         dtype = kwargs.get("dtype") or tensor.dtype
         value = self._tracer.values.value_of(tensor)
@@ -242,8 +242,8 @@ def _as_meta(values: KnownValues) -> Callable[[Tensor], Tensor]:
 
 
 def _integer_indices(values: KnownValues, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return a list of the items of `indices`, with each mask replaced by one tensor of positions at which it is True
-    for each of its axes.
+    """Return a list of the items of `indices`, with each mask of n axes replaced by n integer tensors: the positions
+    along each axis at which it is True.
     """
     integers: list[Tensor | None] = []
     for index in indices:

@@ -52,8 +52,9 @@ class ComponentFootprint:
         return self.on_device({block.name for block in self.blocks}, slots=0)
 
     def on_device(self, resident: Collection[str], *, slots: int) -> int:
-        """Return the device memory of the component's weights and buffers during a stage, in bytes, an int, with
-        `slots` blocks there beside the `resident` ones.
+        """Return the device memory of the component during a stage, in bytes, an int: its weights and buffers outside
+        blocks, the `resident` blocks, at most `slots` buffers of the size of the largest other block, and one block as
+        computed with if dtypes differ.
 
         Args:
             resident: names of the blocks that stay on the device for the stage.

@@ -73,8 +73,8 @@ class DiskMap(Mapping[str, Tensor]):
         """Do nothing, as no file stays open; older code calls this."""
 
     def source_of(self, module: nn.Module, prefix: str = "") -> ComponentSource:
-        """Return a `ComponentSource`, for `wrap`, that reads the weights of `module` from the file; tensors of the file
-        that the module lacks are ignored.
+        """Return a `ComponentSource`, for `wrap`, that reads the weights of `module` from the file; tensors that the
+        module lacks are ignored, and those that the file lacks or has in other shapes raise KeyMismatch.
 
         Args:
             module: the module; the file must have its parameters and those of its buffers that are on meta.

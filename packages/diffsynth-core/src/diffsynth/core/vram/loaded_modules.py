@@ -35,8 +35,8 @@ class LoadedModules:
 
     @contextmanager
     def stage(self, used: Collection[ManagedModule], *, keep: Collection[ManagedModule] = ()) -> Iterator[None]:
-        """Context manager that first offloads all wrapped modules except those in `used` and `keep`, then loads the
-        modules in `used` onto the device.
+        """Context manager that holds the device's lock, first offloads all other wrapped modules that are on the device
+        except those in `keep`, then loads the modules in `used`; after an error it offloads these.
 
         The modules stay afterwards, until another stage needs the memory; after an error they are offloaded.
 
@@ -82,7 +82,9 @@ class LoadedModules:
                 swap.close()
 
     def offload_all(self, *, keep: Collection[ManagedModule] = ()) -> None:
-        """Free the device memory of all wrapped modules that are on the device, except those in `keep`."""
+        """Free the device memory of all wrapped modules that `stage` or `overlapped_swap` brought to the device, except
+        those in `keep`.
+        """
         with self._lock:
             for module in list(self._present):
                 if module not in keep:

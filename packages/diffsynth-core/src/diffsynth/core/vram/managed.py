@@ -48,10 +48,14 @@ class BlockSwap(Protocol):
     """Follows the calls of a module's blocks in the last step of its stage; see `OverlappedSwap`."""
 
     def block_called(self, module: ManagedModule, name: str) -> None:
-        """Record that a call of block `name` of `module` has ended."""
+        """Record that a call of block `name` of `module` has ended; the implementation may then free that block on the
+        device and prefetch others.
+        """
 
     def evicted_too_early(self) -> None:
-        """Free device memory, because a block that was evicted is called again and must be loaded."""
+        """Free the device memory of blocks that were prefetched for the next stage, because an evicted block is called
+        again and must be loaded.
+        """
 
 
 def managed(module: nn.Module) -> ManagedModule | None:
@@ -506,8 +510,9 @@ class ManagedModule:
         return Packing(tensors, {full: self._dtypes(full, tensor, high_precision) for full, tensor in tensors.items()})
 
     def _dtypes(self, name: str, tensor: Tensor, high_precision: Sequence[str]) -> tuple[torch.dtype, torch.dtype]:
-        """Return a pair of dtypes of parameter `name`: stored and computed with; both are its own if it is not a
-        floating-point tensor.
+        """Return a pair (stored dtype, computed dtype) for parameter `name`: the policy's, or twice its own if it is
+        not floating-point; where a pattern in `high_precision` fits, 8-bit storage gives way to the narrower of own and
+        computed dtype.
         """
         own = tensor.dtype
         if not own.is_floating_point:

@@ -69,7 +69,8 @@ class UnloadedTensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Refuse an operation that also takes tensors with data.
+        """Raise RuntimeError if an argument of the operation `func` is a tensor with data; else run it and return its
+        result.
 
         Raises:
             RuntimeError: an argument has data; the message names the weight.

@@ -141,8 +141,8 @@ class Policy:
 
     @classmethod
     def preset(cls, name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Policy:
-        """Return the `Policy` of preset `name`: "none", "cpu-offload", "dynamic", "fp8" or "disk"; another name is a
-        ValueError.
+        """Return the `Policy` of preset `name` ("none", "cpu-offload", "dynamic", "fp8" or "disk") for computation on
+        `device` in `dtype`; another name raises ValueError.
 
         Args:
             name: "none" (weights are always on the device), "cpu-offload" (they are in host memory, and during a stage
@@ -172,8 +172,8 @@ class Policy:
     def from_keys(
         cls, keys: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype | None
     ) -> Policy | None:
-        """Return the `Policy` of the eight placement keys (`offload_device`, `offload_dtype` and so on) in `keys`; None
-        if none of them is set.
+        """Return the `Policy` of the eight placement keys (`offload_device`, `offload_dtype` and so on) in `keys`;
+        states without keys are as `computation`, but a missing `offload` raises ValueError; None if no key is set.
 
         Missing states after `offload` are filled in: `computation` is the pipeline's device and dtype, `onload` and
         `preparing` are the same as `computation`.

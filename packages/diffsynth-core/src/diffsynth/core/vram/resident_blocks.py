@@ -48,7 +48,6 @@ class ResidentBlocks:
     def get(self, name: str) -> Tensor | None:
         """Return the packed weights of block `name`, a uint8 tensor that the device may read from now on; None if the
         block is not loaded.
-        the block is not loaded.
         """
         memory, copy = self._memory.get(name), self._copies.pop(name, None)
         if copy is not None:
@@ -57,8 +56,8 @@ class ResidentBlocks:
         return memory
 
     def load(self, name: str, weights: BlockWeights, *, converted: bool = False) -> Tensor:
-        """Return the packed weights of block `name` on the device, a uint8 tensor; they are loaded first if they are
-        not there.
+        """Return the packed weights of block `name` on the device, a uint8 tensor: as they are there already, else
+        newly loaded, in stored dtypes or, if `converted` is set, in computed dtypes.
 
         Args:
             name: name of the block.

@@ -183,7 +183,7 @@ class BlockStream:
 
     def release(self, name: str) -> None:
         """Release the slot (device memory) of block `name`, the one in use: another block may overwrite it once the
-        device has done its earlier work.
+        device has done its earlier work; with several slots, begin to copy the next blocks.
         """
         slot = self._in_use
         assert slot is not None, f"{name} is released, but no slot is in use"
