@@ -38,8 +38,8 @@ def present_devices() -> tuple[str, ...]:
 
 
 def check_device(device: torch.device | str | int) -> torch.device:
-    """Check that this machine has a device; return it as a `torch.device`, with the current index if it has none
-    ("cpu": none).
+    """Raise ValueError unless this machine has a device; return it as a `torch.device`, with the current index if it
+    has none ("cpu": none).
 
     Raises:
         ValueError: not a device, an unknown kind of device, or one that this machine does not have.

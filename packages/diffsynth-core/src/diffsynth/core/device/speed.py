@@ -63,8 +63,8 @@ _NVME = Speed(3e9, measured=False, source="assumed: an NVMe drive on PCIe 3.0 x4
 
 
 def link_speed(device: torch.device | str) -> Speed:
-    """Return the `Speed`, in bytes/s, of copies from pinned host memory to a device (CPU: within host memory), cached
-    or measured.
+    """Return the `Speed`, in bytes/s, of copies from pinned host memory to a device (CPU: within host memory): cached,
+    measured or else assumed.
 
     Measured with 256 MiB, the median of five; assumed if this machine has no such device or no free memory on it.
 

@@ -44,7 +44,7 @@ class SideStream:
 
     def wait_event(self, event: Any) -> None:
         """Let work submitted from now on wait for `event`, from the same device, without blocking the host; None has no
-        effect.
+        effect, without events others raise ValueError.
 
         Args:
             event: from `record_event`; None does nothing.
@@ -150,7 +150,7 @@ def timestamp(device: torch.device | str) -> Timestamp:
 
 def wait_event(event: Any, device: torch.device | str) -> None:
     """Let the device's current stream wait for `event` before its later work, without blocking the host; None has no
-    effect.
+    effect, an event on MPS or the CPU raises ValueError.
 
     Args:
         event: from `record_event` or `SideStream.record_event`; None does nothing.

@@ -20,7 +20,8 @@ def gradient_checkpoint_forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Call `model(*args, **kwargs)` and return its result; if wanted, the backward pass computes the activations again.
+    """Call `model(*args, **kwargs)` and return its result; if an option is set and gradients are recorded, the backward
+    pass computes the activations again.
 
     Without gradient recording, or if neither option is set, this is a plain call.
 

@@ -88,7 +88,8 @@ def load_component(
 def materialize(
     module: nn.Module, source: ComponentSource, *, device: torch.device | str, copy: bool = True
 ) -> nn.Module:
-    """Read the weights of `source` onto `device` into `module`, and return `module`, in eval mode and frozen.
+    """Read the weights of `source` onto `device` into `module` (nothing for "meta"), and return `module`, in eval mode
+    and frozen.
 
     `device`, `copy` and errors: see `load_component`.
     """
@@ -130,8 +131,8 @@ def _dtype(
     architecture: ArchitectureSpec,
     dtype: torch.dtype,
 ) -> torch.dtype:
-    """Return the `torch.dtype` that a parameter is read in: `dtype`, or the file's for unscaled integers and some
-    parameters of high precision.
+    """Return the `torch.dtype` to read a parameter in: the file's for unscaled integers and, if `dtype` has less than
+    16 bits, for `high_precision` ones of 16 or more; else `dtype`.
 
     The file's dtype is kept for numbers that are not floating and need no conversion, and for parameters of high
     precision if `dtype` has less than 16 bits.

@@ -90,7 +90,9 @@ class ModelConfig:
 
     @classmethod
     def from_source(cls, text: str, **fields: Any) -> ModelConfig:
-        """Return a `ModelConfig` for a source string, `owner/repository:pattern` or `scheme://location`."""
+        """Return a `ModelConfig` for a source string, `owner/repository:pattern` or `scheme://location`, with `fields`
+        as its other fields.
+        """
         parsed = parse_source(text)
         if parsed.scheme:
             return cls(source=text, **fields)
@@ -105,13 +107,15 @@ class ModelConfig:
 
     @property
     def root(self) -> Path:
-        """`Path` of the folder that holds one folder for each repository, and into which they are downloaded."""
+        """`Path` of the folder with one folder for each repository, to which they are downloaded; the environment's if
+        `local_model_path` is None.
+        """
         return Path(self.local_model_path) if self.local_model_path is not None else _env.model_base_path()
 
     @property
     def folder(self) -> Path:
-        """`Path` of the local folder of this repository, `root/owner/name`, with `@revision` appended if a revision is
-        set.
+        """`Path` of the local folder of this repository, `root/owner/name`, with `@revision` appended if one is set
+        (its `/` replaced by `--`).
         """
         at = f"@{self.revision.replace('/', '--')}" if self.revision else ""
         return self.root / f"{self.model_id}{at}"

@@ -105,8 +105,8 @@ class Split(Rule):
         _axis(self, self.dim)
 
     def part_sizes(self, source: Shape) -> tuple[int, ...]:
-        """Return a tuple with the size of each part along axis `dim`, in elements; raise ValueError if their sum
-        differs.
+        """Return a tuple with the size of each part along axis `dim`, in elements: `sizes`, or equal ones; raise
+        ValueError unless they add up to the axis.
         """
         extent = source[self.dim]
         sizes = self.sizes or (extent // len(self.parts),) * len(self.parts)
@@ -116,7 +116,7 @@ class Split(Rule):
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
         """Return a tuple with the shape of each part of a split tensor: the source's, but with the part's size along
-        axis `dim`.
+        axis `dim`; raise ValueError unless the sizes add up.
         """
         (source,) = sources
         return tuple((*source[: self.dim], size, *source[self.dim + 1 :]) for size in self.part_sizes(source))
@@ -141,8 +141,8 @@ class Fuse(Rule):
         _axis(self, self.dim)
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape, of the joined tensor: the first source's, but along axis `dim` the sum of all
-        sources'.
+        """Return a tuple with one shape, of the joined tensor: the first source's, but along `dim` the sum of all
+        sources'; raise ValueError if the other axes differ.
         """
         first = sources[0]
         if any(_without(shape, self.dim) != _without(first, self.dim) for shape in sources):
@@ -166,7 +166,9 @@ class Reshape(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape: the declared one, with 0 replaced by the source's size and -1 by the rest."""
+        """Return a tuple with one shape: the declared one, with 0 replaced by the source's size and -1 by the rest;
+        raise ValueError if the number of elements differs.
+        """
         (source,) = sources
         shape = tuple(extent or source[axis] for axis, extent in enumerate(self.shape))
         known = max(prod(extent for extent in shape if extent != -1), 1)
@@ -192,7 +194,9 @@ class Permute(Rule):
     targets = property(lambda self: (self.target,))
 
     def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
-        """Return a tuple with one shape: the sizes of the source's axes in their new order."""
+        """Return a tuple with one shape: the sizes of the source's axes in their new order; raise ValueError unless
+        `order` names each axis once.
+        """
         (source,) = sources
         if sorted(self.order) != list(range(len(source))):
             raise ValueError(f"{self.source} of shape {source} has no axes {self.order}")
@@ -248,7 +252,9 @@ class Tie(Rule):
         return sources * 2
 
     def inverse(self, *sources: Shape) -> Apply:
-        """Return an `Apply` rule that raises ValueError unless the two tensors are equal, else keeps one of them."""
+        """Return an `Apply` rule that makes one tensor of the two: the first; applied to tensors that are not equal it
+        raises ValueError.
+        """
         return Apply(_equal, (self.source, self.target), self.source, lambda source, target: source)
 
 
@@ -335,8 +341,8 @@ class Plan:
 
 
 def plan(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
-    """Return the `Plan` of a file: for each target key the rule and source keys that make it, and the dropped source
-    keys.
+    """Return the `Plan` of a file: for each target key the rule and source keys that make it (a key that no rule takes
+    keeps its name), and the dropped source keys.
 
     Args:
         rules: tried in order; the first that matches a key takes it.
@@ -365,8 +371,8 @@ def plan(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
 
 
 def check(plan: Plan, wanted: Mapping[str, Shape], *, where: str, unused: str = "raise") -> list[str]:
-    """Raise KeyMismatch unless a plan fits a module's parameters; return a list of planned keys that the module does
-    not have.
+    """Raise KeyMismatch unless a plan fits a module's parameters; return a list of planned keys that the module lacks,
+    which raise, too, unless `unused` is "report".
 
     No tensor is read.
 
@@ -390,7 +396,8 @@ def check(plan: Plan, wanted: Mapping[str, Shape], *, where: str, unused: str = 
 
 
 def invert(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[Rule]:
-    """Return a list of `Rule`s that convert the planned tensors back to a file with the keys and shapes of `shapes`.
+    """Return a list of `Rule`s that convert the planned tensors back to a file with the keys and shapes of `shapes`,
+    without those that `rules` drop; raise ValueError if one has no inverse.
 
     Args:
         rules: the rules that read the file.
@@ -442,9 +449,8 @@ def _add(
 
 
 def _matches(rule: Rule, ordered: Sequence[str], taken: Container[str]) -> list[dict[str, str]]:
-    """Return a list of dicts hole -> text, such as `{"{n}": "3"}`, each of which makes a source pattern an unused key.
-
-    For a rule without sources it is one empty dict.
+    """Return a list of dicts hole -> text, such as `{"{n}": "3"}`, each of which makes a source pattern an unused key;
+    `[{}]` for a rule without sources.
 
     Args:
         ordered: the keys, sorted.
@@ -467,7 +473,9 @@ def _matches(rule: Rule, ordered: Sequence[str], taken: Container[str]) -> list[
 
 
 def match(pattern: str, key: str) -> dict[str, str] | None:
-    """Return a dict hole -> text, such as `"{n}"` -> `"3"`, that makes the pattern equal the key; None if none does."""
+    """Return a dict hole -> text, such as `"{n}"` -> `"3"`, that makes the pattern equal the key (empty for a pattern
+    without holes); None if none does.
+    """
     if "{" not in pattern:
         return {} if pattern == key else None
     if not key.startswith(pattern.partition("{")[0]):

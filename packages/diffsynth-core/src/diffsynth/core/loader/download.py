@@ -21,7 +21,8 @@ _FOLDER_OPTION = {"huggingface": "--local-dir", "modelscope": "--local_dir"}
 
 
 def download(config: ModelConfig) -> None:
-    """Download the files that `config.patterns` match (none: all) into `config.folder`; resume an interrupted download.
+    """Download the files that `config.patterns` match (none: all) into `config.folder`, resuming an interrupted
+    download; raise DownloadFailed if that fails.
 
     Raises:
         DownloadFailed: the hub could not be reached or refused, the disk is full, or a checksum differs; the message
@@ -39,8 +40,8 @@ def download(config: ModelConfig) -> None:
 
 
 def command(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
-    """Return a shell command, as one text, that downloads the files of `patterns`, or if that is empty those of the
-    config.
+    """Return a shell command, as one text, that downloads into `config.folder` the files of `patterns`, if that is
+    empty those of `config.patterns`, else all.
     """
     start = {
         "huggingface": ["hf", "download", str(config.model_id)],
@@ -86,7 +87,8 @@ _FETCHERS: dict[str, Callable[[ModelConfig], None]] = {
 
 
 def _check_content(config: ModelConfig, *, since: float) -> None:
-    """Delete the first new file whose sha256 differs from the one that huggingface_hub noted, and raise DownloadFailed.
+    """Delete the first new file whose sha256 differs from the one that huggingface_hub noted, and raise DownloadFailed;
+    do nothing if there is none.
 
     ModelScope's library checks its own files.
     """

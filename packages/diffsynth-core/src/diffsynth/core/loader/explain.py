@@ -71,9 +71,8 @@ def _family_not_installed(file: UnrecognizedFile) -> str:
 
 
 def _nearest(file: UnrecognizedFile) -> str:
-    """Return a text that names the layout with the largest share of the file's keys, and why the file does not fit it.
-
-    If no layout is near, the text says so and names two of the file's keys.
+    """Return a text that names the layout whose keys, numbers aside, overlap most with the file's, and the differences;
+    if none is near, one that names two keys of the file.
     """
     best: tuple[float, CheckpointSpec, str, Mapping[str, Shape]] | None = None
     found = {prefix: {normalized_key(key) for key in shapes} for prefix, shapes in file.views}

@@ -28,8 +28,8 @@ _SIGNS: tuple[tuple[bytes, str], ...] = (
 
 
 def open_weights(file: Path, *, pickled: bool = False) -> BinaryIO:
-    """Open a file and return the binary stream, at its start; raise CorruptFile if its first bytes show another
-    kind of file.
+    """Open a file and return the binary stream, at its start; raise NoFiles if it cannot be opened, CorruptFile if its
+    first bytes show another kind of file.
 
     Args:
         pickled: whether torch pickles are accepted.

@@ -33,9 +33,7 @@ _NO_WEIGHTS = re.compile(
 
 def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | None = None) -> list[Path]:
     """Return a list of the `Path`s of a config's local files (or folders), after downloading missing ones unless that
-    is off.
-
-    With downloads off nothing is downloaded.
+    is off; raise NoFiles if a pattern matches nothing.
 
     Args:
         config: the checkpoint, or another file or folder of a repository.
@@ -85,8 +83,8 @@ def _how_to_fetch(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
 
 
 def checkpoint_at(path: Path) -> list[Path]:
-    """Return a list of the `Path`s of the checkpoint files at a path: a file, any shard of a set, an index, or a
-    folder.
+    """Return a list of the `Path`s of all files of the checkpoint at a path (a file, any shard of a set, an index, or a
+    folder); raise NoFiles if there is not exactly one.
 
     Raises:
         NoFiles: there is no checkpoint, shards are missing, or the folder holds several.
@@ -123,7 +121,7 @@ def only_checkpoint(folder: Path) -> list[Path]:
 
 def _checkpoints_in(folder: Path) -> list[list[Path]]:
     """Return a list of the checkpoints in a folder, each a sorted list of the `Path`s of its weight files (one, or its
-    shards).
+    shards); optimizer states and hidden files are skipped.
     """
     files = sorted(
         file

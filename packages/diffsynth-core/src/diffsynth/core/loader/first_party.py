@@ -78,8 +78,8 @@ def where_is_architecture(name: str) -> str:
 
 
 def whose_keys(keys: Iterable[str]) -> str:
-    """Return a text on which package, not in use, has an architecture with these keys, and how to get it; empty if none
-    has.
+    """Return a text on which package, not in use, has the architecture whose required keys are best covered by `keys`,
+    and how to get it; empty if less than 60 % are.
 
     Args:
         keys: the file's keys; they may have a wrapper prefix.

@@ -122,7 +122,8 @@ class Header:
         return shortened(self.files, 1)
 
     def check_unchanged(self, file: Path, descriptor: int | None = None) -> None:
-        """Raise CorruptFile if `file` was changed, replaced or removed since this header was read.
+        """Raise CorruptFile if `file` was changed, replaced or removed since this header was read; do nothing for a
+        file without a stamp.
 
         Args:
             file: one of `files`.
@@ -144,7 +145,7 @@ class Header:
 
 def read(files: Iterable[Path], read_file: Callable[[Path], Header] | None = None) -> Header:
     """Return one `Header` (dtype, shape and place of each tensor) for a checkpoint's files, or for a folder's only
-    checkpoint.
+    checkpoint; raise KeyMismatch if they are of different ones.
 
     Args:
         files: the files, or one folder.

@@ -27,7 +27,8 @@ class KeyDifferences:
         return bool(self.missing or self.unknown or self.wrong_shape)
 
     def describe(self, limit: int = 4) -> str:
-        """Return a text such as `"2 missing (a, b); 9 unknown (a, b, c, d and 5 more)"`; empty if nothing differs.
+        """Return a text such as `"2 missing (a, b); 9 unknown (a, b, c, d and 5 more)"`, with `limit` keys of each kind
+        at most; empty if nothing differs.
 
         Args:
             limit: how many keys of each kind are named.

@@ -41,7 +41,8 @@ def _read(layout: str) -> Mapping[str, Shape]:
 def file_shapes(
     rules: Sequence[convert.Rule], own: Mapping[str, Shape], published: Mapping[str, Shape] | None = None
 ) -> dict[str, Shape]:
-    """Return a dict key -> shape of a file that `rules` would convert to a network with the parameters `own`.
+    """Return a dict key -> shape of a file that `rules` would convert to a network with the parameters `own`; raise
+    ValueError if it cannot be derived.
 
     Args:
         rules: the layout's rules.
@@ -109,7 +110,7 @@ def _source_shapes(
 
 def _fused_parts(rule: convert.Fuse, target: Shape, known: tuple[Shape, ...]) -> tuple[Shape, ...]:
     """Return a tuple of the shapes of a fused tensor's parts: its size along `dim` divided in the proportions of
-    `known`.
+    `known`; raise ValueError if that leaves a rest.
     """
     total = sum(shape[rule.dim] for shape in known)
     if len(known) != len(rule.parts) or any(shape[rule.dim] * target[rule.dim] % total for shape in known):
@@ -119,7 +120,9 @@ def _fused_parts(rule: convert.Fuse, target: Shape, known: tuple[Shape, ...]) ->
 
 
 def _shape_before_reshape(rule: convert.Reshape, target: Shape, known: tuple[Shape, ...]) -> Shape:
-    """Return the shape of a tensor before a reshape: `target` with axes of size 1 appended, or the published shape."""
+    """Return the shape of a tensor before a reshape: `target` with as many axes of size 1 appended as the published
+    shape has, else the published shape of equal size.
+    """
     for shape in known:
         ones = len(shape) - len(target)
         if ones >= 0 and shape[len(target) :] == (1,) * ones and shape[: len(target)] == rule.shapes(shape)[0]:

@@ -67,9 +67,8 @@ def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[Check
 
 
 def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> str:
-    """Return a text with the models and the architecture that a LoRA is for, "Z-Image (z_image_dit)"; empty if unknown.
-
-    For example `"Z-Image (z_image_dit)"`, or `"another size of z_image_dit"`.
+    """Return a text with the models and the architecture that a LoRA is for, "Z-Image (z_image_dit)" or "another size
+    of z_image_dit"; empty if unknown.
 
     Args:
         modules: module name -> input size, as `target_modules` returns them.

@@ -47,7 +47,7 @@ def of_state_dict(
     state_dict: Mapping[str, Any], files: tuple[Path, ...] = (), stamps: Mapping[Path, FileStamp] | None = None
 ) -> Header:
     """Return the `Header` of a state dict: dtype and shape of each tensor, and the tensors; nested keys are joined by
-    dots.
+    dots, a sole outer key such as "state_dict" is left out.
 
     Args:
         state_dict: tensors by key; values that are neither tensors nor dicts are ignored.

@@ -243,8 +243,8 @@ def _candidate(
 
 
 def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[tuple[convert.Rule, ...], convert.Plan]:
-    """Return a tuple: a tuple of rules for scaled weights (empty if there are none), and the `Plan` that they and
-    `rules` make.
+    """Return a tuple: a tuple of rules for scaled weights (empty without any, or if `rules` dequantize), and the `Plan`
+    that they and `rules` make.
     """
     scales = scaled.find(shapes)
     declared = any(isinstance(rule, convert.Dequantize) for rule in rules)
@@ -255,8 +255,8 @@ def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[t
 
 
 def _weigh(header: Header, candidates: Sequence[_Candidate]) -> list[Recognized]:
-    """Return a list of `Recognized`, most keys first; a candidate is skipped if it claims no key, or a key of one
-    before it.
+    """Return a list of `Recognized`, most keys first, without candidates that claim no key or a key of one before;
+    raise Unrecognized if two architectures claim equal keys.
 
     Raises:
         Unrecognized: two architectures claim exactly the same keys.
@@ -292,8 +292,8 @@ class _KnownNames:
         self._names: dict[str, frozenset[str]] = {}
 
     def has(self, architecture: ArchitectureSpec, key: str) -> bool:
-        """Whether a layout of the architecture has this name, numbers aside; without any, whether a required name
-        begins like it.
+        """Whether a layout of the architecture has this name, numbers aside; without any layout, whether a required
+        name has the same text before its first dot.
         """
         if architecture.name not in self._names:
             self._names[architecture.name] = frozenset(
@@ -309,8 +309,8 @@ class _KnownNames:
 
 
 def _views(header: Header) -> Iterator[tuple[str, dict[str, Shape]]]:
-    """Yield `(prefix, dict key -> shape)`: "" with all keys, then each wrapper prefix with its keys, the prefix
-    removed.
+    """Yield `(prefix, dict key -> shape)`: "" with all keys, then each wrapper prefix, at most three nested, with
+    its keys, the prefix removed.
     """
     remaining = [("", header.shapes, 0)]
     seen = set()

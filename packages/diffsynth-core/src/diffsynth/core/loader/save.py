@@ -220,7 +220,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _remove_stale(path: Path, written: list[Path]) -> None:
     """Delete safetensors files that earlier calls saved as `path` or as its shards (numbered parts), if not in
-    `written`.
+    `written`, and their index if one file was written.
     """
     shard = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}\.safetensors")
     earlier = [file for file in path.parent.iterdir() if file == path or shard.fullmatch(file.name)]
@@ -325,9 +325,7 @@ def _check_constant(rule: convert.Constant, entries: Mapping[str, _Entry], check
 
 def _shards(entries: Mapping[str, _Entry], shard_size: int) -> list[dict[str, _Entry]]:
     """Return a list of dicts key -> `_Entry`, one for each file: the entries in order, at most `shard_size` bytes in a
-    file.
-
-    A larger tensor has a file of its own.
+    file, or one larger tensor.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: expected bytes, at least 1")

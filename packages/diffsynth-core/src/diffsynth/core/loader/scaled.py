@@ -89,7 +89,9 @@ class Scaled(convert.Rule):
         return self.rule.shapes(*self.dequantized(sources, _scaled_shape))
 
     def dequantized(self, sources: Sequence[T], multiply: Callable[[T, T], T]) -> tuple[T, ...]:
-        """Return a tuple of the inner rule's sources, each replaced by `multiply(source, scale)` if it has a scale."""
+        """Return a tuple of the inner rule's sources, each replaced by `multiply(source, scale)` if it has a scale; in
+        `sources` the scales follow the sources.
+        """
         count = len(self.rule.sources)
         scales = iter(sources[count:])
         return tuple(

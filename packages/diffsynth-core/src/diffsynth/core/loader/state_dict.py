@@ -29,7 +29,8 @@ def load_state_dict(
     pin_memory: bool = False,
     verbose: int = 0,
 ) -> dict[str, Any]:
-    """Return a dict key -> tensor of all tensors in a checkpoint's files; nested dicts in a pickle stay nested.
+    """Return a dict key -> tensor on `device` of all tensors in a checkpoint's files, floating ones in `torch_dtype`
+    (None: as stored); nested dicts in a pickle stay nested.
 
     Args:
         file_path: a safetensors file or a pickle, told by the suffix; several files are parts of one checkpoint.
@@ -55,7 +56,8 @@ def load_state_dict(
 def load_state_dict_from_safetensors(
     file_path: File, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Return a dict key -> tensor of all tensors of a safetensors file.
+    """Return a dict key -> tensor on `device` of all tensors of a safetensors file, floating ones in `torch_dtype`
+    (None: as stored).
 
     Arguments and errors: see `load_state_dict`.
     """
@@ -65,7 +67,8 @@ def load_state_dict_from_safetensors(
 def load_state_dict_from_bin(
     file_path: File, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Return a dict key -> tensor of all tensors of a torch pickle, nested as they are in it.
+    """Return a dict key -> tensor on `device` of all tensors of a torch pickle, nested as they are in it, floating ones
+    in `torch_dtype` (None: as stored).
 
     A single `state_dict`, `module` or `model_state` around them is removed. Arguments and errors: see
     `load_state_dict`.
@@ -99,7 +102,8 @@ def load_keys_dict(file_path: File | Sequence[File]) -> dict[str, Any]:
 
 
 def hash_model_file(path: File | Sequence[File], with_shape: bool = True) -> str:
-    """Return the md5 (hexadecimal text) of a checkpoint's keys and shapes; values and dtypes do not matter.
+    """Return the md5 (hexadecimal text) of a checkpoint's keys and, if `with_shape`, shapes; values and dtypes do not
+    matter.
 
     Args:
         path: a file, or the files of one checkpoint.

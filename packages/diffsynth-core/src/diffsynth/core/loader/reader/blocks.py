@@ -214,7 +214,7 @@ def new_ring(device: torch.device) -> UploadRing:
 
 
 def torch_dtype(key: str, info: TensorInfo) -> torch.dtype:
-    """Return the `torch.dtype` of a tensor that a header describes.
+    """Return the `torch.dtype` of a tensor that a header describes; raise CorruptFile if torch has no such dtype.
 
     Args:
         key: the tensor's key, for the message.
@@ -232,7 +232,8 @@ def torch_dtype(key: str, info: TensorInfo) -> torch.dtype:
 
 
 def run_tasks(tasks: Sequence[Callable[[], None]], threads: int = THREADS) -> None:
-    """Call the tasks (functions without arguments) on threads, in their order, and wait until all are done.
+    """Call the tasks (functions without arguments) on up to `threads` threads, started in order, and wait until all are
+    done; after an exception start no more, and raise it.
 
     A single task, or one thread, runs in the calling thread.
 
@@ -324,8 +325,6 @@ def _blocks(requests: list[ReadRequest]) -> list[list[ReadRequest]]:
 def _borrowed(scratch: queue.SimpleQueue[Tensor]) -> Iterator[Tensor]:
     """Context manager that yields a uint8 host tensor of 8 MiB, taken from `scratch` or new, and puts it into `scratch`
     at the end.
-
-    It goes into `scratch` afterwards.
 
     Memory is used again because an allocator that keeps freed blocks would in the end hold as much as the file.
     """

@@ -62,10 +62,8 @@ class ElementRun:
 
 
 def runs(target: convert.Target, sources: Sequence[Shape]) -> list[ElementRun] | None:
-    """Return a list of `ElementRun`s (consecutive source elements) that make up a target, in order; None if it has
-    others.
-
-    It is None if the elements are permuted or computed.
+    """Return a list of `ElementRun`s (consecutive source elements) that make up a target, in order; None if it is
+    computed, permuted, or cut or joined along an inner axis.
 
     Args:
         target: the planned target.

@@ -327,8 +327,8 @@ class _FileRange:
 
 
 def read_tensors(header: Header, *, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return a dict key -> tensor, on `device`, of all tensors of a header; those of files are copies in memory of
-    their own.
+    """Return a dict key -> tensor on `device` of all tensors of a header, floating ones in `dtype` (None: as stored);
+    those of files are copies in memory of their own.
 
     Tensors of a state dict that need no change are shared with it.
 
@@ -347,7 +347,8 @@ def read_tensors(header: Header, *, device: torch.device | str, dtype: torch.dty
 
 
 def stored_dtype(header: Header, key: str) -> torch.dtype:
-    """Return the `torch.dtype` that a tensor has in its file or in memory.
+    """Return the `torch.dtype` that a tensor has in its file or in memory; raise CorruptFile if torch has no such
+    dtype.
 
     Raises:
         CorruptFile: torch has no such dtype.

@@ -31,8 +31,8 @@ def called(converter: Any, state_dict: dict[str, Any]) -> Any:
 
 
 def trace(converter: Any, header: Header) -> tuple[dict[str, convert.Target], dict[str, torch.dtype]]:
-    """Return two dicts for the tensors that a converter makes of a file: name -> `Target` (its sources and rule), name
-    -> dtype.
+    """Return a tuple of two dicts for the tensors that a converter makes of a file, name -> `Target` (sources and rule)
+    and name -> dtype; raise ValueError if it needs values.
 
     The converter is called on fake tensors, which have names, shapes and dtypes but no values. It may rename, cut,
     join, reshape, convert and compute.
