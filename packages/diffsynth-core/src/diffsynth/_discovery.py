@@ -95,7 +95,9 @@ class Catalog:
     doors: tuple[Declared[spec.DoorSpec], ...] = ()
 
     def layouts(self) -> tuple[dict[str, spec.ArchitectureSpec], list[spec.CheckpointSpec]]:
-        """Return (dict name -> `ArchitectureSpec`, list of `CheckpointSpec`s), as `recognize()` takes them."""
+        """Return a pair of what plugins declare: (dict name -> `ArchitectureSpec`, the first if several plugins declare
+        one name; list of all `CheckpointSpec`s).
+        """
         # Two architectures with one name are reported as problems; the first is used, so no plugin can replace core's.
         by_name = {one.spec.name: one.spec for one in reversed(self.architectures)}
         return by_name, [one.spec for one in self.checkpoints]
@@ -134,7 +136,8 @@ class _Rejected(Exception):
 
 
 def catalog() -> Catalog:
-    """Return the `Catalog`: the declarations of all plugins that load; the first call discovers them. Thread-safe.
+    """Return the `Catalog`: declarations of the allowed plugins that load, and `Problem`s of failed plugins and
+    clashing names; the first call discovers them. Thread-safe.
 
     Raises:
         BrokenPlugin: a plugin failed, and DIFFSYNTH_STRICT_PLUGINS is on.
@@ -160,7 +163,8 @@ def problems() -> list[Problem]:
 
 
 def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None:
-    """Record an error in a declaration's code as a `Problem` of its plugin, unless it is known, and log it.
+    """Record an error in a declaration's code as a `Problem` of its plugin and log it, both unless it was recorded
+    before; raise BrokenPlugin instead if DIFFSYNTH_STRICT_PLUGINS is on.
 
     Raises:
         BrokenPlugin: DIFFSYNTH_STRICT_PLUGINS is on.
@@ -180,9 +184,10 @@ def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None
 
 
 def notify(hook_name: str, **values: Any) -> None:
-    """Call every implementation of an observer hook; their results are not used.
+    """Call every implementation of an observer hook and ignore their results; one that raises is logged, and the others
+    are still called, but with DIFFSYNTH_STRICT_PLUGINS on it raises BrokenPlugin.
 
-    An implementation that raises is logged with its plugin's name, once per hook; the others are still called.
+    The log names the plugin, once per hook.
 
     Raises:
         BrokenPlugin: an observer raised, and DIFFSYNTH_STRICT_PLUGINS is on.
@@ -201,7 +206,8 @@ def notify(hook_name: str, **values: Any) -> None:
 
 
 def first(hook_name: str, **values: Any) -> Any:
-    """Call a hook's implementations and return the first result that is not None; None if there is none.
+    """Call a hook's implementations one by one until one returns a result other than None, and return that result; None
+    if none does.
 
     An exception raised by an implementation is passed on, with a note that names its plugin.
     """
@@ -276,9 +282,10 @@ def describe(problems: Sequence[Problem]) -> str:
 
 
 def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
-    """Return a list of (entry point, `Plugin`, list of distributions that share its name, else empty), core first.
+    """Return a list of (entry point, `Plugin`, list of `"distribution version"` of all plugins of its name if several,
+    else empty) for each allowed plugin, core first, then by name.
 
-    Plugins that DIFFSYNTH_PLUGINS does not allow are left out.
+    DIFFSYNTH_PLUGINS lists the allowed plugins; core is always allowed.
     """
     import importlib.metadata
 

@@ -57,7 +57,9 @@ def strict_plugins() -> bool:
 
 
 def cache_dir() -> Path:
-    """DIFFSYNTH_CACHE_DIR: folder of small caches, such as file identities. Default `$XDG_CACHE_HOME/diffsynth`."""
+    """DIFFSYNTH_CACHE_DIR: folder of small caches, such as file identities. Default `$XDG_CACHE_HOME/diffsynth`,
+    else `~/.cache/diffsynth`.
+    """
     explicit = os.environ.get("DIFFSYNTH_CACHE_DIR")
     if explicit:
         return Path(explicit)

@@ -50,7 +50,8 @@ class ModelRecord:
 
 
 def models(pattern: str | None = None) -> list[ModelRecord]:
-    """Return a list of the `ModelRecord`s of the installed models, all or those matching `pattern`, sorted by name.
+    """Return a list of the `ModelRecord`s, sorted by name, of the installed models whose name or hub id matches the
+    glob `pattern`, case ignored; of all for None.
 
     Args:
         pattern: a glob; only models whose name or hub id matches it are returned. Case is ignored.
@@ -60,7 +61,8 @@ def models(pattern: str | None = None) -> list[ModelRecord]:
 
 
 def get(name: str) -> ModelRecord:
-    """Return the `ModelRecord` of the model with a name.
+    """Return the `ModelRecord` of the only installed model with the name, hub id or `"plugin:name"` that is given, case
+    ignored; raise UnknownModel if there is none, AmbiguousModel if there are several.
 
     Args:
         name: model name or hub id, case ignored; `"plugin:name"` if two plugins declare one name.
@@ -83,7 +85,7 @@ def get(name: str) -> ModelRecord:
 
 
 def problems() -> list[Problem]:
-    """Return a list of the `Problem`s of plugins and of the installation as a whole."""
+    """Return a list of the `Problem`s of plugins and of the installation as a whole; empty if there are none."""
     return [*_discovery.problems(), *_upstream()]
 
 

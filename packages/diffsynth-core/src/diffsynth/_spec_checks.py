@@ -33,7 +33,9 @@ def references(declaration: Any) -> list[str]:
 
 
 def sources(declaration: Any) -> list[str]:
-    """Return a list of the source strings, such as "owner/repo:*.pt", in a declaration; empty if it has none."""
+    """Return a list of the source strings, such as "owner/repo:*.pt", in a `ModelSpec` or a `CheckpointSpec`; empty for
+    other declarations.
+    """
     if isinstance(declaration, spec.ModelSpec):
         return [*declaration.components.values(), *declaration.processors.values()]
     return list(declaration.files) if isinstance(declaration, spec.CheckpointSpec) else []
@@ -51,7 +53,8 @@ def identity(declaration: Any) -> str:
 
 
 def check_spec(declaration: Any) -> None:
-    """Raise TypeError or ValueError unless names, references and sources in a declaration fit; nothing is imported.
+    """Raise TypeError or ValueError if a declaration has a malformed name, reference, source or tiny config, a field of
+    another type than the declared mapping, or no effect; nothing that it names is imported.
 
     A referenced module is looked up only if its top-level package is imported already.
 
@@ -93,7 +96,9 @@ def _check_tiny(declaration: spec.ModelSpec) -> None:
 
 
 def duplicates(declared: Iterable[Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (plugin, distribution, version, error) for each declaration whose name another plugin declares, too."""
+    """Yield (plugin, distribution, version, error text), four strings, for each of the declarations, all of one kind,
+    whose name another one has, too, case ignored.
+    """
     by_name: dict[str, list[Any]] = {}
     for one in declared:
         by_name.setdefault(identity(one.spec), []).append(one)

@@ -116,7 +116,7 @@ class Refused(BackendError):
 
 
 def shortened(items: Iterable[object], limit: int = 8) -> str:
-    """Return the first `limit` items as text, and the number of the others: "a, b and 3 more".
+    """Return at most `limit` items as text, with the number of the others, if any: "a, b and 3 more"; "a, b" for two.
 
     Args:
         items: shown by `str`.

@@ -100,7 +100,7 @@ def component_loaded(role: str, architecture: str, files: list[Path], seconds: f
 
 @hookspec
 def pipeline_ready(pipeline: Any) -> None:
-    """Called when all components of a pipeline are loaded."""
+    """Called when `from_pretrained` has made a pipeline; its optional components may be None."""
 
 
 @hookspec

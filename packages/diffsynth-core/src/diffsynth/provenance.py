@@ -20,7 +20,8 @@ KEY = "diffsynth"
 
 
 def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dict of JSON values, the record of a call: what is needed to generate an image or video again.
+    """Return a dict of JSON values that records a call: model, pipeline, arguments unless they equal the defaults,
+    device, dtype, versions, and the identities of weight and LoRA files.
 
     Args:
         pipe: the pipeline that made it.
@@ -51,7 +52,8 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -> None:
-    """Write an image and its record as PNG. An existing file is replaced in one step, so it is never half written.
+    """Write `image` to the file `path` as PNG, with the record `made_by` as JSON text inside. An existing file is
+    replaced in one step, so it is never half written.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -70,14 +72,17 @@ def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -
 
 
 def save_video(frames: Sequence[Image.Image], path: Path | str, made_by: Mapping[str, Any], *, fps: float) -> None:
-    """Write a video, with its record as the file's comment; see `diffsynth.core.data.media_writer.save_video`."""
+    """Write `frames` to the file `path` as a video of `fps` frames per second, with the record `made_by` as JSON in the
+    file's comment; see `diffsynth.core.data.media_writer.save_video`.
+    """
     from diffsynth.core.data import media_writer
 
     media_writer.save_video(frames, path, fps=fps, comment=json.dumps({KEY: made_by}, ensure_ascii=False))
 
 
 def read_video(path: Path | str) -> dict[str, Any]:
-    """Return the record of the call that made a video, a dict of JSON values stored in its file.
+    """Return the record of the call that made a video, a dict of JSON values stored in its file; raise ValueError if it
+    has none.
 
     Raises:
         ValueError: the video has no record of diffsynth.
@@ -97,7 +102,8 @@ def read_video(path: Path | str) -> dict[str, Any]:
 
 
 def read_png(path: Path | str) -> dict[str, Any]:
-    """Return the record of the call that made a PNG image, a dict of JSON values stored in its file.
+    """Return the record of the call that made a PNG image, a dict of JSON values stored in its file; raise ValueError
+    if it has none.
 
     Raises:
         ValueError: the file is no PNG, or has no record of diffsynth.

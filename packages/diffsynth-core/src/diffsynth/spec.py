@@ -276,7 +276,8 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """Return a `Source` parsed from a text such as "owner/repo:*.safetensors" or "package://name/path".
+    """Return a `Source` parsed from a text: "owner/repo:*.safetensors" gives `model_id` and `pattern`,
+    "package://name/path" gives `scheme` and `location`.
 
     Raises:
         ValueError: neither `scheme://...` nor `owner/repository:pattern`.

@@ -68,7 +68,9 @@ def _check_room(out: Path, size: int) -> None:
 
 
 def _with_published_keys(tensors: Header, dtype: str | None) -> tuple[ComponentSource, dict[str, Any]]:
-    """Return (`ComponentSource` of all tensors under their published keys, dict with the metadata to save)."""
+    """Return (`ComponentSource` of all tensors under their published keys, the floating-point ones as `dtype` if it is
+    not None; dict `{"metadata": {...}}`), arguments of `save_source()`.
+    """
     import torch
 
     from diffsynth.core.loader import convert as rules
@@ -85,7 +87,9 @@ def _with_published_keys(tensors: Header, dtype: str | None) -> tuple[ComponentS
 
 
 def _with_own_keys(tensors: Header, dtype: str | None) -> tuple[ComponentSource, dict[str, Any]]:
-    """Return (`ComponentSource` of the only component, keys as in our network, dict of metadata to save)."""
+    """Return (`ComponentSource` of the only component in `tensors`, keys as in our network, all tensors as `dtype`;
+    dict with "architecture", "config" and "base"), arguments of `save_source()`; raise UserError if `dtype` is None.
+    """
     if dtype is None:
         raise UserError("--own-names needs a --dtype: key rules fuse and scale tensors, so all tensors get one dtype")
     import torch

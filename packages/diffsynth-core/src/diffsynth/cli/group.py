@@ -36,7 +36,9 @@ class Program(click.Group):
         return [*_OWN, *sorted({one.spec.name for one in _discovery.catalog().commands} - set(_OWN))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return the `click.Command` called `cmd_name`; None if there is none."""
+        """Import and return the `click.Command` called `cmd_name`, a name or `"plugin:name"`; None if there is none.
+        Raise UserError if several plugins have it, or a plugin's command cannot be imported.
+        """
         if cmd_name in _OWN:
             command = resolve(_OWN[cmd_name][0])
             assert isinstance(command, click.Command)

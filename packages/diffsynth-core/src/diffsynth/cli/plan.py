@@ -139,7 +139,9 @@ def _row(stage: StagePlan, *, has_device: bool) -> tuple[str, ...]:
 
 
 def _placement(component: ComponentPlan) -> str:
-    """Return where a component's weights are, as text: `dit: 12 of 34 blocks resident, others from host, 2 slots`."""
+    """Return where a component's weights are, as text: `"dit: 12 of 34 blocks resident, others from host, 2 slots"`, or
+    `"dit: whole, from host"` if no block is streamed.
+    """
     count = len(component.resident) + len(component.streamed)
     if not component.streamed:
         source = "" if component.offloaded_to == "device" else f", from {component.offloaded_to}"

@@ -24,9 +24,8 @@ WEIGHTS_SPACE = 30 * GIB
 
 
 def settings() -> Iterator[Finding]:
-    """Yield a `Finding` for each variable of diffsynth, each unknown one, and each set one of the download libraries.
-
-    Each name in DIFFSYNTH_PLUGINS that is not installed gets one, too.
+    """Yield a `Finding` for each variable of diffsynth, each unknown DIFFSYNTH_ variable, each name in
+    DIFFSYNTH_PLUGINS that is not installed, and each variable of the download libraries that is set.
     """
     ours = variable_readers()
     for variable, reader in ours.items():

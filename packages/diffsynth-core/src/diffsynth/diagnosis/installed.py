@@ -23,7 +23,9 @@ _HOLDS = {
 
 
 def distributions() -> Iterator[Finding]:
-    """Yield a `Finding` per distribution: its version or, for one of ours that is not installed, the models it adds."""
+    """Yield a `Finding` per distribution that is ours or has a plugin: its version or, for one of ours that is not
+    installed, the models it adds.
+    """
     for name in _installed():
         yield Finding(name, "ok", _version(name) or "")
     for name, added in absent_packages().items():
@@ -32,8 +34,8 @@ def distributions() -> Iterator[Finding]:
 
 
 def requirements() -> Iterator[Finding]:
-    """Yield a `Finding` per library that installed packages of ours and plugins need: its version, or missing, or
-    wrong.
+    """Yield a `Finding` per library that installed packages of ours and plugins need: its version, or, for each
+    package whose requirement is not met, one that is broken; requirements of extras or other platforms are skipped.
     """
     packages = _installed()
     seen = set(packages)

@@ -45,7 +45,9 @@ def devices() -> Iterator[Finding]:
 
 
 def attention() -> Iterator[Finding]:
-    """Yield a `Finding` per attention backend, tried in a small bf16 call on the default device; and the one in use."""
+    """Yield a `Finding` per attention backend, tried in a small bf16 call on the default device (flex: only asked
+    whether it refuses the call), and at the end one for the backend in use.
+    """
     from diffsynth.core.attention import available_backends
     from diffsynth.core.attention.registry import avoidance
     from diffsynth.core.attention.select import choose

@@ -9,7 +9,9 @@ from diffsynth.diagnosis.machine import GIB, attention, in_gib
 
 
 def file_not_detected() -> list[Finding]:
-    """Return one `Finding`: the number of known layouts, and how to find out why a file matches none."""
+    """Return one `Finding`: the numbers of known architectures and layouts, and how to find out why a file matches
+    none.
+    """
     architectures, checkpoints = _discovery.catalog().layouts()
     more = ", ".join(name for name, models in absent_packages().items() if models)
     seen = f"{len(architectures)} architectures in {len(checkpoints)} published layouts are known"
@@ -48,7 +50,9 @@ def which_attention() -> list[Finding]:
 
 
 def downloads() -> list[Finding]:
-    """Return one `Finding`: the hub that files are downloaded from, and how to change that or work offline."""
+    """Return one `Finding`: the hub that files are downloaded from, and how to change that or work offline; or that
+    downloads are off, and how to turn them on.
+    """
     hub = _env.download_source()
     if _env.skip_download():
         seen, action = "off: files are only looked up in the folder of weights", "unset DIFFSYNTH_SKIP_DOWNLOAD"

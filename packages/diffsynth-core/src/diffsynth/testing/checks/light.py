@@ -35,8 +35,8 @@ class _Blocker(importlib.abc.MetaPathFinder):
 
 
 def heavy_imports(modules: Sequence[str]) -> list[str]:
-    """Import the named modules in a new process, and return a list of texts, one for each attempted import of a heavy
-    package: `"NAME, line N, imports torch"`; empty if there was none.
+    """Import the named modules in a new process, and return a list of texts, without repetitions, one for each
+    attempted import of torch, numpy or transformers: `"NAME, line N, imports torch"`; empty if there was none.
     """
     command = [sys.executable, "-P", "-m", __name__, *modules]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -47,8 +47,8 @@ def heavy_imports(modules: Sequence[str]) -> list[str]:
 
 
 def main(modules: Sequence[str]) -> None:
-    """Import the named modules, with heavy packages blocked, and print a JSON list of the attempts to import one,
-    without repetitions, as the last line of stdout.
+    """Import the named modules with torch, numpy and transformers blocked, and print a JSON list of the attempts to
+    import one, as texts without repetitions, as the last line of stdout; a module that fails is skipped.
     """
     blocker = _Blocker()
     sys.meta_path.insert(0, blocker)

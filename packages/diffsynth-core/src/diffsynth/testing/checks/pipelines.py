@@ -12,8 +12,8 @@ from diffsynth.testing.checks.plugin import NAMES, REFERENCES, is_installed
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield `Check` objects (named tests, not yet run): one for each pipeline, one or two for each model, and one for
-    each training declaration of the plugin.
+    """Yield `Check` objects (named tests, not yet run): one for each pipeline that the plugin names in models or
+    training, or extends if it is installed; one or two for each model; and one for each training declaration.
     """
     models, trainings = subject.declared("models"), subject.declared("training")
     extended = [fact.pipeline for fact in subject.declared("units") if is_installed(fact.pipeline)]

@@ -26,8 +26,8 @@ _LIGHT_FIELDS = ("config", "infer_config", "tiny", "tiny_inputs", "rules")
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield the `Check` objects (named tests, not yet run) that apply to any plugin; if it did not load, only those
-    that show why.
+    """Yield the five `Check` objects (named tests, not yet run) that apply to any plugin, and one for each of its
+    `DoorSpec`s; if no plugin of the distribution loaded, only the first three, which show why.
     """
     yield Check(LIGHT, functools.partial(_is_light, subject))
     yield Check(API, functools.partial(_states_api, subject))
