@@ -77,8 +77,8 @@ def _inserted(step: Unit, after: str | None, units: tuple[Unit, ...]) -> tuple[U
 
 
 def _check_arguments(step: Unit, before: Sequence[Unit], after: Sequence[Unit], provided: Collection[str]) -> None:
-    """Raise InvalidPipeline if an added unit removes an argument of the pipeline, or redeclares what every pipeline
-    has.
+    """Raise InvalidPipeline if an added unit removes an argument of the pipeline, or gives a default to a name that
+    every pipeline sets.
     """
     for read in step.reads:
         if read.name in provided and read.default is not REQUIRED:

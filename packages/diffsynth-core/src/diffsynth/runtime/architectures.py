@@ -32,7 +32,8 @@ def architecture_of(module: nn.Module) -> ArchitectureSpec | None:
 
 
 def cuts(architecture: ArchitectureSpec | None) -> dict[str, Any]:
-    """Return a dict of keyword arguments for `diffsynth.core.vram.wrap`, from an architecture; for None only `atomic`.
+    """Return a dict with the keyword arguments `repeated`, `atomic` and `high_precision` of `diffsynth.core.vram.wrap`,
+    from an architecture; for None only `atomic`.
 
     Layer classes that plugins declare atomic (`register_layer_wrappers`) are included, also without an architecture.
     """

@@ -44,8 +44,8 @@ class ControlNetInput:
             )
 
     def is_active(self, step: int, num_steps: int) -> bool:
-        """Whether the ControlNet is active in a step (from 0): its progress, 1 at the first and 0 at the last, is in
-        range.
+        """Whether the ControlNet is active in a step (from 0): its progress, 1 at the first and 0 at the last (or only)
+        step, is in [`end`, `start`].
 
         Raises:
             ValueError: a step outside of 0 to `num_steps - 1`.

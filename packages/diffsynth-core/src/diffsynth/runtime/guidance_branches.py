@@ -49,7 +49,8 @@ class Branches:
 
 
 def merge_conditions(conditions: Mapping[str, Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
-    """Return a dict name -> condition for one batch of all branches of guidance; tensors that differ are concatenated.
+    """Return a dict name -> condition for one batch of all branches of guidance: tensors that differ, or have an entry
+    for each of several results, are concatenated, the rest is passed once.
 
     Tensors that differ are concatenated along their first axis. A condition that all branches share is passed as it is,
     but a tensor with an entry for each of several results is repeated.

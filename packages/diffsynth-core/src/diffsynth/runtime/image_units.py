@@ -78,8 +78,8 @@ def decode_image(
 
 
 def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride: int | Sequence[int]) -> Tiling:
-    """Return a dict of tiling arguments: `tiled`, a bool, `tile_size` and `tile_stride`, pairs of ints in latent
-    pixels.
+    """Return a dict of tiling arguments: `tiled`, a bool (False for None), `tile_size` and `tile_stride`, pairs of ints
+    in latent pixels.
 
     Args:
         tiled: whether it works tile by tile; None is no, unless a memory plan turned it on.

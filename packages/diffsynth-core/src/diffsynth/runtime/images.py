@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 3 height width"]:
-    """Return an image as an fp32 tensor `1 3 h w` in [-1, 1]; another size is scaled to cover h x w, cropped."""
+    """Return an image as an fp32 tensor `1 3 h w` in [-1, 1], scaled to cover h x w and cropped to it if need be."""
     image = image.convert("RGB")
     if image.size != (width, height):
         logger.info("image of %dx%d is resized to cover %dx%d", *image.size, width, height)

@@ -23,7 +23,7 @@ def load(
     policy: Policies = None,
     base_path: Path | str | None = None,
 ) -> Pipeline:
-    """Return the `Pipeline` of a model, with all its components loaded.
+    """Return the `Pipeline` of a model, loaded from the files that the model names; roles it has no file for are None.
 
     Args:
         name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.

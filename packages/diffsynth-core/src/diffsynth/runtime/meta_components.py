@@ -35,7 +35,11 @@ class FixedLengthTokenizer:
     def __call__(
         self, text: str | Sequence[str], *, padding: Any = False, max_length: int | None = None, **_: Any
     ) -> Any:
-        """Return `input_ids` and `attention_mask`, each `b s` of ones, as a `BatchEncoding`."""
+        """Return a `BatchEncoding`: `input_ids` and `attention_mask`, int64 ones `b s`; `s` is fixed, or set by
+        `max_length`.
+
+        `max_length` cuts, and pads if `padding` is "max_length".
+        """
         from transformers import BatchEncoding
 
         count = 1 if isinstance(text, str) else len(text)
@@ -46,7 +50,7 @@ class FixedLengthTokenizer:
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def apply_chat_template(self, messages: Any, *, tokenize: bool = True, **options: Any) -> Any:
-        """Return a `BatchEncoding` of a fixed number of tokens, whatever the messages; "" unless `tokenize`.
+        """Return a `BatchEncoding` of one text of a fixed length, whatever the messages; "" unless `tokenize`.
 
         The number of tokens does not depend on the messages.
         """

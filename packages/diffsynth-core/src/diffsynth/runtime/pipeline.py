@@ -198,7 +198,7 @@ class Pipeline(LoRAMethods):
 
     @torch.no_grad()
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:
-        """Generate images or videos from a prompt.
+        """Generate from a prompt; return an image or video, a list of several, or a tensor, according to `output_type`.
 
         `inspect.signature(pipe)` lists all arguments; `LoopArguments` documents those of the loop.
 
@@ -327,7 +327,8 @@ class Pipeline(LoRAMethods):
         return plan_call(self, arguments, device=self.device if device is None else device, **limits)
 
     def velocity(self, latents: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        """Return a tensor `dx/dsigma = noise - x0` at a noise level, in the shape of `latents`.
+        """Return a tensor `dx/dsigma = noise - x0` at a noise level, in the shape of `latents`; subclasses implement
+        it.
 
         Args:
             latents: `b c h w` or `b c t h w`.
@@ -354,8 +355,8 @@ class Pipeline(LoRAMethods):
         return frozenset(each.name for each in named if not required_only or each.default is each.empty)
 
     def run_units(self, units: Sequence[Unit], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Run `units` on the branch `cond`; return a dict name -> value of all values. Units without their roles are
-        skipped.
+        """Run `units` on the branch `cond`; return a dict name -> value of arguments, their defaults and all results.
+        Units whose role is not loaded or whose `only_with` is None are skipped.
 
         Args:
             units: some of `self.units`, in order; see `needed_for` and `split`.
@@ -379,7 +380,7 @@ class Pipeline(LoRAMethods):
         return needed_for(self.program.units, {*self.conditions(), *also})
 
     def __getattr__(self, name: str) -> Any:
-        """Return the component of a role: `pipe.dit`."""
+        """Return the component of a role, as in `pipe.dit` (None if empty); raise AttributeError for another name."""
         if name in type(self).roles:
             return self.components[name]
         raise AttributeError(f"{type(self).__name__} has no {name!r}{did_you_mean(name, type(self).roles)}")
@@ -476,7 +477,8 @@ class Pipeline(LoRAMethods):
         return cls(dict.fromkeys(cls.roles) | dict(components), **options)
 
     def _check_program(self) -> None:
-        """Raise InvalidPipeline unless units and facts use existing roles and every name that is read has a provider.
+        """Raise InvalidPipeline for a unit or fact with an unknown role, or a required name that `velocity()`, the loop
+        or an output unit reads and nothing sets.
 
         Raises:
             InvalidPipeline: naming the unit.

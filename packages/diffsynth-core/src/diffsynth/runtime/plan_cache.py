@@ -76,7 +76,9 @@ class PlanCache:
 
 
 def _size_key(value: Any) -> Any:
-    """Return a hashable key for the sizes in a value: itself if plain, an image's or tensor's size, or a type name."""
+    """Return a hashable key of a value: itself if plain, a tuple with the size for an image or tensor, a tuple of keys
+    for a list or tuple, else its type's name.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Image.Image):

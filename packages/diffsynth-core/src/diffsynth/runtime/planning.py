@@ -244,7 +244,8 @@ def _trace(
     *,
     loops: bool = True,
 ) -> list[StageCost]:
-    """Return a list of the `StageCost`s of a call, in running order; without `loops` those of the loop are left out.
+    """Return a list of the `StageCost`s of a call, in running order, without cheap stages (no network, under 16 MiB)
+    and, unless `loops`, those of the loop.
 
     Args:
         pipe: on meta.
@@ -277,7 +278,8 @@ def _trace(
 
 
 def _run_stages(pipe: PlannablePipeline, request: Request, stage: Any, *, decodes: bool, loops: bool) -> None:
-    """Run the code of `Pipeline.__call__` stage by stage, with two steps of the loop for each set of roles.
+    """Run the code of `Pipeline.__call__` stage by stage, with at most two steps of the loop for each run of steps that
+    use equal roles.
 
     Args:
         pipe: on meta.

@@ -44,7 +44,8 @@ class StageOffloader:
 
     @contextmanager
     def on_device(self, roles: Collection[str], stage: str = "", plan: MemoryPlan | None = None) -> Iterator[None]:
-        """Context manager that loads these roles' components on the device; other threads' stages there wait.
+        """Context manager that loads these roles' wrapped components on the device while other threads' stages wait;
+        without a wrapped one it does nothing.
 
         Args:
             roles: the roles that the stage uses.
@@ -150,8 +151,8 @@ class ExpertSwitcher:
 def _configure(
     plan: MemoryPlan, stage: str, roles: Collection[str], modules: Mapping[str, ManagedModule]
 ) -> list[ManagedModule]:
-    """Set resident blocks and slots (load buffers) of a stage as planned; return a list of modules that may stay
-    loaded.
+    """Set resident blocks and slots (load buffers) of a stage as planned; return a list of those `modules` that the
+    plan does not evict.
 
     A stage without a line in the plan costs next to nothing; its components keep the settings of another stage.
     """
@@ -162,7 +163,9 @@ def _configure(
 
 
 def _spare_room(plan: MemoryPlan, stage: str, roles: Collection[str], coming: Mapping[str, ManagedModule]) -> int:
-    """Return the bytes on the device that the next step's components may take while a stage still runs."""
+    """Return the bytes on the device that the next step's components may take while a stage runs: the weights of those
+    that are never evicted, plus what the stage leaves of `vram_limit`, if there is one.
+    """
     staying = sum(module.footprint(role).whole for role, module in coming.items() if role not in plan.evicted)
     lines = _lines(plan, stage, roles)
     if plan.vram_limit is None or not lines:

@@ -72,7 +72,7 @@ class Unit:
         return f"unit {self.name!r}" + (f" of plugin {self.provider}" if self.provider else "")
 
     def __call__(self, *roles: Any, **reads: Any) -> Any:
-        """Call the function."""
+        """Call the unit's function with these components (`roles`) and values (`reads`); return its result as it is."""
         return self.function(*roles, **reads)
 
     def run(self, components: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,9 +167,8 @@ class Program:
         return [step for step in self.units if argument in _argument_names(step)]
 
     def is_used(self, step: Unit, values: Mapping[str, Any]) -> bool:
-        """Whether a call uses a unit: it sets the unit's `only_with`, or changes an argument that no other unit reads.
-
-        True for a unit that has neither.
+        """Whether a call uses a unit: it sets the unit's `only_with` or, without one, changes an argument that no other
+        unit reads; True for a unit that has neither.
         """
         if step.only_with:
             return is_enabled(step, values)
@@ -178,7 +177,8 @@ class Program:
 
 
 def check_units(units: Sequence[Unit], provided: Collection[str]) -> Program:
-    """Return the units as a `Program`; raise InvalidPipeline unless every name has a value when a unit reads it.
+    """Return the units as a `Program`; raise InvalidPipeline for a read without a value, a rewrite of a name that the
+    unit does not read, or an argument declared in two ways.
 
     Args:
         units: in running order.

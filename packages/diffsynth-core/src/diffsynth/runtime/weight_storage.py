@@ -35,7 +35,9 @@ class WeightStorage:
 
     @classmethod
     def under(cls, policy: Policy | None, dtype: torch.dtype, wrapped: ManagedModule | None = None) -> WeightStorage:
-        """Return the `WeightStorage` of weights under `policy` that compute in `dtype`; the default for None."""
+        """Return the `WeightStorage` of weights under `policy` that compute in `dtype`; `WeightStorage()` if it is
+        None.
+        """
         if policy is None:
             return cls()
         stored = policy.stored_dtype(dtype)
@@ -43,13 +45,15 @@ class WeightStorage:
 
 
 def storages_under(policy: str, roles: Collection[str]) -> dict[str, WeightStorage]:
-    """Return a dict role -> `WeightStorage`, equal for all roles, for the name of a preset or "auto"."""
+    """Return a dict role -> `WeightStorage`, equal for all roles: as "fp8", "disk" or "auto" say, else the default."""
     known = {"fp8": WeightStorage(FP8), "disk": WeightStorage(on_disk=True), AUTO: WeightStorage(is_auto=True)}
     return dict.fromkeys(roles, known.get(policy, WeightStorage()))
 
 
 def storage_choices(storages: Mapping[str, WeightStorage], device: torch.device) -> list[dict[str, WeightStorage]]:
-    """Return a list of one or two dicts role -> `WeightStorage`: exact, and with float8 if a plan may choose it."""
+    """Return a list of one or two dicts role -> `WeightStorage`: `storages`, then, if a plan may choose for some role
+    and the device converts float8, those with float8 for such roles; `is_auto` is False in both.
+    """
     fixed = {role: replace(each, is_auto=False) for role, each in storages.items()}
     if not any(each.is_auto for each in storages.values()) or not _may_round(device):
         return [fixed]
@@ -95,7 +99,7 @@ def component_footprint(role: str, module: nn.Module, storage: WeightStorage) ->
 
 
 def check_policy(policy: str | None, vram_limit: float | None, device: torch.device) -> None:
-    """Raise ValueError unless a plan can be made for a policy, a limit and a device.
+    """Raise ValueError for an unknown policy, the policy "none" with a `vram_limit`, or a `vram_limit` on the CPU.
 
     Raises:
         ValueError: an unknown policy, one that a limit contradicts, or a limit on the CPU.
@@ -118,7 +122,7 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None, exact: Sequenc
 
 
 def _may_round(device: torch.device) -> bool:
-    """Whether float8 storage can make a device faster: it converts float8, and has a link to host memory."""
+    """Whether float8 storage can make a device faster: it is not the CPU, and it converts float8."""
     if device.type == "cpu":
         return False
     try:

@@ -199,13 +199,15 @@ class BranchHistory:
         self.index, self.decider, self.reusing, self.begun = self.index + 1, decider, False, {}
 
     def pattern_of(self, stack: int, values: Sequence[Any], result: Any, *, name: str) -> ForwardPattern:
-        """Return the `ForwardPattern` of a stack: which arguments are hidden states, by its first block's call."""
+        """Return the `ForwardPattern` of a stack (which arguments are hidden states), found at its first call, then
+        kept.
+        """
         if stack not in self.patterns:
             self.patterns[stack] = _first_pattern(values, result, name)
         return self.patterns[stack]
 
     def ran(self, position: BlockPosition, values: Sequence[Any], result: Any) -> None:
-        """Record, for later predictions, the arguments (`values`) and the result of a block that ran."""
+        """Update the history after a block ran; after a stack's last block, give the stack's change to the strategy."""
         stack = position.stack_index
         if position.block_index == 0:
             self.pattern_of(stack, values, result, name=position.stack.name)

@@ -10,7 +10,7 @@ from diffsynth.errors import did_you_mean
 
 
 def parse_settings(text: str, known: Collection[str], *, argument: str) -> dict[str, Any]:
-    """Return a dict name -> value of a text such as "first=2,last=2"; a value that is no Python literal stays text.
+    """Return a dict name -> value of a text: "a=2,b=x" -> `{"a": 2, "b": "x"}`; no Python literal, so "x" stays text.
 
     Args:
         text: empty for no settings.

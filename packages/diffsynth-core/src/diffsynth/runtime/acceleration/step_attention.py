@@ -47,7 +47,9 @@ class StepAttention:
                 raise ValueError(f"attention: {name}={value!r}: expected an integer of at least 0")
 
     def at(self, index: int, num_steps: int) -> str:
-        """Return the attention backend's name for step `index` (from 0): `otherwise` in the first and last steps."""
+        """Return the attention backend's name for step `index` (from 0): `otherwise` in the first `first` and the
+        last `last` steps, else `backend`.
+        """
         is_within = self.first <= index < num_steps - self.last
         return self.backend if is_within else self.otherwise
 
@@ -80,7 +82,8 @@ def attention_at(schedule: StepAttention | None, index: int, num_steps: int) -> 
 
 
 def check_attention(schedule: StepAttention | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise Refused unless each attention backend of a schedule (None: no check) can serve this device and dtype.
+    """Raise Refused unless each backend that a schedule names can serve the device and dtype; None, "auto" and the
+    device "meta" are not checked.
 
     A backend that refuses the shape of a layer's call raises in that layer.
 

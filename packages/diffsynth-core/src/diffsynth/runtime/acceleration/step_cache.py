@@ -25,7 +25,8 @@ class StepCache:
     """The settings of a step cache, for a call's argument `step_cache`."""
 
     def refuses(self, model: ModelSpec | None) -> str | None:
-        """Return the reason why this step cache cannot serve a model, as text, or None if it can.
+        """Return the reason why this step cache cannot serve a model, as text, or None if it can, as in this base
+        class.
 
         Args:
             model: None for a pipeline of files or components, which has no model name.
@@ -33,7 +34,10 @@ class StepCache:
         return None
 
     def strategy(self, model: ModelSpec | None) -> CacheStrategy:
-        """Return a new `CacheStrategy` for one branch of one network; `refuses(model)` returned None before."""
+        """Return a new `CacheStrategy` for one branch of one network, as subclasses define it.
+
+        `refuses(model)` returned None before.
+        """
         raise NotImplementedError
 
 
@@ -99,7 +103,7 @@ class FirstBlockCall:
         return as_streams(self.result)
 
     def output_of(self, name: str) -> Tensor:
-        """Run the block and return the output tensor of one of its submodules."""
+        """Run the block, which must not have run before, and return the output tensor of its submodule `name`."""
         seen: dict[int, Tensor] = {}
 
         def see(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -126,15 +130,19 @@ class CacheStrategy:
         self._changes: dict[int, Streams] = {}
 
     def reuses(self, first_call: FirstBlockCall) -> bool:
-        """Whether this forward pass skips the stacks. Called in each pass; the result for the first one is ignored."""
+        """Whether this forward pass skips the stacks; called in each pass, ignored until every stack has run once."""
         raise NotImplementedError
 
     def computed(self, stack: int, index: int, start: Streams, end: Streams) -> None:
-        """Record, for predictions, the streams before and after a stack that ran in forward pass `index`."""
+        """Record, for `predicted`, the change `end - start` of a stack's streams (hidden states) in forward pass
+        `index`.
+        """
         self._changes[stack] = difference(end, start)
 
     def predicted(self, stack: int, index: int, start: Streams) -> Streams:
-        """Return the predicted streams, a tuple of tensors, after a stack that is skipped in forward pass `index`."""
+        """Return a tuple of tensors, the predicted streams after a skipped stack: `start` plus its last recorded
+        change.
+        """
         return tuple(before + change for before, change in zip(start, self._changes[stack], strict=True))
 
 

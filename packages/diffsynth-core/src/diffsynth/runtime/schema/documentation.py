@@ -51,7 +51,9 @@ def documented(cls: type, program: Program) -> dict[str, str]:
 
 
 def with_range(schema: dict[str, Any], text: str) -> dict[str, Any]:
-    """Return `schema` with the limits of numbers that `text` states, such as "at least 1" -> `"minimum": 1`."""
+    """Return `schema` with the limits that `text` states, such as "at least 1" -> `"minimum": 1`, where it is of a
+    number.
+    """
     if "anyOf" in schema:
         return {**schema, "anyOf": [with_range(one, text) for one in schema["anyOf"]]}
     if schema.get("type") not in ("integer", "number"):

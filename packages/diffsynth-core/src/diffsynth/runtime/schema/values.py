@@ -44,7 +44,8 @@ class _Unfit(Exception):
 
 
 def arguments_from_json(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dict argument -> value from a JSON object; base64 images become PIL images, numbers get the right type.
+    """Return a dict argument -> value from a JSON object, checked: base64 images become PIL images, objects
+    dataclasses, whole floats ints where `schema` says integer; defaults are not filled in.
 
     Args:
         schema: from `Pipeline.schema()`, in this process or another of the same installation.
