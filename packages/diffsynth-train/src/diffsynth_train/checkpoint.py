@@ -25,8 +25,8 @@ STATE = "state.pt"
 def save_weights(
     folder: Path, components: Iterable[Component], *, dtype: torch.dtype, step: int, notes: Mapping[str, str]
 ) -> list[Path]:
-    """Write `<role>.safetensors` (role: name of a component) for each trained component, with its config as metadata,
-    and return a list of the files' paths.
+    """Write `folder/<role>.safetensors` (role: name of a component) for each trained component, with its config as
+    metadata, and return a list of the files' paths.
 
     Args:
         folder: output folder; created if missing.
@@ -67,7 +67,8 @@ def save_state(
     ema: Mapping[str, Tensor] | None,
     device: torch.device,
 ) -> None:
-    """Write to `state.pt` what the next step depends on: fp32 weights, optimizer, weight average, random states, step.
+    """Write `folder/state.pt` with what the next step depends on: `parameters`, the optimizer's state, the weight
+    average, random states, step and seed.
 
     The position in the data and the learning rate follow from the step number and the seed.
     """
@@ -129,7 +130,8 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def last_checkpoint(root: Path) -> Path:
-    """Return the path of the newest checkpoint folder (`step-NNNNNNN` with the highest number) in `root`.
+    """Return the path of the newest checkpoint in `root`: the folder `step-NNNNNNN` with the highest number that holds
+    a `state.pt`; raise TrainingError if there is none.
 
     Raises:
         TrainingError: there is no checkpoint.
@@ -141,7 +143,9 @@ def last_checkpoint(root: Path) -> Path:
 
 
 def drop_old(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoint folders below `root`; delete none if `keep` is 0."""
+    """Delete all but the newest `keep` checkpoint folders (`step-NNNNNNN` with a `state.pt`) in `root`; delete none if
+    `keep` is 0.
+    """
     found = sorted(path.parent for path in root.glob(f"step-*/{STATE}"))
     for folder in found[:-keep] if keep else []:
         logger.info("deleting %s", folder)

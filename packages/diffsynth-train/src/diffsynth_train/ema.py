@@ -24,14 +24,18 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the averaged weights, in place, towards the current weights after step `step`, counted from 0."""
+        """Move the averaged weights, in place, towards the current weights, by the fraction `1 - min(decay, (1 + step)
+        / (10 + step))` of the difference; `step` counts from 0.
+        """
         decay = min(self._decay, (1 + step) / (10 + step))
         live = [parameter.detach() for parameter in self._live.values()]
         torch._foreach_lerp_(list(self._mean.values()), live, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Context manager in which the modules have the averaged weights; afterwards they have their own again."""
+        """Context manager in which the trained parameters hold the averaged weights; afterwards they have their own
+        again.
+        """
         with torch.no_grad():
             own = {name: parameter.detach().clone() for name, parameter in self._live.items()}
             self._copy(self._mean)

@@ -33,8 +33,8 @@ class LossLog:
         self._rewrite()
 
     def add(self, step: int, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
-        """Add the metrics of a step; at every `every`-th step, also write their means since the last row to the CSV
-        file and return a dict metric -> mean, else None.
+        """Add the metrics of a step; at every `every`-th step, also write their means since the last row, NaN left out,
+        to the CSV file and return a dict metric -> mean, else None.
 
         Means ignore NaN values; `step` is the number of steps done.
         """
@@ -68,8 +68,8 @@ class LossLog:
 
 @contextmanager
 def training_progress(total: int, done: int) -> Iterator[Progress]:
-    """Context manager that yields a `Progress` bar with one task of `total` steps on stderr; nothing is shown without a
-    terminal.
+    """Context manager that yields a `Progress` bar on stderr with one task of `total` steps, `done` of them completed;
+    nothing is shown without a terminal.
     """
     console = Console(stderr=True)
     columns = (

@@ -120,8 +120,8 @@ class TrainingRun:
                     self.save(step + 1)
 
     def step(self, step: int) -> dict[str, Tensor | float]:
-        """Perform optimizer step `step`, counted from 0; return a dict metric -> tensor or float: loss, those of the
-        objective, gradient norm and learning rate.
+        """Perform optimizer step `step`, counted from 0; return a dict metric -> tensor or float: `loss`, the
+        objective's metrics, `grad_norm` (before clipping) and `learning_rate`.
         """
         recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
         rate = learning_rate(recipe.optimizer, step, recipe.loop.steps)

@@ -44,8 +44,8 @@ def _renamed(names: dict[str, str]) -> tuple[Rule, ...]:
 
 
 def _attention(theirs: str, ours: str) -> dict[str, str]:
-    """Return a dict name in diffusers -> our name for the parameters of an attention module, with those for image
-    tokens.
+    """Return a dict pattern of parameter names in diffusers -> pattern of ours, for an attention module with those for
+    image tokens: `"{theirs}.to_q.{*}"` -> `"{ours}.q.{*}"`.
     """
     return {
         f"{theirs}.to_q.{{*}}": f"{ours}.q.{{*}}",

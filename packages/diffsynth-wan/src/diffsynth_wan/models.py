@@ -57,8 +57,8 @@ def _model(
     license: str = "Apache-2.0",
     paper: str = "arXiv:2503.20314",
 ) -> ModelSpec:
-    """Return the `ModelSpec` of a Wan model, with the text encoder, tokenizer and autoencoder files that all these
-    models share.
+    """Return the `ModelSpec` of a Wan model: its networks in `files`, the text encoder and tokenizer that Wan models
+    share, the autoencoder `vae` and, if `image_encoder`, CLIP.
 
     Args:
         hub_id, task, description, defaults, license, paper: fields of `ModelSpec`.

@@ -88,7 +88,7 @@ class WanVideoPipeline(Pipeline):
         use_usp: bool = False,
         **processor_configs: Any,
     ) -> Pipeline:
-        """Return a pipeline with every component loaded from files; see `Pipeline.from_pretrained`.
+        """Return a pipeline loaded from files; optional roles without a file are None; see `Pipeline.from_pretrained`.
 
         Args:
             torch_dtype, device, model_configs, vram_limit, policy, processor_configs: see `Pipeline.from_pretrained`.
@@ -117,7 +117,7 @@ class WanVideoPipeline(Pipeline):
         return super().__call__(prompt, **arguments)
 
     def check(self, **arguments: Any) -> Request:
-        """Check a call's arguments without running it; return them, completed, as a `Request`.
+        """Check a call's arguments without running it; return them, completed with defaults, as a `Request`.
 
         Errors are those of the call.
         """
@@ -133,8 +133,8 @@ class WanVideoPipeline(Pipeline):
         return request
 
     def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return a tuple of the roles (names of components) that run at noise level `sigma`: those of the second expert
-        below `expert_boundary`, else those of the first.
+        """Return a tuple of the roles (names of components, loaded or not) for noise level `sigma`: dit2, vace2 and
+        animate_adapter below `values["expert_boundary"]` (0 if missing), else dit, vace and animate_adapter.
         """
         second = sigma < values.get("expert_boundary", 0.0)
         return ("dit2", "vace2", "animate_adapter") if second else self.loop_roles
@@ -153,7 +153,8 @@ class WanVideoPipeline(Pipeline):
         expert_boundary: float = 0.0,
         sliding_window: SlidingWindow | None = None,
     ) -> Float[Tensor, "b c t h w"]:
-        """Return the velocity `noise - x0` of the latents, a tensor `b c t h w`; see `Pipeline.velocity`.
+        """Return the velocity `noise - x0` of the latents, a tensor `b c t h w`, 0 in the frames that `first_latents`
+        gives; see `Pipeline.velocity`.
 
         All levels of a batch must belong to one expert, that is, be on one side of `expert_boundary`.
 
@@ -203,8 +204,8 @@ class WanVideoPipeline(Pipeline):
         return velocity
 
     def _expert(self, sigma: Float[Tensor, "b"], boundary: float) -> tuple[Any, Any]:
-        """Return (transformer, VACE network) of the expert for noise level `sigma`; the VACE network is None if none is
-        loaded.
+        """Return (transformer, VACE network or None): those of the second expert if it is loaded and `sigma[0]` is
+        below `boundary`, else those of the first.
         """
         if self.dit2 is None or float(sigma[0]) >= boundary:
             return self.dit, self.vace
@@ -212,8 +213,8 @@ class WanVideoPipeline(Pipeline):
 
 
 def _redirected(config: ModelConfig) -> ModelConfig:
-    """Return a `ModelConfig` for the same file in the repository `CONVERTED`; or `config` itself, if it names no file
-    in `COMMON_FILES`, a local path, or a file already downloaded.
+    """Return a `ModelConfig` for the same weights as safetensors in the repository `CONVERTED`; or `config` itself, if
+    it names no file in `COMMON_FILES`, a local path, or a file already downloaded.
 
     `config` is returned for files that are not in `COMMON_FILES` or are already downloaded.
     """

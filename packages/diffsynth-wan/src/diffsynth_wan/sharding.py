@@ -81,8 +81,9 @@ class ShardTokens:
 
 
 def local_groups(x: Float[Tensor, "b g ..."], own: slice, total: int) -> Float[Tensor, "b g_own ..."]:
-    """Return a tensor `b g_own ...` of the entries of `x` for the tokens in `own`; `x` has one entry along axis 1 for
-    each of `g` groups of equally many consecutive tokens, and groups that `own` cuts are subdivided.
+    """Return a tensor `b g_own ...` of the entries of `x` for the tokens in `own`: a single one if they lie in one
+    group, else one per piece of equal length, repeated for a group of several pieces. `x` has one entry along axis 1
+    for each of `g` equal groups of consecutive tokens.
 
     `x` has one row for each of `g` equal groups of the `total` tokens. If `own` starts or ends inside a group, all
     groups are cut into the longest pieces that fit both.

@@ -67,7 +67,9 @@ class DownBlock(CausalLayer):
         self.frames = 2 if step else 1
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """Return the features `b c2 t2 h2 w2` at the next lower resolution; at the last one, the size is unchanged."""
+        """Return the features `b c2 t2 h2 w2` at half the height and width and, if this block halves frames, half the
+        frames (a video's first frame stays one); at the last resolution, `t h w` are unchanged.
+        """
         return self.downsamples(x, cache) + self._averaged(x, cache)
 
     def _averaged(self, x: Tensor, cache: FrameCache) -> Tensor:
@@ -96,7 +98,9 @@ class UpBlock(CausalLayer):
         self.frames = 2 if step else 1
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c2 t2 h2 w2"]:
-        """Return the features `b c2 t2 h2 w2` at the next higher resolution; at the last one, the size is unchanged."""
+        """Return the features `b c2 t2 h2 w2` at twice the height and width and, if this block doubles frames, twice
+        the frames (a video's first frame stays one); at the last resolution, `t h w` are unchanged.
+        """
         h = self.upsamples(x, cache)
         return h + self._repeated(x, cache) if self.has_shortcut else h
 

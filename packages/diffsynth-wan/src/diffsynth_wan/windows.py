@@ -71,7 +71,8 @@ class SlidingWindow:
 
     @classmethod
     def from_arguments(cls, size: int | None, stride: int | None, *, prefix_frames: int = 0) -> SlidingWindow | None:
-        """Return a `SlidingWindow` of `size` and `stride`, in latent frames; None if both are None.
+        """Return a `SlidingWindow` of `size` and `stride`, in latent frames; None if both are None, ValueError if only
+        one is.
 
         Raises:
             ValueError: only one of them is given, one is no positive integer, or the stride leaves gaps.
@@ -108,8 +109,9 @@ class SlidingWindow:
 
 
 def cut_conditions(conditions: Mapping[str, Any], window: Window) -> dict[str, Any]:
-    """Return a dict like `conditions` (arguments of `WanVideoPipeline.velocity`), with tensors and extensions cut to
-    the frames of `window`, and a `FramePositions` before the extensions.
+    """Return a dict like `conditions` (arguments of `WanVideoPipeline.velocity`), with condition latents, first latents
+    (None if no frame is left), VACE condition and extensions cut to the frames of `window`, and a `FramePositions`
+    before the extensions.
 
     Conditions with a frame axis are cut; extensions are replaced by the result of their `in_window`, after a
     `FramePositions` that keeps the window's frames at their positions in the video.

@@ -44,7 +44,7 @@ class ZImagePipeline(Pipeline):
         enable_npu_patch: bool = True,
         **processor_configs: Any,
     ) -> Pipeline:
-        """Return a pipeline with every component loaded from files; see `Pipeline.from_pretrained`.
+        """Return a pipeline loaded from files; optional roles without a file are None; see `Pipeline.from_pretrained`.
 
         Args:
             torch_dtype, device, model_configs, vram_limit, policy, processor_configs: see `Pipeline.from_pretrained`.
@@ -65,7 +65,7 @@ class ZImagePipeline(Pipeline):
         return super().__call__(prompt, **arguments)
 
     def check(self, **arguments: Any) -> Request:
-        """Check a call's arguments without running it; return them, completed, as a `Request`.
+        """Check a call's arguments without running it; return them, completed with defaults, as a `Request`.
 
         Errors are those of the call.
         """

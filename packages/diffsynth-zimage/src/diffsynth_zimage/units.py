@@ -25,8 +25,8 @@ round_size = image_size(multiple=16)
 def schedule(
     *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float | None = None
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return a tensor `steps_plus_1` of the noise levels (sigmas in [0, 1]) of the steps, and a last 0; a `sigma_shift`
-    of None means 3.
+    """Return a tensor `steps_plus_1` of the noise levels (sigmas in [0, 1]) of the steps, falling, and a last 0; a
+    `sigma_shift` of None means 3.
     """
     shift = 3.0 if sigma_shift is None else sigma_shift
     return z_image_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
@@ -57,7 +57,9 @@ def encode_prompt(
 
 
 def chat_text(tokenizer: Any, prompt: str) -> str:
-    """Return a str: `prompt` as one user message in Qwen3's chat template, with thinking enabled as in training."""
+    """Return a str: `prompt` as one user message in Qwen3's chat template, with thinking enabled as in training,
+    followed by the start of an answer.
+    """
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
 
@@ -75,8 +77,8 @@ def initial_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"]:
-    """Return the latents `b c h w` of the first step, in the given dtype: noise, or `input_latents` noised to the first
-    noise level.
+    """Return the latents `b c h w` of the first step, an image for each of `seeds`, in the given dtype: noise, or
+    `input_latents` noised to the first noise level.
     """
     shape = (latent_channels, height // VAE_FACTOR, width // VAE_FACTOR)
     noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=dtype, device=device)

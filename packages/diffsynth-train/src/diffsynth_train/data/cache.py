@@ -27,10 +27,8 @@ Row = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def split_units(units: Sequence[Unit], trained: set[str], varied: frozenset[str]) -> tuple[list[Unit], list[Unit]]:
-    """Return ([units whose results can be computed once and cached], [units to run in each step]), both in the order of
-    `units`.
-
-    Live units use a trained role, draw random numbers, or depend on an argument that varies from step to step.
+    """Return ([units whose results can be cached], [units to run in each step]), both in the order of `units`; the
+    latter use a trained role or random numbers, or depend on an argument in `varied` or on such a unit.
     """
     frozen, live = split(units, trained)
     cacheable: list[Unit] = []
@@ -66,8 +64,8 @@ class UnitCache:
         self._rows: dict[int, Row] = {}
 
     def fill(self, dataset: Dataset, batch_size: int) -> None:
-        """Read the cached results of all rows (samples) of `dataset` into memory; compute and store those that are
-        missing.
+        """Put the units' results for all rows (samples) of `dataset` into memory: read from the cache folder, or
+        computed and, if there is a folder, written to it; do nothing without units.
 
         A run with the same cache folder, content, units and weights finds all of them.
         """

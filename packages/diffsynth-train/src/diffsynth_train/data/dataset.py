@@ -57,8 +57,8 @@ class Dataset:
         return frozenset() if fixed else frozenset({"prompt"})
 
     def batch(self, indices: Sequence[int], random_source: random.Random | None = None) -> dict[str, Any]:
-        """Return a dict argument -> value for some rows (samples): lists of texts, images as one fp32 tensor `b 3 h w`
-        in [-1, 1] on the CPU, and the ints height and width in pixels.
+        """Return a dict argument -> value for some rows (samples): for each column a list of texts, or its images as an
+        fp32 tensor `b 3 h w` in [-1, 1] on the CPU; and the ints `height` and `width` in pixels.
 
         Args:
             indices: rows.
@@ -74,8 +74,8 @@ class Dataset:
         return values
 
     def fingerprint(self, index: int) -> bytes:
-        """Return bytes that identify a row (sample) for caching: image size, contents of its files, and its texts,
-        joined.
+        """Return bytes that identify a row (sample) for caching: the image size as `"HEIGHTxWIDTH"`, then, for each
+        column, the file's contents or the text, joined by zero bytes.
         """
         parts = [f"{self.recipe.height}x{self.recipe.width}".encode()]
         for column in self.columns:
@@ -139,7 +139,8 @@ def _mix(*numbers: int) -> int:
 
 
 def check_templates(recipe: CaptionRecipe) -> None:
-    """Raise TrainingError unless all caption templates are valid and the probability of an empty prompt is in [0, 1).
+    """Raise TrainingError unless there is a caption template, each contains `{caption}` and no field but this and
+    `{article}`, and the probability of an empty prompt is in [0, 1).
 
     Raises:
         TrainingError: there is no template, a template has an unknown field or lacks `{caption}`, or `drop` is not in
@@ -168,6 +169,8 @@ def vary_caption(caption: str, recipe: CaptionRecipe, random_source: random.Rand
 
 
 def fill_template(template: str, caption: str) -> str:
-    """Return `template` as a str, with the caption for `{caption}` and "a" or "an" to suit it for `{article}`."""
+    """Return `template` as a str, with the caption for `{caption}` and, for `{article}`, "an" if the caption begins
+    with a vowel, else "a".
+    """
     article = "an" if caption[:1].lower() in "aeiou" and caption else "a"
     return template.format(caption=caption, article=article)

@@ -27,7 +27,9 @@ class Manifest:
         return len(self.rows)
 
     def file(self, index: int, column: str) -> Path:
-        """Return the path, below the manifest's folder, of the file that row `index` (from 0) names in `column`."""
+        """Return the path of the file that row `index` (from 0) names in `column`; relative names start at the
+        manifest's folder.
+        """
         return self.folder / str(self.rows[index][column])
 
 

@@ -68,8 +68,9 @@ class FlowMatch:
         return self.pipe.condition_units("input_latents")
 
     def loss(self, values: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (loss, metrics): a scalar tensor with gradient, and a dict with the unweighted mean errors
-        `noisy_half` and `clean_half`; NaN if the batch has no level in that half.
+        """Return (loss, metrics): a scalar tensor with gradient, and a dict `noisy_half`, `clean_half` -> unweighted
+        mean squared error of the velocity at the noisier or cleaner half of the levels, NaN if the batch has none
+        there.
         """
         x0: Float[Tensor, "b ..."] = values["input_latents"]
         # Sample an index, not a time: rounded to bf16, times above 512 of 1000 lie on a grid of 4.
@@ -89,8 +90,8 @@ class FlowMatch:
 
 
 def bell_weights(sigmas: Float[Tensor, "levels"]) -> Float[Tensor, "levels"]:
-    """Return a tensor `levels` with the loss weight of each noise level in `sigmas`: mean 1, minimum 0, largest at
-    sigma 1/2.
+    """Return a tensor `levels` with the loss weight of each noise level in `sigmas`: mean 1, minimum 0, largest for the
+    level nearest to 1/2.
 
     `exp(-2 (sigma - 1/2)^2)` minus its smallest value, as in DiffSynth-Studio.
     """

@@ -40,7 +40,9 @@ def encode_reference_prompt(
     animate2_reference_video: Clip | None = None,
     device: torch.device,
 ) -> Float[Tensor, "1 s e"]:
-    """Return the text encoder's hidden states `1 s e`, 512 tokens, of the prompt that describes the reference video."""
+    """Return the text encoder's hidden states `1 s e` of the prompt that describes the reference video, cut (with a
+    warning) or padded with zeros to 512 tokens.
+    """
     return encode_text(text_encoder, tokenizer, animate2_prompt_ref, device)
 
 
@@ -63,7 +65,7 @@ def encode_reference_image_embeds(
 def encode_reference_video(
     vae: Any, *, animate2_reference_video: Clip | None = None, video_shape: VideoShape
 ) -> Float[Tensor, "1 c t h w"]:
-    """Return the latents `1 c t h w` of the reference video."""
+    """Return the latents `1 c t h w` of the first frames of the reference video, as many as the call's video has."""
     assert animate2_reference_video is not None, "only with it"
     return video_shape.encode_clip(vae, VIDEO, animate2_reference_video)
 

@@ -52,7 +52,8 @@ def check_inputs(values: Mapping[str, Any], components: Mapping[str, Any]) -> No
 
 
 def check_windows(request: Request, program: Program, vae: Any) -> None:
-    """Raise ValueError if sliding windows are used with something that cannot be cut into windows.
+    """Raise ValueError if a call needs several sliding windows and has a step cache, or a unit whose extensions may not
+    support windows, or if the window sizes are invalid.
 
     All extensions of the units in `UNITS` have `in_window`. A plugin's unit that writes `extensions` declares the same
     for its own by reading `sliding_window_size`.
@@ -85,7 +86,8 @@ def check_windows(request: Request, program: Program, vae: Any) -> None:
 
 
 def check_experts(names: Sequence[str]) -> None:
-    """Raise MissingComponent if `names` has one of two experts alone, by the folder names of published models.
+    """Raise MissingComponent if just one of `high_noise_model` and `low_noise_model` (the folders of two experts)
+    occurs in `names`, paths of files.
 
     Args:
         names: paths or patterns of the files to load.

@@ -21,7 +21,9 @@ from diffsynth_wan.variants.speed import SpeedControl
 def encode_control_video(
     vae: Any, *, control_video: Clip | None = None, video_shape: VideoShape
 ) -> Float[Tensor, "1 c t h w"] | None:
-    """Return the latents `1 c t h w` of the control video; None without a control video."""
+    """Return the latents `1 c t h w` of the first frames of the control video, as many as the call's video has; None
+    without a control video.
+    """
     return None if control_video is None else video_shape.encode_clip(vae, "control_video", control_video)
 
 

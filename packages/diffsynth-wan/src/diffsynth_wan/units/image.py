@@ -28,9 +28,9 @@ def encode_image_latents(
     latent_channels: int,
     frame_times: bool,
 ) -> Float[Tensor, "1 c_image t h w"] | None:
-    """Return a tensor `1 c_image t h w`, channels of a mask (if the network takes one) and of the latents of a clip
-    with the given images as first and last frames, empty elsewhere; None without an image or with one noise level per
-    frame. `animate_latents`, if given, are returned instead.
+    """Return a tensor `1 c_image t h w`: channels of a mask, then latents of a clip from `input_image` over grey frames
+    to `end_image`, if given; if `in_channels` is twice `latent_channels`, latents of `input_image` and zero frames
+    without a mask. None without an image or if `frame_times`; `animate_latents`, if given, are returned instead.
 
     Networks with as many image channels as latent channels (Control-Camera of Wan 2.1) were trained with the latents
     of the first frame, zeros for later frames, and no mask. Animate has its own latents.
@@ -80,8 +80,8 @@ def encode_image_embeds(
     image_dim: int,
     image_tokens: int,
 ) -> Float[Tensor, "1 s e"] | None:
-    """Return CLIP's hidden states `1 s e` of the call's images, zeros without an image; None for a network without an
-    image branch.
+    """Return CLIP's hidden states `1 s e` of the reference image (of Wan-Fun or Animate-2) if given, else of the first
+    image and, if `image_tokens` is not 0, the last one; zeros without an image, None if `image_dim` is 0.
 
     They are those of the reference image or the character's image if there is one; else of the first image and, in a
     network with positions for two images, the last one.
@@ -108,7 +108,8 @@ def concat_condition_latents(
     in_channels: int,
     latent_channels: int,
 ) -> Float[Tensor, "1 c_condition t h w"] | None:
-    """Return the latents of the conditions, as channels: control video, mask, image; None if the network takes none.
+    """Return a tensor `1 c_condition t h w` of `in_channels - latent_channels` channels: control video, if the network
+    takes one, then mask and image of `image_latents`, zeros if that is None; None for 0 channels.
 
     In a network with channels for a control video, those of a missing image are zero.
     """

@@ -49,8 +49,8 @@ def generate_noise(
     seeds: list[int | None],
     rand_device: str = "cpu",
 ) -> Float[Tensor, "b c t h w"]:
-    """Return a tensor of noise `b c t h w` for the prefix frames and the video, generated in fp32 and cast to the dtype
-    of `video_shape`.
+    """Return a tensor of noise `b c t h w`, a video for each of `seeds` with the prefix frames first, generated in fp32
+    and cast to the dtype of `video_shape`.
 
     The noise of prefix frames is generated last, so that the noise of the video does not depend on their number.
     """
@@ -64,7 +64,9 @@ def generate_noise(
 def encode_input_video(
     vae: Any, *, input_video: Clip | None = None, video_shape: VideoShape
 ) -> Float[Tensor, "1 c t h w"] | None:
-    """Return the latents `1 c t h w` of the input video; None without an input video."""
+    """Return the latents `1 c t h w` of the first frames of the input video, as many as the call's video has; None
+    without an input video.
+    """
     return None if input_video is None else video_shape.encode_clip(vae, "input_video", input_video)
 
 
@@ -77,8 +79,8 @@ def initial_latents(
     first_latents: Float[Tensor, "1 c t_first h w"] | None = None,
     vace_references: Float[Tensor, "1 c t_prefix h w"] | None = None,
 ) -> Float[Tensor, "b c t h w"]:
-    """Return the latents `b c t h w` of the first step: noise, or the input video noised to the first noise level; the
-    frames of `first_latents`, if given, are put in without noise.
+    """Return the latents `b c t h w` of the first step: noise, or `vace_references` and the input video noised to the
+    first noise level; the first frames are replaced by `first_latents`, without noise, if given.
     """
     latents = noise
     if input_latents is not None:

@@ -108,7 +108,7 @@ def rounded_shape(
     height: int, width: int, num_frames: int, *, vae_factor: int, time_factor: int
 ) -> tuple[int, int, int]:
     """Return the ints (height, width, frames): pixels rounded up to multiples of `PATCH * vae_factor`, frames rounded
-    up to a multiple of `time_factor` plus 1.
+    up to `k * time_factor + 1`.
 
     Raises:
         ValueError: one of the sizes is no positive integer.
@@ -125,7 +125,7 @@ def round_shape(
     *, height: int = 480, width: int = 832, num_frames: int = 81, vae_factor: int, time_factor: int
 ) -> tuple[int, int, int]:
     """Return the ints (height, width, frames) of a call: pixels rounded up to multiples of `PATCH * vae_factor`, frames
-    rounded up to a multiple of `time_factor` plus 1.
+    rounded up to `k * time_factor + 1`.
 
     Changes are logged.
     """
@@ -175,7 +175,7 @@ def set_video_shape(
 def set_sliding_window(
     *, sliding_window_size: int | None = None, sliding_window_stride: int | None = None, prefix_frames: int
 ) -> SlidingWindow | None:
-    """Return a `SlidingWindow` with the size and stride of the call; None if it gives neither.
+    """Return a `SlidingWindow` with the size and stride of the call; None if it gives neither, ValueError if only one.
 
     Runs after all units that add prefix frames.
     """

@@ -111,7 +111,8 @@ class ReferenceAttention:
         )
 
     def in_window(self, window: Window) -> ReferenceAttention:
-        """Return a `ReferenceAttention` with the cache of the frames of `window`.
+        """Return a `ReferenceAttention` with the cache of the frames of `window`, and a `log_scale` of 0 unless it is
+        the first window.
 
         Every window has frame 0. Only the first one has frame 1 of the video, so only there `log_scale` applies.
         """
@@ -133,8 +134,10 @@ class ReferenceAttention:
         return torch.cat(outputs, dim=1)
 
     def _score_bias(self, k: Tensor, per_frame: int) -> Tensor | None:
-        """Return a bias of the attention scores, a tensor `1 1 1 keys`: `log_scale` for the keys of the second frame,
-        else 0; None if `log_scale` is 0.
+        """Return a score bias `1 1 1 n`, `log_scale` at the second frame's keys, else 0; None if `log_scale` is 0.
+
+        `n` is the number of keys of `k` plus those of one frame; the caller cuts the bias to the keys that a query
+        frame has.
         """
         if self.log_scale == 0:
             return None

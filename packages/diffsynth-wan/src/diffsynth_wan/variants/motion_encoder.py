@@ -106,7 +106,9 @@ class EqualConv(nn.Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Float[Tensor, "b c_in h_in w_in"]) -> Float[Tensor, "b c h w"]:
-        """Return feature maps `b c h w`: the convolution of `x`, as `torch.nn.Conv2d` does."""
+        """Return feature maps `b c h w`: the convolution of `x`, without bias, by weights divided by the square root of
+        their fan-in.
+        """
         return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
 
 
@@ -120,7 +122,9 @@ class EqualLinear(nn.Module):
         self.scale = 1 / math.sqrt(in_dim)
 
     def forward(self, x: Float[Tensor, "b d_in"]) -> Float[Tensor, "b d"]:
-        """Return vectors `b d`: the linear map of `x`, with a bias, as `torch.nn.Linear` does."""
+        """Return vectors `b d`: the linear map of `x` by weights divided by the square root of their fan-in, plus a
+        bias.
+        """
         return F.linear(x, self.weight * self.scale, self.bias)
 
 
@@ -132,7 +136,7 @@ class BiasedLeakyReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the activations of `x`, element by element, with the axes `b c h w`."""
+        """Return a tensor `b c h w`: the leaky ReLU (slope 0.2) of `x` plus a bias per channel, times sqrt(2)."""
         return F.leaky_relu(x + self.bias, 0.2) * math.sqrt(2)
 
 
@@ -147,7 +151,9 @@ class Blur(nn.Module):
         self.register_buffer("kernel", blur_kernel())
 
     def forward(self, x: Float[Tensor, "b c h_in w_in"]) -> Float[Tensor, "b c h w"]:
-        """Return feature maps `b c h w`: each channel of `x`, blurred by itself."""
+        """Return feature maps `b c h w`: each channel of `x` convolved with the 4 x 4 blur kernel; sides grow by twice
+        the padding minus 3.
+        """
         channels = x.shape[1]
         kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
         return F.conv2d(x, kernel, padding=self.padding, groups=channels)

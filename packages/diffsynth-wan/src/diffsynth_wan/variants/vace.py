@@ -54,7 +54,7 @@ class _Hint:
 
 def hinted_blocks(blocks: int, hints: int) -> range:
     """Return a range of the indices of the blocks that get a hint (a tensor added to the tokens): every `blocks //
-    hints`-th, from 0.
+    hints`-th, from 0; raise ValueError unless `hints` divides `blocks`.
 
     Raises:
         ValueError: `hints` does not divide `blocks`.
