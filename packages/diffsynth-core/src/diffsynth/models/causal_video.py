@@ -226,8 +226,8 @@ class Encoder(nn.Module):
         self.head = _head(dim, moments)
 
     def forward(self, x: Float[Tensor, "b c_in t4 h8 w8"], cache: FrameCache) -> Float[Tensor, "b two_c t h w"]:
-        """Return one tensor `b two_c t h w` for a piece of a video: the mean, then the log-variance of its latents,
-        stacked along the channels.
+        """Return one tensor `b two_c t h w` for a piece of a video: the features that the autoencoder's `conv1` maps to
+        mean and log-variance of the latents.
         """
         x = self.downsamples(self.conv1(x, cache), cache)
         return self.head(self.middle(x, cache), cache)
@@ -254,7 +254,9 @@ class Decoder(nn.Module):
         self.head = _head(dim, out_channels)
 
     def forward(self, x: Float[Tensor, "b c t h w"], cache: FrameCache) -> Float[Tensor, "b c_in t4 h8 w8"]:
-        """Return the decoded frames of a piece of latents as a tensor `b c_in t4 h8 w8`."""
+        """Return the decoded frames of a piece of latents (after the autoencoder's `conv2`) as a tensor `b c_in t4 h8
+        w8`.
+        """
         x = self.middle(self.conv1(x, cache), cache)
         return self.head(self.upsamples(x, cache), cache)
 

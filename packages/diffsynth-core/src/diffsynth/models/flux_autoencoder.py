@@ -84,7 +84,9 @@ class FluxAutoencoder(nn.Module):
         return self.decode(self.encode(image))
 
     def init_weights(self) -> None:
-        """Set weights for training from scratch: every residual branch outputs zero (Fixup, arXiv:1901.09321)."""
+        """Set the last layer of every residual branch to zero, for training from scratch (Fixup, arXiv:1901.09321);
+        other weights are unchanged.
+        """
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)

@@ -44,8 +44,8 @@ class Qwen3TextEncoder(nn.Module):
         *,
         layers: Sequence[int] = (-2,),
     ) -> Float[Tensor, "b s e"]:
-        """Return a tensor `b s e`, the hidden states at the indices `layers`, concatenated along the last axis, in the
-        dtype of the weights.
+        """Return a tensor `b s e`, `e = len(layers) * hidden_size`: the hidden states at the indices `layers`, in this
+        order, concatenated along the last axis, in the dtype of the weights.
 
         Args:
             input_ids: token ids.
@@ -98,8 +98,8 @@ class Rotary(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "b s e"], position_ids: Int[Tensor, "#b s"]
     ) -> tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]]:
-        """Return two tensors `b s d`, cosine and sine of the rotary angles in the dtype of `hidden`; both halves of a
-        head have the same angles.
+        """Return two tensors `b s d`, with `b` of `position_ids`: cosine and sine of the rotary angles in the dtype of
+        `hidden`; both halves of a head have the same angles.
         """
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=hidden.device) / self.head_dim
         angles = position_ids[:, :, None].float() * (1.0 / self.theta**exponents)

@@ -75,8 +75,8 @@ no_kernels_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(kernel: str, reason: str | None) -> bool:
-    """Whether a kernel serves a call, which is so if `reason` is None; a reason is logged the first time that it
-    occurs.
+    """Whether `reason` is None, so that the kernel serves the call; another reason is logged the first time that it
+    occurs, except while torch.compile traces.
     """
     if reason is not None and not torch.compiler.is_compiling() and (kernel, reason) not in _logged:
         _logged.add((kernel, reason))
@@ -120,10 +120,9 @@ def norm(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor | None:
-    """Return `x` normalised by `kind`, modulated, multiplied by `gate` and added to `residual`, of the shape of `x`;
-    None if the fused kernel cannot serve the call.
-
-    `kind` is "none", "rms" or "layer"; steps whose tensors are None are skipped.
+    """Return `x` after the norm `kind` ("none", "rms" or "layer"), modulation, multiplication by `gate` and addition to
+    `residual` (steps whose tensors are None are skipped), of the shape of `x`; None if the fused kernel cannot serve
+    the call.
     """
     broadcast = (scale, shift, residual, gate)
     reason = why_not("norm", x, weight, bias, *broadcast) or broadcasts(x, *broadcast) or too_wide(x.shape[-1])
@@ -151,8 +150,8 @@ def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, *, e
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor | None:
-    """Return the tensor `activation(gate) * up`, with activation "silu" or "gelu"; None if the fused kernel cannot
-    serve the call.
+    """Return the tensor `activation(gate) * up`, with activation "silu" or "gelu" (tanh approximation); None if the
+    fused kernel cannot serve the call.
     """
     reason = why_not("gated_activation", gate, up)
     if reason is None and (gate.shape != up.shape or gate.dtype != up.dtype):
@@ -165,8 +164,8 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor | None
 
 
 def sinusoidal_embedding(time: Tensor, dim: int, *, max_period: float) -> Tensor | None:
-    """Return an fp32 tensor `b dim`, the cosines, then the sines, of `time` (`b`) at `dim / 2` frequencies; None if the
-    fused kernel cannot serve the call.
+    """Return an fp32 tensor `b dim`: the cosines, then the sines, of `time` (`b`) at `dim / 2` frequencies from 1 down
+    to about 1 / max_period; None if the fused kernel cannot serve the call.
     """
     if not serves("sinusoidal_embedding", why_not("sinusoidal_embedding", time)):
         return None

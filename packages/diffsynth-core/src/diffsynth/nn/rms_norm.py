@@ -22,8 +22,8 @@ def rms_norm(
     residual: Float[Tensor, "*b d"] | None = None,
     gate: Float[Tensor, "#b #s d"] | None = None,
 ) -> Float[Tensor, "*b d"]:
-    """Return `x` after RMS norm over the last axis, modulation (if `scale` is given) and addition to `residual` (if
-    given), in the dtype of `x`.
+    """Return `y`, which is `x` after RMS norm over the last axis, then `y * (1 + scale) + shift` if `scale` is given,
+    then `residual + gate * y` if `residual` is given, in the dtype of `x` (of `residual`, if given).
 
     `y = x / sqrt(mean(x**2) + eps) * weight`, then `y * (1 + scale) + shift`, then `residual + gate * y`, the last two
     if their tensors are given.
@@ -59,8 +59,8 @@ class RMSNorm(nn.Module):
         gate: Float[Tensor, "#b #s d"] | None = None,
         rotary: Rotary | None = None,
     ) -> Float[Tensor, "*b d"]:
-        """Return `x` after `rms_norm` with the layer's weight and these arguments, in the dtype of `x`; with `rotary`,
-        `x` (`b s n d`) after norm and rotation only.
+        """Return `x` after `rms_norm` with the layer's weight and these arguments, in the dtype of `x` (of `residual`,
+        if given); with `rotary`, `x` (`b s n d`) after norm and rotation only.
         """
         if rotary is not None:
             return rms_norm_rotary(x, self.weight, *rotary, eps=self.eps)
@@ -75,8 +75,8 @@ def rms_norm_rotary(
     *,
     eps: float,
 ) -> Float[Tensor, "b s n d"]:
-    """Return queries or keys `x` (`b s n d`) after RMS norm and rotation by the angles of `cos` and `sin`, in the dtype
-    of `x`.
+    """Return queries or keys `x` (`b s n d`) after RMS norm of each head (of all heads together if `weight` has `n * d`
+    elements) and rotation by the angles of `cos` and `sin`, in the dtype of `x`.
 
     Args:
         x: queries or keys.

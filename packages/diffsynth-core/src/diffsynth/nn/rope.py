@@ -40,8 +40,8 @@ def rotary_angles(
 def apply_rotary(
     x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
 ) -> Float[Tensor, "b s n d"]:
-    """Return `x` (`b s n d`) rotated by the angles of `cos` and `sin`, in the dtype of `x`; computed in fp32 (fp64 for
-    fp64).
+    """Return `x` (`b s n d`) with channels `(2i, 2i + 1)` of each head rotated by the angles of `cos` and `sin` (`#b s
+    half_d`), in the dtype of `x`; computed in fp32 (fp64 for fp64).
     """
     out = fused.norm_rotary(x, None, cos, sin)
     return naive.apply_rotary(x, cos, sin) if out is None else out

@@ -17,8 +17,7 @@ def initial_noise(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Float[Tensor, "b ..."]:
-    """Return a tensor of standard normal noise with one entry of `shape` per seed; entry i equals the noise of a call
-    with only `seeds[i]`, unless that is None.
+    """Return a tensor `(len(seeds), *shape)` of standard normal noise; entry i depends on `seeds[i]` only.
 
     Random numbers are generated in `dtype`, because a generator can give other values in bf16 than in fp32. Z-Image,
     FLUX.2 and Qwen-Image use the pipeline's dtype (bf16); FLUX.1 and Wan use fp32, and their callers cast afterwards.

@@ -57,8 +57,8 @@ def wan_sigmas(num_steps: int, *, shift: float = 5.0, strength: float = 1.0) -> 
 
 
 def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -> Float[Tensor, "steps_plus_1"]:
-    """Return an fp32 tensor of the `num_steps + 1` noise levels of FLUX.1: a grid that ends above 0, shifted, and then
-    0.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of FLUX.1: a uniform grid from 1 (lower with `strength`
+    below 1) to 0.003/1.002, shifted, and then 0.
 
     The grid goes from 1 to 0.003/1.002, inclusive. With one step it is its first entry.
 
@@ -78,8 +78,8 @@ def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -
 def flux2_sigmas(
     num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return an fp32 tensor of the `num_steps + 1` noise levels of FLUX.2: a grid that ends at 1/num_steps, shifted,
-    and then 0.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of FLUX.2: a uniform grid from 1 (lower with `strength`
+    below 1) to 1/num_steps, shifted, and then 0.
 
     The log shift `mu` grows with the image, if `num_tokens` is given.
 
@@ -104,8 +104,8 @@ def flux2_sigmas(
 def qwen_image_sigmas(
     num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return an fp32 tensor of the `num_steps + 1` noise levels of Qwen-Image: a grid, shifted, stretched to end at
-    0.02 (unless it has one step), and then 0.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of Qwen-Image: a uniform grid from `strength` down,
+    shifted, stretched to end at 0.02 (unless it has one step), and then 0.
 
     arXiv:2508.02324. The stretch `1 - (1 - sigma) / k` keeps 1 fixed and moves the last level to 0.02. Two edge cases:
     * One step is not stretched. Its only level is the last one, so the formula would give 0/0 at full strength, and
@@ -131,8 +131,8 @@ def qwen_image_sigmas(
 def qwen_image_lightning_sigmas(
     num_steps: int, *, mu: float = LIGHTNING_MU, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return an fp32 tensor of the `num_steps + 1` noise levels of Qwen-Image-Lightning: a uniform grid, shifted by
-    `exp(mu)` (by default 3), and then 0.
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of Qwen-Image-Lightning: a uniform grid from `strength`
+    down, shifted by `exp(mu)` (by default 3), and then 0.
 
     Args:
         num_steps: calls of the network, at least 1.
@@ -161,8 +161,8 @@ def shift_sigmas(sigmas: Float[Tensor, " steps"], shift: float) -> Float[Tensor,
 
 
 def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tensor, " steps"]:
-    """Return a tensor of the noise levels in `sigmas` after a shift of `exp(mu)`, in the formula of FLUX.2 and
-    Qwen-Image; `mu` above 0 moves them toward 1.
+    """Return a tensor of the noise levels `u` in `sigmas` after a shift of `exp(mu)`, `exp(mu) / (exp(mu) + 1/u - 1)`,
+    as in FLUX.2 and Qwen-Image; `mu` above 0 moves them toward 1.
 
     Raises:
         ValueError: `mu` is not a number in [-80, 80], beyond which `exp(mu)` leaves fp32.
@@ -209,8 +209,8 @@ def _stretch_to_terminal(sigmas: Float[Tensor, " steps"], terminal: float) -> Fl
 
 
 def _schedule(levels: Float[Tensor, " steps"]) -> Float[Tensor, "steps_plus_1"]:
-    """Return a tensor of `levels` (at most 1) and a final 0; levels that rounding made equal are moved apart, so that
-    all descend strictly.
+    """Return a tensor of `levels`, clamped to at most 1, and a final 0; levels that rounding made equal are moved
+    apart, so that all descend strictly.
 
     Levels coincide if strength is tiny (a FLUX.2 grid of 1e-8 around 1/num_steps) or the shift extreme (FLUX.2 at 4200
     pixels a side). They are moved apart by one unit in the last place, which does not affect a network.

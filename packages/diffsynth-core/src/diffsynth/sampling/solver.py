@@ -21,8 +21,8 @@ def euler(
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Float[Tensor, "b ..."]:
-    """Return the latents at noise level `sigmas[-1]`, from `latents` at `sigmas[0]`, by one Euler step per pair of
-    neighbouring levels.
+    """Return a tensor, the latents at noise level `sigmas[-1]`, in shape and dtype of `latents`, which are at
+    `sigmas[0]`, by one Euler step per pair of neighbouring levels.
 
     Rectified flow, arXiv:2209.03003. Latents keep their dtype between steps, also bf16, as in the published pipelines.
 

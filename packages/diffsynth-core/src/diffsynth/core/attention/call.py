@@ -266,9 +266,8 @@ def _checked_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, 
 def _checked_cu_seqlens(
     cu_seqlens: CuSeqlens, q: Tensor, k: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[tuple[int, ...], tuple[int, ...]] | None]:
-    """Check the offsets; return (q's, k's) on the device of `q`, then both as int tuples, or None if not on the CPU.
-
-    The tuples are None too while torch.compile traces.
+    """Check the offsets of packed samples and return ((q's, k's) tensors on the device of `q`, (q's, k's) int tuples or
+    None); None if a tensor is not on the CPU, or while torch.compile traces.
     """
     if q.shape[0] != 1:
         raise ValueError(

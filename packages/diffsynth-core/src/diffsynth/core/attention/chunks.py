@@ -58,7 +58,7 @@ def chunk_size(call: AttentionCall) -> int:
 
 def by_window(call: AttentionCall) -> Iterator[QueryChunk]:
     """Yield (number of queries, `AttentionCall` of these queries and the keys in their windows, or None if there are no
-    such keys) for each chunk of consecutive queries.
+    such keys) for each chunk of consecutive queries; all but the last have `chunk_size(call)` queries.
     """
     left, right = call.limits
     size = chunk_size(call)

@@ -28,7 +28,9 @@ class FlexAttention:
     """Backend that supports every option of `AttentionCall`; on the CPU without gradients."""
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return the reason why the call is refused, or None: its device, dtype, head dim, or gradients on the CPU."""
+        """Return a text why the call is refused (its device, dtype or head dim, or gradients on the CPU), or None if it
+        is served.
+        """
         device = call.q.device.type
         if device not in _DEVICES:
             return f"tensors are on {device}; flex needs one of {', '.join(_DEVICES)}"
@@ -42,7 +44,9 @@ class FlexAttention:
         return None
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return the reason why `auto` prefers other backends for every call: it compiles a kernel for each kind."""
+        """Return a text, never None, why `auto` prefers other backends for every call: this one compiles a kernel for
+        each kind of call.
+        """
         return "it compiles a kernel for each kind of call, and is used only if selected by name"
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:

@@ -57,7 +57,9 @@ _observer: ContextVar[Callable[[MetaCall], None] | None] = ContextVar("diffsynth
 
 @contextmanager
 def observed_meta_calls(observer: Callable[[MetaCall], None]) -> Iterator[None]:
-    """Context manager that calls `observer` with the `MetaCall` of each `attention()` on the meta device."""
+    """Context manager: until it ends, `observer` alone is called with the `MetaCall` of each `attention()` on the meta
+    device in this thread or task.
+    """
     token = _observer.set(observer)
     try:
         yield
@@ -131,8 +133,8 @@ def fused_workspace(call: AttentionCall) -> int:
 
 
 def score_matrix_workspace(call: AttentionCall, *, dtype: torch.dtype | None = None) -> int:
-    """Return the bytes of a kernel that holds all scores: the scores, their softmax, and copies of q, k and v, all in
-    `dtype` (None is that of the call).
+    """Return the scratch memory, in bytes, of a kernel that holds all scores: the scores, their softmax, and copies of
+    q, k and v, all in `dtype` (None is the dtype of the call).
     """
     b, q_len, n, d = call.q.shape
     itemsize = call.q.element_size() if dtype is None else dtype.itemsize

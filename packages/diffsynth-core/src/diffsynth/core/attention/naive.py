@@ -22,7 +22,9 @@ class NaiveAttention:
         return None if call.q.is_floating_point() else f"dtype {call.q.dtype} is not floating point"
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return the reason why `auto` prefers other backends for every call: it holds the whole score matrix."""
+        """Return a text, never None, why `auto` prefers other backends for every call: this one holds the whole score
+        matrix.
+        """
         return "it holds the whole score matrix"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:

@@ -190,7 +190,9 @@ class use_attention:  # noqa: N801 - it is used like a function
         self._is_for_module = module is not None
 
     def remove(self) -> None:
-        """Remove the module's hooks, which ends this choice of a backend for it; calling it again does nothing."""
+        """Remove the module's hooks, which ends this choice of a backend for it; without hooks (no module, or removed
+        before) nothing happens.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -98,8 +98,8 @@ def _sobel(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_ridge(strength: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Return a bool array: True where `strength` is the largest among the two neighbours along the gradient, whose
-    direction is rounded to a multiple of 45 degrees.
+    """Return a bool array: True where `strength` is larger than the one neighbour along the gradient and at least as
+    large as the other; the direction is rounded to a multiple of 45 degrees.
     """
     slope = np.arctan2(dy, dx)
     direction = np.round(slope / (np.pi / 4)).astype(int) % 4
@@ -118,8 +118,8 @@ def _neighbour(values: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def _connected(seeds: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Return a bool array: True for the pixels in `seeds`, and for those in `candidates` that a path of adjacent
-    candidates links to a seed.
+    """Return a bool array: True for the pixels in `seeds`, and for those in `candidates` that a path of candidates,
+    adjacent also diagonally, links to a seed.
     """
     width = seeds.shape[1] + 2
     reached = np.pad(seeds, 1).ravel()

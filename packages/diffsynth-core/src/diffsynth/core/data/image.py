@@ -80,8 +80,8 @@ def cover(
 def contact_sheet(
     frames: Sequence[Image.Image], *, columns: int = 4, rows: int = 3, width: int = 320, gap: int = 4
 ) -> Image.Image:
-    """Return one RGB PIL image, a grid of evenly spaced frames of a video in reading order, from the first to the last
-    frame (the first alone if there is room for one).
+    """Return one RGB PIL image, a grid in reading order of at most `columns * rows` evenly spaced frames of a video,
+    from the first to the last frame (the first alone if there is room for one).
 
     Only the shown frames are accessed, in order, so `frames` may be a `VideoData` of any length.
 

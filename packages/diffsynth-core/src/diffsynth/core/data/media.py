@@ -90,7 +90,9 @@ class VideoData(Sequence[Image.Image]):
         return frame if self.height is None or self.width is None else cover(frame, self.height, self.width)
 
     def raw_data(self) -> list[Image.Image]:
-        """Return a list of all frames as PIL images."""
+        """Return a list of all frames of this sequence (selected by `fps`, scaled and cropped, if so constructed) as
+        PIL images.
+        """
         return list(self)
 
     def _decoded(self, index: int) -> Image.Image:

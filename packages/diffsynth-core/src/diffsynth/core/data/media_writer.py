@@ -91,8 +91,8 @@ def save_frames(frames: Sequence[Image.Image], save_path: Location) -> None:
 
 
 def merge_video_audio(video_path: Location, audio_path: Location) -> None:
-    """Add the sound of `audio_path` in AAC to the file `video_path`, in place; frames are not encoded again, and sound
-    longer than the video is cut.
+    """Replace the sound of the file `video_path`, in place, by that of `audio_path` in AAC (first two channels, 48
+    kHz); frames are not encoded again, and sound longer than the video is cut.
 
     Raises:
         NoFiles: one of the files does not exist.

@@ -360,8 +360,8 @@ class FrameSamplerByRateMixin:
         self.fix_frame_rate = fix_frame_rate
 
     def take(self, frames: Iterable[Any], raw_frame_rate: Fraction) -> list[Any]:
-        """Return a list of the first `num_frames` frames (at `frame_rate`, if fixed), or fewer from a shorter video;
-        `frames` is read no further than the last of them.
+        """Return a list of the first `num_frames` frames (at `frame_rate`, if fixed); a shorter video gives fewer, cut
+        to a length that the time factor allows. `frames` is read no further than the last of them.
 
         Args:
             frames: all frames of the video, in order.

@@ -84,7 +84,7 @@ class UnifiedDataset(Dataset[Any]):
 
     def load_metadata(self, metadata_path: str | Path | None) -> None:
         """Store the rows of the table `metadata_path` in `self.data`, or, if it is None, the paths of cached `.pth`
-        files in `self.cached_data`.
+        files in `self.cached_data`; raise TrainingError if there are none.
         """
         self.metadata_path = metadata_path
         if metadata_path is None:
@@ -169,8 +169,8 @@ class UnifiedDataset(Dataset[Any]):
         time_division_factor: int = 4,
         time_division_remainder: int = 1,
     ) -> DataProcessingOperator:
-        """Return a data operator (callable) that maps the path of a video, GIF or image to a list of resized PIL
-        frames, one for an image.
+        """Return a data operator (callable) that maps the path of a video, GIF or image to a list of its first
+        `num_frames` frames as resized PIL images, one for an image.
 
         See `LoadVideo` and `ImageCropAndResize`.
         """

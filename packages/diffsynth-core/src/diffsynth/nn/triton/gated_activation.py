@@ -44,8 +44,8 @@ def config(width: int) -> dict[str, int]:
 
 @torch.library.triton_op("diffsynth::gated_activation", mutates_args=())
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Return the tensor `activation(gate) * up`, with activation "silu" or "gelu"; `gate` and `up` (`*b f`) may be
-    halves of one tensor.
+    """Return the tensor `activation(gate) * up`, with activation "silu" or "gelu" (tanh approximation); `gate` and `up`
+    (`*b f`) may be halves of one tensor.
     """
     width = gate.shape[-1]
     rows = [dense_rows(tensor.reshape(-1, width)) for tensor in (gate, up)]

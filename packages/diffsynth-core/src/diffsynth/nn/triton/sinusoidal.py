@@ -44,7 +44,9 @@ def sinusoidal_fwd_kernel(time, out, stride_time, half, MINUS_LOG_PERIOD: tl.con
 
 @torch.library.triton_op("diffsynth::sinusoidal_embedding", mutates_args=())
 def sinusoidal_embedding(time: Tensor, dim: int, max_period: float) -> Tensor:
-    """Return an fp32 tensor `b dim` of the cosines, then the sines, of `time` (`b`) at `dim / 2` frequencies."""
+    """Return an fp32 tensor `b dim`: the cosines, then the sines, of `time` (`b`) at `dim / 2` frequencies from 1 down
+    to about 1 / max_period.
+    """
     half = dim // 2
     out = torch.empty((time.shape[0], 2 * half), dtype=torch.float32, device=time.device)
     launchable(sinusoidal_fwd_kernel)[(time.shape[0],)](

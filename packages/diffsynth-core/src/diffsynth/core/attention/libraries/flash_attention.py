@@ -47,7 +47,9 @@ class FlashAttention:
     max_head_dim: int = 256
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return the reason why the call is refused, or None: device, library, dtype, head dim, mask, gradients."""
+        """Return a text why the call is refused (device, library, dtype, head dim, mask, score bias, or gradients), or
+        None if it is served.
+        """
         if reason := device_refusal(self.name, call, self.capabilities, rocm=self.rocm) or missing(self.module):
             return reason
         if reason := half_refusal(call, max_head_dim=self.max_head_dim):

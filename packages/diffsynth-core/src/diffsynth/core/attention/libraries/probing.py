@@ -19,7 +19,7 @@ _functions: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def clear_cache() -> None:
-    """Clear the caches of the libraries and functions that were found, so that the next call looks for them again."""
+    """Forget which libraries and functions were found or refused, so that `function_refusal` looks them up again."""
     for cache in (_missing, _refusals, _functions):
         cache.clear()
 
@@ -46,7 +46,9 @@ def function_refusal(module: str, name: str, *arguments: str) -> str | None:
 
 
 def function(module: str, name: str) -> Callable[..., Any]:
-    """Return the callable `name` of the library `module`; `function_refusal` must have returned None for it before."""
+    """Return the callable `name` of the library `module`; raise KeyError if `function_refusal` has not imported it
+    before.
+    """
     return _functions[module, name]
 
 
@@ -62,8 +64,8 @@ for _constant in (missing, function_refusal, _major_and_minor):
 def device_refusal(
     name: str, call: AttentionCall, capabilities: range | None = None, *, rocm: bool = False
 ) -> str | None:
-    """Return a text why the device of a call is not supported (not CUDA, ROCm unless `rocm`, a compute capability not
-    in `capabilities`), or None if it is.
+    """Return a text why the device of a call is not supported (not CUDA, ROCm unless `rocm`, or a compute capability
+    whose major number is not in `capabilities`), or None if it is.
 
     Args:
         name: name of the backend, for the message.

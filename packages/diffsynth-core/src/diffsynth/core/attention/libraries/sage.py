@@ -22,7 +22,9 @@ class SageAttention:
     """Backend of the library sageattention: inference only, and inexact because of 8-bit scores."""
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return the reason why the call is refused, or None: device, library, dtype, head dim, options, gradients."""
+        """Return a text why the call is refused (device, library, dtype, head dim, options, or gradients), or None if
+        it is served.
+        """
         if reason := device_refusal(_NAME, call, range(8, 13)) or missing("sageattention"):
             return reason
         if reason := half_refusal(call, max_head_dim=128) or _content_refusal(call):
@@ -32,7 +34,7 @@ class SageAttention:
         return function_refusal("sageattention", "sageattn_varlen", *_PACKED, "is_causal", "sm_scale")
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return the reason why `auto` prefers other backends for every call: the result is an approximation."""
+        """Return a text, never None, why `auto` prefers other backends for every call: its result is inexact."""
         return "its 8-bit scores are inexact; it is used only if selected by name"
 
     def __call__(self, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:

@@ -24,7 +24,9 @@ class XformersAttention:
     """
 
     def refuses(self, call: AttentionCall) -> str | None:
-        """Return the reason why the call is refused, or None: device, library, dtype, head dims, or options."""
+        """Return a text why the call is refused (device, library, dtype, head dims, or options), or None if it is
+        served.
+        """
         if reason := device_refusal("xformers", call) or missing("xformers"):
             return reason
         if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -31,7 +31,7 @@ def program_indices(i_program, tiles, heads, REVERSED: tl.constexpr):
 @triton.jit
 def locate_sample(cu_tiled, cu_q, cu_k, i_tile, samples, q_len, k_len, BLOCK: tl.constexpr, SAMPLES: tl.constexpr):
     """Return five integers: a tile's index within its packed sample, the sample's first query, its first key, its
-    number of queries and its number of keys.
+    number of queries and its number of keys (both 0 for a surplus tile).
 
     With SAMPLES 0 there is one sample. Each sample of `cu_tiled` is divided into tiles of BLOCK tokens. The grid has
     `tokens // BLOCK + samples` tiles, an upper bound that is known without reading the offsets from the device; surplus
@@ -61,10 +61,9 @@ def columns_to_visit(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return four block indices (first, full_first, full_last, last): the BLOCK_M queries at `row` visit key blocks
-    [first, last), and mask those outside [full_first, full_last).
-
-    With a mask, these are positions in the tile's list of blocks.
+    """Return four ints (first, full_first, full_last, last): the BLOCK_M queries at `row` visit key blocks [first,
+    last), and mask those outside [full_first, full_last); with HAS_MASK, they are positions in the list of blocks
+    `i_list`, not blocks.
     """
     first = row * 0
     full_first = first
@@ -90,10 +89,9 @@ def rows_to_visit(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return four block indices (first, full_first, full_last, last): the BLOCK_N keys at `column` visit query blocks
-    [first, last), and mask those outside [full_first, full_last).
-
-    With a mask, these are positions in the tile's list of blocks.
+    """Return four ints (first, full_first, full_last, last): the BLOCK_N keys at `column` visit query blocks [first,
+    last), and mask those outside [full_first, full_last); with HAS_MASK, they are positions in the list of blocks
+    `i_list`, not blocks.
     """
     first = column * 0
     full_first = first
@@ -151,8 +149,8 @@ def may_attend(
     o_rows, o_columns, q_len, k_len, left, right, p_mask,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return a bool block, True where a row (query) may attend a column (key); `o_rows` and `o_columns` are their
-    offsets and broadcast against each other.
+    """Return a bool block, True where a row (query) may attend a column (key) by lengths, window and, with HAS_MASK,
+    mask; the offsets `o_rows` and `o_columns` broadcast against each other.
     """
     m_pairs = (o_rows < q_len) & (o_columns < k_len)
     if HAS_LEFT:

@@ -78,7 +78,7 @@ class TritonInt8Attention:
         return "it has no gradients" if call.needs_grad else None
 
     def avoids(self, call: AttentionCall) -> str | None:
-        """Return the reason why `auto` prefers other backends for every call: the result is an approximation."""
+        """Return a text, never None, why `auto` prefers other backends for every call: its result is inexact."""
         return "its 8-bit scores are inexact; it is used only if selected by name"
 
     def workspace(self, call: AttentionCall, device_type: str) -> int:

@@ -103,8 +103,8 @@ INTERPRETED = tuple(Config(kernel, 256, 32, 32, 1, 1) for kernel in ("fwd", "dkd
 
 
 def rows_for(capability: int | None, *, fp32: bool) -> tuple[Config, ...]:
-    """Return a tuple of `Config` (block sizes), for each kernel and head dim, of a CUDA compute capability (90 is
-    sm_90; None is Triton's interpreter).
+    """Return a tuple of `Config`s (block sizes), one per kernel and head dim, for a CUDA compute capability (90 is
+    sm_90; None is Triton's interpreter) and fp32 or 16-bit tensors.
 
     A capability that is not in the table uses the rows of the next older one; 120 has the small shared memory of 89.
     """
@@ -118,7 +118,9 @@ def rows_for(capability: int | None, *, fp32: bool) -> tuple[Config, ...]:
 
 
 def config_for(kernel: Kernel, head_dim: int, capability: int | None, *, fp32: bool) -> Config:
-    """Return a kernel's `Config` (block sizes) for the smallest listed head dim >= `head_dim`, which is at most 256."""
+    """Return the `Config` (block sizes) of `kernel` for the smallest listed head dim of at least `head_dim`; raise
+    ValueError above 256.
+    """
     rows = rows_for(capability, fp32=fp32)
     return min((row for row in rows if row.kernel == kernel and row.head_dim >= head_dim), key=lambda row: row.head_dim)
 

@@ -26,7 +26,9 @@ from diffsynth.nn.triton.launch import launchable
 def flash_attention_int8(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, limits: Sequence[int]
 ) -> Tensor:
-    """Return the attention output `b q n d_v`, from 8-bit queries and keys; arguments as in `op.flash_attention`."""
+    """Return the attention output `b q n d_v` in the dtype of `q`, from queries and keys rounded to 8 bits; arguments
+    as in `op.flash_attention`, which also has `cu_seqlens`.
+    """
     d_v = v.shape[3]
     q, k, v = (aligned(tensor) for tensor in (q, k, v))
     b, q_len, n, _ = q.shape
@@ -65,7 +67,7 @@ def quantize_kernel(
     HAS_MEAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store `round((x - mean) / scale)` of BLOCK tokens of a head in int8 `quantized`, and `scale = max|x - mean| /
-    127` in `scales`.
+    127` (1 if all are 0) in `scales`; without HAS_MEAN, the mean is 0.
 
     x is `b s n d`, mean `b n d`, quantized `b s n d`, scales `b n tiles`; the last three are contiguous.
     """

@@ -193,8 +193,8 @@ def padded(dim: int) -> int:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return `tensor` itself, or a contiguous copy, if its rows do not begin at multiples of 16 elements; the copy's
-    last axis is zero-padded to a multiple of 16.
+    """Return `tensor` itself if its last axis is dense and a multiple of 16 long and its rows begin at multiples of 16
+    elements, else a contiguous copy with the last axis zero-padded to a multiple of 16.
 
     Triton vectorises loads of such rows. Scalar loads need so many registers that the kernels spill.
     """

@@ -69,8 +69,8 @@ def block_lists(
 
 
 def aligned_rows(mask: Tensor) -> Tensor:
-    """Return the bool `mask` with expanded batch, head and query axes cut to size 1; it is a padded copy unless rows
-    begin at multiples of 16 bytes.
+    """Return the bool `mask` with expanded batch, head and query axes cut to size 1; it is a copy with padded rows
+    unless rows are dense and begin at multiples of 16 bytes, or have one element.
 
     Triton vectorises loads of such rows. Loads of single bytes need so many registers that the kernels spill.
     """
