@@ -133,7 +133,7 @@ def _is_for_others(marker: str | None) -> bool:
 
 
 def is_within(version: str, bounds: str) -> bool:
-    """Whether a version such as "2.15.0" satisfies bounds such as ">=2.6,<3"; other operators are ignored."""
+    """Whether a version satisfies bounds such as ">=2.6,<3"; operators other than >=, < and == are ignored."""
     for bound in filter(None, bounds.split(",")):
         match = re.match(r"\s*(>=|<|==)\s*([\d.]+)\s*$", bound)
         if match and not _HOLDS[match[1]](_release(version), _release(match[2])):

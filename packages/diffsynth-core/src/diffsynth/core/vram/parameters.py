@@ -86,9 +86,7 @@ class UnloadedTensor(Tensor):
 
 
 def unloaded_parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Return a dict name -> parameter on meta, made of `tensors`; an operation on one and on a tensor with data raises
-    RuntimeError.
-    """
+    """Return a dict name -> frozen parameter of each meta tensor; using one with real data raises RuntimeError."""
     parameters = frozen_parameters({name: tensor.as_subclass(UnloadedTensor) for name, tensor in tensors.items()})
     for name, parameter in parameters.items():
         parameter.full_name = name  # type: ignore[attr-defined]

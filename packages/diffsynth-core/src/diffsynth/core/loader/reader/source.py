@@ -100,8 +100,7 @@ class ComponentSource:
         )
 
     def host_memory(self, device: torch.device | str, *, copy: bool) -> int:
-        """Return the peak host memory, in bytes, that reading all tensors onto `device` takes, without memory-mapped
-        files.
+        """Return the peak host memory, in bytes, to read all tensors onto `device`; mapped files do not count.
 
         Args:
             device: the destination.
