@@ -195,7 +195,8 @@ def _tiny_processors(spec: ModelSpec, roles: Mapping[str, Any]) -> Iterable[tupl
 def _merge_components(first: _Weights, second: _Weights, source: str) -> _Weights:
     """Return the `_Weights` of a file that two components share; raise ValueError if they disagree about a key.
 
-    It contains the keys that one of them reads and those that both drop (also in `dropped`)."""
+    It contains the keys that one of them reads and those that both drop (also in `dropped`).
+    """
     read = [
         {key: tensor for key, tensor in each.contents.items() if key not in each.dropped} for each in (first, second)
     ]
