@@ -24,6 +24,7 @@ def site(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("DIFFSYNTH_PLUGINS", "")
+    forget(before)  # what earlier tests discovered
     yield Site(folder, monkeypatch)
     forget(before)
 
