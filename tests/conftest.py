@@ -1,7 +1,7 @@
 """Fixtures and settings for every test: no network, fixed seeds, default settings, NaN in uninitialised memory.
 
-Tests run in several processes (pytest-xdist, `--dist loadgroup`). Tests of one `xdist_group` run in one process, in
-order. Tests that share a fixture of module or class scope are put into such a group here, so that it is made once.
+Tests run in several processes (pytest-xdist, `--dist loadfile`): those of one file in one process, in order, so that a
+fixture of module scope is made once.
 """
 
 from __future__ import annotations
@@ -55,21 +55,6 @@ def pytest_xdist_auto_num_workers(config) -> int | None:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _MOST_WORKERS)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Group the tests of a module that use a fixture of module or class scope, unless they have a group already."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None and _shares_a_fixture(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
-
-
-def _shares_a_fixture(item) -> bool:
-    if not isinstance(item, pytest.Function):
-        return False
-    known = item._fixtureinfo.name2fixturedefs
-    return any(known[name][-1].scope in ("module", "class") for name in item.fixturenames if known.get(name))
 
 
 class NetworkForbidden(RuntimeError):

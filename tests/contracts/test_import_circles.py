@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import pytest
-
 from source_tree import imports, modules
-
-pytestmark = pytest.mark.xdist_group("sources")  # every file of ours is parsed once for all
 
 EXEMPT: dict[tuple[str, str], str] = {}
 """(module, module that it imports) -> reason why this import must close a circle."""

@@ -11,8 +11,6 @@ import pytest
 
 from source_tree import ROOT, syntax_tree
 
-pytestmark = pytest.mark.xdist_group("sources")  # every file of ours is parsed once for all
-
 OPENINGS = ("At once", "From", "How", "In which", "Of", "That", "What", "Where", "Which", "Who", "Whose")
 """Words that no docstring begins with: a noun or a verb says sooner what a function returns or does."""
 

@@ -7,12 +7,9 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from source_tree import ROOT, SOURCES
-
-pytestmark = pytest.mark.xdist_group("packaging")  # the wheels are built once
 
 TOY = "diffsynth_toy"
 

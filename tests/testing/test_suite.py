@@ -3,12 +3,15 @@
 import gzip
 import json
 import sys
+from unittest import mock
 
 import pytest
 
 from diffsynth import _discovery
 from diffsynth.cli.new_plugin import render
+from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.core.loader import header
+from diffsynth.runtime import declared_backends
 from diffsynth.testing import CONFORMANCE_VERSION, conformance
 from diffsynth.testing.suite import CheckRunner, checks_of
 
@@ -113,7 +116,9 @@ def plugin(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("DIFFSYNTH_PLUGINS", NAME)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    yield Plugin(tmp_path)
+    monkeypatch.setattr(declared_backends, "_in_use", set())
+    with mock.patch.dict(BACKENDS):
+        yield Plugin(tmp_path)
     for name in [name for name in sys.modules if name.startswith((PACKAGE, "diffsynth.pipelines"))]:
         del sys.modules[name]
     if doors is not None:
