@@ -30,6 +30,7 @@ from diffsynth.core.loader import header, recognize
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.vram import DiskMap, Policy, wrap
 from diffsynth.runtime import architectures, declared_backends
+from diffsynth.runtime.guidance import GuidanceStep, parse_guidance
 from diffsynth.spec import resolve
 from diffsynth_train.components import training_spec
 from diffsynth_train.objectives.base import build_objective
@@ -257,6 +258,14 @@ def test_effect_of_register_doors(toy, monkeypatch):
     door = importlib.import_module("diffsynth.pipelines.toy")
     assert door.ToyPipeline is resolve("diffsynth_toy.pipeline:ToyPipeline")
     del sys.modules["diffsynth.pipelines.toy"]
+
+
+def test_effect_of_register_guidance(toy):
+    toy("register_guidance")
+    guidance = parse_guidance("interval:low=0.5")
+    predictions = {"cond": torch.full((3, 2), 3.0), "uncond": torch.ones(3, 2)}
+    step = GuidanceStep(torch.zeros(3, 2), torch.tensor([0.9, 0.6, 0.3]), 0, 4, True, {})
+    assert guidance.combine(predictions, 4.0, step)[:, 0].tolist() == [3, 9, 3]
 
 
 def test_effect_of_resolve_source(toy, tmp_path):

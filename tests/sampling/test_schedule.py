@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffsynth.sampling.schedule import (
+    BetaSchedule,
     flux1_sigmas,
     flux2_mu,
     flux2_sigmas,
@@ -162,6 +164,75 @@ def test_a_shift_that_leaves_no_levels_apart_is_refused():
         z_image_sigmas(4, shift=1e12)
     with pytest.raises(ValueError, match="too strong for 4 steps"):
         qwen_image_sigmas(4, mu=80)
+
+
+BETAS = {
+    "linear": (BetaSchedule.linear, "linear", {}),
+    "scaled_linear": (BetaSchedule.scaled_linear, "scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),
+    "cosine": (BetaSchedule.cosine, "squaredcos_cap_v2", {}),
+}
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_betas_are_those_of_diffusers(name):
+    make, schedule, arguments = BETAS[name]
+    theirs = DDIMScheduler(beta_schedule=schedule, timestep_spacing="trailing", **arguments)
+    ours = make()
+    assert ours.alphas_cumprod.dtype == torch.float64
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, atol=2e-6, rtol=2e-3)
+    for num_steps in (1, 2, 10, 25, 30, 999, 1000):
+        theirs.set_timesteps(num_steps)
+        sigmas = ours.sigmas(num_steps)
+        assert_is_schedule(sigmas, num_steps)
+        assert ours.timestep(sigmas[:-1]).tolist() == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_levels_have_the_signal_to_noise_ratio_of_the_betas(name):
+    betas = BETAS[name][0]()
+    signal, noise = betas.alphas_cumprod.sqrt(), (1 - betas.alphas_cumprod).sqrt()
+    sigma = betas.levels.double()
+    torch.testing.assert_close(sigma * signal, (1 - sigma) * noise, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_timesteps_are_exact_at_the_grid_and_linear_between(name):
+    betas = BETAS[name][0]()
+    assert betas.timestep(betas.levels).tolist() == list(range(1000))
+    low, high = betas.levels[400], betas.levels[401]
+    between = betas.timestep(torch.stack([low + (high - low) * part for part in (0.25, 0.5)]))
+    torch.testing.assert_close(between, torch.tensor([400.25, 400.5]), atol=1e-2, rtol=0)
+    assert betas.timestep(torch.tensor([0.0, 1.0])).tolist() == [0, 999]
+    assert betas.timestep(betas.levels[:3]).dtype == torch.float32
+
+
+def test_a_published_table_in_fp32_is_taken_as_it_is():
+    table = BetaSchedule.scaled_linear().alphas_cumprod.float()
+    assert BetaSchedule(table).alphas_cumprod is table
+    assert BetaSchedule(torch.tensor([0.9, 0.5, 0.0])).levels[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BetaSchedule(torch.tensor([0.9, 0.9])), "alphas_cumprod goes from 0.9 to 0.9; expected"),
+        (lambda: BetaSchedule(torch.tensor([0.5, 0.9])), "each lower than the one before"),
+        (lambda: BetaSchedule(torch.tensor([1.0, 0.5])), "expected values below 1"),
+        (lambda: BetaSchedule(torch.tensor([0.5, -0.1])), "alphas_cumprod goes from 0.5 to -0.1"),
+        (lambda: BetaSchedule(torch.tensor([0.5, math.nan])), "alphas_cumprod goes from 0.5 to nan"),
+        (lambda: BetaSchedule(torch.tensor([0.5])), r"alphas_cumprod is torch.float32 \(1,\); expected"),
+        (lambda: BetaSchedule(torch.tensor([3, 2])), r"alphas_cumprod is torch.int64 \(2,\)"),
+        (lambda: BetaSchedule.linear(1), "train_steps=1: expected an integer of at least 2"),
+        (lambda: BetaSchedule.linear(beta_end=1.0), "betas 0.0001 and 1.0: expected numbers between 0 and 1"),
+        (lambda: BetaSchedule.scaled_linear(beta_start=0.0), "betas 0.0 and 0.012"),
+        (lambda: BetaSchedule.cosine(offset=-1.0), "offset=-1.0: expected a number of at least 0"),
+        (lambda: BetaSchedule.linear().sigmas(0), "num_steps=0: expected an integer of at least 1"),
+        (lambda: BetaSchedule.linear().sigmas(1001), "num_steps=1001: expected at most 1000"),
+    ],
+)
+def test_bad_betas_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def assert_is_schedule(sigmas, num_steps):

@@ -93,6 +93,7 @@ class Catalog:
     units: tuple[Declared[spec.UnitSpec], ...] = ()
     commands: tuple[Declared[spec.CommandSpec], ...] = ()
     doors: tuple[Declared[spec.DoorSpec], ...] = ()
+    guidance: tuple[Declared[spec.GuidanceSpec], ...] = ()
 
     def layouts(self) -> tuple[dict[str, spec.ArchitectureSpec], list[spec.CheckpointSpec]]:
         """Return a pair of what plugins declare: (dict name -> `ArchitectureSpec`, the first if several plugins declare
@@ -115,6 +116,7 @@ KINDS: dict[str, type] = {
     "units": spec.UnitSpec,
     "commands": spec.CommandSpec,
     "doors": spec.DoorSpec,
+    "guidance": spec.GuidanceSpec,
 }
 
 
@@ -267,7 +269,7 @@ def _discover() -> _Discovered:
         plugins.append(Plugin(plugin.name, plugin.distribution, plugin.version, time.perf_counter() - started))
         for kind, specs in own.items():
             declared[kind] += [Declared(s, plugin.name, plugin.distribution, plugin.version) for s in specs]
-    for kind in ("architectures", "doors"):
+    for kind in ("architectures", "doors", "guidance"):
         problems += [Problem(*clash) for clash in duplicates(declared[kind])]
     if problems:
         logger.warning("%s", describe(problems))

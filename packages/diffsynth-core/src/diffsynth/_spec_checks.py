@@ -23,6 +23,7 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
     spec.UnitSpec: ("pipeline", "unit"),
     spec.CommandSpec: ("command",),
     spec.DoorSpec: (),
+    spec.GuidanceSpec: ("guidance",),
 }
 
 
@@ -64,7 +65,7 @@ def check_spec(declaration: Any) -> None:
             effect, or a tiny config for a component that the model does not have.
     """
     name = getattr(declaration, "name", "-")
-    if not name or (isinstance(declaration, spec.ModelSpec) and (":" in name or "/" in name)):
+    if not name or (isinstance(declaration, spec.ModelSpec | spec.GuidanceSpec) and (":" in name or "/" in name)):
         raise ValueError(f"name {name!r}: expected a plain name, without ':' or '/'")
     for entry in fields(declaration):
         if "Mapping" in str(entry.type) and not hasattr(getattr(declaration, entry.name), "items"):

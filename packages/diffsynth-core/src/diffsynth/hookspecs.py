@@ -77,6 +77,11 @@ def register_doors(register: Callable[[spec.DoorSpec], None]) -> None:
     """Declare folders of modules to add to the package `diffsynth.pipelines`."""
 
 
+@hookspec
+def register_guidance(register: Callable[[spec.GuidanceSpec], None]) -> None:
+    """Declare guidances: ways to combine the predictions of several branches."""
+
+
 # Decide: the first result that is not None is used.
 
 

@@ -237,6 +237,22 @@ class DoorSpec:
     folder: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class GuidanceSpec:
+    """A guidance: a way to make one velocity of the predictions of several branches.
+
+    Args:
+        name: unique among guidances, without ':'; the text form of a call's argument `guidance` begins with it,
+            `"apg:eta=0.5"`.
+        guidance: reference to a subclass of `diffsynth.runtime.guidance.Guidance`.
+        paper: arXiv id or address; empty if there is none.
+    """
+
+    name: str
+    guidance: str
+    paper: str = ""
+
+
 def resolve(reference: str) -> Any:
     """Import and return the object that a reference `"package.module:attribute"` names.
 

@@ -1,11 +1,11 @@
-"""Built-in plugin `core`: architectures and published files of networks that two or more families use."""
+"""Built-in plugin `core`: architectures and published files that two or more families use, and core's guidances."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, GuidanceSpec
 
 DIFFSYNTH_API = 1
 
@@ -127,6 +127,15 @@ CHECKPOINTS = (
     ),
 )
 
+GUIDANCES = (
+    GuidanceSpec(name="cfg", guidance="diffsynth.runtime.guidance:ClassifierFree", paper="arXiv:2207.12598"),
+    GuidanceSpec(
+        name="rescaled", guidance="diffsynth.runtime.guidance:RescaledClassifierFree", paper="arXiv:2305.08891"
+    ),
+    GuidanceSpec(name="apg", guidance="diffsynth.runtime.guidance:AdaptiveProjected", paper="arXiv:2410.02416"),
+    GuidanceSpec(name="cfg_zero_star", guidance="diffsynth.runtime.guidance:ZeroStar", paper="arXiv:2503.18886"),
+)
+
 
 @hookimpl
 def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
@@ -138,3 +147,9 @@ def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None
 def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
     for checkpoint in CHECKPOINTS:
         register(checkpoint)
+
+
+@hookimpl
+def register_guidance(register: Callable[[GuidanceSpec], None]) -> None:
+    for guidance in GUIDANCES:
+        register(guidance)

@@ -1,1 +1,1 @@
-"""Schedules, solvers, guidance and noise, as pure functions of tensors."""
+"""Schedules, solvers, guidance, predictions and noise, as pure functions of tensors."""

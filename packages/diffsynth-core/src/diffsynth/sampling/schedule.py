@@ -1,4 +1,4 @@
-"""Schedules of noise levels of every family, as pure functions.
+"""Schedules of noise levels of every family, as pure functions, and those of networks trained with betas.
 
 One convention: sigma is 1 at pure noise and 0 at data, `x = (1 - sigma) * x0 + sigma * noise`. A schedule is fp32 on
 the CPU, has one entry more than there are steps, descends strictly and ends in exactly 0. `strength` cuts the grid
@@ -11,6 +11,8 @@ The arithmetic is fp32 in the order of the published code, so that a seed gives 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -146,6 +148,133 @@ def qwen_image_lightning_sigmas(
     return _schedule(shift_sigmas_by_mu(_uniform(num_steps, strength), mu))
 
 
+@dataclass(frozen=True, eq=False)
+class BetaSchedule:
+    """The noise levels of a network that is trained with betas, and their training timesteps.
+
+    Such a network (DDPM, Ho et al. 2020, arXiv:2006.11239; Stable Diffusion) is trained on
+    `sqrt(abar_t) * x0 + sqrt(1 - abar_t) * noise` and takes the integer `t`; `abar` are the cumulative products of
+    `1 - beta`. Divided by `sqrt(abar_t) + sqrt(1 - abar_t)`, the state has the noise level
+    `sigma = sqrt(1 - abar_t) / (sqrt(abar_t) + sqrt(1 - abar_t))` of our convention. Conversions of what the network
+    predicts are in `diffsynth.sampling.prediction`.
+
+    Args:
+        alphas_cumprod: `abar` of each training timestep, `(train_steps,)`, fp32 or fp64, on the CPU, strictly
+            descending, in [0, 1). A last value of 0 is zero terminal SNR (arXiv:2305.08891). Published tables are fp32;
+            `linear`, `scaled_linear` and `cosine` compute in fp64.
+
+    Raises:
+        ValueError: another dtype, fewer than two values, values out of range or not descending, or so close to each
+            other that noise levels coincide in fp32.
+    """
+
+    alphas_cumprod: Float[Tensor, " train_steps"]
+
+    def __post_init__(self) -> None:
+        table = self.alphas_cumprod
+        if table.dtype not in (torch.float32, torch.float64) or table.ndim != 1 or len(table) < 2:
+            raise ValueError(
+                f"alphas_cumprod is {table.dtype} {tuple(table.shape)}; expected float32 or float64 in one axis, "
+                f"at least 2 values"
+            )
+        if not (table[0] < 1 and table[-1] >= 0 and (self.levels.diff() > 0).all()):  # NaN is refused, too
+            raise ValueError(
+                f"alphas_cumprod goes from {table[0]:.6g} to {table[-1]:.6g}; expected values below 1 and of at least "
+                f"0, each lower than the one before"
+            )
+
+    @classmethod
+    def linear(cls, train_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> BetaSchedule:
+        """Return the `BetaSchedule` of betas in equal steps from `beta_start` to `beta_end`, by default that of DDPM.
+
+        Args:
+            train_steps: number of training timesteps, at least 2.
+            beta_start: first beta, in (0, 1).
+            beta_end: last beta, in (0, 1).
+
+        Raises:
+            ValueError: an argument out of range.
+        """
+        _check_betas(train_steps, beta_start, beta_end)
+        return cls(_products(torch.linspace(beta_start, beta_end, train_steps, dtype=torch.float64)))
+
+    @classmethod
+    def scaled_linear(
+        cls, train_steps: int = 1000, *, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> BetaSchedule:
+        """Return the `BetaSchedule` of betas whose square roots are in equal steps from that of `beta_start` to that of
+        `beta_end`, by default that of Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752).
+
+        Arguments and errors are those of `linear`.
+        """
+        _check_betas(train_steps, beta_start, beta_end)
+        roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), train_steps, dtype=torch.float64)
+        return cls(_products(roots.square()))
+
+    @classmethod
+    def cosine(cls, train_steps: int = 1000, *, offset: float = 0.008, beta_max: float = 0.999) -> BetaSchedule:
+        """Return the `BetaSchedule` of `abar_t = f(t) / f(0)`, `f(t) = cos^2((t / train_steps + s) / (1 + s) * pi / 2)`
+        (Nichol & Dhariwal 2021, arXiv:2102.09672).
+
+        Args:
+            train_steps: number of training timesteps, at least 2.
+            offset: `s`, at least 0.
+            beta_max: largest beta, in (0, 1); it limits those near the end.
+
+        Raises:
+            ValueError: an argument out of range.
+        """
+        if not offset >= 0:
+            raise ValueError(f"offset={offset!r}: expected a number of at least 0; the paper uses 0.008")
+        _check_betas(train_steps, beta_max, beta_max)
+        times = torch.linspace(0, 1, train_steps + 1, dtype=torch.float64)
+        wanted = ((times + offset) / (1 + offset) * (math.pi / 2)).cos().square()
+        return cls(_products((1 - wanted[1:] / wanted[:-1]).clamp(max=beta_max)))
+
+    @cached_property
+    def levels(self) -> Float[Tensor, " train_steps"]:
+        """The noise level sigma of each training timestep, an fp32 tensor, strictly ascending, in (0, 1]."""
+        signal, noise = self.alphas_cumprod.double().sqrt(), (1 - self.alphas_cumprod.double()).sqrt()
+        return (noise / (signal + noise)).float()
+
+    def sigmas(self, num_steps: int) -> Float[Tensor, "steps_plus_1"]:
+        """Return an fp32 tensor of `num_steps + 1` noise levels: those of training timesteps in trailing spacing, and
+        then 0.
+
+        Trailing spacing (Lin et al. 2023, arXiv:2305.08891, table 2) starts at the last training timestep, so that
+        sampling starts at the level of most noise: `t_i = round(train_steps * (1 - i / num_steps)) - 1`. `timestep`
+        returns these timesteps exactly.
+
+        Args:
+            num_steps: calls of the network, at least 1 and at most the number of training timesteps.
+
+        Raises:
+            ValueError: `num_steps` out of range.
+        """
+        _check_positive("num_steps", num_steps)
+        train_steps = len(self.alphas_cumprod)
+        if num_steps > train_steps:
+            raise ValueError(f"num_steps={num_steps!r}: expected at most {train_steps}, one per training timestep")
+        steps = torch.arange(num_steps, dtype=torch.float64)
+        timesteps = (train_steps - steps * (train_steps / num_steps)).round().long() - 1
+        return torch.cat([self.levels[timesteps], torch.zeros(1)])
+
+    def timestep(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Return the training timestep of each noise level, an fp32 tensor in [0, train_steps - 1], on the device of
+        `sigma`.
+
+        A level of the table gives its integer exactly; between two levels it is interpolated linearly; beyond the first
+        or last level it is the first or last timestep.
+
+        Args:
+            sigma: noise levels, fp32.
+        """
+        levels = self.levels.to(sigma.device)
+        above = (levels < sigma[:, None]).sum(dim=1).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        return above - 1 + ((sigma - low) / (high - low)).clamp(0, 1)
+
+
 def shift_sigmas(sigmas: Float[Tensor, " steps"], shift: float) -> Float[Tensor, " steps"]:
     """Return a tensor of the noise levels `u` in `sigmas` after a shift `s`, `s*u / (1 + (s-1)*u)`, which keeps 0 and
     1; `s` above 1 moves them toward 1.
@@ -227,6 +356,17 @@ def _schedule(levels: Float[Tensor, " steps"]) -> Float[Tensor, "steps_plus_1"]:
     for i in range(1, len(levels)):
         sigmas[i] = torch.minimum(sigmas[i], torch.nextafter(sigmas[i - 1], torch.tensor(-1.0)))
     return sigmas
+
+
+def _products(betas: Float[Tensor, " train_steps"]) -> Float[Tensor, " train_steps"]:
+    return (1 - betas).cumprod(dim=0)
+
+
+def _check_betas(train_steps: int, *betas: float) -> None:
+    if not isinstance(train_steps, int) or isinstance(train_steps, bool) or train_steps < 2:
+        raise ValueError(f"train_steps={train_steps!r}: expected an integer of at least 2")
+    if not all(0 < beta < 1 for beta in betas):
+        raise ValueError(f"betas {' and '.join(map(repr, betas))}: expected numbers between 0 and 1")
 
 
 def _check(num_steps: int, strength: float) -> None:

@@ -24,10 +24,8 @@ def parse_settings(text: str, known: Collection[str], *, argument: str) -> dict[
     for entry in filter(None, text.split(",")):
         name, equals, value = entry.partition("=")
         if not equals or name not in known:
-            raise ValueError(
-                f"{argument}: {entry!r}{did_you_mean(name, known)}; "
-                f"expected setting=value with one of {', '.join(known)}"
-            )
+            expected = f"setting=value with one of {', '.join(known)}" if known else "no settings"
+            raise ValueError(f"{argument}: {entry!r}{did_you_mean(name, known)}; expected {expected}")
         try:
             settings[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

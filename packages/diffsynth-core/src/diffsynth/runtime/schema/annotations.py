@@ -106,6 +106,8 @@ def _class(kind: type) -> Schema | None:
         return dict(_IMAGE)
     if issubclass(kind, enum.Enum):
         return {"enum": [member.value for member in kind], "x-diffsynth-type": _reference(kind)}
+    if inspect.isabstract(kind):
+        return None  # its subclasses are not known here
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind)
     if issubclass(kind, list | tuple):

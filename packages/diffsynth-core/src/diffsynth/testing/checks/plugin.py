@@ -119,6 +119,7 @@ _EXPECTED: dict[str, dict[str, str]] = {
     "objectives": {"objective": "anything"},
     "units": {"pipeline": "a Pipeline class", "unit": "a Unit"},
     "commands": {"command": "a click.Command"},
+    "guidance": {"guidance": "a Guidance class"},
 }
 """Kind of declaration -> its reference fields -> the kind of object that is expected."""
 
@@ -128,6 +129,7 @@ def _is_a(expected: str, found: Any) -> bool:
     from torch import nn
 
     from diffsynth.core.loader.convert import Rule
+    from diffsynth.runtime.guidance import Guidance
     from diffsynth.runtime.pipeline import Pipeline
     from diffsynth.runtime.unit import Unit
 
@@ -135,7 +137,7 @@ def _is_a(expected: str, found: Any) -> bool:
         return isinstance(found, type) and dataclasses.is_dataclass(found) and found.__dataclass_params__.frozen  # type: ignore[attr-defined]
     if expected == "a tuple of rules":
         return isinstance(found, tuple) and all(isinstance(rule, Rule) for rule in found)
-    classes = {"a Pipeline class": Pipeline, "an nn.Module class": nn.Module}
+    classes = {"a Pipeline class": Pipeline, "an nn.Module class": nn.Module, "a Guidance class": Guidance}
     if expected in classes:
         return isinstance(found, type) and issubclass(found, classes[expected])
     instances = {"a Unit": Unit, "a click.Command": click.Command}
