@@ -143,7 +143,7 @@ def ddim(net, scheduler, noise, num_steps):
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_euler_is_ddim(name, schedule):
-    """Both are equal in exact arithmetic; in fp32 they differ by rounding, relative to the size of the latents."""
+    """Both are equal in exact arithmetic; in fp32 they differ by rounding, 9e-7 of the largest latent value."""
     net, noise = TinyNet(), torch.randn(2, 4, 8, 8)
     scheduler = DDIMScheduler(
         beta_schedule=schedule, prediction_type=NAMES[name], clip_sample=False, timestep_spacing="trailing"
@@ -174,5 +174,5 @@ def test_euler_is_ddim_from_pure_noise(name):
 def assert_same_steps(found, expected):
     assert len(found) == len(expected) == 20
     for ours, theirs in zip(found, expected, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+        assert (ours - theirs).abs().max() <= 5e-6 * theirs.abs().max()
     assert (expected[-1] - expected[0]).abs().max() > 0.1

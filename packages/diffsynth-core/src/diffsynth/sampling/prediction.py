@@ -119,7 +119,7 @@ def from_variance_preserving(latents: Float[Tensor, "b ..."], sigma: Float[Tenso
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network predicts, and in which scaling it takes the latents.
+    """A kind of network output, and the scaling in which such a network takes latents.
 
     Args:
         name: the key in `PREDICTIONS`.
