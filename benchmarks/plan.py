@@ -45,11 +45,11 @@ CASES: dict[str, dict[str, Any]] = {
     "decode, published autoencoder": {
         "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
         "call": {"height": 768, "width": 768, "output_type": "tensor", "num_inference_steps": 1},
-        "stage": "decode",
+        "stage": "decode_image",
     },
     "decode, narrow autoencoder": {
         "call": {"height": 1536, "width": 1536, "output_type": "tensor", "num_inference_steps": 1},
-        "stage": "decode",
+        "stage": "decode_image",
     },
     "encode_prompt": {
         "text_encoder": {"hidden_size": 1024, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 3072},

@@ -18,6 +18,7 @@ from diffsynth.core.planning import (
     ComponentFootprint,
     Speeds,
     StageCost,
+    StageKind,
     Workload,
     plan_memory,
     spread,
@@ -55,7 +56,7 @@ def workload(network: Network, device_type: str = "cuda", dtype: torch.dtype = t
     footprints = tuple(BlockFootprint(block.name, block.bytes(), block.bytes()) for block in parts.blocks)
     component = ComponentFootprint("net", footprints, parts.rest_bytes(), parts.rest_bytes())
     block_calls = (*stage.block_calls, outside)
-    cost = StageCost("denoise", ("net",), stage.device_bytes, block_calls=block_calls, steps=8)
+    cost = StageCost(StageKind.DENOISE, "denoise", ("net",), stage.device_bytes, block_calls=block_calls, steps=8)
     return Workload((component,), (cost,))
 
 

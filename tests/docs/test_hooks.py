@@ -31,6 +31,9 @@ from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.vram import DiskMap, Policy, wrap
 from diffsynth.runtime import architectures, declared_backends
 from diffsynth.runtime.guidance import GuidanceStep, parse_guidance
+from diffsynth.runtime.solvers import find_solver, load_solver
+from diffsynth.sampling.schedule import z_image_sigmas
+from diffsynth.sampling.solver import euler
 from diffsynth.spec import resolve
 from diffsynth_train.components import training_spec
 from diffsynth_train.objectives.base import build_objective
@@ -95,7 +98,7 @@ def toy(tmp_path, monkeypatch):
 
     def install(*names: str, beside: str = "") -> Path:
         shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("plugin.py", "*.safetensors", "__pycache__"))
-        plugin = "DIFFSYNTH_API = 1\n"
+        plugin = "DIFFSYNTH_API = 2\n"
         for name in names:
             for file, text in file_blocks(sections(page(name))["Example"], unnamed="diffsynth_toy/plugin.py"):
                 if file == "diffsynth_toy/plugin.py":
@@ -203,6 +206,25 @@ def test_effect_of_register_attention(toy, monkeypatch):
         attention(x, x, x, causal=True)
 
 
+def test_effect_of_register_solvers(toy):
+    toy("register_solvers")
+    spec = find_solver("adams_bashforth")
+    assert (spec.evaluations_per_step, spec.uses_noise) == (1, False)
+    begin, levels = torch.ones(1, dtype=torch.float64), []
+
+    def error(solver, num_steps):
+        def velocity(latents, sigma):
+            levels.append(sigma)
+            return latents
+
+        return (solver(velocity, begin, z_image_sigmas(num_steps, shift=1.0)) - torch.e**-1).abs().item()
+
+    ours = load_solver(spec)
+    assert error(ours, 20) < error(euler, 20) / 10
+    assert error(ours, 40) == pytest.approx(error(ours, 20) / 4, rel=0.1)
+    assert len(levels) == 4 * 20 + 40
+
+
 def test_effect_of_register_quantization(toy):
     toy("register_quantization")
     (declared,) = _discovery.catalog().quantization
@@ -233,8 +255,8 @@ def test_effect_of_register_objectives(toy):
     assert loss.item() == pytest.approx(parts["mse"].sqrt().item())
 
 
-def test_effect_of_register_units(toy):
-    toy("register_units", beside="zimage")
+def test_effect_of_register_features(toy):
+    toy("register_features", beside="zimage")
     pipe = diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32)
     assert inspect.signature(pipe).parameters["mirror"].default is False
     request = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 0, "output_type": "latents"}

@@ -12,7 +12,7 @@ from tests.core.vram.networks import Tower, tower
 from tests.core.vram.sources import emptied, on_disk
 
 from diffsynth.core import device as devices
-from diffsynth.core.planning import BlockCall, Speeds, StageCost, Workload, plan_memory, spread
+from diffsynth.core.planning import BlockCall, Speeds, StageCost, StageKind, Workload, plan_memory, spread
 from diffsynth.core.vram import Policy, wrap
 
 WIDTH, DEPTH = 2048, 8  # blocks of 64 MiB in fp32
@@ -84,7 +84,9 @@ def test_memory_is_what_was_planned_and_all_of_it_comes_back(tokens, device):
     wrapped = wrap(module, Policy.preset("cpu-offload", device))
     component = wrapped.footprint("net")
     block_calls = tuple(BlockCall("net", block.name, 10**9) for block in component.blocks)
-    load = Workload((component,), (StageCost("denoise", ("net",), MIB, block_calls=block_calls, steps=4),))
+    load = Workload(
+        (component,), (StageCost(StageKind.DENOISE, "denoise", ("net",), MIB, block_calls=block_calls, steps=4),)
+    )
     run(module, tokens, 1)  # cuBLAS takes its workspace once
     wrapped.leave()
     gc.collect()

@@ -17,7 +17,7 @@ from fake_plugins import good, install
 
 HEAD = """from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import DoorSpec, ModelSpec
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 @hookimpl
 """
 
@@ -57,14 +57,14 @@ BROKEN = {
         "'same' is declared twice",
     ),
     "same_name": (good("fake_same_name", "x"), "fake-same-name 1.0 and fake-second 1.0 declare a plugin of this name"),
-    "no_api": ("", "states no DIFFSYNTH_API; expected DIFFSYNTH_API = 1"),
+    "no_api": ("", "states no DIFFSYNTH_API; expected DIFFSYNTH_API = 2"),
     "old_api": (
         "DIFFSYNTH_API = 0\n",
-        "written for DIFFSYNTH_API 0, diffsynth-core has 1. Run: pip install -U fake-old-api",
+        "written for DIFFSYNTH_API 0, diffsynth-core has 2. Run: pip install -U fake-old-api",
     ),
     "new_api": (
         "DIFFSYNTH_API = 99\n",
-        "written for DIFFSYNTH_API 99, diffsynth-core has 1. Run: pip install -U diffsynth-core",
+        "written for DIFFSYNTH_API 99, diffsynth-core has 2. Run: pip install -U diffsynth-core",
     ),
     "wrapper": (
         HEAD.replace("@hookimpl", "@hookimpl(wrapper=True)") + "def step_done(step): return (yield)\n",

@@ -12,7 +12,7 @@ from toy_pipeline import toy_pipeline
 PLUGIN = """
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import AttentionSpec
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 @hookimpl
 def register_attention(register):
     register(AttentionSpec(name="{name}", backend="fake_{plugin}.backend:BACKEND", priority=5))

@@ -10,7 +10,7 @@ from diffsynth.testing.suite import checks_of
 PLUGIN = """
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import GuidanceSpec
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 @hookimpl
 def register_guidance(register):
     register(GuidanceSpec(name="{name}", guidance="fake_{plugin}.guidance:Half"))

@@ -11,7 +11,7 @@ from fake_plugins import good
 OBSERVER = """
 from diffsynth.hookspecs import hookimpl
 
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 seen = []
 
 

@@ -26,9 +26,9 @@ class Recorded(StageOffloader):
         super().__init__(components or {}, CPU)
         self.events = []
 
-    def on_device(self, roles, stage="", plan=None):
-        self.events.append(f"{stage} {'+'.join(roles)}")
-        return super().on_device(roles, stage, plan)
+    def on_device(self, roles, stage="", plan=None, *, in_loop=False):
+        self.events.append(f"{'denoise' if in_loop else stage} {'+'.join(roles)}")
+        return super().on_device(roles, stage, plan, in_loop=in_loop)
 
     def prepare(self, roles):
         self.events += [f"prepare {role}" for role in roles]

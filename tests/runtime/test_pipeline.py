@@ -237,12 +237,12 @@ def test_only_the_expert_in_use_is_on_the_device():
     """`roles_at` returns the expert of a noise level; the experts are swapped once, at the boundary."""
 
     class Experts(ToyPipeline):
-        def roles_at(self, sigma, values):
-            return ("dit",) if sigma >= values["boundary"] else ("adapter",)
+        def roles_at(self, step, values):
+            return ("dit",) if step.sigma >= values["boundary"] else ("adapter",)
 
-        def velocity(self, latents, sigma, *, colour):
+        def velocity(self, latents, sigma, *, colour, step):
             on_device.append(tuple(role for role in ("dit", "adapter") if is_loaded(self, role)))
-            (role,) = self.roles_at(float(sigma[0]), {"boundary": 0.8})
+            (role,) = self.roles_at(step, {"boundary": 0.8})
             return self.components[role](latents, sigma, colour)
 
     @unit("boundary")

@@ -1,10 +1,10 @@
 from collections.abc import Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
 from diffsynth.errors import InvalidPipeline, MissingComponent
-from diffsynth.runtime.unit import CallValues, check_units, needed_for, run_units, split, unit
+from diffsynth.runtime.unit import CallValues, Phase, check_units, in_phases, needed_for, run_units, split, unit
 
 
 @unit("height", "width")
@@ -38,10 +38,15 @@ def test_arguments_are_reads_with_a_default_that_nobody_writes():
 
 def test_a_unit_that_reads_a_branched_name_is_branched():
     seen = []
+    units = [replace(each, function=recorded(each, seen)) for each in UNITS]
     state = CallValues({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
-    around = lambda step: seen.append(step.name) or nullcontext()  # noqa: E731
-    run_units(check_units(UNITS, provided=()), {"text_encoder": object()}, state, around=around)
+    run_units(units, {"text_encoder": object()}, state)
     assert seen == ["round_size", "encode", "encode", "double", "double", "draw"]
+
+
+def recorded(step, seen):
+    """Return the function of a unit that also appends the unit's name to `seen`."""
+    return lambda *roles, **reads: (seen.append(step.name), step.function(*roles, **reads))[1]
 
 
 def test_a_unit_before_the_first_branched_one_runs_once_though_both_write_one_name():
@@ -60,7 +65,7 @@ def test_a_unit_before_the_first_branched_one_runs_once_though_both_write_one_na
         return (*parts, prompt)
 
     state = CallValues({"prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
-    run_units(check_units((begin, refer, steer), provided=()), {}, state)
+    run_units((begin, refer, steer), {}, state)
     cond, uncond = (state.for_branch(branch)["parts"] for branch in ("cond", "uncond"))
     assert cond[0] is uncond[0]
     assert (cond[1], uncond[1]) == ("a", "b")
@@ -68,7 +73,7 @@ def test_a_unit_before_the_first_branched_one_runs_once_though_both_write_one_na
 
 def test_branches_run_once_each():
     state = CallValues({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
-    run_units(check_units(UNITS, provided=()), {"text_encoder": object()}, state)
+    run_units(UNITS, {"text_encoder": object()}, state)
     assert state.for_branch("cond")["doubled"] == "<a><a>"
     assert state.for_branch("uncond")["doubled"] == "<b><b>"
     assert state.shared["noise"] == 32 * 16
@@ -84,15 +89,14 @@ def test_a_unit_is_left_out_without_the_argument_that_it_is_there_for(clip, expe
     def read_clip(vae, *, size, clip=None):
         return size + len(clip), clip
 
-    program, stages = check_units((read_clip, double), provided=("size", "embeds")), []
     state = CallValues({"size": 1, "embeds": "", "clip": clip})
-    run_units(program, {"vae": object()}, state, around=lambda step: stages.append(step.name) or nullcontext())
+    run_units((read_clip, double), {"vae": object()}, state)
     assert {name: state.shared[name] for name in ("size", "extra") if name in state.shared} == expected
-    assert stages == (["double"] if clip is None else ["read_clip", "double"])
+    assert state.shared["doubled"] == ""
 
 
 def test_the_argument_that_a_unit_is_there_for_is_one_that_it_reads():
-    with pytest.raises(TypeError, match="only_with='film' is a name that it does not read"):
+    with pytest.raises(TypeError, match="only_with has \\['film'\\], which it does not read"):
         unit("size", only_with="film")(lambda *, clip: clip)
 
 
@@ -103,6 +107,39 @@ def test_a_read_that_nothing_writes_is_named_with_its_unit():
 
     with pytest.raises(InvalidPipeline, match="unit 'broken' reads 'heigth'.*did you mean 'height'"):
         check_units((round_size, broken), provided=())
+
+
+def test_units_run_in_the_order_of_their_phases():
+    """Those of one phase in the order of the list; a unit without a phase is of CONDITION."""
+    named = [unit(name, phase=phase)(lambda: 0) for name, phase in (("noise", Phase.LATENTS), ("size", Phase.SHAPE))]
+    plain = [unit(name)(lambda: 0) for name in ("one", "two")]
+    assert [each.writes for each in in_phases([named[0], *plain, named[1]])] == [
+        ("size",),
+        ("one",),
+        ("two",),
+        ("noise",),
+    ]
+
+
+def test_an_output_unit_declares_arguments_too():
+    @unit("output")
+    def enlarge(*, latents, factor: int = 1):
+        return latents * factor
+
+    program = check_units((round_size,), provided=("latents",), outputs=(enlarge,))
+    assert list(program.arguments) == ["height", "width", "factor"]
+    assert program.owners("factor") == [enlarge]
+    assert "output" not in program.writes
+
+
+def test_a_unit_switches_arguments_that_it_reads():
+    @unit("output", switches={"tiled": True})
+    def decode(*, latents, tiled: bool | None = None):
+        return latents
+
+    assert check_units((), provided=("latents",), outputs=(decode,)).switches == {"tiled": True}
+    with pytest.raises(TypeError, match="switches has \\['tilde'\\], which it does not read"):
+        unit("output", switches={"tilde": True})(decode.function)
 
 
 def test_a_rewrite_needs_a_read():
@@ -175,7 +212,7 @@ def test_hidden_reads_are_refused():
 def test_a_unit_without_its_role_is_left_out_and_its_reader_says_so():
     state = CallValues({"height": 16, "width": 16, "prompt": "a"})
     with pytest.raises(MissingComponent, match="unit 'double' needs 'embeds'"):
-        run_units(check_units(UNITS, provided=()), {"text_encoder": None}, state)
+        run_units(UNITS, {"text_encoder": None}, state)
 
 
 def test_split_keeps_the_trained_the_random_and_their_readers_live():

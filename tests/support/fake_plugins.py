@@ -13,7 +13,7 @@ GOOD = """
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ModelSpec
 
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 
 
 @hookimpl

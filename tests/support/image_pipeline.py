@@ -7,6 +7,7 @@ from PIL import Image
 
 from diffsynth import _discovery
 from diffsynth._discovery import Catalog, Declared, Plugin
+from diffsynth.models.plugin import SOLVERS
 from diffsynth.runtime.unit import unit
 from diffsynth.spec import ModelSpec
 from toy_pipeline import ToyNet, ToyPipeline
@@ -58,7 +59,8 @@ def catalog(task: str = "text-to-image", pipeline: str = "ImagePipeline", **fact
     )
     plugins = (Plugin("toy", "diffsynth-toy", "1.2"),)
     models = (Declared(spec, "toy", "diffsynth-toy", "1.2"),)
-    return Catalog(**{"plugins": plugins, "models": models, **facts})
+    solvers = tuple(Declared(solver, "core", "diffsynth-core", "1.2") for solver in SOLVERS)
+    return Catalog(**{"plugins": plugins, "models": models, "solvers": solvers, **facts})
 
 
 def use(monkeypatch, found: Catalog) -> None:

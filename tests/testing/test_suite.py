@@ -22,7 +22,7 @@ LAYOUT = f"layout {DIT}/published"
 
 MORE = f"""
 
-from diffsynth.spec import AttentionSpec, DoorSpec, TrainingSpec
+from diffsynth.spec import AttentionSpec, DoorSpec, SolverSpec, TrainingSpec
 
 LAYOUT = CheckpointSpec(
     name="{DIT}/published", architecture="{DIT}", rules="{PACKAGE}.convert:RULES", signature="SIGNATURE",
@@ -34,6 +34,11 @@ SECOND = ()
 @hookimpl
 def register_attention(register):
     register(AttentionSpec(name="made", backend="{PACKAGE}.attention:BACKEND"))
+
+
+@hookimpl
+def register_solvers(register):
+    register(SolverSpec(name="made", solver="diffsynth.sampling.solver:euler"))
 
 
 @hookimpl
@@ -155,15 +160,16 @@ BROKEN = {
     "config imports torch": ("config.py", "from dataclasses", "import torch\nfrom dataclasses", "light modules import"),
     "plugin tries numpy": (
         "plugin.py",
-        "DIFFSYNTH_API = 1",
-        "try:\n    import numpy\nexcept ImportError:\n    pass\nDIFFSYNTH_API = 1",
+        "DIFFSYNTH_API = 2",
+        "try:\n    import numpy\nexcept ImportError:\n    pass\nDIFFSYNTH_API = 2",
         "light modules import",
     ),
-    "another API": ("plugin.py", "DIFFSYNTH_API = 1", "DIFFSYNTH_API = 2", "states the API version"),
-    "raises at import": ("plugin.py", "DIFFSYNTH_API = 1", "DIFFSYNTH_API = 1\n1 / 0", "loads"),
+    "another API": ("plugin.py", "DIFFSYNTH_API = 2", "DIFFSYNTH_API = 1", "states the API version"),
+    "raises at import": ("plugin.py", "DIFFSYNTH_API = 2", "DIFFSYNTH_API = 2\n1 / 0", "loads"),
     "somebody's name": ("plugin.py", f'"{DIT}"', '"flux_autoencoder"', "names are unique"),
     "a dead reference": ("plugin.py", ".dit:ZzzMadeDiT", ".dit:Missing", "references resolve"),
     "a reference to another kind": ("plugin.py", ".dit:ZzzMadeDiT", ".config:TINY", "references resolve"),
+    "a solver that is no function": ("plugin.py", "sampling.solver:euler", "spec:API_VERSION", "references resolve"),
     "no architecture": ("plugin.py", f'architecture="{DIT}", f', 'architecture="none", f', "references resolve"),
     "a door that breaks": ("doors/zzz_made.py", "ZzzMadePipeline", "Missing", "door made imports"),
     "memory in the constructor": (
@@ -233,7 +239,7 @@ BROKEN = {
         f"{LAYOUT} is recognised by structure",
     ),
     "a condition that nobody writes": ("pipeline.py", "sigma, *, letters", "sigma, *, words, letters", "units of"),
-    "a unit that reads what nobody writes": ("units.py", "(*, latents:", "(*, gamma, latents:", "units of"),
+    "a velocity that reads what nobody writes": ("pipeline.py", "sigma, *, ", "sigma, *, gamma, ", "units of"),
     "a default that is no argument": (
         "plugin.py",
         "components={",

@@ -33,7 +33,7 @@ PLUGIN = """
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec
 
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 
 
 @hookimpl

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from diffsynth_wan.units.shape import VideoShape
-from diffsynth_wan.windows import SlidingWindow, blend_windows
+from diffsynth.sampling.windows import SlidingWindow, blend_windows
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
@@ -37,7 +37,7 @@ class Shrinks:
 
 def windows(stride):
     latents = torch.zeros(1, 16, 41, 64, 64)
-    blend_windows(lambda latents, **given: latents + 1, SlidingWindow(4, stride).windows(41), latents, {})
+    blend_windows(lambda latents, window: latents + 1, SlidingWindow(4, stride).windows(41), latents)
 
 def clip(frames):
     shape = VideoShape(num_frames=frames, height=256, width=256, vae_factor=8, time_factor=4, tiling={},

@@ -15,10 +15,10 @@ from diffsynth_wan import WanVideoPipeline
 from diffsynth_wan.checkpoints import ARCHITECTURES
 from diffsynth_wan.dit import WanDiT
 from diffsynth_wan.extension import Extension
+from diffsynth_wan.features.camera import CameraMotion
+from diffsynth_wan.features.control import ReferenceFrame
 from diffsynth_wan.tiny import TINY_ANIMATE, TINY_DIT, TINY_VACE, tiny_animate_inputs, tiny_dit_inputs
 from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
-from diffsynth_wan.variants.camera import CameraMotion
-from diffsynth_wan.variants.reference import ReferenceFrame
 from diffsynth_wan.variants.vace import VaceControl, WanVace
 from wan_oracles import oracle_dit, our_dit, shared_parts
 
@@ -55,7 +55,7 @@ def test_a_plan_reckons_with_tiles_which_are_on_unless_a_call_says_otherwise() -
     call = {"height": 64, "width": 96, "num_frames": 1, "num_inference_steps": 1, "prompt": "a"}
     tiles = {"tile_size": (4, 6), "tile_stride": (3, 4)}
     tiled, whole = (pipe.plan(**call, **tiles, **more, device="cuda") for more in ({}, {"tiled": False}))
-    assert [(plan.asks_for_tiles, plan.tiled) for plan in (tiled, whole)] == [(True, False), (False, False)]
+    assert [plan.switches for plan in (tiled, whole)] == [{}, {}]
     assert tiled.stages[-1].activations < 0.7 * whole.stages[-1].activations
 
 

@@ -75,7 +75,7 @@ def test_what_cannot_be_merged_is_refused_by_name(load):
     pipe = load("wan2.2-animate-14b")
     clips = {"input_image": IMAGE, "animate_pose_video": CLIP, "animate_face_video": CLIP}
     with pytest.raises(
-        ValueError, match="cfg_merge=True: unit 'add_animate_motion' gives each branch.*its own extensions"
+        ValueError, match="cfg_merge=True: unit 'encode_animate_motion' gives each branch.*its own animate_motion"
     ):
         pipe.check(**CALL | clips, cfg_merge=True)
     pipe.check(**CALL | clips | {"cfg_scale": 1.0}, cfg_merge=True)

@@ -15,6 +15,8 @@ from diffsynth.core.attention.naive import NaiveAttention
 from diffsynth_wan.config import WanDiTConfig
 from diffsynth_wan.dit import CameraAdapter, WanDiT
 from diffsynth_wan.extension import Stream
+from diffsynth_wan.features.camera import CameraMotion
+from diffsynth_wan.features.control import ReferenceFrame
 from diffsynth_wan.tiny import (
     TINY_ANIMATE,
     TINY_DIT,
@@ -25,9 +27,7 @@ from diffsynth_wan.tiny import (
 )
 from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
 from diffsynth_wan.variants.animate2 import RecordReference, ReferenceAttention, ReferenceKVCache
-from diffsynth_wan.variants.camera import CameraMotion
 from diffsynth_wan.variants.motion_encoder import MotionEncoder
-from diffsynth_wan.variants.reference import ReferenceFrame
 from diffsynth_wan.variants.speed import SpeedControl, WanMotionController
 from diffsynth_wan.variants.vace import VaceControl, WanVace, hinted_blocks
 

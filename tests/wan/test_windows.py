@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,23 +13,24 @@ from PIL import Image
 from torch import Tensor, nn
 
 import parity
+from diffsynth.runtime.feature import Condition, Feature, StepContext
+from diffsynth.runtime.loop import velocity_in_windows
 from diffsynth.runtime.unit import unit
+from diffsynth.sampling.windows import SlidingWindow
 from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_wan import WanVideoPipeline
 from diffsynth_wan.config import WanDiTConfig
 from diffsynth_wan.dit import WanDiT
 from diffsynth_wan.extension import FramePositions
+from diffsynth_wan.features.animate2 import cache_reference_video
+from diffsynth_wan.features.camera import CameraMotion
+from diffsynth_wan.features.control import ReferenceFrame
+from diffsynth_wan.features.vace import VaceCondition
 from diffsynth_wan.tiny import TINY_ANIMATE, TINY_DIT, TINY_VACE
-from diffsynth_wan.units import UNITS
-from diffsynth_wan.units.animate2 import cache_reference_video
-from diffsynth_wan.units.vace import VaceCondition
 from diffsynth_wan.variants.animate import AnimateMotion, WanAnimateAdapter
 from diffsynth_wan.variants.animate2 import REFERENCE_TIME, RecordReference, ReferenceAttention, ReferenceKVCache
-from diffsynth_wan.variants.camera import CameraMotion
-from diffsynth_wan.variants.reference import ReferenceFrame
 from diffsynth_wan.variants.speed import SpeedControl
 from diffsynth_wan.variants.vace import VaceControl, WanVace
-from diffsynth_wan.windows import SlidingWindow
 from wan_oracles import oracle_dit, oracle_vace_dit, our_dit, our_vace, shared_parts
 
 SIGMA = torch.tensor([0.7])
@@ -62,30 +64,10 @@ def pipeline(dit: nn.Module, cls: type[WanVideoPipeline] = WanVideoPipeline, **m
     )
 
 
-@pytest.mark.parametrize(("frames", "size", "stride"), [(21, 8, 4), (9, 4, 3), (10, 4, 4), (7, 3, 2), (5, 2, 1)])
-def test_windows_are_those_of_the_reference(frames, size, stride):
-    """The loop of DiffSynth-Studio: a window at every `stride` until one reaches the end; ramps over the overlap."""
-    expected = []
-    for start in range(0, frames, stride):
-        if start - stride >= 0 and start - stride + size >= frames:
-            continue
-        stop = min(start + size, frames)
-        mask, border = torch.ones(stop - start), size - stride
-        ramp = (torch.arange(border) + 0.5) / max(border, 1)
-        if border and start > 0:
-            mask[:border] = ramp
-        if border and stop < frames:
-            mask[-border:] = ramp.flip(0)
-        expected.append((start, stop, mask))
-    windows = SlidingWindow(size, stride).windows(frames)
-    assert [(each.start, each.stop) for each in windows] == [each[:2] for each in expected]
-    for window, (_, _, mask) in zip(windows, expected, strict=True):
-        assert torch.allclose(window.weights(), mask)
-
-
-def test_an_overlap_of_more_than_half_fades_on_both_sides():
-    _, middle, *_ = SlidingWindow(4, 1).windows(9)
-    assert torch.allclose(middle.weights(), torch.tensor([1, 3, 3, 1]) / 6)
+def windowed(pipe: WanVideoPipeline, latents: Tensor, sliding_window: SlidingWindow, **conditions: Any) -> Tensor:
+    """Return the velocity of all windows, blended, as the loop computes it."""
+    step = StepContext(float(SIGMA[0]), networks=pipe.components)
+    return velocity_in_windows(pipe, latents, SIGMA, conditions, step, sliding_window)
 
 
 def blended(parts: list[tuple[list[int], list[float], Tensor]], frames: int) -> Tensor:
@@ -113,17 +95,20 @@ def test_image_latents_and_camera_are_cut_and_reference_and_speed_are_not():
     for camera in (True, False):  # no published network has both a camera and a reference image
         parts = []
         for frames, weights in CUTS:
-            extensions = [FramePositions(tuple(frames)), *whole[: 1 if camera else 2]]
-            extensions += [CameraMotion(rays[:, :, frames])] if camera else []
+            extensions = [FramePositions(tuple(frames))]
+            extensions += [CameraMotion(rays[:, :, frames])] if camera else [whole[1]]
+            extensions.append(whole[0])
             velocity = dit(LATENTS[:, :, frames], SIGMA, PROMPT, None, image[:, :, frames], extensions=extensions)
             parts.append((frames, weights, velocity))
-        found = pipeline(dit).velocity(
+        more = {"camera_motion": CameraMotion(rays)} if camera else {"reference_frame": whole[1]}
+        found = windowed(
+            pipeline(dit),
             LATENTS,
-            SIGMA,
+            SlidingWindow(4, 2),
             prompt_embeds=PROMPT,
             condition_latents=image,
-            extensions=(whole[0], CameraMotion(rays)) if camera else whole,
-            sliding_window=SlidingWindow(4, 2),
+            speed_control=whole[0],
+            **more,
         )
         assert torch.allclose(found, blended(parts, 7), atol=1e-5)
 
@@ -138,12 +123,12 @@ def test_vace_is_cut_and_every_window_sees_the_reference_images():
         extensions = [FramePositions(tuple(frames)), VaceControl(vace, control[:, :, frames], 0.5)]
         velocity = dit(WITH_LEAD[:, :, frames], SIGMA, PROMPT, extensions=extensions)
         parts.append((frames, weights, velocity))
-    found = pipeline(dit, vace=vace).velocity(
+    found = windowed(
+        pipeline(dit, vace=vace),
         WITH_LEAD,
-        SIGMA,
+        SlidingWindow(4, 2, prefix_frames=1),
         prompt_embeds=PROMPT,
         vace_condition=VaceCondition(control, 0.5),
-        sliding_window=SlidingWindow(4, 2, prefix_frames=1),
     )
     assert torch.allclose(found, blended(parts, 8), atol=1e-5)
 
@@ -159,12 +144,12 @@ def test_animate_is_cut_and_every_window_sees_the_character():
         motion = AnimateMotion(adapter, by_frame[:, frames].flatten(1, 2), face[:, places])
         velocity = dit(WITH_LEAD[:, :, places], SIGMA, PROMPT, extensions=[FramePositions(tuple(places)), motion])
         parts.append((places, [1, *weights], velocity))
-    found = pipeline(dit, animate_adapter=adapter).velocity(
+    found = windowed(
+        pipeline(dit, animate_adapter=adapter),
         WITH_LEAD,
-        SIGMA,
+        SlidingWindow(4, 2, prefix_frames=1),
         prompt_embeds=PROMPT,
-        extensions=(AnimateMotion(adapter, pose, face),),
-        sliding_window=SlidingWindow(4, 2, prefix_frames=1),
+        animate_motion=AnimateMotion(adapter, pose, face),
     )
     assert torch.allclose(found, blended(parts, 8), atol=1e-5)
 
@@ -195,13 +180,13 @@ def test_animate_2_is_cut_and_every_window_reads_its_own_part_of_the_reference()
         sliding_window=sliding_window,
         video_shape=SimpleNamespace(latent_size=(7, 4, 4)),
     )
-    found = pipeline(dit).velocity(
+    found = windowed(
+        pipeline(dit),
         WITH_LEAD,
-        SIGMA,
+        sliding_window,
         prompt_embeds=PROMPT,
         condition_latents=condition,
-        extensions=(ReferenceAttention(windows[0], -1.3, frozenset({1}), windows),),
-        sliding_window=sliding_window,
+        reference_attention=ReferenceAttention(windows[0], -1.3, frozenset({1}), windows),
     )
     assert torch.allclose(found, blended(parts, 8), atol=1e-5)
 
@@ -220,9 +205,7 @@ def test_a_given_frame_is_clean_in_its_windows_and_stays():
         if 0 in frames:
             velocity[:, :, 0] = 0
         parts.append((frames, weights, velocity))
-    found = pipeline(dit).velocity(
-        LATENTS, SIGMA, prompt_embeds=PROMPT, first_latents=first, sliding_window=SlidingWindow(4, 2)
-    )
+    found = windowed(pipeline(dit), LATENTS, SlidingWindow(4, 2), prompt_embeds=PROMPT, first_latents=first)
     assert torch.allclose(found, blended(parts, 7), atol=1e-4)
     assert not found[:, :, 0].any()
 
@@ -277,24 +260,25 @@ def test_one_window_is_in_memory_however_many_there_are():
     seen = []
     for frames in (9, 41):
         dit = Watched()
-        pipeline(dit).velocity(
-            torch.zeros(1, 16, frames, 4, 4), SIGMA, prompt_embeds=PROMPT, sliding_window=SlidingWindow(4, 2)
-        )
+        windowed(pipeline(dit), torch.zeros(1, 16, frames, 4, 4), SlidingWindow(4, 2), prompt_embeds=PROMPT)
         seen.append((dit.most, dit.alive))
     assert len(dit.results) == 20
     assert seen[0] == seen[1] == (4, 0)
 
 
-@unit("extensions")
-def paint_stripes(*, extensions: tuple, stripes: int = 0) -> tuple:
-    """A plugin's unit that does not declare support for windows."""
-    return (*extensions, lambda dit, stream: stream) if stripes else extensions
+@unit("painted_stripes")
+def paint_stripes(*, stripes: int = 0):
+    """A unit of a feature that does not declare how its condition is cut."""
+    return (lambda dit, stream: stream) if stripes else None
 
 
 class Striped(WanVideoPipeline):
-    """Pipeline with one more unit."""
+    """Pipeline with one more feature."""
 
-    units = (*UNITS[:-1], paint_stripes, UNITS[-1])
+    features = (
+        *WanVideoPipeline.features,
+        Feature("stripes", units=(paint_stripes,), conditions={"painted_stripes": Condition()}),
+    )
 
 
 LONG = {"height": 32, "width": 32, "num_frames": 33}
@@ -309,7 +293,7 @@ CUT = {"sliding_window_size": 4, "sliding_window_stride": 2}
         ({"sliding_window_size": 0, "sliding_window_stride": 1}, "sliding_window_size=0: expected a positive number"),
         ({"sliding_window_size": 4, "sliding_window_stride": 5}, "leaves gaps"),
         (CUT | {"step_cache": "first_block:threshold=0.1"}, "step_cache=.*sliding_window_size"),
-        (CUT | {"stripes": 3}, "unit 'paint_stripes' .*sliding_window_size"),
+        (CUT | {"stripes": 3}, "unit 'paint_stripes' writes 'painted_stripes', which sliding windows cannot cut"),
     ],
 )
 def test_refused_before_anything_runs(arguments, message):

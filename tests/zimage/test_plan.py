@@ -52,7 +52,11 @@ def test_a_pipeline_is_planned_by_its_own_code_and_left_as_it_was(tiny):
     before = {role: {name: one.data_ptr() for name, one in tiny.components[role].named_parameters()}
               for role in ("dit", "vae")}  # fmt: skip
     plan = tiny.plan(**SIZE, device="cuda", num_inference_steps=5, cfg_scale=3.0)
-    assert [(stage.name, stage.steps) for stage in plan.stages] == [("encode_prompt", 1), ("denoise", 5), ("decode", 1)]
+    assert [(stage.name, stage.steps) for stage in plan.stages] == [
+        ("encode_prompt", 1),
+        ("denoise", 5),
+        ("decode_image", 1),
+    ]
     weights = sum(one.numel() * 4 for role in before for one in tiny.components[role].parameters())
     assert plan.peak_vram > weights
     after = {role: {name: one.data_ptr() for name, one in tiny.components[role].named_parameters()} for role in before}
@@ -98,7 +102,7 @@ def needs(tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "_speeds", lambda device, dtype: Speeds(25e9, 100e12, 3e9))
         plans = [tiny.plan(**IN_TILES, tiled=tiled, device="cuda", vram_limit=8) for tiled in (False, True)]
-    assert [(plan.tiled, plan.asks_for_tiles) for plan in plans] == [(False, False), (False, True)]
+    assert [plan.switches for plan in plans] == [{}, {}]
     return [plan.smallest_vram for plan in plans]
 
 
@@ -135,7 +139,7 @@ def test_tiles_are_turned_on_where_the_whole_does_not_fit_and_only_there(tiny, n
     expected = {limit: tiny("a red apple", **call, tiled=limit < whole) for limit in (sum(needs) / 2, whole)}
     for limit, ran in ((sum(needs) / 2, {(8, 8)}), (whole, {(16, 12)})):
         plan = tiny.plan(**IN_TILES, device="cuda", vram_limit=limit / GIB)
-        assert [stage.name for stage in plan.stages if stage.tiled] == (["decode"] if limit < whole else [])
+        assert [stage.name for stage in plan.stages if stage.switched] == (["decode_image"] if limit < whole else [])
         assert plan.peak_vram <= limit
         assert plan.smallest_vram == in_tiles
         decoded.clear()
@@ -216,7 +220,7 @@ def test_the_model_in_the_wheel_is_planned_from_its_files(nowhere):
     result = run("z-image-nano", "--device", "cpu", "--dtype", "float32")
     assert result.exit_code == 0, result.output
     first = [line.split()[0] for line in result.stdout.splitlines()[:4]]
-    assert first == ["STAGE", "encode_prompt", "denoise", "decode"]
+    assert first == ["STAGE", "encode_prompt", "denoise", "decode_image"]
     small = run("z-image-nano", "--ram", 0.01, "--device", "cpu")
     assert small.exit_code == 1
     assert "does not fit" in small.stderr

@@ -146,12 +146,12 @@ def test_one_process_exchanges_nothing() -> None:
 def test_calls_that_would_wait_for_ever_are_refused() -> None:
     two = MeshAxis(None, 0, 2)
     branches, tokens = ProcessMesh(branches=two, world=two), ProcessMesh(tokens=two, world=two)
-    branches.check_call(cfg_scale=2, step_cache="first_block", cancel=None)
-    tokens.check_call(cfg_scale=1, step_cache=None, cancel=None)
-    ProcessMesh().check_call(cfg_scale=1, step_cache="first_block", cancel=object())
+    branches.check_call(branches=("cond", "uncond"), step_cache="first_block", cancel=None)
+    tokens.check_call(branches=("cond",), step_cache=None, cancel=None)
+    ProcessMesh().check_call(branches=("cond",), step_cache="first_block", cancel=object())
     with pytest.raises(ValueError, match=r"cfg_scale=1 has one branch, and pipe.parallel\(cfg=2\)"):
-        branches.check_call(cfg_scale=1, step_cache=None, cancel=None)
+        branches.check_call(branches=("cond",), step_cache=None, cancel=None)
     with pytest.raises(ValueError, match="cancel: the other processes would wait"):
-        tokens.check_call(cfg_scale=2, step_cache=None, cancel=object())
+        tokens.check_call(branches=("cond", "uncond"), step_cache=None, cancel=object())
     with pytest.raises(Refused, match="step_cache='first_block' is refused: each process would decide"):
-        tokens.check_call(cfg_scale=2, step_cache="first_block", cancel=None)
+        tokens.check_call(branches=("cond", "uncond"), step_cache="first_block", cancel=None)

@@ -14,6 +14,7 @@ from diffsynth.core.planning import (
     ComponentFootprint,
     Speeds,
     StageCost,
+    StageKind,
     Workload,
     plan_memory,
     spread,
@@ -38,17 +39,22 @@ def workload(*, dit=12.0, text_encoder=8.0, act=1.5, decode=4.0, tiled=1.0, **ch
     """Return a text-to-image call of about the size of FLUX.1."""
     parts = component("dit", dit, 38), component("text_encoder", text_encoder, 36), component("vae", 0.2, 1)
     stages = (
-        StageCost("encode_prompt", ("text_encoder",), GIB // 5, block_calls=block_calls(parts[1], 1e10)),
-        StageCost("denoise", ("dit",), int(act * GIB), block_calls=block_calls(parts[0], 6e11), steps=8),
         StageCost(
+            StageKind.PREPARE, "encode_prompt", ("text_encoder",), GIB // 5, block_calls=block_calls(parts[1], 1e10)
+        ),
+        StageCost(
+            StageKind.DENOISE, "denoise", ("dit",), int(act * GIB), block_calls=block_calls(parts[0], 6e11), steps=8
+        ),
+        StageCost(
+            StageKind.OUTPUT,
             "decode",
             ("vae",),
             int(decode * GIB),
             block_calls=block_calls(parts[2], 1e13),
-            tiled_activations=int(tiled * GIB),
+            switched_activations=int(tiled * GIB),
         ),
     )
-    return Workload(parts, stages, base_host_bytes=GIB // 2, **changes)
+    return Workload(parts, stages, base_host_bytes=GIB // 2, switches={"tiled": True}, **changes)
 
 
 def denoise(plan):
@@ -58,7 +64,7 @@ def denoise(plan):
 def test_without_a_limit_everything_is_on_the_device_and_nothing_moves():
     plan = plan_memory(workload(), speeds=SPEEDS)
     assert plan.evicted == ()
-    assert not plan.tiled
+    assert not plan.switches
     assert plan.peak_vram == pytest.approx((12 + 8 + 0.2 + 4) * GIB, rel=1e-6)
     assert [stage.bytes_per_step + stage.bytes_once for stage in plan.stages] == [0, 0, 0]
     assert plan.peak_ram == GIB // 2
@@ -91,8 +97,8 @@ def test_what_costs_least_is_given_up_first():
     assert evicted[17].evicted == ("text_encoder",)
     assert not denoise(evicted[14]).components[0].streamed
     assert denoise(evicted[8]).components[0].streamed
-    assert not evicted[8].tiled
-    assert evicted[3].tiled
+    assert not evicted[8].switches
+    assert evicted[3].switches == {"tiled": True}
 
 
 def test_more_memory_is_never_slower_and_never_moves_more():
@@ -174,13 +180,18 @@ def test_tiles_are_for_all_stages_of_a_call_or_for_none():
     """An image that is encoded in tiles too may take a little more so; what counts is what runs."""
     wide = workload()
     encode = StageCost(
-        "encode_image", ("vae",), GIB, block_calls=wide.stages[2].block_calls, tiled_activations=int(1.1 * GIB)
+        StageKind.PREPARE,
+        "encode_image",
+        ("vae",),
+        GIB,
+        block_calls=wide.stages[2].block_calls,
+        switched_activations=int(1.1 * GIB),
     )
     call = dataclasses.replace(wide, stages=(encode, *wide.stages))
     roomy, tight = (plan_memory(call, vram_limit=limit, speeds=SPEEDS) for limit in (8, 3))
-    assert [stage.tiled for stage in roomy.stages] == [False] * 4
-    assert [stage.tiled for stage in tight.stages] == [True, False, False, True]
-    assert [stage.activations for stage in tight.stages][::3] == [encode.tiled_activations, GIB]
+    assert [stage.switched for stage in roomy.stages] == [False] * 4
+    assert [stage.switched for stage in tight.stages] == [True, False, False, True]
+    assert [stage.activations for stage in tight.stages][::3] == [encode.switched_activations, GIB]
     assert tight.smallest_vram == roomy.smallest_vram
 
 
@@ -217,7 +228,14 @@ def test_the_second_expert_takes_the_place_of_the_first(limit, steps, blocks):
     """Two of 12 GiB in 40 blocks: those that the plan keeps in place of others, and what fits beside them."""
     parts = component("dit", 12, 40), component("dit2", 12, 40)
     stages = [
-        StageCost(f"denoise ({part.role})", (part.role,), 2 * GIB, block_calls=block_calls(part, 1e12), steps=number)
+        StageCost(
+            StageKind.DENOISE,
+            f"denoise ({part.role})",
+            (part.role,),
+            2 * GIB,
+            block_calls=block_calls(part, 1e12),
+            steps=number,
+        )
         for part, number in zip(parts, (steps, 4), strict=True)
     ]
     plan = plan_memory(Workload(parts, tuple(stages)), vram_limit=limit, speeds=SPEEDS, offloads=True)

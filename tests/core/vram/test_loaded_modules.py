@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffsynth.core.device import backends
-from diffsynth.core.planning import MemoryPlan, Speeds, StageCost, Workload, plan_memory
+from diffsynth.core.planning import MemoryPlan, Speeds, StageCost, StageKind, Workload, plan_memory
 from diffsynth.core.vram import Policy, wrap
 from diffsynth.core.vram.loaded_modules import loaded_modules
 from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
@@ -113,7 +113,8 @@ class Call:
         """Return a plan of the loop without activations, limited to so many bytes."""
         loads = tuple(one.footprint(role) for role, one in self.managed.items())
         stages = tuple(
-            StageCost(f"denoise ({load.role})", (load.role,), 0, steps=steps.count(load.role)) for load in loads
+            StageCost(StageKind.DENOISE, f"denoise ({load.role})", (load.role,), 0, steps=steps.count(load.role))
+            for load in loads
         )
         speeds = Speeds(link=1.0, compute=1.0, disk=1.0)
         return plan_memory(Workload(loads, stages), vram_limit=limit / 2**30, speeds=speeds)

@@ -1,9 +1,9 @@
 """Declarations of diffsynth-toy. Imports no torch: code is named by string and imported on first use."""
 
 from diffsynth import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, UnitSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, FeatureSpec, ModelSpec
 
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 WEIGHTS = "package://diffsynth_toy/dit.safetensors"
 
 
@@ -44,7 +44,7 @@ def register_checkpoints(register):
 
 
 @hookimpl
-def register_units(register):
+def register_features(register):
     # Named by string: if Z-Image is not installed, this is never imported.
     pipeline = "diffsynth_zimage.pipeline:ZImagePipeline"
-    register(UnitSpec(pipeline=pipeline, unit="diffsynth_toy.mirror:mirror_noise", after="initial_latents"))
+    register(FeatureSpec(pipeline=pipeline, feature="diffsynth_toy.mirror:MIRROR"))

@@ -11,18 +11,23 @@ if TYPE_CHECKING:
     from diffsynth import errors, registry, spec
     from diffsynth.core.loader.config import ModelConfig
     from diffsynth.hookspecs import hookimpl
+    from diffsynth.runtime.feature import Condition, Feature
     from diffsynth.runtime.load import load
     from diffsynth.runtime.pipeline import Pipeline
-    from diffsynth.runtime.role import Processor, Role
-    from diffsynth.runtime.unit import unit
+    from diffsynth.runtime.role import Processor, Role, Tokenizer
+    from diffsynth.runtime.unit import Phase, unit
 
     __version__: str
 
 __all__ = [
+    "Condition",
+    "Feature",
     "ModelConfig",
+    "Phase",
     "Pipeline",
     "Processor",
     "Role",
+    "Tokenizer",
     "__version__",
     "errors",
     "hookimpl",
@@ -33,10 +38,14 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Condition": "diffsynth.runtime.feature",
+    "Feature": "diffsynth.runtime.feature",
     "ModelConfig": "diffsynth.core.loader.config",
+    "Phase": "diffsynth.runtime.unit",
     "Pipeline": "diffsynth.runtime.pipeline",
     "Processor": "diffsynth.runtime.role",
     "Role": "diffsynth.runtime.role",
+    "Tokenizer": "diffsynth.runtime.role",
     "hookimpl": "diffsynth.hookspecs",
     "load": "diffsynth.runtime.load",
     "unit": "diffsynth.runtime.unit",

@@ -87,10 +87,11 @@ class Catalog:
     checkpoints: tuple[Declared[spec.CheckpointSpec], ...] = ()
     layer_wrappers: tuple[Declared[spec.LayerWrapperSpec], ...] = ()
     attention: tuple[Declared[spec.AttentionSpec], ...] = ()
+    solvers: tuple[Declared[spec.SolverSpec], ...] = ()
     quantization: tuple[Declared[spec.QuantizationSpec], ...] = ()
     training: tuple[Declared[spec.TrainingSpec], ...] = ()
     objectives: tuple[Declared[spec.ObjectiveSpec], ...] = ()
-    units: tuple[Declared[spec.UnitSpec], ...] = ()
+    features: tuple[Declared[spec.FeatureSpec], ...] = ()
     commands: tuple[Declared[spec.CommandSpec], ...] = ()
     doors: tuple[Declared[spec.DoorSpec], ...] = ()
     guidance: tuple[Declared[spec.GuidanceSpec], ...] = ()
@@ -110,10 +111,11 @@ KINDS: dict[str, type] = {
     "checkpoints": spec.CheckpointSpec,
     "layer_wrappers": spec.LayerWrapperSpec,
     "attention": spec.AttentionSpec,
+    "solvers": spec.SolverSpec,
     "quantization": spec.QuantizationSpec,
     "training": spec.TrainingSpec,
     "objectives": spec.ObjectiveSpec,
-    "units": spec.UnitSpec,
+    "features": spec.FeatureSpec,
     "commands": spec.CommandSpec,
     "doors": spec.DoorSpec,
     "guidance": spec.GuidanceSpec,

@@ -17,10 +17,11 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
     spec.CheckpointSpec: ("rules",),
     spec.LayerWrapperSpec: ("layer",),
     spec.AttentionSpec: ("backend", "workspace"),
+    spec.SolverSpec: ("solver",),
     spec.QuantizationSpec: ("backend",),
     spec.TrainingSpec: ("pipeline", "schedule"),
     spec.ObjectiveSpec: ("objective",),
-    spec.UnitSpec: ("pipeline", "unit"),
+    spec.FeatureSpec: ("pipeline", "feature"),
     spec.CommandSpec: ("command",),
     spec.DoorSpec: (),
     spec.GuidanceSpec: ("guidance",),
@@ -54,15 +55,16 @@ def identity(declaration: Any) -> str:
 
 
 def check_spec(declaration: Any) -> None:
-    """Raise TypeError or ValueError if a declaration has a malformed name, reference, source or tiny config, a field of
-    another type than the declared mapping, or no effect; nothing that it names is imported.
+    """Raise TypeError or ValueError if a declaration has a malformed name, reference, source, tiny config or number, a
+    field of another type than the declared mapping, or no effect; nothing that it names is imported.
 
     A referenced module is looked up only if its top-level package is imported already.
 
     Raises:
         TypeError: a field declared as a mapping has another type.
         ValueError: a malformed name, reference or source, a reference to a missing module, a `LayerWrapperSpec` without
-            effect, or a tiny config for a component that the model does not have.
+            effect, a `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, or a tiny config for
+            a component that the model does not have.
     """
     name = getattr(declaration, "name", "-")
     if not name or (isinstance(declaration, spec.ModelSpec | spec.GuidanceSpec) and (":" in name or "/" in name)):
@@ -74,6 +76,12 @@ def check_spec(declaration: Any) -> None:
         _check_tiny(declaration)
     if isinstance(declaration, spec.LayerWrapperSpec) and not declaration.atomic:
         raise ValueError(f"LayerWrapperSpec({declaration.layer!r}) has no effect; expected atomic=True")
+    if isinstance(declaration, spec.FeatureSpec) and declaration.pipeline and declaration.family:
+        raise ValueError(
+            f"FeatureSpec({declaration.feature!r}) names a pipeline and a family; expected one of them, or none"
+        )
+    if isinstance(declaration, spec.SolverSpec):
+        _check_evaluations(declaration)
     for source in sources(declaration):
         spec.parse_source(source)
     for reference in references(declaration):
@@ -82,6 +90,12 @@ def check_spec(declaration: Any) -> None:
             raise ValueError(f"reference {reference!r}: expected 'package.module:attribute'")
         if not _may_exist(module_name):
             raise ValueError(f"reference {reference!r}: there is no module {module_name!r}")
+
+
+def _check_evaluations(declaration: spec.SolverSpec) -> None:
+    count = declaration.evaluations_per_step
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{declaration.name!r}: evaluations_per_step={count!r}: expected an integer of at least 1")
 
 
 def _check_tiny(declaration: spec.ModelSpec) -> None:

@@ -48,6 +48,11 @@ def register_attention(register: Callable[[spec.AttentionSpec], None]) -> None:
 
 
 @hookspec
+def register_solvers(register: Callable[[spec.SolverSpec], None]) -> None:
+    """Declare solvers of the denoising loop."""
+
+
+@hookspec
 def register_quantization(register: Callable[[spec.QuantizationSpec], None]) -> None:
     """Declare quantization backends."""
 
@@ -63,8 +68,8 @@ def register_objectives(register: Callable[[spec.ObjectiveSpec], None]) -> None:
 
 
 @hookspec
-def register_units(register: Callable[[spec.UnitSpec], None]) -> None:
-    """Declare units, and with them arguments, to add to an existing pipeline."""
+def register_features(register: Callable[[spec.FeatureSpec], None]) -> None:
+    """Declare features, and with them arguments, roles and units, to add to existing pipelines."""
 
 
 @hookspec

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-API_VERSION = 1
+API_VERSION = 2
 """Version of the plugin contract; a plugin states it as `DIFFSYNTH_API`."""
 
 
@@ -171,6 +171,26 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SolverSpec:
+    """A solver of the denoising loop, which users select by name (`solver="dpmpp_2m"`).
+
+    Args:
+        name: unique among solvers.
+        solver: reference to `f(velocity, latents, sigmas, *, noise, on_step, progress) -> latents`; the arguments are
+            those of `diffsynth.sampling.solver.euler`.
+        evaluations_per_step: most calls of `velocity` in one step, at least 1.
+        uses_noise: whether it calls `noise`, so that its result depends on more than the initial latents.
+        paper: arXiv id or address; empty if there is none.
+    """
+
+    name: str
+    solver: str
+    evaluations_per_step: int = 1
+    uses_noise: bool = False
+    paper: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizationSpec:
     """A quantization backend, by reference. Only `diffsynth doctor` reads it so far; the contract is not settled."""
 
@@ -206,18 +226,25 @@ class ObjectiveSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitSpec:
-    """A unit that a plugin adds to an existing pipeline class.
+class FeatureSpec:
+    """A feature that a plugin adds to pipelines: to one class, to those of a family, or to every pipeline that has what
+    the feature reads.
 
     Args:
+        feature: reference to a `diffsynth.runtime.feature.Feature`.
         pipeline: reference to the pipeline class; subclasses are included.
-        unit: reference to the unit.
-        after: name of the unit that it runs after; empty: after all others, before the loop.
+        family: of the models whose pipelines get the feature, in place of `pipeline`. With neither, every pipeline
+            whose units write what the feature's units read gets it.
     """
 
-    pipeline: str
-    unit: str
-    after: str = ""
+    feature: str
+    pipeline: str = ""
+    family: str = ""
+
+    @property
+    def is_for_all(self) -> bool:
+        """Whether the feature is added to every pipeline that has what it reads."""
+        return not self.pipeline and not self.family
 
 
 @dataclass(frozen=True, kw_only=True)

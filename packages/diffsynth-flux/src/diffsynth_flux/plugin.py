@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import CommandSpec, ObjectiveSpec
 
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 
 
 @hookimpl

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.nn import LayerNorm, RMSNorm, gated_residual, rotary_angles, sinusoidal_embedding
+from diffsynth.runtime.feature import StepContext
 from diffsynth_wan.config import CAMERA_PIXELS, WanDiTConfig, WanVaceConfig
 from diffsynth_wan.extension import Attend, Extension, Positions, Rotary, Stream
 
@@ -62,6 +63,7 @@ class WanDiT(nn.Module):
         condition_latents: Float[Tensor, "b c_condition t h w"] | None = None,
         *,
         extensions: Sequence[Extension] = (),
+        step: StepContext | None = None,
     ) -> Float[Tensor, "b c t h w"]:
         """Return the velocity `noise - x0`, a tensor with the axes `b c t h w` and the dtype of `latents`.
 
@@ -74,11 +76,12 @@ class WanDiT(nn.Module):
             condition_latents: channels that are appended to those of `latents`: a mask and an encoded image, a control
                 video.
             extensions: applied in this order after the embedding; see `diffsynth_wan.extension`.
+            step: the step of the loop, for extensions.
 
         Raises:
             ValueError: sizes, channels or image do not fit this network.
         """
-        stream = self.embed(latents, time, prompt_embeds, image_embeds, condition_latents)
+        stream = replace(self.embed(latents, time, prompt_embeds, image_embeds, condition_latents), step=step)
         for extension in extensions:
             stream = extension(self, stream)
         tokens = stream.tokens

@@ -6,7 +6,7 @@ move them in space and time, extend the context, change the modulation, replace 
 block, or register a residual that is added after a block. The variants in `diffsynth_wan.variants` are extensions.
 
 An extension that supports sliding windows has a method `in_window(window)`, which returns the extension for one
-`diffsynth_wan.windows.Window` of the video.
+`diffsynth.sampling.windows.Window` of the video; its feature declares `Condition(cut=in_window)`.
 
 If the tokens of a video are sharded over several processes, the class attribute `token_scope: ClassVar[TokenScope]` of
 an extension declares whether it needs all tokens or works on a shard of them; `diffsynth_wan.sharding` orders
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
+from diffsynth.runtime.feature import StepContext
 from diffsynth_wan.config import WanDiTConfig
 
 Rotary: TypeAlias = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
@@ -73,6 +74,7 @@ class Stream:
         split: takes this process's shard of a tensor along its tokens (axis 1), a contiguous slice.
         join: gathers the shards of all processes to the whole tensor.
         first_token: index in the grid of the first of `tokens`; may be above 0 after sharding.
+        step: the step of the loop, with the networks of the pipeline; None for a network that is called by itself.
     """
 
     tokens: Float[Tensor, "b s e"]
@@ -89,6 +91,7 @@ class Stream:
     split: Callable[[Tensor], Tensor] = _identity
     join: Callable[[Tensor], Tensor] = _identity
     first_token: int = 0
+    step: StepContext | None = None
 
     @property
     def grid(self) -> tuple[int, int, int]:

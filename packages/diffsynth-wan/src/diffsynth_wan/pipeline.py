@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -13,33 +12,28 @@ from torch import Tensor
 
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.parallel import init_distributed
+from diffsynth.errors import MissingComponent
+from diffsynth.runtime.feature import Condition, StepContext, whole
 from diffsynth.runtime.guidance_branches import check_merging
+from diffsynth.runtime.loop import refuse_windows
 from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
-from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.role import Role, Tokenizer
+from diffsynth.sampling.windows import SlidingWindow
 from diffsynth_wan.arguments import WanArguments
 from diffsynth_wan.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
-from diffsynth_wan.extension import Extension
+from diffsynth_wan.extension import Extension, FramePositions
+from diffsynth_wan.features import FEATURES
 from diffsynth_wan.sharding import with_sharded_tokens
 from diffsynth_wan.units import OUTPUT_UNITS, UNITS
-from diffsynth_wan.units.checks import check_experts, check_inputs, check_windows
-from diffsynth_wan.units.vace import VaceCondition
-from diffsynth_wan.variants.vace import VaceControl
-from diffsynth_wan.windows import SlidingWindow, blend_windows
+from diffsynth_wan.units.size import rounded_shape
 
 COMMON_FILES = (f"{TEXT_ENCODER_FILE}.pth", f"{IMAGE_ENCODER_FILE}.pth", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 """Names of files that are the same in many repositories; the repository `CONVERTED` has them as safetensors."""
 
-TENSORS = frozenset({"prompt_embeds", "image_embeds", "condition_latents", "first_latents"})
-"""Names of conditions that `cfg_merge` can stack to one batch for both branches of guidance."""
-
 OUTPUT_TYPES = {"quantized": "pil", "floatpoint": "tensor"}
 """Values of `output_type` in scripts for DiffSynth-Studio -> ours."""
-
-DIT = Role(architectures=("wan_dit",))
-OPTIONAL_DIT = Role(architectures=("wan_dit",), optional=True)
-VACE = Role(architectures=("wan_vace",), optional=True)
 
 
 class WanVideoPipeline(Pipeline):
@@ -49,28 +43,22 @@ class WanVideoPipeline(Pipeline):
     """
 
     roles = {
-        "dit": DIT,
-        "dit2": OPTIONAL_DIT,
+        "dit": Role(architectures=("wan_dit",)),
+        "dit2": Role(architectures=("wan_dit",), optional=True),
         "text_encoder": Role(architectures=("wan_text_encoder",)),
-        "image_encoder": Role(architectures=("wan_image_encoder",), optional=True),
         "vae": Role(architectures=("wan_autoencoder", "wan22_autoencoder")),
-        "vace": VACE,
-        "vace2": VACE,
-        "animate_adapter": Role(architectures=("wan_animate_adapter",), optional=True),
-        "motion_controller": Role(architectures=("wan_motion_controller",), optional=True),
-        "tokenizer": Processor(source="Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"),
+        "tokenizer": Tokenizer(source="Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"),
     }
     units = UNITS
     output_units = OUTPUT_UNITS
+    features = FEATURES
     loop = LoopArguments(num_inference_steps=50, cfg_scale=5.0)
-    loop_roles = ("dit", "vace", "animate_adapter")
+    conditions = {"prompt_embeds": Condition(whole), "expert_boundary": Condition(whole, batch="separate")}
     shares_tokens = True
+    output_kind = "video"
     facts = {
         "in_channels": "dit.in_channels",
         "latent_channels": "dit.out_channels",
-        "image_dim": "dit.image_dim",
-        "image_tokens": "dit.image_tokens",
-        "frame_times": "dit.frame_times",
         "vae_factor": "vae.factor",
         "time_factor": "vae.time_factor",
     }
@@ -125,19 +113,29 @@ class WanVideoPipeline(Pipeline):
             output_type = arguments["output_type"]
             arguments["output_type"] = OUTPUT_TYPES.get(output_type, output_type)
         request = super().check(**arguments)
-        check_inputs(request.values, self.components)
-        check_windows(request, self.program, self.components["vae"])
-        if request.values["cfg_merge"] and request.loop.cfg_scale != 1:
-            options = {"tensors": TENSORS, "conditions": self.conditions(), "axis": self.mesh.branches}
-            check_merging(self.program, self.components, request.values, **options)
+        values = request.values
+        for name in (
+            ("input_image", "end_image", "input_video") if values["animate2_reference_video"] is not None else ()
+        ):
+            if values[name] is not None:
+                raise ValueError(
+                    f"{name} is given, but this network takes the character as animate2_reference_image and the last "
+                    f"frames of the previous clip as animate2_refert_images"
+                )
+        self._check_windows(request)
+        if values["cfg_merge"] and len(request.branches) > 1:
+            options = {"rules": self.condition_rules, "axis": self.mesh.branches, "argument": "cfg_merge"}
+            check_merging(self.program, self.components, values, **options)
         return request
 
-    def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return a tuple of the roles (names of components, loaded or not) for noise level `sigma`: dit2, vace2 and
-        animate_adapter below `values["expert_boundary"]` (0 if missing), else dit, vace and animate_adapter.
+    def roles_at(self, step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return a tuple of the roles whose networks `velocity()` calls in a step: dit2 in place of dit in steps below
+        `values["expert_boundary"]` (0 if missing), and those of the features in use.
         """
-        second = sigma < values.get("expert_boundary", 0.0)
-        return ("dit2", "vace2", "animate_adapter") if second else self.loop_roles
+        roles = super().roles_at(step, values)
+        if step.sigma < values.get("expert_boundary", 0.0):
+            roles = tuple("dit2" if role == "dit" else role for role in roles)
+        return roles
 
     def velocity(
         self,
@@ -148,10 +146,9 @@ class WanVideoPipeline(Pipeline):
         image_embeds: Float[Tensor, "#b i e_image"] | None = None,
         condition_latents: Float[Tensor, "#b c_condition t h w"] | None = None,
         first_latents: Float[Tensor, "#b c t_first h w"] | None = None,
-        extensions: tuple[Extension, ...] = (),
-        vace_condition: VaceCondition | None = None,
         expert_boundary: float = 0.0,
-        sliding_window: SlidingWindow | None = None,
+        extensions: tuple[Extension, ...] = (),
+        step: StepContext | None = None,
     ) -> Float[Tensor, "b c t h w"]:
         """Return the velocity `noise - x0` of the latents, a tensor `b c t h w`, 0 in the frames that `first_latents`
         gives; see `Pipeline.velocity`.
@@ -164,28 +161,14 @@ class WanVideoPipeline(Pipeline):
             image_embeds: hidden states of the image encoder.
             condition_latents: channels that are appended to those of the latents.
             first_latents: clean latents of the first frames, for a network with one noise level per frame.
-            extensions: extensions of the transformer; see `diffsynth_wan.extension`.
-            vace_condition: control latents and scale for VACE.
             expert_boundary: noise level below which the second expert runs.
-            sliding_window: size and stride of windows for a long video; None processes all frames at once.
+            extensions: extensions of the transformer; see `diffsynth_wan.extension`.
+            step: the step of the loop; None outside of a loop.
         """
-        if sliding_window is not None:
-            windows = sliding_window.windows(latents.shape[2] - sliding_window.prefix_frames)
-            if len(windows) > 1:
-                conditions = {
-                    "prompt_embeds": prompt_embeds,
-                    "image_embeds": image_embeds,
-                    "condition_latents": condition_latents,
-                    "first_latents": first_latents,
-                    "extensions": extensions,
-                    "vace_condition": vace_condition,
-                    "expert_boundary": expert_boundary,
-                }
-                return blend_windows(partial(self.velocity, sigma=sigma), windows, latents, conditions)
-        dit, vace = self._expert(sigma, expert_boundary)
-        if vace_condition is not None:
-            control = vace_condition.latents.expand(len(latents), -1, -1, -1, -1)
-            extensions = (*extensions, VaceControl(vace, control, vace_condition.scale))
+        step = self.step_outside(sigma) if step is None else step
+        dit = self.dit if self.dit2 is None or step.sigma >= expert_boundary else self.dit2
+        if step.window is not None:
+            extensions = (FramePositions(step.window.frames), *extensions)
         extensions = with_sharded_tokens(extensions, self.mesh.tokens)
         time, given = sigma, 0
         if first_latents is not None:
@@ -198,18 +181,48 @@ class WanVideoPipeline(Pipeline):
             None if each is None else each.expand(len(latents), *each.shape[1:])
             for each in (image_embeds, condition_latents)
         )
-        velocity = dit(latents, time, prompt_embeds, image_embeds, condition_latents, extensions=extensions)
+        velocity = dit(latents, time, prompt_embeds, image_embeds, condition_latents, extensions=extensions, step=step)
         if given:
             velocity[:, :, :given] = 0  # given frames stay unchanged
         return velocity
 
-    def _expert(self, sigma: Float[Tensor, "b"], boundary: float) -> tuple[Any, Any]:
-        """Return (transformer, VACE network or None): those of the second expert if it is loaded and `sigma[0]` is
-        below `boundary`, else those of the first.
+    def _check_windows(self, request: Request) -> None:
+        """Raise ValueError if a call needs several sliding windows and has a step cache or a condition that cannot be
+        cut, or if the window sizes are invalid.
         """
-        if self.dit2 is None or float(sigma[0]) >= boundary:
-            return self.dit, self.vace
-        return self.dit2, self.vace2
+        values, vae = request.values, self.components["vae"]
+        sliding = SlidingWindow.from_arguments(values["sliding_window_size"], values["sliding_window_stride"])
+        if sliding is None or vae is None:
+            return
+        size = (values["height"], values["width"], values["num_frames"])
+        *_, frames = rounded_shape(*size, vae_factor=vae.config.factor, time_factor=vae.config.time_factor)
+        if len(sliding.windows((frames - 1) // vae.config.time_factor + 1)) == 1:
+            return
+        if request.loop.step_cache is not None:
+            raise ValueError(
+                f"step_cache={request.loop.step_cache!r} with sliding_window_size={sliding.size}: a step cache stores "
+                "the last step of one window; leave out one of the two"
+            )
+        refuse_windows(self, values)
+
+
+def check_experts(names: Sequence[str]) -> None:
+    """Raise MissingComponent if just one of `high_noise_model` and `low_noise_model` (the folders of two experts)
+    occurs in `names`, paths of files.
+
+    Args:
+        names: paths or patterns of the files to load.
+
+    Raises:
+        MissingComponent: only one of `high_noise_model` and `low_noise_model` is among them.
+    """
+    high, low = (any(folder in name for name in names) for folder in ("high_noise_model", "low_noise_model"))
+    if high != low:
+        there, missing = ("high", "low") if high else ("low", "high")
+        raise MissingComponent(
+            f"model_configs has only the {there}-noise expert of a model with two experts. "
+            f"Add a ModelConfig for {missing}_noise_model/ of the same repository."
+        )
 
 
 def _redirected(config: ModelConfig) -> ModelConfig:

@@ -9,7 +9,7 @@ from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec
 from diffsynth_wan.checkpoints import ARCHITECTURES, CHECKPOINTS
 from diffsynth_wan.models import MODELS
 
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 
 
 @hookimpl

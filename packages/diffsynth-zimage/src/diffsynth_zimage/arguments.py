@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypedDict
 
+from diffsynth.runtime.guidance import GuidanceArgument
 from PIL import Image
 from torch import Tensor
 
@@ -56,3 +57,5 @@ class ZImageArguments(ImageArguments, total=False):
     progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]]
     step_cache: StepCacheArgument
     attention: AttentionArgument
+    solver: str
+    guidance: GuidanceArgument

@@ -13,7 +13,7 @@ from diffsynth.runtime.image_units import check_tiling, decode_image
 from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
-from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.role import Role, Tokenizer
 from diffsynth_zimage.arguments import ZImageArguments
 from diffsynth_zimage.units import UNITS
 
@@ -25,7 +25,7 @@ class ZImagePipeline(Pipeline):
         "dit": Role(architectures=("z_image_dit",)),
         "text_encoder": Role(architectures=("qwen3_text_encoder",)),
         "vae": Role(architectures=("flux_autoencoder",)),
-        "tokenizer": Processor(source="Tongyi-MAI/Z-Image-Turbo:tokenizer/"),
+        "tokenizer": Tokenizer(source="Tongyi-MAI/Z-Image-Turbo:tokenizer/"),
     }
     units = UNITS
     output_units = (decode_image,)

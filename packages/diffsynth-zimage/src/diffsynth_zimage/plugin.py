@@ -8,7 +8,7 @@ from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec, TrainingSpec
 from diffsynth_zimage.checkpoints import ARCHITECTURES, CHECKPOINTS, LORA_TARGETS
 
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 
 PIPELINE = "diffsynth_zimage.pipeline:ZImagePipeline"
 TEXT_ENCODER = "Tongyi-MAI/Z-Image-Turbo:text_encoder/*.safetensors"

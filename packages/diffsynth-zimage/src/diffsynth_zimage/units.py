@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffsynth.runtime.image_units import encode_input_image, image_size
-from diffsynth.runtime.unit import unit
+from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.sampling.schedule import z_image_sigmas
 from diffsynth_zimage.config import MAX_PROMPT_TOKENS, VAE_FACTOR
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 round_size = image_size(multiple=16)
 
 
-@unit("sigmas")
+@unit("sigmas", phase=Phase.SHAPE)
 def schedule(
     *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float | None = None
 ) -> Float[Tensor, "steps_plus_1"]:
@@ -32,7 +32,7 @@ def schedule(
     return z_image_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
 
 
-@unit("prompt_embeds", "prompt_mask", branches={"uncond": {"prompt": "negative_prompt"}})
+@unit("prompt_embeds", "prompt_mask", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
 def encode_prompt(
     text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
 ) -> tuple[Float[Tensor, "b s e"], Bool[Tensor, "b s"]]:
@@ -64,7 +64,7 @@ def chat_text(tokenizer: Any, prompt: str) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
 
 
-@unit("latents", random=True)
+@unit("latents", random=True, phase=Phase.LATENTS)
 def initial_latents(
     *,
     input_latents: Float[Tensor, "b c h w"] | None = None,

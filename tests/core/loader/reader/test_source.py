@@ -241,6 +241,8 @@ def test_an_error_of_a_thread_names_the_file_and_stops_the_others(tmp_path, monk
 
 
 def test_ctrl_c_stops_the_threads():
+    # A program that a shell starts in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     started, done = threading.Event(), []
 
     def task():
@@ -253,8 +255,11 @@ def test_ctrl_c_stops_the_threads():
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        blocks.run_tasks([task] * 5000)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            blocks.run_tasks([task] * 5000)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(done) < 1000
     for thread in threading.enumerate():
         if thread.name.startswith("diffsynth-read"):

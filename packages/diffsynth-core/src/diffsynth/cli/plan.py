@@ -114,9 +114,8 @@ def _show(record: ModelRecord, made: MemoryPlan) -> None:
         click.echo(f"stored    in {made.storage}, which changes results")
     if made.options:
         click.echo(f"choice    {'; '.join(map(str, made.options))}")
-    if made.tiled or made.asks_for_tiles:
-        reason = "because of the limit" if made.tiled else "as the call requests"
-        click.echo(f"tiles     the autoencoder works tile by tile (tiled=True) {reason}, which may change pixels")
+    for name, value in made.switches.items():
+        click.echo(f"sets      {name}={value!r} because of the limit, which may change the result")
     click.echo(f"speed     {made.speeds.link / 1e9:.1f} GB/s, {made.speeds.compute / 1e12:.1f} TFLOP/s: "
                f"{'measured' if made.speeds.measured else 'not measured here'}. {made.speeds.source}")  # fmt: skip
 

@@ -1,13 +1,13 @@
-"""Built-in plugin `core`: architectures and published files that two or more families use, and core's guidances."""
+"""Built-in plugin `core`: networks that two or more families use, and core's solvers and guidances."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, GuidanceSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, GuidanceSpec, SolverSpec
 
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 
 FLUX_AUTOENCODER = ArchitectureSpec(
     name="flux_autoencoder",
@@ -136,6 +136,19 @@ GUIDANCES = (
     GuidanceSpec(name="cfg_zero_star", guidance="diffsynth.runtime.guidance:ZeroStar", paper="arXiv:2503.18886"),
 )
 
+SOLVERS = (
+    SolverSpec(name="euler", solver="diffsynth.sampling.solver:euler", paper="2209.03003"),
+    SolverSpec(name="heun", solver="diffsynth.sampling.solver:heun", evaluations_per_step=2, paper="2206.00364"),
+    SolverSpec(name="dpmpp_2m", solver="diffsynth.sampling.solver:dpmpp_2m", paper="2211.01095"),
+    SolverSpec(name="unipc", solver="diffsynth.sampling.solver:unipc", paper="2302.04867"),
+    SolverSpec(
+        name="euler_ancestral",
+        solver="diffsynth.sampling.solver:euler_ancestral",
+        uses_noise=True,
+        paper="2011.13456",
+    ),
+)
+
 
 @hookimpl
 def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
@@ -153,3 +166,9 @@ def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
 def register_guidance(register: Callable[[GuidanceSpec], None]) -> None:
     for guidance in GUIDANCES:
         register(guidance)
+
+
+@hookimpl
+def register_solvers(register: Callable[[SolverSpec], None]) -> None:
+    for solver in SOLVERS:
+        register(solver)

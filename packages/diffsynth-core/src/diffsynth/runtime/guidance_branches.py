@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffsynth.core.parallel import MeshAxis, compute_and_gather
+from diffsynth.runtime.feature import Condition
 from diffsynth.runtime.unit import Program, can_run, is_enabled, is_per_branch
 
 MERGES = "merges_branches"
@@ -35,17 +36,18 @@ class Branches:
         self._axis = axis
         self._merged = merge_conditions(conditions, batch_size) if merges and len(conditions) > 1 else None
 
-    def predict(self, predict: Predict, latents: Tensor, levels: Tensor) -> list[Tensor]:
-        """Return a list of velocities, a tensor for each branch of guidance, computed one by one or as one batch."""
+    def predict(self, predict: Predict, latents: Tensor, levels: Tensor) -> dict[str, Tensor]:
+        """Return a dict branch -> velocity, a tensor for each branch of guidance, computed one by one or together."""
+        names = list(self._conditions)
         if self._merged is None:
-            return compute_and_gather(
-                list(self._conditions),
-                lambda branch: predict(branch, latents, levels, self._conditions[branch]),
-                self._axis,
+            predictions = compute_and_gather(
+                names, lambda branch: predict(branch, latents, levels, self._conditions[branch]), self._axis
             )
-        count, name = len(self._conditions), "+".join(self._conditions)
-        together = predict(name, torch.cat([latents] * count), levels.repeat(count), self._merged)
-        return list(together.chunk(count))
+        else:
+            together = torch.cat([latents] * len(names))
+            merged = predict("+".join(names), together, levels.repeat(len(names)), self._merged)
+            predictions = list(merged.chunk(len(names)))
+        return dict(zip(names, predictions, strict=True))
 
 
 def merge_conditions(conditions: Mapping[str, Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
@@ -83,19 +85,19 @@ def check_merging(
     components: Mapping[str, Any],
     values: Mapping[str, Any],
     *,
-    tensors: Collection[str],
-    conditions: Collection[str],
+    rules: Mapping[str, Condition],
     axis: MeshAxis,
+    argument: str,
 ) -> None:
-    """Raise ValueError unless the guidance branches (cond, uncond) can share one batch, before anything is encoded.
+    """Raise ValueError unless the branches of guidance can share one batch, before anything is encoded.
 
     Args:
         program: the pipeline's units.
         components: role -> component or None.
         values: arguments of the call.
-        tensors: names of the conditions that `merge_conditions` can concatenate.
-        conditions: names of all conditions.
+        rules: name -> `Condition` of all conditions.
         axis: the mesh axis whose processes compute one branch each.
+        argument: the name of the call's argument that asks for one batch, for messages.
 
     Raises:
         ValueError: a unit in use writes a condition for each branch that is no tensor; or each branch has a process of
@@ -103,7 +105,7 @@ def check_merging(
     """
     if axis.size > 1:
         raise ValueError(
-            f"cfg_merge=True and pipe.parallel(cfg={axis.size}), which gives each branch a process; leave out one"
+            f"{argument}=True and pipe.parallel(cfg={axis.size}), which gives each branch a process; leave out one"
         )
     branched: set[str] = set()
     for step in program.units:
@@ -111,9 +113,9 @@ def check_merging(
         if not runs or not is_per_branch(step, branched):
             continue
         branched |= set(step.writes)
-        separate = sorted(set(step.writes) & (set(conditions) - set(tensors)))
+        separate = sorted(name for name in step.writes if name in rules and rules[name].batch == "separate")
         if separate and program.is_used(step, values):
             raise ValueError(
-                f"cfg_merge=True: {step.title} gives each branch of guidance its own {' and '.join(separate)}, which "
-                "cannot be put into one batch; leave out cfg_merge, or turn guidance off with cfg_scale=1"
+                f"{argument}=True: {step.title} gives each branch of guidance its own {' and '.join(separate)}, which "
+                f"cannot be put into one batch; leave out {argument}, or turn guidance off with cfg_scale=1"
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffsynth.models.flux_autoencoder import TILE_SIZE, TILE_STRIDE
 from diffsynth.models.tiles import Tiling, check_tiles
 from diffsynth.runtime.images import images_to_batch, tensor_to_images
-from diffsynth.runtime.unit import Unit, unit
+from diffsynth.runtime.unit import Phase, Unit, unit
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def image_size(multiple: int, *, default: int = 1024) -> Unit:
             logger.warning("%dx%d is rounded up to %dx%d, multiples of %d", height, width, *rounded, multiple)
         return rounded
 
-    return unit("height", "width")(round_size)
+    return unit("height", "width", phase=Phase.SHAPE)(round_size)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -38,7 +38,7 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-@unit("input_latents")
+@unit("input_latents", phase=Phase.ENCODE, switches={"tiled": True})
 def encode_input_image(
     vae: Any,
     *,
@@ -62,7 +62,7 @@ def encode_input_image(
     return vae.encode(pixels, **tiling).expand(batch_size, -1, -1, -1)
 
 
-@unit("output")
+@unit("output", switches={"tiled": True})
 def decode_image(
     vae: Any,
     *,

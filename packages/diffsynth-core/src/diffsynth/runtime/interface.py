@@ -1,29 +1,64 @@
-"""The interface of a pipeline that the planner uses.
+"""The interfaces of a pipeline that its loop and the planner use.
 
-`Pipeline` imports the planner, so the planner is written against this protocol and does not import `Pipeline`.
+`Pipeline` imports both, so both are written against these protocols and do not import `Pipeline`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from diffsynth.core.parallel import ProcessMesh
+from diffsynth.core.planning import MemoryPlan
+from diffsynth.runtime.feature import Condition, StepContext
 from diffsynth.runtime.request import Request
-from diffsynth.runtime.unit import CallValues, Program, Unit
+from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.stage_offloader import ExpertSwitcher
+from diffsynth.runtime.unit import CallValues, Program
 
 
-class PlannablePipeline(Protocol):
-    """A pipeline whose stages can be run one by one; see `diffsynth.runtime.pipeline.Pipeline`."""
+class LoopPipeline(Protocol):
+    """A pipeline whose denoising loop can be run; see `diffsynth.runtime.pipeline.Pipeline`."""
 
     components: dict[str, Any]
+    device: torch.device
     dtype: torch.dtype
+    mesh: ProcessMesh
+    model_name: str | None
+    prediction: str
     program: Program
-    roles: Mapping[str, Any]
-    output_units: tuple[Unit, ...]
+    condition_rules: Mapping[str, Condition]
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """A dict role -> component, with one entry for each member of a role of many: "controlnet[0]"."""
+
+    @property
+    def all_loop_roles(self) -> tuple[str, ...]:
+        """A tuple of the roles whose networks the loop may call; of a role of many, its members."""
+
+    def roles_at(self, step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return a tuple of the roles whose networks `velocity()` calls in a step."""
+
+    def velocity(self, latents: Tensor, sigma: Tensor, **arguments: Any) -> Tensor:
+        """Return the velocity `noise - x0`, a tensor of the shape of `latents`."""
+
+    def velocity_arguments(self, conditions: Mapping[str, Any], step: StepContext) -> dict[str, Any]:
+        """Return a dict of the keyword arguments of `velocity()` for these conditions in a step."""
+
+    def switch_experts(self, roles: Sequence[tuple[str, ...]], plan: MemoryPlan | None) -> ExpertSwitcher:
+        """Return an `ExpertSwitcher` that loads the components of each step of the loop."""
+
+
+class PlannablePipeline(LoopPipeline, Protocol):
+    """A pipeline whose calls can be planned; see `diffsynth.runtime.pipeline.Pipeline`."""
+
+    roles: Mapping[str, Role | Processor]
+    per_image: tuple[str, ...]
     __signature__: inspect.Signature
 
     def check(self, **arguments: Any) -> Request:
@@ -32,11 +67,5 @@ class PlannablePipeline(Protocol):
     def call_values(self, request: Request) -> CallValues:
         """Return the `CallValues` (values by name, shared and by branch) that the units of a call start from."""
 
-    def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return a tuple of the roles (component names) that `velocity()` calls at a noise level."""
-
-    def denoise(self, request: Request, values: CallValues) -> Tensor:
-        """Run the denoising loop and return the latents, a tensor, at the end of the schedule."""
-
-    def decode(self, request: Request, values: CallValues, latents: Tensor) -> Any:
-        """Run the output units and return what they output, such as images."""
+    def stages(self, request: Request) -> Sequence[Any]:
+        """Return the `Stage`s of a call, in running order."""

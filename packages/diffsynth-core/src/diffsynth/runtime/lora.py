@@ -45,7 +45,11 @@ class LoadedLoRA:
 class LoRAMethods:
     """The methods of `Pipeline` for LoRAs. They must not run during a call of the pipeline."""
 
-    components: dict[str, Any]
+    @property
+    def parts(self) -> dict[str, Any]:
+        """A dict role -> component, with one entry for each member of a role of many."""
+        raise NotImplementedError
+
     plan_cache: PlanCache | None
 
     @property
@@ -101,7 +105,7 @@ class LoRAMethods:
 
     def clear_lora(self) -> None:
         """Remove all hot LoRAs (computed beside the weights) from all components; fused ones stay in the weights."""
-        modules = [part for part in self.components.values() if isinstance(part, nn.Module)]
+        modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
         cleared = sum(clear_hot(module) for module in modules)
         vars(self)["_loras"] = [lora for lora in self.loras if not lora.hot]
         self._clear_plans()
@@ -122,10 +126,10 @@ class LoRAMethods:
     def _role_of(self, module: Any) -> str:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module={module!r}: expected a component of this pipeline, such as pipe.dit")
-        for role, part in self.components.items():
+        for role, part in self.parts.items():
             if part is module:
                 return role
-        held = [role for role, part in self.components.items() if isinstance(part, nn.Module)]
+        held = [role for role, part in self.parts.items() if isinstance(part, nn.Module)]
         raise ValueError(
             f"this {type(module).__name__} is no component of the {type(self).__name__}; expected one of "
             f"{', '.join(f'pipe.{role}' for role in held)}"

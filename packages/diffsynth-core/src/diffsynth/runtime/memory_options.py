@@ -24,6 +24,7 @@ from diffsynth.errors import NotEnoughMemory, Unplannable, did_you_mean
 from diffsynth.runtime import architectures
 from diffsynth.runtime.interface import PlannablePipeline
 from diffsynth.runtime.planning import plan_call
+from diffsynth.runtime.role import grouped, role_of
 from diffsynth.runtime.weight_storage import WeightStorage
 from diffsynth.spec import ArchitectureSpec
 
@@ -59,7 +60,7 @@ class MemoryOptions:
             ValueError: an unknown role.
         """
         for role in self.policies if isinstance(self.policies, Mapping) else ():
-            if role not in roles:
+            if role_of(role) not in roles:
                 raise ValueError(f"policy for {role!r}, which is no role{did_you_mean(role, roles)} {', '.join(roles)}")
 
     def policy(self, role: str, config: ModelConfig | None = None) -> Policy | None:
@@ -148,7 +149,9 @@ class MemoryOptions:
             logger.warning("vram_limit=%s has no effect: the pipeline runs on %s", self.vram_limit, self.device)
 
     def _wanted(self, role: str) -> str | Policy | Auto | None:
-        return self.policies.get(role) if isinstance(self.policies, Mapping) else self.policies
+        if not isinstance(self.policies, Mapping):
+            return self.policies
+        return self.policies.get(role, self.policies.get(role_of(role)))
 
 
 def for_call(policies: Policies, call: Mapping[str, Any]) -> Policies:
@@ -183,7 +186,8 @@ def choose_before_reading(
     if not any(options.is_auto(role, configs.get(role)) for role in opened):
         return options
     modules = {role: component.materialize(*pair, device="meta") for role, pair in opened.items()}
-    return choose(build(dict(processors) | modules, device="meta", torch_dtype=options.dtype), options, configs)
+    components = dict(processors) | grouped(modules)
+    return choose(build(components, device="meta", torch_dtype=options.dtype), options, configs)
 
 
 def choose(
@@ -197,7 +201,7 @@ def choose(
     where the call cannot be planned or the limit cannot be kept.
     """
     configs = configs or {}
-    modules = {role: part for role, part in pipe.components.items() if isinstance(part, nn.Module)}
+    modules = {role: part for role, part in pipe.parts.items() if isinstance(part, nn.Module)}
     unwrapped = [role for role, module in modules.items() if managed(module) is None]
     auto_roles = [role for role in unwrapped if options.is_auto(role, configs.get(role))]
     if not auto_roles:

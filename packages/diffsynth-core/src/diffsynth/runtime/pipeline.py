@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -18,40 +18,36 @@ from diffsynth import _discovery
 from diffsynth.core import device as devices
 from diffsynth.core.parallel import ProcessMesh, create_mesh
 from diffsynth.core.planning import MemoryPlan
+from diffsynth.core.planning.workload import StageKind
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
-from diffsynth.errors import Cancelled, InvalidPipeline, MissingComponent, did_you_mean
+from diffsynth.errors import InvalidPipeline, did_you_mean
 from diffsynth.runtime.acceleration.compiling import compile_components
-from diffsynth.runtime.acceleration.session import StepCacheSession, step_cache_session
-from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
-from diffsynth.runtime.added_units import with_added_units
+from diffsynth.runtime.composition import PIPELINE_VALUES, RESERVED, compose, condition_parameters, own_program
 from diffsynth.runtime.declared_backends import use_declared_backends
-from diffsynth.runtime.guidance_branches import MERGES, Branches
+from diffsynth.runtime.feature import Condition, Feature, StepContext
+from diffsynth.runtime.loop import check_loop
 from diffsynth.runtime.lora import LoRAMethods
 from diffsynth.runtime.memory_options import MemoryOptions, Policies, choose, choose_before_reading
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.pretrained import PretrainedLoader
-from diffsynth.runtime.progress import no_progress
-from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, Step, build_signature, check_request
-from diffsynth.runtime.role import Processor, Role, fill_roles
+from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, check_request
+from diffsynth.runtime.role import Processor, Role, fill_roles, member_roles, members
 from diffsynth.runtime.schema import SchemaMethod
 from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
-from diffsynth.runtime.unit import REQUIRED, CallValues, Program, Unit, can_run, check_units, needed_for, run_units
-from diffsynth.sampling.guidance import classifier_free_guidance
-from diffsynth.sampling.solver import euler
-
-PIPELINE_VALUES = ("device", "dtype", "batch_size", "seeds", "mesh", *LOOP_NAMES)
-"""The names that every pipeline sets for its units."""
+from diffsynth.runtime.stages import Stage, stages_of
+from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, needed_for, run_units
+from diffsynth.sampling.prediction import PREDICTIONS
 
 
 class Pipeline(LoRAMethods):
-    """A pipeline from the arguments of a call to images or videos; a family subclasses it.
+    """A pipeline from the arguments of a call to images, videos or any other output; a family subclasses it.
 
     A subclass states its `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and
-    `velocity()` itself. Units before the loop write `latents`, `sigmas` and the conditions that `velocity()` reads;
-    those after it read `latents` and write `output`. `per_image` names the arguments that take a text or a list of
-    texts. `facts` passes units a field of a component's config without loading the component: name -> "role.field".
+    `velocity()` itself; each further conditioning is one of its `features`. Units before the loop write `latents`,
+    `sigmas` and the conditions that `velocity()` reads; those after it read `latents` and write `output`. A subclass
+    without `velocity()` and `predict()` has no loop: its units write what its output units read.
 
     Threads: several threads may call one pipeline, and pipelines that share components, because all state of a call is
     in local values; each gets the result that it would get alone. Where components are under a policy, stages on one
@@ -63,21 +59,50 @@ class Pipeline(LoRAMethods):
     """`schema()` returns the arguments of a call as JSON Schema; see `diffsynth.runtime.schema`."""
 
     roles: ClassVar[Mapping[str, Role | Processor]] = MappingProxyType({})
+    """The roles of the pipeline itself; those of features are added."""
+
     units: ClassVar[tuple[Unit, ...]] = ()
     output_units: ClassVar[tuple[Unit, ...]] = ()
+    features: ClassVar[tuple[Feature, ...]] = ()
     loop: ClassVar[LoopArguments] = LoopArguments()
+    """The defaults of the loop's arguments."""
+
     loop_roles: ClassVar[tuple[str, ...]] = ("dit",)
+    """The roles whose networks `velocity()` calls, besides those of features."""
+
+    conditions: ClassVar[Mapping[str, Condition]] = MappingProxyType({})
+    """Name -> `Condition` of values that `velocity()` reads, besides those of features. One that is not listed is
+    stacked for guidance in one batch, and refuses sliding windows."""
+
     per_image: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
+    """The arguments that take one value, or a list of one for each result."""
+
     facts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Name -> "role.field": a field of a component's config that units read without the component being loaded."""
+
+    prediction: ClassVar[str] = "velocity"
+    """The kind of result of `predict()`: "epsilon", "x0" or "v"; "velocity" if the class implements `velocity()`."""
+
     shares_tokens: ClassVar[bool] = False
     """Whether `velocity()` distributes the tokens among the processes of `self.mesh.tokens`."""
 
+    output_kind: ClassVar[str | None] = None
+    """The kind of output: "image", "video", "audio" or another word; None if it depends on the call."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.prediction not in PREDICTIONS:
+            raise InvalidPipeline(
+                f"{cls.__name__}.prediction is {cls.prediction!r}{did_you_mean(cls.prediction, PREDICTIONS)}; "
+                f"expected one of {', '.join(PREDICTIONS)}"
+            )
+        cls.roles = MappingProxyType(
+            {**cls.roles, **{role: need for each in cls.features for role, need in each.roles.items()}}
+        )
         if "__call__" not in vars(cls):
             cls.__call__ = _copy_of(cls.__call__)
         # inspect.signature(Class.__call__) shows the family's own arguments; instances add those of plugins.
-        own = build_signature(check_units(cls.units, (*PIPELINE_VALUES, *cls.facts)), cls.loop, {})
+        own = build_signature(own_program(cls), cls.loop, {}, has_loop=cls.has_loop())
         subject = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         cls.__call__.__signature__ = own.replace(parameters=[subject, *own.parameters.values()])
 
@@ -110,13 +135,14 @@ class Pipeline(LoRAMethods):
         self.mesh = ProcessMesh()
         self.model_name: str | None = None
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
-        self.components = fill_roles(self.roles, components, pipeline_name=type(self).__name__)
         use_declared_backends()
-        self.program = self.build_program()
-        self._check_program()
-        self.__signature__ = build_signature(self.program, self.loop, {})
-        choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.components)
-        self._offloader = StageOffloader(self.components, self.device)
+        made = compose(type(self))
+        self.features, self.roles, self.facts, self.per_image = made.features, made.roles, made.facts, made.per_image
+        self.program, self.condition_rules = made.program, made.conditions
+        self.components = fill_roles(self.roles, components, pipeline_name=type(self).__name__)
+        self.__signature__ = build_signature(self.program, self.loop, {}, has_loop=self.has_loop())
+        choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.parts)
+        self._offloader = StageOffloader(self.parts, self.device)
         self.plan_cache: PlanCache | None = None
         if vram_limit is not None and self.device.type != "cpu" and self._offloader.is_needed:
             make_plan = functools.partial(plan_call, self, device=self.device, vram_limit=vram_limit)
@@ -152,7 +178,9 @@ class Pipeline(LoRAMethods):
             TypeError: an unknown argument.
         """
         device = devices.default_device() if device is None else devices.check_device(device)
-        loader = PretrainedLoader(cls.roles, cls.__name__, functools.partial(choose_before_reading, cls._from_some))
+        loader = PretrainedLoader(
+            compose(cls).roles, cls.__name__, functools.partial(choose_before_reading, cls._from_some)
+        )
         memory = {"vram_limit": vram_limit, "policy": policy}
         components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device, **memory)
         pipe = cls(components, device=device, torch_dtype=torch_dtype, component_files=files, **memory)
@@ -168,7 +196,7 @@ class Pipeline(LoRAMethods):
         Roles that are left out stay empty: a pipeline in training may hold an autoencoder alone.
         """
         pipe = cls._from_some(components, device=device, torch_dtype=torch_dtype)
-        for part in pipe.components.values():
+        for part in pipe.parts.values():
             if isinstance(part, torch.nn.Module) and managed(part) is None:
                 part.to(pipe.device, torch_dtype)
         return pipe
@@ -193,7 +221,7 @@ class Pipeline(LoRAMethods):
             if argument not in known:
                 raise TypeError(f"model {name!r} sets default {argument!r}, no argument{did_you_mean(argument, known)}")
         self.model_name = name
-        self.__signature__ = build_signature(self.program, self.loop, defaults)
+        self.__signature__ = build_signature(self.program, self.loop, defaults, has_loop=self.has_loop())
         return self
 
     @torch.no_grad()
@@ -212,14 +240,22 @@ class Pipeline(LoRAMethods):
         if prompt != "" or "prompt" in self.__signature__.parameters:
             arguments["prompt"] = prompt
         request = self._planned_request(arguments)
+        values = self.call_values(request)
         try:
-            return self._generate(request)
+            for stage in self.stages(request):
+                request.raise_if_cancelled()
+                with self._loaded(stage, request):
+                    stage.run(values)
         finally:
             self._offloader.end_call(request.plan)
+        if request.loop.output_type == "latents":
+            return values.shared["latents"]
+        output = values.shared["output"]
+        return output[0] if request.single and isinstance(output, list) else output
 
     @classmethod
     def call_signature(cls, defaults: Mapping[str, Any] | None = None) -> inspect.Signature:
-        """Return the `inspect.Signature` of a call, with arguments of units that plugins add; nothing is loaded.
+        """Return the `inspect.Signature` of a call, with arguments of features that plugins add; nothing is loaded.
 
         Args:
             defaults: argument -> default of a model, in place of the class's.
@@ -227,17 +263,34 @@ class Pipeline(LoRAMethods):
         Raises:
             InvalidPipeline: units do not fit together.
         """
-        return build_signature(cls.build_program(), cls.loop, defaults or {})
+        return build_signature(cls.build_program(), cls.loop, defaults or {}, has_loop=cls.has_loop())
 
     @classmethod
     def build_program(cls) -> Program:
-        """Return a checked `Program` of the class's units and of those that plugins add to it.
+        """Return a checked `Program` of the units of the class and of its features, those of plugins included.
 
         Raises:
             InvalidPipeline: units do not fit together.
         """
-        provided = (*PIPELINE_VALUES, *cls.facts)
-        return check_units(with_added_units(cls, cls.units, roles=cls.roles, provided=provided), provided)
+        return compose(cls).program
+
+    @classmethod
+    def has_loop(cls) -> bool:
+        """Whether the pipeline has a denoising loop: its class implements `velocity()` or `predict()`."""
+        return cls.velocity is not Pipeline.velocity or cls.predict is not Pipeline.predict
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """A dict role -> component or None, with one entry for each member of a role of many: "controlnet[0]"."""
+        return members(self.components)
+
+    @property
+    def all_loop_roles(self) -> tuple[str, ...]:
+        """A tuple of the roles whose networks the loop may call, those of features and members of roles of many
+        included.
+        """
+        roles = (*self.loop_roles, *(role for feature in self.features for role in feature.loop_roles))
+        return member_roles(dict.fromkeys(roles), self.components)
 
     def check(self, **arguments: Any) -> Request:
         """Check the arguments of a call without making it; return them, with defaults, as a `Request`.
@@ -245,11 +298,26 @@ class Pipeline(LoRAMethods):
         Errors are those of the call.
         """
         request = check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
-        self._step_cache_session(request)
-        check_attention(request.loop.attention, self.device, self.dtype)
-        loop = request.loop
-        self.mesh.check_call(cfg_scale=loop.cfg_scale, step_cache=loop.step_cache, cancel=loop.cancel)
+        if self.has_loop():
+            check_loop(self, request)
+        elif request.loop.output_type == "latents":
+            raise ValueError(f"output_type='latents': {type(self).__name__} has no denoising loop; expected 'pil'")
+        configs = {role: _config_of(part) for role, part in self.components.items()}
+        for feature in self.features:
+            if feature.check is not None:
+                feature.check(configs, request.values)
         return request
+
+    def stages(self, request: Request) -> list[Stage]:
+        """Return a list of the `Stage`s of a call in running order: units, the denoising loop, and output units.
+
+        Args:
+            request: the checked call, see `check`.
+
+        Raises:
+            MissingComponent: a role of an output unit is not loaded, and the call asks for its output.
+        """
+        return stages_of(self, self.program, self.components, request, has_loop=self.has_loop())
 
     def parallel(self, *, cfg: int = 1, sequence: int | None = None) -> Pipeline:
         """Set up the pipeline to compute calls together with the other processes of `torch.distributed`; return it.
@@ -295,11 +363,9 @@ class Pipeline(LoRAMethods):
             TypeError: an unknown role, one that holds no module, or an option that `torch.compile` does not have.
             MissingComponent: an empty role.
         """
-        loaded = [role for role in self.loop_roles if self.components[role] is not None]
-        roles = loaded if compile_models is None else compile_models
-        compile_components(
-            self.components, roles, **{"mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, **options}
-        )
+        loaded = [role for role in self.all_loop_roles if self.parts[role] is not None]
+        roles = loaded if compile_models is None else member_roles(compile_models, self.components)
+        compile_components(self.parts, roles, **{"mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, **options})
 
     def plan(
         self,
@@ -327,32 +393,71 @@ class Pipeline(LoRAMethods):
         return plan_call(self, arguments, device=self.device if device is None else device, **limits)
 
     def velocity(self, latents: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        """Return a tensor `dx/dsigma = noise - x0` at a noise level, in the shape of `latents`; subclasses implement
-        it.
+        """Return a tensor `dx/dsigma = noise - x0` at a noise level, in the shape of `latents`; subclasses whose
+        `prediction` is "velocity" implement it, for others it adapts what `predict()` returns.
+
+        A subclass names the conditions that it reads as keyword-only parameters. Two names are reserved: `step` is the
+        `StepContext`, and `extensions` a tuple of the conditions that are no parameters.
 
         Args:
             latents: `b c h w` or `b c t h w`.
             sigma: noise levels, `b`, fp32, in [0, 1].
-            conditions: what units wrote; a subclass names those that it reads as keyword-only parameters.
+            conditions: what units wrote.
+        """
+        adapter = PREDICTIONS[self.prediction]
+        output = self.predict(adapter.scale_input(latents, sigma).to(self.dtype), sigma, **conditions)
+        return adapter.to_velocity(latents, sigma, output.float())
+
+    def predict(self, latents: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
+        """Return what the network predicts, a tensor in the shape of `latents`; subclasses whose `prediction` is not
+        "velocity" implement it. The arguments are those of `velocity()`.
+
+        Args:
+            latents: of the noise level; for "epsilon" and "v" scaled to constant variance, as in
+                `diffsynth.sampling.prediction.variance_preserving`.
+            sigma: noise levels, `b`, fp32, in [0, 1].
+            conditions: what units wrote.
         """
         raise NotImplementedError
 
-    def roles_at(self, sigma: float, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return a tuple of the roles (component names) that `velocity()` calls at a noise level; by default
-        `loop_roles`.
+    def step_outside(self, sigma: Tensor) -> StepContext:
+        """Return a `StepContext` for a call of `velocity()` outside of a loop, such as in training.
 
         Args:
-            sigma: noise level in (0, 1].
+            sigma: noise levels `b`; the first is that of the step, which waits for the device.
+        """
+        return StepContext(float(sigma[0]), networks=self.components)
+
+    def velocity_arguments(self, conditions: Mapping[str, Any], step: StepContext | None = None) -> dict[str, Any]:
+        """Return a dict of the keyword arguments of `velocity()`: conditions by name, and the others as `extensions`.
+
+        Args:
+            conditions: name -> value; names that are no conditions are left out.
+            step: the step of the loop; None outside of a loop.
+        """
+        named = condition_parameters(type(self))
+        arguments = {name: conditions[name] for name in named if name in conditions and name not in RESERVED}
+        if "extensions" in named:
+            others = (conditions.get(name) for name in self.condition_rules if name not in named)
+            arguments["extensions"] = tuple(value for value in others if value is not None)
+        if "step" in named and step is not None:
+            arguments["step"] = step
+        return arguments
+
+    def roles_at(self, step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return a tuple of the roles (component names) whose networks `velocity()` calls in a step: by default
+        `loop_roles`, and those of the features in use.
+
+        Args:
+            step: the step.
             values: the arguments of the call and what units wrote.
         """
-        return self.loop_roles
+        roles = (*self.loop_roles, *(role for each in self.features for role in each.roles_in(step, values)))
+        return member_roles(dict.fromkeys(roles), self.components)
 
-    @classmethod
-    def conditions(cls, *, required_only: bool = False) -> frozenset[str]:
-        """Return a frozenset of the names that `velocity()` reads; only those without a default if `required_only`."""
-        parameters = inspect.signature(cls.velocity).parameters.values()
-        named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
-        return frozenset(each.name for each in named if not required_only or each.default is each.empty)
+    def condition_names(self) -> frozenset[str]:
+        """Return a frozenset of the names of all conditions: the parameters of `velocity()` and the extensions."""
+        return frozenset(self.condition_rules)
 
     def run_units(self, units: Sequence[Unit], values: Mapping[str, Any]) -> dict[str, Any]:
         """Run `units` on the branch `cond`; return a dict name -> value of arguments, their defaults and all results.
@@ -370,20 +475,21 @@ class Pipeline(LoRAMethods):
         provided = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, **self._fact_values()}
         call_values = CallValues(defaults | provided | dict(values))
         known = frozenset(call_values.shared) | frozenset(PIPELINE_VALUES) | frozenset(self.facts)
-        run_units(check_units(units, known), self.components, call_values)
+        run_units(check_units(units, known).units, self.components, call_values)
         return call_values.for_branch("cond")
 
     def condition_units(self, *also: str) -> tuple[Unit, ...]:
         """Return a tuple of the units, in running order, whose results are needed for `velocity()` and the names
         `also`.
         """
-        return needed_for(self.program.units, {*self.conditions(), *also})
+        return needed_for(self.program.units, {*self.condition_names(), *also})
 
     def __getattr__(self, name: str) -> Any:
         """Return the component of a role, as in `pipe.dit` (None if empty); raise AttributeError for another name."""
-        if name in type(self).roles:
+        roles = vars(self).get("roles", {})
+        if name in roles:
             return self.components[name]
-        raise AttributeError(f"{type(self).__name__} has no {name!r}{did_you_mean(name, type(self).roles)}")
+        raise AttributeError(f"{type(self).__name__} has no {name!r}{did_you_mean(name, roles)}")
 
     def call_values(self, request: Request) -> CallValues:
         """Return the `CallValues` that the units of a call start from: its arguments, and what the pipeline sets."""
@@ -391,135 +497,33 @@ class Pipeline(LoRAMethods):
         seeds = self.mesh.broadcast_seeds(request.seeds)
         provided = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
         provided |= {"mesh": self.mesh, **self._fact_values()}
-        branches = ("cond",) if request.loop.cfg_scale == 1 else ("cond", "uncond")
-        return CallValues({**request.values, **loop, **provided}, branches)
+        return CallValues({**request.values, **loop, **provided}, request.branches)
 
-    def denoise(self, request: Request, values: CallValues) -> Tensor:
-        """Run the denoising loop; return the latents at the end of the schedule, an fp32 tensor.
-
-        Args:
-            request: the checked call.
-            values: of the call, after its units ran: `latents`, `sigmas` and conditions.
-        """
-        # Latents stay fp32: in bf16, steps near the end of the schedule would round most of their change away.
-        sigmas, latents = values.shared["sigmas"], values.shared["latents"].float()
-        num_steps = len(sigmas) - 1
-        names = self.conditions()
-        conditions = {
-            branch: {name: value for name, value in values.for_branch(branch).items() if name in names}
-            for branch in values.branches
-        }
-
-        step, cond = 0, values.for_branch("cond")
-        roles = [self.roles_at(float(sigma), cond) for sigma in sigmas[:-1]]
-        experts = ExpertSwitcher(self._offloader, roles, request.plan)
-        step_cache = self._step_cache_session(request)
-        branches = Branches(
-            conditions,
-            merges=cond.get(MERGES, False),
-            batch_size=request.batch_size,
-            axis=self.mesh.branches,
-        )
-
-        def predict(branch: str, latents: Tensor, levels: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-            is_last = step == num_steps - 1
-            with (
-                step_cache.forward_pass(branch, is_last=is_last),
-                attention_at(request.loop.attention, step, num_steps),
-            ):
-                return self.velocity(latents, levels, **conditions).float()
-
-        def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-            _stop_if_cancelled(request)
-            experts.begin_step()
-            levels = sigma.to(self.device, torch.float32).expand(len(latents))
-            predictions = branches.predict(predict, latents.to(self.dtype), levels)
-            if len(predictions) == 1:
-                return predictions[0]
-            return classifier_free_guidance(*predictions, request.loop.cfg_scale)
-
-        def on_step(index: int, latents: Tensor) -> None:
-            nonlocal step
-            step = index + 1
-            sigma, sigma_next, reused = sigmas[index].item(), sigmas[index + 1].item(), step_cache.take_reused()
-            self._notify("step_done", pipeline=self, step=index, num_steps=num_steps, sigma=sigma_next)
-            if request.loop.on_step is not None:
-                request.loop.on_step(Step(index, num_steps, sigma, sigma_next, latents, reused))
-
-        self._notify("denoise_started", pipeline=self, num_steps=num_steps, shape=tuple(latents.shape))
-        with experts, step_cache:
-            progress = request.loop.progress_bar_cmd if self.mesh.is_main_process else no_progress
-            return euler(velocity, latents, sigmas, on_step=on_step, progress=progress)
-
-    def decode(self, request: Request, values: CallValues, latents: Tensor) -> Any:
-        """Run the output units and return the value `output`; for a call of one result, the only item of a list.
+    def switch_experts(self, roles: Sequence[tuple[str, ...]], plan: MemoryPlan | None) -> ExpertSwitcher:
+        """Return an `ExpertSwitcher` that loads the components of each step of the loop.
 
         Args:
-            request: the checked call.
-            values: of the call; those that no output unit reads are deleted, to free their memory.
-            latents: of the loop.
-
-        Raises:
-            MissingComponent: a role of an output unit is not loaded.
+            roles: those of each step, in order.
+            plan: of the call, if there is one.
         """
-        values.retain({read.name for step in self.output_units for read in step.reads})
-        values.shared["latents"] = latents.to(self.dtype)
-        if not all(can_run(step, self.components) for step in self.output_units):
-            raise MissingComponent(f"{type(self).__name__} cannot decode; ask for output_type='latents'")
-        program = Program(self.output_units, MappingProxyType({}), frozenset())
-        run_units(program, self.components, values, around=functools.partial(self._stage, request))
-        output = values.shared["output"]
-        return output[0] if request.single and isinstance(output, list) else output
+        return ExpertSwitcher(self._offloader, roles, plan)
 
     @classmethod
     def _from_some(cls, components: Mapping[str, Any], **options: Any) -> Pipeline:
         """Return a `Pipeline` of `components` (role -> component) with its other roles left empty (None)."""
-        return cls(dict.fromkeys(cls.roles) | dict(components), **options)
-
-    def _check_program(self) -> None:
-        """Raise InvalidPipeline for a unit or fact with an unknown role, or a required name that `velocity()`, the loop
-        or an output unit reads and nothing sets.
-
-        Raises:
-            InvalidPipeline: naming the unit.
-        """
-        for step in (*self.program.units, *self.output_units):
-            if unknown := {*step.roles, *step.requires} - set(self.roles):
-                raise InvalidPipeline(f"unit {step.name!r} uses role {sorted(unknown)}, not one of {list(self.roles)}")
-        for name, path in self.facts.items():
-            if path.partition(".")[0] not in self.roles:
-                raise InvalidPipeline(f"fact {name!r} is {path!r}; expected role.field with one of {list(self.roles)}")
-        available = self.program.writes | set(self.program.arguments) | set(PIPELINE_VALUES) | set(self.facts)
-        reads = {"velocity()": self.conditions(required_only=True), "the loop": {"latents", "sigmas"}}
-        for step in self.output_units:
-            reads[f"unit {step.name!r}"] = {read.name for read in step.reads if read.default is REQUIRED}
-            available |= set(step.writes)
-        for reader, names in reads.items():
-            for name in sorted(names - available):
-                raise InvalidPipeline(
-                    f"{reader} of {type(self).__name__} reads {name!r}, which no unit writes"
-                    f"{did_you_mean(name, available)}"
-                )
+        return cls(dict.fromkeys(compose(cls).roles) | dict(components), **options)
 
     def _planned_request(self, arguments: Mapping[str, Any]) -> Request:
-        """Return the checked `Request` of a call, with a `MemoryPlan` if the pipeline keeps a limit; it may turn tiles
-        on.
+        """Return the checked `Request` of a call, with a `MemoryPlan` if the pipeline keeps a limit; the plan may set
+        arguments that lower the memory.
         """
         request = self.check(**arguments)
         if self.plan_cache is None:
             return request
         plan = self.plan_cache.plan(request, arguments)
-        if plan.tiled:
-            request = self.check(**{**arguments, "tiled": True})
+        if plan.switches:
+            request = self.check(**{**arguments, **plan.switches})
         return replace(request, plan=plan)
-
-    def _generate(self, request: Request) -> Any:
-        values = self.call_values(request)
-        run_units(self.program, self.components, values, around=functools.partial(self._stage, request))
-        latents = self.denoise(request, values)
-        if request.loop.output_type == "latents":
-            return latents
-        return self.decode(request, values, latents)
 
     def _fact_values(self) -> dict[str, Any]:
         """Return a dict fact -> value of its config field, for components that are loaded; other facts are left out."""
@@ -528,19 +532,19 @@ class Pipeline(LoRAMethods):
         return {name: getattr(part.config, field) for name, (part, field) in loaded.items() if part is not None}
 
     @contextmanager
-    def _stage(self, request: Request, step: Unit) -> Iterator[None]:
-        _stop_if_cancelled(request)
-        stage = "decode" if step in self.output_units else step.name
-        with self._offloader.on_device(step.roles, stage, request.plan):
+    def _loaded(self, stage: Stage, request: Request) -> Iterator[None]:
+        if stage.kind is StageKind.DENOISE:  # its steps load their components themselves
+            yield
+            return
+        with self._offloader.on_device(member_roles(stage.roles, self.components), stage.name, request.plan):
             yield
 
-    def _step_cache_session(self, request: Request) -> StepCacheSession:
-        return step_cache_session(request.loop.step_cache, self.components, self.loop_roles, self.model_name)
 
-    def _notify(self, hook: str, **facts: Any) -> None:
-        # Steps on meta belong to a plan, which observers must not take for a call.
-        if self.device.type != "meta":
-            _discovery.notify(hook, **facts)
+def _config_of(part: Any) -> Any:
+    """Return a component's config, an empty one if it has none; None for an empty role, a tuple for a role of many."""
+    if isinstance(part, tuple):
+        return tuple(map(_config_of, part))
+    return None if part is None else getattr(part, "config", SimpleNamespace())
 
 
 def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -553,8 +557,3 @@ def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(self, prompt, **arguments)
 
     return call
-
-
-def _stop_if_cancelled(request: Request) -> None:
-    if request.loop.cancel is not None and request.loop.cancel.is_set():
-        raise Cancelled("the caller set `cancel`; no result")

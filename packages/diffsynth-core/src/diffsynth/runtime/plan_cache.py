@@ -71,7 +71,7 @@ class PlanCache:
             plan.peak_vram / GIB,
             plan.bytes_per_step / 1e9,
             f"; {', '.join(plan.evicted)} are offloaded between stages" if plan.evicted else "",
-            "; the autoencoder works in tiles" if plan.tiled else "",
+            "".join(f"; {name}={value!r}" for name, value in plan.switches.items()),
         )
 
 

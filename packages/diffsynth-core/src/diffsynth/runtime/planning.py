@@ -6,14 +6,12 @@ planner itself is `diffsynth.core.planning`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffsynth import _env
 from diffsynth._models import ModelRecord
@@ -22,15 +20,16 @@ from diffsynth.core.device.memory import memory_in_use
 from diffsynth.core.device.speed import compute_speed, disk_speed, link_speed
 from diffsynth.core.planning import BlockCall, MemoryPlan, Speeds, StageCost, StageTrace, Workload, plan_memory
 from diffsynth.core.planning.tracer import MetaTracer
+from diffsynth.core.planning.workload import StageKind
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.errors import NotEnoughMemory, Unplannable
 from diffsynth.runtime.architectures import architecture_of, partition_by
+from diffsynth.runtime.composition import compose
 from diffsynth.runtime.interface import PlannablePipeline
 from diffsynth.runtime.meta_components import FixedLengthTokenizer, declared_components, without_weights
 from diffsynth.runtime.progress import no_progress, progress_bar
-from diffsynth.runtime.request import Request
-from diffsynth.runtime.role import Processor
-from diffsynth.runtime.unit import Unit, can_run, run_units
+from diffsynth.runtime.role import Processor, Tokenizer, member_roles
+from diffsynth.runtime.unit import can_run
 from diffsynth.runtime.weight_storage import (
     WeightStorage,
     check_policy,
@@ -83,21 +82,21 @@ def plan_call(
     check_policy(policy, vram_limit, device)
     base = _base_memory(pipe)
     meta_pipe = _on_meta(pipe, arguments, prompt_tokens)
-    modules = {role: part for role, part in meta_pipe.components.items() if isinstance(part, nn.Module)}
-    wrapped = {role: managed(pipe.components[role]) for role in modules}
+    modules = {role: part for role, part in meta_pipe.parts.items() if isinstance(part, nn.Module)}
+    wrapped = {role: managed(pipe.parts[role]) for role in modules}
     blocks = {role: _blocks(module, wrapped[role]) for role, module in modules.items()}
     stages = _trace(meta_pipe, arguments, modules, blocks, device.type)
-    tiles = _tiles_argument(meta_pipe, arguments)
-    if tiles is None and vram_limit is not None:
-        tiled = _trace(meta_pipe, {**arguments, "tiled": True}, modules, blocks, device.type, loops=False)
-        stages = [_with_tiles(stage, tiled) for stage in stages]
+    switches = _free_switches(meta_pipe, arguments) if vram_limit is not None else {}
+    if switches:
+        switched = _trace(meta_pipe, {**arguments, **switches}, modules, blocks, device.type, loops=False)
+        stages = [_with_switched(stage, switched) for stage in stages]
     if storages is None:
         storages = _storages(policy, wrapped, meta_pipe.dtype)
 
     def workload(storages: Mapping[str, WeightStorage]) -> Workload:
         components = tuple(component_footprint(role, module, storages[role]) for role, module in modules.items())
         facts = {"storage": storage_name(storages), "base_host_bytes": base, "on_host": device.type == "cpu"}
-        return Workload(components, tuple(stages), asks_for_tiles=bool(tiles), **facts)
+        return Workload(components, tuple(stages), switches=switches, **facts)
 
     limits: dict[str, Any] = {
         "vram_limit": vram_limit,
@@ -189,7 +188,7 @@ def _unloaded(record: ModelRecord, dtype: torch.dtype) -> PlannablePipeline:
         Unplannable: a file is neither here nor declared.
     """
     cls = resolve(record.pipeline)
-    components = dict.fromkeys(cls.roles) | declared_components(record, dtype)
+    components = dict.fromkeys(compose(cls).roles) | declared_components(record, dtype)
     return cls(components, device="meta", torch_dtype=dtype).named(record.name, record.defaults)
 
 
@@ -197,7 +196,7 @@ def _base_memory(pipe: PlannablePipeline) -> int:
     """Return the host memory that this process uses beside the pipeline's weights, in bytes; 0 where it is unknown."""
     tensors = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for part in pipe.components.values()
+        for part in pipe.parts.values()
         if isinstance(part, nn.Module)
         for tensor in (*part.parameters(), *part.buffers())
         if tensor.device.type == "cpu"
@@ -206,32 +205,36 @@ def _base_memory(pipe: PlannablePipeline) -> int:
 
 
 def _on_meta(pipe: PlannablePipeline, arguments: Mapping[str, Any], prompt_tokens: int) -> PlannablePipeline:
-    """Return a copy of a pipeline on meta, without weights; a tokenizer is faked if it or the prompt is missing."""
-    components: dict[str, Any] = {}
-    for role, part in pipe.components.items():
+    """Return a copy of a pipeline on meta, without weights; a tokenizer is faked if it or the text is missing."""
+    texts = any(name in arguments for name in pipe.per_image)
+
+    def on_meta(role: str, part: Any) -> Any:
+        if isinstance(part, tuple):
+            return tuple(on_meta(role, each) for each in part)
         if isinstance(part, nn.Module):
-            components[role] = without_weights(part, pipe.dtype)
-        elif "tokenizer" in role and ("prompt" not in arguments or part is None):
-            components[role] = FixedLengthTokenizer(prompt_tokens)
-        else:
-            components[role] = part
+            return without_weights(part, pipe.dtype)
+        if isinstance(pipe.roles[role], Tokenizer) and not (texts and part is not None):
+            return FixedLengthTokenizer(prompt_tokens)
+        return part
+
+    components = {role: on_meta(role, part) for role, part in pipe.components.items()}
     meta_pipe = type(pipe)(components, device="meta", torch_dtype=pipe.dtype)  # type: ignore[call-arg]
     meta_pipe.__signature__ = pipe.__signature__
     return meta_pipe
 
 
-def _tiles_argument(pipe: PlannablePipeline, arguments: Mapping[str, Any]) -> bool | None:
-    """Return the argument `tiled` of a call as a bool, False for a pipeline without tiles; None leaves it to the plan.
-
-    None, if neither the call passes a value nor the pipeline's default is True.
-
-    A pipeline without the argument `tiled`, or without the component that it is for, works without tiles.
+def _free_switches(pipe: PlannablePipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dict argument -> value of the switches that a plan of this call may set: those whose argument is None,
+    and that some unit which runs reads.
     """
-    parameter = pipe.__signature__.parameters.get("tiled")
-    if parameter is None or not any(can_run(step, pipe.components) for step in pipe.program.owners("tiled")):
-        return False
-    tiled = arguments.get("tiled", parameter.default or None)
-    return None if tiled is None else bool(tiled)
+    program, signature = pipe.program, pipe.__signature__
+    return {
+        name: value
+        for name, value in program.switches.items()
+        if name in signature.parameters
+        and arguments.get(name, signature.parameters[name].default) is None
+        and any(can_run(step, pipe.components) for step in program.owners(name))
+    }
 
 
 @torch.no_grad()
@@ -260,62 +263,21 @@ def _trace(
     # PIL images are made of pixel values, which tensors on meta do not have.
     request = pipe.check(**{**arguments, **quiet, "output_type": "tensor" if decodes else "latents"})
     costs: list[StageCost] = []
-    with MetaTracer(device_type, modules, blocks) as tracer:
-
-        @contextmanager
-        def stage(name: str, roles: Sequence[str], *, steps: int = 1, traced: int = 1) -> Iterator[None]:
-            used = tuple(role for role in roles if role in modules)
-            with tracer.stage(name) as trace:
-                yield
-            cost = StageCost(name, used, trace.device_bytes, trace.host_bytes, _block_calls(trace, used, traced), steps)
-            if costs and costs[-1].name == name:  # the same unit, for another branch
-                costs[-1] = _joined(costs[-1], cost)
-            elif (used and trace.flops) or max(cost.activations, cost.host_bytes) >= _STAGE_BYTES:
-                costs.append(cost)
-
-        _run_stages(pipe, request, stage, decodes=decodes, loops=loops)
-    return costs
-
-
-def _run_stages(pipe: PlannablePipeline, request: Request, stage: Any, *, decodes: bool, loops: bool) -> None:
-    """Run the code of `Pipeline.__call__` stage by stage, with at most two steps of the loop for each run of steps that
-    use equal roles.
-
-    Args:
-        pipe: on meta.
-        request: the checked call.
-        stage: called with a stage's name and roles; returns the context manager that the stage runs in.
-        decodes: whether the output units run.
-        loops: whether the loop runs.
-    """
-
-    def around(step: Unit) -> Any:
-        return stage(step.name, step.roles)
-
     values = pipe.call_values(request)
-    run_units(pipe.program, pipe.components, values, around=around)
-    sigmas = values.shared["sigmas"]
-    groups = _steps_by_roles(pipe, sigmas, values.for_branch("cond")) if loops else []
-    latents = values.shared["latents"].float()  # as the loop returns them
-    for roles, levels in groups:
-        traced = min(len(levels), _TRACED_STEPS)
-        values.shared["sigmas"] = torch.tensor([pair[0] for pair in levels[:traced]] + [levels[traced - 1][1]])
-        name = "denoise" if len(groups) == 1 else f"denoise ({', '.join(roles)})"
-        with stage(name, roles, steps=len(levels), traced=traced):
-            latents = pipe.denoise(request, values)
-    del values.shared["latents"]
-    if decodes:
-        used = dict.fromkeys(role for step in pipe.output_units for role in step.roles)
-        with stage("decode", tuple(used)):
-            pipe.decode(request, values, latents)
-
-
-def _steps_by_roles(
-    pipe: PlannablePipeline, sigmas: Tensor, values: Mapping[str, Any]
-) -> list[tuple[tuple[str, ...], list[tuple[float, float]]]]:
-    """Return a list of (roles, list of (noise level, next noise level)), one per run of steps that use equal roles."""
-    pairs = list(pairwise(sigmas.tolist()))
-    return [(roles, list(run)) for roles, run in groupby(pairs, lambda pair: pipe.roles_at(pair[0], values))]
+    with MetaTracer(device_type, modules, blocks) as tracer:
+        for stage in pipe.stages(request):
+            if stage.kind is StageKind.DENOISE and not loops:
+                values.shared["latents"] = values.shared["latents"].float()  # as the loop leaves them
+                continue
+            for part in stage.parts(values, at_most=_TRACED_STEPS):
+                used = tuple(role for role in member_roles(part.roles, pipe.components) if role in modules)
+                with tracer.stage(part.name) as trace:
+                    part.run()
+                calls = _block_calls(trace, used, part.traced)
+                cost = StageCost(stage.kind, part.name, used, trace.device_bytes, trace.host_bytes, calls, part.steps)
+                if (used and trace.flops) or max(cost.activations, cost.host_bytes) >= _STAGE_BYTES:
+                    costs.append(cost)
+    return costs
 
 
 def _block_calls(trace: StageTrace, roles: Sequence[str], traced: int) -> tuple[BlockCall, ...]:
@@ -326,21 +288,12 @@ def _block_calls(trace: StageTrace, roles: Sequence[str], traced: int) -> tuple[
     return (*calls, BlockCall(roles[0] if roles else "", "", max(rest, 0)))
 
 
-def _joined(first: StageCost, second: StageCost) -> StageCost:
-    return replace(
-        first,
-        activations=max(first.activations, second.activations),
-        host_bytes=max(first.host_bytes, second.host_bytes),
-        block_calls=(*first.block_calls, *second.block_calls),
-    )
-
-
-def _with_tiles(whole: StageCost, tiled: Sequence[StageCost]) -> StageCost:
-    """Return `whole`, with the memory and calls of the same stage in `tiled` as its tiled costs if they differ."""
-    same = next((stage for stage in tiled if stage.name == whole.name), None)
-    if same is None or (same.activations, same.block_calls) == (whole.activations, whole.block_calls):
-        return whole
-    return replace(whole, tiled_activations=same.activations, tiled_block_calls=same.block_calls)
+def _with_switched(stage: StageCost, switched: Sequence[StageCost]) -> StageCost:
+    """Return `stage`, with the costs of the same stage in `switched` as its switched costs if they differ."""
+    same = next((each for each in switched if each.name == stage.name), None)
+    if same is None or (same.activations, same.block_calls) == (stage.activations, stage.block_calls):
+        return stage
+    return replace(stage, switched_activations=same.activations, switched_block_calls=same.block_calls)
 
 
 def _blocks(module: nn.Module, wrapped: ManagedModule | None) -> dict[str, nn.Module]:

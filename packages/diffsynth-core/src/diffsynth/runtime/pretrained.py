@@ -23,7 +23,7 @@ from diffsynth.core.vram.block_weights import check_source
 from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.memory_options import MemoryOptions, Policies
-from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.role import Processor, Role, grouped, role_of
 from diffsynth.spec import resolve
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class PretrainedLoader:
         vram_limit: float | None = None,
         policy: Policies = None,
     ) -> tuple[dict[str, Any], dict[str, list[Path]]]:
-        """Load a pipeline's components; return (dict role -> component, dict role -> list of `Path`s it was read from).
+        """Load a pipeline's components; return (dict role -> component, or tuple for a role of many, dict role ->
+        list of `Path`s it was read from; each member of a role of many has its own).
 
         No tensor is read before all files are recognised and checked. Arguments and errors are those of
         `Pipeline.from_pretrained`.
@@ -84,7 +85,9 @@ class PretrainedLoader:
         options.check_roles(self._roles)
         found = self._recognize(model_configs)
         missing = [
-            name for name, role in self._roles.items() if not role.optional and all(part.role != name for part in found)
+            name
+            for name, role in self._roles.items()
+            if not role.optional and all(role_of(part.role) != name for part in found)
         ]
         if missing:
             raise MissingComponent(
@@ -109,12 +112,8 @@ class PretrainedLoader:
         for part, policy, (module, source), ahead in zip(found, policies, opened, sources_ahead, strict=False):
             started = time.perf_counter()
             if policy is not None:
-                components[part.role] = options.read(
-                    module,
-                    source,
-                    architecture=part.recognized.architecture,
-                    policy=policy,
-                )
+                architecture = part.recognized.architecture
+                components[part.role] = options.read(module, source, architecture=architecture, policy=policy)
             else:
                 with _prefetched(ahead, options.device):
                     components[part.role] = component.materialize(module, source, device=options.device)
@@ -126,7 +125,7 @@ class PretrainedLoader:
                 files=sources[part.role],
                 seconds=time.perf_counter() - started,
             )
-        return components, sources
+        return grouped(components), sources
 
     def _recognize(self, model_configs: Sequence[ModelConfig]) -> list[_Found]:
         architectures, checkpoints = _discovery.catalog().layouts()
@@ -147,9 +146,11 @@ class PretrainedLoader:
     def _role_for(self, recognized: recognize.Recognized, tensors: header.Header, taken: set[str]) -> str:
         name = recognized.architecture.name
         fitting = [role for role, need in self._roles.items() if name in need.architectures]
-        free = [role for role in fitting if role not in taken]
-        if free:
-            return free[0]
+        for role in fitting:
+            if self._roles[role].many:
+                return f"{role}[{sum(role_of(each) == role for each in taken)}]"
+            if role not in taken:
+                return role
         where = ", ".join(str(file) for file in tensors.files) or "the given state_dict"
         if fitting:
             raise Unrecognized(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core.planning import MemoryPlan
-from diffsynth.errors import MissingComponent, did_you_mean
+from diffsynth.errors import Cancelled, MissingComponent, did_you_mean
 from diffsynth.runtime.acceleration.step_attention import AttentionArgument, parse_step_attention
 from diffsynth.runtime.acceleration.strategies import StepCacheArgument, parse_step_cache
+from diffsynth.runtime.guidance import Guidance, GuidanceArgument, parse_guidance
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Program, can_run, needed_roles
 
@@ -47,7 +48,8 @@ class LoopArguments:
     """The arguments that the denoising loop reads. A pipeline class changes defaults by `loop = LoopArguments(...)`.
 
     Args:
-        num_inference_steps: calls of the network per branch, at least 1.
+        num_inference_steps: steps of the loop, at least 1; each calls the network once per branch, with some solvers
+            twice.
         cfg_scale: weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); 1.0 is off.
         seed: of the initial noise. With several images, image i has `seed + i`; a list sets the seed of each image;
             None is a random seed.
@@ -60,6 +62,10 @@ class LoopArguments:
             "first_block:threshold=0.1"; None computes everything.
         attention: the attention backend of the networks that the loop calls: a name, or by step a `StepAttention` or
             its text "triton_int8:first=2,last=2"; None is the backend that `use_attention` or the default chooses.
+        solver: name of the solver of the denoising ODE: "euler", "heun", "dpmpp_2m", "unipc", "euler_ancestral", or
+            one that a plugin adds.
+        guidance: how the branches of guidance are combined with `cfg_scale`: a `Guidance`, or a text such as
+            "apg:eta=0.5"; None is classifier-free guidance, "cfg".
     """
 
     num_inference_steps: int = 30
@@ -72,10 +78,14 @@ class LoopArguments:
     progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]] = progress_bar
     step_cache: StepCacheArgument = None
     attention: AttentionArgument = None
+    solver: str = "euler"
+    guidance: GuidanceArgument = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_cache", parse_step_cache(self.step_cache))
         object.__setattr__(self, "attention", parse_step_attention(self.attention))
+        if self.guidance is not None:
+            object.__setattr__(self, "guidance", parse_guidance(self.guidance))
         for name in ("num_inference_steps", "num_images"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -90,6 +100,9 @@ class LoopArguments:
 
 
 LOOP_NAMES = tuple(field.name for field in fields(LoopArguments))
+
+LOOP_ONLY = frozenset({"num_inference_steps", "cfg_scale", "on_step", "step_cache", "attention", "solver", "guidance"})
+"""The arguments that a pipeline without a denoising loop does not have."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +128,36 @@ class Request:
         """The number of images of the call: the number of prompts times `num_images`."""
         return len(self.seeds)
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """A tuple of the names of the branches of guidance that the call computes; "cond" alone without guidance."""
+        return self.guidance.branches[:1] if self.guidance.is_off(self.loop.cfg_scale) else self.guidance.branches
 
-def build_signature(program: Program, loop: LoopArguments, defaults: Mapping[str, Any]) -> inspect.Signature:
+    @property
+    def guidance(self) -> Guidance:
+        """The `Guidance` that combines the branches."""
+        return parse_guidance(self.loop.guidance)
+
+    def raise_if_cancelled(self) -> None:
+        """Raise `Cancelled` if the caller set `cancel`; else do nothing.
+
+        Raises:
+            Cancelled: the caller set `cancel`.
+        """
+        if self.loop.cancel is not None and self.loop.cancel.is_set():
+            raise Cancelled("the caller set `cancel`; no result")
+
+
+def build_signature(
+    program: Program, loop: LoopArguments, defaults: Mapping[str, Any], *, has_loop: bool = True
+) -> inspect.Signature:
     """Return an `inspect.Signature`: arguments of units in running order, then the loop's; `prompt` is positional.
 
     Args:
         program: the units.
         loop: the loop's defaults.
         defaults: argument -> default of the model, in place of the unit's or the loop's.
+        has_loop: whether the pipeline has a denoising loop; without one the names in `LOOP_ONLY` are left out.
     """
     parameters = [
         inspect.Parameter(
@@ -141,6 +176,7 @@ def build_signature(program: Program, loop: LoopArguments, defaults: Mapping[str
             default=defaults.get(field.name, getattr(loop, field.name)),
         )
         for field in fields(LoopArguments)
+        if has_loop or field.name not in LOOP_ONLY
     ]
     return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
 
@@ -160,7 +196,7 @@ def check_request(
         signature: of the pipeline instance.
         program: its units.
         components: role -> component or None.
-        per_image: names of the arguments that take a text or a list of texts; units get a list of one text per image.
+        per_image: names of the arguments that take one value, or a list of one for each result; units get a list.
 
     Raises:
         TypeError: an unknown argument, with the nearest spelling.
@@ -170,12 +206,13 @@ def check_request(
     reject_unknown(arguments, signature)
     _reject_missing_roles(arguments, signature, program, components)
     values = {name: parameter.default for name, parameter in signature.parameters.items()} | dict(arguments)
-    loop = LoopArguments(**{name: values.pop(name) for name in LOOP_NAMES})
+    loop = LoopArguments(**{name: values.pop(name) for name in LOOP_NAMES if name in values})
     single = not any(isinstance(values.get(name), list | tuple) for name in per_image) and loop.num_images == 1
     prompts = max((len(values[name]) for name in per_image if isinstance(values.get(name), list | tuple)), default=1)
     for name in per_image:
         if name in values:
-            values[name] = _one_per_image(name, values[name], prompts, loop.num_images)
+            is_text = isinstance(signature.parameters[name].default, str)
+            values[name] = _one_per_image(name, values[name], prompts, loop.num_images, is_text=is_text)
     seeds = _seeds(loop.seed, prompts * loop.num_images)
     return Request(loop, values, seeds, single and not isinstance(loop.seed, list | tuple))
 
@@ -200,7 +237,7 @@ def _reject_missing_roles(
     arguments: Mapping[str, Any], signature: inspect.Signature, program: Program, components: Mapping[str, Any]
 ) -> None:
     for name, value in arguments.items():
-        owners = program.owners(name)
+        owners = program.owners(name) if name in program.arguments else []
         if not owners or value is signature.parameters[name].default or any(can_run(o, components) for o in owners):
             continue
         missing = [role for role in needed_roles(owners[0]) if components.get(role) is None]
@@ -210,14 +247,14 @@ def _reject_missing_roles(
         )
 
 
-def _one_per_image(name: str, value: Any, prompts: int, num_images: int) -> list[str]:
-    texts = list(value) if isinstance(value, list | tuple) else [value] * prompts
-    if len(texts) != prompts or not texts:
-        raise ValueError(f"{name} has {len(texts)} entries; expected {prompts}, one for each prompt")
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{name}={text!r}: expected text, got {type(text).__name__}")
-    return [text for text in texts for _ in range(num_images)]
+def _one_per_image(name: str, value: Any, prompts: int, num_images: int, *, is_text: bool) -> list[Any]:
+    entries = list(value) if isinstance(value, list | tuple) else [value] * prompts
+    if len(entries) != prompts or not entries:
+        raise ValueError(f"{name} has {len(entries)} entries; expected {prompts}, one for each prompt")
+    for entry in entries:
+        if is_text and not isinstance(entry, str):
+            raise ValueError(f"{name}={entry!r}: expected text, got {type(entry).__name__}")
+    return [entry for entry in entries for _ in range(num_images)]
 
 
 def _seeds(seed: int | Sequence[int] | None, batch_size: int) -> list[int | None]:

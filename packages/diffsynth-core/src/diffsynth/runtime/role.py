@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,13 @@ class Role:
     Args:
         architectures: names of the architectures that the role accepts.
         optional: whether it may stay empty.
+        many: whether it holds a tuple of modules, in the order in which they are loaded. The members are components of
+            their own, named "controlnet[0]", "controlnet[1]", for policies, plans, LoRAs and records.
     """
 
     architectures: tuple[str, ...]
     optional: bool = False
+    many: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +40,20 @@ class Processor:
     optional: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer(Processor):
+    """A processor that turns texts into tokens.
+
+    A memory plan of a call without a text, or of a pipeline that is not loaded, counts a fixed number of tokens in its
+    place, so it must be called as tokenizers of transformers are.
+    """
+
+
 def fill_roles(
     roles: Mapping[str, Role | Processor], components: Mapping[str, Any], *, pipeline_name: str
 ) -> dict[str, Any]:
-    """Return a dict role (component name) -> component of all `roles`; None for one that is left out and optional.
+    """Return a dict role (component name) -> component of all `roles`; None for one that is left out and optional, a
+    tuple for a role of many.
 
     Args:
         roles: of the pipeline.
@@ -62,4 +75,50 @@ def fill_roles(
             f"{pipeline_name} needs {' and '.join(missing)}; loaded: {', '.join(components) or 'nothing'}. "
             f"Add the file to model_configs."
         )
-    return {role: components.get(role) for role in roles}
+    return {role: _filled(need, components.get(role)) for role, need in roles.items()}
+
+
+def members(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dict role -> component with one entry for each member of a role of many: `{"controlnet[0]": module}`.
+
+    Args:
+        components: role -> component, a tuple of components, or None.
+    """
+    found: dict[str, Any] = {}
+    for role, part in components.items():
+        found |= {f"{role}[{i}]": each for i, each in enumerate(part)} if isinstance(part, tuple) else {role: part}
+    return found
+
+
+def grouped(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dict role -> component, or tuple of the members of a role of many: the inverse of `members`."""
+    found: dict[str, Any] = {}
+    for name, part in components.items():
+        role = role_of(name)
+        found[role] = part if role == name else (*found.get(role, ()), part)
+    return found
+
+
+def member_roles(roles: Iterable[str], components: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a tuple of `roles` in which each role of many is replaced by those of its members; others are unchanged.
+
+    Args:
+        roles: names of roles, or of members.
+        components: role -> component, a tuple of components, or None.
+    """
+    found: list[str] = []
+    for role in roles:
+        part = components.get(role)
+        found += [f"{role}[{i}]" for i in range(len(part))] if isinstance(part, tuple) else [role]
+    return tuple(found)
+
+
+def role_of(member: str) -> str:
+    """Return the role of a member of a role of many: "controlnet" for "controlnet[0]"; another role is unchanged."""
+    return member.partition("[")[0]
+
+
+def _filled(need: Role | Processor, part: Any) -> Any:
+    if not (isinstance(need, Role) and need.many) or part is None:
+        return part
+    return (tuple(part) if isinstance(part, list | tuple) else (part,)) or None

@@ -43,22 +43,26 @@ class StageOffloader:
         return {role: module.report for role, module in self._managed.items()}
 
     @contextmanager
-    def on_device(self, roles: Collection[str], stage: str = "", plan: MemoryPlan | None = None) -> Iterator[None]:
+    def on_device(
+        self, roles: Collection[str], stage: str = "", plan: MemoryPlan | None = None, *, in_loop: bool = False
+    ) -> Iterator[None]:
         """Context manager that loads these roles' wrapped components on the device while other threads' stages wait;
         without a wrapped one it does nothing.
 
         Args:
             roles: the roles that the stage uses.
-            stage: its name in the plan.
+            stage: its name in the plan; of no effect with `in_loop`.
             plan: the blocks that stay resident and the components that may be loaded beside these roles; None loads
                 each role whole and offloads all others.
+            in_loop: whether it is the loop, whose steps may have a stage in the plan for each set of roles.
         """
         used = [self._managed[role] for role in roles if role in self._managed]
         if not used:
             yield
             return
         with self._loaded.lock():
-            beside = [] if plan is None else _configure(plan, stage, roles, self._managed)
+            lines = [] if plan is None else _lines(plan, stage, roles, in_loop=in_loop)
+            beside = [] if plan is None else _configure(plan, lines, roles, self._managed)
             with self._loaded.stage(used, keep=beside):
                 yield
 
@@ -81,14 +85,13 @@ class StageOffloader:
 
     @contextmanager
     def overlapped_swap(
-        self, roles: Collection[str], following: Collection[str], stage: str, plan: MemoryPlan | None
+        self, roles: Collection[str], following: Collection[str], plan: MemoryPlan | None
     ) -> Iterator[None]:
         """Context manager for the last step of these roles: the roles of the next step are loaded while it runs.
 
         Args:
             roles: the roles of this step.
             following: the roles of the next step.
-            stage: the name of both in the plan.
             plan: the room on the device; without one, blocks are loaded only in the memory of offloaded blocks.
         """
         coming = {role: self._managed[role] for role in following if role in self._managed and role not in roles}
@@ -99,8 +102,8 @@ class StageOffloader:
         ]
         room = 0
         if plan is not None:
-            _configure(plan, stage, following, coming)
-            room = _spare_room(plan, stage, roles, coming)
+            _configure(plan, _lines(plan, "", following, in_loop=True), following, coming)
+            room = _spare_room(plan, _lines(plan, "", roles, in_loop=True), coming)
         with self._loaded.overlapped_swap(leaving, list(coming.values()), free_bytes=room):
             yield
 
@@ -134,12 +137,12 @@ class ExpertSwitcher:
         roles = self._roles[self._step]
         if roles != before:
             self._stage.close()
-            self._stage.enter_context(self._offloader.on_device(roles, "denoise", self._plan))
+            self._stage.enter_context(self._offloader.on_device(roles, "", self._plan, in_loop=True))
         self._offloader.begin_step(roles, is_first=roles != before)
         following = self._roles[self._step + 1] if self._step + 1 < len(self._roles) else roles
         if following != roles:
             self._offloader.prepare([role for role in following if role not in roles])
-            self._stage.enter_context(self._offloader.overlapped_swap(roles, following, "denoise", self._plan))
+            self._stage.enter_context(self._offloader.overlapped_swap(roles, following, self._plan))
 
     def __enter__(self) -> ExpertSwitcher:
         return self
@@ -149,32 +152,31 @@ class ExpertSwitcher:
 
 
 def _configure(
-    plan: MemoryPlan, stage: str, roles: Collection[str], modules: Mapping[str, ManagedModule]
+    plan: MemoryPlan, lines: Collection[StagePlan], roles: Collection[str], modules: Mapping[str, ManagedModule]
 ) -> list[ManagedModule]:
     """Set resident blocks and slots (load buffers) of a stage as planned; return a list of those `modules` that the
     plan does not evict.
 
     A stage without a line in the plan costs next to nothing; its components keep the settings of another stage.
     """
-    for component in (each for line in _lines(plan, stage, roles) or plan.stages for each in line.components):
+    for component in (each for line in lines or plan.stages for each in line.components):
         if component.role in roles and component.role in modules:
             modules[component.role].configure(resident=component.resident, slots=max(component.slots, 1))
     return [module for role, module in modules.items() if role not in plan.evicted]
 
 
-def _spare_room(plan: MemoryPlan, stage: str, roles: Collection[str], coming: Mapping[str, ManagedModule]) -> int:
+def _spare_room(plan: MemoryPlan, lines: Collection[StagePlan], coming: Mapping[str, ManagedModule]) -> int:
     """Return the bytes on the device that the next step's components may take while a stage runs: the weights of those
     that are never evicted, plus what the stage leaves of `vram_limit`, if there is one.
     """
     staying = sum(module.footprint(role).whole for role, module in coming.items() if role not in plan.evicted)
-    lines = _lines(plan, stage, roles)
     if plan.vram_limit is None or not lines:
         return staying
     return staying + max(int(plan.vram_limit * GIB) - max(line.vram for line in lines), 0)
 
 
-def _lines(plan: MemoryPlan, stage: str, roles: Collection[str]) -> list[StagePlan]:
+def _lines(plan: MemoryPlan, stage: str, roles: Collection[str], *, in_loop: bool) -> list[StagePlan]:
     """Return a list of a stage's `StagePlan`s; only those of the expert with these roles if each expert has its own."""
-    lines = [line for line in plan.stages if line.name == stage] if stage != "denoise" else list(plan.loop)
+    lines = list(plan.loop) if in_loop else [line for line in plan.stages if line.name == stage]
     # A role of a line may be empty or not loaded, so a line needs only some of `roles`.
     return [line for line in lines if set(line.roles) <= set(roles)] or lines

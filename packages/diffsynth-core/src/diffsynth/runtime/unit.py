@@ -8,7 +8,7 @@ A unit is a function. Its positional parameters are the *roles* it uses, its key
 
 A read with a default that no earlier unit writes is an argument of the pipeline. A read without a default must be
 written by an earlier unit or provided by the pipeline. A role with the default None is optional: the unit runs without
-it.
+it. Units run in the order of their `Phase`; those of one phase in the order in which they are listed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,22 @@ from diffsynth.errors import InvalidPipeline, MissingComponent, did_you_mean
 
 REQUIRED: Any = inspect.Parameter.empty
 """The default of a read without a default."""
+
+
+class Phase(IntEnum):
+    """The phases of a call before its loop, in running order. A unit that declares none is of the phase CONDITION.
+
+    SHAPE: sizes and the schedule. TEXT: text encoders. ENCODE: image encoders and the autoencoder, from inputs to
+    latents. CONDITION: what the networks of the loop read. LATENTS: noise and the latents of the first step. NETWORK:
+    calls of the networks of the loop before its first step, such as those that fill a cache of keys and values.
+    """
+
+    SHAPE = 0
+    TEXT = 1
+    ENCODE = 2
+    CONDITION = 3
+    LATENTS = 4
+    NETWORK = 5
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,9 @@ class Unit:
         random: whether it draws random numbers; results of such a unit are never cached.
         requires: roles that it does not use, but without which it does not run.
         only_with: an argument; where that is None the unit does not run and none of its roles is loaded for it.
+        phase: when it runs.
+        switches: argument -> value that lowers the memory of the unit at some cost. A plan sets it to keep a limit, if
+            the argument is None.
         provider: the plugin that adds the unit to a pipeline of another package; "" for the pipeline's own units.
     """
 
@@ -64,6 +84,8 @@ class Unit:
     random: bool = False
     requires: tuple[str, ...] = ()
     only_with: str = ""
+    phase: Phase = Phase.CONDITION
+    switches: Mapping[str, Any] = field(default_factory=dict, hash=False)
     provider: str = field(default="", compare=False)
 
     @property
@@ -106,6 +128,8 @@ def unit(
     random: bool = False,
     requires: Sequence[str] = (),
     only_with: str = "",
+    phase: Phase = Phase.CONDITION,
+    switches: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Unit]:
     """Return a decorator that turns a function into a `Unit`.
 
@@ -116,10 +140,12 @@ def unit(
         requires: roles that must be loaded for the unit to run, though it does not use them.
         only_with: an argument; where that is None the unit does not run. The names that it would write keep their
             earlier values, or the defaults of the units that read them.
+        phase: when the unit runs.
+        switches: argument -> value that lowers the memory of the unit, which a plan sets if the argument is None.
 
     Raises:
-        TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches` or `only_with`
-            have a name that the function does not read.
+        TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches`, `only_with` or
+            `switches` have a name that the function does not read.
     """
 
     def decorate(function: Callable[..., Any]) -> Unit:
@@ -136,8 +162,9 @@ def unit(
         renamed = {name for names in (branches or {}).values() for name in names}
         if unread := renamed - {read.name for read in reads}:
             raise TypeError(f"unit {function.__name__!r}: branches rename {sorted(unread)}, which it does not read")
-        if only_with and only_with not in {read.name for read in reads}:
-            raise TypeError(f"unit {function.__name__!r}: only_with={only_with!r} is a name that it does not read")
+        for option, names in (("only_with", [only_with] if only_with else []), ("switches", switches or {})):
+            if unread := set(names) - {read.name for read in reads}:
+                raise TypeError(f"unit {function.__name__!r}: {option} has {sorted(unread)}, which it does not read")
         return Unit(
             name=function.__name__,
             function=function,
@@ -149,6 +176,8 @@ def unit(
             random=random,
             requires=tuple(requires),
             only_with=only_with,
+            phase=phase,
+            switches=MappingProxyType(dict(switches or {})),
         )
 
     return decorate
@@ -156,15 +185,33 @@ def unit(
 
 @dataclass(frozen=True)
 class Program:
-    """A checked list of units, the arguments that it takes and the names that it writes."""
+    """The checked units of a pipeline.
+
+    Args:
+        units: those before the loop, in running order.
+        outputs: those after it.
+        arguments: name -> read of the arguments that they take.
+        writes: the names that `units` write.
+    """
 
     units: tuple[Unit, ...]
+    outputs: tuple[Unit, ...]
     arguments: Mapping[str, Read]
     writes: frozenset[str]
 
+    @property
+    def switches(self) -> dict[str, Any]:
+        """A dict argument -> value of the arguments that a plan may set to lower the memory of a call."""
+        return {name: value for step in (*self.units, *self.outputs) for name, value in step.switches.items()}
+
+    @property
+    def branches(self) -> frozenset[str]:
+        """The frozenset of the branches of guidance, besides "cond", for which some unit reads other values."""
+        return frozenset(branch for step in self.units for branch in step.branches)
+
     def owners(self, argument: str) -> list[Unit]:
         """Return a list of the units that read an argument, in any branch."""
-        return [step for step in self.units if argument in _argument_names(step)]
+        return [step for step in (*self.units, *self.outputs) if argument in _argument_names(step)]
 
     def is_used(self, step: Unit, values: Mapping[str, Any]) -> bool:
         """Whether a call uses a unit: it sets the unit's `only_with` or, without one, changes an argument that no other
@@ -176,13 +223,19 @@ class Program:
         return not own or any(values.get(read.name, read.default) is not read.default for read in own)
 
 
-def check_units(units: Sequence[Unit], provided: Collection[str]) -> Program:
+def in_phases(units: Iterable[Unit]) -> tuple[Unit, ...]:
+    """Return a tuple of the units in running order: sorted by phase, in the order of `units` within a phase."""
+    return tuple(sorted(units, key=lambda step: step.phase))
+
+
+def check_units(units: Sequence[Unit], provided: Collection[str], outputs: Sequence[Unit] = ()) -> Program:
     """Return the units as a `Program`; raise InvalidPipeline for a read without a value, a rewrite of a name that the
     unit does not read, or an argument declared in two ways.
 
     Args:
         units: in running order.
         provided: the names that the pipeline itself sets.
+        outputs: the units after the loop, in running order.
 
     Raises:
         InvalidPipeline: a read that nothing provides, a rewrite of a name that is not read, one argument declared with
@@ -190,7 +243,8 @@ def check_units(units: Sequence[Unit], provided: Collection[str]) -> Program:
     """
     available, written = set(provided), set()
     arguments: dict[str, Read] = {}
-    for step in units:
+    everything = (*units, *outputs)
+    for step in everything:
         for read in _plain_and_branch_reads(step):
             if read.name in available and read.name not in arguments:
                 continue
@@ -200,45 +254,46 @@ def check_units(units: Sequence[Unit], provided: Collection[str]) -> Program:
                     f"{did_you_mean(read.name, available)} Write it before, or give it a default."
                 )
             if read.default is not REQUIRED and (read.name not in written or read.name in arguments):
-                _declare(arguments, read, step, units)
+                _declare(arguments, read, step, everything)
         available.update(arguments)
         reads = {read.name for read in step.reads}
         for name in step.writes:
             if name in available and name not in reads:
-                raise InvalidPipeline(f"{step.title} rewrites {name!r} without reading it{_owner(name, step, units)}")
+                raise InvalidPipeline(
+                    f"{step.title} rewrites {name!r} without reading it{_owner(name, step, everything)}"
+                )
         written.update(step.writes)
         available.update(step.writes)
-    return Program(tuple(units), MappingProxyType(arguments), frozenset(written))
+    writes = frozenset(name for step in units for name in step.writes)
+    return Program(tuple(units), tuple(outputs), MappingProxyType(arguments), writes)
 
 
-def run_units(
-    program: Program,
-    components: Mapping[str, Any],
-    values: CallValues,
-    *,
-    around: Callable[[Unit], Any] | None = None,
-) -> None:
+def run_units(units: Iterable[Unit], components: Mapping[str, Any], values: CallValues) -> None:
     """Run units in order and store results in `values`; skip one whose role is not loaded or whose `only_with` is None.
 
     Args:
-        program: the units.
+        units: in running order.
         components: role -> component.
         values: of the call; changed in place.
-        around: called with each unit; returns the context manager that the unit runs in.
     """
-    for step in program.units:
-        if not can_run(step, components) or not is_enabled(step, values.shared):
-            continue
-        for branch in values.branches if is_per_branch(step, values.branched) else ("shared",):
-            renames = step.branches.get(branch, {})
-            known = values.for_branch(branch)
-            read = known | {plain: known[name] for plain, name in renames.items() if name in known}
-            if around is None:
-                results = step.run(components, read)
-            else:
-                with around(step):
-                    results = step.run(components, read)
-            values.write(branch, results)
+    for step in units:
+        if can_run(step, components) and is_enabled(step, values.shared):
+            run_unit(step, components, values)
+
+
+def run_unit(step: Unit, components: Mapping[str, Any], values: CallValues) -> None:
+    """Run one unit, for each branch of guidance if it is a unit of branches, and store its results in `values`.
+
+    Args:
+        step: the unit, whose roles are loaded.
+        components: role -> component.
+        values: of the call; changed in place.
+    """
+    for branch in values.branches if is_per_branch(step, values.branched) else ("shared",):
+        renames = step.branches.get(branch, {})
+        known = values.for_branch(branch)
+        read = known | {plain: known[name] for plain, name in renames.items() if name in known}
+        values.write(branch, step.run(components, read))
 
 
 def is_per_branch(step: Unit, branched: Collection[str]) -> bool:

@@ -14,7 +14,8 @@ from diffsynth import _discovery, registry
 from diffsynth.core.loader import component, convert
 from diffsynth.core.loader.layouts import rules_of
 from diffsynth.errors import did_you_mean
-from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.composition import compose
+from diffsynth.runtime.role import Processor, Role, role_of
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, parse_source, resolve
 from diffsynth.testing.tiny_files import TinyFile, TinyTensor, tiny_shapes, write_weights
 
@@ -102,11 +103,11 @@ def _chosen(names: Sequence[str] | str | None) -> list[ModelSpec]:
 def _tiny_model(spec: ModelSpec) -> _TinyModel:
     if not any(_is_on_hub(source) for source in (*spec.components.values(), *spec.processors.values())):
         return _TinyModel(spec.name, {}, {})
-    roles: Mapping[str, Role | Processor] = resolve(spec.pipeline).roles
+    roles: Mapping[str, Role | Processor] = compose(resolve(spec.pipeline)).roles
     weights: dict[str, _Weights] = {}
     for role, source in spec.components.items():
         if _is_on_hub(source):
-            component_weights = _component(spec, role, roles.get(role), source)
+            component_weights = _component(spec, role, roles.get(role_of(role)), source)
             known = weights.get(source)
             weights[source] = (
                 component_weights if known is None else _merge_components(known, component_weights, source)

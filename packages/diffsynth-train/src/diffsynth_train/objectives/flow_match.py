@@ -61,7 +61,6 @@ class FlowMatch:
         self.weights = bell_weights(self.sigmas) if options.weighting == "bell" else torch.ones_like(self.sigmas)
         self.first = int(options.min_index * options.table)
         self.last = max(int(options.max_index * options.table), self.first + 1)
-        self.conditions = pipe.conditions()
 
     def units(self) -> tuple[Unit, ...]:
         """Return a tuple of the pipeline's `Unit`s that compute the network's conditions and the clean latents."""
@@ -78,7 +77,7 @@ class FlowMatch:
         sigma = self.sigmas[index]
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         level = sigma.view(-1, *[1] * (x0.ndim - 1))
-        conditions = {name: value for name, value in values.items() if name in self.conditions}
+        conditions = self.pipe.velocity_arguments(values)
         predicted = self.pipe.velocity((1 - level) * x0 + level * noise, sigma, **conditions)
         error = rearrange((predicted.float() - (noise - x0)).square(), "b ... -> b (...)").mean(dim=1)
         noisy = index < len(self.sigmas) // 2

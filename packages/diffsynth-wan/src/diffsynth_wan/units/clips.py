@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.runtime.feature import Configs
 from diffsynth.runtime.images import image_to_tensor
+from diffsynth_wan.units.size import video_size
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,35 @@ def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: in
             if not isinstance(frame, Image.Image):
                 raise TypeError(f"frame {index} of {name} is {type(frame).__name__}; expected a PIL image")
             _check_size(name, index, frame, clip[0])
+
+
+def check_call_clip(name: str, configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error if the argument `name` of a call is a clip that does not fit the call's video; None passes.
+
+    Args:
+        name: of the argument.
+        configs: role -> config, of which that of the autoencoder determines the rounding.
+        values: arguments of the call.
+
+    Raises:
+        TypeError, ValueError: see `check_clip`.
+    """
+    if values[name] is not None:
+        check_clip(name, values[name], **video_size(configs, values))
+
+
+def check_mask_clip(mask: str, video: str, values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the clips of the arguments `mask` and `video` have as many frames."""
+    masks, frames = clip_length(values[mask]), clip_length(values[video])
+    if masks != frames:
+        raise ValueError(f"{mask} has {masks} frames, {video} {frames}; expected one mask for each frame")
+
+
+def check_image(name: str, values: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the argument `name` of a call is a PIL image or None."""
+    image = values[name]
+    if image is not None and not isinstance(image, Image.Image):
+        raise TypeError(f"{name}={image!r}: expected a PIL image")
 
 
 def clip_pieces(

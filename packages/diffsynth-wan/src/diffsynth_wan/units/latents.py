@@ -12,14 +12,13 @@ from torch import Tensor
 
 from diffsynth.runtime.images import tensor_to_images
 from diffsynth.runtime.progress import progress_bar
-from diffsynth.runtime.unit import unit
+from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.sampling.schedule import wan_sigmas
-from diffsynth_wan.units.clips import Clip
 from diffsynth_wan.units.shape import VideoShape
 
 
-@unit("sigmas")
+@unit("sigmas", phase=Phase.SHAPE)
 def schedule(
     *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float = 5.0
 ) -> Float[Tensor, "steps_plus_1"]:
@@ -27,7 +26,7 @@ def schedule(
     return wan_sigmas(num_inference_steps, shift=sigma_shift, strength=denoising_strength)
 
 
-@unit("expert_boundary", requires=("dit2",))
+@unit("expert_boundary", requires=("dit2",), phase=Phase.SHAPE)
 def set_boundary(*, switch_DiT_boundary: float = 0.875) -> float:  # noqa: N803 - the published name
     """Return `switch_DiT_boundary` as a float: the noise level in [0, 1] below which `dit2` replaces `dit` (Wan 2.2
     with two experts).
@@ -40,7 +39,7 @@ def set_boundary(*, switch_DiT_boundary: float = 0.875) -> float:  # noqa: N803 
     return float(switch_DiT_boundary)
 
 
-@unit("noise", random=True)
+@unit("noise", random=True, phase=Phase.LATENTS)
 def generate_noise(
     *,
     video_shape: VideoShape,
@@ -60,17 +59,7 @@ def generate_noise(
     return noise.roll(prefix_frames, dims=2).to(video_shape.dtype)
 
 
-@unit("input_latents")
-def encode_input_video(
-    vae: Any, *, input_video: Clip | None = None, video_shape: VideoShape
-) -> Float[Tensor, "1 c t h w"] | None:
-    """Return the latents `1 c t h w` of the first frames of the input video, as many as the call's video has; None
-    without an input video.
-    """
-    return None if input_video is None else video_shape.encode_clip(vae, "input_video", input_video)
-
-
-@unit("latents")
+@unit("latents", phase=Phase.LATENTS)
 def initial_latents(
     *,
     noise: Float[Tensor, "b c t h w"],

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.runtime.unit import unit
+from diffsynth.runtime.unit import Phase, unit
 from diffsynth_wan.config import MAX_PROMPT_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _COMPATIBLE = re.compile("[\u3000\uff01-\uffe6\ufb00-\ufb06]+")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]")
 
 
-@unit("prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}})
+@unit("prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
 def encode_prompt(
     text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
 ) -> Float[Tensor, "b s e"]:
@@ -63,7 +63,13 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-@unit("merges_branches")
+@unit("is_cond", "is_cond_of_uncond", phase=Phase.SHAPE)
+def mark_branches() -> tuple[bool, bool]:
+    """Return `(True, False)`, the values of `is_cond` for the conditional and the unconditional branch of guidance."""
+    return True, False
+
+
+@unit("merges_branches", phase=Phase.SHAPE)
 def merge_branches(*, cfg_merge: bool = False) -> bool:
     """Return `cfg_merge`: whether prompt and negative prompt go through the network as one batch."""
     return cfg_merge

@@ -13,18 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.models.tiles import Tiling, cover
-from diffsynth.runtime.image_units import round_up
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth.runtime.progress import progress_bar
-from diffsynth.runtime.unit import unit
-from diffsynth_wan.extension import Extension
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth.sampling.windows import SlidingWindow
 from diffsynth_wan.units.clips import Clip, clip_pieces
-from diffsynth_wan.windows import SlidingWindow
+from diffsynth_wan.units.size import PATCH, rounded_shape
 
 logger = logging.getLogger(__name__)
-
-PATCH = 2
-"""Side of a token of the transformer, in latent pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,23 +100,7 @@ class VideoShape:
                 yield torch.cat([grey[:, :, 1:], last[:, :, None]], dim=2)
 
 
-def rounded_shape(
-    height: int, width: int, num_frames: int, *, vae_factor: int, time_factor: int
-) -> tuple[int, int, int]:
-    """Return the ints (height, width, frames): pixels rounded up to multiples of `PATCH * vae_factor`, frames rounded
-    up to `k * time_factor + 1`.
-
-    Raises:
-        ValueError: one of the sizes is no positive integer.
-    """
-    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a positive integer")
-    multiple = PATCH * vae_factor
-    return round_up(height, multiple), round_up(width, multiple), round_up(num_frames - 1, time_factor) + 1
-
-
-@unit("height", "width", "num_frames")
+@unit("height", "width", "num_frames", phase=Phase.SHAPE)
 def round_shape(
     *, height: int = 480, width: int = 832, num_frames: int = 81, vae_factor: int, time_factor: int
 ) -> tuple[int, int, int]:
@@ -137,7 +117,7 @@ def round_shape(
     return rounded
 
 
-@unit("video_shape", "extensions", "prefix_frames")
+@unit("video_shape", "prefix_frames", phase=Phase.SHAPE)
 def set_video_shape(
     *,
     height: int,
@@ -150,9 +130,9 @@ def set_video_shape(
     time_factor: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[VideoShape, tuple[Extension, ...], int]:
-    """Return `(VideoShape, (), 0)`: the sizes of the call, and the start values of the extensions and of the number of
-    prefix frames, to which other units add.
+) -> tuple[VideoShape, int]:
+    """Return `(VideoShape, 0)`: the sizes of the call, and the start value of the number of prefix frames, to which
+    other units add.
 
     Raises:
         ValueError: tiles of no size, or that leave gaps.
@@ -168,10 +148,10 @@ def set_video_shape(
         dtype=dtype,
     )
     cover(*shape.latent_size[1:], **shape.tiling)  # raises for bad tiles now rather than when the video is decoded
-    return shape, (), 0
+    return shape, 0
 
 
-@unit("sliding_window")
+@unit("sliding_window", phase=Phase.NETWORK)
 def set_sliding_window(
     *, sliding_window_size: int | None = None, sliding_window_stride: int | None = None, prefix_frames: int
 ) -> SlidingWindow | None:

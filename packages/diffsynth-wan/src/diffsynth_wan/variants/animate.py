@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
 from diffsynth.nn import LayerNorm, RMSNorm
+from diffsynth.sampling.windows import Window
 from diffsynth_wan.config import WanAnimateConfig
 from diffsynth_wan.extension import Network, Stream, TokenScope
 from diffsynth_wan.variants.motion_encoder import MotionEncoder
-from diffsynth_wan.windows import Window
 
 FACE_BATCH = 8
 """Frames per batch of the motion encoder; it works on 512 x 512 pixels, so larger batches take much memory."""

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention import attention
+from diffsynth.sampling.windows import Window
 from diffsynth_wan.extension import Attend, Network, Stream, TokenScope
-from diffsynth_wan.windows import Window
 
 REFERENCE_TIME = 0.001
 """Sigma of the forward pass over the reference video."""

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.nn import sinusoidal_embedding
+from diffsynth.sampling.windows import Window
 from diffsynth_wan.config import WanMotionControllerConfig
 from diffsynth_wan.extension import Network, Stream, TokenScope
-from diffsynth_wan.windows import Window
 
 BUCKET_SCALE = 10.0
 """Factor from `motion_bucket_id` (0 to 100) to the unit that the network was trained with."""

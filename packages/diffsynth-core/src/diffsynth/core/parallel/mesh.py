@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +55,20 @@ class ProcessMesh:
         """Whether this is the first process of the mesh, the one that shows progress and saves results."""
         return self.world.index == 0
 
-    def check_call(self, *, cfg_scale: float, step_cache: Any, cancel: Any) -> None:
+    def check_call(self, *, branches: Sequence[str], step_cache: Any, cancel: Any) -> None:
         """Raise ValueError or Refused if arguments of a call would leave one process waiting for the others; else do
         nothing.
 
         Raises:
-            ValueError: branches are distributed but there is one only, or `cancel` is given, which processes could see
-                at different steps.
+            ValueError: branches are distributed, but the call has more or fewer, or `cancel` is given, which processes
+                could see at different steps.
             Refused: a step cache with distributed tokens, where each process would decide by its own tokens.
         """
-        if self.branches.size > 1 and cfg_scale == 1:
+        if self.branches.size not in (1, len(branches)):
             raise ValueError(
-                f"cfg_scale={cfg_scale} has one branch, and pipe.parallel(cfg={self.branches.size}) gives each of "
-                f"{self.branches.size} branches to a process; use guidance, or call pipe.parallel(cfg=1)"
+                f"the call computes the branches {', '.join(branches)} of guidance (with cfg_scale=1 only the first), "
+                f"and pipe.parallel(cfg={self.branches.size}) gives one of {self.branches.size} to each process; "
+                f"use guidance with as many branches, or call pipe.parallel(cfg=1)"
             )
         if self.world.size > 1 and cancel is not None:
             raise ValueError(

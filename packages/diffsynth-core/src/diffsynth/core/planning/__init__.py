@@ -14,6 +14,7 @@ from diffsynth.core.planning.workload import (
     ComponentFootprint,
     Speeds,
     StageCost,
+    StageKind,
     StageTrace,
     Workload,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "MemoryPlan",
     "Speeds",
     "StageCost",
+    "StageKind",
     "StagePlan",
     "StageTrace",
     "StorageOption",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from diffsynth.core.planning.workload import Speeds
+from diffsynth.core.planning.workload import Speeds, StageKind
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class StagePlan:
     """The plan of one stage.
 
     Args:
+        kind: its kind.
         name: name of the unit, or "denoise".
         components: where the weights of the components are that the stage runs.
         activations: bytes on the device beside weights.
@@ -45,10 +47,11 @@ class StagePlan:
         bytes_per_step: bytes copied to the device in each step.
         steps: number of steps.
         seconds_per_step: predicted time of a step; only matrix products, convolutions and attention are counted.
-        tiled: the plan has the autoencoder work in tiles in this stage.
+        switched: the arguments that the plan sets lower the memory of this stage.
         bytes_ahead: those of `bytes_once` that are copied while the stage before computes its last step.
     """
 
+    kind: StageKind
     name: str
     components: tuple[ComponentPlan, ...]
     activations: int
@@ -58,7 +61,7 @@ class StagePlan:
     bytes_per_step: int
     steps: int
     seconds_per_step: float
-    tiled: bool = False
+    switched: bool = False
     bytes_ahead: int = 0
 
     @property
@@ -103,7 +106,8 @@ class MemoryPlan:
         storage: name of the dtype in which weights are stored, or empty for each tensor's own dtype.
         evicted: roles of components that leave the device between stages.
         speeds: speeds that times are predicted from.
-        asks_for_tiles: the arguments of the call have the autoencoder work in tiles; the plan did not decide it.
+        switches: argument -> value that the plan sets to keep a limit, such as `{"tiled": True}`; empty if the limit
+            can be kept without.
         options: predictions for each dtype that `storage` was chosen from, if there was a choice.
     """
 
@@ -115,7 +119,7 @@ class MemoryPlan:
     storage: str
     evicted: tuple[str, ...]
     speeds: Speeds
-    asks_for_tiles: bool = False
+    switches: Mapping[str, Any] = field(default_factory=dict)
     options: tuple[StorageOption, ...] = ()
 
     @property
@@ -131,7 +135,7 @@ class MemoryPlan:
     @property
     def loop(self) -> tuple[StagePlan, ...]:
         """`StagePlan`s of the denoising loop, as a tuple: one for each run of steps that use the same components."""
-        return tuple(stage for stage in self.stages if stage.name.startswith("denoise"))
+        return tuple(stage for stage in self.stages if stage.kind is StageKind.DENOISE)
 
     @property
     def bytes_per_step(self) -> int:
@@ -145,16 +149,14 @@ class MemoryPlan:
         """Predicted time of a step of the denoising loop in its slowest stage, in seconds; 0.0 without a loop."""
         return max((stage.seconds_per_step for stage in self.loop), default=0.0)
 
-    @property
-    def tiled(self) -> bool:
-        """Whether the plan has the autoencoder work in tiles (parts of the image or video), because the limit could not
-        be kept without them.
-        """
-        return any(stage.tiled for stage in self.stages)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a dict name -> value of its fields, with nested plans as dicts in tuples, and of its
         properties except `loop`.
         """
-        sums = ("peak_vram", "peak_ram", "bytes_per_step", "seconds_per_step", "tiled")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}
+        sums = ("peak_vram", "peak_ram", "bytes_per_step", "seconds_per_step")
+        plain = dataclasses.asdict(self, dict_factory=_plain)
+        return plain | {name: getattr(self, name) for name in sums}
+
+
+def _plain(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value.value if isinstance(value, StageKind) else value for name, value in entries}

@@ -1,16 +1,18 @@
 """The planner: from the workload of a call and its limits to a memory plan.
 
 What costs least is given up first. Components that a stage does not run leave the device. Then blocks of those that
-run are streamed, as few as possible and spread over their depth. Then the autoencoder works in tiles, which may change
-its pixels. The dtype in which weights are stored is the caller's to allow: of several workloads the first is taken,
-unless it does not fit or the steps of another one are predicted to be faster.
+run are streamed, as few as possible and spread over their depth. Then arguments are set that lower the memory at some
+cost, such as tiles of the autoencoder, which may change its pixels. The dtype in which weights are stored is the
+caller's to allow: of several workloads the first is taken, unless it does not fit or the steps of another one are
+predicted to be faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 from diffsynth.core.planning.plan import ComponentPlan, MemoryPlan, StagePlan, StorageOption
 from diffsynth.core.planning.workload import (
@@ -20,6 +22,7 @@ from diffsynth.core.planning.workload import (
     ComponentFootprint,
     Speeds,
     StageCost,
+    StageKind,
     Workload,
 )
 from diffsynth.errors import NotEnoughMemory
@@ -166,13 +169,14 @@ class _Planner:
         self._disk = disk
 
     def plan(self) -> MemoryPlan:
-        # Tiles are one argument of the call, so all stages have them or none. They change pixels: only where the limit
-        # cannot be kept without them, and they help.
-        untiled, tiled = (self._minimum(workload) for workload in (self._workload, self._workload.with_tiles()))
-        smallest_vram = min(untiled, tiled)
+        # Switches are arguments of the call, so all stages have them or none. They may change the result: only where
+        # the limit cannot be kept without them, and they help.
+        as_asked, switched = (self._minimum(workload) for workload in (self._workload, self._workload.switched()))
+        smallest_vram = min(as_asked, switched)
         limit = self._device_limit()
-        if limit is not None and limit < untiled and tiled < untiled:
-            self._workload = self._workload.with_tiles()
+        switches: Mapping[str, Any] = {}
+        if limit is not None and limit < as_asked and switched < as_asked:
+            self._workload, switches = self._workload.switched(), self._workload.switches
         if limit and limit < smallest_vram:
             raise NotEnoughMemory(self._too_small(limit, smallest_vram))
         staying = self._staying(limit)
@@ -188,7 +192,7 @@ class _Planner:
             storage=self._workload.storage,
             evicted=tuple(each.role for each in self._workload.components if each.role not in staying),
             speeds=self._speeds,
-            asks_for_tiles=self._workload.asks_for_tiles,
+            switches=switches,
         )
 
     def _device_limit(self) -> int | None:
@@ -340,6 +344,7 @@ class _Planner:
         beside = sum(self._workload.component(role).whole for role in staying if role not in components)
         on_device = stage.activations + weights + beside
         return StagePlan(
+            kind=stage.kind,
             name=stage.name,
             components=plans,
             activations=stage.activations,
@@ -349,7 +354,7 @@ class _Planner:
             bytes_per_step=sum(self._bytes_per_step(stage, layout, role) for role in components),
             steps=stage.steps,
             seconds_per_step=self._step_seconds(stage, layout),
-            tiled=stage.is_tiled,
+            switched=stage.is_switched,
         )
 
     def _with_bytes_ahead(self, stages: list[StagePlan], limit: int | None) -> tuple[StagePlan, ...]:
@@ -361,7 +366,7 @@ class _Planner:
         `OverlappedSwap`.
         """
         for index, (earlier, later) in enumerate(pairwise(stages), start=1):
-            if not (earlier.name.startswith("denoise") and later.name.startswith("denoise")):
+            if not earlier.kind is later.kind is StageKind.DENOISE:
                 continue
             incoming = [
                 each

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
 
 GIB = 2**30
 """Bytes of a GiB, the unit of `vram_limit` and `ram_limit`."""
+
+
+class StageKind(Enum):
+    """The kind of a stage of a call: before the loop, steps of the loop, or after it."""
+
+    PREPARE = "prepare"
+    DENOISE = "denoise"
+    OUTPUT = "output"
 
 
 @dataclass(frozen=True)
@@ -109,40 +119,42 @@ class StageCost:
     """The cost of one stage of a call: a part during which the same components run.
 
     Args:
+        kind: its kind.
         name: name of the unit, or "denoise".
         roles: components that the stage runs.
         activations: peak of live bytes on the device beside weights, workspaces of kernels included.
         host_bytes: peak of live bytes in host memory.
         block_calls: calls of blocks in one step.
         steps: number of steps.
-        tiled_activations: `activations` if the autoencoder works in tiles; None if it cannot, or if nothing changes.
-        tiled_block_calls: `block_calls` if the autoencoder works in tiles; empty if they are the same.
-        is_tiled: the figures are those of an autoencoder in tiles.
+        switched_activations: `activations` with the arguments that the plan may set; None if nothing changes.
+        switched_block_calls: `block_calls` with these arguments; empty if they are the same.
+        is_switched: the figures are those with these arguments.
     """
 
+    kind: StageKind
     name: str
     roles: tuple[str, ...]
     activations: int
     host_bytes: int = 0
     block_calls: tuple[BlockCall, ...] = ()
     steps: int = 1
-    tiled_activations: int | None = None
-    tiled_block_calls: tuple[BlockCall, ...] = ()
-    is_tiled: bool = False
+    switched_activations: int | None = None
+    switched_block_calls: tuple[BlockCall, ...] = ()
+    is_switched: bool = False
 
-    def with_tiles(self) -> StageCost:
-        """Return a `StageCost` of the same stage with the autoencoder working in tiles (parts of the image or video);
-        the same object if tiles change nothing.
+    def switched(self) -> StageCost:
+        """Return a `StageCost` of the same stage with the arguments that the plan may set, such as tiles of the
+        autoencoder; the same object if they change nothing.
         """
-        if self.tiled_activations is None:
+        if self.switched_activations is None:
             return self
         return replace(
             self,
-            activations=self.tiled_activations,
-            block_calls=self.tiled_block_calls or self.block_calls,
-            tiled_activations=None,
-            tiled_block_calls=(),
-            is_tiled=True,
+            activations=self.switched_activations,
+            block_calls=self.switched_block_calls or self.block_calls,
+            switched_activations=None,
+            switched_block_calls=(),
+            is_switched=True,
         )
 
 
@@ -156,7 +168,7 @@ class Workload:
         storage: name of the dtype in which weights are stored; empty for each tensor's own dtype.
         base_host_bytes: host memory of the process before it holds any weights.
         on_host: the device is the CPU, so weights and activations share host memory.
-        asks_for_tiles: the arguments of the call have the autoencoder work in tiles, whatever the limits are.
+        switches: argument -> value of the arguments that lower the memory of some stages, and that a plan may set.
     """
 
     components: tuple[ComponentFootprint, ...]
@@ -164,13 +176,11 @@ class Workload:
     storage: str = ""
     base_host_bytes: int = 0
     on_host: bool = False
-    asks_for_tiles: bool = False
+    switches: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_tiles(self) -> Workload:
-        """Return a `Workload` of the same call with the autoencoder working in tiles (parts of the image or video) in
-        all stages.
-        """
-        return replace(self, stages=tuple(stage.with_tiles() for stage in self.stages))
+    def switched(self) -> Workload:
+        """Return a `Workload` of the same call with the arguments that the plan may set."""
+        return replace(self, stages=tuple(stage.switched() for stage in self.stages))
 
     def component(self, role: str) -> ComponentFootprint:
         """Return the `ComponentFootprint` of the component whose role (name in the pipeline) is `role`; there must be

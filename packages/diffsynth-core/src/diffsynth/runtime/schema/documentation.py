@@ -1,8 +1,8 @@
 """Descriptions and ranges of arguments, read from docstrings.
 
 Each argument is documented once, in an "Args:" section: those of the loop in `LoopArguments`, a family's own in the
-`TypedDict`s of its `arguments.py`, those of a unit that a plugin adds in the unit's docstring, and `prompt` in
-`Pipeline.__call__`. A range is written as "at least 1", "at most 4", "above 0" or "in (0, 1]".
+`TypedDict`s of its `arguments.py` and of its features, those of a unit without such a type in the unit's docstring, and
+`prompt` in `Pipeline.__call__`. A range is written as "at least 1", "at most 4", "above 0" or "in (0, 1]".
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from diffsynth.runtime.composition import compose
 from diffsynth.runtime.request import LoopArguments
 from diffsynth.runtime.unit import Program
 
@@ -43,7 +44,9 @@ def documented(cls: type, program: Program) -> dict[str, str]:
         program: its units.
     """
     found: dict[str, str] = {}
-    for owner in (*cls.__mro__, *_typed_dicts(cls), LoopArguments, *(step.function for step in program.units)):
+    added = [feature.arguments for feature in compose(cls).features if feature.arguments is not None]
+    functions = [step.function for step in (*program.units, *program.outputs)]
+    for owner in (*cls.__mro__, *_typed_dicts(cls), *added, LoopArguments, *functions):
         text = vars(owner)["__call__"].__doc__ if "__call__" in vars(owner) else owner.__doc__
         for name, description in _entries(text or ""):
             found.setdefault(name, description)

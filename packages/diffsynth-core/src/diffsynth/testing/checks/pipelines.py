@@ -1,4 +1,4 @@
-"""Checks of pipelines that the plugin declares or adds a unit to, of its models, and of its training declarations."""
+"""Checks of pipelines that the plugin declares or extends, of its models, and of its training declarations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def checks(subject: Subject) -> Iterator[Check]:
     training, or extends if it is installed; one or two for each model; and one for each training declaration.
     """
     models, trainings = subject.declared("models"), subject.declared("training")
-    extended = [fact.pipeline for fact in subject.declared("units") if is_installed(fact.pipeline)]
+    extended = [fact.pipeline for fact in subject.declared("features") if fact.pipeline and is_installed(fact.pipeline)]
     for pipeline in dict.fromkeys([fact.pipeline for fact in (*models, *trainings)] + extended):
         yield Check(_units(pipeline), functools.partial(_is_consistent, pipeline), after=(REFERENCES,))
     for model in models:
@@ -35,23 +35,28 @@ def _units(pipeline: str) -> str:
 
 
 def _is_consistent(pipeline: str) -> None:
+    from diffsynth.runtime.composition import compose
+
     cls = resolve(pipeline)
     cls.call_signature()
     cls(
-        dict.fromkeys(cls.roles), device="cpu"
+        dict.fromkeys(compose(cls).roles), device="cpu"
     )  # building the pipeline checks what velocity() and the output units read
 
 
 def _fits_its_pipeline(model: ModelSpec) -> None:
     from diffsynth import Role
+    from diffsynth.runtime.composition import compose
+    from diffsynth.runtime.role import role_of
 
     cls = resolve(model.pipeline)
+    roles = compose(cls).roles
     faults = [
-        f"{role!r} is not a role{did_you_mean(role, cls.roles)}"
+        f"{role!r} is not a role{did_you_mean(role, roles)}"
         for role in (*model.components, *model.processors)
-        if role not in cls.roles
+        if role_of(role) not in roles
     ]
-    needed = [name for name, role in cls.roles.items() if isinstance(role, Role) and not role.optional]
+    needed = [name for name, role in roles.items() if isinstance(role, Role) and not role.optional]
     faults += [f"no component for role {name!r}" for name in needed if name not in model.components]
     arguments = cls.call_signature().parameters
     faults += [
@@ -71,8 +76,9 @@ def _packaged_files_match(model: ModelSpec, subject: Subject) -> None:
     from diffsynth import ModelConfig
     from diffsynth.core.loader import component, convert, recognize
     from diffsynth.core.loader.checkpoint import read_config
+    from diffsynth.runtime.composition import compose
 
-    roles = resolve(model.pipeline).roles
+    roles = compose(resolve(model.pipeline)).roles
     for role, source in model.components.items():
         if parse_source(source).scheme != "package":
             continue

@@ -80,7 +80,7 @@ def _faults(kind: str, fact: Any) -> Iterator[str]:
     for field, expected in _EXPECTED[kind].items():
         value = getattr(fact, field)
         for reference in (value,) if isinstance(value, str) else value:
-            if not reference or (kind == "units" and field == "pipeline" and not is_installed(reference)):
+            if not reference or (kind == "features" and field == "pipeline" and not is_installed(reference)):
                 continue
             try:
                 found = spec.resolve(reference)
@@ -96,7 +96,7 @@ def _faults(kind: str, fact: Any) -> Iterator[str]:
 def is_installed(reference: str) -> bool:
     """Return whether the top-level package of `reference` is installed; it is `"a"` for the reference `"a.b:name"`.
 
-    A unit may extend a pipeline that is not installed.
+    A feature may extend a pipeline that is not installed.
     """
     return importlib.util.find_spec(reference.partition(":")[0].partition(".")[0]) is not None
 
@@ -114,10 +114,11 @@ _EXPECTED: dict[str, dict[str, str]] = {
     "checkpoints": {"rules": "a tuple of rules"},
     "layer_wrappers": {"layer": "an nn.Module class"},
     "attention": {"backend": "a function"},
+    "solvers": {"solver": "a function"},
     "quantization": {"backend": "anything"},
     "training": {"pipeline": "a Pipeline class", "schedule": "a function"},
     "objectives": {"objective": "anything"},
-    "units": {"pipeline": "a Pipeline class", "unit": "a Unit"},
+    "features": {"pipeline": "a Pipeline class", "feature": "a Feature"},
     "commands": {"command": "a click.Command"},
     "guidance": {"guidance": "a Guidance class"},
 }
@@ -129,9 +130,9 @@ def _is_a(expected: str, found: Any) -> bool:
     from torch import nn
 
     from diffsynth.core.loader.convert import Rule
+    from diffsynth.runtime.feature import Feature
     from diffsynth.runtime.guidance import Guidance
     from diffsynth.runtime.pipeline import Pipeline
-    from diffsynth.runtime.unit import Unit
 
     if expected == "a frozen dataclass":
         return isinstance(found, type) and dataclasses.is_dataclass(found) and found.__dataclass_params__.frozen  # type: ignore[attr-defined]
@@ -140,7 +141,7 @@ def _is_a(expected: str, found: Any) -> bool:
     classes = {"a Pipeline class": Pipeline, "an nn.Module class": nn.Module, "a Guidance class": Guidance}
     if expected in classes:
         return isinstance(found, type) and issubclass(found, classes[expected])
-    instances = {"a Unit": Unit, "a click.Command": click.Command}
+    instances = {"a Feature": Feature, "a click.Command": click.Command}
     if expected in instances:
         return isinstance(found, instances[expected])
     return callable(found) if expected == "a function" else True

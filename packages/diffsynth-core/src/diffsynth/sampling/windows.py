@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from diffsynth_wan.extension import FramePositions
 
 
 @dataclass(frozen=True)
@@ -108,44 +105,27 @@ class SlidingWindow:
         return windows
 
 
-def cut_conditions(conditions: Mapping[str, Any], window: Window) -> dict[str, Any]:
-    """Return a dict like `conditions` (arguments of `WanVideoPipeline.velocity`), with condition latents, first latents
-    (None if no frame is left), VACE condition and extensions cut to the frames of `window`, and a `FramePositions`
-    before the extensions.
-
-    Conditions with a frame axis are cut; extensions are replaced by the result of their `in_window`, after a
-    `FramePositions` that keeps the window's frames at their positions in the video.
-    """
-    cut = dict(conditions)
-    for name in ("condition_latents", "first_latents"):
-        if cut.get(name) is not None:
-            cut[name] = window.cut(cut[name])
-    if cut.get("first_latents") is not None and not cut["first_latents"].shape[2]:
-        cut["first_latents"] = None
-    if cut.get("vace_condition") is not None:
-        cut["vace_condition"] = replace(cut["vace_condition"], latents=window.cut(cut["vace_condition"].latents))
-    extensions = (each.in_window(window) for each in cut.get("extensions", ()))
-    cut["extensions"] = (FramePositions(window.frames), *extensions)
-    return cut
-
-
 def blend_windows(
-    velocity: Callable[..., Float[Tensor, "b c t_window h w"]],
-    windows: list[Window],
+    velocity: Callable[[Float[Tensor, "b c t_window h w"], Window], Float[Tensor, "b c t_window h w"]],
+    windows: Sequence[Window],
     latents: Float[Tensor, "b c t h w"],
-    conditions: Mapping[str, Any],
 ) -> Float[Tensor, "b c t h w"]:
     """Return a tensor `b c t h w`: per frame, the weighted mean of `velocity` over the windows that have the frame.
 
     Windows run one after another and sums are fp32, so memory does not grow with the number of windows. The result has
     the dtype of `latents`.
+
+    Args:
+        velocity: function of the latents of a window and the window, which returns their velocity.
+        windows: that cover all frames.
+        latents: of the whole video, with its prefix frames.
     """
     total = latents.new_zeros(latents.shape, dtype=torch.float32)
     weight = total.new_zeros(latents.shape[2], 1, 1)
     for window in windows:
         prefix = window.prefix_frames
         weights = window.weights().to(latents.device)[:, None, None]
-        part = velocity(window.cut(latents), **cut_conditions(conditions, window)).float() * weights
+        part = velocity(window.cut(latents), window).float() * weights
         video = slice(prefix + window.start, prefix + window.stop)
         for target, source in ((slice(prefix), slice(prefix)), (video, slice(prefix, None))):
             total[:, :, target] += part[:, :, source]

@@ -1,9 +1,14 @@
-"""Camera control of Wan-Fun: the rays of a rotating camera, as in training (CameraCtrl, arXiv:2404.02101)."""
+"""Camera control of Wan-Fun: the rays of a rotating camera, as in training (CameraCtrl, arXiv:2404.02101).
+
+The embedded ray of every pixel is added to the tokens before the blocks. The network's adapter is part of the
+transformer's file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypedDict, get_args
 
 import torch
 from einops import rearrange
@@ -11,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.errors import did_you_mean
+from diffsynth.runtime.feature import Condition, Configs, Feature, in_window
 from diffsynth.runtime.unit import unit
-from diffsynth_wan.extension import Extension
+from diffsynth.sampling.windows import Window
+from diffsynth_wan.extension import Network, Stream, TokenScope
 from diffsynth_wan.units.shape import VideoShape
-from diffsynth_wan.variants.camera import CameraMotion
 
 ORIGIN = (0, 0.532139961, 0.946026558, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
 """First camera, a line of a RealEstate10K camera file.
@@ -31,6 +37,95 @@ _STEPS = {"Left": (0, 1.0), "Right": (0, -1.0), "Up": (1, 1.0), "Down": (1, -1.0
 
 _SCREEN = 1280 / 720
 """Aspect ratio (width / height) of the images that the focal lengths refer to."""
+
+
+class CameraArguments(TypedDict, total=False):
+    """Camera path.
+
+    Args:
+        camera_control_direction: Direction in which the camera turns, for Control-Camera models; None disables camera
+            control.
+        camera_control_speed: Change of the camera's matrix from frame to frame.
+        camera_control_origin: First camera, 19 numbers; see `diffsynth_wan.features.camera.ORIGIN`.
+    """
+
+    camera_control_direction: Direction | None
+    camera_control_speed: float
+    camera_control_origin: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CameraMotion:
+    """Extension that conditions the video on a camera path.
+
+    Args:
+        rays: Plücker coordinates of the ray through each pixel, 6 per frame. Those of the 4 frames of a latent frame
+            are stacked along the channels: 24 channels at the resolution of the video.
+    """
+
+    rays: Float[Tensor, "b 24 t height width"]
+    token_scope: ClassVar[TokenScope] = "whole"
+
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream with the embedded rays added to its tokens; see `Extension`.
+
+        Raises:
+            ValueError: the network has no camera adapter.
+        """
+        if not dit.config.camera_channels:
+            raise ValueError("this network has no camera adapter (control_adapter); use a Control-Camera model")
+        return replace(stream, tokens=stream.tokens + dit.control_adapter(self.rays))
+
+    def in_window(self, window: Window) -> CameraMotion:
+        """Return a `CameraMotion` with the camera rays of the frames of `window`."""
+        return CameraMotion(window.cut(self.rays))
+
+
+@unit("camera_motion")
+def encode_camera_path(
+    *,
+    camera_control_direction: Direction | None = None,
+    camera_control_speed: float = 1 / 54,
+    camera_control_origin: tuple[float, ...] = ORIGIN,
+    video_shape: VideoShape,
+) -> CameraMotion | None:
+    """Return a `CameraMotion` with the rays of the call's camera path; None without a direction."""
+    if camera_control_direction is None:
+        return None
+    rays = camera_rays(
+        camera_control_direction,
+        num_frames=video_shape.num_frames,
+        height=video_shape.height,
+        width=video_shape.width,
+        speed=camera_control_speed,
+        origin=camera_control_origin,
+    )
+    # The frames of a latent frame become channels; the first frame is repeated to fill its latent frame.
+    factor = video_shape.time_factor
+    frames = torch.cat([rays[:, :1].expand(-1, factor - 1, -1, -1), rays], dim=1)
+    folded = frames.unflatten(1, (-1, factor)).transpose(1, 2).flatten(0, 1)
+    return CameraMotion(folded[None].to(video_shape.device, video_shape.dtype))
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a camera path that the network does not take, an unknown direction, or a first camera that
+    does not have 19 numbers.
+    """
+    direction = values["camera_control_direction"]
+    if direction is None:
+        return
+    if configs["dit"] is not None and not configs["dit"].camera_channels:
+        raise ValueError("camera_control_direction is given, but this network takes none; load a Control-Camera model")
+    check_camera(direction, values["camera_control_origin"])
+
+
+CAMERA = Feature(
+    "camera",
+    arguments=CameraArguments,
+    units=(encode_camera_path,),
+    conditions={"camera_motion": Condition(in_window, batch="separate")},
+    check=check,
+)
 
 
 def camera_rays(
@@ -105,30 +200,3 @@ def _pixel_directions(origin: Sequence[float], height: int, width: int) -> Float
     down, across = torch.meshgrid(down, across, indexing="ij")
     directions = torch.stack([across, down, torch.ones_like(across)])
     return directions / directions.norm(dim=0)
-
-
-@unit("extensions")
-def add_camera_control(
-    *,
-    extensions: tuple[Extension, ...],
-    camera_control_direction: Direction | None = None,
-    camera_control_speed: float = 1 / 54,
-    camera_control_origin: tuple[float, ...] = ORIGIN,
-    video_shape: VideoShape,
-) -> tuple[Extension, ...]:
-    """Return the tuple `extensions` with a `CameraMotion` (camera rays) appended; unchanged without a direction."""
-    if camera_control_direction is None:
-        return extensions
-    rays = camera_rays(
-        camera_control_direction,
-        num_frames=video_shape.num_frames,
-        height=video_shape.height,
-        width=video_shape.width,
-        speed=camera_control_speed,
-        origin=camera_control_origin,
-    )
-    # The frames of a latent frame become channels; the first frame is repeated to fill its latent frame.
-    factor = video_shape.time_factor
-    frames = torch.cat([rays[:, :1].expand(-1, factor - 1, -1, -1), rays], dim=1)
-    folded = frames.unflatten(1, (-1, factor)).transpose(1, 2).flatten(0, 1)
-    return (*extensions, CameraMotion(folded[None].to(video_shape.device, video_shape.dtype)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import repeat
-from typing import Any
+from math import isfinite
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.parallel import LONE_PROCESS, ProcessMesh
-from diffsynth.runtime.unit import unit
-from diffsynth_wan.extension import Extension, FramePositions
+from diffsynth.runtime.feature import Condition, Configs, Feature, in_window
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth.sampling.windows import SlidingWindow, Window
+from diffsynth_wan.extension import FramePositions
 from diffsynth_wan.sharding import with_sharded_tokens
-from diffsynth_wan.units.clips import Clip, clip_length, clip_pieces
+from diffsynth_wan.units.clips import Clip, check_call_clip, check_clip, check_image, clip_length, clip_pieces
 from diffsynth_wan.units.prompt import encode_text
 from diffsynth_wan.units.shape import VideoShape
+from diffsynth_wan.units.size import video_size
 from diffsynth_wan.variants.animate2 import (
     REFERENCE_TIME,
     SKIPPED_BLOCKS,
@@ -26,12 +30,34 @@ from diffsynth_wan.variants.animate2 import (
     ReferenceAttention,
     ReferenceKVCache,
 )
-from diffsynth_wan.windows import SlidingWindow, Window
 
 VIDEO = "animate2_reference_video"
 
 
-@unit("reference_prompt_embeds", only_with=VIDEO)
+class Animate2Arguments(TypedDict, total=False):
+    """Inputs of Animate-2.
+
+    Args:
+        animate2_reference_image: Image of the character.
+        animate2_reference_video: Video whose motion the character follows, with at least `num_frames` frames.
+        animate2_prompt_ref: Prompt that describes the reference video.
+        animate2_refert_images: Last frames of the previous clip to continue from, fewer than `num_frames`; None for the
+            first clip.
+        animate2_offload_kv: Whether keys and values of the reference video are stored on the CPU and copied to the
+            device block by block; the result is the same.
+        animate2_log_scale: Number that is added to the scores of attention to the first latent frame; 0, or -1.3 for
+            the distilled model.
+    """
+
+    animate2_reference_image: Image.Image | None
+    animate2_reference_video: Clip | None
+    animate2_prompt_ref: str
+    animate2_refert_images: Clip | None
+    animate2_offload_kv: bool
+    animate2_log_scale: float
+
+
+@unit("reference_prompt_embeds", only_with=VIDEO, phase=Phase.TEXT)
 def encode_reference_prompt(
     text_encoder: Any,
     tokenizer: Any,
@@ -46,7 +72,7 @@ def encode_reference_prompt(
     return encode_text(text_encoder, tokenizer, animate2_prompt_ref, device)
 
 
-@unit("reference_image_embeds", only_with=VIDEO)
+@unit("reference_image_embeds", only_with=VIDEO, phase=Phase.ENCODE)
 def encode_reference_image_embeds(
     image_encoder: Any = None, *, animate2_reference_video: Clip | None = None, video_shape: VideoShape, image_dim: int
 ) -> Float[Tensor, "1 s e"] | None:
@@ -61,7 +87,7 @@ def encode_reference_image_embeds(
     return image_encoder(first.to(video_shape.device, video_shape.dtype))
 
 
-@unit("reference_latents", only_with=VIDEO)
+@unit("reference_latents", only_with=VIDEO, phase=Phase.ENCODE)
 def encode_reference_video(
     vae: Any, *, animate2_reference_video: Clip | None = None, video_shape: VideoShape
 ) -> Float[Tensor, "1 c t h w"]:
@@ -70,7 +96,7 @@ def encode_reference_video(
     return video_shape.encode_clip(vae, VIDEO, animate2_reference_video)
 
 
-@unit("animate_latents", only_with=VIDEO)
+@unit("animate_latents", only_with=VIDEO, phase=Phase.ENCODE)
 def encode_animate2_latents(
     vae: Any,
     *,
@@ -119,7 +145,7 @@ def add_animate2_prefix_frame(*, prefix_frames: int, animate2_reference_video: C
     return prefix_frames + 1
 
 
-@unit("reference_caches", only_with=VIDEO)
+@unit("reference_caches", only_with=VIDEO, phase=Phase.NETWORK)
 def cache_reference_video(
     dit: Any,
     *,
@@ -158,17 +184,90 @@ def cache_reference_video(
     return caches
 
 
-@unit("extensions", only_with=VIDEO, branches={"uncond": {"is_cond": "is_cond_of_uncond"}})
-def add_reference_attention(
+@unit(
+    "reference_attention",
+    only_with=VIDEO,
+    branches={"uncond": {"is_cond": "is_cond_of_uncond"}},
+    phase=Phase.NETWORK,
+)
+def attend_to_reference(
     *,
-    extensions: tuple[Extension, ...],
     animate2_reference_video: Clip | None = None,
     animate2_log_scale: float = 0.0,
     reference_caches: dict[int, ReferenceKVCache],
     is_cond: bool,
-) -> tuple[Extension, ...]:
-    """Return the tuple `extensions` with a `ReferenceAttention` appended, which in the unconditional branch skips the
-    blocks in `SKIPPED_BLOCKS`.
+) -> ReferenceAttention:
+    """Return a `ReferenceAttention` to the reference video, which in the unconditional branch skips the blocks in
+    `SKIPPED_BLOCKS`.
     """
     skip = frozenset() if is_cond else SKIPPED_BLOCKS
-    return (*extensions, ReferenceAttention(reference_caches[0], animate2_log_scale, skip, reference_caches))
+    return ReferenceAttention(reference_caches[0], animate2_log_scale, skip, reference_caches)
+
+
+DEFAULTS = {
+    "animate2_reference_image": None,
+    "animate2_reference_video": None,
+    "animate2_refert_images": None,
+    "animate2_prompt_ref": " ",
+    "animate2_offload_kv": False,
+    "animate2_log_scale": 0.0,
+}
+"""The arguments of Animate-2 -> their defaults; another network refuses other values."""
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error for inputs of Animate-2 that the network does not take, that are missing, or that do not fit.
+
+    Raises:
+        ValueError: an input is given to another network, or missing; a clip is too short or too long; a number is out
+            of range.
+        TypeError: an argument is no image, no clip or no text.
+    """
+    check_call_clip(VIDEO, configs, values)
+    check_image("animate2_reference_image", values)
+    _check_previous_clip(configs, values)
+    config = configs["dit"]
+    if config is None:
+        return
+    if not config.reference_video:
+        for name, default in DEFAULTS.items():
+            value = values[name]
+            if value is not default and (default is None or value != default):
+                raise ValueError(f"{name} is given, but this network takes no reference video; load an Animate-2 model")
+        return
+    missing = [name for name in ("animate2_reference_image", VIDEO) if values[name] is None]
+    if missing:
+        raise ValueError(f"this model needs a character's image and a reference video; pass {' and '.join(missing)}")
+    if not isinstance(values["animate2_prompt_ref"], str):
+        raise TypeError(f"animate2_prompt_ref={values['animate2_prompt_ref']!r}: expected a text")
+    log_scale = values["animate2_log_scale"]
+    if isinstance(log_scale, bool) or not isinstance(log_scale, int | float) or not isfinite(log_scale):
+        raise ValueError(f"animate2_log_scale={log_scale!r}: expected a number; 0, or -1.3 for the distilled model")
+
+
+def _check_previous_clip(configs: Configs, values: Mapping[str, Any]) -> None:
+    name, size = "animate2_refert_images", video_size(configs, values)
+    clip, frames = values[name], size["num_frames"]
+    if clip is None:
+        return
+    check_clip(name, clip, **{**size, "num_frames": 1})
+    if (length := clip_length(clip)) >= frames:
+        raise ValueError(f"{name} has {length} frames; expected fewer than num_frames={frames}, the last few of a clip")
+    check_clip(name, clip, **{**size, "num_frames": length})
+
+
+ANIMATE2 = Feature(
+    "animate2",
+    arguments=Animate2Arguments,
+    units=(
+        encode_reference_prompt,
+        encode_reference_image_embeds,
+        encode_reference_video,
+        encode_animate2_latents,
+        add_animate2_prefix_frame,
+        cache_reference_video,
+        attend_to_reference,
+    ),
+    conditions={"reference_attention": Condition(in_window, batch="separate")},
+    check=check,
+)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffsynth_wan.units.camera import DIRECTIONS, ORIGIN, add_camera_control, camera_rays
+from diffsynth_wan.features.camera import DIRECTIONS, ORIGIN, camera_rays, encode_camera_path
 
 SIZE = {"num_frames": 3, "height": 10, "width": 14}
 SIGNS = {"Left": (9, 1), "Right": (9, -1), "Up": (13, 1), "Down": (13, -1)}
@@ -112,9 +112,7 @@ def test_the_usual_camera_and_its_speed():
 def test_the_frames_of_a_latent_frame_are_channels():
     """Channels are ordered by coordinate, then frame; the first frame is repeated four times."""
     video_shape = SimpleNamespace(num_frames=5, height=18, width=32, time_factor=4, device="cpu", dtype=torch.float32)
-    (motion,) = add_camera_control(
-        extensions=(), camera_control_direction="Left", camera_control_speed=0.01, video_shape=video_shape
-    )
+    motion = encode_camera_path(camera_control_direction="Left", camera_control_speed=0.01, video_shape=video_shape)
     assert motion.rays.shape == (1, 24, 2, 18, 32)
     corner = motion.rays[0, :, :, 0, 0]
     assert corner[12:16, 0].tolist() == pytest.approx([-0.631487] * 4, abs=2e-6)

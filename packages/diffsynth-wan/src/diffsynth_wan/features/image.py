@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.runtime.unit import unit
+from diffsynth.errors import MissingComponent
+from diffsynth.runtime.feature import Condition, Configs, Feature, frames, whole
+from diffsynth.runtime.role import Role
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth_wan.units.clips import check_image
 from diffsynth_wan.units.shape import VideoShape
 
 CLIP_TOKENS = 257
 """Number of hidden states of one image."""
 
 
-@unit("image_latents")
+class ImageArguments(TypedDict, total=False):
+    """First and last frame.
+
+    Args:
+        input_image: First frame of the video, for image-to-video models; the character's image for Animate.
+        end_image: Last frame of the video, for models that take one; None leaves it free.
+    """
+
+    input_image: Image.Image | None
+    end_image: Image.Image | None
+
+
+@unit("image_latents", phase=Phase.ENCODE)
 def encode_image_latents(
     vae: Any,
     *,
@@ -56,7 +73,7 @@ def encode_image_latents(
     return torch.cat([mask, encoded], dim=1)
 
 
-@unit("first_latents")
+@unit("first_latents", phase=Phase.ENCODE)
 def encode_first_frame(
     vae: Any, *, input_image: Image.Image | None = None, video_shape: VideoShape, frame_times: bool
 ) -> Float[Tensor, "1 c 1 h w"] | None:
@@ -68,7 +85,7 @@ def encode_first_frame(
     return video_shape.encode_image(vae, input_image)
 
 
-@unit("image_embeds")
+@unit("image_embeds", phase=Phase.ENCODE)
 def encode_image_embeds(
     image_encoder: Any = None,
     *,
@@ -127,3 +144,52 @@ def concat_condition_latents(
         shape = (1, channels, *video_shape.latent_size)
         parts.append(torch.zeros(shape, device=video_shape.device, dtype=video_shape.dtype))
     return torch.cat(parts, dim=1)
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error for images that the network does not take, or that are missing.
+
+    Raises:
+        ValueError: an end image without an input image, an input that the network does not take, or a missing one.
+        TypeError: an argument is no image.
+        MissingComponent: the image encoder is not loaded.
+    """
+    check_image("input_image", values)
+    check_image("end_image", values)
+    first, last, config = values["input_image"], values["end_image"], configs["dit"]
+    if last is not None and first is None:
+        raise ValueError("end_image without input_image; pass the first image of the video, too")
+    if last is not None and values["num_frames"] < 2:
+        raise ValueError(f"end_image with num_frames={values['num_frames']}: expected at least 2 frames")
+    if config is None:
+        return
+    channels = config.in_channels - config.out_channels
+    takes_image = (channels > 0 or config.frame_times or config.image_dim > 0) and not config.reference_video
+    takes_control = channels >= 2 * config.out_channels
+    # A network of Animate-2 takes other images; the pipeline refuses these two together.
+    if first is not None and not takes_image and values["animate2_reference_video"] is None:
+        raise ValueError("input_image is given, but this network takes none; load an image-to-video model")
+    if first is None and takes_image and channels > 0 and not takes_control:
+        raise ValueError("this network needs an image to begin with; pass input_image")
+    if last is not None and (config.frame_times or channels == config.out_channels):
+        raise ValueError("end_image is given, but this network takes a first image only")
+    if last is None and config.image_tokens:
+        raise ValueError("this network needs a first and a last image; pass end_image, too")
+    images = (first, last, values["reference_image"], values["animate2_reference_image"])
+    if config.image_dim and configs["image_encoder"] is None and any(image is not None for image in images):
+        raise MissingComponent("this network needs image_encoder for images; add the CLIP file to model_configs")
+
+
+IMAGE = Feature(
+    "image",
+    arguments=ImageArguments,
+    roles={"image_encoder": Role(architectures=("wan_image_encoder",), optional=True)},
+    facts={"image_dim": "dit.image_dim", "image_tokens": "dit.image_tokens", "frame_times": "dit.frame_times"},
+    units=(encode_image_latents, encode_first_frame, encode_image_embeds, concat_condition_latents),
+    conditions={
+        "image_embeds": Condition(whole),
+        "condition_latents": Condition(frames()),
+        "first_latents": Condition(frames()),
+    },
+    check=check,
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -10,20 +11,36 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.runtime.unit import unit
-from diffsynth_wan.extension import Extension
-from diffsynth_wan.units.clips import Clip, clip_pieces
+from diffsynth.runtime.feature import Condition, Configs, Feature, in_window
+from diffsynth.runtime.role import Role
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth_wan.units.clips import Clip, check_clip, check_mask_clip, clip_pieces
 from diffsynth_wan.units.shape import VideoShape
+from diffsynth_wan.units.size import video_size
 from diffsynth_wan.variants.animate import AnimateMotion
 
-
-@unit("is_cond", "is_cond_of_uncond")
-def mark_branches() -> tuple[bool, bool]:
-    """Return `(True, False)`, the values of `is_cond` for the conditional and the unconditional branch of guidance."""
-    return True, False
+CLIPS = ("animate_pose_video", "animate_face_video", "animate_inpaint_video", "animate_mask_video")
 
 
-@unit("animate_latents", requires=("animate_adapter",))
+class AnimateArguments(TypedDict, total=False):
+    """Inputs of Animate, with the character's image as `input_image`.
+
+    The videos need at least `num_frames - 4` frames, which is the number of frames of the result.
+
+    Args:
+        animate_pose_video: Pose video that the character follows.
+        animate_face_video: Face video that the character's expression follows.
+        animate_inpaint_video: Scene that the character is placed in; None generates the scene.
+        animate_mask_video: Video that is white where the scene changes, with as many frames as `animate_inpaint_video`.
+    """
+
+    animate_pose_video: Clip | None
+    animate_face_video: Clip | None
+    animate_inpaint_video: Clip | None
+    animate_mask_video: Clip | None
+
+
+@unit("animate_latents", requires=("animate_adapter",), phase=Phase.ENCODE)
 def encode_animate_latents(
     vae: Any,
     *,
@@ -73,23 +90,22 @@ def _kept_mask(mask: Clip | None, shape: VideoShape, frames: int) -> Float[Tenso
     return kept.unflatten(0, (-1, shape.time_factor)).transpose(0, 1)[None]
 
 
-@unit("extensions", branches={"uncond": {"is_cond": "is_cond_of_uncond"}})
-def add_animate_motion(
+@unit("animate_motion", branches={"uncond": {"is_cond": "is_cond_of_uncond"}})
+def encode_animate_motion(
     animate_adapter: Any,
     vae: Any,
     *,
-    extensions: tuple[Extension, ...],
     animate_pose_video: Clip | None = None,
     animate_face_video: Clip | None = None,
     is_cond: bool,
     video_shape: VideoShape,
-) -> tuple[Extension, ...]:
-    """Return the tuple `extensions` with an `AnimateMotion` (pose and face) appended; unchanged without a pose video.
+) -> AnimateMotion | None:
+    """Return an `AnimateMotion` of pose and face; None without a pose video.
 
     The unconditional branch gets a black face.
     """
     if animate_pose_video is None:
-        return extensions
+        return None
     frames = video_shape.num_frames - video_shape.time_factor
     pose = video_shape.encode_clip(vae, "animate_pose_video", animate_pose_video, num_frames=frames)
     side = animate_adapter.config.face_size
@@ -100,13 +116,52 @@ def add_animate_motion(
         pieces = clip_pieces("animate_face_video", animate_face_video, piece=video_shape.time_factor, **size)
         face = torch.cat(list(pieces), dim=2)
     motion = animate_adapter(pose, face.to(video_shape.device, video_shape.dtype))
-    return (*extensions, AnimateMotion(animate_adapter, *motion))
+    return AnimateMotion(animate_adapter, *motion)
 
 
-@unit("prefix_frames", requires=("animate_adapter",))
+@unit("prefix_frames", requires=("animate_adapter",), phase=Phase.LATENTS)
 def add_animate_prefix_frame(*, prefix_frames: int, animate_pose_video: Clip | None = None) -> int:
     """Return the number of prefix frames: `prefix_frames`, plus one for the character's image if there is a pose video.
 
-    It is the first latent frame of `num_frames`.
+    It is the first latent frame of `num_frames`, so the unit runs after the noise is generated.
     """
     return prefix_frames + (animate_pose_video is not None)
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error for videos of Animate that do not fit the call's video or each other, or that are missing.
+
+    Raises:
+        ValueError: a video is missing, too short, of another size or of another length than its mask.
+        TypeError: an argument is no clip.
+    """
+    size = video_size(configs, values)
+    pose, face, scene, mask = (values[name] is not None for name in CLIPS)
+    if pose and size["num_frames"] < 5:
+        raise ValueError(
+            f"num_frames={size['num_frames']}: expected at least 5; Animate uses 4 frames for the character's image"
+        )
+    for name in CLIPS:
+        if values[name] is not None:
+            frames = {"num_frames": size["num_frames"] - 4}
+            check_clip(name, values[name], **size | frames, any_size=name == "animate_face_video")
+    if configs["animate_adapter"] is None:
+        return  # arguments whose component is not loaded were refused before
+    if not pose or not face:
+        missing = " and ".join(name for name, there in zip(CLIPS, (pose, face), strict=False) if not there)
+        raise ValueError(f"this model needs a pose video and a face video; pass {missing}")
+    if scene != mask:
+        raise ValueError("only one of animate_inpaint_video and animate_mask_video is given; pass both or neither")
+    if scene:
+        check_mask_clip("animate_mask_video", "animate_inpaint_video", values)
+
+
+ANIMATE = Feature(
+    "animate",
+    arguments=AnimateArguments,
+    roles={"animate_adapter": Role(architectures=("wan_animate_adapter",), optional=True)},
+    loop_roles=("animate_adapter",),
+    units=(encode_animate_latents, encode_animate_motion, add_animate_prefix_frame),
+    conditions={"animate_motion": Condition(in_window, batch="separate")},
+    check=check,
+)

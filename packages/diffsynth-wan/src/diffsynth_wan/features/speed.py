@@ -1,0 +1,43 @@
+"""Speed control: the amount of motion, one number, is added to the modulation of the blocks."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+
+from diffsynth.runtime.feature import Condition, Feature, in_window
+from diffsynth.runtime.role import Role
+from diffsynth.runtime.unit import unit
+from diffsynth_wan.units.shape import VideoShape
+from diffsynth_wan.variants.speed import SpeedControl
+
+
+class SpeedArguments(TypedDict, total=False):
+    """Amount of motion.
+
+    Args:
+        motion_bucket_id: Amount of motion from 0 to 100, for the speed control model; None disables speed control.
+    """
+
+    motion_bucket_id: float | None
+
+
+@unit("speed_control")
+def encode_speed(
+    motion_controller: Any, *, motion_bucket_id: float | None = None, video_shape: VideoShape
+) -> SpeedControl | None:
+    """Return a `SpeedControl` for the call's amount of motion; None if `motion_bucket_id` is None."""
+    if motion_bucket_id is None:
+        return None
+    bucket = torch.tensor([float(motion_bucket_id)], device=video_shape.device)
+    return SpeedControl(motion_controller(bucket))
+
+
+SPEED = Feature(
+    "speed",
+    arguments=SpeedArguments,
+    roles={"motion_controller": Role(architectures=("wan_motion_controller",), optional=True)},
+    units=(encode_speed,),
+    conditions={"speed_control": Condition(in_window, batch="separate")},
+)
