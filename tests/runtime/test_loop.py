@@ -167,6 +167,8 @@ def test_unknown_names_are_refused_before_anything_runs():
         toy_pipeline().check(prompt="abc", solver="eular")
     with pytest.raises(ValueError, match="apgg"):
         toy_pipeline().check(prompt="abc", guidance="apgg")
+    with pytest.raises(ValueError, match="zero_steps=4 leaves none of 4 steps"):
+        toy_pipeline().check(prompt="abc", guidance="cfg_zero_star:zero_steps=4", cfg_scale=2.0)
     with pytest.raises(Refused, match="step_cache"):
         toy_pipeline().check(prompt="abc", step_cache="first_block:threshold=0.1")
 

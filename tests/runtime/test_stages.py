@@ -9,7 +9,7 @@ from diffsynth.runtime.feature import Feature
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.role import Role
 from diffsynth.runtime.unit import Phase, unit
-from toy_pipeline import ToyNet, ToyPipeline, toy_pipeline
+from toy_pipeline import ToyNet, ToyPipeline
 
 
 @unit("output")
@@ -53,13 +53,29 @@ def test_an_output_feature_changes_the_result():
     assert pipe("x" * 4, seed=0, gain=2.0) == pytest.approx(0.8, abs=1e-5)
 
 
-def test_an_output_unit_without_its_role_is_refused_before_anything_runs():
-    """`latents` need no output unit."""
+def test_an_output_feature_without_its_optional_role_is_left_out():
     pipe = bright()
+    assert pipe("x" * 4, seed=0) == pytest.approx(0.4, abs=1e-5)
+    with pytest.raises(MissingComponent, match="argument 'gain' needs adapter, which is not loaded"):
+        pipe("abc", gain=2.0)
+
+
+def test_an_output_unit_without_a_role_that_it_needs_is_refused_before_anything_runs():
+    """`latents` need no output unit."""
+
+    @unit("output")
+    def decode(vae, *, latents):
+        return [0.0]
+
+    class Decoded(ToyPipeline):
+        roles = {**ToyPipeline.roles, "vae": Role(architectures=("toy_net",))}
+        output_units = (decode,)
+
+    pipe = Decoded.from_components(dit=ToyNet(), device="cpu", torch_dtype=torch.float32)
+    assert pipe("abc", output_type="latents").shape == (1, 1, 4, 4)
     pipe.dit.forward = None
-    with pytest.raises(MissingComponent, match="unit 'brighten' needs adapter.*output_type='latents'"):
+    with pytest.raises(MissingComponent, match="unit 'decode' needs vae.*output_type='latents'"):
         pipe("abc")
-    assert toy_pipeline()("abc", output_type="latents").shape == (1, 1, 4, 4)
 
 
 @unit("doubled", phase=Phase.ENCODE)

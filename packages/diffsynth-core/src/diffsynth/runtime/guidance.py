@@ -76,6 +76,10 @@ class Guidance(ABC):
         """
         return cfg_scale == 1
 
+    def refuses(self, num_steps: int) -> str | None:
+        """Return the reason why this guidance cannot serve a call of `num_steps` steps, as text, or None if it can."""
+        return None
+
     @abstractmethod
     def combine(self, predictions: Mapping[str, Tensor], cfg_scale: float, step: GuidanceStep) -> Tensor:
         """Return the guided velocity, an fp32 tensor in the shape of `step.latents`, as subclasses define it.
@@ -178,7 +182,8 @@ class ZeroStar(Guidance):
     """CFG-Zero*, Fan et al. 2025, arXiv:2503.18886: classifier-free guidance with the `uncond` branch scaled to fit the
     `cond` branch, and a velocity of 0 in the first steps.
 
-    See `diffsynth.sampling.guidance.cfg_zero_star`. A call with no more than `zero_steps` steps returns noise.
+    See `diffsynth.sampling.guidance.cfg_zero_star`. A call with no more than `zero_steps` steps, whose result would be
+    noise, is refused.
 
     Args:
         zero_steps: number of steps at the beginning with a velocity of 0, at least 0. Their predictions are computed
@@ -193,6 +198,12 @@ class ZeroStar(Guidance):
     def __post_init__(self) -> None:
         if not isinstance(self.zero_steps, int) or isinstance(self.zero_steps, bool) or self.zero_steps < 0:
             raise ValueError(f"zero_steps={self.zero_steps!r}: expected an integer of at least 0")
+
+    def refuses(self, num_steps: int) -> str | None:
+        """Return the reason why a call of `num_steps` steps is refused; see `Guidance.refuses`."""
+        if self.zero_steps < num_steps:
+            return None
+        return f"zero_steps={self.zero_steps} leaves none of {num_steps} steps; the result would be noise"
 
     def combine(self, predictions: Mapping[str, Tensor], cfg_scale: float, step: GuidanceStep) -> Tensor:
         """Return the guided velocity; see `Guidance.combine`."""

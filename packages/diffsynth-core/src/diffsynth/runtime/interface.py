@@ -30,6 +30,7 @@ class LoopPipeline(Protocol):
     mesh: ProcessMesh
     model_name: str | None
     prediction: str
+    roles: Mapping[str, Role | Processor]
     program: Program
     condition_rules: Mapping[str, Condition]
 
@@ -57,7 +58,6 @@ class LoopPipeline(Protocol):
 class PlannablePipeline(LoopPipeline, Protocol):
     """A pipeline whose calls can be planned; see `diffsynth.runtime.pipeline.Pipeline`."""
 
-    roles: Mapping[str, Role | Processor]
     per_image: tuple[str, ...]
     __signature__: inspect.Signature
 

@@ -241,13 +241,16 @@ def check_loop(pipe: LoopPipeline, request: Request) -> None:
 
     Raises:
         Refused: a step cache or an attention backend cannot serve the networks or the device.
-        ValueError: an unknown solver; a guidance whose branches no unit declares, or that are not as many as the
-            processes that share them.
+        ValueError: an unknown solver; a guidance that refuses the number of steps, whose branches no unit declares, or
+            whose branches are not as many as the processes that share them.
     """
     loop = request.loop
     find_solver(loop.solver)
     step_cache_session(loop.step_cache, pipe.parts, pipe.all_loop_roles, pipe.model_name)
     check_attention(loop.attention, pipe.device, pipe.dtype)
+    is_guided = len(request.branches) > 1
+    if is_guided and (reason := request.guidance.refuses(loop.num_inference_steps)) is not None:
+        raise ValueError(f"guidance={request.guidance!r} is refused: {reason}")
     for branch in request.branches[1:]:
         if branch not in pipe.program.branches:
             raise ValueError(

@@ -315,9 +315,9 @@ class Pipeline(LoRAMethods):
             request: the checked call, see `check`.
 
         Raises:
-            MissingComponent: a role of an output unit is not loaded, and the call asks for its output.
+            MissingComponent: a role of an output unit is not loaded and not optional, and the call asks for its output.
         """
-        return stages_of(self, self.program, self.components, request, has_loop=self.has_loop())
+        return stages_of(self, request, has_loop=self.has_loop())
 
     def parallel(self, *, cfg: int = 1, sequence: int | None = None) -> Pipeline:
         """Set up the pipeline to compute calls together with the other processes of `torch.distributed`; return it.

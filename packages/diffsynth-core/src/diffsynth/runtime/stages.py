@@ -14,7 +14,7 @@ from diffsynth.errors import MissingComponent
 from diffsynth.runtime.interface import LoopPipeline
 from diffsynth.runtime.loop import DenoisingLoop
 from diffsynth.runtime.request import Request
-from diffsynth.runtime.unit import CallValues, Program, Unit, can_run, is_enabled, needed_roles, run_unit
+from diffsynth.runtime.unit import CallValues, Unit, can_run, is_enabled, needed_roles, run_unit
 
 
 @dataclass(frozen=True)
@@ -90,29 +90,25 @@ class LoopStage(Stage):
         ]
 
 
-def stages_of(
-    pipe: LoopPipeline, program: Program, components: Mapping[str, Any], request: Request, *, has_loop: bool
-) -> list[Stage]:
-    """Return a list of the `Stage`s of a call, in running order.
+def stages_of(pipe: LoopPipeline, request: Request, *, has_loop: bool) -> list[Stage]:
+    """Return a list of the `Stage`s of a call, in running order. Units whose optional roles are empty are left out.
 
     Args:
-        pipe: the pipeline, which its loop calls.
-        program: the units.
-        components: role -> component or None.
+        pipe: the pipeline.
         request: the checked call.
         has_loop: whether there is a denoising loop.
 
     Raises:
-        MissingComponent: a role of a unit after the loop is not loaded, and the call asks for its output.
+        MissingComponent: a role of an output unit is not loaded and not optional, and the call asks for its output.
     """
-    arguments = request.values
+    program, components, arguments = pipe.program, pipe.components, request.values
     units = [step for step in program.units if can_run(step, components) and is_enabled(step, arguments)]
     stages = [Stage(StageKind.PREPARE, step.name, step.roles, _runner(step, components)) for step in units]
     if has_loop:
         stages.append(_loop_stage(pipe, request))
     if request.loop.output_type == "latents":
         return stages
-    outputs = [step for step in program.outputs if is_enabled(step, arguments) and not _is_left_out(step, components)]
+    outputs = [step for step in program.outputs if is_enabled(step, arguments) and not _is_left_out(step, pipe)]
     read = {read.name for step in outputs for read in step.reads}
     for index, step in enumerate(outputs):
         if missing := [role for role in needed_roles(step) if components.get(role) is None]:
@@ -137,9 +133,11 @@ def _runner(step: Unit, components: Mapping[str, Any]) -> Callable[[CallValues],
     return lambda values: run_unit(step, components, values)
 
 
-def _is_left_out(step: Unit, components: Mapping[str, Any]) -> bool:
-    """Whether an output unit belongs to a role that is not loaded, by `requires`, so that calls work without it."""
-    return any(components.get(role) is None for role in step.requires)
+def _is_left_out(step: Unit, pipe: LoopPipeline) -> bool:
+    """Whether an output unit needs an optional role that is empty, such as that of an upscaler, so that calls work
+    without it.
+    """
+    return any(pipe.components.get(role) is None and pipe.roles[role].optional for role in needed_roles(step))
 
 
 def _freeing(run: Callable[[CallValues], None], names: set[str], pipe: LoopPipeline) -> Callable[[CallValues], None]:
