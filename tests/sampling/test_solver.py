@@ -150,36 +150,42 @@ ORACLES = {
     unipc: diffusers_unipc,
     euler_ancestral: diffusers_euler_ancestral,
 }
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-5}
+
+
+def tolerance(solver, dtype):
+    """Return the largest difference allowed, about twice the one measured; the latents are at most 3.2.
+
+    Only UniPC's scheduler computes its steps in fp64. That of ancestral sampling holds latents that are divided by
+    `1 - sigma`, 150 times ours at the first level.
+    """
+    if solver is unipc and dtype == torch.float64:
+        return 5e-15
+    return 5e-5 if solver is euler_ancestral else 3e-6
 
 
 @every_solver
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 8, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_latents_are_those_of_diffusers(solver, num_steps, dtype):
+    """Measured: 0 (Euler), 2.4e-7 (Heun), 1.2e-6 (2M), 7.2e-7 (UniPC), 2.6e-5 (ancestral) in fp32; in fp64 4.6e-7,
+    4.1e-7, 7.3e-7, 1.3e-15 and 1.3e-5.
+    """
     sigmas, latents = z_image_sigmas(num_steps, strength=0.98), start(dtype)
     assert 0.99 < sigmas[0] < 1
     ours = run(solver, NET, latents, sigmas)
     theirs = ORACLES[solver](NET, latents, sigmas)
     assert ours.dtype == theirs.dtype == dtype
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCES[dtype], rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=tolerance(solver, dtype), rtol=0)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 8, 20])
-def test_dpmpp_2m_is_that_of_diffusers_from_pure_noise(num_steps):
+@pytest.mark.parametrize("solver", [dpmpp_2m, unipc])
+def test_the_limit_at_sigma_1_is_that_of_diffusers(solver, num_steps):
+    """Infinities cancel in their formulas, too. Measured: 9.5e-7."""
     sigmas, latents = z_image_sigmas(num_steps), start()
     assert sigmas[0] == 1
-    torch.testing.assert_close(
-        dpmpp_2m(NET, latents, sigmas), diffusers_dpmpp_2m(NET, latents, sigmas), atol=1e-5, rtol=0
-    )
-
-
-@pytest.mark.parametrize("num_steps", [1, 2])
-def test_unipc_is_that_of_diffusers_from_pure_noise(num_steps):
-    """The scheduler of diffusers gives NaN at sigma 1 from three steps on; its own schedules begin 1e-6 below."""
-    sigmas, latents = z_image_sigmas(num_steps), start()
-    torch.testing.assert_close(unipc(NET, latents, sigmas), diffusers_unipc(NET, latents, sigmas), atol=1e-5, rtol=0)
-    assert diffusers_unipc(NET, latents, z_image_sigmas(3)).isnan().all()
+    ours, theirs = solver(NET, latents, sigmas), ORACLES[solver](NET, latents, sigmas)
+    torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -207,20 +213,51 @@ def test_a_straight_path_is_followed_exactly(solver, num_steps):
     torch.testing.assert_close(result, x0, atol=1e-6, rtol=0)
 
 
-ORDERS = {euler: 1, heun: 2, dpmpp_2m: 2, unipc: 2}
+MEAN, DEVIATION = 2.0, 2.0
 
 
-@pytest.mark.parametrize("solver", DETERMINISTIC, ids=lambda solver: solver.__name__)
-def test_order_of_convergence(solver):
-    """The solution of `dx/dsigma = x**2 * cos(3 * sigma)` is `1 / (1 - sin(3 * sigma) / 3)`."""
+def flow_of_normal_data(latents, sigma):
+    """Return the exact velocity for data of a normal distribution."""
+    level = sigma.double()
+    variance = ((1 - level) * DEVIATION) ** 2 + level**2
+    distance = (latents - (1 - level) * MEAN) / variance
+    return level * distance - (MEAN + (1 - level) * DEVIATION**2 * distance)
+
+
+def normal_path(sigma):
+    """Return the solution for that velocity that begins one standard deviation above the mean."""
+    return (1 - sigma) * MEAN + math.sqrt(((1 - sigma) * DEVIATION) ** 2 + sigma**2)
+
+
+def error_on_normal_path(solver, sigmas):
+    first, last = sigmas[0].item(), sigmas[-1].item()
+    end = solver(flow_of_normal_data, torch.full((1,), normal_path(first), dtype=torch.float64), sigmas)
+    return abs(end.item() - normal_path(last))
+
+
+@pytest.mark.parametrize(
+    ("solver", "factor"), [(euler, 2), (heun, 4), (dpmpp_2m, 4), (unipc, 8)], ids=lambda value: str(value)[:18]
+)
+def test_order_of_convergence_between_two_levels(solver, factor):
+    """Twice as many steps, uniform in lambda from -3 to 3, divide the error by 2, 4, 4 and 8."""
 
     def error(num_steps):
-        begin = torch.full((1,), 1 / (1 - math.sin(3) / 3), dtype=torch.float64)
-        sigmas = z_image_sigmas(num_steps, shift=1.0)
-        end = solver(lambda x, sigma: x**2 * torch.cos(3 * sigma.double()), begin, sigmas)
-        return abs(end.item() - 1)
+        growing = torch.linspace(-3, 3, num_steps + 1, dtype=torch.float64)
+        return error_on_normal_path(solver, (1 / (1 + growing.exp())).float())
 
-    assert error(128) == pytest.approx(error(64) / 2 ** ORDERS[solver], rel=0.1)
+    assert error(64) / error(128) == pytest.approx(factor, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("solver", "least", "most"), [(euler, 1.9, 2.1), (heun, 3.9, 4.2), (dpmpp_2m, 3.3, 4.1), (unipc, 3.9, 4.4)]
+)
+def test_order_of_convergence_from_noise_to_data(solver, least, most):
+    """Twice as many steps from 1 to 0. The steps at both ends are of order 1, so that even UniPC is of order 2."""
+
+    def error(num_steps):
+        return error_on_normal_path(solver, z_image_sigmas(num_steps, shift=1.0))
+
+    assert least < error(64) / error(128) < most
 
 
 def test_the_error_of_euler_on_a_curved_path():

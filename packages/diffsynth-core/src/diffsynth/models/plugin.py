@@ -127,6 +127,19 @@ CHECKPOINTS = (
     ),
 )
 
+SOLVERS = (
+    SolverSpec(name="euler", solver="diffsynth.sampling.solver:euler", paper="arXiv:2209.03003"),
+    SolverSpec(name="heun", solver="diffsynth.sampling.solver:heun", evaluations_per_step=2, paper="arXiv:2206.00364"),
+    SolverSpec(name="dpmpp_2m", solver="diffsynth.sampling.solver:dpmpp_2m", paper="arXiv:2211.01095"),
+    SolverSpec(name="unipc", solver="diffsynth.sampling.solver:unipc", paper="arXiv:2302.04867"),
+    SolverSpec(
+        name="euler_ancestral",
+        solver="diffsynth.sampling.solver:euler_ancestral",
+        uses_noise=True,
+        paper="arXiv:2011.13456",
+    ),
+)
+
 GUIDANCES = (
     GuidanceSpec(name="cfg", guidance="diffsynth.runtime.guidance:ClassifierFree", paper="arXiv:2207.12598"),
     GuidanceSpec(
@@ -134,19 +147,6 @@ GUIDANCES = (
     ),
     GuidanceSpec(name="apg", guidance="diffsynth.runtime.guidance:AdaptiveProjected", paper="arXiv:2410.02416"),
     GuidanceSpec(name="cfg_zero_star", guidance="diffsynth.runtime.guidance:ZeroStar", paper="arXiv:2503.18886"),
-)
-
-SOLVERS = (
-    SolverSpec(name="euler", solver="diffsynth.sampling.solver:euler", paper="2209.03003"),
-    SolverSpec(name="heun", solver="diffsynth.sampling.solver:heun", evaluations_per_step=2, paper="2206.00364"),
-    SolverSpec(name="dpmpp_2m", solver="diffsynth.sampling.solver:dpmpp_2m", paper="2211.01095"),
-    SolverSpec(name="unipc", solver="diffsynth.sampling.solver:unipc", paper="2302.04867"),
-    SolverSpec(
-        name="euler_ancestral",
-        solver="diffsynth.sampling.solver:euler_ancestral",
-        uses_noise=True,
-        paper="2011.13456",
-    ),
 )
 
 
@@ -163,12 +163,12 @@ def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
 
 
 @hookimpl
-def register_guidance(register: Callable[[GuidanceSpec], None]) -> None:
-    for guidance in GUIDANCES:
-        register(guidance)
-
-
-@hookimpl
 def register_solvers(register: Callable[[SolverSpec], None]) -> None:
     for solver in SOLVERS:
         register(solver)
+
+
+@hookimpl
+def register_guidance(register: Callable[[GuidanceSpec], None]) -> None:
+    for guidance in GUIDANCES:
+        register(guidance)

@@ -249,8 +249,8 @@ def unipc(
     Zhao et al. 2023, arXiv:2302.04867, for flow matching (alpha is `1 - sigma`). The corrector replaces latents at
     level i by `x = D + (x_before - D) * sigma / sigma_before`, where D is the mean of the quadratic in lambda through
     the data predictions at levels i - 2, i - 1 and i, weighted by exp(lambda) over the step from i - 1 to i. Data
-    predictions are those of the network at predicted latents. Order 2 (the corrected latents: 3); one evaluation per
-    step. `on_step` gets predicted latents.
+    predictions are those of the network at predicted latents. Order 3 between levels inside (0, 1); the steps at both
+    ends make it 2 for a schedule from 1 to 0. One evaluation per step. `on_step` gets predicted latents.
 
     A step to sigma 0 is of order 1. The first corrector uses the mean of two data predictions. The formula has a limit
     where level i - 2 is sigma 1: D is then the value with the data prediction at i - 2 left out. Latents and the data
