@@ -6,9 +6,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypedDict
 
-from diffsynth.runtime.guidance import GuidanceArgument
-
 from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
+from diffsynth.runtime.guidance import GuidanceArgument
 from diffsynth.runtime.request import OutputType, Step
 from diffsynth_wan.features.animate import AnimateArguments
 from diffsynth_wan.features.animate2 import Animate2Arguments

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypedDict
 
-from diffsynth.runtime.guidance import GuidanceArgument
 from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
+from diffsynth.runtime.guidance import GuidanceArgument
 from diffsynth.runtime.request import OutputType, Step
 
 
