@@ -52,6 +52,7 @@ SCENARIOS: dict[str, str] = {
     "wan/test_two_experts.py": "two experts on one device",
     "wan/test_variants_parity.py": "VACE, Animate and Animate-2 against diffusers",
     "wan/test_windows.py": "sliding windows of every conditioning",
+    "zimage/test_controlnet_parity.py": "ZImageDiT with ControlNets against diffusers",
     "zimage/test_dit_parity.py": "ZImageDiT against diffusers",
     "zimage/test_from_pretrained.py": "from published files to images",
     "zimage/test_lora.py": "LoRAs of Z-Image against diffusers",

@@ -1,14 +1,17 @@
-"""Z-Image's architecture and the published files that hold it."""
+"""Z-Image's architectures and the published files that hold them."""
 
 from __future__ import annotations
 
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
 
+DIT = "z_image_dit"
+CONTROLNET = "z_image_controlnet"
+
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
 
 ARCHITECTURES = (
     ArchitectureSpec(
-        name="z_image_dit",
+        name=DIT,
         module="diffsynth_zimage.dit:ZImageDiT",
         config="diffsynth_zimage.config:ZImageDiTConfig",
         infer_config="diffsynth_zimage.config:infer_dit_config",
@@ -34,12 +37,36 @@ ARCHITECTURES = (
         repeated_blocks=("noise_refiner", "context_refiner", "layers"),
         lora_targets=LORA_TARGETS,
     ),
+    ArchitectureSpec(
+        name=CONTROLNET,
+        module="diffsynth_zimage.controlnet:ZImageControlNet",
+        config="diffsynth_zimage.config:ZImageControlNetConfig",
+        infer_config="diffsynth_zimage.config:infer_controlnet_config",
+        required=(
+            "control_all_x_embedder.2-1.weight",
+            "control_layers.0.before_proj.weight",
+            "control_layers.{n}.after_proj.weight",
+            "control_layers.{n}.attention.to_q.weight",
+            "control_layers.{n}.attention.to_k.weight",
+            "control_layers.{n}.attention.norm_q.weight",
+            "control_layers.{n}.feed_forward.w1.weight",
+            "control_layers.{n}.adaLN_modulation.0.weight",
+        ),
+        tiny="diffsynth_zimage.config:TINY_CONTROLNET",
+        tiny_inputs="diffsynth_zimage.config:tiny_controlnet_inputs",
+        high_precision=("*norm*",),
+        repeated_blocks=("control_noise_refiner", "control_layers"),
+        lora_targets=LORA_TARGETS,
+    ),
 )
+
+_UNION_1_0 = "PAI/Z-Image-Turbo-Fun-Controlnet-Union"
+_UNION_2_1 = "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1"
 
 CHECKPOINTS = (
     CheckpointSpec(
-        name="z_image_dit",
-        architecture="z_image_dit",
+        name=DIT,
+        architecture=DIT,
         signature="fc3a8a1247fe185ce116ccbe0e426c28",
         layout="diffsynth_zimage:layouts/z_image_turbo_dit.json.gz",
         files=("Tongyi-MAI/Z-Image-Turbo:transformer/*.safetensors", "Tongyi-MAI/Z-Image:transformer/*.safetensors"),
@@ -47,7 +74,34 @@ CHECKPOINTS = (
     ),
     CheckpointSpec(
         name="z_image_dit/fused",
-        architecture="z_image_dit",
+        architecture=DIT,
         rules="diffsynth_zimage.convert:FUSED",
+    ),
+    CheckpointSpec(
+        name=CONTROLNET,
+        architecture=CONTROLNET,
+        rules="diffsynth_zimage.convert:CONTROLNET",
+        signature="1677708d40029ab380a95f6c731a57d7",
+        layout="diffsynth_zimage:layouts/controlnet_union_2.1.json.gz",
+        files=(
+            f"{_UNION_2_1}:Z-Image-Turbo-Fun-Controlnet-Union-2.1.safetensors",
+            f"{_UNION_2_1}:Z-Image-Turbo-Fun-Controlnet-Union-2.1-8steps.safetensors",
+            f"{_UNION_2_1}:Z-Image-Turbo-Fun-Controlnet-Tile-2.1-8steps.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name=f"{CONTROLNET}/lite",
+        architecture=CONTROLNET,
+        rules="diffsynth_zimage.convert:CONTROLNET",
+        files=(
+            f"{_UNION_2_1}:Z-Image-Turbo-Fun-Controlnet-Union-2.1-lite-2601-8steps.safetensors",
+            f"{_UNION_2_1}:Z-Image-Turbo-Fun-Controlnet-Tile-2.1-lite-2601-8steps.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name=f"{CONTROLNET}/1.0",
+        architecture=CONTROLNET,
+        rules="diffsynth_zimage.convert:CONTROLNET",
+        files=(f"{_UNION_1_0}:Z-Image-Turbo-Fun-Controlnet-Union.safetensors",),
     ),
 )

@@ -1,12 +1,16 @@
-"""Config of the Z-Image transformer, and a function that infers it from the shapes in a file. Light: no torch."""
+"""Configs of the Z-Image transformer and its ControlNets, and functions that infer them from the shapes in a file.
+
+Light: no torch.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from diffsynth.core.loader.shapes import Shapes, count_items
+from diffsynth.errors import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -17,55 +21,36 @@ MAX_PROMPT_TOKENS = 512
 TOKEN_MULTIPLE = 32
 """Image and caption are each padded to a multiple of this number of tokens, with learned tokens that take part."""
 
+RefinerHints: TypeAlias = Literal["control_noise_refiner", "control_layers", "none"]
+"""Blocks of a ControlNet that give hints to the transformer's noise refiner; see `ZImageControlNetConfig`."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class ZImageDiTConfig:
-    """Config of Z-Image's single-stream transformer; the defaults are Z-Image and Z-Image-Turbo.
+class ZImageBlockConfig:
+    """Sizes of a block of Z-Image, in the transformer and in its ControlNets.
 
     Args:
         dim: width of the tokens.
-        n_layers: number of layers over image and caption together.
-        n_refiner_layers: number of layers over the image alone, and over the caption alone, before the joint layers.
         n_heads: number of query heads; `dim / n_heads` is the head dimension.
         n_kv_heads: number of key and value heads.
         norm_eps: epsilon of the RMS norms of attention, feed-forward and caption.
         qk_norm: whether queries and keys are RMS-normalised.
-        cap_feat_dim: width of the text encoder's hidden states.
-        in_channels: latent channels.
-        patch_size: side of a token in latent pixels.
-        axes_dims: channels of a head that RoPE rotates by time, height and width; their sum is the head dimension.
-        axes_lens: number of positions per axis in training; not a limit.
-        rope_theta: base of the rotary frequencies.
-        t_scale: factor from the time in [0, 1] that forward() takes to the network's timestep.
-        time_hidden_dim: inner width of the time MLP.
+
+    Raises:
+        ValueError: the numbers of heads do not divide the width and each other.
     """
 
     dim: int = 3840
-    n_layers: int = 30
-    n_refiner_layers: int = 2
     n_heads: int = 30
     n_kv_heads: int = 30
     norm_eps: float = 1e-5
     qk_norm: bool = True
-    cap_feat_dim: int = 2560
-    in_channels: int = 16
-    patch_size: int = 2
-    axes_dims: tuple[int, int, int] = (32, 48, 48)
-    axes_lens: tuple[int, int, int] = (1024, 512, 512)
-    rope_theta: float = 256.0
-    t_scale: float = 1000.0
-    time_hidden_dim: int = 1024
 
     def __post_init__(self) -> None:
-        # Metadata is JSON: it gives lists where a hashable config needs tuples.
-        object.__setattr__(self, "axes_dims", tuple(self.axes_dims))
-        object.__setattr__(self, "axes_lens", tuple(self.axes_lens))
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} must divide dim={self.dim} and be a multiple of n_kv_heads={self.n_kv_heads}"
             )
-        if sum(self.axes_dims) != self.head_dim or any(dim % 2 for dim in self.axes_dims):
-            raise ValueError(f"axes_dims={self.axes_dims} must be even and sum to dim / n_heads = {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
@@ -83,6 +68,95 @@ class ZImageDiTConfig:
         return min(self.dim, 256)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ZImageDiTConfig(ZImageBlockConfig):
+    """Config of Z-Image's single-stream transformer; the defaults are Z-Image and Z-Image-Turbo.
+
+    Args:
+        dim, n_heads, n_kv_heads, norm_eps, qk_norm: see `ZImageBlockConfig`.
+        n_layers: number of layers over image and caption together.
+        n_refiner_layers: number of layers over the image alone, and over the caption alone, before the joint layers.
+        cap_feat_dim: width of the text encoder's hidden states.
+        in_channels: latent channels.
+        patch_size: side of a token in latent pixels.
+        axes_dims: channels of a head that RoPE rotates by time, height and width; their sum is the head dimension.
+        axes_lens: number of positions per axis in training; not a limit.
+        rope_theta: base of the rotary frequencies.
+        t_scale: factor from the time in [0, 1] that forward() takes to the network's timestep.
+        time_hidden_dim: inner width of the time MLP.
+
+    Raises:
+        ValueError: as for `ZImageBlockConfig`, or axes that do not fill a head.
+    """
+
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    cap_feat_dim: int = 2560
+    in_channels: int = 16
+    patch_size: int = 2
+    axes_dims: tuple[int, int, int] = (32, 48, 48)
+    axes_lens: tuple[int, int, int] = (1024, 512, 512)
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    time_hidden_dim: int = 1024
+
+    def __post_init__(self) -> None:
+        # Metadata is JSON: it gives lists where a hashable config needs tuples.
+        object.__setattr__(self, "axes_dims", tuple(self.axes_dims))
+        object.__setattr__(self, "axes_lens", tuple(self.axes_lens))
+        super().__post_init__()
+        if sum(self.axes_dims) != self.head_dim or any(dim % 2 for dim in self.axes_dims):
+            raise ValueError(f"axes_dims={self.axes_dims} must be even and sum to dim / n_heads = {self.head_dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZImageControlNetConfig(ZImageBlockConfig):
+    """Config of a ControlNet of Z-Image; the defaults are Z-Image-Turbo-Fun-Controlnet-Union-2.1.
+
+    Args:
+        dim, n_heads, n_kv_heads, norm_eps, qk_norm: see `ZImageBlockConfig`.
+        n_layers: number of control layers; each gives a hint to one of the transformer's layers, which are evenly
+            spaced: 15 of 30 in 2.0 and 2.1, 3 in 2.1-lite, 6 in 1.0.
+        n_refiner_layers: number of blocks of the transformer's noise refiner that get a hint; with `refiner_hints`
+            "none", number of blocks over the control tokens alone.
+        in_channels: channels of the control context. If odd, those of the control latents, one of a mask and those of
+            the latents of an image to inpaint, in this order (33 in 2.0 and 2.1); if even, those of the control latents
+            alone (16 in 1.0).
+        patch_size: side of a token in latent pixels.
+        refiner_hints: blocks that give hints to the transformer's noise refiner: "control_noise_refiner", blocks for
+            this purpose (2.1); "control_layers", the control layers, which first run over the image's tokens alone
+            (2.0); or "none" (1.0).
+
+    Raises:
+        ValueError: as for `ZImageBlockConfig`, or an unknown `refiner_hints`.
+    """
+
+    n_layers: int = 15
+    n_refiner_layers: int = 2
+    in_channels: int = 33
+    patch_size: int = 2
+    refiner_hints: RefinerHints = "control_noise_refiner"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refiner_hints not in get_args(RefinerHints):
+            known = get_args(RefinerHints)
+            raise ValueError(
+                f"refiner_hints={self.refiner_hints!r}: expected one of {', '.join(known)}"
+                f"{did_you_mean(self.refiner_hints, known)}"
+            )
+
+    @property
+    def latent_channels(self) -> int:
+        """Number of channels of the control latents, without those of mask and image to inpaint."""
+        return self.in_channels // 2 if self.inpaints else self.in_channels
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the control context has a mask and the latents of an image to inpaint after the control latents."""
+        return self.in_channels % 2 == 1
+
+
 TINY_DIT = ZImageDiTConfig(
     dim=64,
     n_layers=2,
@@ -93,6 +167,8 @@ TINY_DIT = ZImageDiTConfig(
     axes_dims=(4, 6, 6),
     time_hidden_dim=48,
 )
+
+TINY_CONTROLNET = ZImageControlNetConfig(dim=64, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4)
 
 
 def tiny_dit_inputs(config: ZImageDiTConfig, generator: torch.Generator) -> dict[str, Any]:
@@ -108,6 +184,36 @@ def tiny_dit_inputs(config: ZImageDiTConfig, generator: torch.Generator) -> dict
     }
 
 
+def tiny_controlnet_inputs(config: ZImageControlNetConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return a dict of arguments of `ZImageControlNet.forward` for all its blocks: two images of 3 x 5 tokens with
+    captions of two lengths; fp32 on the CPU.
+    """
+    import torch
+
+    from diffsynth_zimage.dit import rotary_embedding
+    from diffsynth_zimage.extension import Stream
+
+    quarter = config.head_dim // 4
+    network = ZImageDiTConfig(
+        dim=config.dim,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        axes_dims=(quarter, (config.head_dim - quarter) // 2, (config.head_dim - quarter) // 2),
+    )
+    positions = torch.arange(3 * 96).view(1, 96, 3)
+    stream = Stream(
+        image=torch.randn(2, 32, config.dim, generator=generator),
+        caption=torch.randn(2, 64, config.dim, generator=generator),
+        grid=(3, 5),
+        positions=positions,
+        rotary=rotary_embedding(positions, network, torch.device("cpu")),
+        time_embed=torch.randn(2, config.time_dim, generator=generator),
+        joint_mask=torch.arange(96)[None, None, None, :] < torch.tensor([96, 64]).view(2, 1, 1, 1),
+    )
+    size = (3 * config.patch_size, 5 * config.patch_size)
+    return {"stream": stream, "control": torch.randn(2, config.in_channels, *size, generator=generator)}
+
+
 def infer_dit_config(shapes: Shapes) -> ZImageDiTConfig:
     """Return the `ZImageDiTConfig` of a transformer file, inferred from the shapes of its tensors.
 
@@ -116,16 +222,9 @@ def infer_dit_config(shapes: Shapes) -> ZImageDiTConfig:
     """
     if any(name.startswith("siglip_") for name in shapes):
         raise ValueError("it has siglip_* parameters: that is the Omni variant")
-    patch_size = _patch_size(shapes)
-    embedder = f"all_x_embedder.{patch_size}-1.weight"
-    dim, patch_dim = shapes[embedder]
-    if "layers.0.attention.norm_q.weight" not in shapes:
-        raise ValueError(
-            "layers.0.attention.norm_q.weight is missing; the head dimension cannot be inferred without it"
-        )
-    (head_dim,) = shapes["layers.0.attention.norm_q.weight"]
-    if head_dim % 16 or dim % head_dim:
-        raise ValueError(f"head dimension {head_dim}: expected a multiple of 16 that divides the width {dim}")
+    patch_size = _patch_size(shapes, "all_x_embedder")
+    dim, patch_dim = shapes[f"all_x_embedder.{patch_size}-1.weight"]
+    head_dim = _head_dim(shapes, "layers.0", dim)
     config = ZImageDiTConfig(
         dim=dim,
         n_layers=count_items(shapes, "layers"),
@@ -139,14 +238,68 @@ def infer_dit_config(shapes: Shapes) -> ZImageDiTConfig:
         axes_dims=(head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8),
         time_hidden_dim=shapes["t_embedder.mlp.0.weight"][0],
     )
-    ffn_dim = shapes["layers.0.feed_forward.w1.weight"][0]
-    if ffn_dim != config.ffn_dim:
-        raise ValueError(f"feed-forward width {ffn_dim}: expected 8/3 of {dim}, {config.ffn_dim}")
+    _check_ffn_dim(shapes, "layers.0", config)
     return config
 
 
-def _patch_size(shapes: Shapes) -> int:
-    found = [match for name in shapes if (match := re.fullmatch(r"all_x_embedder\.(\d+)-(\d+)\.weight", name))]
+def infer_controlnet_config(shapes: Shapes) -> ZImageControlNetConfig:
+    """Return the `ZImageControlNetConfig` of a ControlNet file, inferred from the shapes of its tensors.
+
+    A file without `control_noise_refiner` is Union 2.0, as diffusers saves it. The published file of 2.0 holds that
+    stack, untrained, and so has the shapes of 2.1; see `diffsynth_zimage.convert.CONTROLNET`.
+
+    Raises:
+        ValueError: the file is of no known variant, or has sizes that no Z-Image network has.
+    """
+    patch_size = _patch_size(shapes, "control_all_x_embedder")
+    dim, patch_dim = shapes[f"control_all_x_embedder.{patch_size}-1.weight"]
+    if patch_dim % patch_size**2:
+        raise ValueError(f"patches of {patch_dim} values: expected a multiple of the {patch_size**2} pixels of a patch")
+    head_dim = _head_dim(shapes, "control_layers.0", dim)
+    refiner_layers = count_items(shapes, "control_noise_refiner")
+    config = ZImageControlNetConfig(
+        dim=dim,
+        n_layers=count_items(shapes, "control_layers"),
+        n_refiner_layers=refiner_layers or ZImageDiTConfig.n_refiner_layers,
+        n_heads=dim // head_dim,
+        n_kv_heads=shapes["control_layers.0.attention.to_k.weight"][0] // head_dim,
+        in_channels=patch_dim // patch_size**2,
+        patch_size=patch_size,
+        refiner_hints=_refiner_hints(shapes, refiner_layers),
+    )
+    _check_ffn_dim(shapes, "control_layers.0", config)
+    return config
+
+
+def _refiner_hints(shapes: Shapes, refiner_layers: int) -> RefinerHints:
+    if not refiner_layers:
+        return "control_layers"
+    hinting = sum(f"control_noise_refiner.{n}.after_proj.weight" in shapes for n in range(refiner_layers))
+    if hinting not in (0, refiner_layers):
+        raise ValueError(
+            f"{hinting} of {refiner_layers} blocks of control_noise_refiner have after_proj; expected all or none"
+        )
+    return "control_noise_refiner" if hinting else "none"
+
+
+def _head_dim(shapes: Shapes, block: str, dim: int) -> int:
+    norm = f"{block}.attention.norm_q.weight"
+    if norm not in shapes:
+        raise ValueError(f"{norm} is missing; the head dimension cannot be inferred without it")
+    (head_dim,) = shapes[norm]
+    if head_dim % 16 or dim % head_dim:
+        raise ValueError(f"head dimension {head_dim}: expected a multiple of 16 that divides the width {dim}")
+    return head_dim
+
+
+def _check_ffn_dim(shapes: Shapes, block: str, config: ZImageBlockConfig) -> None:
+    ffn_dim = shapes[f"{block}.feed_forward.w1.weight"][0]
+    if ffn_dim != config.ffn_dim:
+        raise ValueError(f"feed-forward width {ffn_dim}: expected 8/3 of {config.dim}, {config.ffn_dim}")
+
+
+def _patch_size(shapes: Shapes, embedder: str) -> int:
+    found = [match for name in shapes if (match := re.fullmatch(rf"{embedder}\.(\d+)-(\d+)\.weight", name))]
     if len(found) != 1 or found[0][2] != "1":
-        raise ValueError(f"{len(found)} patch embedders (all_x_embedder.P-1.weight); expected one, of a single frame")
+        raise ValueError(f"{len(found)} patch embedders ({embedder}.P-1.weight); expected one, of a single frame")
     return int(found[0][1])

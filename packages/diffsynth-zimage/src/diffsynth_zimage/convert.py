@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from diffsynth.core.loader.convert import Drop, Rename, Rule, Split
+from typing import Any
+
+from diffsynth.core.loader.convert import Apply, Drop, Rename, Rule, Split
+from diffsynth.errors import Unrecognized
 
 
 def _unchanged(*names: str) -> tuple[Rule, ...]:
@@ -35,3 +38,27 @@ FUSED: tuple[Rule, ...] = (
     Drop("norm_final.weight"),
 )
 """Names of the original code, with fused query, key and value, as in single files for other programs."""
+
+_TRAINED = "control_noise_refiner.0.after_proj.weight"
+
+
+def _require_trained(weight: Any) -> Any:
+    """Return `weight`, the projection to a hint of the first block of a ControlNet's refiner, unless it is zero.
+
+    Raises:
+        Unrecognized: it is zero.
+    """
+    if not weight.any():
+        raise Unrecognized(
+            f"{_TRAINED} is zero: the file is a Union 2.0, which has the shapes of 2.1 but does not use its "
+            "control_noise_refiner. Leave out all control_noise_refiner.* tensors, for example with "
+            "ModelConfig(state_dict=...); the others are recognised as 2.0"
+        )
+    return weight
+
+
+CONTROLNET: tuple[Rule, ...] = (Apply(_require_trained, (_TRAINED,), _TRAINED, lambda shape: shape),)
+"""ControlNet under our own names.
+
+The published file of Union 2.0 has the names and shapes of 2.1; only its values show that its refiner was not trained.
+"""

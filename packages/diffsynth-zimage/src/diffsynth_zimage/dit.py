@@ -1,8 +1,13 @@
-"""Z-Image transformer: image and caption tokens in a single stream (Tongyi-MAI 2025, arXiv:2511.22699)."""
+"""Z-Image transformer: image and caption tokens in a single stream (Tongyi-MAI 2025, arXiv:2511.22699).
+
+A variant that changes the forward pass is an extension (`diffsynth_zimage.extension`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +17,10 @@ from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
+from diffsynth.errors import did_you_mean
 from diffsynth.nn import LayerNorm, RMSNorm, TimestepEmbedder, apply_rotary, rotary_angles, swiglu
-from diffsynth_zimage.config import TOKEN_MULTIPLE, ZImageDiTConfig
+from diffsynth_zimage.config import TOKEN_MULTIPLE, ZImageBlockConfig, ZImageDiTConfig
+from diffsynth_zimage.extension import STACKS, BlockIndex, Extension, Rotary, StackName, Stream
 
 
 class ZImageDiT(nn.Module):
@@ -46,6 +53,9 @@ class ZImageDiT(nn.Module):
         time: Float[Tensor, "b"],
         prompt_embeds: Float[Tensor, "b s e"],
         prompt_mask: Bool[Tensor, "b s"] | None = None,
+        *,
+        extensions: Sequence[Extension] = (),
+        step: Any = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the negated velocity `x0 - noise`, a tensor with the axes `b c h w` and the dtype of `latents`.
 
@@ -54,42 +64,65 @@ class ZImageDiT(nn.Module):
             time: `1 - sigma` in [0, 1], fp32; 0 is pure noise.
             prompt_embeds: hidden states of the text encoder.
             prompt_mask: True for text and False for padding, on either side; None means that all tokens are text.
+            extensions: applied in this order after the embedding; see `diffsynth_zimage.extension`.
+            step: context of the sampling step, which extensions read as `Stream.step`.
 
         Raises:
-            ValueError: height or width is no multiple of the patch size.
+            ValueError: height or width is no multiple of the patch size, or an extension names a block that the
+                network does not have or that has already run.
         """
-        config = self.config
-        patch = f"{config.patch_size}-1"
-        height, width = self._grid(latents)
+        stream = self.embed(latents, time, prompt_embeds, prompt_mask, step=step)
+        for extension in extensions:
+            stream = extension(self, stream)
+        self._check_blocks(stream)
+        image = self._run("noise_refiner", stream.image, stream.image_rotary, stream.image_mask, stream)
+        caption = self._run("context_refiner", stream.caption, stream.caption_rotary, stream.caption_mask, stream)
+        stream = self._extend_layers(replace(stream, image=image, caption=caption))
+        tokens = self._run("layers", stream.joint_tokens(), stream.rotary, stream.joint_mask, stream)
+
+        patch, (height, width) = self.config.patch_size, stream.grid
+        pixels = self.all_final_layer[f"{patch}-1"](tokens[:, : height * width], stream.time_embed)
+        pixels = pixels.to(latents.dtype)
+        return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)
+
+    def embed(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        time: Float[Tensor, "b"],
+        prompt_embeds: Float[Tensor, "b s e"],
+        prompt_mask: Bool[Tensor, "b s"] | None = None,
+        *,
+        step: Any = None,
+    ) -> Stream:
+        """Return a `Stream` (the inputs of the transformer blocks) before extensions change it; arguments and errors
+        are those of `ZImageDiT.forward`.
+        """
+        grid = self._grid(latents)
         lengths = _lengths(prompt_embeds, prompt_mask)
         if prompt_mask is not None:
             prompt_embeds = _text_first(prompt_embeds, prompt_mask, max(lengths))
-        time_embed = self.t_embedder(time * config.t_scale, dtype=latents.dtype)
-        layout = _layout(lengths, (height, width), config, latents.device)
-
-        pixels = rearrange(latents, "b c (h p) (w q) -> b (h w) (p q c)", p=config.patch_size, q=config.patch_size)
-        # Under autocast a linear layer returns bf16; the tokens stay in the dtype of the latents.
-        image = self.all_x_embedder[patch](pixels).to(latents.dtype)
-        padding = self.x_pad_token.to(image.dtype).expand(image.shape[0], layout.image_len - image.shape[1], -1)
-        image = torch.cat((image, padding), dim=1)
-        for block in self.noise_refiner:
-            image = self._run(block, image, layout.image_rotary, None, time_embed)
-
-        caption = self.cap_embedder(prompt_embeds).to(latents.dtype)
-        caption = F.pad(caption, (0, 0, 0, layout.caption_len - caption.shape[1]))
-        caption = torch.where(layout.is_text, caption, self.cap_pad_token.to(caption.dtype))
-        for block in self.context_refiner:
-            caption = self._run(block, caption, layout.caption_rotary, layout.caption_mask)
-
-        stream = torch.cat((image, caption), dim=1)
-        for block in self.layers:
-            stream = self._run(block, stream, layout.joint_rotary, layout.joint_mask, time_embed)
-
-        pixels = self.all_final_layer[patch](stream[:, : height * width], time_embed)
-        pixels = pixels.to(latents.dtype)
-        return rearrange(
-            pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=config.patch_size, q=config.patch_size
+        padded = [_padded(length) for length in lengths]
+        image_len, caption_len = _padded(grid[0] * grid[1]), max(padded)
+        positions = _positions(padded, grid)
+        caption_mask, joint_mask = _masks(padded, image_len, latents.device)
+        return Stream(
+            image=self._embed_image(latents, image_len),
+            caption=self._embed_caption(prompt_embeds, lengths, caption_len, latents.dtype),
+            grid=grid,
+            positions=positions,
+            rotary=rotary_embedding(positions, self.config, latents.device),
+            time_embed=self.t_embedder(time * self.config.t_scale, dtype=latents.dtype),
+            caption_mask=caption_mask,
+            joint_mask=joint_mask,
+            step=step,
         )
+
+    def set_positions(self, stream: Stream, positions: Int[Tensor, "#b s axes"]) -> Stream:
+        """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`, which are on the
+        CPU.
+        """
+        rotary = rotary_embedding(positions, self.config, stream.image.device)
+        return replace(stream, positions=positions, rotary=rotary)
 
     def init_weights(self) -> None:
         """Set the module's weights for training from scratch: modulated layers become the identity, the output becomes
@@ -117,18 +150,74 @@ class ZImageDiT(nn.Module):
             raise ValueError(f"latents are {height}x{width}; expected multiples of the patch size {patch}")
         return height // patch, width // patch
 
-    def _run(self, block: nn.Module, *arguments: object) -> Tensor:
-        return gradient_checkpoint_forward(block, self.gradient_checkpointing, False, *arguments)
+    def _embed_image(self, latents: Tensor, image_len: int) -> Float[Tensor, "b i e"]:
+        patch = self.config.patch_size
+        pixels = rearrange(latents, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+        # Under autocast a linear layer returns bf16; the tokens stay in the dtype of the latents.
+        image = self.all_x_embedder[f"{patch}-1"](pixels).to(latents.dtype)
+        padding = self.x_pad_token.to(image.dtype).expand(image.shape[0], image_len - image.shape[1], -1)
+        return torch.cat((image, padding), dim=1)
 
+    def _embed_caption(
+        self, prompt_embeds: Tensor, lengths: list[int], caption_len: int, dtype: torch.dtype
+    ) -> Float[Tensor, "b c e"]:
+        caption = self.cap_embedder(prompt_embeds).to(dtype)
+        caption = F.pad(caption, (0, 0, 0, caption_len - caption.shape[1]))
+        index = torch.arange(caption_len, device=caption.device)
+        is_text = index < torch.tensor(lengths, device=caption.device)[:, None]
+        return torch.where(is_text[:, :, None], caption, self.cap_pad_token.to(caption.dtype))
 
-Rotary = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
-"""Cosine and sine of the rotary angles of the tokens."""
+    def _run(
+        self, stack: StackName, tokens: Tensor, rotary: Rotary, mask: Bool[Tensor, "b 1 1 s"] | None, stream: Stream
+    ) -> Float[Tensor, "b s e"]:
+        """Return a tensor: the tokens `b s e` after all blocks of `stack`, with the residuals that `stream` has for
+        them.
+        """
+        arguments = (rotary, mask) if stack == "context_refiner" else (rotary, mask, stream.time_embed)
+        for index, block in enumerate(getattr(self, stack)):
+            if (stack, index) in stream.skip_blocks:
+                continue
+            tokens = gradient_checkpoint_forward(block, self.gradient_checkpointing, False, tokens, *arguments)
+            for residual in stream.residuals.get((stack, index), ()):
+                tokens = tokens + residual(tokens)
+        return tokens
+
+    def _extend_layers(self, stream: Stream) -> Stream:
+        """Return a `Stream`: `stream` after the extensions that it has for the layers; raise ValueError if they change
+        what happens in a refiner.
+        """
+        if not stream.layers_extensions:
+            return stream
+        before = _refiner_changes(stream)
+        while stream.layers_extensions:
+            first, *others = stream.layers_extensions
+            stream = first(self, replace(stream, layers_extensions=tuple(others)))
+        self._check_blocks(stream)
+        if late := {block for block, _ in _refiner_changes(stream) ^ before}:
+            stack, index = min(late)
+            raise ValueError(
+                f"block {index} of {stack} has run before the extensions of the layers are applied, and one of them "
+                "changes its residuals or skips it; do that in an extension that is passed to forward()"
+            )
+        return stream
+
+    def _check_blocks(self, stream: Stream) -> None:
+        for stack, index in (*stream.residuals, *stream.skip_blocks):
+            if stack not in STACKS:
+                raise ValueError(
+                    f"an extension names the stack {stack!r}: expected one of {', '.join(STACKS)}"
+                    f"{did_you_mean(stack, STACKS)}"
+                )
+            if index not in range(len(getattr(self, stack))):
+                raise ValueError(
+                    f"an extension names block {index} of {stack}, which has {len(getattr(self, stack))} blocks"
+                )
 
 
 class ContextBlock(nn.Module):
     """Layer without modulation, with norms before and after attention and feed-forward."""
 
-    def __init__(self, config: ZImageDiTConfig) -> None:
+    def __init__(self, config: ZImageBlockConfig) -> None:
         super().__init__()
         self.attention = SelfAttention(config)
         self.feed_forward = FeedForward(config)
@@ -148,7 +237,7 @@ class ContextBlock(nn.Module):
 class ZImageBlock(ContextBlock):
     """Layer whose inputs are scaled and whose outputs are gated by the time embedding."""
 
-    def __init__(self, config: ZImageDiTConfig) -> None:
+    def __init__(self, config: ZImageBlockConfig) -> None:
         super().__init__(config)
         self.adaLN_modulation = nn.Sequential(nn.Linear(config.time_dim, 4 * config.dim))
 
@@ -170,7 +259,7 @@ class ZImageBlock(ContextBlock):
 class SelfAttention(nn.Module):
     """Self-attention with norms and RoPE of queries and keys."""
 
-    def __init__(self, config: ZImageDiTConfig) -> None:
+    def __init__(self, config: ZImageBlockConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
@@ -197,7 +286,7 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ZImageDiTConfig) -> None:
+    def __init__(self, config: ZImageBlockConfig) -> None:
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
@@ -223,48 +312,40 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x, scale=scale))
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Token counts, rotary angles and masks, which depend only on the sizes of images and captions."""
-
-    image_len: int
-    caption_len: int
-    is_text: Bool[Tensor, "b s 1"]
-    image_rotary: Rotary
-    caption_rotary: Rotary
-    joint_rotary: Rotary
-    caption_mask: Bool[Tensor, "b 1 1 s"] | None
-    joint_mask: Bool[Tensor, "b 1 1 s"] | None
+def rotary_embedding(positions: Int[Tensor, "#b s axes"], config: ZImageDiTConfig, device: torch.device) -> Rotary:
+    """Return (cos, sin), fp32 tensors `#b s half_d` on `device`: cosines and sines of the RoPE angles of tokens at
+    `positions` (time, height, width), which are on the CPU.
+    """
+    angles = rotary_angles(positions, axes_dims=config.axes_dims, theta=config.rope_theta).to(device)
+    return angles.cos(), angles.sin()
 
 
-def _layout(lengths: list[int], grid: tuple[int, int], config: ZImageDiTConfig, device: torch.device) -> _Layout:
-    image_tokens = grid[0] * grid[1]
-    image_len = _padded(image_tokens)
-    padded = [_padded(length) for length in lengths]
-    caption_len = max(padded)
-    # Positions depend on the padded length of the caption only: compute them once per padded length.
-    ids = torch.stack([_position_ids(length, caption_len, grid, image_len) for length in sorted(set(padded))])
-    if len(ids) > 1:
-        ids = ids[[sorted(set(padded)).index(length) for length in padded]]
-    angles = rotary_angles(ids, axes_dims=config.axes_dims, theta=config.rope_theta).to(device)
-    cos, sin = angles.cos(), angles.sin()
-    index = torch.arange(caption_len, device=device)
-    is_text = index < torch.tensor(lengths, device=device)[:, None]
-    caption_mask = joint_mask = None
-    if min(padded) < caption_len:
-        attended = index < torch.tensor(padded, device=device)[:, None]
-        caption_mask = attended[:, None, None]
-        joint_mask = F.pad(attended, (image_len, 0), value=True)[:, None, None]
-    return _Layout(
-        image_len=image_len,
-        caption_len=caption_len,
-        is_text=is_text[:, :, None],
-        image_rotary=(cos[:, :image_len], sin[:, :image_len]),
-        caption_rotary=(cos[:, image_len:], sin[:, image_len:]),
-        joint_rotary=(cos, sin),
-        caption_mask=caption_mask,
-        joint_mask=joint_mask,
-    )
+def _positions(padded: list[int], grid: tuple[int, int]) -> Int[Tensor, "#b s axes"]:
+    """Return an int CPU tensor `#b s axes` of RoPE positions for the image's tokens, then the caption's.
+
+    Positions depend on the padded length of the caption only: they are computed once per padded length.
+    """
+    image_len, caption_len, each = _padded(grid[0] * grid[1]), max(padded), sorted(set(padded))
+    positions = torch.stack([_position_ids(length, caption_len, grid, image_len) for length in each])
+    return positions if len(each) == 1 else positions[[each.index(length) for length in padded]]
+
+
+def _masks(
+    padded: list[int], image_len: int, device: torch.device
+) -> tuple[Bool[Tensor, "b 1 1 c"] | None, Bool[Tensor, "b 1 1 s"] | None]:
+    """Return (mask of the caption's tokens, mask of the image's and the caption's tokens), True for attended tokens;
+    (None, None) if all captions have one padded length.
+    """
+    if min(padded) == max(padded):
+        return None, None
+    attended = torch.arange(max(padded), device=device) < torch.tensor(padded, device=device)[:, None]
+    return attended[:, None, None], F.pad(attended, (image_len, 0), value=True)[:, None, None]
+
+
+def _refiner_changes(stream: Stream) -> set[tuple[BlockIndex, object]]:
+    """Return a set of (block, residuals of the block, or None if it is skipped) for the blocks of the refiners."""
+    changes = {*stream.residuals.items(), *((block, None) for block in stream.skip_blocks)}
+    return {change for change in changes if change[0][0] != "layers"}
 
 
 def _position_ids(padded: int, caption_len: int, grid: tuple[int, int], image_len: int) -> Int[Tensor, "s axes"]:

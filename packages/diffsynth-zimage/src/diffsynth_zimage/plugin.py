@@ -1,4 +1,4 @@
-"""Plugin of diffsynth-zimage: Z-Image's models, architecture, published files and training."""
+"""Plugin of diffsynth-zimage: Z-Image's models, architectures, published files and training."""
 
 from __future__ import annotations
 
