@@ -116,6 +116,11 @@ def test_the_arguments_of_z_image_are_those_of_its_pipeline():
             assert documented[parameter.name] == f"`{parameter.default!r}`", parameter.name
 
 
+def test_the_controlnet_of_the_z_image_page_runs():
+    ((_, block),) = FENCED.findall(section("models/z-image.md", "## ControlNets"))
+    exec(block, {"__name__": "block"})
+
+
 def test_the_options_of_generate_are_those_of_the_program():
     rows = re.findall(r"^\| (`-.+?) \|", section("cli.md", "## generate"), flags=re.MULTILINE)
     shown = {option for row in rows for option in re.findall(r"`(-[-a-z]+)", row)}

@@ -119,9 +119,9 @@ class ZImageControlNetConfig(ZImageBlockConfig):
             spaced: 15 of 30 in 2.0 and 2.1, 3 in 2.1-lite, 6 in 1.0.
         n_refiner_layers: number of blocks of the transformer's noise refiner that get a hint; with `refiner_hints`
             "none", number of blocks over the control tokens alone.
-        in_channels: channels of the control context. If odd, those of the control latents, one of a mask and those of
-            the latents of an image to inpaint, in this order (33 in 2.0 and 2.1); if even, those of the control latents
-            alone (16 in 1.0).
+        in_channels: channels of the control context. If odd, those of the control latents, one of a mask (1 where an
+            image to inpaint is kept) and those of the latents of that image, in this order (33 in 2.0 and 2.1); if
+            even, those of the control latents alone (16 in 1.0).
         patch_size: side of a token in latent pixels.
         refiner_hints: blocks that give hints to the transformer's noise refiner: "control_noise_refiner", blocks for
             this purpose (2.1); "control_layers", the control layers, which first run over the image's tokens alone
