@@ -91,7 +91,7 @@ class Networks:
         for number, each in enumerate(controls):
             with self._refining([*refiner_hints[:number], *refiner_hints[number + 1 :]]):
                 given = each.oracle(*arguments, list(each.context.unsqueeze(2)), conditioning_scale=each.scale)
-            samples = {block: hint + samples.get(block, 0) for block, hint in given.items()}
+            samples |= {block: hint + samples.get(block, 0) for block, hint in given.items()}
         with self._refining(refiner_hints):
             out = self.oracle(*arguments, return_dict=False, controlnet_block_samples=samples)[0]
         return torch.stack(out).squeeze(2)
@@ -170,11 +170,14 @@ def test_two_controlnets_add_up(networks, second: str) -> None:
         assert parity.relative_error(networks.run(inputs, control), truth) > 0.01
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["2.1", "1.0"])
 def test_every_parameter_matters(networks, variant: str) -> None:
-    """Every parameter of the ControlNet changes the output, so the comparisons above cover all of them."""
-    inputs = draw_inputs((10, 6), [5, 40])
-    control = networks.control(variant, 2, (10, 6))
+    """Every parameter of the ControlNet changes the output, so the comparisons above cover all of them.
+
+    The other variants have the same parameters, or fewer.
+    """
+    inputs = draw_inputs((4, 6), [9])
+    control = networks.control(variant, 1, (4, 6))
     own = nn.ModuleDict({name: part for name, part in control.oracle.named_children() if name.startswith("control_")})
     assert parity.neutral_parameters(own, lambda: networks.run_oracle(inputs, control)) == []
 

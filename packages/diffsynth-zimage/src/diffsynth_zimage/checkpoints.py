@@ -53,7 +53,7 @@ ARCHITECTURES = (
             "control_layers.{n}.adaLN_modulation.0.weight",
         ),
         tiny="diffsynth_zimage.config:TINY_CONTROLNET",
-        tiny_inputs="diffsynth_zimage.config:tiny_controlnet_inputs",
+        tiny_inputs="diffsynth_zimage.tiny:tiny_controlnet_inputs",
         high_precision=("*norm*",),
         repeated_blocks=("control_noise_refiner", "control_layers"),
         lora_targets=LORA_TARGETS,
