@@ -14,7 +14,10 @@ from torch import Tensor
 import parity
 from diffsynth import _discovery
 from diffsynth.core.loader import component, pickled, recognize
+from diffsynth.core.lora import fit, parse
+from diffsynth.core.vram import Policy, wrap
 from diffsynth.errors import Unrecognized
+from diffsynth.runtime.architectures import architecture_of, cuts
 from diffsynth_zimage.config import (
     TINY_CONTROLNET,
     TINY_DIT,
@@ -220,6 +223,29 @@ def test_gradient_checkpointing_changes_no_gradient(config) -> None:
         gradients.append({name: parameter.grad.clone() for name, parameter in controlnet.named_parameters()})
     assert all(bool(gradient.abs().sum() > 0) for gradient in gradients[0].values())
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize("config", [TINY_CONTROLNET, replace(SHARED, n_refiner_layers=1)])
+@torch.no_grad()
+def test_a_streamed_controlnet_gives_the_same(config) -> None:
+    """A step calls it twice, between blocks of a transformer that is streamed, too."""
+    dit = drawn(ZImageDiT(TINY_DIT)).requires_grad_(False)
+    controlnet = drawn(ZImageControlNet(config), seed=1).requires_grad_(False)
+    extension = ControlNetResiduals(controlnet, context(), 0.7)
+    truth = dit(**inputs(), extensions=[extension])
+    for module in (dit, controlnet):
+        wrap(module, Policy.preset("cpu-offload", "cpu"), smallest=0, **cuts(architecture_of(module)))
+    for _ in range(2):
+        assert torch.equal(dit(**inputs(), extensions=[extension]), truth)
+
+
+def test_a_lora_fits() -> None:
+    controlnet = ZImageControlNet(TINY_CONTROLNET)
+    name, shape = "control_layers.1.attention.to_q", (64, 64)
+    state = {f"transformer.{name}.lora_A.weight": torch.ones(2, shape[1])}
+    state[f"transformer.{name}.lora_B.weight"] = torch.ones(shape[0], 2)
+    found = fit(parse(state), controlnet, _discovery.catalog().layouts()[1], architecture="z_image_controlnet")
+    assert list(found.layers) == [name]
 
 
 def test_autocast_keeps_the_control_tokens_in_fp32() -> None:
