@@ -11,9 +11,10 @@ from torch import nn
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import Unplannable
 from diffsynth.runtime import architectures
-from diffsynth.runtime.architectures import architecture_of, long_stacks, stacks_of
+from diffsynth.runtime.architectures import architecture_of, cached_stacks, compiled_stacks, partition_by
 from diffsynth_zimage.dit import ZImageDiT
 from tiny_z_image import SMALL, tiny_z_image
+from toy_unet import LISTS, ToyUnet, declare, toy_unet
 
 CALL = {"prompt": "a cat", "num_inference_steps": 2, **SMALL}
 
@@ -73,6 +74,40 @@ def test_repeated_blocks_of_a_subclass_are_those_of_its_network():
     mine = copy.copy(dit)
     mine.__class__ = Mine
     assert architecture_of(mine) is architecture_of(dit)
-    assert [stack.name for stack in stacks_of(mine)] == [stack.name for stack in stacks_of(dit)]
-    assert [stack.name for stack in long_stacks(mine)] == ["layers"]
+    assert names(compiled_stacks(mine)) == names(compiled_stacks(dit)) == ["noise_refiner", "context_refiner", "layers"]
+    assert names(cached_stacks(mine)) == ["layers"]
     assert architecture_of(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("declared", "compiled", "cached"),
+    [
+        ({}, list(LISTS), list(LISTS)),
+        ({"compiled_blocks": ("down",)}, ["down"], list(LISTS)),
+        ({"compiled_blocks": (), "cached_blocks": ("up",)}, [], ["up"]),
+        ({"cached_blocks": ()}, list(LISTS), []),
+    ],
+)
+def test_blocks_for_each_use_are_declared_separately(monkeypatch, declared, compiled, cached):
+    """All lists are streamed in each case. Those for compiling and for step caches are the same unless declared."""
+    spec = declare(monkeypatch, ToyUnet, "toy_unet", repeated_blocks=LISTS, **declared)
+    module = toy_unet()
+    assert names(compiled_stacks(module)) == compiled
+    assert names(cached_stacks(module)) == cached
+    assert {block.name for block in partition_by(spec, module).blocks} >= {"down.0", "middle.3", "up.1"}
+
+
+@pytest.mark.parametrize("field", ["repeated_blocks", "compiled_blocks", "cached_blocks"])
+def test_a_list_that_is_not_there_is_named_with_the_nearest(monkeypatch, field):
+    spec = declare(monkeypatch, ToyUnet, "toy_unet", **{"repeated_blocks": LISTS, field: ("downs",)})
+    use = {
+        "repeated_blocks": lambda module: partition_by(spec, module),
+        "compiled_blocks": compiled_stacks,
+        "cached_blocks": cached_stacks,
+    }
+    with pytest.raises(ValueError, match="'downs'.*; did you mean 'down'"):
+        use[field](toy_unet())
+
+
+def names(stacks):
+    return [stack.name for stack in stacks]

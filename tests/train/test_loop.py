@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from diffsynth import _discovery
 from diffsynth.core.loader import header
 from diffsynth.errors import TrainingError
 from diffsynth_train import checkpoint, loop
@@ -76,6 +78,24 @@ def test_channels_last_changes_the_layout_and_not_the_loss(autoencoder_recipe):
     assert innermost.components["vae"].module.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     for step in range(2):
         assert float(innermost.step(step)["loss"]) == pytest.approx(float(plain.step(step)["loss"]), rel=1e-4)
+
+
+def test_compile_takes_the_blocks_that_the_architecture_declares(autoencoder_recipe, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    autoencoder_recipe["components"]["vae"]["compile"] = True
+    vae = loop.TrainingRun(parsed(autoencoder_recipe)).components["vae"].module
+    assert compiled == [*vae.encoder.down_blocks, *vae.decoder.up_blocks]
+    catalog = _discovery.catalog()
+    declared = [
+        replace(one, spec=replace(one.spec, compiled_blocks=())) if one.spec.name == "flux_autoencoder" else one
+        for one in catalog.architectures
+    ]
+    monkeypatch.setattr(_discovery, "catalog", lambda: replace(catalog, architectures=tuple(declared)))
+    with pytest.raises(
+        TrainingError, match=r"\[components.vae\] compile = true: .*flux_autoencoder declares no blocks"
+    ):
+        loop.TrainingRun(parsed(autoencoder_recipe))
 
 
 def test_another_seed_gives_other_weights(flow_recipe, workspace):

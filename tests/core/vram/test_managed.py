@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.vram.managed import ManagedModule, managed, wrap
 from diffsynth.core.vram.policy import DISK, BlockState, Placement, Policy
+from toy_unet import LISTS, toy_unet
 
 TOKENS = torch.arange(12).view(2, 6)
 HOST = Policy.preset("cpu-offload", "cpu")
@@ -21,7 +23,7 @@ STREAMED = Policy.preset("disk", "cpu")
 SMALL_STORAGE = Policy.preset("fp8", "cpu", torch.float32)
 
 
-def on(policy: Policy, folder: Path, *, module: Tower | None = None, **cuts: object) -> tuple[Tower, ManagedModule]:
+def on(policy: Policy, folder: Path, *, module: nn.Module | None = None, **cuts: object) -> tuple[Any, ManagedModule]:
     module = tower() if module is None else module
     source = None
     if policy.offload.on_disk or policy.onload.on_disk:
@@ -70,6 +72,23 @@ def test_what_stays_and_how_far_ahead_changes_no_bit(
     with wrapped:
         for _ in range(3):
             assert torch.equal(module(TOKENS), expected)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 9])
+@pytest.mark.parametrize("resident", [(), ("down.1", "up.0"), None])
+@pytest.mark.parametrize("policy", [HOST, STREAMED], ids=str)
+def test_a_list_may_hold_unlike_blocks(
+    policy: Policy, resident: tuple[str, ...] | None, slots: int, tmp_path: Path
+) -> None:
+    """Blocks of a UNet differ in class, shape and arguments, and pass tensors on to blocks that run much later."""
+    inputs = [(torch.randn(2, 1, *size), torch.tensor([0.2, 0.9]), torch.ones(2)) for size in ((8, 8), (5, 7))]
+    expected = [toy_unet()(*values) for values in inputs]
+    module, wrapped = on(policy, tmp_path, module=toy_unet(), repeated=LISTS)
+    assert {"down.0", "down.1", "middle.3", "up.0", "up.1"} <= set(wrapped.blocks)
+    wrapped.configure(resident=resident, slots=slots)
+    with wrapped:
+        for _ in range(2):
+            assert all(torch.equal(module(*values), result) for values, result in zip(inputs, expected, strict=True))
 
 
 def test_storage_in_fp8_is_rounding_each_weight_once(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from torch import nn
 import parity
 from diffsynth.core.vram.managed import wrap
 from diffsynth.core.vram.policy import Policy
-from diffsynth.errors import MissingComponent
-from diffsynth.runtime.acceleration.compiling import compile_forward
+from diffsynth.errors import MissingComponent, Refused
+from diffsynth.runtime.acceleration.compiling import blocks_to_compile, compile_forward
 from tiny_z_image import SMALL, tiny_z_image
+from toy_pipeline import ToyPipeline
+from toy_unet import LISTS, ToyUnet, declare, toy_unet
 
 CALL = {"prompt": "a cat", "num_inference_steps": 3, **SMALL}
 
@@ -70,6 +72,25 @@ def test_compiling_again_replaces(backend) -> None:
     compile_forward(block, backend=backend)
     assert torch.equal(block(x), truth)
     assert (other.graphs, backend.graphs) == (0, 1)
+
+
+def test_blocks_of_unlike_classes_compile_one_by_one(backend, monkeypatch) -> None:
+    """Two blocks on the way down and four alike in the middle give three graphs; those on the way up are not listed."""
+    pipe = ToyPipeline({"dit": toy_unet()}, device="cpu", torch_dtype=torch.float32)
+    declare(monkeypatch, ToyUnet, "toy_unet", repeated_blocks=LISTS, compiled_blocks=("down", "middle"))
+    call = {"prompt": "grey", "num_inference_steps": 2, "seed": 0, "output_type": "latents"}
+    truth = pipe(**call)
+    pipe.compile_pipeline(backend=backend, fullgraph=True)
+    assert parity.relative_error(pipe(**call), truth) < 1e-6
+    assert backend.graphs == 3
+
+
+def test_a_network_without_blocks_to_compile_is_refused_by_name(monkeypatch) -> None:
+    pipe = ToyPipeline({"dit": toy_unet()}, device="cpu", torch_dtype=torch.float32)
+    assert blocks_to_compile(pipe.dit) == [pipe.dit]  # a module of no declared architecture is compiled whole
+    declare(monkeypatch, ToyUnet, "toy_unet", repeated_blocks=LISTS, compiled_blocks=())
+    with pytest.raises(Refused, match="compiling is refused: toy_unet declares no blocks that may be compiled"):
+        pipe.compile_pipeline()
 
 
 def test_roles() -> None:

@@ -20,9 +20,11 @@ from diffsynth.runtime.acceleration import (
     parse_step_cache,
 )
 from diffsynth.runtime.acceleration.session import StepCacheSession
-from diffsynth.runtime.architectures import Stack, long_stacks
+from diffsynth.runtime.architectures import Stack, cached_stacks
 from diffsynth.spec import ModelSpec, TeaCacheSpec
 from tiny_z_image import SMALL, tiny_z_image
+from toy_pipeline import ToyPipeline, toy_pipeline
+from toy_unet import LISTS, ToyUnet, declare, toy_unet
 
 CALL = {"prompt": "a cat", "num_inference_steps": 6, "cfg_scale": 2.0, **SMALL}
 
@@ -171,15 +173,45 @@ def test_blocks_that_return_other_tensors_are_refused() -> None:
 
 
 def test_short_stacks_are_left_alone(pipe) -> None:
-    assert [stack.name for stack in long_stacks(pipe.dit)] == ["layers"]
-    assert long_stacks(nn.Linear(2, 2)) == ()
+    assert [stack.name for stack in cached_stacks(pipe.dit)] == ["layers"]
+    assert cached_stacks(nn.Linear(2, 2)) == ()
 
 
 def test_a_network_without_blocks_is_refused() -> None:
-    from toy_pipeline import toy_pipeline
-
     with pytest.raises(Refused, match=r"dit \(ToyNet\) has no repeated blocks"):
         toy_pipeline().check(step_cache="taylor")
+
+
+def test_a_network_that_streams_blocks_but_cannot_skip_them_is_refused_by_name(monkeypatch) -> None:
+    """Every declared list of blocks was taken as one that a step cache may skip, a UNet's with skip connections too."""
+    pipe = ToyPipeline({"dit": toy_unet()}, device="cpu", torch_dtype=torch.float32)
+    declare(monkeypatch, ToyUnet, "toy_unet", repeated_blocks=LISTS, cached_blocks=())
+    message = r"step_cache=TaylorSeer\(.*\) is refused: toy_unet declares no blocks that a step cache may skip"
+    with pytest.raises(Refused, match=message):
+        pipe.check(step_cache="taylor")
+
+
+def test_only_the_blocks_declared_for_it_are_skipped(monkeypatch) -> None:
+    """The blocks in the middle of a UNet keep the shape; those before and after them run in every step."""
+    pipe = ToyPipeline({"dit": toy_unet()}, device="cpu", torch_dtype=torch.float32)
+    declare(monkeypatch, ToyUnet, "toy_unet", repeated_blocks=LISTS, cached_blocks=("middle",))
+    runs = dict.fromkeys(("down.0", "middle.0", "middle.1", "middle.3", "up.1"), 0)
+
+    def count(name):
+        def hook(*_):
+            runs[name] += 1
+
+        return hook
+
+    call = {"prompt": "grey", "num_inference_steps": 6, "seed": 0, "output_type": "latents"}
+    truth = pipe(**call)
+    assert torch.equal(pipe(**call, step_cache=FirstBlockCache(threshold=0)), truth)
+    handles = [pipe.dit.get_submodule(name).conv.register_forward_hook(count(name)) for name in runs]
+    cached = pipe(**call, step_cache=FirstBlockCache(threshold=100.0, max_reused=2))
+    for handle in handles:
+        handle.remove()
+    assert runs == {"down.0": 6, "middle.0": 6, "middle.1": 2, "middle.3": 2, "up.1": 6}
+    assert not torch.equal(cached, truth)
 
 
 def test_texts() -> None:

@@ -93,7 +93,15 @@ class ArchitectureSpec:
             without calling it.
         high_precision: name patterns of parameters that keep the file's dtype when weights are stored in a lower
             dtype (`"*.norm*"`).
-        repeated_blocks: names of the `ModuleList`s whose items are streamed and compiled block by block.
+        repeated_blocks: names of the lists (`ModuleList`s or `Sequential`s) whose items are blocks: a policy streams
+            them one by one. The items of a list may have different classes, shapes and arguments.
+        compiled_blocks: names of the lists whose items `compile_pipeline` compiles one by one. None is
+            `repeated_blocks`; without any the module is compiled whole. `()` refuses to compile the module.
+        cached_blocks: names of the lists whose items a step cache may skip: each item returns the tensors that it takes
+            first, in the same shapes, and the next item takes them. None is `repeated_blocks`. `()` refuses step
+            caches, as for a UNet, whose blocks also pass tensors to later blocks.
+        accepted_as: names of other architectures: a pipeline's role that accepts one of them accepts this one, too. The
+            module has their methods that the role names, and the config their fields that the pipeline reads.
         lora_targets: suffixes of the names of the linear layers that LoRAs usually change (`"to_q"`, `"ffn.0"`). A LoRA
             may change any linear layer; the conformance suite tests these.
     """
@@ -108,6 +116,9 @@ class ArchitectureSpec:
     atomic: tuple[str, ...] = ()
     high_precision: tuple[str, ...] = ()
     repeated_blocks: tuple[str, ...] = ()
+    compiled_blocks: tuple[str, ...] | None = None
+    cached_blocks: tuple[str, ...] | None = None
+    accepted_as: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
 
 

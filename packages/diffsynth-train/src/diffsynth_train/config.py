@@ -27,7 +27,7 @@ class ComponentRecipe:
         init: reference to `f(module)` that initialises the weights; empty keeps those of the constructor.
         train: whether the component is trained.
         freeze: name patterns of parameters of a trained component that are not trained (`"encoder.*"`).
-        compile: compile the repeated blocks that the architecture declares.
+        compile: compile the blocks that the architecture declares, one by one; without any, the whole component.
         channels_last: use the memory format `torch.channels_last`, which is faster in bf16 and on tensor cores.
     """
 

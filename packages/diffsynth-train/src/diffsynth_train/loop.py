@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffsynth import _discovery
-from diffsynth.errors import TrainingError
+from diffsynth.errors import Refused, TrainingError
+from diffsynth.runtime.acceleration.compiling import blocks_to_compile
 from diffsynth_train import checkpoint
-from diffsynth_train.components import build_components, build_pipeline, repeated_blocks, training_spec
+from diffsynth_train.components import build_components, build_pipeline, training_spec
 from diffsynth_train.config import Recipe
 from diffsynth_train.data.cache import UnitCache, split_units
 from diffsynth_train.data.dataset import Dataset, batch_indices, step_generator, step_random
@@ -211,12 +212,19 @@ class TrainingRun:
             if self.recipe.components[role].channels_last:
                 component.module.to(memory_format=torch.channels_last)
             if self.recipe.components[role].compile:
-                for block in repeated_blocks(component):
-                    block.compile()
+                self._compile(role)
             if self.accelerator.num_processes > 1:
                 if not self.objective.needs_forward_only:
                     raise TrainingError("this objective supports a single process only")
                 self.pipe.components[role] = self.accelerator.prepare_model(component.module)
+
+    def _compile(self, role: str) -> None:
+        try:
+            blocks = blocks_to_compile(self.components[role].module)
+        except Refused as error:
+            raise TrainingError(f"[components.{role}] compile = true: {error}") from error
+        for block in blocks:
+            block.compile()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.recipe.loop.precision == "fp32":

@@ -10,15 +10,16 @@ from torch import nn
 
 from diffsynth import _discovery
 from diffsynth.core.vram.partition import Partition, partition
+from diffsynth.errors import did_you_mean
 from diffsynth.spec import ArchitectureSpec, resolve
 
 SHORTEST = 4
-"""`long_stacks` leaves out stacks that are shorter than the longest one by more than this factor."""
+"""`cached_stacks` leaves out stacks that are shorter than the longest one by more than this factor."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Repeated blocks that run in order, each on the output of the one before it."""
+    """The blocks of a list, which run in order, and the list's name in its network."""
 
     name: str
     blocks: tuple[nn.Module, ...]
@@ -55,19 +56,48 @@ def partition_by(architecture: ArchitectureSpec | None, module: nn.Module) -> Pa
     return partition(module, **{name: cut for name, cut in cuts(architecture).items() if name != "high_precision"})
 
 
-def stacks_of(module: nn.Module) -> tuple[Stack, ...]:
-    """Return a tuple with a `Stack` per list of repeated blocks that a module's architecture declares; else empty."""
+def compiled_stacks(module: nn.Module) -> tuple[Stack, ...]:
+    """Return a tuple with a `Stack` per list of blocks that a module's architecture declares for compiling one by one;
+    empty if it declares none, or if the module has no architecture.
+
+    Raises:
+        ValueError: the module has no list of a declared name.
+    """
+    return _stacks(module, "compiled_blocks")
+
+
+def cached_stacks(module: nn.Module) -> tuple[Stack, ...]:
+    """Return a tuple with a `Stack` per list of blocks that a step cache may skip: those that a module's architecture
+    declares and that have at least a quarter of the blocks of the longest one.
+
+    The refiners of Z-Image, 2 blocks beside 30, are not among them.
+
+    Raises:
+        ValueError: the module has no list of a declared name.
+    """
+    stacks = _stacks(module, "cached_blocks")
+    longest = max((len(stack.blocks) for stack in stacks), default=0)
+    return tuple(stack for stack in stacks if SHORTEST * len(stack.blocks) >= longest > 0)
+
+
+def _stacks(module: nn.Module, use: str) -> tuple[Stack, ...]:
+    """Return a tuple of `Stack`s: the lists in the field `use` of the module's `ArchitectureSpec`, or, if it is None,
+    those in `repeated_blocks`.
+    """
     architecture = architecture_of(module)
     if architecture is None:
         return ()
-    return tuple(Stack(name, tuple(module.get_submodule(name).children())) for name in architecture.repeated_blocks)
+    declared = getattr(architecture, use)
+    names = architecture.repeated_blocks if declared is None else declared
+    return tuple(Stack(name, _items(module, name, architecture)) for name in names)
 
 
-def long_stacks(module: nn.Module) -> tuple[Stack, ...]:
-    """Return a tuple of a module's `Stack`s that have at least a quarter of the blocks of its longest one.
-
-    The refiners of Z-Image, 2 blocks beside 30, are not among them.
-    """
-    stacks = stacks_of(module)
-    longest = max((len(stack.blocks) for stack in stacks), default=0)
-    return tuple(stack for stack in stacks if SHORTEST * len(stack.blocks) >= longest > 0)
+def _items(module: nn.Module, name: str, architecture: ArchitectureSpec) -> tuple[nn.Module, ...]:
+    try:
+        return tuple(module.get_submodule(name).children())
+    except AttributeError:
+        known = [path for path, _ in module.named_modules()]
+        raise ValueError(
+            f"architecture {architecture.name} declares blocks {name!r}, which {type(module).__name__} does not have"
+            f"{did_you_mean(name, known)}"
+        ) from None

@@ -1,7 +1,7 @@
 """Acceleration of a pipeline's networks without changes of their code.
 
-Three means: compiled blocks, step caches, and attention backends by step. The first two work on the repeated blocks
-that an architecture declares.
+Three means: compiled blocks, step caches, and attention backends by step. The first two work on the blocks that an
+architecture declares in `compiled_blocks` and `cached_blocks`, by default its repeated blocks.
 """
 
 from __future__ import annotations

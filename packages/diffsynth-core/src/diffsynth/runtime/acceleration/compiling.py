@@ -1,4 +1,7 @@
-"""Regional compilation: `torch.compile` for the repeated blocks of a network, whose code blocks of one class share."""
+"""Regional compilation: `torch.compile` for the blocks that an architecture declares in `compiled_blocks`.
+
+Blocks of one class share the compiled code.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,12 @@ from torch import nn
 
 from diffsynth.core import forward_chain
 from diffsynth.core.forward_chain import ForwardLayer
-from diffsynth.errors import MissingComponent, did_you_mean
-from diffsynth.runtime.architectures import stacks_of
+from diffsynth.errors import MissingComponent, Refused, did_you_mean
+from diffsynth.runtime.architectures import architecture_of, compiled_stacks
 
 
 def compile_components(components: Mapping[str, Any], roles: Collection[str], **options: Any) -> None:
-    """Set up `torch.compile` for the repeated blocks of these roles' modules, or for a whole module without such
-    blocks.
+    """Set up `torch.compile` for the blocks of these roles' modules that `blocks_to_compile` returns.
 
     Compiling again replaces earlier compiled code. Blocks of one class and of equal settings share compiled code. Each
     is compiled at its first call.
@@ -30,12 +32,25 @@ def compile_components(components: Mapping[str, Any], roles: Collection[str], **
     Raises:
         TypeError: an unknown role, one that holds no module, or an option that `torch.compile` does not have.
         MissingComponent: an empty role.
+        Refused: a module whose architecture declares no blocks that may be compiled; no module was compiled.
     """
     modules = [_module(components, role) for role in roles]
-    for module in modules:
-        blocks = [block for stack in stacks_of(module) for block in stack.blocks]
-        for block in blocks or [module]:
-            compile_forward(block, **options)
+    for block in [block for module in modules for block in blocks_to_compile(module)]:
+        compile_forward(block, **options)
+
+
+def blocks_to_compile(module: nn.Module) -> list[nn.Module]:
+    """Return a list of the modules that are compiled one by one in place of `module`: the blocks that its architecture
+    declares in `compiled_blocks`, or `module` itself if there are none.
+
+    Raises:
+        Refused: the architecture declares `compiled_blocks=()`.
+        ValueError: the module has no list of a declared name.
+    """
+    architecture = architecture_of(module)
+    if architecture is not None and architecture.compiled_blocks == ():
+        raise Refused(f"compiling is refused: {architecture.name} declares no blocks that may be compiled")
+    return [block for stack in compiled_stacks(module) for block in stack.blocks] or [module]
 
 
 def compile_forward(module: nn.Module, **options: Any) -> None:

@@ -30,7 +30,7 @@ from diffsynth.runtime.acceleration.step_cache import (
     as_streams,
 )
 from diffsynth.runtime.acceleration.strategies import model_named
-from diffsynth.runtime.architectures import Stack, long_stacks
+from diffsynth.runtime.architectures import Stack, architecture_of, cached_stacks
 from diffsynth.spec import ModelSpec
 
 _call: ContextVar[ForwardPass | None] = ContextVar("diffsynth_step_cache", default=None)
@@ -60,14 +60,25 @@ def step_cache_session(
     if (reason := cache.refuses(model)) is not None:
         raise Refused(f"step_cache={cache!r} is refused: {reason}")
     loaded = {role: components[role] for role in loop_roles if isinstance(components.get(role), nn.Module)}
-    networks = [stacks for stacks in map(long_stacks, loaded.values()) if sum(len(each.blocks) for each in stacks) > 1]
+    declared = map(cached_stacks, loaded.values())
+    networks = [stacks for stacks in declared if sum(len(stack.blocks) for stack in stacks) > 1]
     if not networks:
-        kinds = ", ".join(f"{role} ({type(module).__name__})" for role, module in loaded.items())
-        raise Refused(
-            f"step_cache={cache!r} is refused: {kinds or 'no network'} has no repeated blocks that could be skipped; "
-            "its architecture names them in repeated_blocks"
-        )
+        raise Refused(f"step_cache={cache!r} is refused: {_why_nothing_is_skipped(loaded)}")
     return StepCacheSession(cache, networks, model)
+
+
+def _why_nothing_is_skipped(networks: Mapping[str, nn.Module]) -> str:
+    """Return the reason, as text, why a step cache may skip no block of these networks (role -> module)."""
+    declared = [architecture_of(module) for module in networks.values()]
+    refusing = [each.name for each in declared if each is not None and each.cached_blocks == ()]
+    if refusing:
+        verb = "declares" if len(refusing) == 1 else "declare"
+        return f"{' and '.join(refusing)} {verb} no blocks that a step cache may skip"
+    kinds = ", ".join(f"{role} ({type(module).__name__})" for role, module in networks.items())
+    return (
+        f"{kinds or 'no network'} has no repeated blocks that could be skipped; its architecture names them in "
+        "repeated_blocks or cached_blocks"
+    )
 
 
 class StepCacheSession:
