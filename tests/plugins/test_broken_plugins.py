@@ -52,6 +52,12 @@ BROKEN = {
     ),
     "malformed_reference": (good("x", "y").replace(":ToyPipeline", ""), "expected 'package.module:attribute'"),
     "malformed_source": (good("x", "y").replace("Owner/y:*.safe", "*.safe"), "expected 'owner/repository:pattern'"),
+    "text_for_tuple": (
+        HEAD
+        + "def register_checkpoints(register):\n    from diffsynth.spec import CheckpointSpec\n"
+        + "    register(CheckpointSpec(name='x', architecture='y', files='Owner/y:*.safetensors'))\n",
+        "'x': files is the text 'Owner/y:*.safetensors', expected a tuple",
+    ),
     "twice": (
         HEAD + "def register_doors(register):\n    for _ in range(2): register(DoorSpec(name='same', folder='x:y'))\n",
         "'same' is declared twice",
@@ -91,6 +97,7 @@ KINDS = {
         "dead_reference",
         "malformed_reference",
         "malformed_source",
+        "text_for_tuple",
     ),
     "duplicate names": ("twice", "same_name"),
     "torch imported by a light module": ("torch",),

@@ -214,7 +214,19 @@ BROKEN = {
     "a list of blocks that is not there": (
         "plugin.py",
         'repeated_blocks=("blocks",)',
-        'repeated_blocks=("layers",)',
+        'repeated_blocks=("block",)',
+        f"{DIT} has the blocks that it declares",
+    ),
+    "blocks for a step cache that are not there": (
+        "plugin.py",
+        'repeated_blocks=("blocks",)',
+        'repeated_blocks=("blocks",), cached_blocks=("block",)',
+        f"{DIT} has the blocks that it declares",
+    ),
+    "a block that is run without calling it": (
+        "dit.py",
+        "x = block(x)",
+        "x = type(block).forward(block, x)",
         f"{DIT} output does not depend",
     ),
     "a layer to change that is not there": ("plugin.py", '("qkv", "out")', '("qkv", "to_q")', f"{DIT} has the layers"),
@@ -322,6 +334,34 @@ def test_what_is_broken_fails_its_case_and_no_other(plugin, name):
     failures = plugin.failures()
     assert len(failures) == 1, failures
     assert failures[0].startswith(expected)
+
+
+ACCEPTED = 'lora_targets=("qkv", "out"), accepted_as=("flux_autoencoder",)'
+
+
+def test_an_architecture_that_is_accepted_as_another_has_what_roles_need(plugin, monkeypatch):
+    """The role `vae` of Z-Image accepts a flux_autoencoder; it calls encode() and decode(), which this one lacks."""
+    monkeypatch.setenv("DIFFSYNTH_PLUGINS", f"{NAME},zimage")
+    plugin.edit("plugin.py", 'lora_targets=("qkv", "out")', ACCEPTED)
+    name = f"{DIT} has what roles of flux_autoencoder need"
+    assert plugin.failures() == [name]
+    (check,) = [check for check in checks_of(f"diffsynth-{NAME}") if check.name == name]
+    with pytest.raises(AssertionError, match=r"role 'vae' of .*ZImagePipeline needs encode\(\); .* needs decode\(\)"):
+        check.run()
+    forward = "    def forward(self, pixels, sigma"
+    methods = "    def encode(self, image):\n        return image\n\n    decode = encode\n\n"
+    plugin.edit("dit.py", forward, methods + forward)
+    for module in [module for module in sys.modules if module.startswith(PACKAGE)]:
+        del sys.modules[module]
+    assert plugin.failures() == []
+
+
+def test_an_architecture_is_accepted_as_one_that_is_installed(plugin):
+    plugin.edit("plugin.py", 'lora_targets=("qkv", "out")', ACCEPTED.replace("flux", "fluks"))
+    _discovery.refresh()
+    (check,) = [check for check in checks_of(f"diffsynth-{NAME}") if "has what roles of" in check.name]
+    with pytest.raises(AssertionError, match="'fluks_autoencoder' is no architecture.*did you mean 'flux_autoencoder'"):
+        check.run()
 
 
 def test_every_case_is_broken_by_one_of_these(plugin):

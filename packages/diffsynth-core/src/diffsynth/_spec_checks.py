@@ -56,12 +56,12 @@ def identity(declaration: Any) -> str:
 
 def check_spec(declaration: Any) -> None:
     """Raise TypeError or ValueError if a declaration has a malformed name, reference, source, tiny config or number, a
-    field of another type than the declared mapping, or no effect; nothing that it names is imported.
+    field of another type than the declared mapping or tuple, or no effect; nothing that it names is imported.
 
     A referenced module is looked up only if its top-level package is imported already.
 
     Raises:
-        TypeError: a field declared as a mapping has another type.
+        TypeError: a field declared as a mapping has another type, or one declared as a tuple is a text.
         ValueError: a malformed name, reference or source, a reference to a missing module, a `LayerWrapperSpec` without
             effect, a `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, or a tiny config for
             a component that the model does not have.
@@ -72,6 +72,10 @@ def check_spec(declaration: Any) -> None:
     for entry in fields(declaration):
         if "Mapping" in str(entry.type) and not hasattr(getattr(declaration, entry.name), "items"):
             raise TypeError(f"{name!r}: {entry.name} is {getattr(declaration, entry.name)!r}, expected a mapping")
+        if "tuple[str" in str(entry.type) and isinstance(getattr(declaration, entry.name), str):
+            raise TypeError(
+                f"{name!r}: {entry.name} is the text {getattr(declaration, entry.name)!r}, expected a tuple"
+            )
     if isinstance(declaration, spec.ModelSpec):
         _check_tiny(declaration)
     if isinstance(declaration, spec.LayerWrapperSpec) and not declaration.atomic:

@@ -13,7 +13,7 @@ DiffsynthError
 │   ├── KeyMismatch         keys or shapes do not fit the architecture
 │   └── NotEnoughMemory     the weights would not fit; raised before any tensor is read
 ├── PipelineError
-│   ├── InvalidPipeline     units, roles and velocity() of a pipeline class contradict each other
+│   ├── InvalidPipeline     units, roles, components and velocity() of a pipeline do not fit each other
 │   ├── MissingComponent    an argument or a stage needs a role that is not loaded
 │   ├── Unplannable         the memory of a call cannot be computed without running it
 │   └── Cancelled           the caller's `cancel` event was set
@@ -84,7 +84,7 @@ class PipelineError(DiffsynthError):
 
 
 class InvalidPipeline(PipelineError):
-    """Raised when units, roles and `velocity()` of a pipeline class contradict each other."""
+    """Raised when units, roles, components and `velocity()` of a pipeline do not fit each other."""
 
 
 class MissingComponent(PipelineError):

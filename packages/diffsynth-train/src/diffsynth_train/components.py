@@ -90,7 +90,7 @@ def build_components(recipe: Recipe, spec: TrainingSpec) -> dict[str, Component]
         if section.train and name not in spec.trainable:
             raise TrainingError(f"[components.{name}]: cannot be trained; {', '.join(spec.trainable)} can")
         component = _from_file(name, section) if section.source else _from_scratch(name, section)
-        if component.architecture.name not in roles[name].architectures:
+        if not roles[name].accepts(component.architecture):
             raise TrainingError(
                 f"[components.{name}]: a {component.architecture.name}; "
                 f"this role takes {' or '.join(roles[name].architectures)}"
@@ -119,12 +119,6 @@ def build_pipeline(
             raise TrainingError(f"[processors]: {role} = {folder!r} is not a folder")
         members[role] = resolve(cls.roles[role].loader).from_pretrained(folder, local_files_only=True)
     return cls.from_components(device=device, torch_dtype=torch.float32, **members)
-
-
-def repeated_blocks(component: Component) -> Iterator[nn.Module]:
-    """Yield each block, a module, of the lists of repeated blocks that the component's architecture declares."""
-    for name in component.architecture.repeated_blocks:
-        yield from component.module.get_submodule(name)
 
 
 def _from_file(role: str, section: ComponentRecipe) -> Component:

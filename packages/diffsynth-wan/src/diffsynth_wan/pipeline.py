@@ -46,7 +46,7 @@ class WanVideoPipeline(Pipeline):
         "dit": Role(architectures=("wan_dit",)),
         "dit2": Role(architectures=("wan_dit",), optional=True),
         "text_encoder": Role(architectures=("wan_text_encoder",)),
-        "vae": Role(architectures=("wan_autoencoder", "wan22_autoencoder")),
+        "vae": Role(architectures=("wan_autoencoder", "wan22_autoencoder"), methods=("encode_pieces", "decode_pieces")),
         "tokenizer": Tokenizer(source="Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"),
     }
     units = UNITS
@@ -92,7 +92,7 @@ class WanVideoPipeline(Pipeline):
         if use_usp:
             device = init_distributed(device)
         configs = [_redirected(config) if redirect_common_files else config for config in model_configs]
-        check_experts([str(config) for config in configs])
+        check_experts([str(config) for config in configs if config.role is None])
         pipe = super().from_pretrained(torch_dtype, device, configs, vram_limit, policy=policy, **processor_configs)
         return pipe.parallel() if use_usp else pipe
 

@@ -24,7 +24,7 @@ class ZImagePipeline(Pipeline):
     roles = {
         "dit": Role(architectures=("z_image_dit",)),
         "text_encoder": Role(architectures=("qwen3_text_encoder",)),
-        "vae": Role(architectures=("flux_autoencoder",)),
+        "vae": Role(architectures=("flux_autoencoder",), methods=("encode", "decode")),
         "tokenizer": Tokenizer(source="Tongyi-MAI/Z-Image-Turbo:tokenizer/"),
     }
     units = UNITS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,18 @@ import torch
 
 from diffsynth import registry
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.errors import did_you_mean
+from diffsynth.runtime.composition import compose
 from diffsynth.runtime.memory_options import Policies, for_call
 from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.runtime.role import Role, role_of
 from diffsynth.spec import resolve
 
 
 def load(
     name: str,
     *,
+    components: Mapping[str, ModelConfig | Path | str] | None = None,
     device: torch.device | str | None = None,
     torch_dtype: torch.dtype = torch.bfloat16,
     vram_limit: float | None = None,
@@ -27,6 +33,8 @@ def load(
 
     Args:
         name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.
+        components: role -> a file to use instead of the model's own, or for a role that it has no file for: a path, a
+            source `scheme://location`, or a `ModelConfig`. The role must accept the architecture of the file.
         device: the device that computes; None picks the first accelerator, else the CPU.
         torch_dtype: of parameters and activations.
         vram_limit: GiB that a call may take on the device; None is no limit.
@@ -35,19 +43,45 @@ def load(
 
     Raises:
         UnknownModel: no installed plugin declares the name; the message has the nearest spelling.
-        CheckpointError: files are missing or do not fit.
+        CheckpointError: files are missing, or do not fit their roles.
+        TypeError: `components` names a role that the pipeline does not have, or that holds no module.
     """
     record = registry.get(name)
     folder: dict[str, Any] = {} if base_path is None else {"local_model_path": str(base_path)}
     cls: type[Pipeline] = resolve(record.pipeline)
-    # A file may hold several components.
-    sources = dict.fromkeys(record.components.values())
+    configs = {role: ModelConfig.from_source(source, **folder) for role, source in record.components.items()}
+    configs |= _given(components or {}, compose(cls).roles, pipeline_name=cls.__name__)
     pipe = cls.from_pretrained(
         torch_dtype=torch_dtype,
         device=device,
-        model_configs=[ModelConfig.from_source(source, **folder) for source in sources],
+        model_configs=[replace(config, role=role_of(name)) for name, config in configs.items()],
         vram_limit=vram_limit,
         policy=for_call(policy, record.defaults),
         **{f"{role}_config": ModelConfig.from_source(source, **folder) for role, source in record.processors.items()},
     )
     return pipe.named(record.name, record.defaults)
+
+
+def _given(
+    components: Mapping[str, ModelConfig | Path | str], roles: Mapping[str, Any], *, pipeline_name: str
+) -> dict[str, ModelConfig]:
+    """Return a dict role -> `ModelConfig` of the files that a caller gives; a text with "://" is a source, else a path.
+
+    Raises:
+        TypeError: a role that the pipeline does not have, or that holds no module.
+    """
+    known = [name for name, need in roles.items() if isinstance(need, Role)]
+    for name in components:
+        role = role_of(name)
+        if role not in known or (role != name and not roles[role].many):
+            raise TypeError(
+                f"components has {name!r}, no role of a module in {pipeline_name}{did_you_mean(name, known)} "
+                f"Its roles: {', '.join(known)}"
+            )
+    return {name: _config(file) for name, file in components.items()}
+
+
+def _config(file: ModelConfig | Path | str) -> ModelConfig:
+    if isinstance(file, ModelConfig):
+        return file
+    return ModelConfig.from_source(file) if isinstance(file, str) and "://" in file else ModelConfig(path=file)

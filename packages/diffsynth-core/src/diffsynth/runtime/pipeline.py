@@ -139,7 +139,7 @@ class Pipeline(LoRAMethods):
         made = compose(type(self))
         self.features, self.roles, self.facts, self.per_image = made.features, made.roles, made.facts, made.per_image
         self.program, self.condition_rules = made.program, made.conditions
-        self.components = fill_roles(self.roles, components, pipeline_name=type(self).__name__)
+        self.components = fill_roles(self.roles, components, facts=self.facts, pipeline_name=type(self).__name__)
         self.__signature__ = build_signature(self.program, self.loop, {}, has_loop=self.has_loop())
         choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.parts)
         self._offloader = StageOffloader(self.parts, self.device)

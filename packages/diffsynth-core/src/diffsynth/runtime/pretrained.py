@@ -130,10 +130,17 @@ class PretrainedLoader:
     def _recognize(self, model_configs: Sequence[ModelConfig]) -> list[_Found]:
         architectures, checkpoints = _discovery.catalog().layouts()
         found: list[_Found] = []
+        named = self._named_roles(model_configs)
         for config in model_configs:
             tensors = read_config(config, resolve=_resolve_source)
-            for recognized in recognize.recognize(tensors, architectures, checkpoints):
-                role = self._role_for(recognized, tensors, taken={part.role for part in found})
+            components = recognize.recognize(tensors, architectures, checkpoints)
+            if config.role is not None:
+                components = [self._component_for(config.role, components, tensors)]
+            for recognized in components:
+                taken = named | {part.role: f"a {part.recognized.architecture.name}" for part in found}
+                role = config.role or self._role_for(recognized, tensors, taken=taken)
+                if self._roles[role].many:
+                    role = f"{role}[{sum(role_of(part.role) == role for part in found)}]"
                 found.append(_Found(role, recognized, tensors, config))
                 _discovery.notify(
                     "checkpoint_recognized",
@@ -143,22 +150,71 @@ class PretrainedLoader:
                 )
         return found
 
-    def _role_for(self, recognized: recognize.Recognized, tensors: header.Header, taken: set[str]) -> str:
-        name = recognized.architecture.name
-        fitting = [role for role, need in self._roles.items() if name in need.architectures]
-        for role in fitting:
-            if self._roles[role].many:
-                return f"{role}[{sum(role_of(each) == role for each in taken)}]"
-            if role not in taken:
-                return role
-        where = ", ".join(str(file) for file in tensors.files) or "the given state_dict"
-        if fitting:
+    def _named_roles(self, model_configs: Sequence[ModelConfig]) -> dict[str, str]:
+        """Return a dict with the roles that the configs name, as role -> "another file".
+
+        Raises:
+            ValueError: a config names a role that the pipeline does not have, or that another one names, too.
+        """
+        names = [config.role for config in model_configs if config.role is not None]
+        for role in names:
+            if role not in self._roles:
+                raise ValueError(
+                    f"a ModelConfig has role={role!r}, no role of a module in {self._pipeline_name}"
+                    f"{did_you_mean(role, self._roles)} Its roles: {', '.join(self._roles)}"
+                )
+            if names.count(role) > 1 and not self._roles[role].many:
+                raise ValueError(f"{names.count(role)} ModelConfigs have role={role!r}; expected one")
+        return dict.fromkeys(names, "another file")
+
+    def _component_for(
+        self, role: str, components: Sequence[recognize.Recognized], tensors: header.Header
+    ) -> recognize.Recognized:
+        """Return the `Recognized` of a file's components that the role takes; the file's others are not loaded.
+
+        Raises:
+            Unrecognized: the role takes none of them, or several.
+        """
+        fitting = [each for each in components if self._roles[role].accepts(each.architecture)]
+        if len(fitting) != 1:
+            names = " and ".join(f"a {each.architecture.name}" for each in fitting or components)
             raise Unrecognized(
-                f"{where}: a second {name}; role {fitting[0]} of {self._pipeline_name} is filled already"
+                f"{_where(tensors)}: this is {names}; role {role} of {self._pipeline_name} takes one "
+                f"{' or '.join(self._roles[role].architectures)}"
+            )
+        if len(components) > 1:
+            logger.info("%s: of it, the %s is loaded, for role %s", _where(tensors), fitting[0].architecture.name, role)
+        return fitting[0]
+
+    def _role_for(self, recognized: recognize.Recognized, tensors: header.Header, taken: Mapping[str, str]) -> str:
+        """Return the name of the role that a component fills: the first free one of those that accept its architecture
+        by its own name, else of those that accept it by a name in `accepted_as`.
+
+        Raises:
+            Unrecognized: no role accepts it, all that do are `taken` (role -> what fills it), or roles of different
+                kinds accept it.
+        """
+        architecture, where = recognized.architecture, _where(tensors)
+        exact = [role for role, need in self._roles.items() if architecture.name in need.architectures]
+        fitting = exact or [role for role, need in self._roles.items() if need.accepts(architecture)]
+        free = [role for role in fitting if role not in taken or self._roles[role].many]
+        if not exact and len({self._roles[role].architectures for role in free}) > 1:
+            raise Unrecognized(
+                f"{where}: this is a {architecture.name}, which roles {' and '.join(free)} of {self._pipeline_name} "
+                f"accept alike; name one of them: ModelConfig(..., role={free[0]!r})"
+            )
+        if free:
+            return free[0]
+        if fitting:
+            holder = taken[fitting[0]]
+            article = "a second" if holder == f"a {architecture.name}" else "a"
+            raise Unrecognized(
+                f"{where}: {article} {architecture.name}; role {fitting[0]} of {self._pipeline_name} is filled "
+                f"already, by {holder}"
             )
         wanted = "; ".join(f"{role}: {' or '.join(need.architectures)}" for role, need in self._roles.items())
         raise Unrecognized(
-            f"{where}: this is a {name}, which {self._pipeline_name} has no role for. It takes {wanted}."
+            f"{where}: this is a {architecture.name}, which {self._pipeline_name} has no role for. It takes {wanted}."
         )
 
     def _check_processor_names(self, configs: Mapping[str, ModelConfig | None]) -> None:
@@ -185,6 +241,10 @@ class PretrainedLoader:
             components[role] = resolve(processor.loader).from_pretrained(folder, local_files_only=True)
             sources[role] = [folder]
         return components, sources
+
+
+def _where(tensors: header.Header) -> str:
+    return ", ".join(str(file) for file in tensors.files) or "the given state_dict"
 
 
 def _dtype(policy: Policy | None, options: MemoryOptions) -> torch.dtype:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from diffsynth.errors import MissingComponent, did_you_mean
+from torch import nn
+
+from diffsynth.errors import InvalidPipeline, MissingComponent, did_you_mean
+from diffsynth.runtime.architectures import architecture_of
+from diffsynth.spec import ArchitectureSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,15 +19,34 @@ class Role:
     """A role for a module.
 
     Args:
-        architectures: names of the architectures that the role accepts.
+        architectures: names of the architectures that the role accepts; it accepts others that name one of them in
+            `ArchitectureSpec.accepted_as`.
         optional: whether it may stay empty.
         many: whether it holds a tuple of modules, in the order in which they are loaded. The members are components of
             their own, named "controlnet[0]", "controlnet[1]", for policies, plans, LoRAs and records.
+        methods: names of the methods that the pipeline calls, besides `forward`.
     """
 
     architectures: tuple[str, ...]
     optional: bool = False
     many: bool = False
+    methods: tuple[str, ...] = ()
+
+    def accepts(self, architecture: ArchitectureSpec) -> bool:
+        """Whether the role accepts a module of `architecture`: by its name, or by a name in its `accepted_as`."""
+        return not {architecture.name, *architecture.accepted_as}.isdisjoint(self.architectures)
+
+    def lacks(self, module: Any, config: Any, *, fields: Iterable[str]) -> list[str]:
+        """Return a list of texts, such as `"decode()"` and `"config.factor"`: the methods and config fields that the
+        pipeline needs and a component does not have; empty if it has them all.
+
+        Args:
+            module: the component, or its class.
+            config: its config, an instance; None if it has none.
+            fields: names of the config fields that the pipeline reads.
+        """
+        methods = [f"{name}()" for name in self.methods if not callable(getattr(module, name, None))]
+        return [*methods, *(f"config.{name}" for name in fields if not hasattr(config, name))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +74,11 @@ class Tokenizer(Processor):
 
 
 def fill_roles(
-    roles: Mapping[str, Role | Processor], components: Mapping[str, Any], *, pipeline_name: str
+    roles: Mapping[str, Role | Processor],
+    components: Mapping[str, Any],
+    *,
+    pipeline_name: str,
+    facts: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return a dict role (component name) -> component of all `roles`; None for one that is left out and optional, a
     tuple for a role of many.
@@ -59,10 +87,12 @@ def fill_roles(
         roles: of the pipeline.
         components: role -> component.
         pipeline_name: for messages.
+        facts: of the pipeline: name -> "role.field", the config fields that it reads.
 
     Raises:
         TypeError: a role that the pipeline does not have.
         MissingComponent: a role that is not optional is left out.
+        InvalidPipeline: a component of a declared architecture lacks a method or config field that the pipeline needs.
     """
     for role in components:
         if role not in roles:
@@ -75,7 +105,33 @@ def fill_roles(
             f"{pipeline_name} needs {' and '.join(missing)}; loaded: {', '.join(components) or 'nothing'}. "
             f"Add the file to model_configs."
         )
+    for name, component in members(components).items():
+        role = role_of(name)
+        where = f"role {name!r} of {pipeline_name}"
+        _check_component(roles[role], component, fields=fields_read(role, facts), where=where)
     return {role: _filled(need, components.get(role)) for role, need in roles.items()}
+
+
+def fields_read(role: str, facts: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a tuple of the config fields that a pipeline's `facts` (name -> "role.field") read of one role."""
+    paths = [path.partition(".") for path in facts.values()]
+    return tuple(dict.fromkeys(field for owner, _, field in paths if owner == role))
+
+
+def _check_component(role: Role | Processor, component: Any, *, fields: tuple[str, ...], where: str) -> None:
+    """Raise InvalidPipeline if a component, a module of a declared architecture, lacks what the pipeline needs.
+
+    A module of no declared architecture, such as a caller's own, is not checked.
+    """
+    architecture = architecture_of(component) if isinstance(component, nn.Module) else None
+    if architecture is None or not isinstance(role, Role):
+        return
+    if missing := role.lacks(component, getattr(component, "config", None), fields=fields):
+        needed = [*(f"{name}()" for name in role.methods), *(f"config.{name}" for name in fields)]
+        raise InvalidPipeline(
+            f"{where}: {architecture.name} ({type(component).__name__}) lacks {' and '.join(missing)}; the pipeline "
+            f"needs {', '.join(needed)}. Add what is missing, or use a component of {' or '.join(role.architectures)}."
+        )
 
 
 def members(components: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,13 +150,15 @@ def _layout_for(spec: ModelSpec, role: str, need: Role, source: str) -> tuple[Ar
     first checkpoint for this role that lists the file, else of the first that has no rules.
     """
     architectures, checkpoints = _discovery.catalog().layouts()
-    fitting = [one for one in checkpoints if one.architecture in need.architectures]
+    known = [one for one in checkpoints if one.architecture in architectures]
+    fitting = [one for one in known if need.accepts(architectures[one.architecture])]
+    fitting.sort(key=lambda one: one.architecture not in need.architectures)  # those accepted by another's name last
     listed = [one for one in fitting if source in one.files] or [one for one in fitting if not one.rules]
     if not listed:
-        known = [file for one in fitting for file in one.files]
+        files = [file for one in fitting for file in one.files]
         raise ValueError(
             f"model {spec.name!r}: no checkpoint of {' or '.join(need.architectures)} lists {source!r}"
-            f"{did_you_mean(source, known) or '.'} Add it to the files of its CheckpointSpec."
+            f"{did_you_mean(source, files) or '.'} Add it to the files of its CheckpointSpec."
         )
     return architectures[listed[0].architecture], listed[0]
 

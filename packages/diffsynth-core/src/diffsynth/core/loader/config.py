@@ -38,6 +38,8 @@ class ModelConfig:
         state_dict: tensors in memory, in place of files.
         quantize: not available in this version.
         source: another source, `scheme://location`; plugins resolve its scheme by the hook `resolve_source`.
+        role: the pipeline's role that the file is for; other components in the file are not loaded. None finds the role
+            of each component by its architecture.
 
     Raises:
         ValueError: no source or two, an unknown download source, or a setting this version does not have yet.
@@ -63,6 +65,7 @@ class ModelConfig:
     source: str | None = None
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
+    role: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("path", "model_id", "state_dict", "source") if getattr(self, name) is not None]

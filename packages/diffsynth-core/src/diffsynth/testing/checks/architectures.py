@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffsynth.errors import did_you_mean, shortened
 from diffsynth.spec import ArchitectureSpec, resolve
 from diffsynth.testing.checks.check import Check, Subject
 from diffsynth.testing.checks.plugin import NAMES, REFERENCES
@@ -16,9 +17,12 @@ from diffsynth.testing.checks.plugin import NAMES, REFERENCES
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+BLOCK_FIELDS = ("repeated_blocks", "compiled_blocks", "cached_blocks")
+"""The fields of an `ArchitectureSpec` that name lists of blocks."""
+
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield five `Check` objects (named tests, not yet run) for each architecture of the plugin `subject`."""
+    """Yield five or six `Check` objects (named tests, not yet run) for each architecture of the plugin `subject`."""
     for fact in subject.declared("architectures"):
         built, loaded, ran = (
             f"{fact.name} builds on meta without allocating memory",
@@ -26,6 +30,8 @@ def checks(subject: Subject) -> Iterator[Check]:
             runs(fact.name),
         )
         yield Check(built, functools.partial(_builds_on_meta, fact), after=(REFERENCES, NAMES))
+        if any(getattr(fact, field) for field in BLOCK_FIELDS):
+            yield Check(blocks_declared(fact.name), functools.partial(_has_declared_blocks, fact), after=(built,))
         yield Check(loaded, functools.partial(_has_no_meta_after_loading, fact), after=(built,))
         yield Check(ran, functools.partial(_runs, fact), after=(REFERENCES, NAMES))
         yield Check(config_inferred(fact.name), functools.partial(_infers_config, fact), after=(built,))
@@ -54,6 +60,13 @@ def config_inferred(name: str) -> str:
     return f"{name} config is inferred from its shapes"
 
 
+def blocks_declared(name: str) -> str:
+    """Return the name of the check that architecture `name` has its lists of blocks: `"{name} has the blocks that it
+    declares"`.
+    """
+    return f"{name} has the blocks that it declares"
+
+
 def _builds_on_meta(fact: ArchitectureSpec) -> None:
     from diffsynth.core.loader import component
 
@@ -62,6 +75,25 @@ def _builds_on_meta(fact: ArchitectureSpec) -> None:
     assert not real, (
         f"{', '.join(real)} allocated memory under torch.device('meta'); "
         "do not pass a device when the constructor creates tensors"
+    )
+
+
+def _has_declared_blocks(fact: ArchitectureSpec) -> None:
+    from torch import nn
+
+    from diffsynth.core.loader import component
+
+    module = component.build(fact, resolve(fact.tiny))
+    lists = [path for path, part in module.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
+    faults = [
+        f"{field} names {name!r}{did_you_mean(name, lists)}"
+        for field in BLOCK_FIELDS
+        for name in getattr(fact, field) or ()
+        if name not in lists
+    ]
+    assert not faults, (
+        f"{'; '.join(faults)}. Expected names of ModuleLists or Sequentials of {fact.module}, "
+        f"which has {shortened(lists) or 'none'}"
     )
 
 

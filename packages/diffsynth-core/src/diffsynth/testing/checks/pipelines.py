@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from diffsynth.errors import CheckpointError, did_you_mean
-from diffsynth.spec import ModelSpec, TrainingSpec, parse_source, resolve
+from diffsynth.errors import CheckpointError, InvalidPipeline, did_you_mean
+from diffsynth.spec import ArchitectureSpec, ModelSpec, TrainingSpec, parse_source, resolve
 from diffsynth.testing.checks.check import Check, Subject
 from diffsynth.testing.checks.plugin import NAMES, REFERENCES, is_installed
 
 
 def checks(subject: Subject) -> Iterator[Check]:
     """Yield `Check` objects (named tests, not yet run): one for each pipeline that the plugin names in models or
-    training, or extends if it is installed; one or two for each model; and one for each training declaration.
+    training, or extends if it is installed; one or two for each model; one for each training declaration; and one for
+    each architecture that is accepted as another one.
     """
     models, trainings = subject.declared("models"), subject.declared("training")
     extended = [fact.pipeline for fact in subject.declared("features") if fact.pipeline and is_installed(fact.pipeline)]
@@ -28,6 +29,10 @@ def checks(subject: Subject) -> Iterator[Check]:
     for training in trainings:
         name = f"training of {training.pipeline} matches the pipeline"
         yield Check(name, functools.partial(_training_matches, training), after=(_units(training.pipeline),))
+    for fact in subject.declared("architectures"):
+        if fact.accepted_as:
+            name = f"{fact.name} has what roles of {' and '.join(fact.accepted_as)} need"
+            yield Check(name, functools.partial(_has_what_roles_need, fact, subject), after=(REFERENCES, NAMES))
 
 
 def _units(pipeline: str) -> str:
@@ -90,9 +95,8 @@ def _packaged_files_match(model: ModelSpec, subject: Subject) -> None:
             convert.check(convert.plan(found.rules, tensors.shapes), wanted, where=source)
         except CheckpointError as error:
             raise AssertionError(f"{role}: {source}: {error}") from error
-        name = found.architecture.name
-        assert name in roles[role].architectures, (
-            f"{role}: {source} is a {name}; expected one of {roles[role].architectures}"
+        assert roles[role].accepts(found.architecture), (
+            f"{role}: {source} is a {found.architecture.name}; expected one of {roles[role].architectures}"
         )
 
 
@@ -105,3 +109,31 @@ def _training_matches(training: TrainingSpec) -> None:
     arguments = cls.call_signature().parameters
     faults += [f"data: {name!r} is not an argument" for name in training.data.values() if name not in arguments]
     assert not faults, f"{training.pipeline}: {'; '.join(faults)}"
+
+
+def _has_what_roles_need(fact: ArchitectureSpec, subject: Subject) -> None:
+    """Raise AssertionError unless the names in `accepted_as` are architectures, and the module has the methods and
+    config fields that the installed models' pipelines need in each role that accepts one of them.
+    """
+    known = [one.spec.name for one in subject.catalog.architectures]
+    for name in fact.accepted_as:
+        assert name in known, (
+            f"accepted_as: {name!r} is no architecture of an installed plugin{did_you_mean(name, known) or '.'} "
+            "Install the package that declares it"
+        )
+    from diffsynth import Role
+    from diffsynth.runtime.composition import compose
+    from diffsynth.runtime.role import fields_read
+
+    module, config = resolve(fact.module), resolve(fact.tiny)
+    faults = []
+    for pipeline in sorted({one.spec.pipeline for one in subject.catalog.models}):
+        try:
+            made = compose(resolve(pipeline))
+        except (ImportError, InvalidPipeline):
+            continue  # the fault of another plugin
+        for role, need in made.roles.items():
+            if isinstance(need, Role) and need.accepts(fact):
+                lacking = need.lacks(module, config, fields=fields_read(role, made.facts))
+                faults += [f"role {role!r} of {pipeline} needs {each}" for each in lacking]
+    assert not faults, f"{'; '.join(faults)}, which {fact.module} lacks"

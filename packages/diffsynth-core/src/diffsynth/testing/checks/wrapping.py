@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth.spec import ArchitectureSpec
-from diffsynth.testing.checks.architectures import differing, no_meta_after_loading, runs, tiny_output, tiny_real
+from diffsynth.testing.checks.architectures import (
+    BLOCK_FIELDS,
+    blocks_declared,
+    differing,
+    no_meta_after_loading,
+    runs,
+    tiny_output,
+    tiny_real,
+)
 from diffsynth.testing.checks.check import Check, Subject
 
 if TYPE_CHECKING:
@@ -23,6 +31,8 @@ def checks(subject: Subject) -> Iterator[Check]:
     for fact in subject.declared("architectures"):
         called = f"{fact.name} reads no parameter of a module that it does not call"
         first = (no_meta_after_loading(fact.name), runs(fact.name))
+        if any(getattr(fact, field) for field in BLOCK_FIELDS):
+            first += (blocks_declared(fact.name),)
         yield Check(called, functools.partial(_calls_what_it_reads, fact), after=first)
         equal = f"{fact.name} output does not depend on where weights are stored"
         yield Check(equal, functools.partial(_is_equal_wrapped, fact), after=(called,))

@@ -1,0 +1,1 @@
+"""Tiny autoencoder for diffsynth, in place of the autoencoder of FLUX.1."""

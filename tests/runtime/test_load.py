@@ -1,0 +1,86 @@
+"""`diffsynth.load` with files in place of the model's own."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import diffsynth
+from diffsynth import ModelConfig
+from diffsynth.core.loader.save import save_checkpoint
+from diffsynth.errors import Unrecognized
+from diffsynth.models.config import TINY_FLUX_AUTOENCODER
+from diffsynth.models.flux_autoencoder import FluxAutoencoder
+from diffsynth_zimage import ZImagePipeline
+
+NANO = files("diffsynth_zimage") / "nano"
+SIZE = {"height": 64, "width": 64, "num_inference_steps": 1}
+CALL = {"prompt": "a red apple", "seed": 0, "output_type": "tensor", **SIZE}
+
+
+def load(**components):
+    return diffsynth.load("z-image-nano", components=components, device="cpu", torch_dtype=torch.float32)
+
+
+def test_a_file_replaces_the_models_own(tmp_path):
+    own = load()
+    own.vae.decoder.conv_out.weight.mul_(2)
+    path = tmp_path / "vae.safetensors"
+    save_checkpoint(own.vae, path, architecture="flux_autoencoder", config=own.vae.config)
+    pipe = load(vae=path)
+    assert pipe.component_files["vae"] == [path]
+    assert torch.equal(pipe(**CALL), own(**CALL))
+
+
+def test_a_path_a_source_or_a_config_names_the_file(monkeypatch):
+    """Each file is given with its role; those of the other roles are the model's own."""
+    given = []
+
+    def from_pretrained(cls, *, model_configs, **options):
+        given.append({config.role: config for config in model_configs})
+        raise NotImplementedError
+
+    monkeypatch.setattr(ZImagePipeline, "from_pretrained", classmethod(from_pretrained))
+    source = "package://diffsynth_zimage/nano/vae.safetensors"
+    for file in ("a/vae.safetensors", Path("a/vae.safetensors"), source, ModelConfig(model_id="a/b")):
+        with pytest.raises(NotImplementedError):
+            load(vae=file)
+    others = {role: ModelConfig.from_source(source.replace("vae", role), role=role) for role in ("dit", "text_encoder")}
+    assert given == [
+        {**others, "vae": ModelConfig("a/vae.safetensors", role="vae")},
+        {**others, "vae": ModelConfig(Path("a/vae.safetensors"), role="vae")},
+        {**others, "vae": ModelConfig.from_source(source, role="vae")},
+        {**others, "vae": ModelConfig(model_id="a/b", role="vae")},
+    ]
+
+
+@pytest.mark.parametrize("role", ["vea", "tokenizer", "vae[0]"])
+def test_a_role_that_holds_no_module_is_named(role):
+    with pytest.raises(
+        TypeError, match=f"components has {re.escape(repr(role))}, no role of a module in ZImagePipeline"
+    ):
+        load(**{role: NANO / "vae.safetensors"})
+    with pytest.raises(TypeError, match="did you mean 'vae'"):
+        load(vea=NANO / "vae.safetensors")
+
+
+def test_a_file_of_another_role_is_refused():
+    message = "dit.safetensors: this is a z_image_dit; role vae of ZImagePipeline takes one flux_autoencoder"
+    with pytest.raises(Unrecognized, match=message):
+        load(vae=NANO / "dit.safetensors")
+
+
+def test_of_a_file_with_several_components_the_one_for_the_role_is_taken(tmp_path):
+    """Its other component would be a second text encoder beside the model's own."""
+    vae = FluxAutoencoder(TINY_FLUX_AUTOENCODER)
+    whole = {f"vae.{key}": tensor for key, tensor in vae.state_dict().items()}
+    whole |= {f"text_encoder.{key}": tensor for key, tensor in load_file(NANO / "text_encoder.safetensors").items()}
+    file = tmp_path / "whole.safetensors"
+    save_file(whole, file)
+    pipe = load(vae=file)
+    assert pipe.component_files["vae"] == [file]
+    assert [path.name for path in pipe.component_files["text_encoder"]] == ["text_encoder.safetensors"]
+    assert torch.equal(pipe.vae.decoder.conv_in.weight, vae.decoder.conv_in.weight)
