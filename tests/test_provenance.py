@@ -1,10 +1,15 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffsynth import provenance
+from diffsynth.core.data.media_writer import save_audio
+from diffsynth.errors import CorruptFile, NoFiles
 from image_pipeline import catalog, image_pipeline, use
+from label_pipeline import label_pipeline
 
 
 @pytest.fixture
@@ -29,6 +34,13 @@ def test_a_record_has_what_it_takes_to_draw_again(pipe):
     assert made_by["versions"]["diffsynth-toy"] == "1.2"
     assert {"torch", "diffsynth-core"} <= set(made_by["versions"])
     assert json.loads(json.dumps(made_by)) == made_by
+
+
+def test_a_pipeline_without_a_prompt_has_none_in_its_record(monkeypatch):
+    use(monkeypatch, catalog(pipeline="label_pipeline:LabelPipeline"))
+    made_by = provenance.record(label_pipeline(), {"label": 3, "seed": 7})
+    assert "prompt" not in made_by
+    assert (made_by["seed"], made_by["num_inference_steps"], made_by["arguments"]) == (7, 4, {"label": 3})
 
 
 def test_weights_are_told_by_their_content(pipe, tmp_path):
@@ -71,3 +83,36 @@ def test_files_without_a_record(tmp_path):
         provenance.read_png(plain)
     with pytest.raises(ValueError, match="text.png is not a PNG file"):
         provenance.read_png(text)
+
+
+def test_a_record_is_read_by_the_suffix(tmp_path):
+    made_by, image = {"prompt": 'äpple "苹果"\n', "seed": 1}, Image.new("RGB", (16, 16))
+    provenance.save_png(image, tmp_path / "a.PNG", made_by)
+    provenance.save_video([image], tmp_path / "a.mkv", made_by, fps=8)
+    provenance.save_audio(torch.zeros(1, 8), 8000, tmp_path / "a.wav", made_by)
+    provenance.save_tensors({"x": torch.zeros(2)}, tmp_path / "a.safetensors", made_by)
+    for name in ("a.PNG", "a.mkv", "a.wav", "a.safetensors"):
+        assert provenance.read(tmp_path / name) == made_by
+
+
+def test_tensors_may_share_memory_and_be_views(tmp_path):
+    base = torch.arange(6.0).reshape(2, 3)
+    provenance.save_tensors({"a": base, "b": base, "c": base.T}, tmp_path / "a.safetensors", {})
+    found = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(found["a"], base)
+    assert torch.equal(found["b"], base)
+    assert torch.equal(found["c"], base.T)
+
+
+def test_sound_and_tensors_without_a_record(tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors")
+    save_audio(torch.zeros(1, 8), tmp_path / "a.wav", 8000)
+    (tmp_path / "text.safetensors").write_text("text")
+    with pytest.raises(ValueError, match=r"has no 'diffsynth' metadata.*diffsynth recognize"):
+        provenance.read(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a.wav carries no 'diffsynth' record"):
+        provenance.read(tmp_path / "a.wav")
+    with pytest.raises(CorruptFile):
+        provenance.read(tmp_path / "text.safetensors")
+    with pytest.raises(NoFiles):
+        provenance.read(tmp_path / "gone.safetensors")

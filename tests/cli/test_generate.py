@@ -1,18 +1,26 @@
 import dataclasses
+import gzip
 import json
+import wave
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import diffsynth
 from diffsynth import Pipeline, provenance, registry
+from diffsynth._discovery import Declared
 from diffsynth.cli.output import POLICIES
 from diffsynth.core.data.media import VideoData
 from diffsynth.core.data.media_writer import save_video
 from diffsynth.core.vram import TransferReport
 from diffsynth.core.vram.policy import AUTO, PRESETS
+from diffsynth.models.plugin import WRITERS
+from diffsynth.spec import WriterSpec
 from image_pipeline import VideoPipeline, image_pipeline
+from label_pipeline import LabelPipeline, MappingPipeline, SoundPipeline, label_pipeline
 
 
 @pytest.fixture
@@ -78,14 +86,20 @@ def test_set_takes_literals_text_and_images(run, loaded, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "out.jpg"], "toy-1 generates images: expected a name that ends in .png"),
-        (["--fps", "8"], "toy-1 generates images, which have no frame rate"),
+        (["-o", "out.jpg"], "'out.jpg' ends in '.jpg', which no writer has"),
+        (["-o", "out"], "'out' ends in no suffix, which no writer has. Expected one of .mp4 (video), .png (image)"),
+        (["-o", "out.wav"], "'out.wav': toy-1 returns image, and .wav is for audio; expected a name that ends in .png"),
+        (["--fps", "8"], "--fps 8 is for video, and .png is for image; leave it out"),
         (["-o", "no/where/out.png"], "there is no folder"),
         (["--set", "heigth=5"], "unknown argument 'heigth'; did you mean 'height'?"),
         (["--set", "height"], "expected NAME=VALUE"),
         (["--set", "height=32", "--height", "16"], "height is set twice"),
         (["--set", "input_image=missing.png"], "cannot be opened as an image"),
-        (["--set", "output_type=latents"], "this command writes images"),
+        (["--set", "seed=x"], "--set seed='x': expected an integer or a list of an integer or null"),
+        (
+            ["--set", "output_type=latents"],
+            "--set output_type=latents: .png files (image) hold the output_type pil; write tensors to out.safetensors",
+        ),
         (["--height", "0"], "height=0: expected a positive integer"),
         (["--steps", "0"], "num_inference_steps=0: expected an integer of at least 1"),
     ],
@@ -155,7 +169,7 @@ def test_a_clip_is_opened_as_one(run, filming):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "out.png"], "toy-1 generates a video: expected a name that ends in .mp4"),
+        (["-o", "out.png"], "toy-1 returns video, and .png is for image; expected a name that ends in .mp4 or .safet"),
         (["-o", "out.mp4", "--fps", "0"], "--fps 0: expected a positive number"),
         (["-o", "out.mp4", "--set", "input_image=missing.mp4"], "missing.mp4 does not exist"),
     ],
@@ -180,3 +194,155 @@ def test_memory_options_reach_the_loading_and_the_report_is_printed(run, loaded,
 
 def test_the_policies_are_the_presets():
     assert (*PRESETS, AUTO) == POLICIES
+
+
+def test_the_prompt_may_be_left_out(run, loaded):
+    result = run("generate", "toy-1", "-o", "out.png", "--seed", 5)
+    assert result.exit_code == 0, result.output
+    made_by = provenance.read_png("out.png")
+    assert (made_by["prompt"], made_by["seed"], made_by["arguments"]) == ("", 5, {})
+    assert Image.open("out.png").getpixel((0, 0)) == image_pipeline()(seed=5).getpixel((0, 0))
+
+
+def test_images_and_latents_as_tensors(run, loaded):
+    line = ("generate", "toy-1", "abcde", "-o", "out.safetensors", "--seed", 5)
+    assert run(*line).exit_code == 0
+    pixels = load_file("out.safetensors")["image"]
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (16, 32, 1))
+    assert torch.equal(pixels, torch.from_numpy(np.array(image_pipeline()("abcde", seed=5)))[..., None])
+    result = run(*line, "--set", "output_type=latents", "--num-images", 2)
+    assert result.stdout == "out-1.safetensors\nout-2.safetensors\n"
+    latents = image_pipeline()("abcde", seed=5, num_images=2, output_type="latents")
+    for index, name in enumerate(("out-1.safetensors", "out-2.safetensors")):
+        assert torch.equal(load_file(name)["output"], latents[index])
+        assert provenance.read(name)["seed"] == 5 + index
+        assert provenance.read(name)["arguments"] == {"output_type": "latents"}
+
+
+@pytest.fixture
+def labelled(installed, monkeypatch):
+    """Return a function that installs a pipeline without a prompt as `toy-1` and returns the list of its loads."""
+
+    def install(kind=LabelPipeline, *, extra=(), **facts):
+        declared = [*(Declared(one, "core", "diffsynth-core", "0.1.0") for one in WRITERS), *extra]
+        facts = {"task": "label-to-something", "writers": tuple(declared), **facts}
+        installed(pipeline=f"label_pipeline:{kind.__name__}", **facts)
+        calls = []
+        monkeypatch.setattr(diffsynth, "load", lambda *_, **__: (calls.append(1), label_pipeline(kind))[1])
+        return calls
+
+    return install
+
+
+def test_a_model_without_a_prompt_writes_tensors(run, labelled):
+    labelled()
+    settings = ("--set", "label=3", "--set", "num_samples=9", "--seed", 5)
+    result = run("generate", "toy-1", "-o", "out.safetensors", *settings)
+    assert (result.exit_code, result.stdout) == (0, "out.safetensors\n"), result.output
+    tensor = load_file("out.safetensors")["output"]
+    assert torch.equal(tensor, label_pipeline()(label=3, num_samples=9, seed=5))
+    assert (tensor - 0.3).abs().max() < 1e-6
+    made_by = json.loads(run("info", "out.safetensors", "--json").stdout)
+    assert made_by == provenance.record(label_pipeline(), {"label": 3, "num_samples": 9, "seed": 5})
+    assert (made_by["seed"], made_by["arguments"]) == (5, {"label": 3, "num_samples": 9})
+    assert "prompt" not in made_by
+
+
+def sound(path):
+    """Return (rate, int16 samples `n c`) of a wave file, read without PyAV."""
+    with wave.open(path) as file:
+        levels = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        return file.getframerate(), levels.reshape(-1, file.getnchannels())
+
+
+def test_a_model_of_sound_writes_waves(run, labelled):
+    labelled(SoundPipeline)
+    result = run("generate", "toy-1", "-o", "out.wav", "--set", "label=3", "--num-images", 2, "--seed", 5)
+    assert (result.exit_code, result.stdout) == (0, "out-1.wav\nout-2.wav\n"), result.output
+    expected = label_pipeline(SoundPipeline)(label=3, seed=5, num_images=2)
+    for index in (0, 1):
+        rate, levels = sound(f"out-{index + 1}.wav")
+        assert rate == 8000
+        assert np.array_equal(levels.T, (expected[index].samples * 32768).round().numpy())
+        assert abs(int(levels[0, 0]) - 0.3 * 32768) <= 1
+        made_by = json.loads(run("info", f"out-{index + 1}.wav", "--json").stdout)
+        assert (made_by["seed"], made_by["arguments"]) == (5 + index, {"label": 3})
+
+
+def test_a_tensor_is_sound_at_a_given_rate(run, labelled):
+    labelled()
+    line = ("generate", "toy-1", "-o", "out.wav", "--set", "label=5")
+    assert run(*line, "--sample-rate", 16000).exit_code == 0
+    rate, levels = sound("out.wav")
+    assert (rate, levels.shape) == (16000, (6, 2))
+    result = run(*line)
+    assert result.exit_code == 2
+    assert "the output, a tensor of shape (2, 6), states no sample rate" in result.stderr
+
+
+def test_results_that_cannot_be_separated_are_in_one_file(run, labelled):
+    labelled(MappingPipeline)
+    line = ("generate", "toy-1", "-o", "out.safetensors", "--set", "label=3", "--num-images", 2, "--seed", 5)
+    assert run(*line).stdout == "out.safetensors\n"
+    assert load_file("out.safetensors")["values"].shape == (2, 2, 6)
+    made_by = provenance.read("out.safetensors")
+    assert (made_by["seed"], made_by["arguments"]) == (5, {"label": 3, "num_images": 2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["red", "-o", "out.wav"], "PROMPT is 'red', and toy-1 takes no prompt; leave it out. It takes, by --set"),
+        (["-o", "out.wv"], "'out.wv' ends in '.wv', which no writer has; did you mean '.wav'?"),
+        (["-o", "out.png"], "toy-1 returns audio, and .png is for image; expected a name that ends in .safetensors or"),
+        (["-o", "out.wav", "--set", "lable=3"], "unknown argument 'lable'; did you mean 'label'?"),
+        (["-o", "out.wav", "--set", "label=three"], "label='three': expected an integer, at least 0 and at most 9"),
+        (["-o", "out.wav", "--set", "label=10"], "label=10: expected an integer, at least 0 and at most 9"),
+        (["-o", "out.wav", "--set", "prompt=red"], "unknown argument 'prompt'"),
+        (["-o", "out.wav", "--height", "8"], "unknown argument 'height'"),
+        (["-o", "out.wav", "--fps", "8"], "--fps 8 is for video, and .wav is for audio"),
+        (["-o", "out.wav", "--sample-rate", "0"], "--sample-rate 0: expected a positive number"),
+        (["-o", "out.wav", "--sample-rate", "9"], "sample_rate=9, and the output has 8000"),
+    ],
+)
+def test_bad_input_of_a_model_without_a_prompt(run, labelled, arguments, message, tmp_path):
+    calls = labelled(SoundPipeline)
+    result = run("generate", "toy-1", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert calls == [1] * message.startswith("sample_rate=9")
+
+
+def test_a_result_that_does_not_fit_a_suffix_can_be_made_again(run, labelled, tmp_path):
+    labelled()
+    result = run("generate", "toy-1", "-o", "out.png", "--seed", 5)
+    assert result.exit_code == 2
+    assert "out.png cannot be written as image: the output is a tensor of shape (2, 6)" in result.stderr
+    assert result.stderr.endswith("Tensors can be written with -o NAME.safetensors --seed 5\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def lines(path):
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+
+
+def test_a_writer_of_a_plugin(run, labelled, tmp_path):
+    spec = WriterSpec(suffix=".lines.gz", kind="lines", writer="label_pipeline:write_lines", description="JSON lines")
+    labelled(extra=[Declared(spec, "toy", "diffsynth-toy", "1.2")])
+    result = run("generate", "toy-1", "-o", "out.lines.gz", "--num-images", 2, "--seed", 5, "--set", "label=2")
+    assert result.stdout == "out-1.lines.gz\nout-2.lines.gz\n", result.output
+    (made_by, settings), *rows = lines(tmp_path / "out-2.lines.gz")
+    assert (made_by["seed"], made_by["arguments"], settings) == (6, {"label": 2}, {})
+    assert np.allclose(rows, 0.2)
+    assert ".lines.gz" in run("generate", "--help").stdout
+    assert "lines: JSON lines" in run("generate", "--help").stdout
+
+
+def test_a_broken_writer_is_told_before_anything_is_loaded(run, labelled):
+    spec = WriterSpec(suffix=".lines", kind="lines", writer="label_pipeline:write_line")
+    calls = labelled(extra=[Declared(spec, "toy", "diffsynth-toy", "1.2")])
+    result = run("generate", "toy-1", "-o", "out.lines")
+    assert (result.exit_code, calls) == (2, [])
+    assert "writer '.lines' of plugin toy (diffsynth-toy 1.2) cannot be loaded: ImportError: reference" in result.stderr

@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import save_file
 
 import diffsynth
@@ -268,6 +269,15 @@ def test_effect_of_register_commands(toy):
     toy("register_commands")
     assert "Say what would be painted." in CliRunner().invoke(program, ["--help"]).stdout
     assert CliRunner().invoke(program, ["paint", "red"]).stdout == "a red disc\n"
+
+
+def test_effect_of_register_writers(toy, tmp_path):
+    toy(*MODEL, "register_writers")
+    result = CliRunner().invoke(program, ["generate", "toy-1", "red", "-o", "red.ppm", "--seed", "0", "--steps", "2"])
+    assert (result.exit_code, result.stdout) == (0, "red.ppm\n"), result.output
+    assert Image.open(tmp_path / "red.ppm").tobytes() == draw().convert("RGB").tobytes()
+    made_by = json.loads((tmp_path / "red.ppm").read_bytes().split(b"\n")[1].removeprefix(b"# "))
+    assert (made_by["model"], made_by["prompt"], made_by["seed"]) == ("toy-1", "red", 0)
 
 
 def test_effect_of_register_doors(toy, monkeypatch):

@@ -58,6 +58,16 @@ BROKEN = {
         + "    register(CheckpointSpec(name='x', architecture='y', files='Owner/y:*.safetensors'))\n",
         "'x': files is the text 'Owner/y:*.safetensors', expected a tuple",
     ),
+    "malformed_suffix": (
+        HEAD.replace("import DoorSpec", "import WriterSpec, DoorSpec")
+        + "def register_writers(register): register(WriterSpec(suffix='wav', kind='audio', writer='x:y'))\n",
+        "register_writers: suffix 'wav': expected a dot and a name, such as '.wav'",
+    ),
+    "writer_without_a_kind": (
+        HEAD.replace("import DoorSpec", "import WriterSpec, DoorSpec")
+        + "def register_writers(register): register(WriterSpec(suffix='.wav', kind='', writer='x:y'))\n",
+        "register_writers: writer of '.wav': kind is empty",
+    ),
     "twice": (
         HEAD + "def register_doors(register):\n    for _ in range(2): register(DoorSpec(name='same', folder='x:y'))\n",
         "'same' is declared twice",
@@ -98,6 +108,8 @@ KINDS = {
         "malformed_reference",
         "malformed_source",
         "text_for_tuple",
+        "malformed_suffix",
+        "writer_without_a_kind",
     ),
     "duplicate names": ("twice", "same_name"),
     "torch imported by a light module": ("torch",),

@@ -258,6 +258,28 @@ def test_bad_json_is_said(values, error, message):
     assert message in str(caught.value)
 
 
+def test_images_may_be_opened_by_the_caller():
+    red, paths = Image.new("RGB", (8, 8), "red"), []
+
+    def open_file(path):
+        paths.append(path)
+        return [red, red] if path == "clip" else red
+
+    schema = {"title": "toy", "properties": {"one": IMAGE, "many": {"type": "array", "items": IMAGE}}}
+    values = {"one": "a.png", "many": ["b.png", "c.png"]}
+    given = arguments_from_json(schema, values, open_file=open_file)
+    assert given == {"one": red, "many": [red, red]}
+    assert paths == ["a.png", "b.png", "c.png"]
+    assert arguments_from_json(schema, {"many": "clip"}, open_file=open_file) == {"many": [red, red]}
+    assert arguments_from_json(schema, {"many": "a.png"}, open_file=open_file) == {"many": [red]}
+    with pytest.raises(ValueError, match=r"one='clip': expected the path of an image \(it has several images\)"):
+        arguments_from_json(schema, {"one": "clip"}, open_file=open_file)
+    with pytest.raises(ValueError, match="many='clip': expected a list of a PNG image in base64"):
+        arguments_from_json(schema, {"many": "clip"})
+    spots = arguments_from_json(SpottedPipeline.schema(), {"spots": [{"x": 1, "image": "a.png"}]}, open_file=open_file)
+    assert spots["spots"][0].image is red
+
+
 def test_what_is_parsed_is_what_the_call_takes():
     pipe = toy_pipeline()
     found = arguments_from_json(pipe.schema(), {"prompt": "four", "seed": 3, "output_type": "pil"})

@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffsynth import _discovery
 from diffsynth._discovery import Catalog, Declared, Plugin
-from diffsynth.models.plugin import SOLVERS
+from diffsynth.models.plugin import SOLVERS, WRITERS
 from diffsynth.runtime.unit import unit
 from diffsynth.spec import ModelSpec
 from toy_pipeline import ToyNet, ToyPipeline
@@ -48,19 +48,20 @@ def image_pipeline(kind: type[ImagePipeline] = ImagePipeline, **files) -> ImageP
 
 
 def catalog(task: str = "text-to-image", pipeline: str = "ImagePipeline", **facts) -> Catalog:
-    """Return a catalog of one model, `toy-1`, of plugin `toy`."""
+    """Return a catalog of one model, `toy-1`, of plugin `toy`, and the writers of core."""
     spec = ModelSpec(
         name="toy-1",
         hub_id="Owner/Toy-1",
         family="toy",
         task=task,
-        pipeline=f"image_pipeline:{pipeline}",
+        pipeline=pipeline if ":" in pipeline else f"image_pipeline:{pipeline}",
         components={"dit": "Owner/Toy-1:dit.safetensors"},
     )
     plugins = (Plugin("toy", "diffsynth-toy", "1.2"),)
     models = (Declared(spec, "toy", "diffsynth-toy", "1.2"),)
     solvers = tuple(Declared(solver, "core", "diffsynth-core", "1.2") for solver in SOLVERS)
-    return Catalog(**{"plugins": plugins, "models": models, "solvers": solvers, **facts})
+    writers = tuple(Declared(writer, "core", "diffsynth-core", "1.2") for writer in WRITERS)
+    return Catalog(**{"plugins": plugins, "models": models, "solvers": solvers, "writers": writers, **facts})
 
 
 def use(monkeypatch, found: Catalog) -> None:

@@ -196,7 +196,7 @@ def told(monkeypatch, tmp_path):
     [
         ("wan2.1-t2v-1.3b", {"input_video": "short.mp4"}, "input_video has 5 frames, the video needs 9"),
         ("wan2.1-t2v-1.3b", {"input_video": "damaged.mp4"}, "damaged.mp4 cannot be read as video"),
-        ("wan2.1-t2v-1.3b", {"num_frames": 0}, "num_frames=0: expected a positive integer"),
+        ("wan2.1-t2v-1.3b", {"num_frames": 0}, "num_frames=0: expected an integer, at least 1"),
         ("wan2.1-flf2v-14b-720p", {"end_image": "red.png"}, "end_image without input_image"),
         (
             "wan2.1-vace-1.3b",

@@ -2,6 +2,7 @@
 
 import builtins
 import tracemalloc
+import wave
 import weakref
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ from diffsynth.core.data.media import VideoData, count_frames, frame_rate_of, re
 from diffsynth.core.data.media_writer import (
     merge_video_audio,
     read_comment,
+    save_audio,
     save_frames,
     save_video,
     save_video_with_audio,
@@ -238,6 +240,61 @@ def test_sound(tone):
     assert abs(mono.shape[1] - 8000) <= 32
     spectrum = torch.fft.rfft(mono[0]).abs()
     assert abs(int(spectrum.argmax()) * 16_000 / mono.shape[1] - 440) < 3
+
+
+@pytest.mark.parametrize(("channels", "count"), [(1, 1), (2, 5), (2, 2**20 + 7), (3, 100), (6, 100), (8, 100)])
+def test_saved_sound_has_the_rounded_samples(tmp_path, channels, count):
+    samples = torch.rand(channels, count, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    save_audio(samples, tmp_path / "folder" / "sound.wav", 22_050)
+    expected = (samples.double() * 32768).round().clamp(max=32767).short()
+    if channels <= 2:  # Python 3.11 reads no extensible header
+        with wave.open(str(tmp_path / "folder" / "sound.wav")) as file:
+            shape = (file.getnchannels(), file.getsampwidth(), file.getframerate(), file.getnframes())
+            levels = np.frombuffer(file.readframes(count), "<i2").reshape(-1, channels)
+        assert shape == (channels, 2, 22_050, count)
+        np.testing.assert_array_equal(levels.T, expected.numpy())
+    read, rate = read_audio(tmp_path / "folder" / "sound.wav")
+    assert rate == 22_050
+    torch.testing.assert_close(read, expected / 32768, atol=0, rtol=0)
+
+
+def test_saved_sound_is_clipped_with_a_warning(tmp_path, caplog):
+    save_audio(torch.tensor([[-2.0, -1.0, 0.0, 1.0, 2.5]], dtype=torch.bfloat16), tmp_path / "sound.wav", 8000)
+    assert "a peak of 2.500 is clipped" in caplog.text
+    read, _ = read_audio(tmp_path / "sound.wav")
+    assert (read[0] * 32768).tolist() == [-32768, -32768, 0, 32767, 32767]
+    caplog.clear()
+    save_audio(torch.tensor([[1.0, -1.0]]), tmp_path / "sound.wav", 8000)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "message"),
+    [
+        (torch.zeros(5), 8000, r"shape \(5,\); expected \(channels, samples\) of floating point"),
+        (torch.zeros(9, 5), 8000, r"shape \(9, 5\); .* with 1 to 8 channels"),
+        (torch.zeros(1, 0), 8000, "at least one sample"),
+        (torch.zeros(1, 5, dtype=torch.int16), 8000, "a tensor of torch.int16"),
+        (torch.tensor([[0.0, float("nan")]]), 8000, "not finite"),
+        (torch.zeros(1, 5), 0, "sample_rate=0: expected a positive integer"),
+        (torch.zeros(1, 5), 44_100.0, "sample_rate=44100.0: expected a positive integer"),
+    ],
+)
+def test_unfit_samples(tmp_path, samples, rate, message):
+    with pytest.raises(ValueError, match=message):
+        save_audio(samples, tmp_path / "sound.wav", rate)
+    with pytest.raises(ValueError, match=r"sound.mp3 ends in '.mp3'; expected one of .wav"):
+        save_audio(torch.zeros(1, 5), tmp_path / "sound.mp3", 8000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comment_of_sound(tmp_path, tone):
+    text = '{"prompt": "eine Straße, 雨"}' + "x" * 5000
+    save_audio(torch.zeros(2, 50), tmp_path / "said.wav", 8000, comment=text)
+    assert read_comment(tmp_path / "said.wav", "audio") == text
+    assert read_comment(tone(seconds=0.1), "audio") is None
+    with pytest.raises(CorruptFile, match="has no video stream"):
+        read_comment(tmp_path / "said.wav")
 
 
 @pytest.mark.parametrize(("seconds", "heard"), [(3.0, 1.0), (0.4, 0.4)])

@@ -93,6 +93,7 @@ class Catalog:
     objectives: tuple[Declared[spec.ObjectiveSpec], ...] = ()
     features: tuple[Declared[spec.FeatureSpec], ...] = ()
     commands: tuple[Declared[spec.CommandSpec], ...] = ()
+    writers: tuple[Declared[spec.WriterSpec], ...] = ()
     doors: tuple[Declared[spec.DoorSpec], ...] = ()
     guidance: tuple[Declared[spec.GuidanceSpec], ...] = ()
 
@@ -117,6 +118,7 @@ KINDS: dict[str, type] = {
     "objectives": spec.ObjectiveSpec,
     "features": spec.FeatureSpec,
     "commands": spec.CommandSpec,
+    "writers": spec.WriterSpec,
     "doors": spec.DoorSpec,
     "guidance": spec.GuidanceSpec,
 }
@@ -271,7 +273,7 @@ def _discover() -> _Discovered:
         plugins.append(Plugin(plugin.name, plugin.distribution, plugin.version, time.perf_counter() - started))
         for kind, specs in own.items():
             declared[kind] += [Declared(s, plugin.name, plugin.distribution, plugin.version) for s in specs]
-    for kind in ("architectures", "doors", "guidance"):
+    for kind in ("architectures", "doors", "guidance", "writers"):
         problems += [Problem(*clash) for clash in duplicates(declared[kind])]
     if problems:
         logger.warning("%s", describe(problems))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -23,6 +24,7 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
     spec.ObjectiveSpec: ("objective",),
     spec.FeatureSpec: ("pipeline", "feature"),
     spec.CommandSpec: ("command",),
+    spec.WriterSpec: ("writer",),
     spec.DoorSpec: (),
     spec.GuidanceSpec: ("guidance",),
 }
@@ -50,8 +52,11 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def identity(declaration: Any) -> str:
-    """Return a declaration's name in lower case, which is unique per plugin and kind; "" for a kind without names."""
-    return str(getattr(declaration, "name", "")).lower()
+    """Return a declaration's name, or the suffix of a `WriterSpec`, in lower case, which is unique per plugin and kind;
+    "" for a kind without names.
+    """
+    name = declaration.suffix if isinstance(declaration, spec.WriterSpec) else getattr(declaration, "name", "")
+    return str(name).lower()
 
 
 def check_spec(declaration: Any) -> None:
@@ -62,9 +67,9 @@ def check_spec(declaration: Any) -> None:
 
     Raises:
         TypeError: a field declared as a mapping has another type, or one declared as a tuple is a text.
-        ValueError: a malformed name, reference or source, a reference to a missing module, a `LayerWrapperSpec` without
-            effect, a `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, or a tiny config for
-            a component that the model does not have.
+        ValueError: a malformed name, suffix, reference or source, a reference to a missing module, a `LayerWrapperSpec`
+            without effect, a `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, or a tiny
+            config for a component that the model does not have.
     """
     name = getattr(declaration, "name", "-")
     if not name or (isinstance(declaration, spec.ModelSpec | spec.GuidanceSpec) and (":" in name or "/" in name)):
@@ -86,6 +91,8 @@ def check_spec(declaration: Any) -> None:
         )
     if isinstance(declaration, spec.SolverSpec):
         _check_evaluations(declaration)
+    if isinstance(declaration, spec.WriterSpec):
+        _check_writer(declaration)
     for source in sources(declaration):
         spec.parse_source(source)
     for reference in references(declaration):
@@ -114,9 +121,18 @@ def _check_tiny(declaration: spec.ModelSpec) -> None:
             raise TypeError(f"{declaration.name!r}: tiny[{role!r}] is {changed!r}, expected a mapping of config fields")
 
 
+def _check_writer(declaration: spec.WriterSpec) -> None:
+    suffix = declaration.suffix
+    if not re.fullmatch(r"(\.[^\s./\\]+)+", suffix):
+        raise ValueError(f"suffix {suffix!r}: expected a dot and a name, such as '.wav'")
+    for name in ("kind", "writer"):
+        if not getattr(declaration, name):
+            raise ValueError(f"writer of {suffix!r}: {name} is empty")
+
+
 def duplicates(declared: Iterable[Any]) -> Iterator[tuple[str, str, str, str]]:
     """Yield (plugin, distribution, version, error text), four strings, for each of the declarations, all of one kind,
-    whose name another one has, too, case ignored.
+    whose name or suffix another one has, too, case ignored.
     """
     by_name: dict[str, list[Any]] = {}
     for one in declared:

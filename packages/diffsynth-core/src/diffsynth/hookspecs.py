@@ -78,6 +78,11 @@ def register_commands(register: Callable[[spec.CommandSpec], None]) -> None:
 
 
 @hookspec
+def register_writers(register: Callable[[spec.WriterSpec], None]) -> None:
+    """Declare functions that write results to files, one for each suffix."""
+
+
+@hookspec
 def register_doors(register: Callable[[spec.DoorSpec], None]) -> None:
     """Declare folders of modules to add to the package `diffsynth.pipelines`."""
 

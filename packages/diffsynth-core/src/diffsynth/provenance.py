@@ -1,4 +1,4 @@
-"""Records of how an image or a video was made: call, versions and weights, stored inside the file and read from it."""
+"""Records of how a result was made: call, versions and weights, stored inside the result's file and read from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib.metadata
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ from diffsynth import _discovery
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 KEY = "diffsynth"
-"""The PNG text chunk that holds the record, as JSON in UTF-8."""
+"""The name of the record, which is JSON in UTF-8: of a text chunk of a PNG, of an entry in the metadata of safetensors,
+of the only key of the JSON object in the comment of a video or a WAV file."""
 
 
 def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,12 +31,16 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         arguments: of the call; those equal to the pipeline's defaults are left out, except prompt, seed and steps.
 
     Returns:
-        model, pipeline, prompt, seed, num_inference_steps, arguments, not_recorded (names of arguments such as images,
-        which JSON cannot hold), device, dtype, versions, weights (role -> file name -> identity of its content), and if
-        any are loaded, loras (role, alpha, hot, and files likewise).
+        model, pipeline, prompt, seed and num_inference_steps (those of them that the pipeline takes), arguments,
+        not_recorded (names of arguments such as images, which JSON cannot hold), device, dtype, versions, weights (role
+        -> file name -> identity of its content), and if any are loaded, loras (role, alpha, hot, and files likewise).
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
-    always = {name: arguments.get(name, defaults.get(name)) for name in ("prompt", "seed", "num_inference_steps")}
+    always = {
+        name: arguments.get(name, defaults[name])
+        for name in ("prompt", "seed", "num_inference_steps")
+        if name in defaults
+    }
     others = {
         name: value for name, value in arguments.items() if name not in always and not _equals(value, defaults[name])
     }
@@ -60,15 +67,10 @@ def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -
     """
     from PIL.PngImagePlugin import PngInfo
 
-    path = Path(path)
     text = PngInfo()
-    text.add_itxt(KEY, json.dumps(made_by, ensure_ascii=False))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    text.add_itxt(KEY, _as_text(made_by))
+    with _replacing(Path(path)) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def save_video(frames: Sequence[Image.Image], path: Path | str, made_by: Mapping[str, Any], *, fps: float) -> None:
@@ -77,7 +79,47 @@ def save_video(frames: Sequence[Image.Image], path: Path | str, made_by: Mapping
     """
     from diffsynth.core.data import media_writer
 
-    media_writer.save_video(frames, path, fps=fps, comment=json.dumps({KEY: made_by}, ensure_ascii=False))
+    media_writer.save_video(frames, path, fps=fps, comment=_as_text({KEY: made_by}))
+
+
+def save_audio(samples: Tensor, sample_rate: int, path: Path | str, made_by: Mapping[str, Any]) -> None:
+    """Write `samples`, `channels samples` in [-1, 1], to the file `path` as WAV, with the record `made_by` as JSON in
+    the file's comment; see `diffsynth.core.data.media_writer.save_audio`.
+    """
+    from diffsynth.core.data import media_writer
+
+    media_writer.save_audio(samples, path, sample_rate, comment=_as_text({KEY: made_by}))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path | str, made_by: Mapping[str, Any]) -> None:
+    """Write `tensors`, by name, to the file `path` as safetensors, with the record `made_by` as JSON in the metadata.
+    An existing file is replaced in one step, so it is never half written.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    # save_file refuses tensors that share memory, such as views of one tensor, and some that are not contiguous.
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with _replacing(Path(path)) as unfinished:
+        save_file(copies, unfinished, metadata={KEY: _as_text(made_by)})
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """Return the record of the call that made a file, a dict of JSON values; the suffix tells how it is stored.
+
+    Args:
+        path: ends in `.png`, `.wav`, `.safetensors`, or the suffix of a video.
+
+    Raises:
+        ValueError: the file has no record of diffsynth, or a PNG cannot be read.
+        CheckpointError: the file does not exist, or is not what its suffix says.
+        OSError: the file cannot be read.
+        Unavailable: PyAV is not installed, which `.wav` and videos need.
+    """
+    readers = {".png": read_png, ".wav": read_audio, ".safetensors": read_tensors}
+    return readers.get(Path(path).suffix.lower(), read_video)(path)
 
 
 def read_video(path: Path | str) -> dict[str, Any]:
@@ -89,16 +131,32 @@ def read_video(path: Path | str) -> dict[str, Any]:
         CheckpointError: the file does not exist, or is no video.
         Unavailable: PyAV is not installed.
     """
-    from diffsynth.core.data.media_writer import read_comment
+    return _read_comment(path, "video")
 
-    comment = read_comment(path)
-    try:
-        made_by = json.loads(comment or "")[KEY]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} carries no {KEY!r} record; it was not written by diffsynth, or saved again") from None
-    if not isinstance(made_by, dict):
-        raise ValueError(f"{path}: the {KEY!r} record is no JSON object: {str(made_by)[:80]!r}")
-    return made_by
+
+def read_audio(path: Path | str) -> dict[str, Any]:
+    """Return the record of the call that made a WAV file, a dict of JSON values stored in it; raises like
+    `read_video`.
+    """
+    return _read_comment(path, "audio")
+
+
+def read_tensors(path: Path | str) -> dict[str, Any]:
+    """Return the record of the call that made a safetensors file, a dict of JSON values in its metadata; raise
+    ValueError if it has none.
+
+    Raises:
+        ValueError: the file has no record of diffsynth.
+        CheckpointError: the file does not exist, or is no safetensors file.
+    """
+    from diffsynth.core.loader.header import read_safetensors
+
+    text = read_safetensors(Path(path)).metadata.get(KEY)
+    if text is None:
+        raise ValueError(
+            f"{path} has no {KEY!r} metadata; it is no result of a call. To identify a checkpoint: diffsynth recognize"
+        )
+    return _as_object(json.loads(text), path)
 
 
 def read_png(path: Path | str) -> dict[str, Any]:
@@ -119,10 +177,41 @@ def read_png(path: Path | str) -> dict[str, Any]:
         raise ValueError(f"{path} is not a PNG file; only PNG images carry a record") from None
     if text is None:
         raise ValueError(f"{path} has no {KEY!r} text; it was not written by diffsynth, or saved again by another tool")
-    made_by = json.loads(text)
+    return _as_object(json.loads(text), path)
+
+
+def _read_comment(path: Path | str, kind: str) -> dict[str, Any]:
+    from diffsynth.core.data.media_writer import read_comment
+
+    comment = read_comment(path, kind)
+    try:
+        made_by = json.loads(comment or "")[KEY]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} carries no {KEY!r} record; it was not written by diffsynth, or saved again") from None
+    return _as_object(made_by, path)
+
+
+def _as_object(made_by: Any, path: Path | str) -> dict[str, Any]:
     if not isinstance(made_by, dict):
-        raise ValueError(f"{path}: the {KEY!r} text is no JSON object: {text[:80]!r}")
+        raise ValueError(f"{path}: the {KEY!r} record is no JSON object: {str(made_by)[:80]!r}")
     return made_by
+
+
+def _as_text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Context manager that yields the path of a temporary file, which replaces `path` if no error occurs, and is
+    deleted else.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _versions(pipe: Any) -> dict[str, str]:

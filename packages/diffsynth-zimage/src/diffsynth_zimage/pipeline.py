@@ -31,6 +31,7 @@ class ZImagePipeline(Pipeline):
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=8)
     facts = {"latent_channels": "dit.in_channels"}
+    output_kind = "image"
 
     @classmethod
     def from_pretrained(

@@ -1,23 +1,27 @@
-"""`diffsynth generate`: generate images or videos from a prompt, each file with a record of the call."""
+"""`diffsynth generate`: run a model and write what it returns to a file, with a record of the call inside."""
 
 from __future__ import annotations
 
-import ast
-import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffsynth.cli.arguments import call_arguments, set_option
 from diffsynth.cli.output import POLICIES, UserError, fail, traceback_option
+
+if TYPE_CHECKING:
+    import inspect
+
+    from diffsynth.registry import ModelRecord
+    from diffsynth.runtime.request import Request
+    from diffsynth.spec import WriterSpec
 
 _FPS = 15
 """Frames per second of a video if the model declares no frame rate."""
-
-_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
 
 _OPTIONS = (
     click.option("--seed", type=int, help="Seed of the initial noise; by default a random one, which is recorded."),
@@ -27,14 +31,9 @@ _OPTIONS = (
     click.option("--negative-prompt", help="Prompt to steer away from; needs a --cfg-scale other than 1."),
     click.option("--cfg-scale", type=float, help="Scale of classifier-free guidance; 1 is off."),
     click.option("--num-images", type=int, help="Number of results, at least 1; files OUT-1, OUT-2, ... if several."),
+    set_option,
     click.option("--fps", type=float, help="Frames per second of a video, above 0; the model's own by default."),
-    click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="Set any other argument of the pipeline; may be repeated.",
-    ),
+    click.option("--sample-rate", type=int, metavar="HZ", help="Sample rate of sound, if the model states none."),
     click.option("--device", help="Device to compute on: cuda, cuda:1, cpu, ...; the first accelerator by default."),
     click.option(
         "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Dtype of weights and activations."
@@ -54,9 +53,23 @@ def _with_options(function: Any) -> Any:
     return function
 
 
-@click.command()
+class _Generate(click.Command):
+    """The command, whose help lists the suffixes that installed writers have."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the suffixes, with the kind and the description of each, into the help text."""
+        from diffsynth.runtime.writers import declared_writers
+
+        specs = {suffix: one.spec for suffix, one in declared_writers().items()}
+        with formatter.section("Suffixes of OUT"):
+            formatter.write_dl(
+                [(name, f"{one.kind}: {one.description}".removesuffix(": ")) for name, one in specs.items()]
+            )
+
+
+@click.command(cls=_Generate)
 @click.argument("model")
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option(
     "-o",
     "--output",
@@ -64,105 +77,105 @@ def _with_options(function: Any) -> Any:
     required=True,
     type=click.Path(path_type=Path),
     metavar="OUT",
-    help="File to write: .png, or .mp4 if MODEL generates videos.",
+    help="File to write; its suffix selects the format.",
 )
 @_with_options
 def generate(
     model: str,
-    prompt: str,
+    prompt: str | None,
     out: Path,
     device: str | None,
     dtype: str | None,
     settings: tuple[str, ...],
-    fps: float | None,
     verbose: bool,
+    fps: float | None,
+    sample_rate: int | None,
     **options: Any,
 ) -> None:
-    """Generate an image or a video of PROMPT with MODEL (see `diffsynth list`) and write it to OUT."""
-    _check_out(model, out, fps)
+    """Run MODEL (see `diffsynth list`), with PROMPT if it takes one, and write what it returns to OUT."""
+    from diffsynth import provenance, registry
+    from diffsynth.runtime.writers import find_writer, load_writer
+
+    record = registry.get(model)  # before importing torch, so that a wrong name or suffix fails at once
+    writer = find_writer(out)
+    file_settings = _file_settings(record, out, writer.spec, {"fps": fps, "sample_rate": sample_rate})
+    write = load_writer(writer)
     set_options = {name: value for name, value in options.items() if value is not None}
     memory = {name: set_options.pop(name) for name in ("vram_limit", "policy") if name in set_options}
-    arguments = _merge({"prompt": prompt, **set_options}, _parse(settings))
-    arguments.setdefault("seed", secrets.randbelow(2**31))
-    arguments = _check_names(model, arguments)
-    _check_values(model, arguments)
+    arguments = _arguments(record, writer.spec, out, prompt, set_options, settings)
     pipe = _load(model, device, dtype, memory, arguments)
+    request = pipe.check(**arguments)
     result = pipe(**arguments)
     for role, report in pipe.transfers.items() if verbose else ():
         click.echo(f"{role}: {report.settle()}", err=True)
-    if out.suffix.lower() == ".mp4":
-        _save_videos(pipe, arguments, result, out, fps or _frame_rate(model))
-    else:
-        _save_images(pipe, arguments, result, out)
+    results = _separate(request, result, arguments)
+    for (one, its_arguments), path in zip(results, _numbered(out, writer.spec.suffix, len(results)), strict=True):
+        made_by = provenance.record(pipe, its_arguments)
+        try:
+            write(one, path, record=made_by, **file_settings)
+        except (TypeError, ValueError) as error:
+            fail(click.get_current_context(), _with_hint(error, writer.spec, arguments))
+        click.echo(str(path))
 
 
-def _check_out(model: str, out: Path, fps: float | None) -> None:
-    from diffsynth import registry
+def _file_settings(
+    record: ModelRecord, out: Path, spec: WriterSpec, given: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """Return the settings of the writer as a dict; raise UserError or ValueError if OUT or an option does not fit the
+    model.
+    """
+    from diffsynth.runtime.writers import check_kind, output_kind
 
-    record = registry.get(model)
-    suffix, result = (".mp4", "a video") if record.task.endswith("video") else (".png", "images")
-    if out.suffix.lower() != suffix:
-        raise UserError(
-            f"OUT is {str(out)!r}, and {record.name} generates {result}: expected a name that ends in {suffix}, "
-            "a format that holds the record of the call"
-        )
-    if fps is not None and suffix == ".png":
-        raise UserError(f"--fps {fps:g}: {record.name} generates images, which have no frame rate")
-    if fps is not None and not fps > 0:
-        raise UserError(f"--fps {fps:g}: expected a positive number")
+    for name, kind in {"fps": "video", "sample_rate": "audio"}.items():
+        value, option = given[name], f"--{name.replace('_', '-')}"
+        if value is not None and spec.kind != kind:
+            raise UserError(f"{option} {value:g} is for {kind}, and {spec.suffix} is for {spec.kind}; leave it out")
+        if value is not None and not value > 0:
+            raise UserError(f"{option} {value:g}: expected a positive number")
     if not out.parent.is_dir():
         raise UserError(f"OUT is {str(out)!r}: there is no folder {str(out.parent)!r}")
+    check_kind(out, spec, output_kind(record), name=record.name)
+    default = {"fps": record.fps or _FPS} if spec.kind == "video" else {}
+    return default | {name: value for name, value in given.items() if value is not None}
 
 
-def _parse(settings: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"--set {setting!r}: expected NAME=VALUE")
-        try:
-            yield name, ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            yield name, text
+def _arguments(
+    record: ModelRecord,
+    spec: WriterSpec,
+    out: Path,
+    prompt: str | None,
+    options: Mapping[str, Any],
+    settings: tuple[str, ...],
+) -> dict[str, Any]:
+    """Return the arguments of the call as a dict, checked without loading weights; a seed is drawn if none is given."""
+    from diffsynth.runtime.planning import check_before_loading
+    from diffsynth.runtime.writers import TENSORS
+    from diffsynth.spec import resolve
 
-
-def _merge(arguments: dict[str, Any], settings: Iterator[tuple[str, Any]]) -> dict[str, Any]:
-    for name, value in settings:
-        if name in arguments:
-            raise UserError(f"--set {name}={value!r}: {name} is set twice")
-        if name == "output_type" and value != "pil":
+    parameters = resolve(record.pipeline).call_signature(record.defaults).parameters
+    if prompt is not None:
+        _check_prompt(record, prompt, parameters)
+        options = {"prompt": prompt, **options}
+    arguments = call_arguments(record, options, settings)
+    if "output_type" in arguments and spec.kind != TENSORS:
+        usual, value = parameters["output_type"].default, arguments["output_type"]
+        if value != usual:
             raise UserError(
-                f"--set output_type={value!r}: this command writes images or videos; use Python for {value}"
+                f"--set output_type={value}: {spec.suffix} files ({spec.kind}) hold the output_type {usual}; "
+                f"write tensors to {out.stem}.safetensors"
             )
-        arguments[name] = value
+    if "seed" in parameters and arguments.get("seed") is None:
+        arguments["seed"] = secrets.randbelow(2**31)
+    check_before_loading(record, arguments)
     return arguments
 
 
-def _check_names(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return `arguments` with images and videos opened; raise UserError for an argument that the model does not have.
-
-    Loads no weights.
-    """
-    from diffsynth import registry
-    from diffsynth.spec import resolve
-
-    record = registry.get(model)  # before importing torch, so that a wrong name fails at once
-    from diffsynth.runtime.request import reject_unknown
-
-    pipeline = resolve(record.pipeline)
-    signature = pipeline.call_signature(record.defaults)
-    try:
-        reject_unknown(arguments, signature)
-    except TypeError as error:  # an argument from the command line is the user's error, not a fault of the program
-        fail(click.get_current_context(), error)
-    return _open_images(arguments, pipeline.schema()["properties"])
-
-
-def _check_values(model: str, arguments: Mapping[str, Any]) -> None:
-    """Raise the error that a call would raise for its argument values, before weights are loaded."""
-    from diffsynth import registry
-    from diffsynth.runtime.planning import check_before_loading
-
-    check_before_loading(registry.get(model), arguments)
+def _check_prompt(record: ModelRecord, prompt: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    if "prompt" not in parameters:
+        raise UserError(
+            f"PROMPT is {prompt!r}, and {record.name} takes no prompt; leave it out. "
+            f"It takes, by --set NAME=VALUE: {', '.join(parameters)}"
+        )
 
 
 def _load(
@@ -194,62 +207,39 @@ def _status(text: str) -> Iterator[None]:
         yield
 
 
-def _open_images(arguments: dict[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `arguments` with paths of images or videos, where these are taken, opened as PIL images or `VideoData`."""
-    image_arguments = {name for name, schema in schemas.items() if '"x-diffsynth-type": "image"' in json.dumps(schema)}
-    return {name: _opened(name, value) if name in image_arguments else value for name, value in arguments.items()}
+def _separate(request: Request, result: Any, arguments: Mapping[str, Any]) -> list[tuple[Any, Mapping[str, Any]]]:
+    """Return a list of (result, arguments that give this result alone): one for each item of a list or of a tensor with
+    an item for each result of the call; else one, of `result` and all `arguments`.
+    """
+    from torch import Tensor
+
+    if request.single:
+        return [(result, _arguments_of_result(arguments, 0))]
+    if isinstance(result, list | tuple | Tensor) and len(result) == request.batch_size:
+        return [(one, _arguments_of_result(arguments, index)) for index, one in enumerate(result)]
+    return [(result, arguments)]
 
 
-def _opened(name: str, value: Any) -> Any:
-    from PIL import Image, UnidentifiedImageError
+def _with_hint(error: Exception, spec: WriterSpec, arguments: Mapping[str, Any]) -> ValueError:
+    """Return the error of a writer that refuses a result, with the command that writes the same result as tensors."""
+    from diffsynth.runtime.writers import TENSORS
 
-    if isinstance(value, list | tuple):
-        return [_opened(name, item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if Path(value).suffix.lower() in _VIDEO_SUFFIXES:
-        from diffsynth.core.data.media import VideoData
-
-        return VideoData(value)
-    try:
-        with Image.open(value) as image:
-            image.load()
-            return image
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"--set {name}={value}: cannot be opened as an image: {error}") from error
+    seed = f" --seed {arguments['seed']}" if isinstance(arguments.get("seed"), int) else ""
+    hint = "" if spec.kind == TENSORS else f". Tensors can be written with -o NAME.safetensors{seed}"
+    return ValueError(f"{error}{hint}")
 
 
-def _save_images(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path) -> None:
-    from diffsynth import provenance
-
-    images = result if isinstance(result, list) else [result]
-    for index, (image, path) in enumerate(zip(images, _numbered(out, len(images)), strict=True)):
-        provenance.save_png(image, path, provenance.record(pipe, _arguments_of_result(arguments, index)))
-        click.echo(str(path))
-
-
-def _save_videos(pipe: Any, arguments: Mapping[str, Any], result: Any, out: Path, fps: float) -> None:
-    from diffsynth import provenance
-
-    videos = result if isinstance(result[0], list) else [result]
-    for index, (frames, path) in enumerate(zip(videos, _numbered(out, len(videos)), strict=True)):
-        record = provenance.record(pipe, _arguments_of_result(arguments, index))
-        provenance.save_video(frames, path, record, fps=fps)
-        click.echo(str(path))
-
-
-def _frame_rate(model: str) -> float:
-    from diffsynth import registry
-
-    return registry.get(model).fps or _FPS
-
-
-def _numbered(out: Path, count: int) -> list[Path]:
-    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
+def _numbered(out: Path, suffix: str, count: int) -> list[Path]:
+    if count == 1:
+        return [out]
+    stem, end = out.name[: -len(suffix)], out.name[-len(suffix) :]
+    return [out.with_name(f"{stem}-{index}{end}") for index in range(1, count + 1)]
 
 
 def _arguments_of_result(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Return `arguments` of result `index` alone: no num_images, and seed `seed + index`, or that item of a list."""
     single = {name: value for name, value in arguments.items() if name != "num_images"}
-    seed = single["seed"]
-    return single | {"seed": seed[index] if isinstance(seed, list | tuple) else seed + index}
+    if "seed" in single:
+        seed = single["seed"]
+        single["seed"] = seed[index] if isinstance(seed, list | tuple) else seed + index
+    return single

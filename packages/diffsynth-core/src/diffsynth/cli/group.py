@@ -15,11 +15,11 @@ from diffsynth.spec import CommandSpec, resolve
 _OWN = {
     "list": ("diffsynth.cli.models:list_models", "Show the installed models."),
     "plugins": ("diffsynth.cli.models:plugins", "Show the installed plugins; exit 1 if one is broken."),
-    "info": ("diffsynth.cli.models:info", "Show a model's record, or the record in a PNG or MP4 file."),
+    "info": ("diffsynth.cli.models:info", "Show a model's record, or the record in a file of a result."),
     "recognize": ("diffsynth.cli.recognize:recognize", "Identify checkpoint files by their headers."),
     "convert": ("diffsynth.cli.convert:convert", "Write a checkpoint as one safetensors file."),
     "doctor": ("diffsynth.cli.doctor:doctor", "Check what works on this machine."),
-    "generate": ("diffsynth.cli.generate:generate", "Generate images or videos from a prompt."),
+    "generate": ("diffsynth.cli.generate:generate", "Run a model and write its result to a file."),
     "plan": ("diffsynth.cli.plan:plan", "Compute memory and time of a call, without weights."),
     "new-plugin": ("diffsynth.cli.new_plugin:new_plugin", "Write a plugin package to start from."),
 }

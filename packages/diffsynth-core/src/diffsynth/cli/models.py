@@ -75,17 +75,16 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
 @json_option
 @with_traceback
 def info(subject: str, as_json: bool) -> None:
-    """Show the record of a model, or the record of the call in a .png or .mp4 file.
+    """Show the record of a model, or the record of the call in a .png, .mp4, .wav or .safetensors file.
 
     With --json, a model's record includes the JSON schema of its call.
     """
-    if subject.lower().endswith((".png", ".mp4")):
+    if subject.lower().endswith((".png", ".mp4", ".wav", ".safetensors")):
         from diffsynth import provenance
 
         if not Path(subject).is_file():
             raise UserError(f"{subject}: no such file")
-        is_video = subject.lower().endswith(".mp4")
-        values = provenance.read_video(subject) if is_video else provenance.read_png(subject)
+        values = provenance.read(subject)
     else:
         values = registry.get(subject).to_dict()
         if as_json:

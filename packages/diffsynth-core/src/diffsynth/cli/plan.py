@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffsynth.cli.output import POLICIES, fail, json_option, show_json, show_table, traceback_option
+from diffsynth.cli.arguments import call_arguments, set_option, shown_arguments
+from diffsynth.cli.output import POLICIES, json_option, show_json, show_table, traceback_option
 
 if TYPE_CHECKING:
     from diffsynth.core.planning import ComponentPlan, MemoryPlan, StagePlan
@@ -28,6 +28,7 @@ GIB = 2**30
 @click.option("--steps", "num_inference_steps", type=int, help="Number of denoising steps, at least 1.")
 @click.option("--cfg-scale", type=float, help="Scale of classifier-free guidance; 1 is off.")
 @click.option("--num-images", type=int, help="Number of results per call, at least 1.")
+@set_option
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt in tokens."
 )
@@ -48,6 +49,7 @@ def plan(
     device: str | None,
     dtype: str | None,
     policy: str | None,
+    settings: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -58,8 +60,7 @@ def plan(
     from diffsynth import registry
 
     record = registry.get(model)  # before importing torch, so that a wrong name fails at once
-    arguments = {name: value for name, value in options.items() if value is not None}
-    _check_names(record, arguments)
+    arguments = call_arguments(record, {name: value for name, value in options.items() if value is not None}, settings)
     from diffsynth.errors import NotEnoughMemory
     from diffsynth.runtime.planning import plan_model
 
@@ -81,20 +82,10 @@ def plan(
             click.echo(f"{record.name} does not fit: {error}", err=True)
         click.get_current_context().exit(1)
     if as_json:
-        show_json({"model": record.name, "fits": True, "arguments": arguments, **made.to_dict()})
+        shown = shown_arguments(arguments, settings)
+        show_json({"model": record.name, "fits": True, "arguments": shown, **made.to_dict()})
     else:
         _show(record, made)
-
-
-def _check_names(record: ModelRecord, arguments: Mapping[str, Any]) -> None:
-    """Raise UserError if an option is not an argument of the model's pipeline."""
-    from diffsynth.runtime.request import reject_unknown
-    from diffsynth.spec import resolve
-
-    try:
-        reject_unknown(arguments, resolve(record.pipeline).call_signature(record.defaults))
-    except TypeError as error:
-        fail(click.get_current_context(), error)
 
 
 def _show(record: ModelRecord, made: MemoryPlan) -> None:

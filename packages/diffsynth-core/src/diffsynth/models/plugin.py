@@ -1,11 +1,11 @@
-"""Built-in plugin `core`: networks that two or more families use, and core's solvers and guidances."""
+"""Built-in plugin `core`: networks that two or more families use, and core's solvers, guidances and writers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, GuidanceSpec, SolverSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, GuidanceSpec, SolverSpec, WriterSpec
 
 DIFFSYNTH_API = 2
 
@@ -149,6 +149,20 @@ GUIDANCES = (
     GuidanceSpec(name="cfg_zero_star", guidance="diffsynth.runtime.guidance:ZeroStar", paper="arXiv:2503.18886"),
 )
 
+_WRITERS = "diffsynth.runtime.builtin_writers"
+
+WRITERS = (
+    WriterSpec(suffix=".png", kind="image", writer=f"{_WRITERS}:write_image", description="PNG"),
+    WriterSpec(suffix=".mp4", kind="video", writer=f"{_WRITERS}:write_video", description="MP4, H.264"),
+    WriterSpec(suffix=".wav", kind="audio", writer=f"{_WRITERS}:write_audio", description="WAV, 16-bit PCM"),
+    WriterSpec(
+        suffix=".safetensors",
+        kind="tensors",
+        writer=f"{_WRITERS}:write_tensors",
+        description="tensors, sound or images (as bytes) of any pipeline",
+    ),
+)
+
 
 @hookimpl
 def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
@@ -172,3 +186,9 @@ def register_solvers(register: Callable[[SolverSpec], None]) -> None:
 def register_guidance(register: Callable[[GuidanceSpec], None]) -> None:
     for guidance in GUIDANCES:
         register(guidance)
+
+
+@hookimpl
+def register_writers(register: Callable[[WriterSpec], None]) -> None:
+    for writer in WRITERS:
+        register(writer)

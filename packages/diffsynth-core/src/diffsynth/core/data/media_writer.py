@@ -1,7 +1,9 @@
-"""Writing of video, frames and sound, H.264 and AAC, by PyAV. Video files are written atomically."""
+"""Writing of video, frames and sound, H.264, AAC and WAV, by PyAV. Files of video and sound are written atomically."""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from jaxtyping import Float, Int16
 from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.media import Location, count_frames, frame_rate_of, opened, pyav, read_audio
 
+logger = logging.getLogger(__name__)
+
 _CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".flv")
 _SOUND_RATE = 48_000
 
+_LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
+"""Number of channels -> FFmpeg's name of the usual layout of their speakers."""
+
+_CHUNK = 2**20
+"""Samples that are passed to the encoder at once."""
 
 Frames = Iterable[Image.Image | np.ndarray] | Tensor
 
@@ -76,9 +86,47 @@ def save_video(
         container.mux(stream.encode(None))
 
 
-def read_comment(path: Location) -> str | None:
-    """Return the comment in the metadata of a video file as text, or None without one; raises like `read_frames`."""
-    with opened(path, "video") as (container, _):
+def save_audio(
+    samples: Float[Tensor, "channels samples"], save_path: Location, sample_rate: int, *, comment: str | None = None
+) -> None:
+    """Write samples to the file `save_path` as WAV, 16-bit PCM: each is rounded to a multiple of 1 / 32768.
+
+    Args:
+        samples: floating-point tensor of 1 to 8 channels, on any device, in [-1, 1]. Values outside of this range are
+            clipped, with a warning in the log.
+        save_path: the file, ending in `.wav`; missing folders are created.
+        sample_rate: samples per second of each channel, in Hz.
+        comment: text for the metadata of the file.
+
+    Raises:
+        ValueError: a tensor of another dtype or shape, without samples, or with values that are not finite; a sample
+            rate that is not a positive integer; another suffix.
+        Unavailable: PyAV is not installed.
+    """
+    levels = _sound_levels(samples)
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < 1:
+        raise ValueError(f"sample_rate={sample_rate!r}: expected a positive integer, in Hz")
+    layout = _LAYOUTS[len(levels)]
+    with _written(save_path, (".wav",)) as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
+        stream = container.add_stream("pcm_s16le", rate=sample_rate, layout=layout)
+        for part in levels.split(_CHUNK, dim=1):
+            interleaved = rearrange(part, "c n -> 1 (n c)").contiguous().numpy()
+            frame = pyav().AudioFrame.from_ndarray(interleaved, format="s16", layout=layout)
+            frame.sample_rate = sample_rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def read_comment(path: Location, kind: str = "video") -> str | None:
+    """Return the comment in the metadata of a media file as text, or None without one; raises like `read_frames`.
+
+    Args:
+        path: the file.
+        kind: "video" or "audio", a stream that the file must have.
+    """
+    with opened(path, kind) as (container, _):
         text = container.metadata.get("comment")
         return None if text is None else str(text)
 
@@ -134,13 +182,13 @@ def save_video_with_audio(
 
 
 @contextmanager
-def _written(path: Location) -> Iterator[Any]:
+def _written(path: Location, suffixes: Sequence[str] = _CONTAINERS) -> Iterator[Any]:
     """Context manager that yields a PyAV container to write to; its temporary file replaces `path` if no error occurs,
     and is deleted else.
     """
     path, av = Path(path), pyav()
-    if path.suffix.lower() not in _CONTAINERS:
-        raise ValueError(f"{path} ends in {path.suffix or 'no suffix'!r}; expected one of {', '.join(_CONTAINERS)}")
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path} ends in {path.suffix or 'no suffix'!r}; expected one of {', '.join(suffixes)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -171,6 +219,22 @@ def _arrays(video: Tensor) -> Iterator[np.ndarray]:
     frames = video.reshape(video.shape[-4:]).unbind(dim=1)
     levels = (((frame.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8) for frame in frames)
     return (rearrange(level, "c h w -> h w c").numpy() for level in levels)
+
+
+def _sound_levels(samples: Tensor) -> Int16[Tensor, "channels samples"]:
+    """Return samples as int16 on the CPU: 32768 times their value, rounded and clipped."""
+    if not samples.is_floating_point() or samples.ndim != 2 or len(samples) not in _LAYOUTS or not samples.numel():
+        raise ValueError(
+            f"a tensor of {samples.dtype} and shape {tuple(samples.shape)}; expected (channels, samples) of floating "
+            f"point in [-1, 1], with 1 to {len(_LAYOUTS)} channels and at least one sample"
+        )
+    values = samples.detach().to("cpu", torch.float32)
+    peak = float(values.abs().max())
+    if not math.isfinite(peak):
+        raise ValueError("sound with values that are not finite; expected samples in [-1, 1]")
+    if peak > 1:
+        logger.warning("sound with a peak of %.3f is clipped to [-1, 1]", peak)
+    return (values * 32768).round().clamp(-32768, 32767).to(torch.int16)
 
 
 def _encoder_options(parameters: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import binascii
 import enum
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -39,17 +39,26 @@ _BOUNDS = {
 }
 
 
+OpenFile = Callable[[str], Any]
+"""Function from a path to a PIL image, or to a sequence of images, such as `VideoData`."""
+
+
 class _Unfit(Exception):
     """A value that does not fit a schema."""
 
 
-def arguments_from_json(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_from_json(
+    schema: Mapping[str, Any], values: Mapping[str, Any], *, open_file: OpenFile | None = None
+) -> dict[str, Any]:
     """Return a dict argument -> value from a JSON object, checked: base64 images become PIL images, objects
     dataclasses, whole floats ints where `schema` says integer; defaults are not filled in.
 
     Args:
         schema: from `Pipeline.schema()`, in this process or another of the same installation.
         values: a JSON object: argument -> value.
+        open_file: function that opens a text in the place of an image or of a list of images as the path of a file; it
+            returns a PIL image, or a sequence of images, and its exceptions are passed on. None decodes images from PNG
+            in base64, as an app that takes requests of others must do.
 
     Raises:
         TypeError: `values` is no object, or has an argument that is unknown or that JSON cannot hold.
@@ -63,10 +72,11 @@ def arguments_from_json(schema: Mapping[str, Any], values: Mapping[str, Any]) ->
             raise TypeError(_unknown(name, schema))
         wanted = schema["properties"][name]
         try:
-            arguments[name] = _parse(wanted, value)
+            arguments[name] = _parse(wanted, value, open_file)
         except _Unfit as error:
             reason = f" ({error})" if str(error) else ""
-            raise ValueError(f"{name}={_shown(value)}: expected {_expected(wanted)}{reason}") from None
+            image = "a PNG image in base64" if open_file is None else "the path of an image"
+            raise ValueError(f"{name}={_shown(value)}: expected {_expected(wanted, image)}{reason}") from None
     return arguments
 
 
@@ -77,9 +87,9 @@ def _unknown(name: str, schema: Mapping[str, Any]) -> str:
     return f"unknown argument {name!r}{did_you_mean(name, known)} {schema['title']} takes: {', '.join(known)}"
 
 
-def _parse(schema: Mapping[str, Any], value: Any) -> Any:
+def _parse(schema: Mapping[str, Any], value: Any, open_file: OpenFile | None) -> Any:
     if "anyOf" in schema:
-        return _any_of(schema["anyOf"], value)
+        return _any_of(schema["anyOf"], value, open_file)
     if "enum" in schema:
         if not any(value == one and type(value) is type(one) for one in schema["enum"]):
             raise _Unfit
@@ -87,22 +97,24 @@ def _parse(schema: Mapping[str, Any], value: Any) -> Any:
     kind = schema.get("type")
     if kind is None:
         return value
+    if open_file is not None and isinstance(value, str) and (_is_image(schema) or _is_image(schema.get("items", {}))):
+        return _opened(value, open_file, several=kind == "array")
     if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
         raise _Unfit
     if kind in ("integer", "number"):
         return _number(schema, value)
     if kind == "array":
-        return _array(schema, value)
+        return _array(schema, value, open_file)
     if kind == "object":
-        return _object(schema, value)
-    return _image(value) if schema.get("x-diffsynth-type") == "image" else value
+        return _object(schema, value, open_file)
+    return _image(value) if _is_image(schema) else value
 
 
-def _any_of(choices: list[Mapping[str, Any]], value: Any) -> Any:
+def _any_of(choices: list[Mapping[str, Any]], value: Any, open_file: OpenFile | None) -> Any:
     reasons = []
     for choice in choices:
         try:
-            return _parse(choice, value)
+            return _parse(choice, value, open_file)
         except _Unfit as error:
             reasons.append(str(error))
     raise _Unfit("; ".join(filter(None, reasons)))
@@ -120,24 +132,25 @@ def _number(schema: Mapping[str, Any], value: int | float) -> int | float:
     return value
 
 
-def _array(schema: Mapping[str, Any], value: list[Any]) -> Any:
+def _array(schema: Mapping[str, Any], value: list[Any], open_file: OpenFile | None) -> Any:
     if "prefixItems" in schema:
         if len(value) != len(schema["prefixItems"]):
             raise _Unfit
-        return tuple(_parse(item, one) for item, one in zip(schema["prefixItems"], value, strict=True))
-    return [_parse(schema.get("items", {}), one) for one in value]
+        return tuple(_parse(item, one, open_file) for item, one in zip(schema["prefixItems"], value, strict=True))
+    return [_parse(schema.get("items", {}), one, open_file) for one in value]
 
 
-def _object(schema: Mapping[str, Any], value: dict[str, Any]) -> Any:
+def _object(schema: Mapping[str, Any], value: dict[str, Any], open_file: OpenFile | None) -> Any:
     if "properties" not in schema:
         others = schema.get("additionalProperties", {})
-        return {name: _parse(others, one) for name, one in value.items()}
+        return {name: _parse(others, one, open_file) for name, one in value.items()}
     for name in value:
         if name not in schema["properties"]:
             raise _Unfit(f"no field {name!r}{did_you_mean(name, schema['properties'])}")
     if missing := [name for name in schema["required"] if name not in value]:
         raise _Unfit(f"without {', '.join(missing)}")
-    return _construct(schema, {name: _parse(schema["properties"][name], one) for name, one in value.items()})
+    fields = {name: _parse(schema["properties"][name], one, open_file) for name, one in value.items()}
+    return _construct(schema, fields)
 
 
 def _construct(schema: Mapping[str, Any], value: Any) -> Any:
@@ -151,6 +164,19 @@ def _construct(schema: Mapping[str, Any], value: Any) -> Any:
         raise _Unfit(str(error)) from None
 
 
+def _is_image(schema: Mapping[str, Any]) -> bool:
+    return schema.get("x-diffsynth-type") == "image"
+
+
+def _opened(path: str, open_file: OpenFile, *, several: bool) -> Any:
+    """Return what is in a file: an image, or a sequence of images if `several` are wanted."""
+    found = open_file(path)
+    is_sequence = isinstance(found, Sequence)
+    if is_sequence and not several:
+        raise _Unfit("it has several images")
+    return [found] if several and not is_sequence else found
+
+
 def _image(text: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
@@ -160,16 +186,17 @@ def _image(text: str) -> Image.Image:
     return image
 
 
-def _expected(schema: Mapping[str, Any]) -> str:
+def _expected(schema: Mapping[str, Any], image: str) -> str:
+    """Return what a schema allows, as text; `image` says how an image is given."""
     if "anyOf" in schema:
-        return " or ".join(_expected(choice) for choice in schema["anyOf"])
+        return " or ".join(_expected(choice, image) for choice in schema["anyOf"])
     if "enum" in schema:
         return f"one of {', '.join(map(str, schema['enum']))}"
-    if schema.get("x-diffsynth-type") == "image":
-        return "a PNG image in base64"
+    if _is_image(schema):
+        return image
     kind = schema.get("type", "")
     bounds = " and ".join(f"{words} {schema[keyword]}" for keyword, (words, _) in _BOUNDS.items() if keyword in schema)
-    of = f" of {_expected(schema['items'])}" if schema.get("items") else ""
+    of = f" of {_expected(schema['items'], image)}" if schema.get("items") else ""
     return f"{_WORDS.get(kind, kind or 'anything')}{of}" + (f", {bounds}" if bounds else "")
 
 

@@ -67,7 +67,7 @@ def _resolves(subject: Subject) -> None:
     faults = []
     for kind in _EXPECTED:
         for fact in subject.declared(kind):
-            name = getattr(fact, "name", kind)
+            name = getattr(fact, "name", getattr(fact, "suffix", kind))
             faults += [f"{name}: {fault}" for fault in _faults(kind, fact)]
     known = {one.spec.name for one in subject.catalog.architectures}
     for fact in subject.declared("checkpoints"):
@@ -121,6 +121,7 @@ _EXPECTED: dict[str, dict[str, str]] = {
     "features": {"pipeline": "a Pipeline class", "feature": "a Feature"},
     "commands": {"command": "a click.Command"},
     "guidance": {"guidance": "a Guidance class"},
+    "writers": {"writer": "a function"},
 }
 """Kind of declaration -> its reference fields -> the kind of object that is expected."""
 

@@ -1,0 +1,128 @@
+"""Arguments of a call from the command line: options, and `--set NAME=VALUE` by the JSON Schema of the pipeline."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diffsynth.cli.output import Function, UserError, fail
+
+if TYPE_CHECKING:
+    from diffsynth.registry import ModelRecord
+
+_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
+
+
+def set_option(function: Function) -> Function:
+    """Return `function`, a command, with the option `--set NAME=VALUE` added, whose texts are passed as `settings`."""
+    option = click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Set any other argument of the pipeline; may be repeated.",
+    )
+    return option(function)
+
+
+def call_arguments(record: ModelRecord, options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return a dict argument -> value: `options`, then `settings`, converted to what the pipeline's schema says, with
+    images and videos opened. Loads no weights.
+
+    A text of `settings` is read as JSON or as a Python literal if that fits the schema, else taken as it is.
+
+    Args:
+        record: of the model.
+        options: argument -> value of the command's own options that are given.
+        settings: the texts `NAME=VALUE` of `--set`.
+
+    Raises:
+        UserError: a text without NAME=, an argument that is given twice, that the pipeline does not have (with the
+            nearest spelling), that no text can hold, or whose value does not fit.
+        CheckpointError: a video that does not exist or cannot be read.
+    """
+    texts = _texts(settings, options)
+    from diffsynth.runtime.request import reject_unknown
+    from diffsynth.runtime.schema import describe
+    from diffsynth.spec import resolve
+
+    pipeline = resolve(record.pipeline)
+    signature = pipeline.call_signature(record.defaults)
+    schema = describe(pipeline, title=record.name, defaults=record.defaults)
+    try:
+        reject_unknown([*options, *texts], signature)
+        values = {name: _value(schema, name, text) for name, text in texts.items()}
+    except TypeError as error:  # an argument from the command line is the user's error, not a fault of the program
+        fail(click.get_current_context(), error)
+    return {**options, **values}
+
+
+def shown_arguments(arguments: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return `arguments` as JSON values; a value that JSON cannot hold, such as an image, as its text in `settings`."""
+    from diffsynth.runtime.schema.annotations import as_json
+
+    texts = dict(setting.split("=", 1) for setting in settings)
+    return {name: texts[name] if as_json(value) is NotImplemented else value for name, value in arguments.items()}
+
+
+def _texts(settings: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
+    """Return a dict argument -> text of its value."""
+    texts: dict[str, str] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--set {setting!r}: expected NAME=VALUE")
+        if name in texts or name in options:
+            raise UserError(f"--set {setting}: {name} is set twice")
+        texts[name] = text
+    return texts
+
+
+def _value(schema: Mapping[str, Any], name: str, text: str) -> Any:
+    """Return the first reading of `text` that the schema of argument `name` allows; raise TypeError if the argument
+    cannot be given as text.
+    """
+    from diffsynth.runtime.schema import arguments_from_json
+
+    errors = []
+    for candidate in (*_literals(text), text):
+        try:
+            return arguments_from_json(schema, {name: candidate}, open_file=functools.partial(_opened, name))[name]
+        except ValueError as error:
+            errors.append(error)
+    raise UserError(f"--set {errors[0]}")
+
+
+def _literals(text: str) -> Iterator[Any]:
+    """Yield the values that `text` is in JSON and in Python, as JSON values: a tuple is a list."""
+    from diffsynth.runtime.schema.annotations import as_json
+
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = as_json(read(text))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if value is not NotImplemented:
+            yield value
+
+
+def _opened(name: str, path: str) -> Any:
+    """Return the PIL image of a file, or the `VideoData` of a video, for argument `name`."""
+    from PIL import Image, UnidentifiedImageError
+
+    if Path(path).suffix.lower() in _VIDEO_SUFFIXES:
+        from diffsynth.core.data.media import VideoData
+
+        return VideoData(path)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"--set {name}={path}: cannot be opened as an image: {error}") from error
