@@ -273,7 +273,8 @@ def test_effect_of_register_commands(toy):
 
 def test_effect_of_register_writers(toy, tmp_path):
     toy(*MODEL, "register_writers")
-    result = CliRunner().invoke(program, ["generate", "toy-1", "red", "-o", "red.ppm", "--seed", "0", "--steps", "2"])
+    line = "generate toy-1 red -o red.ppm --seed 0 --steps 2 --device cpu --dtype float32"
+    result = CliRunner().invoke(program, line.split())
     assert (result.exit_code, result.stdout) == (0, "red.ppm\n"), result.output
     assert Image.open(tmp_path / "red.ppm").tobytes() == draw().convert("RGB").tobytes()
     made_by = json.loads((tmp_path / "red.ppm").read_bytes().split(b"\n")[1].removeprefix(b"# "))

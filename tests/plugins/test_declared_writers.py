@@ -11,7 +11,7 @@ from diffsynth.spec import WriterSpec
 DIFFSYNTH_API = 1
 @hookimpl
 def register_writers(register):
-    register(WriterSpec(suffix="{suffix}", kind="lines", writer="fake_{plugin}.lines:write"))
+    register(WriterSpec(suffix="{suffix}", kind="lines", writer="fake_{plugin}.pipeline:ToyPipeline"))
 """
 
 

@@ -105,7 +105,7 @@ def read_inputs(
     scale: float = 1.0,
     pair: tuple[int, int] = (1, 2),
     levels: list[float] | None = None,
-    table: dict[str, int] | None = None,
+    counts: dict[str, int] | None = None,
     mood: Mood | None = None,
     image: Image.Image | None = None,
     images: list[Image.Image] | None = None,

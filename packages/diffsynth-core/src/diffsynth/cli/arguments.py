@@ -125,4 +125,4 @@ def _opened(name: str, path: str) -> Any:
             image.load()
             return image
     except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"--set {name}={path}: cannot be opened as an image: {error}") from error
+        raise ValueError(f"{name}={path}: cannot be opened as an image: {error}") from error

@@ -228,15 +228,16 @@ def read_audio(
     av = pyav()
     with opened(path, "audio") as (container, stream):
         rate = sample_rate or int(stream.rate)
-        resampler = av.AudioResampler(format="fltp", layout="mono" if mono else None, rate=rate)
+        # Channels are interleaved ("flt"), because PyAV reads past the planes of a frame of 8 channels ("fltp").
+        resampler = av.AudioResampler(format="flt", layout="mono" if mono else None, rate=rate)
         parts = [
-            torch.from_numpy(part.to_ndarray())
+            torch.from_numpy(part.to_ndarray()).reshape(-1, part.layout.nb_channels)
             for frame in (*container.decode(stream), None)
             for part in resampler.resample(frame)
         ]
     if not parts:
         raise CorruptFile(f"{path} has an audio stream without samples")
-    return torch.cat(parts, dim=1), rate
+    return torch.cat(parts).T.contiguous(), rate
 
 
 def pyav() -> Any:

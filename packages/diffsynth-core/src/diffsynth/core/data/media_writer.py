@@ -127,8 +127,8 @@ def read_comment(path: Location, kind: str = "video") -> str | None:
         kind: "video" or "audio", a stream that the file must have.
     """
     with opened(path, kind) as (container, _):
-        text = container.metadata.get("comment")
-        return None if text is None else str(text)
+        names = {name.lower(): value for name, value in container.metadata.items()}  # Matroska has it in capitals
+        return names.get("comment")
 
 
 def save_frames(frames: Sequence[Image.Image], save_path: Location) -> None:
