@@ -36,7 +36,7 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         -> file name -> identity of its content), and if any are loaded, loras (role, alpha, hot, and files likewise).
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
-    always = {
+    always: dict[str, Any] = {
         name: arguments.get(name, defaults[name])
         for name in ("prompt", "seed", "num_inference_steps")
         if name in defaults

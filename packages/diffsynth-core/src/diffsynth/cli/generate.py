@@ -101,7 +101,7 @@ def generate(
     file_settings = _file_settings(record, out, writer.spec, {"fps": fps, "sample_rate": sample_rate})
     write = load_writer(writer)
     set_options = {name: value for name, value in options.items() if value is not None}
-    memory = {name: set_options.pop(name) for name in ("vram_limit", "policy") if name in set_options}
+    memory: dict[str, Any] = {name: set_options.pop(name) for name in ("vram_limit", "policy") if name in set_options}
     arguments = _arguments(record, writer.spec, out, prompt, set_options, settings)
     pipe = _load(model, device, dtype, memory, arguments)
     request = pipe.check(**arguments)

@@ -75,7 +75,8 @@ def write_audio(output: Any, path: Path, *, record: Mapping[str, Any], sample_ra
     if not isinstance(samples, Tensor):
         raise TypeError(_refusal(output, path, "audio", "an object with samples and sample_rate, or a tensor c n"))
     own = getattr(output, "sample_rate", None)
-    if own is None and sample_rate is None:
+    rate = own if sample_rate is None else sample_rate
+    if rate is None:
         raise ValueError(
             f"{path} cannot be written as audio: the output, {_described(output)}, states no sample rate. Return an "
             "Audio(samples, sample_rate), or give sample_rate"
@@ -85,7 +86,7 @@ def write_audio(output: Any, path: Path, *, record: Mapping[str, Any], sample_ra
             f"{path} cannot be written as audio: sample_rate={sample_rate!r}, and the output has {own!r}; leave it out"
         )
     try:
-        provenance.save_audio(samples, own if sample_rate is None else sample_rate, path, record)
+        provenance.save_audio(samples, rate, path, record)
     except ValueError as error:
         raise ValueError(f"{path} cannot be written as audio: {error}") from error
 

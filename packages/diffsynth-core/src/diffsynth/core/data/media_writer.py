@@ -111,7 +111,7 @@ def save_audio(
         if comment is not None:
             container.metadata["comment"] = comment
         stream = container.add_stream("pcm_s16le", rate=sample_rate, layout=layout)
-        for part in levels.split(_CHUNK, dim=1):
+        for part in torch.split(levels, _CHUNK, dim=1):
             interleaved = rearrange(part, "c n -> 1 (n c)").contiguous().numpy()
             frame = pyav().AudioFrame.from_ndarray(interleaved, format="s16", layout=layout)
             frame.sample_rate = sample_rate
