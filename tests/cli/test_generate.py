@@ -280,6 +280,18 @@ def test_a_tensor_is_sound_at_a_given_rate(run, labelled):
     assert "the output, a tensor of shape (2, 6), states no sample rate" in result.stderr
 
 
+def test_a_result_of_each_label_has_its_own_record(run, labelled):
+    labelled()
+    settings = ("--set", "label=[3, 7]", "--num-images", 2, "--seed", 5)
+    result = run("generate", "toy-1", "-o", "out.safetensors", *settings)
+    assert result.exit_code == 0, result.output
+    for index, label in enumerate((3, 3, 7, 7)):
+        made_by = provenance.read(f"out-{index + 1}.safetensors")
+        assert (made_by["seed"], made_by["arguments"]) == (5 + index, {"label": label})
+        expected = label_pipeline()(seed=made_by["seed"], **made_by["arguments"])
+        assert torch.equal(load_file(f"out-{index + 1}.safetensors")["output"], expected)
+
+
 def test_results_that_cannot_be_separated_are_in_one_file(run, labelled):
     labelled(MappingPipeline)
     line = ("generate", "toy-1", "-o", "out.safetensors", "--set", "label=3", "--num-images", 2, "--seed", 5)
@@ -296,8 +308,11 @@ def test_results_that_cannot_be_separated_are_in_one_file(run, labelled):
         (["-o", "out.wv"], "'out.wv' ends in '.wv', which no writer has; did you mean '.wav'?"),
         (["-o", "out.png"], "toy-1 returns audio, and .png is for image; expected a name that ends in .safetensors or"),
         (["-o", "out.wav", "--set", "lable=3"], "unknown argument 'lable'; did you mean 'label'?"),
-        (["-o", "out.wav", "--set", "label=three"], "label='three': expected an integer, at least 0 and at most 9"),
-        (["-o", "out.wav", "--set", "label=10"], "label=10: expected an integer, at least 0 and at most 9"),
+        (
+            ["-o", "out.wav", "--set", "label=three"],
+            "label='three': expected an integer, at least 0 and at most 9 or a list",
+        ),
+        (["-o", "out.wav", "--set", "label=10"], "label=10: expected an integer, at least 0 and at most 9 or a list"),
         (["-o", "out.wav", "--set", "prompt=red"], "unknown argument 'prompt'"),
         (["-o", "out.wav", "--height", "8"], "unknown argument 'height'"),
         (["-o", "out.wav", "--fps", "8"], "--fps 8 is for video, and .wav is for audio"),

@@ -37,7 +37,7 @@ def test_settings_reach_the_planner(run, planned, tmp_path):
     ("options", "message"),
     [
         (["--set", "lable=3"], "unknown argument 'lable'; did you mean 'label'?"),
-        (["--set", "label=x"], "--set label='x': expected an integer, at least 0 and at most 9"),
+        (["--set", "label=x"], "--set label='x': expected an integer, at least 0 and at most 9 or a list"),
         (["--steps", "2", "--set", "num_inference_steps=3"], "num_inference_steps is set twice"),
         (["--frames", "9"], "unknown argument 'num_frames'; did you mean 'num_samples'?"),
     ],

@@ -8,7 +8,7 @@ from diffsynth.runtime.writers import declared_writers, find_writer
 PLUGIN = """
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import WriterSpec
-DIFFSYNTH_API = 1
+DIFFSYNTH_API = 2
 @hookimpl
 def register_writers(register):
     register(WriterSpec(suffix="{suffix}", kind="lines", writer="fake_{plugin}.pipeline:ToyPipeline"))

@@ -29,13 +29,13 @@ def schedule(*, num_inference_steps: int):
 
 
 @unit("colour")
-def encode_label(*, label: int = 0, batch_size: int):
+def encode_label(*, label: int | list[int] = 0):
     """Return the level of each sample.
 
     Args:
-        label: class of the sample, at least 0 and at most 9.
+        label: class of the sample, at least 0 and at most 9, or a list of classes for several results.
     """
-    return torch.full((batch_size,), label / 10)
+    return torch.tensor(label) / 10
 
 
 @unit("latents", random=True)
@@ -55,6 +55,7 @@ class LabelPipeline(Pipeline):
     units = (schedule, encode_label, initial_signal)
     output_units = (to_tensors,)
     loop = LoopArguments(num_inference_steps=4)
+    per_image = ("label",)
 
     def velocity(self, latents, sigma, *, colour):
         return self.dit(latents, sigma, colour)

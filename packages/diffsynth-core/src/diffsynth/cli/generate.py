@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +108,7 @@ def generate(
     result = pipe(**arguments)
     for role, report in pipe.transfers.items() if verbose else ():
         click.echo(f"{role}: {report.settle()}", err=True)
-    results = _separate(request, result, arguments)
+    results = _separate(request, result, arguments, pipe.per_image)
     for (one, its_arguments), path in zip(results, _numbered(out, writer.spec.suffix, len(results)), strict=True):
         made_by = provenance.record(pipe, its_arguments)
         try:
@@ -207,16 +207,19 @@ def _status(text: str) -> Iterator[None]:
         yield
 
 
-def _separate(request: Request, result: Any, arguments: Mapping[str, Any]) -> list[tuple[Any, Mapping[str, Any]]]:
+def _separate(
+    request: Request, result: Any, arguments: Mapping[str, Any], per_image: Sequence[str]
+) -> list[tuple[Any, Mapping[str, Any]]]:
     """Return a list of (result, arguments that give this result alone): one for each item of a list or of a tensor with
     an item for each result of the call; else one, of `result` and all `arguments`.
     """
     from torch import Tensor
 
-    if request.single:
-        return [(result, _arguments_of_result(arguments, 0))]
-    if isinstance(result, list | tuple | Tensor) and len(result) == request.batch_size:
-        return [(one, _arguments_of_result(arguments, index)) for index, one in enumerate(result)]
+    count = request.batch_size
+    if request.single or (isinstance(result, list | tuple | Tensor) and len(result) == count):
+        results = [result] if request.single else list(result)
+        per_entry = request.loop.num_images
+        return [(one, _arguments_of_result(arguments, i, per_entry, per_image)) for i, one in enumerate(results)]
     return [(result, arguments)]
 
 
@@ -236,10 +239,18 @@ def _numbered(out: Path, suffix: str, count: int) -> list[Path]:
     return [out.with_name(f"{stem}-{index}{end}") for index in range(1, count + 1)]
 
 
-def _arguments_of_result(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return `arguments` of result `index` alone: no num_images, and seed `seed + index`, or that item of a list."""
+def _arguments_of_result(
+    arguments: Mapping[str, Any], index: int, per_entry: int, per_image: Sequence[str]
+) -> dict[str, Any]:
+    """Return `arguments` of result `index` alone: no num_images, seed `seed + index` or that item of a list, and of a
+    list of prompts or of another argument in `per_image` the entry that it belongs to; `per_entry` results belong to
+    each.
+    """
     single = {name: value for name, value in arguments.items() if name != "num_images"}
     if "seed" in single:
         seed = single["seed"]
         single["seed"] = seed[index] if isinstance(seed, list | tuple) else seed + index
+    for name in per_image:
+        if isinstance(single.get(name), list | tuple):
+            single[name] = single[name][index // per_entry]
     return single
