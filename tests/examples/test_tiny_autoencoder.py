@@ -3,7 +3,6 @@
 import re
 import runpy
 import sys
-import tomllib
 from importlib.resources import files
 
 import pytest
@@ -20,10 +19,10 @@ from diffsynth.errors import Unrecognized
 from diffsynth.runtime import architectures
 from diffsynth.spec import resolve
 from diffsynth_zimage import ZImagePipeline
+from example_plugins import EXAMPLES, installed, run_conformance
 from parity import relative_error
-from source_tree import ROOT
 
-EXAMPLE = ROOT / "examples" / "tiny_autoencoder"
+EXAMPLE = EXAMPLES / "tiny_autoencoder"
 NANO = files("diffsynth_zimage") / "nano"
 CALL = {"prompt": "a red apple", "seed": 0, "num_inference_steps": 2, "output_type": "tensor"}
 
@@ -32,24 +31,11 @@ CALL = {"prompt": "a red apple", "seed": 0, "num_inference_steps": 2, "output_ty
 def weights(tmp_path_factory):
     """Install the example beside Z-Image, make its weights as its README does, and return their file."""
     folder = tmp_path_factory.mktemp("tinyae")
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    information = folder / "diffsynth_tinyae-0.1.0.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
-    entries = "".join(f"{name} = {target}\n" for name, target in project["entry-points"]["diffsynth"].items())
-    (information / "entry_points.txt").write_text(f"[diffsynth]\n{entries}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        patch.syspath_prepend(str(EXAMPLE / "src"))
-        patch.setenv("DIFFSYNTH_PLUGINS", "zimage,tinyae")
+    with installed("tiny_autoencoder", folder=folder, beside=["zimage"]), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["make_weights.py", str(folder / "tinyae.safetensors")])
         patch.chdir(folder)
-        assert _discovery.refresh().problems == ()
         runpy.run_path(str(EXAMPLE / "make_weights.py"), run_name="__main__")
         yield folder / "tinyae.safetensors"
-    for name in [name for name in sys.modules if name.startswith("diffsynth_tinyae")]:
-        del sys.modules[name]
-    _discovery.refresh()
 
 
 @pytest.fixture
@@ -63,11 +49,7 @@ def load(weights):
 
 
 def test_it_conforms(weights):
-    run = runpy.run_path(str(EXAMPLE / "tests" / "test_plugin.py"))["test_plugin"]
-    checks = [case.values[0] for case in run.pytestmark[0].args[1]]
-    assert "tiny_autoencoder has what roles of flux_autoencoder need" in [check.name for check in checks]
-    for check in checks:
-        run(check)
+    assert "tiny_autoencoder has what roles of flux_autoencoder need" in run_conformance("tiny_autoencoder")
 
 
 def test_it_equals_taesd(weights):

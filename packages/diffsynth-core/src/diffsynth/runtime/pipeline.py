@@ -400,7 +400,7 @@ class Pipeline(LoRAMethods):
         `StepContext`, and `extensions` a tuple of the conditions that are no parameters.
 
         Args:
-            latents: `b c h w` or `b c t h w`.
+            latents: `b c h w`, `b c t h w`, or of another shape that units write, such as `b c n` for sound.
             sigma: noise levels, `b`, fp32, in [0, 1].
             conditions: what units wrote.
         """

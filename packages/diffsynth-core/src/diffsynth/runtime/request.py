@@ -31,7 +31,7 @@ class Step:
         num_steps: number of steps of the call.
         sigma: noise level before the step.
         sigma_next: noise level after the step.
-        latents: after the step, `b c h w` or `b c t h w`, fp32; not a copy.
+        latents: after the step, `b c h w`, `b c t h w` or of another shape, fp32; not a copy.
         reused: names of the branches in which a step cache skipped blocks.
     """
 
@@ -54,7 +54,8 @@ class LoopArguments:
         seed: of the initial noise. With several images, image i has `seed + i`; a list sets the seed of each image;
             None is a random seed.
         num_images: images per prompt, at least 1.
-        output_type: "pil" images, "tensor" `b 3 h w` in [-1, 1], or "latents" before decoding.
+        output_type: "pil" images, or what else the pipeline returns, such as an `Audio`; "tensor" `b 3 h w` in [-1, 1],
+            `b c n` for sound; or "latents" before decoding.
         on_step: called with a `Step` after each step.
         cancel: checked between units and between steps; when set, `Cancelled` is raised.
         progress_bar_cmd: wraps the iterator over steps, as `tqdm` does.

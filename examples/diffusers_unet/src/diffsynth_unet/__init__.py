@@ -1,0 +1,1 @@
+"""A UNet of diffusers, as a plugin for diffsynth."""

@@ -1,0 +1,1 @@
+"""Class-conditional DDPM on pixels, as a plugin for diffsynth."""

@@ -1,0 +1,1 @@
+"""A small model that generates sound, as a plugin for diffsynth."""
