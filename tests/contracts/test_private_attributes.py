@@ -28,7 +28,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("models/test_wan_autoencoder.py", "_decode_piece"): "one step of the streaming decoder, for the size of its cache",
     ("plugins/test_declared_backends.py", "_in_use"): IN_USE,
     ("runtime/test_auto_policy.py", "_speeds"): SPEEDS,
-    ("testing/test_suite.py", "_in_use"): IN_USE,
+    ("testing/conftest.py", "_in_use"): IN_USE,
     ("zimage/test_plan.py", "_speeds"): SPEEDS,
 }
 """(test file, attribute) -> reason why no public name shows the same."""

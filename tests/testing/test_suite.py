@@ -3,136 +3,18 @@
 import gzip
 import json
 import sys
-from unittest import mock
 
 import pytest
 
 from diffsynth import _discovery
-from diffsynth.cli.new_plugin import render
-from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.core.loader import header
-from diffsynth.runtime import declared_backends
 from diffsynth.testing import CONFORMANCE_VERSION, conformance
-from diffsynth.testing.suite import CheckRunner, checks_of
-
-NAME = "zzz-made"
-PACKAGE = "diffsynth_zzz_made"
-DIT = "zzz_made_dit"
-LAYOUT = f"layout {DIT}/published"
-
-MORE = f"""
-
-from diffsynth.spec import AttentionSpec, DoorSpec, SolverSpec, TrainingSpec
-
-LAYOUT = CheckpointSpec(
-    name="{DIT}/published", architecture="{DIT}", rules="{PACKAGE}.convert:RULES", signature="SIGNATURE",
-    layout="{PACKAGE}:published.json.gz",
-)
-SECOND = ()
-
-
-@hookimpl
-def register_attention(register):
-    register(AttentionSpec(name="made", backend="{PACKAGE}.attention:BACKEND"))
-
-
-@hookimpl
-def register_solvers(register):
-    register(SolverSpec(name="made", solver="diffsynth.sampling.solver:euler"))
-
-
-@hookimpl
-def register_doors(register):
-    register(DoorSpec(name="made", folder="{PACKAGE}:doors"))
-
-
-@hookimpl
-def register_training(register):
-    register(TrainingSpec(pipeline="{PACKAGE}.pipeline:ZzzMadePipeline", trainable=("dit",)))
-"""
-
-ATTENTION = """
-from dataclasses import replace
-from diffsynth.core.attention.naive import NaiveAttention
-
-class Backend:
-    def refuses(self, call):
-        return None
-
-    def __call__(self, call):
-        return NaiveAttention()(call)
-
-BACKEND = Backend()
-"""
-
-RULES = """
-from diffsynth.core.loader.convert import Rename
-
-RULES = (Rename("net.{*}", "{*}"),)
-"""
-
-
-class Plugin:
-    """The files of a plugin that passes all checks, until some are edited."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        for path, content in render(NAME).items():
-            if path.startswith("src/"):
-                self._write(path.removeprefix("src/"), content)
-        weights = header.read([folder / PACKAGE / "dit.safetensors"])
-        shapes = {f"net.{key}": shape for key, shape in weights.shapes.items()}
-        self.write("published.json.gz", gzip.compress(json.dumps({"tensors": shapes}).encode()))
-        plugin = (folder / PACKAGE / "plugin.py").read_text()
-        plugin = plugin.replace("    register(CheckpointSpec(", "    register(LAYOUT)\n    register(CheckpointSpec(")
-        self.write("plugin.py", (plugin + MORE).replace("SIGNATURE", header.signature(shapes)).encode())
-        self.write("attention.py", ATTENTION.encode())
-        self.write("convert.py", RULES.encode())
-        self.write("doors/zzz_made.py", f"from {PACKAGE}.pipeline import ZzzMadePipeline\n".encode())
-        info = f"{PACKAGE}-0.1.0.dist-info"
-        self._write(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: diffsynth-{NAME}\nVersion: 0.1.0\n".encode())
-        self._write(f"{info}/entry_points.txt", f"[diffsynth]\n{NAME} = {PACKAGE}.plugin\n".encode())
-
-    def write(self, path, content):
-        self._write(f"{PACKAGE}/{path}", content)
-
-    def edit(self, path, old, new):
-        text = (self.folder / PACKAGE / path).read_text()
-        assert text.count(old) >= 1, f"{path} has no {old!r}"
-        self.write(path, text.replace(old, new).encode())
-
-    def failures(self):
-        """Return the names of the failed cases, without those skipped because of another failure."""
-        _discovery.refresh()
-        checks = checks_of(f"diffsynth-{NAME}")
-        runner = CheckRunner(checks)
-        return [
-            check.name for check in checks if not runner.failed_dependency(check) and runner.error(check) is not None
-        ]
-
-    def _write(self, path, content):
-        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (self.folder / path).write_bytes(content)
-
-
-@pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    doors = sys.modules.pop("diffsynth.pipelines", None)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("DIFFSYNTH_PLUGINS", NAME)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(declared_backends, "_in_use", set())
-    with mock.patch.dict(BACKENDS):
-        yield Plugin(tmp_path)
-    for name in [name for name in sys.modules if name.startswith((PACKAGE, "diffsynth.pipelines"))]:
-        del sys.modules[name]
-    if doors is not None:
-        sys.modules["diffsynth.pipelines"] = doors
-    _discovery._discovered = None
+from diffsynth.testing.suite import checks_of
+from made_plugin import DIT, LAYOUT, NAME, PACKAGE
 
 
 def test_a_correct_plugin_passes(plugin):
-    assert plugin.failures() == []
+    assert plugin.failures() == {}
 
 
 CONSTRUCTED = "        self.config = config\n"
@@ -252,6 +134,13 @@ BROKEN = {
     ),
     "a condition that nobody writes": ("pipeline.py", "sigma, *, letters", "sigma, *, words, letters", "units of"),
     "a velocity that reads what nobody writes": ("pipeline.py", "sigma, *, ", "sigma, *, gamma, ", "units of"),
+    "a feature that is left out": ("bright.py", "(*, latents:", "(*, gamma, latents:", "additions to"),
+    "an argument of a feature that no unit reads": (
+        "bright.py",
+        "    brightness: float\n",
+        "    brightness: float\n    contrast: float\n",
+        "additions to",
+    ),
     "a default that is no argument": (
         "plugin.py",
         "components={",
@@ -331,7 +220,7 @@ BROKEN = {
 def test_what_is_broken_fails_its_case_and_no_other(plugin, name):
     path, old, new, expected = BROKEN[name]
     plugin.edit(path, old, new)
-    failures = plugin.failures()
+    failures = list(plugin.failures(calls=False))
     assert len(failures) == 1, failures
     assert failures[0].startswith(expected)
 
@@ -344,7 +233,7 @@ def test_an_architecture_that_is_accepted_as_another_has_what_roles_need(plugin,
     monkeypatch.setenv("DIFFSYNTH_PLUGINS", f"{NAME},zimage")
     plugin.edit("plugin.py", 'lora_targets=("qkv", "out")', ACCEPTED)
     name = f"{DIT} has what roles of flux_autoencoder need"
-    assert plugin.failures() == [name]
+    assert list(plugin.failures(calls=False)) == [name]
     (check,) = [check for check in checks_of(f"diffsynth-{NAME}") if check.name == name]
     with pytest.raises(AssertionError, match=r"role 'vae' of .*ZImagePipeline needs encode\(\); .* needs decode\(\)"):
         check.run()
@@ -353,7 +242,7 @@ def test_an_architecture_that_is_accepted_as_another_has_what_roles_need(plugin,
     plugin.edit("dit.py", forward, methods + forward)
     for module in [module for module in sys.modules if module.startswith(PACKAGE)]:
         del sys.modules[module]
-    assert plugin.failures() == []
+    assert plugin.failures(calls=False) == {}
 
 
 def test_an_architecture_is_accepted_as_one_that_is_installed(plugin):
@@ -365,10 +254,12 @@ def test_an_architecture_is_accepted_as_one_that_is_installed(plugin):
 
 
 def test_every_case_is_broken_by_one_of_these(plugin):
-    """Every case but "recognised by signature", which fails only if two architectures have one signature."""
+    """Every case but those of calls, see `checks/test_calls.py`, and "recognised by signature", which fails only if two
+    architectures have one signature.
+    """
     _discovery.refresh()
-    expected = [name for *_, name in BROKEN.values()]
-    untried = [check.name for check in checks_of(f"diffsynth-{NAME}") if not check.name.startswith(tuple(expected))]
+    expected = (*(name for *_, name in BROKEN.values()), *plugin.cases_of_calls())
+    untried = [check.name for check in checks_of(f"diffsynth-{NAME}") if not check.name.startswith(expected)]
     assert untried == [f"{LAYOUT} is recognised by signature, as one architecture"]
 
 
@@ -378,7 +269,7 @@ def test_two_architectures_of_one_signature(plugin):
     )
     second = SECOND.replace('.convert:RULES"', f'.convert:RULES", signature="{signature}"')
     plugin.edit("plugin.py", "SECOND = ()", f"SECOND = {second}")
-    assert plugin.failures() == [
+    assert list(plugin.failures(calls=False)) == [
         f"{LAYOUT} is recognised by signature, as one architecture",
         f"{LAYOUT} is recognised by structure, as one architecture",
     ]

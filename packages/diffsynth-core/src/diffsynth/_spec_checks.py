@@ -13,7 +13,7 @@ from diffsynth import spec
 from diffsynth.errors import did_you_mean
 
 _REFERENCES: dict[type, tuple[str, ...]] = {
-    spec.ModelSpec: ("pipeline", "tiny_processors"),
+    spec.ModelSpec: ("pipeline", "tiny_processors", "tiny_inputs"),
     spec.ArchitectureSpec: ("module", "config", "infer_config", "tiny", "tiny_inputs", "atomic"),
     spec.CheckpointSpec: ("rules",),
     spec.LayerWrapperSpec: ("layer",),

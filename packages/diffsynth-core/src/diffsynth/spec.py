@@ -54,6 +54,9 @@ class ModelSpec:
             fit each other (`diffsynth.testing.tiny_hub`); models that share a file must declare the same for it.
         tiny_processors: processor role -> reference to `f(folder)` that writes a tiny working processor; a tokenizer
             that is not listed becomes a byte-level one with Qwen3's chat template.
+        tiny_inputs: reference to `f(size) -> dict` of the call arguments that the model needs beside a prompt, such as
+            an image, for a result of `size`: those of "height", "width" (pixels) and "num_frames" that the pipeline
+            takes. The conformance suite calls it; empty if the model needs none. See `diffsynth.testing.tiny_image`.
         tea_cache: published TeaCache coefficients; None if there are none.
         fps: frame rate in frames per second that the model was trained at; None for images, or if unpublished.
     """
@@ -71,6 +74,7 @@ class ModelSpec:
     description: str = ""
     tiny: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tiny_processors: Mapping[str, str] = field(default_factory=dict)
+    tiny_inputs: str = ""
     tea_cache: TeaCacheSpec | None = None
     fps: float | None = None
 

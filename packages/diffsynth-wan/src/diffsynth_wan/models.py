@@ -54,18 +54,19 @@ def _model(
     tiny: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     vae: str = VAE,
-    license: str = "Apache-2.0",
     paper: str = "arXiv:2503.20314",
+    tiny_inputs: str = "",
 ) -> ModelSpec:
     """Return the `ModelSpec` of a Wan model: its networks in `files`, the text encoder and tokenizer that Wan models
     share, the autoencoder `vae` and, if `image_encoder`, CLIP.
 
     Args:
-        hub_id, task, description, defaults, license, paper: fields of `ModelSpec`.
+        hub_id, task, description, defaults, paper: fields of `ModelSpec`.
         files: role -> file in the model's repository, or `REPOSITORY:FILE`; by default `dit` alone.
         image_encoder: whether the model has an image encoder.
         tiny: config fields of the tiny transformers.
         vae: source of the autoencoder.
+        tiny_inputs: name of the function in `diffsynth_wan.tiny` that makes the inputs that the model needs.
     """
     sources = {role: file if ":" in file else f"{hub_id}:{file}" for role, file in (files or {"dit": NETWORK}).items()}
     encoders = {"text_encoder": TEXT_ENCODER} | ({"image_encoder": IMAGE_ENCODER} if image_encoder else {})
@@ -83,8 +84,9 @@ def _model(
         | {role: TINY_ENCODERS[role] for role in encoders}
         | {role: TINY_ADAPTERS[role] for role in sources if role in TINY_ADAPTERS},
         tiny_processors={"tokenizer": "diffsynth_wan.tiny:write_tiny_tokenizer"},
+        tiny_inputs=f"diffsynth_wan.tiny:{tiny_inputs}" if tiny_inputs else "",
         defaults=defaults or {},
-        license=license,
+        license="Apache-2.0",
         paper=paper,
         description=description,
         tea_cache=TEA_CACHE.get(name),
@@ -118,6 +120,7 @@ ANIMATE_2 = replace(
             "animate2_offload_kv": True,
         },
         paper="",
+        tiny_inputs="animate2_inputs",
     ),
     processors={"tokenizer": "Wan-AI/Wan2.2-Animate-2-14B:videomodel/Wan-AI/umt5-xxl/"},
     fps=24.0,
@@ -143,6 +146,7 @@ MODELS = (
         "14B, image to video at 480p",
         image_encoder=True,
         tiny={"in_channels": INPAINT},
+        tiny_inputs="image_inputs",
     ),
     _model(
         "Wan-AI/Wan2.1-I2V-14B-720P",
@@ -150,6 +154,7 @@ MODELS = (
         "14B, image to video at 720p",
         image_encoder=True,
         tiny={"in_channels": INPAINT},
+        tiny_inputs="image_inputs",
         defaults={"height": 720, "width": 1280},
     ),
     _model(
@@ -159,10 +164,29 @@ MODELS = (
         image_encoder=True,
         tiny={"in_channels": INPAINT, "image_tokens": 2 * IMAGE_TOKENS},
         defaults={"height": 720, "width": 1280, "sigma_shift": 16.0},
+        tiny_inputs="first_and_last_inputs",
     ),
-    _model("iic/VACE-Wan2.1-1.3B-Preview", V2V, "1.3B: control videos, edits and reference images", files=VACE),
-    _model("Wan-AI/Wan2.1-VACE-1.3B", V2V, "1.3B: control videos, edits and reference images", files=VACE),
-    _model("Wan-AI/Wan2.1-VACE-14B", V2V, "14B: control videos, edits and reference images", files=VACE),
+    _model(
+        "iic/VACE-Wan2.1-1.3B-Preview",
+        V2V,
+        "1.3B: control videos, edits and reference images",
+        files=VACE,
+        tiny_inputs="vace_inputs",
+    ),
+    _model(
+        "Wan-AI/Wan2.1-VACE-1.3B",
+        V2V,
+        "1.3B: control videos, edits and reference images",
+        files=VACE,
+        tiny_inputs="vace_inputs",
+    ),
+    _model(
+        "Wan-AI/Wan2.1-VACE-14B",
+        V2V,
+        "14B: control videos, edits and reference images",
+        files=VACE,
+        tiny_inputs="vace_inputs",
+    ),
     *(
         _model(
             f"PAI/Wan2.1-Fun-{version}{size}-InP",
@@ -170,6 +194,7 @@ MODELS = (
             f"{size}, video from a first and a last image",
             image_encoder=True,
             tiny={"in_channels": INPAINT},
+            tiny_inputs="first_and_last_inputs",
         )
         for version in ("", "V1.1-")
         for size in ("1.3B", "14B")
@@ -181,6 +206,7 @@ MODELS = (
             f"{size}, controlled by poses, depth or edges",
             image_encoder=True,
             tiny={"in_channels": CONTROL},
+            tiny_inputs="control_inputs",
         )
         for size in ("1.3B", "14B")
     ),
@@ -191,6 +217,7 @@ MODELS = (
             f"{size}, controlled by poses, depth or edges and a reference image",
             image_encoder=True,
             tiny={"in_channels": CONTROL, "reference_channels": 16},
+            tiny_inputs="control_and_reference_inputs",
         )
         for size in ("1.3B", "14B")
     ),
@@ -201,6 +228,7 @@ MODELS = (
             f"{size}, image to video with a camera path",
             image_encoder=True,
             tiny={"in_channels": CAMERA, "camera_channels": 24},
+            tiny_inputs="camera_inputs",
         )
         for size in ("1.3B", "14B")
     ),
@@ -209,7 +237,7 @@ MODELS = (
         T2V,
         "Wan2.1-T2V-1.3B with a control of the amount of motion",
         files={"dit": f"Wan-AI/Wan2.1-T2V-1.3B:{NETWORK}", "motion_controller": "model.safetensors"},
-        tiny={},
+        tiny_inputs="speed_inputs",
     ),
     _model(
         "krea/krea-realtime-video",
@@ -227,6 +255,7 @@ MODELS = (
         files=_experts("dit"),
         tiny={"in_channels": INPAINT},
         defaults={"switch_DiT_boundary": 0.9},
+        tiny_inputs="image_inputs",
     ),
     replace(
         _model(
@@ -236,6 +265,7 @@ MODELS = (
             tiny={"in_channels": 48, "out_channels": 48, "frame_times": True},
             defaults={"height": 704, "width": 1280, "num_frames": 121},
             vae=VAE_22,
+            tiny_inputs="image_inputs",
         ),
         fps=24.0,
     ),
@@ -248,6 +278,7 @@ MODELS = (
         tiny={"in_channels": INPAINT},
         defaults={"height": 720, "width": 1280, "num_inference_steps": 20, "cfg_scale": 1.0},
         paper="arXiv:2509.14055",
+        tiny_inputs="animate_inputs",
     ),
     ANIMATE_2,
     ANIMATE_2_DISTILLED,
@@ -256,6 +287,7 @@ MODELS = (
         V2V,
         "two experts of 14B: control videos, edits and reference images",
         files=_experts("dit", "vace"),
+        tiny_inputs="vace_inputs",
     ),
     _model(
         "PAI/Wan2.2-Fun-A14B-InP",
@@ -263,6 +295,7 @@ MODELS = (
         "two experts of 14B, video from a first and a last image",
         files=_experts("dit"),
         tiny={"in_channels": INPAINT},
+        tiny_inputs="first_and_last_inputs",
     ),
     _model(
         "PAI/Wan2.2-Fun-A14B-Control",
@@ -270,6 +303,7 @@ MODELS = (
         "two experts of 14B, controlled by poses, depth or edges and a reference image",
         files=_experts("dit"),
         tiny={"in_channels": CONTROL_AND_MASK, "reference_channels": 16},
+        tiny_inputs="control_and_reference_inputs",
     ),
     _model(
         "PAI/Wan2.2-Fun-A14B-Control-Camera",
@@ -277,5 +311,6 @@ MODELS = (
         "two experts of 14B, image to video with a camera path",
         files=_experts("dit"),
         tiny={"in_channels": INPAINT, "camera_channels": 24},
+        tiny_inputs="camera_inputs",
     ),
 )

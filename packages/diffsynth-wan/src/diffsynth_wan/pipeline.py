@@ -114,6 +114,9 @@ class WanVideoPipeline(Pipeline):
             arguments["output_type"] = OUTPUT_TYPES.get(output_type, output_type)
         request = super().check(**arguments)
         values = request.values
+        for name in ("tiled", "cfg_merge"):
+            if not isinstance(values[name], bool):
+                raise ValueError(f"{name}={values[name]!r}: expected True or False")
         for name in (
             ("input_image", "end_image", "input_video") if values["animate2_reference_video"] is not None else ()
         ):

@@ -1,10 +1,12 @@
-"""Small configs, inputs and a tokenizer for Wan's networks: for tests, the conformance suite and the tiny hub.
+"""Small configs, inputs and a tokenizer for Wan's networks and models: for tests, the conformance suite and the tiny
+hub.
 
 Light: torch and transformers are imported when a function runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +123,76 @@ def tiny_wan22_autoencoder_inputs(config: Wan22AutoencoderConfig, generator: tor
 
     size = (config.time_factor + 1, 2 * config.factor, config.factor)
     return {"video": torch.rand(1, config.in_channels, *size, generator=generator) * 2 - 1}
+
+
+def image_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict with the argument `input_image`, an image of `size`; see `ModelSpec.tiny_inputs`."""
+    from diffsynth.testing import tiny_image
+
+    return {"input_image": tiny_image(size)}
+
+
+def first_and_last_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict with the arguments `input_image` and `end_image`, two images of `size`."""
+    from diffsynth.testing import tiny_image
+
+    return {"input_image": tiny_image(size), "end_image": tiny_image(size, turn=1)}
+
+
+def control_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict with the argument `control_video`, a clip of `size`."""
+    from diffsynth.testing import tiny_clip
+
+    return {"control_video": tiny_clip(size)}
+
+
+def control_and_reference_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict with the arguments `control_video`, a clip of `size`, and `reference_image`."""
+    from diffsynth.testing import tiny_image
+
+    return {**control_inputs(size), "reference_image": tiny_image(size, turn=2)}
+
+
+def camera_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict with the arguments `input_image`, an image of `size`, and `camera_control_direction`."""
+    return {**image_inputs(size), "camera_control_direction": "LeftUp"}
+
+
+def speed_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict with the argument `motion_bucket_id`, half of the largest amount of motion."""
+    return {"motion_bucket_id": 50.0}
+
+
+def vace_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict with the arguments `vace_video` and `vace_video_mask`, clips of `size`, and
+    `vace_reference_image`.
+    """
+    from diffsynth.testing import tiny_clip, tiny_image
+
+    clip = tiny_clip(size)
+    return {"vace_video": clip, "vace_video_mask": clip[::-1], "vace_reference_image": tiny_image(size, turn=1)}
+
+
+def animate_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict with the arguments `input_image`, `animate_pose_video` and `animate_face_video` of `size`, and a
+    `num_frames` of 4 more: those of the character's image, which the result does not have.
+    """
+    from diffsynth.testing import tiny_clip
+
+    pose, face = tiny_clip(size), tiny_clip(size)[::-1]
+    return {
+        **image_inputs(size),
+        "animate_pose_video": pose,
+        "animate_face_video": face,
+        "num_frames": size["num_frames"] + 4,
+    }
+
+
+def animate2_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict with the arguments `animate2_reference_image` and `animate2_reference_video` of `size`."""
+    from diffsynth.testing import tiny_clip, tiny_image
+
+    return {"animate2_reference_image": tiny_image(size, turn=3), "animate2_reference_video": tiny_clip(size)}
 
 
 def write_tiny_tokenizer(folder: Path) -> None:

@@ -34,12 +34,16 @@ def images_to_batch(
 
     Raises:
         ValueError: a tensor whose last three sizes are not 3, height, width.
+        TypeError: neither a tensor nor PIL images.
     """
     if isinstance(images, Tensor):
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
             raise ValueError(f"image tensor of shape {tuple(images.shape)}; expected (b, 3, {height}, {width})")
         return images
-    several = [images] if isinstance(images, Image.Image) else list(images)
+    several = [images] if isinstance(images, Image.Image | str) else list(images)
+    for image in several:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"an image is {image!r:.80}; expected a PIL image, a list of them, or a tensor b 3 h w")
     return torch.cat([image_to_tensor(image, height, width) for image in several])
 
 

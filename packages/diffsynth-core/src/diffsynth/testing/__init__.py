@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffsynth.testing.hub import tiny_hub
     from diffsynth.testing.suite import CONFORMANCE_VERSION, conformance
+    from diffsynth.testing.tiny_inputs import tiny_clip, tiny_image
 
-__all__ = ["CONFORMANCE_VERSION", "conformance", "tiny_hub"]
+__all__ = ["CONFORMANCE_VERSION", "conformance", "tiny_clip", "tiny_hub", "tiny_image"]
 
 _MODULE_OF = {
     "CONFORMANCE_VERSION": "diffsynth.testing.suite",
     "conformance": "diffsynth.testing.suite",
+    "tiny_clip": "diffsynth.testing.tiny_inputs",
     "tiny_hub": "diffsynth.testing.hub",
+    "tiny_image": "diffsynth.testing.tiny_inputs",
 }
 
 

@@ -54,10 +54,10 @@ def checks_of(distribution: str) -> list[Check]:
     Raises:
         ValueError: no distribution of that name has an allowed plugin.
     """
-    from diffsynth.testing.checks import architectures, attention, layouts, lora, pipelines, plugin, wrapping
+    from diffsynth.testing.checks import architectures, attention, calls, layouts, lora, pipelines, plugin, wrapping
 
     subject = Subject.find(distribution)
-    modules = (plugin, architectures, wrapping, lora, layouts, pipelines, attention)
+    modules = (plugin, architectures, wrapping, lora, layouts, pipelines, calls, attention)
     return [check for module in modules for check in module.checks(subject)]
 
 

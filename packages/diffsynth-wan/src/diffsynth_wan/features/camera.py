@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, ClassVar, Literal, TypedDict, get_args
 
 import torch
@@ -108,15 +109,18 @@ def encode_camera_path(
 
 
 def check(configs: Configs, values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a camera path that the network does not take, an unknown direction, or a first camera that
-    does not have 19 numbers.
+    """Raise ValueError for a camera path that the network does not take, an unknown direction, a speed that is no
+    number, or a first camera that does not have 19 numbers.
     """
-    direction = values["camera_control_direction"]
+    direction, speed = values["camera_control_direction"], values["camera_control_speed"]
+    if isinstance(speed, bool) or not isinstance(speed, int | float) or not isfinite(speed):
+        raise ValueError(f"camera_control_speed={speed!r}: expected a number")
+    check_origin(values["camera_control_origin"])
     if direction is None:
         return
     if configs["dit"] is not None and not configs["dit"].camera_channels:
         raise ValueError("camera_control_direction is given, but this network takes none; load a Control-Camera model")
-    check_camera(direction, values["camera_control_origin"])
+    check_direction(direction)
 
 
 CAMERA = Feature(
@@ -148,7 +152,8 @@ def camera_rays(
     Raises:
         ValueError: the direction is unknown, or `origin` does not have 19 numbers.
     """
-    check_camera(direction, origin)
+    check_direction(direction)
+    check_origin(origin)
     poses = _relative_poses(_world_to_camera(direction, num_frames, speed, origin))
     directions = _pixel_directions(origin, height, width)
     rotated = torch.einsum("tij,jhw->tihw", poses[:, :3, :3], directions)
@@ -157,15 +162,31 @@ def camera_rays(
     return rearrange(torch.cat([moments, rotated], dim=1), "t c h w -> c t h w")
 
 
-def check_camera(direction: str, origin: Sequence[float]) -> None:
-    """Raise ValueError for an unknown direction, or a first camera that does not have 19 numbers."""
+def check_direction(direction: str) -> None:
+    """Raise ValueError for an unknown direction of rotation.
+
+    Raises:
+        ValueError: with the nearest spelling.
+    """
     if direction not in DIRECTIONS:
         raise ValueError(
             f"camera_control_direction={direction!r}: expected one of {', '.join(DIRECTIONS)}"
             f"{did_you_mean(str(direction), DIRECTIONS)}"
         )
+
+
+def check_origin(origin: Sequence[float]) -> None:
+    """Raise ValueError for a first camera that does not have 19 numbers.
+
+    Raises:
+        ValueError: with the number of its entries, or the first that is no number.
+    """
+    if isinstance(origin, str) or not isinstance(origin, Sequence):
+        raise ValueError(f"camera_control_origin={origin!r:.80}: expected {len(ORIGIN)} numbers, see ORIGIN")
     if len(origin) != len(ORIGIN):
         raise ValueError(f"camera_control_origin has {len(origin)} numbers; expected {len(ORIGIN)}, see ORIGIN")
+    if other := [entry for entry in origin if isinstance(entry, bool) or not isinstance(entry, int | float)]:
+        raise ValueError(f"camera_control_origin has the entry {other[0]!r}; expected numbers")
 
 
 def _world_to_camera(direction: str, num_frames: int, speed: float, origin: Sequence[float]) -> Float[Tensor, "t 4 4"]:

@@ -31,6 +31,19 @@ def rules_of(checkpoint: CheckpointSpec) -> Sequence[convert.Rule]:
     return resolve(checkpoint.rules) if checkpoint.rules else ()
 
 
+def own_names(checkpoint: CheckpointSpec) -> frozenset[str]:
+    """Return a frozenset of the parameter names that the rules make of a published layout's keys, with every number
+    replaced by `N`; empty without a layout.
+    """
+    return _own_names(tuple(rules_of(checkpoint)), checkpoint.layout) if checkpoint.layout else frozenset()
+
+
+@functools.lru_cache(maxsize=256)
+def _own_names(rules: tuple[convert.Rule, ...], layout: str) -> frozenset[str]:
+    # Every file that is recognised by structure asks for these names, and a family may have dozens of layouts.
+    return frozenset(convert.normalized_key(own) for own in convert.plan(rules, _read(layout)).targets)
+
+
 @functools.lru_cache(maxsize=256)
 def _read(layout: str) -> Mapping[str, Shape]:
     package, _, path = layout.partition(":")

@@ -20,7 +20,7 @@ from diffsynth.core.loader.header import (
     strip_prefix,
     wrapper_prefixes,
 )
-from diffsynth.core.loader.layouts import layout_of, rules_of
+from diffsynth.core.loader.layouts import own_names, rules_of
 from diffsynth.errors import KeyMismatch, Unrecognized, did_you_mean
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, resolve
 
@@ -296,12 +296,8 @@ class _KnownNames:
         name has the same text before its first dot.
         """
         if architecture.name not in self._names:
-            self._names[architecture.name] = frozenset(
-                normalized_key(own)
-                for checkpoint in self._checkpoints
-                if checkpoint.architecture == architecture.name and checkpoint.layout
-                for own in convert.plan(rules_of(checkpoint), layout_of(checkpoint)).targets
-            )
+            layouts = (one for one in self._checkpoints if one.architecture == architecture.name)
+            self._names[architecture.name] = frozenset[str]().union(*map(own_names, layouts))
         names = self._names[architecture.name]
         if names:
             return normalized_key(key) in names

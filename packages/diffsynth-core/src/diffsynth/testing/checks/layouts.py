@@ -32,8 +32,15 @@ def checks(subject: Subject) -> Iterator[Check]:
             by_signature = functools.partial(_is_recognized, fact, subject, "signature")
             name = f"layout {fact.name} is recognised by signature, as one architecture"
             yield Check(name, by_signature, after=(converted, signed))
-        name = f"layout {fact.name} is recognised by structure, as one architecture"
-        yield Check(name, functools.partial(_is_recognized, fact, subject, "structure"), after=(converted,))
+        by_structure = functools.partial(_is_recognized, fact, subject, "structure")
+        yield Check(recognized_by_structure(fact.name), by_structure, after=(converted,))
+
+
+def recognized_by_structure(name: str) -> str:
+    """Return the name of the check that recognises layout `name` by shapes: `"layout {name} is recognised by structure,
+    as one architecture"`.
+    """
+    return f"layout {name} is recognised by structure, as one architecture"
 
 
 def _has_signature(fact: CheckpointSpec) -> None:

@@ -33,8 +33,14 @@ def checks(subject: Subject) -> Iterator[Check]:
             continue
         present = f"{fact.name} has the layers in lora_targets"
         yield Check(present, functools.partial(_has_targets, fact), after=(no_meta_after_loading(fact.name),))
-        equal = f"{fact.name} output is the same with a LoRA unfused and fused"
-        yield Check(equal, functools.partial(_supports_lora, fact), after=(present, runs(fact.name)))
+        yield Check(supports_lora(fact.name), functools.partial(_supports_lora, fact), after=(present, runs(fact.name)))
+
+
+def supports_lora(name: str) -> str:
+    """Return the name of the check of LoRAs of architecture `name`: `"{name} output is the same with a LoRA unfused and
+    fused"`.
+    """
+    return f"{name} output is the same with a LoRA unfused and fused"
 
 
 def _has_targets(fact: ArchitectureSpec) -> None:
@@ -51,7 +57,7 @@ def _supports_lora(fact: ArchitectureSpec) -> None:
     from diffsynth.runtime.architectures import cuts
 
     module = tiny_real(fact)
-    lora = _save_and_read(_random_lora(module, fact.lora_targets), module)
+    lora = _save_and_read(random_lora(module, fact.lora_targets), module)
     plain = tiny_output(fact, module)
     try:
         add_hot(module, lora, atomic=cuts(fact)["atomic"])
@@ -71,7 +77,7 @@ def _supports_lora(fact: ArchitectureSpec) -> None:
     )
 
 
-def _random_lora(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
+def random_lora(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
     """Return a `LoRA` with random factors that changes the weight of each target layer by a quarter of its norm."""
     import torch
 

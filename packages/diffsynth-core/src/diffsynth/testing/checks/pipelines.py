@@ -1,31 +1,44 @@
-"""Checks of pipelines that the plugin declares or extends, of its models, and of its training declarations."""
+"""Checks of the declarations of pipelines, of what the plugin adds to others' pipelines, of its models and of its
+training. Nothing is called here; see `diffsynth.testing.checks.calls`.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from diffsynth.errors import CheckpointError, InvalidPipeline, did_you_mean
-from diffsynth.spec import ArchitectureSpec, ModelSpec, TrainingSpec, parse_source, resolve
+from diffsynth.errors import CheckpointError, InvalidPipeline, Unavailable, did_you_mean
+from diffsynth.spec import ArchitectureSpec, FeatureSpec, ModelSpec, TrainingSpec, parse_source, resolve
 from diffsynth.testing.checks.check import Check, Subject
 from diffsynth.testing.checks.plugin import NAMES, REFERENCES, is_installed
+
+if TYPE_CHECKING:
+    from diffsynth.runtime.feature import Feature
 
 
 def checks(subject: Subject) -> Iterator[Check]:
     """Yield `Check` objects (named tests, not yet run): one for each pipeline that the plugin names in models or
-    training, or extends if it is installed; one or two for each model; one for each training declaration; and one for
-    each architecture that is accepted as another one.
+    training; two for each installed pipeline that it extends; one for each feature for every pipeline; one or two for
+    each model; one for each training declaration; and one for each architecture that is accepted as another one.
     """
-    models, trainings = subject.declared("models"), subject.declared("training")
-    extended = [fact.pipeline for fact in subject.declared("features") if fact.pipeline and is_installed(fact.pipeline)]
+    models, trainings, extended = subject.declared("models"), subject.declared("training"), extended_pipelines(subject)
     for pipeline in dict.fromkeys([fact.pipeline for fact in (*models, *trainings)] + extended):
         yield Check(_units(pipeline), functools.partial(_is_consistent, pipeline), after=(REFERENCES,))
+    for pipeline in extended:
+        added = functools.partial(_has_what_is_added, pipeline, subject)
+        yield Check(has_additions(pipeline), added, after=(_units(pipeline),))
+    for fact in subject.declared("features"):
+        if fact.is_for_all:
+            name = f"feature {fact.feature} fits a pipeline"
+            yield Check(name, functools.partial(_fits_a_pipeline, fact, subject), after=(REFERENCES,))
     for model in models:
-        fits = f"model {model.name} fits its pipeline"
-        yield Check(fits, functools.partial(_fits_its_pipeline, model), after=(_units(model.pipeline),))
+        fitting = functools.partial(_fits_its_pipeline, model)
+        yield Check(fits(model.name), fitting, after=(_units(model.pipeline),))
         if any(source.startswith("package://") for source in model.components.values()):
             packaged = functools.partial(_packaged_files_match, model, subject)
-            yield Check(f"model {model.name} packaged files match their roles", packaged, after=(fits, NAMES))
+            yield Check(packaged_files_match(model.name), packaged, after=(fits(model.name), NAMES))
     for training in trainings:
         name = f"training of {training.pipeline} matches the pipeline"
         yield Check(name, functools.partial(_training_matches, training), after=(_units(training.pipeline),))
@@ -33,6 +46,36 @@ def checks(subject: Subject) -> Iterator[Check]:
         if fact.accepted_as:
             name = f"{fact.name} has what roles of {' and '.join(fact.accepted_as)} need"
             yield Check(name, functools.partial(_has_what_roles_need, fact, subject), after=(REFERENCES, NAMES))
+
+
+def extended_pipelines(subject: Subject) -> list[str]:
+    """Return a list, without repetitions, of the references of installed pipelines that the plugin adds a feature to:
+    those that its `FeatureSpec`s name, and those of the installed models of the families that they name.
+    """
+    models = [one.spec for one in subject.catalog.models]
+    named = [
+        pipeline
+        for fact in subject.declared("features")
+        for pipeline in (fact.pipeline, *(model.pipeline for model in models if model.family == fact.family))
+    ]
+    return [pipeline for pipeline in dict.fromkeys(named) if pipeline and is_installed(pipeline)]
+
+
+def fits(name: str) -> str:
+    """Return the name of the check of model `name` against its pipeline: `"model {name} fits its pipeline"`."""
+    return f"model {name} fits its pipeline"
+
+
+def packaged_files_match(name: str) -> str:
+    """Return the name of the check of the files that model `name` ships: `"model {name} packaged files match their
+    roles"`.
+    """
+    return f"model {name} packaged files match their roles"
+
+
+def has_additions(pipeline: str) -> str:
+    """Return the name of the check of what a plugin adds to a pipeline: `"additions to {pipeline} are there"`."""
+    return f"additions to {pipeline} are there"
 
 
 def _units(pipeline: str) -> str:
@@ -47,6 +90,52 @@ def _is_consistent(pipeline: str) -> None:
     cls(
         dict.fromkeys(compose(cls).roles), device="cpu"
     )  # building the pipeline checks what velocity() and the output units read
+
+
+def _has_what_is_added(pipeline: str, subject: Subject) -> None:
+    """Raise AssertionError if a feature that the plugin adds to a pipeline is left out of it, or one of its arguments
+    is none of the call.
+    """
+    from diffsynth import registry
+    from diffsynth.runtime.composition import PIPELINE_VALUES, compose
+
+    made = compose(resolve(pipeline))
+    earlier = {str(problem) for problem in subject.problems}  # those of discovery; another check reports them
+    late = [str(problem) for problem in registry.problems() if problem.distribution == subject.distribution]
+    left_out = [problem for problem in late if problem not in earlier]
+    assert not left_out, "; ".join(left_out)
+    added = [feature for feature in made.features if feature.provider.endswith(f"({subject.distribution})")]
+    known = {*made.program.arguments, *made.program.writes, *PIPELINE_VALUES, *made.facts}
+    missing = sorted({name for feature in added for name in _promised_arguments(feature)} - known)
+    assert not missing, f"{', '.join(missing)}: declared, but no argument of {pipeline}"
+
+
+def _promised_arguments(feature: Feature) -> Iterator[str]:
+    """Yield the names of the arguments that a feature lists, and of those that its units read with a default."""
+    from diffsynth.runtime.unit import REQUIRED
+
+    yield from getattr(feature.arguments, "__annotations__", ())
+    for step in (*feature.units, *feature.outputs):
+        yield from (read.name for read in step.reads if read.default is not REQUIRED)
+
+
+def _fits_a_pipeline(fact: FeatureSpec, subject: Subject) -> None:
+    """Raise AssertionError if a feature for every pipeline fits none of those of the installed models; Unavailable
+    without any model.
+    """
+    from diffsynth.runtime.composition import compose
+
+    name = resolve(fact.feature).name
+    pipelines = sorted({one.spec.pipeline for one in subject.catalog.models})
+    if not pipelines:
+        raise Unavailable("no model is installed whose pipeline could have the feature")
+    for pipeline in pipelines:
+        with suppress(ImportError, InvalidPipeline):  # the fault of another plugin
+            if any(feature.name == name and feature.provider for feature in compose(resolve(pipeline)).features):
+                return
+    raise AssertionError(
+        f"feature {name!r} fits no installed pipeline: none of {', '.join(pipelines)} has what it reads"
+    )
 
 
 def _fits_its_pipeline(model: ModelSpec) -> None:

@@ -102,7 +102,7 @@ def is_installed(reference: str) -> bool:
 
 
 _EXPECTED: dict[str, dict[str, str]] = {
-    "models": {"pipeline": "a Pipeline class"},
+    "models": {"pipeline": "a Pipeline class", "tiny_inputs": "a function"},
     "architectures": {
         "module": "an nn.Module class",
         "config": "a frozen dataclass",

@@ -34,8 +34,14 @@ def checks(subject: Subject) -> Iterator[Check]:
         if any(getattr(fact, field) for field in BLOCK_FIELDS):
             first += (blocks_declared(fact.name),)
         yield Check(called, functools.partial(_calls_what_it_reads, fact), after=first)
-        equal = f"{fact.name} output does not depend on where weights are stored"
-        yield Check(equal, functools.partial(_is_equal_wrapped, fact), after=(called,))
+        yield Check(is_equal_wrapped(fact.name), functools.partial(_is_equal_wrapped, fact), after=(called,))
+
+
+def is_equal_wrapped(name: str) -> str:
+    """Return the name of the check of architecture `name` under memory policies: `"{name} output does not depend on
+    where weights are stored"`.
+    """
+    return f"{name} output does not depend on where weights are stored"
 
 
 def _calls_what_it_reads(fact: ArchitectureSpec) -> None:
