@@ -20,6 +20,12 @@ def test_there_and_back_changes_no_level():
     assert np.array_equal(np.asarray(tensor_to_images(tensor)[0]), np.asarray(image))
 
 
+@pytest.mark.parametrize("images", ["a.png", ["a.png"], [noise(4, 4), None]])
+def test_what_is_no_image_is_refused(images):
+    with pytest.raises(TypeError, match="an image is .*; expected a PIL image, a list of them, or a tensor"):
+        images_to_batch(images, height=4, width=4)
+
+
 def test_another_size_is_covered_and_cropped_about_the_middle(caplog):
     image = Image.new("RGB", (90, 30), "black")
     image.paste("white", (30, 0, 60, 30))

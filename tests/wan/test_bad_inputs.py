@@ -66,6 +66,10 @@ DANCE = {"animate2_reference_image": RED, "animate2_reference_video": [RED] * 9}
 @pytest.mark.parametrize(
     ("networks", "arguments", "error", "message"),
     [
+        (TEXT, {"tiled": "no"}, ValueError, "tiled='no': expected True or False"),
+        (TEXT, {"cfg_merge": 1}, ValueError, "cfg_merge=1: expected True or False"),
+        (TEXT, {"camera_control_speed": "slow"}, ValueError, "camera_control_speed='slow': expected a number"),
+        (TEXT, {"camera_control_origin": "here"}, ValueError, "camera_control_origin='here': expected 19 numbers"),
         (TEXT, {"input_video": [RED] * 5}, ValueError, "input_video has 5 frames.*9.*num_frames=5"),
         (TEXT, {"input_video": []}, ValueError, "input_video has 0 frames"),
         (TEXT, {"input_video": [RED] * 8 + [BLUE]}, ValueError, "frame 8 of input_video is 64x32, the first one 32x32"),

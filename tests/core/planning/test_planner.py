@@ -71,6 +71,12 @@ def test_without_a_limit_everything_is_on_the_device_and_nothing_moves():
     assert all(component.offloaded_to == "device" for stage in plan.stages for component in stage.components)
 
 
+def test_a_call_without_stages_has_a_plan():
+    """A pipeline without a loop and without networks has no stage that costs anything."""
+    plan = plan_memory(Workload((), (), base_host_bytes=5), speeds=SPEEDS)
+    assert (plan.stages, plan.smallest_vram, plan.smallest_ram) == ((), 0, 5)
+
+
 def test_with_zero_nothing_stays_and_as_little_as_possible_is_taken():
     plan = plan_memory(workload(), vram_limit=0, speeds=SPEEDS)
     assert all(not component.resident for stage in plan.stages for component in stage.components)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from diffsynth.errors import Unavailable
 from diffsynth.testing.checks import light
 from diffsynth.testing.checks.calls import models_to_call
 from diffsynth.testing.checks.check import Subject
@@ -91,8 +92,8 @@ BROKEN = {
     ),
     "a schedule that rises": (
         [("units.py", SIGMAS, f"{SIGMAS}[[1, 0, 2]]")],
-        "steps from noise to data",
-        r"noise levels are \[0.5, 1.0, 0.0\]; expected each to be below",
+        "can be called",
+        r"sigmas is 0.5, 1.0, 0.0; expected strictly descending levels",
     ),
     "an output of the wrong size": (
         [("units.py", IMAGES, IMAGES.replace("latents", "latents.mT"))],
@@ -215,6 +216,20 @@ def test_a_pipeline_without_random_numbers_gives_one_result(plugin):
     plugin.edit("units.py", '"latents", random=True', '"latents"')
     plugin.edit("units.py", SEEDS, SEEDS.replace("seeds", "[7] * len(seeds)"))
     assert plugin.failures(calls=True) == {}
+
+
+def test_a_pipeline_without_a_loop_skips_loras_only(plugin):
+    """Its units write random images; they are the latents that the output unit reads."""
+    plugin.edit("pipeline.py", "    loop = LoopArguments(num_inference_steps=12)\n", "")
+    plugin.edit("pipeline.py", "(round_size, schedule, ", "(round_size, ")
+    plugin.edit(
+        "pipeline.py",
+        "    def velocity(self, latents, sigma, *, letters):",
+        "    def unused(self, latents, sigma, letters):",
+    )
+    ((name, error),) = plugin.failures(calls=True).items()
+    assert (name, type(error)) == (f"{MODEL} supports LoRAs", Unavailable)
+    assert "ZzzMadePipeline has no denoising loop" in str(error)
 
 
 def test_a_small_size_may_be_rounded_up(plugin):

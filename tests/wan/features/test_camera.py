@@ -61,6 +61,8 @@ def test_without_speed_nothing_moves():
 def test_an_origin_has_nineteen_numbers():
     with pytest.raises(ValueError, match="camera_control_origin has 3 numbers; expected 19"):
         camera_rays("Left", **SIZE, origin=(1, 2, 3))
+    with pytest.raises(ValueError, match="camera_control_origin has the entry '0'; expected numbers"):
+        camera_rays("Left", **SIZE, origin=("0",) * 19)
 
 
 CORNER = (-0.631487, -0.346299, 0.693759)

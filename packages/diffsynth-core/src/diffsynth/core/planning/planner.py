@@ -203,7 +203,7 @@ class _Planner:
             return None if self._vram_limit is None else int(self._vram_limit * GIB)
         if self._ram_limit is None:
             return None
-        host_bytes = max(stage.host_bytes for stage in self._workload.stages)
+        host_bytes = max((stage.host_bytes for stage in self._workload.stages), default=0)
         return max(int(self._ram_limit * GIB) - self._workload.base_host_bytes - host_bytes, 1)
 
     def _too_small(self, limit: int, smallest: int) -> str:
@@ -234,7 +234,7 @@ class _Planner:
             stages = (self._minimum_of_stage(stage) + stage.host_bytes for stage in self._workload.stages)
             return base + max(stages, default=0)
         blocks = [block.stored for component in self._workload.components for block in component.blocks]
-        host_bytes = max(stage.host_bytes for stage in self._workload.stages)
+        host_bytes = max((stage.host_bytes for stage in self._workload.stages), default=0)
         return base + host_bytes + _STAGING_BUFFERS * max(blocks, default=0)
 
     def _staying(self, limit: int | None) -> frozenset[str]:

@@ -1,8 +1,9 @@
 """Checks of calls of models with tiny components: which models are called, by which checks, in which order.
 
 Every model has the checks of one call. The first of each set of architectures of a pipeline has those of further calls,
-too, because the networks of the others differ in weights and sizes only, and the first of each pipeline those of wrong
-arguments and of the smallest limit. What each check does is in `diffsynth.testing.checks.model_checks`.
+too, because the networks of the others differ in weights and sizes only. The first of each pipeline, if it is a model
+of the plugin, has those of wrong arguments and of the smallest limit. What each check does is in
+`diffsynth.testing.checks.model_checks`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 def checks(subject: Subject) -> Iterator[Check]:
     """Yield `Check` objects (named tests, not yet run) for each model of the plugin, and for one model of each pipeline
     that the plugin extends: 6 for every model, 8 more for the first of each set of architectures, and 2 more for the
-    first of each pipeline.
+    first of each pipeline of the plugin's own models.
     """
     models, pipelines, networks = _LoadedModel(), set(), set()
     for declared in models_to_call(subject):
         pipeline = declared.spec.pipeline
         used = pipeline, frozenset(_architectures(declared.spec, subject).items())
-        is_first = {"is_first": used not in networks, "is_first_of_pipeline": pipeline not in pipelines}
+        is_own = declared.distribution == subject.distribution
+        is_first = {"is_first": used not in networks, "is_first_of_pipeline": is_own and pipeline not in pipelines}
         pipelines.add(pipeline)
         networks.add(used)
         for title, function, needed in _cases(declared.spec.name, _Requirements.of(declared, subject), **is_first):

@@ -87,7 +87,7 @@ def step_faults(steps: Sequence[Step], *, num_steps: int, batch: int = 1) -> Ite
             yield f"after step {step.index} the latents have NaN or infinity"
 
 
-def result_faults(output: Any, size: Size, *, kind: str) -> Iterator[str]:
+def result_faults(output: Any, size: Size, *, kind: str | None) -> Iterator[str]:
     """Yield a text for each fault of a single result of output type "tensor".
 
     An image must be a tensor `b c h w` and a video one `b c t h w`, of the size that was asked for. A result of another
@@ -96,7 +96,7 @@ def result_faults(output: Any, size: Size, *, kind: str) -> Iterator[str]:
     Args:
         output: the result.
         size: that was asked for.
-        kind: "image", "video" or another kind, see `Pipeline.output_kind`.
+        kind: "image", "video" or another kind, see `Pipeline.output_kind`; None if it is not known.
     """
     if kind in ("image", "video"):
         yield from _tensor_faults(output, size, "b c t h w" if kind == "video" else "b c h w")
@@ -116,14 +116,14 @@ def _tensor_faults(output: Any, size: Size, axes: str) -> Iterator[str]:
     yield from _size_faults({"num_frames": found.get("t"), "height": found["h"], "width": found["w"]}, size)
 
 
-def several_faults(output: Any, size: Size, *, kind: str, batch: int) -> Iterator[str]:
+def several_faults(output: Any, size: Size, *, kind: str | None, batch: int) -> Iterator[str]:
     """Yield a text for each fault of the results of a call for several of output type "pil": they are no list of
     `batch`, or, for the kinds "image" and "video", not PIL images or lists of PIL images of the size asked for.
 
     Args:
         output: the results.
         size: that was asked for.
-        kind: "image", "video" or another kind, see `Pipeline.output_kind`.
+        kind: "image", "video" or another kind, see `Pipeline.output_kind`; None if it is not known.
         batch: number of results that were asked for.
     """
     if not isinstance(output, list) or len(output) != batch:
