@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffsynth.core.lora.format import to_state_dict
 from diffsynth.core.planning.workload import GIB
-from diffsynth.errors import Cancelled, MissingComponent, Unavailable
+from diffsynth.errors import Cancelled, MissingComponent
 from diffsynth.runtime.architectures import architecture_of
 from diffsynth.runtime.request import Step
 from diffsynth.runtime.schema import arguments_from_json
@@ -162,14 +162,14 @@ def supports_loras(model: TinyModel) -> None:
     """Raise AssertionError unless a LoRA of each network of the loop changes the latents, and neither a strength of 0
     nor a LoRA that was removed does.
     """
-    if not model.pipe.has_loop():
-        raise Unavailable(f"{type(model.pipe).__name__} has no denoising loop")
     pipe, loras = model.pipe, {}
-    for role in pipe.all_loop_roles:
+    for role in pipe.all_loop_roles if pipe.has_loop() else ():
         module = pipe.parts[role]
         architecture = None if module is None else architecture_of(module)
         if architecture is not None and architecture.lora_targets:
             loras[role] = to_state_dict(random_lora(module, architecture.lora_targets))
+    if not loras:
+        return
     for role, weights in loras.items():
         pipe.load_lora(pipe.parts[role], state_dict=weights, alpha=0.0, hotload=True, verbose=0)
     assert is_equal(model.sample_of(), model.sample), "a LoRA with alpha=0 changes the result"
