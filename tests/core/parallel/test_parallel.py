@@ -149,7 +149,7 @@ def test_calls_that_would_wait_for_ever_are_refused() -> None:
     branches.check_call(branches=("cond", "uncond"), step_cache="first_block", cancel=None)
     tokens.check_call(branches=("cond",), step_cache=None, cancel=None)
     ProcessMesh().check_call(branches=("cond",), step_cache="first_block", cancel=object())
-    with pytest.raises(ValueError, match=r"cfg_scale=1 has one branch, and pipe.parallel\(cfg=2\)"):
+    with pytest.raises(ValueError, match="computes the branches cond of guidance"):
         branches.check_call(branches=("cond",), step_cache=None, cancel=None)
     with pytest.raises(ValueError, match="cancel: the other processes would wait"):
         tokens.check_call(branches=("cond", "uncond"), step_cache=None, cancel=object())

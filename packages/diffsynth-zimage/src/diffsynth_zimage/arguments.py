@@ -12,6 +12,7 @@ from torch import Tensor
 from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
 from diffsynth.runtime.guidance import GuidanceArgument
 from diffsynth.runtime.request import OutputType, Step
+from diffsynth_zimage.features.controlnet import ControlNetArguments
 
 
 class ImageArguments(TypedDict, total=False):
@@ -44,7 +45,7 @@ class ImageArguments(TypedDict, total=False):
     sigma_shift: float | None
 
 
-class ZImageArguments(ImageArguments, total=False):
+class ZImageArguments(ImageArguments, ControlNetArguments, total=False):
     """All arguments of a call except the prompt."""
 
     num_inference_steps: int

@@ -9,12 +9,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from diffsynth.runtime.feature import Condition, StepContext, whole
 from diffsynth.runtime.image_units import check_tiling, decode_image
 from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Role, Tokenizer
 from diffsynth_zimage.arguments import ZImageArguments
+from diffsynth_zimage.extension import Extension
+from diffsynth_zimage.features import FEATURES
 from diffsynth_zimage.units import UNITS
 
 
@@ -28,6 +31,8 @@ class ZImagePipeline(Pipeline):
         "tokenizer": Tokenizer(source="Tongyi-MAI/Z-Image-Turbo:tokenizer/"),
     }
     units = UNITS
+    features = FEATURES
+    conditions = {"prompt_embeds": Condition(whole), "prompt_mask": Condition(whole)}
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=8)
     facts = {"latent_channels": "dit.in_channels"}
@@ -81,7 +86,9 @@ class ZImagePipeline(Pipeline):
         *,
         prompt_embeds: Float[Tensor, "b s e"],
         prompt_mask: Bool[Tensor, "b s"],
+        extensions: tuple[Extension, ...] = (),
+        step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
         # Z-Image's network runs time backwards: it takes 1 - sigma and returns -v.
-        return -self.dit(latents, 1 - sigma, prompt_embeds, prompt_mask)
+        return -self.dit(latents, 1 - sigma, prompt_embeds, prompt_mask, extensions=extensions, step=step)

@@ -527,9 +527,15 @@ class Pipeline(LoRAMethods):
 
     def _fact_values(self) -> dict[str, Any]:
         """Return a dict fact -> value of its config field, for components that are loaded; other facts are left out."""
-        paths = {name: path.split(".") for name, path in self.facts.items()}
-        loaded = {name: (self.components[role], field) for name, (role, field) in paths.items()}
-        return {name: getattr(part.config, field) for name, (part, field) in loaded.items() if part is not None}
+        found: dict[str, Any] = {}
+        for name, path in self.facts.items():
+            role, field = path.split(".")
+            part = self.components[role]
+            if isinstance(part, tuple):
+                found[name] = tuple(getattr(each.config, field) for each in part)
+            elif part is not None:
+                found[name] = getattr(part.config, field)
+        return found
 
     @contextmanager
     def _loaded(self, stage: Stage, request: Request) -> Iterator[None]:

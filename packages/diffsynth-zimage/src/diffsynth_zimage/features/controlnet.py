@@ -1,0 +1,198 @@
+"""ControlNets of Z-Image (Fun-Controlnet-Union and -Tile): one or more, each with scale, start and end.
+
+The network is in `diffsynth_zimage.controlnet`. Its config says what it takes beside the control latents, such as a
+mask and the latents of an image to inpaint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.core.data.image import cover
+from diffsynth.runtime.controlnet import ControlNetInput
+from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
+from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.images import image_to_tensor
+from diffsynth.runtime.role import Role
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth_zimage.controlnet import ControlNetResiduals
+from diffsynth_zimage.extension import Network, Stream
+
+ROLE = "controlnet"
+
+ControlNetInputs = ControlNetInput | Sequence[ControlNetInput] | None
+"""The type of the argument `controlnet_inputs`."""
+
+
+class ControlNetArguments(TypedDict, total=False):
+    """Inputs of ControlNets.
+
+    Args:
+        controlnet_inputs: Condition image, or image to inpaint with a mask that is white where it changes, with scale,
+            start and end; or a list of them, for several ControlNets or several images. None uses no ControlNet.
+    """
+
+    controlnet_inputs: ControlNetInputs
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNetContext:
+    """One condition image of a call.
+
+    Args:
+        role: of the ControlNet, "controlnet[0]".
+        latents: what the ControlNet takes; see `diffsynth_zimage.controlnet.ControlNetResiduals`.
+        settings: scale, start and end.
+    """
+
+    role: str
+    latents: Float[Tensor, "1 c h w"]
+    settings: ControlNetInput
+
+    def is_active(self, step: StepContext) -> bool:
+        """Whether the ControlNet runs in a step: it is between `start` and `end`, and `scale` is not 0."""
+        return self.settings.scale != 0 and self.settings.is_active(step.index, step.num_steps)
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNets:
+    """Extension that adds the hints of the ControlNets that are active in the step."""
+
+    contexts: tuple[ControlNetContext, ...]
+
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream with the hints as residuals; see `diffsynth_zimage.extension.Extension`."""
+        assert stream.step is not None, "the pipeline sets it"
+        for context in self.contexts:
+            if context.is_active(stream.step):
+                network = stream.step.networks[ROLE][context.settings.controlnet_id]
+                latents = context.latents.expand(len(stream.image), -1, -1, -1)
+                stream = ControlNetResiduals(network, latents, context.settings.scale)(dit, stream)
+        return stream
+
+
+@unit("controlnets", phase=Phase.ENCODE, requires=(ROLE,), only_with="controlnet_inputs", switches={"tiled": True})
+def encode_controlnet_inputs(
+    vae: Any,
+    *,
+    controlnet_inputs: ControlNetInputs = None,
+    controlnet_channels: tuple[int, ...],
+    height: int,
+    width: int,
+    tiled: bool | None,
+    tile_size: int | tuple[int, int],
+    tile_stride: int | tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> ControlNets:
+    """Return `ControlNets` with the encoded condition images of the call.
+
+    A ControlNet that inpaints takes the control latents, a mask that is 1 where the image is kept, and the latents of
+    the image without the changing part. Without an image to inpaint these are 0, as in diffusers; so are the control
+    latents without a condition image.
+    """
+    tiling = image_tiling(tiled, tile_size, tile_stride)
+
+    def encode(pixels: Tensor) -> Tensor:
+        return vae.encode(pixels.to(device, dtype), **tiling)
+
+    contexts = []
+    for each in _as_list(controlnet_inputs):
+        parts = []
+        if each.image is not None:
+            parts.append(encode(image_to_tensor(each.image, height, width)))
+        if each.inpaint_image is not None:
+            assert each.inpaint_mask is not None, "checked before anything was encoded"
+            changes = _mask(each.inpaint_mask, height, width)
+            latents = encode(image_to_tensor(each.inpaint_image, height, width) * (1 - changes))
+            kept = F.interpolate(1 - changes, size=latents.shape[2:], mode="nearest").to(latents)
+            parts = parts or [torch.zeros_like(latents)]
+            parts += [kept, latents]
+        context = torch.cat(parts, dim=1)
+        missing = controlnet_channels[each.controlnet_id] - context.shape[1]
+        contexts.append(ControlNetContext(f"{ROLE}[{each.controlnet_id}]", _padded(context, missing), each))
+    return ControlNets(tuple(contexts))
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error for condition images that no loaded ControlNet takes.
+
+    Raises:
+        TypeError: an entry is no `ControlNetInput`, or an image is no PIL image.
+        ValueError: an index of no ControlNet, an input without an image, a mask without an image to inpaint or the
+            reverse, or an image to inpaint for a ControlNet that takes none.
+    """
+    networks = configs[ROLE]
+    for each in _as_list(values["controlnet_inputs"]):
+        if not isinstance(each, ControlNetInput):
+            raise TypeError(f"controlnet_inputs has {each!r}: expected ControlNetInput(image=...)")
+        for name in ("image", "inpaint_image", "inpaint_mask"):
+            image = getattr(each, name)
+            if image is not None and not isinstance(image, Image.Image):
+                raise TypeError(f"controlnet_inputs: {name}={image!r}: expected a PIL image")
+        if each.image is None and each.inpaint_image is None:
+            raise ValueError("controlnet_inputs: an input has neither image nor inpaint_image; pass one of them")
+        if (each.inpaint_image is None) != (each.inpaint_mask is None):
+            raise ValueError("controlnet_inputs: only one of inpaint_image and inpaint_mask is given; pass both")
+        if networks is None:
+            continue
+        if each.controlnet_id >= len(networks):
+            raise ValueError(
+                f"controlnet_inputs: controlnet_id={each.controlnet_id}, and {len(networks)} are loaded; "
+                f"expected 0 to {len(networks) - 1}, in the order of model_configs"
+            )
+        if each.inpaint_image is not None and not networks[each.controlnet_id].inpaints:
+            raise ValueError(
+                f"controlnet_inputs: inpaint_image is given, and ControlNet {each.controlnet_id} takes a condition "
+                "image only; load Union 2.0 or 2.1"
+            )
+
+
+def roles_at(step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a tuple of the roles of the ControlNets that run in a step."""
+    controlnets: ControlNets | None = values.get("controlnets")
+    if controlnets is None:
+        return ()
+    return tuple(dict.fromkeys(each.role for each in controlnets.contexts if each.is_active(step)))
+
+
+CONTROLNET = Feature(
+    "controlnet",
+    arguments=ControlNetArguments,
+    roles={ROLE: Role(architectures=("z_image_controlnet",), optional=True, many=True)},
+    loop_roles=(ROLE,),
+    facts={"controlnet_channels": f"{ROLE}.in_channels"},
+    units=(encode_controlnet_inputs,),
+    conditions={"controlnets": Condition("an image has no frames", batch="separate")},
+    check=check,
+    roles_at=roles_at,
+)
+
+
+def _as_list(inputs: ControlNetInputs) -> list[ControlNetInput]:
+    if inputs is None:
+        return []
+    return list(inputs) if isinstance(inputs, list | tuple) else [inputs]  # type: ignore[list-item]
+
+
+def _padded(context: Tensor, channels: int) -> Tensor:
+    """Return `context` with `channels` more channels of zeros."""
+    return F.pad(context, (0, 0, 0, 0, 0, channels))
+
+
+def _mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:
+    """Return an fp32 tensor `1 1 height width`: 1 where the mask is at least half white, else 0."""
+    grey = mask.convert("L")
+    if grey.size != (width, height):
+        grey = cover(grey, height, width, Image.Resampling.NEAREST)
+    levels = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(height, width)
+    return rearrange((levels.float() / 255 >= 0.5).float(), "h w -> 1 1 h w")

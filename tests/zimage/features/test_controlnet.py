@@ -1,0 +1,211 @@
+"""ControlNets in whole calls: against diffusers, by step, several at once, under a policy, with plans and LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ZImageControlNetInpaintPipeline,
+    ZImageControlNetModel,
+    ZImageControlNetPipeline,
+    ZImageTransformer2DModel,
+)
+from PIL import Image
+
+from diffsynth.errors import MissingComponent
+from diffsynth.runtime.controlnet import ControlNetInput
+from diffsynth_zimage.config import ZImageControlNetConfig
+from diffsynth_zimage.controlnet import ZImageControlNet
+from parity import TOLERANCE, draw_weights, relative_error, shapes_of
+from z_image_oracles import DIT, SIZE, noise, tiny_pipelines
+
+BLOCK = {name: DIT[name] for name in ("dim", "n_heads", "n_kv_heads")}
+VARIANTS = {
+    "2.1": ZImageControlNetConfig(**BLOCK, n_layers=2, n_refiner_layers=1),
+    "1.0": ZImageControlNetConfig(**BLOCK, n_layers=2, n_refiner_layers=1, in_channels=16, refiner_hints="none"),
+}
+SMALL = {"height": 64, "width": 48, "num_inference_steps": 4, "seed": 0, "output_type": "latents"}
+
+
+def random_image(seed: int, mode: str = "RGB") -> Image.Image:
+    shape = (SIZE["height"], SIZE["width"]) + ((3,) if mode == "RGB" else ())
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8), mode)
+
+
+EDGES, PHOTO, MASK = random_image(1), random_image(2), random_image(3, "L")
+
+
+def controlnet(variant: str, seed: int = 1) -> ZImageControlNet:
+    network = ZImageControlNet(VARIANTS[variant]).eval().requires_grad_(False)
+    network.load_state_dict(draw_weights(shapes_of(network), seed))
+    return network
+
+
+def oracle_controlnet(ours: ZImageControlNet, transformer: ZImageTransformer2DModel) -> ZImageControlNetModel:
+    config = ours.config
+    oracle = ZImageControlNetModel(
+        **BLOCK,
+        n_refiner_layers=1,
+        control_layers_places=[0, 1],
+        control_refiner_layers_places=[0],
+        control_in_dim=config.in_channels,
+        add_control_noise_refiner=None if config.refiner_hints == "none" else config.refiner_hints,
+    ).eval()
+    oracle.load_state_dict(ours.state_dict())
+    return ZImageControlNetModel.from_transformer(oracle, transformer)
+
+
+@contextmanager
+def refining(oracle: ZImageControlNetModel, transformer: ZImageTransformer2DModel, scale: float) -> Iterator[None]:
+    """Context manager in which the transformer's own noise refiner gets the ControlNet's hints, as in the published
+    code, which runs the refiner once.
+
+    In diffusers they reach the ControlNet's run of the refiner only. A ControlNet of version 1.0 has none.
+    """
+    if oracle.add_control_noise_refiner is None:
+        yield
+        return
+    inside, hints = [False], [torch.zeros(())]
+    handles = [
+        oracle.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)),
+        oracle.register_forward_hook(lambda *_: inside.__setitem__(0, False)),
+        oracle.control_noise_refiner[-1].register_forward_hook(lambda m, a, out: hints.__setitem__(0, out[0] * scale)),
+        transformer.noise_refiner[0].register_forward_hook(lambda m, a, out: out if inside[0] else out + hints[0]),
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_a_condition_image(variant, cfg_scale):
+    network = controlnet(variant)
+    ours, parts = tiny_pipelines(controlnet=network)
+    oracle = oracle_controlnet(network, parts["transformer"])
+    pipe = ZImageControlNetPipeline(**parts, controlnet=oracle)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red apple", "negative_prompt": "blurry", "num_inference_steps": 3, **SIZE}
+    with refining(oracle, parts["transformer"], 0.6):
+        expected = pipe(
+            **call,
+            control_image=EDGES,
+            controlnet_conditioning_scale=0.6,
+            guidance_scale=cfg_scale - 1,
+            latents=noise(7),
+            output_type="latent",
+        ).images
+    given = {"seed": 7, "cfg_scale": cfg_scale, "output_type": "latents"}
+    found = ours(**call, **given, controlnet_inputs=ControlNetInput(image=EDGES, scale=0.6))
+    assert relative_error(found, expected) < TOLERANCE
+    assert relative_error(ours(**call, **given), expected) > 1e-3
+
+
+def test_an_image_to_inpaint():
+    network = controlnet("2.1")
+    ours, parts = tiny_pipelines(controlnet=network)
+    oracle = oracle_controlnet(network, parts["transformer"])
+    pipe = ZImageControlNetInpaintPipeline(**parts, controlnet=oracle)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red apple", "num_inference_steps": 3, **SIZE}
+    with refining(oracle, parts["transformer"], 0.75):
+        expected = pipe(
+            **call,
+            image=PHOTO,
+            mask_image=MASK,
+            control_image=EDGES,
+            guidance_scale=0,
+            latents=noise(7),
+            output_type="latent",
+        ).images
+    inputs = ControlNetInput(image=EDGES, inpaint_image=PHOTO, inpaint_mask=MASK, scale=0.75)
+    found = ours(**call, seed=7, output_type="latents", controlnet_inputs=[inputs])
+    assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def two():
+    return tiny_pipelines(controlnet=[controlnet("2.1", 1), controlnet("1.0", 2)])[0]
+
+
+def test_neutral_values_change_no_bit(two):
+    plain = two("a red apple", **SMALL)
+    for inputs in (None, [], ControlNetInput(image=EDGES, scale=0)):
+        assert torch.equal(two("a red apple", **SMALL, controlnet_inputs=inputs), plain)
+
+
+def test_two_at_once_add_up_and_each_has_its_steps(two):
+    """Only the steps between start and end have its hints; the planner and the loop ask for its network in these."""
+    first, second = ControlNetInput(image=EDGES), ControlNetInput(image=PHOTO, controlnet_id=1)
+    alone = [two("a red apple", **SMALL, controlnet_inputs=each) for each in (first, second)]
+    both = two("a red apple", **SMALL, controlnet_inputs=[first, second])
+    assert torch.equal(both, two("a red apple", **SMALL, controlnet_inputs=[first, second]))
+    assert all(relative_error(both, each) > 1e-3 for each in alone)
+    early = ControlNetInput(image=EDGES, start=1.0, end=0.5)
+    seen: list[list[torch.Tensor]] = [[], []]
+    for latents, inputs in zip(seen, (early, first), strict=True):
+        two("a red apple", **SMALL, controlnet_inputs=inputs, on_step=lambda step, to=latents: to.append(step.latents))
+    assert [torch.equal(a, b) for a, b in zip(*seen, strict=True)] == [True, True, False, False]
+
+
+def test_roles_follow_the_steps(two):
+    inputs = [ControlNetInput(image=EDGES, end=0.5), ControlNetInput(image=PHOTO, controlnet_id=1, start=0.4)]
+    plan = two.plan(**{**SMALL, "output_type": "latents"}, prompt="a", controlnet_inputs=inputs, device="cuda")
+    loop = [(stage.roles, stage.steps) for stage in plan.loop]
+    assert loop == [(("dit", "controlnet[0]"), 2), (("dit", "controlnet[1]"), 2)]
+
+
+@pytest.mark.parametrize("policy", ["cpu-offload", "dynamic"])
+def test_a_policy_changes_no_bit(policy):
+    given = {"controlnet": [controlnet("2.1", 1), controlnet("1.0", 2)]}
+    inputs = [ControlNetInput(image=EDGES, end=0.4), ControlNetInput(image=PHOTO, controlnet_id=1, scale=0.5)]
+    plain, _ = tiny_pipelines(**given)
+    expected = plain("a red apple", **SMALL, controlnet_inputs=inputs, cfg_scale=2.0)
+    components = {**plain.components}
+    pipe = type(plain)(components, device="cpu", torch_dtype=torch.float32, policy={"controlnet": policy})
+    assert torch.equal(pipe("a red apple", **SMALL, controlnet_inputs=inputs, cfg_scale=2.0), expected)
+    assert set(pipe.transfers) == {"controlnet[0]", "controlnet[1]"}
+
+
+def test_a_lora_changes_one_of_them(two):
+    network = two.controlnet[1]
+    name = next(key for key in network.state_dict() if key.endswith("attention.to_q.weight"))
+    stem, width = name.removesuffix(".weight"), network.config.dim
+    lora = {f"{stem}.lora_A.weight": torch.ones(2, width), f"{stem}.lora_B.weight": torch.ones(width, 2)}
+    call = {**SMALL, "controlnet_inputs": ControlNetInput(image=PHOTO, controlnet_id=1)}
+    before = two("a red apple", **call)
+    two.load_lora(network, state_dict=lora, hotload=True)
+    assert [each.role for each in two.loras] == ["controlnet[1]"]
+    assert not torch.equal(two("a red apple", **call), before)
+    two.clear_lora()
+    assert torch.equal(two("a red apple", **call), before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ("edges.png", TypeError, "expected ControlNetInput"),
+        (ControlNetInput(), ValueError, "neither image nor inpaint_image"),
+        (ControlNetInput(image="edges.png"), TypeError, "image='edges.png': expected a PIL image"),
+        (ControlNetInput(inpaint_image=PHOTO), ValueError, "pass both"),
+        (ControlNetInput(image=EDGES, controlnet_id=2), ValueError, "controlnet_id=2, and 2 are loaded"),
+        (
+            ControlNetInput(inpaint_image=PHOTO, inpaint_mask=MASK, controlnet_id=1),
+            ValueError,
+            "ControlNet 1 takes a condition image only",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(two, inputs, error, message):
+    with pytest.raises(error, match=message):
+        two.check(prompt="a red apple", controlnet_inputs=inputs)
+
+
+def test_without_a_controlnet_its_argument_is_refused():
+    pipe, _ = tiny_pipelines()
+    with pytest.raises(MissingComponent, match="'controlnet_inputs' needs controlnet"):
+        pipe("a red apple", controlnet_inputs=ControlNetInput(image=EDGES))
