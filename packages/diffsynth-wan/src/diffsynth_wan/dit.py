@@ -284,7 +284,7 @@ class ImageEmbedding(nn.Module):
 
 
 class CameraAdapter(nn.Module):
-    """Embedding of camera rays in Control-Camera networks; see `diffsynth_wan.variants.camera.CameraMotion`."""
+    """Embedding of camera rays in Control-Camera networks; see `diffsynth_wan.features.camera.CameraMotion`."""
 
     def __init__(self, config: WanDiTConfig) -> None:
         super().__init__()

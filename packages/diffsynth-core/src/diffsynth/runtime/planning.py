@@ -78,6 +78,26 @@ def plan_call(
         NotEnoughMemory: a limit cannot be kept; the message has the smallest that can.
         Unplannable: the pipeline's code asks for values that only a real run has.
     """
+    limits: dict[str, Any] = {"vram_limit": vram_limit, "ram_limit": ram_limit, "policy": policy, "storages": storages}
+    return plan_with_output(pipe, arguments, device=device, prompt_tokens=prompt_tokens, **limits)[0]
+
+
+def plan_with_output(
+    pipe: PlannablePipeline,
+    arguments: Mapping[str, Any],
+    *,
+    device: torch.device | str,
+    vram_limit: float | None = None,
+    ram_limit: float | None = None,
+    policy: str | None = None,
+    storages: Mapping[str, WeightStorage] | None = None,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> tuple[MemoryPlan, Any]:
+    """Return (the `MemoryPlan` of one call, what the call returns, on meta): its latents if it asks for them, else its
+    output as a tensor, if the pipeline can return one.
+
+    Arguments and errors are those of `plan_call`.
+    """
     device = torch.device(device)
     check_policy(policy, vram_limit, device)
     base = _base_memory(pipe)
@@ -85,10 +105,10 @@ def plan_call(
     modules = {role: part for role, part in meta_pipe.parts.items() if isinstance(part, nn.Module)}
     wrapped = {role: managed(pipe.parts[role]) for role in modules}
     blocks = {role: _blocks(module, wrapped[role]) for role, module in modules.items()}
-    stages = _trace(meta_pipe, arguments, modules, blocks, device.type)
+    stages, output = _trace(meta_pipe, arguments, modules, blocks, device.type)
     switches = _free_switches(meta_pipe, arguments) if vram_limit is not None else {}
     if switches:
-        switched = _trace(meta_pipe, {**arguments, **switches}, modules, blocks, device.type, loops=False)
+        switched, _ = _trace(meta_pipe, {**arguments, **switches}, modules, blocks, device.type, loops=False)
         stages = [_with_switched(stage, switched) for stage in stages]
     if storages is None:
         storages = _storages(policy, wrapped, meta_pipe.dtype)
@@ -107,7 +127,7 @@ def plan_call(
     }
     choices = storage_choices(storages, device)
     try:
-        return plan_memory(*map(workload, choices), **limits)
+        return plan_memory(*map(workload, choices), **limits), output
     except NotEnoughMemory as error:
         # Another policy may still keep the limit; the message names the first that does.
         for name in ("dynamic", "fp8"):
@@ -246,9 +266,9 @@ def _trace(
     device_type: str,
     *,
     loops: bool = True,
-) -> list[StageCost]:
-    """Return a list of the `StageCost`s of a call, in running order, without cheap stages (no network, under 16 MiB)
-    and, unless `loops`, those of the loop.
+) -> tuple[list[StageCost], Any]:
+    """Return (a list of the `StageCost`s of a call, its result on meta): the costs in running order, without cheap
+    stages (no network, under 16 MiB) and, unless `loops`, those of the loop.
 
     Args:
         pipe: on meta.
@@ -277,7 +297,7 @@ def _trace(
                 cost = StageCost(stage.kind, part.name, used, trace.device_bytes, trace.host_bytes, calls, part.steps)
                 if (used and trace.flops) or max(cost.activations, cost.host_bytes) >= _STAGE_BYTES:
                     costs.append(cost)
-    return costs
+    return costs, values.shared.get("output" if decodes else "latents")
 
 
 def _block_calls(trace: StageTrace, roles: Sequence[str], traced: int) -> tuple[BlockCall, ...]:
