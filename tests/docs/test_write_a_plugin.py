@@ -1,4 +1,4 @@
-"""Tests of the tutorial "Write a plugin": its blocks are run one by one in an empty folder."""
+"""Tests of the page "Write a plugin": its tutorial runs in an empty folder, its walk quotes the sources."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 from contextlib import redirect_stdout
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 
@@ -17,12 +19,26 @@ from click.testing import CliRunner
 
 from diffsynth import _discovery
 from diffsynth.cli.group import program
+from diffsynth.runtime.feature import Condition, Feature, StepContext
+from diffsynth.runtime.unit import Phase
 from documented import blocks
+from source_tree import ROOT, SOURCES
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "write-a-plugin.md").read_text(encoding="utf-8")
+TUTORIAL, _, WALK = PAGE.partition("## A conditioning of your own pipeline\n")
 EXAMPLE = ROOT / "examples" / "third_party_plugin"
-FILES = {file: text for file, _, text in blocks(PAGE) if file}
+FILES = {file: text for file, _, text in blocks(TUTORIAL) if file}
+
+CAMERA, SPEED = re.findall(r"^### With(?:out)? a network: .+?(?=^### )", WALK, flags=re.MULTILINE | re.DOTALL)
+WAN = SOURCES["diffsynth_wan"].parent
+NETWORK = ("checkpoints.py", "config.py", "dit.py", "extension.py", "models.py")
+"""Files of the networks that have a layer for camera rays; they belong to the networks, not to the conditioning."""
+
+NAMES = {
+    "camera": (CAMERA, r"(?<!Control-)camera", NETWORK),
+    "speed": (SPEED, r"speed_?control(?!-v1:)|(?-i:\bSPEED\b)|SpeedArguments|motion_?controller|motion_bucket", ()),
+}
+"""Conditioning -> its part of the page, the words that name it, files that do not count."""
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -34,6 +50,55 @@ def test_it_tells_the_whole_story():
     assert {file for file in FILES if file.endswith(".py")} == {
         file.relative_to(EXAMPLE).as_posix() for file in EXAMPLE.rglob("*.py")
     }
+
+
+QUOTES = [pytest.param(file, text, id=f"{file}-{number}") for number, (file, _, text) in enumerate(blocks(WALK))]
+
+
+@pytest.mark.parametrize(("file", "text"), QUOTES)
+def test_the_walk_quotes_the_sources(file, text):
+    source = (WAN.parent / file).read_text(encoding="utf-8")
+    forms = (text, textwrap.indent(text, "    "))
+    assert any(f"\n{form}" in f"\n{source}" for form in forms), (
+        f"docs/write-a-plugin.md: copy these lines of {file} anew"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_walk_lists_all_files_and_lines(name):
+    part, words, others = NAMES[name]
+    rows = dict(re.findall(r"^\| `diffsynth_wan/([\w./]+)` \| (own file|\d+) \|", part, flags=re.MULTILINE))
+    quoted: dict[str, list[str]] = {}
+    for file, _, text in blocks(part):
+        quoted.setdefault(file.removeprefix("diffsynth_wan/"), []).extend(line.strip() for line in text.splitlines())
+    pattern, touched = re.compile(words, re.IGNORECASE), set()
+    for path in sorted(WAN.rglob("*.py")):
+        file = path.relative_to(WAN).as_posix()
+        named = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if pattern.search(line)]
+        if file in others or not named:
+            continue
+        touched.add(file)
+        if rows.get(file) != "own file":
+            assert set(named) <= set(quoted.get(file, ())), f"{file} has further lines of the conditioning {name}"
+    assert {file for file in rows if file.endswith(".py")} == touched
+    for file, lines in rows.items():
+        assert (WAN / file).is_file()
+        assert lines in ("own file", str(len(quoted.get(file, ())))), f"{file}: {len(quoted[file])} lines are quoted"
+
+
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [
+        ("part of a `Feature`", [field.name for field in fields(Feature)]),
+        ("`Condition`", [field.name for field in fields(Condition)]),
+        ("`StepContext`", [field.name for field in fields(StepContext)]),
+        ("phase", [phase.name for phase in Phase]),
+    ],
+)
+def test_the_tables_of_parts_are_complete(header, names):
+    table, *_ = re.findall(rf"^\| {re.escape(header)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", WALK, flags=re.MULTILINE)
+    first_cells = [row.split("|")[1] for row in table.splitlines()]
+    assert [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)] == names
 
 
 @pytest.fixture
@@ -51,7 +116,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_it_works_by_the_letter(folder):
     output = ""
-    for file, language, text in blocks(PAGE):
+    for file, language, text in blocks(TUTORIAL):
         if file:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(text, encoding="utf-8")
