@@ -202,7 +202,7 @@ class Cascade:
         requests = self._requests(calls)
         outputs: dict[str, Any] = {}
         for index, stage in enumerate(self._stages):
-            position = {"stage": stage.name, "stage_index": index, "num_stages": len(self._stages)}
+            position: dict[str, Any] = {"stage": stage.name, "stage_index": index, "num_stages": len(self._stages)}
             call = _reported(stage, calls[stage.name], position)
             inputs = {argument: outputs[source] for argument, source in stage.inputs.items()}
             with _noting(stage):
@@ -263,7 +263,9 @@ class Cascade:
         calls = self._calls(prompt, arguments)
         requests = self._requests(calls)
         limits: dict[str, Any] = {"vram_limit": vram_limit, "ram_limit": ram_limit, "policy": policy}
-        plans, outputs, beside = {}, {}, {}
+        plans: dict[str, MemoryPlan] = {}
+        beside: dict[str, int] = {}
+        outputs: dict[str, Any] = {}
         for index, stage in enumerate(self._stages):
             outputs = self._held(outputs, index)
             held = sum(each.nbytes for each in outputs.values() if isinstance(each, Tensor))
