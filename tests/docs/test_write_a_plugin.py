@@ -30,8 +30,8 @@ FILES = {file: text for file, _, text in blocks(TUTORIAL) if file}
 
 CAMERA, SPEED = re.findall(r"^### With(?:out)? a network: .+?(?=^### )", WALK, flags=re.MULTILINE | re.DOTALL)
 WAN = SOURCES["diffsynth_wan"].parent
-NETWORK = ("checkpoints.py", "config.py", "dit.py", "extension.py", "models.py")
-"""Files of the networks that have a layer for camera rays; they belong to the networks, not to the conditioning."""
+NETWORK = ("checkpoints.py", "config.py", "dit.py", "extension.py", "models.py", "tiny.py")
+"""Files of the networks that have a layer for camera rays, and of their models; no part of the conditioning."""
 
 NAMES = {
     "camera": (CAMERA, r"(?<!Control-)camera", NETWORK),
