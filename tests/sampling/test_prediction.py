@@ -125,7 +125,7 @@ def ours(net, name, betas, noise, num_steps):
     def on_step(index, latents):
         steps.append(variance_preserving(latents, sigmas[index + 1].expand(len(latents))))
 
-    euler(velocity, from_variance_preserving(noise, sigmas[0].expand(len(noise))), sigmas, on_step)
+    euler(velocity, from_variance_preserving(noise, sigmas[0].expand(len(noise))), sigmas, on_step=on_step)
     return steps
 
 

@@ -32,6 +32,8 @@ def script(row: Mapping[str, Any], values: Mapping[str, str], *, vram_limit: boo
     (pipeline,) = [name for name in row["pipelines"] if name != "TemplatePipeline"]
     imports = [f"from {DOORS[pipeline]} import {pipeline}, ModelConfig"]
     imports += [f"from {DOORS[name]} import {name}" for name in row["pipelines"] if name != pipeline]
+    if "controlnet_inputs" in row["call"]:
+        imports += [f"from {DOORS[pipeline]} import ControlNetInput", "from PIL import Image"]
     tokenizer, *models = row["files"]
     lines = [
         *imports,

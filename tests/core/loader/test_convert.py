@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from diffsynth.core.loader.component import apply_rule
 from diffsynth.core.loader.convert import (
     Apply,
+    Check,
     Constant,
     Dequantize,
     Drop,
@@ -118,6 +119,18 @@ def test_a_tie_is_undone_while_both_are_equal():
     assert torch.equal(run(back, run(rules, source))["embed"], source["embed"])
     with pytest.raises(ValueError, match="no longer equal"):
         run(back, {"embed": torch.ones(2), "head": torch.zeros(2)})
+
+
+def test_a_check_changes_nothing_and_may_refuse():
+    def positive(weight):
+        if not (weight > 0).all():
+            raise ValueError("not positive")
+
+    rules, source = (Check("w.{n}", positive),), {"w.0": torch.ones(2)}
+    assert run(rules, source)["w.0"] is source["w.0"]
+    assert run(invert(rules, {"w.0": (2,)}), source)["w.0"] is source["w.0"]
+    with pytest.raises(ValueError, match="not positive"):
+        run(rules, {"w.0": torch.zeros(2)})
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 1))

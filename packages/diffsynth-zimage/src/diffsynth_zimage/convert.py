@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffsynth.core.loader.convert import Apply, Drop, Rename, Rule, Split
+from diffsynth.core.loader.convert import Check, Drop, Rename, Rule, Split
 from diffsynth.errors import Unrecognized
 
 
@@ -42,8 +42,8 @@ FUSED: tuple[Rule, ...] = (
 _TRAINED = "control_noise_refiner.0.after_proj.weight"
 
 
-def _require_trained(weight: Any) -> Any:
-    """Return `weight`, the projection to a hint of the first block of a ControlNet's refiner, unless it is zero.
+def _require_trained(weight: Any) -> None:
+    """Raise Unrecognized if `weight`, the projection to a hint of the first block of a ControlNet's refiner, is zero.
 
     Raises:
         Unrecognized: it is zero.
@@ -54,10 +54,9 @@ def _require_trained(weight: Any) -> Any:
             "control_noise_refiner. Leave out all control_noise_refiner.* tensors, for example with "
             "ModelConfig(state_dict=...); the others are recognised as 2.0"
         )
-    return weight
 
 
-CONTROLNET: tuple[Rule, ...] = (Apply(_require_trained, (_TRAINED,), _TRAINED, lambda shape: shape),)
+CONTROLNET: tuple[Rule, ...] = (Check(_TRAINED, _require_trained),)
 """ControlNet under our own names.
 
 The published file of Union 2.0 has the names and shapes of 2.1; only its values show that its refiner was not trained.

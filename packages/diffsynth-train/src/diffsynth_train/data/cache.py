@@ -98,9 +98,11 @@ class UnitCache:
     def _compute(self, values: Mapping[str, Any], size: int) -> list[Row]:
         on_device = {k: v.to(self._pipe.device) if isinstance(v, Tensor) else v for k, v in values.items()}
         written = self._pipe.run_units(self._units, {**on_device, "batch_size": size})
-        tensors = {name: written[name].cpu() for name in self._writes if isinstance(written[name], Tensor)}
-        plain = {name: written[name] for name in self._writes if isinstance(written[name], int | float | str)}
-        if left := self._writes - set(tensors) - set(plain):
+        # A unit whose role is empty, or whose argument is not given, does not run and writes nothing.
+        results = {name: written[name] for name in self._writes if name in written}
+        tensors = {name: value.cpu() for name, value in results.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in results.items() if isinstance(value, int | float | str)}
+        if left := set(results) - set(tensors) - set(plain):
             raise TrainingError(
                 f"units {[step.name for step in self._units]} write {sorted(left)}, which cannot be cached"
             )

@@ -318,6 +318,25 @@ class Apply(Rule):
 
 
 @dataclass(frozen=True)
+class Check(Rule):
+    """The same tensor under the same name, if `function` raises no error for its values."""
+
+    source: str
+    function: Callable[[Any], None]
+
+    sources = property(lambda self: (self.source,))
+    targets = property(lambda self: (self.source,))
+
+    def shapes(self, *sources: Shape) -> tuple[Shape, ...]:
+        """Return a tuple with one shape, that of the source, because the tensor does not change."""
+        return sources
+
+    def inverse(self, *sources: Shape) -> Check:
+        """Return the rule itself."""
+        return self
+
+
+@dataclass(frozen=True)
 class Target:
     """A planned tensor: output `index` of `rule` applied to `sources`, of shape `shape`."""
 

@@ -106,7 +106,7 @@ def _matches(rule: convert.Rule, own: Mapping[str, Shape], taken: set[str]) -> l
 def _source_shapes(
     rule: convert.Rule, sources: tuple[str, ...], targets: Sequence[Shape], published: Mapping[str, Shape]
 ) -> tuple[Shape, ...]:
-    if isinstance(rule, convert.Rename | convert.Tie | convert.ReorderChunks):
+    if isinstance(rule, convert.Rename | convert.Tie | convert.ReorderChunks | convert.Check):
         return (targets[0],)
     if isinstance(rule, convert.Split):
         extent = sum(shape[rule.dim] for shape in targets)

@@ -215,7 +215,7 @@ def _converted(target: convert.Target, layers: Sequence[LoRALayer]) -> LoRALayer
         ValueError: the rule does not keep a product of two matrices one.
     """
     rule, first = target.rule, layers[0]
-    if isinstance(rule, convert.Rename | convert.Tie | convert.Dequantize):
+    if isinstance(rule, convert.Rename | convert.Tie | convert.Dequantize | convert.Check):
         return first
     if isinstance(rule, convert.Split | convert.ReorderChunks):
         if rule.dim == 0:

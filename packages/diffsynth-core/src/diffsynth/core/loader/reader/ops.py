@@ -87,6 +87,11 @@ def runs(target: convert.Target, sources: Sequence[Shape]) -> list[ElementRun] |
     return [ElementRun(0, chunk * size, size) for chunk in rule.order]
 
 
+def _check(rule: convert.Check, sources: tuple[Tensor, ...], index: int) -> Tensor:
+    rule.function(sources[0])
+    return sources[0]
+
+
 def _split(rule: convert.Split, sources: tuple[Tensor, ...], index: int) -> Tensor:
     return sources[0].split(rule.part_sizes(tuple(sources[0].shape)), dim=rule.dim)[index]
 
@@ -106,6 +111,7 @@ _OPS: Mapping[type, Callable[[Any, tuple[Tensor, ...], int], Tensor]] = {
     convert.ReorderChunks: _reorder,
     convert.Dequantize: lambda rule, sources, index: dequantize(*sources),
     convert.Constant: lambda rule, sources, index: torch.full(rule.shape, rule.value),
+    convert.Check: _check,
     convert.Apply: lambda rule, sources, index: rule.function(*sources),
     Scaled: lambda rule, sources, index: strided(rule.rule, rule.dequantized(sources, dequantize), index),
 }
