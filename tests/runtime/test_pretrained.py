@@ -8,6 +8,7 @@ import torch
 from diffsynth import ModelConfig
 from diffsynth.errors import Unrecognized
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
+from diffsynth.runtime import pretrained
 from diffsynth.runtime.pretrained import PretrainedLoader
 from diffsynth.runtime.role import Role
 from toy_unet import declare
@@ -41,6 +42,17 @@ def test_a_role_of_many_is_named_by_several_configs():
         "many": 2,
         "first": 1,
     }
+
+
+def test_a_file_of_several_roles_is_read_once(monkeypatch):
+    """A model names a file of two components once for each of their roles."""
+    headers, read = [], pretrained.read_config
+    monkeypatch.setattr(
+        pretrained, "read_config", lambda *given, **named: headers.append(given) or read(*given, **named)
+    )
+    found = load({"first": FIRST, "second": SECOND}, ModelConfig(VAE, role="second"), ModelConfig(VAE, role="first"))
+    assert len(headers) == 1
+    assert found["first"] is not found["second"]
 
 
 def test_roles_that_configs_name_are_checked():

@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import did_you_mean
-from diffsynth.runtime.loop import check_loop
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.planning import plan_with_output
 from diffsynth.runtime.progress import progress_bar
-from diffsynth.runtime.request import Request, Step, check_request, reject_unknown
+from diffsynth.runtime.request import Request, Step, reject_unknown
 from diffsynth.runtime.stages import Stage
 from diffsynth.runtime.unit import Phase, needed_for
 
@@ -399,10 +398,7 @@ def _check(stage: CascadeStage, call: Mapping[str, Any], outputs: Mapping[str, A
     pipe, inputs = stage.pipeline, _known_inputs(stage, outputs)
     if len(inputs) == len(stage.inputs):
         return pipe.check(**call, **inputs)
-    request = check_request(call, pipe.__signature__, pipe.program, pipe.components, per_image=pipe.per_image)
-    if pipe.has_loop():
-        check_loop(pipe, request)
-    return request
+    return pipe.check_arguments(**call)
 
 
 def _known_inputs(stage: CascadeStage, outputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Composition:
         facts: name -> "role.field".
         per_image: names of the arguments that take one value, or a list of one for each result.
         loop_roles: the roles whose networks the loop may call.
+        parameters: names of the keyword-only parameters of `velocity()`, reserved ones included.
         conditions: name -> `Condition` of all values that `velocity()` reads.
         program: the units.
         has_loop: whether there is a denoising loop.
@@ -41,6 +42,7 @@ class Composition:
     facts: dict[str, str]
     per_image: tuple[str, ...]
     loop_roles: tuple[str, ...]
+    parameters: frozenset[str]
     conditions: dict[str, Condition]
     program: Program
     has_loop: bool
@@ -69,13 +71,13 @@ def own_program(cls: Any) -> Program:
     return _program(cls, cls.features)
 
 
-def condition_parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
-    """Return a mapping name -> `inspect.Parameter` of the keyword-only parameters of a class's `velocity()`, or of its
-    `predict()`.
+def own_roles(cls: Any) -> dict[str, Role | Processor]:
+    """Return a dict role -> `Role` or `Processor` of a class and its own features.
+
+    Raises:
+        InvalidPipeline: two of them declare one role in different ways.
     """
-    function: Callable[..., Any] = cls.velocity if cls.prediction == "velocity" else cls.predict
-    parameters = inspect.signature(function).parameters
-    return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+    return _joined("roles", cls, cls.features)
 
 
 def _compose(cls: Any, features: Sequence[Feature]) -> Composition:
@@ -85,6 +87,7 @@ def _compose(cls: Any, features: Sequence[Feature]) -> Composition:
         facts=_joined("facts", cls, features),
         per_image=tuple(dict.fromkeys((*cls.per_image, *(name for each in features for name in each.per_image)))),
         loop_roles=tuple(dict.fromkeys((*cls.loop_roles, *(role for each in features for role in each.loop_roles)))),
+        parameters=frozenset(_condition_parameters(cls)),
         conditions=_conditions(cls, features),
         program=_program(cls, features),
         has_loop=cls.has_loop(),
@@ -121,8 +124,17 @@ def _conditions(cls: Any, features: Sequence[Feature]) -> dict[str, Condition]:
     declared = _joined("conditions", cls, features)
     if not cls.has_loop():
         return declared
-    others = [name for name in condition_parameters(cls) if name not in (*declared, *RESERVED)]
+    others = [name for name in _condition_parameters(cls) if name not in (*declared, *RESERVED)]
     return {**dict.fromkeys(others, Condition()), **declared}
+
+
+def _condition_parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
+    """Return a mapping name -> `inspect.Parameter` of the keyword-only parameters of a class's `velocity()`, or of its
+    `predict()`.
+    """
+    function: Callable[..., Any] = cls.velocity if cls.prediction == "velocity" else cls.predict
+    parameters = inspect.signature(function).parameters
+    return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
 
 
 def _check_roles(cls: Any, made: Composition) -> None:
@@ -138,7 +150,7 @@ def _check_loop(cls: Any, made: Composition) -> None:
     """Raise InvalidPipeline for a condition that `velocity()` does not take, or a name that it or the loop needs and
     nothing sets.
     """
-    parameters = condition_parameters(cls)
+    parameters = _condition_parameters(cls)
     extra = [name for name in made.conditions if name not in parameters]
     if extra and "extensions" not in parameters:
         owner = next((each.title for each in made.features if extra[0] in each.conditions), "the class")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffsynth.core.parallel import MeshAxis, compute_and_gather
 from diffsynth.runtime.feature import Condition
-from diffsynth.runtime.unit import Program, can_run, is_enabled, is_per_branch
+from diffsynth.runtime.unit import Program, is_per_branch, runs
 
 MERGES = "merges_branches"
 """The name that a unit writes to have the branches computed as one batch: True or False."""
@@ -109,8 +109,7 @@ def check_merging(
         )
     branched: set[str] = set()
     for step in program.units:
-        runs = can_run(step, components) and is_enabled(step, values)
-        if not runs or not is_per_branch(step, branched):
+        if not runs(step, components, values) or not is_per_branch(step, branched):
             continue
         branched |= set(step.writes)
         separate = sorted(name for name in step.writes if name in rules and rules[name].batch == "separate")

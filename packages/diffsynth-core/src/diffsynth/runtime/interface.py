@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ class LoopPipeline(Protocol):
     dtype: torch.dtype
     mesh: ProcessMesh
     model_name: str | None
-    prediction: str
+    prediction: ClassVar[str]
     roles: Mapping[str, Role | Processor]
     program: Program
-    condition_rules: Mapping[str, Condition]
+    condition_rules: dict[str, Condition]
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -41,6 +41,9 @@ class LoopPipeline(Protocol):
     @property
     def all_loop_roles(self) -> tuple[str, ...]:
         """A tuple of the roles whose networks the loop may call; of a role of many, its members."""
+
+    def has_loop(self) -> bool:
+        """Whether the pipeline has a denoising loop."""
 
     def roles_at(self, step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
         """Return a tuple of the roles whose networks `velocity()` calls in a step."""

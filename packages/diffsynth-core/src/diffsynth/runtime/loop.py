@@ -33,7 +33,7 @@ from diffsynth.runtime.interface import LoopPipeline
 from diffsynth.runtime.progress import no_progress
 from diffsynth.runtime.request import Request, Step
 from diffsynth.runtime.solvers import find_solver, load_solver
-from diffsynth.runtime.unit import CallValues, can_run, is_enabled
+from diffsynth.runtime.unit import CallValues, runs
 from diffsynth.sampling.noise import initial_noise
 from diffsynth.sampling.windows import SlidingWindow, Window, blend_windows
 
@@ -55,10 +55,13 @@ class DenoisingLoop:
         self._sigmas: Tensor = values.shared["sigmas"]
         self._levels: list[float] = self._sigmas.tolist()
         cond = values.for_branch("cond")
-        self._roles = [pipe.roles_at(self._step_at(index), cond) for index in range(self.num_steps)]
-        names = pipe.condition_names()
+        self._steps = [
+            StepContext(sigma, index, self.num_steps, networks=pipe.components)
+            for index, sigma in enumerate(self._levels[:-1])
+        ]
+        self._roles = [pipe.roles_at(step, cond) for step in self._steps]
         conditions = {
-            branch: {name: value for name, value in values.for_branch(branch).items() if name in names}
+            branch: {name: value for name, value in values.for_branch(branch).items() if name in pipe.condition_rules}
             for branch in values.branches
         }
         merges = bool(cond.get(MERGES, False))
@@ -67,7 +70,7 @@ class DenoisingLoop:
         self._call_states: dict[str, dict[str, Any]] = {}
         self._guidance = request.guidance
         self._guidance_state: dict[str, Any] = {}
-        self._step = self._step_at(0)
+        self._step = self._steps[0]
         self._evaluation = 0
 
     @property
@@ -94,7 +97,7 @@ class DenoisingLoop:
         steps = range(self.num_steps) if steps is None else steps
         # Latents stay fp32: in bf16, steps near the end of the schedule would round most of their change away.
         latents = self._values.shared["latents"].float()
-        self._step = self._step_at(steps.start)
+        self._step = self._steps[steps.start]
         self._step_cache = step_cache_session(request.loop.step_cache, pipe.parts, pipe.all_loop_roles, pipe.model_name)
         self._experts = pipe.switch_experts(self._roles[steps.start : steps.stop], request.plan)
         self._notify("denoise_started", pipeline=pipe, num_steps=self.num_steps, shape=tuple(latents.shape))
@@ -143,7 +146,7 @@ class DenoisingLoop:
             levels: noise levels `b`, fp32.
             conditions: of the branch.
         """
-        step = replace(self._step, branch=branch, call_state=self._call_states.setdefault(branch, {}))
+        step = self._step.in_branch(branch, self._call_states.setdefault(branch, {}))
         # Each evaluation of a step has a history of its own, so that a step cache compares like with like.
         history = branch if self._evaluation == 0 else f"{branch}, evaluation {self._evaluation + 1}"
         is_last = step.index == self.num_steps - 1
@@ -177,10 +180,7 @@ class DenoisingLoop:
             self._request.loop.on_step(Step(index, self.num_steps, sigma, sigma_next, latents, reused))
         self._evaluation = 0
         if index + 1 < self.num_steps:
-            self._step = self._step_at(index + 1)
-
-    def _step_at(self, index: int) -> StepContext:
-        return StepContext(self._levels[index], index, self.num_steps, networks=self._pipe.components)
+            self._step = self._steps[index + 1]
 
     def _noise(self, index: int, shape: Sequence[int]) -> Tensor:
         """Return the noise that a solver adds in a step, a tensor; entry i depends on its seed and the index only."""
@@ -272,8 +272,8 @@ def refuse_windows(pipe: LoopPipeline, values: Mapping[str, Any]) -> None:
         ValueError: with the reason that the condition declares.
     """
     for step in pipe.program.units:
-        runs = can_run(step, pipe.components) and is_enabled(step, values) and pipe.program.is_used(step, values)
-        for name in step.writes if runs else ():
+        is_used = runs(step, pipe.components, values) and pipe.program.is_used(step, values)
+        for name in step.writes if is_used else ():
             cut = pipe.condition_rules[name].cut if name in pipe.condition_rules else None
             if isinstance(cut, str):
                 raise ValueError(

@@ -23,7 +23,7 @@ from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
 from diffsynth.errors import InvalidPipeline, did_you_mean
 from diffsynth.runtime.acceleration.compiling import compile_components
-from diffsynth.runtime.composition import PIPELINE_VALUES, RESERVED, compose, condition_parameters, own_program
+from diffsynth.runtime.composition import PIPELINE_VALUES, RESERVED, compose, own_program, own_roles
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.feature import Condition, Feature, StepContext
 from diffsynth.runtime.loop import check_loop
@@ -58,12 +58,12 @@ class Pipeline(LoRAMethods):
     schema: ClassVar[SchemaMethod] = SchemaMethod()
     """`schema()` returns the arguments of a call as JSON Schema; see `diffsynth.runtime.schema`."""
 
-    roles: ClassVar[Mapping[str, Role | Processor]] = MappingProxyType({})
+    roles: Mapping[str, Role | Processor] = MappingProxyType({})
     """The roles of the pipeline itself; those of features are added."""
 
     units: ClassVar[tuple[Unit, ...]] = ()
     output_units: ClassVar[tuple[Unit, ...]] = ()
-    features: ClassVar[tuple[Feature, ...]] = ()
+    features: tuple[Feature, ...] = ()
     loop: ClassVar[LoopArguments] = LoopArguments()
     """The defaults of the loop's arguments."""
 
@@ -74,10 +74,10 @@ class Pipeline(LoRAMethods):
     """Name -> `Condition` of values that `velocity()` reads, besides those of features. One that is not listed is
     stacked for guidance in one batch, and refuses sliding windows."""
 
-    per_image: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
+    per_image: tuple[str, ...] = ("prompt", "negative_prompt")
     """The arguments that take one value, or a list of one for each result."""
 
-    facts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    facts: Mapping[str, str] = MappingProxyType({})
     """Name -> "role.field": a field of a component's config that units read without the component being loaded."""
 
     prediction: ClassVar[str] = "velocity"
@@ -96,9 +96,7 @@ class Pipeline(LoRAMethods):
                 f"{cls.__name__}.prediction is {cls.prediction!r}{did_you_mean(cls.prediction, PREDICTIONS)}; "
                 f"expected one of {', '.join(PREDICTIONS)}"
             )
-        cls.roles = MappingProxyType(
-            {**cls.roles, **{role: need for each in cls.features for role, need in each.roles.items()}}
-        )
+        cls.roles = MappingProxyType(own_roles(cls))
         if "__call__" not in vars(cls):
             cls.__call__ = _copy_of(cls.__call__)
         # inspect.signature(Class.__call__) shows the family's own arguments; instances add those of plugins.
@@ -139,6 +137,7 @@ class Pipeline(LoRAMethods):
         made = compose(type(self))
         self.features, self.roles, self.facts, self.per_image = made.features, made.roles, made.facts, made.per_image
         self.program, self.condition_rules = made.program, made.conditions
+        self._velocity_parameters, self._all_loop_roles = made.parameters, made.loop_roles
         self.components = fill_roles(self.roles, components, facts=self.facts, pipeline_name=type(self).__name__)
         self.__signature__ = build_signature(self.program, self.loop, {}, has_loop=self.has_loop())
         choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.parts)
@@ -289,23 +288,29 @@ class Pipeline(LoRAMethods):
         """A tuple of the roles whose networks the loop may call, those of features and members of roles of many
         included.
         """
-        roles = (*self.loop_roles, *(role for feature in self.features for role in feature.loop_roles))
-        return member_roles(dict.fromkeys(roles), self.components)
+        return member_roles(self._all_loop_roles, self.components)
 
     def check(self, **arguments: Any) -> Request:
         """Check the arguments of a call without making it; return them, with defaults, as a `Request`.
 
         Errors are those of the call.
         """
+        request = self.check_arguments(**arguments)
+        configs = {role: _config_of(part) for role, part in self.components.items()}
+        for feature in self.features:
+            if feature.check is not None:
+                feature.check(configs, request.values)
+        return request
+
+    def check_arguments(self, **arguments: Any) -> Request:
+        """Check the arguments of a call as far as each can be checked by itself: names, ranges, roles, and those of the
+        loop; return them as `check` does.
+        """
         request = check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
         if self.has_loop():
             check_loop(self, request)
         elif request.loop.output_type == "latents":
             raise ValueError(f"output_type='latents': {type(self).__name__} has no denoising loop; expected 'pil'")
-        configs = {role: _config_of(part) for role, part in self.components.items()}
-        for feature in self.features:
-            if feature.check is not None:
-                feature.check(configs, request.values)
         return request
 
     def stages(self, request: Request) -> list[Stage]:
@@ -317,7 +322,7 @@ class Pipeline(LoRAMethods):
         Raises:
             MissingComponent: a role of an output unit is not loaded and not optional, and the call asks for its output.
         """
-        return stages_of(self, request, has_loop=self.has_loop())
+        return stages_of(self, request)
 
     def parallel(self, *, cfg: int = 1, sequence: int | None = None) -> Pipeline:
         """Set up the pipeline to compute calls together with the other processes of `torch.distributed`; return it.
@@ -435,7 +440,7 @@ class Pipeline(LoRAMethods):
             conditions: name -> value; names that are no conditions are left out.
             step: the step of the loop; None outside of a loop.
         """
-        named = condition_parameters(type(self))
+        named = self._velocity_parameters
         arguments = {name: conditions[name] for name in named if name in conditions and name not in RESERVED}
         if "extensions" in named:
             others = (conditions.get(name) for name in self.condition_rules if name not in named)
@@ -454,10 +459,6 @@ class Pipeline(LoRAMethods):
         """
         roles = (*self.loop_roles, *(role for each in self.features for role in each.roles_in(step, values)))
         return member_roles(dict.fromkeys(roles), self.components)
-
-    def condition_names(self) -> frozenset[str]:
-        """Return a frozenset of the names of all conditions: the parameters of `velocity()` and the extensions."""
-        return frozenset(self.condition_rules)
 
     def run_units(self, units: Sequence[Unit], values: Mapping[str, Any]) -> dict[str, Any]:
         """Run `units` on the branch `cond`; return a dict name -> value of arguments, their defaults and all results.
@@ -482,7 +483,7 @@ class Pipeline(LoRAMethods):
         """Return a tuple of the units, in running order, whose results are needed for `velocity()` and the names
         `also`.
         """
-        return needed_for(self.program.units, {*self.condition_names(), *also})
+        return needed_for(self.program.units, {*self.condition_rules, *also})
 
     def __getattr__(self, name: str) -> Any:
         """Return the component of a role, as in `pipe.dit` (None if empty); raise AttributeError for another name."""

@@ -51,35 +51,13 @@ _STAGE_BYTES = 16 * 2**20
 
 
 def plan_call(
-    pipe: PlannablePipeline,
-    arguments: Mapping[str, Any],
-    *,
-    device: torch.device | str,
-    vram_limit: float | None = None,
-    ram_limit: float | None = None,
-    policy: str | None = None,
-    storages: Mapping[str, WeightStorage] | None = None,
-    prompt_tokens: int = PROMPT_TOKENS,
+    pipe: PlannablePipeline, arguments: Mapping[str, Any], *, device: torch.device | str, **limits: Any
 ) -> MemoryPlan:
     """Return the `MemoryPlan` of one call of a built pipeline, whose weights may be on any device or on meta.
 
-    Args:
-        pipe: with its components, on any device, meta included; nothing of it changes.
-        arguments: of the call. Without a prompt a text of `prompt_tokens` tokens is assumed.
-        device: that the call is meant for. It need not be in this machine: its speed is assumed then.
-        vram_limit, ram_limit: GiB; see `plan_memory`.
-        policy: a preset's name, or "auto". None is the policies of the components; for those without one, "dynamic"
-            with a limit and "none" without.
-        storages: role -> storage of its weights, in place of `policy`.
-        prompt_tokens: the length of the assumed prompt, at least 1.
-
-    Raises:
-        TypeError, ValueError: an argument that the call would refuse, too.
-        NotEnoughMemory: a limit cannot be kept; the message has the smallest that can.
-        Unplannable: the pipeline's code asks for values that only a real run has.
+    Arguments and errors are those of `plan_with_output`.
     """
-    limits: dict[str, Any] = {"vram_limit": vram_limit, "ram_limit": ram_limit, "policy": policy, "storages": storages}
-    return plan_with_output(pipe, arguments, device=device, prompt_tokens=prompt_tokens, **limits)[0]
+    return plan_with_output(pipe, arguments, device=device, **limits)[0]
 
 
 def plan_with_output(
@@ -96,7 +74,20 @@ def plan_with_output(
     """Return (the `MemoryPlan` of one call, what the call returns, on meta): its latents if it asks for them, else its
     output as a tensor, if the pipeline can return one.
 
-    Arguments and errors are those of `plan_call`.
+    Args:
+        pipe: with its components, on any device, meta included; nothing of it changes.
+        arguments: of the call. Without a prompt a text of `prompt_tokens` tokens is assumed.
+        device: that the call is meant for. It need not be in this machine: its speed is assumed then.
+        vram_limit, ram_limit: GiB; see `plan_memory`.
+        policy: a preset's name, or "auto". None is the policies of the components; for those without one, "dynamic"
+            with a limit and "none" without.
+        storages: role -> storage of its weights, in place of `policy`.
+        prompt_tokens: the length of the assumed prompt, at least 1.
+
+    Raises:
+        TypeError, ValueError: an argument that the call would refuse, too.
+        NotEnoughMemory: a limit cannot be kept; the message has the smallest that can.
+        Unplannable: the pipeline's code asks for values that only a real run has.
     """
     device = torch.device(device)
     check_policy(policy, vram_limit, device)
@@ -152,7 +143,7 @@ def plan_model(
         arguments: of the call.
         device: None is the first accelerator; in a machine without one, the preferred kind of accelerator.
         dtype: name of a torch dtype, of weights and activations.
-        limits: the further arguments of `plan_call`, which also lists the errors.
+        limits: the further arguments of `plan_with_output`, which also lists the errors.
     """
     if device is None:
         device = devices.default_device()

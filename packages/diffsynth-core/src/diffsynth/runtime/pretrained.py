@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,21 @@ class _Found:
     recognized: recognize.Recognized
     header: header.Header
     config: ModelConfig
+
+
+@dataclass(frozen=True)
+class _File:
+    """A checkpoint whose header was read, and the components that are in it."""
+
+    source: ModelConfig
+    header: header.Header
+    components: Sequence[recognize.Recognized]
+
+    @classmethod
+    def open(cls, source: ModelConfig) -> _File:
+        """Return a `_File` of the checkpoint that `source` names; no tensor is read."""
+        tensors = read_config(source, resolve=_resolve_source)
+        return cls(source, tensors, recognize.recognize(tensors, *_discovery.catalog().layouts()))
 
 
 class PretrainedLoader:
@@ -128,12 +143,16 @@ class PretrainedLoader:
         return grouped(components), sources
 
     def _recognize(self, model_configs: Sequence[ModelConfig]) -> list[_Found]:
-        architectures, checkpoints = _discovery.catalog().layouts()
         found: list[_Found] = []
+        read: list[_File] = []
         named = self._named_roles(model_configs)
         for config in model_configs:
-            tensors = read_config(config, resolve=_resolve_source)
-            components = recognize.recognize(tensors, architectures, checkpoints)
+            # A model names a file of several components once for each of its roles.
+            source = replace(config, role=None)
+            file = next((each for each in read if config.state_dict is None and each.source == source), None)
+            if file is None:
+                read.append(file := _File.open(source))
+            tensors, components = file.header, list(file.components)
             if config.role is not None:
                 components = [self._component_for(config.role, components, tensors)]
             for recognized in components:

@@ -14,7 +14,7 @@ from diffsynth.errors import MissingComponent
 from diffsynth.runtime.interface import LoopPipeline
 from diffsynth.runtime.loop import DenoisingLoop
 from diffsynth.runtime.request import Request
-from diffsynth.runtime.unit import CallValues, Unit, can_run, is_enabled, needed_roles, run_unit
+from diffsynth.runtime.unit import CallValues, Unit, is_enabled, needed_roles, run_unit, runs
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,20 @@ class LoopStage(Stage):
         ]
 
 
-def stages_of(pipe: LoopPipeline, request: Request, *, has_loop: bool) -> list[Stage]:
+def stages_of(pipe: LoopPipeline, request: Request) -> list[Stage]:
     """Return a list of the `Stage`s of a call, in running order. Units whose optional roles are empty are left out.
 
     Args:
         pipe: the pipeline.
         request: the checked call.
-        has_loop: whether there is a denoising loop.
 
     Raises:
         MissingComponent: a role of an output unit is not loaded and not optional, and the call asks for its output.
     """
     program, components, arguments = pipe.program, pipe.components, request.values
-    units = [step for step in program.units if can_run(step, components) and is_enabled(step, arguments)]
+    units = [step for step in program.units if runs(step, components, arguments)]
     stages = [Stage(StageKind.PREPARE, step.name, step.roles, _runner(step, components)) for step in units]
-    if has_loop:
+    if pipe.has_loop():
         stages.append(_loop_stage(pipe, request))
     if request.loop.output_type == "latents":
         return stages

@@ -277,7 +277,7 @@ def run_units(units: Iterable[Unit], components: Mapping[str, Any], values: Call
         values: of the call; changed in place.
     """
     for step in units:
-        if can_run(step, components) and is_enabled(step, values.shared):
+        if runs(step, components, values.shared):
             run_unit(step, components, values)
 
 
@@ -299,6 +299,11 @@ def run_unit(step: Unit, components: Mapping[str, Any], values: CallValues) -> N
 def is_per_branch(step: Unit, branched: Collection[str]) -> bool:
     """Whether a unit runs once for each branch: it declares `branches`, or reads a value that differs by branch."""
     return bool(step.branches) or any(read.name in branched for read in step.reads)
+
+
+def runs(step: Unit, components: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether a call with these components and values runs the unit: `can_run` and `is_enabled`."""
+    return can_run(step, components) and is_enabled(step, values)
 
 
 def can_run(step: Unit, components: Mapping[str, Any]) -> bool:

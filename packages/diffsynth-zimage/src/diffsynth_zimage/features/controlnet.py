@@ -49,14 +49,17 @@ class ControlNetContext:
     """One condition image of a call.
 
     Args:
-        role: of the ControlNet, "controlnet[0]".
         latents: what the ControlNet takes; see `diffsynth_zimage.controlnet.ControlNetResiduals`.
-        settings: scale, start and end.
+        settings: the ControlNet, scale, start and end.
     """
 
-    role: str
     latents: Float[Tensor, "1 c h w"]
     settings: ControlNetInput
+
+    @property
+    def role(self) -> str:
+        """The role of the ControlNet, such as "controlnet[0]"."""
+        return f"{ROLE}[{self.settings.controlnet_id}]"
 
     def is_active(self, step: StepContext) -> bool:
         """Whether the ControlNet runs in a step: it is between `start` and `end`, and `scale` is not 0."""
@@ -75,8 +78,7 @@ class ControlNets:
         for context in self.contexts:
             if context.is_active(stream.step):
                 network = stream.step.networks[ROLE][context.settings.controlnet_id]
-                latents = context.latents.expand(len(stream.image), -1, -1, -1)
-                stream = ControlNetResiduals(network, latents, context.settings.scale)(dit, stream)
+                stream = ControlNetResiduals(network, context.latents, context.settings.scale)(dit, stream)
         return stream
 
 
@@ -119,7 +121,7 @@ def encode_controlnet_inputs(
             parts += [kept, latents]
         context = torch.cat(parts, dim=1)
         missing = controlnet_channels[each.controlnet_id] - context.shape[1]
-        contexts.append(ControlNetContext(f"{ROLE}[{each.controlnet_id}]", _padded(context, missing), each))
+        contexts.append(ControlNetContext(F.pad(context, (0, 0, 0, 0, 0, missing)), each))
     return ControlNets(tuple(contexts))
 
 
@@ -182,11 +184,6 @@ def _as_list(inputs: ControlNetInputs) -> list[ControlNetInput]:
     if inputs is None:
         return []
     return list(inputs) if isinstance(inputs, list | tuple) else [inputs]  # type: ignore[list-item]
-
-
-def _padded(context: Tensor, channels: int) -> Tensor:
-    """Return `context` with `channels` more channels of zeros."""
-    return F.pad(context, (0, 0, 0, 0, 0, channels))
 
 
 def _mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:

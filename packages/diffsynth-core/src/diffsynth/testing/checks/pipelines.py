@@ -171,6 +171,7 @@ def _packaged_files_match(model: ModelSpec, subject: Subject) -> None:
     from diffsynth.core.loader import component, convert, recognize
     from diffsynth.core.loader.checkpoint import read_config
     from diffsynth.runtime.composition import compose
+    from diffsynth.runtime.role import role_of
 
     roles = compose(resolve(model.pipeline)).roles
     for role, source in model.components.items():
@@ -184,8 +185,9 @@ def _packaged_files_match(model: ModelSpec, subject: Subject) -> None:
             convert.check(convert.plan(found.rules, tensors.shapes), wanted, where=source)
         except CheckpointError as error:
             raise AssertionError(f"{role}: {source}: {error}") from error
-        assert roles[role].accepts(found.architecture), (
-            f"{role}: {source} is a {found.architecture.name}; expected one of {roles[role].architectures}"
+        need = roles[role_of(role)]
+        assert need.accepts(found.architecture), (
+            f"{role}: {source} is a {found.architecture.name}; expected one of {need.architectures}"
         )
 
 
