@@ -5,7 +5,7 @@ import pytest
 
 from diffsynth.core.loader import download
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.loader.files import find, missing_shards, weights_state
+from diffsynth.core.loader.files import checkpoint_at, find, missing_shards, weights_state
 from diffsynth.core.loader.identity import file_identity
 from diffsynth.errors import DownloadFailed, NoFiles
 
@@ -72,6 +72,58 @@ def test_missing_shards_are_named_by_the_index(tmp_path):
     assert missing_shards([tmp_path / "m-a.safetensors"]) == [tmp_path / "m-b.safetensors"]
     with pytest.raises(NoFiles, match=r"1 of the 2 shards in .* missing: m-b\.safetensors"):
         find(ModelConfig(tmp_path / "m.safetensors.index.json"))
+
+
+def write_index(folder, name, files):
+    names = {str(number): file for number, file in enumerate(files)}
+    (folder / f"{name}.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+SHARDS = [f"part-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+class TestVariants:
+    """An index or the user says which of several variants is meant, never the order of their names."""
+
+    GLOB = ModelConfig(model_id="owner/model", origin_file_pattern="transformer/*.safetensors")
+
+    @pytest.mark.parametrize(
+        "extra", ["part.non_ema.safetensors", "aaa.safetensors", "part-00001-of-00002.safetensors"]
+    )
+    def test_an_index_rules(self, hub, caplog, extra):
+        write_index(hub, "part.safetensors", SHARDS)
+        (hub / extra).touch()
+        assert [file.name for file in find(self.GLOB)] == SHARDS
+        assert [file.name for file in checkpoint_at(hub)] == SHARDS
+        assert f"not among the shards of part.safetensors.index.json, so not read: {extra}" in caplog.text
+
+    def test_two_indices_are_a_question(self, hub):
+        (hub / "x-00001-of-00001.safetensors").touch()
+        write_index(hub, "part.safetensors", SHARDS)
+        write_index(hub, "part.fp16.safetensors", ["x-00001-of-00001.safetensors"])
+        with pytest.raises(NoFiles, match=r"holds 2 checkpoints: .*origin_file_pattern that matches no other"):
+            find(self.GLOB)
+
+    def test_without_an_index_variants_are_a_question(self, hub):
+        for file in hub.iterdir():
+            file.unlink()
+        for name in ("model.safetensors", "model.fp16.safetensors", "model - backup.safetensors"):
+            (hub / name).touch()
+        with pytest.raises(NoFiles, match=r"holds 3 checkpoints: model - backup\.safetensors; model\.fp16"):
+            find(self.GLOB)
+        one = ModelConfig(model_id="owner/model", origin_file_pattern="transformer/model.safetensors")
+        assert [file.name for file in find(one)] == ["model.safetensors"]
+
+    def test_files_named_in_full_are_what_the_user_meant(self, hub):
+        (hub / "extra.safetensors").touch()
+        both = ["transformer/part-*.safetensors", "transformer/extra.safetensors"]
+        assert len(find(ModelConfig(model_id="owner/model", origin_file_pattern=both))) == 4
+
+    def test_a_list_of_paths_with_a_file_that_the_index_does_not_name(self, hub):
+        write_index(hub, "part.safetensors", SHARDS)
+        (hub / "part.non_ema.safetensors").touch()
+        with pytest.raises(NoFiles, match=r"lists 3 of the files given, and not part\.non_ema\.safetensors"):
+            find(ModelConfig([str(file) for file in hub.glob("*.safetensors")]))
 
 
 def test_the_field_beats_the_environment(hub, tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ RULES = (
     Scaled(convert.Split("low_rows", ("layers.1.e", "layers.1.f")), ("rows_scale",)),
     convert.Constant("layers.1.constant", (3, 2), 0.5),
     convert.Apply(torch.add, ("x", "y"), "layers.1.applied", lambda x, y: x),
+    convert.Check("checked", lambda tensor: None),
     convert.Drop("unread"),
 )
 OPS = {rule for rule in vars(convert).values() if isinstance(rule, type) and issubclass(rule, convert.Rule)}
@@ -52,7 +53,8 @@ def tensors():
         "kernel": some(3, 2, 4, 5), "modulation": some(6, 3), "gates": some(3, 6), "embed": some(9, 2),
         "low": some(4, 4).to(torch.float8_e4m3fn), "low_scale": some(4, 1),
         "low_rows": some(4, 4).to(torch.float8_e4m3fn), "rows_scale": torch.tensor(0.25),
-        "x": some(3), "y": some(3), "unread": some(2), "through": torch.randn(()), "nothing": some(0, 3),
+        "x": some(3), "y": some(3), "unread": some(2), "through": torch.randn(()),
+        "nothing": some(0, 3), "checked": some(2),
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from diffsynth.spec import ArchitectureSpec, resolve
 __all__ = ["apply_rule", "build", "dequantize", "fill_buffers", "load_component", "materialize", "open_component"]
 
 logger = logging.getLogger(__name__)
+
+_COMPUTED = (convert.Dequantize, convert.Apply, Scaled)
+"""Rules whose result is floating, whatever their sources are."""
 
 
 def build(architecture: ArchitectureSpec, config: Any) -> nn.Module:
@@ -54,6 +57,8 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
     unused = convert.check(plan, wanted, where=where, unused="report" if recognized.tier == "structure" else "raise")
     _warn_unused([prefix + source for key in unused for source in plan.targets[key].sources], recognized, where)
     targets = {key: plan.targets[key] for key in wanted}
+    floating = {key for key, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    _check_numbers(targets, floating, header, prefix=prefix, where=where)
     dtypes = {
         key: _dtype(key, target, header, prefix=prefix, architecture=architecture, dtype=dtype)
         for key, target in targets.items()
@@ -140,10 +145,27 @@ def _dtype(
     if not target.sources:
         return dtype
     stored = stored_dtype(header, prefix + target.sources[0])
-    if not stored.is_floating_point and not isinstance(target.rule, convert.Dequantize | convert.Apply | Scaled):
+    if not stored.is_floating_point and not isinstance(target.rule, _COMPUTED):
         return stored
     high_precision = any(fnmatch.fnmatchcase(key, pattern) for pattern in architecture.high_precision)
     return stored if high_precision and dtype.itemsize < 2 <= stored.itemsize else dtype
+
+
+def _check_numbers(
+    targets: Mapping[str, convert.Target], floating: Container[str], header: Header, *, prefix: str, where: str
+) -> None:
+    """Raise KeyMismatch if numbers of the file that are not floating would be read as parameters that are."""
+    wrong = [
+        f"{prefix}{target.sources[0]} is {str(stored).removeprefix('torch.')}"
+        for key, target in targets.items()
+        if key in floating and target.sources and not isinstance(target.rule, _COMPUTED)
+        if not (stored := stored_dtype(header, prefix + target.sources[0])).is_floating_point
+    ]
+    if wrong:
+        raise KeyMismatch(
+            f"{where} is quantised in a way that is not read: {shortened(wrong, 3)}, without a scale or a note that "
+            f"says what it means. Use a file in bf16, or in fp8 with scales."
+        )
 
 
 def _warn_unused(unused: Sequence[str], recognized: Recognized, where: str) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import glob
 import importlib.util
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 
 from diffsynth.core.loader import download, file_kinds
@@ -17,11 +18,15 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.errors import CorruptFile, NoFiles, shortened
 from diffsynth.spec import Source, parse_source
 
+logger = logging.getLogger(__name__)
+
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _UNFINISHED = re.compile(r"\.(incomplete|partial|lock|tmp)$")
 """Names of files that are still being downloaded or written."""
 
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+
+_INDEX = ".index.json"
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
@@ -42,7 +47,8 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
 
     Raises:
         ValueError: a config that has tensors in memory.
-        NoFiles: nothing matches, or shards are missing; the message shows the folder and its contents.
+        NoFiles: nothing matches, shards are missing, or a glob matches several checkpoints in one folder; the message
+            shows the folder and its contents.
         CorruptFile: an index of shards does not parse.
         DownloadFailed: the download failed.
     """
@@ -62,6 +68,8 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
             f"no file matches {named} in {config.folder}. "
             f"{_how_to_fetch(config, unmatched)}{_contents_of(config.folder)}"
         )
+    named = [config.folder / pattern for pattern in config.patterns if not glob.has_magic(pattern)]
+    found = _of_one_checkpoint(found, named)
     _reject_missing_shards(
         found, _how_to_fetch(config) if config.offline else "Check that the pattern takes all of them."
     )
@@ -105,24 +113,55 @@ def only_checkpoint(folder: Path) -> list[Path]:
     Raises:
         NoFiles: there is no checkpoint, there are several, or shards are missing; the message shows what is there.
     """
-    found = _checkpoints_in(folder)
+    found = _weights_in(folder)
     if not found:
         below = sorted({file.parent.name for file in folder.glob("*/*") if file.suffix in WEIGHT_SUFFIXES})
         hint = f" These folders in it do: {', '.join(below)}. Name one." if below else f" {_contents_of(folder)}"
         raise NoFiles(f"folder {folder} holds no {' or '.join(WEIGHT_SUFFIXES)} weights.{hint}")
-    if len(found) > 1:
-        named = "; ".join(
-            f"{files[0].name}" + (f" and its shards ({len(files)})" if files[1:] else "") for files in found
-        )
-        raise NoFiles(f"folder {folder} holds {len(found)} checkpoints: {named}. Name the files of one.")
-    _reject_missing_shards(found[0])
-    return found[0]
+    found = _chosen(folder, found)
+    _reject_missing_shards(found)
+    return found
 
 
-def _checkpoints_in(folder: Path) -> list[list[Path]]:
-    """Return a list of the checkpoints in a folder, each a sorted list of the `Path`s of its weight files (one, or its
-    shards); optimizer states and hidden files are skipped.
+def _of_one_checkpoint(files: Sequence[Path], named: Container[Path]) -> list[Path]:
+    """Return what globs matched without weight files that an index beside them leaves out, sorted; raise NoFiles if the
+    weights of one folder are several checkpoints.
+
+    Args:
+        files: the files and folders.
+        named: those among them that are named in full: none of them is left out.
     """
+    matched: dict[Path, list[Path]] = {}
+    for file in files:
+        if file.suffix in WEIGHT_SUFFIXES and file not in named:
+            matched.setdefault(file.parent, []).append(file)
+    others = [file for file in files if file.suffix not in WEIGHT_SUFFIXES or file in named]
+    return sorted({*others, *(file for folder, inside in matched.items() for file in _chosen(folder, inside))})
+
+
+def _chosen(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the files of the only checkpoint among weight files of a folder, or of the only one that an index
+    describes; raise NoFiles if there are several, because no order of their names says which is meant.
+    """
+    found = _grouped(folder, files)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    indexed = [name for name in found if name.endswith(_INDEX)]
+    if len(indexed) == 1:
+        left_out = [file.name for name, inside in found.items() if name != indexed[0] for file in inside]
+        logger.warning("%s: not among the shards of %s, so not read: %s", folder, indexed[0], shortened(left_out))
+        return found[indexed[0]]
+    several = "; ".join(
+        f"{inside[0].name}" + (f" and its shards ({len(inside)})" if inside[1:] else "") for inside in found.values()
+    )
+    raise NoFiles(
+        f"folder {folder} holds {len(found)} checkpoints: {several}. Name the files of one: with a path, or with an "
+        f"origin_file_pattern that matches no other."
+    )
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """Return a sorted list of the `Path`s of a folder's weight files; optimizer states and hidden files are skipped."""
     files = sorted(
         file
         for file in folder.iterdir()
@@ -131,13 +170,20 @@ def _checkpoints_in(folder: Path) -> list[list[Path]]:
     if any(file.suffix == ".safetensors" for file in files):
         # Repositories keep the same weights as a pickle for older programs.
         files = [file for file in files if not (file.name.startswith("pytorch_model") and file.suffix == ".bin")]
-    indexed = {folder / name: index.name for index in folder.glob("*.index.json") for name in _indexed(index)}
+    return files
+
+
+def _grouped(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return a dict of the checkpoints among a folder's weight files: name of the index that lists them, or of the
+    numbered set, or of the only file -> its files, in the order of `files`.
+    """
+    indexed = {folder / name: index.name for index in sorted(folder.glob(f"*{_INDEX}")) for name in _indexed(index)}
     groups: dict[str, list[Path]] = {}
     for file in files:
         match = _SHARD.fullmatch(file.name)
         numbered = f"{match['stem']}-of-{match['count']}{match['suffix']}" if match else file.name
         groups.setdefault(indexed.get(file, numbered), []).append(file)
-    return list(groups.values())
+    return groups
 
 
 def weights_state(sources: Iterable[str], base_path: Path) -> str:
@@ -173,7 +219,7 @@ def missing_shards(files: Iterable[Path]) -> list[Path]:
                 for i in range(1, count + 1)
             )
     for folder in {file.parent for file in files}:
-        for index in folder.glob("*.index.json"):
+        for index in folder.glob(f"*{_INDEX}"):
             listed = {folder / name for name in _indexed(index)}
             # An index that lists none of the files belongs to another checkpoint.
             wanted.update(listed if listed & files else ())
@@ -199,7 +245,7 @@ def _from_paths(path: str | Path | Iterable[str | Path]) -> list[Path]:
     for each in paths:
         if not each.exists():
             raise NoFiles(f"{each} {file_kinds.why_missing(each)}. {_contents_of(each.parent)}")
-    if len(paths) == 1 and paths[0].name.endswith(".index.json"):
+    if len(paths) == 1 and paths[0].name.endswith(_INDEX):
         index = paths[0]
         paths = [index.parent / name for name in _indexed(index)]
         if not paths:
@@ -210,6 +256,7 @@ def _from_paths(path: str | Path | Iterable[str | Path]) -> list[Path]:
                 f"Download them again, or check that the copy was complete."
             )
     _reject_missing_shards(paths)
+    _reject_unlisted(paths)
     return paths
 
 
@@ -280,6 +327,19 @@ def _reject_missing_shards(files: list[Path], next_step: str = "") -> None:
             f"{len(missing)} {are} missing in {missing[0].parent}: {named}. "
             f"{next_step or 'Download them again, or check that the copy was complete.'}"
         )
+
+
+def _reject_unlisted(files: Sequence[Path]) -> None:
+    """Raise NoFiles if an index lists some of these files and not others of the same folder."""
+    for folder in {file.parent for file in files}:
+        inside = [file for file in files if file.parent == folder and file.suffix in WEIGHT_SUFFIXES]
+        found = _grouped(folder, inside)
+        for index in (name for name in found if name.endswith(_INDEX) and len(found) > 1):
+            others = [file.name for file in inside if file not in found[index]]
+            raise NoFiles(
+                f"{folder / index} lists {len(found[index])} of the files given, and not {shortened(others)}: they are "
+                f"of several checkpoints. Name the files of one."
+            )
 
 
 def _contents_of(folder: Path) -> str:

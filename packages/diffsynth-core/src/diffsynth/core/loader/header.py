@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from diffsynth.core.loader import file_kinds
+from diffsynth.core.loader import file_kinds, quantization_notes
 from diffsynth.core.loader.convert import Shape
 from diffsynth.core.loader.dtypes import BITS
 from diffsynth.core.loader.files import only_checkpoint
@@ -98,6 +98,7 @@ class Header:
         tensors_in_memory: key -> tensor, if the source is a pickle or a state dict.
         nested: key -> shape, nested as the pickle is; None if it is flat.
         stamps: file -> its stamp when the header was read.
+        notes: layer -> what a note in the files says on how its weight is quantised; see `quantization_notes`.
     """
 
     tensors: dict[str, TensorInfo]
@@ -106,6 +107,7 @@ class Header:
     tensors_in_memory: Mapping[str, Any] | None = None
     nested: Mapping[str, Any] | None = None
     stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -167,13 +169,15 @@ def read(files: Iterable[Path], read_file: Callable[[Path], Header] | None = Non
     metadata: dict[str, str] = {}
     in_memory: dict[str, Any] = {}
     stamps: dict[Path, FileStamp] = {}
+    notes: dict[str, Mapping[str, Any]] = {}
     for file, part in zip(files, parts, strict=True):
         _check_same_checkpoint(tensors, metadata, part, file)
         tensors |= part.tensors
         metadata |= part.metadata
         in_memory |= part.tensors_in_memory or {}
         stamps |= part.stamps
-    return Header(tensors, metadata, files, in_memory or None, None, stamps)
+        notes |= part.notes
+    return Header(tensors, metadata, files, in_memory or None, None, stamps, notes)
 
 
 def _check_same_checkpoint(
@@ -185,6 +189,10 @@ def _check_same_checkpoint(
                 f"{key!r} is {tensors[key].shape} in {tensors[key].file} and {part.tensors[key].shape} in {file}; "
                 f"these files are not parts of one checkpoint"
             )
+        raise KeyMismatch(
+            f"{key!r} is in {tensors[key].file or 'a file before it'} and in {file}: these files are several "
+            f"checkpoints, or one and a part of it again. Name the files of one."
+        )
     for key in (ARCHITECTURE_KEY, CONFIG_KEY, LAYOUT_KEY, SAVE_KEY):
         if key in metadata and metadata[key] != part.metadata.get(key, metadata[key]):
             raise KeyMismatch(
@@ -206,19 +214,26 @@ def read_safetensors(file: Path) -> Header:
     with file_kinds.open_weights(file) as stream:
         stamp = FileStamp.of(stream.fileno())
         text, base = _header_text(file, stream, stamp.size)
+        metadata, tensors = _parsed(file, text, base)
+        _check_ranges(file, tensors, stamp.size)
+        notes = quantization_notes.in_metadata(str(file), metadata)
+        notes |= quantization_notes.in_stream(str(file), stream, tensors)
+    return Header(tensors, metadata, (file,), stamps={file: stamp}, notes=notes)
+
+
+def _parsed(file: Path, text: bytes, base: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Return a tuple: the metadata of a header, and a dict key -> dtype, shape and place of its tensors."""
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
         if not isinstance(entries, dict):
             raise ValueError(f"it is a {type(entries).__name__}")
         metadata = _metadata(entries.pop("__metadata__", {}))
-        tensors = {key: _tensor_info(key, entry, file, base) for key, entry in entries.items()}
+        return metadata, {key: _tensor_info(key, entry, file, base) for key, entry in entries.items()}
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise CorruptFile(
             f"{file} is not a safetensors file: its header does not parse ({reason}). Fetch it again."
         ) from None
-    _check_ranges(file, tensors, stamp.size)
-    return Header(tensors, metadata, (file,), stamps={file: stamp})
 
 
 def _header_text(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, int]:

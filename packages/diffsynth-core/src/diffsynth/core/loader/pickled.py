@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffsynth.core.loader import file_kinds
+from diffsynth.core.loader import file_kinds, quantization_notes
 from diffsynth.core.loader.dtypes import dtype_names
 from diffsynth.core.loader.header import FileStamp, Header, TensorInfo
 from diffsynth.errors import CorruptFile
@@ -70,7 +70,14 @@ def of_state_dict(
         tensors[key] = tensor
     infos = {key: TensorInfo(dtype_names().get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}
     nested = any(isinstance(value, Mapping) for value in state_dict.values())
-    return Header(infos, {}, files, tensors, _shapes(state_dict) if nested else None, stamps or {})
+    suffix = f".{quantization_notes.NOTE}"
+    notes = {
+        key.removesuffix(suffix): quantization_notes.of_bytes(key, bytes(tensor.flatten().tolist()))
+        for key, tensor in tensors.items()
+        if key.endswith(suffix) and tensor.dtype == torch.uint8
+    }
+    shapes = _shapes(state_dict) if nested else None
+    return Header(infos, {}, files, tensors, shapes, stamps or {}, notes)
 
 
 def _flatten(nested: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

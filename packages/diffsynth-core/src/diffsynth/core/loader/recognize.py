@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffsynth.core.loader import convert, scaled
+from diffsynth.core.loader import convert, quantization_notes, scaled
 from diffsynth.core.loader.convert import Shape, normalized_key
 from diffsynth.core.loader.explain import UnrecognizedFile, explain
 from diffsynth.core.loader.header import (
@@ -21,6 +21,7 @@ from diffsynth.core.loader.header import (
     wrapper_prefixes,
 )
 from diffsynth.core.loader.layouts import own_names, rules_of
+from diffsynth.core.loader.quantization_notes import Encoding
 from diffsynth.errors import KeyMismatch, Unrecognized, did_you_mean
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, resolve
 
@@ -94,19 +95,21 @@ def recognize(
 
     Raises:
         Unrecognized: no component was found; the message names the nearest layout and what differs, or says what the
-            file is instead.
+            file is instead. Or a weight is quantised in a way that is not read.
         ValueError: an unknown tier.
     """
     refusals: _Refusals = {}
     found: list[Recognized] = []
+    packed = scaled.packed_format(header.tensors)
+    encodings = {} if packed else quantization_notes.encodings(header)
     rest = header
     for tier in tiers:
         if tier == "metadata":
-            found += _by_metadata(rest, architectures, checkpoints)
+            found += _by_metadata(rest, architectures, checkpoints, encodings)
         elif tier == "signature":
-            found += _by_signature(rest, architectures, checkpoints)
+            found += _by_signature(rest, architectures, checkpoints, encodings)
         elif tier == "structure":
-            found += _by_structure(rest, architectures, checkpoints, refusals)
+            found += [] if packed else _by_structure(rest, architectures, checkpoints, refusals, encodings)
         else:
             raise ValueError(f"tier {tier!r}: expected one of {', '.join(TIERS)}{did_you_mean(tier, TIERS)}")
         rest = _without(header, found)
@@ -133,7 +136,10 @@ def _without(header: Header, found: Sequence[Recognized]) -> Header:
 
 
 def _by_metadata(
-    header: Header, architectures: Mapping[str, ArchitectureSpec], checkpoints: Sequence[CheckpointSpec]
+    header: Header,
+    architectures: Mapping[str, ArchitectureSpec],
+    checkpoints: Sequence[CheckpointSpec],
+    encodings: Mapping[str, Encoding],
 ) -> list[Recognized]:
     name = header.metadata.get(ARCHITECTURE_KEY)
     if name is None:
@@ -155,13 +161,16 @@ def _by_metadata(
     checkpoint = next((one for one in checkpoints if (one.name, one.architecture) == (layout, name)), None)
     if layout is not None and checkpoint is None:
         return []  # the layout is no longer declared; the other tiers compare the names themselves
-    scaling, plan = _plan(rules_of(checkpoint) if checkpoint else (), header.shapes)
+    scaling, plan = _plan(rules_of(checkpoint) if checkpoint else (), header.shapes, encodings)
     keys = tuple(key for key in header.tensors if key not in set(plan.dropped))
     return [Recognized(architecture, checkpoint, config, "metadata", keys=keys, scaling=scaling)]
 
 
 def _by_signature(
-    header: Header, architectures: Mapping[str, ArchitectureSpec], checkpoints: Sequence[CheckpointSpec]
+    header: Header,
+    architectures: Mapping[str, ArchitectureSpec],
+    checkpoints: Sequence[CheckpointSpec],
+    encodings: Mapping[str, Encoding],
 ) -> list[Recognized]:
     by_signature: dict[str, list[CheckpointSpec]] = {}
     for checkpoint in checkpoints:
@@ -174,11 +183,11 @@ def _by_signature(
         identity = signature(header.nested if header.nested is not None and not prefix else shapes)
         for checkpoint in by_signature.get(identity, ()):
             architecture = architectures[checkpoint.architecture]
-            plan = convert.plan(rules_of(checkpoint), shapes)
+            scaling, plan = _plan(rules_of(checkpoint), shapes, _under(prefix, encodings))
             dropped = set(plan.dropped)
             keys = tuple(prefix + key for key in shapes if key not in dropped)
             config = _config(architecture, checkpoint, plan)
-            found.append(Recognized(architecture, checkpoint, config, "signature", prefix, keys))
+            found.append(Recognized(architecture, checkpoint, config, "signature", prefix, keys, scaling=scaling))
     return found
 
 
@@ -187,16 +196,16 @@ def _by_structure(
     architectures: Mapping[str, ArchitectureSpec],
     checkpoints: Sequence[CheckpointSpec],
     refusals: _Refusals,
+    encodings: Mapping[str, Encoding],
 ) -> list[Recognized]:
-    if scaled.packed_format(header.tensors):
-        return []
     known = _KnownNames(checkpoints)
     candidates = []
     alike = _alike(checkpoint for checkpoint in checkpoints if checkpoint.architecture in architectures)
     for prefix, shapes in _views(header):
+        noted = _under(prefix, encodings)
         for first, *others in alike:
             try:
-                candidates.append(_candidate(architectures[first.architecture], first, prefix, shapes, known))
+                candidates.append(_candidate(architectures[first.architecture], first, prefix, shapes, known, noted))
             except (KeyMismatch, ValueError, LookupError) as error:
                 lacks = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
                 refusals.update({(checkpoint.name, prefix): lacks for checkpoint in (first, *others)})
@@ -221,6 +230,7 @@ def _candidate(
     prefix: str,
     shapes: Mapping[str, Shape],
     known: _KnownNames,
+    encodings: Mapping[str, Encoding],
 ) -> _Candidate:
     """Return a `_Candidate`: the keys under one prefix, recognised as one layout; raise an error if they do not fit it.
 
@@ -229,7 +239,7 @@ def _candidate(
     """
     rules = rules_of(checkpoint)
     _require_makeable(architecture, rules, shapes)
-    scaling, plan = _plan(rules, shapes)
+    scaling, plan = _plan(rules, shapes, encodings)
     _require(architecture, plan.shapes)
     config = _config(architecture, checkpoint, plan)
     claimed = frozenset(
@@ -242,13 +252,19 @@ def _candidate(
     return _Candidate(recognized, claimed, frozenset(prefix + key for key in plan.dropped))
 
 
-def _plan(rules: Sequence[convert.Rule], shapes: Mapping[str, Shape]) -> tuple[tuple[convert.Rule, ...], convert.Plan]:
+def _under(prefix: str, encodings: Mapping[str, Encoding]) -> Mapping[str, Encoding]:
+    return {key.removeprefix(prefix): each for key, each in encodings.items() if key.startswith(prefix)}
+
+
+def _plan(
+    rules: Sequence[convert.Rule], shapes: Mapping[str, Shape], encodings: Mapping[str, Encoding]
+) -> tuple[tuple[convert.Rule, ...], convert.Plan]:
     """Return a tuple: a tuple of rules for scaled weights (empty without any, or if `rules` dequantize), and the `Plan`
     that they and `rules` make.
     """
-    scales = scaled.find(shapes)
+    scales = scaled.find(shapes, encodings)
     declared = any(isinstance(rule, convert.Dequantize) for rule in rules)
-    if declared or not (scales.weights or scales.unused):
+    if declared or not scales:
         return (), convert.plan(rules, shapes)
     scaling = scaled.rules(scales, convert.plan(rules, scales.without(shapes)))
     return scaling, convert.plan((*scaling, *rules), shapes)

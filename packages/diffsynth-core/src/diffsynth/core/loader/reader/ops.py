@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.convert import Shape
-from diffsynth.core.loader.scaled import Scaled
+from diffsynth.core.loader.dtypes import torch_dtypes
+from diffsynth.core.loader.quantization_notes import MX_BLOCK, PLAIN, Encoding
+from diffsynth.core.loader.scaled import Scaled, tiles_of
 
 
 def apply_rule(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tensor:
@@ -34,15 +37,28 @@ def strided(rule: convert.Rule, sources: tuple[Tensor, ...], index: int) -> Tens
     raise AssertionError(f"no op for {type(rule).__name__}")
 
 
-def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor | None, encoding: Encoding = PLAIN) -> Tensor:
     """Return an fp32 tensor of the weight's shape: the weight times its scale (one number, or one for each row or
-    block).
+    block), with a rotation undone.
 
     Args:
         weight: low-precision weight of any shape.
-        scale: one number, one number per row, or one number per block of equal size.
+        scale: one number, one number per row, or one number per block of equal size; for MXFP8 the tiled exponents;
+            None for a weight without scale.
+        encoding: how the weight is stored.
     """
-    weight, scale = weight.float(), scale.float()
+    if encoding.bits:
+        weight = weight.view(torch_dtypes()[encoding.bits])
+    if scale is not None and encoding.tiled_exponents:
+        scale = _mx_scales(scale, tuple(weight.shape))
+    weight = weight.float() if scale is None else _scaled(weight.float(), scale.float())
+    if encoding.rotation:
+        groups = weight.unflatten(-1, (-1, encoding.rotation))
+        weight = (groups @ _hadamard(encoding.rotation)).flatten(-2)
+    return weight
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     if scale.numel() == 1:
         return weight * scale.reshape(())
     scale = scale.reshape(scale.shape + (1,) * (weight.dim() - scale.dim()))
@@ -50,6 +66,32 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
         if blocks not in (1, extent):
             scale = scale.repeat_interleave(extent // blocks, dim=axis)
     return weight * scale
+
+
+def _mx_scales(exponents: Tensor, weight: Shape) -> Tensor:
+    """Return the scales of an MXFP8 weight, fp32 `rows blocks`: 2**(exponent - 127), from tiles of 128 x 4 exponents.
+
+    Within a tile the exponent of row r and block c is number (r % 32) * 16 + (r // 32) * 4 + c, the order in which
+    cuBLAS reads the scales of a block-scaled matrix (its manual, "1D block scaling factors layout").
+    """
+    rows, columns = tiles_of(weight)
+    tiles = exponents.view(torch.uint8).reshape(rows, columns, 32, 4, 4)
+    ordered = tiles.permute(0, 3, 2, 1, 4).reshape(rows * 128, columns * 4)
+    kept = ordered[: weight[0], : weight[1] // MX_BLOCK]
+    # 255 stands for no number.
+    return torch.exp2(kept.float() - 127).masked_fill(kept == 255, torch.nan)
+
+
+@functools.lru_cache(maxsize=4)
+def _hadamard(size: int) -> Tensor:
+    """Return the regular Hadamard matrix of a size that is a power of 4, divided by its square root: fp32, symmetric
+    and its own inverse (ConvRot, arXiv:2512.03673).
+    """
+    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    made = torch.ones(1, 1)
+    while len(made) < size:
+        made = torch.kron(made, four)
+    return made
 
 
 @dataclass(frozen=True)
@@ -109,7 +151,7 @@ _OPS: Mapping[type, Callable[[Any, tuple[Tensor, ...], int], Tensor]] = {
     convert.Reshape: lambda rule, sources, index: sources[0].reshape(rule.shapes(tuple(sources[0].shape))[0]),
     convert.Permute: lambda rule, sources, index: sources[0].permute(rule.order),
     convert.ReorderChunks: _reorder,
-    convert.Dequantize: lambda rule, sources, index: dequantize(*sources),
+    convert.Dequantize: lambda rule, sources, index: dequantize(sources[0], sources[1]),
     convert.Constant: lambda rule, sources, index: torch.full(rule.shape, rule.value),
     convert.Check: _check,
     convert.Apply: lambda rule, sources, index: rule.function(*sources),
