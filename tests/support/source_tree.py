@@ -25,7 +25,17 @@ _LIGHT = {
     "core": {"__init__", "json_cache"},
     "core/loader": {
         *("__init__", "config", "convert", "download", "dtypes", "explain", "file_kinds", "files", "first_party"),
-        *("header", "identity", "key_differences", "layouts", "lora_bases", "recognize", "scaled", "shapes"),
+        *(
+            "header",
+            "identity",
+            "key_differences",
+            "layouts",
+            "lora_bases",
+            "quantization_notes",
+            "recognize",
+            "scaled",
+        ),
+        "shapes",
     },
     "compat": {"__init__", "doors"},
     "models": _LIGHT_FILES,
