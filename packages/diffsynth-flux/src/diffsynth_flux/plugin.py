@@ -1,5 +1,34 @@
-"""Plugin of diffsynth-flux; it registers no models and no architectures yet."""
+"""Plugin of diffsynth-flux: the models, architectures and published files of FLUX.1 and FLUX.2."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from diffsynth.hookspecs import hookimpl
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec
+from diffsynth_flux.flux1 import checkpoints as flux1
+from diffsynth_flux.flux1 import models as flux1_models
+
 DIFFSYNTH_API = 2
+
+MODELS = (*flux1_models.MODELS,)
+ARCHITECTURES = (*flux1.ARCHITECTURES,)
+CHECKPOINTS = (*flux1.CHECKPOINTS,)
+
+
+@hookimpl
+def register_models(register: Callable[[ModelSpec], None]) -> None:
+    for model in MODELS:
+        register(model)
+
+
+@hookimpl
+def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
+    for architecture in ARCHITECTURES:
+        register(architecture)
+
+
+@hookimpl
+def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
+    for checkpoint in CHECKPOINTS:
+        register(checkpoint)

@@ -1,0 +1,79 @@
+"""FLUX.1's architectures and the published files that hold them."""
+
+from __future__ import annotations
+
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+
+DIT = "flux_dit"
+
+LORA_TARGETS = (
+    "img_attn.qkv",
+    "img_attn.proj",
+    "img_mlp.0",
+    "img_mlp.2",
+    "txt_attn.qkv",
+    "txt_attn.proj",
+    "txt_mlp.0",
+    "txt_mlp.2",
+    "linear1",
+    "linear2",
+)
+
+ARCHITECTURES = (
+    ArchitectureSpec(
+        name=DIT,
+        module="diffsynth_flux.flux1.dit:FluxDiT",
+        config="diffsynth_flux.flux1.config:FluxDiTConfig",
+        infer_config="diffsynth_flux.flux1.config:infer_dit_config",
+        required=(
+            "img_in.weight",
+            "txt_in.weight",
+            "time_in.in_layer.weight",
+            "vector_in.in_layer.weight",
+            "double_blocks.{n}.img_attn.qkv.weight",
+            "double_blocks.{n}.img_attn.norm.query_norm.scale",
+            "double_blocks.{n}.img_mlp.0.weight",
+            "double_blocks.{n}.txt_attn.qkv.weight",
+            "double_blocks.{n}.txt_mod.lin.weight",
+            "single_blocks.{n}.linear1.weight",
+            "single_blocks.{n}.modulation.lin.weight",
+            "final_layer.linear.weight",
+            "final_layer.adaLN_modulation.1.weight",
+        ),
+        tiny="diffsynth_flux.flux1.config:TINY_DIT",
+        tiny_inputs="diffsynth_flux.flux1.tiny:tiny_dit_inputs",
+        high_precision=("time_in.*", "vector_in.*", "guidance_in.*", "*norm*"),
+        repeated_blocks=("double_blocks", "single_blocks"),
+        lora_targets=LORA_TARGETS,
+    ),
+)
+
+_DEV = "black-forest-labs/FLUX.1-dev"
+
+CHECKPOINTS = (
+    CheckpointSpec(
+        name=DIT,
+        architecture=DIT,
+        signature="a29710fea6dddb0314663ee823598e50",
+        layout="diffsynth_flux:layouts/flux1_dev.json.gz",
+        files=(
+            f"{_DEV}:flux1-dev.safetensors",
+            "black-forest-labs/FLUX.1-Krea-dev:flux1-krea-dev.safetensors",
+            "black-forest-labs/FLUX.1-Kontext-dev:flux1-kontext-dev.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name=f"{DIT}/diffusers",
+        architecture=DIT,
+        rules="diffsynth_flux.flux1.convert:DIFFUSERS",
+        signature="605c56eab23e9e2af863ad8f0813a25d",
+        layout="diffsynth_flux:layouts/flux1_dev_diffusers.json.gz",
+        files=(f"{_DEV}:transformer/*.safetensors",),
+        file_stem="diffusion_pytorch_model",
+    ),
+    CheckpointSpec(
+        name=f"{DIT}/diffsynth_studio",
+        architecture=DIT,
+        rules="diffsynth_flux.flux1.convert:DIFFSYNTH_STUDIO",
+    ),
+)

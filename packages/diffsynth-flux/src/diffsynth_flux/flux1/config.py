@@ -1,0 +1,137 @@
+"""Config of the FLUX.1 transformer, and the function that infers it from the shapes in a file. Light: no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffsynth.core.loader.shapes import Shapes, count_items
+
+VAE_FACTOR = 8
+
+PATCH_SIZE = 2
+"""Side of a token in latent pixels."""
+
+HEAD_DIM_UNIT = 16
+"""A head is divided by RoPE in 2, 7 and 7 of so many parts: for the reference index, the row and the column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxBlocksConfig:
+    """Sizes of the embedders and blocks of FLUX.1, in the transformer and in its ControlNets.
+
+    Args:
+        dim: width of the tokens.
+        n_heads: number of attention heads; `dim / n_heads` is the head dimension.
+        n_double_blocks: number of blocks with separate weights for image and text.
+        n_single_blocks: number of blocks over image and text together, after the double blocks.
+        in_channels: channels of an image token, 4 times those of the latents and of the condition latents: 64 for text
+            to image, 128 for Depth and Canny, 384 for Fill.
+        context_dim: width of the hidden states of T5.
+        pooled_dim: width of the pooled hidden state of CLIP.
+        guidance_embed: whether the network takes the guidance as an input, as in FLUX.1-dev.
+        rope_theta: base of the rotary frequencies.
+
+    Raises:
+        ValueError: the number of heads does not divide the width, or the head dimension is no multiple of 32.
+    """
+
+    dim: int = 3072
+    n_heads: int = 24
+    n_double_blocks: int = 19
+    n_single_blocks: int = 38
+    in_channels: int = 64
+    context_dim: int = 4096
+    pooled_dim: int = 768
+    guidance_embed: bool = True
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads or self.head_dim % (2 * HEAD_DIM_UNIT):
+            raise ValueError(
+                f"n_heads={self.n_heads} must divide dim={self.dim} into heads of a multiple of {2 * HEAD_DIM_UNIT}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Number of channels of each attention head."""
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Inner width of the feed-forward, in channels."""
+        return 4 * self.dim
+
+    @property
+    def axes_dims(self) -> tuple[int, int, int]:
+        """Channels of a head that RoPE rotates by reference index, row and column: (16, 56, 56) for heads of 128."""
+        unit = self.head_dim // HEAD_DIM_UNIT
+        return 2 * unit, 7 * unit, 7 * unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxDiTConfig(FluxBlocksConfig):
+    """Config of the FLUX.1 transformer; the defaults are FLUX.1-dev.
+
+    Args:
+        dim, n_heads, n_double_blocks, n_single_blocks, in_channels, context_dim, pooled_dim, guidance_embed,
+            rope_theta: see `FluxBlocksConfig`.
+        out_channels: channels of an image token of the velocity, 4 times those of the latents.
+
+    Raises:
+        ValueError: as for `FluxBlocksConfig`, or channels that are no multiple of the 4 latent pixels of a token.
+    """
+
+    out_channels: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) % PATCH_SIZE**2:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a multiple of {PATCH_SIZE**2}")
+
+    @property
+    def latent_channels(self) -> int:
+        """Number of channels of the latents."""
+        return self.out_channels // PATCH_SIZE**2
+
+    @property
+    def condition_channels(self) -> int:
+        """Number of channels of the latents' conditions, such as a control image or an image to fill; 0 for none."""
+        return self.in_channels // PATCH_SIZE**2 - self.latent_channels
+
+
+TINY_DIT = FluxDiTConfig(dim=64, n_heads=2, n_double_blocks=2, n_single_blocks=2, context_dim=24, pooled_dim=16)
+
+
+def infer_dit_config(shapes: Shapes) -> FluxDiTConfig:
+    """Return the `FluxDiTConfig` of a transformer file, inferred from the shapes of its tensors.
+
+    Raises:
+        ValueError: the file has sizes that no FLUX.1 network has.
+    """
+    return FluxDiTConfig(**infer_blocks(shapes), out_channels=shapes["final_layer.linear.weight"][0])
+
+
+def infer_blocks(shapes: Shapes) -> dict[str, int | bool]:
+    """Return a dict field -> value for the fields of `FluxBlocksConfig` that the shapes of a file's tensors determine.
+
+    Raises:
+        ValueError: the file has sizes that no FLUX.1 network has.
+    """
+    dim, in_channels = shapes["img_in.weight"]
+    (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+    ffn_dim = shapes["double_blocks.0.img_mlp.0.weight"][0]
+    if ffn_dim != 4 * dim:
+        raise ValueError(f"feed-forward width {ffn_dim}: expected 4 times the width {dim}")
+    if dim % head_dim:
+        raise ValueError(f"head dimension {head_dim}: expected a divisor of the width {dim}")
+    return {
+        "dim": dim,
+        "n_heads": dim // head_dim,
+        "n_double_blocks": count_items(shapes, "double_blocks"),
+        "n_single_blocks": count_items(shapes, "single_blocks"),
+        "in_channels": in_channels,
+        "context_dim": shapes["txt_in.weight"][1],
+        "pooled_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embed": "guidance_in.in_layer.weight" in shapes,
+    }

@@ -1,0 +1,117 @@
+"""Key rules of FLUX.1 layouts whose names differ from our parameter names, those of `flux1-dev.safetensors`."""
+
+from __future__ import annotations
+
+from diffsynth.core.loader.convert import Fuse, Rename, ReorderChunks, Rule
+
+_EMBEDDERS = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+}
+_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_DOUBLE_NORMS = {
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+}
+
+
+def _double_block(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        *(Rename(f"{source}.{theirs}.{{*}}", f"{target}.{ours}.{{*}}") for theirs, ours in _DOUBLE.items()),
+        *(Rename(f"{source}.{theirs}.weight", f"{target}.{ours}.scale") for theirs, ours in _DOUBLE_NORMS.items()),
+        Fuse(tuple(f"{source}.attn.to_{part}.{{*}}" for part in "qkv"), f"{target}.img_attn.qkv.{{*}}"),
+        Fuse(tuple(f"{source}.attn.add_{part}_proj.{{*}}" for part in "qkv"), f"{target}.txt_attn.qkv.{{*}}"),
+    )
+
+
+def _single_block(source: str, target: str) -> tuple[Rule, ...]:
+    fused = (*(f"{source}.attn.to_{part}.{{*}}" for part in "qkv"), f"{source}.proj_mlp.{{*}}")
+    return (
+        Rename(f"{source}.norm.linear.{{*}}", f"{target}.modulation.lin.{{*}}"),
+        Rename(f"{source}.attn.norm_q.weight", f"{target}.norm.query_norm.scale"),
+        Rename(f"{source}.attn.norm_k.weight", f"{target}.norm.key_norm.scale"),
+        Fuse(fused, f"{target}.linear1.{{*}}"),
+        Rename(f"{source}.proj_out.{{*}}", f"{target}.linear2.{{*}}"),
+    )
+
+
+BLOCKS: tuple[Rule, ...] = (
+    *(Rename(f"{theirs}.{{*}}", f"{ours}.{{*}}") for theirs, ours in _EMBEDDERS.items()),
+    *_double_block("transformer_blocks.{n}", "double_blocks.{n}"),
+    *_single_block("single_transformer_blocks.{n}", "single_blocks.{n}"),
+)
+"""Embedders and blocks under the names of diffusers."""
+
+DIFFUSERS: tuple[Rule, ...] = (
+    *BLOCKS,
+    # diffusers has the scale before the shift.
+    ReorderChunks("norm_out.linear.{*}", "final_layer.adaLN_modulation.1.{*}", (1, 0)),
+    Rename("proj_out.{*}", "final_layer.linear.{*}"),
+)
+"""Transformer under the names of diffusers, as in `transformer/*.safetensors`."""
+
+_OWN_DOUBLE = {
+    "norm1_a.linear": "img_mod.lin",
+    "norm1_b.linear": "txt_mod.lin",
+    "attn.a_to_qkv": "img_attn.qkv",
+    "attn.b_to_qkv": "txt_attn.qkv",
+    "attn.a_to_out": "img_attn.proj",
+    "attn.b_to_out": "txt_attn.proj",
+    "ff_a.0": "img_mlp.0",
+    "ff_a.2": "img_mlp.2",
+    "ff_b.0": "txt_mlp.0",
+    "ff_b.2": "txt_mlp.2",
+}
+_OWN_DOUBLE_NORMS = {
+    "attn.norm_q_a": "img_attn.norm.query_norm",
+    "attn.norm_k_a": "img_attn.norm.key_norm",
+    "attn.norm_q_b": "txt_attn.norm.query_norm",
+    "attn.norm_k_b": "txt_attn.norm.key_norm",
+}
+_OWN_EMBEDDERS = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_embedder.timestep_embedder.0": "time_in.in_layer",
+    "time_embedder.timestep_embedder.2": "time_in.out_layer",
+    "guidance_embedder.timestep_embedder.0": "guidance_in.in_layer",
+    "guidance_embedder.timestep_embedder.2": "guidance_in.out_layer",
+    "pooled_text_embedder.0": "vector_in.in_layer",
+    "pooled_text_embedder.2": "vector_in.out_layer",
+    "final_norm_out.linear": "final_layer.adaLN_modulation.1",
+    "final_proj_out": "final_layer.linear",
+}
+
+DIFFSYNTH_STUDIO: tuple[Rule, ...] = (
+    *(Rename(f"{theirs}.{{*}}", f"{ours}.{{*}}") for theirs, ours in _OWN_EMBEDDERS.items()),
+    *(
+        Rename(f"blocks.{{n}}.{theirs}.{{*}}", f"double_blocks.{{n}}.{ours}.{{*}}")
+        for theirs, ours in _OWN_DOUBLE.items()
+    ),
+    *(
+        Rename(f"blocks.{{n}}.{theirs}.weight", f"double_blocks.{{n}}.{ours}.scale")
+        for theirs, ours in _OWN_DOUBLE_NORMS.items()
+    ),
+    Rename("single_blocks.{n}.norm.linear.{*}", "single_blocks.{n}.modulation.lin.{*}"),
+    Rename("single_blocks.{n}.norm_q_a.weight", "single_blocks.{n}.norm.query_norm.scale"),
+    Rename("single_blocks.{n}.norm_k_a.weight", "single_blocks.{n}.norm.key_norm.scale"),
+    Rename("single_blocks.{n}.to_qkv_mlp.{*}", "single_blocks.{n}.linear1.{*}"),
+    Rename("single_blocks.{n}.proj_out.{*}", "single_blocks.{n}.linear2.{*}"),
+)
+"""Transformer under the names of DiffSynth-Studio's own network, in its LoRAs and in full weights that it trained."""
