@@ -95,6 +95,32 @@ def test_taylor_seer_is_exact_where_the_change_is_a_polynomial() -> None:
         assert session.take_reused() == ("cond",) * 3
 
 
+def test_residuals_between_blocks_are_added_once() -> None:
+    """A ControlNet's residuals are part of the change that is repeated, and were added a second time in steps that
+    skip blocks. The residual after the last block is no part of it.
+    """
+    for cache in (TaylorSeer(interval=2, order=0, warmup_steps=1), FirstBlockCache(threshold=100.0)):
+        network = Staircase(0, residual=5.0)
+        session = StepCacheSession(cache, [network.stacks()])
+        with session:
+            for step in range(4):
+                with session.forward_pass("cond", is_last=False):
+                    assert network(torch.zeros(3), step).tolist() == [12.0] * 3
+        assert len(session.take_reused()) >= 2
+
+
+def test_what_is_forgotten_is_not_reused() -> None:
+    network = Staircase(0)
+    session = StepCacheSession(FirstBlockCache(threshold=100.0), [network.stacks()])
+    with session:
+        for step in range(4):
+            if step == 2:
+                session.forget()
+            with session.forward_pass("cond", is_last=False):
+                network(torch.zeros(3), step)
+            assert session.take_reused() == (("cond",) if step in (1, 3) else ())
+
+
 def test_tea_cache_adds_up_its_polynomial(pipe) -> None:
     """Coefficients that give 0.4 a step, and a threshold of 1: two steps are skipped, the third runs."""
     for signal in ("argument:time_embed", "module:attention_norm1"):
@@ -245,10 +271,11 @@ def without_output(arguments):
 
 
 class Staircase(nn.Module):
-    """Two blocks, each adding `step ** order`."""
+    """Two blocks, each adding `step ** order`, and a residual that is added after each."""
 
-    def __init__(self, order: int) -> None:
+    def __init__(self, order: int, residual: float = 0.0) -> None:
         super().__init__()
+        self.residual = residual
         self.blocks = nn.ModuleList([Adding(order), Adding(order)])
 
     def stacks(self):
@@ -256,7 +283,7 @@ class Staircase(nn.Module):
 
     def forward(self, x, step):
         for block in self.blocks:
-            x = block(x, step)
+            x = block(x, step) + self.residual
         return x
 
 

@@ -52,6 +52,7 @@ class WanVideoPipeline(Pipeline):
     units = UNITS
     output_units = OUTPUT_UNITS
     features = FEATURES
+    loop_roles = ("dit", "dit2")
     loop = LoopArguments(num_inference_steps=50, cfg_scale=5.0)
     conditions = {"prompt_embeds": Condition(whole), "expert_boundary": Condition(whole, batch="separate")}
     shares_tokens = True
@@ -135,10 +136,8 @@ class WanVideoPipeline(Pipeline):
         """Return a tuple of the roles whose networks `velocity()` calls in a step: dit2 in place of dit in steps below
         `values["expert_boundary"]` (0 if missing), and those of the features in use.
         """
-        roles = super().roles_at(step, values)
-        if step.sigma < values.get("expert_boundary", 0.0):
-            roles = tuple("dit2" if role == "dit" else role for role in roles)
-        return roles
+        other = "dit" if step.sigma < values.get("expert_boundary", 0.0) else "dit2"
+        return tuple(role for role in super().roles_at(step, values) if role != other)
 
     def velocity(
         self,

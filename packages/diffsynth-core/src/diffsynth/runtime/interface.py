@@ -30,6 +30,7 @@ class LoopPipeline(Protocol):
     mesh: ProcessMesh
     model_name: str | None
     prediction: ClassVar[str]
+    loop_roles: ClassVar[tuple[str, ...]]
     roles: Mapping[str, Role | Processor]
     program: Program
     condition_rules: dict[str, Condition]

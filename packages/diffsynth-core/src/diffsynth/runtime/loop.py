@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffsynth import _discovery
-from diffsynth.runtime.acceleration.session import step_cache_session
+from diffsynth.runtime.acceleration.session import StepCacheSession, step_cache_session
 from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
 from diffsynth.runtime.feature import StepContext
 from diffsynth.runtime.guidance import GuidanceStep
@@ -32,6 +32,7 @@ from diffsynth.runtime.guidance_branches import MERGES, Branches
 from diffsynth.runtime.interface import LoopPipeline
 from diffsynth.runtime.progress import no_progress
 from diffsynth.runtime.request import Request, Step
+from diffsynth.runtime.role import member_roles
 from diffsynth.runtime.solvers import find_solver, load_solver
 from diffsynth.runtime.unit import CallValues, runs
 from diffsynth.sampling.noise import initial_noise
@@ -98,7 +99,7 @@ class DenoisingLoop:
         # Latents stay fp32: in bf16, steps near the end of the schedule would round most of their change away.
         latents = self._values.shared["latents"].float()
         self._step = self._steps[steps.start]
-        self._step_cache = step_cache_session(request.loop.step_cache, pipe.parts, pipe.all_loop_roles, pipe.model_name)
+        self._step_cache = _step_cache_session(pipe, request)
         self._experts = pipe.switch_experts(self._roles[steps.start : steps.stop], request.plan)
         self._notify("denoise_started", pipeline=pipe, num_steps=self.num_steps, shape=tuple(latents.shape))
         solver = load_solver(find_solver(request.loop.solver))
@@ -132,8 +133,14 @@ class DenoisingLoop:
         return guided
 
     def begin_step(self) -> None:
-        """Raise `Cancelled` if the caller cancelled, and load the components that the step uses."""
+        """Raise `Cancelled` if the caller cancelled, and load the components that the step uses.
+
+        A step with other networks than the one before, such as that in which a ControlNet ends, reuses nothing.
+        """
         self._request.raise_if_cancelled()
+        index = self._step.index
+        if index and self._roles[index] != self._roles[index - 1]:
+            self._step_cache.forget()
         self._experts.begin_step()
 
     def predict(self, branch: str, latents: Tensor, levels: Tensor, conditions: Mapping[str, Any]) -> Tensor:
@@ -246,7 +253,7 @@ def check_loop(pipe: LoopPipeline, request: Request) -> None:
     """
     loop = request.loop
     find_solver(loop.solver)
-    step_cache_session(loop.step_cache, pipe.parts, pipe.all_loop_roles, pipe.model_name)
+    _step_cache_session(pipe, request)
     check_attention(loop.attention, pipe.device, pipe.dtype)
     is_guided = len(request.branches) > 1
     if is_guided and (reason := request.guidance.refuses(loop.num_inference_steps)) is not None:
@@ -259,6 +266,14 @@ def check_loop(pipe: LoopPipeline, request: Request) -> None:
                 f"{', '.join(sorted(pipe.program.branches)) or 'none'}. Turn guidance off with cfg_scale=1"
             )
     pipe.mesh.check_call(branches=request.branches, step_cache=loop.step_cache, cancel=loop.cancel)
+
+
+def _step_cache_session(pipe: LoopPipeline, request: Request) -> StepCacheSession:
+    """Return the step caches of a call, of the networks of the pipeline itself. Those of features always run: what the
+    blocks of a ControlNet return is no stream that could be predicted from one block to the next.
+    """
+    roles = member_roles(pipe.loop_roles, pipe.components)
+    return step_cache_session(request.loop.step_cache, pipe.parts, roles, pipe.model_name)
 
 
 def refuse_windows(pipe: LoopPipeline, values: Mapping[str, Any]) -> None:

@@ -197,7 +197,7 @@ VACE = Feature(
     "vace",
     arguments=VaceArguments,
     roles={"vace": VACE_NETWORK, "vace2": VACE_NETWORK},
-    loop_roles=("vace",),
+    loop_roles=("vace", "vace2"),
     units=(encode_vace_references, encode_vace_condition),
     conditions={"vace_condition": Condition(in_window)},
     check=check,

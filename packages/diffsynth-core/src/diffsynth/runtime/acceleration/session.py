@@ -41,14 +41,14 @@ _lock = threading.Lock()
 
 
 def step_cache_session(
-    cache: StepCache | None, components: Mapping[str, Any], loop_roles: Collection[str], model_name: str | None
+    cache: StepCache | None, components: Mapping[str, Any], roles: Collection[str], model_name: str | None
 ) -> StepCacheSession:
     """Return a new `StepCacheSession` for one call; if `cache` is None the session does nothing.
 
     Args:
         cache: the step cache of the call; None caches nothing.
         components: role -> component or None.
-        loop_roles: the roles of the networks that the loop calls.
+        roles: of the networks whose blocks may be skipped.
         model_name: of the pipeline; None for a pipeline of files or components.
 
     Raises:
@@ -59,7 +59,7 @@ def step_cache_session(
     model = None if model_name is None else model_named(model_name)
     if (reason := cache.refuses(model)) is not None:
         raise Refused(f"step_cache={cache!r} is refused: {reason}")
-    loaded = {role: components[role] for role in loop_roles if isinstance(components.get(role), nn.Module)}
+    loaded = {role: components[role] for role in roles if isinstance(components.get(role), nn.Module)}
     declared = map(cached_stacks, loaded.values())
     networks = [stacks for stacks in declared if sum(len(stack.blocks) for stack in stacks) > 1]
     if not networks:
@@ -136,6 +136,10 @@ class StepCacheSession:
         if forward_pass.reused:
             self._reused.append(branch)
 
+    def forget(self) -> None:
+        """Delete the histories of all networks and branches: the next forward passes run whole."""
+        self._histories.clear()
+
     def take_reused(self) -> tuple[str, ...]:
         """Return a tuple: names of the branches that skipped blocks since the last call of this method."""
         reused, self._reused = tuple(self._reused), []
@@ -194,6 +198,7 @@ class BranchHistory:
         patterns: stack index -> pattern.
         known: indices of the stacks that have run.
         begun: stack index -> arguments and result of its first block in the current forward pass.
+        predictions: stack index -> predicted streams after the stack, while the current forward pass skips its blocks.
     """
 
     strategy: CacheStrategy
@@ -204,10 +209,12 @@ class BranchHistory:
     patterns: dict[int, ForwardPattern] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
     begun: dict[int, tuple[Sequence[Any], Any]] = field(default_factory=dict)
+    predictions: dict[int, Streams] = field(default_factory=dict)
 
     def begin(self, decider: int) -> None:
         """Advance the history to the network's next forward pass; `decider` is the index of its first stack."""
-        self.index, self.decider, self.reusing, self.begun = self.index + 1, decider, False, {}
+        self.index, self.decider, self.reusing = self.index + 1, decider, False
+        self.begun, self.predictions = {}, {}
 
     def pattern_of(self, stack: int, values: Sequence[Any], result: Any, *, name: str) -> ForwardPattern:
         """Return the `ForwardPattern` of a stack (which arguments are hidden states), found at its first call, then
@@ -232,6 +239,22 @@ class BranchHistory:
             self.strategy.computed(stack, self.index, start, as_streams(result))
             self.known.add(stack)
             self.begun[stack] = ((), None)  # frees the streams before the next step
+
+    def skipped(self, position: BlockPosition, start: Streams) -> Any:
+        """Return the result of a skipped block: the prediction for its whole stack.
+
+        Every block returns it, whatever it takes: what the network adds between two blocks, such as the residuals of a
+        ControlNet, is part of the stack's change and must not be added again. A residual after the last block is not.
+
+        Args:
+            position: of the block.
+            start: the streams that the prediction starts from, if it is the first one that is called.
+        """
+        stack = position.stack_index
+        if stack not in self.predictions:
+            self.predictions[stack] = self.strategy.predicted(stack, self.index, start)
+        streams = self.predictions.pop(stack) if position.is_last else self.predictions[stack]
+        return self.patterns[stack].result(streams)
 
 
 class ForwardPass:
@@ -259,12 +282,7 @@ class ForwardPass:
         if begins:
             return self._decide(history, position, block, functools.partial(forward, *args, **kwargs), bound)
         if history.reusing:
-            pattern = history.patterns[position.stack_index]
-            streams = pattern.streams(values)
-            # The first block of a skipped stack returns the prediction for the whole stack, and the others pass it on.
-            if position.block_index == 0:
-                streams = history.strategy.predicted(position.stack_index, history.index, streams)
-            return pattern.result(streams)
+            return history.skipped(position, history.patterns[position.stack_index].streams(values))
         result = forward(*args, **kwargs)
         history.ran(position, values, result)
         return result
@@ -297,9 +315,8 @@ class ForwardPass:
             history.ran(position, values, first_call.result)
             return first_call.result
         self.reused = True
-        pattern = history.patterns[position.stack_index]
-        start = first_call.output if history.strategy.after_first else pattern.streams(values)
-        return pattern.result(history.strategy.predicted(position.stack_index, history.index, start))
+        taken = history.patterns[position.stack_index].streams(values)
+        return history.skipped(position, first_call.output if history.strategy.after_first else taken)
 
 
 def _run(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
