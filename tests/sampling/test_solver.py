@@ -24,6 +24,7 @@ from diffsynth.sampling.solver import (
     solve,
     unipc,
 )
+from flow_schedulers import flow_scheduler, set_levels
 
 DETERMINISTIC = [euler, heun, dpmpp_2m, unipc]
 SOLVERS = [*DETERMINISTIC, euler_ancestral]
@@ -71,58 +72,14 @@ def run(solver, velocity, latents, sigmas, **options):
 # Against diffusers. Its schedulers get our levels, in the dtype of the latents, so that both compute the same thing.
 
 
-def steps_of(scheduler, velocity, latents, sigmas):
-    """Return the latents after all steps of a scheduler of flow matching that evaluates at each level but the last."""
-    scheduler.set_timesteps(len(sigmas) - 1)
-    scheduler.sigmas = sigmas.to(latents.dtype)
-    scheduler.set_begin_index(0)
-    for index, sigma in enumerate(sigmas[:-1]):
+def diffusers_steps(name, velocity, latents, sigmas):
+    """Return the latents after all steps of the scheduler of that name."""
+    scheduler = flow_scheduler(name)
+    set_levels(scheduler, sigmas.to(latents.dtype))
+    for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
         prediction = velocity(latents, sigma)
-        (latents, *_) = scheduler.step(prediction, scheduler.timesteps[index], latents, return_dict=False)
+        (latents, *_) = scheduler.step(prediction, timestep, latents, return_dict=False)
     return latents
-
-
-def diffusers_euler(velocity, latents, sigmas):
-    return steps_of(diffusers.FlowMatchEulerDiscreteScheduler(), velocity, latents, sigmas)
-
-
-def diffusers_heun(velocity, latents, sigmas):
-    """It lists each level between the first and the last twice, and evaluates at each entry but the last."""
-    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
-    scheduler.set_timesteps(len(sigmas) - 1)
-    inner = sigmas[1:-1].repeat_interleave(2)
-    scheduler.sigmas = torch.cat((sigmas[:1], inner, sigmas[-1:])).to(latents.dtype)
-    scheduler.set_begin_index(0)
-    for index, sigma in enumerate(torch.cat((sigmas[:1], inner))):
-        prediction = velocity(latents, sigma)
-        (latents,) = scheduler.step(prediction, scheduler.timesteps[index], latents, return_dict=False)
-    return latents
-
-
-def diffusers_dpmpp_2m(velocity, latents, sigmas):
-    """With `final_sigmas_type="zero"` (its default) its last step is of order 1, as ours."""
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        use_flow_sigmas=True,
-        prediction_type="flow_prediction",
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        solver_type="midpoint",
-        final_sigmas_type="zero",
-    )
-    return steps_of(scheduler, velocity, latents, sigmas)
-
-
-def diffusers_unipc(velocity, latents, sigmas):
-    """With `lower_order_final` (its default) its last step is of order 1, as ours."""
-    scheduler = diffusers.UniPCMultistepScheduler(
-        use_flow_sigmas=True,
-        prediction_type="flow_prediction",
-        solver_order=2,
-        solver_type="bh2",
-        lower_order_final=True,
-        final_sigmas_type="zero",
-    )
-    return steps_of(scheduler, velocity, latents, sigmas)
 
 
 def diffusers_euler_ancestral(velocity, latents, sigmas):
@@ -143,13 +100,8 @@ def diffusers_euler_ancestral(velocity, latents, sigmas):
     return exploding
 
 
-ORACLES = {
-    euler: diffusers_euler,
-    heun: diffusers_heun,
-    dpmpp_2m: diffusers_dpmpp_2m,
-    unipc: diffusers_unipc,
-    euler_ancestral: diffusers_euler_ancestral,
-}
+ORACLES = {solver: functools.partial(diffusers_steps, solver.__name__) for solver in DETERMINISTIC}
+ORACLES[euler_ancestral] = diffusers_euler_ancestral
 
 
 def tolerance(solver, dtype):
@@ -199,7 +151,7 @@ def test_euler_is_bit_equal_to_the_loop_of_its_formula(sigmas, dtype):
 
 def test_euler_is_bit_equal_to_diffusers():
     latents, sigmas = start(), z_image_sigmas(8)
-    assert torch.equal(euler(NET, latents, sigmas), diffusers_euler(NET, latents, sigmas))
+    assert torch.equal(euler(NET, latents, sigmas), ORACLES[euler](NET, latents, sigmas))
 
 
 # Against solutions in closed form.

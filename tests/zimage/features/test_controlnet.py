@@ -16,11 +16,15 @@ from diffusers import (
 )
 from PIL import Image
 
+from diffsynth.core.planning import Speeds
 from diffsynth.errors import MissingComponent
+from diffsynth.runtime import architectures, planning
 from diffsynth.runtime.controlnet import ControlNetInput
 from diffsynth_zimage.config import ZImageControlNetConfig
 from diffsynth_zimage.controlnet import ZImageControlNet
+from limited import keep_limit
 from parity import TOLERANCE, draw_weights, relative_error, shapes_of
+from processes import run_together
 from z_image_oracles import DIT, SIZE, noise, tiny_pipelines
 
 BLOCK = {name: DIT[name] for name in ("dim", "n_heads", "n_kv_heads")}
@@ -37,6 +41,12 @@ def random_image(seed: int, mode: str = "RGB") -> Image.Image:
 
 
 EDGES, PHOTO, MASK = random_image(1), random_image(2), random_image(3, "L")
+
+
+@pytest.fixture(autouse=True)
+def _known_speeds(monkeypatch):
+    """Speeds are not measured."""
+    monkeypatch.setattr(planning, "_speeds", lambda device, dtype: Speeds(25e9, 100e12, 3e9))
 
 
 def controlnet(variant: str, seed: int = 1) -> ZImageControlNet:
@@ -169,6 +179,79 @@ def test_a_policy_changes_no_bit(policy):
     pipe = type(plain)(components, device="cpu", torch_dtype=torch.float32, policy={"controlnet": policy})
     assert torch.equal(pipe("a red apple", **SMALL, controlnet_inputs=inputs, cfg_scale=2.0), expected)
     assert set(pipe.transfers) == {"controlnet[0]", "controlnet[1]"}
+
+
+def test_a_limit_changes_no_bit(monkeypatch):
+    """The CPU in place of a device with little more memory than the call needs."""
+    cuts = architectures.cuts
+    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**12})
+    plain, _ = tiny_pipelines(controlnet=[controlnet("2.1", 1), controlnet("1.0", 2)])
+    inputs = [ControlNetInput(image=EDGES, end=0.4), ControlNetInput(image=PHOTO, controlnet_id=1, scale=0.5)]
+    call = {"prompt": "a red apple", **SMALL, "num_inference_steps": 2, "controlnet_inputs": inputs}
+    expected = plain(**call)
+    for part in plain.parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    pipe = type(plain)(plain.components, device="cpu", torch_dtype=torch.float32, policy="dynamic")
+    keep_limit(pipe, 1)
+    free = pipe.plan_cache.plan(pipe.check(**call), call)
+    limit = free.smallest_vram + 0.2 * (free.peak_vram - free.smallest_vram)
+    plans = keep_limit(pipe, limit / 2**30)
+    assert torch.equal(pipe(**call), expected)
+    (plan,) = plans
+    assert plan.peak_vram <= limit < free.peak_vram
+    assert {"controlnet[0]", "controlnet[1]"} <= {each.role for stage in plan.loop for each in stage.components}
+
+
+def test_calls_of_other_networks_have_plans_of_their_own(two):
+    """They shared one, because a `ControlNetInput` counted by its type."""
+    plans = keep_limit(two, 1)
+    for index in (0, 1, 0):
+        two.plan_cache.plan(two.check(), {**SMALL, "controlnet_inputs": ControlNetInput(index, image=EDGES)})
+    two.plan_cache = None
+    assert [plan.loop[0].roles for plan in plans] == [("dit", "controlnet[0]"), ("dit", "controlnet[1]")]
+
+
+@pytest.mark.parametrize("cache", ["first_block:threshold=0", "taylor:interval=1"])
+def test_a_step_cache_that_reuses_nothing_changes_no_bit(two, cache):
+    call = {"prompt": "a", **SMALL, "controlnet_inputs": ControlNetInput(image=EDGES), "cfg_scale": 2.0}
+    assert torch.equal(two(**call, step_cache=cache), two(**call))
+
+
+def test_a_step_that_skips_layers_repeats_their_change_with_the_hints(two):
+    """The hints were added a second time. The ControlNet runs in each of its steps, and layers are not skipped in the
+    first step without it.
+    """
+    entered, left, counts, reused = [], [], [], []
+    handles = [
+        two.dit.layers[0].register_forward_pre_hook(lambda module, given: entered.append(given[0])),
+        two.dit.layers[-1].register_forward_hook(lambda module, given, tokens: left.append(tokens)),
+        two.controlnet[0].register_forward_hook(lambda *_: counts.append(len(left))),
+    ]
+    call = {**SMALL, "num_inference_steps": 6, "controlnet_inputs": ControlNetInput(image=EDGES, end=0.5)}
+    cache = "taylor:interval=10,order=0,warmup_steps=1"
+    two("a", **call, step_cache=cache, on_step=lambda step: reused.append(bool(step.reused)))
+    for handle in handles:
+        handle.remove()
+    assert reused == [False, True, True, False, True, False]
+    assert counts == [0, 0, 1, 1, 2, 2]
+    changes = [after - before for before, after in zip(entered, left, strict=True)]
+    for whole, skipped in ((0, 1), (0, 2), (3, 4)):
+        assert relative_error(changes[skipped], changes[whole]) < 1e-6
+
+
+def share_branches(rank: int) -> tuple[bool, int]:
+    pipe, _ = tiny_pipelines(controlnet=controlnet("2.1"))
+    call = {"prompt": "a red apple", "negative_prompt": "blurry", "cfg_scale": 2.0, **SMALL}
+    call["controlnet_inputs"] = ControlNetInput(image=EDGES, end=0.5)
+    alone, passes = pipe(**call), []
+    pipe.controlnet[0].register_forward_hook(lambda *_: passes.append(1))
+    return torch.equal(pipe.parallel(cfg=2)(**call), alone), len(passes)
+
+
+def test_two_processes_share_the_branches_of_guidance():
+    """Each runs the ControlNet for its own branch, twice in each of two steps."""
+    assert run_together(2, share_branches) == [(True, 4), (True, 4)]
 
 
 def test_a_lora_changes_one_of_them(two):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from PIL import Image
@@ -77,7 +78,7 @@ class PlanCache:
 
 def _size_key(value: Any) -> Any:
     """Return a hashable key of a value: itself if plain, a tuple with the size for an image or tensor, a tuple of keys
-    for a list or tuple, else its type's name.
+    for a list, a tuple or a dataclass, such as a `ControlNetInput`, else its type's name.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -87,4 +88,6 @@ def _size_key(value: Any) -> Any:
         return ("tensor", tuple(value.shape), value.dtype)
     if isinstance(value, list | tuple):
         return (type(value).__name__, *map(_size_key, value))
+    if is_dataclass(value):
+        return (type(value).__qualname__, *(_size_key(getattr(value, each.name)) for each in fields(value)))
     return type(value).__qualname__
