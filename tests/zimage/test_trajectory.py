@@ -41,7 +41,7 @@ def test_text_to_image(pipelines, cfg_scale):
 def test_other_solvers(solver):
     """diffusers' pipeline with its scheduler of the same name, which gets our noise levels: its own start at 1 - 1e-6.
 
-    Measured: at most 2e-6.
+    Measured: at most 1.0e-6; the latents of Euler are 0.09 or more away.
     """
     ours, parts = tiny_pipelines()
     scheduler = flow_scheduler(solver)
