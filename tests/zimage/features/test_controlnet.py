@@ -16,9 +16,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from diffsynth.core.planning import Speeds
 from diffsynth.errors import MissingComponent
-from diffsynth.runtime import architectures, planning
+from diffsynth.runtime import architectures
 from diffsynth.runtime.controlnet import ControlNetInput
 from diffsynth_zimage.config import ZImageControlNetConfig
 from diffsynth_zimage.controlnet import ZImageControlNet
@@ -41,12 +40,6 @@ def random_image(seed: int, mode: str = "RGB") -> Image.Image:
 
 
 EDGES, PHOTO, MASK = random_image(1), random_image(2), random_image(3, "L")
-
-
-@pytest.fixture(autouse=True)
-def _known_speeds(monkeypatch):
-    """Speeds are not measured."""
-    monkeypatch.setattr(planning, "_speeds", lambda device, dtype: Speeds(25e9, 100e12, 3e9))
 
 
 def controlnet(variant: str, seed: int = 1) -> ZImageControlNet:
