@@ -27,6 +27,7 @@ from diffsynth.runtime.acceleration.step_cache import (
     FirstBlockCall,
     ForwardPattern,
     StepCache,
+    Streams,
     as_streams,
 )
 from diffsynth.runtime.acceleration.strategies import model_named
