@@ -350,12 +350,13 @@ def _schedule(levels: Float[Tensor, " steps"]) -> Float[Tensor, "steps_plus_1"]:
     if len(levels) > 1 and not (levels < 1).sum() >= len(levels) / 2:  # NaN counts as coinciding
         raise ValueError(f"the shift is too strong for {len(levels)} steps: levels near 1 coincide in fp32; lower it")
     sigmas = torch.cat([levels.clamp(max=1), torch.zeros(1)])
-    for i in reversed(range(len(levels))):
-        sigmas[i] = torch.maximum(sigmas[i], torch.nextafter(sigmas[i + 1], torch.tensor(2.0)))
-    sigmas[0] = sigmas[0].clamp(max=1)
-    for i in range(1, len(levels)):
-        sigmas[i] = torch.minimum(sigmas[i], torch.nextafter(sigmas[i - 1], torch.tensor(-1.0)))
-    return sigmas
+    # Neighbouring fp32 numbers above 0 have consecutive bit patterns, so that "at least one unit above the next level"
+    # is "at least 1 more". With the index added, this is a running maximum.
+    index = torch.arange(len(sigmas))
+    raised = (sigmas.view(torch.int32) + index).flip(0).cummax(0).values.flip(0)
+    raised[0] = raised[0].clamp(max=0x3F800000)  # the bits of 1.0
+    lowered = torch.cat([raised[:-1].cummin(0).values, raised[-1:]])
+    return (lowered - index).int().view(torch.float32)
 
 
 def _products(betas: Float[Tensor, " train_steps"]) -> Float[Tensor, " train_steps"]:
