@@ -47,10 +47,16 @@ def installed(*examples: str, folder: Path, beside: Sequence[str] = ()) -> Itera
     _discovery.refresh()
 
 
-def run_conformance(example: str) -> list[str]:
-    """Run the test file of an installed example; return the names of its checks."""
+def run_conformance(example: str, *, calls: bool = True) -> list[str]:
+    """Run the test file of an installed example; return the names of its checks.
+
+    Args:
+        example: name of its folder.
+        calls: whether the checks that call a model run, too.
+    """
     run = runpy.run_path(str(EXAMPLES / example / "tests" / "test_plugin.py"))["test_plugin"]
     checks = [case.values[0] for case in run.pytestmark[0].args[1]]
+    checks = [check for check in checks if calls or not check.name.startswith("model ")]
     for check in checks:
         run(check)
     return [check.name for check in checks]
@@ -67,7 +73,9 @@ def run_readme(example: str, *, steps: int = 2) -> dict[str, Any]:
     return names
 
 
-def make_weights(example: str, file: Path) -> bytes:
-    """Run the `make_weights.py` of an installed example; return the content of the file that it writes."""
-    runpy.run_path(str(EXAMPLES / example / "make_weights.py"))["main"](file)
+def make_weights(example: str, file: Path, **options: Any) -> bytes:
+    """Run the `make_weights.py` of an installed example, with these options of its `main`; return the content of the
+    file that it writes.
+    """
+    runpy.run_path(str(EXAMPLES / example / "make_weights.py"))["main"](file, **options)
     return file.read_bytes()

@@ -1,0 +1,1 @@
+"""ControlNet for sketches, a feature that diffsynth's Z-Image pipelines get."""

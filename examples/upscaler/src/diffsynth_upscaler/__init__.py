@@ -1,0 +1,1 @@
+"""Upscaler after the loop, a feature that diffsynth's Z-Image pipelines get."""
