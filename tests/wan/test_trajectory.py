@@ -240,6 +240,26 @@ def test_vace_of_two_experts(parts, embedded):
     assert relative_error(latents, expected) < TOLERANCE
 
 
+def test_a_step_cache_skips_no_block_of_vace(parts):
+    """What its blocks return was predicted as if they were a stack of the network, and its hints were added twice."""
+    network, vace = our_vace(oracle_vace_dit())
+    ours = ours_with(parts, dit=network, vace=vace)
+    entered, left, runs = [], [], []
+    handles = [
+        network.blocks[0].register_forward_pre_hook(lambda module, given: entered.append(given[0])),
+        network.blocks[-1].register_forward_hook(lambda module, given, tokens: left.append(tokens)),
+        vace.vace_blocks[-1].after_proj.register_forward_hook(lambda *_: runs.append(len(left))),
+    ]
+    call = CALL | {"num_inference_steps": 3, "cfg_scale": 1.0, "seed": 7, "output_type": "latents"}
+    ours(**call, vace_video=clip_of(2, 9), step_cache="taylor:interval=10,order=0,warmup_steps=1")
+    for handle in handles:
+        handle.remove()
+    assert runs == [0, 1, 2]
+    changes = [after - before for before, after in zip(entered, left, strict=True)]
+    assert relative_error(changes[1], changes[0]) < 1e-6
+    assert relative_error(changes[2], changes[0]) > 1e-3
+
+
 def test_vace_at_scale_zero_is_the_network_alone(parts):
     network, vace = our_vace(oracle_vace_dit())
     alone, ours = ours_with(parts, dit=network), ours_with(parts, dit=network, vace=vace)

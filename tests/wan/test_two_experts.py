@@ -55,3 +55,20 @@ def test_one_expert_is_there_at_a_time_and_the_second_is_told_a_step_ahead(monke
 
     assert torch.equal(moved(**call, on_step=on_step), plain)
     assert events == ["step 0 of dit", "prepare dit2", "step 1 of dit", "step 2 of dit2"]
+
+
+def test_a_step_cache_serves_both_experts():
+    """The second one was computed whole in every step. The first step of an expert reuses nothing."""
+    pipe, reused, runs = pipeline(), [], {"dit": 0, "dit2": 0}
+
+    def count(role):
+        return lambda *_: runs.__setitem__(role, runs[role] + 1)
+
+    handles = [pipe.components[role].blocks[-1].ffn.register_forward_hook(count(role)) for role in runs]
+    call = CALL | {"prompt": "a", "num_inference_steps": 6, "cfg_scale": 1.0, "switch_DiT_boundary": 0.8}
+    call |= {"output_type": "latents", "on_step": lambda step: reused.append(bool(step.reused))}
+    pipe(**call, step_cache="first_block:threshold=100")
+    for handle in handles:
+        handle.remove()
+    assert reused == [False, True, True, True, False, True]
+    assert runs == {"dit": 1, "dit2": 1}

@@ -103,7 +103,8 @@ class ArchitectureSpec:
             `repeated_blocks`; without any the module is compiled whole. `()` refuses to compile the module.
         cached_blocks: names of the lists whose items a step cache may skip: each item returns the tensors that it takes
             first, in the same shapes, and the next item takes them. None is `repeated_blocks`. `()` refuses step
-            caches, as for a UNet, whose blocks also pass tensors to later blocks.
+            caches, as for a UNet, whose blocks also pass tensors to later blocks. In networks that a feature brings,
+            such as ControlNets, nothing is skipped.
         accepted_as: names of other architectures: a pipeline's role that accepts one of them accepts this one, too. The
             module has their methods that the role names, and the config their fields that the pipeline reads.
         lora_targets: suffixes of the names of the linear layers that LoRAs usually change (`"to_q"`, `"ffn.0"`). A LoRA
