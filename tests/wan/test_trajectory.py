@@ -241,7 +241,7 @@ def test_vace_of_two_experts(parts, embedded):
 
 
 def test_a_step_cache_skips_no_block_of_vace(parts):
-    """What its blocks return was predicted as if they were a stack of the network, and its hints were added twice."""
+    """The results of its blocks were predicted like those of the network, and its hints were added twice."""
     network, vace = our_vace(oracle_vace_dit())
     ours = ours_with(parts, dit=network, vace=vace)
     entered, left, runs = [], [], []
