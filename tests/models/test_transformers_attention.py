@@ -7,7 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AttentionInterface, Qwen3Config, Qwen3Model
+from transformers import AttentionInterface, Qwen3Config, Qwen3Model, T5Config
+from transformers.models.t5.modeling_t5 import T5Attention
 
 import parity
 from diffsynth.core.attention import AttentionCall, register_backend, use_attention
@@ -53,6 +54,24 @@ def test_a_window_without_a_mask() -> None:
     torch.testing.assert_close(attend(q, sliding_window=4), attend(q, mask))
     added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(attend(q, added), attend(q, mask))
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "added"])
+@torch.no_grad()
+def test_a_position_bias_is_added_to_the_scores(masked: str | None) -> None:
+    """T5's relative positions, alone, with a bool mask and with a mask that is added."""
+    config = T5Config(d_model=24, d_kv=8, num_heads=3, d_ff=16, relative_attention_num_buckets=8)
+    truth = T5Attention(config, has_relative_attention_bias=True).eval()
+    ours = T5Attention(config, has_relative_attention_bias=True).eval()
+    ours.load_state_dict(truth.state_dict())
+    truth.config._attn_implementation = "eager"
+    ours.config = T5Config(**config.to_diff_dict(), attn_implementation=transformers_attention.attn_implementation())
+    visible = torch.arange(9)[None, None, None] < torch.tensor([9, 5]).view(2, 1, 1, 1)
+    added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    mask = {None: None, "bool": visible, "added": added}[masked]
+    hidden = torch.randn(2, 9, 24)
+    expected = truth(hidden, None if masked is None else added)[0]
+    assert parity.relative_error(ours(hidden, mask)[0], expected) <= parity.TOLERANCE
 
 
 def test_what_is_not_ours_to_do_is_refused() -> None:

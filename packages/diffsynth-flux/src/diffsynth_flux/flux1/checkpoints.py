@@ -5,6 +5,8 @@ from __future__ import annotations
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
 
 DIT = "flux_dit"
+CLIP = "clip_text_encoder"
+T5 = "t5_text_encoder"
 
 LORA_TARGETS = (
     "img_attn.qkv",
@@ -46,6 +48,42 @@ ARCHITECTURES = (
         repeated_blocks=("double_blocks", "single_blocks"),
         lora_targets=LORA_TARGETS,
     ),
+    ArchitectureSpec(
+        name=CLIP,
+        module="diffsynth_flux.flux1.text_encoders:ClipTextEncoder",
+        config="diffsynth_flux.flux1.config:ClipTextEncoderConfig",
+        infer_config="diffsynth_flux.flux1.config:infer_clip_config",
+        required=(
+            "text_model.embeddings.token_embedding.weight",
+            "text_model.embeddings.position_embedding.weight",
+            "text_model.encoder.layers.{n}.self_attn.q_proj.weight",
+            "text_model.encoder.layers.{n}.mlp.fc1.weight",
+            "text_model.final_layer_norm.weight",
+        ),
+        tiny="diffsynth_flux.flux1.config:TINY_CLIP",
+        tiny_inputs="diffsynth_flux.flux1.tiny:tiny_text_inputs",
+        high_precision=("*norm*",),
+        repeated_blocks=("text_model.encoder.layers",),
+    ),
+    ArchitectureSpec(
+        name=T5,
+        module="diffsynth_flux.flux1.text_encoders:T5TextEncoder",
+        config="diffsynth_flux.flux1.config:T5TextEncoderConfig",
+        infer_config="diffsynth_flux.flux1.config:infer_t5_config",
+        required=(
+            "shared.weight",
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            "encoder.block.{n}.layer.0.SelfAttention.q.weight",
+            "encoder.block.{n}.layer.1.DenseReluDense.wi_0.weight",
+            "encoder.block.{n}.layer.1.DenseReluDense.wo.weight",
+            "encoder.final_layer_norm.weight",
+        ),
+        tiny="diffsynth_flux.flux1.config:TINY_T5",
+        tiny_inputs="diffsynth_flux.flux1.tiny:tiny_text_inputs",
+        # transformers casts the input of `wo` to the dtype of its weight.
+        high_precision=("*norm*", "*.wo.weight"),
+        repeated_blocks=("encoder.block",),
+    ),
 )
 
 _DEV = "black-forest-labs/FLUX.1-dev"
@@ -75,5 +113,37 @@ CHECKPOINTS = (
         name=f"{DIT}/diffsynth_studio",
         architecture=DIT,
         rules="diffsynth_flux.flux1.convert:DIFFSYNTH_STUDIO",
+    ),
+    CheckpointSpec(
+        name=CLIP,
+        architecture=CLIP,
+        rules="diffsynth_flux.flux1.convert:CLIP",
+        signature="94eefa3dac9cec93cb1ebaf1747d7b78",
+        layout="diffsynth_flux:layouts/clip_l.json.gz",
+        files=(
+            f"{_DEV}:text_encoder/model.safetensors",
+            "black-forest-labs/FLUX.1-Fill-dev:text_encoder/model.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name=f"{CLIP}/without_prefix",
+        architecture=CLIP,
+        rules="diffsynth_flux.flux1.convert:CLIP_WITHOUT_PREFIX",
+    ),
+    CheckpointSpec(
+        name=T5,
+        architecture=T5,
+        rules="diffsynth_flux.flux1.convert:T5",
+        signature="22540b49eaedbc2f2784b2091a234c7c",
+        layout="diffsynth_flux:layouts/t5_xxl.json.gz",
+        files=(
+            f"{_DEV}:text_encoder_2/*.safetensors",
+            "black-forest-labs/FLUX.1-Fill-dev:text_encoder_2/*.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name=f"{T5}/without_shared",
+        architecture=T5,
+        rules="diffsynth_flux.flux1.convert:T5_WITHOUT_SHARED",
     ),
 )

@@ -1,4 +1,4 @@
-"""Config of the FLUX.1 transformer, and the function that infers it from the shapes in a file. Light: no torch."""
+"""Configs of the FLUX.1 networks, and functions that infer them from the shapes in a file. Light: no torch."""
 
 from __future__ import annotations
 
@@ -135,3 +135,101 @@ def infer_blocks(shapes: Shapes) -> dict[str, int | bool]:
         "pooled_dim": shapes["vector_in.in_layer.weight"][1],
         "guidance_embed": "guidance_in.in_layer.weight" in shapes,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextEncoderConfig:
+    """Config of the text encoder of CLIP (arXiv:2103.00020); the defaults are CLIP ViT-L/14.
+
+    Args:
+        hidden_size: width of the hidden states.
+        num_layers: number of layers.
+        num_heads: number of attention heads.
+        intermediate_size: inner width of the feed-forward.
+        vocab_size: number of token embeddings; the token that ends a text has the highest id.
+        max_tokens: number of positions.
+    """
+
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 49408
+    max_tokens: int = 77
+
+
+TINY_CLIP = ClipTextEncoderConfig(
+    hidden_size=128, num_layers=2, num_heads=2, intermediate_size=96, vocab_size=300, max_tokens=77
+)
+
+
+def infer_clip_config(shapes: Shapes) -> ClipTextEncoderConfig:
+    """Return the `ClipTextEncoderConfig` of the network in a file, from `shapes` (tensor name -> shape).
+
+    Raises:
+        ValueError: the width is no multiple of the head dimension 64 of the text encoders of CLIP.
+    """
+    vocab_size, hidden_size = shapes["text_model.embeddings.token_embedding.weight"]
+    if hidden_size % 64:
+        raise ValueError(f"width {hidden_size}: expected a multiple of the head dimension 64")
+    return ClipTextEncoderConfig(
+        hidden_size=hidden_size,
+        num_layers=count_items(shapes, "text_model.encoder.layers"),
+        num_heads=hidden_size // 64,
+        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        vocab_size=vocab_size,
+        max_tokens=shapes["text_model.embeddings.position_embedding.weight"][0],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5TextEncoderConfig:
+    """Config of the encoder of T5 1.1 (arXiv:1910.10683); the defaults are T5-XXL.
+
+    Args:
+        hidden_size: width of the hidden states.
+        num_layers: number of layers.
+        num_heads: number of attention heads.
+        head_dim: channels of a head.
+        intermediate_size: inner width of the gated feed-forward.
+        vocab_size: number of token embeddings.
+        num_buckets: number of buckets of relative positions.
+        max_distance: distance in tokens from which all positions share a bucket.
+    """
+
+    hidden_size: int = 4096
+    num_layers: int = 24
+    num_heads: int = 64
+    head_dim: int = 64
+    intermediate_size: int = 10240
+    vocab_size: int = 32128
+    num_buckets: int = 32
+    max_distance: int = 128
+
+
+TINY_T5 = T5TextEncoderConfig(
+    hidden_size=24, num_layers=2, num_heads=2, head_dim=16, intermediate_size=40, vocab_size=300, num_buckets=8
+)
+
+
+def infer_t5_config(shapes: Shapes) -> T5TextEncoderConfig:
+    """Return the `T5TextEncoderConfig` of the network in a file, from `shapes` (tensor name -> shape).
+
+    Raises:
+        ValueError: every layer has a position bias, as in UMT5.
+    """
+    attention = "encoder.block.{n}.layer.0.SelfAttention"
+    bias = f"{attention}.relative_attention_bias.weight"
+    if bias.replace("{n}", "1") in shapes:
+        raise ValueError("its second layer has a position bias of its own: that is UMT5")
+    vocab_size, hidden_size = shapes["shared.weight"]
+    num_buckets, num_heads = shapes[bias.replace("{n}", "0")]
+    return T5TextEncoderConfig(
+        hidden_size=hidden_size,
+        num_layers=count_items(shapes, "encoder.block"),
+        num_heads=num_heads,
+        head_dim=shapes[f"{attention}.q.weight".replace("{n}", "0")][0] // num_heads,
+        intermediate_size=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        vocab_size=vocab_size,
+        num_buckets=num_buckets,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffsynth.core.loader.convert import Fuse, Rename, ReorderChunks, Rule
+from diffsynth.core.loader.convert import Drop, Fuse, Rename, ReorderChunks, Rule
 
 _EMBEDDERS = {
     "x_embedder": "img_in",
@@ -115,3 +115,30 @@ DIFFSYNTH_STUDIO: tuple[Rule, ...] = (
     Rename("single_blocks.{n}.proj_out.{*}", "single_blocks.{n}.linear2.{*}"),
 )
 """Transformer under the names of DiffSynth-Studio's own network, in its LoRAs and in full weights that it trained."""
+
+_CLIP_UNUSED = (
+    Drop("text_model.embeddings.position_ids", "older versions of transformers saved it"),
+    Drop("text_projection.weight", "FLUX.1 takes the pooled hidden state before the projection"),
+    Drop("logit_scale"),
+)
+
+CLIP: tuple[Rule, ...] = _CLIP_UNUSED
+"""CLIP's text encoder under its published names, without the parts that FLUX.1 does not use."""
+
+CLIP_WITHOUT_PREFIX: tuple[Rule, ...] = (
+    Drop("embeddings.position_ids"),
+    *(
+        Rename(f"{name}.{{*}}", f"text_model.{name}.{{*}}")
+        for name in ("embeddings", "encoder.layers", "final_layer_norm")
+    ),
+    *_CLIP_UNUSED[1:],
+)
+"""CLIP's text encoder as transformers 5 names it."""
+
+_T5_UNUSED = (Drop("decoder.{*}"), Drop("lm_head.weight"))
+
+T5: tuple[Rule, ...] = (Drop("encoder.embed_tokens.weight", "it equals shared.weight"), *_T5_UNUSED)
+"""T5's encoder under its published names; the token embeddings may be there twice, and the decoder is dropped."""
+
+T5_WITHOUT_SHARED: tuple[Rule, ...] = (Rename("encoder.embed_tokens.weight", "shared.weight"), *_T5_UNUSED)
+"""T5's encoder with the token embeddings under their other name."""

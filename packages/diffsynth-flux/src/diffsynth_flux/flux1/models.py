@@ -2,6 +2,87 @@
 
 from __future__ import annotations
 
-from diffsynth.spec import ModelSpec
+from collections.abc import Mapping
+from typing import Any
 
-MODELS: tuple[ModelSpec, ...] = ()
+from diffsynth.spec import ModelSpec, TeaCacheSpec
+
+PIPELINE = "diffsynth_flux.flux1.pipeline:FluxImagePipeline"
+DEV = "black-forest-labs/FLUX.1-dev"
+LICENSE = "FLUX.1 [dev] Non-Commercial License"
+
+CONTEXT_DIM, POOLED_DIM = 64, 128
+"""Widths of the tiny text encoders."""
+
+TINY_DIT = {"dim": 256, "n_heads": 2, "context_dim": CONTEXT_DIM, "pooled_dim": POOLED_DIM}
+"""Config fields of the tiny transformer; the head dimension is the published one."""
+
+TINY_ENCODERS = {
+    "text_encoder_1": {"hidden_size": POOLED_DIM, "vocab_size": 320},
+    "text_encoder_2": {"hidden_size": CONTEXT_DIM, "vocab_size": 320, "num_buckets": 32},
+}
+
+TEA_CACHE = TeaCacheSpec(
+    coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861), signal="module:img_norm1"
+)
+"""Published coefficients of TeaCache (Liu et al. 2024, arXiv:2411.19108)."""
+
+
+def _model(
+    hub_id: str,
+    file: str,
+    description: str,
+    *,
+    encoders: str = DEV,
+    task: str = "text-to-image",
+    defaults: Mapping[str, Any] | None = None,
+    license_name: str = LICENSE,
+    tiny: Mapping[str, Any] | None = None,
+) -> ModelSpec:
+    """Return the `ModelSpec` of a FLUX.1 model: its transformer, and text encoders, autoencoder and tokenizers.
+
+    Args:
+        hub_id, description, task, defaults, license_name: fields of `ModelSpec`.
+        file: the transformer, in the model's repository.
+        encoders: repository of the text encoders and the autoencoder.
+        tiny: config fields of the tiny transformer.
+    """
+    return ModelSpec(
+        name=hub_id.rpartition("/")[2].lower(),
+        hub_id=hub_id,
+        family="flux-1",
+        task=task,
+        pipeline=PIPELINE,
+        components={
+            "dit": f"{hub_id}:{file}",
+            "text_encoder_1": f"{encoders}:text_encoder/model.safetensors",
+            "text_encoder_2": f"{encoders}:text_encoder_2/*.safetensors",
+            "vae": f"{encoders}:ae.safetensors",
+        },
+        processors={"tokenizer_1": f"{DEV}:tokenizer/", "tokenizer_2": f"{DEV}:tokenizer_2/"},
+        defaults=dict(defaults or {}),
+        license=license_name,
+        description=description,
+        tiny={"dit": TINY_DIT | dict(tiny or {}), **TINY_ENCODERS},
+        tea_cache=TEA_CACHE,
+    )
+
+
+MODELS = (
+    _model(DEV, "flux1-dev.safetensors", "12B, guidance-distilled"),
+    _model(
+        "black-forest-labs/FLUX.1-schnell",
+        "flux1-schnell.safetensors",
+        "12B, distilled to 4 steps without guidance",
+        encoders="black-forest-labs/FLUX.1-schnell",
+        defaults={"num_inference_steps": 4, "sigma_shift": 1.0, "t5_sequence_length": 256},
+        license_name="Apache-2.0",
+        tiny={"guidance_embed": False},
+    ),
+    _model(
+        "black-forest-labs/FLUX.1-Krea-dev",
+        "flux1-krea-dev.safetensors",
+        "12B, trained for less of an artificial look",
+        defaults={"embedded_guidance": 4.5},
+    ),
+)

@@ -1,0 +1,144 @@
+"""Units of the FLUX.1 pipeline, in the order they run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffsynth.runtime.image_units import encode_input_image, image_size
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth.sampling.noise import add_noise, initial_noise
+from diffsynth.sampling.schedule import flux1_sigmas
+from diffsynth_flux.flux1.config import VAE_FACTOR
+
+logger = logging.getLogger(__name__)
+
+MAX_T5_TOKENS = 512
+
+round_size = image_size(multiple=16)
+
+
+@unit("sigmas", phase=Phase.SHAPE)
+def schedule(
+    *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float | None = None
+) -> Float[Tensor, "steps_plus_1"]:
+    """Return a tensor `steps_plus_1` of the noise levels (sigmas in [0, 1]) of the steps, falling, and a last 0; a
+    `sigma_shift` of None means 3.
+    """
+    shift = 3.0 if sigma_shift is None else sigma_shift
+    return flux1_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
+
+
+@unit("guidance", phase=Phase.SHAPE)
+def set_guidance(*, embedded_guidance: float = 3.5) -> float:
+    """Return `embedded_guidance` as a float.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    is_number = isinstance(embedded_guidance, int | float) and not isinstance(embedded_guidance, bool)
+    if not is_number or not math.isfinite(embedded_guidance):
+        raise ValueError(f"embedded_guidance={embedded_guidance!r}: expected a finite number, 3.5 for most images")
+    return float(embedded_guidance)
+
+
+@unit("pooled_prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
+def encode_pooled_prompt(
+    text_encoder_1: Any, tokenizer_1: Any, *, prompt: str | Sequence[str] = "", device: torch.device
+) -> Float[Tensor, "b e"]:
+    """Return CLIP's pooled hidden states `b e` of the prompts, which are cut to its number of positions; what is cut is
+    logged.
+    """
+    distinct, order = _distinct(prompt)
+    max_tokens = text_encoder_1.config.max_tokens
+    input_ids = tokenize(tokenizer_1, distinct, max_tokens, where=f"CLIP takes {max_tokens} tokens; T5 alone takes")
+    return text_encoder_1(input_ids.to(device))[order]
+
+
+@unit("prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
+def encode_prompt(
+    text_encoder_2: Any,
+    tokenizer_2: Any,
+    *,
+    prompt: str | Sequence[str] = "",
+    t5_sequence_length: int = MAX_T5_TOKENS,
+    device: torch.device,
+) -> Float[Tensor, "b t e"]:
+    """Return T5's hidden states `b t e` of the prompts, each cut or padded to `t5_sequence_length` tokens; what is cut
+    is logged.
+    """
+    distinct, order = _distinct(prompt)
+    where = f"T5 takes t5_sequence_length={t5_sequence_length} tokens; these are not used:"
+    return text_encoder_2(tokenize(tokenizer_2, distinct, t5_sequence_length, where=where).to(device))[order]
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: str) -> Int[Tensor, "b s"]:
+    """Return the token ids of texts, a CPU tensor `b s` with `s = max_tokens`, padded and cut; log the text that is cut.
+
+    Args:
+        tokenizer: of transformers.
+        texts: one or more.
+        max_tokens: number of tokens of each text.
+        where: beginning of the logged line, before the text that is cut.
+    """
+    tokens = tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=max_tokens,
+        truncation=True,
+        return_overflowing_tokens=True,
+        return_tensors="pt",
+    )
+    input_ids, samples = tokens["input_ids"], tokens.get("overflow_to_sample_mapping")
+    if samples is None or len(samples) == len(texts):
+        return input_ids
+    first: dict[int, int] = {}
+    for row, sample in enumerate(samples.tolist()):
+        if first.setdefault(sample, row) != row:
+            logger.warning("%s %r", where, tokenizer.decode(input_ids[row], skip_special_tokens=True))
+    return input_ids[[first[sample] for sample in range(len(texts))]]
+
+
+def _distinct(prompt: str | Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return (the different prompts, for each prompt the index of its text in them): equal ones are encoded once."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    distinct = list(dict.fromkeys(prompts))
+    return distinct, [distinct.index(text) for text in prompts]
+
+
+@unit("latents", random=True, phase=Phase.LATENTS)
+def initial_latents(
+    *,
+    input_latents: Float[Tensor, "b c h w"] | None = None,
+    sigmas: Float[Tensor, "steps_plus_1"],
+    height: int,
+    width: int,
+    latent_channels: int,
+    seeds: list[int | None],
+    rand_device: str = "cpu",
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Float[Tensor, "b c h w"]:
+    """Return the latents `b c h w` of the first step, an image for each of `seeds`, in the given dtype: noise, or
+    `input_latents` noised to the first noise level.
+    """
+    shape = (latent_channels, height // VAE_FACTOR, width // VAE_FACTOR)
+    noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=torch.float32, device=device).to(dtype)
+    return noise if input_latents is None else add_noise(input_latents, noise, sigmas[0])
+
+
+UNITS = (
+    round_size,
+    schedule,
+    set_guidance,
+    encode_pooled_prompt,
+    encode_prompt,
+    encode_input_image,
+    initial_latents,
+)
