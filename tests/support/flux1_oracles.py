@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffsynth import _discovery
 from diffsynth.core.loader import component, pickled, recognize
+from diffsynth.models.config import FluxAutoencoderConfig
+from diffsynth.models.flux_autoencoder import FluxAutoencoder
+from diffsynth.sampling.schedule import flux1_sigmas
+from diffsynth.testing.tiny_processors import byte_tokenizer
+from diffsynth_flux import FluxImagePipeline
 from diffsynth_flux.flux1.config import FluxBlocksConfig, FluxDiTConfig
+from diffsynth_flux.flux1.dit import patchify, unpatchify
 from parity import draw_weights, shapes_of
 
 
@@ -43,3 +50,103 @@ def oracle_dit(config: FluxDiTConfig, seed: int = 0) -> FluxTransformer2DModel:
     oracle = FluxTransformer2DModel(out_channels=config.out_channels, **block_sizes(config)).eval()
     oracle.load_state_dict(draw_weights(shapes_of(oracle), seed))
     return oracle
+
+
+DIT = FluxDiTConfig(dim=64, n_heads=2, n_double_blocks=1, n_single_blocks=2, context_dim=32, pooled_dim=64)
+AUTOENCODER = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "latent_channels": 16}
+SIZE = {"height": 208, "width": 176}
+
+
+def oracle_vae() -> AutoencoderKL:
+    """Return diffusers' autoencoder with random weights."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        **AUTOENCODER,
+    )
+    vae.load_state_dict(draw_weights(shapes_of(vae), seed=1))
+    return vae.eval()
+
+
+def oracle_clip(vocab_size: int) -> CLIPTextModel:
+    """Return transformers' CLIP with random weights; the token that ends a text is the last of the vocabulary."""
+    sizes = {"hidden_size": DIT.pooled_dim, "intermediate_size": 48, "num_attention_heads": 1, "num_hidden_layers": 2}
+    config = CLIPTextConfig(vocab_size=vocab_size, eos_token_id=2, attn_implementation="eager", **sizes)
+    return _drawn(CLIPTextModel(config), seed=2)
+
+
+def oracle_t5(vocab_size: int) -> T5EncoderModel:
+    """Return transformers' T5 encoder with random weights."""
+    sizes = {"d_model": DIT.context_dim, "d_kv": 16, "d_ff": 40, "num_heads": 2, "num_layers": 2}
+    config = T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", attn_implementation="eager", **sizes)
+    return _drawn(T5EncoderModel(config), seed=3)
+
+
+def _drawn(module: nn.Module, seed: int) -> nn.Module:
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    weights = draw_weights(shapes, seed=seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(weights[name])
+    return module.eval()
+
+
+def tiny_pipelines(config: FluxDiTConfig = DIT, **components: Any) -> tuple[FluxImagePipeline, dict[str, Any]]:
+    """Return our pipeline, and the components of diffusers' pipelines; weights are loaded from published names.
+
+    Args:
+        config: of the transformer.
+        components: further components of ours.
+    """
+    tokenizer = byte_tokenizer()
+    transformer, vae = oracle_dit(config), oracle_vae()
+    clip, t5 = oracle_clip(len(tokenizer)), oracle_t5(len(tokenizer))
+    ours_vae = FluxAutoencoder(FluxAutoencoderConfig(norm_groups=4, **AUTOENCODER))
+    ours_vae.load_state_dict(vae.state_dict())
+    clip_tensors = {f"text_model.{name}": tensor for name, tensor in clip.named_parameters()}
+    t5_tensors = {name: tensor for name, tensor in t5.named_parameters() if "embed_tokens" not in name}
+    ours = FluxImagePipeline.from_components(
+        dit=load_tensors(transformer.state_dict())[1],
+        text_encoder_1=load_tensors(clip_tensors)[1],
+        text_encoder_2=load_tensors(t5_tensors)[1],
+        vae=ours_vae,
+        tokenizer_1=tokenizer,
+        tokenizer_2=tokenizer,
+        device="cpu",
+        torch_dtype=torch.float32,
+        **components,
+    )
+    tokenizer.model_max_length = 77
+    parts = {
+        # The levels of a call are given as they are: the scheduler shifts nothing.
+        "scheduler": FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+        "vae": vae,
+        "text_encoder": clip,
+        "tokenizer": tokenizer,
+        "text_encoder_2": t5,
+        "tokenizer_2": tokenizer,
+        "transformer": transformer,
+    }
+    return ours, parts
+
+
+def sigmas(num_steps: int, **settings: float) -> list[float]:
+    """Return the noise levels of our schedule without the last 0, for diffusers' argument of this name."""
+    return flux1_sigmas(num_steps, **settings)[:-1].tolist()
+
+
+def noise(seed: int, *, packed: bool = True) -> Tensor:
+    """Return the initial noise of a seed, as tokens or as latents."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    latents = torch.randn(1, 16, SIZE["height"] // 8, SIZE["width"] // 8, generator=generator)
+    return patchify(latents) if packed else latents
+
+
+def unpacked(tokens: Tensor) -> Tensor:
+    """Return the latents of diffusers' result for the output type "latent"."""
+    return unpatchify(tokens, SIZE["height"] // 16)

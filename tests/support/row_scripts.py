@@ -9,6 +9,7 @@ from typing import Any
 
 ROWS_FOLDER = Path(__file__).parents[1] / "data" / "rows"
 DOORS = {
+    "FluxImagePipeline": "diffsynth.pipelines.flux_image",
     "TemplatePipeline": "diffsynth.diffusion.template",
     "WanVideoPipeline": "diffsynth.pipelines.wan_video",
     "ZImagePipeline": "diffsynth.pipelines.z_image",
@@ -33,8 +34,11 @@ def script(row: Mapping[str, Any], values: Mapping[str, str], *, vram_limit: boo
     imports = [f"from {DOORS[pipeline]} import {pipeline}, ModelConfig"]
     imports += [f"from {DOORS[name]} import {name}" for name in row["pipelines"] if name != pipeline]
     if "controlnet_inputs" in row["call"]:
-        imports += [f"from {DOORS[pipeline]} import ControlNetInput", "from PIL import Image"]
-    tokenizer, *models = row["files"]
+        imports += [f"from {DOORS[pipeline]} import ControlNetInput"]
+    if any("Image." in value for value in values.values()):
+        imports += ["from PIL import Image"]
+    tokenizers = [file for file in row["files"] if file.get("origin_file_pattern", "").endswith("tokenizer/")]
+    models = [file for file in row["files"] if file not in tokenizers]
     lines = [
         *imports,
         "import torch",
@@ -45,7 +49,7 @@ def script(row: Mapping[str, Any], values: Mapping[str, str], *, vram_limit: boo
         "    model_configs=[",
         *(f"        {_model_config(file)}," for file in models),
         "    ],",
-        f"    tokenizer_config={_model_config(tokenizer)},",
+        *(f"    tokenizer_config={_model_config(tokenizer)}," for tokenizer in tokenizers),
         *(['    vram_limit=torch.cuda.mem_get_info("cuda")[1] / (1024 ** 3) - 0.5,'] if vram_limit else []),
         ")",
         *(f"pipe.{name}(pipe.dit)" for name in row["methods"]),

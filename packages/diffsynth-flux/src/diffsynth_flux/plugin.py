@@ -1,11 +1,11 @@
-"""Plugin of diffsynth-flux: the models, architectures and published files of FLUX.1 and FLUX.2."""
+"""Plugin of diffsynth-flux: the models, architectures, published files and training of FLUX.1 and FLUX.2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec, TrainingSpec
 from diffsynth_flux.flux1 import checkpoints as flux1
 from diffsynth_flux.flux1 import models as flux1_models
 
@@ -14,6 +14,8 @@ DIFFSYNTH_API = 2
 MODELS = (*flux1_models.MODELS,)
 ARCHITECTURES = (*flux1.ARCHITECTURES,)
 CHECKPOINTS = (*flux1.CHECKPOINTS,)
+TRAINING = (*flux1_models.TRAINING,)
+DOORS = ("flux_image",)
 
 
 @hookimpl
@@ -32,3 +34,15 @@ def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None
 def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
     for checkpoint in CHECKPOINTS:
         register(checkpoint)
+
+
+@hookimpl
+def register_training(register: Callable[[TrainingSpec], None]) -> None:
+    for training in TRAINING:
+        register(training)
+
+
+@hookimpl
+def register_doors(register: Callable[[DoorSpec], None]) -> None:
+    for name in DOORS:
+        register(DoorSpec(name=name, folder="diffsynth_flux:doors"))

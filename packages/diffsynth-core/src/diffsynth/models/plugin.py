@@ -86,7 +86,11 @@ CHECKPOINTS = (
         rules="diffsynth.models.convert:FLUX_AUTOENCODER_ORIGINAL",
         signature="21ea55f476dfc4fd135587abb59dfe5d",
         layout="diffsynth.models:layouts/flux1_dev_autoencoder.json.gz",
-        files=("black-forest-labs/FLUX.1-dev:ae.safetensors", "black-forest-labs/FLUX.1-Fill-dev:ae.safetensors"),
+        files=(
+            "black-forest-labs/FLUX.1-dev:ae.safetensors",
+            "black-forest-labs/FLUX.1-schnell:ae.safetensors",
+            "black-forest-labs/FLUX.1-Fill-dev:ae.safetensors",
+        ),
     ),
     CheckpointSpec(
         name="qwen3_text_encoder",

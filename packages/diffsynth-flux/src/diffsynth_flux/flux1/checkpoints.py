@@ -87,6 +87,7 @@ ARCHITECTURES = (
 )
 
 _DEV = "black-forest-labs/FLUX.1-dev"
+_SCHNELL = "black-forest-labs/FLUX.1-schnell"
 
 CHECKPOINTS = (
     CheckpointSpec(
@@ -99,6 +100,13 @@ CHECKPOINTS = (
             "black-forest-labs/FLUX.1-Krea-dev:flux1-krea-dev.safetensors",
             "black-forest-labs/FLUX.1-Kontext-dev:flux1-kontext-dev.safetensors",
         ),
+    ),
+    CheckpointSpec(
+        name=f"{DIT}/schnell",
+        architecture=DIT,
+        signature="57b02550baab820169365b3ee3afa2c9",
+        layout="diffsynth_flux:layouts/flux1_schnell.json.gz",
+        files=(f"{_SCHNELL}:flux1-schnell.safetensors",),
     ),
     CheckpointSpec(
         name=f"{DIT}/diffusers",
@@ -122,6 +130,7 @@ CHECKPOINTS = (
         layout="diffsynth_flux:layouts/clip_l.json.gz",
         files=(
             f"{_DEV}:text_encoder/model.safetensors",
+            f"{_SCHNELL}:text_encoder/model.safetensors",
             "black-forest-labs/FLUX.1-Fill-dev:text_encoder/model.safetensors",
         ),
     ),
@@ -138,6 +147,7 @@ CHECKPOINTS = (
         layout="diffsynth_flux:layouts/t5_xxl.json.gz",
         files=(
             f"{_DEV}:text_encoder_2/*.safetensors",
+            f"{_SCHNELL}:text_encoder_2/*.safetensors",
             "black-forest-labs/FLUX.1-Fill-dev:text_encoder_2/*.safetensors",
         ),
     ),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffsynth.spec import ModelSpec, TeaCacheSpec
+from diffsynth.spec import ModelSpec, TeaCacheSpec, TrainingSpec
+from diffsynth_flux.flux1.checkpoints import LORA_TARGETS
 
 PIPELINE = "diffsynth_flux.flux1.pipeline:FluxImagePipeline"
 DEV = "black-forest-labs/FLUX.1-dev"
@@ -14,7 +15,7 @@ LICENSE = "FLUX.1 [dev] Non-Commercial License"
 CONTEXT_DIM, POOLED_DIM = 64, 128
 """Widths of the tiny text encoders."""
 
-TINY_DIT = {"dim": 256, "n_heads": 2, "context_dim": CONTEXT_DIM, "pooled_dim": POOLED_DIM}
+TINY_DIT = {"dim": 128, "n_heads": 1, "n_double_blocks": 1, "context_dim": CONTEXT_DIM, "pooled_dim": POOLED_DIM}
 """Config fields of the tiny transformer; the head dimension is the published one."""
 
 TINY_ENCODERS = {
@@ -44,7 +45,7 @@ def _model(
     Args:
         hub_id, description, task, defaults, license_name: fields of `ModelSpec`.
         file: the transformer, in the model's repository.
-        encoders: repository of the text encoders and the autoencoder.
+        encoders: repository of the text encoders, their tokenizers and the autoencoder.
         tiny: config fields of the tiny transformer.
     """
     return ModelSpec(
@@ -59,7 +60,7 @@ def _model(
             "text_encoder_2": f"{encoders}:text_encoder_2/*.safetensors",
             "vae": f"{encoders}:ae.safetensors",
         },
-        processors={"tokenizer_1": f"{DEV}:tokenizer/", "tokenizer_2": f"{DEV}:tokenizer_2/"},
+        processors={"tokenizer_1": f"{encoders}:tokenizer/", "tokenizer_2": f"{encoders}:tokenizer_2/"},
         defaults=dict(defaults or {}),
         license=license_name,
         description=description,
@@ -84,5 +85,15 @@ MODELS = (
         "flux1-krea-dev.safetensors",
         "12B, trained for less of an artificial look",
         defaults={"embedded_guidance": 4.5},
+    ),
+)
+
+TRAINING = (
+    TrainingSpec(
+        pipeline=PIPELINE,
+        trainable=("dit", "text_encoder_1", "text_encoder_2", "vae"),
+        lora_targets={"dit": LORA_TARGETS},
+        data={"prompt": "prompt", "image": "input_image"},
+        schedule="diffsynth.sampling.schedule:flux1_sigmas",
     ),
 )

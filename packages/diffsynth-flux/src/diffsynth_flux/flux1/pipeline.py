@@ -36,7 +36,7 @@ class FluxImagePipeline(Pipeline):
     conditions = {
         "prompt_embeds": Condition(whole),
         "pooled_prompt_embeds": Condition(whole),
-        "guidance": Condition(whole),
+        "embedded_guidance": Condition(whole),
     }
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=30)
@@ -67,15 +67,13 @@ class FluxImagePipeline(Pipeline):
         *,
         prompt_embeds: Float[Tensor, "b t e_text"],
         pooled_prompt_embeds: Float[Tensor, "b e_pooled"],
-        guidance: float = 3.5,
+        embedded_guidance: float = 3.5,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
-        levels = torch.full_like(sigma, guidance) if self.dit.config.guidance_embed else None
-        return self.dit(
-            latents, sigma, prompt_embeds, pooled_prompt_embeds, levels, extensions=extensions, step=step
-        )
+        guidance = torch.full_like(sigma, embedded_guidance) if self.dit.config.guidance_embed else None
+        return self.dit(latents, sigma, prompt_embeds, pooled_prompt_embeds, guidance, extensions=extensions, step=step)
 
     def _check_guidance(self, values: Mapping[str, Any]) -> None:
         guidance = set_guidance(embedded_guidance=values["embedded_guidance"])

@@ -35,7 +35,7 @@ def schedule(
     return flux1_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
 
 
-@unit("guidance", phase=Phase.SHAPE)
+@unit("embedded_guidance", phase=Phase.SHAPE)
 def set_guidance(*, embedded_guidance: float = 3.5) -> float:
     """Return `embedded_guidance` as a float.
 
@@ -79,7 +79,7 @@ def encode_prompt(
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: str) -> Int[Tensor, "b s"]:
-    """Return the token ids of texts, a CPU tensor `b s` with `s = max_tokens`, padded and cut; log the text that is cut.
+    """Return the token ids of texts, a CPU tensor `b s` with `s = max_tokens`, padded and cut; log text that is cut.
 
     Args:
         tokenizer: of transformers.
