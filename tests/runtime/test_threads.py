@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import diffsynth
+from diffsynth.core.vram.managed import managed
+from diffsynth.core.vram.policy import PRESETS, BlockState
 from diffsynth.errors import Cancelled
 
 CALLS = [
@@ -73,3 +75,41 @@ def test_two_threads_load_one_model(pipe):
         loaded = list(threads.map(lambda _: diffsynth.load("z-image-nano", device="cpu"), range(2)))
     assert loaded[0].dit is not loaded[1].dit
     assert all(torch.equal(generate(one, CALLS[0]), generate(pipe, CALLS[0])) for one in loaded)
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def offloaded(request):
+    return diffsynth.load("z-image-nano", device="cpu", policy=request.param)
+
+
+def test_every_policy_under_load(offloaded):
+    alone = [generate(offloaded, call) for call in CALLS[:2]]
+    stop = threading.Event()
+
+    def together(number):
+        if number == 2:  # a call that ends while others run
+            with pytest.raises(Cancelled):
+                generate(offloaded, CALLS[0], cancel=stop, on_step=lambda _: stop.set())
+        return generate(offloaded, CALLS[number % 2])
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(together, range(6)))
+    assert all(torch.equal(one, alone[number % 2]) for number, one in enumerate(found))
+
+
+def test_a_call_that_ends_takes_no_weights_of_another(offloaded):
+    alone, stopped = generate(offloaded, CALLS[0]), threading.Event()
+    stopped.set()
+
+    def end_another(step):
+        with ThreadPoolExecutor(1) as thread, pytest.raises(Cancelled):
+            thread.submit(generate, offloaded, CALLS[1], cancel=stopped).result(timeout=30)
+
+    assert torch.equal(generate(offloaded, CALLS[0], on_step=end_another), alone)
+
+
+def test_nothing_stays_on_the_device_after_the_last_call(offloaded):
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda _: generate(offloaded, CALLS[0]), range(3)))
+    wrapped = [managed(offloaded.parts[role]) for role in ("dit", "text_encoder", "vae")]
+    assert {module.state for module in wrapped if module is not None} <= {BlockState.OFFLOAD}

@@ -108,10 +108,10 @@ class StageOffloader:
             yield
 
     def end_call(self, plan: MemoryPlan | None) -> None:
-        """Offload the components that the plan evicts between stages; without a plan, all wrapped ones."""
-        for role, module in self._managed.items():
-            if plan is None or role in plan.evicted:
-                module.leave()
+        """Offload the components that the plan evicts between stages, without a plan all wrapped ones; those that a
+        stage of another thread may use, after that stage.
+        """
+        self._loaded.release([module for role, module in self._managed.items() if plan is None or role in plan.evicted])
 
 
 class ExpertSwitcher:

@@ -23,15 +23,47 @@ class LoadedModules:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._depth = 0
         self._present: weakref.WeakSet[ManagedModule] = weakref.WeakSet()
+        self._released: weakref.WeakSet[ManagedModule] = weakref.WeakSet()
+        self._releasing = threading.Lock()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Context manager that holds the device's lock: no other thread runs a stage (a part of a call) there
         meanwhile.
         """
-        with self._lock:
-            yield
+        try:
+            with self._lock:
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
+        finally:
+            self._offload_released()
+
+    def release(self, modules: Collection[ManagedModule]) -> None:
+        """Offload modules that a call no longer uses: now, or after the stage of another thread that runs meanwhile,
+        which may use them, too. The caller does not wait for it.
+        """
+        with self._releasing:
+            self._released.update(modules)
+        self._offload_released()
+
+    def _offload_released(self) -> None:
+        # A thread that does not get the lock leaves the rest to the thread that holds it, which comes here afterwards.
+        while self._released and self._lock.acquire(blocking=False):
+            try:
+                if self._depth:
+                    return  # a call inside of a stage of this thread, such as one that `on_step` makes
+                with self._releasing:
+                    modules, self._released = list(self._released), weakref.WeakSet()
+                for module in modules:
+                    module.leave()
+                    self._present.discard(module)
+            finally:
+                self._lock.release()
 
     @contextmanager
     def stage(self, used: Collection[ManagedModule], *, keep: Collection[ManagedModule] = ()) -> Iterator[None]:
@@ -44,7 +76,7 @@ class LoadedModules:
             used: modules that the stage runs.
             keep: modules that may be on the device meanwhile; all others are offloaded first.
         """
-        with self._lock:
+        with self.lock():
             self.offload_all(keep=(*used, *keep))
             try:
                 for module in used:
@@ -70,7 +102,7 @@ class LoadedModules:
             incoming: modules of the next stage that this one does not use, configured for it.
             free_bytes: bytes that the incoming modules may take beside those that outgoing blocks free.
         """
-        with self._lock:
+        with self.lock():
             if not any(module.prefetchable() for module in incoming):
                 yield
                 return
@@ -85,7 +117,7 @@ class LoadedModules:
         """Free the device memory of all wrapped modules that `stage` or `overlapped_swap` brought to the device, except
         those in `keep`.
         """
-        with self._lock:
+        with self.lock():
             for module in list(self._present):
                 if module not in keep:
                     module.leave()
