@@ -12,7 +12,19 @@ TESTS = ROOT / "tests"
 PACKAGES = {name.removeprefix("diffsynth_"): init.parent for name, init in SOURCES.items() if name != "diffsynth"}
 """Folder of tests -> folder of the package; every other mirrored folder belongs to core."""
 
-NO_MIRRORS = {"benchmarks", "contracts", "data", "docs", "examples", "gpu", "packaging", "plugins", "rows", "support"}
+NO_MIRRORS = {
+    "benchmarks",
+    "contracts",
+    "data",
+    "docs",
+    "examples",
+    "fuzz",
+    "gpu",
+    "packaging",
+    "plugins",
+    "rows",
+    "support",
+}
 
 SCENARIOS: dict[str, str] = {
     "compat/test_imports.py": "the imports of older scripts and manuals",

@@ -127,6 +127,25 @@ def shortened(items: Iterable[object], limit: int = 8) -> str:
     return ", ".join(texts[:limit]) + more
 
 
+def shown(value: object, limit: int = 60) -> str:
+    """Return `repr(value)` of at most `limit` characters, for a message; never raises.
+
+    A long text, list or array is cut before it is formatted.
+    """
+    if isinstance(value, str):
+        value = value[:limit]
+    elif isinstance(value, list | tuple) and len(value) > limit:
+        return f"a {type(value).__name__} of {len(value)} entries"
+    elif isinstance(shape := getattr(value, "shape", None), tuple):
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more than 4300 digits, or an object whose repr() fails
+        return f"an object of {type(value).__name__}"
+    text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be printed
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` with the known name nearest to `name`, or `""` if none is near. Ignores case."""
     by_lower = {candidate.lower(): candidate for candidate in known}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth import _discovery
+from diffsynth.runtime.unit import equals_default
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +43,9 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if name in defaults
     }
     others = {
-        name: value for name, value in arguments.items() if name not in always and not _equals(value, defaults[name])
+        name: value
+        for name, value in arguments.items()
+        if name not in always and not equals_default(value, defaults[name])
     }
     return {
         "model": pipe.model_name,
@@ -234,11 +237,6 @@ def _identities(paths: list[Path]) -> dict[str, Any]:
 
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     return {file.name: file_identity(file) for file in files if file.is_file()}
-
-
-def _equals(value: Any, default: Any) -> bool:
-    # Identity first: the comparison of a tensor or an array is no bool.
-    return value is default or (_is_json(value) and type(value) is type(default) and value == default)
 
 
 def _is_json(value: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypedDict
 
 from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
+from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.guidance import GuidanceArgument
 from diffsynth.runtime.request import OutputType, Step
 from diffsynth_wan.features.animate import AnimateArguments
@@ -28,7 +29,8 @@ class ShapeArguments(TypedDict, total=False):
             autoencoder of Wan 2.2.
         num_frames: Number of frames of the video, at least 1; rounded up to 4n + 1.
         rand_device: Device on which the initial noise is generated; "cpu" gives the same noise on every machine.
-        sigma_shift: Shift of the noise schedule, above 0; larger values spend more steps at high noise levels.
+        sigma_shift: Shift of the noise schedule, above 0 and at most 1000; larger values spend more steps at high noise
+            levels.
         denoising_strength: Noise level that the input video is raised to, in (0, 1]; 1 ignores the input. The number
             of steps stays the same.
         tiled: Whether the autoencoder works in overlapping tiles if a frame is larger than one tile.
@@ -44,7 +46,7 @@ class ShapeArguments(TypedDict, total=False):
     height: int
     width: int
     num_frames: int
-    rand_device: str
+    rand_device: RandDevice
     sigma_shift: float
     denoising_strength: float
     tiled: bool

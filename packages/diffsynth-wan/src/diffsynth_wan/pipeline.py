@@ -19,7 +19,7 @@ from diffsynth.runtime.loop import refuse_windows
 from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
-from diffsynth.runtime.role import Role, Tokenizer
+from diffsynth.runtime.role import Agreement, Role, Tokenizer
 from diffsynth.sampling.windows import SlidingWindow
 from diffsynth_wan.arguments import WanArguments
 from diffsynth_wan.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
@@ -63,6 +63,11 @@ class WanVideoPipeline(Pipeline):
         "vae_factor": "vae.factor",
         "time_factor": "vae.time_factor",
     }
+    agreements = (
+        Agreement("width of the text", ("text_encoder.dim", "dit.text_dim", "dit2.text_dim")),
+        Agreement("number of latent channels", ("vae.latent_channels", "dit.out_channels", "dit2.out_channels")),
+        Agreement("number of input channels", ("dit.in_channels", "dit2.in_channels")),
+    )
 
     @classmethod
     def from_pretrained(
@@ -110,14 +115,10 @@ class WanVideoPipeline(Pipeline):
 
         Errors are those of the call.
         """
-        if "output_type" in arguments:
-            output_type = arguments["output_type"]
+        if isinstance(output_type := arguments.get("output_type"), str):
             arguments["output_type"] = OUTPUT_TYPES.get(output_type, output_type)
         request = super().check(**arguments)
         values = request.values
-        for name in ("tiled", "cfg_merge"):
-            if not isinstance(values[name], bool):
-                raise ValueError(f"{name}={values[name]!r}: expected True or False")
         for name in (
             ("input_image", "end_image", "input_video") if values["animate2_reference_video"] is not None else ()
         ):
@@ -133,8 +134,8 @@ class WanVideoPipeline(Pipeline):
         return request
 
     def roles_at(self, step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return a tuple of the roles whose networks `velocity()` calls in a step: dit2 in place of dit in steps below
-        `values["expert_boundary"]` (0 if missing), and those of the features in use.
+        """Return a tuple of the roles whose networks `velocity()` calls in a step: dit, in steps below
+        `values["expert_boundary"]` (0 if missing) dit2, and those of the features in use.
         """
         other = "dit" if step.sigma < values.get("expert_boundary", 0.0) else "dit2"
         return tuple(role for role in super().roles_at(step, values) if role != other)

@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, StepContext, whole
-from diffsynth.runtime.image_units import check_tiling, decode_image
+from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
-from diffsynth.runtime.request import LoopArguments, Request
-from diffsynth.runtime.role import Role, Tokenizer
+from diffsynth.runtime.request import LoopArguments
+from diffsynth.runtime.role import Agreement, Role, Tokenizer
 from diffsynth_zimage.arguments import ZImageArguments
 from diffsynth_zimage.extension import Extension
 from diffsynth_zimage.features import FEATURES
@@ -36,6 +36,10 @@ class ZImagePipeline(Pipeline):
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=8)
     facts = {"latent_channels": "dit.in_channels"}
+    agreements = (
+        Agreement("width of the caption", ("text_encoder.hidden_size", "dit.cap_feat_dim")),
+        Agreement("number of latent channels", ("vae.latent_channels", "dit.in_channels")),
+    )
     output_kind = "image"
 
     @classmethod
@@ -69,15 +73,6 @@ class ZImagePipeline(Pipeline):
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[ZImageArguments]) -> Any:
         """Generate one image, or several; see `Pipeline.__call__`."""
         return super().__call__(prompt, **arguments)
-
-    def check(self, **arguments: Any) -> Request:
-        """Check a call's arguments without running it; return them, completed with defaults, as a `Request`.
-
-        Errors are those of the call.
-        """
-        request = super().check(**arguments)
-        check_tiling(request.values)
-        return request
 
     def velocity(
         self,

@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.image_units import encode_input_image, image_size
+from diffsynth.runtime.prompts import cut_prompt
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.sampling.schedule import z_image_sigmas
@@ -42,7 +44,7 @@ def encode_prompt(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
     tokens = tokenizer(
-        [chat_text(tokenizer, text) for text in distinct],
+        [chat_text(tokenizer, cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS)) for text in distinct],
         padding="longest",
         padding_side="right",  # with causal attention, padding after the text does not change its hidden states
         return_tensors="pt",
@@ -73,7 +75,7 @@ def initial_latents(
     width: int,
     latent_channels: int,
     seeds: list[int | None],
-    rand_device: str = "cpu",
+    rand_device: RandDevice = "cpu",
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"]:

@@ -11,7 +11,7 @@ from diffsynth.errors import InvalidPipeline, did_you_mean
 from diffsynth.runtime.added_features import with_added_features
 from diffsynth.runtime.feature import Condition, Feature
 from diffsynth.runtime.request import LOOP_NAMES
-from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.role import Agreement, Processor, Role
 from diffsynth.runtime.unit import Program, check_units, in_phases
 
 PIPELINE_VALUES = ("device", "dtype", "batch_size", "seeds", "mesh", *LOOP_NAMES)
@@ -29,6 +29,7 @@ class Composition:
         features: the class's own, and then those that plugins add, in order.
         roles: role -> `Role` or `Processor`.
         facts: name -> "role.field".
+        agreements: the config fields that must be equal.
         per_image: names of the arguments that take one value, or a list of one for each result.
         loop_roles: the roles whose networks the loop may call.
         parameters: names of the keyword-only parameters of `velocity()`, reserved ones included.
@@ -40,6 +41,7 @@ class Composition:
     features: tuple[Feature, ...]
     roles: dict[str, Role | Processor]
     facts: dict[str, str]
+    agreements: tuple[Agreement, ...]
     per_image: tuple[str, ...]
     loop_roles: tuple[str, ...]
     parameters: frozenset[str]
@@ -85,6 +87,7 @@ def _compose(cls: Any, features: Sequence[Feature]) -> Composition:
         features=tuple(features),
         roles=_joined("roles", cls, features),
         facts=_joined("facts", cls, features),
+        agreements=(*cls.agreements, *(agreement for each in features for agreement in each.agreements)),
         per_image=tuple(dict.fromkeys((*cls.per_image, *(name for each in features for name in each.per_image)))),
         loop_roles=tuple(dict.fromkeys((*cls.loop_roles, *(role for each in features for role in each.loop_roles)))),
         parameters=frozenset(_condition_parameters(cls)),
@@ -144,6 +147,9 @@ def _check_roles(cls: Any, made: Composition) -> None:
     for name, path in made.facts.items():
         if path.partition(".")[0] not in made.roles:
             raise InvalidPipeline(f"fact {name!r} is {path!r}; expected role.field with one of {list(made.roles)}")
+    for path in (path for agreement in made.agreements for path in agreement.fields):
+        if path.partition(".")[0] not in made.roles:
+            raise InvalidPipeline(f"an agreement has {path!r}; expected role.field with one of {list(made.roles)}")
 
 
 def _check_loop(cls: Any, made: Composition) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from diffsynth.errors import InvalidPipeline
-from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.role import Agreement, Processor, Role
 from diffsynth.runtime.unit import Unit
 from diffsynth.sampling.windows import Window
 
@@ -97,6 +97,7 @@ class Feature:
         roles: role -> `Role` or `Processor` of what it brings.
         loop_roles: those of `roles` whose networks the loop calls.
         facts: name -> "role.field", see `Pipeline.facts`.
+        agreements: the config fields that must be equal, see `Pipeline.agreements`.
         units: before the loop; each declares its `Phase`.
         outputs: units after the loop, which read and write `output`.
         conditions: name -> `Condition` of the values that `velocity()` reads. One that is no parameter of `velocity()`
@@ -115,6 +116,7 @@ class Feature:
     roles: Mapping[str, Role | Processor] = field(default_factory=dict, hash=False)
     loop_roles: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict, hash=False)
+    agreements: tuple[Agreement, ...] = ()
     units: tuple[Unit, ...] = ()
     outputs: tuple[Unit, ...] = ()
     conditions: Mapping[str, Condition] = field(default_factory=dict, hash=False)

@@ -38,7 +38,26 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-@unit("input_latents", phase=Phase.ENCODE, switches={"tiled": True})
+def check_tiling(values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the tiling arguments of a call are valid; see `image_tiling`."""
+    image_tiling(*(values[name] for name in ("tiled", "tile_size", "tile_stride")))
+
+
+def check_input_image(values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a call has as many input images as results, or one, and tiles are valid; the size of a
+    tensor is checked when it is encoded.
+    """
+    check_tiling(values)
+    images, batch_size = values["input_image"], values["batch_size"]
+    if images is None or isinstance(images, Image.Image):
+        return
+    if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
+        raise ValueError(f"input_image is a tensor of shape {tuple(images.shape)}; expected (b, 3, height, width)")
+    if len(images) not in (1, batch_size):
+        raise ValueError(f"input_image has {len(images)} images; expected 1 or {batch_size}, one for each result")
+
+
+@unit("input_latents", phase=Phase.ENCODE, switches={"tiled": True}, check=check_input_image)
 def encode_input_image(
     vae: Any,
     *,
@@ -56,13 +75,11 @@ def encode_input_image(
     if input_image is None:
         return None
     pixels = images_to_batch(input_image, height=height, width=width).to(device, dtype)
-    if len(pixels) not in (1, batch_size):
-        raise ValueError(f"input_image has {len(pixels)} images; expected 1 or {batch_size}, one for each result")
     tiling = image_tiling(tiled, tile_size, tile_stride)
     return vae.encode(pixels, **tiling).expand(batch_size, -1, -1, -1)
 
 
-@unit("output", switches={"tiled": True})
+@unit("output", switches={"tiled": True}, check=check_tiling)
 def decode_image(
     vae: Any,
     *,
@@ -74,7 +91,7 @@ def decode_image(
 ) -> list[Image.Image] | Float[Tensor, "b 3 height width"]:
     """Return the images of latents: a list of PIL images, or a tensor in [-1, 1] if `output_type` is "tensor"."""
     pixels = vae.decode(latents, **image_tiling(tiled, tile_size, tile_stride))
-    return pixels if output_type == "tensor" else tensor_to_images(pixels)
+    return pixels.clamp(-1, 1) if output_type == "tensor" else tensor_to_images(pixels)
 
 
 def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride: int | Sequence[int]) -> Tiling:
@@ -94,11 +111,6 @@ def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride
     size, stride = (tuple(side) if isinstance(side, Sequence) else (side, side) for side in (tile_size, tile_stride))
     check_tiles(size, stride)
     return {"tiled": bool(tiled), "tile_size": size, "tile_stride": stride}
-
-
-def check_tiling(values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the tiling arguments of a call are valid; see `image_tiling`."""
-    image_tiling(*(values[name] for name in ("tiled", "tile_size", "tile_stride")))
 
 
 def _check_side(name: str, value: int) -> None:

@@ -15,7 +15,7 @@ progress and cancellation are the same for all evaluations of one step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from diffsynth import _discovery
+from diffsynth.errors import shown
 from diffsynth.runtime.acceleration.session import StepCacheSession, step_cache_session
 from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
 from diffsynth.runtime.feature import StepContext
@@ -111,7 +112,7 @@ class DenoisingLoop:
                 self._sigmas[steps.start : steps.stop + 1],
                 noise=lambda index: self._noise(steps.start + index, latents.shape[1:]),
                 on_step=lambda index, latents: self.end_step(steps.start + index, latents),
-                progress=progress,
+                progress=lambda indices: _progress(progress, list(indices)),
             )
 
     def velocity(self, latents: Tensor, sigma: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ class DenoisingLoop:
             is_first_evaluation=self._evaluation == 0,
             state=self._guidance_state,
         )
-        return self._guidance.combine(predictions, self._request.loop.cfg_scale, step)
+        return self._guidance.combine(predictions, float(self._request.loop.cfg_scale), step)
 
     def end_step(self, index: int, latents: Tensor) -> None:
         """Notify observers and call the caller's `on_step` with the latents after step `index`, and go on to the next
@@ -198,6 +199,19 @@ class DenoisingLoop:
         # Steps on meta belong to a plan, which observers must not take for a call.
         if self._pipe.device.type != "meta":
             _discovery.notify(hook, **facts)
+
+
+def _progress(progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]], steps: list[Any]) -> Iterator[Any]:
+    """Yield the steps as the caller's progress bar gives them; raise an error if it does not give all of them."""
+    wrapped = progress_bar_cmd(steps)
+    if not isinstance(wrapped, Iterable):
+        raise TypeError(f"progress_bar_cmd returned {shown(wrapped)}; expected an iterator over the steps, as of tqdm")
+    count = 0
+    for step in wrapped:
+        count += 1
+        yield step
+    if count != len(steps):
+        raise ValueError(f"progress_bar_cmd gave {count} of {len(steps)} steps; it must give all that it gets")
 
 
 def velocity_in_windows(
@@ -252,7 +266,7 @@ def check_loop(pipe: LoopPipeline, request: Request) -> None:
             whose branches are not as many as the processes that share them.
     """
     loop = request.loop
-    find_solver(loop.solver)
+    load_solver(find_solver(loop.solver))
     _step_cache_session(pipe, request)
     check_attention(loop.attention, pipe.device, pipe.dtype)
     is_guided = len(request.branches) > 1

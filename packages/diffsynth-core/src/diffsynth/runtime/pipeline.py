@@ -23,6 +23,7 @@ from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
 from diffsynth.errors import InvalidPipeline, did_you_mean
 from diffsynth.runtime.acceleration.compiling import compile_components
+from diffsynth.runtime.argument_types import ArgumentType, argument_types
 from diffsynth.runtime.composition import PIPELINE_VALUES, RESERVED, compose, own_program, own_roles
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.feature import Condition, Feature, StepContext
@@ -33,11 +34,11 @@ from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.pretrained import PretrainedLoader
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, check_request
-from diffsynth.runtime.role import Processor, Role, fill_roles, member_roles, members
+from diffsynth.runtime.role import Agreement, Processor, Role, fill_roles, member_roles, members
 from diffsynth.runtime.schema import SchemaMethod
 from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
 from diffsynth.runtime.stages import Stage, stages_of
-from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, needed_for, run_units
+from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, needed_for, run_units, runs
 from diffsynth.sampling.prediction import PREDICTIONS
 
 
@@ -79,6 +80,9 @@ class Pipeline(LoRAMethods):
 
     facts: Mapping[str, str] = MappingProxyType({})
     """Name -> "role.field": a field of a component's config that units read without the component being loaded."""
+
+    agreements: ClassVar[tuple[Agreement, ...]] = ()
+    """The fields of the components' configs that must be equal, or the components do not fit each other."""
 
     prediction: ClassVar[str] = "velocity"
     """The kind of result of `predict()`: "epsilon", "x0" or "v"; "velocity" if the class implements `velocity()`."""
@@ -124,7 +128,8 @@ class Pipeline(LoRAMethods):
             component_files: role -> the files that the component was read from, for records.
 
         Raises:
-            InvalidPipeline: units, roles and `velocity()` do not fit; the message names the unit.
+            InvalidPipeline: units, roles and `velocity()` do not fit, the message names the unit; or components that do
+                not fit each other.
             MissingComponent: a role that is not optional is left out.
             TypeError: a role that this pipeline does not have.
         """
@@ -138,7 +143,13 @@ class Pipeline(LoRAMethods):
         self.features, self.roles, self.facts, self.per_image = made.features, made.roles, made.facts, made.per_image
         self.program, self.condition_rules = made.program, made.conditions
         self._velocity_parameters, self._all_loop_roles = made.parameters, made.loop_roles
-        self.components = fill_roles(self.roles, components, facts=self.facts, pipeline_name=type(self).__name__)
+        self.components = fill_roles(
+            self.roles,
+            components,
+            facts=self.facts,
+            agreements=made.agreements,
+            pipeline_name=type(self).__name__,
+        )
         self.__signature__ = build_signature(self.program, self.loop, {}, has_loop=self.has_loop())
         choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.parts)
         self._offloader = StageOffloader(self.parts, self.device)
@@ -174,12 +185,13 @@ class Pipeline(LoRAMethods):
         Raises:
             CheckpointError: a file is missing, corrupt, unknown, or of a role this pipeline does not have.
             MissingComponent: no file fills a role that the pipeline needs.
+            InvalidPipeline: two files that do not fit each other; no weights are read by then.
             TypeError: an unknown argument.
         """
         device = devices.default_device() if device is None else devices.check_device(device)
-        loader = PretrainedLoader(
-            compose(cls).roles, cls.__name__, functools.partial(choose_before_reading, cls._from_some)
-        )
+        made = compose(cls)
+        choose_policy = functools.partial(choose_before_reading, cls._from_some)
+        loader = PretrainedLoader(made.roles, cls.__name__, choose_policy, agreements=made.agreements)
         memory = {"vram_limit": vram_limit, "policy": policy}
         components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device, **memory)
         pipe = cls(components, device=device, torch_dtype=torch_dtype, component_files=files, **memory)
@@ -236,8 +248,9 @@ class Pipeline(LoRAMethods):
         Returns:
             one result for one prompt, a list (or a tensor `b ...`) for several prompts, images or seeds.
         """
-        if prompt != "" or "prompt" in self.__signature__.parameters:
+        if not (isinstance(prompt, str) and prompt == "") or "prompt" in self.__signature__.parameters:
             arguments["prompt"] = prompt
+        self._refuse_meta(arguments)
         request = self._planned_request(arguments)
         values = self.call_values(request)
         try:
@@ -306,7 +319,18 @@ class Pipeline(LoRAMethods):
         """Check the arguments of a call as far as each can be checked by itself: names, ranges, roles, and those of the
         loop; return them as `check` does.
         """
-        request = check_request(arguments, self.__signature__, self.program, self.components, per_image=self.per_image)
+        request = check_request(
+            arguments,
+            self.__signature__,
+            self.program,
+            self.components,
+            per_image=self.per_image,
+            types=self._argument_types,
+        )
+        values = {**request.values, "batch_size": request.batch_size, **self._fact_values()}
+        for step in (*self.program.units, *self.program.outputs):
+            if step.check is not None and runs(step, self.components, values):
+                step.check(values)
         if self.has_loop():
             check_loop(self, request)
         elif request.loop.output_type == "latents":
@@ -525,6 +549,18 @@ class Pipeline(LoRAMethods):
         if plan.switches:
             request = self.check(**{**arguments, **plan.switches})
         return replace(request, plan=plan)
+
+    @functools.cached_property
+    def _argument_types(self) -> dict[str, ArgumentType]:
+        return argument_types(type(self), self.program, self.__signature__, self.per_image)
+
+    def _refuse_meta(self, arguments: Mapping[str, Any]) -> None:
+        """Raise ValueError for a tensor on meta among the arguments: plans take it, and the checks of cascades."""
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and value.is_meta and self.device.type != "meta":
+                raise ValueError(
+                    f"{name} is a tensor on the device meta, which has no values; expected a tensor with data"
+                )
 
     def _fact_values(self) -> dict[str, Any]:
         """Return a dict fact -> value of its config field, for components that are loaded; other facts are left out."""

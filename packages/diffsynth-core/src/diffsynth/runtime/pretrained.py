@@ -23,7 +23,7 @@ from diffsynth.core.vram.block_weights import check_source
 from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.memory_options import MemoryOptions, Policies
-from diffsynth.runtime.role import Processor, Role, grouped, role_of
+from diffsynth.runtime.role import Agreement, Processor, Role, check_agreements, grouped, role_of
 from diffsynth.spec import resolve
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class PretrainedLoader:
         roles: the roles to load.
         pipeline_name: for messages.
         choose: replaces the policy "auto", see `choose_before_reading`; None if no policy is "auto".
+        agreements: the config fields that must be equal.
     """
 
     def __init__(
@@ -72,7 +73,10 @@ class PretrainedLoader:
         roles: Mapping[str, Role | Processor],
         pipeline_name: str,
         choose: Callable[..., MemoryOptions] | None = None,
+        *,
+        agreements: Sequence[Agreement] = (),
     ) -> None:
+        self._agreements = agreements
         self._choose = choose
         self._roles = {name: role for name, role in roles.items() if isinstance(role, Role)}
         self._processors = {name: role for name, role in roles.items() if isinstance(role, Processor)}
@@ -115,6 +119,8 @@ class PretrainedLoader:
             component.open_component(part.recognized, part.header, dtype=_dtype(policy, options))
             for part, policy in zip(found, policies, strict=True)
         ]
+        configs = {part.role: getattr(module, "config", None) for part, (module, _) in zip(found, opened, strict=True)}
+        check_agreements(self._agreements, configs, pipeline_name=self._pipeline_name)
         if self._choose is not None:
             by_role = {part.role: pair for part, pair in zip(found, opened, strict=True)}
             options = self._choose(options, by_role, components, {part.role: part.config for part in found})

@@ -6,18 +6,28 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
 from diffsynth import _discovery
+from diffsynth.core.device import total_memory
 from diffsynth.core.planning import MemoryPlan
-from diffsynth.errors import Cancelled, MissingComponent, did_you_mean
+from diffsynth.errors import Cancelled, MissingComponent, NotEnoughMemory, did_you_mean, shown
 from diffsynth.runtime.acceleration.step_attention import AttentionArgument, parse_step_attention
 from diffsynth.runtime.acceleration.strategies import StepCacheArgument, parse_step_cache
 from diffsynth.runtime.guidance import Guidance, GuidanceArgument, parse_guidance
 from diffsynth.runtime.progress import progress_bar
-from diffsynth.runtime.unit import Program, can_run, needed_roles
+from diffsynth.runtime.unit import Program, can_run, equals_default, needed_roles
+
+if TYPE_CHECKING:  # it reads the types of `LoopArguments`
+    from diffsynth.runtime.argument_types import ArgumentType
+
+MAX_STEPS = 10_000
+"""The most steps that a call may have: a schedule of fp32 noise levels has no use for more."""
+
+MAX_RESULTS = 10_000
+"""The most results that a call may have; see also `check_size`, which refuses sizes beyond the memory."""
 
 OutputType = Literal["pil", "tensor", "latents"]
 
@@ -48,12 +58,13 @@ class LoopArguments:
     """The arguments that the denoising loop reads. A pipeline class changes defaults by `loop = LoopArguments(...)`.
 
     Args:
-        num_inference_steps: steps of the loop, at least 1; each calls the network once per branch, with some solvers
-            twice.
-        cfg_scale: weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); 1.0 is off.
+        num_inference_steps: steps of the loop, at least 1 and at most 10000; each calls the network once per branch,
+            with some solvers twice.
+        cfg_scale: weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), in [-1000, 1000]; 1.0 is
+            off.
         seed: of the initial noise. With several images, image i has `seed + i`; a list sets the seed of each image;
             None is a random seed.
-        num_images: images per prompt, at least 1.
+        num_images: images per prompt, at least 1 and at most 10000.
         output_type: "pil" images, or what else the pipeline returns, such as an `Audio`; "tensor" `b 3 h w` in [-1, 1],
             `b c n` for sound; or "latents" before decoding.
         on_step: called with a `Step` after each step.
@@ -87,15 +98,16 @@ class LoopArguments:
         object.__setattr__(self, "attention", parse_step_attention(self.attention))
         if self.guidance is not None:
             object.__setattr__(self, "guidance", parse_guidance(self.guidance))
-        for name in ("num_inference_steps", "num_images"):
+        for name, most in (("num_inference_steps", MAX_STEPS), ("num_images", MAX_RESULTS)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
-        if isinstance(self.cfg_scale, bool) or not isinstance(self.cfg_scale, int | float):
-            raise ValueError(f"cfg_scale={self.cfg_scale!r}: expected a number; 1.0 turns guidance off")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"{name}={shown(value)}: expected an integer, at least 1 and at most {most}")
+        scale = self.cfg_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= 1000:
+            raise ValueError(f"cfg_scale={shown(scale)}: expected a number from -1000 to 1000; 1.0 turns guidance off")
         if self.output_type not in get_args(OutputType):
             raise ValueError(
-                f"output_type={self.output_type!r}: expected one of {', '.join(get_args(OutputType))}"
+                f"output_type={shown(self.output_type)}: expected one of {', '.join(get_args(OutputType))}"
                 f"{did_you_mean(str(self.output_type), get_args(OutputType))}"
             )
 
@@ -189,6 +201,7 @@ def check_request(
     components: Mapping[str, Any],
     *,
     per_image: Sequence[str],
+    types: Mapping[str, ArgumentType] | None = None,
 ) -> Request:
     """Check the arguments of a call and return them, completed by defaults, as a `Request`.
 
@@ -198,24 +211,63 @@ def check_request(
         program: its units.
         components: role -> component or None.
         per_image: names of the arguments that take one value, or a list of one for each result; units get a list.
+        types: argument -> the values that it takes; None checks no types.
 
     Raises:
-        TypeError: an unknown argument, with the nearest spelling.
+        TypeError: an unknown argument, with the nearest spelling, or a value of a wrong type.
         ValueError: a value out of range, or lists whose lengths do not fit.
         MissingComponent: an argument of a unit whose role is not loaded.
+        NotEnoughMemory: results that the memory of this machine cannot hold.
     """
     reject_unknown(arguments, signature)
+    for name, value in arguments.items() if types else ():
+        if not equals_default(value, signature.parameters[name].default):
+            types[name].check(value)
     _reject_missing_roles(arguments, signature, program, components)
     values = {name: parameter.default for name, parameter in signature.parameters.items()} | dict(arguments)
     loop = LoopArguments(**{name: values.pop(name) for name in LOOP_NAMES if name in values})
     single = not any(isinstance(values.get(name), list | tuple) for name in per_image) and loop.num_images == 1
     prompts = max((len(values[name]) for name in per_image if isinstance(values.get(name), list | tuple)), default=1)
+    if prompts * loop.num_images > MAX_RESULTS:
+        raise ValueError(
+            f"the call has {prompts * loop.num_images} results ({prompts} prompts, num_images={loop.num_images}); "
+            f"expected at most {MAX_RESULTS}"
+        )
     for name in per_image:
         if name in values:
-            is_text = isinstance(signature.parameters[name].default, str)
-            values[name] = _one_per_image(name, values[name], prompts, loop.num_images, is_text=is_text)
+            values[name] = _one_per_image(name, values[name], prompts, loop.num_images)
+    check_size(values, prompts * loop.num_images)
     seeds = _seeds(loop.seed, prompts * loop.num_images)
     return Request(loop, values, seeds, single and not isinstance(loop.seed, list | tuple))
+
+
+def check_size(values: Mapping[str, Any], batch_size: int) -> None:
+    """Raise NotEnoughMemory if the images or videos of a call cannot be held by the memory of this machine.
+
+    This is a lower limit, from arithmetic alone: 3 bytes for each pixel of the result, and 16 for each of the frame
+    that is decoded. `Pipeline.plan` returns what a call takes.
+
+    Args:
+        values: arguments of the call; those without `height` and `width` are not checked.
+        batch_size: number of results.
+
+    Raises:
+        NotEnoughMemory: with the bytes needed at least, and those of the machine.
+    """
+    height, width, num_frames = (values.get(name, default) for name, default in _SIZES.items())
+    if not all(isinstance(each, int) for each in (height, width, num_frames)):
+        return
+    pixels = height * width * batch_size
+    needed, there = 3 * pixels * num_frames + 16 * pixels, total_memory("cpu")
+    if there is not None and needed > there:
+        frames = f", num_frames={shown(num_frames)}" if num_frames != 1 else ""
+        raise NotEnoughMemory(
+            f"{shown(batch_size)} result(s) of height={shown(height)}, width={shown(width)}{frames} take at least "
+            f"{needed // 2**30} GiB, and this machine has {there / 2**30:.1f} GiB. Lower the size or the number"
+        )
+
+
+_SIZES = {"height": 0, "width": 0, "num_frames": 1}
 
 
 def reject_unknown(arguments: Iterable[str], signature: inspect.Signature) -> None:
@@ -239,7 +291,8 @@ def _reject_missing_roles(
 ) -> None:
     for name, value in arguments.items():
         owners = program.owners(name) if name in program.arguments else []
-        if not owners or value is signature.parameters[name].default or any(can_run(o, components) for o in owners):
+        is_default = equals_default(value, signature.parameters[name].default)
+        if not owners or is_default or any(can_run(owner, components) for owner in owners):
             continue
         missing = [role for role in needed_roles(owners[0]) if components.get(role) is None]
         raise MissingComponent(
@@ -248,13 +301,12 @@ def _reject_missing_roles(
         )
 
 
-def _one_per_image(name: str, value: Any, prompts: int, num_images: int, *, is_text: bool) -> list[Any]:
+def _one_per_image(name: str, value: Any, prompts: int, num_images: int) -> list[Any]:
     entries = list(value) if isinstance(value, list | tuple) else [value] * prompts
-    if len(entries) != prompts or not entries:
+    if not entries:
+        raise ValueError(f"{name} is an empty list; expected one entry for each result")
+    if len(entries) != prompts:
         raise ValueError(f"{name} has {len(entries)} entries; expected {prompts}, one for each prompt")
-    for entry in entries:
-        if is_text and not isinstance(entry, str):
-            raise ValueError(f"{name}={entry!r}: expected text, got {type(entry).__name__}")
     return [entry for entry in entries for _ in range(num_images)]
 
 
@@ -262,7 +314,14 @@ def _seeds(seed: int | Sequence[int] | None, batch_size: int) -> list[int | None
     if seed is None:
         return [None] * batch_size
     if isinstance(seed, int) and not isinstance(seed, bool):
-        return [seed + i for i in range(batch_size)]
-    if isinstance(seed, list | tuple) and len(seed) == batch_size and all(isinstance(s, int) for s in seed):
-        return list(seed)
-    raise ValueError(f"seed={seed!r}: expected None, an integer, or a list of {batch_size} integers, one per image")
+        seeds = [seed + index for index in range(batch_size)]
+    elif isinstance(seed, list | tuple) and len(seed) == batch_size and all(isinstance(each, int) for each in seed):
+        seeds = list(seed)
+    else:
+        raise ValueError(
+            f"seed={shown(seed)}: expected None, an integer, or a list of {batch_size} integers, one per image"
+        )
+    for each in seeds:
+        if not -(2**63) <= each < 2**64:
+            raise ValueError(f"seed={shown(each)}: expected an integer of at most 64 bits")
+    return list(seeds)

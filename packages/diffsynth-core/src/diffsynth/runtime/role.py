@@ -73,12 +73,58 @@ class Tokenizer(Processor):
     """
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """Fields of the configs of several components that must be equal, or the components do not fit each other.
+
+    A component that is not loaded, or whose config lacks the field, is not compared.
+
+    Args:
+        name: of the quantity, for messages: "width of the caption".
+        fields: "role.field" of each component; of a role of many, of each member.
+        none: the value of a component that does not use the quantity, such as 0 channels for an image.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    none: Any = None
+
+
+def check_agreements(agreements: Iterable[Agreement], configs: Mapping[str, Any], *, pipeline_name: str) -> None:
+    """Raise InvalidPipeline unless components fit each other as declared.
+
+    Args:
+        agreements: of the pipeline and its features.
+        configs: role, or member of a role of many -> config of its component; None if it has none.
+        pipeline_name: for messages.
+
+    Raises:
+        InvalidPipeline: two components whose configs differ; the message has both values.
+    """
+    for agreement in agreements:
+        values = {
+            f"{member}.{field}": value
+            for role, _, field in (path.partition(".") for path in agreement.fields)
+            for member, config in configs.items()
+            if role_of(member) == role and (value := getattr(config, field, None)) is not None
+        }
+        values = {path: value for path, value in values.items() if value != agreement.none}
+        first = next(iter(values.items()), None)
+        for path, value in values.items():
+            if first is not None and value != first[1]:
+                raise InvalidPipeline(
+                    f"{pipeline_name}: {agreement.name}: {first[0]} is {first[1]!r} and {path} is {value!r}; these two "
+                    "components do not fit each other. Use the files of one model"
+                )
+
+
 def fill_roles(
     roles: Mapping[str, Role | Processor],
     components: Mapping[str, Any],
     *,
     pipeline_name: str,
     facts: Mapping[str, str] = MappingProxyType({}),
+    agreements: Iterable[Agreement] = (),
 ) -> dict[str, Any]:
     """Return a dict role (component name) -> component of all `roles`; None for one that is left out and optional, a
     tuple for a role of many.
@@ -88,11 +134,13 @@ def fill_roles(
         components: role -> component.
         pipeline_name: for messages.
         facts: of the pipeline: name -> "role.field", the config fields that it reads.
+        agreements: of the pipeline: the config fields that must be equal.
 
     Raises:
         TypeError: a role that the pipeline does not have.
         MissingComponent: a role that is not optional is left out.
-        InvalidPipeline: a component of a declared architecture lacks a method or config field that the pipeline needs.
+        InvalidPipeline: a component of a declared architecture lacks a method or config field that the pipeline needs,
+            or two components do not fit each other.
     """
     for role in components:
         if role not in roles:
@@ -109,7 +157,10 @@ def fill_roles(
         role = role_of(name)
         where = f"role {name!r} of {pipeline_name}"
         _check_component(roles[role], component, fields=fields_read(role, facts), where=where)
-    return {role: _filled(need, components.get(role)) for role, need in roles.items()}
+    filled = {role: _filled(need, components.get(role)) for role, need in roles.items()}
+    configs = {name: getattr(part, "config", None) for name, part in members(filled).items()}
+    check_agreements(agreements, configs, pipeline_name=pipeline_name)
+    return filled
 
 
 def fields_read(role: str, facts: Mapping[str, str]) -> tuple[str, ...]:

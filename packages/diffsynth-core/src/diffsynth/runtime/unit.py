@@ -71,6 +71,9 @@ class Unit:
         phase: when it runs.
         switches: argument -> value that lowers the memory of the unit at some cost. A plan sets it to keep a limit, if
             the argument is None.
+        check: called with the values of a call that uses the unit before anything runs: its arguments, `batch_size`,
+            and the pipeline's facts of loaded components. It raises ValueError or TypeError for values that the unit
+            would refuse. None checks nothing.
         provider: the plugin that adds the unit to a pipeline of another package; "" for the pipeline's own units.
     """
 
@@ -86,6 +89,7 @@ class Unit:
     only_with: str = ""
     phase: Phase = Phase.CONDITION
     switches: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    check: Callable[[Mapping[str, Any]], None] | None = field(default=None, repr=False)
     provider: str = field(default="", compare=False)
 
     @property
@@ -130,6 +134,7 @@ def unit(
     only_with: str = "",
     phase: Phase = Phase.CONDITION,
     switches: Mapping[str, Any] | None = None,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Callable[[Callable[..., Any]], Unit]:
     """Return a decorator that turns a function into a `Unit`.
 
@@ -142,6 +147,7 @@ def unit(
             earlier values, or the defaults of the units that read them.
         phase: when the unit runs.
         switches: argument -> value that lowers the memory of the unit, which a plan sets if the argument is None.
+        check: function of a call's values that raises for those which the unit would refuse; see `Unit`.
 
     Raises:
         TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches`, `only_with` or
@@ -178,6 +184,7 @@ def unit(
             only_with=only_with,
             phase=phase,
             switches=MappingProxyType(dict(switches or {})),
+            check=check,
         )
 
     return decorate
@@ -220,7 +227,21 @@ class Program:
         if step.only_with:
             return is_enabled(step, values)
         own = [read for read in step.reads if read.name in self.arguments and self.owners(read.name) == [step]]
-        return not own or any(values.get(read.name, read.default) is not read.default for read in own)
+        return not own or any(not equals_default(values.get(read.name, read.default), read.default) for read in own)
+
+
+def equals_default(value: Any, default: Any) -> bool:
+    """Whether an argument's value is its default: the same object, or an equal number, text, or list of them.
+
+    A value that was read from JSON is equal to a default, and another object. Images and tensors are not compared.
+    """
+    if value is default:
+        return True
+    if isinstance(value, list | tuple) and isinstance(default, list | tuple):
+        return len(value) == len(default) and all(map(equals_default, value, default))
+    if isinstance(value, bool) or isinstance(default, bool):
+        return False  # True and False are one object each, and True == 1
+    return isinstance(value, int | float | str) and isinstance(default, int | float | str) and value == default
 
 
 def in_phases(units: Iterable[Unit]) -> tuple[Unit, ...]:

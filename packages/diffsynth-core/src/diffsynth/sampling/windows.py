@@ -79,7 +79,8 @@ class SlidingWindow:
         for name, value in (("sliding_window_size", size), ("sliding_window_stride", stride)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(
-                    f"{name}={value!r}: expected a positive number of latent frames; give both arguments or neither"
+                    f"{name}={value!r}: expected a positive number of latent frames; give both sliding_window_size and "
+                    "sliding_window_stride, or neither"
                 )
         assert size is not None
         assert stride is not None

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, Configs, Feature, in_window
-from diffsynth.runtime.role import Role
+from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_wan.units.clips import Clip, check_clip, check_mask_clip, clip_pieces
 from diffsynth_wan.units.shape import VideoShape
@@ -133,7 +133,6 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a video is missing, too short, of another size or of another length than its mask.
-        TypeError: an argument is no clip.
     """
     size = video_size(configs, values)
     pose, face, scene, mask = (values[name] is not None for name in CLIPS)
@@ -161,6 +160,10 @@ ANIMATE = Feature(
     arguments=AnimateArguments,
     roles={"animate_adapter": Role(architectures=("wan_animate_adapter",), optional=True)},
     loop_roles=("animate_adapter",),
+    agreements=(
+        Agreement("width of the tokens", ("dit.dim", "animate_adapter.dim")),
+        Agreement("number of latent channels", ("dit.out_channels", "animate_adapter.latent_channels")),
+    ),
     units=(encode_animate_latents, encode_animate_motion, add_animate_prefix_frame),
     conditions={"animate_motion": Condition(in_window, batch="separate")},
     check=check,

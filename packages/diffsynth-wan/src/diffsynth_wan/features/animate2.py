@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import repeat
-from math import isfinite
 from typing import Any, TypedDict
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from diffsynth.core.parallel import LONE_PROCESS, ProcessMesh
 from diffsynth.runtime.feature import Condition, Configs, Feature, in_window
-from diffsynth.runtime.unit import Phase, unit
+from diffsynth.runtime.unit import Phase, equals_default, unit
 from diffsynth.sampling.windows import SlidingWindow, Window
 from diffsynth_wan.extension import FramePositions
 from diffsynth_wan.sharding import with_sharded_tokens
-from diffsynth_wan.units.clips import Clip, check_call_clip, check_clip, check_image, clip_length, clip_pieces
+from diffsynth_wan.units.clips import Clip, check_call_clip, check_clip, clip_length, clip_pieces
 from diffsynth_wan.units.prompt import encode_text
 from diffsynth_wan.units.shape import VideoShape
 from diffsynth_wan.units.size import video_size
@@ -219,30 +218,21 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """Raise an error for inputs of Animate-2 that the network does not take, that are missing, or that do not fit.
 
     Raises:
-        ValueError: an input is given to another network, or missing; a clip is too short or too long; a number is out
-            of range.
-        TypeError: an argument is no image, no clip or no text.
+        ValueError: an input is given to another network, or missing; a clip is too short or too long.
     """
     check_call_clip(VIDEO, configs, values)
-    check_image("animate2_reference_image", values)
     _check_previous_clip(configs, values)
     config = configs["dit"]
     if config is None:
         return
     if not config.reference_video:
         for name, default in DEFAULTS.items():
-            value = values[name]
-            if value is not default and (default is None or value != default):
+            if not equals_default(values[name], default):
                 raise ValueError(f"{name} is given, but this network takes no reference video; load an Animate-2 model")
         return
     missing = [name for name in ("animate2_reference_image", VIDEO) if values[name] is None]
     if missing:
         raise ValueError(f"this model needs a character's image and a reference video; pass {' and '.join(missing)}")
-    if not isinstance(values["animate2_prompt_ref"], str):
-        raise TypeError(f"animate2_prompt_ref={values['animate2_prompt_ref']!r}: expected a text")
-    log_scale = values["animate2_log_scale"]
-    if isinstance(log_scale, bool) or not isinstance(log_scale, int | float) or not isfinite(log_scale):
-        raise ValueError(f"animate2_log_scale={log_scale!r}: expected a number; 0, or -1.3 for the distilled model")
 
 
 def _check_previous_clip(configs: Configs, values: Mapping[str, Any]) -> None:

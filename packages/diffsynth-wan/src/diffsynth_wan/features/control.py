@@ -15,7 +15,7 @@ from diffsynth.runtime.feature import Condition, Configs, Feature, in_window
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.windows import Window
 from diffsynth_wan.extension import Network, Stream, TokenScope
-from diffsynth_wan.units.clips import Clip, check_call_clip, check_image
+from diffsynth_wan.units.clips import Clip, check_call_clip
 from diffsynth_wan.units.shape import VideoShape
 
 
@@ -95,10 +95,8 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a control video is too short or of another size, missing, or not taken; a reference image is not
             taken.
-        TypeError: an argument is no clip or no image.
     """
     check_call_clip("control_video", configs, values)
-    check_image("reference_image", values)
     config = configs["dit"]
     if config is None:
         return

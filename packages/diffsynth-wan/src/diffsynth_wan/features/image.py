@@ -12,9 +12,8 @@ from torch import Tensor
 
 from diffsynth.errors import MissingComponent
 from diffsynth.runtime.feature import Condition, Configs, Feature, frames, whole
-from diffsynth.runtime.role import Role
+from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth_wan.units.clips import check_image
 from diffsynth_wan.units.shape import VideoShape
 
 CLIP_TOKENS = 257
@@ -151,11 +150,8 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: an end image without an input image, an input that the network does not take, or a missing one.
-        TypeError: an argument is no image.
         MissingComponent: the image encoder is not loaded.
     """
-    check_image("input_image", values)
-    check_image("end_image", values)
     first, last, config = values["input_image"], values["end_image"], configs["dit"]
     if last is not None and first is None:
         raise ValueError("end_image without input_image; pass the first image of the video, too")
@@ -185,6 +181,7 @@ IMAGE = Feature(
     arguments=ImageArguments,
     roles={"image_encoder": Role(architectures=("wan_image_encoder",), optional=True)},
     facts={"image_dim": "dit.image_dim", "image_tokens": "dit.image_tokens", "frame_times": "dit.frame_times"},
+    agreements=(Agreement("width of the image", ("image_encoder.dim", "dit.image_dim", "dit2.image_dim"), none=0),),
     units=(encode_image_latents, encode_first_frame, encode_image_embeds, concat_condition_latents),
     conditions={
         "image_embeds": Condition(whole),

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 import torch
 
 from diffsynth.runtime.feature import Condition, Feature, in_window
-from diffsynth.runtime.role import Role
+from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import unit
 from diffsynth_wan.units.shape import VideoShape
 from diffsynth_wan.variants.speed import SpeedControl
@@ -17,7 +17,7 @@ class SpeedArguments(TypedDict, total=False):
     """Amount of motion.
 
     Args:
-        motion_bucket_id: Amount of motion from 0 to 100, for the speed control model; None disables speed control.
+        motion_bucket_id: Amount of motion in [0, 100], for the speed control model; None disables speed control.
     """
 
     motion_bucket_id: float | None
@@ -38,6 +38,7 @@ SPEED = Feature(
     "speed",
     arguments=SpeedArguments,
     roles={"motion_controller": Role(architectures=("wan_motion_controller",), optional=True)},
+    agreements=(Agreement("width of the tokens", ("dit.dim", "motion_controller.dim")),),
     units=(encode_speed,),
     conditions={"speed_control": Condition(in_window, batch="separate")},
 )

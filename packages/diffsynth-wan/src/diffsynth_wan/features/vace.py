@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffsynth.errors import MissingComponent
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext, in_window
-from diffsynth.runtime.role import Role
+from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.windows import Window
 from diffsynth_wan.extension import Network, Stream, TokenScope
@@ -167,20 +167,12 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a clip is too short, of another size or of another length than its mask.
-        TypeError: an argument is no clip or no image.
         MissingComponent: the VACE of one of two experts is not loaded.
     """
     for name in ("vace_video", "vace_video_mask"):
         check_call_clip(name, configs, values)
     if values["vace_video"] is not None and values["vace_video_mask"] is not None:
         check_mask_clip("vace_video_mask", "vace_video", values)
-    references = values["vace_reference_image"]
-    if references is not None and not isinstance(references, Image.Image):
-        if not isinstance(references, Sequence) or not references:
-            raise TypeError(f"vace_reference_image={references!r}: expected a PIL image, or a list of them")
-        for reference in references:
-            if not isinstance(reference, Image.Image):
-                raise TypeError(f"vace_reference_image contains {reference!r}; expected PIL images")
     if configs["dit2"] is not None and (configs["vace"] is None) != (configs["vace2"] is None):
         raise MissingComponent("only one of two experts has its VACE; add the files of the other expert")
 
@@ -198,6 +190,10 @@ VACE = Feature(
     arguments=VaceArguments,
     roles={"vace": VACE_NETWORK, "vace2": VACE_NETWORK},
     loop_roles=("vace", "vace2"),
+    agreements=(
+        Agreement("width of the tokens", ("dit.dim", "vace.dim")),
+        Agreement("width of the tokens", ("dit2.dim", "vace2.dim")),
+    ),
     units=(encode_vace_references, encode_vace_condition),
     conditions={"vace_condition": Condition(in_window)},
     check=check,

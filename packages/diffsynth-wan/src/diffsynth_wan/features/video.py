@@ -36,7 +36,7 @@ def encode_input_video(
 
 
 def check(configs: Configs, values: Mapping[str, Any]) -> None:
-    """Raise ValueError or TypeError for an input video that is no clip, too short or of another size."""
+    """Raise ValueError for an input video that is too short or of another size."""
     check_call_clip("input_video", configs, values)
 
 

@@ -38,18 +38,13 @@ def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: in
         any_size: accept a tensor of another height and width.
 
     Raises:
-        TypeError: the clip is neither frames nor a tensor.
         ValueError: it is too short, its frames differ in size, or a tensor has another shape.
     """
-    if isinstance(clip, Image.Image):
-        raise TypeError(f"{name} is one image; expected a clip, a sequence of {num_frames} images")
     if isinstance(clip, Tensor):
         expected = f"(1, 3, {num_frames} or more, {height}, {width})"
         size = tuple(clip.shape[3:]) if any_size else (height, width)
         if clip.ndim != 5 or (*clip.shape[:2], *clip.shape[3:]) != (1, 3, *size):
             raise ValueError(f"{name} is a tensor of shape {tuple(clip.shape)}; expected {expected}")
-    elif not isinstance(clip, Sequence) or isinstance(clip, str):
-        raise TypeError(f"{name}={clip!r}: expected a sequence of images or a tensor; open a file with VideoData(...)")
     length = clip_length(clip)
     if length < num_frames:
         fitting = 4 * ((length - 1) // 4) + 1
@@ -57,8 +52,6 @@ def check_clip(name: str, clip: Clip, *, num_frames: int, height: int, width: in
         raise ValueError(f"{name} has {length} frames, the video needs {num_frames}; pass {advice}")
     if isinstance(clip, list | tuple):
         for index, frame in enumerate(clip[:num_frames]):
-            if not isinstance(frame, Image.Image):
-                raise TypeError(f"frame {index} of {name} is {type(frame).__name__}; expected a PIL image")
             _check_size(name, index, frame, clip[0])
 
 
@@ -71,7 +64,7 @@ def check_call_clip(name: str, configs: Configs, values: Mapping[str, Any]) -> N
         values: arguments of the call.
 
     Raises:
-        TypeError, ValueError: see `check_clip`.
+        ValueError: see `check_clip`.
     """
     if values[name] is not None:
         check_clip(name, values[name], **video_size(configs, values))
@@ -82,13 +75,6 @@ def check_mask_clip(mask: str, video: str, values: Mapping[str, Any]) -> None:
     masks, frames = clip_length(values[mask]), clip_length(values[video])
     if masks != frames:
         raise ValueError(f"{mask} has {masks} frames, {video} {frames}; expected one mask for each frame")
-
-
-def check_image(name: str, values: Mapping[str, Any]) -> None:
-    """Raise TypeError unless the argument `name` of a call is a PIL image or None."""
-    image = values[name]
-    if image is not None and not isinstance(image, Image.Image):
-        raise TypeError(f"{name}={image!r}: expected a PIL image")
 
 
 def clip_pieces(

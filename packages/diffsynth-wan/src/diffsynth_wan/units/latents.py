@@ -10,6 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.images import tensor_to_images
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Phase, unit
@@ -46,7 +47,7 @@ def generate_noise(
     latent_channels: int,
     prefix_frames: int,
     seeds: list[int | None],
-    rand_device: str = "cpu",
+    rand_device: RandDevice = "cpu",
 ) -> Float[Tensor, "b c t h w"]:
     """Return a tensor of noise `b c t h w`, a video for each of `seeds` with the prefix frames first, generated in fp32
     and cast to the dtype of `video_shape`.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.runtime.prompts import cut_prompt
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_wan.config import MAX_PROMPT_TOKENS
 
@@ -43,7 +44,8 @@ def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.devi
     """Return the text encoder's hidden states `1 s e` of one text, cut (with a warning) or padded with zeros to 512
     tokens.
     """
-    tokens = tokenizer([clean_prompt(text)], add_special_tokens=True, return_tensors="pt")["input_ids"]
+    text = clean_prompt(cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS))
+    tokens = tokenizer([text], add_special_tokens=True, return_tensors="pt")["input_ids"]
     if tokens.shape[1] > MAX_PROMPT_TOKENS:
         logger.warning("a prompt of %d tokens is cut to %d", tokens.shape[1], MAX_PROMPT_TOKENS)
         # Keep the last token, which marks the end of the text.

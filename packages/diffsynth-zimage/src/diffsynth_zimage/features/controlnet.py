@@ -22,7 +22,7 @@ from diffsynth.runtime.controlnet import ControlNetInput
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
 from diffsynth.runtime.image_units import image_tiling
 from diffsynth.runtime.images import image_to_tensor
-from diffsynth.runtime.role import Role
+from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_zimage.controlnet import ControlNetResiduals
 from diffsynth_zimage.extension import Network, Stream
@@ -173,6 +173,12 @@ CONTROLNET = Feature(
     roles={ROLE: Role(architectures=("z_image_controlnet",), optional=True, many=True)},
     loop_roles=(ROLE,),
     facts={"controlnet_channels": f"{ROLE}.in_channels"},
+    agreements=(
+        Agreement("width of the tokens", ("dit.dim", f"{ROLE}.dim")),
+        Agreement("number of heads", ("dit.n_heads", f"{ROLE}.n_heads")),
+        Agreement("side of a token", ("dit.patch_size", f"{ROLE}.patch_size")),
+        Agreement("number of latent channels", ("dit.in_channels", f"{ROLE}.latent_channels")),
+    ),
     units=(encode_controlnet_inputs,),
     conditions={"controlnets": Condition("an image has no frames", batch="separate")},
     check=check,

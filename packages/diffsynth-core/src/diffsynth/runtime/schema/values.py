@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffsynth.errors import did_you_mean
+from diffsynth.errors import did_you_mean, shown
 from diffsynth.spec import resolve
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -31,12 +31,13 @@ _WORDS = {
     "number": "a number",
     "array": "a list",
 }
-_BOUNDS = {
+BOUNDS = {
     "minimum": ("at least", lambda value, limit: value >= limit),
     "exclusiveMinimum": ("above", lambda value, limit: value > limit),
     "maximum": ("at most", lambda value, limit: value <= limit),
     "exclusiveMaximum": ("below", lambda value, limit: value < limit),
 }
+"""Keyword of JSON Schema -> words for it, and a function of a value and the limit: whether the value is within."""
 
 
 OpenFile = Callable[[str], Any]
@@ -76,8 +77,13 @@ def arguments_from_json(
         except _Unfit as error:
             reason = f" ({error})" if str(error) else ""
             image = "a PNG image in base64" if open_file is None else "the path of an image"
-            raise ValueError(f"{name}={_shown(value)}: expected {_expected(wanted, image)}{reason}") from None
+            raise ValueError(f"{name}={shown(value)}: expected {_expected(wanted, image)}{reason}") from None
     return arguments
+
+
+def bounds_text(schema: Mapping[str, Any]) -> str:
+    """Return the limits of a number in a schema as text, such as "above 0 and at most 1"; "" without limits."""
+    return " and ".join(f"{words} {schema[keyword]}" for keyword, (words, _) in BOUNDS.items() if keyword in schema)
 
 
 def _unknown(name: str, schema: Mapping[str, Any]) -> str:
@@ -127,7 +133,7 @@ def _number(schema: Mapping[str, Any], value: int | float) -> int | float:
         if isinstance(value, float) and not value.is_integer():
             raise _Unfit
         value = int(value)
-    if not all(holds(value, schema[keyword]) for keyword, (_, holds) in _BOUNDS.items() if keyword in schema):
+    if not all(holds(value, schema[keyword]) for keyword, (_, holds) in BOUNDS.items() if keyword in schema):
         raise _Unfit
     return value
 
@@ -195,11 +201,6 @@ def _expected(schema: Mapping[str, Any], image: str) -> str:
     if _is_image(schema):
         return image
     kind = schema.get("type", "")
-    bounds = " and ".join(f"{words} {schema[keyword]}" for keyword, (words, _) in _BOUNDS.items() if keyword in schema)
+    bounds = bounds_text(schema)
     of = f" of {_expected(schema['items'], image)}" if schema.get("items") else ""
     return f"{_WORDS.get(kind, kind or 'anything')}{of}" + (f", {bounds}" if bounds else "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
