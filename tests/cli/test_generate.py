@@ -101,7 +101,7 @@ def test_set_takes_literals_text_and_images(run, loaded, tmp_path):
             "--set output_type=latents: .png files (image) hold the output_type pil; write tensors to out.safetensors",
         ),
         (["--height", "0"], "height=0: expected a positive integer"),
-        (["--steps", "0"], "num_inference_steps=0: expected an integer of at least 1"),
+        (["--steps", "0"], "num_inference_steps=0: expected an integer, at least 1 and at most 10000"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, loaded, arguments, message, tmp_path):

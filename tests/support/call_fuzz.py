@@ -39,7 +39,7 @@ class Encoded(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a call: "clear" (refused in time, by an error that names an argument), "accepted", or a fault."""
+    """The result of a call: "clear" (refused in time, by an error that names an argument), "accepted", or a fault."""
 
     arguments: str
     kind: str

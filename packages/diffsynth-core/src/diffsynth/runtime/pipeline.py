@@ -33,12 +33,12 @@ from diffsynth.runtime.memory_options import MemoryOptions, Policies, choose, ch
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.pretrained import PretrainedLoader
-from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, check_request
+from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, check_request, refuse_meta
 from diffsynth.runtime.role import Agreement, Processor, Role, fill_roles, member_roles, members
 from diffsynth.runtime.schema import SchemaMethod
 from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
 from diffsynth.runtime.stages import Stage, stages_of
-from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, needed_for, run_units, runs
+from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, check_values, needed_for, run_units
 from diffsynth.sampling.prediction import PREDICTIONS
 
 
@@ -250,7 +250,8 @@ class Pipeline(LoRAMethods):
         """
         if not (isinstance(prompt, str) and prompt == "") or "prompt" in self.__signature__.parameters:
             arguments["prompt"] = prompt
-        self._refuse_meta(arguments)
+        if self.device.type != "meta":
+            refuse_meta(arguments)
         request = self._planned_request(arguments)
         values = self.call_values(request)
         try:
@@ -325,12 +326,10 @@ class Pipeline(LoRAMethods):
             self.program,
             self.components,
             per_image=self.per_image,
-            types=self._argument_types,
+            check_value=lambda name, value: self._argument_types[name].check(value),
         )
         values = {**request.values, "batch_size": request.batch_size, **self._fact_values()}
-        for step in (*self.program.units, *self.program.outputs):
-            if step.check is not None and runs(step, self.components, values):
-                step.check(values)
+        check_values(self.program, self.components, values)
         if self.has_loop():
             check_loop(self, request)
         elif request.loop.output_type == "latents":
@@ -553,14 +552,6 @@ class Pipeline(LoRAMethods):
     @functools.cached_property
     def _argument_types(self) -> dict[str, ArgumentType]:
         return argument_types(type(self), self.program, self.__signature__, self.per_image)
-
-    def _refuse_meta(self, arguments: Mapping[str, Any]) -> None:
-        """Raise ValueError for a tensor on meta among the arguments: plans take it, and the checks of cascades."""
-        for name, value in arguments.items():
-            if isinstance(value, Tensor) and value.is_meta and self.device.type != "meta":
-                raise ValueError(
-                    f"{name} is a tensor on the device meta, which has no values; expected a tensor with data"
-                )
 
     def _fact_values(self) -> dict[str, Any]:
         """Return a dict fact -> value of its config field, for components that are loaded; other facts are left out."""

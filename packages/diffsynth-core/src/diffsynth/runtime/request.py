@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -19,9 +19,6 @@ from diffsynth.runtime.acceleration.strategies import StepCacheArgument, parse_s
 from diffsynth.runtime.guidance import Guidance, GuidanceArgument, parse_guidance
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Program, can_run, equals_default, needed_roles
-
-if TYPE_CHECKING:  # it reads the types of `LoopArguments`
-    from diffsynth.runtime.argument_types import ArgumentType
 
 MAX_STEPS = 10_000
 """The most steps that a call may have: a schedule of fp32 noise levels has no use for more."""
@@ -201,7 +198,7 @@ def check_request(
     components: Mapping[str, Any],
     *,
     per_image: Sequence[str],
-    types: Mapping[str, ArgumentType] | None = None,
+    check_value: Callable[[str, Any], None] | None = None,
 ) -> Request:
     """Check the arguments of a call and return them, completed by defaults, as a `Request`.
 
@@ -211,7 +208,8 @@ def check_request(
         program: its units.
         components: role -> component or None.
         per_image: names of the arguments that take one value, or a list of one for each result; units get a list.
-        types: argument -> the values that it takes; None checks no types.
+        check_value: function of an argument's name and a value other than its default, which raises for a value that
+            the argument does not take; see `diffsynth.runtime.argument_types`.
 
     Raises:
         TypeError: an unknown argument, with the nearest spelling, or a value of a wrong type.
@@ -220,9 +218,9 @@ def check_request(
         NotEnoughMemory: results that the memory of this machine cannot hold.
     """
     reject_unknown(arguments, signature)
-    for name, value in arguments.items() if types else ():
-        if not equals_default(value, signature.parameters[name].default):
-            types[name].check(value)
+    for name, value in arguments.items():
+        if check_value is not None and not equals_default(value, signature.parameters[name].default):
+            check_value(name, value)
     _reject_missing_roles(arguments, signature, program, components)
     values = {name: parameter.default for name, parameter in signature.parameters.items()} | dict(arguments)
     loop = LoopArguments(**{name: values.pop(name) for name in LOOP_NAMES if name in values})
@@ -268,6 +266,13 @@ def check_size(values: Mapping[str, Any], batch_size: int) -> None:
 
 
 _SIZES = {"height": 0, "width": 0, "num_frames": 1}
+
+
+def refuse_meta(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for a tensor on the device meta among the arguments of a call, which only a plan may get."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(f"{name} is a tensor on the device meta; expected a tensor with values")
 
 
 def reject_unknown(arguments: Iterable[str], signature: inspect.Signature) -> None:

@@ -289,6 +289,13 @@ def check_units(units: Sequence[Unit], provided: Collection[str], outputs: Seque
     return Program(tuple(units), tuple(outputs), MappingProxyType(arguments), writes)
 
 
+def check_values(program: Program, components: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Call the `check` of each unit that a call with these components and values runs; errors are theirs."""
+    for step in (*program.units, *program.outputs):
+        if step.check is not None and runs(step, components, values):
+            step.check(values)
+
+
 def run_units(units: Iterable[Unit], components: Mapping[str, Any], values: CallValues) -> None:
     """Run units in order and store results in `values`; skip one whose role is not loaded or whose `only_with` is None.
 

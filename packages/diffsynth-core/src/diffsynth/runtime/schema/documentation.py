@@ -89,7 +89,8 @@ def _typed_dicts(cls: type) -> Iterator[Any]:
         function = vars(base).get("__call__")
         annotation = getattr(function, "__annotations__", {}).get("arguments")
         if isinstance(annotation, str) and annotation.startswith("Unpack["):
-            yield from _with_groups(typing.get_args(eval(annotation, function.__globals__))[0])
+            # A subclass without a `__call__` of its own has a copy of its base's, made in another module.
+            yield from _with_groups(typing.get_args(eval(annotation, inspect.unwrap(function).__globals__))[0])
 
 
 def _with_groups(whole: Any) -> Iterator[Any]:
