@@ -109,7 +109,7 @@ def test_a_plan_needs_no_call(pipe):
 
 @pytest.mark.parametrize("label", [10, -1, True, 2.0, "3", [1, 10]])
 def test_other_labels_are_refused(pipe, label):
-    with pytest.raises(ValueError, match="label=.*: expected an integer from 0 to 9, a class of this network"):
+    with pytest.raises(ValueError, match="label=.*: expected an integer"):
         pipe(**CALL | {"label": label})
 
 

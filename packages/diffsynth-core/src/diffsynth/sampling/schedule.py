@@ -348,7 +348,7 @@ def _schedule(levels: Float[Tensor, " steps"]) -> Float[Tensor, "steps_plus_1"]:
         ValueError: a shift so strong that most levels round to 1.
     """
     if not levels.isfinite().all():
-        raise ValueError("the shift is too strong: levels leave the range of fp32; lower it")
+        raise ValueError(f"the shift is too strong for {len(levels)} steps: levels leave the range of fp32; lower it")
     if len(levels) > 1 and not (levels < 1).sum() >= len(levels) / 2:
         raise ValueError(f"the shift is too strong for {len(levels)} steps: levels near 1 coincide in fp32; lower it")
     sigmas = torch.cat([levels.clamp(max=1), torch.zeros(1)])
