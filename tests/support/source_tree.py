@@ -31,6 +31,8 @@ _LIGHT = {
             "key_differences",
             "layouts",
             "lora_bases",
+            "lora_keys",
+            "lora_match",
             "quantization_notes",
             "recognize",
             "scaled",

@@ -1,14 +1,17 @@
-"""LoRAs of Wan: diffusers loads ours under its names, and we load them back from these names."""
+"""LoRAs of Wan: diffusers loads ours under its names, and we load them back from these names; lightx2v's; experts."""
 
+import pytest
 import torch
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from safetensors.torch import load_file
 
 from diffsynth import _discovery
 from diffsynth.core.loader import component
-from diffsynth.core.lora import LoRA, LoRALayer, fit, parse, save_lora, target_layers
+from diffsynth.core.lora import LoRA, LoRALayer, fit, fuse, parse, save_lora, target_layers
+from diffsynth_wan import WanVideoPipeline
 from diffsynth_wan.checkpoints import ARCHITECTURES
 from diffsynth_wan.tiny import TINY_DIT
+from wan_oracles import oracle_dit, our_dit, shared_parts
 
 OTHERS = ("time_projection.1", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2")
 
@@ -29,3 +32,45 @@ def test_there_and_back(tmp_path):
         for name, layer in layers.items():
             assert torch.equal(found[name].down, layer.down)
             assert torch.equal(found[name].up, layer.up)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_differences_of_lightx2v(prefix):
+    """Its files have, beside the pairs, differences of norms (`diff`), biases (`diff_b`) and modulations (`diff_m`)."""
+    dit = component.build(ARCHITECTURES[0], TINY_DIT).to_empty(device="cpu").requires_grad_(False)
+    names = {
+        "blocks.0.self_attn.norm_q.diff": "blocks.0.self_attn.norm_q.weight",
+        "blocks.0.norm3.diff": "blocks.0.norm3.weight",
+        "blocks.0.norm3.diff_b": "blocks.0.norm3.bias",
+        "blocks.0.ffn.0.diff_b": "blocks.0.ffn.0.bias",
+        "blocks.0.diff_m": "blocks.0.modulation",
+        "head.diff_m": "head.modulation",
+        "patch_embedding.diff": "patch_embedding.weight",
+    }
+    own = {key: torch.nn.init.normal_(tensor) for key, tensor in dit.state_dict().items()}
+    before = {key: tensor.clone() for key, tensor in own.items()}
+    keys = {f"{prefix}{name}": torch.ones(own[key].shape) for name, key in names.items()}
+    fuse(dit, fit(parse(keys), dit, _discovery.catalog().layouts()[1], architecture=ARCHITECTURES[0].name), 0.5)
+    for key, tensor in dit.state_dict().items():
+        assert torch.equal(tensor, before[key] + 0.5 if key in names.values() else before[key])
+
+
+def pipeline():
+    dits = {name: our_dit(oracle_dit(seed)) for seed, name in enumerate(("dit", "dit2"))}
+    return WanVideoPipeline.from_components(**shared_parts()[1], **dits, device="cpu", torch_dtype=torch.float32)
+
+
+def test_a_lora_that_both_experts_could_have():
+    pipe = pipeline()
+    name = "blocks.0.self_attn.q"
+    size = pipe.dit.get_submodule(name).weight.shape[0]
+    one = {f"{name}.lora_A.weight": torch.ones(1, size), f"{name}.lora_B.weight": torch.ones(size, 1)}
+    with pytest.raises(
+        ValueError, match=r"layers of pipe.dit and of pipe.dit2. Name the component: load_lora\(pipe.dit, "
+    ):
+        pipe.load_lora(state_dict=one)
+    pipe.load_lora(pipe.dit2, state_dict=one)
+    assert [lora.role for lora in pipe.loras] == ["dit2"]
+    second = {f"transformer{n}.{key}": tensor * (1 + len(n)) for key, tensor in one.items() for n in ("", "_2")}
+    pipe.load_lora(state_dict=second)
+    assert [lora.role for lora in pipe.loras] == ["dit2", "dit", "dit2"]

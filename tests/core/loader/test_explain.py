@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from diffsynth.core.loader import files
 from diffsynth.core.loader.checkpoint import read_config, read_files
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.header import Header, TensorInfo
-from diffsynth.core.loader.lora_bases import target_modules
+from diffsynth.core.loader.lora_keys import lora_keys, lora_share
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.errors import CorruptFile, NoFiles, Unrecognized
 
@@ -102,21 +103,70 @@ def test_a_lora_for_what_is_not_installed():
     assert "for none of the installed architectures: it changes 3 modules, like 'transformer.no_such_blocks.0" in said
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ["lycoris_layers_0_attention_to_q.lokr_w1", "lycoris_layers_0_attention_to_q.lokr_w2_a"],
-        ["layers.0.attention.to_q.hada_w1_a", "layers.0.attention.to_q.hada_w2_b"],
-        ["layers.0.attention.to_q.diff"],
-    ],
-)
-def test_other_adapters(keys):
-    assert "a LoRA for Z-Image" in explained(dict.fromkeys(keys, (4, 4)))
+TO_Q = "layers.0.attention.to_q"
+PAIR = {f"{TO_Q}.lora_A.weight": (4, 3840), f"{TO_Q}.lora_B.weight": (3840, 4)}
+OTHERS = {
+    "LoKr": {
+        f"lycoris_{TO_Q.replace('.', '_')}.lokr_w1": (4, 4),
+        f"lycoris_{TO_Q.replace('.', '_')}.lokr_w2": (960, 960),
+    },
+    "LoHa": {f"{TO_Q}.hada_w{n}_{side}": (3840, 4) if side == "a" else (4, 3840) for n in (1, 2) for side in "ab"},
+    "DoRA": {**PAIR, f"{TO_Q}.dora_scale": (3840, 1)},
+    "difference": {f"{TO_Q}.diff": (3840, 3840)},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_adapters(kind):
+    """Changes that can only be fused are not sent to be "added"."""
+    said = explained(OTHERS[kind])
+    assert "a LoRA for Z-Image" in said
+    assert f"Load that model, then fuse the {kind} into it: load_lora with hotload=False" in said
+
+
+REFUSED = {
+    "half a pair": (
+        dict(list(PAIR.items())[:1]),
+        "load_lora refuses it: it has the down matrix of layers.0.attention.t",
+    ),
+    "half a LoKr": ({f"{TO_Q}.lokr_w1": (4, 4)}, r"load_lora refuses it: the LoKr of layers.0.attention.to_q lacks"),
+    "unknown key": ({**PAIR, "surprise": (1,)}, "load_lora refuses it: surprise: no part of a LoRA.* adds the rest"),
+    "another layer": (
+        PAIR | {key.replace(".0.", ".99.", 1): shape for key, shape in PAIR.items()},
+        "load_lora refuses it: 1 of its 2 changes do not fit that model: layers.99.attention.to_q.* adds the rest",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_load_lora_refuses_is_said(name):
+    shapes, message = REFUSED[name]
+    said = explained(shapes)
+    assert re.search(message, said)
+    assert "is a LoRA" in said
+    assert "add the LoRA to it" not in said
+
+
+def test_the_parts_of_two_components():
+    text = {f"model.layers.{n}.self_attn.q_proj": (4096, 2560) for n in range(36)}
+    keys = lora(SPELLINGS["kohya"], LINEARS) | lora("lora_te1_[].lora_{down,up}.weight", text)
+    said = explained(keys)
+    assert "(z_image_dit) and " in said
+    assert "(qwen3_text_encoder), not a model checkpoint" in said
+    assert "Load that model, then add the LoRA to it." in said
+
+
+def test_a_lora_of_100000_layers_is_refused_at_once():
+    keys = {f"layers.{n}.attention.to_q.lora_{side}.weight": (4, 3840) for n in range(100_000) for side in "AB"}
+    start = time.perf_counter()
+    said = explained(keys)
+    assert "is a LoRA, not a model checkpoint, and changes more than 20,000 modules, which no network has" in said
+    assert time.perf_counter() - start < 30
 
 
 def test_alphas_alone_make_no_lora():
-    assert target_modules({"a.alpha": (), "b.alpha": ()}) == {}
-    assert target_modules(Z_IMAGE) == {}
+    for shapes in ({"a.alpha": (), "b.alpha": ()}, Z_IMAGE):
+        assert not lora_share(shapes, lora_keys(shapes))
 
 
 # Other things that people point at

@@ -51,7 +51,7 @@ def test_parts_of_a_fused_weight_that_a_lora_leaves_alone(monkeypatch):
     with pytest.raises(KeyMismatch, match="needs 'to_q.weight', which is not there"):
         fitted(lora)
     published = {f"{name}.weight": shape for name, shape in small.FILE.items()}
-    monkeypatch.setattr("diffsynth.core.lora.fitting.layout_of", lambda checkpoint: published)
+    monkeypatch.setattr("diffsynth.core.loader.lora_match.layout_of", lambda checkpoint: published)
     layer = fitted(lora)["qkv"]
     expected = torch.zeros(12, 6)
     expected[4:8] = made["to_k"][1] @ made["to_k"][0]
@@ -68,7 +68,7 @@ REFUSED = {
     "another size": ({"blocks.0.attn.to_q": (16, 8)}, r"0 of its 1 layers fit; blocks.0.attn.to_q.weight is \(8, 8\)"),
     "unknown": ({"blocks.0.attn.to_w": (8, 8)}, "it does not have blocks.0.attn.to_w; did you mean 'blocks.0.attn.to_"),
     "deeper": ({"blocks.0.attn.to_q": (8, 8), "blocks.2.attn.to_q": (8, 8)}, "1 of its 2 layers fit"),
-    "a convolution": ({"patch": (8, 12)}, "as a linear layer: patch is a Conv2d"),
+    "not a module with weights": ({"blocks.0.attn": (8, 8)}, "its blocks.0.attn is a Attention without this parameter"),
     "twice": (
         {"blocks.0.attn.to_q": (8, 8), "transformer.blocks.0.attn.to_q": (8, 8)},
         "another key both mean blocks.0.attn.to_q",

@@ -52,15 +52,39 @@ NAME = small.TARGETS[0]
 REFUSED = {
     "no LoRA": (lambda _: {"blocks.0.attn.to_q.weight": torch.ones(2, 2)}, "holds no LoRA: none of its 1 keys"),
     "nothing": (lambda _: {}, "holds no LoRA: none of its 0 keys"),
-    "DoRA": (lambda keys: keys | {f"{NAME}.lora_magnitude_vector": torch.ones(8)}, "lora_magnitude_vector: DoRA"),
-    "DoRA of kohya": (lambda keys: keys | {f"{NAME}.dora_scale": torch.ones(8)}, "dora_scale: DoRA"),
-    "LoKr": (lambda keys: {f"{NAME}.lokr_w1": torch.ones(2, 2)}, "lokr_w1: LoHa, LoKr or OFT"),
-    "a bias": (lambda keys: keys | {f"{NAME}.lora_B.bias": torch.ones(8)}, "lora_B.bias: a LoRA with biases"),
-    "a difference": (lambda keys: keys | {"norm.diff": torch.ones(8)}, "norm.diff: a plain difference"),
+    "magnitudes": (
+        lambda keys: keys | {f"{NAME}.dora_scale": torch.ones(5)},
+        r"dora_scale has shape \(5,\); it does no",
+    ),
+    "magnitudes alone": (lambda keys: keys | {"a.dora_scale": torch.ones(8)}, "a magnitude but no matrices for a"),
+    "half a LoKr": (lambda keys: {f"{NAME}.lokr_w1": torch.ones(2, 2)}, "lacks lokr_w2_a, lokr_w2_b; it has lokr_w1"),
+    "two LoKrs": (
+        lambda keys: {f"{NAME}.lokr_{slot}": torch.ones(2, 2) for slot in ("w1", "w1_a", "w2")},
+        "has lokr_w1 and lokr_w1_a; expected one of them",
+    ),
+    "half a LoHa": (lambda keys: {f"{NAME}.hada_w1_a": torch.ones(2, 2)}, "the LoHa of .* lacks hada_w1_b"),
+    "two kinds": (
+        lambda keys: keys | {f"{NAME}.lokr_{slot}": torch.ones(2, 2) for slot in ("w1", "w2")},
+        "is changed as LoRA and as LoKr; expected one",
+    ),
+    "a bias alone": (lambda keys: keys | {"a.lora_B.bias": torch.ones(8)}, "a bias but no matrices for a"),
+    "OFT": (lambda keys: keys | {"a.oft_blocks": torch.ones(2, 2, 2)}, "a.oft_blocks: OFT"),
+    "not a number": (
+        lambda keys: keys | {f"{NAME}.lora_A.weight": torch.full((3, 8), torch.nan)},
+        "lora_A.weight has 24 values that are not finite numbers",
+    ),
+    "infinite": (
+        lambda keys: keys | {f"{NAME}.alpha": torch.tensor(torch.inf)},
+        "alpha has 1 values that are not finite",
+    ),
+    "integers": (
+        lambda keys: keys | {f"{NAME}.lora_A.weight": torch.ones(3, 8, dtype=torch.int8)},
+        "stored as torch.int8; expected floating numbers",
+    ),
     "unknown": (lambda keys: keys | {"text_projection": torch.ones(8)}, "text_projection: no part of a LoRA"),
     "half": (lambda keys: {k: v for k, v in keys.items() if "lora_B" not in k}, "the down matrix of blocks.0.*alone"),
     "two ranks": (lambda keys: keys | {f"{NAME}.lora_B.weight": torch.ones(8, 5)}, "rank 3, and the up .*rank 5"),
-    "a convolution": (lambda keys: keys | {f"{NAME}.lora_A.weight": torch.ones(3, 8, 3, 3)}, "expected 2 axes each"),
+    "a vector": (lambda keys: keys | {f"{NAME}.lora_A.weight": torch.ones(3)}, "expected 2 axes each"),
     "no rank": (
         lambda keys: {f"{NAME}.lora_A.weight": torch.ones(0, 8), f"{NAME}.lora_B.weight": torch.ones(8, 0)},
         "has rank 0",

@@ -164,6 +164,23 @@ def test_the_same_lora_is_fused_once():
         fuse(module, lora())
     assert all(torch.equal(tensor, weights[key]) for key, tensor in module.state_dict().items())
     fuse(module, lora(2))
+    with pytest.raises(ValueError, match=r"in these weights already, with alpha=1"):
+        add_hot(module, lora(2))
+
+
+def test_the_same_lora_is_hot_once():
+    module = small.network()
+    add_hot(module, lora(), 0.5)
+    once = module(small.INPUTS)
+    for add in (add_hot, fuse):
+        with pytest.raises(
+            ValueError, match=r"beside these weights already, with alpha=0.5.*call clear_lora\(\) first"
+        ):
+            add(module, lora())
+    assert torch.equal(module(small.INPUTS), once)
+    clear_hot(module)
+    add_hot(module, lora(), 0.5)
+    assert torch.equal(module(small.INPUTS), once)
 
 
 class Outer(nn.Module):

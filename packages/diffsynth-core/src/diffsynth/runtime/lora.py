@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from diffsynth import _discovery
 from diffsynth.core.loader import files
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.loader.lora_match import role_hint
 from diffsynth.core.lora import LoRA, add_hot, clear_hot, fit, fuse, read_lora
-from diffsynth.core.lora.fused import is_fused
+from diffsynth.core.lora.applied import is_fused
+from diffsynth.core.lora.fitting import what_fits
+from diffsynth.core.lora.format import subset
+from diffsynth.core.lora.fused import check_fused
+from diffsynth.core.lora.hot import check_hot, not_hot
 from diffsynth.core.vram.managed import managed
+from diffsynth.errors import KeyMismatch, shortened
 from diffsynth.runtime.architectures import architecture_of, cuts
 from diffsynth.runtime.plan_cache import PlanCache
+from diffsynth.spec import CheckpointSpec
 
 logger = logging.getLogger(__name__)
 
@@ -59,49 +66,160 @@ class LoRAMethods:
 
     def load_lora(
         self,
-        module: nn.Module,
+        module: nn.Module | ModelConfig | str | Path | None = None,
         lora_config: ModelConfig | str | Path | None = None,
         alpha: float = 1.0,
         hotload: bool | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         verbose: int = 1,
+        *,
+        strict: bool = True,
     ) -> None:
-        """Load a LoRA into a component. After an error nothing is changed.
+        """Load a LoRA into a component, or each of its layers into the component that has it. After an error nothing is
+        changed.
+
+        `load_lora(pipe.dit, file)` adds the layers of that component, and leaves those that only another component has
+        to it. `load_lora(file)` adds all.
 
         Args:
-            module: a component of this pipeline, `pipe.dit`.
-            lora_config: a file, as a path or a `ModelConfig`.
+            module: a component of this pipeline, `pipe.dit`; a LoRA or None adds each layer to the component that has
+                it.
+            lora_config: a file, a folder with one LoRA, or a `ModelConfig`.
             alpha: strength; 1.0 is that of its training, and it may be negative.
             hotload: True computes it beside the weights in each call, until `clear_lora`; False fuses it into the
                 weights for good, at no cost in a call. None is True for a component under a policy, and after
-                `enable_lora_hot_loading`.
+                `enable_lora_hot_loading`, unless the LoRA has changes that can only be fused.
             state_dict: tensors in memory, in place of `lora_config`.
             verbose: 0 does not log it.
+            strict: False leaves out what cannot be applied, and logs a warning that lists it.
 
         Raises:
             TypeError: `module` is no module.
             ValueError: `module` is no component of this pipeline, two sources or none, an `alpha` that is not finite,
-                weights that cannot be changed in this way, or this LoRA is fused into them already.
-            CheckpointError: the file is missing or cannot be read; `KeyMismatch` if it is no plain LoRA, or not one of
-                this component. The message has the number of layers that fit, and the model that the LoRA is for.
+                weights that cannot be changed in this way, a layer that two components have, or this LoRA is loaded
+                already.
+            CheckpointError: the file is missing or cannot be read; `KeyMismatch` if it is no LoRA, or, if strict, some
+                of it cannot be applied. The message has the number of layers that fit, and the model that the LoRA is
+                for.
         """
-        role = self._role_of(module)
-        if not math.isfinite(alpha):
+        if isinstance(module, str | Path | ModelConfig) and lora_config is None and module not in self.parts:
+            module, lora_config = None, module
+        role = None if module is None else self._role_of(module)
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise ValueError(f"alpha={alpha!r}: expected a number")
-        lora, paths = _read(lora_config, state_dict)
-        architecture = architecture_of(module)
-        checkpoints = _discovery.catalog().layouts()[1]
-        fitted = fit(lora, module, checkpoints, architecture="" if architecture is None else architecture.name)
-        hot = (managed(module) is not None or _PREFERS_HOT in vars(module)) if hotload is None else hotload
-        if hot:
-            add_hot(module, fitted, alpha, atomic=cuts(architecture)["atomic"])
-        else:
-            fuse(module, fitted, alpha)
-        vars(self).setdefault("_loras", []).append(LoadedLoRA(role, paths, alpha, hot))
+        lora, paths = _read(lora_config, state_dict, strict)
+        fitted = self._fitted(lora, role, strict)
+        ways = {role: self._is_hot(role, part, hotload) for role, part in fitted.items()}
+        for role, part in fitted.items():
+            if ways[role]:
+                check_hot(self.parts[role], part, atomic=self._atomic(role))
+            else:
+                check_fused(self.parts[role], part)
+        for role, part in fitted.items():
+            if ways[role]:
+                add_hot(self.parts[role], part, alpha, atomic=self._atomic(role))
+            else:
+                fuse(self.parts[role], part, alpha)
+            vars(self).setdefault("_loras", []).append(LoadedLoRA(role, paths, alpha, ways[role]))
+            if verbose:
+                how = "beside the weights" if ways[role] else "in the weights"
+                count = len(part.layers) + len(part.others)
+                logger.info("%s: %d layers of %s changed, %s, alpha=%g", lora.where, count, role, how, alpha)
         self._clear_plans()
-        if verbose:
-            how = "beside the weights" if hot else "in the weights"
-            logger.info("%s: %d layers of %s changed, %s, alpha=%g", lora.where, len(fitted.layers), role, how, alpha)
+
+    def _fitted(self, lora: LoRA, role: str | None, strict: bool) -> dict[str, LoRA]:
+        """Return a dict role -> the layers of `lora` that its component gets, under its names.
+
+        Args:
+            lora: a LoRA with the names of its file.
+            role: the role that the user named; None for all.
+            strict: whether every layer must belong to a component.
+
+        Raises:
+            KeyMismatch, ValueError: as for `load_lora`.
+        """
+        refusal: KeyMismatch | None = None
+        if lora.left:
+            logger.warning("%s: left out, because it cannot be read: %s", lora.where, shortened(lora.left))
+        try:
+            if role is not None:
+                return {role: self._fit(lora, role)}
+        except KeyMismatch as error:
+            refusal = error
+        owners = self._owners(lora)
+        roles = list(dict.fromkeys(each for found in owners.values() for each in found)) if role is None else [role]
+        names = {each: {name for name, found in owners.items() if each in found} for each in roles}
+        if not any(names.values()):
+            raise refusal or self._refusal(lora, owners)
+        lost = [name for name, found in owners.items() if not found]
+        if lost and strict:
+            if role is not None:
+                raise self._refusal(subset(lora, names[role] | set(lost)), owners, role)
+            raise KeyMismatch(
+                f"{lora.where} does not fit this {type(self).__name__}, and nothing was changed: "
+                f"{len(owners) - len(lost)} of its {len(owners)} layers fit; no component has {shortened(lost, 4)}. "
+                "strict=False adds those that fit"
+            )
+        double = [name for name, found in owners.items() if len(found) > 1]
+        if double and role is None:
+            named = [f"pipe.{each}" for each in owners[double[0]]]
+            raise ValueError(
+                f"{lora.where}: {shortened(double, 2)}: layers of {' and of '.join(named)}. Name the component: "
+                f"load_lora({named[0]}, ...)"
+            )
+        if lost:
+            logger.warning("%s: left out, because no component has it: %s", lora.where, shortened(lost))
+        if others := [name for name, found in owners.items() if found and not set(found) & set(roles)]:
+            logger.info("%s: left to other components: %s", lora.where, shortened(others))
+        return {each: self._fit(subset(lora, names[each]), each) for each in roles}
+
+    def _owners(self, lora: LoRA) -> dict[str, list[str]]:
+        """Return a dict name of a change of `lora` -> the roles whose components have it, of those that its prefix
+        allows.
+        """
+        modules = self._networks()
+        names = list(dict.fromkeys(each.change.name for each in lora.factors))
+        second = any(role_hint(name) == ("network", "2") for name in names)
+        allowed = {name: _allowed(name, list(modules), second=second) for name in names}
+        owners: dict[str, list[str]] = {name: [] for name in names}
+        for role, module in modules.items():
+            part = subset(lora, {name for name, roles in allowed.items() if role in roles})
+            for name in what_fits(part, module, *_layouts(module)):
+                owners[name].append(role)
+        return owners
+
+    def _fit(self, lora: LoRA, role: str) -> LoRA:
+        checkpoints, architecture = _layouts(self.parts[role])
+        return fit(lora, self.parts[role], checkpoints, architecture=architecture)
+
+    def _refusal(self, lora: LoRA, owners: Mapping[str, Sequence[str]], role: str | None = None) -> KeyMismatch:
+        """Return the KeyMismatch of fitting `lora` to the component of `role`, or to the one that most of it fits."""
+        if role is None:
+            fitting = [each for found in owners.values() for each in found]
+            role = max(self._networks(), key=fitting.count)
+        try:
+            self._fit(lora, role)
+        except KeyMismatch as error:
+            return error
+        names = shortened([each.change.name for each in lora.factors], 4)
+        return KeyMismatch(f"{lora.where}: by their prefix {names} are layers of another component than {role}")
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {role: part for role, part in self.parts.items() if isinstance(part, nn.Module)}
+
+    def _is_hot(self, role: str, lora: LoRA, hotload: bool | None) -> bool:
+        module = self.parts[role]
+        if hotload is not None:
+            return hotload
+        if managed(module) is None and _PREFERS_HOT not in vars(module):
+            return False
+        if reason := not_hot(lora):
+            logger.info("%s; the LoRA is fused into %s", reason, role)
+        return not reason
+
+    def _atomic(self, role: str) -> tuple[type, ...]:
+        found: tuple[type, ...] = cuts(architecture_of(self.parts[role]))["atomic"]
+        return found
 
     def clear_lora(self) -> None:
         """Remove all hot LoRAs (computed beside the weights) from all components; fused ones stay in the weights."""
@@ -141,14 +259,40 @@ class LoRAMethods:
             self.plan_cache.clear()
 
 
+def _layouts(module: nn.Module) -> tuple[Sequence[CheckpointSpec], str]:
+    """Return a tuple: all published layouts, and the name of the module's architecture, empty if it has none."""
+    architecture = architecture_of(module)
+    return _discovery.catalog().layouts()[1], "" if architecture is None else architecture.name
+
+
+def _allowed(name: str, roles: Sequence[str], *, second: bool) -> list[str]:
+    """Return a list of the roles that a change may belong to by the prefix of its name.
+
+    Args:
+        name: the change's name in its file.
+        roles: the pipeline's roles.
+        second: whether the file has changes of a second network, such as `transformer_2`.
+    """
+    kind, number = role_hint(name)
+    text = [role for role in roles if "text_encoder" in role]
+    networks = [role for role in roles if role not in text]
+    if kind.startswith("role:") and kind[5:] in roles:
+        return [kind[5:]]
+    if kind == "text":
+        return text[int(number) - 1 :][:1] if number and len(text) > 1 else text
+    if kind == "network":
+        return [role for role in networks if not second or role.endswith("2") == (number == "2")]
+    return list(roles)
+
+
 def _read(
-    config: ModelConfig | str | Path | None, state_dict: Mapping[str, Tensor] | None
+    config: ModelConfig | str | Path | None, state_dict: Mapping[str, Tensor] | None, strict: bool
 ) -> tuple[LoRA, tuple[Path, ...]]:
     if (config is None) == (state_dict is None):
         raise ValueError(f"load_lora got {'no LoRA' if config is None else 'two'}; expected lora_config or state_dict")
     if not isinstance(config, ModelConfig | None):
         config = ModelConfig(path=config)
     if config is None or config.state_dict is not None:
-        return read_lora(state_dict if config is None else config.state_dict), ()
+        return read_lora(state_dict if config is None else config.state_dict, strict=strict), ()
     paths = files.find(config, resolve=lambda source: _discovery.first("resolve_source", source=source))
-    return read_lora(paths), tuple(paths)
+    return read_lora(paths, strict=strict), tuple(paths)

@@ -14,6 +14,7 @@ from math import prod
 
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.convert import Shape
+from diffsynth.errors import KeyMismatch
 from diffsynth.spec import CheckpointSpec, resolve
 
 
@@ -88,6 +89,22 @@ def file_shapes(
     if convert.plan(rules, found).shapes != dict(own):
         raise ValueError("its rules do not lead back from there to the network's parameters")
     return found
+
+
+def shapes_under(checkpoint: CheckpointSpec, sibling: CheckpointSpec) -> Mapping[str, Shape]:
+    """Return a dict key -> shape of a network's file under the rules of `checkpoint`, derived from the published layout
+    of `sibling`, which has the same architecture; empty if it cannot be derived.
+    """
+    return _shapes_under(checkpoint.rules, sibling.rules, sibling.layout)
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes_under(rules: str, sibling_rules: str, layout: str) -> Mapping[str, Shape]:
+    own = convert.plan(resolve(sibling_rules) if sibling_rules else (), _read(layout)).shapes
+    try:
+        return file_shapes(resolve(rules) if rules else (), own)
+    except (ValueError, KeyMismatch):
+        return {}
 
 
 def _matches(rule: convert.Rule, own: Mapping[str, Shape], taken: set[str]) -> list[dict[str, str]]:

@@ -1,80 +1,90 @@
-"""Whether a file is a LoRA, and for which architecture, by the modules that it changes. No torch.
+"""Whether a file is a LoRA, and for which architecture, by what it changes. No torch.
 
-Known names are those of PEFT (`X.lora_A.weight`), of kohya (`lora_unet_X_Y.lora_down.weight`, with underscores for
-dots), of LyCORIS (`lycoris_X_Y.lokr_w1`) and of plain differences (`X.diff`).
+`lora_keys` reads the keys and `lora_match` finds the parameters, as they do for loading, so that what is said here is
+what `load_lora` does.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.convert import Shape
-from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
-from diffsynth.errors import KeyMismatch
+from diffsynth.core.loader.layouts import layout_of, rules_of, shapes_under
+from diffsynth.core.loader.lora_keys import Change, LoRAKeys, lora_keys, lora_share
+from diffsynth.core.loader.lora_match import Match, layouts_of, match, role_hint, without_prefix
+from diffsynth.errors import shortened
 from diffsynth.spec import CheckpointSpec, parse_source
 
-_LORA_KEY = re.compile(
-    r"(?P<module>.+?)(?:\.lora_(?:A|B|down|up|mid)|(?:\.|_)lora\.(?:down|up)|\.lora_magnitude_vector"
-    r"|\.hada_[wt][12](?:_[ab])?|\.lokr_[wt][12](?:_[ab])?|\.oft_blocks|\.(?P<side>alpha|dora_scale|diff|diff_b))"
-    r"(?:\.\w+){0,2}"
-)
-_PREFIXES = (
-    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "pipe.dit.", "model.",
-    "text_encoder.", "module.",
-)  # fmt: skip
-_UNDERSCORED = re.compile(r"(?:lora_(?:unet|transformer|te\d?|text_encoder)|lycoris)_")
-
 _ENOUGH = 0.5
-"""Share of the LoRA's modules that a base model must have, and share of their input sizes that must agree."""
+"""Share of the LoRA's modules that a base model must have, and share of their sizes that must agree."""
+
+_SAMPLE = 256
+"""Number of modules by which bases are compared; the chosen one is compared by all."""
 
 
 @dataclass(frozen=True)
 class _Base:
-    """A layout as a LoRA's base: the share of module names it has, and the share of input sizes that agree."""
+    """A layout as a LoRA's base: the share of module names it has, and the share of sizes that agree."""
 
     checkpoint: CheckpointSpec
     named: float
     fitting: float
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """The model that a part of a LoRA is for, as text, and how the part fits; empty text if no architecture has it."""
+
+    text: str
+    match: Match | None = None
+
+
 def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[CheckpointSpec]) -> str:
-    """Return a sentence that says that a file is a LoRA and for which model it was made; empty if the file is not a
-    LoRA.
+    """Return a sentence that says that a file is a LoRA, for which model it was made, and whether `load_lora` adds it;
+    empty if the file is not a LoRA.
 
     Args:
         where: the file's name, for the message.
         shapes: key -> shape of its tensors.
         checkpoints: the layouts to choose a base from.
     """
-    modules = target_modules(shapes)
-    if not modules:
+    found = lora_keys(shapes)
+    if not lora_share(shapes, found):
         return ""
-    bases, best = _bases(modules, checkpoints)
-    count = f"it changes {len(modules)} modules"
-    if best is None or best.named < _ENOUGH:
-        return (
-            f"{where} is a LoRA, not a model checkpoint, and for none of the installed architectures: "
-            f"{count}, like {next(iter(modules))!r}."
-        )
-    name = best.checkpoint.architecture
-    if best.fitting < _ENOUGH:
-        return f"{where} is a LoRA for another size of {name}, not a model checkpoint: {count}."
-    of = _named(bases, best)
-    return f"{where} is a LoRA for {of}, not a model checkpoint: {count}. Load that model, then add the LoRA to it."
+    if found.too_many:
+        return f"{where} is a LoRA, not a model checkpoint, and {found.too_many}."
+    groups: dict[bool, list[Change]] = {}
+    for change in found.changes:
+        groups.setdefault(role_hint(change.module)[0] == "text", []).append(change)
+    answers = [_answer(changes, checkpoints) for changes in groups.values()]
+    count = f"it changes {found.modules} modules"
+    bases = " and ".join(dict.fromkeys(answer.text for answer in answers if answer.text))
+    if not bases:
+        first = found.changes[0].module if found.changes else next(iter(found.broken))
+        text = f"{where} is a LoRA, not a model checkpoint, and for none of the installed architectures: {count}, "
+        return f"{text}like {first!r}.{_refused(found, {})}"
+    left = {name: why for each in answers if each.match for name, why in each.match.left.items()}
+    text = f"{where} is a LoRA for {bases}, not a model checkpoint: {count}."
+    if any(answer.match is None for answer in answers):
+        return text + _refused(found, left)
+    return text + (_refused(found, left) or _next_step(found))
 
 
-def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> str:
+def base_of(changes: Sequence[Change], checkpoints: Sequence[CheckpointSpec]) -> str:
     """Return a text with the models and the architecture that a LoRA is for, "Z-Image (z_image_dit)" or "another size
     of z_image_dit"; empty if unknown.
 
     Args:
-        modules: module name -> input size, as `target_modules` returns them.
+        changes: the LoRA's changes, with the names of its file.
         checkpoints: the layouts to choose from.
     """
-    bases, best = _bases(modules, checkpoints)
+    return _text(*_bases(changes, checkpoints))
+
+
+def _text(bases: Sequence[_Base], best: _Base | None) -> str:
     if best is None or best.named < _ENOUGH:
         return ""
     if best.fitting < _ENOUGH:
@@ -82,52 +92,44 @@ def base_of(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -
     return _named(bases, best)
 
 
-def without_prefix(module: str, names: Container[str], underscored: Mapping[str, str]) -> str | None:
-    """Return the model's module name for a LoRA's name, `"blocks.0"` for `"lora_unet_blocks_0"`; None if there is none.
-
-    Args:
-        module: the LoRA's name, with a program's prefix before it, or with underscores for dots.
-        names: the module names that exist.
-        underscored: each of them with underscores for dots -> the name.
-    """
-    if match := _UNDERSCORED.match(module):
-        return underscored.get(module[match.end() :])
-    while module not in names:
-        prefix = next((each for each in _PREFIXES if module.startswith(each)), "")
-        if not prefix:
-            return None
-        module = module.removeprefix(prefix)
-    return module
+def _answer(changes: Sequence[Change], checkpoints: Sequence[CheckpointSpec]) -> _Answer:
+    bases, best = _bases(changes, checkpoints)
+    text = _text(bases, best)
+    if best is None or not text or best.fitting < _ENOUGH:
+        return _Answer(text)
+    siblings = [each for each in checkpoints if each.architecture == best.checkpoint.architecture]
+    published = layout_of(best.checkpoint) or _by_rules(best.checkpoint, checkpoints)
+    own = convert.plan(rules_of(best.checkpoint), published).shapes
+    return _Answer(text, match(changes, own, layouts_of(own, siblings)))
 
 
-def target_modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Return a dict module name -> number of input features (0: unknown) for what a LoRA changes; empty if it is no
-    LoRA.
-
-    The size is 0 where the file's shapes do not tell it.
-
-    Args:
-        shapes: key -> shape of the file's tensors.
-    """
-    modules: dict[str, int] = {}
-    lora_keys, certain = 0, False
-    for key, shape in shapes.items():
-        if (match := _LORA_KEY.fullmatch(key)) is None:
-            continue
-        lora_keys += 1
-        # An alpha alone is no proof: other checkpoints have parameters of that name.
-        certain = certain or match["side"] in (None, "diff", "diff_b")
-        module = match["module"]
-        inputs = shape[1] if len(shape) > 1 and re.search(r"lora(_A|_down|\.down)", key) else 0
-        modules[module] = modules.get(module, 0) or inputs
-    return modules if certain and lora_keys > len(shapes) / 2 else {}
+def _refused(found: LoRAKeys, left: Mapping[str, str]) -> str:
+    """Return a sentence on what `load_lora` refuses of a file; empty if nothing."""
+    texts = [found.complaint()] if found.broken or found.others else []
+    if left:
+        names = shortened([why or name for name, why in left.items()], 3)
+        texts.append(f"{len(left)} of its {len(found.changes)} changes do not fit that model: {names}")
+    if not texts:
+        return ""
+    partly = " strict=False adds the rest." if len(left) < len(found.changes) else ""
+    return f" load_lora refuses it: {'; '.join(texts)}.{partly}"
 
 
-def _bases(modules: Mapping[str, int], checkpoints: Sequence[CheckpointSpec]) -> tuple[list[_Base], _Base | None]:
+def _next_step(found: LoRAKeys) -> str:
+    if not found.kinds:
+        return " Load that model, then add the LoRA to it."
+    kinds = " and ".join(found.kinds)
+    return f" Load that model, then fuse the {kinds} into it: load_lora with hotload=False."
+
+
+def _bases(changes: Sequence[Change], checkpoints: Sequence[CheckpointSpec]) -> tuple[list[_Base], _Base | None]:
     """Return a tuple: a list with a `_Base` (how well it fits) for each layout, and the best of them, None without
-    layouts.
+    layouts or changes.
     """
-    bases = [_compare(modules, checkpoint, _weights(checkpoint, checkpoints)) for checkpoint in checkpoints]
+    sample = changes[:: max(len(changes) // _SAMPLE, 1)]
+    if not sample:
+        return [], None
+    bases = [_compare(sample, checkpoint, _weights(checkpoint, checkpoints)) for checkpoint in checkpoints]
     return bases, max(bases, key=lambda base: (base.named >= _ENOUGH, base.fitting, base.named), default=None)
 
 
@@ -144,28 +146,23 @@ def _named(bases: Sequence[_Base], best: _Base) -> str:
     return f"{' or '.join(models)} ({name})" if models else name
 
 
-def _compare(modules: Mapping[str, int], checkpoint: CheckpointSpec, weights: Mapping[str, Shape]) -> _Base:
+def _compare(changes: Sequence[Change], checkpoint: CheckpointSpec, weights: Mapping[str, Shape]) -> _Base:
     underscored = {name.replace(".", "_"): name for name in weights}
     found = [
-        (inputs, weights[name])
-        for module, inputs in modules.items()
-        if (name := without_prefix(module, weights, underscored)) is not None
+        (change, weights[name])
+        for change in changes
+        if (name := without_prefix(change.module, weights, underscored)) is not None
     ]
-    sized = [(inputs, shape) for inputs, shape in found if inputs and len(shape) > 1]
-    fitting = sum(inputs == shape[1] for inputs, shape in sized) / len(sized) if sized else float(bool(found))
-    return _Base(checkpoint, len(found) / len(modules), fitting)
+    sized = [(change.shape, shape) for change, shape in found if change.part == "weight"]
+    agree = sum(prod(shape) == prod(own) and shape[:1] == own[:1] for shape, own in sized)
+    fitting = agree / len(sized) if sized else float(bool(found))
+    return _Base(checkpoint, len(found) / len(changes), fitting)
 
 
 def _weights(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> dict[str, Shape]:
-    """Return a dict module name -> shape of its weight in a layout, without modules whose weight has fewer than two
-    axes.
-    """
+    """Return a dict module name -> shape of its weight in a layout."""
     layout = layout_of(checkpoint) or _by_rules(checkpoint, checkpoints)
-    return {
-        key.removesuffix(".weight"): shape
-        for key, shape in layout.items()
-        if key.endswith(".weight") and len(shape) > 1
-    }
+    return {key.removesuffix(".weight"): shape for key, shape in layout.items() if key.endswith(".weight")}
 
 
 def _by_rules(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> Mapping[str, Shape]:
@@ -174,11 +171,5 @@ def _by_rules(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec])
 
     Its rules are undone on a published layout of the same architecture.
     """
-    for sibling in checkpoints:
-        if sibling.architecture == checkpoint.architecture and sibling.layout:
-            own = convert.plan(rules_of(sibling), layout_of(sibling)).shapes
-            try:
-                return file_shapes(rules_of(checkpoint), own)
-            except (ValueError, KeyMismatch):
-                continue
-    return {}
+    siblings = (each for each in checkpoints if each.architecture == checkpoint.architecture and each.layout)
+    return next((found for sibling in siblings if (found := shapes_under(checkpoint, sibling))), {})

@@ -8,8 +8,9 @@ add_hot(module, lora, alpha=0.8)      # adds it to the layers' outputs, until cl
 from __future__ import annotations
 
 from diffsynth.core.lora.arithmetic import merge_lora, reset_lora_rank
+from diffsynth.core.lora.changes import LoRALayer, ParameterChange
 from diffsynth.core.lora.fitting import fit, target_layers
-from diffsynth.core.lora.format import LoRA, LoRALayer, parse, read_lora, save_lora
+from diffsynth.core.lora.format import LoRA, parse, read_lora, save_lora
 from diffsynth.core.lora.fused import fuse
 from diffsynth.core.lora.hot import LoRAHotLoadMixin, add_hot, clear_hot, is_hot
 
@@ -17,6 +18,7 @@ __all__ = [
     "LoRA",
     "LoRAHotLoadMixin",
     "LoRALayer",
+    "ParameterChange",
     "add_hot",
     "clear_hot",
     "fit",

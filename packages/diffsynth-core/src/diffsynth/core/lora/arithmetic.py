@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffsynth.core.lora.format import LoRA, LoRALayer, parse, to_state_dict
+from diffsynth.core.lora.changes import LoRALayer
+from diffsynth.core.lora.format import LoRA, parse, require_plain, to_state_dict
 from diffsynth.errors import KeyMismatch
 
 
@@ -31,7 +32,7 @@ def merge_lora(loras: Sequence[Mapping[str, Tensor]], alpha: float = 1.0) -> dic
         raise ValueError("merge_lora got no LoRA; expected at least one state dict")
     by_name: dict[str, list[LoRALayer]] = {}
     for number, state_dict in enumerate(loras):
-        for name, layer in parse(state_dict, f"LoRA {number}").layers.items():
+        for name, layer in _plain(state_dict, f"LoRA {number}").items():
             by_name.setdefault(name, []).append(layer)
     return to_state_dict(LoRA({name: stacked(name, layers, alpha) for name, layers in by_name.items()}))
 
@@ -53,7 +54,7 @@ def reset_lora_rank(lora: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """
     if rank < 1:
         raise ValueError(f"rank={rank}: expected 1 or more")
-    return to_state_dict(LoRA({name: _nearest(layer, rank) for name, layer in parse(lora).layers.items()}))
+    return to_state_dict(LoRA({name: _nearest(layer, rank) for name, layer in _plain(lora, "the LoRA").items()}))
 
 
 def stacked(name: str, layers: Sequence[LoRALayer], alpha: float = 1.0) -> LoRALayer:
@@ -77,6 +78,12 @@ def stacked(name: str, layers: Sequence[LoRALayer], alpha: float = 1.0) -> LoRAL
         return LoRALayer(down, torch.cat([layer.up.to(first.up) for layer in layers], dim=1))
     up = torch.cat([layer.scaled_up(alpha).to(first.up.device) for layer in layers], dim=1)
     return LoRALayer(down, up.to(first.up.dtype))
+
+
+def _plain(state_dict: Mapping[str, Tensor], where: str) -> Mapping[str, LoRALayer]:
+    lora = parse(state_dict, where)
+    require_plain(lora)
+    return lora.layers
 
 
 def _nearest(layer: LoRALayer, rank: int) -> LoRALayer:

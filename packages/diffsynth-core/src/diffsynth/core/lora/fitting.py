@@ -1,24 +1,27 @@
-"""Translation of a LoRA file's module names to those of a module: prefixes, underscores, other published layouts.
+"""Translation of a LoRA file's names to those of a module: prefixes, underscores, other published layouts.
 
 A layout's rules convert its weights to ours, and the changes of the weights follow the same rules. For a fused weight
-`W = cat(Q, K, V)` the matrices of Q, K and V form a block diagonal; for a split weight each part gets its rows.
+`W = cat(Q, K, V)` the matrices of Q, K and V form a block diagonal; for a split weight each part gets its rows. Names
+and shapes are matched by `lora_match`, which explains files, too.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from diffsynth.core.loader import convert
-from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
-from diffsynth.core.loader.lora_bases import base_of, without_prefix
+from diffsynth.core.loader.lora_bases import base_of
+from diffsynth.core.loader.lora_keys import LOW_RANK
+from diffsynth.core.loader.lora_match import IDENTITIES, Match, Matched, layouts_of, match, without_prefix
 from diffsynth.core.loader.reader.ops import apply_rule
-from diffsynth.core.lora.format import LoRA, LoRALayer
+from diffsynth.core.lora.arithmetic import stacked
+from diffsynth.core.lora.changes import Factors, LoRALayer, ParameterChange, Part
+from diffsynth.core.lora.format import LoRA
 from diffsynth.errors import KeyMismatch, did_you_mean, shortened
 from diffsynth.spec import CheckpointSpec
 
@@ -27,74 +30,18 @@ logger = logging.getLogger(__name__)
 Shape = tuple[int, ...]
 
 _WEIGHT = ".weight"
+_LOW_RANK_RULES = (*IDENTITIES, convert.Split, convert.ReorderChunks, convert.Fuse)
 
 
-class _Layout:
-    """A layout whose module names a LoRA may have.
-
-    Args:
-        name: the layout's name, for the log.
-        rules: the rules from the file's names to ours.
-        shapes: parameter name -> shape of the module.
-        published: key -> shape of a file of that layout; empty if there is none.
-    """
-
-    def __init__(
-        self, name: str, rules: Sequence[convert.Rule], shapes: Mapping[str, Shape], published: Mapping[str, Shape]
-    ) -> None:
-        self.name = name
-        self.rules = [rule for rule in rules if not isinstance(rule, convert.Drop)]
-        self._shapes = shapes
-        self._published = published
-
-    @functools.cached_property
-    def names(self) -> frozenset[str]:
-        """Names of modules with a weight, in the layout and in our own naming together, a frozenset."""
-        sources = (
-            convert.fill(source, holes)
-            for rule in self.rules
-            for target in rule.targets
-            for key in self._shapes
-            if (holes := convert.match(target, key)) is not None
-            for source in rule.sources
-        )
-        return frozenset(key.removesuffix(_WEIGHT) for key in (*self._shapes, *sources) if key.endswith(_WEIGHT))
-
-    @functools.cached_property
-    def file_shapes(self) -> Mapping[str, Shape]:
-        """Mapping key -> shape of the tensors in a file of this layout, for the module's size; empty if it cannot be
-        derived.
-        """
-        try:
-            return file_shapes(self.rules, self._shapes, self._published)
-        except (ValueError, KeyMismatch):
-            return {}
-
-
-@dataclass
-class _Attempt:
-    """The result of reading a LoRA with a layout's names.
-
-    Args:
-        layers: our module name -> change, for the layers that fit.
-        known: how many of the LoRA's names the layout has.
-        unknown: names that the layout or the module does not have.
-        wrong: one text for each layer that does not fit otherwise.
-    """
-
-    layers: dict[str, LoRALayer] = field(default_factory=dict)
-    known: int = 0
-    unknown: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-
-    @property
-    def fits(self) -> bool:
-        return bool(self.layers) and not self.unknown and not self.wrong
-
-
-def fit(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec] = (), *, architecture: str = "") -> LoRA:
-    """Return a `LoRA` equal to `lora` under the names of the layers of `module`, which is not changed; raise
-    KeyMismatch if any layer does not fit.
+def fit(
+    lora: LoRA,
+    module: nn.Module,
+    checkpoints: Sequence[CheckpointSpec] = (),
+    *,
+    architecture: str = "",
+    strict: bool = True,
+) -> LoRA:
+    """Return a `LoRA` equal to `lora` under the names of the parameters of `module`, which is not changed.
 
     Args:
         lora: a LoRA with the names of its file.
@@ -102,22 +49,42 @@ def fit(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec] = (
         checkpoints: the known layouts. Those of the module's architecture are tried, the others are used to say what
             the file is for.
         architecture: the module's architecture; empty tries the module's own names only.
+        strict: False leaves out what the module does not have and lists it in `left`.
 
     Raises:
-        KeyMismatch: the module does not have a layer, or has it in another shape; the message says how many layers
-            fit, and which architecture the file is for.
+        KeyMismatch: nothing fits, or, if strict, the module does not have a layer or has it in another shape; the
+            message says how many changes fit, and which architecture the file is for.
     """
-    layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    own = {f"{name}{_WEIGHT}": tuple(part.weight.shape) for name, part in layers.items()}
-    attempts = []
-    for layout in _layouts(module, [each for each in checkpoints if each.architecture == architecture]):
-        attempt = _attempt(lora, own, layout)
-        if attempt.fits:
-            logger.debug("%s has the names of layout %s", lora.where, layout.name)
-            return replace(lora, layers=attempt.layers)
-        attempts.append(attempt)
-    best = max(attempts, key=lambda attempt: (attempt.known, len(attempt.layers)))
-    raise KeyMismatch(_complaint(lora, module, best, checkpoints, architecture))
+    own, linear = _own_shapes(module)
+    factors = lora.factors
+    found = match(
+        [each.change for each in factors],
+        own,
+        layouts_of(own, [each for each in checkpoints if each.architecture == architecture]),
+    )
+    if not found.targets or (strict and not found.fits):
+        raise KeyMismatch(_complaint(lora, module, found, checkpoints))
+    by_change = {id(each.change): each for each in factors}
+    layers: dict[str, LoRALayer] = {}
+    others: dict[str, ParameterChange] = {}
+    for key, matched in found.targets.items():
+        name = key.removesuffix(_WEIGHT)
+        if name in linear and key != name and all(map(_is_low_rank, matched)):
+            layers[name] = stacked(name, [_layer(each, by_change) for each in matched]) if matched[1:] else _layer(
+                matched[0], by_change
+            )  # fmt: skip
+        else:
+            others[key] = ParameterChange(tuple(_part(each, by_change) for each in matched))
+    left = {name: reason or f"{type(module).__name__} does not have it" for name, reason in found.left.items()}
+    return replace(lora, layers=layers, others=others, left={**lora.left, **left})
+
+
+def what_fits(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec], architecture: str) -> set[str]:
+    """Return a set of the names of those changes of `lora` that fit `module`; arguments as for `fit`."""
+    own, _ = _own_shapes(module)
+    changes = [each.change for each in lora.factors]
+    layouts = layouts_of(own, [each for each in checkpoints if each.architecture == architecture])
+    return {each.name for each in changes} - match(changes, own, layouts).left.keys()
 
 
 def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
@@ -141,112 +108,74 @@ def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets)))
 
 
-def _layouts(module: nn.Module, checkpoints: Sequence[CheckpointSpec]) -> Iterator[_Layout]:
-    """Yield `_Layout`s (naming schemes): one with the module's own names, then one for each different set of rules of
-    `checkpoints`.
-    """
+def _own_shapes(module: nn.Module) -> tuple[dict[str, Shape], set[str]]:
+    """Return a tuple: a dict parameter name -> shape, and the names of the linear layers."""
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    yield _Layout("its own", (), shapes, {})
-    by_rules = {checkpoint.rules: checkpoint for checkpoint in reversed(checkpoints) if checkpoint.rules}
-    for checkpoint in reversed(by_rules.values()):
-        yield _Layout(checkpoint.name, rules_of(checkpoint), shapes, layout_of(checkpoint))
+    linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    return shapes | {f"{name}{_WEIGHT}": tuple(part.weight.shape) for name, part in linear.items()}, set(linear)
 
 
-def _attempt(lora: LoRA, own: Mapping[str, Shape], layout: _Layout) -> _Attempt:
-    attempt = _Attempt()
-    underscored = {name.replace(".", "_"): name for name in layout.names}
-    named: dict[str, LoRALayer] = {}
-    for name, layer in lora.layers.items():
-        known = without_prefix(name, layout.names, underscored)
-        if known is None:
-            attempt.unknown.append(name)
-        elif f"{known}{_WEIGHT}" in named:
-            attempt.wrong.append(f"{name} and another key both mean {known}")
-        else:
-            named[f"{known}{_WEIGHT}"] = layer
-    attempt.known = len(named)
-    absent = _absent_parts(layout, named)
-    try:
-        plan = convert.plan(layout.rules, {key: layer.shape for key, layer in named.items()} | absent)
-    except KeyMismatch as error:
-        attempt.wrong.append(str(error))
-        return attempt
-    for key, target in plan.targets.items():
-        if not target.sources:
-            continue  # a constant of the layout
-        if key not in own:
-            attempt.unknown.append(key.removesuffix(_WEIGHT))
-        elif target.shape != own[key]:
-            attempt.wrong.append(f"{key} is {own[key]}, the LoRA is for {target.shape}")
-        else:
-            sources = [named[each] if each in named else _no_change(absent[each]) for each in target.sources]
-            try:
-                attempt.layers[key.removesuffix(_WEIGHT)] = _converted(target, sources)
-            except ValueError as error:
-                attempt.wrong.append(f"{key}: {error}")
-    return attempt
+def _is_low_rank(matched: Matched) -> bool:
+    plain = all(
+        change.kind == LOW_RANK and not change.is_dora and len(change.shape) == 2 and "mid" not in change.keys
+        for change in matched.changes
+    )
+    return plain and isinstance(matched.rule, _LOW_RANK_RULES)
 
 
-def _absent_parts(layout: _Layout, named: Mapping[str, LoRALayer]) -> dict[str, Shape]:
-    """Return a dict key -> shape of the weights that the LoRA leaves unchanged but that are fused with some that it
-    changes, as far as their shapes are known.
+def _part(matched: Matched, by_change: Mapping[int, Factors]) -> Part:
+    sources = tuple(by_change[id(each)] if not isinstance(each, tuple) else each for each in matched.sources)
+    return Part(matched.rule, matched.index, sources)
+
+
+def _layer(matched: Matched, by_change: Mapping[int, Factors]) -> LoRALayer:
+    """Return the `LoRALayer` of one of our weights, converted by the rule of `matched` from the changes of the weights
+    that it is made of.
     """
-    absent: dict[str, Shape] = {}
-    for rule in layout.rules:
-        if not isinstance(rule, convert.Fuse):
-            continue
-        matches = (convert.match(pattern, key) for pattern in rule.parts for key in named)
-        for holes in (each for each in matches if each is not None):
-            parts = [convert.fill(pattern, holes) for pattern in rule.parts]
-            lacking = [part for part in parts if part not in named]
-            absent |= {part: layout.file_shapes[part] for part in lacking if part in layout.file_shapes}
-    return absent
-
-
-def _no_change(shape: Shape) -> LoRALayer:
-    return LoRALayer(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0))
-
-
-def _converted(target: convert.Target, layers: Sequence[LoRALayer]) -> LoRALayer:
-    """Return the `LoRALayer` of one of our weights, converted by the rule of `target` from `layers`, the changes of the
-    weights that it is made of.
-
-    Raises:
-        ValueError: the rule does not keep a product of two matrices one.
-    """
-    rule, first = target.rule, layers[0]
-    if isinstance(rule, convert.Rename | convert.Tie | convert.Dequantize | convert.Check):
+    rule = matched.rule
+    layers = [
+        LoRALayer(torch.zeros(0, each[1]), torch.zeros(each[0], 0)) if isinstance(each, tuple) else _matrices(
+            by_change[id(each)]
+        )
+        for each in matched.sources
+    ]  # fmt: skip
+    first = layers[0]
+    if isinstance(rule, IDENTITIES):
         return first
     if isinstance(rule, convert.Split | convert.ReorderChunks):
         if rule.dim == 0:
-            return replace(first, up=apply_rule(rule, (first.up,), target.index))
-        return replace(first, down=apply_rule(rule, (first.down,), target.index))
-    if isinstance(rule, convert.Fuse):
-        ups = [layer.up if layer.scale == 1 else layer.scaled_up() for layer in layers]
-        downs = [layer.down for layer in layers]
-        if rule.dim == 0:
-            return LoRALayer(torch.cat(downs), torch.block_diag(*ups))
-        return LoRALayer(torch.block_diag(*downs), torch.cat(ups, dim=1))
-    raise ValueError(f"the file's layout has it under {type(rule).__name__}, which cannot be applied to a LoRA")
+            return replace(first, up=apply_rule(rule, (first.up,), matched.index))
+        return replace(first, down=apply_rule(rule, (first.down,), matched.index))
+    assert isinstance(rule, convert.Fuse)
+    ups = [layer.up if layer.scale == 1 else layer.scaled_up() for layer in layers]
+    downs = [layer.down for layer in layers]
+    if rule.dim == 0:
+        return LoRALayer(torch.cat(downs), torch.block_diag(*ups))
+    return LoRALayer(torch.block_diag(*downs), torch.cat(ups, dim=1))
 
 
-def _complaint(
-    lora: LoRA, module: nn.Module, best: _Attempt, checkpoints: Sequence[CheckpointSpec], architecture: str
-) -> str:
+def _matrices(factors: Factors) -> LoRALayer:
+    return LoRALayer(factors.tensors["down"], factors.tensors["up"], factors.alpha)
+
+
+def _complaint(lora: LoRA, module: nn.Module, found: Match, checkpoints: Sequence[CheckpointSpec]) -> str:
     text = f"{lora.where} does not fit {type(module).__name__}, and nothing was changed: "
-    text += f"{min(len(best.layers), best.known)} of its {len(lora.layers)} layers fit"
-    if best.unknown:
-        text += f"; it does not have {shortened(best.unknown, 4)}{_why_unknown(module, best.unknown[0])}"
-    if best.wrong:
-        text += f"; {shortened(best.wrong, 4)}"
-    modules = {name: layer.shape[1] for name, layer in lora.layers.items()}
-    base = base_of(modules, [each for each in checkpoints if each.architecture != architecture])
-    return f"{text}. It is a LoRA for {base}" if base else f"{text}. Use a LoRA that was made for this model"
+    text += f"{found.total - len(found.left)} of its {found.total} layers fit"
+    if unknown := found.unknown:
+        text += f"; it does not have {shortened(unknown, 4)}{_why_unknown(module, unknown[0])}"
+    if found.wrong:
+        text += f"; {shortened(found.wrong, 4)}"
+    changes = [each.change for each in lora.factors]
+    base = base_of(changes, checkpoints) if 2 * len(found.left) > found.total else ""
+    partly = " strict=False adds those that fit." if found.targets else ""
+    return f"{text}. It is a LoRA for {base}.{partly}" if base else (
+        f"{text}. Use a LoRA that was made for this model.{partly}"
+    )  # fmt: skip
 
 
 def _why_unknown(module: nn.Module, name: str) -> str:
     modules = dict(module.named_modules())
     known = without_prefix(name, modules, {each.replace(".", "_"): each for each in modules})
     if known is not None:
-        return f" as a linear layer: {known} is a {type(modules[known]).__name__}, which LoRAs here do not change"
+        return f": its {known} is a {type(modules[known]).__name__} without this parameter"
     return did_you_mean(name, [each for each, layer in modules.items() if isinstance(layer, nn.Linear)])

@@ -1,114 +1,92 @@
-"""The LoRA format: two thin matrices for each linear layer (Hu et al. 2021, arXiv:2106.09685), and its files.
+"""LoRA files: reading the key names of all usual programs, and writing those that peft, diffusers and ComfyUI read.
 
-Files are read in the key names of all usual programs, and written in those that peft, diffusers and ComfyUI read. A key
-that is no part of a LoRA is an error that names it: leaving it out would change the result without a word.
+`lora_keys` sorts the keys, `strength` finds the alphas, and `changes` has the arithmetic. A key that cannot be read is
+an error that names it: leaving it out would change the result without a word.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.loader import convert, pickled
+from diffsynth.core.loader.files import WEIGHT_SUFFIXES, only_checkpoint
+from diffsynth.core.loader.lora_keys import DIFFERENCE, LOW_RANK, UNKNOWN, Change, lora_keys
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.save import save_source
-from diffsynth.core.loader.state_dict import load_state_dict
+from diffsynth.core.loader.state_dict import load_metadata_from_safetensors, load_state_dict
+from diffsynth.core.lora.changes import Factors, LoRALayer, ParameterChange, factors_of, single
+from diffsynth.core.lora.strength import Strengths, read_adapter_config, strengths_of
 from diffsynth.errors import KeyMismatch, shortened
 
 PREFIX = "diffusion_model."
 """The prefix of a network's names in LoRA files, which ComfyUI and diffusers both look for."""
 
-_MATRIX = re.compile(
-    r"(?P<module>.+)\.(?:lora_(?P<side>A|B|down|up)|lora\.(?P<dotted>down|up))(?:\.(?P<adapter>\w+))?\.weight"
-)
-"""Keys of peft and diffusers, with or without an adapter name; of kohya; and of diffusers before it used peft."""
-
-_ALPHA = re.compile(r"(?P<module>.+)\.alpha")
-
-_DOWN = ("A", "down")
-
-_OTHER_ADAPTERS = {
-    r".*\.(lora_magnitude_vector|dora_scale)(\..+)?": "DoRA (a LoRA with a magnitude for each output)",
-    r".*\.(hada|lokr|oft)_.+": "LoHa, LoKr or OFT (not a product of two matrices)",
-    r".*\.lora_mid\..+": "a convolution in three factors",
-    r".*\.(diff|diff_b|set_weight)": "a plain difference of a whole parameter",
-    r".*\.lora_(A|B|down|up)(\.\w+)?\.bias": "a LoRA with biases",
-    r".*\.lora_embedding_(A|B)(\..+)?": "a LoRA of an embedding",
-}
-"""Pattern of keys of other adapters -> what they are."""
-
-_NO_LORA_KEY = "no part of a LoRA"
-
-
-@dataclass(frozen=True, eq=False)
-class LoRALayer:
-    """The change of one linear layer: its weight becomes `W + scale * up @ down`.
-
-    Args:
-        down: matrix A, from the layer's inputs to the rank.
-        up: matrix B, from the rank to the layer's outputs.
-        alpha: the change is multiplied by `alpha / rank`; None means by 1.
-    """
-
-    down: Float[Tensor, "rank inputs"]
-    up: Float[Tensor, "outputs rank"]
-    alpha: float | None = None
-
-    @property
-    def rank(self) -> int:
-        """Rank of the change, an int: rows of `down` and columns of `up`."""
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """Factor of the change: `alpha / rank`, or 1.0 if `alpha` is None."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape (outputs, inputs) of the weight that is changed, a tuple of ints."""
-        return self.up.shape[0], self.down.shape[1]
-
-    def scaled_up(self, alpha: float = 1.0) -> Float[Tensor, "outputs rank"]:
-        """Return matrix B (`up`) multiplied by `alpha * scale`, a new fp32 tensor."""
-        return self.up.float() * (alpha * self.scale)
+_WRAPPERS = ("state_dict", "model_state", "model_state_dict", "module", "lora")
+"""Keys under which training programs keep the tensors in a pickle."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """The changed layers of one LoRA.
+    """The changes that one LoRA makes.
 
     Args:
-        layers: module name -> change.
+        layers: name of a linear layer -> low-rank change of its weight.
         where: the file's name, for messages.
+        others: name of a parameter, `"blocks.0.norm.weight"`, -> its change of any other kind.
+        left: name -> why it is not in `layers` or `others`; empty unless reading was not strict.
     """
 
     layers: Mapping[str, LoRALayer]
     where: str = "the given state_dict"
+    others: Mapping[str, ParameterChange] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def factors(self) -> tuple[Factors, ...]:
+        """All changes, a tuple of `Factors`, those of linear layers first."""
+        own = (factors_of(layer, name) for name, layer in self.layers.items())
+        return (*own, *(factors for change in self.others.values() for factors in change.factors))
 
 
-def read_lora(source: str | Path | Sequence[Path] | Mapping[str, Tensor]) -> LoRA:
-    """Return the `LoRA` of a file, of several files or of a state dict, with the module names found there (`fit`
-    translates them).
+def read_lora(source: str | Path | Sequence[Path] | Mapping[str, Tensor], *, strict: bool = True) -> LoRA:
+    """Return the `LoRA` of a file, of a folder, of several files or of a state dict, with the module names found there
+    (`fit` translates them).
+
+    The strength of a layer is that of its own alpha, else that of the file's metadata or of an `adapter_config.json`
+    beside the file; see `strength`.
 
     Args:
-        source: a file, the files of one LoRA, or a state dict.
+        source: a file, a folder with one LoRA, the files of one LoRA, or a state dict.
+        strict: False leaves out what cannot be read and lists it in `left`.
 
     Raises:
         CheckpointError: there is no such file, or it cannot be read.
-        KeyMismatch: the file is not a plain LoRA; see `parse`.
+        KeyMismatch: the file is no LoRA, or, if strict, some of it cannot be read; see `parse`.
     """
     if isinstance(source, Mapping):
-        return parse(source)
-    paths = [Path(source)] if isinstance(source, str | Path) else list(source)
-    return parse(load_state_dict(paths), ", ".join(map(str, paths)))
+        return parse(source, strict=strict)
+    paths = [Path(source)] if isinstance(source, str | Path) else [Path(each) for each in source]
+    paths = [file for path in paths for file in (_files_in(path) if path.is_dir() else [path])]
+    metadata = load_metadata_from_safetensors([path for path in paths if path.suffix == ".safetensors"])
+    config = read_adapter_config(paths[0]) if paths else None
+    where = ", ".join(map(str, paths))
+    return parse(load_state_dict(paths), where, metadata=metadata, config=config, strict=strict)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    for name in ("adapter_model", "pytorch_lora_weights"):
+        if found := [
+            folder / f"{name}{suffix}" for suffix in WEIGHT_SUFFIXES if (folder / f"{name}{suffix}").is_file()
+        ]:
+            return found[:1]
+    return only_checkpoint(folder)
 
 
 def save_lora(
@@ -138,6 +116,7 @@ def save_lora(
         KeyMismatch: a state dict that is not a plain LoRA.
     """
     made = lora if isinstance(lora, LoRA) else parse(lora)
+    require_plain(made)
     made = LoRA({name.removeprefix(prefix): layer for name, layer in made.layers.items()})
     tensors = pickled.of_state_dict(to_state_dict(made, prefix))
     targets = convert.plan((), tensors.shapes).targets
@@ -148,6 +127,28 @@ def save_lora(
     dtypes = {key: stored_dtype(tensors, key) for key in targets}
     save_source(ComponentSource(tensors, targets, dtypes), path, metadata=metadata)
     return path
+
+
+def subset(lora: LoRA, names: Container[str]) -> LoRA:
+    """Return a `LoRA` with those changes of `lora` whose name in the file (`Change.name`) is in `names`."""
+    others = {
+        key: change for key, change in lora.others.items() if all(each.change.name in names for each in change.factors)
+    }
+    return replace(lora, layers={key: layer for key, layer in lora.layers.items() if key in names}, others=others)
+
+
+def require_plain(lora: LoRA) -> None:
+    """Raise KeyMismatch unless every change of `lora` is a low-rank change of a linear layer.
+
+    Raises:
+        KeyMismatch: it has changes of another kind.
+    """
+    if lora.others:
+        kinds = sorted({change.kind for change in lora.others.values()})
+        raise KeyMismatch(
+            f"{lora.where} changes {shortened(lora.others, 4)} by {', '.join(kinds)}; expected a plain LoRA, two "
+            "matrices for each linear layer"
+        )
 
 
 def to_state_dict(lora: LoRA, prefix: str = "") -> dict[str, Tensor]:
@@ -166,80 +167,112 @@ def to_state_dict(lora: LoRA, prefix: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-def parse(state_dict: Mapping[str, Tensor], where: str = "the given state_dict") -> LoRA:
-    """Return the `LoRA` that `state_dict` holds, in the key names of any usual program; raise KeyMismatch if any key is
-    no part of a LoRA or a matrix is missing.
+def parse(
+    state_dict: Mapping[str, Any],
+    where: str = "the given state_dict",
+    *,
+    metadata: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    strict: bool = True,
+) -> LoRA:
+    """Return the `LoRA` that `state_dict` holds, in the key names of any usual program.
 
     Args:
-        state_dict: key -> tensor; every key must be a part of a LoRA.
+        state_dict: key -> tensor; a dict around it, such as `"state_dict"`, is removed. An alpha may be a number.
         where: the file's name, for messages.
+        metadata: text entries of the file, which may hold alpha and rank.
+        config: contents of the file's `adapter_config.json`.
+        strict: False leaves out what cannot be read and lists it in `left`.
 
     Raises:
-        KeyMismatch: no key is a LoRA's, some are another adapter's, a matrix is missing, or the two matrices of a layer
-            have different ranks.
+        KeyMismatch: no key is a LoRA's; more than 20,000 modules; a value that is not finite, or no floating number;
+            the metadata does not parse; or, if strict, a matrix is missing, two do not go together, or keys are no part
+            of a LoRA.
+        TypeError: a value that is no tensor.
     """
-    matrices: dict[tuple[str, str], dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
-    others: list[str] = []
-    for key, tensor in state_dict.items():
-        if match := _MATRIX.fullmatch(key):
-            side = "down" if (match["side"] or match["dotted"]) in _DOWN else "up"
-            pair = matrices.setdefault((match["module"], match["adapter"] or ""), {})
-            if side in pair:
-                raise KeyMismatch(f"{where} holds {key} and the same matrix under another spelling; expected one")
-            pair[side] = tensor
-        elif (match := _ALPHA.fullmatch(key)) and tensor.numel() == 1:
-            alphas[match["module"]] = float(tensor)
+    tensors = _tensors(state_dict)
+    found = lora_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    if found.too_many:
+        raise KeyMismatch(f"{where} {found.too_many}")
+    if not found.certain and set(found.others.values()) <= {UNKNOWN}:
+        shown = f", such as {next(iter(tensors))}" if tensors else ""
+        raise KeyMismatch(
+            f"{where} holds no LoRA: none of its {len(tensors)} keys is a lora_A, lora_B, lora_down or lora_up"
+            f"{shown}. A checkpoint is loaded with model_configs"
+        )
+    if (found.broken or found.others) and (strict or not found.changes or "" in found.broken):
+        raise KeyMismatch(
+            f"{where} has {len(found.broken) + len(found.others)} layers or keys that cannot be applied, so no layer "
+            f"was changed: {found.complaint()}. Use another file, or strict=False, which leaves them out"
+        )
+    strengths = strengths_of(where, metadata or {}, config)
+    layers: dict[str, LoRALayer] = {}
+    others: dict[str, ParameterChange] = {}
+    for change in found.changes:
+        read = _read(change, tensors, strengths, where)
+        if isinstance(read, LoRALayer):
+            layers[change.module] = read
         else:
-            others.append(key)
-    if others or not matrices:
-        _refuse(where, others, count=len(state_dict), is_lora=bool(matrices))
-    if len(adapters := sorted({adapter for _, adapter in matrices})) > 1:
-        named = ", ".join(repr(adapter) for adapter in adapters)
-        raise KeyMismatch(f"{where} holds several adapters: {named}; expected one. Give the keys of one as state_dict")
-    layers = {module: _layer(where, module, pair, alphas.pop(module, None)) for (module, _), pair in matrices.items()}
-    if alphas:
-        raise KeyMismatch(f"{where} has an alpha but no matrices for {shortened(alphas, 4)}")
-    return LoRA(layers, where)
+            name = f"{change.module}.{change.part}"
+            earlier = others[name].parts if name in others else ()
+            others[name] = ParameterChange((*earlier, *single(read).parts))
+    strengths.log_differences()
+    return LoRA(layers, where, others, {**found.broken, **found.others})
 
 
-def _layer(where: str, module: str, pair: Mapping[str, Tensor], alpha: float | None) -> LoRALayer:
-    if len(pair) < 2:
-        (side,) = pair
-        raise KeyMismatch(f"{where} has the {side} matrix of {module} alone; expected down and up (lora_A and lora_B)")
-    down, up = pair["down"], pair["up"]
-    if down.dim() > 2 and up.dim() == down.dim() and all(size == 1 for size in (*down.shape[2:], *up.shape[2:])):
-        down, up = down.flatten(1), up.flatten(1)  # a linear layer that was written as a 1x1 convolution
-    if down.dim() != 2 or up.dim() != 2:
-        raise KeyMismatch(
-            f"{where}: {module} has matrices of shape {tuple(down.shape)} and {tuple(up.shape)}; expected 2 axes each, "
-            "those of a linear layer"
-        )
-    if down.shape[0] != up.shape[1]:
-        raise KeyMismatch(
-            f"{where}: the down matrix of {module}, {tuple(down.shape)}, has rank {down.shape[0]}, and the up matrix, "
-            f"{tuple(up.shape)}, has rank {up.shape[1]}; expected one rank. The file is damaged"
-        )
-    if down.shape[0] == 0:
-        raise KeyMismatch(f"{where}: {module} has rank 0; expected 1 or more")
-    return LoRALayer(down, up, alpha)
+def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the flat dict key -> tensor of a state dict, without a dict around the LoRA's own."""
+    for name in _WRAPPERS:
+        inside = state_dict.get(name)
+        if isinstance(inside, Mapping) and inside:
+            return _tensors(inside)
+    numbers = {key: torch.tensor(float(value)) for key, value in state_dict.items() if _is_alpha(key, value)}
+    for key, value in state_dict.items():
+        if key not in numbers and not isinstance(value, Tensor | Mapping):
+            raise TypeError(f"state_dict[{key!r}] is a {type(value).__name__}; expected a tensor")
+    return dict(pickled.of_state_dict({**state_dict, **numbers}).tensors_in_memory or {})
 
 
-def _refuse(where: str, others: list[str], *, count: int, is_lora: bool) -> NoReturn:
-    """Always raise KeyMismatch: it says that there is no LoRA at all, or lists the keys in `others` that are no part of
-    one, by kind.
+def _is_alpha(key: Any, value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and str(key).endswith("alpha")
+
+
+def _read(change: Change, tensors: Mapping[str, Tensor], strengths: Strengths, where: str) -> LoRALayer | Factors:
+    """Return the tensors of a change with its factor: a `LoRALayer` if they are two matrices and nothing else.
+
+    Raises:
+        KeyMismatch: a value that is not finite or no floating number, or a DoRA without magnitudes.
     """
-    kinds: dict[str, list[str]] = {}
-    for key in others:
-        kind = next((text for pattern, text in _OTHER_ADAPTERS.items() if re.fullmatch(pattern, key)), _NO_LORA_KEY)
-        kinds.setdefault(kind, []).append(key)
-    if not is_lora and set(kinds) <= {_NO_LORA_KEY}:
+    found = {slot: _checked(key, tensors[key], slot, where) for slot, key in change.keys.items()}
+    own = found.pop("alpha", None)
+    alpha = None if own is None else float(own)
+    if change.kind == DIFFERENCE and not change.rank:
+        return Factors(change, found)
+    declared = strengths.of(change.module)
+    if declared is not None and declared.dora and change.kind == LOW_RANK and not change.is_dora:
+        raise KeyMismatch(f"{declared.source} says use_dora, but {change.module} has no magnitudes")
+    if alpha is None:
+        scale = strengths.scale(change.module, change.rank)
+    else:
+        scale = alpha / change.rank if change.rank else 1.0
+    if change.kind == LOW_RANK and len(change.shape) == 2 and found.keys() == {"down", "up"}:
+        if alpha is None and scale is not None:
+            alpha = scale * change.rank
+        return LoRALayer(found["down"].flatten(1), found["up"].flatten(1), alpha)
+    return Factors(change, found, 1.0 if scale is None else scale)
+
+
+def _checked(key: str, tensor: Tensor, slot: str, where: str) -> Tensor:
+    if not tensor.is_floating_point() and slot != "alpha":
         raise KeyMismatch(
-            f"{where} holds no LoRA: none of its {count} keys is a lora_A, lora_B, lora_down or lora_up"
-            f"{f', such as {others[0]}' if others else ''}. A checkpoint is loaded with model_configs"
+            f"{where}: {key} is stored as {tensor.dtype}; expected floating numbers. Quantised LoRAs are not read"
         )
-    groups = "; ".join(f"{shortened(keys, 4)}: {kind}" for kind, keys in kinds.items())
-    raise KeyMismatch(
-        f"{where} has {len(others)} keys that cannot be applied, so no layer was changed: {groups}. "
-        "Use a plain LoRA, or give the other keys alone as state_dict"
-    )
+    # A sum is much faster than looking at each value; one that overflows is looked at again.
+    values = tensor if tensor.element_size() > 1 else tensor.float()
+    if not tensor.is_meta and not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
+        count = int((~torch.isfinite(values)).sum())
+        raise KeyMismatch(
+            f"{where}: {key} has {count} values that are not finite numbers, so no layer was changed. The training "
+            "that wrote the file diverged: use an earlier one"
+        )
+    return tensor

@@ -8,6 +8,7 @@ matrices are non-persistent buffers: the state dict keeps its keys, and the matr
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffsynth.core import forward_chain
+from diffsynth.core.lora.applied import Applied, forget_hot, remember, require_new
 from diffsynth.core.lora.arithmetic import stacked
-from diffsynth.core.lora.format import LoRA, LoRALayer
+from diffsynth.core.lora.changes import LoRALayer
+from diffsynth.core.lora.format import LoRA
 from diffsynth.core.vram.managed import managed
+from diffsynth.errors import shortened
 
 
 class LoRAHotLoadMixin:
@@ -55,11 +59,11 @@ def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[
         atomic: module classes that read the weights of their layers without calling the layers.
 
     Raises:
-        ValueError: a layer whose forward is not called: one inside an atomic class, or compiled by itself.
+        ValueError: a layer whose forward is not called: one inside an atomic class, or compiled by itself; a LoRA with
+            changes that `not_hot` names; or the module has this LoRA already.
     """
+    mark = check_hot(module, lora, atomic=atomic)
     layers = {name: module.get_submodule(name) for name in lora.layers}
-    for name, layer in layers.items():
-        _check(module, name, layer, atomic)
     engine = managed(module)
     if engine is not None:
         engine.leave()
@@ -77,7 +81,30 @@ def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[
             _set_class(layer, _with_lora(type(layer)))
         layer.register_buffer("lora_down", total.down, persistent=False)
         layer.register_buffer("lora_up", total.up, persistent=False)
+    remember(module, mark, Applied(alpha, hot=True))
     _reset_compiled(module)
+
+
+def check_hot(module: nn.Module, lora: LoRA, *, atomic: tuple[type, ...] = ()) -> Hashable:
+    """Return the fingerprint of `lora`; raise ValueError if it cannot be hot. Arguments and errors: see `add_hot`."""
+    if reason := not_hot(lora):
+        raise ValueError(f"{reason}. Use hotload=False, which fuses it into the weights")
+    for name in lora.layers:
+        _check(module, name, module.get_submodule(name), atomic)
+    return require_new(module, lora)
+
+
+def not_hot(lora: LoRA) -> str:
+    """Return why `lora` cannot be hot, a text that names the changes which are no product of two thin matrices; empty
+    if it can.
+    """
+    if not lora.others:
+        return ""
+    kinds = sorted({change.kind for change in lora.others.values()})
+    return (
+        f"{lora.where} changes {shortened(lora.others, 4)} by {', '.join(kinds)}, which cannot be computed beside the "
+        "weights"
+    )
 
 
 def clear_hot(module: nn.Module) -> int:
@@ -91,6 +118,7 @@ def clear_hot(module: nn.Module) -> int:
     for layer in changed:
         del layer.lora_down, layer.lora_up
         _set_class(layer, type(layer).__mro__[2])
+    forget_hot(module)
     _reset_compiled(module)
     return len(changed)
 
