@@ -292,7 +292,9 @@ def _read(
         raise ValueError(f"load_lora got {'no LoRA' if config is None else 'two'}; expected lora_config or state_dict")
     if not isinstance(config, ModelConfig | None):
         config = ModelConfig(path=config)
-    if config is None or config.state_dict is not None:
-        return read_lora(state_dict if config is None else config.state_dict, strict=strict), ()
+    given = state_dict if config is None else config.state_dict
+    if given is not None:
+        return read_lora(given, strict=strict), ()
+    assert config is not None
     paths = files.find(config, resolve=lambda source: _discovery.first("resolve_source", source=source))
     return read_lora(paths, strict=strict), tuple(paths)

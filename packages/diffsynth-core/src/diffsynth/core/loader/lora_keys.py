@@ -225,7 +225,7 @@ def _changes(module: str, held: Mapping[str, str], shapes: Mapping[str, Shape]) 
     """
     made: list[Change] = []
     rest = dict(held)
-    side = {slot: rest.pop(slot) for slot in ("alpha", "magnitude") if slot in rest}
+    side: dict[str, str] = {slot: rest.pop(slot) for slot in ("alpha", "magnitude") if slot in rest}
     for read in (_low_rank, _embedding, _loha, _lokr):
         if (change := read(module, rest, shapes)) is not None:
             rest = {slot: key for slot, key in rest.items() if slot not in change.keys}

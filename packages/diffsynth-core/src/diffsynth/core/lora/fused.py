@@ -34,7 +34,8 @@ def fuse(module: nn.Module, lora: LoRA, alpha: float = 1.0) -> None:
     mark = check_fused(module, lora)
     tensors = _parameters(module)
     for name, layer in lora.layers.items():
-        weight = module.get_submodule(name).weight.data
+        layer_weight: Any = module.get_submodule(name).weight
+        weight: Tensor = layer_weight.data
         change = layer.scaled_up(alpha).to(weight.device) @ layer.down.to(weight.device, torch.float32)
         weight.copy_(weight.float() + change)
     for key, other in lora.others.items():
