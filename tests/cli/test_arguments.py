@@ -77,6 +77,22 @@ def test_paths_of_images_and_videos_are_opened(arguments):
     assert ([image.size for image in one], [image.size for image in two]) == ([(8, 8)], [(8, 8)] * 2)
 
 
+def test_files_are_opened_by_their_content(arguments, tmp_path):
+    frames = [Image.new("RGBA", (8, 8), (level, 0, 0, 255)) for level in (0, 90, 180)]
+    frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    (tmp_path / "frames").mkdir()
+    for index, frame in enumerate(frames):
+        frame.save(tmp_path / "frames" / f"frame{9 + index}.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 6)).save(tmp_path / "photo.jpg", exif=exif)
+    for name in ("clip.webp", "frames"):
+        given = arguments(f"images={name}")["images"]
+        assert [frame.getpixel((0, 0)) for frame in given] == [(0, 0, 0), (90, 0, 0), (180, 0, 0)]
+    assert arguments("image=photo.jpg")["image"].size == (6, 8)
+    assert arguments("image=frames/frame9.png")["image"].mode == "RGBA"
+
+
 def test_values_that_json_cannot_hold_are_shown_as_their_texts(arguments):
     settings = ("image=red.png", "label=3", "pair=(3, 4)")
     assert shown_arguments(arguments(*settings), settings) == {"image": "red.png", "label": 3, "pair": (3, 4)}
@@ -98,12 +114,17 @@ def test_values_that_json_cannot_hold_are_shown_as_their_texts(arguments):
         ("spot={'y': 1}", "no field 'y'"),
         ("image=clip.mp4", "expected the path of an image or null (it has several images)"),
         ("image=gone.png", "--set image=gone.png: cannot be opened as an image"),
+        ("image=page.png", "--set image=page.png: cannot be opened as an image: page.png is not an image"),
+        ("image=clip.webp", "it has several images"),
         ("images=[1]", "--set images=[1]: expected a list of the path of an image or null"),
         ("watch=print", "argument 'watch' can only be given by a program in the same process"),
         ("on_step=print", "argument 'on_step' can only be given by a program in the same process"),
     ],
 )
-def test_wrong_settings(arguments, setting, message):
+def test_wrong_settings(arguments, setting, message, tmp_path):
+    (tmp_path / "page.png").write_text("<html>")
+    two = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    two[0].save(tmp_path / "clip.webp", save_all=True, append_images=two[1:])
     with pytest.raises(click.ClickException) as caught:
         arguments(setting)
     assert message in caught.value.message

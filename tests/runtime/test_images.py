@@ -1,3 +1,4 @@
+import io
 import logging
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.runtime.images import image_to_tensor, images_to_batch, tensor_to_images
+from diffsynth.runtime.images import image_to_tensor, images_to_batch, mask_to_tensor, tensor_to_images
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -18,6 +19,11 @@ def test_there_and_back_changes_no_level():
     assert tensor.shape == (1, 3, 12, 20)
     assert (tensor.min() >= -1, tensor.max() <= 1) == (True, True)
     assert np.array_equal(np.asarray(tensor_to_images(tensor)[0]), np.asarray(image))
+
+
+def test_an_empty_list_is_refused():
+    with pytest.raises(ValueError, match="an empty list of images"):
+        images_to_batch([], height=4, width=4)
 
 
 @pytest.mark.parametrize("images", ["a.png", ["a.png"], [noise(4, 4), None]])
@@ -39,6 +45,29 @@ def test_another_size_is_covered_and_cropped_about_the_middle(caplog):
 def test_grey_and_transparent_images_become_rgb():
     for mode in ("L", "RGBA", "P"):
         assert image_to_tensor(Image.new(mode, (8, 8)), 8, 8).shape == (1, 3, 8, 8)
+
+
+def test_images_mean_what_their_files_mean():
+    """Below transparent pixels is white, and 16 bits of grey are scaled, not clipped."""
+    hidden = Image.new("RGBA", (8, 8), (0, 255, 0, 0))
+    assert (image_to_tensor(hidden, 8, 8) == 1).all()
+    grey = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
+    torch.testing.assert_close(image_to_tensor(grey, 8, 8), torch.full((1, 3, 8, 8), 128 / 127.5 - 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    noise(12, 8).save(file, "PNG", exif=exif)
+    turned = image_to_tensor(Image.open(file), 12, 8)
+    torch.testing.assert_close(turned, image_to_tensor(noise(12, 8).transpose(Image.Transpose.ROTATE_270), 12, 8))
+
+
+def test_masks():
+    grey = Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8))
+    assert mask_to_tensor(grey, 1, 4).tolist() == [[[[0, 0, 1, 1]]]]
+    assert mask_to_tensor(grey.resize((8, 2), Image.Resampling.NEAREST), 1, 4).tolist() == [[[[0, 0, 1, 1]]]]
+    drawn = Image.new("LA", (4, 1))
+    drawn.putalpha(grey)  # black strokes on nothing
+    assert mask_to_tensor(drawn, 1, 4).tolist() == [[[[0, 0, 1, 1]]]]
 
 
 def test_several_images_make_a_batch():

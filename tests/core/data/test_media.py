@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.core.data.media import VideoData, count_frames, frame_rate_of, read_audio, read_frames
+from diffsynth.core.data.media import VideoData, count_frames, frame_rate_of, open_media, read_audio, read_frames
 from diffsynth.core.data.media_writer import (
     merge_video_audio,
     read_comment,
@@ -56,6 +56,8 @@ def test_quality_and_encoder_options_reach_the_encoder(tmp_path):
     [
         ([], {}, "0 frames"),
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], {}, "frame 1 is 8x16, the first one 8x8"),
+        ([np.zeros((8, 8, 3))], {}, r"frame 0 is an array of float64 and shape \(8, 8, 3\); expected uint8"),
+        ([np.zeros((8, 8, 2), np.uint8)], {}, r"shape \(8, 8, 2\); expected uint8 of \(h, w, 3\)"),
         ([Image.new("RGB", (8, 8))], {"fps": 0}, "fps=0: expected a positive number"),
         (torch.zeros(2, 3, 5, 8, 8), {}, r"shape \(2, 3, 5, 8, 8\); expected \(3, t, h, w\)"),
         (torch.zeros(5, 8, 8, 3), {}, r"shape \(5, 8, 8, 3\); expected \(3, t, h, w\)"),
@@ -78,6 +80,18 @@ def test_tensors(tmp_path, frames, levels, kind):
     save_video(tensor, tmp_path / "clip.mp4")
     np.testing.assert_allclose(levels(read_frames(tmp_path / "clip.mp4")), levels(frames), atol=2)
     assert frame_rate_of(tmp_path / "clip.mp4") == 15
+
+
+@pytest.mark.parametrize(("frames", "message"), [("a.png", "are str"), (["a.png"], "frame 0 is str"), (3, "are int")])
+def test_what_is_no_frame(tmp_path, frames, message):
+    with pytest.raises(TypeError, match=message):
+        save_video(frames, tmp_path / "clip.mp4")
+
+
+def test_frames_of_other_modes(tmp_path):
+    grey = Image.fromarray(np.full((16, 16), 65535, np.uint16))
+    save_video([Image.new("RGBA", (16, 16), (0, 200, 0, 0)), grey], tmp_path / "clip.mp4")
+    assert [frame.getpixel((8, 8)) for frame in read_frames(tmp_path / "clip.mp4")] == [(255, 255, 255)] * 2
 
 
 def test_frames_are_written_while_they_are_made(tmp_path, levels):
@@ -126,26 +140,11 @@ def test_video_data_of_a_size(tmp_path, frames):
     assert {frame.size for frame in video} == {(20, 20)}
 
 
-def write_irregular(path, levels, milliseconds):
-    """Frames of one grey each, the n-th shown at `milliseconds[n]`."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("h264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for level, time in zip(levels, milliseconds, strict=True):
-            frame = av.VideoFrame.from_image(Image.new("RGB", (48, 32), (level,) * 3))
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def test_a_variable_frame_rate_is_told_and_helped(tmp_path, levels):
+def test_a_variable_frame_rate_is_told_and_helped(irregular, levels):
     """A recording whose frames come when something moves runs at another speed if each is taken for the next one."""
-    path = tmp_path / "screen.mkv"
-    write_irregular(path, [0, 50, 100, 150, 200], [0, 100, 200, 700, 800])
     with pytest.raises(CorruptFile, match="100 ms, the longest 500 ms. Give VideoData an fps"):
-        VideoData(path)
-    video = VideoData(path, fps=10)
+        VideoData(irregular)
+    video = VideoData(irregular, fps=10)
     assert video.frame_rate == 10
     np.testing.assert_allclose(levels(video[:9]), [0, 50, 100, 100, 100, 100, 100, 150, 200], atol=3)
 
@@ -212,6 +211,65 @@ def test_frames_in_a_folder_are_in_the_order_of_their_numbers(tmp_path, frames, 
     assert levels(VideoData(image_folder=tmp_path / "frames")) == levels(images)
 
 
+def test_frames_in_a_folder_are_in_natural_order(tmp_path):
+    """All digits of a name in one number put shot2_frame10 behind shot10_frame2."""
+    names = ["cover", "frame2", "Frame10", "shot2_frame3", "shot2_frame10", "shot10_frame2", "x9", "x010"]
+    for level, name in enumerate(names):
+        Image.new("RGB", (4, 4), (level,) * 3).save(tmp_path / f"{name}.png")
+    (tmp_path / "._frame1.png").write_bytes(b"a file of macOS beside each file on other disks")
+    assert [frame.getpixel((0, 0))[0] for frame in VideoData(image_folder=tmp_path)] == list(range(len(names)))
+
+
+def test_frames_in_a_folder_are_upright_and_over_the_background(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGBA", (6, 4), (9, 9, 9, 0)).save(tmp_path / "1.png", exif=exif)
+    Image.new("L", (4, 6), 255).save(tmp_path / "2.tif")
+    assert [(frame.size, frame.getpixel((0, 0))) for frame in VideoData(image_folder=tmp_path)] == [
+        ((4, 6), (255, 255, 255))
+    ] * 2
+    assert VideoData(image_folder=tmp_path, background="red")[0].getpixel((0, 0)) == (255, 0, 0)
+    (tmp_path / "3.png").write_bytes(b"<html>")
+    with pytest.raises(CorruptFile, match="3.png is not an image .* it is a web page"):
+        VideoData(image_folder=tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "flv"])
+def test_a_video_that_is_cut_off_is_named(tmp_path, suffix):
+    """A container whose index is at its beginning, or that has none, can be opened when its end is missing."""
+    noise = (np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8) for _ in range(30))
+    path = tmp_path / f"cut.{suffix}"
+    with av.open(str(path), "w", options={"movflags": "faststart"} if suffix == "mp4" else {}) as container:
+        stream = container.add_stream("h264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for pixels in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert len(VideoData(path)) == 30
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    with pytest.raises(CorruptFile, match=f"cut.{suffix} .*(is cut off|damaged|cannot be read)"):
+        VideoData(path)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "mp3", "flac"])
+def test_sound_that_is_cut_off_is_named(tmp_path, suffix):
+    path = tmp_path / f"cut.{suffix}"
+    codec = {"wav": "pcm_s16le", "mp3": "libmp3lame", "flac": "flac"}[suffix]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=16_000, layout="mono")
+        samples = np.random.default_rng(0).integers(-9999, 9999, (1, 48_000), dtype=np.int16)
+        for part in np.split(samples, 60, axis=1):
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), format="s16", layout="mono")
+            frame.sample_rate = 16_000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert abs(read_audio(path)[0].shape[1] - 48_000) < 2000
+    whole = path.read_bytes()
+    path.write_bytes(whole[: (len(whole) - 44) // 4 * 2 + 44])
+    with pytest.raises(CorruptFile, match=f"cut.{suffix} (is cut off|cannot be read)"):
+        read_audio(path)
+
+
 @pytest.mark.parametrize("arguments", [{}, {"video_file": "a.mp4", "image_folder": "a"}])
 def test_one_source(arguments):
     with pytest.raises(ValueError, match="one of them"):
@@ -240,6 +298,71 @@ def test_sound(tone):
     assert abs(mono.shape[1] - 8000) <= 32
     spectrum = torch.fft.rfft(mono[0]).abs()
     assert abs(int(spectrum.argmax()) * 16_000 / mono.shape[1] - 440) < 3
+
+
+@pytest.mark.parametrize(
+    ("codec", "kind", "scale", "step"),
+    [
+        ("pcm_u8", "u8", 128, 1 / 128),
+        ("pcm_s16le", "s16", 2**15, 2**-15),
+        ("pcm_s24le", "s32", 2**31, 2**-23),
+        ("pcm_s32le", "s32", 2**31, 2**-24),
+        ("pcm_f32le", "flt", 1, 0),
+        ("pcm_f64le", "dbl", 1, 2**-24),
+    ],
+)
+def test_sample_formats_and_channels(tmp_path, codec, kind, scale, step):
+    samples = np.random.default_rng(0).uniform(-0.9, 0.9, (6, 300))
+    stored = samples * scale + (128 if kind == "u8" else 0)
+    dtype = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}[kind]
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        stream = container.add_stream(codec, rate=11_025, layout="5.1")
+        interleaved = np.ascontiguousarray(stored.T.reshape(1, -1).astype(dtype))
+        frame = av.AudioFrame.from_ndarray(interleaved, format=kind, layout="5.1")
+        frame.sample_rate = 11_025
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    read, rate = read_audio(tmp_path / "a.wav")
+    assert (read.shape, rate) == ((6, 300), 11_025)
+    assert np.abs(read.numpy() - samples).max() <= step + 1e-7
+    mono, _ = read_audio(tmp_path / "a.wav", mono=True)
+    torch.testing.assert_close(mono, read.mean(dim=0, keepdim=True))
+    with pytest.raises(ValueError, match="sample_rate=0: expected a positive number"):
+        read_audio(tmp_path / "a.wav", 0)
+
+
+def test_what_is_in_a_file(tmp_path, frames, irregular):
+    """The command line and apps open a file by its content, whatever its name."""
+    Image.new("LA", (6, 4), (9, 0)).save(tmp_path / "a.png")
+    frames[0].save(tmp_path / "still.gif")
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=[50, 200] * 5)
+    save_video(frames, tmp_path / "clip.mkv")
+    (tmp_path / "clip.mkv").rename(tmp_path / "clip.bin")
+    assert open_media(tmp_path / "a.png").mode == "LA"
+    assert isinstance(open_media(str(tmp_path / "still.gif")), Image.Image)
+    assert len(open_media(tmp_path / "clip.bin")) == 10
+    assert (len(open_media(irregular)), len(open_media(tmp_path / "clip.gif"))) == (23, 10)
+    (tmp_path / "frames").mkdir()
+    frames[0].save(tmp_path / "frames" / "1.png")
+    assert len(open_media(tmp_path / "frames")) == 1
+    (tmp_path / "page.mp4").write_text("<html>")
+    for name, message in [("page.mp4", "page.mp4 cannot be read as video.*a web page"), ("gone.png", "does not exist")]:
+        with pytest.raises((CorruptFile, NoFiles), match=message):
+            open_media(tmp_path / name)
+    with pytest.raises(TypeError, match="the path of a file is ndarray"):
+        open_media(np.zeros(3))
+
+
+def test_a_cover_picture_is_no_video(tmp_path, tone):
+    cover = tmp_path / "cover.m4a"
+    with av.open(str(cover), "w", format="mp4") as container:
+        picture = container.add_stream("mjpeg", rate=1)
+        picture.width, picture.height, picture.pix_fmt = 16, 16, "yuvj420p"
+        picture.disposition = 0x400
+        container.mux(picture.encode(av.VideoFrame.from_image(Image.new("RGB", (16, 16)))))
+        container.mux(picture.encode(None))
+    with pytest.raises(CorruptFile, match="has no video stream"):
+        VideoData(cover)
 
 
 @pytest.mark.parametrize(("channels", "count"), [(1, 1), (2, 5), (2, 2**20 + 7), (3, 100), (6, 100), (8, 100)])

@@ -193,6 +193,20 @@ def test_video(tmp_path, frames, levels):
         LoadVideo()("gone.mp4")
 
 
+def test_video_at_a_fixed_rate_by_its_times(irregular, levels):
+    """A screen recording has frames when something moves; counted instead of timed, it ran five times as fast."""
+    load = LoadVideo(9, frame_rate=10, fix_frame_rate=True)
+    np.testing.assert_allclose(levels(load(irregular)), [0, 50, 100, 100, 100, 100, 100, 150, 200], atol=3)
+    assert len(LoadVideo(9)(irregular)) == 5
+
+
+def test_animations_at_a_fixed_rate_by_their_times(tmp_path, frames, levels):
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:4], duration=[100, 300, 100, 100])
+    load = LoadGIF(6, 1, 0, frame_rate=10, fix_frame_rate=True)
+    assert levels(load(tmp_path / "a.gif")) == [0, 25, 25, 25, 50, 75]
+    assert levels(LoadVideo(6, 1, 0, frame_rate=10, fix_frame_rate=True)(tmp_path / "a.gif")) == [0, 25, 25, 25, 50, 75]
+
+
 def test_gif_is_opened_once(tmp_path, frames, levels, monkeypatch):
     """DiffSynth-Studio read the whole file to count its frames, and then again to use them."""
     path = tmp_path / "clip.gif"

@@ -1,7 +1,9 @@
+import dataclasses
 import random
 
 import pytest
 import torch
+from PIL import Image
 
 from diffsynth.errors import TrainingError
 from diffsynth_train.config import CaptionRecipe, DataRecipe
@@ -33,6 +35,33 @@ def test_batch_holds_call_arguments(workspace):
     assert values["input_image"].shape == (2, 3, 16, 16)
     assert values["input_image"][1].unique().tolist() == [-1.0]
     torch.testing.assert_close(values["input_image"][0].unique(), torch.tensor([200 / 127.5 - 1]))
+
+
+def test_images_are_upright_and_over_the_background(workspace):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = Image.new("RGBA", (16, 16), (0, 255, 0, 0))
+    pixels.paste((0, 0, 0, 255), (0, 0, 16, 8))
+    pixels.save(workspace / "0.png", exif=exif)
+    image = Dataset(recipe(workspace), COLUMNS).batch([0])["input_image"][0]
+    assert (image[:, :8].unique().tolist(), image[:, 8:].unique().tolist()) == ([1.0], [-1.0])
+    over_black = dataclasses.replace(recipe(workspace), background="black")
+    assert Dataset(over_black, COLUMNS).batch([0])["input_image"].unique().tolist() == [-1.0]
+    with pytest.raises(TrainingError, match="background='wite': expected a colour"):
+        Dataset(dataclasses.replace(over_black, background="wite"), COLUMNS)
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"", b"\x89PNG\r\n\x1a\n cut"])
+def test_a_damaged_image_is_named(workspace, content):
+    """A run of days ended in a traceback of the image library that did not say which of 10,000 files it was."""
+    (workspace / "3.png").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"metadata.csv, row 4, column 'image': .*3.png is not an image"):
+        Dataset(recipe(workspace), COLUMNS).batch([3])
+
+
+def test_the_key_of_a_sample_tells_the_background(workspace):
+    white, black = recipe(workspace), dataclasses.replace(recipe(workspace), background="black")
+    assert Dataset(white, COLUMNS).fingerprint(0) != Dataset(black, COLUMNS).fingerprint(0)
 
 
 def test_captions_vary_and_drop(workspace):

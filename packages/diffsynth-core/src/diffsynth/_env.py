@@ -10,6 +10,7 @@ from pathlib import Path
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off", ""})
+_MAX_IMAGE_PIXELS = 178_956_970
 
 
 def skip_download() -> bool:
@@ -64,6 +65,18 @@ def cache_dir() -> Path:
     if explicit:
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffsynth"
+
+
+def max_image_pixels() -> int:
+    """DIFFSYNTH_MAX_IMAGE_PIXELS: largest number of pixels of an image that is read. Default 178956970, which is the
+    limit of PIL and about 540 MB as RGB.
+    """
+    value = os.environ.get("DIFFSYNTH_MAX_IMAGE_PIXELS", "").strip()
+    if not value:
+        return _MAX_IMAGE_PIXELS
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"DIFFSYNTH_MAX_IMAGE_PIXELS={value!r}: expected a positive integer")
+    return int(value)
 
 
 def _boolean(name: str, *, default: bool = False) -> bool:

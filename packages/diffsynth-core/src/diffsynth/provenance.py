@@ -178,6 +178,8 @@ def read_png(path: Path | str) -> dict[str, Any]:
             text = image.text.get(KEY)  # type: ignore[attr-defined]
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a PNG file; only PNG images carry a record") from None
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as a PNG image: {error}") from error
     if text is None:
         raise ValueError(f"{path} has no {KEY!r} text; it was not written by diffsynth, or saved again by another tool")
     return _as_object(json.loads(text), path)

@@ -68,6 +68,7 @@ class DataRecipe:
         manifest: path of a .csv, .json or .jsonl file; paths in it are relative to its folder.
         height: image height in pixels; images are scaled to cover height x width and center-cropped.
         width: image width in pixels.
+        background: colour below transparent pixels, a name or "#rrggbb".
         captions: variation of captions.
         cache: folder for the results of units that are not trained; empty keeps them in memory.
         repeat: accepted, but without effect so far.
@@ -76,6 +77,7 @@ class DataRecipe:
     manifest: str
     height: int
     width: int
+    background: str = "white"
     captions: CaptionRecipe = field(default_factory=CaptionRecipe)
     cache: str = ""
     repeat: int = 1

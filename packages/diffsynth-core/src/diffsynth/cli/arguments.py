@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffsynth.cli.output import Function, UserError, fail
+from diffsynth.errors import CheckpointError
 
 if TYPE_CHECKING:
     from diffsynth.registry import ModelRecord
-
-_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
 
 
 def set_option(function: Function) -> Function:
@@ -113,16 +112,14 @@ def _literals(text: str) -> Iterator[Any]:
 
 
 def _opened(name: str, path: str) -> Any:
-    """Return the PIL image of a file, or the `VideoData` of a video, for argument `name`."""
-    from PIL import Image, UnidentifiedImageError
+    """Return the PIL image of a file, or the `VideoData` of a video, an animated image or a folder of images, for
+    argument `name`.
+    """
+    from diffsynth.core.data.media import VIDEO_SUFFIXES, open_media
 
-    if Path(path).suffix.lower() in _VIDEO_SUFFIXES:
-        from diffsynth.core.data.media import VideoData
-
-        return VideoData(path)
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, UnidentifiedImageError) as error:
+        return open_media(path)
+    except (CheckpointError, ValueError) as error:
+        if Path(path).suffix.lower() in VIDEO_SUFFIXES:
+            raise
         raise ValueError(f"{name}={path}: cannot be opened as an image: {error}") from error

@@ -12,19 +12,37 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.color import to_mask, to_rgb
 from diffsynth.core.data.image import cover
 
 logger = logging.getLogger(__name__)
 
 
 def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 3 height width"]:
-    """Return an image as an fp32 tensor `1 3 h w` in [-1, 1], scaled to cover h x w and cropped to it if need be."""
-    image = image.convert("RGB")
+    """Return an image as an fp32 tensor `1 3 h w` in [-1, 1], scaled to cover h x w and cropped to it if need be;
+    `core.data.color.to_rgb` converts its mode and colours, transparent pixels over white.
+
+    Raises:
+        ValueError: an image that cannot be converted, see `to_rgb`.
+    """
+    image = to_rgb(image)
     if image.size != (width, height):
         logger.info("image of %dx%d is resized to cover %dx%d", *image.size, width, height)
         image = cover(image, height, width, Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return rearrange(pixels / 127.5 - 1.0, "h w c -> 1 c h w")
+
+
+def mask_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:
+    """Return a mask as an fp32 tensor `1 1 h w`: 1 where `image` is at least half white, or, if it has transparency, at
+    least half opaque, else 0; scaled to the nearest pixel to cover h x w, and cropped.
+
+    Raises:
+        ValueError: an image that cannot be converted, see `core.data.color.to_mask`.
+    """
+    grey = cover(to_mask(image), height, width, Image.Resampling.NEAREST)
+    levels = torch.from_numpy(np.array(grey, dtype=np.float32))
+    return rearrange((levels / 255 >= 0.5).float(), "h w -> 1 1 h w")
 
 
 def images_to_batch(
@@ -33,7 +51,7 @@ def images_to_batch(
     """Return one PIL image or several as one fp32 tensor `b 3 h w` in [-1, 1]; a tensor is returned as it is.
 
     Raises:
-        ValueError: a tensor whose last three sizes are not 3, height, width.
+        ValueError: an empty list, or a tensor whose last three sizes are not 3, height, width.
         TypeError: neither a tensor nor PIL images.
     """
     if isinstance(images, Tensor):
@@ -41,6 +59,8 @@ def images_to_batch(
             raise ValueError(f"image tensor of shape {tuple(images.shape)}; expected (b, 3, {height}, {width})")
         return images
     several = [images] if isinstance(images, Image.Image | str) else list(images)
+    if not several:
+        raise ValueError("an empty list of images; expected at least one")
     for image in several:
         if not isinstance(image, Image.Image):
             raise TypeError(f"an image is {image!r:.80}; expected a PIL image, a list of them, or a tensor b 3 h w")

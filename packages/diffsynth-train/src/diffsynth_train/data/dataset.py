@@ -13,13 +13,18 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.errors import TrainingError, did_you_mean
+from diffsynth.core.data.color import rgb_of
+from diffsynth.core.data.image import read_image
+from diffsynth.errors import CheckpointError, TrainingError, did_you_mean
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth_train.config import CaptionRecipe, DataRecipe
 from diffsynth_train.data.manifest import Manifest, read_manifest
 
 _MEMORY_LIMIT = 2 << 30
 """Largest size of the decoded images kept in memory, in bytes."""
+
+_READER = 2
+"""Version of how files become pixels, in the keys of the cache: 1 ignored orientation, colour profiles and alpha."""
 
 _TEMPLATE_FIELDS = ("caption", "article")
 
@@ -32,11 +37,15 @@ class Dataset:
         columns: manifest column -> call argument, as in the pipeline's `TrainingSpec`.
 
     Raises:
-        TrainingError: the manifest or the caption templates are invalid.
+        TrainingError: the manifest, the caption templates or the background colour are invalid.
     """
 
     def __init__(self, recipe: DataRecipe, columns: Mapping[str, str]) -> None:
         check_templates(recipe.captions)
+        try:
+            rgb_of(recipe.background)
+        except ValueError as error:
+            raise TrainingError(f"[data] {error}") from error
         self.recipe = recipe
         self.columns = dict(columns)
         self.file_columns = [column for column in columns if column != "prompt"]
@@ -63,6 +72,9 @@ class Dataset:
         Args:
             indices: rows.
             random_source: source of random caption variation; None for the captions of the manifest.
+
+        Raises:
+            TrainingError: an image cannot be read; the message names manifest, row, column and file.
         """
         values: dict[str, Any] = {"height": self.recipe.height, "width": self.recipe.width}
         for column, argument in self.columns.items():
@@ -74,10 +86,11 @@ class Dataset:
         return values
 
     def fingerprint(self, index: int) -> bytes:
-        """Return bytes that identify a row (sample) for caching: the image size as `"HEIGHTxWIDTH"`, then, for each
-        column, the file's contents or the text, joined by zero bytes.
+        """Return bytes that identify a row (sample) for caching: the image size, the background and the version of the
+        reader, then, for each column, the file's contents or the text, joined by zero bytes.
         """
-        parts = [f"{self.recipe.height}x{self.recipe.width}".encode()]
+        recipe = self.recipe
+        parts = [f"{recipe.height}x{recipe.width} over {recipe.background}, reader {_READER}".encode()]
         for column in self.columns:
             if column in self.file_columns:
                 parts.append(self.manifest.file(index, column).read_bytes())
@@ -91,14 +104,21 @@ class Dataset:
     def _image(self, index: int, column: str) -> UInt8[Tensor, "3 h w"]:
         key = (index, column)
         if key not in self._pixels:
-            with Image.open(self.manifest.file(index, column)) as image:
-                pixels = image_to_tensor(image, self.recipe.height, self.recipe.width)[0]
+            pixels = image_to_tensor(self._read(index, column), self.recipe.height, self.recipe.width)[0]
             levels = ((pixels + 1) * 127.5).round().to(torch.uint8)
             if self._pixel_bytes + levels.numel() > _MEMORY_LIMIT:
                 return levels
             self._pixels[key] = levels
             self._pixel_bytes += levels.numel()
         return self._pixels[key]
+
+    def _read(self, index: int, column: str) -> Image.Image:
+        try:
+            return read_image(self.manifest.file(index, column), background=self.recipe.background)
+        except (CheckpointError, ValueError) as error:
+            raise TrainingError(
+                f"manifest {self.manifest.path}, row {index + 1}, column {column!r}: {error}"
+            ) from error
 
 
 def batch_indices(length: int, batch_size: int, *, step: int, seed: int) -> list[int]:

@@ -81,7 +81,7 @@ def _kept_mask(mask: Clip | None, shape: VideoShape, frames: int) -> Float[Tenso
     """
     assert mask is not None, "checked before anything was encoded"
     size = {"num_frames": frames, "height": shape.height, "width": shape.width}
-    pieces = clip_pieces("animate_mask_video", mask, piece=shape.time_factor, **size)
+    pieces = clip_pieces("animate_mask_video", mask, piece=shape.time_factor, is_mask=True, **size)
     small = [
         F.interpolate(piece[0, :1].transpose(0, 1), size=shape.latent_size[1:], mode="nearest") for piece in pieces
     ]

@@ -135,7 +135,7 @@ def _pieces(name: str, clip: Clip | None, shape: VideoShape, *, missing: float) 
     """Yield the pixels of `clip` as tensors of a few frames; if it is None, tensors filled with `missing`."""
     size = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width}
     if clip is not None:
-        yield from clip_pieces(name, clip, piece=shape.time_factor, **size)
+        yield from clip_pieces(name, clip, piece=shape.time_factor, is_mask=name == "vace_video_mask", **size)
         return
     for frames in (1, *repeat(shape.time_factor, shape.latent_size[0] - 1)):
         yield torch.full((1, 3, frames, shape.height, shape.width), missing)

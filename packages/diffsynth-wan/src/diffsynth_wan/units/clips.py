@@ -12,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.color import to_mask
 from diffsynth.runtime.feature import Configs
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth_wan.units.size import video_size
@@ -78,12 +79,13 @@ def check_mask_clip(mask: str, video: str, values: Mapping[str, Any]) -> None:
 
 
 def clip_pieces(
-    name: str, clip: Clip, *, num_frames: int, height: int, width: int, piece: int
+    name: str, clip: Clip, *, num_frames: int, height: int, width: int, piece: int, is_mask: bool = False
 ) -> Iterator[Float[Tensor, "1 3 t height width"]]:
     """Yield the pixels of the first `num_frames` frames of `clip` as fp32 CPU tensors `1 3 t height width` in [-1, 1]:
     the first frame alone, then `piece` frames at a time, the last tensor perhaps fewer.
 
-    Frames of another size are scaled to cover height x width and cropped about their centre.
+    Frames of another size are scaled to cover height x width and cropped about their centre. A frame with transparency
+    is over white, or, of a mask, its alpha channel.
     """
     if (length := clip_length(clip)) > num_frames:
         logger.info("%s has %d frames; the first %d are used", name, length, num_frames)
@@ -93,6 +95,8 @@ def clip_pieces(
             yield clip[:, :, start : min(start + piece, num_frames)].float().cpu()
         return
     frames = _same_size(name, islice(clip, num_frames))
+    if is_mask:
+        frames = (to_mask(frame) if frame.has_transparency_data else frame for frame in frames)
     yield image_to_tensor(next(frames), height, width)[:, :, None]
     while part := list(islice(frames, piece)):
         yield torch.stack([image_to_tensor(frame, height, width) for frame in part], dim=2)

@@ -12,16 +12,14 @@ from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.core.data.image import cover
 from diffsynth.runtime.controlnet import ControlNetInput
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
 from diffsynth.runtime.image_units import image_tiling
-from diffsynth.runtime.images import image_to_tensor
+from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_zimage.controlnet import ControlNetResiduals
@@ -114,7 +112,7 @@ def encode_controlnet_inputs(
             parts.append(encode(image_to_tensor(each.image, height, width)))
         if each.inpaint_image is not None:
             assert each.inpaint_mask is not None, "checked before anything was encoded"
-            changes = _mask(each.inpaint_mask, height, width)
+            changes = mask_to_tensor(each.inpaint_mask, height, width)
             latents = encode(image_to_tensor(each.inpaint_image, height, width) * (1 - changes))
             kept = F.interpolate(1 - changes, size=latents.shape[2:], mode="nearest").to(latents)
             parts = parts or [torch.zeros_like(latents)]
@@ -190,12 +188,3 @@ def _as_list(inputs: ControlNetInputs) -> list[ControlNetInput]:
     if inputs is None:
         return []
     return list(inputs) if isinstance(inputs, list | tuple) else [inputs]  # type: ignore[list-item]
-
-
-def _mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:
-    """Return an fp32 tensor `1 1 height width`: 1 where the mask is at least half white, else 0."""
-    grey = mask.convert("L")
-    if grey.size != (width, height):
-        grey = cover(grey, height, width, Image.Resampling.NEAREST)
-    levels = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(height, width)
-    return rearrange((levels.float() / 255 >= 0.5).float(), "h w -> 1 1 h w")

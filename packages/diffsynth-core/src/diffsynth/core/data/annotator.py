@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffsynth.core.data.color import to_rgb
 from diffsynth.errors import Unavailable, did_you_mean
 
 _UNCHANGED = ("tile", "none", "inpaint")
@@ -54,7 +55,7 @@ class Annotator:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Return the condition image, RGB, of the image's size."""
-        image = image.convert("RGB")
+        image = to_rgb(image)
         if self.skip_processor or self.processor_id in _UNCHANGED:
             return image
         if self.detect_resolution is None:
@@ -79,7 +80,7 @@ def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Imag
     """
     if low > high:
         raise ValueError(f"low={low} is above high={high}")
-    grey = np.asarray(image.convert("L"), dtype=np.float32)
+    grey = np.asarray(to_rgb(image).convert("L"), dtype=np.float32)
     dx, dy = _sobel(grey)
     strength = np.abs(dx) + np.abs(dy)
     ridge = np.where(_is_ridge(strength, dx, dy), strength, 0)

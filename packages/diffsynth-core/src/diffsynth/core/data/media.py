@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from diffsynth.core.data.image import cover, read_image
-from diffsynth.errors import CorruptFile, NoFiles, Unavailable
+from diffsynth.core.data.animation import Animation, is_animated, is_animation_format
+from diffsynth.core.data.color import WHITE, Color, rgb_of
+from diffsynth.core.data.content import AUDIO_KINDS, IMAGE_KINDS, VIDEO_KINDS, describe_file, existing_file
+from diffsynth.core.data.image import cover, read_image, size_of
+from diffsynth.core.data.video_frame import image_of
+from diffsynth.errors import CorruptFile, NoFiles, Refused, Unavailable
 
 Location = str | Path
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+
+_ATTACHED_PICTURE = 0x400
+"""AV_DISPOSITION_ATTACHED_PIC of FFmpeg: a stream that is a cover picture."""
+
+ROUNDING = 1e-3
+"""Seconds by which a frame may come late: containers round times to milliseconds."""
 
 
 class VideoData(Sequence[Image.Image]):
-    """Sequence of the frames of a video file or of a folder of images, decoded on access; fastest in order.
+    """Sequence of the frames of a video file, an animated image or a folder of images, decoded on access; fastest in
+    order. Frames are RGB images in sRGB, upright.
 
-    One frame is in memory at a time. The packets of a file are scanned once, without decoding, by the constructor.
+    One frame is in memory at a time. The packets of a file are scanned once, without decoding, by the constructor; an
+    animated image is decoded once.
 
     Args:
-        video_file: the video; or
-        image_folder: a folder of images, sorted by the numbers in their names.
+        video_file: the video, or an animated GIF, WebP, APNG or AVIF; or
+        image_folder: a folder of images, sorted by the numbers in their names, `frame2` before `frame10`.
         height: in pixels; with `width`, each frame is scaled to cover this size and cropped about its centre.
         width: in pixels; given with `height`, or not at all.
         fps: frames per second of this sequence; the frames shown at these times are selected, so that a video keeps
             its speed. None selects every frame.
+        background: colour below transparent pixels.
 
     Raises:
+        TypeError: a source that is neither a text nor a path.
         ValueError: no source or two, only one of height and width, an `fps` that is not positive or given for a folder,
-            or images of several sizes without a height and a width.
+            images of several sizes without a height and a width, or an unknown colour.
         NoFiles: the source does not exist, or a folder has no images.
-        CorruptFile: a file has no video, or, without `fps`, a variable frame rate.
+        CorruptFile: a file has no video, is cut off, or has, without `fps`, a variable frame rate.
         Unavailable: PyAV is not installed.
     """
 
@@ -51,16 +69,18 @@ class VideoData(Sequence[Image.Image]):
         height: int | None = None,
         width: int | None = None,
         fps: float | None = None,
+        background: Color = WHITE,
     ) -> None:
         if (video_file is None) == (image_folder is None):
             raise ValueError("VideoData takes a video_file or an image_folder, one of them")
         if (height is None) != (width is None):
             raise ValueError(f"height={height} and width={width}: give both, or neither for the frames' own size")
-        if fps is not None and (image_folder is not None or fps <= 0):
+        if fps is not None and (image_folder is not None or not 0 < fps < math.inf):
             raise ValueError(f"fps={fps}: expected a positive number, of a video file; images have no times")
         self.height, self.width = height, width
+        self.background = rgb_of(background)
         self.frame_rate: Fraction | None = None
-        self._video = None if video_file is None else _existing(video_file)
+        self._video = None if video_file is None else existing_file(video_file, "video")
         self._images = [] if image_folder is None else _images_in(Path(image_folder))
         if self._video is None:
             self._indices: Sequence[int] = range(len(self._images))
@@ -86,7 +106,7 @@ class VideoData(Sequence[Image.Image]):
         if not 0 <= index < len(self):
             raise IndexError(f"frame {index} of {len(self)}")
         source = self._indices[index]
-        frame = self._decoded(source) if self._video else read_image(self._images[source])
+        frame = self._decoded(source) if self._video else read_image(self._images[source], background=self.background)
         return frame if self.height is None or self.width is None else cover(frame, self.height, self.width)
 
     def raw_data(self) -> list[Image.Image]:
@@ -98,7 +118,7 @@ class VideoData(Sequence[Image.Image]):
     def _decoded(self, index: int) -> Image.Image:
         assert self._video is not None
         if index < self._at or self._frame is None:
-            self._reader, self._at = read_frames(self._video), -1
+            self._reader, self._at = read_frames(self._video, background=self.background), -1
         while self._at < index:
             frame = next(self._reader, None)
             if frame is None:
@@ -110,28 +130,54 @@ class VideoData(Sequence[Image.Image]):
         return self._frame
 
 
+def open_media(path: Location) -> Image.Image | VideoData:
+    """Return what is in a file by its content: a `VideoData` of a video, an animated image or a folder of images; else
+    the PIL image, upright, in the mode, colours and transparency of the file, which pipelines convert.
+
+    A video with a variable frame rate is read at the rate that the file states, by the times of its frames.
+
+    Raises:
+        TypeError, NoFiles, CorruptFile, ValueError, Unavailable: see `VideoData` and `image.read_image`.
+    """
+    if isinstance(path, str | os.PathLike) and Path(path).is_dir():
+        return VideoData(image_folder=path)
+    file = existing_file(path, "file")
+    kind = describe_file(file)
+    if kind in IMAGE_KINDS and not is_animated(file):
+        return read_image(file, None)
+    if kind in IMAGE_KINDS or kind in VIDEO_KINDS or file.suffix.lower() in VIDEO_SUFFIXES:
+        timeline = Timeline.of(file)
+        return VideoData(file, fps=None if timeline.is_constant else float(timeline.frame_rate))
+    return read_image(file, None)
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """Presentation times of the frames of a video.
+    """Presentation times of the frames of a video or an animated image.
 
     Args:
         path: the file, for messages.
         times: time of each frame in seconds since the first one, ascending.
         frame_rate: nominal frames per second of the file.
+        end: time at which the last frame ends, in seconds; None is a usual step after its start.
     """
 
     path: Path
     times: tuple[float, ...]
     frame_rate: Fraction
+    end: float | None = None
 
     @classmethod
     def of(cls, path: Location) -> Timeline:
-        """Return the `Timeline` (times of the frames, frame rate) of a video file, from its packets, without decoding;
-        raises like `read_frames`.
+        """Return the `Timeline` (times of the frames, frame rate) of a video file, from its packets, without decoding,
+        or of an animated image; raises like `read_frames`.
         """
+        if is_animation_format(existing_file(path, "video")):
+            times, end = Animation(path).times()
+            return cls(Path(path), times, Fraction(len(times) / end).limit_denominator(1001), end)
         rate = frame_rate_of(path)
         with opened(path, "video") as (container, stream):
-            packets = [packet for packet in container.demux(stream) if packet.size]
+            packets = [each for each in whole_packets(path, container, stream) if each.size and not each.is_discard]
             stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
             base = stream.time_base
         if not packets:
@@ -147,6 +193,15 @@ class Timeline:
         return steps[len(steps) // 2] if steps else float(1 / self.frame_rate)
 
     @property
+    def is_constant(self) -> bool:
+        """Whether the frame rate is constant: no frame is shown for more than 1.5 times the usual step."""
+        return self._longest <= 1.5 * self.usual_step
+
+    @property
+    def _longest(self) -> float:
+        return max(self._steps, default=self.usual_step)
+
+    @property
     def _steps(self) -> list[float]:
         return [later - earlier for earlier, later in pairwise(self.times)]
 
@@ -156,12 +211,11 @@ class Timeline:
         Raises:
             CorruptFile: a variable frame rate, with which the video would have a wrong speed.
         """
-        longest = max(self._steps, default=self.usual_step)
-        if longest > 1.5 * self.usual_step:
+        if not self.is_constant:
             raise CorruptFile(
                 f"{self.path} has no constant frame rate: the median duration of a frame is "
-                f"{1000 * self.usual_step:.0f} ms, the longest {1000 * longest:.0f} ms. Give VideoData an fps, to "
-                f"select frames by their times."
+                f"{1000 * self.usual_step:.0f} ms, the longest {1000 * self._longest:.0f} ms. Give VideoData an fps, "
+                f"to select frames by their times."
             )
         return range(len(self.times))
 
@@ -169,28 +223,52 @@ class Timeline:
         """Return a list of frame indices: for each multiple of `1 / frame_rate` seconds until the video ends, the frame
         shown then; indices may repeat or be skipped.
         """
-        seconds = self.times[-1] + self.usual_step
+        seconds = self.times[-1] + self.usual_step if self.end is None else self.end
         ticks = max(round(seconds * float(frame_rate)), 1)
-        # Containers round times to milliseconds: a frame must not miss its tick by less.
-        return [bisect_right(self.times, float(tick / frame_rate) + 1e-3) - 1 for tick in range(ticks)]
+        return [bisect_right(self.times, float(tick / frame_rate) + ROUNDING) - 1 for tick in range(ticks)]
 
 
-def read_frames(path: Location) -> Iterator[Image.Image]:
-    """Yield each frame of a video file as an RGB PIL image, in order, decoded one by one.
+def read_frames(path: Location, *, background: Color = WHITE) -> Iterator[Image.Image]:
+    """Yield each frame of a video file or an animated image as an RGB PIL image, in order, decoded one by one; see
+    `video_frame.image_of`.
+
+    Args:
+        path: the file.
+        background: colour below transparent pixels.
 
     Raises:
         NoFiles: the file does not exist.
-        CorruptFile: the file has no video that can be read.
+        CorruptFile: the file has no video that can be read, or is cut off.
+        Refused: the video has colours of a kind that is not supported.
         Unavailable: PyAV is not installed.
     """
+    return (frame for _, frame in read_timed_frames(path, background=background))
+
+
+def read_timed_frames(path: Location, *, background: Color = WHITE) -> Iterator[tuple[float, Image.Image]]:
+    """Yield (time in seconds since the first frame, frame) of each frame; see `read_frames`."""
+    if is_animation_format(existing_file(path, "video")):
+        for time, _, image in Animation(path, background=background).frames():
+            yield time, image
+        return
     with opened(path, "video") as (container, stream):
         stream.thread_type = "AUTO"
-        for frame in container.decode(stream):
-            yield frame.to_image()
+        transfer, aspect = int(stream.codec_context.color_trc), stream.sample_aspect_ratio
+        first, step = None, 1 / float(stream.average_rate or stream.guessed_rate or 1)
+        for index, frame in enumerate(container.decode(stream)):
+            if frame.is_corrupt:
+                raise CorruptFile(f"{path} is damaged or cut off: frame {index} cannot be decoded whole")
+            first = frame.time if first is None else first
+            time = index * step if frame.time is None else frame.time - first
+            yield time, image_of(frame, transfer=transfer, pixel_aspect=aspect, background=background)
 
 
 def frame_rate_of(path: Location) -> Fraction:
-    """Return the nominal frames per second of a video file as a `Fraction`; raises like `read_frames`."""
+    """Return the nominal frames per second of a video file, or the mean ones of an animated image, as a `Fraction`;
+    raises like `read_frames`.
+    """
+    if is_animation_format(existing_file(path, "video")):
+        return Timeline.of(path).frame_rate
     with opened(path, "video") as (_, stream):
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
@@ -200,8 +278,10 @@ def frame_rate_of(path: Location) -> Fraction:
 
 def count_frames(path: Location) -> int:
     """Return the number of frames of a video file, an int, from its header, or by counting packets if the header has
-    none; raises like `read_frames`.
+    none, or of an animated image; raises like `read_frames`.
     """
+    if is_animation_format(existing_file(path, "video")):
+        return len(Timeline.of(path).times)
     with opened(path, "video") as (container, stream):
         return int(stream.frames) or sum(1 for packet in container.demux(stream) if packet.size)
 
@@ -226,18 +306,32 @@ def read_audio(
         Unavailable: PyAV is not installed.
     """
     av = pyav()
+    if sample_rate is not None and (isinstance(sample_rate, bool) or not 0 < sample_rate < 2**31):
+        raise ValueError(f"sample_rate={sample_rate!r}: expected a positive number of samples per second, or None")
     with opened(path, "audio") as (container, stream):
-        rate = sample_rate or int(stream.rate)
+        if not stream.rate:
+            raise CorruptFile(f"{path} has sound without a sample rate")
+        rate = int(sample_rate or stream.rate)
         # Channels are interleaved ("flt"), because PyAV reads past the planes of a frame of 8 channels ("fltp").
-        resampler = av.AudioResampler(format="flt", layout="mono" if mono else None, rate=rate)
-        parts = [
-            torch.from_numpy(part.to_ndarray()).reshape(-1, part.layout.nb_channels)
-            for frame in (*container.decode(stream), None)
-            for part in resampler.resample(frame)
-        ]
+        resampler = av.AudioResampler(format="flt", rate=rate)
+        frames = (frame for packet in whole_packets(path, container, stream) for frame in packet.decode())
+        try:
+            parts = [
+                torch.from_numpy(part.to_ndarray()).reshape(-1, part.layout.nb_channels)
+                for frame in chain(frames, [None])
+                for part in resampler.resample(frame)
+            ]
+        except av.FFmpegError:  # some of them are ValueErrors
+            raise
+        except ValueError as error:
+            raise CorruptFile(f"{path} changes its sample rate, format or channels midway: {error}") from error
     if not parts:
         raise CorruptFile(f"{path} has an audio stream without samples")
-    return torch.cat(parts).T.contiguous(), rate
+    if len({part.shape[1] for part in parts}) > 1:
+        raise CorruptFile(f"{path} changes its number of channels, from {parts[0].shape[1]} to {parts[-1].shape[1]}")
+    samples = torch.cat(parts).T.contiguous()
+    # FFmpeg's "mono" of floating point is no mean: it weighs channels by their place, and may exceed 1.
+    return samples.mean(dim=0, keepdim=True) if mono else samples, rate
 
 
 def pyav() -> Any:
@@ -255,48 +349,98 @@ def pyav() -> Any:
 
 @contextmanager
 def opened(path: Location, kind: str) -> Iterator[tuple[Any, Any]]:
-    """Context manager that opens a media file and yields (PyAV container, its first "video" or "audio" stream); errors
-    of PyAV become `CorruptFile`.
+    """Context manager that opens a media file and yields (PyAV container, its first "video" or "audio" stream that is
+    not a cover picture); errors of PyAV become `CorruptFile`.
     """
-    path, av = _existing(path), pyav()
+    file, av = existing_file(path, kind), pyav()
     try:
-        with av.open(str(path)) as container:
-            streams = getattr(container.streams, kind)
+        with av.open(str(file)) as container:
+            streams = [each for each in getattr(container.streams, kind) if not _is_cover(each)]
             if not streams:
-                raise CorruptFile(f"{path} has no {kind} stream")
+                raise CorruptFile(f"{file} has no {kind} stream")
             yield container, streams[0]
-    except av.FFmpegError as error:
-        raise CorruptFile(f"{path} cannot be read as {kind}: {error}") from error
+    except Refused as error:
+        raise Refused(f"{file}: {error}") from error
+    except (av.FFmpegError, UnicodeError) as error:
+        found = describe_file(file)
+        what = "" if found in (*VIDEO_KINDS, *AUDIO_KINDS) else f"; it is {found}"
+        raise CorruptFile(f"{file} cannot be read as {kind}: {error}{what}") from error
 
 
-def _existing(path: Location) -> Path:
-    if not Path(path).is_file():
-        raise NoFiles(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}")
-    return Path(path)
+def whole_packets(path: Location, container: Any, stream: Any) -> Iterator[Any]:
+    """Yield the packets of a stream that hold data, in the order of the file, and the empty one that ends it; all of
+    the file is read.
+
+    Raises:
+        CorruptFile: a packet is damaged, or the file ends before the end that its header states; raised then.
+    """
+    count, end = 0, Fraction(0)
+    for packet in container.demux():
+        if packet.is_corrupt:
+            raise CorruptFile(f"{path} is cut off or damaged: a part of its {packet.stream.type} is missing")
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if stamp is not None and packet.time_base is not None:
+            end = max(end, (stamp + (packet.duration or 0)) * packet.time_base)
+        if packet.stream.index == stream.index:
+            count += bool(packet.size)
+            yield packet
+    _reject_cut(Path(path), container, stream, count=count, end=float(end))
+
+
+def _reject_cut(path: Path, container: Any, stream: Any, *, count: int, end: float) -> None:
+    """Raise CorruptFile if a file ends early: fewer packets than its header has, or less time, or fewer bytes."""
+    name = container.format.name
+    if "mp4" in name and count < stream.frames:
+        raise CorruptFile(f"{path} is cut off: it has {count} packets of {stream.type} of {stream.frames}")
+    stated = (container.duration or 0) / 1e6
+    states_time = "matroska" in name or (name == "mp3" and _mp3_states_its_length(path))
+    if states_time and end < stated - max(0.5, 0.02 * stated):
+        raise CorruptFile(f"{path} is cut off: it ends after {end:.2f} s of {stated:.2f} s")
+    if name == "wav":
+        with path.open("rb") as file:
+            head = file.read(8)
+        size, actual = int.from_bytes(head[4:], "little") + 8, path.stat().st_size
+        # A program that writes into a pipe cannot know the size, and states the largest one, or none.
+        if head[:4] == b"RIFF" and actual + 8 < size < 0x7FFFFF00:
+            raise CorruptFile(f"{path} is cut off: it has {actual} bytes of {size}")
+
+
+def _mp3_states_its_length(path: Path) -> bool:
+    """Return whether the first frame of an MP3 file states its length; FFmpeg estimates that of others."""
+    with path.open("rb") as file:
+        head = file.read(10)
+        if head[:3] == b"ID3":  # its size is in four bytes of 7 bits
+            size = sum(part << 7 * place for part, place in zip(head[6:10], (3, 2, 1, 0), strict=True))
+            file.seek(10 + size)
+        start = file.read(256)
+    return any(mark in start for mark in (b"Xing", b"Info", b"VBRI"))
+
+
+def _is_cover(stream: Any) -> bool:
+    return bool(int(stream.disposition) & _ATTACHED_PICTURE)
 
 
 def _images_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise NoFiles(f"image_folder {folder} is not a folder")
-    found = [file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES]
+    files = (file for file in folder.iterdir() if not file.name.startswith("."))  # macOS stores "._frame1.png"
+    found = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
     if not found:
         raise NoFiles(f"image_folder {folder} has no images; expected {', '.join(_IMAGE_SUFFIXES)}")
-    return sorted(found, key=_by_number)
+    return sorted(found, key=_natural)
 
 
 def _reject_mixed_sizes(images: Sequence[Path]) -> None:
     sizes: dict[tuple[int, int], str] = {}
     for file in images:
-        try:
-            with Image.open(file) as image:
-                sizes.setdefault(image.size, file.name)
-        except (UnidentifiedImageError, OSError) as error:
-            raise CorruptFile(f"{file} is not an image that can be read: {error}") from error
+        sizes.setdefault(size_of(file), file.name)
     if len(sizes) > 1:
         named = ", ".join(f"{name} of {width}x{height}" for (width, height), name in sizes.items())
         raise ValueError(f"images of {len(sizes)} sizes in {images[0].parent}: {named}; give a height and a width")
 
 
-def _by_number(file: Path) -> tuple[int, str]:
-    digits = "".join(letter for letter in file.stem if letter.isdigit())
-    return (int(digits) if digits else -1, file.name)
+def _natural(file: Path) -> list[tuple[int, int, str]]:
+    """Return the key of a name in natural order: its numbers by value, the texts between them without case."""
+    parts = re.split(r"([0-9]+)", file.stem.lower())
+    key = [(1, int(part[:18]), part) if part.isdecimal() else (0, 0, part) for part in parts]
+    return [*key, (0, 0, file.name)]

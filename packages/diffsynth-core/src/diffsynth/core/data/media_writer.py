@@ -19,7 +19,9 @@ from jaxtyping import Float, Int16
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.media import Location, count_frames, frame_rate_of, opened, pyav, read_audio
+from diffsynth.core.data.video_frame import encoded_tags
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,12 @@ def save_video(
 ) -> None:
     """Write `frames` to the file `save_path` as a video in H.264; the file's suffix selects the container format.
 
+    Colours are encoded in limited range with the matrix of BT.709 from a height of 720 pixels, else BT.601, and the
+    file is tagged with matrix, range, primaries and transfer, so that players need not guess.
+
     Args:
-        frames: images, or uint8 arrays `h w 3`, of one size, consumed one by one, so a generator works. Or a tensor:
+        frames: images, converted by `color.to_rgb`, or uint8 arrays `h w 3`, `h w 4` with alpha or `h w` of grey, of
+            one size, consumed one by one, so a generator works. Or a tensor:
             `c t h w` or `1 c t h w` in [-1, 1], or uint8 `t h w 3`. An odd height or width is kept with the pixel
             format 4:4:4, which some players do not support.
         save_path: the file; missing folders are created.
@@ -57,8 +63,9 @@ def save_video(
         comment: text for the metadata of the file.
 
     Raises:
-        ValueError: no frames, different sizes, a tensor of another shape, options that are no pairs, or an unknown
-            suffix.
+        TypeError: a frame that is neither an image nor an array.
+        ValueError: no frames, different sizes, an array or a tensor of another shape or dtype, options that are no
+            pairs, or an unknown suffix.
         Unavailable: PyAV is not installed.
     """
     if not 0 <= quality <= 10:
@@ -76,13 +83,15 @@ def save_video(
         stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height = first.size
         stream.pix_fmt = "yuv444p" if first.width % 2 or first.height % 2 else "yuv420p"
+        colors = encoded_tags(stream.codec_context, first.height)
         for index, image in enumerate(chain([first], images)):
             if image.size != first.size:
                 raise ValueError(
                     f"frame {index} is {image.width}x{image.height}, the first one {first.width}x{first.height}; "
                     "expected frames of one size"
                 )
-            container.mux(stream.encode(pyav().VideoFrame.from_image(image.convert("RGB"))))
+            frame = pyav().VideoFrame.from_image(to_rgb(image)).reformat(format=stream.pix_fmt, **colors)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
@@ -204,7 +213,21 @@ def _written(path: Location, suffixes: Sequence[str] = _CONTAINERS) -> Iterator[
 def _images(frames: Frames) -> Iterator[Image.Image]:
     if isinstance(frames, Tensor):
         frames = _arrays(frames)
-    return (frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames)
+    if isinstance(frames, Image.Image | str | os.PathLike) or not isinstance(frames, Iterable):
+        raise TypeError(f"frames are {type(frames).__name__}; expected a sequence of images or arrays, or a tensor")
+    return (_image(index, frame) for index, frame in enumerate(frames))
+
+
+def _image(index: int, frame: Any) -> Image.Image:
+    if isinstance(frame, Image.Image):
+        return frame
+    if not isinstance(frame, np.ndarray):
+        raise TypeError(f"frame {index} is {type(frame).__name__}; expected a PIL image or a uint8 array h w 3")
+    if frame.dtype != np.uint8 or frame.ndim not in (2, 3) or frame.shape[2:] not in ((), (3,), (4,)) or not frame.size:
+        raise ValueError(
+            f"frame {index} is an array of {frame.dtype} and shape {frame.shape}; expected uint8 of (h, w, 3)"
+        )
+    return Image.fromarray(frame)
 
 
 def _arrays(video: Tensor) -> Iterator[np.ndarray]:

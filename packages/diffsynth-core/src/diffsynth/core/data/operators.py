@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.animation import Animation
+from diffsynth.core.data.color import WHITE, Color
 from diffsynth.core.data.image import cover, read_image
-from diffsynth.core.data.media import count_frames, frame_rate_of, read_audio, read_frames
+from diffsynth.core.data.media import ROUNDING, Timeline, frame_rate_of, read_audio, read_timed_frames
 from diffsynth.errors import CorruptFile, NoFiles
 
 __all__ = [
@@ -256,10 +259,12 @@ class LoadImage(DataProcessingOperator):
     """Loads an image from a file or a URL.
 
     Args:
-        convert_RGB: convert to three channels.
+        convert_RGB: convert to three channels, transparent pixels over `background`; else mode and colours of the file
+            are kept.
         convert_RGBA: convert to four channels; has precedence over `convert_RGB`.
         url_timeout: seconds to wait for a response.
         url_max_retries: number of download attempts; the pause between them grows by one second.
+        background: colour below transparent pixels.
     """
 
     def __init__(
@@ -268,14 +273,22 @@ class LoadImage(DataProcessingOperator):
         convert_RGBA: bool = False,  # noqa: N803
         url_timeout: float = 30,
         url_max_retries: int = 3,
+        background: Color = WHITE,
     ) -> None:
         self.mode = "RGBA" if convert_RGBA else "RGB" if convert_RGB else None
         self.url_timeout = url_timeout
         self.url_max_retries = url_max_retries
+        self.background = background
 
     def __call__(self, data: str | Path) -> Image.Image:
         """Return the PIL image of a file or a URL; raises like `image.read_image`."""
-        return read_image(data, self.mode, timeout=self.url_timeout, max_trials=self.url_max_retries)
+        return read_image(
+            data,
+            self.mode,
+            background=self.background,
+            timeout=self.url_timeout,
+            max_trials=self.url_max_retries,
+        )
 
 
 class ImageCropAndResize(DataProcessingOperator):
@@ -367,13 +380,21 @@ class FrameSamplerByRateMixin:
             frames: all frames of the video, in order.
             raw_frame_rate: frames per second of the video.
         """
-        step = raw_frame_rate / Fraction(self.frame_rate) if self.fix_frame_rate else Fraction(1)
-        taken: list[Any] = []
-        for index, frame in enumerate(frames):
-            while len(taken) < self.num_frames and len(taken) * step // 1 == index:
-                taken.append(frame)
-            if len(taken) == self.num_frames:
-                return taken
+        return self.take_timed((float(index / raw_frame_rate), frame) for index, frame in enumerate(frames))
+
+    def take_timed(self, timed_frames: Iterable[tuple[float, Any]]) -> list[Any]:
+        """Return a list of the first `num_frames` frames as `take` does, those shown at the multiples of
+        `1 / frame_rate` if it is fixed, of a video whose frames have their own times.
+
+        Args:
+            timed_frames: (time in seconds since the first frame, frame), in order; read no further than necessary.
+        """
+        if not self.fix_frame_rate:
+            taken = [frame for _, frame in islice(timed_frames, self.num_frames)]
+        else:
+            taken = list(islice(_shown_at(timed_frames, Fraction(self.frame_rate)), self.num_frames))
+        if len(taken) == self.num_frames:
+            return taken
         while len(taken) > 1 and len(taken) % self.time_division_factor != self.time_division_remainder:
             taken.pop()
         return taken
@@ -410,34 +431,24 @@ class LoadVideo(DataProcessingOperator, FrameSamplerByRateMixin):
             CorruptFile: the file has no video that can be read.
             Unavailable: PyAV is not installed.
         """
-        rate = frame_rate_of(data) if self.fix_frame_rate else Fraction(1)
-        return self._processed(read_frames(data), rate)
+        return self._processed(read_timed_frames(data))
 
-    def _processed(self, frames: Iterable[Image.Image], raw_frame_rate: Fraction) -> list[Any]:
-        taken = self.take(frames, raw_frame_rate)
+    def _processed(self, timed_frames: Iterable[tuple[float, Image.Image]]) -> list[Any]:
+        taken = self.take_timed(timed_frames)
         return taken if self.frame_processor is None else [self.frame_processor(frame) for frame in taken]
 
 
 class LoadGIF(LoadVideo):
-    """Loads the first frames of a GIF or another animated image; the duration of its first frame holds for all."""
+    """Loads the first frames of a GIF or another animated image."""
 
     def __call__(self, data: str | Path) -> list[Any]:
         """Return a list of the first frames of an animated image, each after `frame_processor`.
 
         Raises:
             NoFiles: the file does not exist.
-            CorruptFile: the file is not an image.
+            CorruptFile: the file is not an image, or is cut off.
         """
-        if not Path(data).is_file():
-            raise NoFiles(f"{data} does not exist")
-        try:
-            with Image.open(data) as animation:
-                # Viewers show frames with a duration of 0, or without one, for a tenth of a second.
-                milliseconds = animation.info.get("duration") or 100
-                frames = (frame.convert("RGB") for frame in ImageSequence.Iterator(animation))
-                return self._processed(frames, Fraction(1000) / Fraction(milliseconds))
-        except UnidentifiedImageError as error:
-            raise CorruptFile(f"{data} is not an image that can be read: {error}") from error
+        return self._processed((time, frame) for time, _, frame in Animation(data).frames())
 
 
 class LoadAudio(DataProcessingOperator):
@@ -467,7 +478,8 @@ class LoadAudioWithTorchaudio(DataProcessingOperator, FrameSamplerByRateMixin):
     def __call__(self, data: str | Path) -> Sound:
         """Return (samples `channels samples`, rate in Hz); raises like `media.read_audio` and `media.read_frames`."""
         rate = frame_rate_of(data)
-        frames = self.take(range(count_frames(data)), rate)
+        timeline = Timeline.of(data)
+        frames = self.take_timed(zip(timeline.times, range(len(timeline.times)), strict=True))
         seconds = len(frames) / (Fraction(self.frame_rate) if self.fix_frame_rate else rate)
         sound, sample_rate = read_audio(data)
         return _with_length(sound, int(seconds * sample_rate)), sample_rate
@@ -491,6 +503,25 @@ class LoadPureAudioWithTorchaudio(DataProcessingOperator):
         if self.target_duration is None:
             return sound, sample_rate
         return _with_length(sound, int(self.target_duration * sample_rate)), sample_rate
+
+
+def _shown_at(timed_frames: Iterable[tuple[float, Any]], frame_rate: Fraction) -> Iterator[Any]:
+    """Yield the frame shown at each multiple of `1 / frame_rate` seconds until the video ends; the last frame is taken
+    to be as long as the one before it.
+    """
+    tick = 0
+    last = None
+    previous, step = 0.0, float(1 / frame_rate)
+    for time, frame in timed_frames:
+        while last is not None and tick / frame_rate < time - ROUNDING:
+            yield last[0]
+            tick += 1
+        if last is not None:
+            step = time - previous
+        last, previous = (frame,), time
+    while last is not None and tick / frame_rate < previous + step - ROUNDING:
+        yield last[0]
+        tick += 1
 
 
 def _with_length(sound: Tensor, samples: int) -> Tensor:

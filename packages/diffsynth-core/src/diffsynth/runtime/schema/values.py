@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import enum
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
-from diffsynth.errors import did_you_mean, shown
+from diffsynth.core.data.image import decode_image
+from diffsynth.errors import CorruptFile, did_you_mean, shown
 from diffsynth.spec import resolve
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -185,11 +185,9 @@ def _opened(path: str, open_file: OpenFile, *, several: bool) -> Any:
 
 def _image(text: str) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
-        image.load()
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _Unfit(f"{type(error).__name__}: {error!s:.80}") from None
-    return image
+        return decode_image(base64.b64decode(text, validate=True), "image", None, formats=["PNG"])
+    except (binascii.Error, CorruptFile, ValueError) as error:
+        raise _Unfit(f"{error!s:.160}") from None
 
 
 def _expected(schema: Mapping[str, Any], image: str) -> str:

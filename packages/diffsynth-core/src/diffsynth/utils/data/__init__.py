@@ -1,7 +1,7 @@
-"""`diffsynth.utils.data`: reading and writing video and sound."""
+"""`diffsynth.utils.data`: reading and writing images, video and sound."""
 
 from diffsynth.compat.doors import with_doors
-from diffsynth.core.data.image import contact_sheet
+from diffsynth.core.data.image import contact_sheet, read_image
 from diffsynth.core.data.media import VideoData, read_audio
 from diffsynth.core.data.media_writer import merge_video_audio, save_frames, save_video, save_video_with_audio
 
@@ -10,6 +10,7 @@ __all__ = [
     "contact_sheet",
     "merge_video_audio",
     "read_audio",
+    "read_image",
     "save_frames",
     "save_video",
     "save_video_with_audio",
