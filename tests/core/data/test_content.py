@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, and files that are not there."""
+"""Recognition of files by their first bytes, and files that are not there."""
 
 import os
 

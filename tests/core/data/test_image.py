@@ -130,7 +130,7 @@ def test_images_in_bytes():
 
 @pytest.mark.parametrize("size", [(60, 20), (20, 60), (61, 7), (7, 61)])
 def test_a_strip_is_scaled_as_if_whole(size):
-    """A picture of 2000x1 pixels took 8 GB: it was scaled to cover the size, and then cropped."""
+    """An image of 2000x1 pixels took 8 GB: it was scaled to cover the size, and then cropped."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     scale = 32 / min(size)
     whole = noise.resize((max(round(size[0] * scale), 32), max(round(size[1] * scale), 32)), Image.Resampling.BICUBIC)

@@ -353,14 +353,14 @@ def test_what_is_in_a_file(tmp_path, frames, irregular):
         open_media(np.zeros(3))
 
 
-def test_a_cover_picture_is_no_video(tmp_path, tone):
+def test_a_cover_image_is_no_video(tmp_path, tone):
     cover = tmp_path / "cover.m4a"
     with av.open(str(cover), "w", format="mp4") as container:
-        picture = container.add_stream("mjpeg", rate=1)
-        picture.width, picture.height, picture.pix_fmt = 16, 16, "yuvj420p"
-        picture.disposition = 0x400
-        container.mux(picture.encode(av.VideoFrame.from_image(Image.new("RGB", (16, 16)))))
-        container.mux(picture.encode(None))
+        image = container.add_stream("mjpeg", rate=1)
+        image.width, image.height, image.pix_fmt = 16, 16, "yuvj420p"
+        image.disposition = 0x400
+        container.mux(image.encode(av.VideoFrame.from_image(Image.new("RGB", (16, 16)))))
+        container.mux(image.encode(None))
     with pytest.raises(CorruptFile, match="has no video stream"):
         VideoData(cover)
 

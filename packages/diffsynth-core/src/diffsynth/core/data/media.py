@@ -30,8 +30,8 @@ Location = str | Path
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
-_ATTACHED_PICTURE = 0x400
-"""AV_DISPOSITION_ATTACHED_PIC of FFmpeg: a stream that is a cover picture."""
+_ATTACHED_IMAGE = 0x400
+"""AV_DISPOSITION_ATTACHED_PIC of FFmpeg: a stream that is a cover image."""
 
 ROUNDING = 1e-3
 """Seconds by which a frame may come late: containers round times to milliseconds."""
@@ -350,7 +350,7 @@ def pyav() -> Any:
 @contextmanager
 def opened(path: Location, kind: str) -> Iterator[tuple[Any, Any]]:
     """Context manager that opens a media file and yields (PyAV container, its first "video" or "audio" stream that is
-    not a cover picture); errors of PyAV become `CorruptFile`.
+    not a cover image); errors of PyAV become `CorruptFile`.
     """
     file, av = existing_file(path, kind), pyav()
     try:
@@ -417,7 +417,7 @@ def _mp3_states_its_length(path: Path) -> bool:
 
 
 def _is_cover(stream: Any) -> bool:
-    return bool(int(stream.disposition) & _ATTACHED_PICTURE)
+    return bool(int(stream.disposition) & _ATTACHED_IMAGE)
 
 
 def _images_in(folder: Path) -> list[Path]:
