@@ -9,7 +9,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from color_profiles import P3_TO_XYZ, cmyk_profile, grey_profile, matrix_profile
-from diffsynth.core.data.color import load_pixels, rgb_of, to_mask, to_rgb, to_rgba, upright, upright_size
+from diffsynth.core.data.color import check_levels, rgb_of, to_mask, to_rgb, to_rgba, upright, upright_size
 
 COLORS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
@@ -161,6 +161,9 @@ def test_floating_point(values, expected):
 def test_levels_of_an_unknown_range_are_refused(image, message):
     with pytest.raises(ValueError, match=message):
         to_rgb(image)
+    if image.mode != "RGB":
+        with pytest.raises(ValueError, match=message):
+            check_levels(image)
 
 
 def test_a_closed_and_a_truncated_image(tmp_path):
@@ -173,7 +176,7 @@ def test_a_closed_and_a_truncated_image(tmp_path):
         (Image.open(tmp_path / "b.png"), "b.png cannot be dec"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_pixels(image)
+            to_rgb(image)
 
 
 def test_a_profile_is_converted_to_srgb():

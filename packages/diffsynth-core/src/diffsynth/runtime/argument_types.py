@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core import device as devices
+from diffsynth.core.data.color import check_levels
 from diffsynth.errors import did_you_mean, shown
 from diffsynth.runtime.schema.annotations import schema_of, type_of
 from diffsynth.runtime.schema.documentation import documented, with_range
@@ -295,7 +296,13 @@ def _check_image(value: Any) -> None:
     try:
         value.load()  # an image that was opened from a file is read now, before anything runs
     except Exception as error:
-        raise _Unfit(f"it cannot be read: {error!s:.80}", is_type=False) from error
+        name = getattr(value, "filename", "")
+        file = f"; its file is {name}" if name else ""
+        raise _Unfit(f"it cannot be read: {error!s:.80}{file}", is_type=False) from error
+    try:
+        check_levels(value)
+    except ValueError as error:
+        raise _Unfit(str(error), is_type=False) from None
 
 
 def _check_class(kind: type, value: Any) -> None:

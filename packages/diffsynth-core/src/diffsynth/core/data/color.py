@@ -112,12 +112,14 @@ def rgb_of(color: Color) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def load_pixels(image: Image.Image) -> None:
-    """Decode the pixels of an image that was opened but not read yet.
+def check_levels(image: Image.Image) -> None:
+    """Raise ValueError if an image whose pixels are decoded has grey levels of an unknown range; see `to_rgb`."""
+    if image.mode in ("I", "F"):
+        _grey_levels(image)
 
-    Raises:
-        ValueError: an image without pixels, or whose file is closed or damaged.
-    """
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """Return the image with its pixels decoded and, if PIL opened it from a file, upright."""
     if not image.width or not image.height:
         raise ValueError(f"an image of {image.width}x{image.height} has no pixels")
     try:
@@ -125,11 +127,6 @@ def load_pixels(image: Image.Image) -> None:
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         name = getattr(image, "filename", "") or "an image"
         raise ValueError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
-
-
-def _loaded(image: Image.Image) -> Image.Image:
-    """Return the image with its pixels decoded and, if PIL opened it from a file, upright."""
-    load_pixels(image)
     if isinstance(image, ImageFile.ImageFile):
         return upright(image)
     if (orientation := _orientation(image)) != 1:
