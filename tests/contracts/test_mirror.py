@@ -43,6 +43,8 @@ SCENARIOS: dict[str, str] = {
     "core/vram/test_stream_on_a_device.py": "the order of copies and kernels on a device with queues",
     "flux/flux1/test_dit_parity.py": "FluxDiT against diffusers",
     "flux/flux1/test_trajectory.py": "whole calls of FLUX.1 against diffusers",
+    "flux/flux2/test_dit_parity.py": "Flux2DiT against diffusers",
+    "flux/flux2/test_trajectory.py": "whole calls against diffusers",
     "nn/triton/test_compile.py": "fused layers under torch.compile",
     "pipelines/test_doors.py": "import lines of existing scripts",
     "runtime/test_auto_policy.py": "the policy that a plan chooses",

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from diffsynth import _env
 from diffsynth.cli.generate import generate
+from diffsynth_flux import Flux2ImagePipeline
 from diffsynth_train.config import Recipe, parse_section
 from diffsynth_zimage import ZImagePipeline
 
@@ -106,9 +107,10 @@ def test_every_path_in_the_contributing_table_exists():
     assert missing == []
 
 
-def test_the_arguments_of_z_image_are_those_of_its_pipeline():
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", section("models/z-image.md", "## Arguments"), flags=re.MULTILINE)
-    parameters = list(inspect.signature(ZImagePipeline.__call__).parameters.values())[1:]
+@pytest.mark.parametrize(("page", "pipeline"), [("z-image", ZImagePipeline), ("flux-2", Flux2ImagePipeline)])
+def test_the_arguments_of_a_page_are_those_of_its_pipeline(page, pipeline):
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", section(f"models/{page}.md", "## Arguments"), flags=re.MULTILINE)
+    parameters = list(inspect.signature(pipeline.__call__).parameters.values())[1:]
     assert sorted(name for name, _ in rows) == sorted(parameter.name for parameter in parameters)
     documented = dict(rows)
     for parameter in parameters:
@@ -116,8 +118,11 @@ def test_the_arguments_of_z_image_are_those_of_its_pipeline():
             assert documented[parameter.name] == f"`{parameter.default!r}`", parameter.name
 
 
-def test_the_controlnet_of_the_z_image_page_runs():
-    for _, block in FENCED.findall(section("models/z-image.md", "## ControlNets")):
+@pytest.mark.parametrize(
+    ("page", "heading"), [("z-image", "ControlNets"), ("flux-2", "Reference images"), ("flux-2", "Extensions")]
+)
+def test_the_blocks_of_a_section_run(page, heading):
+    for _, block in FENCED.findall(section(f"models/{page}.md", f"## {heading}")):
         exec(block, {"__name__": "block"})
 
 

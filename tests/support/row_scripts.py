@@ -9,6 +9,7 @@ from typing import Any
 
 ROWS_FOLDER = Path(__file__).parents[1] / "data" / "rows"
 DOORS = {
+    "Flux2ImagePipeline": "diffsynth.pipelines.flux2_image",
     "FluxImagePipeline": "diffsynth.pipelines.flux_image",
     "TemplatePipeline": "diffsynth.diffusion.template",
     "WanVideoPipeline": "diffsynth.pipelines.wan_video",

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffsynth_flux.flux1.pipeline import FluxImagePipeline
+    from diffsynth_flux.flux2.pipeline import Flux2ImagePipeline
 
-__all__ = ["FluxImagePipeline"]
+__all__ = ["Flux2ImagePipeline", "FluxImagePipeline"]
 
-_MODULES = {"FluxImagePipeline": "diffsynth_flux.flux1.pipeline"}
+_MODULES = {
+    "Flux2ImagePipeline": "diffsynth_flux.flux2.pipeline",
+    "FluxImagePipeline": "diffsynth_flux.flux1.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

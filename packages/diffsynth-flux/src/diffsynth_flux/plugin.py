@@ -8,14 +8,19 @@ from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec, TrainingSpec
 from diffsynth_flux.flux1 import checkpoints as flux1
 from diffsynth_flux.flux1 import models as flux1_models
+from diffsynth_flux.flux2 import checkpoints as flux2
+from diffsynth_flux.flux2 import models as flux2_models
 
 DIFFSYNTH_API = 2
 
-MODELS = (*flux1_models.MODELS,)
-ARCHITECTURES = (*flux1.ARCHITECTURES,)
-CHECKPOINTS = (*flux1.CHECKPOINTS,)
-TRAINING = (*flux1_models.TRAINING,)
-DOORS = ("flux_image",)
+MODELS = (*flux1_models.MODELS, *flux2_models.MODELS)
+ARCHITECTURES = (*flux1.ARCHITECTURES, *flux2.ARCHITECTURES)
+CHECKPOINTS = (*flux1.CHECKPOINTS, *flux2.CHECKPOINTS)
+TRAINING = (
+    *flux1_models.TRAINING,
+    *flux2_models.TRAINING,
+)
+DOORS = ("flux_image", "flux2_image")
 
 
 @hookimpl

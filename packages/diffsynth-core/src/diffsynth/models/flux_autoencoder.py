@@ -65,7 +65,7 @@ class FluxAutoencoder(nn.Module):
         factor = self.config.factor
         if height % factor or width % factor:
             raise ValueError(f"image is {height}x{width}; expected multiples of {factor}")
-        tiles = _tiles(height // factor, width // factor, tiling)
+        tiles = image_tiles(height // factor, width // factor, tiling)
         mean, logvar = tile_by_tile(self.encoder, image, tiles, (factor, 1)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
@@ -74,7 +74,7 @@ class FluxAutoencoder(nn.Module):
         errors as in `encode`.
         """
         unscaled = latents / self.config.scaling_factor + self.config.shift_factor
-        tiles = _tiles(*latents.shape[-2:], tiling)
+        tiles = image_tiles(*latents.shape[-2:], tiling)
         return tile_by_tile(self.decoder, unscaled, tiles, (1, self.config.factor))
 
     def forward(self, image: Float[Tensor, "b c_in h8 w8"]) -> Float[Tensor, "b c_in h8 w8"]:
@@ -260,6 +260,15 @@ def _norm(config: FluxAutoencoderConfig, dim: int) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, dim, eps=1e-6)
 
 
-def _tiles(height: int, width: int, tiling: Tiling) -> list[Tile]:
+def image_tiles(height: int, width: int, tiling: Tiling) -> list[Tile]:
+    """Return a list of `Tile`s that cover the latents of an image, of equal size; those of a call by default.
+
+    Args:
+        height, width: size of the latents in latent pixels.
+        tiling: the arguments of the call.
+
+    Raises:
+        ValueError: a size or stride is not positive, or the stride leaves gaps.
+    """
     size: Tiling = {"tile_size": (TILE_SIZE, TILE_SIZE), "tile_stride": (TILE_STRIDE, TILE_STRIDE)}
     return cover(height, width, even=True, **(size | tiling))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
 from diffsynth.models.config import Qwen3TextEncoderConfig
+from diffsynth.models.language_model import Rotary, hidden_states, init_weights
 from diffsynth.models.transformers_attention import attn_implementation
 
 
@@ -48,74 +47,14 @@ class Qwen3TextEncoder(nn.Module):
         order, concatenated along the last axis, in the dtype of the weights.
 
         Args:
-            input_ids: token ids.
-            attention_mask: 1 for text and 0 for padding, on either side; None means that all tokens are text.
-            layers: indices of hidden states: 0 is the embedding, `i` the output of layer `i`, -1 the last one, which is
-                normalised. Several are concatenated along `e`. Z-Image uses the default, -2; FLUX.2-klein 9, 18 and 27.
+            input_ids, attention_mask, layers: see `diffsynth.models.language_model.hidden_states`. Z-Image uses the
+                default of `layers`, -2; FLUX.2-klein 9, 18 and 27.
 
         Raises:
             ValueError: an index that the model does not have.
         """
-        depth = self.config.num_layers
-        if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
-            raise ValueError(f"layers={tuple(layers)}; expected indices from {-depth - 1} to {depth}")
-        wanted = [layer % (depth + 1) for layer in layers]
-        hidden = self.model.embed_tokens(input_ids)
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        position_embeddings = self.model.rotary_emb(hidden, position_ids)
-        mask = _causal_mask(attention_mask)
-        states = [hidden]
-        for layer in self.model.layers[: max(wanted)]:
-            hidden = layer(
-                hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=position_embeddings
-            )
-            states.append(hidden)
-        if depth in wanted:
-            states[depth] = self.model.norm(states[depth])
-        return torch.cat([states[index] for index in wanted], dim=-1)
+        return hidden_states(self.model, input_ids, attention_mask, layers=layers)
 
     def init_weights(self) -> None:
-        """Set weights for training from scratch: layers preserve the scale of their input, embeddings have std 1.
-
-        The usual std of 0.02 fits widths of thousands: at a width of 128, layers would hardly change the hidden states.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight)
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-
-
-class Rotary(nn.Module):
-    """Rotary embedding without a buffer, so that neither the meta device nor `.to(bfloat16)` affects it."""
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
-
-    @torch.no_grad()
-    def forward(
-        self, hidden: Float[Tensor, "b s e"], position_ids: Int[Tensor, "#b s"]
-    ) -> tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]]:
-        """Return two tensors `b s d`, with `b` of `position_ids`: cosine and sine of the rotary angles in the dtype of
-        `hidden`; both halves of a head have the same angles.
-        """
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=hidden.device) / self.head_dim
-        angles = position_ids[:, :, None].float() * (1.0 / self.theta**exponents)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
-
-
-def _causal_mask(attention_mask: Tensor | None) -> Bool[Tensor, "b 1 s s"] | None:
-    """Return a bool mask `b 1 s s` (True = may attend) that is causal and hides padding tokens from other tokens; None
-    if nothing is padded, because `causal=True` is faster.
-    """
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    is_text = attention_mask.bool()
-    size = is_text.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=is_text.device).tril()
-    # Queries of padding on the left would have no key: let them attend to themselves.
-    diagonal = torch.eye(size, dtype=torch.bool, device=is_text.device)
-    return (causal & rearrange(is_text, "b k -> b 1 1 k")) | diagonal
+        """Set weights for training from scratch; see `diffsynth.models.language_model.init_weights`."""
+        init_weights(self)

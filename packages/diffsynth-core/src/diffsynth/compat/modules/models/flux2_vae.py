@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from diffsynth.compat.doors import door, later
+from diffsynth.compat.doors import door, use
 
-__getattr__ = door(__name__, absent={"Flux2VAE": later("the FLUX.2 family")})
+__getattr__ = door(__name__, absent={"Flux2VAE": use("the autoencoder of a loaded pipeline, pipe.vae")})

@@ -1,0 +1,160 @@
+"""Inpainting with a network that was not trained for it: outside of a mask, the velocity leads to the input image.
+
+A pipeline lists the feature `INPAINT`, has a unit that writes `input_latents`, and its `velocity()` reads `inpainting`
+and returns `toward_input(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.core.data.image import cover
+from diffsynth.runtime.feature import Condition, Configs, Feature
+from diffsynth.runtime.unit import unit
+
+Masks = Image.Image | Sequence[Image.Image] | None
+"""The type of the argument `inpaint_mask`."""
+
+
+class InpaintArguments(TypedDict, total=False):
+    """Mask for inpainting the input image.
+
+    Args:
+        inpaint_mask: Image that is white where `input_image` changes and black where it is kept, or a list of one per
+            result; it is scaled as the input image is. None changes all of it.
+        inpaint_blur_size: Radius of a Gaussian blur of the mask, in latent pixels, at least 1; None does not blur it.
+        inpaint_blur_sigma: Standard deviation of the blur in latent pixels, above 0; given together with the radius.
+    """
+
+    inpaint_mask: Masks
+    inpaint_blur_size: int | None
+    inpaint_blur_sigma: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Inpainting:
+    """The part of an image that changes, and what the rest becomes.
+
+    Args:
+        mask: 1 where the image changes, 0 where it is kept; values between blend the two velocities.
+        input_latents: latents of the input image.
+    """
+
+    mask: Float[Tensor, "#b 1 h w"]
+    input_latents: Float[Tensor, "b c h w"]
+
+
+def toward_input(
+    velocity: Float[Tensor, "b c h w"],
+    latents: Float[Tensor, "b c h w"],
+    sigma: Float[Tensor, "b"],
+    inpainting: Inpainting | None,
+) -> Float[Tensor, "b c h w"]:
+    """Return the velocity, a tensor of the shape of `latents`; outside of the mask it is `(latents - x0) / sigma`,
+    which leads to the input latents `x0` in a straight line.
+
+    Args:
+        velocity: of the network, `noise - x0`.
+        latents: at the noise level.
+        sigma: noise levels, fp32, above 0.
+        inpainting: mask and input latents; None returns `velocity` itself.
+    """
+    if inpainting is None:
+        return velocity
+    kept = (latents.float() - inpainting.input_latents.float()) / sigma[:, None, None, None]
+    return torch.lerp(kept, velocity.float(), inpainting.mask.expand_as(kept))
+
+
+@unit("inpainting", only_with="inpaint_mask")
+def prepare_inpainting(
+    *,
+    inpaint_mask: Masks = None,
+    inpaint_blur_size: int | None = None,
+    inpaint_blur_sigma: float | None = None,
+    input_latents: Float[Tensor, "b c h w"],
+    height: int,
+    width: int,
+    device: torch.device,
+) -> Inpainting:
+    """Return an `Inpainting` with the mask at the size of the latents, each value the mean of a latent pixel's area."""
+    masks = torch.cat([_mask(mask, height, width) for mask in _as_list(inpaint_mask)]).to(device)
+    if len(masks) not in (1, len(input_latents)):
+        raise ValueError(
+            f"inpaint_mask has {len(masks)} images; expected 1 or {len(input_latents)}, one for each result"
+        )
+    masks = F.adaptive_avg_pool2d(masks, tuple(input_latents.shape[2:]))
+    if inpaint_blur_size is not None and inpaint_blur_sigma is not None:
+        masks = gaussian_blur(masks, radius=inpaint_blur_size, sigma=inpaint_blur_sigma)
+    return Inpainting(masks, input_latents)
+
+
+def gaussian_blur(x: Float[Tensor, "b c h w"], *, radius: int, sigma: float) -> Float[Tensor, "b c h w"]:
+    """Return `x` convolved with a Gaussian over each channel, a tensor of its shape; pixels at the edges are repeated.
+
+    Args:
+        x: images.
+        radius: of the kernel, in pixels; it has `2 * radius + 1` pixels a side.
+        sigma: standard deviation in pixels, above 0.
+    """
+    offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
+    kernel = (-0.5 * (offsets / sigma) ** 2).exp()
+    kernel = (kernel / kernel.sum()).to(x).expand(x.shape[1], 1, 1, -1)
+    x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="replicate"), kernel, groups=x.shape[1])
+    return F.conv2d(F.pad(x, (0, 0, radius, radius), mode="replicate"), kernel.mT, groups=x.shape[1])
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error for a mask that no input image fits, or a blur without a mask.
+
+    Raises:
+        TypeError: a mask is no PIL image.
+        ValueError: a mask without `input_image`, a blur without a mask or half of its arguments, or out of range.
+    """
+    mask, size, sigma = (values[name] for name in ("inpaint_mask", "inpaint_blur_size", "inpaint_blur_sigma"))
+    if (size is None) != (sigma is None):
+        raise ValueError(
+            f"inpaint_blur_size={size!r} and inpaint_blur_sigma={sigma!r}: expected both, or neither for no blur"
+        )
+    if mask is None:
+        if size is not None:
+            raise ValueError("inpaint_blur_size is given without inpaint_mask; pass the mask to blur")
+        return
+    for image in _as_list(mask):
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"inpaint_mask={image!r:.80}: expected a PIL image, or a list of one per result")
+    if values["input_image"] is None:
+        raise ValueError("inpaint_mask is given without input_image; pass the image to inpaint")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"inpaint_blur_size={size!r}: expected an integer of at least 1, in latent pixels")
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"inpaint_blur_sigma={sigma!r}: expected a number above 0, in latent pixels")
+
+
+INPAINT = Feature(
+    "inpaint",
+    arguments=InpaintArguments,
+    units=(prepare_inpainting,),
+    conditions={"inpainting": Condition("an image has no frames", batch="separate")},
+    check=check,
+)
+
+
+def _as_list(masks: Masks) -> list[Image.Image]:
+    if masks is None:
+        return []
+    return list(masks) if isinstance(masks, list | tuple) else [masks]  # type: ignore[list-item]
+
+
+def _mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:
+    """Return an fp32 tensor `1 1 height width` of a mask's brightness in [0, 1], scaled to cover the size."""
+    levels = np.array(cover(mask.convert("L"), height, width), dtype=np.float32)
+    return torch.from_numpy(levels)[None, None] / 255

@@ -1,0 +1,10 @@
+"""The conditionings of the FLUX.2 pipeline, a module each."""
+
+from __future__ import annotations
+
+from diffsynth.runtime.inpainting import INPAINT
+from diffsynth_flux.flux2.features.edit import EDIT
+from diffsynth_flux.flux2.features.reference_cache import REFERENCE_CACHE
+
+FEATURES = (EDIT, REFERENCE_CACHE, INPAINT)
+"""In the order in which their units run within a phase, and in which their extensions change the stream."""

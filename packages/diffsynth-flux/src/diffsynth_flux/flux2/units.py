@@ -1,0 +1,125 @@
+"""Units of the FLUX.2 pipeline, in the order they run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffsynth.runtime.image_units import encode_input_image, image_size
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth.sampling import noise
+from diffsynth.sampling.schedule import flux2_sigmas
+from diffsynth_flux.flux2.config import PROMPT_TOKENS, VAE_FACTOR, MistralTextEncoderConfig
+from diffsynth_flux.flux2.text_encoders import chat_text, prompt_layers
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_GUIDANCE = 4.0
+"""Default guidance scale of the distilled network."""
+
+round_size = image_size(multiple=VAE_FACTOR)
+
+
+@unit("sigmas", phase=Phase.SHAPE)
+def schedule(
+    *, num_inference_steps: int, denoising_strength: float = 1.0, height: int, width: int
+) -> Float[Tensor, "steps_plus_1"]:
+    """Return a tensor `steps_plus_1` of the noise levels (sigmas in [0, 1]) of the steps, falling, and a last 0; the
+    more tokens the image has, the higher they are.
+    """
+    num_tokens = (height // VAE_FACTOR) * (width // VAE_FACTOR)
+    return flux2_sigmas(num_inference_steps, num_tokens=num_tokens, strength=denoising_strength)
+
+
+@unit("prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
+def encode_prompt(
+    text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
+) -> Float[Tensor, "b s e"]:
+    """Return the hidden states `b s e` of the prompts, padded or cut to `PROMPT_TOKENS` tokens; what is cut is logged,
+    and equal prompts are encoded once.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    distinct = list(dict.fromkeys(prompts))
+    mistral = isinstance(text_encoder.config, MistralTextEncoderConfig)
+    texts = [chat_text(tokenizer, text, mistral=mistral) for text in distinct]
+    _log_cut(tokenizer, texts)
+    # The template has its special tokens; padding is on the side on which the tokenizer puts it, as in training.
+    tokens = tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding="max_length",
+        truncation=True,
+        max_length=PROMPT_TOKENS,
+        return_tensors="pt",
+    )
+    embeds = text_encoder(
+        tokens["input_ids"].to(device),
+        tokens["attention_mask"].to(device),
+        layers=prompt_layers(text_encoder.config.num_layers),
+    )
+    order = torch.tensor([distinct.index(text) for text in prompts], device=device)
+    return embeds[order]
+
+
+def _log_cut(tokenizer: Any, texts: Sequence[str]) -> None:
+    for text in texts:
+        # No token stands for less than one byte, so a short text is not tokenized twice.
+        if len(text.encode()) <= PROMPT_TOKENS:
+            continue
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > PROMPT_TOKENS:
+            cut = tokenizer.decode(ids[PROMPT_TOKENS:])
+            logger.warning("a prompt of %d tokens is cut to %d; without: %r", len(ids), PROMPT_TOKENS, cut)
+
+
+@unit("network_guidance")
+def network_guidance(
+    *, embedded_guidance: float = EMBEDDED_GUIDANCE, embeds_guidance: bool, batch_size: int, device: torch.device
+) -> Float[Tensor, "b"] | None:
+    """Return the guidance scale that the network takes, an fp32 tensor `b`; None for a network that takes none."""
+    if not embeds_guidance:
+        if embedded_guidance != EMBEDDED_GUIDANCE:
+            logger.warning("embedded_guidance=%s is not used: this network takes no guidance scale", embedded_guidance)
+        return None
+    return torch.full((batch_size,), float(embedded_guidance), device=device)
+
+
+@unit("latents", random=True, phase=Phase.LATENTS)
+def initial_latents(
+    *,
+    initial_noise: Float[Tensor, "#b c h w"] | None = None,
+    input_latents: Float[Tensor, "b c h w"] | None = None,
+    sigmas: Float[Tensor, "steps_plus_1"],
+    height: int,
+    width: int,
+    latent_channels: int,
+    seeds: list[int | None],
+    rand_device: str = "cpu",
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Float[Tensor, "b c h w"]:
+    """Return the packed latents `b c h w` of the first step, an image for each of `seeds`, in the given dtype: noise,
+    or `input_latents` noised to the first noise level.
+
+    Raises:
+        ValueError: `initial_noise` of another shape.
+    """
+    shape = (latent_channels, height // VAE_FACTOR, width // VAE_FACTOR)
+    if initial_noise is None:
+        start = noise.initial_noise(shape, seeds, rand_device=rand_device, dtype=dtype, device=device)
+    else:
+        if tuple(initial_noise.shape[1:]) != shape or len(initial_noise) not in (1, len(seeds)):
+            raise ValueError(
+                f"initial_noise has the shape {tuple(initial_noise.shape)}; expected (1, {', '.join(map(str, shape))})"
+                + (f", or {len(seeds)} in place of 1" if len(seeds) > 1 else "")
+            )
+        start = initial_noise.to(device, dtype).expand(len(seeds), -1, -1, -1)
+    return start if input_latents is None else noise.add_noise(input_latents, start, sigmas[0])
+
+
+UNITS = (round_size, schedule, encode_prompt, encode_input_image, network_guidance, initial_latents)

@@ -1,0 +1,77 @@
+"""Published layouts of FLUX.2 are recognised by signature and by structure, with their configs; they load strictly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffsynth import _discovery
+from diffsynth.core.loader import component, recognize
+from diffsynth.core.loader.header import Header, TensorInfo
+from diffsynth.core.loader.layouts import layout_of
+from diffsynth_flux.flux2.checkpoints import CHECKPOINTS
+from diffsynth_flux.flux2.config import Flux2AutoencoderConfig, Flux2DiTConfig, MistralTextEncoderConfig
+from diffsynth_flux.flux2.dit import Flux2DiT
+
+KLEIN_4B = Flux2DiTConfig(dim=3072, n_heads=24, n_layers=5, n_single_layers=20, prompt_dim=7680, ffn_dim=9216,
+                          embeds_guidance=False)  # fmt: skip
+KLEIN_9B = Flux2DiTConfig(dim=4096, n_heads=32, n_layers=8, n_single_layers=24, prompt_dim=12288, ffn_dim=12288,
+                          embeds_guidance=False)  # fmt: skip
+CONFIGS = {
+    "flux2_dit": Flux2DiTConfig(),
+    "flux2_dit/klein": KLEIN_4B,
+    "flux2_autoencoder": Flux2AutoencoderConfig(),
+    "mistral_text_encoder": MistralTextEncoderConfig(),
+}
+WITH_LAYOUT = {spec.name: spec for spec in CHECKPOINTS if spec.layout}
+
+
+def head(tensors: dict[str, tuple[int, ...]]) -> Header:
+    return Header({name: TensorInfo("BF16", tuple(shape)) for name, shape in tensors.items()})
+
+
+def recognized(file: Header, *tiers: str) -> list[recognize.Recognized]:
+    return recognize.recognize(file, *_discovery.catalog().layouts(), tiers=tiers)
+
+
+def loads_strictly(found: recognize.Recognized, file: Header) -> bool:
+    module = component.load_component(found, file, device="meta", dtype=torch.bfloat16)
+    return all(tensor.is_meta for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize("tier", ["signature", "structure"])
+@pytest.mark.parametrize("name", WITH_LAYOUT)
+def test_a_published_layout_is_recognised_and_loaded(name: str, tier: str) -> None:
+    file = head(layout_of(WITH_LAYOUT[name]))
+    (found,) = recognized(file, tier)
+    assert (found.checkpoint.name if tier == "signature" else name, found.config) == (name, CONFIGS[name])
+    assert found.extra == ()
+    assert loads_strictly(found, file)
+
+
+def test_every_layout_has_its_config_here() -> None:
+    assert set(CONFIGS) == set(WITH_LAYOUT)
+
+
+def test_klein_9b_is_recognised_by_structure() -> None:
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Flux2DiT(KLEIN_9B).state_dict().items()}
+    (found,) = recognized(head(shapes), "structure")
+    assert (found.architecture.name, found.config) == ("flux2_dit", KLEIN_9B)
+    assert loads_strictly(found, head(shapes))
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "pipe.dit.", "diffusion_model."])
+def test_a_prefix_changes_nothing(prefix: str) -> None:
+    plain = layout_of(WITH_LAYOUT["flux2_dit/klein"])
+    (found,) = recognized(head({f"{prefix}{name}": shape for name, shape in plain.items()}), "structure")
+    assert (found.config, found.prefix) == (KLEIN_4B, prefix)
+
+
+def test_a_text_encoder_without_the_rest_of_its_model_is_recognised() -> None:
+    """A file of the language model alone has neither vision tower nor head."""
+    shapes = layout_of(WITH_LAYOUT["mistral_text_encoder"])
+    kept = {name: shape for name, shape in shapes.items() if name.startswith("language_model.model.")}
+    (found,) = recognized(head(kept), "structure")
+    assert found.config == MistralTextEncoderConfig()
+    assert loads_strictly(found, head(kept))
