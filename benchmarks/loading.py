@@ -110,7 +110,9 @@ def diffusers(folder: Path, device: str) -> list[Any]:
     from diffusers import ZImageTransformer2DModel
 
     options = {} if device == "cpu" else {"device_map": device}
-    module = ZImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16, **options)
+    module = ZImageTransformer2DModel.from_pretrained(
+        folder, torch_dtype=torch.bfloat16, trust_remote_code=False, **options
+    )
     return list(module.state_dict().values())
 
 

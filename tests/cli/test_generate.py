@@ -112,6 +112,16 @@ def test_bad_input_is_one_line_and_exit_code_2(run, loaded, arguments, message, 
     assert list(tmp_path.glob("*.png")) == []
 
 
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(run, loaded, tmp_path):
+    (tmp_path / "a.png").mkdir()
+    for out, message in {"a.png": "it is a folder", f"{'n' * 300}.png": "File name too long"}.items():
+        result = run("generate", "toy-1", "abc", "-o", out)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert loaded == []
+
+
 def test_an_unknown_model_is_told_before_anything_is_loaded(run, loaded):
     result = run("generate", "toy-2", "abc", "-o", "out.png")
     assert result.exit_code == 2

@@ -2,7 +2,7 @@ import json
 
 import click
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from diffsynth import provenance
 from diffsynth._discovery import Declared, Problem
@@ -106,6 +106,17 @@ def test_info_of_an_image(run, tmp_path):
     assert result.exit_code == 0
     assert "äpple" in result.stdout
     assert json.loads(run("info", "a.png", "--json").stdout)["prompt"] == "äpple"
+
+
+def test_a_record_cannot_command_the_terminal(run, tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("diffsynth", json.dumps({"model": "\x1b]0;owned\x07x", "arguments": {"prompt": "a\x9b31mb"}}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "e.png", pnginfo=text)
+    result = run("info", tmp_path / "e.png")
+    assert result.exit_code == 0
+    assert r"\x1b]0;owned\x07x" in result.output
+    assert "\x1b" not in result.output
+    assert "\x9b" not in result.output
 
 
 def test_info_of_an_image_without_a_record(run, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffsynth.errors import NotFinite
 from diffsynth.runtime.images import image_to_tensor, images_to_batch, mask_to_tensor, tensor_to_images
 
 
@@ -24,6 +25,14 @@ def test_there_and_back_changes_no_level():
 def test_an_empty_list_is_refused():
     with pytest.raises(ValueError, match="an empty list of images"):
         images_to_batch([], height=4, width=4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_no_pixel_can_show(value):
+    pixels = torch.zeros(1, 3, 4, 4, dtype=torch.float16)
+    pixels[0, 1, 2, 3] = value
+    with pytest.raises(NotFinite, match=r"decoded values hold NaN or infinity \(torch\.float16\)"):
+        tensor_to_images(pixels)
 
 
 @pytest.mark.parametrize("images", ["a.png", ["a.png"], [noise(4, 4), None]])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsynth.errors import Cancelled, Refused
+from diffsynth.errors import Cancelled, NotFinite, Refused
 from diffsynth.runtime.feature import StepContext
 from diffsynth.runtime.guidance import Guidance, GuidanceStep
 from diffsynth.runtime.solvers import find_solver, solver_names
@@ -46,6 +46,28 @@ def experts():
     Experts.seen.clear()
     nets = {role: ToyNet().requires_grad_(False) for role in ("dit", "adapter")}
     return Experts(nets, device="cpu", torch_dtype=torch.float32, policy="cpu-offload")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_latents_that_are_not_finite_name_their_step(solver):
+    class Overflowing(ToyPipeline):
+        def velocity(self, latents, sigma, *, colour):
+            made = self.dit(latents, sigma, colour)
+            return made * float("inf") if float(sigma[0]) < 0.8 else made
+
+    pipe = toy_pipeline(Overflowing)
+    seen = []
+    with pytest.raises(NotFinite, match=r"after step [23] of 4 the latents hold NaN or infinity.*lower cfg_scale"):
+        pipe("abc", seed=0, solver=solver, on_step=seen.append)
+    assert 1 <= len(seen) <= 2  # steps before it are reported, it and later ones are not
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    pipe = toy_pipeline()
+    with torch.no_grad():
+        pipe.dit.gain.fill_(float("nan"))
+    with pytest.raises(NotFinite, match=r"after step 1 of 4.*dit has NaN or infinity in gain; load other weights"):
+        pipe("abc", seed=0)
 
 
 def test_every_solver_is_tested():

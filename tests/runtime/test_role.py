@@ -1,14 +1,27 @@
 """Roles of one component and of many: the architectures that they accept, and what a component must have."""
 
+import contextlib
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from diffsynth.errors import InvalidPipeline, MissingComponent
-from diffsynth.runtime.role import Role, fields_read, fill_roles, grouped, member_roles, members, role_of
+from diffsynth.errors import CorruptFile, InvalidPipeline, MissingComponent
+from diffsynth.runtime.role import (
+    Processor,
+    Role,
+    fields_read,
+    fill_roles,
+    grouped,
+    load_processor,
+    member_roles,
+    members,
+    role_of,
+)
 from diffsynth.spec import ArchitectureSpec
+from diffsynth.testing.tiny_processors import byte_tokenizer
 from toy_pipeline import ToyPipeline
 from toy_unet import declare
 
@@ -109,3 +122,37 @@ def test_a_component_that_lacks_what_the_pipeline_needs_is_refused_when_it_is_bu
 def test_a_module_of_no_declared_architecture_is_the_callers_own():
     own = nn.Identity()
     assert build(own).vae is own
+
+
+class TestLoadProcessor:
+    """Folders of others: their code is not run, and what is damaged in them is said by name."""
+
+    ROLE = Processor(source="owner/model:tokenizer/")
+
+    def test_a_folder_with_code_of_its_own(self, tmp_path, monkeypatch):
+        byte_tokenizer().save_pretrained(tmp_path)
+        own = {"auto_map": {"AutoTokenizer": ["code.Own", None]}, "tokenizer_class": "Own"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+        (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+        monkeypatch.setattr("builtins.input", lambda *text: "y")
+        with contextlib.suppress(CorruptFile):  # a transformers that needs no code for it may load it
+            load_processor("tokenizer", self.ROLE, tmp_path)
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+    @pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 10**5, "\x1b]0;owned\x07"])
+    def test_files_that_do_not_parse(self, tmp_path, name, content):
+        byte_tokenizer().save_pretrained(tmp_path)
+        (tmp_path / name).write_text(content)
+        with pytest.raises(
+            CorruptFile, match=r"cannot be loaded as tokenizer with transformers:AutoTokenizer"
+        ) as caught:
+            load_processor("tokenizer", self.ROLE, tmp_path)
+        assert str(tmp_path) in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+
+    def test_a_chat_template_is_not_run(self, tmp_path):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"
+        tokenizer.save_pretrained(tmp_path)
+        assert load_processor("tokenizer", self.ROLE, tmp_path)("an apple")["input_ids"]

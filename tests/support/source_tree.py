@@ -22,7 +22,7 @@ _LIGHT = {
         *("__init__", "errors", "spec", "hookspecs", "registry", "configs", "metrics"),
         *("_discovery", "_env", "_models", "_spec_checks"),
     },
-    "core": {"__init__", "json_cache"},
+    "core": {"__init__", "json_cache", "replacing"},
     "core/loader": {
         *("__init__", "config", "convert", "download", "dtypes", "explain", "file_kinds", "files", "first_party"),
         *(
@@ -48,6 +48,7 @@ _FOLDERS = {
     "core/device": "tensors",
     "core/data": "tensors",
     "core/parallel": "tensors",
+    "core/finite": "tensors",
     "core/forward_chain": "tensors",
     "core/repeats": "tensors",
     "nn": "tensors",

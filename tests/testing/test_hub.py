@@ -136,7 +136,7 @@ def test_a_model_loads_and_generates(spec, offline):
 
 
 def test_the_tokenizer_works_and_fits_the_text_encoder(hub):
-    tokenizer = AutoTokenizer.from_pretrained(hub / TURBO / "tokenizer", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(hub / TURBO / "tokenizer", local_files_only=True, trust_remote_code=False)
     assert len(tokenizer) == 261 <= TINY["text_encoder"]["vocab_size"]
     assert tokenizer.decode(tokenizer("Ein Apfel, 苹果")["input_ids"]) == "Ein Apfel, 苹果"
     messages = [{"role": "user", "content": "hi"}]

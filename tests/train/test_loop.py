@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from diffsynth import _discovery
 from diffsynth.core.loader import header
-from diffsynth.errors import TrainingError
+from diffsynth.errors import Diverged, TrainingError
 from diffsynth_train import checkpoint, loop
 from diffsynth_train.checkpoint import last_checkpoint
 from diffsynth_train.config import Recipe, parse_section
@@ -140,6 +140,27 @@ def test_old_checkpoints_are_deleted(flow_recipe, workspace):
     kept = sorted(path.name for path in (workspace / "flow").glob("step-*"))
     assert kept == ["step-0000005", "step-0000006"]
     assert last_checkpoint(workspace / "flow").name == "step-0000006"
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(flow_recipe, workspace):
+    """The first step is fine and saved; then a weight becomes NaN, and the second step is the last."""
+    run = loop.TrainingRun(parsed(flow_recipe, loop__save_every=1))
+    step = run.step
+
+    def diverging(number):
+        if number == 1:
+            with torch.no_grad():
+                run.parameters[0][1].fill_(float("nan"))
+        return step(number)
+
+    run.step = diverging
+    with pytest.raises(Diverged, match=r"gradients of step 2 hold NaN.*The last good checkpoint is .*step-0000001"):
+        run.steps(0)
+    with pytest.raises(Diverged, match=r"weights hold NaN or infinity.*so no checkpoint is written"):
+        run.save(2)
+    assert [path.name for path in (workspace / "flow").glob("step-*")] == ["step-0000001"]
+    for file in (workspace / "flow").rglob("*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,10 @@ def test_the_chat_template_is_applied(pipelines):
     ours = pipelines[0]
     from diffsynth_zimage.units import chat_text
 
-    text = chat_text(ours.tokenizer, "an apple")
+    text = chat_text("an apple")
+    messages = [{"role": "user", "content": "an apple"}]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    assert text == ours.tokenizer.apply_chat_template(messages, **options)
     assert text.startswith("<|im_start|>user\nan apple<|im_end|>\n<|im_start|>assistant\n")
     assert json.dumps(text)
 

@@ -11,7 +11,8 @@ from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.reader.blocks import BlockReader
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.core.loader.save import save_checkpoint
-from diffsynth.errors import KeyMismatch, NotEnoughMemory
+from diffsynth.core.vram import Policy, wrap
+from diffsynth.errors import CorruptFile, KeyMismatch, NotEnoughMemory
 from diffsynth.models.config import TINY_FLUX_AUTOENCODER, TINY_QWEN3_TEXT_ENCODER
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
 from diffsynth.models.qwen3 import Qwen3TextEncoder
@@ -180,3 +181,21 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
         save_checkpoint(module, file, architecture="flux_autoencoder", config=TINY_FLUX_AUTOENCODER)
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(toy, tmp_path, value):
+    net = toy.Net(toy.NetConfig())
+    with torch.no_grad():
+        net.layers[1]["k"].weight[2, 3] = value
+    save_file(net.state_dict(), tmp_path / "x.safetensors")
+    tensors = read_files([tmp_path / "x.safetensors"])
+    (found,) = recognize(tensors, toy.ARCHITECTURES, toy.CHECKPOINTS)
+    message = r"x\.safetensors: 1 weight holds NaN or infinity: .*k\.weight"
+    with pytest.raises(CorruptFile, match=message):
+        component.load_component(found, tensors, device="cpu", dtype=torch.float32)
+    module, source = component.open_component(found, tensors, dtype=torch.float32)
+    component.materialize(module, source, device="meta")
+    component.fill_buffers(module)
+    with pytest.raises(CorruptFile, match=message):
+        wrap(module, Policy.preset("cpu-offload", "cpu"), source=source)

@@ -152,6 +152,18 @@ def test_offline_with_a_missing_shard(hub):
     assert hub.requests == []
 
 
+def test_of_two_damaged_files_neither_is_kept(hub, monkeypatch):
+    """The check once stopped at the first, and the second stayed, with the hub's checksum as its record."""
+    paths = [f"transformer/a-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    hub.lies.update(paths)
+    _no_waiting(monkeypatch)
+    with pytest.raises(DownloadFailed, match=r"sha256|[Hh]ash|integrity|checksum"):
+        find(config())
+    assert [path for path in paths if (config().folder / path).exists()] == []
+    hub.lies.clear()
+    assert find(config())[0].read_bytes() == WEIGHTS
+
+
 def test_what_is_not_what_was_announced_is_refused_and_removed(hub, monkeypatch):
     path = "transformer/a-00001-of-00002.safetensors"
     hub.lies.add(path)

@@ -87,8 +87,11 @@ class TestPublished:
 
 def test_our_own_files_are_recognised_by_their_metadata():
     notes = {"diffsynth.architecture": "flux_autoencoder", "diffsynth.config": '{"latent_channels": 4}'}
-    (found,) = recognize(header_of({"x": (1,)}, notes), ARCHITECTURES, CHECKPOINTS)
+    own = {name.replace("{n}", "0"): (1,) for name in ARCHITECTURES["flux_autoencoder"].required}
+    (found,) = recognize(header_of(own, notes), ARCHITECTURES, CHECKPOINTS)
     assert (found.tier, found.config.latent_channels) == ("metadata", 4)
+    with pytest.raises(Unrecognized, match="its metadata says that it is a flux_autoencoder, but it lacks encoder"):
+        recognize(header_of({"x": (1,)}, notes), ARCHITECTURES, CHECKPOINTS)
 
 
 def test_metadata_of_an_uninstalled_family():

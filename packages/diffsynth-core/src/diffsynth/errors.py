@@ -16,8 +16,10 @@ DiffsynthError
 │   ├── InvalidPipeline     units, roles, components and velocity() of a pipeline do not fit each other
 │   ├── MissingComponent    an argument or a stage needs a role that is not loaded
 │   ├── Unplannable         the memory of a call cannot be computed without running it
+│   ├── NotFinite           latents or decoded values hold NaN or infinity
 │   └── Cancelled           the caller's `cancel` event was set
 ├── TrainingError           a recipe, a manifest or a checkpoint cannot be used, or training cannot continue
+│   └── Diverged            the loss, a gradient or a weight holds NaN or infinity
 └── BackendError
     ├── Unavailable         the backend's library or device is missing
     └── Refused             the backend does not support the call; the message gives the reason
@@ -28,11 +30,22 @@ Bad arguments raise plain `ValueError` and `TypeError`. `assert` is for internal
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+from itertools import islice
+
+_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
+"""Characters that a terminal may obey instead of showing them."""
 
 
 class DiffsynthError(Exception):
-    """Base class of all exceptions of this library."""
+    """Base class of all exceptions of this library.
+
+    Control characters in a message, which may come from a file's names, are shown as escapes; see `printable`.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(printable(each) if isinstance(each, str) else each for each in arguments))
 
 
 class RegistryError(DiffsynthError):
@@ -95,12 +108,20 @@ class Unplannable(PipelineError):
     """Raised when the memory and time of a call cannot be computed without running it."""
 
 
+class NotFinite(PipelineError):
+    """Raised when the latents or the decoded values of a call hold NaN or infinity, so that no image can be made."""
+
+
 class Cancelled(PipelineError):
     """Raised when the caller's `cancel` event was set during a call."""
 
 
 class TrainingError(DiffsynthError):
     """Raised when a recipe, a manifest or a checkpoint cannot be used, or when training cannot continue."""
+
+
+class Diverged(TrainingError):
+    """Raised when the loss, a gradient or a weight of a training run holds NaN or infinity."""
 
 
 class BackendError(DiffsynthError):
@@ -119,12 +140,20 @@ def shortened(items: Iterable[object], limit: int = 8) -> str:
     """Return at most `limit` items as text, with the number of the others, if any: "a, b and 3 more"; "a, b" for two.
 
     Args:
-        items: shown by `str`.
+        items: shown by `str`, at most 200 characters of each, control characters as escapes.
         limit: how many are shown.
     """
-    texts = [str(item) for item in items]
-    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + more
+    found = list(items)
+    texts = [printable(str(item)) for item in found[:limit]]
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    return ", ".join(f"{text[:197]}..." if len(text) > 200 else text for text in texts) + more
+
+
+def printable(text: str) -> str:
+    """Return a text that is safe to show on a terminal: control characters and those that reverse the direction of
+    text are replaced by escapes such as `\\x1b`; line ends and tabs are kept.
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def shown(value: object, limit: int = 60) -> str:
@@ -147,7 +176,10 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` with the known name nearest to `name`, or `""` if none is near. Ignores case."""
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    """Return `"; did you mean 'x'?"` with the known name nearest to `name`, or `""` if none is near. Ignores case.
+
+    At most 5,000 known names are compared, with the first 200 characters of `name`: more would take seconds.
+    """
+    by_lower = {candidate.lower(): candidate for candidate in islice(known, 5000)}
+    near = difflib.get_close_matches(name[:200].lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean {by_lower[near[0]]!r}?" if near else ""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth import _discovery
+from diffsynth.core.replacing import replacing
 from diffsynth.runtime.unit import equals_default
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -
 
     text = PngInfo()
     text.add_itxt(KEY, _as_text(made_by))
-    with _replacing(Path(path)) as unfinished:
+    with replacing(Path(path)) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=text)
 
 
@@ -105,7 +104,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path | str, made_by: Mappi
 
     # save_file refuses tensors that share memory, such as views of one tensor, and some that are not contiguous.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with _replacing(Path(path)) as unfinished:
+    with replacing(Path(path)) as unfinished:
         save_file(copies, unfinished, metadata={KEY: _as_text(made_by)})
 
 
@@ -204,19 +203,6 @@ def _as_object(made_by: Any, path: Path | str) -> dict[str, Any]:
 
 def _as_text(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Context manager that yields the path of a temporary file, which replaces `path` if no error occurs, and is
-    deleted else.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _versions(pipe: Any) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from diffsynth import _discovery
 from diffsynth.core import device as devices
 from diffsynth.core.loader.save import save_checkpoint
+from diffsynth.core.replacing import replacing
 from diffsynth.errors import TrainingError
 from diffsynth_train.components import Component
 
@@ -83,9 +85,8 @@ def save_state(
         "random_device": None if device.type == "cpu" else devices.random_state(device),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{STATE}.partial"
-    torch.save(state, partial)
-    partial.replace(folder / STATE)
+    with replacing(folder / STATE) as partial:
+        torch.save(state, partial)
 
 
 def load_state(
@@ -100,12 +101,12 @@ def load_state(
     weights as a dict name -> tensor, or None if they were not averaged).
 
     Raises:
-        TrainingError: the folder holds no state, or one with another seed or other parameters.
+        TrainingError: the folder holds no state, a damaged one, or one with another seed or other parameters.
     """
     path = folder / STATE
     if not path.is_file():
         raise TrainingError(f"{folder} holds no {STATE}; pass the folder of a checkpoint, or --resume last")
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    state = _read_state(path, device)
     if state["seed"] != seed:
         raise TrainingError(
             f"{path} was trained with seed {state['seed']}, the recipe has {seed}: the order of samples would differ"
@@ -113,6 +114,11 @@ def load_state(
     named = dict(parameters)
     if differing := sorted(set(named) ^ set(state["parameters"])):
         raise TrainingError(f"{path} and the recipe train different parameters; first difference: {differing[0]!r}")
+    if differing := [name for name in named if named[name].shape != state["parameters"][name].shape]:
+        there, here = (tuple(each[differing[0]].shape) for each in (state["parameters"], named))
+        raise TrainingError(
+            f"{path} and the recipe train networks of other sizes: {differing[0]!r} is {there} there and {here} here"
+        )
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(state["parameters"][name])
@@ -131,22 +137,58 @@ def step_folder(root: Path, step: int) -> Path:
 
 def last_checkpoint(root: Path) -> Path:
     """Return the path of the newest checkpoint in `root`: the folder `step-NNNNNNN` with the highest number that holds
-    a `state.pt`; raise TrainingError if there is none.
+    a `state.pt`; raise TrainingError if there is none, or if it is cut off.
 
     Raises:
-        TrainingError: there is no checkpoint.
+        TrainingError: there is no checkpoint, or the newest is damaged; the message names the newest whole one.
     """
     found = sorted(path.parent for path in root.glob(f"step-*/{STATE}"))
     if not found:
         raise TrainingError(f"{root} holds no checkpoint to resume from")
+    if not is_whole(found[-1]):
+        raise TrainingError(f"{found[-1] / STATE} is empty or cut off. {_what_else(found[-1])}")
     return found[-1]
 
 
-def drop_old(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoint folders (`step-NNNNNNN` with a `state.pt`) in `root`; delete none if
-    `keep` is 0.
+def is_whole(folder: Path) -> bool:
+    """Whether the `state.pt` of a checkpoint folder is there to its end: an archive's list of contents is its last
+    part. The content itself is not read.
     """
-    found = sorted(path.parent for path in root.glob(f"step-*/{STATE}"))
+    return zipfile.is_zipfile(folder / STATE)
+
+
+def drop_old(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoint folders (`step-NNNNNNN` with a whole `state.pt`) in `root`; delete
+    none if `keep` is 0.
+    """
+    found = [folder for folder in sorted(path.parent for path in root.glob(f"step-*/{STATE}")) if is_whole(folder)]
     for folder in found[:-keep] if keep else []:
         logger.info("deleting %s", folder)
         shutil.rmtree(folder)
+
+
+def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """Return the dict that `save_state` wrote.
+
+    Raises:
+        TrainingError: the file is damaged, or holds something else.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # damaged bytes end anywhere in the unpickler
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"{path} is damaged: {reason:.200}. {_what_else(path.parent)}") from None
+    expected = {"step", "seed", "parameters", "optimizer", "ema", "random", "random_device"}
+    if not isinstance(state, dict) or (missing := sorted(expected - state.keys())):
+        what = f"a {type(state).__name__}" if not isinstance(state, dict) else f"no {', '.join(missing)}"
+        raise TrainingError(f"{path} is no state of a training run: it holds {what}. {_what_else(path.parent)}")
+    return state
+
+
+def _what_else(folder: Path) -> str:
+    """Return a sentence that names the newest whole checkpoint beside a damaged one."""
+    others = sorted(path.parent for path in folder.parent.glob(f"step-*/{STATE}") if path.parent != folder)
+    whole = [other for other in others if is_whole(other)]
+    if not whole:
+        return "There is no other whole checkpoint beside it."
+    return f"The newest whole checkpoint beside it is {whole[-1]}; run: --resume {whole[-1]}"

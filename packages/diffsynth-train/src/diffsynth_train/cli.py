@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from diffsynth.cli.output import echo
+
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path, dir_okay=False))
@@ -39,4 +41,4 @@ def train(recipe: Path, resume: str, changes: tuple[str, ...]) -> None:
     except DiffsynthError as error:
         raise click.ClickException(f"{type(error).__name__}: {error}") from error
     for path in paths:
-        click.echo(path)
+        echo(path)

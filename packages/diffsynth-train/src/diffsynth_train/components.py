@@ -20,7 +20,7 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.identity import file_identity
 from diffsynth.errors import TrainingError, did_you_mean
 from diffsynth.runtime.pipeline import Pipeline
-from diffsynth.runtime.role import Role
+from diffsynth.runtime.role import Role, load_processor
 from diffsynth.spec import ArchitectureSpec, TrainingSpec, resolve
 from diffsynth_train.config import ComponentRecipe, Recipe
 
@@ -117,7 +117,7 @@ def build_pipeline(
             )
         if not Path(folder).is_dir():
             raise TrainingError(f"[processors]: {role} = {folder!r} is not a folder")
-        members[role] = resolve(cls.roles[role].loader).from_pretrained(folder, local_files_only=True)
+        members[role] = load_processor(role, cls.roles[role], folder)
     return cls.from_components(device=device, torch_dtype=torch.float32, **members)
 
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from diffsynth.core.replacing import replacing
+
 
 class LossLog:
     """CSV log of mean metrics over groups of steps; a resumed run continues the file.
@@ -52,7 +54,7 @@ class LossLog:
         return means
 
     def _rewrite(self) -> None:
-        with self._path.open("w", encoding="utf-8", newline="") as file:
+        with replacing(self._path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             if self._rows:
                 writer = csv.DictWriter(file, fieldnames=list(self._rows[0]))
                 writer.writeheader()

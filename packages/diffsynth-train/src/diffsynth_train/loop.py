@@ -16,7 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffsynth import _discovery
-from diffsynth.errors import Refused, TrainingError
+from diffsynth.core.finite import LateCheck, nonfinite
+from diffsynth.core.replacing import check_writable
+from diffsynth.errors import Diverged, Refused, TrainingError, shortened
 from diffsynth.runtime.acceleration.compiling import blocks_to_compile
 from diffsynth_train import checkpoint
 from diffsynth_train.components import build_components, build_pipeline, training_spec
@@ -47,7 +49,8 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> list[Path]:
         the paths of the final weights, `<output>/<role>.safetensors`.
 
     Raises:
-        TrainingError: the recipe, the manifest or the checkpoint is invalid, or the loss is not a number.
+        TrainingError: the recipe, the manifest or the checkpoint is invalid.
+        Diverged: the loss, a gradient or a weight is not finite.
         CheckpointError: the source of a component is missing or cannot be loaded.
     """
     run = TrainingRun(recipe)
@@ -61,6 +64,11 @@ class TrainingRun:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.output = Path(recipe.output.folder)
+        try:
+            check_writable(self.output / "loss.csv")
+        except ValueError as error:
+            raise TrainingError(f"[output] folder: {error}") from None
         self.accelerator = Accelerator(mixed_precision="no")
         self.device = self.accelerator.device
         torch.manual_seed(recipe.seed)
@@ -85,7 +93,6 @@ class TrainingRun:
         self.optimizer = build_optimizer(recipe.optimizer, (each for _, each in self.parameters), tables)
         self.ema = Ema(self.parameters, recipe.ema.decay) if recipe.ema.decay else None
         self._prepare(trained)
-        self.output = Path(recipe.output.folder)
 
     def resume(self, folder: Path) -> int:
         """Restore weights, optimizer, weight average and random state from a checkpoint folder; return the number of
@@ -103,22 +110,26 @@ class TrainingRun:
     def steps(self, start: int) -> None:
         """Train from step `start`, counted from 0, to the recipe's last step; log metrics and save checkpoints
         meanwhile.
+
+        Raises:
+            Diverged: the loss or the norm of the gradients of a step is not finite.
         """
-        loop = self.recipe.loop
+        loop, check = self.recipe.loop, LateCheck(self.device)
         log = LossLog(self.output / "loss.csv", every=loop.log_every, start=start)
         with training_progress(loop.steps, start) as progress:
             for step in range(start, loop.steps):
                 metrics = self.step(step)
+                self._stop_if(check.add(step, *(torch.as_tensor(metrics[name]) for name in ("loss", "grad_norm"))))
                 means = log.add(step + 1, metrics)
                 progress.advance(progress.task_ids[0])
                 if means is not None:
-                    if means["loss"] != means["loss"]:
-                        raise TrainingError(f"the loss is not a number at step {step + 1}; lower the learning rate")
                     progress.update(progress.task_ids[0], loss=f"loss {means['loss']:.4f}")
                     logger.info("step %d: %s", step + 1, ", ".join(f"{k} {v:.4g}" for k, v in means.items()))
                     _discovery.notify("training_step_done", step=step + 1, loss=means["loss"], metrics=means)
                 if loop.save_every and (step + 1) % loop.save_every == 0 and step + 1 < loop.steps:
+                    self._stop_if(check.finish())
                     self.save(step + 1)
+        self._stop_if(check.finish())
 
     def step(self, step: int) -> dict[str, Tensor | float]:
         """Perform optimizer step `step`, counted from 0; return a dict metric -> tensor or float: `loss`, the
@@ -153,10 +164,20 @@ class TrainingRun:
     def save(self, step: int) -> None:
         """Write a checkpoint to resume from, and the trained weights (averaged if the recipe has an average) as
         safetensors files, in the main process; delete old checkpoints. Other processes do nothing.
+
+        Raises:
+            Diverged: a weight is not finite; nothing was written or deleted.
         """
+        if wrong := nonfinite(dict(self.parameters), whole=True):
+            raise Diverged(
+                f"after step {step} {len(wrong)} weights hold NaN or infinity, {shortened(wrong, 3)}, so no checkpoint "
+                f"is written. {self._what_is_left()}"
+            )
         if not self.accelerator.is_main_process:
             return
         folder = checkpoint.step_folder(self.output, step)
+        self._save_weights(folder, step)
+        # Last, because a folder with a state counts as a checkpoint.
         checkpoint.save_state(
             folder,
             step=step,
@@ -166,7 +187,6 @@ class TrainingRun:
             ema=None if self.ema is None else self.ema.state_dict(),
             device=self.device,
         )
-        self._save_weights(folder, step)
         checkpoint.drop_old(self.output, self.recipe.loop.keep)
 
     def finish(self) -> list[Path]:
@@ -181,6 +201,21 @@ class TrainingRun:
         if not self.accelerator.is_main_process:
             return []
         return self._save_weights(self.output, self.recipe.loop.steps)
+
+    def _stop_if(self, step: int | None) -> None:
+        """Raise Diverged that names step `step`, counted from 0, as not finite; do nothing for None."""
+        if step is not None:
+            raise Diverged(
+                f"the loss or the gradients of step {step + 1} hold NaN or infinity, so the run stops. "
+                f"{self._what_is_left()}"
+            )
+
+    def _what_is_left(self) -> str:
+        try:
+            last = f"The last good checkpoint is {checkpoint.last_checkpoint(self.output)}."
+        except TrainingError:
+            last = "No checkpoint was written before."
+        return f"{last} Lower the learning rate, or set optimizer.clip, and look for damaged samples."
 
     def _save_weights(self, folder: Path, step: int) -> list[Path]:
         recipe = json.dumps(asdict(self.recipe), sort_keys=True)

@@ -44,7 +44,7 @@ def encode_prompt(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
     tokens = tokenizer(
-        [chat_text(tokenizer, cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS)) for text in distinct],
+        [chat_text(cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS)) for text in distinct],
         padding="longest",
         padding_side="right",  # with causal attention, padding after the text does not change its hidden states
         return_tensors="pt",
@@ -58,12 +58,13 @@ def encode_prompt(
     return embeds[order], mask.to(device, torch.bool)[order]
 
 
-def chat_text(tokenizer: Any, prompt: str) -> str:
+def chat_text(prompt: str) -> str:
     """Return a str: `prompt` as one user message in Qwen3's chat template, with thinking enabled as in training,
     followed by the start of an answer.
+
+    The template in the tokenizer's folder is a program, and is not run.
     """
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @unit("latents", random=True, phase=Phase.LATENTS)

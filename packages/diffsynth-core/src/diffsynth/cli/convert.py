@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffsynth.cli.output import UserError, traceback_option
+from diffsynth.cli.output import UserError, echo, traceback_option
 
 if TYPE_CHECKING:
     from diffsynth.core.loader.header import Header
@@ -49,14 +49,17 @@ def convert(files: tuple[Path, ...], out: Path, dtype: str | None, own_names: bo
     from diffsynth.core.loader.save import save_source
 
     save_source(source, out, **notes)
-    click.echo(str(out))
+    echo(str(out))
 
 
 def _check_out(out: Path) -> None:
+    from diffsynth.core.replacing import check_writable
+
     if out.suffix != ".safetensors":
         raise UserError(f"OUT is {str(out)!r}: expected a name that ends in .safetensors")
     if not out.parent.is_dir():
         raise UserError(f"OUT is {str(out)!r}: there is no folder {str(out.parent)!r}")
+    check_writable(out)
     if out.exists():
         raise UserError(f"{out} exists already; remove it, or name another file")
 

@@ -6,7 +6,7 @@ import traceback
 
 import click
 
-from diffsynth.cli.output import json_option, show_json, traceback_option
+from diffsynth.cli.output import echo, json_option, show_json, traceback_option
 from diffsynth.diagnosis.finding import Finding
 
 
@@ -29,21 +29,21 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     else:
         for title, findings in report.items():
             _show(title, findings)
-        click.echo(_verdict(report))
+        echo(_verdict(report))
     if ctx.find_root().meta.get("diffsynth.traceback"):
         for cause in [finding.cause for findings in report.values() for finding in findings if finding.cause]:
-            click.echo("".join(traceback.format_exception(cause)), err=True, nl=False)
+            echo("".join(traceback.format_exception(cause)), err=True, nl=False)
     ctx.exit(0 if usable else 1)
 
 
 def _show(title: str, findings: list[Finding]) -> None:
-    click.echo(title)
+    echo(title)
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
-        click.echo(f"  {finding.state:6}  {finding.name:{width}}  {finding.seen}")
+        echo(f"  {finding.state:6}  {finding.name:{width}}  {finding.seen}")
         if finding.next_action:
-            click.echo(f"  {'':6}  {'':{width}}  -> {finding.next_action}")
-    click.echo()
+            echo(f"  {'':6}  {'':{width}}  -> {finding.next_action}")
+    echo()
 
 
 def _verdict(report: dict[str, list[Finding]]) -> str:

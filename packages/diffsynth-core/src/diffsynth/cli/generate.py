@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffsynth.cli.arguments import call_arguments, set_option
-from diffsynth.cli.output import POLICIES, UserError, fail, traceback_option
+from diffsynth.cli.output import POLICIES, UserError, echo, fail, traceback_option
 
 if TYPE_CHECKING:
     import inspect
@@ -107,7 +107,7 @@ def generate(
     request = pipe.check(**arguments)
     result = pipe(**arguments)
     for role, report in pipe.transfers.items() if verbose else ():
-        click.echo(f"{role}: {report.settle()}", err=True)
+        echo(f"{role}: {report.settle()}", err=True)
     results = _separate(request, result, arguments, pipe.per_image)
     for (one, its_arguments), path in zip(results, _numbered(out, writer.spec.suffix, len(results)), strict=True):
         made_by = provenance.record(pipe, its_arguments)
@@ -115,7 +115,7 @@ def generate(
             write(one, path, record=made_by, **file_settings)
         except (TypeError, ValueError) as error:
             fail(click.get_current_context(), _with_hint(error, writer.spec, arguments))
-        click.echo(str(path))
+        echo(str(path))
 
 
 def _file_settings(
@@ -124,6 +124,7 @@ def _file_settings(
     """Return the settings of the writer as a dict; raise UserError or ValueError if OUT or an option does not fit the
     model.
     """
+    from diffsynth.core.replacing import check_writable
     from diffsynth.runtime.writers import check_kind, output_kind
 
     for name, kind in {"fps": "video", "sample_rate": "audio"}.items():
@@ -134,6 +135,7 @@ def _file_settings(
             raise UserError(f"{option} {value:g}: expected a positive number")
     if not out.parent.is_dir():
         raise UserError(f"OUT is {str(out)!r}: there is no folder {str(out.parent)!r}")
+    check_writable(out)
     check_kind(out, spec, output_kind(record), name=record.name)
     default = {"fps": record.fps or _FPS} if spec.kind == "video" else {}
     return default | {name: value for name, value in given.items() if value is not None}

@@ -8,7 +8,7 @@ import click
 
 from diffsynth import _discovery
 from diffsynth._discovery import Declared
-from diffsynth.cli.output import UserError, fail, what_to_install
+from diffsynth.cli.output import UserError, echo, fail, what_to_install
 from diffsynth.errors import DiffsynthError, did_you_mean
 from diffsynth.spec import CommandSpec, resolve
 
@@ -100,6 +100,6 @@ def program(ctx: click.Context, traceback: bool) -> None:
     """Generate images and videos with diffusion models."""
     ctx.meta["diffsynth.traceback"] = traceback
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        echo(ctx.get_help())
         if not _discovery.catalog().models:
-            click.echo(f"\n{what_to_install()}")
+            echo(f"\n{what_to_install()}")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from diffsynth import _discovery, registry
-from diffsynth.cli.output import UserError, json_option, show_json, show_record, show_table, what_to_install
+from diffsynth.cli.output import UserError, echo, json_option, show_json, show_record, show_table, what_to_install
 from diffsynth.cli.output import traceback_option as with_traceback
 
 
@@ -31,9 +31,9 @@ def list_models(pattern: str | None, as_json: bool) -> None:
         rows = [(r.name, r.task, r.weights, r.plugin, r.description) for r in records]
         show_table(("NAME", "TASK", "WEIGHTS", "PLUGIN", "DESCRIPTION"), rows)
     elif registry.list():
-        click.echo(f"No installed model matches {pattern!r}. Run: diffsynth list", err=True)
+        echo(f"No installed model matches {pattern!r}. Run: diffsynth list", err=True)
     else:
-        click.echo(what_to_install())
+        echo(what_to_install())
 
 
 @click.command()
@@ -64,9 +64,9 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
         ]
         show_table(("PLUGIN", "DISTRIBUTION", "VERSION", "STATE", "DECLARES"), rows)
         for problem in problems:
-            click.echo(f"\n{problem}", err=True)
+            echo(f"\n{problem}", err=True)
             if problem.traceback and ctx.find_root().meta.get("diffsynth.traceback"):
-                click.echo(problem.traceback, err=True, nl=False)
+                echo(problem.traceback, err=True, nl=False)
     ctx.exit(1 if problems else 0)
 
 
@@ -102,7 +102,7 @@ def _schema(model: str) -> dict[str, Any] | None:
     try:
         return model_schema(model)
     except Exception as error:  # a plugin's module may raise anything; the rest of the record is shown nevertheless
-        click.echo(f"no schema: {type(error).__name__}: {error}. Run: diffsynth doctor", err=True)
+        echo(f"no schema: {type(error).__name__}: {error}. Run: diffsynth doctor", err=True)
         return None
 
 

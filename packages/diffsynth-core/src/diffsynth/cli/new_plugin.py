@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from diffsynth.cli.output import UserError, traceback_option
+from diffsynth.cli.output import UserError, echo, traceback_option
 
 WEIGHTS = "dit.safetensors"
 _FILES = {
@@ -43,7 +43,7 @@ def new_plugin(name: str, output: Path | None) -> None:
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
-    click.echo(f"{folder}: {len(files)} files. Next: pip install -e '{folder}[test]' && pytest {folder}")
+    echo(f"{folder}: {len(files)} files. Next: pip install -e '{folder}[test]' && pytest {folder}")
 
 
 def render(name: str) -> dict[str, bytes]:

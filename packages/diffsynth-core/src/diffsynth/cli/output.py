@@ -10,6 +10,8 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from diffsynth.errors import Diverged, NotFinite, printable
+
 POLICIES = ("none", "cpu-offload", "fp8", "dynamic", "disk", "auto")
 """Names of the policies of `diffsynth.core.vram`, copied because that module imports torch; a test compares them."""
 
@@ -21,17 +23,41 @@ class UserError(click.ClickException):
 
     exit_code = 2
 
+    def format_message(self) -> str:
+        """Return the message, control characters as escapes."""
+        return printable(super().format_message())
+
+
+class RunFailed(UserError):
+    """An error in a run that was started correctly, such as a diverged training: one line on stderr, exit code 1."""
+
+    exit_code = 1
+
+
+def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print a text on stdout, or with `err` on stderr; control characters in it, which may come from a file, are shown
+    as escapes.
+
+    Args:
+        text: shown by `str`.
+        err: print on stderr.
+        nl: print a line end after it.
+    """
+    click.echo(printable(str(text)), err=err, nl=nl)
+
 
 def fail(ctx: click.Context, error: Exception) -> NoReturn:
     """Raise UserError with one line about an error; with `--traceback`, print the error's traceback before.
 
     Raises:
-        UserError: always.
+        RunFailed: the error is `Diverged` or `NotFinite`.
+        UserError: any other error.
     """
     if ctx.find_root().meta.get("diffsynth.traceback"):
-        click.echo(traceback.format_exc(), err=True, nl=False)
+        echo(traceback.format_exc(), err=True, nl=False)
     text = str(error)
-    raise UserError(text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}") from error
+    kind = RunFailed if isinstance(error, Diverged | NotFinite) else UserError
+    raise kind(text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}") from error
 
 
 def json_option(function: Function) -> Function:
@@ -59,14 +85,14 @@ def traceback_option(function: Function) -> Function:
 
 def show_json(value: Any) -> None:
     """Print a value as JSON on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout; cells are never cut, so that the output can be searched and piped."""
     widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
     for row in (headers, *rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def show_record(values: dict[str, Any], *, indent: int = 0) -> None:
@@ -75,10 +101,10 @@ def show_record(values: dict[str, Any], *, indent: int = 0) -> None:
     width = max((len(name) for name in shown), default=0)
     for name, value in shown.items():
         if isinstance(value, dict):
-            click.echo(f"{'':{indent}}{name}")
+            echo(f"{'':{indent}}{name}")
             show_record(value, indent=indent + 2)
         else:
-            click.echo(f"{'':{indent}}{name:{width}}  {value}")
+            echo(f"{'':{indent}}{name:{width}}  {value}")
 
 
 def what_to_install() -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffsynth.cli.arguments import call_arguments, set_option, shown_arguments
-from diffsynth.cli.output import POLICIES, json_option, show_json, show_table, traceback_option
+from diffsynth.cli.output import POLICIES, echo, json_option, show_json, show_table, traceback_option
 
 if TYPE_CHECKING:
     from diffsynth.core.planning import ComponentPlan, MemoryPlan, StagePlan
@@ -79,7 +79,7 @@ def plan(
         if as_json:
             show_json({"model": record.name, "fits": False, "reason": str(error)})
         else:
-            click.echo(f"{record.name} does not fit: {error}", err=True)
+            echo(f"{record.name} does not fit: {error}", err=True)
         click.get_current_context().exit(1)
     if as_json:
         shown = shown_arguments(arguments, settings)
@@ -93,21 +93,21 @@ def _show(record: ModelRecord, made: MemoryPlan) -> None:
     heads = ("STAGE", "VRAM GiB", "RAM GiB", "WEIGHTS", "GB/STEP", "STEPS", "S/STEP")
     rows = [_row(stage, has_device=has_device) for stage in made.stages]
     show_table(heads, rows)
-    click.echo(f"\npeak      {_peak(made)}")
+    echo(f"\npeak      {_peak(made)}")
     if has_device:
-        click.echo(f"smallest  --vram {-(-made.smallest_vram * 100 // GIB) / 100:.2f}")
+        echo(f"smallest  --vram {-(-made.smallest_vram * 100 // GIB) / 100:.2f}")
     if made.evicted:
-        click.echo(f"evicted   {', '.join(made.evicted)}: off the device between stages")
+        echo(f"evicted   {', '.join(made.evicted)}: off the device between stages")
     for stage in (stage for stage in made.stages if stage.bytes_ahead):
         ahead, total = stage.bytes_ahead / 1e9, stage.bytes_once / 1e9
-        click.echo(f"prefetch  {ahead:.1f} of {total:.1f} GB of {stage.name} are copied during the last step before it")
+        echo(f"prefetch  {ahead:.1f} of {total:.1f} GB of {stage.name} are copied during the last step before it")
     if made.storage:
-        click.echo(f"stored    in {made.storage}, which changes results")
+        echo(f"stored    in {made.storage}, which changes results")
     if made.options:
-        click.echo(f"choice    {'; '.join(map(str, made.options))}")
+        echo(f"choice    {'; '.join(map(str, made.options))}")
     for name, value in made.switches.items():
-        click.echo(f"sets      {name}={value!r} because of the limit, which may change the result")
-    click.echo(f"speed     {made.speeds.link / 1e9:.1f} GB/s, {made.speeds.compute / 1e12:.1f} TFLOP/s: "
+        echo(f"sets      {name}={value!r} because of the limit, which may change the result")
+    echo(f"speed     {made.speeds.link / 1e9:.1f} GB/s, {made.speeds.compute / 1e12:.1f} TFLOP/s: "
                f"{'measured' if made.speeds.measured else 'not measured here'}. {made.speeds.source}")  # fmt: skip
 
 

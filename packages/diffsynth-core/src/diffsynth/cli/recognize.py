@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from diffsynth import _discovery
-from diffsynth.cli.output import json_option, show_json, show_table, traceback_option
+from diffsynth.cli.output import echo, json_option, show_json, show_table, traceback_option
 from diffsynth.errors import CheckpointError, shortened
 
 
@@ -41,7 +41,7 @@ def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None
     if rows and not as_json:
         show_table(("FILE", "ARCHITECTURE", "CHECKPOINT", "BY"), rows)
     for line in [line for answer in answers for line in (answer["error"], _extra(answer)) if line]:
-        click.echo(line, err=True)
+        echo(line, err=True)
     kinds = {answer["kind"] for answer in answers} - {None}
     ctx.exit(0 if not kinds else 3 if kinds == {"Unrecognized"} else 2)
 
@@ -58,7 +58,7 @@ def _answer(file: str, *, show_trace: bool) -> dict[str, Any]:
         components = recognition.recognize(read_files(found), *_discovery.catalog().layouts())
     except CheckpointError as error:
         if show_trace:
-            click.echo(traceback.format_exc(), err=True, nl=False)
+            echo(traceback.format_exc(), err=True, nl=False)
         return answer | {"error": str(error), "kind": type(error).__name__}
     return answer | {"components": [_component(one) for one in components]}
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from diffsynth import _env
+from diffsynth.core.replacing import replacing
 
 
 def read_json_cache(name: str) -> dict[str, Any]:
@@ -38,8 +38,7 @@ def update_json_cache(name: str, key: str, value: Any) -> None:
     text = json.dumps(read_json_cache(name) | {key: value}, indent=1)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError:
         return

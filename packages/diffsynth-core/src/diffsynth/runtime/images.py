@@ -14,6 +14,8 @@ from torch import Tensor
 
 from diffsynth.core.data.color import to_mask, to_rgb
 from diffsynth.core.data.image import cover
+from diffsynth.core.finite import is_finite
+from diffsynth.errors import NotFinite
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,15 @@ def images_to_batch(
 
 
 def tensor_to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
-    """Return a list of PIL images, one for each item of a tensor `b 3 h w`; values are clamped to [-1, 1]."""
+    """Return a list of PIL images, one for each item of a tensor `b 3 h w`; values are clamped to [-1, 1].
+
+    Raises:
+        NotFinite: a value is NaN, which no pixel can show.
+    """
+    if not bool(is_finite(pixels)):
+        raise NotFinite(
+            f"the decoded values hold NaN or infinity ({pixels.dtype}), so no image can be made of them. A float16 "
+            f"autoencoder may overflow: use torch.bfloat16 or torch.float32"
+        )
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return [Image.fromarray(array) for array in rearrange(levels, "b c h w -> b h w c").numpy()]

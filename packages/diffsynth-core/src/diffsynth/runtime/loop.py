@@ -7,7 +7,7 @@ A solver (`diffsynth.sampling.solver`) runs the steps. For each it calls `veloci
                                     predict: each branch of guidance, with step cache, attention backend and windows
                                     guide: the branches are combined
         latents = ...
-        end_step(index, latents)    observers and the caller's `on_step`
+        end_step(index, latents)    the latents are finite, observers and the caller's `on_step`
 
 Everything follows the index of the step, not the number of evaluations: experts, the step cache, the attention backend,
 progress and cancellation are the same for all evaluations of one step.
@@ -21,10 +21,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffsynth import _discovery
-from diffsynth.errors import shown
+from diffsynth.core.finite import LateCheck, nonfinite
+from diffsynth.errors import NotFinite, shortened, shown
 from diffsynth.runtime.acceleration.session import StepCacheSession, step_cache_session
 from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
 from diffsynth.runtime.feature import StepContext
@@ -74,6 +75,7 @@ class DenoisingLoop:
         self._guidance_state: dict[str, Any] = {}
         self._step = self._steps[0]
         self._evaluation = 0
+        self._finite = LateCheck(pipe.device)
 
     @property
     def num_steps(self) -> int:
@@ -99,7 +101,7 @@ class DenoisingLoop:
         steps = range(self.num_steps) if steps is None else steps
         # Latents stay fp32: in bf16, steps near the end of the schedule would round most of their change away.
         latents = self._values.shared["latents"].float()
-        self._step = self._steps[steps.start]
+        self._step, self._finite = self._steps[steps.start], LateCheck(latents.device)
         self._step_cache = _step_cache_session(pipe, request)
         self._experts = pipe.switch_experts(self._roles[steps.start : steps.stop], request.plan)
         self._notify("denoise_started", pipeline=pipe, num_steps=self.num_steps, shape=tuple(latents.shape))
@@ -114,6 +116,7 @@ class DenoisingLoop:
                 on_step=lambda index, latents: self.end_step(steps.start + index, latents),
                 progress=lambda indices: _progress(progress, list(indices)),
             )
+        self.raise_if_not_finite(self._finite.finish())
 
     def velocity(self, latents: Tensor, sigma: Tensor) -> Tensor:
         """Return the guided velocity at a noise level, an fp32 tensor of the shape of `latents`: one evaluation of a
@@ -179,9 +182,13 @@ class DenoisingLoop:
         return self._guidance.combine(predictions, float(self._request.loop.cfg_scale), step)
 
     def end_step(self, index: int, latents: Tensor) -> None:
-        """Notify observers and call the caller's `on_step` with the latents after step `index`, and go on to the next
-        step.
+        """Check that the latents are finite, notify observers, call the caller's `on_step` with the latents after step
+        `index`, and go on to the next step.
+
+        Raises:
+            NotFinite: the latents hold NaN or infinity; on a device those of the step before.
         """
+        self.raise_if_not_finite(self._finite.add(index, latents))
         sigma, sigma_next, reused = self._levels[index], self._levels[index + 1], self._step_cache.take_reused()
         self._notify("step_done", pipeline=self._pipe, step=index, num_steps=self.num_steps, sigma=sigma_next)
         if self._request.loop.on_step is not None:
@@ -189,6 +196,28 @@ class DenoisingLoop:
         self._evaluation = 0
         if index + 1 < self.num_steps:
             self._step = self._steps[index + 1]
+
+    def raise_if_not_finite(self, index: int | None) -> None:
+        """Raise NotFinite that names step `index`, and weights that hold NaN or infinity; do nothing for None.
+
+        Raises:
+            NotFinite: `index` is not None.
+        """
+        if index is None:
+            return
+        pipe = self._pipe
+        causes = []
+        for role in pipe.all_loop_roles:
+            part = pipe.parts.get(role)
+            weights = dict(part.named_parameters()) if isinstance(part, nn.Module) else {}
+            if wrong := nonfinite(weights, whole=True):
+                causes.append(f"{role} has NaN or infinity in {shortened(wrong, 3)}; load other weights or LoRAs. ")
+        half = "torch.float16 overflows: use torch.bfloat16. " if pipe.dtype == torch.float16 else ""
+        raise NotFinite(
+            f"after step {index + 1} of {self.num_steps} the latents hold NaN or infinity, so nothing can be decoded "
+            f"from them. {''.join(causes) or half}If the weights and LoRAs are right, lower cfg_scale and other "
+            f"strengths, or use a larger dtype."
+        )
 
     def _noise(self, index: int, shape: Sequence[int]) -> Tensor:
         """Return the noise that a solver adds in a step, a tensor; entry i depends on its seed and the index only."""

@@ -49,13 +49,6 @@ class FixedLengthTokenizer:
         ids = torch.ones(count, length, dtype=torch.long)
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
-    def apply_chat_template(self, messages: Any, *, tokenize: bool = True, **options: Any) -> Any:
-        """Return a `BatchEncoding` of one text of a fixed length, whatever the messages; "" unless `tokenize`.
-
-        The number of tokens does not depend on the messages.
-        """
-        return self("", **options) if tokenize else ""
-
 
 def without_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy of `module` on the meta device, without data; a wrapped module is built anew from its config.

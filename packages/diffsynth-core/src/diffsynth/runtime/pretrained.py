@@ -23,8 +23,7 @@ from diffsynth.core.vram.block_weights import check_source
 from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.memory_options import MemoryOptions, Policies
-from diffsynth.runtime.role import Agreement, Processor, Role, check_agreements, grouped, role_of
-from diffsynth.spec import resolve
+from diffsynth.runtime.role import Agreement, Processor, Role, check_agreements, grouped, load_processor, role_of
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +262,7 @@ class PretrainedLoader:
                     continue
                 config = ModelConfig.from_source(processor.source)
             folder = files.find(config, resolve=_resolve_source)[0]
-            components[role] = resolve(processor.loader).from_pretrained(folder, local_files_only=True)
+            components[role] = load_processor(role, processor, folder)
             sources[role] = [folder]
         return components, sources
 

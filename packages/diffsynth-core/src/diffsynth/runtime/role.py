@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from diffsynth.errors import InvalidPipeline, MissingComponent, did_you_mean
+from diffsynth.errors import CorruptFile, InvalidPipeline, MissingComponent, did_you_mean
 from diffsynth.runtime.architectures import architecture_of
-from diffsynth.spec import ArchitectureSpec
+from diffsynth.spec import ArchitectureSpec, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,31 @@ def check_agreements(agreements: Iterable[Agreement], configs: Mapping[str, Any]
                     f"{pipeline_name}: {agreement.name}: {first[0]} is {first[1]!r} and {path} is {value!r}; these two "
                     "components do not fit each other. Use the files of one model"
                 )
+
+
+def load_processor(role: str, processor: Processor, folder: Path | str) -> Any:
+    """Return the tokenizer or processor of a role, loaded from the files of a folder by the role's `loader`. Code in
+    the folder is never run, and nothing is downloaded.
+
+    Args:
+        role: its name, for the message.
+        processor: the declared role.
+        folder: the folder.
+
+    Raises:
+        CorruptFile: the folder's files cannot be read, or need code of their own.
+    """
+    try:
+        return resolve(processor.loader).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # libraries raise whatever a damaged file leads to
+        text = str(error)
+        reason = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no reason given'}"
+        if "trust_remote_code" in text or "custom code" in text:
+            reason = "it needs code of its own, which is never run"
+        raise CorruptFile(
+            f"{folder} cannot be loaded as {role} with {processor.loader}: {reason:.300}. Fetch the folder again, or "
+            f"name that of the published model: {processor.source}"
+        ) from error
 
 
 def fill_roles(

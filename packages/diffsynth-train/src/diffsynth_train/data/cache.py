@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffsynth.core.replacing import replacing
 from diffsynth.errors import TrainingError
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.unit import Unit, split
@@ -132,6 +133,5 @@ class UnitCache:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(row[0], partial, metadata={"values": json.dumps(row[1])})
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file(row[0], partial, metadata={"values": json.dumps(row[1])})

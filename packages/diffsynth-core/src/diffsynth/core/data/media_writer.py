@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -22,6 +21,7 @@ from torch import Tensor
 from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.media import Location, count_frames, frame_rate_of, opened, pyav, read_audio
 from diffsynth.core.data.video_frame import encoded_tags
+from diffsynth.core.replacing import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -199,15 +199,11 @@ def _written(path: Location, suffixes: Sequence[str] = _CONTAINERS) -> Iterator[
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} ends in {path.suffix or 'no suffix'!r}; expected one of {', '.join(suffixes)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        with av.open(str(partial), "w") as container:
+        with replacing(path) as partial, av.open(str(partial), "w") as container:
             yield container
-        os.replace(partial, path)
     except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be written: {error}; check ffmpeg_params and the frames' size") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _images(frames: Frames) -> Iterator[Image.Image]:

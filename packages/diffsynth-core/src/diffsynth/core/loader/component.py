@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import threading
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffsynth.core import device as devices
+from diffsynth.core import finite
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.header import Header
 from diffsynth.core.loader.reader.ops import apply_rule, dequantize
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.recognize import Recognized
 from diffsynth.core.loader.scaled import Scaled
-from diffsynth.errors import KeyMismatch, NotEnoughMemory, shortened
+from diffsynth.errors import CorruptFile, KeyMismatch, NotEnoughMemory, shortened
 from diffsynth.spec import ArchitectureSpec, resolve
 
-__all__ = ["apply_rule", "build", "dequantize", "fill_buffers", "load_component", "materialize", "open_component"]
+__all__ = [
+    "apply_rule",
+    "build",
+    "check_finite",
+    "dequantize",
+    "fill_buffers",
+    "load_component",
+    "materialize",
+    "open_component",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +40,39 @@ _COMPUTED = (convert.Dequantize, convert.Apply, Scaled)
 """Rules whose result is floating, whatever their sources are."""
 
 
-def build(architecture: ArchitectureSpec, config: Any) -> nn.Module:
-    """Return a new `nn.Module` of an architecture and config, on the meta device: its weights have no memory."""
-    with torch.device("meta"):
-        return resolve(architecture.module)(config)
+def build(architecture: ArchitectureSpec, config: Any, *, most: int | None = None) -> nn.Module:
+    """Return a new `nn.Module` of an architecture and config, on the meta device: its weights have no memory.
+
+    Args:
+        architecture: the architecture.
+        config: an instance of its config.
+        most: number of parameters above which building ends, so that a config from a damaged file does not take all
+            memory; None for no limit.
+
+    Raises:
+        KeyMismatch: no network can be built from the config, or it would have more parameters than `most`.
+    """
+    thread, count = threading.get_ident(), 0
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if most is not None and count > most:
+            raise KeyMismatch(f"the network would have more than {most} parameters")
+
+    make = resolve(architecture.module)
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        with torch.device("meta"):
+            module: nn.Module = make(config)
+    except Exception as error:  # a config of impossible sizes ends anywhere in torch
+        raise KeyMismatch(
+            f"no {architecture.name} can be built from its config: {type(error).__name__}: {error}. The config is "
+            f"{config!s:.500}"
+        ) from error
+    finally:
+        hook.remove()
+    return module
 
 
 def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype) -> tuple[nn.Module, ComponentSource]:
@@ -49,11 +90,15 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
         CorruptFile: the file has a dtype that torch does not have.
     """
     architecture, prefix = recognized.architecture, recognized.prefix
-    module = build(architecture, recognized.config)
     keys = recognized.keys or tuple(key for key in header.tensors if key.startswith(prefix))
-    plan = convert.plan(recognized.rules, {key.removeprefix(prefix): header.tensors[key].shape for key in keys})
-    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    # Fused keys become a few parameters each, so a network that the file fits stays far below this.
     where = ", ".join(map(str, header.files)) or "the given state_dict"
+    try:
+        module = build(architecture, recognized.config, most=16 * len(keys) + 1000)
+        plan = convert.plan(recognized.rules, {key.removeprefix(prefix): header.tensors[key].shape for key in keys})
+    except KeyMismatch as error:
+        raise KeyMismatch(f"{where} does not fit: {error}") from error
+    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     unused = convert.check(plan, wanted, where=where, unused="report" if recognized.tier == "structure" else "raise")
     _warn_unused([prefix + source for key in unused for source in plan.targets[key].sources], recognized, where)
     targets = {key: plan.targets[key] for key in wanted}
@@ -85,7 +130,7 @@ def load_component(
     Raises:
         KeyMismatch: keys or shapes do not fit the module; nothing was read.
         NotEnoughMemory: the weights do not fit into the free memory; nothing was read.
-        CorruptFile: a file changed since its header was read, or cannot be read.
+        CorruptFile: a file changed since its header was read, or cannot be read; or a weight holds NaN or infinity.
     """
     return materialize(*open_component(recognized, header, dtype=dtype), device=device, copy=copy)
 
@@ -103,9 +148,30 @@ def materialize(
         _check_memory(source, device=device, copy=copy)
     module.load_state_dict(source.read(device=device, copy=copy), strict=True, assign=True)
     if not on_meta:
+        check_finite(dict(module.named_parameters()), source.where)
         fill_buffers(module)
         module.to(device)
     return module.eval().requires_grad_(False)
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise CorruptFile if weights hold NaN or infinity, from which no image could be made.
+
+    Large weights in host memory are sampled, see `finite.nonfinite`; what that misses is found after the first step.
+
+    Args:
+        weights: name -> weight.
+        where: the file's name, for the message.
+
+    Raises:
+        CorruptFile: a weight holds NaN or infinity.
+    """
+    if wrong := finite.nonfinite(weights):
+        hold = "weight holds" if len(wrong) == 1 else "weights hold"
+        raise CorruptFile(
+            f"{where}: {len(wrong)} {hold} NaN or infinity: {shortened(wrong, 3)}. The training that wrote the file "
+            f"diverged, or a conversion to a smaller dtype overflowed: use an earlier checkpoint, or fetch it again."
+        )
 
 
 def fill_buffers(module: nn.Module) -> None:

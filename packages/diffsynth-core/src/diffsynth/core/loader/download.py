@@ -87,21 +87,25 @@ _FETCHERS: dict[str, Callable[[ModelConfig], None]] = {
 
 
 def _check_content(config: ModelConfig, *, since: float) -> None:
-    """Delete the first new file whose sha256 differs from the one that huggingface_hub noted, and raise DownloadFailed;
-    do nothing if there is none.
+    """Delete all new files whose sha256 differs from the one that huggingface_hub noted, and raise DownloadFailed; do
+    nothing if there are none.
 
     ModelScope's library checks its own files.
     """
+    wrong = []
     for file in sorted(config.folder.rglob("*")):
         # One second of tolerance, because file systems round their times.
         if not file.is_file() or file.stat().st_mtime < since - 1 or not (announced := hub_sha256(file)):
             continue
         if (found := _sha256(file)) != announced:
             file.unlink()
-            raise DownloadFailed(
-                f"{file} came with sha256 {found}, the hub announced {announced}: it was damaged in transfer, or the "
-                f"answer did not come from the hub. It is removed. Load again to fetch it again."
-            )
+            wrong.append(f"{file} came with sha256 {found}, the hub announced {announced}")
+    if wrong:
+        are, them = ("It is", "it") if len(wrong) == 1 else ("They are", "them")
+        raise DownloadFailed(
+            f"{'; '.join(wrong)}: damaged in transfer, or the answer did not come from the hub. {are} removed. Load "
+            f"again to fetch {them} again."
+        )
 
 
 def _sha256(file: Path) -> str:

@@ -38,18 +38,34 @@ def open_weights(file: Path, *, pickled: bool = False) -> BinaryIO:
         NoFiles: there is no such file, or it cannot be opened.
         CorruptFile: the file is of another kind; the message names it.
     """
-    if not file.is_file():
-        raise NoFiles(f"{file} {why_missing(file)}.")
     try:
+        if not file.is_file():
+            raise NoFiles(f"{file} {why_missing(file)}.")
         stream = file.open("rb")
     except OSError as error:
-        raise NoFiles(f"{file} cannot be opened: {error.strerror}") from None
-    start = stream.read(_START)
-    stream.seek(0)
+        raise NoFiles(f"{file!s:.300} cannot be opened: {error.strerror or error}") from None
+    try:
+        start = stream.read(_START)
+        stream.seek(0)
+    except OSError as error:
+        stream.close()
+        raise CorruptFile(f"{file} cannot be read: {error.strerror or error}") from None
     if kind := _other_kind(start, pickled):
         stream.close()
         raise CorruptFile(f"{file} {kind}")
     return stream
+
+
+def exists(file: Path) -> bool:
+    """Whether there is a file or folder at a path.
+
+    Raises:
+        NoFiles: no name like that can exist, because it is too long, or its folder cannot be looked into.
+    """
+    try:
+        return file.exists()
+    except OSError as error:
+        raise NoFiles(f"{file!s:.300} cannot be opened: {error.strerror or error}") from None
 
 
 def why_missing(file: Path) -> str:

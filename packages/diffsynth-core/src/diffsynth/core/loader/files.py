@@ -15,6 +15,7 @@ from pathlib import Path
 
 from diffsynth.core.loader import download, file_kinds
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.replacing import is_unfinished
 from diffsynth.errors import CorruptFile, NoFiles, shortened
 from diffsynth.spec import Source, parse_source
 
@@ -98,7 +99,7 @@ def checkpoint_at(path: Path) -> list[Path]:
         NoFiles: there is no checkpoint, shards are missing, or the folder holds several.
         CorruptFile: an index of shards does not parse.
     """
-    if path.is_dir():
+    if file_kinds.exists(path) and path.is_dir():
         return only_checkpoint(path)
     if match := _SHARD.fullmatch(path.name):
         found = sorted(path.parent.glob(f"{glob.escape(match['stem'])}-*-of-{match['count']}{match['suffix']}"))
@@ -243,7 +244,7 @@ def _from_paths(path: str | Path | Iterable[str | Path]) -> list[Path]:
     if not paths:
         raise NoFiles("path is an empty list; expected the files of one checkpoint")
     for each in paths:
-        if not each.exists():
+        if not file_kinds.exists(each):
             raise NoFiles(f"{each} {file_kinds.why_missing(each)}. {_contents_of(each.parent)}")
     if len(paths) == 1 and paths[0].name.endswith(_INDEX):
         index = paths[0]
@@ -296,7 +297,11 @@ def _in_folder(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
             if _has_content(folder / pattern):
                 found.add(folder / pattern)
         else:
-            found.update(file for file in folder.glob(pattern) if file.is_file() and not _UNFINISHED.search(file.name))
+            found.update(
+                file
+                for file in folder.glob(pattern)
+                if file.is_file() and not _UNFINISHED.search(file.name) and not is_unfinished(file)
+            )
     return sorted(found)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -30,6 +31,12 @@ layout whose names the file has, and an id of the call that wrote it."""
 
 HEADER_LIMIT = 100_000_000
 """Bytes of JSON that the format allows; a larger length field is damaged."""
+
+KEYS_LIMIT = 100_000
+"""Tensors of one file; the largest published diffusion model has fewer than 10,000."""
+
+DIMENSIONS_LIMIT = 64
+"""Axes of one tensor, as in torch."""
 
 WRAPPER_PREFIXES = (
     "model.diffusion_model.",
@@ -211,23 +218,30 @@ def read_safetensors(file: Path) -> Header:
         NoFiles: there is no such file.
         CorruptFile: the file is damaged or of another kind; the message says how.
     """
-    with file_kinds.open_weights(file) as stream:
-        stamp = FileStamp.of(stream.fileno())
-        text, base = _header_text(file, stream, stamp.size)
-        metadata, tensors = _parsed(file, text, base)
-        _check_ranges(file, tensors, stamp.size)
-        notes = quantization_notes.in_metadata(str(file), metadata)
-        notes |= quantization_notes.in_stream(str(file), stream, tensors)
+    try:
+        with file_kinds.open_weights(file) as stream:
+            stamp = FileStamp.of(stream.fileno())
+            text, base = _header_text(file, stream, stamp.size)
+            metadata, tensors = _parsed(file, text, base)
+            _check_ranges(file, tensors, stamp.size)
+            notes = quantization_notes.in_metadata(str(file), metadata)
+            notes |= quantization_notes.in_stream(str(file), stream, tensors)
+    except OSError as error:
+        raise CorruptFile(f"{file} cannot be read: {error.strerror or error}") from None
     return Header(tensors, metadata, (file,), stamps={file: stamp}, notes=notes)
 
 
 def _parsed(file: Path, text: bytes, base: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     """Return a tuple: the metadata of a header, and a dict key -> dtype, shape and place of its tensors."""
+    # Counted before they are parsed, which takes ten times the memory of the text. Metadata may hold colons, too.
+    if text.count(b":") > 4 * KEYS_LIMIT + 10**6:
+        raise CorruptFile(f"{file} has a header of more than {KEYS_LIMIT} tensors, the limit. Is it a checkpoint?")
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
         if not isinstance(entries, dict):
             raise ValueError(f"it is a {type(entries).__name__}")
         metadata = _metadata(entries.pop("__metadata__", {}))
+        check_count(len(entries), file)
         return metadata, {key: _tensor_info(key, entry, file, base) for key, entry in entries.items()}
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
@@ -257,12 +271,25 @@ def _header_text(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, int]:
     return start[8:] + stream.read(length - 1), 8 + length
 
 
+def check_count(tensors: int, file: Path | str) -> None:
+    """Raise CorruptFile if a file has more tensors than the limit.
+
+    Args:
+        tensors: their number.
+        file: the file, for the message.
+
+    Raises:
+        CorruptFile: there are more than `KEYS_LIMIT`.
+    """
+    if tensors > KEYS_LIMIT:
+        raise CorruptFile(f"{file} has {tensors} tensors, and the limit is {KEYS_LIMIT}. Is it a checkpoint?")
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has {twice!r} twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"it has {next(name for name, count in counts.items() if count > 1)!r:.200} twice")
     return entries
 
 
@@ -284,6 +311,8 @@ def _tensor_info(key: str, entry: Any, file: Path, base: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{key!r} has dtype {dtype!r}; expected one of {', '.join(BITS)}")
+    if isinstance(shape, list) and len(shape) > DIMENSIONS_LIMIT:
+        raise ValueError(f"{key!r:.200} has {len(shape)} axes; expected at most {DIMENSIONS_LIMIT}")
     if not _are_sizes(shape):
         raise ValueError(f"{key!r} has shape {shape!r:.100}; expected extents from 0 up")
     if not _are_sizes(offsets) or len(offsets) != 2:

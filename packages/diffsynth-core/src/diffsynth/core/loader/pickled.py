@@ -14,10 +14,16 @@ import torch
 
 from diffsynth.core.loader import file_kinds, quantization_notes
 from diffsynth.core.loader.dtypes import dtype_names
-from diffsynth.core.loader.header import FileStamp, Header, TensorInfo
+from diffsynth.core.loader.header import FileStamp, Header, TensorInfo, check_count
 from diffsynth.errors import CorruptFile
 
 _WRAPPERS = ("state_dict", "module", "model_state")
+
+_DEPTH = 32
+"""Largest number of dicts in dicts."""
+
+_EXPANDED = 2**20
+"""Bytes that a tensor may have more than its storage."""
 
 
 def read(file: Path) -> Header:
@@ -34,7 +40,11 @@ def read(file: Path) -> Header:
     try:
         # Files written before torch 1.6 are no archives and cannot be mapped: they are read whole.
         mapped = zipfile.is_zipfile(file)
+        if mapped:
+            _check_archive(file, stamp.size)
         loaded = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except CorruptFile:
+        raise
     except Exception as error:  # damaged bytes end anywhere in the unpickler: KeyError, IndexError, struct.error, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptFile(f"{file} is not a torch checkpoint of tensors alone: {reason}") from None
@@ -55,18 +65,21 @@ def of_state_dict(
         stamps: their stamps.
 
     Raises:
-        CorruptFile: two tensors get the same name, or one is not strided.
+        CorruptFile: two tensors get the same name, one is not strided or is larger than its storage, dicts are nested
+            too deeply (or hold themselves), or there are more than `header.KEYS_LIMIT` values.
     """
-    while len(state_dict) == 1 and next(iter(state_dict)) in _WRAPPERS:
+    where = files[0] if files else "the given state_dict"
+    for _ in range(_DEPTH):
+        if len(state_dict) != 1 or next(iter(state_dict)) not in _WRAPPERS:
+            break
         if not isinstance(next(iter(state_dict.values())), Mapping):
             break
         state_dict = next(iter(state_dict.values()))
     tensors: dict[str, torch.Tensor] = {}
-    for key, tensor in _flatten(state_dict):
+    for key, tensor in _flatten(state_dict, where):
         if key in tensors:
-            raise CorruptFile(f"two tensors are called {key!r} once nested names are joined by dots")
-        if tensor.layout is not torch.strided:
-            raise CorruptFile(f"{key!r} is a {tensor.layout} tensor; expected a dense one")
+            raise CorruptFile(f"{where}: two tensors are called {key!r} once nested names are joined by dots")
+        _check_dense(key, tensor, where)
         tensors[key] = tensor
     infos = {key: TensorInfo(dtype_names().get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}
     nested = any(isinstance(value, Mapping) for value in state_dict.values())
@@ -80,12 +93,53 @@ def of_state_dict(
     return Header(infos, {}, files, tensors, shapes, stamps or {}, notes)
 
 
-def _flatten(nested: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    for key, value in nested.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+def _flatten(nested: Mapping[Any, Any], where: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (key, tensor) pairs of a nested dict in its order, keys joined by dots; other values are left out.
+
+    Raises:
+        CorruptFile: dicts are nested too deeply, or there are too many values.
+    """
+    count = 0
+    levels = [("", iter(nested.items()))]
+    while levels:
+        prefix, items = levels[-1]
+        for key, value in items:
+            count += 1
+            check_count(count, where)
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}{key}", value
+            elif isinstance(value, Mapping):
+                if len(levels) >= _DEPTH:
+                    raise CorruptFile(f"{where} holds dicts nested more than {_DEPTH} deep, or one that holds itself")
+                levels.append((f"{prefix}{key}.", iter(value.items())))
+                break
+        else:
+            levels.pop()
+
+
+def _check_dense(key: str, tensor: torch.Tensor, where: Path | str) -> None:
+    if tensor.layout is not torch.strided:
+        raise CorruptFile(f"{where}: {key!r} is a {tensor.layout} tensor; expected a dense one")
+    if tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return
+    size, stored = tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()
+    # Small ones are accepted: an expanded scalar is a legitimate tensor.
+    if size > stored + _EXPANDED:
+        raise CorruptFile(
+            f"{where}: {key!r} of shape {tuple(tensor.shape)} would take {size} bytes, and {stored} are stored: its "
+            f"elements are repeated by strides. Save it again after contiguous()."
+        )
+
+
+def _check_archive(file: Path, size: int) -> None:
+    """Raise CorruptFile if a zip archive would expand to more than the file's size; torch compresses nothing."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    check_count(len(entries), file)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CorruptFile(f"{file} is a compressed archive, which no torch checkpoint is. Unpack it, or save it again.")
+    if (total := sum(entry.file_size for entry in entries)) > size:
+        raise CorruptFile(f"{file} has {size} bytes, and its contents say {total}: it is damaged. Fetch it again.")
 
 
 def _shapes(nested: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def encodings(header: Header) -> dict[str, Encoding]:
         if key not in header.tensors:
             raise Unrecognized(
                 f"{header.where}: a note says how {key} is quantised, and the file has no such tensor"
-                f"{did_you_mean(key, header.tensors) if len(header.tensors) < 10_000 else ''}"
+                f"{did_you_mean(key, header.tensors)}"
             )
         try:
             found[key] = _encoding(note, header.tensors[key])

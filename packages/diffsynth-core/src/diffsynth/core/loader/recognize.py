@@ -22,7 +22,7 @@ from diffsynth.core.loader.header import (
 )
 from diffsynth.core.loader.layouts import own_names, rules_of
 from diffsynth.core.loader.quantization_notes import Encoding
-from diffsynth.errors import KeyMismatch, Unrecognized, did_you_mean
+from diffsynth.errors import KeyMismatch, Unrecognized, did_you_mean, shortened
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, resolve
 
 TIERS = ("metadata", "signature", "structure")
@@ -155,14 +155,21 @@ def _by_metadata(
     architecture = architectures[name]
     try:
         config = resolve(architecture.config)(**json.loads(header.metadata.get(CONFIG_KEY, "{}")))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise Unrecognized(f"{header.where}: its {CONFIG_KEY} does not fit {architecture.config}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise Unrecognized(
+            f"{header.where}: its {CONFIG_KEY} does not fit {architecture.config}: {type(error).__name__}: {error}"
+        ) from None
     layout = header.metadata.get(LAYOUT_KEY)
     checkpoint = next((one for one in checkpoints if (one.name, one.architecture) == (layout, name)), None)
     if layout is not None and checkpoint is None:
         return []  # the layout is no longer declared; the other tiers compare the names themselves
-    scaling, plan = _plan(rules_of(checkpoint) if checkpoint else (), header.shapes, encodings)
-    keys = tuple(key for key in header.tensors if key not in set(plan.dropped))
+    try:
+        scaling, plan = _plan(rules_of(checkpoint) if checkpoint else (), header.shapes, encodings)
+        _require(architecture, plan.shapes)
+    except (KeyMismatch, ValueError) as error:
+        raise Unrecognized(f"{header.where}: its metadata says that it is a {name}, but {error}") from None
+    dropped = set(plan.dropped)
+    keys = tuple(key for key in header.tensors if key not in dropped)
     return [Recognized(architecture, checkpoint, config, "metadata", keys=keys, scaling=scaling)]
 
 
@@ -206,7 +213,7 @@ def _by_structure(
         for first, *others in alike:
             try:
                 candidates.append(_candidate(architectures[first.architecture], first, prefix, shapes, known, noted))
-            except (KeyMismatch, ValueError, LookupError) as error:
+            except (KeyMismatch, ValueError, ArithmeticError, LookupError) as error:
                 lacks = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
                 refusals.update({(checkpoint.name, prefix): lacks for checkpoint in (first, *others)})
     return _weigh(header, candidates)
@@ -375,9 +382,8 @@ def _require(architecture: ArchitectureSpec, own: Mapping[str, Shape]) -> None:
             before, _, after = pattern.partition("{n}")
             numbered = re.compile(re.escape(before) + r"(\d+)\.").match
             blocks = {int(match[1]) for key in own if (match := numbered(key))}
-            expected = range(max(blocks, default=0) + 1)
+            # Among this many numbers one is missing if any is: a key with a huge number lists nothing.
+            expected = range(min(max(blocks, default=0), len(blocks)) + 1)
             missing = [f"{before}{n}{after}" for n in expected if f"{before}{n}{after}" not in own]
         if missing:
-            raise ValueError(
-                f"it lacks {missing[0]}" + (f" and {len(missing) - 1} like it" if len(missing) > 1 else "")
-            )
+            raise ValueError(f"it lacks {shortened(missing, 1)}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.metadata
 import json
-import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -27,6 +27,7 @@ from diffsynth.core.loader.header import (
 )
 from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
 from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.replacing import remove_unfinished, replace_files
 from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean
 from diffsynth.spec import CheckpointSpec
 
@@ -65,8 +66,10 @@ def save_checkpoint(
     """Write a module as safetensors, architecture and config in its metadata; return a list of the paths of the weight
     files.
 
-    Each file is written under another name, synced to disk and then renamed. Above `shard_size` the files are
-    `name-00001-of-0000N.safetensors` with `name.safetensors.index.json`. Needs memory for one tensor.
+    Each file is written under another name, synced to disk and then renamed, the index last: whenever the process ends,
+    `path` or its index leads to the old checkpoint or the new one, whole. Above `shard_size` the files are
+    `name-00001-of-0000N.safetensors` with `name.safetensors.index.json`; shards that replace others have eight more
+    characters in their names. Needs memory for one tensor.
 
     Args:
         module: the module whose parameters and persistent buffers are written; tensors that share memory are written
@@ -98,7 +101,7 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     shards = _shards(entries, shard_size)
     if len(shards) == 1:
-        _publish({path: lambda partial: _write(partial, shards[0], notes)})
+        replace_files({path: lambda partial: _write(partial, shards[0], notes)})
         written = [path]
     else:
         written = _save_shards(path, shards, notes)
@@ -132,13 +135,18 @@ def save_source(
         key: _Entry(source.dtypes[key], shapes[key], lambda key=key: source.read([key])[key]) for key in source.keys
     }
     notes = _notes(metadata or {}, architecture, config, base) if architecture else {**(metadata or {}), "format": "pt"}
-    _publish({path: lambda partial: _write(partial, entries, notes)})
+    replace_files({path: lambda partial: _write(partial, entries, notes)})
 
 
 def _save_shards(path: Path, shards: list[dict[str, _Entry]], notes: dict[str, str]) -> list[Path]:
     # A crash may leave shards of two calls under one index: the id of the call shows that to a reader.
-    notes = notes | {SAVE_KEY: uuid.uuid4().hex}
-    names = [path.with_name(f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors") for i in range(1, len(shards) + 1)]
+    save_id = uuid.uuid4().hex
+    notes = notes | {SAVE_KEY: save_id}
+    stem = path.stem
+    if _index(path).exists() or any(path.parent.glob(f"{glob.escape(stem)}-*-of-*.safetensors")):
+        # The earlier index and its shards stay whole until the new index, the last file, takes its place.
+        stem = f"{stem}-{save_id[:8]}"
+    names = [path.with_name(f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors") for i in range(1, len(shards) + 1)]
     index = {
         "metadata": {"total_size": sum(entry.size for shard in shards for entry in shard.values())},
         "weight_map": {key: name.name for name, shard in zip(names, shards, strict=True) for key in sorted(shard)},
@@ -149,24 +157,8 @@ def _save_shards(path: Path, shards: list[dict[str, _Entry]], notes: dict[str, s
         return lambda partial: _write(partial, shard, notes)
 
     files = {name: writer(shard) for name, shard in zip(names, shards, strict=True)}
-    _publish(files | {_index(path): lambda partial: _write_bytes(partial, [text.encode()])})
+    replace_files(files | {_index(path): lambda partial: _write_bytes(partial, [text.encode()])})
     return names
-
-
-def _publish(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Call each path's function to write its file under a temporary name, then rename all files to their paths, in
-    order.
-    """
-    partials = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial") for path in files}
-    try:
-        for path, write in files.items():
-            write(partials[path])
-        for path, partial in partials.items():
-            os.replace(partial, path)
-        _sync_folder(next(iter(files)).parent)
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
 
 
 def _write(path: Path, entries: Mapping[str, _Entry], notes: Mapping[str, str]) -> None:
@@ -198,8 +190,6 @@ def _write_bytes(path: Path, contents: Any) -> None:
     with path.open("wb") as stream:
         for part in contents:
             stream.write(part)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _bytes(key: str, entry: _Entry) -> memoryview:
@@ -208,27 +198,20 @@ def _bytes(key: str, entry: _Entry) -> memoryview:
     return memoryview(made.reshape(-1).view(torch.uint8).numpy())
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # Windows cannot open a folder; its entries are written through
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _remove_stale(path: Path, written: list[Path]) -> None:
     """Delete safetensors files that earlier calls saved as `path` or as its shards (numbered parts), if not in
-    `written`, and their index if one file was written.
+    `written`, and their index if one file was written; and what interrupted calls left behind.
     """
-    shard = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}\.safetensors")
+    stem = re.escape(path.stem)
+    shard = re.compile(rf"{stem}(-[0-9a-f]{{8}})?-\d{{5}}-of-\d{{5}}\.safetensors")
     earlier = [file for file in path.parent.iterdir() if file == path or shard.fullmatch(file.name)]
     stale = [file for file in earlier if file not in written and _is_ours(file)]
-    for file in stale:
-        file.unlink()
     if stale and written == [path]:
         _index(path).unlink(missing_ok=True)
+    for file in stale:
+        file.unlink()
+    own = rf"{stem}(-[0-9a-f]{{8}})?(-\d{{5}}-of-\d{{5}})?(\.safetensors\.index)?"
+    remove_unfinished(path.parent, re.compile(own))
 
 
 def _is_ours(file: Path) -> bool:

@@ -12,6 +12,13 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 def count_items(shapes: Shapes, prefix: str) -> int:
     """Return the number of items of the module list `prefix`: the highest INDEX of keys "prefix.INDEX.…" plus 1; 0
     without any.
+
+    Raises:
+        ValueError: most numbers below the highest are missing, as in no module list.
     """
     depth = prefix.count(".") + 1
-    return max((int(key.split(".")[depth]) for key in shapes if key.startswith(f"{prefix}.")), default=-1) + 1
+    found = {int(key.split(".")[depth]) for key in shapes if key.startswith(f"{prefix}.")}
+    count = max(found, default=-1) + 1
+    if count > 4 * len(found) + 16:
+        raise ValueError(f"it has {len(found)} items of {prefix}, and one has the number {count - 1:.6g}")
+    return count
