@@ -10,12 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from diffsynth.errors import CorruptFile, Unrecognized, did_you_mean, shortened
-
-if TYPE_CHECKING:
-    from diffsynth.core.loader.header import Header, TensorInfo
 
 NOTE = "comfy_quant"
 """Last part of the key of a note."""
@@ -49,6 +46,26 @@ _FIELDS = {
     "full_precision_matrix_mult",
 }  # fmt: skip
 """Fields of a note that are known; any other may change what the weights mean."""
+
+
+class StoredTensor(Protocol):
+    """The dtype, shape and place of a tensor in a file, as in `header.TensorInfo`."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype in the safetensors format."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extents, row-major."""
+
+    @property
+    def start(self) -> int:
+        """Offset of the first byte."""
+
+    @property
+    def end(self) -> int:
+        """Offset behind the last byte."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,7 @@ def in_metadata(where: str, metadata: Mapping[str, str]) -> dict[str, Mapping[st
     return layers
 
 
-def in_stream(where: str, stream: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str, Mapping[str, Any]]:
+def in_stream(where: str, stream: BinaryIO, tensors: Mapping[str, StoredTensor]) -> dict[str, Mapping[str, Any]]:
     """Return a dict layer -> note of the notes among a file's tensors; their bytes are read from `stream`.
 
     Args:
@@ -140,38 +157,43 @@ def in_stream(where: str, stream: BinaryIO, tensors: Mapping[str, TensorInfo]) -
     return found
 
 
-def encodings(header: Header) -> dict[str, Encoding]:
+def encodings(
+    where: str, notes: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, StoredTensor]
+) -> dict[str, Encoding]:
     """Return a dict key of a weight -> its `Encoding`, of all weights of a checkpoint that a note describes; raise
     Unrecognized if one is stored in a way that is not read.
+
+    Args:
+        where: the files' names, for the message.
+        notes: layer -> note, of all files.
+        tensors: key -> dtype and shape of their tensors.
 
     Raises:
         Unrecognized: a note has an unknown format or field, describes no weight or one of another dtype; or a weight or
             a scale needs a note and has none.
     """
     found: dict[str, Encoding] = {}
-    for layer, note in header.notes.items():
+    for layer, note in notes.items():
         key = f"{layer}.weight"
-        if key not in header.tensors:
+        if key not in tensors:
             raise Unrecognized(
-                f"{header.where}: a note says how {key} is quantised, and the file has no such tensor"
-                f"{did_you_mean(key, header.tensors)}"
+                f"{where}: a note says how {key} is quantised, and the file has no such tensor"
+                f"{did_you_mean(key, tensors)}"
             )
         try:
-            found[key] = _encoding(note, header.tensors[key])
-            if not note["format"].startswith("float8") and not any(
-                f"{layer}.{last}" in header.tensors for last in SCALES
-            ):
+            found[key] = _encoding(note, tensors[key])
+            if not note["format"].startswith("float8") and not any(f"{layer}.{last}" in tensors for last in SCALES):
                 raise ValueError(f"its note says {note['format']}, and there is no {SCALES[0]} beside it")
         except ValueError as error:
             raise Unrecognized(
-                f"{header.where}: {key} is quantised in a way that is not read: {error}. Use a file in bf16, or in fp8 "
+                f"{where}: {key} is quantised in a way that is not read: {error}. Use a file in bf16, or in fp8 "
                 f"with scales."
             ) from None
-    _check_unnoted(header, found)
+    _check_unnoted(where, tensors, found)
     return found
 
 
-def _encoding(note: Mapping[str, Any], info: TensorInfo) -> Encoding:
+def _encoding(note: Mapping[str, Any], info: StoredTensor) -> Encoding:
     """Return the `Encoding` of a weight with this note.
 
     Raises:
@@ -209,11 +231,11 @@ def _rotation(note: Mapping[str, Any], shape: tuple[int, ...]) -> int:
     return size
 
 
-def _check_unnoted(header: Header, noted: Mapping[str, Encoding]) -> None:
+def _check_unnoted(where: str, tensors: Mapping[str, StoredTensor], noted: Mapping[str, Encoding]) -> None:
     """Raise Unrecognized if a weight without a note is one that only a note can explain."""
-    for key, info in header.tensors.items():
+    for key, info in tensors.items():
         layer, _, last = key.rpartition(".")
-        weight = header.tensors.get(f"{layer}.weight") if last in SCALES else None
+        weight = tensors.get(f"{layer}.weight") if last in SCALES else None
         if weight is None or f"{layer}.weight" in noted:
             continue
         if weight.dtype == "U8":
@@ -223,7 +245,7 @@ def _check_unnoted(header: Header, noted: Mapping[str, Encoding]) -> None:
         else:
             continue
         raise Unrecognized(
-            f"{header.where}: {what}, and no note ({layer}.{NOTE}, {METADATA_KEY}) says which. Use a file in bf16, or "
+            f"{where}: {what}, and no note ({layer}.{NOTE}, {METADATA_KEY}) says which. Use a file in bf16, or "
             f"in fp8 with scales."
         )
 

@@ -101,7 +101,7 @@ def recognize(
     refusals: _Refusals = {}
     found: list[Recognized] = []
     packed = scaled.packed_format(header.tensors)
-    encodings = {} if packed else quantization_notes.encodings(header)
+    encodings = {} if packed else quantization_notes.encodings(header.where, header.notes, header.tensors)
     rest = header
     for tier in tiers:
         if tier == "metadata":
