@@ -7,9 +7,12 @@ from safetensors.torch import load_file
 
 from diffsynth import _discovery
 from diffsynth.core.loader import component
+from diffsynth.core.loader.lora_bases import explain
 from diffsynth.core.lora import LoRA, LoRALayer, fit, fuse, parse, save_lora, target_layers
+from diffsynth.errors import KeyMismatch
 from diffsynth_wan import WanVideoPipeline
 from diffsynth_wan.checkpoints import ARCHITECTURES
+from diffsynth_wan.config import WanDiTConfig
 from diffsynth_wan.tiny import TINY_DIT
 from wan_oracles import oracle_dit, our_dit, shared_parts
 
@@ -74,3 +77,16 @@ def test_a_lora_that_both_experts_could_have():
     second = {f"transformer{n}.{key}": tensor * (1 + len(n)) for key, tensor in one.items() for n in ("", "_2")}
     pipe.load_lora(state_dict=second)
     assert [lora.role for lora in pipe.loras] == ["dit2", "dit", "dit2"]
+
+
+def test_a_lora_of_another_size_is_named():
+    """A file for the 14B model, loaded into the 1.3B one, is no fault of the file."""
+    checkpoints = _discovery.catalog().layouts()[1]
+    small, large = WanDiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30), 5120
+    module = component.build(ARCHITECTURES[0], small)
+    pairs = {f"diffusion_model.blocks.{n}.self_attn.q.lora_{side}.weight" for n in range(40) for side in "AB"}
+    keys = {key: torch.zeros((2, large) if "lora_A" in key else (large, 2)) for key in pairs}
+    with pytest.raises(KeyMismatch, match=r"0 of its 40 layers fit.* It is a LoRA for .*14B.* \(wan_dit\)"):
+        fit(parse(keys), module, checkpoints, architecture=ARCHITECTURES[0].name)
+    part = {key: tensor for key, tensor in keys.items() if ".30." not in key}
+    assert "14B" in explain("a.safetensors", {key: tuple(tensor.shape) for key, tensor in part.items()}, checkpoints)

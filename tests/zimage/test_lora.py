@@ -7,10 +7,12 @@ from safetensors.torch import load_file
 
 from diffsynth import _discovery
 from diffsynth.core.loader import component
+from diffsynth.core.loader.lora_bases import explain
 from diffsynth.core.lora import LoRA, LoRALayer, fit, parse, save_lora, target_layers
 from diffsynth.core.lora.format import to_state_dict
+from diffsynth.errors import KeyMismatch
 from diffsynth_zimage.checkpoints import ARCHITECTURES
-from diffsynth_zimage.config import TINY_DIT
+from diffsynth_zimage.config import TINY_DIT, ZImageDiTConfig
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,46 @@ def test_fused_attention_of_kohya(dit):
     assert ours.keys() == theirs.keys() == {f"{block}.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")}
     for name, layer in ours.items():
         torch.testing.assert_close(change(layer), change(theirs[name]))
+
+
+SIZE = ZImageDiTConfig().dim
+TO_Q = "diffusion_model.layers.0.attention.to_q"
+A, B = {f"{TO_Q}.lora_A.weight": (4, SIZE)}, {f"{TO_Q}.lora_B.weight": (SIZE, 4)}
+QKV = {key.replace("to_q", "qkv"): shape for key, shape in A.items()} | {
+    key.replace("to_q", "qkv"): (3 * SIZE, 4) for key in B
+}
+FILES = {
+    "LoRA": A | B,
+    "fused": QKV,
+    "fused and split": A | B | QKV,
+    "half a pair": A,
+    "DoRA": A | B | {f"{TO_Q}.dora_scale": (SIZE, 1)},
+    "DoRA of another size": A | B | {f"{TO_Q}.dora_scale": (9, 1)},
+    "DoRA, fused": QKV | {f"{TO_Q.replace('to_q', 'qkv')}.dora_scale": (3 * SIZE, 1)},
+    "DoRA by columns, fused": QKV | {f"{TO_Q.replace('to_q', 'qkv')}.dora_scale": (1, SIZE)},
+    "LoKr": {f"{TO_Q}.lokr_w1": (4, 4), f"{TO_Q}.lokr_w2": (SIZE // 4, SIZE // 4)},
+    "LoKr of another size": {f"{TO_Q}.lokr_w1": (4, 4), f"{TO_Q}.lokr_w2": (SIZE // 4, SIZE // 2)},
+    "difference": {"diffusion_model.layers.0.attention_norm1.diff": (SIZE,)},
+    "no such bias": A | B | {f"{TO_Q}.diff_b": (SIZE,)},
+    "no such layer": A | B | {key.replace(".0.", ".77."): shape for key, shape in (A | B).items()},
+    "another output": A | {f"{TO_Q}.lora_B.weight": (SIZE + 1, 4)},
+    "unknown key": A | B | {"surprise": (1,)},
+    "OFT": A | B | {"a.oft_blocks": (2, 2, 2)},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_said_of_a_file_is_what_loading_does(name):
+    """The network has its published size, without memory."""
+    checkpoints = _discovery.catalog().layouts()[1]
+    said = explain("a.safetensors", FILES[name], checkpoints)
+    module = component.build(ARCHITECTURES[0], ZImageDiTConfig())
+    keys = {key: torch.zeros(shape) for key, shape in FILES[name].items()}
+    try:
+        fit(parse(keys), module, checkpoints, architecture="z_image_dit")
+        loads = True
+    except KeyMismatch:
+        loads = False
+    sent = "Load that model, then " in said
+    assert sent == loads, said
+    assert ("load_lora refuses it" in said or "another size" in said) == (not loads), said

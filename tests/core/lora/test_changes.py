@@ -52,6 +52,7 @@ def saved_by_peft(config, folder):
     return model.merge_and_unload()
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft 0.21 takes its own biases for damaged matrices
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_are_those_of_peft(name, tmp_path):
     expected = saved_by_peft(CONFIGS[name], tmp_path)

@@ -58,10 +58,34 @@ def test_parts_of_a_fused_weight_that_a_lora_leaves_alone(monkeypatch):
     torch.testing.assert_close(layer.up @ layer.down, expected)
 
 
-def test_names_of_two_layouts_in_one_file():
-    keys = small.state_dict(made={"plain": (torch.ones(1, 6), torch.ones(4, 1))})
-    with pytest.raises(KeyMismatch, match=r"'plain.weight' would be made twice"):
-        fitted(parse(keys | small.state_dict(made={"simple": (torch.ones(1, 6), torch.ones(4, 1))})))
+def pair(name, value=1.0):
+    outputs, inputs = small.FILE.get(name, (4, 6))
+    return small.state_dict(made={name: (torch.full((1, inputs), value), torch.ones(outputs, 1))})
+
+
+def test_names_of_two_layouts_in_one_file(caplog):
+    """Some published files hold one LoRA for two programs: it is added once. Different changes are ambiguous."""
+    with caplog.at_level("INFO", "diffsynth"):
+        assert torch.equal(fitted(parse(pair("plain") | pair("simple")))["plain"].down, torch.ones(1, 6))
+    assert "has 1 changes under two names, equal; each is added once" in caplog.text
+    with pytest.raises(
+        KeyMismatch, match=r"'plain.weight' would be made twice, with different values: from plain and f"
+    ):
+        fitted(parse(pair("plain") | pair("simple", 2.0)))
+
+
+def test_fused_and_split_keys_in_one_file():
+    """Equal ones are the same LoRA for two programs; different ones are parts that add up."""
+    layers = fitted(parse(pair("fused") | pair("q", 2.0) | pair("k")))
+    for name, strength in (("q", 3.0), ("k", 1.0), ("v", 1.0)):
+        torch.testing.assert_close(layers[name].scaled_up() @ layers[name].down, torch.full((4, 6), strength))
+    whole = {"qkv.lora_A.weight": torch.ones(1, 6), "qkv.lora_B.weight": torch.ones(12, 1)}
+    layer = fitted(parse(whole | pair("to_q") | pair("to_k") | pair("to_v")))["qkv"]
+    torch.testing.assert_close(layer.scaled_up() @ layer.down, torch.ones(12, 6))
+    layer = fitted(parse(whole | pair("to_q", 2.0) | pair("to_k") | pair("to_v")))["qkv"]
+    torch.testing.assert_close(
+        layer.scaled_up() @ layer.down, torch.tensor([3.0, 2.0, 2.0]).repeat_interleave(4)[:, None].expand(12, 6)
+    )
 
 
 REFUSED = {
@@ -70,8 +94,8 @@ REFUSED = {
     "deeper": ({"blocks.0.attn.to_q": (8, 8), "blocks.2.attn.to_q": (8, 8)}, "1 of its 2 layers fit"),
     "not a module with weights": ({"blocks.0.attn": (8, 8)}, "its blocks.0.attn is a Attention without this parameter"),
     "twice": (
-        {"blocks.0.attn.to_q": (8, 8), "transformer.blocks.0.attn.to_q": (8, 8)},
-        "another key both mean blocks.0.attn.to_q",
+        {"embed": (8, 5), "transformer.embed": (8, 5)},
+        "'embed.weight' would be made twice, with different values: from embed and from transformer.embed",
     ),
 }
 
@@ -79,7 +103,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit(name):
     shapes, message = REFUSED[name]
-    keys = small.state_dict(made={each: (torch.ones(2, i), torch.ones(o, 2)) for each, (o, i) in shapes.items()})
+    made = {each: (torch.full((2, i), len(each)), torch.ones(o, 2)) for each, (o, i) in shapes.items()}
+    keys = small.state_dict(made={each: (down.float(), up) for each, (down, up) in made.items()})
     with pytest.raises(KeyMismatch, match=message) as caught:
         fit(parse(keys, "style.safetensors"), small.network())
     assert "style.safetensors does not fit Network, and nothing was changed" in str(caught.value)

@@ -102,7 +102,8 @@ class LoRAMethods:
                 of it cannot be applied. The message has the number of layers that fit, and the model that the LoRA is
                 for.
         """
-        if isinstance(module, str | Path | ModelConfig) and lora_config is None and module not in self.parts:
+        is_role = isinstance(module, str) and module in self.parts  # `pipe.dit` is meant, and the error says so
+        if isinstance(module, str | Path | ModelConfig) and lora_config is None and not is_role:
             module, lora_config = None, module
         role = None if module is None else self._role_of(module)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
@@ -279,7 +280,8 @@ def _allowed(name: str, roles: Sequence[str], *, second: bool) -> list[str]:
     if kind.startswith("role:") and kind[5:] in roles:
         return [kind[5:]]
     if kind == "text":
-        return text[int(number) - 1 :][:1] if number and len(text) > 1 else text
+        # kohya calls T5 the third text encoder, also where there are two.
+        return text[int(number) - 1 :][:1] or text if number and len(text) > 1 else text
     if kind == "network":
         return [role for role in networks if not second or role.endswith("2") == (number == "2")]
     return list(roles)

@@ -7,14 +7,14 @@ what `load_lora` does.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.convert import Shape
 from diffsynth.core.loader.layouts import layout_of, rules_of, shapes_under
 from diffsynth.core.loader.lora_keys import Change, LoRAKeys, lora_keys, lora_share
-from diffsynth.core.loader.lora_match import Match, layouts_of, match, role_hint, without_prefix
+from diffsynth.core.loader.lora_match import layouts_of, match, role_hint, without_prefix
 from diffsynth.errors import shortened
 from diffsynth.spec import CheckpointSpec, parse_source
 
@@ -36,10 +36,16 @@ class _Base:
 
 @dataclass(frozen=True)
 class _Answer:
-    """The model that a part of a LoRA is for, as text, and how the part fits; empty text if no architecture has it."""
+    """The model that a part of a LoRA is for, as text, and what of it does not fit, name -> reason.
+
+    The text is empty if no architecture has the part; `compared` is False if the model's shapes are not known. `twice`
+    are parameters that the part changes under two names.
+    """
 
     text: str
-    match: Match | None = None
+    compared: bool = False
+    left: Mapping[str, str] = field(default_factory=dict)
+    twice: Sequence[str] = ()
 
 
 def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[CheckpointSpec]) -> str:
@@ -59,16 +65,21 @@ def explain(where: str, shapes: Mapping[str, Shape], checkpoints: Sequence[Check
     groups: dict[bool, list[Change]] = {}
     for change in found.changes:
         groups.setdefault(role_hint(change.module)[0] == "text", []).append(change)
-    answers = [_answer(changes, checkpoints) for changes in groups.values()]
+    answers = [answer for changes in groups.values() for answer in _answers(changes, checkpoints)]
     count = f"it changes {found.modules} modules"
     bases = " and ".join(dict.fromkeys(answer.text for answer in answers if answer.text))
     if not bases:
         first = found.changes[0].module if found.changes else next(iter(found.broken))
         text = f"{where} is a LoRA, not a model checkpoint, and for none of the installed architectures: {count}, "
         return f"{text}like {first!r}.{_refused(found, {})}"
-    left = {name: why for each in answers if each.match for name, why in each.match.left.items()}
+    left = {name: why for each in answers for name, why in each.left.items()}
     text = f"{where} is a LoRA for {bases}, not a model checkpoint: {count}."
-    if any(answer.match is None for answer in answers):
+    if twice := [key for answer in answers for key in answer.twice]:
+        text += (
+            f" It changes {shortened(twice, 2)} under two names: equal changes are added once, others only if one is a "
+            "part of a fused weight."
+        )
+    if not all(answer.compared for answer in answers):
         return text + _refused(found, left)
     return text + (_refused(found, left) or _next_step(found))
 
@@ -92,6 +103,22 @@ def _text(bases: Sequence[_Base], best: _Base | None) -> str:
     return _named(bases, best)
 
 
+def _answers(changes: Sequence[Change], checkpoints: Sequence[CheckpointSpec]) -> list[_Answer]:
+    """Return a list of `_Answer`s: for the model that most changes are for, then for the one that most of the rest are
+    for, as a file may be for a network and several text encoders.
+    """
+    answers: list[_Answer] = []
+    while changes:
+        answer = _answer(changes, checkpoints)
+        missing = [change for change in changes if answer.left.get(change.name) == ""]
+        if not answer.text or len(missing) == len(changes) or not base_of(missing, checkpoints):
+            return [*answers, answer]
+        names = {change.name for change in missing}
+        answers.append(replace(answer, left={name: why for name, why in answer.left.items() if name not in names}))
+        changes = missing
+    return answers
+
+
 def _answer(changes: Sequence[Change], checkpoints: Sequence[CheckpointSpec]) -> _Answer:
     bases, best = _bases(changes, checkpoints)
     text = _text(bases, best)
@@ -100,7 +127,8 @@ def _answer(changes: Sequence[Change], checkpoints: Sequence[CheckpointSpec]) ->
     siblings = [each for each in checkpoints if each.architecture == best.checkpoint.architecture]
     published = layout_of(best.checkpoint) or _by_rules(best.checkpoint, checkpoints)
     own = convert.plan(rules_of(best.checkpoint), published).shapes
-    return _Answer(text, match(changes, own, layouts_of(own, siblings)))
+    found = match(changes, own, layouts_of(own, siblings))
+    return _Answer(text, True, found.left, found.twice)
 
 
 def _refused(found: LoRAKeys, left: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ _ADAPTER = r"(?:\.(?P<adapter>(?!weight$|bias$)\w+))?(?:\.(?P<what>weight|bias))
 _KEY = re.compile(
     r"(?P<module>.+?)(?:"
     rf"\.lora_(?P<side>A|B|down|up|mid){_ADAPTER}"
-    r"|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<dotted>down|up|mid)(?:\.weight)?"
+    r"|(?:\.lora|(?P<place>_lora[12]?)|\.lora_linear_layer)\.(?P<dotted>down|up|mid)(?:\.weight)?"
     r"|\.lora_embedding_(?P<embedding>A|B)(?:\.\w+)?"
     r"|\.(?P<magnitude>lora_magnitude_vector|dora_scale)(?:\.\w+){0,2}"
     r"|\.(?P<factor>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.\w+)?"
@@ -190,8 +190,10 @@ def _parsed(key: str, shape: Shape) -> tuple[str, str, str] | None:
     if match is None:
         return None
     module = match["module"]
-    if match["dotted"] and ".processor." in module:
+    if (place := match["place"]) == "_lora":
         module = module.replace(".processor.", ".")
+    elif place:
+        module += place  # XLabs numbers the streams of one processor; a layout's rules know which is which
     if side := match["side"] or match["dotted"]:
         slot = _SIDES.get(side, side)
         if match["what"] == "bias":

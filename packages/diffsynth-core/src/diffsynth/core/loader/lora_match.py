@@ -232,6 +232,14 @@ class Match:
         return bool(self.targets) and not self.left
 
     @property
+    def twice(self) -> list[str]:
+        """Our names of parameters that are changed under more than one name in the file, a list."""
+        names = {
+            key: {tuple(each.module for each in one.changes) for one in found} for key, found in self.targets.items()
+        }
+        return [key for key, found in names.items() if len(found) > 1]
+
+    @property
     def unknown(self) -> list[str]:
         """Names of changes whose parameter the module does not have, a list."""
         return [name for name, reason in self.left.items() if not reason]
@@ -263,20 +271,15 @@ def match(changes: Sequence[Change], own: Mapping[str, Shape], layouts: Iterable
         if layout is best_layout or attempt.known == 0 or not best.unknown:
             continue
         missing = set(best.unknown)
-        rest = [change for change in changes if change.name in missing]
-        _merge(best, missing, _attempt(rest, own, layout))
+        _merge(best, _attempt([change for change in changes if change.name in missing], own, layout))
     return best
 
 
-def _merge(best: Match, missing: Container[str], other: Match) -> None:
+def _merge(best: Match, other: Match) -> None:
     for key, matched in other.targets.items():
-        if key in best.targets and not _adds_up([*best.targets[key], *matched]):
-            for each in (change for one in matched for change in one.changes):
-                best.left[each.name] = f"{each.name} and another key both mean {key}"
-            continue
         best.targets.setdefault(key, []).extend(matched)
-        for name in (change.name for one in matched for change in one.changes):
-            best.left.pop(name, None)
+        for change in (change for one in matched for change in one.changes):
+            best.left.pop(change.name, None)
     best.known += other.known
     best.left |= {name: reason for name, reason in other.left.items() if reason and name in best.left}
 
@@ -288,8 +291,6 @@ def _attempt(changes: Sequence[Change], own: Mapping[str, Shape], layout: Layout
         key = layout.key_of(change)
         if key is None:
             result.left[change.name] = ""
-        elif key in named and named[key][0].module != change.module:
-            result.left[change.name] = f"{change.name} and another key both mean {key.removesuffix('.weight')}"
         else:
             named.setdefault(key, []).append(change)
     result.known = len(named)
@@ -318,9 +319,6 @@ def _add(result: Match, key: str, matched: Matched, own: Mapping[str, Shape]) ->
         reason = f"{key} is {own[key]}, the {matched.changes[0].kind} is for {matched.shape}"
     elif refusal := _refusal(matched):
         reason = f"{key}: {refusal}"
-    elif key in result.targets and not _adds_up([*result.targets[key], matched]):
-        names = [change.name for each in (*result.targets[key], matched) for change in each.changes]
-        reason = f"{key!r} would be made twice: from {' and from '.join(names)}"
     if reason is None:
         result.targets.setdefault(key, []).append(matched)
     else:
@@ -336,14 +334,6 @@ def _fits_shape(matched: Matched, own: Shape) -> bool:
         and prod(matched.shape) == prod(own)
         and matched.shape[:1] == own[:1]
     )
-
-
-def _adds_up(found: Sequence[Matched]) -> bool:
-    """Whether several changes of one parameter are meant to be added: parts of a fused weight beside a part of its own,
-    or kinds of change of one module.
-    """
-    fused = sum(isinstance(each.rule, convert.Split | convert.Fuse) for each in found)
-    return 0 < fused < len(found) or len({change.module for each in found for change in each.changes}) == 1
 
 
 def _refusal(matched: Matched) -> str:

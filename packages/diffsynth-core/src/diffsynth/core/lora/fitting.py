@@ -62,9 +62,10 @@ def fit(
         own,
         layouts_of(own, [each for each in checkpoints if each.architecture == architecture]),
     )
+    by_change = {id(each.change): each for each in factors}
+    _settle_doubles(found, by_change, own, lora.where)
     if not found.targets or (strict and not found.fits):
         raise KeyMismatch(_complaint(lora, module, found, checkpoints))
-    by_change = {id(each.change): each for each in factors}
     layers: dict[str, LoRALayer] = {}
     others: dict[str, ParameterChange] = {}
     for key, matched in found.targets.items():
@@ -113,6 +114,42 @@ def _own_shapes(module: nn.Module) -> tuple[dict[str, Shape], set[str]]:
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     return shapes | {f"{name}{_WEIGHT}": tuple(part.weight.shape) for name, part in linear.items()}, set(linear)
+
+
+def _settle_doubles(found: Match, by_change: Mapping[int, Factors], own: Mapping[str, Shape], where: str) -> None:
+    """Remove the second of two equal changes of a parameter under different names, as files have that hold the same
+    LoRA for two programs. Different ones add up if one is a part of a fused weight, else they do not fit.
+    """
+    equal = 0
+    for key in found.twice:
+        kept: dict[tuple[str, ...], list[Matched]] = {}
+        seen: dict[tuple[str, ...], torch.Tensor] = {}
+        for matched in found.targets[key]:
+            modules = tuple(change.module for change in matched.changes)
+            kept.setdefault(modules, []).append(matched)
+            delta = _part(matched, by_change).difference(torch.zeros(own[key]))
+            seen[modules] = seen[modules] + delta if modules in seen else delta
+        for modules in list(kept)[1:]:
+            if any(_is_close(seen[modules], seen[each]) for each in kept if each != modules):
+                del kept[modules]
+                equal += 1
+        if len(kept) > 1 and not any(_joins(each) for each in found.targets[key]):
+            names = " and from ".join(shortened(modules, 2) for modules in kept)
+            text = f"{key!r} would be made twice, with different values: from {names}"
+            found.left |= {change.name: text for each in found.targets[key] for change in each.changes}
+            del found.targets[key]
+        else:
+            found.targets[key] = [matched for each in kept.values() for matched in each]
+    if equal:
+        logger.info("%s has %d changes under two names, equal; each is added once", where, equal)
+
+
+def _is_close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return bool((first - second).abs().max() <= 1e-4 * first.abs().max())
+
+
+def _joins(matched: Matched) -> bool:
+    return isinstance(matched.rule, convert.Split | convert.Fuse)
 
 
 def _is_low_rank(matched: Matched) -> bool:
