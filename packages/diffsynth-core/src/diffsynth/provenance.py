@@ -28,7 +28,8 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         pipe: the pipeline that made it.
-        arguments: of the call; those equal to the pipeline's defaults are left out, except prompt, seed and steps.
+        arguments: of the call; those equal to the pipeline's defaults are left out, except prompt, seed and steps, and
+            so are those without effect, such as a negative prompt where guidance is off.
 
     Returns:
         model, pipeline, prompt, seed and num_inference_steps (those of them that the pipeline takes), arguments,
@@ -41,10 +42,11 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("prompt", "seed", "num_inference_steps")
         if name in defaults
     }
+    unused = pipe.arguments_without_effect(**arguments)
     others = {
         name: value
         for name, value in arguments.items()
-        if name not in always and not equals_default(value, defaults[name])
+        if name not in (*always, *unused) and not equals_default(value, defaults[name])
     }
     return {
         "model": pipe.model_name,

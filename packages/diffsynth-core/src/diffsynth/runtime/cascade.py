@@ -76,6 +76,10 @@ class CascadeStage:
         if both := sorted(set(self.inputs) & set(self.arguments)):
             raise ValueError(f"stage {self.name!r}: {both[0]!r} has an input and a default; leave out one of them")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy can neither be copied nor pickled.
+        return CascadeStage, (self.name, self.pipeline, dict(self.inputs), dict(self.arguments))
+
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeStep(Step):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,9 @@ from diffsynth.errors import InvalidPipeline, did_you_mean
 from diffsynth.runtime.acceleration.compiling import compile_components
 from diffsynth.runtime.argument_types import ArgumentType, argument_types
 from diffsynth.runtime.composition import PIPELINE_VALUES, RESERVED, compose, own_program, own_roles
+from diffsynth.runtime.copying import CopyMethods
 from diffsynth.runtime.declared_backends import use_declared_backends
+from diffsynth.runtime.effects import without_effect
 from diffsynth.runtime.feature import Condition, Feature, StepContext
 from diffsynth.runtime.loop import check_loop
 from diffsynth.runtime.lora import LoRAMethods
@@ -34,15 +37,17 @@ from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.pretrained import PretrainedLoader
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, check_request, refuse_meta
-from diffsynth.runtime.role import Agreement, Processor, Role, fill_roles, member_roles, members
+from diffsynth.runtime.role import Agreement, Processor, Role, config_of, fill_roles, member_roles, members
 from diffsynth.runtime.schema import SchemaMethod
 from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
 from diffsynth.runtime.stages import Stage, stages_of
 from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, check_values, needed_for, run_units
 from diffsynth.sampling.prediction import PREDICTIONS
 
+logger = logging.getLogger(__name__)
 
-class Pipeline(LoRAMethods):
+
+class Pipeline(LoRAMethods, CopyMethods):
     """A pipeline from the arguments of a call to images, videos or any other output; a family subclasses it.
 
     A subclass states its `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and
@@ -253,6 +258,8 @@ class Pipeline(LoRAMethods):
         if self.device.type != "meta":
             refuse_meta(arguments)
         request = self._planned_request(arguments)
+        for name, reason in without_effect(self, request, arguments).items():
+            logger.warning("%s has no effect: %s", name, reason)
         values = self.call_values(request)
         try:
             for stage in self.stages(request):
@@ -310,7 +317,7 @@ class Pipeline(LoRAMethods):
         Errors are those of the call.
         """
         request = self.check_arguments(**arguments)
-        configs = {role: _config_of(part) for role, part in self.components.items()}
+        configs = {role: config_of(part) for role, part in self.components.items()}
         for feature in self.features:
             if feature.check is not None:
                 feature.check(configs, request.values)
@@ -335,6 +342,12 @@ class Pipeline(LoRAMethods):
         elif request.loop.output_type == "latents":
             raise ValueError(f"output_type='latents': {type(self).__name__} has no denoising loop; expected 'pil'")
         return request
+
+    def arguments_without_effect(self, **arguments: Any) -> dict[str, str]:
+        """Return a dict argument -> reason of a call's arguments that change nothing, such as a negative prompt where
+        guidance is off. The call logs each of them, and a record leaves them out. Errors are those of the call.
+        """
+        return without_effect(self, self.check(**arguments), arguments)
 
     def stages(self, request: Request) -> list[Stage]:
         """Return a list of the `Stage`s of a call in running order: units, the denoising loop, and output units.
@@ -572,13 +585,6 @@ class Pipeline(LoRAMethods):
             return
         with self._offloader.on_device(member_roles(stage.roles, self.components), stage.name, request.plan):
             yield
-
-
-def _config_of(part: Any) -> Any:
-    """Return a component's config, an empty one if it has none; None for an empty role, a tuple for a role of many."""
-    if isinstance(part, tuple):
-        return tuple(map(_config_of, part))
-    return None if part is None else getattr(part, "config", SimpleNamespace())
 
 
 def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -209,6 +209,13 @@ def _check_component(role: Role | Processor, component: Any, *, fields: tuple[st
             f"{where}: {architecture.name} ({type(component).__name__}) lacks {' and '.join(missing)}; the pipeline "
             f"needs {', '.join(needed)}. Add what is missing, or use a component of {' or '.join(role.architectures)}."
         )
+
+
+def config_of(part: Any) -> Any:
+    """Return a component's config, an empty one if it has none; None for an empty role, a tuple for a role of many."""
+    if isinstance(part, tuple):
+        return tuple(map(config_of, part))
+    return None if part is None else getattr(part, "config", SimpleNamespace())
 
 
 def members(components: Mapping[str, Any]) -> dict[str, Any]:

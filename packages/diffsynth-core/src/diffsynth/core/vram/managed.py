@@ -362,10 +362,10 @@ class ManagedModule:
     def __exit__(self, *error: object) -> None:
         self.leave()
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
+    def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"this {type(self.module).__name__} is wrapped, and a copy would move the same weights: copy it before "
-            "wrap(), or after managed(module).unwrap()"
+            f"this {type(self.module).__name__} is wrapped, and a copy, also a pickled one, would move the same "
+            "weights: copy it before wrap(), or after managed(module).unwrap()"
         )
 
     def _stop_prefetcher(self) -> None:
