@@ -6,6 +6,7 @@ import inspect
 import pytest
 
 from diffsynth import _discovery, hookspecs
+from diffsynth.runtime.composition import compose
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.spec import resolve
 from source_tree import ROOT, SOURCES, modules
@@ -61,3 +62,15 @@ def test_a_hook_is_called_somewhere_with_exactly_its_arguments(name):
     ]
     assert calls
     assert calls == [sorted(expected)] * len(calls)
+
+
+@pytest.mark.parametrize("reference", sorted({model.pipeline for model in MODELS}))
+def test_the_fields_that_must_agree_are_in_the_configs(reference):
+    made, declared = compose(resolve(reference)), {each.spec.name: each.spec for each in CATALOG.architectures}
+    assert made.agreements, "text encoder, transformer and autoencoder have sizes in common"
+    for path in (path for agreement in made.agreements for path in agreement.fields):
+        role, _, field = path.partition(".")
+        accepted = [declared[name] for name in made.roles[role].architectures if name in declared]
+        configs = [resolve(architecture.config) for architecture in accepted]
+        assert configs, path
+        assert all(hasattr(config, field) for config in configs), path

@@ -11,11 +11,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from packaging.requirements import Requirement
+from PIL import Image
 
 from diffsynth import _env
 from diffsynth.cli.generate import generate
 from diffsynth_flux import Flux2ImagePipeline
+from diffsynth_train.cli import train
 from diffsynth_train.config import Recipe, parse_section
 from diffsynth_zimage import ZImagePipeline
 
@@ -133,11 +136,23 @@ def test_the_options_of_generate_are_those_of_the_program():
     assert shown == options - {"--traceback"}
 
 
-def test_the_recipe_in_the_manual_is_one():
+def test_the_recipe_in_the_manual_trains(tmp_path, monkeypatch):
+    """As it stands, but for the number of steps, the size of the batch and of the images."""
     ((block, *_),) = [[text for language, text in FENCED.findall(page_text("training.md")) if language == "toml"]]
     recipe = parse_section(Recipe, tomllib.loads(block), where="")
     assert recipe.components["dit"].train
     assert not recipe.components["vae"].train
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / Path(recipe.data.manifest).parent
+    images.mkdir(parents=True)
+    Image.new("RGB", (128, 128), "red").save(images / "a.png")
+    (tmp_path / recipe.data.manifest).write_text("image,prompt\na.png,red apple\n")
+    Path("recipe.toml").write_text(block)
+    smaller = ("loop.steps=1", "optimizer.warmup_steps=0", "loop.batch_size=1", "data.height=32", "data.width=32")
+    sets = [word for change in smaller for word in ("--set", change)]
+    result = CliRunner().invoke(train, ["recipe.toml", *sets], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert list((tmp_path / recipe.output.folder).rglob("*.safetensors"))
 
 
 def test_ci_ends_in_the_second_command_of_the_readme():

@@ -10,8 +10,10 @@ from torch import nn
 
 from diffsynth.errors import CorruptFile, InvalidPipeline, MissingComponent
 from diffsynth.runtime.role import (
+    Agreement,
     Processor,
     Role,
+    check_agreements,
     fields_read,
     fill_roles,
     grouped,
@@ -156,3 +158,32 @@ class TestLoadProcessor:
         tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"
         tokenizer.save_pretrained(tmp_path)
         assert load_processor("tokenizer", self.ROLE, tmp_path)("an apple")["input_ids"]
+
+
+def config(**fields):
+    return SimpleNamespace(**fields)
+
+
+WIDTH = Agreement("width of the caption", ("encoder.width", "dit.caption_width", "net.width"), none=0)
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        {"encoder": config(width=8), "dit": config(caption_width=8)},
+        {"encoder": config(width=8), "dit": None},
+        {"encoder": config(width=8), "dit": config()},
+        {"encoder": config(width=8), "dit": config(caption_width=0)},
+        {"encoder": config(width=8), "net[0]": config(width=8), "net[1]": config(width=8)},
+    ],
+)
+def test_components_that_fit_each_other(configs):
+    check_agreements([WIDTH], configs, pipeline_name="Toy")
+
+
+def test_components_that_do_not_fit_each_other():
+    message = "Toy: width of the caption: encoder.width is 8 and dit.caption_width is 9; these two components do"
+    with pytest.raises(InvalidPipeline, match=message):
+        check_agreements([WIDTH], {"encoder": config(width=8), "dit": config(caption_width=9)}, pipeline_name="Toy")
+    with pytest.raises(InvalidPipeline, match=r"net\[1\].width is 7"):
+        check_agreements([WIDTH], {"encoder": config(width=8), "net[1]": config(width=7)}, pipeline_name="Toy")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from diffsynth import _discovery, registry
-from diffsynth.core.loader import component, header, recognize
+from diffsynth.core.loader import component, files, header, recognize
 from diffsynth.core.loader.checkpoint import read_config
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.identity import file_identity
@@ -107,6 +107,10 @@ def build_pipeline(
 ) -> Pipeline:
     """Return the recipe's `Pipeline` on `device`, with the given components in fp32 and the processors (such as
     tokenizers) loaded from the recipe's folders.
+
+    Raises:
+        TrainingError: a processor that the pipeline does not have, or no folder of that path.
+        InvalidPipeline: components that do not fit each other, such as a text encoder of another width.
     """
     cls: type[Pipeline] = resolve(spec.pipeline)
     members: dict[str, Any] = {role: component.module for role, component in components.items()}
@@ -115,15 +119,26 @@ def build_pipeline(
             raise TrainingError(
                 f"[processors]: {spec.pipeline} has no processor {role!r}{did_you_mean(role, cls.roles)}"
             )
-        if not Path(folder).is_dir():
-            raise TrainingError(f"[processors]: {role} = {folder!r} is not a folder")
-        members[role] = load_processor(role, cls.roles[role], folder)
+        members[role] = load_processor(role, cls.roles[role], _processor_folder(role, folder))
     return cls.from_components(device=device, torch_dtype=torch.float32, **members)
+
+
+def _processor_folder(role: str, source: str) -> Path:
+    """Return the folder of a processor: a path, or where the files of a source such as "package://name/folder/" are."""
+    if "://" in source:
+        return files.find(ModelConfig.from_source(source), resolve=_resolve_source)[0]
+    if not Path(source).is_dir():
+        raise TrainingError(f"[processors]: {role} = {source!r} is not a folder")
+    return Path(source)
+
+
+def _resolve_source(source: str) -> list[Path] | None:
+    return _discovery.first("resolve_source", source=source)
 
 
 def _from_file(role: str, section: ComponentRecipe) -> Component:
     source = ModelConfig.from_source(section.source) if "://" in section.source else ModelConfig(path=section.source)
-    tensors = read_config(source, resolve=lambda text: _discovery.first("resolve_source", source=text))
+    tensors = read_config(source, resolve=_resolve_source)
     found = recognize.recognize(tensors, *_discovery.catalog().layouts())
     if len(found) != 1:
         raise TrainingError(f"[components.{role}]: {section.source} holds {len(found)} components; expected one")

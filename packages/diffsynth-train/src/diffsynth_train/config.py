@@ -165,7 +165,7 @@ class Recipe:
         pipeline: reference to the pipeline class, or the name of a registered model with that pipeline.
         objective: `name` of a registered objective; the other keys are its options.
         components: role -> settings of its component. Roles that are not listed are not loaded.
-        processors: role -> folder of a tokenizer or processor.
+        processors: role -> folder of a tokenizer or processor: a path, or a source such as "package://name/folder/".
         seed: seed of weights, sample order, captions and noise.
     """
 
