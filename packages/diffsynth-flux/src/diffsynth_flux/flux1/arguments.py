@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
+from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.guidance import GuidanceArgument
 from diffsynth.runtime.request import OutputType, Step
 
@@ -31,8 +32,8 @@ class ImageArguments(TypedDict, total=False):
         tile_size: Height and width of a tile in latent pixels; one number sets both.
         tile_stride: Largest distance between neighbouring tiles in latent pixels; the rest of a tile is overlap.
         rand_device: Device on which the initial noise is generated; "cpu" gives the same noise on every machine.
-        sigma_shift: Shift of the noise schedule, above 0; larger values spend more steps at high noise levels. None
-            means 3.
+        sigma_shift: Shift of the noise schedule, above 0 and at most 1000; larger values spend more steps at high noise
+            levels. None means 3.
     """
 
     negative_prompt: str | Sequence[str]
@@ -45,7 +46,7 @@ class ImageArguments(TypedDict, total=False):
     tiled: bool | None
     tile_size: int | tuple[int, int]
     tile_stride: int | tuple[int, int]
-    rand_device: str
+    rand_device: RandDevice
     sigma_shift: float | None
 
 

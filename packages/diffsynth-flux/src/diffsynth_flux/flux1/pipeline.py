@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, StepContext, whole
-from diffsynth.runtime.image_units import check_tiling, decode_image
+from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
-from diffsynth.runtime.role import Role, Tokenizer
+from diffsynth.runtime.role import Agreement, Role, Tokenizer
 from diffsynth_flux.flux1.arguments import FluxArguments
 from diffsynth_flux.flux1.extension import Extension
 from diffsynth_flux.flux1.features import FEATURES
@@ -41,6 +41,11 @@ class FluxImagePipeline(Pipeline):
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=30)
     facts = {"latent_channels": "dit.latent_channels"}
+    agreements = (
+        Agreement("width of CLIP's pooled states", ("text_encoder_1.hidden_size", "dit.pooled_dim")),
+        Agreement("width of T5's hidden states", ("text_encoder_2.hidden_size", "dit.context_dim")),
+        Agreement("number of latent channels", ("vae.latent_channels", "dit.latent_channels")),
+    )
     output_kind = "image"
 
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[FluxArguments]) -> Any:
@@ -53,7 +58,6 @@ class FluxImagePipeline(Pipeline):
         Errors are those of the call.
         """
         request = super().check(**arguments)
-        check_tiling(request.values)
         self._check_guidance(request.values)
         length = request.values["t5_sequence_length"]
         if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= MAX_T5_TOKENS:

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.image_units import encode_input_image, image_size
+from diffsynth.runtime.prompts import cut_prompt
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.sampling.schedule import flux1_sigmas
@@ -57,6 +59,7 @@ def encode_pooled_prompt(
     """
     distinct, order = _distinct(prompt)
     max_tokens = text_encoder_1.config.max_tokens
+    distinct = [cut_prompt(text, max_tokens=MAX_T5_TOKENS) for text in distinct]
     input_ids = tokenize(tokenizer_1, distinct, max_tokens, where=f"CLIP takes {max_tokens} tokens; T5 alone takes")
     return text_encoder_1(input_ids.to(device))[order]
 
@@ -74,6 +77,7 @@ def encode_prompt(
     is logged.
     """
     distinct, order = _distinct(prompt)
+    distinct = [cut_prompt(text, max_tokens=MAX_T5_TOKENS) for text in distinct]
     where = f"T5 takes t5_sequence_length={t5_sequence_length} tokens; these are not used:"
     return text_encoder_2(tokenize(tokenizer_2, distinct, t5_sequence_length, where=where).to(device))[order]
 
@@ -121,7 +125,7 @@ def initial_latents(
     width: int,
     latent_channels: int,
     seeds: list[int | None],
-    rand_device: str = "cpu",
+    rand_device: RandDevice = "cpu",
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"]:

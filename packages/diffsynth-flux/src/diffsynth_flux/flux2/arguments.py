@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
+from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.guidance import GuidanceArgument
 from diffsynth.runtime.inpainting import InpaintArguments
 from diffsynth.runtime.request import OutputType, Step
@@ -47,7 +48,7 @@ class ImageArguments(TypedDict, total=False):
     tiled: bool | None
     tile_size: int | tuple[int, int]
     tile_stride: int | tuple[int, int]
-    rand_device: str
+    rand_device: RandDevice
     initial_noise: Float[Tensor, "#b c h w"] | None
 
 

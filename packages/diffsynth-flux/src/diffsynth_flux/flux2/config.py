@@ -71,6 +71,11 @@ class Flux2DiTConfig:
         """Number of channels of each attention head."""
         return self.dim // self.n_heads
 
+    @property
+    def text_dim(self) -> int:
+        """Width of the text encoder, in channels: its hidden states after three of its layers are side by side."""
+        return self.prompt_dim // 3
+
 
 TINY_DIT = Flux2DiTConfig(
     dim=64, n_heads=4, n_layers=2, n_single_layers=2, in_channels=128, prompt_dim=48, ffn_dim=96, axes_dims=(4, 4, 4, 4)

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, StepContext
-from diffsynth.runtime.image_units import check_tiling, decode_image
+from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.inpainting import Inpainting, toward_input
 from diffsynth.runtime.pipeline import Pipeline
-from diffsynth.runtime.request import LoopArguments, Request
-from diffsynth.runtime.role import Role, Tokenizer
+from diffsynth.runtime.request import LoopArguments
+from diffsynth.runtime.role import Agreement, Role, Tokenizer
 from diffsynth_flux.flux2.arguments import Flux2Arguments
 from diffsynth_flux.flux2.extension import Extension
 from diffsynth_flux.flux2.features import FEATURES
@@ -38,19 +38,14 @@ class Flux2ImagePipeline(Pipeline):
     loop = LoopArguments(num_inference_steps=30)
     facts = {"latent_channels": "dit.in_channels", "embeds_guidance": "dit.embeds_guidance"}
     output_kind = "image"
+    agreements = (
+        Agreement("width of the text encoder", ("text_encoder.hidden_size", "dit.text_dim")),
+        Agreement("number of latent channels", ("vae.packed_channels", "dit.in_channels")),
+    )
 
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[Flux2Arguments]) -> Any:
         """Generate one image, or several; see `Pipeline.__call__`."""
         return super().__call__(prompt, **arguments)
-
-    def check(self, **arguments: Any) -> Request:
-        """Check a call's arguments without running it; return them, completed with defaults, as a `Request`.
-
-        Errors are those of the call.
-        """
-        request = super().check(**arguments)
-        check_tiling(request.values)
-        return request
 
     def velocity(
         self,

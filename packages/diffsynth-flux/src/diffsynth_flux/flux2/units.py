@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.image_units import encode_input_image, image_size
+from diffsynth.runtime.prompts import cut_prompt
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling import noise
 from diffsynth.sampling.schedule import flux2_sigmas
@@ -46,7 +48,8 @@ def encode_prompt(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
     mistral = isinstance(text_encoder.config, MistralTextEncoderConfig)
-    texts = [chat_text(tokenizer, text, mistral=mistral) for text in distinct]
+    cut = [cut_prompt(text, max_tokens=PROMPT_TOKENS) for text in distinct]
+    texts = [chat_text(tokenizer, text, mistral=mistral) for text in cut]
     _log_cut(tokenizer, texts)
     # The template has its special tokens; padding is on the side on which the tokenizer puts it, as in training.
     tokens = tokenizer(
@@ -99,7 +102,7 @@ def initial_latents(
     width: int,
     latent_channels: int,
     seeds: list[int | None],
-    rand_device: str = "cpu",
+    rand_device: RandDevice = "cpu",
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"]:
