@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
 
+from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import NoFiles
 from diffsynth.testing import tiny_hub
+from diffsynth_flux.flux1.config import TINY_CONTROLNET
+from diffsynth_flux.flux1.controlnet import FluxControlNet
+from diffsynth_flux.flux1.models import TINY_DIT
 from row_harness import Harness
 from row_scripts import read_rows, script
 
@@ -17,25 +22,36 @@ PROMPT = '"CG, masterpiece, best quality, solo, long hair, wavy hair, silver hai
 COMMON = {"prompt": PROMPT, "seed": "42"}
 GUIDED = COMMON | {"negative_prompt": '"worst quality, low quality"', "cfg_scale": "2", "num_inference_steps": "50"}
 
+_IMAGE = 'Image.effect_noise((80, 64), 64).convert("RGB")'
+_SIZE = {"height": "1024", "width": "1024"}
+_CONTROL = COMMON | _SIZE | {"rand_device": '"cuda"'}
 RUN = {
     "flux/FLUX.1-dev": GUIDED,
+    "flux/FLUX.1-Kontext-dev": COMMON | {"embedded_guidance": "2.5", "kontext_images": _IMAGE},
+    "flux/FLUX.1-Fill-dev": COMMON
+    | {"height": "1632", "width": "1232", "embedded_guidance": "30.0", "num_inference_steps": "50"}
+    | {"flux_fill_image": _IMAGE, "flux_fill_mask": 'Image.linear_gradient("L")'},
+    "flux/FLUX.1-dev-Controlnet-Union-alpha": _CONTROL
+    | {"controlnet_inputs": f'[ControlNetInput(image={_IMAGE}, scale=0.3, processor_id="canny")]'},
+    "flux/FLUX.1-dev-Controlnet-Inpainting-Beta": _CONTROL
+    | {"controlnet_inputs": f'[ControlNetInput(image={_IMAGE}, inpaint_mask=Image.linear_gradient("L"), scale=0.9)]'},
+    "flux/FLUX.1-dev-Controlnet-Upscaler": _CONTROL
+    | {"controlnet_inputs": f"[ControlNetInput(image={_IMAGE}, scale=0.7)]", "input_image": _IMAGE}
+    | {"denoising_strength": "0.99", "height": "2048", "width": "2048", "tiled": "True"},
     "flux/FLUX.1-Krea-dev": GUIDED | {"embedded_guidance": "4.5"},
 }
 """Row -> arguments of its call, with the values of DiffSynth-Studio's table."""
 
+NEEDED = {"flux_fill_image", "flux_fill_mask"}
+"""Arguments without which their network does not run."""
+
 DEFAULTS = {"rand_device", "height", "width"}
 """Arguments whose values in the table are our defaults."""
 
-_SIZE = {"height": "1024", "width": "1024"}
 MISSING = {
     "flux/FLEX.2-preview": "ostris/Flex.2-preview",
-    "flux/FLUX.1-Fill-dev": "black-forest-labs/FLUX.1-Fill-dev",
-    "flux/FLUX.1-Kontext-dev": "black-forest-labs/FLUX.1-Kontext-dev",
     "flux/FLUX.1-Redux-dev": "black-forest-labs/FLUX.1-Redux-dev",
     "flux/FLUX.1-dev-AttriCtrl": "DiffSynth-Studio/AttriCtrl-FLUX.1-Dev",
-    "flux/FLUX.1-dev-Controlnet-Inpainting-Beta": "FLUX.1-dev-Controlnet-Inpainting-Beta",
-    "flux/FLUX.1-dev-Controlnet-Union-alpha": "FLUX.1-dev-Controlnet-Union-alpha",
-    "flux/FLUX.1-dev-Controlnet-Upscaler": "Flux.1-dev-Controlnet-Upscaler",
     "flux/FLUX.1-dev-EliGen": "DiffSynth-Studio/Eligen",
     "flux/FLUX.1-dev-IP-Adapter": "InstantX/FLUX.1-dev-IP-Adapter",
     "flux/FLUX.1-dev-InfiniteYou": "ByteDance/InfiniteYou",
@@ -58,10 +74,24 @@ UNKNOWN = {
 """Arguments of the unsupported components."""
 
 
+CONTROLNETS = {
+    "InstantX/FLUX.1-dev-Controlnet-Union-alpha": {"num_modes": 10},
+    "alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Beta": {"num_modes": 0, "control_channels": 68},
+    "jasperai/Flux.1-dev-Controlnet-Upscaler": {"num_modes": 0},
+}
+"""Repository of a ControlNet -> fields of its config."""
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
-    tiny_hub(root, ["flux.1-dev", "flux.1-krea-dev"])
+    tiny_hub(root, ["flux.1-dev", "flux.1-krea-dev", "flux.1-kontext-dev", "flux.1-fill-dev"])
+    for model_id, fields in CONTROLNETS.items():
+        path = root / model_id / "diffusion_pytorch_model.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = replace(TINY_CONTROLNET, **TINY_DIT, **fields)
+        saved = {"architecture": "flux_controlnet", "config": config, "layout": "flux_controlnet"}
+        save_checkpoint(FluxControlNet(config), path, **saved)
     return root
 
 
@@ -85,13 +115,14 @@ def test_every_row_is_here():
 def test_a_row_runs_and_every_argument_of_it_counts(name, harness):
     (call,) = harness.run(script(ROWS[name], RUN[name]))
     assert isinstance(call.output, Image.Image)
-    assert call.output.size == (call.arguments.get("width", 1024) // 16, call.arguments.get("height", 1024) // 16)
+    sides = (call.arguments.get(name, 1024) // 16 for name in ("width", "height"))
+    assert call.output.size == tuple(-(-side // 16) * 16 for side in sides)
     assert (harness.folder / f"image_{name.rpartition('/')[2]}.jpg").is_file()
     assert not differs(call.again(), call.output)
     assert set(call.arguments) == set(ROWS[name]["call"])
     changed = [argument for argument in call.arguments if not call.is_default(argument)]
-    assert set(changed) == set(ROWS[name]["call"]) - DEFAULTS
-    for argument in changed:
+    assert {*changed, *DEFAULTS} >= set(ROWS[name]["call"])
+    for argument in set(changed) - NEEDED - {"tiled"}:  # the image is smaller than a tile
         assert differs(call.again(**{argument: ...}), call.output), f"{argument} changes nothing"
 
 

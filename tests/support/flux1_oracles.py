@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -17,7 +21,7 @@ from diffsynth.models.flux_autoencoder import FluxAutoencoder
 from diffsynth.sampling.schedule import flux1_sigmas
 from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_flux import FluxImagePipeline
-from diffsynth_flux.flux1.config import FluxBlocksConfig, FluxDiTConfig
+from diffsynth_flux.flux1.config import FluxBlocksConfig, FluxControlNetConfig, FluxDiTConfig
 from diffsynth_flux.flux1.dit import patchify, unpatchify
 from parity import draw_weights, shapes_of
 
@@ -48,6 +52,15 @@ def block_sizes(config: FluxBlocksConfig) -> dict[str, Any]:
 def oracle_dit(config: FluxDiTConfig, seed: int = 0) -> FluxTransformer2DModel:
     """Return diffusers' transformer with random weights."""
     oracle = FluxTransformer2DModel(out_channels=config.out_channels, **block_sizes(config)).eval()
+    oracle.load_state_dict(draw_weights(shapes_of(oracle), seed))
+    return oracle
+
+
+def oracle_controlnet(config: FluxControlNetConfig, seed: int = 4) -> FluxControlNetModel:
+    """Return diffusers' ControlNet with random weights."""
+    oracle = FluxControlNetModel(num_mode=config.num_modes or None, **block_sizes(config)).eval()
+    # The constructor has no argument for the channels of a mask.
+    oracle.controlnet_x_embedder = nn.Linear(config.control_channels, config.dim)
     oracle.load_state_dict(draw_weights(shapes_of(oracle), seed))
     return oracle
 
@@ -150,3 +163,14 @@ def noise(seed: int, *, packed: bool = True) -> Tensor:
 def unpacked(tokens: Tensor) -> Tensor:
     """Return the latents of diffusers' result for the output type "latent"."""
     return unpatchify(tokens, SIZE["height"] // 16)
+
+
+def random_image(seed: int, mode: str = "RGB", size: Mapping[str, int] = SIZE) -> Image.Image:
+    """Return an image of random pixels."""
+    shape = (size["height"], size["width"]) + ((3,) if mode == "RGB" else ())
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8), mode)
+
+
+def encode_to_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have diffusers' autoencoder return the mean of the posterior, as ours does, where it would draw a sample."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())

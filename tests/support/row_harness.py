@@ -1,6 +1,6 @@
 """Harness that runs users' scripts without a GPU and without a network. It replaces only:
 
-device ("cuda" becomes "cpu"), precision where asked, size, number of frames and of steps,
+device ("cuda" becomes "cpu"), precision where asked, size, number of frames, of steps and of T5's tokens,
 `modelscope.dataset_snapshot_download`, `torch.cuda.mem_get_info`.
 """
 
@@ -20,7 +20,7 @@ from diffsynth import Pipeline
 from diffsynth.core.data.media_writer import save_video
 
 SIDE = 16
-"""Divisor of the sides of images and videos."""
+"""Divisor of the sides of images and videos, and of the number of T5's tokens."""
 
 STEPS = 6
 """Default divisor of the number of steps, rounded up: 8 become 2, 50 become 9."""
@@ -130,6 +130,8 @@ def _small(pipe: Pipeline, arguments: dict[str, Any], *, steps: int) -> Any:
     asked = defaults | arguments
     small = {name: asked[name] // SIDE for name in ("height", "width") if name in asked}
     small["num_inference_steps"] = -(-asked["num_inference_steps"] // steps)
+    if "t5_sequence_length" in asked:
+        small["t5_sequence_length"] = asked["t5_sequence_length"] // SIDE
     if "num_frames" in asked:
         small["num_frames"] = 4 * round((asked["num_frames"] - 1) / 4 / FRAMES) + 1
     return pipe(**arguments | small, progress_bar_cmd=lambda steps: steps)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
-from flux1_oracles import SIZE, noise, sigmas, tiny_pipelines, unpacked
+from diffsynth_flux.flux1.dit import patchify
+from flux1_oracles import DIT, SIZE, noise, sigmas, tiny_pipelines, unpacked
 from parity import TOLERANCE, relative_error
 
 CALL = {"prompt": "a red apple on a table", "negative_prompt": "blurry", **SIZE}
@@ -71,7 +74,7 @@ def test_image_to_image(pipelines):
         num_inference_steps=4,
         sigmas=levels,
         guidance_scale=3.5,
-        latents=FluxImg2ImgPipeline._pack_latents(noised, 1, 16, *noised.shape[2:]),
+        latents=patchify(noised),
         output_type="latent",
     ).images
     latents = ours(
@@ -121,3 +124,17 @@ def test_an_empty_prompt_is_fine(pipelines):
     latents = pipelines[0]("", height=24, width=32, num_inference_steps=1, seed=0, output_type="latents")
     assert latents.shape == (1, 16, 4, 4)
     assert torch.isfinite(latents).all()
+
+
+def test_a_network_of_flex_is_refused():
+    ours, _ = tiny_pipelines(replace(DIT, in_channels=196))
+    with pytest.raises(ValueError, match="takes 33 channels beside those of the latents, as Flex.2 does"):
+        ours.check(prompt="a")
+
+
+def test_a_network_without_guidance_refuses_it():
+    ours, _ = tiny_pipelines(replace(DIT, guidance_embed=False))
+    with pytest.raises(ValueError, match="embedded_guidance=2.0 is given, but this network takes no guidance"):
+        ours.check(prompt="a", embedded_guidance=2.0)
+    call = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 0, "output_type": "latents"}
+    assert torch.isfinite(ours("a", **call)).all()

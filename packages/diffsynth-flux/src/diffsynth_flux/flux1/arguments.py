@@ -13,6 +13,10 @@ from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
 from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.guidance import GuidanceArgument
 from diffsynth.runtime.request import OutputType, Step
+from diffsynth_flux.flux1.features.control import ControlArguments
+from diffsynth_flux.flux1.features.controlnet import ControlNetArguments
+from diffsynth_flux.flux1.features.fill import FillArguments
+from diffsynth_flux.flux1.features.kontext import KontextArguments
 
 
 class ImageArguments(TypedDict, total=False):
@@ -50,7 +54,9 @@ class ImageArguments(TypedDict, total=False):
     sigma_shift: float | None
 
 
-class FluxArguments(ImageArguments, total=False):
+class FluxArguments(
+    ImageArguments, KontextArguments, FillArguments, ControlArguments, ControlNetArguments, total=False
+):
     """All arguments of a call except the prompt."""
 
     num_inference_steps: int

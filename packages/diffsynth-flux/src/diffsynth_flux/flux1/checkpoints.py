@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
 
 DIT = "flux_dit"
+CONTROLNET = "flux_controlnet"
 CLIP = "clip_text_encoder"
 T5 = "t5_text_encoder"
 
@@ -44,6 +45,28 @@ ARCHITECTURES = (
         ),
         tiny="diffsynth_flux.flux1.config:TINY_DIT",
         tiny_inputs="diffsynth_flux.flux1.tiny:tiny_dit_inputs",
+        high_precision=("time_in.*", "vector_in.*", "guidance_in.*", "*norm*"),
+        repeated_blocks=("double_blocks", "single_blocks"),
+        lora_targets=LORA_TARGETS,
+    ),
+    ArchitectureSpec(
+        name=CONTROLNET,
+        module="diffsynth_flux.flux1.controlnet:FluxControlNet",
+        config="diffsynth_flux.flux1.config:FluxControlNetConfig",
+        infer_config="diffsynth_flux.flux1.config:infer_controlnet_config",
+        required=(
+            "img_in.weight",
+            "txt_in.weight",
+            "time_in.in_layer.weight",
+            "vector_in.in_layer.weight",
+            "controlnet_x_embedder.weight",
+            "controlnet_blocks.{n}.weight",
+            "double_blocks.{n}.img_attn.qkv.weight",
+            "double_blocks.{n}.img_attn.norm.query_norm.scale",
+            "double_blocks.{n}.img_mlp.0.weight",
+        ),
+        tiny="diffsynth_flux.flux1.config:TINY_CONTROLNET",
+        tiny_inputs="diffsynth_flux.flux1.tiny:tiny_controlnet_inputs",
         high_precision=("time_in.*", "vector_in.*", "guidance_in.*", "*norm*"),
         repeated_blocks=("double_blocks", "single_blocks"),
         lora_targets=LORA_TARGETS,
@@ -109,6 +132,21 @@ CHECKPOINTS = (
         files=(f"{_SCHNELL}:flux1-schnell.safetensors",),
     ),
     CheckpointSpec(
+        name=f"{DIT}/fill",
+        architecture=DIT,
+        layout="diffsynth_flux:layouts/flux1_fill.json.gz",
+        files=("black-forest-labs/FLUX.1-Fill-dev:flux1-fill-dev.safetensors",),
+    ),
+    CheckpointSpec(
+        name=f"{DIT}/control",
+        architecture=DIT,
+        layout="diffsynth_flux:layouts/flux1_control.json.gz",
+        files=(
+            "black-forest-labs/FLUX.1-Depth-dev:flux1-depth-dev.safetensors",
+            "black-forest-labs/FLUX.1-Canny-dev:flux1-canny-dev.safetensors",
+        ),
+    ),
+    CheckpointSpec(
         name=f"{DIT}/diffusers",
         architecture=DIT,
         rules="diffsynth_flux.flux1.convert:DIFFUSERS",
@@ -121,6 +159,42 @@ CHECKPOINTS = (
         name=f"{DIT}/diffsynth_studio",
         architecture=DIT,
         rules="diffsynth_flux.flux1.convert:DIFFSYNTH_STUDIO",
+    ),
+    CheckpointSpec(
+        name=CONTROLNET,
+        architecture=CONTROLNET,
+        rules="diffsynth_flux.flux1.convert:CONTROLNET",
+        signature="78d18b9101345ff695f312e7e62538c0",
+        layout="diffsynth_flux:layouts/controlnet_union_alpha.json.gz",
+        files=(
+            "InstantX/FLUX.1-dev-Controlnet-Union-alpha:diffusion_pytorch_model.safetensors",
+            "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro:diffusion_pytorch_model.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name=f"{CONTROLNET}/inpainting",
+        architecture=CONTROLNET,
+        rules="diffsynth_flux.flux1.convert:CONTROLNET",
+        signature="52357cb26250681367488a8954c271e8",
+        layout="diffsynth_flux:layouts/controlnet_inpainting_beta.json.gz",
+        files=(
+            "alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Beta:diffusion_pytorch_model.safetensors",
+            "alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Alpha:diffusion_pytorch_model.safetensors",
+        ),
+    ),
+    CheckpointSpec(
+        name=f"{CONTROLNET}/depth",
+        architecture=CONTROLNET,
+        rules="diffsynth_flux.flux1.convert:CONTROLNET",
+        signature="43ad5aaa27dd4ee01b832ed16773fa52",
+        layout="diffsynth_flux:layouts/controlnet_depth.json.gz",
+        files=("Shakker-Labs/FLUX.1-dev-ControlNet-Depth:diffusion_pytorch_model.safetensors",),
+    ),
+    CheckpointSpec(
+        name=f"{CONTROLNET}/upscaler",
+        architecture=CONTROLNET,
+        rules="diffsynth_flux.flux1.convert:CONTROLNET",
+        files=("jasperai/Flux.1-dev-Controlnet-Upscaler:diffusion_pytorch_model.safetensors",),
     ),
     CheckpointSpec(
         name=CLIP,

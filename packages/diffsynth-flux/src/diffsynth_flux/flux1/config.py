@@ -100,6 +100,33 @@ class FluxDiTConfig(FluxBlocksConfig):
         return self.in_channels // PATCH_SIZE**2 - self.latent_channels
 
 
+@dataclass(frozen=True, kw_only=True)
+class FluxControlNetConfig(FluxBlocksConfig):
+    """Config of a ControlNet of FLUX.1; the defaults are FLUX.1-dev-Controlnet-Union-alpha.
+
+    Args:
+        dim, n_heads, n_double_blocks, n_single_blocks, in_channels, context_dim, pooled_dim, guidance_embed,
+            rope_theta: see `FluxBlocksConfig`.
+        control_channels: channels of a token of the control latents: 64, or 68 with a mask of an image to inpaint.
+        num_modes: number of kinds of control images; 0 for a ControlNet of one kind.
+    """
+
+    n_double_blocks: int = 5
+    n_single_blocks: int = 10
+    control_channels: int = 64
+    num_modes: int = 10
+
+    @property
+    def latent_channels(self) -> int:
+        """Number of channels of the control latents, without that of a mask."""
+        return self.in_channels // PATCH_SIZE**2
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the control latents are those of an image to inpaint, with a mask as one more channel."""
+        return self.control_channels == self.in_channels + PATCH_SIZE**2
+
+
 TINY_DIT = FluxDiTConfig(dim=64, n_heads=2, n_double_blocks=2, n_single_blocks=2, context_dim=24, pooled_dim=16)
 
 
@@ -110,6 +137,31 @@ def infer_dit_config(shapes: Shapes) -> FluxDiTConfig:
         ValueError: the file has sizes that no FLUX.1 network has.
     """
     return FluxDiTConfig(**infer_blocks(shapes), out_channels=shapes["final_layer.linear.weight"][0])
+
+
+TINY_CONTROLNET = FluxControlNetConfig(
+    dim=64, n_heads=2, n_double_blocks=1, n_single_blocks=1, context_dim=24, pooled_dim=16, num_modes=3
+)
+
+
+def infer_controlnet_config(shapes: Shapes) -> FluxControlNetConfig:
+    """Return the `FluxControlNetConfig` of a ControlNet file, inferred from the shapes of its tensors.
+
+    Raises:
+        ValueError: the file has sizes that no FLUX.1 network has, or control latents of unknown channels.
+    """
+    modes = shapes.get("controlnet_mode_embedder.weight")
+    config = FluxControlNetConfig(
+        **infer_blocks(shapes),
+        control_channels=shapes["controlnet_x_embedder.weight"][1],
+        num_modes=0 if modes is None else modes[0],
+    )
+    if not config.inpaints and config.control_channels != config.in_channels:
+        raise ValueError(
+            f"control tokens of {config.control_channels} channels: expected those of the latents, "
+            f"{config.in_channels}, or with a mask {config.in_channels + PATCH_SIZE**2}"
+        )
+    return config
 
 
 def infer_blocks(shapes: Shapes) -> dict[str, int | bool]:

@@ -67,6 +67,9 @@ DIFFUSERS: tuple[Rule, ...] = (
 )
 """Transformer under the names of diffusers, as in `transformer/*.safetensors`."""
 
+CONTROLNET: tuple[Rule, ...] = BLOCKS
+"""ControlNet under the names of diffusers; those of its own parts are ours."""
+
 _OWN_DOUBLE = {
     "norm1_a.linear": "img_mod.lin",
     "norm1_b.linear": "txt_mod.lin",

@@ -39,6 +39,7 @@ def _model(
     defaults: Mapping[str, Any] | None = None,
     license_name: str = LICENSE,
     tiny: Mapping[str, Any] | None = None,
+    tiny_inputs: str = "",
 ) -> ModelSpec:
     """Return the `ModelSpec` of a FLUX.1 model: its transformer, and text encoders, autoencoder and tokenizers.
 
@@ -47,6 +48,7 @@ def _model(
         file: the transformer, in the model's repository.
         encoders: repository of the text encoders, their tokenizers and the autoencoder.
         tiny: config fields of the tiny transformer.
+        tiny_inputs: name of the function in `diffsynth_flux.flux1.tiny` that makes the inputs that the model needs.
     """
     return ModelSpec(
         name=hub_id.rpartition("/")[2].lower(),
@@ -65,6 +67,7 @@ def _model(
         license=license_name,
         description=description,
         tiny={"dit": TINY_DIT | dict(tiny or {}), **TINY_ENCODERS},
+        tiny_inputs=f"diffsynth_flux.flux1.tiny:{tiny_inputs}" if tiny_inputs else "",
         tea_cache=TEA_CACHE,
     )
 
@@ -86,6 +89,42 @@ MODELS = (
         "12B, trained for less of an artificial look",
         defaults={"embedded_guidance": 4.5},
     ),
+    _model(
+        "black-forest-labs/FLUX.1-Kontext-dev",
+        "flux1-kontext-dev.safetensors",
+        "12B, changes an image, or combines several, by an instruction",
+        task="image-to-image",
+        defaults={"embedded_guidance": 2.5},
+        tiny_inputs="kontext_inputs",
+    ),
+    _model(
+        "black-forest-labs/FLUX.1-Fill-dev",
+        "flux1-fill-dev.safetensors",
+        "12B, replaces the masked part of an image",
+        encoders="black-forest-labs/FLUX.1-Fill-dev",
+        task="image-to-image",
+        defaults={"num_inference_steps": 50, "embedded_guidance": 30.0},
+        tiny={"in_channels": 384},
+        tiny_inputs="fill_inputs",
+    ),
+    _model(
+        "black-forest-labs/FLUX.1-Depth-dev",
+        "flux1-depth-dev.safetensors",
+        "12B, follows a depth map",
+        task="image-to-image",
+        defaults={"embedded_guidance": 10.0},
+        tiny={"in_channels": 128},
+        tiny_inputs="control_inputs",
+    ),
+    _model(
+        "black-forest-labs/FLUX.1-Canny-dev",
+        "flux1-canny-dev.safetensors",
+        "12B, follows edges",
+        task="image-to-image",
+        defaults={"num_inference_steps": 50, "embedded_guidance": 30.0},
+        tiny={"in_channels": 128},
+        tiny_inputs="control_inputs",
+    ),
 )
 
 TRAINING = (
@@ -93,7 +132,14 @@ TRAINING = (
         pipeline=PIPELINE,
         trainable=("dit", "text_encoder_1", "text_encoder_2", "vae"),
         lora_targets={"dit": LORA_TARGETS},
-        data={"prompt": "prompt", "image": "input_image"},
+        data={
+            "prompt": "prompt",
+            "image": "input_image",
+            "kontext_images": "kontext_images",
+            "flux_fill_image": "flux_fill_image",
+            "flux_fill_mask": "flux_fill_mask",
+            "control_image": "control_image",
+        },
         schedule="diffsynth.sampling.schedule:flux1_sigmas",
     ),
 )

@@ -1,4 +1,4 @@
-"""FLUX.1 pipeline: text to image and image to image (Black Forest Labs 2024)."""
+"""FLUX.1 pipeline: images from text and images (Black Forest Labs 2024)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from diffsynth.runtime.role import Agreement, Role, Tokenizer
 from diffsynth_flux.flux1.arguments import FluxArguments
 from diffsynth_flux.flux1.extension import Extension
 from diffsynth_flux.flux1.features import FEATURES
+from diffsynth_flux.flux1.features.fill import MASK_CHANNELS
 from diffsynth_flux.flux1.units import MAX_T5_TOKENS, UNITS, set_guidance
 
 
 class FluxImagePipeline(Pipeline):
-    """Generates images with FLUX.1-dev, -schnell and -Krea-dev, which differ in weights and configs only."""
+    """Generates images with FLUX.1; the loaded networks determine which arguments a call accepts."""
 
     roles = {
         "dit": Role(architectures=("flux_dit",)),
@@ -59,6 +60,7 @@ class FluxImagePipeline(Pipeline):
         """
         request = super().check(**arguments)
         self._check_guidance(request.values)
+        self._check_network()
         length = request.values["t5_sequence_length"]
         if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= MAX_T5_TOKENS:
             raise ValueError(f"t5_sequence_length={length!r}: expected an integer from 1 to {MAX_T5_TOKENS}")
@@ -72,12 +74,40 @@ class FluxImagePipeline(Pipeline):
         prompt_embeds: Float[Tensor, "b t e_text"],
         pooled_prompt_embeds: Float[Tensor, "b e_pooled"],
         embedded_guidance: float = 3.5,
+        fill_latents: Float[Tensor, "#b c_fill h w"] | None = None,
+        control_latents: Float[Tensor, "#b c_control h w"] | None = None,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
+        """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`.
+
+        Args:
+            latents, sigma: see `Pipeline.velocity`.
+            prompt_embeds: hidden states of T5.
+            pooled_prompt_embeds: pooled hidden state of CLIP.
+            embedded_guidance: the guidance input; not used for a network without it.
+            fill_latents: latents of an image to fill, and its mask.
+            control_latents: latents of a control image.
+            extensions: extensions of the transformer; see `diffsynth_flux.flux1.extension`.
+            step: the step of the loop; None outside of a loop.
+        """
+        condition = fill_latents if control_latents is None else control_latents
+        if condition is not None:
+            condition = condition.expand(len(latents), -1, -1, -1)
         guidance = torch.full_like(sigma, embedded_guidance) if self.dit.config.guidance_embed else None
-        return self.dit(latents, sigma, prompt_embeds, pooled_prompt_embeds, guidance, extensions=extensions, step=step)
+        text = (prompt_embeds, pooled_prompt_embeds)
+        return self.dit(latents, sigma, *text, guidance, condition, extensions=extensions, step=step)
+
+    def _check_network(self) -> None:
+        """Raise ValueError for a network with condition channels that no feature makes."""
+        config = None if self.dit is None else self.dit.config
+        latents = 0 if config is None else config.latent_channels
+        if config is None or config.condition_channels in (0, latents, latents + MASK_CHANNELS):
+            return
+        raise ValueError(
+            f"the transformer takes {config.condition_channels} channels beside those of the latents, as Flex.2 does; "
+            "this version has no inputs for them. Load FLUX.1-dev, -Fill-dev, -Depth-dev or -Canny-dev"
+        )
 
     def _check_guidance(self, values: Mapping[str, Any]) -> None:
         guidance = set_guidance(embedded_guidance=values["embedded_guidance"])

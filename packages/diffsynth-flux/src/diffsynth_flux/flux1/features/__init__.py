@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from diffsynth.runtime.feature import Feature
+from diffsynth_flux.flux1.features.control import CONTROL
+from diffsynth_flux.flux1.features.controlnet import CONTROLNET
+from diffsynth_flux.flux1.features.fill import FILL
+from diffsynth_flux.flux1.features.kontext import KONTEXT
 
-FEATURES: tuple[Feature, ...] = ()
+FEATURES = (KONTEXT, FILL, CONTROL, CONTROLNET)
 """In the order in which their units run within a phase, and in which their extensions change the stream."""

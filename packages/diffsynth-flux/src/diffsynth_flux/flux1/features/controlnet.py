@@ -1,0 +1,213 @@
+"""ControlNets of FLUX.1: one or more, each with scale, start and end; Union kinds by name, and images to inpaint.
+
+The network is in `diffsynth_flux.flux1.controlnet`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.errors import did_you_mean
+from diffsynth.runtime.controlnet import ControlNetInput
+from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
+from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
+from diffsynth.runtime.role import Role
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth_flux.flux1.controlnet import ControlNetResiduals
+from diffsynth_flux.flux1.extension import Network, Stream
+
+ROLE = "controlnet"
+
+ControlNetInputs = ControlNetInput | Sequence[ControlNetInput] | None
+"""The type of the argument `controlnet_inputs`."""
+
+MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}
+"""Name of a kind of control image -> its index in Union-alpha."""
+
+
+class ControlNetArguments(TypedDict, total=False):
+    """Inputs of ControlNets.
+
+    Args:
+        controlnet_inputs: Control image, or image to inpaint with a mask that is white where it changes, with scale,
+            start and end; or a list of them, for several ControlNets or several images. A Union ControlNet needs the
+            kind of the image as `processor_id`, such as "canny". None uses no ControlNet.
+    """
+
+    controlnet_inputs: ControlNetInputs
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNetContext:
+    """One control image of a call.
+
+    Args:
+        latents: what the ControlNet takes; see `diffsynth_flux.flux1.controlnet.ControlNetResiduals`.
+        settings: the ControlNet, scale, start and end.
+        mode: kind of the image; None for a ControlNet of one kind.
+    """
+
+    latents: Float[Tensor, "1 c h w"]
+    settings: ControlNetInput
+    mode: int | None
+
+    @property
+    def role(self) -> str:
+        """The role of the ControlNet, such as "controlnet[0]"."""
+        return f"{ROLE}[{self.settings.controlnet_id}]"
+
+    def is_active(self, step: StepContext) -> bool:
+        """Whether the ControlNet runs in a step: it is between `start` and `end`, and `scale` is not 0."""
+        return self.settings.scale != 0 and self.settings.is_active(step.index, step.num_steps)
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNets:
+    """Extension that adds the hints of the ControlNets that are active in the step."""
+
+    contexts: tuple[ControlNetContext, ...]
+
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream with the hints as residuals; see `diffsynth_flux.flux1.extension.Extension`."""
+        assert stream.step is not None, "the pipeline sets it"
+        for each in self.contexts:
+            if each.is_active(stream.step):
+                network = stream.step.networks[ROLE][each.settings.controlnet_id]
+                stream = ControlNetResiduals(network, each.latents, each.settings.scale, each.mode)(dit, stream)
+        return stream
+
+
+@unit("controlnets", phase=Phase.ENCODE, requires=(ROLE,), only_with="controlnet_inputs", switches={"tiled": True})
+def encode_controlnet_inputs(
+    vae: Any,
+    *,
+    controlnet_inputs: ControlNetInputs = None,
+    controlnet_modes: tuple[int, ...],
+    height: int,
+    width: int,
+    tiled: bool | None,
+    tile_size: int | tuple[int, int],
+    tile_stride: int | tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> ControlNets:
+    """Return `ControlNets` with the encoded control images of the call.
+
+    An image to inpaint is encoded with the masked part in black; the mask is one more channel, 1 where the image is
+    kept.
+    """
+    tiling = image_tiling(tiled, tile_size, tile_stride)
+    contexts = []
+    for each in as_list(controlnet_inputs):
+        image = each.image if each.inpaint_image is None else each.inpaint_image
+        assert image is not None, "checked before anything was encoded"
+        pixels = image_to_tensor(image, height, width)
+        if each.inpaint_mask is None:
+            latents = vae.encode(pixels.to(device, dtype), **tiling)
+        else:
+            changes = mask_to_tensor(each.inpaint_mask, height, width)
+            latents = vae.encode((pixels * (1 - changes) - changes).to(device, dtype), **tiling)
+            kept = F.interpolate(1 - changes, size=latents.shape[2:], mode="nearest").to(latents)
+            latents = torch.cat((latents, kept), dim=1)
+        mode = mode_of(each.processor_id) if controlnet_modes[each.controlnet_id] else None
+        contexts.append(ControlNetContext(latents, each, mode))
+    return ControlNets(tuple(contexts))
+
+
+def mode_of(processor_id: Any) -> int:
+    """Return the index of a kind of control image, an int.
+
+    Args:
+        processor_id: one of `MODES`, or the index itself.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if isinstance(processor_id, int) and not isinstance(processor_id, bool):
+        return processor_id
+    if processor_id in MODES:
+        return MODES[processor_id]
+    raise ValueError(
+        f"controlnet_inputs: processor_id={processor_id!r}: a Union ControlNet needs the kind of the image, one of "
+        f"{', '.join(MODES)}, or an index{did_you_mean(str(processor_id), MODES)}"
+    )
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error for control images that no loaded ControlNet takes.
+
+    Raises:
+        TypeError: an entry is no `ControlNetInput`, or an image is no PIL image.
+        ValueError: an index of no ControlNet, an input without an image, a mask that is missing or not taken, or an
+            unknown kind of image.
+    """
+    networks = configs[ROLE]
+    for each in as_list(values["controlnet_inputs"]):
+        if not isinstance(each, ControlNetInput):
+            raise TypeError(f"controlnet_inputs has {each!r}: expected ControlNetInput(image=...)")
+        for name in ("image", "inpaint_image", "inpaint_mask"):
+            image = getattr(each, name)
+            if image is not None and not isinstance(image, Image.Image):
+                raise TypeError(f"controlnet_inputs: {name}={image!r:.80}: expected a PIL image")
+        if (each.image is None) == (each.inpaint_image is None):
+            raise ValueError("controlnet_inputs: an input needs one of image and inpaint_image")
+        if networks is not None:
+            _check_input(each, networks)
+
+
+def _check_input(each: ControlNetInput, networks: Sequence[Any]) -> None:
+    index = each.controlnet_id
+    if index >= len(networks):
+        raise ValueError(
+            f"controlnet_inputs: controlnet_id={index}, and {len(networks)} are loaded; expected 0 to "
+            f"{len(networks) - 1}, in the order of model_configs"
+        )
+    config = networks[index]
+    if config.inpaints != (each.inpaint_mask is not None):
+        needs = "needs inpaint_mask, and none is given" if config.inpaints else "takes a control image without a mask"
+        raise ValueError(f"controlnet_inputs: ControlNet {index} {needs}")
+    if config.num_modes:
+        if mode_of(each.processor_id) not in range(config.num_modes):
+            raise ValueError(
+                f"controlnet_inputs: processor_id={each.processor_id!r}, and ControlNet {index} has {config.num_modes} "
+                "kinds of control images"
+            )
+    elif each.processor_id is not None and each.processor_id not in MODES:
+        mode_of(each.processor_id)
+
+
+def roles_at(step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a tuple of the roles of the ControlNets that run in a step."""
+    controlnets: ControlNets | None = values.get("controlnets")
+    if controlnets is None:
+        return ()
+    return tuple(dict.fromkeys(each.role for each in controlnets.contexts if each.is_active(step)))
+
+
+CONTROLNET = Feature(
+    "controlnet",
+    arguments=ControlNetArguments,
+    roles={ROLE: Role(architectures=("flux_controlnet",), optional=True, many=True)},
+    loop_roles=(ROLE,),
+    facts={"controlnet_modes": f"{ROLE}.num_modes"},
+    units=(encode_controlnet_inputs,),
+    conditions={"controlnets": Condition("an image has no frames", batch="separate")},
+    check=check,
+    roles_at=roles_at,
+)
+
+
+def as_list(inputs: ControlNetInputs) -> list[ControlNetInput]:
+    """Return the inputs of a call as a list; empty for None."""
+    if inputs is None:
+        return []
+    return list(inputs) if isinstance(inputs, list | tuple) else [inputs]  # type: ignore[list-item]

@@ -1,0 +1,96 @@
+"""Reference images of FLUX.1-Kontext (arXiv:2506.15742): their tokens are appended to those of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.runtime.feature import Condition, Configs, Feature
+from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.images import image_to_tensor
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth_flux.flux1.config import VAE_FACTOR
+from diffsynth_flux.flux1.dit import grid_positions, patchify
+from diffsynth_flux.flux1.extension import Network, Stream, with_image_tokens
+from diffsynth_flux.flux1.features.checks import check_images
+
+KontextImages = Image.Image | Sequence[Image.Image] | None
+"""The type of the argument `kontext_images`."""
+
+MULTIPLE = 2 * VAE_FACTOR
+"""Side of a token in pixels."""
+
+
+class KontextArguments(TypedDict, total=False):
+    """Reference images.
+
+    Args:
+        kontext_images: Image that the prompt says how to change, or several images, for FLUX.1-Kontext. Each keeps its
+            size, rounded down to a multiple of 16.
+    """
+
+    kontext_images: KontextImages
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """Extension that appends the tokens of reference images, all with the reference index 1.
+
+    Args:
+        latents: scaled latents of each image, of any size.
+    """
+
+    latents: tuple[Float[Tensor, "1 c h w"], ...]
+
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream with the tokens appended; see `diffsynth_flux.flux1.extension.Extension`."""
+        for latents in self.latents:
+            height, width = latents.shape[2:]
+            positions = grid_positions(height // 2, width // 2, index=1)
+            stream = with_image_tokens(dit, stream, patchify(latents), positions)
+        return stream
+
+
+@unit("references", phase=Phase.ENCODE, only_with="kontext_images", switches={"tiled": True})
+def encode_kontext_images(
+    vae: Any,
+    *,
+    kontext_images: KontextImages = None,
+    tiled: bool | None,
+    tile_size: int | tuple[int, int],
+    tile_stride: int | tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> References:
+    """Return `References` with the latents of the images, each of its own size, rounded down to a multiple of 16."""
+    tiling = image_tiling(tiled, tile_size, tile_stride)
+    images = [kontext_images] if isinstance(kontext_images, Image.Image) else list(kontext_images or ())
+    latents = []
+    for image in images:
+        width, height = (max(side // MULTIPLE, 1) * MULTIPLE for side in image.size)
+        latents.append(vae.encode(image_to_tensor(image, height, width).to(device, dtype), **tiling))
+    return References(tuple(latents))
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the reference images are PIL images.
+
+    Raises:
+        TypeError: one is no PIL image.
+    """
+    check_images("kontext_images", values)
+
+
+KONTEXT = Feature(
+    "kontext",
+    arguments=KontextArguments,
+    units=(encode_kontext_images,),
+    conditions={"references": Condition("an image has no frames", batch="separate")},
+    check=check,
+)
