@@ -43,17 +43,16 @@ def test_equals_diffusers(pipelines, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        ({}, ValueError, "needs an image to fill; pass flux_fill_image and flux_fill_mask"),
-        ({"flux_fill_image": PHOTO}, ValueError, "only one of flux_fill_image and flux_fill_mask"),
-        ({"flux_fill_mask": MASK}, ValueError, "only one of flux_fill_image and flux_fill_mask"),
-        ({"flux_fill_image": "a.png", "flux_fill_mask": MASK}, TypeError, "expected a PIL image"),
-        ({"flux_fill_image": PHOTO, "flux_fill_mask": MASK, "control_image": PHOTO}, ValueError, "takes none"),
+        ({}, "needs an image to fill; pass flux_fill_image and flux_fill_mask"),
+        ({"flux_fill_image": PHOTO}, "only one of flux_fill_image and flux_fill_mask"),
+        ({"flux_fill_mask": MASK}, "only one of flux_fill_image and flux_fill_mask"),
+        ({"flux_fill_image": PHOTO, "flux_fill_mask": MASK, "control_image": PHOTO}, "takes none"),
     ],
 )
-def test_what_does_not_fit_is_refused(pipelines, arguments, error, message):
-    with pytest.raises(error, match=message):
+def test_what_does_not_fit_is_refused(pipelines, arguments, message):
+    with pytest.raises(ValueError, match=message):
         pipelines[0].check(prompt="a", **arguments)
 
 

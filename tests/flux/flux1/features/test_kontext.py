@@ -71,14 +71,3 @@ def test_two_references_of_different_sizes(pipelines):
         x = x + (following - level) * velocity[:, : x.shape[1]]
     assert relative_error(found, unpatchify(x, 13)) < TOLERANCE
     assert relative_error(ours(**CALL, **GIVEN, kontext_images=[FIRST]), found) > 1e-3
-
-
-def test_an_empty_list_changes_no_bit(pipelines):
-    ours = pipelines[0]
-    small = {"prompt": "a", "height": 32, "width": 48, "num_inference_steps": 1, "seed": 0, "output_type": "latents"}
-    assert torch.equal(ours(**small, kontext_images=[]), ours(**small))
-
-
-def test_what_is_no_image_is_refused(pipelines):
-    with pytest.raises(TypeError, match="kontext_images='apple.png': expected a PIL image"):
-        pipelines[0].check(prompt="a", kontext_images=["apple.png"])

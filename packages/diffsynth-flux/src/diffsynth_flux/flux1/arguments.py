@@ -26,7 +26,7 @@ class ImageArguments(TypedDict, total=False):
         negative_prompt: Text that guidance steers away from; used only if `cfg_scale` is not 1.
         embedded_guidance: Guidance that a distilled network takes as an input; larger values follow the prompt more
             closely. It is not `cfg_scale`.
-        t5_sequence_length: Number of tokens that T5 reads of a prompt, from 1 to 512; longer prompts are cut.
+        t5_sequence_length: Number of tokens that T5 reads of a prompt, at least 1 and at most 512; longer ones are cut.
         input_image: Image to start from, or a list of one per result; None starts from pure noise.
         denoising_strength: Noise level that the input image is raised to, in (0, 1]; 1 ignores the input. The number
             of steps stays the same.

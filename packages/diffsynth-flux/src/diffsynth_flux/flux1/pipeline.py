@@ -18,7 +18,7 @@ from diffsynth_flux.flux1.arguments import FluxArguments
 from diffsynth_flux.flux1.extension import Extension
 from diffsynth_flux.flux1.features import FEATURES
 from diffsynth_flux.flux1.features.fill import MASK_CHANNELS
-from diffsynth_flux.flux1.units import MAX_T5_TOKENS, UNITS, set_guidance
+from diffsynth_flux.flux1.units import UNITS
 
 
 class FluxImagePipeline(Pipeline):
@@ -61,9 +61,6 @@ class FluxImagePipeline(Pipeline):
         request = super().check(**arguments)
         self._check_guidance(request.values)
         self._check_network()
-        length = request.values["t5_sequence_length"]
-        if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= MAX_T5_TOKENS:
-            raise ValueError(f"t5_sequence_length={length!r}: expected an integer from 1 to {MAX_T5_TOKENS}")
         return request
 
     def velocity(
@@ -110,7 +107,7 @@ class FluxImagePipeline(Pipeline):
         )
 
     def _check_guidance(self, values: Mapping[str, Any]) -> None:
-        guidance = set_guidance(embedded_guidance=values["embedded_guidance"])
+        guidance = values["embedded_guidance"]
         default = self.__signature__.parameters["embedded_guidance"].default
         if self.dit is not None and not self.dit.config.guidance_embed and guidance != default:
             raise ValueError(

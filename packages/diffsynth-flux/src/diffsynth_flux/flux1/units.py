@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,14 +38,7 @@ def schedule(
 
 @unit("embedded_guidance", phase=Phase.SHAPE)
 def set_guidance(*, embedded_guidance: float = 3.5) -> float:
-    """Return `embedded_guidance` as a float.
-
-    Raises:
-        ValueError: it is no finite number.
-    """
-    is_number = isinstance(embedded_guidance, int | float) and not isinstance(embedded_guidance, bool)
-    if not is_number or not math.isfinite(embedded_guidance):
-        raise ValueError(f"embedded_guidance={embedded_guidance!r}: expected a finite number, 3.5 for most images")
+    """Return `embedded_guidance` as a float."""
     return float(embedded_guidance)
 
 
@@ -92,7 +84,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: st
         where: beginning of the logged line, before the text that is cut.
     """
     tokens = tokenizer(
-        list(texts),
+        [cut_prompt(text, max_tokens=max_tokens) for text in texts],
         padding="max_length",
         max_length=max_tokens,
         truncation=True,

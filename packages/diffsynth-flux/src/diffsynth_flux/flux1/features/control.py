@@ -14,7 +14,6 @@ from diffsynth.runtime.feature import Condition, Configs, Feature, whole
 from diffsynth.runtime.image_units import image_tiling
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth_flux.flux1.features.checks import check_images
 
 
 class ControlArguments(TypedDict, total=False):
@@ -50,10 +49,8 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """Raise an error for a control image that the network does not take, or that is missing.
 
     Raises:
-        TypeError: it is no PIL image.
         ValueError: the network takes none, or needs one.
     """
-    check_images("control_image", values)
     image, config = values["control_image"], configs["dit"]
     if config is None:
         return

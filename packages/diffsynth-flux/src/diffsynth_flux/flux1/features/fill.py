@@ -16,7 +16,6 @@ from diffsynth.runtime.image_units import image_tiling
 from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.config import VAE_FACTOR
-from diffsynth_flux.flux1.features.checks import check_images
 
 MASK_CHANNELS = VAE_FACTOR**2
 """Channels of a mask: one for each pixel of a latent pixel."""
@@ -64,11 +63,8 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """Raise an error for an image to fill that the network does not take, or that is missing.
 
     Raises:
-        TypeError: an argument is no PIL image.
         ValueError: one of image and mask is missing, or the network takes none, or needs one.
     """
-    check_images("flux_fill_image", values)
-    check_images("flux_fill_mask", values)
     image, mask = values["flux_fill_image"], values["flux_fill_mask"]
     if (image is None) != (mask is None):
         raise ValueError("only one of flux_fill_image and flux_fill_mask is given; pass both")

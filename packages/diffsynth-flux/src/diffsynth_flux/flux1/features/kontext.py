@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -11,14 +11,13 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.runtime.feature import Condition, Configs, Feature
+from diffsynth.runtime.feature import Condition, Feature
 from diffsynth.runtime.image_units import image_tiling
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.config import VAE_FACTOR
 from diffsynth_flux.flux1.dit import grid_positions, patchify
 from diffsynth_flux.flux1.extension import Network, Stream, with_image_tokens
-from diffsynth_flux.flux1.features.checks import check_images
 
 KontextImages = Image.Image | Sequence[Image.Image] | None
 """The type of the argument `kontext_images`."""
@@ -78,19 +77,9 @@ def encode_kontext_images(
     return References(tuple(latents))
 
 
-def check(configs: Configs, values: Mapping[str, Any]) -> None:
-    """Raise TypeError unless the reference images are PIL images.
-
-    Raises:
-        TypeError: one is no PIL image.
-    """
-    check_images("kontext_images", values)
-
-
 KONTEXT = Feature(
     "kontext",
     arguments=KontextArguments,
     units=(encode_kontext_images,),
     conditions={"references": Condition("an image has no frames", batch="separate")},
-    check=check,
 )
