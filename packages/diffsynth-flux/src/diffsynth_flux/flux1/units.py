@@ -51,7 +51,6 @@ def encode_pooled_prompt(
     """
     distinct, order = _distinct(prompt)
     max_tokens = text_encoder_1.config.max_tokens
-    distinct = [cut_prompt(text, max_tokens=MAX_T5_TOKENS) for text in distinct]
     input_ids = tokenize(tokenizer_1, distinct, max_tokens, where=f"CLIP takes {max_tokens} tokens; T5 alone takes")
     return text_encoder_1(input_ids.to(device))[order]
 
@@ -69,7 +68,6 @@ def encode_prompt(
     is logged.
     """
     distinct, order = _distinct(prompt)
-    distinct = [cut_prompt(text, max_tokens=MAX_T5_TOKENS) for text in distinct]
     where = f"T5 takes t5_sequence_length={t5_sequence_length} tokens; these are not used:"
     return text_encoder_2(tokenize(tokenizer_2, distinct, t5_sequence_length, where=where).to(device))[order]
 
@@ -84,7 +82,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: st
         where: beginning of the logged line, before the text that is cut.
     """
     tokens = tokenizer(
-        [cut_prompt(text, max_tokens=max_tokens) for text in texts],
+        [cut_prompt(text, max_tokens=MAX_T5_TOKENS) for text in texts],
         padding="max_length",
         max_length=max_tokens,
         truncation=True,
