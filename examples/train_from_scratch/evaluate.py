@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import diffsynth
+from diffsynth.core.data.image import read_image
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.runtime.images import image_to_tensor, tensor_to_images
 from diffsynth.runtime.progress import no_progress
@@ -107,7 +108,7 @@ def read_data(folder: Path) -> tuple[list[str], torch.Tensor]:
     """Return the captions, and the images `n 3 128 128` in [-1, 1]."""
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    images = [image_to_tensor(Image.open(folder / row["image"]), 128, 128) for row in rows]
+    images = [image_to_tensor(read_image(folder / row["image"]), 128, 128) for row in rows]
     return [row["prompt"] for row in rows], torch.cat(images)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsynth.core.data.animation import Animation, is_animated, is_animation_format
+from diffsynth.core.data.animation import Animation, is_animated, is_image
 from diffsynth.core.data.media import VideoData, frame_rate_of, read_frames
 from diffsynth.errors import CorruptFile, NoFiles
 
@@ -57,9 +57,21 @@ def test_a_still_image_is_one_frame_and_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (16, 8), "red").save(tmp_path / "a.png", exif=exif)
-    assert is_animation_format(tmp_path / "a.png")
+    assert is_image(tmp_path / "a.png")
     assert not is_animated(tmp_path / "a.png")
     assert [frame.size for frame in VideoData(tmp_path / "a.png")] == [(8, 16)]
+
+
+def test_pages_are_no_frames(tmp_path):
+    """A TIFF file of several pages is no clip, and a JPEG file is one frame, turned as its EXIF data say."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pages = [Image.new("RGB", (16, 8), colour) for colour in ("red", "blue")]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "a.jpg", exif=exif)
+    assert not is_animated(tmp_path / "a.tif")
+    assert [frame.getpixel((0, 0)) for frame in VideoData(tmp_path / "a.tif")] == [(255, 0, 0)]
+    assert [frame.size for frame in VideoData(tmp_path / "a.jpg")] == [(8, 16)]
 
 
 def test_damaged_animations(tmp_path):

@@ -30,6 +30,7 @@ from diffsynth.core.data.operators import (
     ToList,
     ToStr,
 )
+from diffsynth.core.data.unified_dataset import UnifiedDataset
 from diffsynth.errors import CorruptFile, NoFiles
 
 
@@ -205,6 +206,17 @@ def test_animations_at_a_fixed_rate_by_their_times(tmp_path, frames, levels):
     load = LoadGIF(6, 1, 0, frame_rate=10, fix_frame_rate=True)
     assert levels(load(tmp_path / "a.gif")) == [0, 25, 25, 25, 50, 75]
     assert levels(LoadVideo(6, 1, 0, frame_rate=10, fix_frame_rate=True)(tmp_path / "a.gif")) == [0, 25, 25, 25, 50, 75]
+
+
+def test_animated_images_are_routed_by_their_content(tmp_path, frames):
+    """An animated WebP gave its first frame only, because some WebP files are still images."""
+    frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:5], duration=100)
+    frames[0].save(tmp_path / "still.webp")
+    load = UnifiedDataset.default_video_operator(tmp_path, height=16, width=16, num_frames=5)
+    assert [frame.size for frame in load("clip.webp")] == [(16, 16)] * 5
+    assert len(load("still.webp")) == 1
+    with pytest.raises(NoFiles, match="gone.webp does not exist"):
+        load("gone.webp")
 
 
 def test_gif_is_opened_once(tmp_path, frames, levels, monkeypatch):

@@ -92,6 +92,7 @@ class _Plane:
         ((-1, 0, 0, 1), lambda a: a[:, ::-1]),
         ((1, 0, 0, -1), lambda a: a[::-1]),
         ((0, 1, 1, 0), lambda a: a.swapaxes(0, 1)),
+        ((0.001, 0.999, -0.998, 0), lambda a: np.rot90(a, -1)),
     ],
 )
 def test_the_display_matrix(tmp_path, matrix, turn, tone):

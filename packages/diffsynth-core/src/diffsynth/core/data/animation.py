@@ -8,12 +8,14 @@ from pathlib import Path
 from PIL import Image, ImageFile
 
 from diffsynth.core.data.color import WHITE, Color, rgb_of, to_rgb
-from diffsynth.core.data.content import ANIMATIONS, describe_file, existing_file
+from diffsynth.core.data.content import IMAGE_KINDS, describe_file, existing_file
 from diffsynth.core.data.image import opened_image
 from diffsynth.errors import CorruptFile
 
 _DEFAULT_DURATION = 100
 """Milliseconds: viewers show frames with a duration of 0, or without one, for a tenth of a second."""
+
+_ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 
 
 class Animation:
@@ -66,28 +68,30 @@ class Animation:
             raise CorruptFile(f"{self.path} cannot be read from frame {index} on: {reason}") from error
 
 
-def is_animation_format(path: Path) -> bool:
-    """Return whether a file is in an image format with animations, by its first bytes; it may have one frame.
+def is_image(path: Path) -> bool:
+    """Return whether a file is an image, animated or not, by its first bytes.
 
     Raises:
         OSError: the file cannot be read.
     """
-    return describe_file(path) in ANIMATIONS
+    return describe_file(path) in IMAGE_KINDS
 
 
 def is_animated(path: Path) -> bool:
     """Return whether a file is an animated image of at least two frames.
 
     Raises:
-        CorruptFile: the file is an image in a format with animations that cannot be read.
+        CorruptFile: the file is an image that cannot be read.
     """
-    if not is_animation_format(path):
+    if not is_image(path):
         return False
     with opened_image(path, str(path)) as image:
         return len(_indices(image)) > 1
 
 
 def _indices(image: ImageFile.ImageFile) -> range:
+    if image.format not in _ANIMATED:  # the pages of a TIFF, or the images of a stereo photograph
+        return range(1)
     # An APNG may have a separate still image, for viewers without animations; PIL counts it as the first frame.
     first = 1 if image.info.get("default_image") and getattr(image, "n_frames", 1) > 1 else 0
     return range(first, getattr(image, "n_frames", 1))

@@ -37,10 +37,15 @@ _SIGNATURES = (
 )
 """(bytes, their position, what a file with them is)."""
 
-ANIMATIONS = ("a PNG image", "a GIF image", "a WebP image", "an AVIF image")
-"""The results of `describe` that are image formats with animations, which PIL decodes."""
-
-IMAGE_KINDS = (*ANIMATIONS, "a JPEG image", "a BMP image", "a TIFF image")
+IMAGE_KINDS = (
+    "a PNG image",
+    "a GIF image",
+    "a WebP image",
+    "an AVIF image",
+    "a JPEG image",
+    "a BMP image",
+    "a TIFF image",
+)
 """The results of `describe` that are images which PIL decodes."""
 
 VIDEO_KINDS = ("an MP4 or MOV file", "a Matroska or WebM file", "an AVI file")

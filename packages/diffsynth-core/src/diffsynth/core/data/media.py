@@ -19,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.core.data.animation import Animation, is_animated, is_animation_format
+from diffsynth.core.data.animation import Animation, is_animated, is_image
 from diffsynth.core.data.color import WHITE, Color, rgb_of
 from diffsynth.core.data.content import AUDIO_KINDS, IMAGE_KINDS, VIDEO_KINDS, describe_file, existing_file
 from diffsynth.core.data.image import cover, read_image, size_of
@@ -172,7 +172,7 @@ class Timeline:
         """Return the `Timeline` (times of the frames, frame rate) of a video file, from its packets, without decoding,
         or of an animated image; raises like `read_frames`.
         """
-        if is_animation_format(existing_file(path, "video")):
+        if is_image(existing_file(path, "video")):
             times, end = Animation(path).times()
             return cls(Path(path), times, Fraction(len(times) / end).limit_denominator(1001), end)
         rate = frame_rate_of(path)
@@ -247,7 +247,7 @@ def read_frames(path: Location, *, background: Color = WHITE) -> Iterator[Image.
 
 def read_timed_frames(path: Location, *, background: Color = WHITE) -> Iterator[tuple[float, Image.Image]]:
     """Yield (time in seconds since the first frame, frame) of each frame; see `read_frames`."""
-    if is_animation_format(existing_file(path, "video")):
+    if is_image(existing_file(path, "video")):
         for time, _, image in Animation(path, background=background).frames():
             yield time, image
         return
@@ -267,7 +267,7 @@ def frame_rate_of(path: Location) -> Fraction:
     """Return the nominal frames per second of a video file, or the mean ones of an animated image, as a `Fraction`;
     raises like `read_frames`.
     """
-    if is_animation_format(existing_file(path, "video")):
+    if is_image(existing_file(path, "video")):
         return Timeline.of(path).frame_rate
     with opened(path, "video") as (_, stream):
         rate = stream.average_rate or stream.guessed_rate
@@ -280,7 +280,7 @@ def count_frames(path: Location) -> int:
     """Return the number of frames of a video file, an int, from its header, or by counting packets if the header has
     none, or of an animated image; raises like `read_frames`.
     """
-    if is_animation_format(existing_file(path, "video")):
+    if is_image(existing_file(path, "video")):
         return len(Timeline.of(path).times)
     with opened(path, "video") as (container, stream):
         return int(stream.frames) or sum(1 for packet in container.demux(stream) if packet.size)
@@ -358,6 +358,8 @@ def opened(path: Location, kind: str) -> Iterator[tuple[Any, Any]]:
             streams = [each for each in getattr(container.streams, kind) if not _is_cover(each)]
             if not streams:
                 raise CorruptFile(f"{file} has no {kind} stream")
+            if streams[0].codec_context is None:
+                raise CorruptFile(f"{file} has {kind} in a format that FFmpeg does not know")
             yield container, streams[0]
     except Refused as error:
         raise Refused(f"{file}: {error}") from error

@@ -32,6 +32,8 @@ _SOUND_RATE = 48_000
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
 """Number of channels -> FFmpeg's name of the usual layout of their speakers."""
 
+_PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+
 _CHUNK = 2**20
 """Samples that are passed to the encoder at once."""
 
@@ -142,10 +144,13 @@ def read_comment(path: Location, kind: str = "video") -> str | None:
 
 
 def save_frames(frames: Sequence[Image.Image], save_path: Location) -> None:
-    """Write `frames` to the folder `save_path`, which is created if missing, as `0.png`, `1.png`, ..."""
+    """Write `frames` to the folder `save_path`, which is created if missing, as `0.png`, `1.png`, ...; those of a mode
+    that PNG does not have are converted by `color.to_rgb`.
+    """
     Path(save_path).mkdir(parents=True, exist_ok=True)
     for index, frame in enumerate(frames):
-        frame.save(Path(save_path) / f"{index}.png")
+        image = frame if frame.mode in _PNG_MODES else to_rgb(frame)
+        image.save(Path(save_path) / f"{index}.png")
 
 
 def merge_video_audio(video_path: Location, audio_path: Location) -> None:

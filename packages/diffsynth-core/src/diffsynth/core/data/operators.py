@@ -16,8 +16,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.core.data.animation import Animation
+from diffsynth.core.data.animation import Animation, is_animated
 from diffsynth.core.data.color import WHITE, Color
+from diffsynth.core.data.content import existing_file
 from diffsynth.core.data.image import cover, read_image
 from diffsynth.core.data.media import ROUNDING, Timeline, frame_rate_of, read_audio, read_timed_frames
 from diffsynth.errors import CorruptFile, NoFiles
@@ -35,6 +36,7 @@ __all__ = [
     "LoadPureAudioWithTorchaudio",
     "LoadTorchPickle",
     "LoadVideo",
+    "RouteByAnimation",
     "RouteByExtensionName",
     "RouteByType",
     "SequencialProcess",
@@ -204,6 +206,29 @@ class RouteByExtensionName(DataProcessingOperator):
                 return operator(data)
         known = ", ".join(name for suffixes, _ in self.operator_map for name in suffixes or ())
         raise ValueError(f"{str(data)!r} ends in {suffix or 'no suffix'!r}; expected one of {known}")
+
+
+class RouteByAnimation(DataProcessingOperator):
+    """Selects an operator by whether an image file is animated.
+
+    Args:
+        animated: for a file of at least two frames.
+        still: for other files, and for URLs.
+    """
+
+    def __init__(self, animated: Callable[[Any], Any], still: Callable[[Any], Any]) -> None:
+        self.animated, self.still = animated, still
+
+    def __call__(self, data: str | Path) -> Any:
+        """Return the result of the operator for the file at the path `data`.
+
+        Raises:
+            NoFiles: the file does not exist.
+            CorruptFile: the file is an image that cannot be read.
+        """
+        if str(data).startswith(("http://", "https://")):
+            return self.still(data)
+        return (self.animated if is_animated(existing_file(data, "image")) else self.still)(data)
 
 
 class RouteByType(DataProcessingOperator):

@@ -19,6 +19,7 @@ from diffsynth.core.data.operators import (
     LoadImage,
     LoadTorchPickle,
     LoadVideo,
+    RouteByAnimation,
     RouteByExtensionName,
     RouteByType,
     SequentialProcess,
@@ -169,8 +170,8 @@ class UnifiedDataset(Dataset[Any]):
         time_division_factor: int = 4,
         time_division_remainder: int = 1,
     ) -> DataProcessingOperator:
-        """Return a data operator (callable) that maps the path of a video, GIF or image to a list of its first
-        `num_frames` frames as resized PIL images, one for an image.
+        """Return a data operator (callable) that maps the path of a video, an animated image or an image to a list of
+        its first `num_frames` frames as resized PIL images, one for an image.
 
         See `LoadVideo` and `ImageCropAndResize`.
         """
@@ -178,7 +179,7 @@ class UnifiedDataset(Dataset[Any]):
         frames = (num_frames, time_division_factor, time_division_remainder, resize)
         by_suffix = RouteByExtensionName(
             [
-                (IMAGES, LoadImage() >> resize >> ToList()),
+                (IMAGES, RouteByAnimation(LoadGIF(*frames), LoadImage() >> resize >> ToList())),
                 (("gif",), LoadGIF(*frames)),
                 (VIDEOS, LoadVideo(*frames)),
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from fractions import Fraction
 from typing import Any
@@ -98,14 +99,24 @@ def _square(image: Image.Image, ratio: Fraction | None) -> Image.Image:
 
 
 def _turned(image: Image.Image, frame: Any) -> Image.Image:
-    stored = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
-    if stored is None:
-        return image
-    values = struct.unpack("=9i", bytes(stored)[:36])
-    (a, b), (c, d) = values[0:2], values[3:5]
-    size = max(abs(a), abs(b), abs(c), abs(d), 1)
-    signs = tuple(round(value / size) for value in (a, b, c, d))
-    if signs not in _TURNS or max(abs(value / size) % 1 for value in (a, b, c, d)) > 0.02:
+    a, b, c, d = _display_matrix(frame)
+    size = max(abs(a), abs(b), abs(c), abs(d)) or 1
+    parts = [value / size for value in (a, b, c, d)]
+    signs = tuple(round(part) for part in parts)
+    if signs not in _TURNS or max(abs(part - round(part)) for part in parts) > 0.02:
         raise Refused(f"video is turned by {frame.rotation} degrees; only multiples of 90 degrees are supported")
     method = _TURNS[signs]
     return image if method is None else image.transpose(method)
+
+
+def _display_matrix(frame: Any) -> tuple[float, float, float, float]:
+    """Return the four numbers of `_TURNS` of a frame, not normalized; those of no turn if the file has none."""
+    try:
+        stored = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    except ValueError:  # PyAV lists no side data if it does not know the type of one; this has the angle only
+        angle = math.radians(frame.rotation)
+        return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+    if stored is None:
+        return 1, 0, 0, 1
+    values = struct.unpack("=9i", bytes(stored)[:36])
+    return values[0], values[1], values[3], values[4]
