@@ -51,13 +51,11 @@ def images() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Return (folder, name -> content of a sound file)."""
+    """Return (folder, name -> content of an undamaged file)."""
     folder = tmp_path_factory.mktemp("media")
     frames = [Image.new("RGB", (32, 16), (level, 9, 9)) for level in (0, 90, 180)]
     for suffix in ("mp4", "mkv", "avi"):
-        save_video(
-            [Image.new("RGB", (32, 16), (level, 9, 9)) for level in (0, 90, 180)], folder / f"v.{suffix}", fps=10
-        )
+        save_video(frames, folder / f"v.{suffix}", fps=10)
     save_audio(torch.linspace(-1, 1, 900)[None].repeat(2, 1), folder / "s.wav", 8000)
     logging.getLogger("diffsynth").setLevel(logging.ERROR)
     yield folder, {**images(), **{file.name: file.read_bytes() for file in folder.iterdir()}}
