@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from diffsynth.models.config import Qwen3TextEncoderConfig
 from diffsynth.models.qwen3 import Qwen3TextEncoder
@@ -19,6 +26,11 @@ from diffsynth_flux.flux2.text_encoders import MistralTextEncoder
 from parity import draw_weights, shapes_of
 
 SIZE = {"height": 80, "width": 48}
+MISTRAL_TEMPLATE = (
+    "<s>{% for message in messages %}{% set text = message.content[0].text %}{% if message.role == 'system' %}"
+    "[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]{% else %}[INST]{{ text }}[/INST]{% endif %}{% endfor %}"
+)
+"""Mistral-Small-3.2's chat template for a system message and texts of users."""
 AUTOENCODER = Flux2AutoencoderConfig(
     latent_channels=4,
     block_out_channels=(8, 8, 16, 16),
@@ -69,6 +81,14 @@ def draw_autoencoder(oracle: AutoencoderKLFlux2, seed: int = 0) -> dict[str, tor
     weights["bn.running_mean"] = weights["bn.running_mean"] - 0.5
     weights["bn.num_batches_tracked"] = torch.tensor(7)
     return weights
+
+
+def flux2_tokenizer(*, klein: bool) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes with the chat template of FLUX.2-klein's text encoder, or of FLUX.2-dev's."""
+    tokenizer = byte_tokenizer()
+    if not klein:
+        tokenizer.chat_template = MISTRAL_TEMPLATE
+    return tokenizer
 
 
 def oracle_mistral(vocab_size: int) -> Mistral3ForConditionalGeneration:
@@ -136,7 +156,7 @@ def tiny_pipelines(*, klein: bool, guided: bool = True) -> tuple[Flux2ImagePipel
         embeds_guidance=not klein,
         axes_dims=(4, 4, 4, 4),
     )
-    tokenizer = byte_tokenizer()
+    tokenizer = flux2_tokenizer(klein=klein)
     dit, vae = oracle_dit(config), oracle_autoencoder(AUTOENCODER)
     encoder = (oracle_qwen3 if klein else oracle_mistral)(len(tokenizer))
     for seed, module in enumerate((dit, encoder)):

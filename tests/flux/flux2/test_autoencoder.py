@@ -60,7 +60,7 @@ def test_moments_equal_diffusers(pair) -> None:
 def test_every_parameter_matters(pair) -> None:
     """Every parameter changes the output except the bias of `to_k`, to which softmax is invariant."""
     _, oracle = pair
-    image, latents = draw_image()[:1, :, :32, :16], draw_latents()[:1, :, :2, :1]
+    image, latents = draw_image()[:1, :, :16, :32], draw_latents()[:1, :, :1, :1]
 
     def run() -> torch.Tensor:
         return torch.cat((oracle_latents(oracle, image).flatten(), oracle_image(oracle, latents).flatten()))

@@ -9,18 +9,17 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
 import parity
-from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_flux.flux2.config import TINY_MISTRAL, infer_mistral_config
-from diffsynth_flux.flux2.text_encoders import SYSTEM_MESSAGE, MistralTextEncoder, chat_text, prompt_layers
-from diffsynth_flux.flux2.units import encode_prompt
-from flux2_oracles import mistral_of, oracle_mistral, oracle_qwen3, qwen3_of
+from diffsynth_flux.flux2.text_encoders import MistralTextEncoder
+from diffsynth_flux.flux2.units import SYSTEM_MESSAGE, chat_text, encode_prompt, prompt_layers
+from flux2_oracles import flux2_tokenizer, mistral_of, oracle_mistral, oracle_qwen3, qwen3_of
 
 PROMPTS = ["a red apple on a table", "a bear [IMG] with a hat, " * 3]
 CPU = torch.device("cpu")
 
 
 def encoders(*, klein: bool, side: str):
-    tokenizer = byte_tokenizer()
+    tokenizer = flux2_tokenizer(klein=klein)
     tokenizer.padding_side = side
     oracle = (oracle_qwen3 if klein else oracle_mistral)(len(tokenizer))
     oracle.load_state_dict(parity.draw_weights(parity.shapes_of(oracle)))
@@ -46,14 +45,12 @@ def test_the_hidden_states_are_those_of_the_published_models() -> None:
 
 
 def test_the_texts_are_those_of_training() -> None:
-    tokenizer = byte_tokenizer()
-    assert chat_text(tokenizer, "an apple", mistral=False) == (
+    assert chat_text("an apple", mistral=False) == (
         "<|im_start|>user\nan apple<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
-    tokenizer.chat_template = (
-        "{% for message in messages %}[{{ message.role }}]{{ message.content[0].text }}{% endfor %}"
+    assert chat_text("an [IMG]apple", mistral=True) == (
+        f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]an apple[/INST]"
     )
-    assert chat_text(tokenizer, "an [IMG]apple", mistral=True) == f"[system]{SYSTEM_MESSAGE}[user]an apple"
 
 
 @torch.no_grad()

@@ -45,6 +45,10 @@ def test_without_resizing_the_sides_are_cut() -> None:
         ({"edit_image_kv_cache": True}, "expected edit_image"),
         ({"edit_image": blank(64, 64), "edit_image_kv_cache": 1}, "edit_image_kv_cache=1: expected True or False"),
         ({"inpaint_mask": blank(64, 64)}, "without input_image"),
+        ({"inpaint_mask": [blank(64, 64)] * 2, "input_image": blank(64, 64)}, "inpaint_mask has 2 images; expected 1"),
+        ({"inpaint_mask": blank(64, 64), "inpaint_blur_size": 0, "inpaint_blur_sigma": 1.0}, "at least 1"),
+        ({"inpaint_mask": blank(64, 64), "inpaint_blur_size": 2, "inpaint_blur_sigma": 0.0}, "above 0"),
+        ({"initial_noise": 3}, "initial_noise=3: expected a tensor"),
     ],
 )
 def test_bad_arguments(pipe, arguments, message) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.color import to_mask
 from diffsynth.core.data.image import cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.unit import unit
@@ -74,7 +75,14 @@ def toward_input(
     return torch.lerp(kept, velocity.float(), inpainting.mask.expand_as(kept))
 
 
-@unit("inpainting", only_with="inpaint_mask")
+def check_masks(values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a call has one mask, or as many as results."""
+    count, batch_size = len(_as_list(values["inpaint_mask"])), values["batch_size"]
+    if count not in (1, batch_size):
+        raise ValueError(f"inpaint_mask has {count} images; expected 1 or {batch_size}, one for each result")
+
+
+@unit("inpainting", only_with="inpaint_mask", check=check_masks)
 def prepare_inpainting(
     *,
     inpaint_mask: Masks = None,
@@ -116,8 +124,7 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """Raise an error for a mask that no input image fits, or a blur without a mask.
 
     Raises:
-        TypeError: a mask is no PIL image.
-        ValueError: a mask without `input_image`, a blur without a mask or half of its arguments, or out of range.
+        ValueError: a mask without `input_image`, a blur without a mask, or half of its arguments.
     """
     mask, size, sigma = (values[name] for name in ("inpaint_mask", "inpaint_blur_size", "inpaint_blur_sigma"))
     if (size is None) != (sigma is None):
@@ -128,15 +135,8 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
         if size is not None:
             raise ValueError("inpaint_blur_size is given without inpaint_mask; pass the mask to blur")
         return
-    for image in _as_list(mask):
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"inpaint_mask={image!r:.80}: expected a PIL image, or a list of one per result")
     if values["input_image"] is None:
         raise ValueError("inpaint_mask is given without input_image; pass the image to inpaint")
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ValueError(f"inpaint_blur_size={size!r}: expected an integer of at least 1, in latent pixels")
-    if sigma is not None and not sigma > 0:
-        raise ValueError(f"inpaint_blur_sigma={sigma!r}: expected a number above 0, in latent pixels")
 
 
 INPAINT = Feature(
@@ -156,5 +156,5 @@ def _as_list(masks: Masks) -> list[Image.Image]:
 
 def _mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:
     """Return an fp32 tensor `1 1 height width` of a mask's brightness in [0, 1], scaled to cover the size."""
-    levels = np.array(cover(mask.convert("L"), height, width), dtype=np.float32)
+    levels = np.array(cover(to_mask(mask), height, width), dtype=np.float32)
     return torch.from_numpy(levels)[None, None] / 255

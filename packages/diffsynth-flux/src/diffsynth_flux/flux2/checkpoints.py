@@ -124,6 +124,8 @@ CHECKPOINTS = (
     CheckpointSpec(
         name=f"{DIT}/klein_9b",
         architecture=DIT,
+        signature="39c6fc48f07bebecedbbaa971ff466c8",
+        layout=f"{_LAYOUTS}/flux2_klein_9b_dit.json.gz",
         files=(f"{KLEIN_9B}:transformer/*.safetensors", f"{KLEIN_BASE_9B}:transformer/*.safetensors"),
         file_stem="diffusion_pytorch_model",
     ),

@@ -15,12 +15,12 @@ from diffsynth_flux.flux2.checkpoints import (
 PIPELINE = "diffsynth_flux.flux2.pipeline:Flux2ImagePipeline"
 
 _TINY_DIT = {
-    "dim": 256,
-    "n_heads": 2,
+    "dim": 128,
+    "n_heads": 1,
     "n_layers": 1,
     "n_single_layers": 2,
     "prompt_dim": 192,
-    "ffn_dim": 256,
+    "ffn_dim": 192,
     "axes_dims": (32, 32, 32, 32),
 }
 _TINY_TEXT = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 320, "num_layers": 4}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,20 @@ from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling import noise
 from diffsynth.sampling.schedule import flux2_sigmas
 from diffsynth_flux.flux2.config import PROMPT_TOKENS, VAE_FACTOR, MistralTextEncoderConfig
-from diffsynth_flux.flux2.text_encoders import chat_text, prompt_layers
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_GUIDANCE = 4.0
 """Default guidance scale of the distilled network."""
+
+SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+"""Message before every prompt of FLUX.2-dev, as in training, with its line break."""
+
+IMAGE_TOKEN = "[IMG]"
+"""Token that Mistral replaces by an image; it is removed from prompts."""
 
 round_size = image_size(multiple=VAE_FACTOR)
 
@@ -48,8 +56,7 @@ def encode_prompt(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     distinct = list(dict.fromkeys(prompts))
     mistral = isinstance(text_encoder.config, MistralTextEncoderConfig)
-    cut = [cut_prompt(text, max_tokens=PROMPT_TOKENS) for text in distinct]
-    texts = [chat_text(tokenizer, text, mistral=mistral) for text in cut]
+    texts = [chat_text(cut_prompt(text, max_tokens=PROMPT_TOKENS), mistral=mistral) for text in distinct]
     _log_cut(tokenizer, texts)
     # The template has its special tokens; padding is on the side on which the tokenizer puts it, as in training.
     tokens = tokenizer(
@@ -69,6 +76,31 @@ def encode_prompt(
     return embeds[order]
 
 
+def prompt_layers(num_layers: int) -> tuple[int, int, int]:
+    """Return the indices of the hidden states that FLUX.2 reads: after a quarter, a half and three quarters of the
+    layers.
+
+    These are 10, 20 and 30 of Mistral's 40 layers, and 9, 18 and 27 of Qwen3's 36.
+    """
+    return num_layers // 4, num_layers // 2, num_layers * 3 // 4
+
+
+def chat_text(prompt: str, *, mistral: bool) -> str:
+    """Return a str: `prompt` in the chat template of the text encoder, as in training.
+
+    The template in the tokenizer's folder is a program, and is not run.
+
+    Args:
+        prompt: of the user.
+        mistral: whether the text encoder is Mistral, with a system message before the prompt; else it is Qwen3, with
+            an empty thinking block after it.
+    """
+    if mistral:
+        system = f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT]"
+        return f"{system}[INST]{prompt.replace(IMAGE_TOKEN, '')}[/INST]"
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
 def _log_cut(tokenizer: Any, texts: Sequence[str]) -> None:
     for text in texts:
         # No token stands for less than one byte, so a short text is not tokenized twice.
@@ -80,14 +112,22 @@ def _log_cut(tokenizer: Any, texts: Sequence[str]) -> None:
             logger.warning("a prompt of %d tokens is cut to %d; without: %r", len(ids), PROMPT_TOKENS, cut)
 
 
-@unit("network_guidance")
+def check_guidance(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if a call sets a guidance scale for a network that takes none."""
+    scale = values["embedded_guidance"]
+    if not values["embeds_guidance"] and scale != EMBEDDED_GUIDANCE:
+        raise ValueError(
+            f"embedded_guidance={scale} is given, but this network takes no guidance scale, as FLUX.2-klein; leave it "
+            "out"
+        )
+
+
+@unit("network_guidance", check=check_guidance)
 def network_guidance(
     *, embedded_guidance: float = EMBEDDED_GUIDANCE, embeds_guidance: bool, batch_size: int, device: torch.device
 ) -> Float[Tensor, "b"] | None:
     """Return the guidance scale that the network takes, an fp32 tensor `b`; None for a network that takes none."""
     if not embeds_guidance:
-        if embedded_guidance != EMBEDDED_GUIDANCE:
-            logger.warning("embedded_guidance=%s is not used: this network takes no guidance scale", embedded_guidance)
         return None
     return torch.full((batch_size,), float(embedded_guidance), device=device)
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.image import cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.image_units import image_tiling
@@ -86,7 +87,7 @@ def encode_edit_images(
     for image in _as_list(edit_image):
         height, width = edit_size(image, auto_resize=edit_image_auto_resize)
         if edit_image_auto_resize:
-            image = cover(image.convert("RGB"), height, width, Image.Resampling.LANCZOS)
+            image = cover(to_rgb(image), height, width, Image.Resampling.LANCZOS)
         pixels = image_to_tensor(_center_crop(image, height, width), height, width)
         images.append(vae.encode(pixels.to(device, dtype), **tiling))
     return References(tuple(images))
@@ -113,21 +114,13 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """Raise an error for reference images that cannot be encoded.
 
     Raises:
-        TypeError: an entry is no PIL image, or `edit_image_auto_resize` is no bool.
-        ValueError: no image or more than 10, or one that is smaller than a token.
+        ValueError: more than 10 images, or one that is smaller than a token.
     """
-    auto_resize = values["edit_image_auto_resize"]
-    if not isinstance(auto_resize, bool):
-        raise TypeError(f"edit_image_auto_resize={auto_resize!r}: expected True or False")
-    if values["edit_image"] is None:
-        return
     images = _as_list(values["edit_image"])
-    if not 1 <= len(images) <= MAX_IMAGES:
+    if len(images) > MAX_IMAGES:
         raise ValueError(f"edit_image has {len(images)} images; expected 1 to {MAX_IMAGES}, or None")
     for image in images:
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"edit_image has {image!r:.80}: expected a PIL image, or a list of them")
-        if min(image.size) < VAE_FACTOR and not auto_resize:
+        if min(image.size) < VAE_FACTOR and not values["edit_image_auto_resize"]:
             raise ValueError(
                 f"edit_image has an image of {image.width}x{image.height} pixels; expected at least {VAE_FACTOR} on "
                 "each side, or edit_image_auto_resize=True"
