@@ -96,15 +96,16 @@ class FuzzedPipeline:
         return Verdict(text, "clear", _text(error))
 
     def _run(self, arguments: dict[str, Any], *, encodes: bool) -> Exception | None:
-        encoder = self.pipe.text_encoder
-        if not encodes:
+        encoders = [part for role, part in self.pipe.parts.items() if role.startswith("text_encoder")]
+        for encoder in encoders if not encodes else ():
             encoder.forward = _encoded
         try:
             self.pipe(**{**self._base, **arguments})
         except Exception as error:
             return error
         finally:
-            vars(encoder).pop("forward", None)
+            for encoder in encoders:
+                vars(encoder).pop("forward", None)
         return None
 
 
