@@ -56,6 +56,12 @@ def test_a_mask_of_another_size_is_scaled_as_the_image_is() -> None:
     assert torch.allclose(region.mask, inpainting().mask, atol=0.2)
 
 
+def test_a_mask_in_the_alpha_channel_is_read() -> None:
+    drawn = Image.new("RGBA", (64, 32), "black")
+    drawn.putalpha(half_mask())
+    assert torch.equal(inpainting(inpaint_mask=drawn).mask, inpainting().mask)
+
+
 def test_a_mask_for_each_result() -> None:
     region = inpainting(inpaint_mask=[half_mask(), Image.new("L", (64, 32))])
     assert region.mask.mean(dim=(1, 2, 3)).tolist() == [3 / 8, 0]

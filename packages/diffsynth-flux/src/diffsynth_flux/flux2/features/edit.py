@@ -84,10 +84,10 @@ def encode_edit_images(
     """Return `References` with the packed latents of the reference images."""
     tiling = image_tiling(tiled, tile_size, tile_stride)
     images = []
-    for image in _as_list(edit_image):
+    for image in map(to_rgb, _as_list(edit_image)):  # upright, before its sides are read
         height, width = edit_size(image, auto_resize=edit_image_auto_resize)
         if edit_image_auto_resize:
-            image = cover(to_rgb(image), height, width, Image.Resampling.LANCZOS)
+            image = cover(image, height, width, Image.Resampling.LANCZOS)
         pixels = image_to_tensor(_center_crop(image, height, width), height, width)
         images.append(vae.encode(pixels.to(device, dtype), **tiling))
     return References(tuple(images))
