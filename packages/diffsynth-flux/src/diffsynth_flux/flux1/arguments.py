@@ -12,11 +12,13 @@ from torch import Tensor
 from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
 from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.guidance import GuidanceArgument
+from diffsynth.runtime.inpainting import InpaintArguments
 from diffsynth.runtime.request import OutputType, Step
 from diffsynth_flux.flux1.features.control import ControlArguments
 from diffsynth_flux.flux1.features.controlnet import ControlNetArguments
 from diffsynth_flux.flux1.features.fill import FillArguments
 from diffsynth_flux.flux1.features.kontext import KontextArguments
+from diffsynth_flux.flux1.features.redux import ReduxArguments
 
 
 class ImageArguments(TypedDict, total=False):
@@ -55,7 +57,14 @@ class ImageArguments(TypedDict, total=False):
 
 
 class FluxArguments(
-    ImageArguments, KontextArguments, FillArguments, ControlArguments, ControlNetArguments, total=False
+    ImageArguments,
+    KontextArguments,
+    FillArguments,
+    ControlArguments,
+    ReduxArguments,
+    ControlNetArguments,
+    InpaintArguments,
+    total=False,
 ):
     """All arguments of a call except the prompt."""
 

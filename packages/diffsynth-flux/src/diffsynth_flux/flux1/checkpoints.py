@@ -8,6 +8,8 @@ DIT = "flux_dit"
 CONTROLNET = "flux_controlnet"
 CLIP = "clip_text_encoder"
 T5 = "t5_text_encoder"
+SIGLIP = "siglip_image_encoder"
+REDUX_EMBEDDER = "flux_redux_embedder"
 
 LORA_TARGETS = (
     "img_attn.qkv",
@@ -106,6 +108,33 @@ ARCHITECTURES = (
         # transformers casts the input of `wo` to the dtype of its weight.
         high_precision=("*norm*", "*.wo.weight"),
         repeated_blocks=("encoder.block",),
+    ),
+    ArchitectureSpec(
+        name=SIGLIP,
+        module="diffsynth_flux.flux1.image_encoders:SiglipImageEncoder",
+        config="diffsynth_flux.flux1.config:SiglipImageEncoderConfig",
+        infer_config="diffsynth_flux.flux1.config:infer_siglip_config",
+        required=(
+            "vision_model.embeddings.patch_embedding.weight",
+            "vision_model.embeddings.patch_embedding.bias",
+            "vision_model.embeddings.position_embedding.weight",
+            "vision_model.encoder.layers.{n}.self_attn.q_proj.weight",
+            "vision_model.encoder.layers.{n}.mlp.fc1.weight",
+            "vision_model.post_layernorm.weight",
+        ),
+        tiny="diffsynth_flux.flux1.config:TINY_SIGLIP",
+        tiny_inputs="diffsynth_flux.flux1.tiny:tiny_siglip_inputs",
+        high_precision=("*norm*",),
+        repeated_blocks=("vision_model.encoder.layers",),
+    ),
+    ArchitectureSpec(
+        name=REDUX_EMBEDDER,
+        module="diffsynth_flux.flux1.image_encoders:ReduxEmbedder",
+        config="diffsynth_flux.flux1.config:ReduxEmbedderConfig",
+        infer_config="diffsynth_flux.flux1.config:infer_redux_embedder_config",
+        required=("redux_up.weight", "redux_down.weight"),
+        tiny="diffsynth_flux.flux1.config:TINY_REDUX_EMBEDDER",
+        tiny_inputs="diffsynth_flux.flux1.tiny:tiny_redux_inputs",
     ),
 )
 
@@ -229,5 +258,20 @@ CHECKPOINTS = (
         name=f"{T5}/without_shared",
         architecture=T5,
         rules="diffsynth_flux.flux1.convert:T5_WITHOUT_SHARED",
+    ),
+    CheckpointSpec(
+        name=SIGLIP,
+        architecture=SIGLIP,
+        rules="diffsynth_flux.flux1.convert:SIGLIP",
+        signature="6bd5343828144a2135d783519c665e2c",
+        layout="diffsynth_flux:layouts/redux_image_encoder.json.gz",
+        files=("black-forest-labs/FLUX.1-Redux-dev:image_encoder/model.safetensors",),
+    ),
+    CheckpointSpec(
+        name=REDUX_EMBEDDER,
+        architecture=REDUX_EMBEDDER,
+        signature="d8ea4618391460bc831fddaae5fb5288",
+        layout="diffsynth_flux:layouts/redux_image_embedder.json.gz",
+        files=("black-forest-labs/FLUX.1-Redux-dev:image_embedder/diffusion_pytorch_model.safetensors",),
     ),
 )

@@ -23,6 +23,8 @@ TINY_ENCODERS = {
     "text_encoder_2": {"hidden_size": CONTEXT_DIM, "vocab_size": 320, "num_buckets": 32},
 }
 
+TINY_REDUX = {"image_embedder": {"context_dim": CONTEXT_DIM}}
+
 TEA_CACHE = TeaCacheSpec(
     coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861), signal="module:img_norm1"
 )
@@ -40,15 +42,17 @@ def _model(
     license_name: str = LICENSE,
     tiny: Mapping[str, Any] | None = None,
     tiny_inputs: str = "",
+    more: Mapping[str, str] | None = None,
 ) -> ModelSpec:
     """Return the `ModelSpec` of a FLUX.1 model: its transformer, and text encoders, autoencoder and tokenizers.
 
     Args:
         hub_id, description, task, defaults, license_name: fields of `ModelSpec`.
-        file: the transformer, in the model's repository.
+        file: the transformer, in the model's repository, or `REPOSITORY:FILE`.
         encoders: repository of the text encoders, their tokenizers and the autoencoder.
         tiny: config fields of the tiny transformer.
         tiny_inputs: name of the function in `diffsynth_flux.flux1.tiny` that makes the inputs that the model needs.
+        more: role -> file in the model's repository, of further networks.
     """
     return ModelSpec(
         name=hub_id.rpartition("/")[2].lower(),
@@ -57,16 +61,17 @@ def _model(
         task=task,
         pipeline=PIPELINE,
         components={
-            "dit": f"{hub_id}:{file}",
+            "dit": file if ":" in file else f"{hub_id}:{file}",
             "text_encoder_1": f"{encoders}:text_encoder/model.safetensors",
             "text_encoder_2": f"{encoders}:text_encoder_2/*.safetensors",
             "vae": f"{encoders}:ae.safetensors",
+            **{role: f"{hub_id}:{path}" for role, path in (more or {}).items()},
         },
         processors={"tokenizer_1": f"{encoders}:tokenizer/", "tokenizer_2": f"{encoders}:tokenizer_2/"},
         defaults=dict(defaults or {}),
         license=license_name,
         description=description,
-        tiny={"dit": TINY_DIT | dict(tiny or {}), **TINY_ENCODERS},
+        tiny={"dit": TINY_DIT | dict(tiny or {}), **TINY_ENCODERS, **(TINY_REDUX if more else {})},
         tiny_inputs=f"diffsynth_flux.flux1.tiny:{tiny_inputs}" if tiny_inputs else "",
         tea_cache=TEA_CACHE,
     )
@@ -124,6 +129,18 @@ MODELS = (
         defaults={"num_inference_steps": 50, "embedded_guidance": 30.0},
         tiny={"in_channels": 128},
         tiny_inputs="control_inputs",
+    ),
+    _model(
+        "black-forest-labs/FLUX.1-Redux-dev",
+        f"{DEV}:flux1-dev.safetensors",
+        "FLUX.1-dev with networks that vary an image",
+        task="image-to-image",
+        defaults={"num_inference_steps": 50, "embedded_guidance": 2.5},
+        tiny_inputs="redux_inputs",
+        more={
+            "image_encoder": "image_encoder/model.safetensors",
+            "image_embedder": "image_embedder/diffusion_pytorch_model.safetensors",
+        },
     ),
 )
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffsynth.testing.tiny_inputs import tiny_image
-from diffsynth_flux.flux1.config import ClipTextEncoderConfig, FluxControlNetConfig, FluxDiTConfig, T5TextEncoderConfig
+from diffsynth_flux.flux1.config import (
+    ClipTextEncoderConfig,
+    FluxControlNetConfig,
+    FluxDiTConfig,
+    ReduxEmbedderConfig,
+    SiglipImageEncoderConfig,
+    T5TextEncoderConfig,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +58,21 @@ def tiny_text_inputs(config: ClipTextEncoderConfig | T5TextEncoderConfig, genera
     return {"input_ids": torch.randint(config.vocab_size, (2, 11), generator=generator)}
 
 
+def tiny_siglip_inputs(config: SiglipImageEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return a dict of the argument of `SiglipImageEncoder.forward`: two random images, fp32 on the CPU."""
+    import torch
+
+    side = config.image_size
+    return {"image": torch.rand(2, 3, side, side, generator=generator) * 2 - 1}
+
+
+def tiny_redux_inputs(config: ReduxEmbedderConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return a dict of the argument of `ReduxEmbedder.forward`: hidden states of two images, fp32 on the CPU."""
+    import torch
+
+    return {"hidden": torch.randn(2, 5, config.image_dim, generator=generator)}
+
+
 def kontext_inputs(size: Mapping[str, int]) -> dict[str, Any]:
     """Return a dict of call arguments with a reference image, for a result of `size` in pixels."""
     return {"kontext_images": tiny_image(size)}
@@ -64,3 +86,8 @@ def fill_inputs(size: Mapping[str, int]) -> dict[str, Any]:
 def control_inputs(size: Mapping[str, int]) -> dict[str, Any]:
     """Return a dict of call arguments with a control image, for a result of `size` in pixels."""
     return {"control_image": tiny_image(size)}
+
+
+def redux_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict of call arguments with an image to vary, for a result of `size` in pixels."""
+    return {"flux_redux_image": tiny_image(size)}

@@ -1,0 +1,107 @@
+"""An image to vary in whole calls, against diffusers' prior and its pipeline."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from diffsynth.errors import MissingComponent
+from diffsynth_flux.flux1.config import TINY_SIGLIP
+from diffsynth_flux.flux1.image_encoders import siglip_pixels
+from flux1_oracles import DIT, SIZE, load_tensors, noise, random_image, sigmas, tiny_pipelines, unpacked
+from parity import TOLERANCE, draw_weights, neutral_parameters, relative_error, shapes_of
+
+PHOTO = random_image(1)
+GIVEN = {**SIZE, "num_inference_steps": 4, "seed": 7, "output_type": "latents", "t5_sequence_length": 64}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """transformers' image encoder and diffusers' projection, with random weights."""
+    siglip = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=TINY_SIGLIP.hidden_size,
+            intermediate_size=TINY_SIGLIP.intermediate_size,
+            num_hidden_layers=TINY_SIGLIP.num_layers,
+            num_attention_heads=2,
+            image_size=TINY_SIGLIP.image_size,
+            patch_size=TINY_SIGLIP.patch_size,
+            attn_implementation="eager",
+        )
+    ).eval()
+    shapes = {name: tuple(parameter.shape) for name, parameter in siglip.named_parameters()}
+    with torch.no_grad():
+        for name, weight in draw_weights(shapes, seed=5).items():
+            # Sharper attention, in which the bias of the queries has an effect.
+            siglip.get_parameter(name).copy_(3 * weight if "q_proj" in name else weight)
+    redux = ReduxImageEncoder(redux_dim=TINY_SIGLIP.hidden_size, txt_in_features=DIT.context_dim).eval()
+    redux.load_state_dict(draw_weights(shapes_of(redux), seed=6))
+    return siglip, redux
+
+
+@pytest.fixture(scope="module")
+def pipelines(networks):
+    siglip, redux = networks
+    tensors = {f"vision_model.{name}": tensor for name, tensor in siglip.named_parameters()}
+    found, encoder = load_tensors(tensors | {"text_model.head.bias": torch.ones(3), "logit_scale": torch.ones(1)})
+    assert (found.architecture.name, found.config) == ("siglip_image_encoder", TINY_SIGLIP)
+    ours, parts = tiny_pipelines(image_encoder=encoder, image_embedder=load_tensors(redux.state_dict())[1])
+    oracle = FluxPipeline(**parts)
+    oracle.set_progress_bar_config(disable=True)
+    return ours, oracle
+
+
+@torch.no_grad()
+def expected_tokens(networks) -> torch.Tensor:
+    siglip, redux = networks
+    return redux(siglip(siglip_pixels(PHOTO, TINY_SIGLIP.image_size)).last_hidden_state).image_embeds
+
+
+@pytest.mark.parametrize("prompt", ["", "a red apple"])
+@torch.no_grad()
+def test_equals_diffusers(pipelines, networks, prompt):
+    """Without a prompt the text is zero, as in diffusers without text encoders; with one it is encoded."""
+    ours, oracle = pipelines
+    text, pooled, _ = oracle.encode_prompt(prompt, None, max_sequence_length=64)
+    if not prompt:
+        text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
+    expected = oracle(
+        **SIZE,
+        prompt_embeds=torch.cat((text, expected_tokens(networks)), dim=1),
+        pooled_prompt_embeds=pooled,
+        guidance_scale=2.5,
+        sigmas=sigmas(4),
+        latents=noise(7),
+        output_type="latent",
+    ).images
+    found = ours(prompt, **GIVEN, flux_redux_image=PHOTO, embedded_guidance=2.5)
+    assert relative_error(found, unpacked(expected)) < TOLERANCE
+    other = ours(prompt, **GIVEN, flux_redux_image=random_image(2), embedded_guidance=2.5)
+    assert relative_error(other, found) > 1e-3
+
+
+def test_every_parameter_of_the_encoder_matters(networks):
+    siglip, redux = networks
+    pixels = siglip_pixels(PHOTO, TINY_SIGLIP.image_size)
+    keys = [name for name, _ in siglip.named_parameters() if name.endswith("k_proj.bias") or name.startswith("head.")]
+    run = lambda: redux(siglip(pixels).last_hidden_state).image_embeds  # noqa: E731
+    assert neutral_parameters(siglip, run, skip=keys) == []
+    assert neutral_parameters(redux, run) == []
+
+
+def test_the_negative_prompt_stays_a_text(pipelines):
+    ours = pipelines[0]
+    small = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 0, "output_type": "latents", "cfg_scale": 2.0}
+    calls = [
+        ours("", **small, flux_redux_image=PHOTO, negative_prompt=text, t5_sequence_length=16) for text in ("a", "b")
+    ]
+    assert relative_error(*calls) > 1e-3
+
+
+def test_its_networks_are_needed(pipelines):
+    ours, _ = tiny_pipelines()
+    with pytest.raises(MissingComponent, match="image_encoder"):
+        ours.check(flux_redux_image=PHOTO)
