@@ -3,11 +3,12 @@
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lora_networks as small
 from diffsynth.core.lora import fit, parse, read_lora, save_lora
 from diffsynth.core.lora.format import to_state_dict
-from diffsynth.errors import KeyMismatch
+from diffsynth.errors import CorruptFile, KeyMismatch
 
 SPELLINGS = {
     "bare": "{}.lora_{A,B}.weight",
@@ -32,6 +33,19 @@ def test_spellings(spelling):
         assert torch.equal(lora.layers[name].down, down)
         assert torch.equal(lora.layers[name].up, up)
         assert lora.layers[name].scale == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite(tmp_path, value):
+    tensors = small.state_dict("{}.lora_{A,B}.weight", small.factors())
+    key = sorted(tensors)[0]
+    tensors[key] = tensors[key].clone()
+    tensors[key][0, 0] = value
+    with pytest.raises(CorruptFile, match=rf"the given state_dict: 1 of \d+ tensors hold NaN or infinity: {key}"):
+        read_lora(tensors, strict=False)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(CorruptFile, match=r"x\.safetensors: 1 of"):
+        read_lora(tmp_path / "x.safetensors")
 
 
 def test_alpha_is_each_layers_own():

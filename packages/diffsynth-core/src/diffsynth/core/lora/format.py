@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth.core.finite import nonfinite
 from diffsynth.core.loader import convert, pickled
 from diffsynth.core.loader.files import WEIGHT_SUFFIXES, only_checkpoint
 from diffsynth.core.loader.lora_keys import DIFFERENCE, LOW_RANK, UNKNOWN, Change, lora_keys
@@ -23,7 +24,7 @@ from diffsynth.core.loader.save import save_source
 from diffsynth.core.loader.state_dict import load_metadata_from_safetensors, load_state_dict
 from diffsynth.core.lora.changes import Factors, LoRALayer, ParameterChange, factors_of, single
 from diffsynth.core.lora.strength import Strengths, read_adapter_config, strengths_of
-from diffsynth.errors import KeyMismatch, shortened
+from diffsynth.errors import CorruptFile, KeyMismatch, shortened
 
 PREFIX = "diffusion_model."
 """The prefix of a network's names in LoRA files, which ComfyUI and diffusers both look for."""
@@ -67,17 +68,29 @@ def read_lora(source: str | Path | Sequence[Path] | Mapping[str, Tensor], *, str
         strict: False leaves out what cannot be read and lists it in `left`.
 
     Raises:
-        CheckpointError: there is no such file, or it cannot be read.
+        CheckpointError: there is no such file, it cannot be read, or a tensor holds NaN or infinity.
         KeyMismatch: the file is no LoRA, or, if strict, some of it cannot be read; see `parse`.
     """
     if isinstance(source, Mapping):
+        _check_finite(source, "the given state_dict")
         return parse(source, strict=strict)
     paths = [Path(source)] if isinstance(source, str | Path) else [Path(each) for each in source]
     paths = [file for path in paths for file in (_files_in(path) if path.is_dir() else [path])]
     metadata = load_metadata_from_safetensors([path for path in paths if path.suffix == ".safetensors"])
     config = read_adapter_config(paths[0]) if paths else None
     where = ", ".join(map(str, paths))
-    return parse(load_state_dict(paths), where, metadata=metadata, config=config, strict=strict)
+    tensors = load_state_dict(paths)
+    _check_finite(tensors, where)
+    return parse(tensors, where, metadata=metadata, config=config, strict=strict)
+
+
+def _check_finite(tensors: Mapping[str, Any], where: str) -> None:
+    wrong = nonfinite({key: each for key, each in tensors.items() if isinstance(each, Tensor)}, whole=True)
+    if wrong:
+        raise CorruptFile(
+            f"{where}: {len(wrong)} of {len(tensors)} tensors hold NaN or infinity: {shortened(wrong, 3)}. The "
+            f"training that wrote the LoRA diverged: use an earlier checkpoint of it."
+        )
 
 
 def _files_in(folder: Path) -> list[Path]:
