@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ SAMPLED_FROM = 2**20
 _PERIOD, _SAMPLE = 2**19, 2**12
 """Bytes between the starts of two samples, and bytes of each."""
 
-_AT_ONCE = 64
-"""Tensors that are looked at together."""
+_AT_ONCE = 2**21
+"""Bytes that are looked at together."""
 
 
 def is_finite(*tensors: Tensor) -> Tensor:
@@ -51,13 +51,12 @@ def nonfinite(tensors: Mapping[str, Tensor], *, whole: bool = False) -> list[str
     wrong: set[str] = set()
     for (device, _), names in groups.items():
         samples = device.type == "cpu" and not whole
-        for first in range(0, len(names), _AT_ONCE):
-            part = names[first : first + _AT_ONCE]
-            looked_at = [_sample(tensors[name].detach()) if samples else tensors[name].detach() for name in part]
-            # One look at all samples: a call for each would take as long as reading them.
-            if samples and is_finite(torch.cat([each.reshape(-1) for each in looked_at])):
+        looked_at = {name: _sample(tensors[name].detach()) if samples else tensors[name].detach() for name in names}
+        for part in _portions(looked_at):
+            # One look at many samples: a call for each would take as long as reading them.
+            if samples and is_finite(torch.cat([looked_at[name].reshape(-1) for name in part])):
                 continue
-            flags = torch.stack([is_finite(each) for each in looked_at]).tolist()
+            flags = torch.stack([is_finite(looked_at[name]) for name in part]).tolist()
             wrong.update(name for name, fine in zip(part, flags, strict=True) if not fine)
     return [name for name in tensors if name in wrong]
 
@@ -123,10 +122,24 @@ def _all_finite(tensor: Tensor) -> Tensor:
     return torch.isfinite(low) & torch.isfinite(high)
 
 
+def _portions(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Yield lists of the names of consecutive tensors of at most 2 MiB together, or of one larger tensor."""
+    part: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > _AT_ONCE:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += tensor.nbytes
+    if part:
+        yield part
+
+
 def _sample(tensor: Tensor) -> Tensor:
     size = tensor.dtype.itemsize
     if tensor.numel() * size < SAMPLED_FROM or not tensor.is_contiguous():
         return tensor
     period = _PERIOD // size
     rows = tensor.detach().view(-1)[: tensor.numel() // period * period].view(-1, period)
-    return rows[:, : _SAMPLE // size].contiguous()
+    return rows[:, : _SAMPLE // size]
