@@ -190,6 +190,12 @@ CHECKPOINTS = (
         rules="diffsynth_flux.flux1.convert:DIFFSYNTH_STUDIO",
     ),
     CheckpointSpec(
+        name=f"{DIT}/nexus_gen",
+        architecture=DIT,
+        rules="diffsynth_flux.flux1.convert:NEXUS_GEN",
+        signature="3e6c61b0f9471135fc9c6d6a98e98b6d",
+    ),
+    CheckpointSpec(
         name=CONTROLNET,
         architecture=CONTROLNET,
         rules="diffsynth_flux.flux1.convert:CONTROLNET",

@@ -219,8 +219,10 @@ def infer_clip_config(shapes: Shapes) -> ClipTextEncoderConfig:
     """Return the `ClipTextEncoderConfig` of the network in a file, from `shapes` (tensor name -> shape).
 
     Raises:
-        ValueError: the width is no multiple of the head dimension 64 of the text encoders of CLIP.
+        ValueError: the file is of SigLIP, or the width is no multiple of the head dimension 64 of CLIP's text encoders.
     """
+    if "text_model.head.weight" in shapes:
+        raise ValueError("it has text_model.head: that is the text encoder of SigLIP")
     vocab_size, hidden_size = shapes["text_model.embeddings.token_embedding.weight"]
     if hidden_size % 64:
         raise ValueError(f"width {hidden_size}: expected a multiple of the head dimension 64")

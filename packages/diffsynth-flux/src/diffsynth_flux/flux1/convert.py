@@ -119,6 +119,20 @@ DIFFSYNTH_STUDIO: tuple[Rule, ...] = (
 )
 """Transformer under the names of DiffSynth-Studio's own network, in its LoRAs and in full weights that it trained."""
 
+_FINAL_NORM = "final_norm_out.linear.{*}"
+
+NEXUS_GEN: tuple[Rule, ...] = (
+    *(
+        Rename(f"pipe.dit.{rule.source}", rule.target)
+        for rule in DIFFSYNTH_STUDIO
+        if isinstance(rule, Rename) and rule.source != _FINAL_NORM
+    ),
+    # An older version of that network had the scale before the shift.
+    ReorderChunks(f"pipe.dit.{_FINAL_NORM}", "final_layer.adaLN_modulation.1.{*}", (1, 0)),
+    Drop("adapter.{*}", "Nexus-Gen's adapter is not supported"),
+)
+"""Transformer in a decoder of Nexus-Gen, under the names of an older version of DiffSynth-Studio's own network."""
+
 _CLIP_UNUSED = (
     Drop("text_model.embeddings.position_ids", "older versions of transformers saved it"),
     Drop("text_projection.weight", "FLUX.1 takes the pooled hidden state before the projection"),
