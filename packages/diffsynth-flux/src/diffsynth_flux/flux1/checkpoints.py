@@ -141,6 +141,8 @@ ARCHITECTURES = (
 _DEV = "black-forest-labs/FLUX.1-dev"
 _SCHNELL = "black-forest-labs/FLUX.1-schnell"
 
+# The layouts of schnell, Fill, and Depth and Canny are made from that of FLUX.1-dev and the published configs; their
+# signatures were not compared with the files.
 CHECKPOINTS = (
     CheckpointSpec(
         name=DIT,
@@ -163,12 +165,14 @@ CHECKPOINTS = (
     CheckpointSpec(
         name=f"{DIT}/fill",
         architecture=DIT,
+        signature="f876d2a6fb247fb7da0f84fc7fb8a823",
         layout="diffsynth_flux:layouts/flux1_fill.json.gz",
         files=("black-forest-labs/FLUX.1-Fill-dev:flux1-fill-dev.safetensors",),
     ),
     CheckpointSpec(
         name=f"{DIT}/control",
         architecture=DIT,
+        signature="80b22e2aff86d8ca58a6d1d96e5a9c67",
         layout="diffsynth_flux:layouts/flux1_control.json.gz",
         files=(
             "black-forest-labs/FLUX.1-Depth-dev:flux1-depth-dev.safetensors",
