@@ -22,6 +22,7 @@ DOORS = {
     "diffsynth.pipelines",
     "diffsynth.utils",
     "diffsynth.utils.data",
+    "diffsynth_flux.doors.flux2_image",
     "diffsynth_wan.doors.wan_video",
 }
 """Modules under names that older scripts import, and packages that have such names or modules beside their own."""
