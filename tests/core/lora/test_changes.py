@@ -110,7 +110,7 @@ def test_an_alpha_beside_whole_factors_means_nothing():
 class Table(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.table = torch.nn.Embedding.from_pretrained(torch.zeros(7, 4))
+        self.table = torch.nn.Embedding(7, 4, _weight=torch.zeros(7, 4))
         self.norm = torch.nn.LayerNorm(4)
         self.modulation = torch.nn.Parameter(torch.zeros(1, 6, 4), requires_grad=False)
         self.bare = torch.nn.Linear(4, 4, bias=False)
