@@ -9,6 +9,7 @@ from diffusers import Flux2KleinKVPipeline
 from PIL import Image
 
 from diffsynth_flux.flux2.extension import image_positions, text_positions
+from diffsynth_flux.flux2.features.reference_cache import CachedReferences, RecordReferences
 from flux2_oracles import SIZE, noise, packed, tiny_pipelines
 from parity import TOLERANCE, relative_error
 
@@ -66,3 +67,20 @@ def test_equals_a_call_that_computes_the_references_in_every_step(pair) -> None:
             ).sample
             x = x + (sigma_next - sigma) * velocity.mT.reshape(x.shape)
     assert relative_error(latents, x) < TOLERANCE
+
+
+@torch.no_grad()
+def test_all_blocks_attend_by_the_same_function_of_tensors(pair) -> None:
+    """torch.compile makes one graph for all blocks then; one for each block would reach its limit of 8."""
+    dit = pair[0].dit
+    image = torch.randn(1, dit.config.in_channels, 2, 2)
+    stream = dit.embed(image, torch.zeros(1), torch.zeros(1, 1, dit.config.prompt_dim))
+    record = RecordReferences({10: image})
+    blocks = [(stack, n) for stack in ("transformer_blocks", "single_transformer_blocks") for n in range(2)]
+    attends = [record(dit, stream).attend(block) for block in blocks]
+    assert len({each.func for each in attends}) == 1
+    assert [each.args for each in attends] == [([], 1)] * 4
+    dit(image, torch.zeros(1), torch.zeros(1, 1, dit.config.prompt_dim), extensions=(record,))
+    attends = [CachedReferences(record.recorded)(dit, stream).attend(block) for block in blocks]
+    assert len({each.func for each in attends}) == 1
+    assert all(isinstance(value, torch.Tensor) for each in attends for value in each.args[1:])

@@ -6,7 +6,7 @@ values. A network that was not trained in this way gives other images with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypedDict
@@ -20,9 +20,6 @@ from diffsynth.runtime.feature import Configs, Feature
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.extension import Attend, BlockIndex, Extension, Network, Stream
 from diffsynth_flux.flux2.features.edit import EditImages, References
-
-KeysValues = tuple[Float[Tensor, "b s n d"], Float[Tensor, "b s n d"]]
-"""Keys, after norm and RoPE, and values of the tokens of reference images in a block."""
 
 
 class ReferenceCacheArguments(TypedDict, total=False):
@@ -44,11 +41,11 @@ class RecordReferences:
 
     Args:
         placed: position on the time axis -> latents, of all images.
-        recorded: block -> keys and values; filled by the pass.
+        recorded: block -> a list of keys and values, after norm and RoPE; filled by the pass.
     """
 
     placed: Mapping[int, Float[Tensor, "1 c h w"]]
-    recorded: dict[BlockIndex, KeysValues] = field(default_factory=dict)
+    recorded: dict[BlockIndex, list[Tensor]] = field(default_factory=dict)
 
     def __call__(self, dit: Network, stream: Stream) -> Stream:
         """Return the stream with all images at their times; see `diffsynth_flux.flux2.extension.Extension`."""
@@ -58,13 +55,9 @@ class RecordReferences:
         stream = dit.set_positions(stream, positions)
         if others:
             stream = dit.append_images(stream, {time: self.placed[time] for time in others})
-        return replace(stream, attend=lambda block: partial(self._attend, block, text_len))
-
-    def _attend(self, block: BlockIndex, text_len: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the attention output: text and references each attend to themselves; record those of references."""
-        self.recorded[block] = (k[:, text_len:], v[:, text_len:])
-        parts = (attention(*(x[:, rows] for x in (q, k, v))) for rows in (slice(text_len), slice(text_len, None)))
-        return torch.cat(tuple(parts), dim=1)
+        return replace(
+            stream, attend=lambda block: partial(_attend_apart, self.recorded.setdefault(block, []), text_len)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,19 +65,15 @@ class CachedReferences:
     """Extension in which every block attends also to recorded keys and values.
 
     Args:
-        recorded: block -> keys and values.
+        recorded: block -> keys, after norm and RoPE, and values of the references.
     """
 
-    recorded: Mapping[BlockIndex, KeysValues]
+    recorded: Mapping[BlockIndex, Sequence[Float[Tensor, "b s n d"]]]
 
     def __call__(self, dit: Network, stream: Stream) -> Stream:
         """Return the stream whose blocks attend to more; see `diffsynth_flux.flux2.extension.Extension`."""
         attend = stream.attend
-        return replace(stream, attend=lambda block: partial(self._attend, block, attend(block)))
-
-    def _attend(self, block: BlockIndex, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = (x.expand(len(q), -1, -1, -1) for x in self.recorded[block])
-        return attend(q, torch.cat((k, keys), dim=1), torch.cat((v, values), dim=1))
+        return replace(stream, attend=lambda block: partial(_attend_also, attend(block), *self.recorded[block]))
 
 
 @unit("references", phase=Phase.NETWORK, requires=("vae",), only_with="edit_image")
@@ -119,6 +108,24 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """
     if values["edit_image_kv_cache"] and values["edit_image"] is None:
         raise ValueError("edit_image_kv_cache=True: expected edit_image, whose keys and values are stored")
+
+
+# These two take tensors and lists, and look up nothing by block: a compiled block is then compiled once for all blocks.
+
+
+def _attend_apart(recorded: list[Tensor], text_len: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the attention output of text and references, which each attend to themselves; record keys and values of
+    the references.
+    """
+    recorded += [k[:, text_len:], v[:, text_len:]]
+    parts = (attention(*(x[:, rows] for x in (q, k, v))) for rows in (slice(text_len), slice(text_len, None)))
+    return torch.cat(tuple(parts), dim=1)
+
+
+def _attend_also(attend: Attend, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the attention output of `q` over `k` and `keys`."""
+    keys, values = (x.expand(len(q), -1, -1, -1) for x in (keys, values))
+    return attend(q, torch.cat((k, keys), dim=1), torch.cat((v, values), dim=1))
 
 
 REFERENCE_CACHE = Feature("reference_cache", arguments=ReferenceCacheArguments, units=(cache_references,), check=check)
