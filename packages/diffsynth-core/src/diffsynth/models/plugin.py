@@ -91,6 +91,7 @@ CHECKPOINTS = (
             "black-forest-labs/FLUX.1-schnell:ae.safetensors",
             "black-forest-labs/FLUX.1-Fill-dev:ae.safetensors",
         ),
+        file_stem="ae",
     ),
     CheckpointSpec(
         name="qwen3_text_encoder",

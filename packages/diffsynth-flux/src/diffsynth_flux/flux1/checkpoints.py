@@ -154,6 +154,7 @@ CHECKPOINTS = (
             "black-forest-labs/FLUX.1-Krea-dev:flux1-krea-dev.safetensors",
             "black-forest-labs/FLUX.1-Kontext-dev:flux1-kontext-dev.safetensors",
         ),
+        file_stem="flux1",
     ),
     CheckpointSpec(
         name=f"{DIT}/schnell",
@@ -161,6 +162,7 @@ CHECKPOINTS = (
         signature="57b02550baab820169365b3ee3afa2c9",
         layout="diffsynth_flux:layouts/flux1_schnell.json.gz",
         files=(f"{_SCHNELL}:flux1-schnell.safetensors",),
+        file_stem="flux1",
     ),
     CheckpointSpec(
         name=f"{DIT}/fill",
@@ -168,6 +170,7 @@ CHECKPOINTS = (
         signature="f876d2a6fb247fb7da0f84fc7fb8a823",
         layout="diffsynth_flux:layouts/flux1_fill.json.gz",
         files=("black-forest-labs/FLUX.1-Fill-dev:flux1-fill-dev.safetensors",),
+        file_stem="flux1",
     ),
     CheckpointSpec(
         name=f"{DIT}/control",
@@ -178,6 +181,7 @@ CHECKPOINTS = (
             "black-forest-labs/FLUX.1-Depth-dev:flux1-depth-dev.safetensors",
             "black-forest-labs/FLUX.1-Canny-dev:flux1-canny-dev.safetensors",
         ),
+        file_stem="flux1",
     ),
     CheckpointSpec(
         name=f"{DIT}/diffusers",

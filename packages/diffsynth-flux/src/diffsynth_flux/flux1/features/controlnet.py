@@ -20,7 +20,7 @@ from diffsynth.runtime.controlnet import ControlNetInput
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
 from diffsynth.runtime.image_units import image_tiling
 from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
-from diffsynth.runtime.role import Role
+from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.controlnet import ControlNetResiduals
 from diffsynth_flux.flux1.extension import Network, Stream
@@ -203,6 +203,7 @@ CONTROLNET = Feature(
     conditions={"controlnets": Condition("an image has no frames", batch="separate")},
     check=check,
     roles_at=roles_at,
+    agreements=(Agreement("width of the tokens", (f"{ROLE}.dim", "dit.dim")),),
 )
 
 
