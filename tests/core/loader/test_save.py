@@ -330,6 +330,14 @@ REFUSED = {
     "wan_image_encoder": NOT_KEPT,
     "wan_image_encoder/transformers": r"Apply of [\w.]+ cannot be undone",
     "wan_animate_adapter/diffusers": r"the shape of [\w.]+ cannot be told from",
+    # The published files have no single blocks, or are not known, and the tiny network has such blocks.
+    **dict.fromkeys(
+        (f"flux_controlnet/{name}" for name in ("inpainting", "depth", "upscaler")),
+        r"the sizes of .+ cannot be told from",
+    ),
+    "siglip_image_encoder": NOT_KEPT,
+    "flux2_autoencoder/original": r"the shape of [\w.]+ cannot be told from",
+    "mistral_text_encoder": NOT_KEPT,
 }
 
 
