@@ -23,7 +23,9 @@ def without_effect(pipe: PlannablePipeline, request: Request, arguments: Mapping
     """
     program, defaults = pipe.program, pipe.__signature__.parameters
     found: dict[str, str] = {}
-    given = [name for name, value in arguments.items() if not equals_default(value, defaults[name].default)]
+    # A subclass's `check()` may take arguments that the signature does not have.
+    known = {name: value for name, value in arguments.items() if name in defaults}
+    given = [name for name, value in known.items() if not equals_default(value, defaults[name].default)]
     running = [step for step in (*program.units, *program.outputs) if runs(step, pipe.components, request.values)]
     is_off = f"guidance is off (cfg_scale={request.loop.cfg_scale})"
     for name in given:
