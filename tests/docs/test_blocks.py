@@ -12,6 +12,7 @@ from PIL import Image
 
 import diffsynth
 from diffsynth.core.data.media_writer import save_audio
+from diffsynth.core.lora import save_lora
 from diffsynth.testing import tiny_hub
 from diffsynth.utils.data import save_video_with_audio
 from documented import blocks
@@ -21,12 +22,20 @@ SMALL = {"height": 32, "width": 32, "num_inference_steps": 1}
 RUN = {
     "README.md": [0],
     "docs/models/z-image.md": [0],
+    "docs/compile.md": [0, 1],
     "docs/loading.md": [1],
+    "docs/lora.md": [0, 1, 2],
     "docs/plan.md": [0],
     "docs/step-caches.md": [0],
     "docs/video.md": [0, 1],
 }
 """Page -> which of its Python blocks run."""
+
+
+LORA = {
+    f"layers.0.attention.to_q.lora_{side}.weight": torch.randn(*shape)
+    for side, shape in (("A", (4, 256)), ("B", (256, 4)))
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +63,18 @@ def small_models(hub, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_the_blocks_of_a_page_run(page, small_models):
+def test_the_blocks_of_a_page_run(page, small_models, monkeypatch):
     python = [text for _, language, text in blocks((ROOT / page).read_text(encoding="utf-8")) if language == "python"]
     names = {"__name__": "block"}
     if page == "docs/step-caches.md":
         names["pipe"] = small_models("z-image-nano")
+    if page == "docs/compile.md":
+        monkeypatch.setattr(torch._dynamo.config, "disable", True)  # the compiler itself is tested with the pipeline
+        names |= {"diffsynth": diffsynth, "x": torch.ones(2, 8), "weight": torch.ones(8)}
+    if page == "docs/lora.md":
+        names["module"] = small_models("z-image-turbo").dit
+        for file in ("style", "first", "second"):
+            save_lora(LORA, f"{file}.safetensors")
     if page == "docs/plan.md":  # of a pipeline on an accelerator, which a plan does not need
         names["pipe"] = SimpleNamespace(plan=functools.partial(small_models("z-image-nano").plan, device="cuda"))
     if page == "docs/video.md":

@@ -48,6 +48,13 @@ def test_tensors_that_are_not_finite(tmp_path, value):
         read_lora(tmp_path / "x.safetensors")
 
 
+def test_an_alpha_that_is_a_plain_number_in_a_pickle(tmp_path):
+    tensors = small.state_dict("{}.lora_{A,B}.weight", small.factors())
+    key = sorted(tensors)[0].replace("lora_A.weight", "alpha")
+    torch.save({"state_dict": {**tensors, key: 6}}, tmp_path / "x.pt")
+    assert read_lora(tmp_path / "x.pt").layers[key.removesuffix(".alpha")].alpha == 6
+
+
 def test_an_alpha_that_is_not_finite():
     tensors = small.state_dict("{}.lora_{A,B}.weight", small.factors())
     key = sorted(tensors)[0].replace("lora_A.weight", "alpha")

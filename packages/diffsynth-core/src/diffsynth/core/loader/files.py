@@ -69,8 +69,8 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
             f"no file matches {named} in {config.folder}. "
             f"{_how_to_fetch(config, unmatched)}{_contents_of(config.folder)}"
         )
-    named = [config.folder / pattern for pattern in config.patterns if not glob.has_magic(pattern)]
-    found = _of_one_checkpoint(found, named)
+    in_full = [config.folder / pattern for pattern in config.patterns if not glob.has_magic(pattern)]
+    found = _of_one_checkpoint(found, in_full)
     _reject_missing_shards(
         found, _how_to_fetch(config) if config.offline else "Check that the pattern takes all of them."
     )

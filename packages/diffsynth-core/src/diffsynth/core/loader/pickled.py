@@ -60,7 +60,7 @@ def of_state_dict(
     dots, a sole outer key such as "state_dict" is left out.
 
     Args:
-        state_dict: tensors by key; values that are neither tensors nor dicts are ignored.
+        state_dict: tensors by key; values that are neither tensors nor dicts are ignored, but for the alphas of LoRAs.
         files: the files that the tensors come from.
         stamps: their stamps.
 
@@ -94,7 +94,8 @@ def of_state_dict(
 
 
 def _flatten(nested: Mapping[Any, Any], where: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (key, tensor) pairs of a nested dict in its order, keys joined by dots; other values are left out.
+    """Yield (key, tensor) pairs of a nested dict in its order, keys joined by dots; a LoRA's alpha as a tensor, other
+    values are left out.
 
     Raises:
         CorruptFile: dicts are nested too deeply, or there are too many values.
@@ -108,6 +109,8 @@ def _flatten(nested: Mapping[Any, Any], where: Path | str) -> Iterator[tuple[str
             check_count(count, where)
             if isinstance(value, torch.Tensor):
                 yield f"{prefix}{key}", value
+            elif is_alpha(key, value):
+                yield f"{prefix}{key}", torch.tensor(float(value))
             elif isinstance(value, Mapping):
                 if len(levels) >= _DEPTH:
                     raise CorruptFile(f"{where} holds dicts nested more than {_DEPTH} deep, or one that holds itself")
@@ -115,6 +118,11 @@ def _flatten(nested: Mapping[Any, Any], where: Path | str) -> Iterator[tuple[str
                 break
         else:
             levels.pop()
+
+
+def is_alpha(key: Any, value: Any) -> bool:
+    """Return whether an entry of a state dict is the alpha of a LoRA as a plain number, as some trainers write it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and str(key).endswith("alpha")
 
 
 def _check_dense(key: str, tensor: torch.Tensor, where: Path | str) -> None:

@@ -229,11 +229,10 @@ def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         inside = state_dict.get(name)
         if isinstance(inside, Mapping) and inside:
             return _tensors(inside)
-    numbers = {key: torch.tensor(float(value)) for key, value in state_dict.items() if _is_alpha(key, value)}
     for key, value in state_dict.items():
-        if key not in numbers and not isinstance(value, Tensor | Mapping):
+        if not isinstance(value, Tensor | Mapping) and not pickled.is_alpha(key, value):
             raise TypeError(f"state_dict[{key!r}] is a {type(value).__name__}; expected a tensor")
-    return dict(pickled.of_state_dict({**state_dict, **numbers}).tensors_in_memory or {})
+    return dict(pickled.of_state_dict(state_dict).tensors_in_memory or {})
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -243,10 +242,6 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             f"{where}: {len(wrong)} of {len(tensors)} tensors hold NaN or infinity: {shortened(wrong, 3)}. The "
             f"training that wrote the LoRA diverged: use an earlier checkpoint of it."
         )
-
-
-def _is_alpha(key: Any, value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and str(key).endswith("alpha")
 
 
 def _read(change: Change, tensors: Mapping[str, Tensor], strengths: Strengths, where: str) -> LoRALayer | Factors:
