@@ -125,7 +125,7 @@ def test_given_noise_replaces_that_of_the_seed(klein) -> None:
     assert torch.equal(ours("a", initial_noise=noise(3), **arguments), expected)
     assert relative_error(ours(["a", "a"], initial_noise=noise(3), **arguments)[1:], expected) < TOLERANCE
     with pytest.raises(ValueError, match=r"initial_noise has the shape \(1, 16, 4, 3\); expected \(1, 16, 5, 3\)"):
-        ours("a", initial_noise=noise(3, {"height": 64, "width": 48}), **arguments)
+        ours.check(prompt="a", initial_noise=noise(3, {"height": 64, "width": 48}), **arguments)
 
 
 def test_sizes_are_rounded_up(klein) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.image_units import encode_input_image, image_size
+from diffsynth.runtime.image_units import encode_input_image, image_size, round_up
 from diffsynth.runtime.prompts import cut_prompt
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling import noise
@@ -132,7 +132,21 @@ def network_guidance(
     return torch.full((batch_size,), float(embedded_guidance), device=device)
 
 
-@unit("latents", random=True, phase=Phase.LATENTS)
+def check_initial_noise(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if a call's `initial_noise` is not of the shape of its latents."""
+    given, count = values["initial_noise"], values["batch_size"]
+    if given is None:
+        return
+    rows, columns = (round_up(values[name], VAE_FACTOR) // VAE_FACTOR for name in ("height", "width"))
+    shape = (values["latent_channels"], rows, columns)
+    if tuple(given.shape[1:]) != shape or len(given) not in (1, count):
+        raise ValueError(
+            f"initial_noise has the shape {tuple(given.shape)}; expected (1, {', '.join(map(str, shape))})"
+            + (f", or {count} in place of 1" if count > 1 else "")
+        )
+
+
+@unit("latents", random=True, phase=Phase.LATENTS, check=check_initial_noise)
 def initial_latents(
     *,
     initial_noise: Float[Tensor, "#b c h w"] | None = None,
@@ -148,19 +162,11 @@ def initial_latents(
 ) -> Float[Tensor, "b c h w"]:
     """Return the packed latents `b c h w` of the first step, an image for each of `seeds`, in the given dtype: noise,
     or `input_latents` noised to the first noise level.
-
-    Raises:
-        ValueError: `initial_noise` of another shape.
     """
     shape = (latent_channels, height // VAE_FACTOR, width // VAE_FACTOR)
     if initial_noise is None:
         start = noise.initial_noise(shape, seeds, rand_device=rand_device, dtype=dtype, device=device)
     else:
-        if tuple(initial_noise.shape[1:]) != shape or len(initial_noise) not in (1, len(seeds)):
-            raise ValueError(
-                f"initial_noise has the shape {tuple(initial_noise.shape)}; expected (1, {', '.join(map(str, shape))})"
-                + (f", or {len(seeds)} in place of 1" if len(seeds) > 1 else "")
-            )
         start = initial_noise.to(device, dtype).expand(len(seeds), -1, -1, -1)
     return start if input_latents is None else noise.add_noise(input_latents, start, sigmas[0])
 
