@@ -186,7 +186,7 @@ def test_our_own_controlnet_may_be_there_as_well(pipe):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"sketches": "apple.png"}, TypeError, "sketches has 'apple.png': expected ControlNetInput"),
+        ({"sketches": "apple.png"}, TypeError, "sketches='apple.png': expected ControlNetInput"),
         ({"sketches": ControlNetInput()}, TypeError, "with a PIL image"),
         ({"sketches": ControlNetInput(2, image=SKETCH)}, ValueError, "controlnet_id=2, and 2 are loaded"),
         ({"upscale": 3}, ValueError, "upscale=3: expected 2, the factor of the loaded upscaler, or None"),

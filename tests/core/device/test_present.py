@@ -81,8 +81,11 @@ def test_memory_in_use_and_peak(device):
     free = devices.available_memory(device)
     assert free is None or 0 < free <= total
     before = devices.memory_in_use(device)
-    held = torch.ones(128 * MIB, dtype=torch.uint8, device=device)
-    assert 100 * MIB < devices.memory_in_use(device) - before < 200 * MIB
+    held, grown = [], 0
+    while grown < 100 * MIB and len(held) < 8:  # pages that earlier tests freed may be used first
+        held.append(torch.ones(128 * MIB, dtype=torch.uint8, device=device))
+        grown = devices.memory_in_use(device) - before
+    assert 100 * MIB < grown < 200 * MIB
     if devices.reset_peak_memory(device):
         del held
         assert devices.peak_memory(device) - before > 100 * MIB

@@ -30,6 +30,16 @@ def _infos(tensors, prefix=""):
             yield f"{prefix}{key}", TensorInfo("BF16", tuple(value))
 
 
+BY_STRUCTURE = {
+    "FLUX.1-schnell-type--flux_dit--old": "flux_dit",
+    "Flex.2-preview--flux_dit": "flux_dit",
+    "InfiniteYou--flux_controlnet": "flux_controlnet",
+    "Step1X-Edit--step1x_connector+flux_dit": "flux_dit",
+    "siglip-so400m-patch14-384--siglip_vision_model": "siglip_image_encoder",
+}
+"""Files whose layout as a whole nothing declares, that hold a network of a known architecture -> that architecture."""
+
+
 def claimed(header, tiers):
     try:
         return recognize(header, ARCHITECTURES, CHECKPOINTS, tiers=tiers)
@@ -48,6 +58,11 @@ def test_a_layout_is_claimed_by_those_who_declare_it_alone(file):
     identity, header = header_of(file)
     declared = {checkpoint.architecture for checkpoint in CHECKPOINTS if checkpoint.signature == identity}
     by_signature, by_structure = claimed(header, ("signature",)), claimed(header, ("structure",))
+    name = file.name.removesuffix(".json.gz")
+    if name in BY_STRUCTURE:
+        assert declared == set()
+        assert {found.architecture.name for found in by_structure} == {BY_STRUCTURE[name]}
+        return
     assert {found.architecture.name for found in by_signature} == declared
     assert {found.architecture.name for found in by_structure} == declared
     configs = {found.architecture.name: found.config for found in by_signature}
