@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypedDict
+from collections.abc import Sequence
+from typing import TypedDict
 
-from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
 from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.guidance import GuidanceArgument
-from diffsynth.runtime.request import OutputType, Step
+from diffsynth.runtime.request import LoopKeywords
 from diffsynth_wan.features.animate import AnimateArguments
 from diffsynth_wan.features.animate2 import Animate2Arguments
 from diffsynth_wan.features.camera import CameraArguments
@@ -68,19 +65,7 @@ class WanArguments(
     VaceArguments,
     AnimateArguments,
     Animate2Arguments,
+    LoopKeywords,
     total=False,
 ):
     """All arguments of a call except the prompt."""
-
-    num_inference_steps: int
-    cfg_scale: float
-    seed: int | Sequence[int] | None
-    num_images: int
-    output_type: OutputType
-    on_step: Callable[[Step], None] | None
-    cancel: threading.Event | None
-    progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]]
-    step_cache: StepCacheArgument
-    attention: AttentionArgument
-    solver: str
-    guidance: GuidanceArgument

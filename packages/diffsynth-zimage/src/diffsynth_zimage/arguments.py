@@ -2,62 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypedDict
-
-from PIL import Image
-from torch import Tensor
-
-from diffsynth.runtime.acceleration import AttentionArgument, StepCacheArgument
-from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.guidance import GuidanceArgument
-from diffsynth.runtime.request import OutputType, Step
+from diffsynth.runtime.image_units import ImageArguments
+from diffsynth.runtime.request import LoopKeywords
 from diffsynth_zimage.features.controlnet import ControlNetArguments
 
 
-class ImageArguments(TypedDict, total=False):
-    """Negative prompt, input image, size, and how the image is computed.
+class ZImageArguments(ImageArguments, ControlNetArguments, LoopKeywords, total=False):
+    """All arguments of a call except the prompt.
 
     Args:
-        negative_prompt: Text that guidance steers away from; used only if `cfg_scale` is not 1.
-        input_image: Image to start from, or a list of one per result; None starts from pure noise.
-        denoising_strength: Noise level that the input image is raised to, in (0, 1]; 1 ignores the input. The number
-            of steps stays the same.
-        height, width: Size of the image in pixels, at least 1; rounded up to a multiple of 16.
-        tiled: Whether the autoencoder works in overlapping tiles, which takes less memory and gives other pixels. None
-            uses tiles only if the memory plan for `vram_limit` needs them.
-        tile_size: Height and width of a tile in latent pixels; one number sets both.
-        tile_stride: Largest distance between neighbouring tiles in latent pixels; the rest of a tile is overlap.
-        rand_device: Device on which the initial noise is generated; "cpu" gives the same noise on every machine.
         sigma_shift: Shift of the noise schedule, above 0 and at most 1000; larger values spend more steps at high noise
             levels. None means 3.
     """
 
-    negative_prompt: str | Sequence[str]
-    input_image: Image.Image | Sequence[Image.Image] | Tensor | None
-    denoising_strength: float
-    height: int
-    width: int
-    tiled: bool | None
-    tile_size: int | tuple[int, int]
-    tile_stride: int | tuple[int, int]
-    rand_device: RandDevice
     sigma_shift: float | None
-
-
-class ZImageArguments(ImageArguments, ControlNetArguments, total=False):
-    """All arguments of a call except the prompt."""
-
-    num_inference_steps: int
-    cfg_scale: float
-    seed: int | Sequence[int] | None
-    num_images: int
-    output_type: OutputType
-    on_step: Callable[[Step], None] | None
-    cancel: threading.Event | None
-    progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]]
-    step_cache: StepCacheArgument
-    attention: AttentionArgument
-    solver: str
-    guidance: GuidanceArgument

@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.image_units import encode_input_image, image_size
-from diffsynth.runtime.prompts import cut_prompt
+from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size
+from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.sampling.schedule import z_image_sigmas
 from diffsynth_zimage.config import MAX_PROMPT_TOKENS, VAE_FACTOR
 
@@ -41,8 +39,7 @@ def encode_prompt(
     """Return (hidden states `b s e` of the prompts, bool mask `b s`, True for text, False for padding to the longest
     prompt); prompts over `MAX_PROMPT_TOKENS` are cut with a warning, equal ones encoded once.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    distinct = list(dict.fromkeys(prompts))
+    distinct, order = distinct_prompts(prompt, device=device)
     tokens = tokenizer(
         [chat_text(cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS)) for text in distinct],
         padding="longest",
@@ -54,7 +51,6 @@ def encode_prompt(
         logger.warning("a prompt of %d tokens is cut to %d", input_ids.shape[1], MAX_PROMPT_TOKENS)
         input_ids, mask = input_ids[:, :MAX_PROMPT_TOKENS], mask[:, :MAX_PROMPT_TOKENS]
     embeds = text_encoder(input_ids.to(device), mask.to(device))
-    order = torch.tensor([distinct.index(text) for text in prompts], device=device)
     return embeds[order], mask.to(device, torch.bool)[order]
 
 
@@ -67,25 +63,6 @@ def chat_text(prompt: str) -> str:
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
-@unit("latents", random=True, phase=Phase.LATENTS)
-def initial_latents(
-    *,
-    input_latents: Float[Tensor, "b c h w"] | None = None,
-    sigmas: Float[Tensor, "steps_plus_1"],
-    height: int,
-    width: int,
-    latent_channels: int,
-    seeds: list[int | None],
-    rand_device: RandDevice = "cpu",
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Float[Tensor, "b c h w"]:
-    """Return the latents `b c h w` of the first step, an image for each of `seeds`, in the given dtype: noise, or
-    `input_latents` noised to the first noise level.
-    """
-    shape = (latent_channels, height // VAE_FACTOR, width // VAE_FACTOR)
-    noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=dtype, device=device)
-    return noise if input_latents is None else add_noise(input_latents, noise, sigmas[0])
-
+initial_latents = image_latents(VAE_FACTOR)
 
 UNITS = (round_size, schedule, encode_prompt, encode_input_image, initial_latents)

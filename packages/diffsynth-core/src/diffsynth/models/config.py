@@ -86,19 +86,39 @@ def infer_flux_autoencoder_config(shapes: Shapes) -> FluxAutoencoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen3TextEncoderConfig:
-    """Config of a Qwen3 language model without its head (arXiv:2505.09388); the defaults are Qwen3-4B.
+class LanguageModelConfig:
+    """Config of a decoder-only language model without its head; see `diffsynth.models.language_model`.
 
     Args:
         hidden_size: width of the hidden states.
         num_layers: number of layers in the file; forward() runs only those that it needs.
         num_heads: number of query heads.
         num_kv_heads: number of key and value heads.
-        head_dim: channels of a head; all heads together may be wider than `hidden_size`.
+        head_dim: channels of a head; all heads together may be wider or narrower than `hidden_size`.
         intermediate_size: inner width of the gated feed-forward.
         vocab_size: number of token embeddings.
         rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of all RMS norms.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float
+    norm_eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3TextEncoderConfig(LanguageModelConfig):
+    """Config of a Qwen3 language model without its head (arXiv:2505.09388); the defaults are Qwen3-4B.
+
+    Args:
+        hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size, rope_theta, norm_eps:
+            see `LanguageModelConfig`.
     """
 
     hidden_size: int = 2560

@@ -10,6 +10,26 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from diffsynth.models.config import LanguageModelConfig
+from diffsynth.models.transformers_attention import attn_implementation
+
+
+def transformers_options(config: LanguageModelConfig) -> dict[str, Any]:
+    """Return a dict of the arguments of a config class of transformers, such as `Qwen3Config`."""
+    return {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attn_implementation": attn_implementation(),
+        "use_cache": False,
+    }
+
 
 def hidden_states(
     model: Any,

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
 from diffsynth.models.config import Qwen3TextEncoderConfig
-from diffsynth.models.language_model import Rotary, hidden_states, init_weights
-from diffsynth.models.transformers_attention import attn_implementation
+from diffsynth.models.language_model import Rotary, hidden_states, init_weights, transformers_options
 
 
 class Qwen3TextEncoder(nn.Module):
@@ -19,21 +18,7 @@ class Qwen3TextEncoder(nn.Module):
     def __init__(self, config: Qwen3TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Qwen3Model(
-            Qwen3Config(
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                intermediate_size=config.intermediate_size,
-                vocab_size=config.vocab_size,
-                rms_norm_eps=config.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                attn_implementation=attn_implementation(),
-                use_cache=False,
-            )
-        )
+        self.model = Qwen3Model(Qwen3Config(**transformers_options(config)))
         self.model.rotary_emb = Rotary(config.head_dim, config.rope_theta)
 
     def forward(

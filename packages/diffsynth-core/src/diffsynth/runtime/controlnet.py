@@ -1,11 +1,16 @@
-"""`ControlNetInput`: one condition image of a call, and the steps during which it is active."""
+"""Inputs of ControlNets: `ControlNetInput`, one condition image of a call, and what families do with them alike."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
+
+from diffsynth.runtime.feature import StepContext
 
 
 @dataclass
@@ -54,3 +59,75 @@ class ControlNetInput:
             raise ValueError(f"step {step} of {num_steps}: expected 0 to {num_steps - 1}")
         progress = (num_steps - 1 - step) / max(num_steps - 1, 1)
         return self.end <= progress <= self.start
+
+
+ControlNetInputs = ControlNetInput | Sequence[ControlNetInput] | None
+"""The type of an argument for one condition image or several."""
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNetContext:
+    """One encoded condition image of a call.
+
+    Args:
+        latents: what the ControlNet takes, such as control latents with a mask.
+        settings: the ControlNet, scale, start and end.
+        mode: kind of the image, for a ControlNet of several kinds; else None.
+    """
+
+    latents: Float[Tensor, "1 c h w"]
+    settings: ControlNetInput
+    mode: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNetContexts:
+    """The encoded condition images of a call. A family's extension of its transformer is a subclass."""
+
+    contexts: tuple[ControlNetContext, ...]
+
+    def active(self, step: StepContext) -> list[ControlNetContext]:
+        """Return a list of those whose ControlNet runs in a step: between `start` and `end`, and `scale` is not 0."""
+        return [
+            each
+            for each in self.contexts
+            if each.settings.scale != 0 and each.settings.is_active(step.index, step.num_steps)
+        ]
+
+
+def active_roles(role: str, contexts: ControlNetContexts | None, step: StepContext) -> tuple[str, ...]:
+    """Return a tuple of the roles of the ControlNets that run in a step, such as `("controlnet[0]",)`.
+
+    Args:
+        role: the role that holds the ControlNets.
+        contexts: of the call; None if it uses no ControlNet.
+        step: the step.
+    """
+    active = [] if contexts is None else contexts.active(step)
+    return tuple(dict.fromkeys(f"{role}[{each.settings.controlnet_id}]" for each in active))
+
+
+def listed(inputs: ControlNetInputs) -> list[ControlNetInput]:
+    """Return the inputs of a call as a list; empty for None."""
+    if inputs is None:
+        return []
+    return list(inputs) if isinstance(inputs, list | tuple) else [inputs]  # type: ignore[list-item]
+
+
+def config_for(each: ControlNetInput, networks: Sequence[Any], *, argument: str) -> Any:
+    """Return the config of the ControlNet that an input names.
+
+    Args:
+        each: the input.
+        networks: configs of the loaded ControlNets.
+        argument: name of the call's argument, for the message.
+
+    Raises:
+        ValueError: no such ControlNet is loaded.
+    """
+    if each.controlnet_id >= len(networks):
+        raise ValueError(
+            f"{argument}: controlnet_id={each.controlnet_id}, and {len(networks)} are loaded; expected 0 to "
+            f"{len(networks) - 1}, in the order of model_configs"
+        )
+    return networks[each.controlnet_id]

@@ -1,10 +1,12 @@
-"""Units that image pipelines share: rounding the size, encoding an input image, and decoding the latents."""
+"""Arguments and units that image pipelines share: rounding the size, encoding an input image, making the first latents,
+and decoding the last ones.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -13,10 +15,39 @@ from torch import Tensor
 
 from diffsynth.models.flux_autoencoder import TILE_SIZE, TILE_STRIDE
 from diffsynth.models.tiles import Tiling, check_tiles
+from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.images import images_to_batch, tensor_to_images
 from diffsynth.runtime.unit import Phase, Unit, unit
+from diffsynth.sampling.noise import add_noise, initial_noise
 
 logger = logging.getLogger(__name__)
+
+
+class ImageArguments(TypedDict, total=False):
+    """Negative prompt, input image, size, and how the image is computed: a base of the `TypedDict` of a family's call.
+
+    Args:
+        negative_prompt: Text that guidance steers away from; used only if `cfg_scale` is not 1.
+        input_image: Image to start from, or a list of one per result; None starts from pure noise.
+        denoising_strength: Noise level that the input image is raised to, in (0, 1]; 1 ignores the input. The number
+            of steps stays the same.
+        height, width: Size of the image in pixels, at least 1; rounded up to a multiple of 16.
+        tiled: Whether the autoencoder works in overlapping tiles, which takes less memory and gives other pixels. None
+            uses tiles only if the memory plan for `vram_limit` needs them.
+        tile_size: Height and width of a tile in latent pixels; one number sets both.
+        tile_stride: Largest distance between neighbouring tiles in latent pixels; the rest of a tile is overlap.
+        rand_device: Device on which the initial noise is generated; "cpu" gives the same noise on every machine.
+    """
+
+    negative_prompt: str | Sequence[str]
+    input_image: Image.Image | Sequence[Image.Image] | Tensor | None
+    denoising_strength: float
+    height: int
+    width: int
+    tiled: bool | None
+    tile_size: int | tuple[int, int]
+    tile_stride: int | tuple[int, int]
+    rand_device: RandDevice
 
 
 def image_size(multiple: int, *, default: int = 1024) -> Unit:
@@ -77,6 +108,35 @@ def encode_input_image(
     pixels = images_to_batch(input_image, height=height, width=width).to(device, dtype)
     tiling = image_tiling(tiled, tile_size, tile_stride)
     return vae.encode(pixels, **tiling).expand(batch_size, -1, -1, -1)
+
+
+def image_latents(factor: int, *, noise_dtype: torch.dtype | None = None) -> Unit:
+    """Return a `Unit` that makes the latents `b c h w` of the first step: noise, or `input_latents` noised to the first
+    noise level.
+
+    Args:
+        factor: height and width of a latent pixel, in pixels.
+        noise_dtype: dtype in which the noise is generated, which changes its values; None is that of the call.
+    """
+
+    def initial_latents(
+        *,
+        input_latents: Float[Tensor, "b c h w"] | None = None,
+        sigmas: Float[Tensor, "steps_plus_1"],
+        height: int,
+        width: int,
+        latent_channels: int,
+        seeds: list[int | None],
+        rand_device: RandDevice = "cpu",
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "b c h w"]:
+        shape = (latent_channels, height // factor, width // factor)
+        drawn = noise_dtype or dtype
+        noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=drawn, device=device).to(dtype)
+        return noise if input_latents is None else add_noise(input_latents, noise, sigmas[0])
+
+    return unit("latents", random=True, phase=Phase.LATENTS)(initial_latents)
 
 
 @unit("output", switches={"tiled": True}, check=check_tiling)

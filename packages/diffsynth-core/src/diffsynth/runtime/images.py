@@ -47,6 +47,13 @@ def mask_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor,
     return rearrange((levels / 255 >= 0.5).float(), "h w -> 1 1 h w")
 
 
+def image_list(images: Image.Image | Sequence[Image.Image] | None) -> list[Image.Image]:
+    """Return the value of an argument for one image or several as a list; empty for None."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
+
+
 def images_to_batch(
     images: Image.Image | Sequence[Image.Image] | Tensor, *, height: int, width: int
 ) -> Float[Tensor, "b 3 height width"]:

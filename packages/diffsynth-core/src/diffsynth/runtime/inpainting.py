@@ -20,6 +20,7 @@ from torch import Tensor
 from diffsynth.core.data.color import to_mask
 from diffsynth.core.data.image import cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
+from diffsynth.runtime.images import image_list
 from diffsynth.runtime.unit import unit
 
 Masks = Image.Image | Sequence[Image.Image] | None
@@ -77,7 +78,7 @@ def toward_input(
 
 def check_masks(values: Mapping[str, Any]) -> None:
     """Raise ValueError unless a call has one mask, or as many as results."""
-    count, batch_size = len(_as_list(values["inpaint_mask"])), values["batch_size"]
+    count, batch_size = len(image_list(values["inpaint_mask"])), values["batch_size"]
     if count not in (1, batch_size):
         raise ValueError(f"inpaint_mask has {count} images; expected 1 or {batch_size}, one for each result")
 
@@ -94,7 +95,7 @@ def prepare_inpainting(
     device: torch.device,
 ) -> Inpainting:
     """Return an `Inpainting` with the mask at the size of the latents, each value the mean of a latent pixel's area."""
-    masks = torch.cat([_mask(mask, height, width) for mask in _as_list(inpaint_mask)]).to(device)
+    masks = torch.cat([_mask(mask, height, width) for mask in image_list(inpaint_mask)]).to(device)
     if len(masks) not in (1, len(input_latents)):
         raise ValueError(
             f"inpaint_mask has {len(masks)} images; expected 1 or {len(input_latents)}, one for each result"
@@ -146,12 +147,6 @@ INPAINT = Feature(
     conditions={"inpainting": Condition("an image has no frames", batch="separate")},
     check=check,
 )
-
-
-def _as_list(masks: Masks) -> list[Image.Image]:
-    if masks is None:
-        return []
-    return list(masks) if isinstance(masks, list | tuple) else [masks]  # type: ignore[list-item]
 
 
 def _mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -25,3 +30,14 @@ def cut_prompt(text: str, *, max_tokens: int) -> str:
         return text
     logger.warning("a prompt of %d characters is cut to %d", len(text), most)
     return text[:most]
+
+
+def distinct_prompts(
+    prompt: str | Sequence[str], *, device: torch.device | str
+) -> tuple[list[str], Int[Tensor, " prompts"]]:
+    """Return (the different prompts, a tensor on `device` of the index of each prompt's text among them), so that equal
+    prompts are encoded once: `encoded[index]` has an entry for each prompt.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    distinct = list(dict.fromkeys(prompts))
+    return distinct, torch.tensor([distinct.index(text) for text in prompts], device=device)

@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from torch import Tensor
 
@@ -48,6 +48,25 @@ class Step:
     sigma_next: float
     latents: Tensor
     reused: tuple[str, ...] = ()
+
+
+class LoopKeywords(TypedDict, total=False):
+    """The arguments that the denoising loop reads, typed for editors: a base of the `TypedDict` of a family's call.
+    `LoopArguments` describes them.
+    """
+
+    num_inference_steps: int
+    cfg_scale: float
+    seed: int | Sequence[int] | None
+    num_images: int
+    output_type: OutputType
+    on_step: Callable[[Step], None] | None
+    cancel: threading.Event | None
+    progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]]
+    step_cache: StepCacheArgument
+    attention: AttentionArgument
+    solver: str
+    guidance: GuidanceArgument
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,9 +60,9 @@ class ControlNetResiduals:
         appended = stream.image.shape[1] - stream.inputs.patches.shape[1]
         for stack, each in hints.items():
             blocks = len(getattr(dit, stack))
+            residuals = [_Hint(F.pad(hint, (0, 0, 0, appended)), self.scale) for hint in each]
             for block in range(blocks) if each else ():
-                hint = F.pad(each[hint_of(block, blocks, len(each))], (0, 0, 0, appended))
-                stream = stream.with_residual(stack, block, _Hint(hint, self.scale))
+                stream = stream.with_residual(stack, block, residuals[hint_of(block, blocks, len(each))])
         return stream
 
 

@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.image_units import encode_input_image, image_size
-from diffsynth.runtime.prompts import cut_prompt
+from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size
+from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.sampling.schedule import flux1_sigmas
 from diffsynth_flux.flux1.config import VAE_FACTOR
 
@@ -49,7 +47,7 @@ def encode_pooled_prompt(
     """Return CLIP's pooled hidden states `b e` of the prompts, which are cut to its number of positions; what is cut is
     logged.
     """
-    distinct, order = _distinct(prompt)
+    distinct, order = distinct_prompts(prompt, device=device)
     max_tokens = text_encoder_1.config.max_tokens
     input_ids = tokenize(tokenizer_1, distinct, max_tokens, where=f"CLIP takes {max_tokens} tokens; T5 alone takes")
     return text_encoder_1(input_ids.to(device))[order]
@@ -67,7 +65,7 @@ def encode_prompt(
     """Return T5's hidden states `b t e` of the prompts, each cut or padded to `t5_sequence_length` tokens; what is cut
     is logged.
     """
-    distinct, order = _distinct(prompt)
+    distinct, order = distinct_prompts(prompt, device=device)
     where = f"T5 takes t5_sequence_length={t5_sequence_length} tokens; these are not used:"
     return text_encoder_2(tokenize(tokenizer_2, distinct, t5_sequence_length, where=where).to(device))[order]
 
@@ -99,33 +97,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: st
     return input_ids[[first[sample] for sample in range(len(texts))]]
 
 
-def _distinct(prompt: str | Sequence[str]) -> tuple[list[str], list[int]]:
-    """Return (the different prompts, for each prompt the index of its text in them): equal ones are encoded once."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    distinct = list(dict.fromkeys(prompts))
-    return distinct, [distinct.index(text) for text in prompts]
-
-
-@unit("latents", random=True, phase=Phase.LATENTS)
-def initial_latents(
-    *,
-    input_latents: Float[Tensor, "b c h w"] | None = None,
-    sigmas: Float[Tensor, "steps_plus_1"],
-    height: int,
-    width: int,
-    latent_channels: int,
-    seeds: list[int | None],
-    rand_device: RandDevice = "cpu",
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Float[Tensor, "b c h w"]:
-    """Return the latents `b c h w` of the first step, an image for each of `seeds`, in the given dtype: noise, or
-    `input_latents` noised to the first noise level.
-    """
-    shape = (latent_channels, height // VAE_FACTOR, width // VAE_FACTOR)
-    noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=torch.float32, device=device).to(dtype)
-    return noise if input_latents is None else add_noise(input_latents, noise, sigmas[0])
-
+initial_latents = image_latents(VAE_FACTOR, noise_dtype=torch.float32)
 
 UNITS = (
     round_size,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffsynth.core.loader.shapes import Shapes, count_items
-from diffsynth.models.config import FluxAutoencoderConfig
+from diffsynth.models.config import FluxAutoencoderConfig, LanguageModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -227,19 +227,12 @@ def infer_autoencoder_config(shapes: Shapes) -> Flux2AutoencoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MistralTextEncoderConfig:
+class MistralTextEncoderConfig(LanguageModelConfig):
     """Config of the language model of Mistral-Small-3.2 without its head; the defaults are FLUX.2-dev's text encoder.
 
     Args:
-        hidden_size: width of the hidden states.
-        num_layers: number of layers in the file; forward() runs only those that it needs.
-        num_heads: number of query heads.
-        num_kv_heads: number of key and value heads.
-        head_dim: channels of a head; all heads together may be narrower than `hidden_size`.
-        intermediate_size: inner width of the gated feed-forward.
-        vocab_size: number of token embeddings.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: epsilon of all RMS norms.
+        hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size, rope_theta, norm_eps:
+            see `LanguageModelConfig`.
     """
 
     hidden_size: int = 5120

@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel
 
-from diffsynth.models.language_model import Rotary, hidden_states, init_weights
-from diffsynth.models.transformers_attention import attn_implementation
+from diffsynth.models.language_model import Rotary, hidden_states, init_weights, transformers_options
 from diffsynth_flux.flux2.config import MistralTextEncoderConfig
 
 
@@ -19,22 +18,7 @@ class MistralTextEncoder(nn.Module):
     def __init__(self, config: MistralTextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        model = MistralModel(
-            MistralConfig(
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                intermediate_size=config.intermediate_size,
-                vocab_size=config.vocab_size,
-                rms_norm_eps=config.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                sliding_window=None,
-                attn_implementation=attn_implementation(),
-                use_cache=False,
-            )
-        )
+        model = MistralModel(MistralConfig(**transformers_options(config), sliding_window=None))
         model.rotary_emb = Rotary(config.head_dim, config.rope_theta)
         self.language_model = nn.ModuleDict({"model": model})
 

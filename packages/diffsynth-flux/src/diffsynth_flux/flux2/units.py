@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.image_units import encode_input_image, image_size, round_up
-from diffsynth.runtime.prompts import cut_prompt
+from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling import noise
 from diffsynth.sampling.schedule import flux2_sigmas
@@ -53,8 +53,7 @@ def encode_prompt(
     """Return the hidden states `b s e` of the prompts, padded or cut to `PROMPT_TOKENS` tokens; what is cut is logged,
     and equal prompts are encoded once.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    distinct = list(dict.fromkeys(prompts))
+    distinct, order = distinct_prompts(prompt, device=device)
     mistral = isinstance(text_encoder.config, MistralTextEncoderConfig)
     texts = [chat_text(cut_prompt(text, max_tokens=PROMPT_TOKENS), mistral=mistral) for text in distinct]
     _log_cut(tokenizer, texts)
@@ -72,7 +71,6 @@ def encode_prompt(
         tokens["attention_mask"].to(device),
         layers=prompt_layers(text_encoder.config.num_layers),
     )
-    order = torch.tensor([distinct.index(text) for text in prompts], device=device)
     return embeds[order]
 
 

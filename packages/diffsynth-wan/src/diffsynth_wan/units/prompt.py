@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.runtime.prompts import cut_prompt
+from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_wan.config import MAX_PROMPT_TOKENS
 
@@ -34,10 +34,9 @@ def encode_prompt(
     """Return the text encoder's hidden states `b s e` of the prompts, each cut (with a warning) or padded with zeros to
     512 tokens; equal prompts are encoded once.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    distinct = list(dict.fromkeys(prompts))
+    distinct, order = distinct_prompts(prompt, device=device)
     embeds = torch.cat([encode_text(text_encoder, tokenizer, text, device) for text in distinct])
-    return embeds[torch.tensor([distinct.index(text) for text in prompts], device=device)]
+    return embeds[order]
 
 
 def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.device) -> Float[Tensor, "1 s e"]:

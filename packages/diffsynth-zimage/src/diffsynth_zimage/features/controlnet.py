@@ -6,17 +6,21 @@ mask and the latents of an image to inpaint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
-from diffsynth.runtime.controlnet import ControlNetInput
+from diffsynth.runtime.controlnet import (
+    ControlNetContext,
+    ControlNetContexts,
+    ControlNetInputs,
+    active_roles,
+    config_for,
+    listed,
+)
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
 from diffsynth.runtime.image_units import image_tiling
 from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
@@ -26,9 +30,6 @@ from diffsynth_zimage.controlnet import ControlNetResiduals
 from diffsynth_zimage.extension import Network, Stream
 
 ROLE = "controlnet"
-
-ControlNetInputs = ControlNetInput | Sequence[ControlNetInput] | None
-"""The type of the argument `controlnet_inputs`."""
 
 
 class ControlNetArguments(TypedDict, total=False):
@@ -42,41 +43,15 @@ class ControlNetArguments(TypedDict, total=False):
     controlnet_inputs: ControlNetInputs
 
 
-@dataclass(frozen=True, eq=False)
-class ControlNetContext:
-    """One condition image of a call.
-
-    Args:
-        latents: what the ControlNet takes; see `diffsynth_zimage.controlnet.ControlNetResiduals`.
-        settings: the ControlNet, scale, start and end.
-    """
-
-    latents: Float[Tensor, "1 c h w"]
-    settings: ControlNetInput
-
-    @property
-    def role(self) -> str:
-        """The role of the ControlNet, such as "controlnet[0]"."""
-        return f"{ROLE}[{self.settings.controlnet_id}]"
-
-    def is_active(self, step: StepContext) -> bool:
-        """Whether the ControlNet runs in a step: it is between `start` and `end`, and `scale` is not 0."""
-        return self.settings.scale != 0 and self.settings.is_active(step.index, step.num_steps)
-
-
-@dataclass(frozen=True, eq=False)
-class ControlNets:
+class ControlNets(ControlNetContexts):
     """Extension that adds the hints of the ControlNets that are active in the step."""
-
-    contexts: tuple[ControlNetContext, ...]
 
     def __call__(self, dit: Network, stream: Stream) -> Stream:
         """Return the stream with the hints as residuals; see `diffsynth_zimage.extension.Extension`."""
         assert stream.step is not None, "the pipeline sets it"
-        for context in self.contexts:
-            if context.is_active(stream.step):
-                network = stream.step.networks[ROLE][context.settings.controlnet_id]
-                stream = ControlNetResiduals(network, context.latents, context.settings.scale)(dit, stream)
+        for each in self.active(stream.step):
+            network = stream.step.networks[ROLE][each.settings.controlnet_id]
+            stream = ControlNetResiduals(network, each.latents, each.settings.scale)(dit, stream)
         return stream
 
 
@@ -106,7 +81,7 @@ def encode_controlnet_inputs(
         return vae.encode(pixels.to(device, dtype), **tiling)
 
     contexts = []
-    for each in _as_list(controlnet_inputs):
+    for each in listed(controlnet_inputs):
         parts = []
         if each.image is not None:
             parts.append(encode(image_to_tensor(each.image, height, width)))
@@ -127,30 +102,19 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """Raise an error for condition images that no loaded ControlNet takes.
 
     Raises:
-        TypeError: an entry is no `ControlNetInput`, or an image is no PIL image.
         ValueError: an index of no ControlNet, an input without an image, a mask without an image to inpaint or the
             reverse, or an image to inpaint for a ControlNet that takes none.
     """
     networks = configs[ROLE]
-    for each in _as_list(values["controlnet_inputs"]):
-        if not isinstance(each, ControlNetInput):
-            raise TypeError(f"controlnet_inputs has {each!r}: expected ControlNetInput(image=...)")
-        for name in ("image", "inpaint_image", "inpaint_mask"):
-            image = getattr(each, name)
-            if image is not None and not isinstance(image, Image.Image):
-                raise TypeError(f"controlnet_inputs: {name}={image!r}: expected a PIL image")
+    for each in listed(values["controlnet_inputs"]):
         if each.image is None and each.inpaint_image is None:
             raise ValueError("controlnet_inputs: an input has neither image nor inpaint_image; pass one of them")
         if (each.inpaint_image is None) != (each.inpaint_mask is None):
             raise ValueError("controlnet_inputs: only one of inpaint_image and inpaint_mask is given; pass both")
         if networks is None:
             continue
-        if each.controlnet_id >= len(networks):
-            raise ValueError(
-                f"controlnet_inputs: controlnet_id={each.controlnet_id}, and {len(networks)} are loaded; "
-                f"expected 0 to {len(networks) - 1}, in the order of model_configs"
-            )
-        if each.inpaint_image is not None and not networks[each.controlnet_id].inpaints:
+        config = config_for(each, networks, argument="controlnet_inputs")
+        if each.inpaint_image is not None and not config.inpaints:
             raise ValueError(
                 f"controlnet_inputs: inpaint_image is given, and ControlNet {each.controlnet_id} takes a condition "
                 "image only; load Union 2.0 or 2.1"
@@ -159,10 +123,7 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
 
 def roles_at(step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a tuple of the roles of the ControlNets that run in a step."""
-    controlnets: ControlNets | None = values.get("controlnets")
-    if controlnets is None:
-        return ()
-    return tuple(dict.fromkeys(each.role for each in controlnets.contexts if each.is_active(step)))
+    return active_roles(ROLE, values.get("controlnets"), step)
 
 
 CONTROLNET = Feature(
@@ -182,9 +143,3 @@ CONTROLNET = Feature(
     check=check,
     roles_at=roles_at,
 )
-
-
-def _as_list(inputs: ControlNetInputs) -> list[ControlNetInput]:
-    if inputs is None:
-        return []
-    return list(inputs) if isinstance(inputs, list | tuple) else [inputs]  # type: ignore[list-item]

@@ -6,17 +6,21 @@ The network is in `diffsynth_flux.flux1.controlnet`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor
 
 from diffsynth.errors import did_you_mean
-from diffsynth.runtime.controlnet import ControlNetInput
+from diffsynth.runtime.controlnet import (
+    ControlNetContext,
+    ControlNetContexts,
+    ControlNetInput,
+    ControlNetInputs,
+    active_roles,
+    config_for,
+    listed,
+)
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
 from diffsynth.runtime.image_units import image_tiling
 from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
@@ -26,9 +30,6 @@ from diffsynth_flux.flux1.controlnet import ControlNetResiduals
 from diffsynth_flux.flux1.extension import Network, Stream
 
 ROLE = "controlnet"
-
-ControlNetInputs = ControlNetInput | Sequence[ControlNetInput] | None
-"""The type of the argument `controlnet_inputs`."""
 
 MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}
 """Name of a kind of control image -> its index in Union-alpha."""
@@ -46,43 +47,15 @@ class ControlNetArguments(TypedDict, total=False):
     controlnet_inputs: ControlNetInputs
 
 
-@dataclass(frozen=True, eq=False)
-class ControlNetContext:
-    """One control image of a call.
-
-    Args:
-        latents: what the ControlNet takes; see `diffsynth_flux.flux1.controlnet.ControlNetResiduals`.
-        settings: the ControlNet, scale, start and end.
-        mode: kind of the image; None for a ControlNet of one kind.
-    """
-
-    latents: Float[Tensor, "1 c h w"]
-    settings: ControlNetInput
-    mode: int | None
-
-    @property
-    def role(self) -> str:
-        """The role of the ControlNet, such as "controlnet[0]"."""
-        return f"{ROLE}[{self.settings.controlnet_id}]"
-
-    def is_active(self, step: StepContext) -> bool:
-        """Whether the ControlNet runs in a step: it is between `start` and `end`, and `scale` is not 0."""
-        return self.settings.scale != 0 and self.settings.is_active(step.index, step.num_steps)
-
-
-@dataclass(frozen=True, eq=False)
-class ControlNets:
+class ControlNets(ControlNetContexts):
     """Extension that adds the hints of the ControlNets that are active in the step."""
-
-    contexts: tuple[ControlNetContext, ...]
 
     def __call__(self, dit: Network, stream: Stream) -> Stream:
         """Return the stream with the hints as residuals; see `diffsynth_flux.flux1.extension.Extension`."""
         assert stream.step is not None, "the pipeline sets it"
-        for each in self.contexts:
-            if each.is_active(stream.step):
-                network = stream.step.networks[ROLE][each.settings.controlnet_id]
-                stream = ControlNetResiduals(network, each.latents, each.settings.scale, each.mode)(dit, stream)
+        for each in self.active(stream.step):
+            network = stream.step.networks[ROLE][each.settings.controlnet_id]
+            stream = ControlNetResiduals(network, each.latents, each.settings.scale, each.mode)(dit, stream)
         return stream
 
 
@@ -107,7 +80,7 @@ def encode_controlnet_inputs(
     """
     tiling = image_tiling(tiled, tile_size, tile_stride)
     contexts = []
-    for each in as_list(controlnet_inputs):
+    for each in listed(controlnet_inputs):
         image = each.image if each.inpaint_image is None else each.inpaint_image
         assert image is not None, "checked before anything was encoded"
         pixels = image_to_tensor(image, height, width)
@@ -146,18 +119,11 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """Raise an error for control images that no loaded ControlNet takes.
 
     Raises:
-        TypeError: an entry is no `ControlNetInput`, or an image is no PIL image.
         ValueError: an index of no ControlNet, an input without an image, a mask that is missing or not taken, or an
             unknown kind of image.
     """
     networks = configs[ROLE]
-    for each in as_list(values["controlnet_inputs"]):
-        if not isinstance(each, ControlNetInput):
-            raise TypeError(f"controlnet_inputs has {each!r}: expected ControlNetInput(image=...)")
-        for name in ("image", "inpaint_image", "inpaint_mask"):
-            image = getattr(each, name)
-            if image is not None and not isinstance(image, Image.Image):
-                raise TypeError(f"controlnet_inputs: {name}={image!r:.80}: expected a PIL image")
+    for each in listed(values["controlnet_inputs"]):
         if (each.image is None) == (each.inpaint_image is None):
             raise ValueError("controlnet_inputs: an input needs one of image and inpaint_image")
         if networks is not None:
@@ -165,13 +131,7 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
 
 
 def _check_input(each: ControlNetInput, networks: Sequence[Any]) -> None:
-    index = each.controlnet_id
-    if index >= len(networks):
-        raise ValueError(
-            f"controlnet_inputs: controlnet_id={index}, and {len(networks)} are loaded; expected 0 to "
-            f"{len(networks) - 1}, in the order of model_configs"
-        )
-    config = networks[index]
+    index, config = each.controlnet_id, config_for(each, networks, argument="controlnet_inputs")
     if config.inpaints != (each.inpaint_mask is not None):
         needs = "needs inpaint_mask, and none is given" if config.inpaints else "takes a control image without a mask"
         raise ValueError(f"controlnet_inputs: ControlNet {index} {needs}")
@@ -187,10 +147,7 @@ def _check_input(each: ControlNetInput, networks: Sequence[Any]) -> None:
 
 def roles_at(step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a tuple of the roles of the ControlNets that run in a step."""
-    controlnets: ControlNets | None = values.get("controlnets")
-    if controlnets is None:
-        return ()
-    return tuple(dict.fromkeys(each.role for each in controlnets.contexts if each.is_active(step)))
+    return active_roles(ROLE, values.get("controlnets"), step)
 
 
 CONTROLNET = Feature(
@@ -205,10 +162,3 @@ CONTROLNET = Feature(
     roles_at=roles_at,
     agreements=(Agreement("width of the tokens", (f"{ROLE}.dim", "dit.dim")),),
 )
-
-
-def as_list(inputs: ControlNetInputs) -> list[ControlNetInput]:
-    """Return the inputs of a call as a list; empty for None."""
-    if inputs is None:
-        return []
-    return list(inputs) if isinstance(inputs, list | tuple) else [inputs]  # type: ignore[list-item]

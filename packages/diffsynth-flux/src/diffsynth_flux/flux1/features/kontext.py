@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, Feature
 from diffsynth.runtime.image_units import image_tiling
-from diffsynth.runtime.images import image_to_tensor
+from diffsynth.runtime.images import image_list, image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.config import VAE_FACTOR
 from diffsynth_flux.flux1.dit import grid_positions, patchify
@@ -69,9 +69,8 @@ def encode_kontext_images(
 ) -> References:
     """Return `References` with the latents of the images, each of its own size, rounded down to a multiple of 16."""
     tiling = image_tiling(tiled, tile_size, tile_stride)
-    images = [kontext_images] if isinstance(kontext_images, Image.Image) else list(kontext_images or ())
     latents = []
-    for image in images:
+    for image in image_list(kontext_images):
         width, height = (max(side // MULTIPLE, 1) * MULTIPLE for side in image.size)
         latents.append(vae.encode(image_to_tensor(image, height, width).to(device, dtype), **tiling))
     return References(tuple(latents))

@@ -15,7 +15,7 @@ from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.image import cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.image_units import image_tiling
-from diffsynth.runtime.images import image_to_tensor
+from diffsynth.runtime.images import image_list, image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.config import VAE_FACTOR
 from diffsynth_flux.flux2.extension import Network, Stream
@@ -84,7 +84,7 @@ def encode_edit_images(
     """Return `References` with the packed latents of the reference images."""
     tiling = image_tiling(tiled, tile_size, tile_stride)
     images = []
-    for image in map(to_rgb, _as_list(edit_image)):  # upright, before its sides are read
+    for image in map(to_rgb, image_list(edit_image)):  # upright, before its sides are read
         height, width = edit_size(image, auto_resize=edit_image_auto_resize)
         if edit_image_auto_resize:
             image = cover(image, height, width, Image.Resampling.LANCZOS)
@@ -116,7 +116,7 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: more than 10 images, or one that is smaller than a token.
     """
-    images = _as_list(values["edit_image"])
+    images = image_list(values["edit_image"])
     if len(images) > MAX_IMAGES:
         raise ValueError(f"edit_image has {len(images)} images; expected 1 to {MAX_IMAGES}, or None")
     for image in images:
@@ -134,12 +134,6 @@ EDIT = Feature(
     conditions={"references": Condition("an image has no frames", batch="separate")},
     check=check,
 )
-
-
-def _as_list(images: EditImages) -> list[Image.Image]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
 
 
 def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
