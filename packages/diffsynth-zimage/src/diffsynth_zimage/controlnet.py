@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.errors import did_you_mean
+from diffsynth.models.residuals import ScaledHint
 from diffsynth_zimage.config import ZImageControlNetConfig
 from diffsynth_zimage.dit import ZImageBlock
 from diffsynth_zimage.extension import Network, Rotary, StackName, Stream
@@ -60,7 +61,7 @@ class ControlNetResiduals:
         hinted_layers(len(dit.layers), self.controlnet.config.n_layers)
         control, hints = self.controlnet(stream, self.context, ("noise_refiner",))
         for block, hint in enumerate(hints["noise_refiner"]):
-            stream = stream.with_residual("noise_refiner", block, _Hint(hint, self.scale))
+            stream = stream.with_residual("noise_refiner", block, ScaledHint(hint, self.scale))
         return stream.with_layers_extension(_LayerHints(self.controlnet, control, self.scale))
 
 
@@ -74,17 +75,8 @@ class _LayerHints:
         _, hints = self.controlnet(stream, self.control, ("layers",))
         blocks = hinted_layers(len(dit.layers), len(hints["layers"]))
         for block, hint in zip(blocks, hints["layers"], strict=True):
-            stream = stream.with_residual("layers", block, _Hint(hint, self.scale))
+            stream = stream.with_residual("layers", block, ScaledHint(hint, self.scale))
         return stream
-
-
-@dataclass(frozen=True, eq=False)
-class _Hint:
-    hint: Tensor
-    scale: float
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return self.hint * self.scale
 
 
 def hinted_layers(layers: int, hints: int) -> range:

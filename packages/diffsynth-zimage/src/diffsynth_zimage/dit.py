@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
-from diffsynth.errors import did_you_mean
+from diffsynth.models.residuals import check_blocks
 from diffsynth.nn import LayerNorm, RMSNorm, TimestepEmbedder, apply_rotary, rotary_angles, swiglu
 from diffsynth_zimage.config import TOKEN_MULTIPLE, ZImageBlockConfig, ZImageDiTConfig
 from diffsynth_zimage.extension import STACKS, BlockIndex, Extension, Rotary, StackName, Stream
@@ -74,7 +74,7 @@ class ZImageDiT(nn.Module):
         stream = self.embed(latents, time, prompt_embeds, prompt_mask, step=step)
         for extension in extensions:
             stream = extension(self, stream)
-        self._check_blocks(stream)
+        check_blocks(self, (*stream.residuals, *stream.skip_blocks), STACKS)
         image = self._run("noise_refiner", stream.image, stream.image_rotary, stream.image_mask, stream)
         caption = self._run("context_refiner", stream.caption, stream.caption_rotary, stream.caption_mask, stream)
         stream = self._extend_layers(replace(stream, image=image, caption=caption))
@@ -192,7 +192,7 @@ class ZImageDiT(nn.Module):
         while stream.layers_extensions:
             first, *others = stream.layers_extensions
             stream = first(self, replace(stream, layers_extensions=tuple(others)))
-        self._check_blocks(stream)
+        check_blocks(self, (*stream.residuals, *stream.skip_blocks), STACKS)
         if late := {block for block, _ in _refiner_changes(stream) ^ before}:
             stack, index = min(late)
             raise ValueError(
@@ -200,18 +200,6 @@ class ZImageDiT(nn.Module):
                 "changes its residuals or skips it; do that in an extension that is passed to forward()"
             )
         return stream
-
-    def _check_blocks(self, stream: Stream) -> None:
-        for stack, index in (*stream.residuals, *stream.skip_blocks):
-            if stack not in STACKS:
-                raise ValueError(
-                    f"an extension names the stack {stack!r}: expected one of {', '.join(STACKS)}"
-                    f"{did_you_mean(stack, STACKS)}"
-                )
-            if index not in range(len(getattr(self, stack))):
-                raise ValueError(
-                    f"an extension names block {index} of {stack}, which has {len(getattr(self, stack))} blocks"
-                )
 
 
 class ContextBlock(nn.Module):

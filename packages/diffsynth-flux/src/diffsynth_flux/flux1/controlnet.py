@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.core.gradient import gradient_checkpoint_forward
+from diffsynth.models.residuals import ScaledHint
 from diffsynth_flux.flux1.config import FluxControlNetConfig
 from diffsynth_flux.flux1.dit import add_blocks, add_embedders, embed_inputs, grid_positions, patchify, rotary_embedding
 from diffsynth_flux.flux1.extension import Inputs, Network, StackName, Stream
@@ -60,19 +61,10 @@ class ControlNetResiduals:
         appended = stream.image.shape[1] - stream.inputs.patches.shape[1]
         for stack, each in hints.items():
             blocks = len(getattr(dit, stack))
-            residuals = [_Hint(F.pad(hint, (0, 0, 0, appended)), self.scale) for hint in each]
+            residuals = [ScaledHint(F.pad(hint, (0, 0, 0, appended)), self.scale) for hint in each]
             for block in range(blocks) if each else ():
                 stream = stream.with_residual(stack, block, residuals[hint_of(block, blocks, len(each))])
         return stream
-
-
-@dataclass(frozen=True, eq=False)
-class _Hint:
-    hint: Tensor
-    scale: float
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return self.hint * self.scale
 
 
 def hint_of(block: int, blocks: int, hints: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
-from diffsynth.errors import did_you_mean
+from diffsynth.models.residuals import check_blocks
 from diffsynth.nn import LayerNorm, gated_residual, rms_norm_rotary, rotary_angles, sinusoidal_embedding
 from diffsynth_flux.flux1.config import PATCH_SIZE, FluxBlocksConfig, FluxDiTConfig
 from diffsynth_flux.flux1.extension import STACKS, Extension, Inputs, Residual, Rotary, Stream
@@ -76,7 +76,7 @@ class FluxDiT(nn.Module):
         stream = self.embed(latents, sigma, prompt_embeds, pooled_prompt_embeds, guidance, condition_latents, step=step)
         for extension in extensions:
             stream = extension(self, stream)
-        self._check_blocks(stream)
+        check_blocks(self, (*stream.residuals, *stream.skip_blocks), STACKS)
         tokens = run_blocks(self, stream, self.gradient_checkpointing)
         height, width = stream.grid
         first = stream.text.shape[1]
@@ -139,18 +139,6 @@ class FluxDiT(nn.Module):
                 f"latents have {latents.shape[1]} channels and condition latents {found}; this network takes "
                 f"{self.config.latent_channels} and {expected}"
             )
-
-    def _check_blocks(self, stream: Stream) -> None:
-        for stack, index in (*stream.residuals, *stream.skip_blocks):
-            if stack not in STACKS:
-                raise ValueError(
-                    f"an extension names the stack {stack!r}: expected one of {', '.join(STACKS)}"
-                    f"{did_you_mean(stack, STACKS)}"
-                )
-            if index not in range(len(getattr(self, stack))):
-                raise ValueError(
-                    f"an extension names block {index} of {stack}, which has {len(getattr(self, stack))} blocks"
-                )
 
 
 def add_embedders(network: Any, config: FluxBlocksConfig) -> None:

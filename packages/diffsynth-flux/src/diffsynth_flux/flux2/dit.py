@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffsynth.core.gradient import gradient_checkpoint_forward
-from diffsynth.errors import did_you_mean
+from diffsynth.models.residuals import check_blocks
 from diffsynth.nn import LayerNorm, RMSNorm, gated_residual, rotary_angles, sinusoidal_embedding, swiglu
 from diffsynth_flux.flux2.config import Flux2DiTConfig
 from diffsynth_flux.flux2.extension import (
@@ -83,7 +83,7 @@ class Flux2DiT(nn.Module):
         stream = self.embed(latents, sigma, prompt_embeds, guidance, step=step)
         for extension in extensions:
             stream = extension(self, stream)
-        self._check_blocks(stream)
+        check_blocks(self, stream.residuals, STACKS)
         tokens = self._run_single_blocks(self._run_double_blocks(stream), stream)
         (rows, columns), start = stream.grid, stream.text.shape[1]
         image = tokens[:, start : start + rows * columns]
@@ -172,18 +172,6 @@ class Flux2DiT(nn.Module):
             for residual in stream.residuals.get(key, ()):
                 tokens = tokens + residual(tokens)
         return tokens
-
-    def _check_blocks(self, stream: Stream) -> None:
-        for stack, index in stream.residuals:
-            if stack not in STACKS:
-                raise ValueError(
-                    f"an extension names the stack {stack!r}: expected one of {', '.join(STACKS)}"
-                    f"{did_you_mean(stack, STACKS)}"
-                )
-            if index not in range(len(getattr(self, stack))):
-                raise ValueError(
-                    f"an extension names block {index} of {stack}, which has {len(getattr(self, stack))} blocks"
-                )
 
 
 class TimeGuidanceEmbedder(nn.Module):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.core.gradient import gradient_checkpoint_forward
+from diffsynth.models.residuals import ScaledHint
 from diffsynth_wan.config import WanVaceConfig
 from diffsynth_wan.dit import WanBlock
 from diffsynth_wan.extension import Attend, Network, Rotary, Stream, TokenScope
@@ -39,17 +40,8 @@ class VaceControl:
         """
         hints = self.vace(stream, self.control_latents, hinted_blocks(len(dit.blocks), len(self.vace.vace_blocks)))
         for block, hint in hints.items():
-            stream = stream.with_residual(block, _Hint(hint, self.scale))
+            stream = stream.with_residual(block, ScaledHint(hint, self.scale))
         return stream
-
-
-@dataclass(frozen=True, eq=False)
-class _Hint:
-    hint: Tensor
-    scale: float
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return self.hint * self.scale
 
 
 def hinted_blocks(blocks: int, hints: int) -> range:
