@@ -1,6 +1,15 @@
 import pytest
+import torch
 
-from diffsynth.runtime.controlnet import ControlNetInput
+from diffsynth.runtime.controlnet import (
+    ControlNetContext,
+    ControlNetContexts,
+    ControlNetInput,
+    active_roles,
+    config_for,
+    listed,
+)
+from diffsynth.runtime.feature import StepContext
 
 
 def active(num_steps, **settings):
@@ -45,3 +54,23 @@ def test_unfit_settings(settings, message):
 def test_a_step_that_is_none():
     with pytest.raises(ValueError, match="step 5 of 5"):
         ControlNetInput().is_active(5, 5)
+
+
+def test_roles_of_a_step():
+    settings = [ControlNetInput(1), ControlNetInput(0, end=0.5), ControlNetInput(2, scale=0), ControlNetInput(1)]
+    contexts = ControlNetContexts(tuple(ControlNetContext(torch.zeros(1, 1, 1, 1), each) for each in settings))
+    first, last = (StepContext(0.5, index, 3) for index in (0, 2))
+    assert active_roles("controlnet", contexts, first) == ("controlnet[1]", "controlnet[0]")
+    assert active_roles("controlnet", contexts, last) == ("controlnet[1]",)
+    assert active_roles("controlnet", None, first) == ()
+
+
+def test_one_input_or_several():
+    one = ControlNetInput()
+    assert (listed(None), listed(one), listed((one, one))) == ([], [one], [one, one])
+
+
+def test_the_config_that_an_input_names():
+    assert config_for(ControlNetInput(1), ["a", "b"], argument="inputs") == "b"
+    with pytest.raises(ValueError, match="inputs: controlnet_id=2, and 2 are loaded; expected 0 to 1"):
+        config_for(ControlNetInput(2), ["a", "b"], argument="inputs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from diffsynth.runtime.prompts import cut_prompt
+from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 
 
 def test_a_prompt_of_megabytes_is_cut_before_it_is_tokenized(caplog):
@@ -17,3 +17,9 @@ def test_a_usual_prompt_is_not_changed(caplog):
     text = "a" * 51200
     assert cut_prompt(text, max_tokens=512) is text
     assert not caplog.records
+
+
+def test_equal_prompts_are_encoded_once():
+    distinct, index = distinct_prompts(["a", "b", "a"], device="cpu")
+    assert (distinct, index.tolist()) == (["a", "b"], [0, 1, 0])
+    assert distinct_prompts("a", device="cpu")[0] == ["a"]

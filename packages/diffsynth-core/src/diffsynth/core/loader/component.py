@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import logging
 import threading
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,27 +53,34 @@ def build(architecture: ArchitectureSpec, config: Any, *, most: int | None = Non
     Raises:
         KeyMismatch: no network can be built from the config, or it would have more parameters than `most`.
     """
-    thread, count = threading.get_ident(), 0
-
-    def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal count
-        count += threading.get_ident() == thread
-        if most is not None and count > most:
-            raise KeyMismatch(f"the network would have more than {most} parameters")
-
     make = resolve(architecture.module)
-    hook = register_module_parameter_registration_hook(counted)
     try:
-        with torch.device("meta"):
+        with nullcontext() if most is None else _at_most(most), torch.device("meta"):
             module: nn.Module = make(config)
     except Exception as error:  # a config of impossible sizes ends anywhere in torch
         raise KeyMismatch(
             f"no {architecture.name} can be built from its config: {type(error).__name__}: {error}. The config is "
             f"{config!s:.500}"
         ) from error
+    return module
+
+
+@contextmanager
+def _at_most(most: int) -> Iterator[None]:
+    """Context manager in which building a module of more than `most` parameters raises KeyMismatch."""
+    thread, count = threading.get_ident(), 0
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > most:
+            raise KeyMismatch(f"the network would have more than {most} parameters")
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        yield
     finally:
         hook.remove()
-    return module
 
 
 def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype) -> tuple[nn.Module, ComponentSource]:
@@ -98,11 +106,12 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
         plan = convert.plan(recognized.rules, {key.removeprefix(prefix): header.tensors[key].shape for key in keys})
     except KeyMismatch as error:
         raise KeyMismatch(f"{where} does not fit: {error}") from error
-    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    weights = module.state_dict()
+    wanted = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     unused = convert.check(plan, wanted, where=where, unused="report" if recognized.tier == "structure" else "raise")
     _warn_unused([prefix + source for key in unused for source in plan.targets[key].sources], recognized, where)
     targets = {key: plan.targets[key] for key in wanted}
-    floating = {key for key, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    floating = {key for key, tensor in weights.items() if tensor.is_floating_point()}
     _check_numbers(targets, floating, header, prefix=prefix, where=where)
     dtypes = {
         key: _dtype(key, target, header, prefix=prefix, architecture=architecture, dtype=dtype)
