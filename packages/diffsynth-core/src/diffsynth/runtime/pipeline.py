@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,30 +23,26 @@ from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
 from diffsynth.errors import InvalidPipeline, did_you_mean
 from diffsynth.runtime.acceleration.compiling import compile_components
-from diffsynth.runtime.argument_types import ArgumentType, argument_types
+from diffsynth.runtime.checking import CheckMethods
 from diffsynth.runtime.composition import PIPELINE_VALUES, RESERVED, compose, own_program, own_roles
 from diffsynth.runtime.copying import CopyMethods
 from diffsynth.runtime.declared_backends import use_declared_backends
-from diffsynth.runtime.effects import without_effect
 from diffsynth.runtime.feature import Condition, Feature, StepContext
-from diffsynth.runtime.loop import check_loop
 from diffsynth.runtime.lora import LoRAMethods
 from diffsynth.runtime.memory_options import MemoryOptions, Policies, choose, choose_before_reading
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.pretrained import PretrainedLoader
-from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, check_request, refuse_meta
-from diffsynth.runtime.role import Agreement, Processor, Role, config_of, fill_roles, member_roles, members
+from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, refuse_meta
+from diffsynth.runtime.role import Agreement, Processor, Role, fill_roles, member_roles, members
 from diffsynth.runtime.schema import SchemaMethod
 from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
 from diffsynth.runtime.stages import Stage, stages_of
-from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, check_values, needed_for, run_units
+from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, needed_for, run_units
 from diffsynth.sampling.prediction import PREDICTIONS
 
-logger = logging.getLogger(__name__)
 
-
-class Pipeline(LoRAMethods, CopyMethods):
+class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
     """A pipeline from the arguments of a call to images, videos or any other output; a family subclasses it.
 
     A subclass states its `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and
@@ -258,8 +253,7 @@ class Pipeline(LoRAMethods, CopyMethods):
         if self.device.type != "meta":
             refuse_meta(arguments)
         request = self._planned_request(arguments)
-        for name, reason in without_effect(self, request, arguments).items():
-            logger.warning("%s has no effect: %s", name, reason)
+        self.log_arguments_without_effect(request, arguments)
         values = self.call_values(request)
         try:
             for stage in self.stages(request):
@@ -310,44 +304,6 @@ class Pipeline(LoRAMethods, CopyMethods):
         included.
         """
         return member_roles(self._all_loop_roles, self.components)
-
-    def check(self, **arguments: Any) -> Request:
-        """Check the arguments of a call without making it; return them, with defaults, as a `Request`.
-
-        Errors are those of the call.
-        """
-        request = self.check_arguments(**arguments)
-        configs = {role: config_of(part) for role, part in self.components.items()}
-        for feature in self.features:
-            if feature.check is not None:
-                feature.check(configs, request.values)
-        return request
-
-    def check_arguments(self, **arguments: Any) -> Request:
-        """Check the arguments of a call as far as each can be checked by itself: names, ranges, roles, and those of the
-        loop; return them as `check` does.
-        """
-        request = check_request(
-            arguments,
-            self.__signature__,
-            self.program,
-            self.components,
-            per_image=self.per_image,
-            check_value=lambda name, value: self._argument_types[name].check(value),
-        )
-        values = {**request.values, "batch_size": request.batch_size, **self._fact_values()}
-        check_values(self.program, self.components, values)
-        if self.has_loop():
-            check_loop(self, request)
-        elif request.loop.output_type == "latents":
-            raise ValueError(f"output_type='latents': {type(self).__name__} has no denoising loop; expected 'pil'")
-        return request
-
-    def arguments_without_effect(self, **arguments: Any) -> dict[str, str]:
-        """Return a dict argument -> reason of a call's arguments that change nothing, such as a negative prompt where
-        guidance is off. The call logs each of them, and a record leaves them out. Errors are those of the call.
-        """
-        return without_effect(self, self.check(**arguments), arguments)
 
     def stages(self, request: Request) -> list[Stage]:
         """Return a list of the `Stage`s of a call in running order: units, the denoising loop, and output units.
@@ -509,7 +465,7 @@ class Pipeline(LoRAMethods, CopyMethods):
         """
         defaults = {name: parameter.default for name, parameter in self.__signature__.parameters.items()}
         batch_size = max((len(values[name]) for name in self.per_image if name in values), default=1)
-        provided = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, **self._fact_values()}
+        provided = {"device": self.device, "dtype": self.dtype, "batch_size": batch_size, **self.fact_values()}
         call_values = CallValues(defaults | provided | dict(values))
         known = frozenset(call_values.shared) | frozenset(PIPELINE_VALUES) | frozenset(self.facts)
         run_units(check_units(units, known).units, self.components, call_values)
@@ -533,7 +489,7 @@ class Pipeline(LoRAMethods, CopyMethods):
         loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
         seeds = self.mesh.broadcast_seeds(request.seeds)
         provided = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
-        provided |= {"mesh": self.mesh, **self._fact_values()}
+        provided |= {"mesh": self.mesh, **self.fact_values()}
         return CallValues({**request.values, **loop, **provided}, request.branches)
 
     def switch_experts(self, roles: Sequence[tuple[str, ...]], plan: MemoryPlan | None) -> ExpertSwitcher:
@@ -562,11 +518,7 @@ class Pipeline(LoRAMethods, CopyMethods):
             request = self.check(**{**arguments, **plan.switches})
         return replace(request, plan=plan)
 
-    @functools.cached_property
-    def _argument_types(self) -> dict[str, ArgumentType]:
-        return argument_types(type(self), self.program, self.__signature__, self.per_image)
-
-    def _fact_values(self) -> dict[str, Any]:
+    def fact_values(self) -> dict[str, Any]:
         """Return a dict fact -> value of its config field, for components that are loaded; other facts are left out."""
         found: dict[str, Any] = {}
         for name, path in self.facts.items():
