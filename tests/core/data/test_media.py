@@ -12,7 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.core.data.media import VideoData, count_frames, frame_rate_of, open_media, read_audio, read_frames
+from diffsynth.core.data.media import (
+    Timeline,
+    VideoData,
+    count_frames,
+    frame_rate_of,
+    open_media,
+    read_audio,
+    read_frames,
+)
 from diffsynth.core.data.media_writer import (
     merge_video_audio,
     read_comment,
@@ -351,6 +359,20 @@ def test_what_is_in_a_file(tmp_path, frames, irregular):
             open_media(tmp_path / name)
     with pytest.raises(TypeError, match="the path of a file is ndarray"):
         open_media(np.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
+def test_a_clip_is_scanned_once(tmp_path, frames, monkeypatch, name):
+    """Opening a clip scanned its packets, or decoded the animation, twice."""
+    save_video(frames, tmp_path / name, fps=10) if name.endswith("mp4") else frames[0].save(
+        tmp_path / name, save_all=True, append_images=frames[1:], duration=100
+    )
+    made = []
+    of = Timeline.of
+    monkeypatch.setattr(Timeline, "of", lambda path: made.append(path) or of(path))
+    assert len(open_media(tmp_path / name)) == 10
+    assert len(made) == 1
+    assert len(VideoData(of(tmp_path / name), fps=5)) == 5
 
 
 def test_a_cover_image_is_no_video(tmp_path, tone):

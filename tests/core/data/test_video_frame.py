@@ -164,6 +164,13 @@ def test_hdr_is_tone_mapped(tmp_path, transfer, white, half):
     assert np.abs(grey - half).max() <= 3
 
 
+@pytest.mark.parametrize(("primaries", "expected"), [(1, COLOR), (12, (217, 42, 23)), (9, (247, 0, 23))])
+def test_wide_primaries_of_sdr_become_srgb(tmp_path, primaries, expected):
+    """(200, 60, 40) of Display P3 and of BT.2020, by the matrices of CSS Color 4 and ITU-R BT.2407."""
+    path = write(tmp_path / "a.mp4", 96, "ITU709", "MPEG", (1, 1, primaries, 1))
+    assert np.abs(first_color(path) - expected).max() <= 4
+
+
 def test_colours_that_are_not_supported():
     frame = av.VideoFrame(16, 16, "yuv420p")
     frame.colorspace = 14

@@ -42,22 +42,27 @@ class Animation:
             CorruptFile: the file is not an image, or is cut off; raised at the frame that cannot be read.
             ValueError: an image of too many pixels.
         """
+        for time, duration, image in self._decoded():
+            frame = to_rgb(image, background=self.background)
+            # Seeking changes the opened image in place.
+            yield time, duration, frame.copy() if frame is image else frame
+
+    def times(self) -> tuple[tuple[float, ...], float]:
+        """Return (first times of all frames in seconds, time at which the last one ends); raises like `frames`."""
+        shown = [(time, duration) for time, duration, _ in self._decoded()]
+        if not shown:
+            raise CorruptFile(f"{self.path} has no frames")
+        return tuple(time for time, _ in shown), sum(shown[-1])
+
+    def _decoded(self) -> Iterator[tuple[float, float, ImageFile.ImageFile]]:
+        """Yield (time, duration, opened image) of each frame, as PIL has it and valid until the next one."""
         milliseconds = 0.0
         with opened_image(self.path, str(self.path)) as image:
             for index in _indices(image):
                 self._seek(image, index)
                 duration = float(image.info.get("duration") or _DEFAULT_DURATION)
-                frame = to_rgb(image, background=self.background)
-                # Seeking changes the opened image in place.
-                yield milliseconds / 1000, duration / 1000, frame.copy() if frame is image else frame
+                yield milliseconds / 1000, duration / 1000, image
                 milliseconds += duration
-
-    def times(self) -> tuple[tuple[float, ...], float]:
-        """Return (first times of all frames in seconds, time at which the last one ends); raises like `frames`."""
-        shown = [(time, duration) for time, duration, _ in self.frames()]
-        if not shown:
-            raise CorruptFile(f"{self.path} has no frames")
-        return tuple(time for time, _ in shown), sum(shown[-1])
 
     def _seek(self, image: ImageFile.ImageFile, index: int) -> None:
         try:

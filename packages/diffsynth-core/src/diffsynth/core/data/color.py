@@ -14,6 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps
 
+from diffsynth.core.data.code_points import (
+    CodePoints,
+    code_points_of_profile,
+    full_range,
+    note_code_points,
+    sdr_to_srgb,
+    srgb_encoded,
+)
+from diffsynth.core.data.hdr import sdr_from_hdr
+
 logger = logging.getLogger(__name__)
 
 Color = str | tuple[int, int, int]
@@ -25,7 +35,10 @@ _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
 _SRGB_GAMMA = 1 / 2.2
 _PROFILE_OF_MODE = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}
-_CONVERTED = ("icc_profile", "gamma", "srgb", "chromaticity", "transparency")
+_STRIP = 1 << 20
+"""Number of pixels that are tone-mapped at a time; one takes about 150 bytes then."""
+
+_CONVERTED = ("icc_profile", "cicp", "gamma", "srgb", "chromaticity", "transparency")
 """Keys of `Image.info` that describe pixels before the conversion."""
 
 
@@ -37,6 +50,8 @@ def to_rgb(image: Image.Image, *, background: Color = WHITE) -> Image.Image:
     * A colour profile (ICC) in the image's info is converted to sRGB, relative colorimetric with black point
       compensation; one that changes no level by more than 2 leaves all levels as they are. Without a profile, the gamma
       that a PNG file states is converted.
+    * Code points (`code_points`) rule over a profile in a PNG file, and without a profile in AVIF. HDR (PQ, HLG) is
+      tone-mapped to SDR as in `hdr.sdr_from_hdr`.
     * The EXIF orientation is applied to images as PIL opened them. An image that a program has changed since, by
       `convert` or `rotate`, may be upright already: its orientation is ignored, with a warning.
 
@@ -122,6 +137,8 @@ def _loaded(image: Image.Image) -> Image.Image:
     """Return the image with its pixels decoded and, if PIL opened it from a file, upright."""
     if not image.width or not image.height:
         raise ValueError(f"an image of {image.width}x{image.height} has no pixels")
+    if isinstance(image, ImageFile.ImageFile):
+        note_code_points(image)
     try:
         image.load()
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
@@ -243,17 +260,40 @@ def _copied_info(image: Image.Image, levels: np.ndarray) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, info: dict[Any, Any]) -> Image.Image:
-    """Return an image of 8 bits a channel as mode RGB in sRGB, by the profile or the gamma in `info`."""
+    """Return an image of 8 bits a channel as mode RGB in sRGB, by the code points, the profile or the gamma in
+    `info`.
+    """
     if image.mode in ("HSV", "YCbCr"):
         image = image.convert("RGB")
+    if isinstance(points := info.get("cicp"), CodePoints):
+        return by_code_points(image.convert("RGB"), points)
     profile = info.get("icc_profile")
     if isinstance(profile, bytes) and profile:
+        stated = code_points_of_profile(profile)
+        if stated is not None and stated.hdr:  # the curves of such a profile are those of HDR, without tone mapping
+            return by_code_points(image.convert("RGB"), stated)
         transform = _transform(profile, image.mode)
         if transform is not None:
             return transform.apply(image)
     elif "srgb" not in info:
         image = _without_gamma(image, info.get("gamma"))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def by_code_points(image: Image.Image, points: CodePoints) -> Image.Image:
+    """Return an RGB image of the `CodePoints` given as an RGB image in sRGB, HDR tone-mapped; `image` itself if its
+    levels are those of sRGB.
+    """
+    levels = np.asarray(image)
+    rows = max(_STRIP // image.width, 1)
+    strips = [levels[top : top + rows] for top in range(0, image.height, rows)]
+    if points.hdr:
+        done = [sdr_from_hdr(full_range(strip, points), points.hdr, points.primaries) for strip in strips]
+    else:
+        done = [sdr_to_srgb(strip, points) for strip in strips]
+    if all(after is before for after, before in zip(done, strips, strict=True)):
+        return image
+    return _copied_info(image, np.concatenate(done))
 
 
 def _without_gamma(image: Image.Image, gamma: Any) -> Image.Image:
@@ -265,11 +305,6 @@ def _without_gamma(image: Image.Image, gamma: Any) -> Image.Image:
     light = (np.arange(256) / 255) ** (1 / gamma)
     table = np.rint(255 * srgb_encoded(light)).astype(int).tolist()
     return image.point(table * len(image.getbands()))
-
-
-def srgb_encoded(light: np.ndarray) -> np.ndarray:
-    """Return linear light in [0, 1] in the encoding of sRGB (IEC 61966-2-1), in [0, 1], of the same shape and dtype."""
-    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.maximum(light, 0.0031308) ** (1 / 2.4) - 0.055)
 
 
 @functools.lru_cache(maxsize=16)

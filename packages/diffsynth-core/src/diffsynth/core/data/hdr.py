@@ -1,4 +1,4 @@
-"""Conversion of HDR video (ITU-R BT.2100, PQ and HLG) to SDR in sRGB."""
+"""Conversion of HDR video and HDR images (ITU-R BT.2100, PQ and HLG) to SDR in sRGB."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from diffsynth.core.data.color import srgb_encoded
+from diffsynth.core.data.code_points import BT2020, matrix_between, srgb_encoded
 
 _HDR_PEAK = 1000.0
 """Luminance in cd/m2 that becomes SDR white; brighter pixels are clipped to it."""
@@ -21,14 +21,20 @@ _REC2020_TO_REC709 = np.array(
 """Linear BT.2020 to linear BT.709, ITU-R BT.2407."""
 
 
-def sdr_from_hdr(signal: Float[np.ndarray, "h w 3"], transfer: Literal["pq", "hlg"]) -> UInt8[np.ndarray, "h w 3"]:
+def sdr_from_hdr(
+    signal: Float[np.ndarray, "h w 3"], transfer: Literal["pq", "hlg"], primaries: int = BT2020
+) -> UInt8[np.ndarray, "h w 3"]:
     """Return the pixels of an HDR frame as 8-bit sRGB, tone-mapped by method A of ITU-R BT.2446.
 
     Args:
-        signal: non-linear R'G'B' of BT.2100 with the primaries of BT.2020, float32 in [0, 1] at full range.
+        signal: non-linear R'G'B', float32 in [0, 1] at full range.
         transfer: "pq" (SMPTE ST 2084) or "hlg" (ARIB STD-B67).
+        primaries: ColourPrimaries of ITU-T H.273, such as 9 (BT.2020) and 12 (Display P3); unspecified or unknown ones
+            are taken as those of BT.2020.
     """
     light = pq_to_linear(signal) if transfer == "pq" else hlg_to_linear(signal)
+    matrix = matrix_between(primaries, BT2020)
+    light = light if matrix is None else (light @ matrix.T).clip(0)
     mapped = tone_mapped(np.minimum(light / _HDR_PEAK, 1))
     linear = (mapped.clip(0, 1) ** 2.4) @ _REC2020_TO_REC709.T
     return np.rint(srgb_encoded(linear.clip(0, 1)) * 255).astype(np.uint8)

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from diffsynth._env import max_image_pixels
+from diffsynth.core.data.code_points import note_code_points
 from diffsynth.core.data.color import WHITE, Color, rgb_of, to_mask, to_rgb, to_rgba, upright, upright_size
 from diffsynth.core.data.content import describe, describe_file, existing_file
 from diffsynth.errors import CorruptFile, DiffsynthError, DownloadFailed
@@ -110,6 +111,7 @@ def opened_image(
         with _open(content, limit, formats) as image:
             if image.width * image.height > limit:
                 raise _too_large(name, f"{image.width}x{image.height} = {image.width * image.height}", limit)
+            note_code_points(image)
             yield image
     except Image.DecompressionBombError as error:
         raise _too_large(name, next(iter(re.findall(r"\d+", str(error))), "too many"), limit) from None

@@ -45,7 +45,8 @@ class VideoData(Sequence[Image.Image]):
     animated image is decoded once.
 
     Args:
-        video_file: the video, or an animated GIF, WebP, APNG or AVIF; or
+        video_file: the video, an animated GIF, WebP, APNG or AVIF, or the `Timeline` of one, which the constructor
+            makes of a file otherwise; or
         image_folder: a folder of images, sorted by the numbers in their names, `frame2` before `frame10`.
         height: in pixels; with `width`, each frame is scaled to cover this size and cropped about its centre.
         width: in pixels; given with `height`, or not at all.
@@ -64,7 +65,7 @@ class VideoData(Sequence[Image.Image]):
 
     def __init__(
         self,
-        video_file: Location | None = None,
+        video_file: Location | Timeline | None = None,
         image_folder: Location | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -80,14 +81,16 @@ class VideoData(Sequence[Image.Image]):
         self.height, self.width = height, width
         self.background = rgb_of(background)
         self.frame_rate: Fraction | None = None
-        self._video = None if video_file is None else existing_file(video_file, "video")
+        known = video_file if isinstance(video_file, Timeline) else None
+        source = known.path if known else video_file
+        self._video = None if source is None else existing_file(source, "video")
         self._images = [] if image_folder is None else _images_in(Path(image_folder))
         if self._video is None:
             self._indices: Sequence[int] = range(len(self._images))
             if height is None:
                 _reject_mixed_sizes(self._images)
         else:
-            timeline = Timeline.of(self._video)
+            timeline = known or Timeline.of(self._video)
             self.frame_rate = timeline.frame_rate if fps is None else Fraction(fps).limit_denominator(1001)
             self._indices = timeline.every_frame() if fps is None else timeline.at_rate(self.frame_rate)
         self._reader: Iterator[Image.Image] = iter(())
@@ -147,7 +150,7 @@ def open_media(path: Location) -> Image.Image | VideoData:
         return read_image(file, None)
     if kind in IMAGE_KINDS or kind in VIDEO_KINDS or file.suffix.lower() in VIDEO_SUFFIXES:
         timeline = Timeline.of(file)
-        return VideoData(file, fps=None if timeline.is_constant else float(timeline.frame_rate))
+        return VideoData(timeline, fps=None if timeline.is_constant else float(timeline.frame_rate))
     return read_image(file, None)
 
 
@@ -175,8 +178,8 @@ class Timeline:
         if is_image(existing_file(path, "video")):
             times, end = Animation(path).times()
             return cls(Path(path), times, Fraction(len(times) / end).limit_denominator(1001), end)
-        rate = frame_rate_of(path)
         with opened(path, "video") as (container, stream):
+            rate = _nominal_rate(path, stream)
             packets = [each for each in whole_packets(path, container, stream) if each.size and not each.is_discard]
             stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
             base = stream.time_base
@@ -253,14 +256,18 @@ def read_timed_frames(path: Location, *, background: Color = WHITE) -> Iterator[
         return
     with opened(path, "video") as (container, stream):
         stream.thread_type = "AUTO"
-        transfer, aspect = int(stream.codec_context.color_trc), stream.sample_aspect_ratio
+        context, aspect = stream.codec_context, stream.sample_aspect_ratio
+        transfer, primaries = int(context.color_trc), int(context.color_primaries)
         first, step = None, 1 / float(stream.average_rate or stream.guessed_rate or 1)
         for index, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:
                 raise CorruptFile(f"{path} is damaged or cut off: frame {index} cannot be decoded whole")
             first = frame.time if first is None else first
             time = index * step if frame.time is None else frame.time - first
-            yield time, image_of(frame, transfer=transfer, pixel_aspect=aspect, background=background)
+            yield (
+                time,
+                image_of(frame, transfer=transfer, primaries=primaries, pixel_aspect=aspect, background=background),
+            )
 
 
 def frame_rate_of(path: Location) -> Fraction:
@@ -270,10 +277,14 @@ def frame_rate_of(path: Location) -> Fraction:
     if is_image(existing_file(path, "video")):
         return Timeline.of(path).frame_rate
     with opened(path, "video") as (_, stream):
-        rate = stream.average_rate or stream.guessed_rate
-        if not rate:
-            raise CorruptFile(f"{path} has no frame rate")
-        return Fraction(rate)
+        return _nominal_rate(path, stream)
+
+
+def _nominal_rate(path: Location, stream: Any) -> Fraction:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise CorruptFile(f"{path} has no frame rate")
+    return Fraction(rate)
 
 
 def count_frames(path: Location) -> int:

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffsynth.core.data.color import WHITE, Color, to_rgb
+from diffsynth.core.data.code_points import BT2020, CodePoints
+from diffsynth.core.data.color import WHITE, Color, by_code_points, to_rgb
 from diffsynth.core.data.hdr import sdr_from_hdr
 from diffsynth.errors import Refused
 
 # Values of AVColorSpace, AVColorRange, AVColorPrimaries and AVColorTransferCharacteristic of FFmpeg (ITU-T H.273).
 _BT709, _UNSPECIFIED, _RESERVED, _SMPTE170M = 1, 2, 3, 6
 _LIMITED = 1
-_BT2020 = 9
 _MATRICES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
 _REFUSED_MATRICES = {14: "ICtCp", 15: "IPT-C2 (Dolby Vision profile 5)", 16: "YCgCo-R", 17: "YCgCo-R"}
-_HDR_TRANSFERS = {16: "pq", 18: "hlg"}
+_WIDE = (BT2020, 12)
+"""Primaries of SDR video that are converted to sRGB; those of BT.601 are close to it, and often tagged wrongly."""
 
 _HD_LINES = 720
 """Height in pixels from which video is encoded with BT.709 and, if untagged, read as such; below, it is BT.601."""
@@ -39,16 +40,23 @@ _TURNS = {
 
 
 def image_of(
-    frame: Any, *, transfer: int, pixel_aspect: Fraction | None = None, background: Color = WHITE
+    frame: Any,
+    *,
+    transfer: int,
+    primaries: int = _UNSPECIFIED,
+    pixel_aspect: Fraction | None = None,
+    background: Color = WHITE,
 ) -> Image.Image:
     """Return a decoded frame as an RGB image in sRGB, upright, with square pixels.
 
     Colours are converted by the matrix and the range that the file states; without them by BT.709 from 720 lines, else
-    BT.601. HDR is tone-mapped to SDR, see `hdr.sdr_from_hdr`. The display matrix turns and mirrors.
+    BT.601. HDR is tone-mapped to SDR, see `hdr.sdr_from_hdr`; SDR with the primaries of BT.2020 or Display P3 is
+    converted to sRGB. The display matrix turns and mirrors.
 
     Args:
         frame: a `VideoFrame` of PyAV.
         transfer: transfer characteristic of the stream, a number of ITU-T H.273.
+        primaries: colour primaries of the stream, a number of ITU-T H.273.
         pixel_aspect: width of a pixel divided by its height; None is 1.
         background: colour below transparent pixels.
 
@@ -57,15 +65,17 @@ def image_of(
     """
     is_rgb = frame.format.is_rgb or frame.format.has_palette
     matrix = {} if is_rgb else {"src_colorspace": _matrix(frame)}
-    if transfer in _HDR_TRANSFERS:
+    points = CodePoints(primaries, transfer)
+    if points.hdr:
         if not is_rgb and frame.colorspace in (_UNSPECIFIED, _RESERVED):
             matrix = {"src_colorspace": "BT2020"}
         signal = frame.to_ndarray(format="rgb48le", **matrix).astype(np.float32) / 65535
-        image = Image.fromarray(sdr_from_hdr(signal, "pq" if _HDR_TRANSFERS[transfer] == "pq" else "hlg"))
+        image = Image.fromarray(sdr_from_hdr(signal, points.hdr, primaries))
     elif frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
         image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba", **matrix)), background=background)
     else:
         image = frame.to_image(**matrix)
+        image = by_code_points(image, points) if primaries in _WIDE else image
     return _turned(_square(image, pixel_aspect), frame)
 
 
