@@ -53,7 +53,7 @@ def profile(primaries: int, transfer: int) -> bytes:
 
 
 def steps(white: int, half: int = 128) -> Image.Image:
-    """Return a picture of black, half signal and white."""
+    """Return an image of black, half signal and white."""
     levels = np.zeros((8, 24, 3), np.uint8)
     levels[:, 8:16], levels[:, 16:] = half, white
     return Image.fromarray(levels)
@@ -146,7 +146,7 @@ def test_linear_light():
 
 
 def test_a_gain_map_is_no_frame_and_changes_nothing(tmp_path):
-    """An Ultra HDR photograph is an SDR JPEG followed by a map that brightens it: the SDR image is the picture."""
+    """An Ultra HDR photograph is an SDR JPEG followed by a map that brightens it: the SDR image is what is meant."""
     image, gains = steps(200), Image.new("L", (12, 4), 250)
     image.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[gains], quality=95)
     image.save(tmp_path / "b.jpg", "JPEG", quality=95)
