@@ -49,6 +49,7 @@ SCENARIOS: dict[str, str] = {
     "flux/flux2/test_trajectory.py": "whole calls against diffusers",
     "nn/triton/test_compile.py": "fused layers under torch.compile",
     "pipelines/test_doors.py": "import lines of existing scripts",
+    "qwen_image/test_dit_parity.py": "QwenImageDiT against diffusers",
     "runtime/test_auto_policy.py": "the policy that a plan chooses",
     "runtime/test_expert_switcher.py": "the class that loads the next of two experts",
     "runtime/test_parallel.py": "guidance branches of any pipeline in two processes",
