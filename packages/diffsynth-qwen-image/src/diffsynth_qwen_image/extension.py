@@ -179,7 +179,7 @@ def text_start(grids: Sequence[Grid], *, layered: bool) -> int:
     return max(behind, len(grids) - 1) if layered else behind
 
 
-def _centered(count: int, over: int) -> Int[Tensor, "count"]:
+def _centered(count: int, over: int) -> Int[Tensor, "s"]:
     first = over // 2 - over
     if count == over:
         return torch.arange(first, first + over)
