@@ -19,7 +19,7 @@ LAYERS = ("light", "tensors", "models", "loading", "runtime", "top")
 _LIGHT_FILES = {"__init__", "plugin", "config", "checkpoints", "convert"}
 _LIGHT = {
     ".": {
-        *("__init__", "errors", "spec", "hookspecs", "registry", "configs", "metrics"),
+        *("__init__", "errors", "spec", "hookspecs", "registry", "configs", "metrics", "terminal"),
         *("_discovery", "_env", "_models", "_spec_checks"),
     },
     "core": {"__init__", "json_cache", "replacing"},

@@ -6,7 +6,6 @@ are defined in `registry`.
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from diffsynth import _env, spec
 from diffsynth._spec_checks import check_spec, duplicates, identity
 from diffsynth.errors import BrokenPlugin, did_you_mean
+from diffsynth.terminal import module_logger
 
 if TYPE_CHECKING:
     import importlib.metadata
 
     import pluggy
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 GROUP = "diffsynth"
 CORE = ("core", "diffsynth-core")

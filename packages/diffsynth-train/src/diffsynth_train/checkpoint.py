@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -17,9 +16,10 @@ from diffsynth.core import device as devices
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.replacing import replacing
 from diffsynth.errors import TrainingError
+from diffsynth.terminal import module_logger
 from diffsynth_train.components import Component
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 STATE = "state.pt"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from diffsynth.errors import TrainingError, did_you_mean
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.role import Role, load_processor
 from diffsynth.spec import ArchitectureSpec, TrainingSpec, resolve
+from diffsynth.terminal import module_logger
 from diffsynth_train.config import ComponentRecipe, Recipe
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from diffsynth.core.replacing import replacing
+from diffsynth.terminal import unescaped
 
 
 class LossLog:
@@ -73,7 +75,7 @@ def training_progress(total: int, done: int) -> Iterator[Progress]:
     """Context manager that yields a `Progress` bar on stderr with one task of `total` steps, `done` of them completed;
     nothing is shown without a terminal.
     """
-    console = Console(stderr=True)
+    console = Console(file=unescaped(sys.stderr))
     columns = (
         TextColumn("train"),
         BarColumn(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffsynth.core.finite import LateCheck, nonfinite
 from diffsynth.core.replacing import check_writable
 from diffsynth.errors import Diverged, Refused, TrainingError, shortened
 from diffsynth.runtime.acceleration.compiling import blocks_to_compile
+from diffsynth.terminal import module_logger
 from diffsynth_train import checkpoint
 from diffsynth_train.components import build_components, build_pipeline, training_spec
 from diffsynth_train.config import Recipe
@@ -30,7 +30,7 @@ from diffsynth_train.log import LossLog, training_progress
 from diffsynth_train.objectives.base import build_objective
 from diffsynth_train.optim import build_optimizer, learning_rate
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CACHE_BATCH = 16

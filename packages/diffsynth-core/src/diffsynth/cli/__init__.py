@@ -8,12 +8,22 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the `diffsynth` program, then raise SystemExit with its exit code.
 
+    All output has control characters as escapes: that of commands, logs, warnings, tracebacks, and other libraries.
+
     Args:
         arguments: command-line arguments; None for those of the process.
 
     Raises:
         SystemExit: always, with the exit code.
     """
-    from diffsynth.cli.group import program
+    import traceback
 
-    program(args=None if arguments is None else list(arguments), prog_name="diffsynth")
+    from diffsynth.cli.group import program
+    from diffsynth.terminal import escaping_output
+
+    with escaping_output():
+        try:
+            program(args=None if arguments is None else list(arguments), prog_name="diffsynth")
+        except Exception as error:
+            traceback.print_exc()  # here, and not by the interpreter, whose output is not escaped
+            raise SystemExit(1) from error

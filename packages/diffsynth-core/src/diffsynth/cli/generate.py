@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ import click
 
 from diffsynth.cli.arguments import call_arguments, set_option
 from diffsynth.cli.output import POLICIES, UserError, echo, fail, traceback_option
+from diffsynth.errors import printable
+from diffsynth.terminal import unescaped
 
 if TYPE_CHECKING:
     import inspect
@@ -201,11 +204,11 @@ def _load(
 def _status(text: str) -> Iterator[None]:
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(file=unescaped(sys.stderr))
     if not console.is_terminal:
         yield
         return
-    with console.status(text):
+    with console.status(printable(text)):
         yield
 
 

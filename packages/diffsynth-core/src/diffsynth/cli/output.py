@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -84,8 +85,9 @@ def traceback_option(function: Function) -> Function:
 
 
 def show_json(value: Any) -> None:
-    """Print a value as JSON on stdout."""
-    echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a value as JSON on stdout, control characters as escapes of JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -16,8 +15,9 @@ from diffsynth.core.vram.disk_map import DiskMap
 from diffsynth.core.vram.managed import DEFAULT_SLOTS, ManagedModule, wrap
 from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import NotEnoughMemory, did_you_mean
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 ModuleMap = Mapping[type[nn.Module], type["AutoTorchModule"]]
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 
 import torch
 from torch import Tensor
 
 from diffsynth import _env
 from diffsynth.errors import did_you_mean
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 KERNELS = ("gated_activation", "norm", "norm_rotary", "sinusoidal_embedding")
 """`norm` also serves `modulate` and `gated_residual`; `norm_rotary` also serves RoPE without a norm."""

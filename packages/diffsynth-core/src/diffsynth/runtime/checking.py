@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,9 @@ from diffsynth.runtime.loop import check_loop
 from diffsynth.runtime.request import Request, check_request
 from diffsynth.runtime.role import config_of
 from diffsynth.runtime.unit import check_values
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 
 class CheckMethods:

@@ -4,7 +4,6 @@ and decoding the last ones.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -19,8 +18,9 @@ from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.images import images_to_batch, tensor_to_images
 from diffsynth.runtime.unit import Phase, Unit, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 
 class ImageArguments(TypedDict, total=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,8 +15,9 @@ from diffsynth.core.data.color import to_mask, to_rgb
 from diffsynth.core.data.image import cover
 from diffsynth.core.finite import is_finite
 from diffsynth.errors import NotFinite
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 
 def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 3 height width"]:

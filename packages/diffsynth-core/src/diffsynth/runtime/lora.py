@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from diffsynth.errors import KeyMismatch, shortened
 from diffsynth.runtime.architectures import architecture_of, cuts
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.spec import CheckpointSpec
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _PREFERS_HOT = "_diffsynth_lora_hot_loading"
 

@@ -6,7 +6,6 @@ plan; the transfers themselves are `diffsynth.core.vram`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,8 +26,9 @@ from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.role import grouped, role_of
 from diffsynth.runtime.weight_storage import WeightStorage
 from diffsynth.spec import ArchitectureSpec
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 Policies = str | Policy | Auto | Mapping[str, str | Policy | Auto] | None
 """The policy of all components, or a policy for each role: a preset's name, a `Policy`, "auto" or an `Auto`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
@@ -14,8 +13,9 @@ from torch import Tensor
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.planning.workload import GIB
 from diffsynth.runtime.request import Request
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _SIZE_INDEPENDENT = frozenset({"seed", "on_step", "cancel", "progress_bar_cmd"})
 """Arguments that the memory of a call does not depend on."""

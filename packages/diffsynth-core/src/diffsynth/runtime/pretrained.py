@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,8 +23,9 @@ from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.memory_options import MemoryOptions, Policies
 from diffsynth.runtime.role import Agreement, Processor, Role, check_agreements, grouped, load_processor, role_of
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _PREFETCH_SHARE, _PREFETCH_BYTES = 0.25, 4 * 2**30
 """Limits of reading the next component ahead: it has only the time of one upload, and the upload needs host memory,

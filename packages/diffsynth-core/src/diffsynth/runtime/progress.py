@@ -16,12 +16,17 @@ def progress_bar(items: Iterable[Item], *, description: str = "denoise", total: 
         description: text before the bar.
         total: number of items, if `len(items)` is not known.
     """
+    import sys
+
     from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
+    from diffsynth.errors import printable
+    from diffsynth.terminal import unescaped
+
+    console = Console(file=unescaped(sys.stderr))
     bar = {"console": console, "disable": not console.is_terminal, "transient": True}
-    yield from track(items, description=description, total=total, **bar)
+    yield from track(items, description=printable(description), total=total, **bar)
 
 
 def no_progress(items: Iterable[Item]) -> Iterable[Item]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from diffsynth.terminal import module_logger
+
+logger = module_logger(__name__)
 
 CHARACTERS_PER_TOKEN = 100
 """More characters than a token has on average in any text: a word of English has 4 to a token."""

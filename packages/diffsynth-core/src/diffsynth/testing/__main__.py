@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from diffsynth.cli.output import UserError
+from diffsynth.cli.output import UserError, echo
 from diffsynth.errors import DiffsynthError
 
 
@@ -27,8 +27,8 @@ def tiny_hub(folder: Path, models: tuple[str, ...]) -> None:
     except (DiffsynthError, ValueError, FileExistsError) as error:
         raise UserError(f"{type(error).__name__}: {error}") from error
     size = sum(path.stat().st_size for path in written if path.is_file())
-    click.echo(f"{len(written)} files and folders, {size / 1e6:.1f} MB. To use them, set:", err=True)
-    click.echo(f"DIFFSYNTH_MODEL_BASE_PATH={folder} DIFFSYNTH_SKIP_DOWNLOAD=true")
+    echo(f"{len(written)} files and folders, {size / 1e6:.1f} MB. To use them, set:", err=True)
+    echo(f"DIFFSYNTH_MODEL_BASE_PATH={folder} DIFFSYNTH_SKIP_DOWNLOAD=true")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +13,10 @@ from diffsynth.runtime.image_units import encode_input_image, image_latents, ima
 from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.schedule import flux1_sigmas
+from diffsynth.terminal import module_logger
 from diffsynth_flux.flux1.config import VAE_FACTOR
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 MAX_T5_TOKENS = 512
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +15,10 @@ from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling import noise
 from diffsynth.sampling.schedule import flux2_sigmas
+from diffsynth.terminal import module_logger
 from diffsynth_flux.flux2.config import PROMPT_TOKENS, VAE_FACTOR, MistralTextEncoderConfig
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 EMBEDDED_GUIDANCE = 4.0
 """Default guidance scale of the distilled network."""

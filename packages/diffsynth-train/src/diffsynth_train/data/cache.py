@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from diffsynth.core.replacing import replacing
 from diffsynth.errors import TrainingError
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.unit import Unit, split
+from diffsynth.terminal import module_logger
 from diffsynth_train.components import Component
 from diffsynth_train.data.dataset import Dataset
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 Row = tuple[dict[str, Tensor], dict[str, Any]]
 """Cached values of one row: tensors without the batch axis, and plain values."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeAlias
@@ -15,9 +14,10 @@ from torch import Tensor
 from diffsynth.core.data.color import to_mask
 from diffsynth.runtime.feature import Configs
 from diffsynth.runtime.images import image_to_tensor
+from diffsynth.terminal import module_logger
 from diffsynth_wan.units.size import video_size
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 Clip: TypeAlias = Sequence[Image.Image] | Tensor
 """Frames in order, decoded or decoded on access, or a tensor `1 3 t h w` in [-1, 1]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import logging
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
+from diffsynth.terminal import module_logger
 from diffsynth_wan.config import MAX_PROMPT_TOKENS
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'" * 4 + '"' * 4)
 _COMPATIBLE = re.compile("[\u3000\uff01-\uffe6\ufb00-\ufb06]+")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,11 @@ from diffsynth.runtime.images import image_to_tensor
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.windows import SlidingWindow
+from diffsynth.terminal import module_logger
 from diffsynth_wan.units.clips import Clip, clip_pieces
 from diffsynth_wan.units.size import PATCH, rounded_shape
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

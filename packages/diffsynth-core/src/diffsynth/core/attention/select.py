@@ -6,7 +6,6 @@ DIFFSYNTH_ATTENTION_IMPLEMENTATION, and `auto`. `use_attention` changes no globa
 
 from __future__ import annotations
 
-import logging
 import threading
 from contextvars import ContextVar
 from types import TracebackType
@@ -21,8 +20,9 @@ from diffsynth.core.attention.call import AttentionCall, CuSeqlens, checked_call
 from diffsynth.core.attention.meta import attend_on_meta
 from diffsynth.core.attention.registry import BACKENDS, RegisteredBackend, avoidance, check_known, find_backend
 from diffsynth.errors import Refused
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 
 def attention(

@@ -7,7 +7,6 @@ cicp tag. Pillow reads none of them. `hdr` converts those of HDR.
 from __future__ import annotations
 
 import functools
-import logging
 import struct
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -16,7 +15,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import ImageFile
 
-logger = logging.getLogger(__name__)
+from diffsynth.terminal import module_logger
+
+logger = module_logger(__name__)
 
 BT709 = 1
 BT2020 = 9

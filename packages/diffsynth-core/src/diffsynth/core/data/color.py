@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import logging
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,9 @@ from diffsynth.core.data.code_points import (
     srgb_encoded,
 )
 from diffsynth.core.data.hdr import sdr_from_hdr
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 Color = str | tuple[int, int, int]
 """A name or a hexadecimal text that PIL knows, "white" or "#ff8000", or a tuple (red, green, blue) of 0 to 255."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import logging
 import re
 import struct
 import time
@@ -21,8 +20,9 @@ from diffsynth.core.data.code_points import note_code_points
 from diffsynth.core.data.color import WHITE, Color, rgb_of, to_mask, to_rgb, to_rgba, upright, upright_size
 from diffsynth.core.data.content import describe, describe_file, existing_file
 from diffsynth.errors import CorruptFile, DiffsynthError, DownloadFailed
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _SCALED_WHOLE = 4
 """Largest ratio of the scaled image's area to the area that stays, up to which an image is scaled whole."""

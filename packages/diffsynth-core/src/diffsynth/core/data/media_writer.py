@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +22,9 @@ from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.media import Location, count_frames, frame_rate_of, opened, pyav, read_audio
 from diffsynth.core.data.video_frame import encoded_tags
 from diffsynth.core.replacing import replacing
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".flv")
 _SOUND_RATE = 48_000

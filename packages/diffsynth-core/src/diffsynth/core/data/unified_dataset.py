@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from diffsynth.core.data.operators import (
     ToList,
 )
 from diffsynth.errors import TrainingError
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
 VIDEOS = ("mp4", "avi", "mov", "wmv", "mkv", "flv", "webm")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 
 from diffsynth.core.device.backends import Backend, backend_and_module, is_available
 from diffsynth.core.device.names import default_device
+from diffsynth.terminal import module_logger
 
-_log = logging.getLogger(__name__)
+_log = module_logger(__name__)
 
 _warned: set[str] = set()
 """Labels of backends for which a warning was logged."""

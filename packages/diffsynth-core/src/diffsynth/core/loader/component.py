@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
 import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +22,7 @@ from diffsynth.core.loader.recognize import Recognized
 from diffsynth.core.loader.scaled import Scaled
 from diffsynth.errors import CorruptFile, KeyMismatch, NotEnoughMemory, shortened
 from diffsynth.spec import ArchitectureSpec, resolve
+from diffsynth.terminal import module_logger
 
 __all__ = [
     "apply_rule",
@@ -35,7 +35,7 @@ __all__ = [
     "open_component",
 ]
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _COMPUTED = (convert.Dequantize, convert.Apply, Scaled)
 """Rules whose result is floating, whatever their sources are."""

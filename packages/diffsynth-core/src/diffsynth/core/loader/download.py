@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +12,9 @@ from pathlib import Path
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.identity import hub_sha256
 from diffsynth.errors import DownloadFailed
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _BLOCK = 2**24
 _FOLDER_OPTION = {"huggingface": "--local-dir", "modelscope": "--local_dir"}

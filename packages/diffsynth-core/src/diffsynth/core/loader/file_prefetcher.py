@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from types import TracebackType
 
 from diffsynth.core import device as devices
 from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.errors import CorruptFile
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 _LIMIT = 4 * 2**30
 """Bytes to read ahead where the system does not report how much memory is free."""

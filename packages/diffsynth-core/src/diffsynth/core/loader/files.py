@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import importlib.util
 import json
-import logging
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
@@ -18,8 +17,9 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.replacing import is_unfinished
 from diffsynth.errors import CorruptFile, NoFiles, shortened
 from diffsynth.spec import Source, parse_source
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _UNFINISHED = re.compile(r"\.(incomplete|partial|lock|tmp)$")

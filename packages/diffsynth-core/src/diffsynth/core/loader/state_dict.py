@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.files import PICKLE_SUFFIXES
 from diffsynth.core.loader.header import Header, read_safetensors, signature
 from diffsynth.core.loader.reader.source import read_tensors
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 File = str | Path
 

@@ -7,7 +7,6 @@ and shapes are matched by `lora_match`, which explains files, too.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -24,8 +23,9 @@ from diffsynth.core.lora.changes import Factors, LoRALayer, ParameterChange, Par
 from diffsynth.core.lora.format import LoRA
 from diffsynth.errors import KeyMismatch, did_you_mean, shortened
 from diffsynth.spec import CheckpointSpec
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 Shape = tuple[int, ...]
 

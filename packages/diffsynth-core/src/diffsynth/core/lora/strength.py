@@ -6,7 +6,6 @@ An alpha that stands in the file beside a layer's matrices comes first, and is n
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,9 @@ from typing import Any
 
 from diffsynth.core.loader.lora_match import role_hint, without_prefixes
 from diffsynth.errors import CorruptFile, KeyMismatch
+from diffsynth.terminal import module_logger
 
-logger = logging.getLogger(__name__)
+logger = module_logger(__name__)
 
 CONFIG_NAME = "adapter_config.json"
 _CONFIG_LIMIT = 16 * 2**20
