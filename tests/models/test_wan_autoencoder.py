@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
 import parity
 import wan_vae_oracle
@@ -160,6 +160,30 @@ def test_tiles_cover_every_pixel(tiling: dict) -> None:
     assert bool(ours.encode(video, **tiling).isfinite().all())
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+@torch.no_grad()
+def test_images_equal_diffusers(channels: int) -> None:
+    """An image is a video of one frame, for Qwen-Image with transparency, too."""
+    config = WanAutoencoderConfig(dim=8, in_channels=channels)
+    oracle = AutoencoderKLQwenImage(base_dim=8, input_channels=channels).eval()
+    weights = wan_vae_oracle.draw_weights(parity.shapes_of(oracle))
+    oracle.load_state_dict(weights)
+    ours = wan_vae_oracle.loaded(weights, "wan_autoencoder", config)
+    generator = torch.Generator().manual_seed(1)
+    image, latents = (
+        torch.rand(2, size[0], *size[1:], generator=generator) for size in ((channels, 40, 24), (16, 5, 3))
+    )
+    truth = wan_vae_oracle.latents_of(oracle, image[:, :, None])[:, :, 0]
+    assert parity.relative_error(ours.encode(image), truth) <= parity.TOLERANCE
+    truth = wan_vae_oracle.video_of(oracle, latents[:, :, None])[:, :, 0]
+    assert float(truth.abs().max()) < 1
+    assert parity.relative_error(ours.decode(latents), truth) <= parity.TOLERANCE
+    tiles = {"tiled": True, "tile_size": (3, 3), "tile_stride": (3, 3)}
+    blocks = [wan_vae_oracle.video_of(oracle, part[:, :, None])[:, :, 0] for part in latents.split((3, 2), dim=2)]
+    assert parity.relative_error(ours.decode(latents[:, :, 2:], **tiles), ours.decode(latents[:, :, 2:])) <= 1e-6
+    assert parity.relative_error(ours.decode(latents, **tiles)[:, :, :16], blocks[0][:, :, :16]) <= parity.TOLERANCE
+
+
 @torch.no_grad()
 def test_a_tile_that_holds_everything_is_the_whole_to_the_bit() -> None:
     ours = build(CONFIG)
@@ -258,7 +282,7 @@ def test_layers_may_be_wrapped() -> None:
 
 def test_blocks_can_be_streamed() -> None:
     from diffsynth.core.vram.partition import partition
-    from diffsynth.models.plugin import WAN_AUTOENCODER
+    from diffsynth.models.checkpoints import WAN_AUTOENCODER
 
     parts = partition(build(CONFIG), repeated=WAN_AUTOENCODER.repeated_blocks, smallest=0)
     assert {"encoder.downsamples.0", "decoder.upsamples.0"} <= {block.name for block in parts.blocks}

@@ -16,7 +16,7 @@ from diffsynth import _discovery
 from diffsynth.core.loader import files, header, recognize
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.layouts import layout_of
-from diffsynth.models.plugin import CHECKPOINTS
+from diffsynth.models.checkpoints import CHECKPOINTS
 from diffsynth.runtime.role import Processor
 from diffsynth.spec import ModelSpec, parse_source, resolve
 from diffsynth.testing import hub as hub_module

@@ -9,8 +9,8 @@ from diffsynth.core.loader.convert import Apply, Constant, Dequantize, Drop, Fus
 from diffsynth.core.loader.layouts import layout_of
 from diffsynth.errors import KeyMismatch
 from diffsynth.models import config as models_config
+from diffsynth.models.checkpoints import CHECKPOINTS
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
-from diffsynth.models.plugin import CHECKPOINTS
 from diffsynth.models.qwen3 import Qwen3TextEncoder
 from diffsynth.spec import CheckpointSpec
 from diffsynth.testing import tiny_files

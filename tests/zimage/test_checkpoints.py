@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffsynth.models import plugin as core_plugin
+from diffsynth.models import checkpoints as core_checkpoints
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, parse_source, resolve
 from diffsynth_zimage import checkpoints as zimage
 
 ARCHITECTURES = {
-    spec.name: spec for spec in (*zimage.ARCHITECTURES, core_plugin.FLUX_AUTOENCODER, core_plugin.QWEN3_TEXT_ENCODER)
+    spec.name: spec
+    for spec in (*zimage.ARCHITECTURES, core_checkpoints.FLUX_AUTOENCODER, core_checkpoints.QWEN3_TEXT_ENCODER)
 }
 CHECKPOINTS = {
     spec.name: spec
-    for spec in (*zimage.CHECKPOINTS, *core_plugin.CHECKPOINTS)
+    for spec in (*zimage.CHECKPOINTS, *core_checkpoints.CHECKPOINTS)
     if spec.architecture in ARCHITECTURES  # video autoencoders are tested in tests/models
 }
 WITH_LAYOUT = [name for name, spec in CHECKPOINTS.items() if spec.layout]

@@ -13,8 +13,8 @@ from diffsynth.core.loader.component import build
 from diffsynth.core.planning import Speeds
 from diffsynth.core.planning.tracer import MetaTracer
 from diffsynth.errors import NotEnoughMemory, Unplannable
+from diffsynth.models.checkpoints import FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER
 from diffsynth.models.config import TINY_FLUX_AUTOENCODER, TINY_QWEN3_TEXT_ENCODER
-from diffsynth.models.plugin import FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER
 from diffsynth.runtime import meta_components, planning
 from diffsynth.runtime.meta_components import FixedLengthTokenizer
 from diffsynth_zimage import ZImagePipeline

@@ -172,6 +172,145 @@ def infer_qwen3_text_encoder_config(shapes: Shapes) -> Qwen3TextEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Qwen25VLTextEncoderConfig(LanguageModelConfig):
+    """Config of Qwen2.5-VL without its head (arXiv:2502.13923); the defaults are Qwen2.5-VL-7B.
+
+    Args:
+        hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size, rope_theta, norm_eps:
+            see `LanguageModelConfig`.
+        vision_hidden_size: width of the vision encoder.
+        vision_layers: number of its blocks.
+        vision_heads: number of its attention heads.
+        vision_intermediate_size: inner width of its gated feed-forwards.
+        patch_size: side of a patch in pixels.
+        temporal_patch_size: frames of a patch; an image is repeated as often.
+        merge_size: side, in patches, of the square that becomes one token of the language model.
+        window_size: side, in pixels, of the windows in which most blocks attend.
+        full_attention_layers: indices of the blocks that attend to the whole image.
+
+    Raises:
+        ValueError: a head dimension that does not split into the parts of the rotary embedding.
+    """
+
+    hidden_size: int = 3584
+    num_layers: int = 28
+    num_heads: int = 28
+    num_kv_heads: int = 4
+    head_dim: int = 128
+    intermediate_size: int = 18944
+    vocab_size: int = 152064
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    vision_hidden_size: int = 1280
+    vision_layers: int = 32
+    vision_heads: int = 16
+    vision_intermediate_size: int = 3420
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    window_size: int = 112
+    full_attention_layers: tuple[int, ...] = (7, 15, 23, 31)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full_attention_layers", tuple(self.full_attention_layers))
+        if self.head_dim % 16 or self.hidden_size != self.num_heads * self.head_dim:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be a multiple of 16, and hidden_size={self.hidden_size} must be "
+                f"num_heads={self.num_heads} times as much"
+            )
+
+    @property
+    def rope_sections(self) -> tuple[int, int, int]:
+        """Tuple of the numbers of rotary frequencies of a head for time, row and column; a quarter of them is for time
+        and the rest in equal parts for the others.
+        """
+        return self.head_dim // 8, self.head_dim * 3 // 16, self.head_dim * 3 // 16
+
+    @property
+    def patch_dim(self) -> int:
+        """Number of values of a patch of an RGB image."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+
+TINY_QWEN25_VL_TEXT_ENCODER = Qwen25VLTextEncoderConfig(
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=96,
+    vocab_size=120,
+    vision_hidden_size=32,
+    vision_layers=2,
+    vision_heads=2,
+    vision_intermediate_size=48,
+    full_attention_layers=(1,),
+)
+
+
+def tiny_qwen25_vl_text_encoder_inputs(config: Qwen25VLTextEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return a dict argument name -> value for `Qwen25VLTextEncoder.forward`: token ids of two texts, one padded on the
+    right, with an image of 4 x 6 patches in the first.
+    """
+    import torch
+
+    image_mask = torch.zeros(2, 11, dtype=torch.bool)
+    image_mask[0, 3:9] = True
+    return {
+        "input_ids": torch.randint(config.vocab_size, (2, 11), generator=generator),
+        "attention_mask": (torch.arange(11)[None, :] < torch.tensor([[11], [6]])).long(),
+        "patches": torch.randn(24, config.patch_dim, generator=generator),
+        "grids": ((4, 6),),
+        "image_mask": image_mask,
+    }
+
+
+def infer_qwen25_vl_text_encoder_config(shapes: Shapes) -> Qwen25VLTextEncoderConfig:
+    """Return the `Qwen25VLTextEncoderConfig` of the network in a file, from `shapes` (tensor name -> shape).
+
+    The numbers of heads are not in the shapes: a head of the language model has 128 channels in every published
+    Qwen2.5-VL, and one of the vision encoder 80. A network without heads of these sizes has heads of 16 channels.
+
+    Raises:
+        ValueError: sizes that no Qwen2.5-VL has.
+    """
+    layer = "model.layers.0.self_attn"
+    if f"{layer}.q_norm.weight" in shapes:
+        raise ValueError(f"it has {layer}.q_norm.weight, which Qwen2.5-VL does not have")
+    vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
+    kv_dim = shapes[f"{layer}.k_proj.weight"][0]
+    vision_size, _, temporal, patch_size, _ = shapes["visual.patch_embed.proj.weight"]
+    merged = shapes["visual.merger.mlp.0.weight"][0]
+    layers = count_items(shapes, "visual.blocks")
+    known = hidden_size % 128 == 0 and kv_dim % 128 == 0
+    head_dim, vision_head_dim = (128 if known else 16), (80 if vision_size % 80 == 0 else 16)
+    if hidden_size % head_dim or kv_dim % head_dim or vision_size % vision_head_dim or merged % vision_size:
+        raise ValueError(
+            f"a width of {hidden_size} with keys of {kv_dim} channels, and a vision encoder of width {vision_size} "
+            f"that is merged to {merged}: expected multiples of the heads' {head_dim} and {vision_head_dim} channels"
+        )
+    step = max(layers // 4, 2)
+    return Qwen25VLTextEncoderConfig(
+        hidden_size=hidden_size,
+        num_layers=count_items(shapes, "model.layers"),
+        num_heads=hidden_size // head_dim,
+        num_kv_heads=kv_dim // head_dim,
+        head_dim=head_dim,
+        intermediate_size=shapes["model.layers.0.mlp.gate_proj.weight"][0],
+        vocab_size=vocab_size,
+        vision_hidden_size=vision_size,
+        vision_layers=layers,
+        vision_heads=vision_size // vision_head_dim,
+        vision_intermediate_size=shapes["visual.blocks.0.mlp.gate_proj.weight"][0],
+        patch_size=patch_size,
+        temporal_patch_size=temporal,
+        merge_size=round((merged // vision_size) ** 0.5),
+        # Every fourth part of the encoder ends with a block that attends to the whole image.
+        full_attention_layers=tuple(range(step - 1, layers, step)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class WanAutoencoderConfig:
     """Config of the causal video autoencoder of Wan 2.1 and Qwen-Image (arXiv:2503.20314).
 

@@ -54,6 +54,20 @@ FLUX_AUTOENCODER_ORIGINAL: tuple[Rule, ...] = (
 QWEN3_WITH_HEAD: tuple[Rule, ...] = (Rename("model.{*}", "model.{*}"), Drop("lm_head.weight"))
 """Text encoder in a file of the whole language model; its head is dropped."""
 
+QWEN25_VL: tuple[Rule, ...] = (
+    Rename("model.{*}", "model.{*}"),
+    Rename("visual.{*}", "visual.{*}"),
+    Drop("lm_head.weight", "only hidden states are read"),
+)
+"""Qwen2.5-VL as published, with its head, which is dropped."""
+
+QWEN25_VL_NESTED: tuple[Rule, ...] = (
+    Rename("model.language_model.{*}", "model.{*}"),
+    Rename("model.visual.{*}", "visual.{*}"),
+    Drop("lm_head.weight", "only hidden states are read"),
+)
+"""Qwen2.5-VL as newer versions of transformers save it."""
+
 _WAN_RESIDUAL = {"norm1": "0", "conv1": "2", "norm2": "3", "conv2": "6"}
 
 

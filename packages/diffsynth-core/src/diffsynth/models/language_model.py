@@ -37,6 +37,8 @@ def hidden_states(
     attention_mask: Int[Tensor, "b s"] | Bool[Tensor, "b s"] | None = None,
     *,
     layers: Sequence[int],
+    embeds: Float[Tensor, "b s e"] | None = None,
+    position_ids: Int[Tensor, "axes b s"] | None = None,
 ) -> Float[Tensor, "b s e"]:
     """Return a tensor `b s e`, `e = len(layers) * hidden_size`: the hidden states at the indices `layers`, in this
     order, concatenated along the last axis, in the dtype of the weights.
@@ -48,6 +50,8 @@ def hidden_states(
             attends to the text before it, as in transformers.
         layers: indices of hidden states: 0 is the embedding, `i` the output of layer `i`, -1 the last one, which is
             normalised.
+        embeds: embeddings in place of those of `input_ids`, for texts with images; None embeds the tokens.
+        position_ids: position of each token on the axes of the model's rotary embedding; None counts the tokens.
 
     Raises:
         ValueError: an index that the model does not have.
@@ -56,8 +60,9 @@ def hidden_states(
     if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
         raise ValueError(f"layers={tuple(layers)}; expected indices from {-depth - 1} to {depth}")
     wanted = [layer % (depth + 1) for layer in layers]
-    hidden = model.embed_tokens(input_ids)
-    position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    hidden = model.embed_tokens(input_ids) if embeds is None else embeds
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     position_embeddings = model.rotary_emb(hidden, position_ids)
     mask = causal_mask(attention_mask)
     states = [hidden]
@@ -84,10 +89,37 @@ class Rotary(nn.Module):
         """Return two tensors `b s d`, with `b` of `position_ids`: cosine and sine of the rotary angles in the dtype of
         `hidden`; both halves of a head have the same angles.
         """
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=hidden.device) / self.head_dim
-        angles = position_ids[:, :, None].float() * (1.0 / self.theta**exponents)
+        return self._of_angles(self._angles(position_ids, hidden.device), hidden.dtype)
+
+    def _angles(self, position_ids: Tensor, device: torch.device) -> Tensor:
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        return position_ids[..., None].float() * (1.0 / self.theta**exponents)
+
+    @staticmethod
+    def _of_angles(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class MultiAxisRotary(Rotary):
+    """Rotary embedding whose frequencies are shared among several axes, such as time, row and column."""
+
+    def __init__(self, head_dim: int, theta: float, sections: Sequence[int]) -> None:
+        super().__init__(head_dim, theta)
+        self.sections = tuple(sections)
+
+    @torch.no_grad()
+    def forward(
+        self, hidden: Float[Tensor, "b s e"], position_ids: Int[Tensor, "*axes #b s"]
+    ) -> tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]]:
+        """Return two tensors `b s d`, as `Rotary.forward`; the frequencies of section `i` rotate by the position on
+        axis `i`. Positions without that axis are those on all axes.
+        """
+        angles = self._angles(position_ids, hidden.device)
+        if angles.ndim == 4:
+            parts = angles.split(self.sections, dim=-1)
+            angles = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+        return self._of_angles(angles, hidden.dtype)
 
 
 def init_weights(model: nn.Module) -> None:

@@ -5,132 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
+from diffsynth.models.checkpoints import ARCHITECTURES, CHECKPOINTS
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, GuidanceSpec, SolverSpec, WriterSpec
 
 DIFFSYNTH_API = 2
-
-FLUX_AUTOENCODER = ArchitectureSpec(
-    name="flux_autoencoder",
-    module="diffsynth.models.flux_autoencoder:FluxAutoencoder",
-    config="diffsynth.models.config:FluxAutoencoderConfig",
-    infer_config="diffsynth.models.config:infer_flux_autoencoder_config",
-    required=(
-        "encoder.conv_in.weight",
-        "encoder.down_blocks.{n}.resnets.0.conv1.weight",
-        "encoder.mid_block.attentions.0.to_q.weight",
-        "encoder.conv_out.weight",
-        "decoder.conv_in.weight",
-        "decoder.mid_block.attentions.0.to_q.weight",
-        "decoder.up_blocks.{n}.resnets.0.conv1.weight",
-        "decoder.conv_out.weight",
-    ),
-    tiny="diffsynth.models.config:TINY_FLUX_AUTOENCODER",
-    tiny_inputs="diffsynth.models.config:tiny_flux_autoencoder_inputs",
-    high_precision=("*norm*",),
-    repeated_blocks=("encoder.down_blocks", "decoder.up_blocks"),
-)
-
-QWEN3_TEXT_ENCODER = ArchitectureSpec(
-    name="qwen3_text_encoder",
-    module="diffsynth.models.qwen3:Qwen3TextEncoder",
-    config="diffsynth.models.config:Qwen3TextEncoderConfig",
-    infer_config="diffsynth.models.config:infer_qwen3_text_encoder_config",
-    required=(
-        "model.embed_tokens.weight",
-        "model.layers.{n}.self_attn.q_proj.weight",
-        "model.layers.{n}.self_attn.k_proj.weight",
-        "model.layers.{n}.self_attn.q_norm.weight",
-        "model.layers.{n}.mlp.gate_proj.weight",
-        "model.norm.weight",
-    ),
-    tiny="diffsynth.models.config:TINY_QWEN3_TEXT_ENCODER",
-    tiny_inputs="diffsynth.models.config:tiny_qwen3_text_encoder_inputs",
-    high_precision=("*norm*",),
-    repeated_blocks=("model.layers",),
-)
-
-WAN_AUTOENCODER = ArchitectureSpec(
-    name="wan_autoencoder",
-    module="diffsynth.models.wan_autoencoder:WanAutoencoder",
-    config="diffsynth.models.config:WanAutoencoderConfig",
-    infer_config="diffsynth.models.config:infer_wan_autoencoder_config",
-    required=(
-        "encoder.conv1.weight",
-        "encoder.downsamples.0.residual.2.weight",
-        "encoder.middle.1.to_qkv.weight",
-        "encoder.head.2.weight",
-        "conv1.weight",
-        "conv2.weight",
-        "decoder.conv1.weight",
-        "decoder.middle.1.to_qkv.weight",
-        "decoder.upsamples.0.residual.2.weight",
-        "decoder.head.2.weight",
-    ),
-    tiny="diffsynth.models.config:TINY_WAN_AUTOENCODER",
-    tiny_inputs="diffsynth.models.config:tiny_wan_autoencoder_inputs",
-    high_precision=("*.gamma",),
-    repeated_blocks=("encoder.downsamples", "decoder.upsamples"),
-)
-
-CHECKPOINTS = (
-    CheckpointSpec(
-        name="flux_autoencoder",
-        architecture="flux_autoencoder",
-        signature="1aafa3cc91716fb6b300cc1cd51b85a3",
-        layout="diffsynth.models:layouts/z_image_turbo_autoencoder.json.gz",
-        files=("Tongyi-MAI/Z-Image-Turbo:vae/diffusion_pytorch_model.safetensors",),
-    ),
-    CheckpointSpec(
-        name="flux_autoencoder/original",
-        architecture="flux_autoencoder",
-        rules="diffsynth.models.convert:FLUX_AUTOENCODER_ORIGINAL",
-        signature="21ea55f476dfc4fd135587abb59dfe5d",
-        layout="diffsynth.models:layouts/flux1_dev_autoencoder.json.gz",
-        files=(
-            "black-forest-labs/FLUX.1-dev:ae.safetensors",
-            "black-forest-labs/FLUX.1-schnell:ae.safetensors",
-            "black-forest-labs/FLUX.1-Fill-dev:ae.safetensors",
-        ),
-        file_stem="ae",
-    ),
-    CheckpointSpec(
-        name="qwen3_text_encoder",
-        architecture="qwen3_text_encoder",
-        signature="0f050f62a88876fea6eae0a18dac5a2e",
-        layout="diffsynth.models:layouts/qwen3_4b.json.gz",
-        files=(
-            "Tongyi-MAI/Z-Image-Turbo:text_encoder/*.safetensors",
-            "black-forest-labs/FLUX.2-klein-4B:text_encoder/*.safetensors",
-        ),
-    ),
-    CheckpointSpec(
-        name="qwen3_text_encoder/with_head",
-        architecture="qwen3_text_encoder",
-        rules="diffsynth.models.convert:QWEN3_WITH_HEAD",
-        signature="9195f3ea256fcd0ae6d929c203470754",
-        layout="diffsynth.models:layouts/qwen3_8b_with_head.json.gz",
-        files=("black-forest-labs/FLUX.2-klein-9B:text_encoder/*.safetensors",),
-    ),
-    CheckpointSpec(
-        name="wan_autoencoder",
-        architecture="wan_autoencoder",
-        signature="ccc42284ea13e1ad04693284c7a09be6",
-        layout="diffsynth.models:layouts/wan2.1_autoencoder.json.gz",
-        files=(
-            "Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth",
-            "Wan-AI/Wan2.1-T2V-14B:Wan2.1_VAE.pth",
-            "DiffSynth-Studio/Wan-Series-Converted-Safetensors:Wan2.1_VAE.safetensors",
-        ),
-    ),
-    CheckpointSpec(
-        name="wan_autoencoder/diffusers",
-        architecture="wan_autoencoder",
-        rules="diffsynth.models.convert:WAN_AUTOENCODER_DIFFUSERS",
-        signature="ed4ea5824d55ec3107b09815e318123a",
-        layout="diffsynth.models:layouts/qwen_image_autoencoder.json.gz",
-        files=("Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors",),
-    ),
-)
 
 SOLVERS = (
     SolverSpec(name="euler", solver="diffsynth.sampling.solver:euler", paper="arXiv:2209.03003"),
@@ -171,7 +49,7 @@ WRITERS = (
 
 @hookimpl
 def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
-    for architecture in (FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER, WAN_AUTOENCODER):
+    for architecture in ARCHITECTURES:
         register(architecture)
 
 

@@ -38,16 +38,17 @@ class CausalAutoencoder(nn.Module):
 
     def encode(
         self,
-        video: Float[Tensor, "b c_in t4 h8 w8"],
+        video: Float[Tensor, "b c_in *t4 h8 w8"],
         *,
         latents_per_piece: int = 1,
         progress: Progress | None = None,
         **tiling: Unpack[Tiling],
-    ) -> Float[Tensor, "b c t h w"]:
+    ) -> Float[Tensor, "b c *t h w"]:
         """Return the scaled latents of a video, a tensor `(mean - latents_mean) / latents_std` in the dtype of `video`.
 
         Args:
             video: pixels in [-1, 1]; `config.time_factor * k + 1` frames, sides that are multiples of `config.factor`.
+                An image `b c_in h8 w8` is a video of one frame, and so are its latents `b c h w`.
             latents_per_piece: latent frames computed at once. Memory grows with it, and rounding depends on it.
             progress: progress bar over the pieces; None for none.
             tiling: see `Tiling`.
@@ -55,21 +56,25 @@ class CausalAutoencoder(nn.Module):
         Raises:
             ValueError: the number of frames or a side does not fit, or tiles would leave gaps.
         """
+        if video.ndim == 4:
+            return self.encode(video[:, :, None], progress=progress, **tiling).squeeze(2)
         pieces = self.split_video(video, latents_per_piece)
         encoded = self.encode_pieces(pieces if progress is None else progress(pieces), **tiling)
         return torch.cat(list(encoded), dim=2)
 
     def decode(
         self,
-        latents: Float[Tensor, "b c t h w"],
+        latents: Float[Tensor, "b c *t h w"],
         *,
         latents_per_piece: int = 1,
         progress: Progress | None = None,
         **tiling: Unpack[Tiling],
-    ) -> Float[Tensor, "b c_in t4 h8 w8"]:
-        """Return the video of scaled latents as a tensor with values about in [-1, 1], not clamped; other arguments as
-        in `encode`.
+    ) -> Float[Tensor, "b c_in *t4 h8 w8"]:
+        """Return the video of scaled latents, or the image of latents `b c h w`, as a tensor with values about in [-1,
+        1], not clamped; other arguments as in `encode`.
         """
+        if latents.ndim == 4:
+            return self.decode(latents[:, :, None], progress=progress, **tiling).squeeze(2)
         pieces = latents.split(latents_per_piece, dim=2)
         decoded = self.decode_pieces(pieces if progress is None else progress(pieces), **tiling)
         first = next(decoded)
