@@ -10,11 +10,11 @@ from diffsynth import _discovery
 from diffsynth.core.loader import header, recognize
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import Refused
-from diffsynth.runtime import architectures
 from diffsynth.sampling.noise import initial_noise
 from diffsynth.sampling.prediction import variance_preserving
 from diffsynth.spec import resolve
 from example_plugins import EXAMPLES, installed, make_weights, run_conformance, run_readme
+from limited import let_blocks_travel
 from parity import relative_error
 
 WEIGHTS = EXAMPLES / "diffusers_unet" / "src" / "diffsynth_unet" / "diffusion_pytorch_model.safetensors"
@@ -112,8 +112,7 @@ def test_a_trajectory_is_that_of_diffusers(pipe):
 @pytest.mark.parametrize("policy", ["cpu-offload", "disk"])
 def test_its_blocks_stream_without_a_change_of_any_bit(pipe, policy, monkeypatch):
     """Blocks of this size would stay on the device; here, all are streamed."""
-    cuts = architectures.cuts
-    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 0})
+    let_blocks_travel(monkeypatch)
     streamed = diffsynth.load("unet-1", device="cpu", torch_dtype=torch.float32, policy=policy)
     blocks = {f"unet.{name}" for name in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")}
     assert blocks <= set(managed(streamed.unet).blocks)

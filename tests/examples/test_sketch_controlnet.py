@@ -11,12 +11,11 @@ from PIL import Image, ImageDraw
 import diffsynth
 from diffsynth.cli.group import program
 from diffsynth.errors import MissingComponent
-from diffsynth.runtime import architectures
 from diffsynth.runtime.controlnet import ControlNetInput
 from diffsynth_zimage.config import ZImageControlNetConfig
 from diffsynth_zimage.controlnet import ZImageControlNet
 from example_plugins import installed, make_weights, run_conformance, run_readme
-from limited import keep_limit
+from limited import keep_limit, let_blocks_travel
 from parity import draw_weights, relative_error, shapes_of
 
 SMALL = {"prompt": "a red apple", "seed": 0, "height": 64, "width": 48, "num_inference_steps": 4}
@@ -133,8 +132,7 @@ def test_the_plan_has_the_roles_that_a_call_uses(pipe):
 
 def test_a_limit_changes_no_bit(pipe, files, monkeypatch):
     """The CPU in place of a device with little more memory than the call needs; blocks of any size are streamed."""
-    cuts = architectures.cuts
-    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 0})
+    let_blocks_travel(monkeypatch)
     call = {**PIXELS, "sketches": [ControlNetInput(image=SKETCH), ControlNetInput(1, image=OTHER)], "upscale": 2}
     call["tiled"] = False
     limited = load(files, *files, policy="dynamic")

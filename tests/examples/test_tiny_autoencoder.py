@@ -16,10 +16,10 @@ from diffsynth import ModelConfig, _discovery
 from diffsynth.core.loader import header, recognize
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import Unrecognized
-from diffsynth.runtime import architectures
 from diffsynth.spec import resolve
 from diffsynth_zimage import ZImagePipeline
 from example_plugins import EXAMPLES, installed, run_conformance
+from limited import let_blocks_travel
 from parity import relative_error
 
 EXAMPLE = EXAMPLES / "tiny_autoencoder"
@@ -84,8 +84,7 @@ def test_it_decodes_and_encodes_in_place_of_the_models_own(load, weights):
 @pytest.mark.parametrize("policy", ["cpu-offload", "disk"])
 def test_a_policy_changes_no_bit(load, policy, monkeypatch):
     """Blocks of this size would stay on the device; here, all are streamed."""
-    cuts = architectures.cuts
-    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 0})
+    let_blocks_travel(monkeypatch)
     streamed = load(policy=policy)
     assert {"encoder.layers.1", "decoder.layers.2", "decoder.layers.4"} <= set(managed(streamed.vae).blocks)
     image = {"input_image": Image.new("RGB", (128, 128), "blue"), "denoising_strength": 0.5}

@@ -10,9 +10,9 @@ from torch import nn
 
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import Unplannable
-from diffsynth.runtime import architectures
 from diffsynth.runtime.architectures import architecture_of, cached_stacks, compiled_stacks, partition_by
 from diffsynth_zimage.dit import ZImageDiT
+from limited import let_blocks_travel
 from tiny_z_image import SMALL, tiny_z_image
 from toy_unet import LISTS, ToyUnet, declare, toy_unet
 
@@ -33,8 +33,7 @@ class Renamed(ZImageDiT):
 
 @pytest.fixture(autouse=True)
 def every_block_is_streamed(monkeypatch):
-    cuts = architectures.cuts
-    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 0})
+    let_blocks_travel(monkeypatch)
 
 
 def under_fp8(kind, *arguments):

@@ -17,10 +17,11 @@ from diffsynth.core.planning import Speeds
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.policy import FP8, Auto, Policy
 from diffsynth.errors import NotEnoughMemory
-from diffsynth.runtime import architectures, memory_options, planning
+from diffsynth.runtime import memory_options, planning
 from diffsynth.runtime.memory_options import MemoryOptions, for_call
 from diffsynth.runtime.progress import no_progress
 from diffsynth.testing import tiny_hub
+from limited import let_blocks_travel
 
 CUDA = torch.device("cuda")
 CALL = {"num_inference_steps": 1, "height": 64, "width": 96, "seed": 3}
@@ -30,8 +31,7 @@ MODULES = ("dit", "text_encoder", "vae")
 @pytest.fixture(autouse=True)
 def small_blocks_and_known_speeds(monkeypatch):
     """A slow link, so that streaming the blocks of a tiny network takes longer than computing."""
-    cuts = architectures.cuts
-    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**12})
+    let_blocks_travel(monkeypatch, smallest=2**12)
     monkeypatch.setattr(planning, "_speeds", lambda device, dtype: Speeds(1e9, 100e12, 3e9))
     monkeypatch.setattr(devices, "check_device", torch.device)
 

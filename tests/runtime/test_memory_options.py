@@ -16,6 +16,7 @@ from diffsynth.runtime.memory_options import MemoryOptions
 from diffsynth.runtime.progress import no_progress
 from diffsynth.testing import tiny_hub
 from diffsynth_zimage.pipeline import ZImagePipeline
+from limited import let_blocks_travel
 
 CALL = {"num_inference_steps": 2, "height": 64, "width": 96, "output_type": "tensor", "progress_bar_cmd": no_progress}
 KEYS = ("offload", "onload", "preparing", "computation")
@@ -30,9 +31,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def every_block_travels(monkeypatch):
-    """Tiny blocks are below the size that is worth a transfer."""
-    cuts = architectures.cuts
-    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 0})
+    let_blocks_travel(monkeypatch)
 
 
 def loaded(hub, device="cpu", **memory):

@@ -9,9 +9,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import diffsynth
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.errors import NotEnoughMemory
-from diffsynth.runtime import architectures
 from diffsynth.runtime.progress import no_progress
-from limited import keep_limit
+from limited import keep_limit, let_blocks_travel
 
 CALL = {
     "num_inference_steps": 2,
@@ -27,8 +26,7 @@ MODULES = ("dit", "text_encoder", "vae")
 
 @pytest.fixture(autouse=True)
 def every_block_travels(monkeypatch):
-    cuts = architectures.cuts
-    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**16})
+    let_blocks_travel(monkeypatch, smallest=2**16)
 
 
 @pytest.fixture(scope="module")

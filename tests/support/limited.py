@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
 from diffsynth.core.planning import MemoryPlan
+from diffsynth.runtime import architectures
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
@@ -21,3 +24,9 @@ def keep_limit(pipe: Pipeline, gib: float) -> list[MemoryPlan]:
 
     pipe.plan_cache = PlanCache(make_plan, gib, pipe.per_image)
     return plans
+
+
+def let_blocks_travel(monkeypatch: pytest.MonkeyPatch, *, smallest: int = 0) -> None:
+    """Have every block of at least `smallest` bytes streamed: those of tiny networks are below the usual size."""
+    cuts = architectures.cuts
+    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": smallest})

@@ -1,4 +1,4 @@
-"""Harness that runs users' scripts without a GPU and without a network. It replaces only:
+"""Harness that runs users' scripts without a GPU and without a network, and checks of their calls. It replaces only:
 
 device ("cuda" becomes "cpu"), precision where asked, size, number of frames, of steps and of T5's tokens,
 `modelscope.dataset_snapshot_download`, `torch.cuda.mem_get_info`.
@@ -7,6 +7,7 @@ device ("cuda" becomes "cpu"), precision where asked, size, number of frames, of
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,16 @@ from typing import Any
 import modelscope
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 from diffsynth import Pipeline
 from diffsynth.core.data.media_writer import save_video
+from diffsynth.core.vram.managed import managed
+from diffsynth.errors import MissingComponent
+from limited import keep_limit
 
 SIDE = 16
 """Divisor of the sides of images and videos, and of the number of T5's tokens."""
@@ -49,9 +56,18 @@ class Call:
         given = {name: value for name, value in arguments.items() if value is not ...}
         return _small(self.pipe, given, steps=self.steps)
 
+    def default_of(self, name: str) -> Any:
+        """Return the pipeline's default of an argument."""
+        return self.pipe.__signature__.parameters[name].default
+
     def is_default(self, name: str) -> bool:
         """Return whether a value is the pipeline's default."""
-        return self.pipe.__signature__.parameters[name].default == self.arguments[name]
+        return self.default_of(name) == self.arguments[name]
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Arguments of a call whose result does not change from run to run: a seed, unless the script has one."""
+        return {} if "seed" in self.arguments else {"seed": 0}
 
 
 @dataclass
@@ -85,6 +101,81 @@ class Harness:
         output = _small(pipe, arguments, steps=self.steps)
         self.calls.append(Call(pipe, arguments, output, self.steps))
         return output
+
+
+def differs(one: Any, other: Any) -> bool:
+    """Return whether two images, or two lists of them, differ in size or in any pixel."""
+    if isinstance(one, Image.Image):
+        return one.size != other.size or ImageChops.difference(one, other).getbbox() is not None
+    return len(one) != len(other) or any(differs(a, b) for a, b in zip(one, other, strict=True))
+
+
+def check_arguments(
+    call: Call, *, neutral: Mapping[str, Sequence[Any]] | None = None, unchanging: Iterable[str] = ()
+) -> set[str]:
+    """Check that each argument of a call has its effect, and return those without which the call is refused.
+
+    Without the argument the result is another one, except for `unchanging`. All defaults, and each neutral value, give
+    the bits of the call without them. A script that has no seed gets one, so that initial latents are the same.
+
+    Args:
+        call: of a script.
+        neutral: argument -> its values, beside the default, that change nothing.
+        unchanging: arguments that change no result.
+    """
+    output = call.again(**call.fixed)
+    assert call.fixed or not differs(output, call.output), "the same call gives another result"
+    changed = [name for name in call.arguments if not call.is_default(name)]
+    refused = set()
+    for name in changed:
+        try:
+            without = call.again(**call.fixed | {name: ...})
+        except (ValueError, MissingComponent):
+            refused.add(name)
+            continue
+        assert differs(without, output) == (name not in unchanging), f"{name}: expected an effect, or none"
+        for value in (neutral or {}).get(name, ()):
+            again = call.again(**call.fixed | {name: value})
+            assert not differs(again, without), f"{name}={value!r} is not neutral"
+    rest = set(changed) - refused - {"seed"}  # its default is another seed for each call
+    defaults = call.again(**call.fixed | {name: call.default_of(name) for name in rest})
+    assert not differs(defaults, call.again(**call.fixed | dict.fromkeys(rest, ...)))
+    return refused
+
+
+def check_low_vram(call: Call, other: Call, *, stored: torch.dtype | None, on_disk: bool) -> None:
+    """Check the call of a script for little memory: results are those of the plain script, to the bit, also on a device
+    that has room for no block; and every component is stored as the script says.
+
+    Args:
+        call: of the script for little memory, whose blocks travel, see `limited.let_blocks_travel`.
+        other: of the plain script.
+        stored: dtype of the weights in the state onload.
+        on_disk: whether offloaded weights are on disk.
+    """
+    expected = other.again(**other.fixed) if other.fixed else other.output
+    assert not differs(call.again(**call.fixed) if call.fixed else call.output, expected)
+    for role, part in call.pipe.parts.items():
+        if isinstance(part, nn.Module):
+            policy = managed(part).policy
+            assert (policy.onload.dtype, policy.offload.on_disk) == (stored, on_disk), role
+    plans = keep_limit(call.pipe, 0)
+    assert not differs(call.again(**call.fixed), expected)
+    (plan,) = plans
+    assert not any(part.resident for stage in plan.stages for part in stage.components)
+
+
+def round_weights(folder: Path, dtype: torch.dtype) -> None:
+    """Round the weights in all safetensors files below a folder to values that a narrower dtype has, too."""
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            metadata = file.metadata()
+        rounded = {
+            key: tensor.to(dtype).to(tensor.dtype) if tensor.is_floating_point() else tensor
+            for key, tensor in tensors.items()
+        }
+        save_file(rounded, path, metadata)
 
 
 def write_data_set(dataset_id: str, local_dir: str, allow_file_pattern: str | list[str], **unread: Any) -> str:

@@ -16,6 +16,18 @@ DOORS = {
     "ZImagePipeline": "diffsynth.pipelines.z_image",
 }
 
+FLOAT8 = "float8_e4m3fn"
+LOW_VRAM = {
+    "flux": ((FLOAT8, "cpu"), (FLOAT8, "cpu"), (FLOAT8, "cuda"), ("bfloat16", "cuda")),
+    "flux2": (("disk", "disk"), (FLOAT8, "cpu"), (FLOAT8, "cuda"), ("bfloat16", "cuda")),
+    "wanvideo": (("disk", "disk"), ("bfloat16", "cpu"), ("bfloat16", "cuda"), ("bfloat16", "cuda")),
+    "z_image": (("bfloat16", "cpu"), ("bfloat16", "cpu"), ("bfloat16", "cuda"), ("bfloat16", "cuda")),
+}
+"""Folder of the examples -> dtype and device of weights in the four states, in its examples for little memory."""
+
+VRAM_LIMIT = '    vram_limit=torch.cuda.mem_get_info("cuda")[1] / (1024 ** 3) - 0.5,'
+"""Line of an example for little memory: a limit of all device memory except 0.5 GiB."""
+
 
 def read_rows(family: str) -> dict[str, dict[str, Any]]:
     """Return the rows of a family by name."""
@@ -23,13 +35,14 @@ def read_rows(family: str) -> dict[str, dict[str, Any]]:
     return {row["row"]: row for row in rows}
 
 
-def script(row: Mapping[str, Any], values: Mapping[str, str], *, vram_limit: bool = False) -> str:
+def script(row: Mapping[str, Any], values: Mapping[str, str], *, low_vram: bool = False) -> str:
     """Return the script of a row.
 
     Args:
         row: imports, files and arguments of the row.
         values: call argument -> its text in the script, for every argument of the row.
-        vram_limit: whether to pass a limit, as in the examples for little memory: all device memory except 0.5 GiB.
+        low_vram: whether as in the examples for little memory: `LOW_VRAM` for each file, and a limit of all device
+            memory except 0.5 GiB.
     """
     (pipeline,) = [name for name in row["pipelines"] if name != "TemplatePipeline"]
     imports = [f"from {DOORS[pipeline]} import {pipeline}, ModelConfig"]
@@ -44,14 +57,15 @@ def script(row: Mapping[str, Any], values: Mapping[str, str], *, vram_limit: boo
         *imports,
         "import torch",
         "",
+        *(_vram_config(row) if low_vram else []),
         f"pipe = {pipeline}.from_pretrained(",
         "    torch_dtype=torch.bfloat16,",
         '    device="cuda",',
         "    model_configs=[",
-        *(f"        {_model_config(file)}," for file in models),
+        *(f"        {_model_config(file, low_vram=low_vram)}," for file in models),
         "    ],",
         *(f"    tokenizer_config={_model_config(tokenizer)}," for tokenizer in tokenizers),
-        *(['    vram_limit=torch.cuda.mem_get_info("cuda")[1] / (1024 ** 3) - 0.5,'] if vram_limit else []),
+        *([VRAM_LIMIT] if low_vram else []),
         ")",
         *(f"pipe.{name}(pipe.dit)" for name in row["methods"]),
         f"image = pipe({', '.join(f'{name}={values[name]}' for name in row['call'])})",
@@ -67,6 +81,7 @@ def video_script(
     media: Mapping[str, str] | None = None,
     fps: int = 15,
     vram_limit: bool = False,
+    low_vram: bool = False,
     lora: Mapping[str, str] | None = None,
 ) -> str:
     """Return the script of a row of a video model, with one output file for each call.
@@ -76,7 +91,8 @@ def video_script(
         calls: argument -> its text in the script, for each call; together, all arguments of the row.
         media: variable name -> file of the data set, an image or a video.
         fps: frames per second of the output files.
-        vram_limit: see `script`.
+        vram_limit: whether to pass the limit of `low_vram` alone.
+        low_vram: see `script`.
         lora: LoRA file that is loaded before the last call.
     """
     (pipeline,) = row["pipelines"]
@@ -88,14 +104,15 @@ def video_script(
         f"from {DOORS[pipeline]} import {pipeline}, ModelConfig",
         "from modelscope import dataset_snapshot_download",
         "",
+        *(_vram_config(row) if low_vram else []),
         f"pipe = {pipeline}.from_pretrained(",
         "    torch_dtype=torch.bfloat16,",
         '    device="cuda",',
         "    model_configs=[",
-        *(f"        {_model_config(file)}," for file in row["files"] if file not in tokenizers),
+        *(f"        {_model_config(file, low_vram=low_vram)}," for file in row["files"] if file not in tokenizers),
         "    ],",
         *(f"    tokenizer_config={_model_config(file)}," for file in tokenizers),
-        *(['    vram_limit=torch.cuda.mem_get_info("cuda")[1] / (1024 ** 3) - 0.5,'] if vram_limit else []),
+        *([VRAM_LIMIT] if vram_limit or low_vram else []),
         ")",
     ]
     files = ", ".join(f'"{file}"' for file in (media or {}).values())
@@ -116,6 +133,16 @@ def video_script(
     return "\n".join(lines) + "\n"
 
 
-def _model_config(file: Mapping[str, str]) -> str:
-    arguments = ", ".join(f'{name}="{value}"' for name, value in file.items())
-    return f"ModelConfig({arguments})"
+def _vram_config(row: Mapping[str, Any]) -> list[str]:
+    """Return the lines that set `vram_config`: the eight keys of the row's folder."""
+    states = LOW_VRAM[row["row"].partition("/")[0]]
+    lines = ["vram_config = {"]
+    for state, (dtype, device) in zip(("offload", "onload", "preparing", "computation"), states, strict=True):
+        lines.append(f'    "{state}_dtype": ' + ('"disk",' if dtype == "disk" else f"torch.{dtype},"))
+        lines.append(f'    "{state}_device": "{device}",')
+    return [*lines, "}"]
+
+
+def _model_config(file: Mapping[str, str], *, low_vram: bool = False) -> str:
+    arguments = [f'{name}="{value}"' for name, value in file.items()] + ["**vram_config"] * low_vram
+    return f"ModelConfig({', '.join(arguments)})"

@@ -17,11 +17,10 @@ from diffusers import (
 from PIL import Image
 
 from diffsynth.errors import MissingComponent
-from diffsynth.runtime import architectures
 from diffsynth.runtime.controlnet import ControlNetInput
 from diffsynth_zimage.config import ZImageControlNetConfig
 from diffsynth_zimage.controlnet import ZImageControlNet
-from limited import keep_limit
+from limited import keep_limit, let_blocks_travel
 from parity import TOLERANCE, draw_weights, relative_error, shapes_of
 from processes import run_together
 from z_image_oracles import DIT, SIZE, noise, tiny_pipelines
@@ -176,8 +175,7 @@ def test_a_policy_changes_no_bit(policy):
 
 def test_a_limit_changes_no_bit(monkeypatch):
     """The CPU in place of a device with little more memory than the call needs."""
-    cuts = architectures.cuts
-    monkeypatch.setattr(architectures, "cuts", lambda architecture: cuts(architecture) | {"smallest": 2**12})
+    let_blocks_travel(monkeypatch, smallest=2**12)
     plain, _ = tiny_pipelines(controlnet=[controlnet("2.1", 1), controlnet("1.0", 2)])
     inputs = [ControlNetInput(image=EDGES, end=0.4), ControlNetInput(image=PHOTO, controlnet_id=1, scale=0.5)]
     call = {"prompt": "a red apple", **SMALL, "num_inference_steps": 2, "controlnet_inputs": inputs}
