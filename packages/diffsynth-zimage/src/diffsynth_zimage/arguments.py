@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from diffsynth.runtime.image_units import ImageArguments
+from diffsynth.runtime.inpainting import InpaintArguments
 from diffsynth.runtime.request import LoopKeywords
 from diffsynth_zimage.features.controlnet import ControlNetArguments
+from diffsynth_zimage.features.edit import EditArguments
 
 
-class ZImageArguments(ImageArguments, ControlNetArguments, LoopKeywords, total=False):
+class ZImageArguments(ImageArguments, ControlNetArguments, EditArguments, InpaintArguments, LoopKeywords, total=False):
     """All arguments of a call except the prompt.
 
     Args:

@@ -7,7 +7,27 @@ from diffsynth.spec import ArchitectureSpec, CheckpointSpec
 DIT = "z_image_dit"
 CONTROLNET = "z_image_controlnet"
 
+OMNI_DIT = "z_image_omni_dit"
+SIGLIP2 = "siglip2_naflex_image_encoder"
+
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+
+_REQUIRED = (
+    "x_pad_token",
+    "cap_pad_token",
+    "all_x_embedder.2-1.weight",
+    "all_final_layer.2-1.linear.weight",
+    "t_embedder.mlp.0.weight",
+    "cap_embedder.0.weight",
+    "cap_embedder.1.weight",
+    "noise_refiner.{n}.adaLN_modulation.0.weight",
+    "context_refiner.{n}.attention.to_q.weight",
+    "layers.{n}.attention.to_q.weight",
+    "layers.{n}.attention.to_k.weight",
+    "layers.{n}.attention.norm_q.weight",
+    "layers.{n}.feed_forward.w1.weight",
+    "layers.{n}.adaLN_modulation.0.weight",
+)
 
 ARCHITECTURES = (
     ArchitectureSpec(
@@ -15,27 +35,46 @@ ARCHITECTURES = (
         module="diffsynth_zimage.dit:ZImageDiT",
         config="diffsynth_zimage.config:ZImageDiTConfig",
         infer_config="diffsynth_zimage.config:infer_dit_config",
-        required=(
-            "x_pad_token",
-            "cap_pad_token",
-            "all_x_embedder.2-1.weight",
-            "all_final_layer.2-1.linear.weight",
-            "t_embedder.mlp.0.weight",
-            "cap_embedder.0.weight",
-            "cap_embedder.1.weight",
-            "noise_refiner.{n}.adaLN_modulation.0.weight",
-            "context_refiner.{n}.attention.to_q.weight",
-            "layers.{n}.attention.to_q.weight",
-            "layers.{n}.attention.to_k.weight",
-            "layers.{n}.attention.norm_q.weight",
-            "layers.{n}.feed_forward.w1.weight",
-            "layers.{n}.adaLN_modulation.0.weight",
-        ),
+        required=_REQUIRED,
         tiny="diffsynth_zimage.config:TINY_DIT",
         tiny_inputs="diffsynth_zimage.config:tiny_dit_inputs",
         high_precision=("t_embedder.*", "cap_embedder.*", "*norm*", "*_pad_token"),
         repeated_blocks=("noise_refiner", "context_refiner", "layers"),
         lora_targets=LORA_TARGETS,
+    ),
+    ArchitectureSpec(
+        name=OMNI_DIT,
+        module="diffsynth_zimage.omni:ZImageOmniDiT",
+        config="diffsynth_zimage.config:ZImageOmniDiTConfig",
+        infer_config="diffsynth_zimage.config:infer_omni_dit_config",
+        required=(
+            *_REQUIRED,
+            "siglip_pad_token",
+            "siglip_embedder.1.weight",
+            "siglip_refiner.{n}.attention.to_q.weight",
+        ),
+        tiny="diffsynth_zimage.config:TINY_OMNI_DIT",
+        tiny_inputs="diffsynth_zimage.tiny:tiny_omni_inputs",
+        high_precision=("t_embedder.*", "cap_embedder.*", "siglip_embedder.*", "*norm*", "*_pad_token"),
+        repeated_blocks=("noise_refiner", "context_refiner", "siglip_refiner", "layers"),
+        lora_targets=LORA_TARGETS,
+    ),
+    ArchitectureSpec(
+        name=SIGLIP2,
+        module="diffsynth_zimage.image_encoders:Siglip2ImageEncoder",
+        config="diffsynth_zimage.config:Siglip2ImageEncoderConfig",
+        infer_config="diffsynth_zimage.config:infer_siglip2_config",
+        required=(
+            "vision_model.embeddings.patch_embedding.weight",
+            "vision_model.embeddings.position_embedding.weight",
+            "vision_model.encoder.layers.{n}.self_attn.q_proj.weight",
+            "vision_model.encoder.layers.{n}.mlp.fc1.weight",
+            "vision_model.post_layernorm.weight",
+        ),
+        tiny="diffsynth_zimage.config:TINY_SIGLIP2",
+        tiny_inputs="diffsynth_zimage.tiny:tiny_siglip2_inputs",
+        high_precision=("*norm*",),
+        repeated_blocks=("vision_model.encoder.layers",),
     ),
     ArchitectureSpec(
         name=CONTROLNET,
@@ -60,6 +99,7 @@ ARCHITECTURES = (
     ),
 )
 
+OMNI_BASE = "Tongyi-MAI/Z-Image-Omni-Base"
 _UNION_1_0 = "PAI/Z-Image-Turbo-Fun-Controlnet-Union"
 _UNION_2_1 = "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1"
 
@@ -76,6 +116,27 @@ CHECKPOINTS = (
         name="z_image_dit/fused",
         architecture=DIT,
         rules="diffsynth_zimage.convert:FUSED",
+    ),
+    CheckpointSpec(
+        name=OMNI_DIT,
+        architecture=OMNI_DIT,
+        signature="aa3563718e5c3ecde3dfbb020ca61180",
+        layout="diffsynth_zimage:layouts/z_image_omni_dit.json.gz",
+        files=(f"{OMNI_BASE}:transformer/*.safetensors",),
+        file_stem="diffusion_pytorch_model",
+    ),
+    CheckpointSpec(
+        name=f"{OMNI_DIT}/fused",
+        architecture=OMNI_DIT,
+        rules="diffsynth_zimage.convert:FUSED_OMNI",
+    ),
+    CheckpointSpec(
+        name=SIGLIP2,
+        architecture=SIGLIP2,
+        rules="diffsynth_zimage.convert:SIGLIP2",
+        signature="89d48e420f45cff95115a9f3e698d44a",
+        layout="diffsynth_zimage:layouts/siglip2_naflex_so400m.json.gz",
+        files=(f"{OMNI_BASE}:siglip/model.safetensors",),
     ),
     CheckpointSpec(
         name=CONTROLNET,

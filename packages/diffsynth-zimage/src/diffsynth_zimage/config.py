@@ -5,6 +5,7 @@ Light: no torch.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -157,6 +158,53 @@ class ZImageControlNetConfig(ZImageBlockConfig):
         return self.in_channels % 2 == 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class ZImageOmniDiTConfig(ZImageDiTConfig):
+    """Config of the transformer of Z-Image-Omni-Base, which takes reference images.
+
+    Args:
+        siglip_feat_dim: width of the hidden states of the image encoder.
+        dim, n_heads, n_kv_heads, norm_eps, qk_norm, n_layers, n_refiner_layers, cap_feat_dim, in_channels, patch_size,
+            axes_dims, axes_lens, rope_theta, t_scale, time_hidden_dim: see `ZImageDiTConfig`.
+
+    Raises:
+        ValueError: as for `ZImageDiTConfig`.
+    """
+
+    siglip_feat_dim: int = 1152
+
+
+@dataclass(frozen=True, kw_only=True)
+class Siglip2ImageEncoderConfig:
+    """Config of the image encoder of SigLIP 2 for images of any shape (Tschannen et al. 2025, arXiv:2502.14786); the
+    defaults are So400m/16, which Z-Image-Omni-Base uses.
+
+    Args:
+        hidden_size: width of the hidden states.
+        num_heads: number of attention heads.
+        num_layers: number of layers.
+        intermediate_size: inner width of the feed-forward.
+        patch_size: side of a patch in pixels.
+        num_positions: number of trained position embeddings, a square number; they are resized to the grid of an image.
+        max_patches: largest number of patches of an image.
+
+    Raises:
+        ValueError: the number of positions is no square number.
+    """
+
+    hidden_size: int = 1152
+    num_heads: int = 16
+    num_layers: int = 27
+    intermediate_size: int = 4304
+    patch_size: int = 16
+    num_positions: int = 256
+    max_patches: int = 256
+
+    def __post_init__(self) -> None:
+        if math.isqrt(self.num_positions) ** 2 != self.num_positions:
+            raise ValueError(f"num_positions={self.num_positions}: expected a square number")
+
+
 TINY_DIT = ZImageDiTConfig(
     dim=64,
     n_layers=2,
@@ -166,6 +214,12 @@ TINY_DIT = ZImageDiTConfig(
     cap_feat_dim=32,
     axes_dims=(4, 6, 6),
     time_hidden_dim=48,
+)
+
+TINY_OMNI_DIT = ZImageOmniDiTConfig(**vars(TINY_DIT), siglip_feat_dim=144)
+
+TINY_SIGLIP2 = Siglip2ImageEncoderConfig(
+    hidden_size=144, num_heads=2, num_layers=2, intermediate_size=40, num_positions=16
 )
 
 TINY_CONTROLNET = ZImageControlNetConfig(dim=64, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4)
@@ -192,6 +246,46 @@ def infer_dit_config(shapes: Shapes) -> ZImageDiTConfig:
     """
     if any(name.startswith("siglip_") for name in shapes):
         raise ValueError("it has siglip_* parameters: that is the Omni variant")
+    return ZImageDiTConfig(**_dit_fields(shapes))
+
+
+def infer_omni_dit_config(shapes: Shapes) -> ZImageOmniDiTConfig:
+    """Return the `ZImageOmniDiTConfig` of a transformer file, inferred from the shapes of its tensors.
+
+    Raises:
+        ValueError: the file has sizes that no Z-Image network has.
+    """
+    return ZImageOmniDiTConfig(**_dit_fields(shapes), siglip_feat_dim=shapes["siglip_embedder.1.weight"][1])
+
+
+def infer_siglip2_config(shapes: Shapes) -> Siglip2ImageEncoderConfig:
+    """Return the `Siglip2ImageEncoderConfig` of the image encoder in a file, inferred from the shapes of its tensors.
+
+    The number of heads does not show in the shapes: heads of 72 channels are assumed, as in So400m.
+
+    Raises:
+        ValueError: the width is no multiple of 72, the patches are not square, or the positions are not.
+    """
+    hidden_size, values = shapes["vision_model.embeddings.patch_embedding.weight"]
+    patch_size = math.isqrt(values // 3)
+    if 3 * patch_size**2 != values or hidden_size % 72:
+        raise ValueError(f"patches of {values} values and a width of {hidden_size}: expected squares of RGB and 72 n")
+    return Siglip2ImageEncoderConfig(
+        hidden_size=hidden_size,
+        num_heads=hidden_size // 72,
+        num_layers=count_items(shapes, "vision_model.encoder.layers"),
+        intermediate_size=shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
+        patch_size=patch_size,
+        num_positions=shapes["vision_model.embeddings.position_embedding.weight"][0],
+    )
+
+
+def _dit_fields(shapes: Shapes) -> dict[str, Any]:
+    """Return a dict of the fields of `ZImageDiTConfig` of a transformer file.
+
+    Raises:
+        ValueError: sizes that no Z-Image network has.
+    """
     patch_size = _patch_size(shapes, "all_x_embedder")
     dim, patch_dim = shapes[f"all_x_embedder.{patch_size}-1.weight"]
     head_dim = _head_dim(shapes, "layers.0", dim)
@@ -209,7 +303,7 @@ def infer_dit_config(shapes: Shapes) -> ZImageDiTConfig:
         time_hidden_dim=shapes["t_embedder.mlp.0.weight"][0],
     )
     _check_ffn_dim(shapes, "layers.0", config)
-    return config
+    return vars(config)
 
 
 def infer_controlnet_config(shapes: Shapes) -> ZImageControlNetConfig:

@@ -161,7 +161,7 @@ class ZImageControlNet(nn.Module):
         self, stream: Stream, control: Float[Tensor, "b i e"]
     ) -> tuple[Float[Tensor, "b i e"], tuple[Float[Tensor, "b i e"], ...]]:
         config = self.config
-        rotary, mask, time_embed = stream.image_rotary, stream.image_mask, stream.time_embed
+        rotary, mask, time_embed = stream.image_rotary, stream.image_mask, stream.image_time_embed
         if config.refiner_hints == "none":
             for block in self.control_noise_refiner:
                 control = gradient_checkpoint_forward(
@@ -180,7 +180,7 @@ class ZImageControlNet(nn.Module):
         tokens: Float[Tensor, "b s e"],
         rotary: Rotary,
         mask: Bool[Tensor, "b 1 1 s"] | None,
-        time_embed: Float[Tensor, "b t"],
+        time_embed: TimeEmbed,
     ) -> tuple[Float[Tensor, "b s e"], tuple[Float[Tensor, "b s e"], ...]]:
         """Return (control tokens after all `blocks`, the hint of each block), tensors `b s e`."""
         hints = []
@@ -239,7 +239,7 @@ class ZImageControlBlock(ZImageBlock):
         tokens: Float[Tensor, "b s e"],
         rotary: Rotary,
         mask: Bool[Tensor, "b 1 1 s"] | None,
-        time_embed: Float[Tensor, "b t"],
+        time_embed: TimeEmbed,
     ) -> tuple[Float[Tensor, "b s e"], Float[Tensor, "b s e"]]:
         """Return (control tokens after this block, hint to add to the transformer's tokens), two tensors `b s e`."""
         if self.before_proj is not None:

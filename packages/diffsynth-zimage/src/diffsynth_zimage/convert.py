@@ -39,6 +39,16 @@ FUSED: tuple[Rule, ...] = (
 )
 """Names of the original code, with fused query, key and value, as in single files for other programs."""
 
+FUSED_OMNI: tuple[Rule, ...] = (
+    *FUSED,
+    *_unchanged("siglip_pad_token", "siglip_embedder.0.weight", "siglip_embedder.1.{*}"),
+    *_stack("siglip_refiner"),
+)
+"""The same names of Omni-Base."""
+
+SIGLIP2: tuple[Rule, ...] = (Drop("vision_model.head.{*}", "Z-Image-Omni-Base takes the states of all patches"),)
+"""SigLIP 2's image encoder under its published names; the pooling head is dropped."""
+
 _TRAINED = "control_noise_refiner.0.after_proj.weight"
 
 

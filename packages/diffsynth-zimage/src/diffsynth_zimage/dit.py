@@ -19,8 +19,16 @@ from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.models.residuals import check_blocks
 from diffsynth.nn import LayerNorm, RMSNorm, TimestepEmbedder, apply_rotary, rotary_angles, swiglu
-from diffsynth_zimage.config import TOKEN_MULTIPLE, ZImageBlockConfig, ZImageDiTConfig
-from diffsynth_zimage.extension import STACKS, BlockIndex, Extension, Rotary, StackName, Stream
+from diffsynth_zimage.config import ZImageBlockConfig, ZImageDiTConfig
+from diffsynth_zimage.extension import STACKS, BlockIndex, Extension, Rotary, StackName, Stream, TimeEmbed
+from diffsynth_zimage.tokens import (
+    PromptMask,
+    joint_positions,
+    padded_length,
+    padding_masks,
+    segment_lengths,
+    text_first,
+)
 
 
 class ZImageDiT(nn.Module):
@@ -52,7 +60,7 @@ class ZImageDiT(nn.Module):
         latents: Float[Tensor, "b c h w"],
         time: Float[Tensor, "b"],
         prompt_embeds: Float[Tensor, "b s e"],
-        prompt_mask: Bool[Tensor, "b s"] | None = None,
+        prompt_mask: PromptMask | None = None,
         *,
         extensions: Sequence[Extension] = (),
         step: Any = None,
@@ -81,7 +89,9 @@ class ZImageDiT(nn.Module):
         tokens = self._run("layers", stream.joint_tokens(), stream.rotary, stream.joint_mask, stream)
 
         patch, (height, width) = self.config.patch_size, stream.grid
-        pixels = self.all_final_layer[f"{patch}-1"](tokens[:, : height * width], stream.time_embed)
+        final, count = self.all_final_layer[f"{patch}-1"], height * width
+        time_embed = stream.time_embed if stream.time_embed.dim() == 2 else stream.time_embed[:, :count]
+        pixels = final(tokens[:, :count], time_embed)
         pixels = pixels.to(latents.dtype)
         return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)
 
@@ -90,7 +100,7 @@ class ZImageDiT(nn.Module):
         latents: Float[Tensor, "b c h w"],
         time: Float[Tensor, "b"],
         prompt_embeds: Float[Tensor, "b s e"],
-        prompt_mask: Bool[Tensor, "b s"] | None = None,
+        prompt_mask: PromptMask | None = None,
         *,
         step: Any = None,
     ) -> Stream:
@@ -98,13 +108,13 @@ class ZImageDiT(nn.Module):
         are those of `ZImageDiT.forward`.
         """
         grid = self._grid(latents)
-        lengths = _lengths(prompt_embeds, prompt_mask)
+        lengths = [sum(each) for each in segment_lengths(prompt_embeds, prompt_mask)]
         if prompt_mask is not None:
-            prompt_embeds = _text_first(prompt_embeds, prompt_mask, max(lengths))
-        padded = [_padded(length) for length in lengths]
-        image_len, caption_len = _padded(grid[0] * grid[1]), max(padded)
-        positions = _positions(padded, grid)
-        caption_mask, joint_mask = _masks(padded, image_len, latents.device)
+            prompt_embeds = text_first(prompt_embeds, prompt_mask, max(lengths))
+        padded = [padded_length(length) for length in lengths]
+        image_len, caption_len = padded_length(grid[0] * grid[1]), max(padded)
+        positions = joint_positions(padded, grid)
+        caption_mask, joint_mask = padding_masks(padded, image_len, latents.device)
         return Stream(
             image=self._embed_image(latents, image_len),
             caption=self._embed_caption(prompt_embeds, lengths, caption_len, latents.dtype),
@@ -173,7 +183,9 @@ class ZImageDiT(nn.Module):
         """Return a tensor: the tokens `b s e` after all blocks of `stack`, with the residuals that `stream` has for
         them.
         """
-        arguments = (rotary, mask) if stack == "context_refiner" else (rotary, mask, stream.time_embed)
+        arguments: tuple[Any, ...] = (rotary, mask)
+        if stack != "context_refiner":
+            arguments += (stream.image_time_embed if stack == "noise_refiner" else stream.time_embed,)
         for index, block in enumerate(getattr(self, stack)):
             if (stack, index) in stream.skip_blocks:
                 continue
@@ -234,10 +246,11 @@ class ZImageBlock(ContextBlock):
         x: Float[Tensor, "b s e"],
         rotary: Rotary,
         mask: Bool[Tensor, "b 1 1 s"] | None,
-        time_embed: Float[Tensor, "b t"],
+        time_embed: TimeEmbed,
     ) -> Float[Tensor, "b s e"]:
         """Return the tokens `b s e` after this layer."""
-        scale_attn, gate_attn, scale_ffn, gate_ffn = self.adaLN_modulation(time_embed)[:, None].chunk(4, dim=-1)
+        modulation = _of_tokens(self.adaLN_modulation(time_embed))
+        scale_attn, gate_attn, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
         h = self.attention(self.attention_norm1(x, scale=scale_attn), rotary, mask)
         x = self.attention_norm2(h, residual=x, gate=gate_attn.tanh())
         h = self.feed_forward(self.ffn_norm1(x, scale=scale_ffn))
@@ -294,10 +307,15 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.dim, patch_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
 
-    def forward(self, x: Float[Tensor, "b s e"], time_embed: Float[Tensor, "b t"]) -> Float[Tensor, "b s p"]:
+    def forward(self, x: Float[Tensor, "b s e"], time_embed: TimeEmbed) -> Float[Tensor, "b s p"]:
         """Return the latent values `b s p` of each token's patch, flattened with channels last."""
-        scale = self.adaLN_modulation(time_embed)[:, None]
+        scale = _of_tokens(self.adaLN_modulation(time_embed))
         return self.linear(self.norm_final(x, scale=scale))
+
+
+def _of_tokens(modulation: Float[Tensor, "b m"] | Float[Tensor, "b s m"]) -> Float[Tensor, "b #s m"]:
+    """Return a modulation of all tokens, or of each, with an axis of tokens."""
+    return modulation[:, None] if modulation.dim() == 2 else modulation
 
 
 def rotary_embedding(positions: Int[Tensor, "#b s axes"], config: ZImageDiTConfig, device: torch.device) -> Rotary:
@@ -308,65 +326,7 @@ def rotary_embedding(positions: Int[Tensor, "#b s axes"], config: ZImageDiTConfi
     return angles.cos(), angles.sin()
 
 
-def _positions(padded: list[int], grid: tuple[int, int]) -> Int[Tensor, "#b s axes"]:
-    """Return an int CPU tensor `#b s axes` of RoPE positions for the image's tokens, then the caption's.
-
-    Positions depend on the padded length of the caption only: they are computed once per padded length.
-    """
-    image_len, caption_len, each = _padded(grid[0] * grid[1]), max(padded), sorted(set(padded))
-    positions = torch.stack([_position_ids(length, caption_len, grid, image_len) for length in each])
-    return positions if len(each) == 1 else positions[[each.index(length) for length in padded]]
-
-
-def _masks(
-    padded: list[int], image_len: int, device: torch.device
-) -> tuple[Bool[Tensor, "b 1 1 c"] | None, Bool[Tensor, "b 1 1 s"] | None]:
-    """Return (mask of the caption's tokens, mask of the image's and the caption's tokens), True for attended tokens;
-    (None, None) if all captions have one padded length.
-    """
-    if min(padded) == max(padded):
-        return None, None
-    attended = torch.arange(max(padded), device=device) < torch.tensor(padded, device=device)[:, None]
-    return attended[:, None, None], F.pad(attended, (image_len, 0), value=True)[:, None, None]
-
-
 def _refiner_changes(stream: Stream) -> set[tuple[BlockIndex, object]]:
     """Return a set of (block, residuals of the block, or None if it is skipped) for the blocks of the refiners."""
     changes = {*stream.residuals.items(), *((block, None) for block in stream.skip_blocks)}
     return {change for change in changes if change[0][0] != "layers"}
-
-
-def _position_ids(padded: int, caption_len: int, grid: tuple[int, int], image_len: int) -> Int[Tensor, "s axes"]:
-    """Return an int CPU tensor `s axes` of RoPE positions (time, height, width) for the image's tokens, then the
-    caption's.
-
-    Caption tokens have times 1, 2, ..., padding included; the image has the next time. Padding of the image is at the
-    origin.
-    """
-    ids = torch.zeros(image_len + caption_len, 3, dtype=torch.long)
-    image = ids[: grid[0] * grid[1]].view(*grid, 3)
-    image[..., 0] = padded + 1
-    image[..., 1] = torch.arange(grid[0])[:, None]
-    image[..., 2] = torch.arange(grid[1])
-    ids[image_len:, 0] = torch.arange(1, caption_len + 1)
-    return ids
-
-
-def _padded(length: int) -> int:
-    return -(-length // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-
-
-def _lengths(prompt_embeds: Tensor, prompt_mask: Tensor | None) -> list[int]:
-    if prompt_mask is None:
-        return [prompt_embeds.shape[1]] * prompt_embeds.shape[0]
-    return prompt_mask.sum(1).tolist()
-
-
-def _text_first(
-    prompt_embeds: Float[Tensor, "b s e"], prompt_mask: Bool[Tensor, "b s"], longest: int
-) -> Float[Tensor, "b longest e"]:
-    """Return a tensor `b longest e`: the prompt embeddings with each text's tokens moved to the front; later entries
-    are not used.
-    """
-    order = (~prompt_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-    return prompt_embeds.take_along_dim(order[:, :, None], dim=1)

@@ -10,7 +10,7 @@ extension with `Stream.with_layers_extension`, which is applied after the refine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
@@ -22,6 +22,9 @@ from diffsynth_zimage.config import ZImageDiTConfig
 
 Rotary: TypeAlias = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
 """Cosine and sine of the rotary angles of the tokens."""
+
+TimeEmbed: TypeAlias = Float[Tensor, "b t"] | Float[Tensor, "b s t"]
+"""Embedded time of each item of a batch, or of each of its tokens."""
 
 Residual: TypeAlias = Callable[[Float[Tensor, "b s e"]], Float[Tensor, "b s e"]]
 """Function of the tokens after a block; its result is added to them."""
@@ -48,11 +51,14 @@ class Stream:
         positions: RoPE positions (time, height, width) of the image's tokens, then of the caption's, on the CPU; set
             them with `ZImageDiT.set_positions`, which updates `rotary` too.
         rotary: cosine and sine of the rotary angles of the image's tokens, then of the caption's.
-        time_embed: embedded time.
+        time_embed: embedded time, one vector for all tokens or one for each, those of the image, then those of the
+            caption.
         image_mask, caption_mask: which tokens the refiners attend to, True for attended; None means all.
         joint_mask: which tokens the layers attend to, those of the image, then those of the caption; None means all.
         residuals: stack and index of a block -> functions whose results are added to the tokens after it, in order.
         skip_blocks: stacks and indices of blocks that are skipped together with their residuals.
+        caption_segments: for each item of the batch, the numbers of tokens of the caption's segments, without padding;
+            empty for networks other than that of Omni-Base.
         layers_extensions: extensions that are applied before the first of the layers, in order.
         step: context of the sampling step, set by the caller of `ZImageDiT.forward`; None outside of a sampling loop.
     """
@@ -62,12 +68,13 @@ class Stream:
     grid: tuple[int, int]
     positions: Int[Tensor, "#b s axes"]
     rotary: Rotary
-    time_embed: Float[Tensor, "b t"]
+    time_embed: TimeEmbed
     image_mask: Bool[Tensor, "b 1 1 i"] | None = None
     caption_mask: Bool[Tensor, "b 1 1 c"] | None = None
     joint_mask: Bool[Tensor, "b 1 1 s"] | None = None
     residuals: Mapping[BlockIndex, tuple[Residual, ...]] = field(default_factory=dict)
     skip_blocks: frozenset[BlockIndex] = frozenset()
+    caption_segments: tuple[tuple[int, ...], ...] = ()
     layers_extensions: tuple[Extension, ...] = ()
     step: Any = None
 
@@ -84,6 +91,11 @@ class Stream:
         cos, sin = self.rotary
         count = self.image.shape[1]
         return cos[:, count:], sin[:, count:]
+
+    @property
+    def image_time_embed(self) -> TimeEmbed:
+        """Tensor `b t` or `b i t`: the part of `time_embed` for the image's tokens."""
+        return self.time_embed if self.time_embed.dim() == 2 else self.time_embed[:, : self.image.shape[1]]
 
     def joint_tokens(self) -> Float[Tensor, "b s e"]:
         """Return a new tensor `b s e`: the tokens of the image, then those of the caption, as they enter the layers."""
@@ -130,6 +142,14 @@ class Network(Protocol):
 
     def set_positions(self, stream: Stream, positions: Int[Tensor, "#b s axes"]) -> Stream:
         """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`."""
+
+    def append_references(
+        self,
+        stream: Stream,
+        images: Sequence[Float[Tensor, "1 c h w"]],
+        features: Sequence[Float[Tensor, "rows columns e"]],
+    ) -> Stream:
+        """Return a `Stream` with reference images and their features; the network of Omni-Base alone has it."""
 
 
 Extension: TypeAlias = Callable[[Network, Stream], Stream]

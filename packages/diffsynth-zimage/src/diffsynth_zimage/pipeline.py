@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, StepContext, whole
 from diffsynth.runtime.image_units import decode_image
+from diffsynth.runtime.inpainting import Inpainting, toward_input
 from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments
@@ -18,14 +19,17 @@ from diffsynth.runtime.role import Agreement, Role, Tokenizer
 from diffsynth_zimage.arguments import ZImageArguments
 from diffsynth_zimage.extension import Extension
 from diffsynth_zimage.features import FEATURES
+from diffsynth_zimage.tokens import PromptMask
 from diffsynth_zimage.units import UNITS
 
 
 class ZImagePipeline(Pipeline):
-    """Generates images with Z-Image, Z-Image-Turbo and z-image-nano, which differ in weights and configs only."""
+    """Generates images with Z-Image, Z-Image-Turbo, Z-Image-Omni-Base, which also takes reference images, and
+    z-image-nano.
+    """
 
     roles = {
-        "dit": Role(architectures=("z_image_dit",)),
+        "dit": Role(architectures=("z_image_dit", "z_image_omni_dit")),
         "text_encoder": Role(architectures=("qwen3_text_encoder",)),
         "vae": Role(architectures=("flux_autoencoder",), methods=("encode", "decode")),
         "tokenizer": Tokenizer(source="Tongyi-MAI/Z-Image-Turbo:tokenizer/"),
@@ -80,10 +84,12 @@ class ZImagePipeline(Pipeline):
         sigma: Float[Tensor, "b"],
         *,
         prompt_embeds: Float[Tensor, "b s e"],
-        prompt_mask: Bool[Tensor, "b s"],
+        prompt_mask: PromptMask,
+        inpainting: Inpainting | None = None,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
         # Z-Image's network runs time backwards: it takes 1 - sigma and returns -v.
-        return -self.dit(latents, 1 - sigma, prompt_embeds, prompt_mask, extensions=extensions, step=step)
+        velocity = -self.dit(latents, 1 - sigma, prompt_embeds, prompt_mask, extensions=extensions, step=step)
+        return toward_input(velocity, latents, sigma, inpainting)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec, TrainingSpec
-from diffsynth_zimage.checkpoints import ARCHITECTURES, CHECKPOINTS, LORA_TARGETS
+from diffsynth_zimage.checkpoints import ARCHITECTURES, CHECKPOINTS, LORA_TARGETS, OMNI_BASE
 
 DIFFSYNTH_API = 2
 
@@ -20,6 +20,12 @@ TINY = {
     "text_encoder": {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "vocab_size": 320},
 }
 """Config fields of the tiny networks; head dimension and RoPE axes are those of the published ones."""
+
+TINY_OMNI = {
+    **TINY,
+    "dit": {**TINY["dit"], "siglip_feat_dim": 144},
+    "image_encoder": {"hidden_size": 144, "num_layers": 2, "intermediate_size": 80},
+}
 
 MODELS = (
     ModelSpec(
@@ -56,6 +62,26 @@ MODELS = (
         license="Apache-2.0",
         paper="arXiv:2511.22699",
         description="6B, the undistilled base model",
+    ),
+    ModelSpec(
+        name="z-image-omni-base",
+        hub_id=OMNI_BASE,
+        family="z-image",
+        task="image-to-image",
+        pipeline=PIPELINE,
+        components={
+            "dit": f"{OMNI_BASE}:transformer/*.safetensors",
+            "text_encoder": TEXT_ENCODER,
+            "vae": VAE,
+            "image_encoder": f"{OMNI_BASE}:siglip/model.safetensors",
+        },
+        processors={"tokenizer": TOKENIZER},
+        tiny=TINY_OMNI,
+        tiny_inputs="diffsynth_zimage.tiny:edit_inputs",
+        defaults={"num_inference_steps": 40, "cfg_scale": 4.0},
+        license="Apache-2.0",
+        paper="arXiv:2511.22699",
+        description="6B, generates images and edits reference images",
     ),
     ModelSpec(
         name="z-image-nano",

@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size
-from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
+from diffsynth.runtime.images import Images, image_list
+from diffsynth.runtime.prompts import cut_prompt
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.schedule import z_image_sigmas
 from diffsynth.terminal import module_logger
 from diffsynth_zimage.config import MAX_PROMPT_TOKENS, VAE_FACTOR
+from diffsynth_zimage.tokens import PromptMask
 
 logger = module_logger(__name__)
+
+_IMAGE_BEGIN, _IMAGE_END = "<|vision_start|>", "<|vision_end|>"
 
 round_size = image_size(multiple=16)
 
@@ -34,14 +39,24 @@ def schedule(
 
 @unit("prompt_embeds", "prompt_mask", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
 def encode_prompt(
-    text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
-) -> tuple[Float[Tensor, "b s e"], Bool[Tensor, "b s"]]:
-    """Return (hidden states `b s e` of the prompts, bool mask `b s`, True for text, False for padding to the longest
-    prompt); prompts over `MAX_PROMPT_TOKENS` are cut with a warning, equal ones encoded once.
+    text_encoder: Any,
+    tokenizer: Any,
+    *,
+    prompt: str | Sequence[str] = "",
+    edit_image: Images = None,
+    device: torch.device,
+) -> tuple[Float[Tensor, "b s e"], PromptMask]:
+    """Return (hidden states `b s e` of the prompts, mask `b s`: True for text, False for padding to the longest prompt;
+    with reference images the number of the caption's segment, and 0).
+
+    Equal segments are encoded once; those over `MAX_PROMPT_TOKENS` are cut with a warning.
     """
-    distinct, order = distinct_prompts(prompt, device=device)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    count = len(image_list(edit_image))
+    captions = [chat_segments(cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS), images=count) for text in prompts]
+    texts = list(dict.fromkeys(segment for caption in captions for segment in caption))
     tokens = tokenizer(
-        [chat_text(cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS)) for text in distinct],
+        texts,
         padding="longest",
         padding_side="right",  # with causal attention, padding after the text does not change its hidden states
         return_tensors="pt",
@@ -51,16 +66,35 @@ def encode_prompt(
         logger.warning("a prompt of %d tokens is cut to %d", input_ids.shape[1], MAX_PROMPT_TOKENS)
         input_ids, mask = input_ids[:, :MAX_PROMPT_TOKENS], mask[:, :MAX_PROMPT_TOKENS]
     embeds = text_encoder(input_ids.to(device), mask.to(device))
-    return embeds[order], mask.to(device, torch.bool)[order]
+    order = torch.tensor([[texts.index(segment) for segment in caption] for caption in captions])
+    if order.shape[1] == 1:
+        order = order[:, 0].to(device)
+        return embeds[order], mask.to(device, torch.bool)[order]
+    lengths = mask.sum(1).tolist()
+    rows = [torch.cat([embeds[text, : lengths[text]] for text in caption]) for caption in order.tolist()]
+    numbers = [
+        torch.repeat_interleave(torch.arange(1, order.shape[1] + 1), torch.tensor([lengths[text] for text in caption]))
+        for caption in order.tolist()
+    ]
+    return pad_sequence(rows, batch_first=True), pad_sequence(numbers, batch_first=True).to(device)
 
 
-def chat_text(prompt: str) -> str:
-    """Return a str: `prompt` as one user message in Qwen3's chat template, with thinking enabled as in training,
-    followed by the start of an answer.
+def chat_segments(prompt: str, *, images: int) -> tuple[str, ...]:
+    """Return a tuple of str: `prompt` as one user message in Qwen3's chat template, with thinking enabled as in
+    training, followed by the start of an answer; with reference images, the segments of this text between them.
 
     The template in the tokenizer's folder is a program, and is not run.
+
+    Args:
+        prompt: of the user.
+        images: number of reference images, which stand before the prompt. The image that is computed stands in the
+            answer.
     """
-    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    begin, end = "<|im_start|>user\n", f"{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    if not images:
+        return (begin + end,)
+    first, between = f"{begin}{_IMAGE_BEGIN}", f"{_IMAGE_END}{_IMAGE_BEGIN}"
+    return (first, *[between] * (images - 1), f"{_IMAGE_END}{end}{_IMAGE_BEGIN}", f"{_IMAGE_END}<|im_end|>")
 
 
 initial_latents = image_latents(VAE_FACTOR)

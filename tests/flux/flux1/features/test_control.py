@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from diffusers import FluxControlPipeline
 
-from flux1_oracles import DIT, SIZE, encode_to_the_mean, noise, random_image, sigmas, tiny_pipelines, unpacked
+from flux1_oracles import DIT, SIZE, noise, random_image, sigmas, tiny_pipelines, unpacked
 from parity import TOLERANCE, relative_error
+from posterior import encode_to_the_mean
 
 DEPTH = random_image(1)
 CALL = {"prompt": "a red apple", **SIZE}

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from diffusers import FluxFillPipeline
 
-from flux1_oracles import DIT, SIZE, encode_to_the_mean, noise, random_image, sigmas, tiny_pipelines, unpacked
+from flux1_oracles import DIT, SIZE, noise, random_image, sigmas, tiny_pipelines, unpacked
 from parity import TOLERANCE, relative_error
+from posterior import encode_to_the_mean
 
 PHOTO, MASK = random_image(1), random_image(2, "L")
 CALL = {"prompt": "a red apple", **SIZE}

@@ -7,8 +7,9 @@ import torch
 from diffusers import FluxInpaintPipeline
 from PIL import Image
 
-from flux1_oracles import SIZE, encode_to_the_mean, noise, random_image, sigmas, tiny_pipelines, unpacked
+from flux1_oracles import SIZE, noise, random_image, sigmas, tiny_pipelines, unpacked
 from parity import TOLERANCE, relative_error
+from posterior import encode_to_the_mean
 
 PHOTO = random_image(1)
 BLOCKS = np.random.default_rng(3).integers(0, 2, (SIZE["height"] // 8, SIZE["width"] // 8), dtype=np.uint8)

@@ -19,6 +19,9 @@ from diffsynth.terminal import module_logger
 
 logger = module_logger(__name__)
 
+Images = Image.Image | Sequence[Image.Image] | None
+"""The type of an argument that takes one image or several."""
+
 
 def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 3 height width"]:
     """Return an image as an fp32 tensor `1 3 h w` in [-1, 1], scaled to cover h x w and cropped to it if need be;
@@ -47,7 +50,7 @@ def mask_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor,
     return rearrange((levels / 255 >= 0.5).float(), "h w -> 1 1 h w")
 
 
-def image_list(images: Image.Image | Sequence[Image.Image] | None) -> list[Image.Image]:
+def image_list(images: Images) -> list[Image.Image]:
     """Return the value of an argument for one image or several as a list; empty for None."""
     if images is None:
         return []

@@ -6,7 +6,7 @@ and returns `toward_input(...)`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -20,11 +20,8 @@ from torch import Tensor
 from diffsynth.core.data.color import to_mask
 from diffsynth.core.data.image import cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.images import image_list
+from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.unit import unit
-
-Masks = Image.Image | Sequence[Image.Image] | None
-"""The type of the argument `inpaint_mask`."""
 
 
 class InpaintArguments(TypedDict, total=False):
@@ -37,7 +34,7 @@ class InpaintArguments(TypedDict, total=False):
         inpaint_blur_sigma: Standard deviation of the blur in latent pixels, above 0; given together with the radius.
     """
 
-    inpaint_mask: Masks
+    inpaint_mask: Images
     inpaint_blur_size: int | None
     inpaint_blur_sigma: float | None
 
@@ -86,7 +83,7 @@ def check_masks(values: Mapping[str, Any]) -> None:
 @unit("inpainting", only_with="inpaint_mask", check=check_masks)
 def prepare_inpainting(
     *,
-    inpaint_mask: Masks = None,
+    inpaint_mask: Images = None,
     inpaint_blur_size: int | None = None,
     inpaint_blur_sigma: float | None = None,
     input_latents: Float[Tensor, "b c h w"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, ClassVar, TypedDict
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffsynth.errors import MissingComponent
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext, in_window
+from diffsynth.runtime.images import Images
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.windows import Window
@@ -37,7 +38,7 @@ class VaceArguments(TypedDict, total=False):
 
     vace_video: Clip | None
     vace_video_mask: Clip | None
-    vace_reference_image: Image.Image | Sequence[Image.Image] | None
+    vace_reference_image: Images
     vace_scale: float
 
 
@@ -78,7 +79,7 @@ def encode_vace_references(
     vae: Any,
     *,
     prefix_frames: int,
-    vace_reference_image: Image.Image | Sequence[Image.Image] | None = None,
+    vace_reference_image: Images = None,
     video_shape: VideoShape,
 ) -> tuple[Float[Tensor, "1 c t h w"] | None, int]:
     """Return (latents, number of prefix frames): latents `1 c t h w` of the reference images, a frame each, and

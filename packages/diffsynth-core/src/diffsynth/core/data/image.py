@@ -205,12 +205,18 @@ def cover(
         raise ValueError(f"an image of {image.width}x{image.height} has no pixels")
     scale = max(width / image.width, height / image.height)
     size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
     if size[0] * size[1] > _SCALED_WHOLE * width * height:  # a long strip: only the part that stays is scaled
+        left, top = (size[0] - width) // 2, (size[1] - height) // 2
         across, down = image.width / size[0], image.height / size[1]
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
         return image.resize((width, height), resample, box=box)
-    return image.resize(size, resample).crop((left, top, left + width, top + height))
+    return center_crop(image.resize(size, resample), height, width)
+
+
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Return the `height` x `width` pixels about the centre of a PIL image, which is not smaller and is not scaled."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def contact_sheet(

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, Feature
 from diffsynth.runtime.image_units import image_tiling
-from diffsynth.runtime.images import image_list, image_to_tensor
+from diffsynth.runtime.images import Images, image_list, image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.config import VAE_FACTOR
 from diffsynth_flux.flux1.dit import grid_positions, patchify
 from diffsynth_flux.flux1.extension import Network, Stream, with_image_tokens
-
-KontextImages = Image.Image | Sequence[Image.Image] | None
-"""The type of the argument `kontext_images`."""
 
 MULTIPLE = 2 * VAE_FACTOR
 """Side of a token in pixels."""
@@ -34,7 +29,7 @@ class KontextArguments(TypedDict, total=False):
             size, rounded down to a multiple of 16.
     """
 
-    kontext_images: KontextImages
+    kontext_images: Images
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +55,7 @@ class References:
 def encode_kontext_images(
     vae: Any,
     *,
-    kontext_images: KontextImages = None,
+    kontext_images: Images = None,
     tiled: bool | None,
     tile_size: int | tuple[int, int],
     tile_stride: int | tuple[int, int],

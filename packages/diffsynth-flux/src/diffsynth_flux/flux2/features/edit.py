@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
-from diffsynth.core.data.image import cover
+from diffsynth.core.data.image import center_crop, cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.image_units import image_tiling
-from diffsynth.runtime.images import image_list, image_to_tensor
+from diffsynth.runtime.images import Images, image_list, image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.config import VAE_FACTOR
 from diffsynth_flux.flux2.extension import Network, Stream
@@ -32,9 +32,6 @@ RESIZED_MULTIPLE = 32
 TIME_STEP = 10
 """Distance of reference images on the time axis; the image that is computed is at 0."""
 
-EditImages = Image.Image | Sequence[Image.Image] | None
-"""The type of the argument `edit_image`."""
-
 
 class EditArguments(TypedDict, total=False):
     """Reference images.
@@ -46,7 +43,7 @@ class EditArguments(TypedDict, total=False):
             only cropped to multiples of 16.
     """
 
-    edit_image: EditImages
+    edit_image: Images
     edit_image_auto_resize: bool
 
 
@@ -73,7 +70,7 @@ class References:
 def encode_edit_images(
     vae: Any,
     *,
-    edit_image: EditImages = None,
+    edit_image: Images = None,
     edit_image_auto_resize: bool = True,
     tiled: bool | None,
     tile_size: int | tuple[int, int],
@@ -88,7 +85,7 @@ def encode_edit_images(
         height, width = edit_size(image, auto_resize=edit_image_auto_resize)
         if edit_image_auto_resize:
             image = cover(image, height, width, Image.Resampling.LANCZOS)
-        pixels = image_to_tensor(_center_crop(image, height, width), height, width)
+        pixels = image_to_tensor(center_crop(image, height, width), height, width)
         images.append(vae.encode(pixels.to(device, dtype), **tiling))
     return References(tuple(images))
 
@@ -134,8 +131,3 @@ EDIT = Feature(
     conditions={"references": Condition("an image has no frames", batch="separate")},
     check=check,
 )
-
-
-def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))

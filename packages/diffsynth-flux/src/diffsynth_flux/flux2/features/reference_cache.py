@@ -17,9 +17,10 @@ from torch import Tensor
 
 from diffsynth.core.attention import attention
 from diffsynth.runtime.feature import Configs, Feature
+from diffsynth.runtime.images import Images
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.extension import Attend, BlockIndex, Extension, Network, Stream
-from diffsynth_flux.flux2.features.edit import EditImages, References
+from diffsynth_flux.flux2.features.edit import References
 
 
 class ReferenceCacheArguments(TypedDict, total=False):
@@ -80,7 +81,7 @@ class CachedReferences:
 def cache_references(
     dit: Any,
     *,
-    edit_image: EditImages,
+    edit_image: Images,
     references: References,
     edit_image_kv_cache: bool = False,
     network_guidance: Float[Tensor, "b"] | None,
