@@ -20,7 +20,7 @@ from diffsynth.errors import did_you_mean
 from diffsynth.models.residuals import ScaledHint
 from diffsynth_zimage.config import ZImageControlNetConfig
 from diffsynth_zimage.dit import ZImageBlock
-from diffsynth_zimage.extension import Network, Rotary, StackName, Stream
+from diffsynth_zimage.extension import Network, Rotary, StackName, Stream, TimeEmbed
 
 HINTED_STACKS: tuple[StackName, ...] = ("noise_refiner", "layers")
 """Stacks of the transformer that get hints, in the order in which a ControlNet computes them."""
