@@ -13,8 +13,9 @@ from diffusers.loaders.single_file_utils import (
 
 from diffsynth import _discovery
 from diffsynth.core.loader import component, pickled, recognize
-from diffsynth_zimage.config import TINY_DIT
+from diffsynth_zimage.config import TINY_DIT, TINY_OMNI_DIT
 from diffsynth_zimage.dit import ZImageDiT
+from diffsynth_zimage.omni import ZImageOmniDiT
 
 CATALOG = _discovery.catalog()
 ARCHITECTURES = {one.spec.name: one.spec for one in CATALOG.architectures}
@@ -27,10 +28,10 @@ def load_tensors(tensors):
     return found, component.load_component(found, header, device="cpu", dtype=torch.float32).state_dict()
 
 
-def fused_file():
+def fused_file(network=ZImageDiT, config=TINY_DIT):
     """Return a tiny network under the names of single-file checkpoints, with q, k and v in one matrix."""
     torch.manual_seed(0)
-    state = ZImageDiT(TINY_DIT).state_dict()
+    state = network(config).state_dict()
     names = {
         "all_x_embedder.2-1.": "x_embedder.",
         "all_final_layer.2-1.": "final_layer.",
@@ -56,6 +57,15 @@ def test_fused_z_image(prefix):
     found, ours = load_tensors(fused)
     theirs = convert_z_image_transformer_checkpoint_to_diffusers(dict(fused))
     assert (found.checkpoint.name, found.prefix) == ("z_image_dit/fused", prefix)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_fused_omni_base():
+    fused = fused_file(ZImageOmniDiT, TINY_OMNI_DIT)
+    found, ours = load_tensors(fused)
+    theirs = convert_z_image_transformer_checkpoint_to_diffusers(dict(fused))
+    assert found.checkpoint.name == "z_image_omni_dit/fused"
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
