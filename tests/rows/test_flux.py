@@ -43,6 +43,9 @@ RUN = {
     "flux/FLUX.1-dev-Controlnet-Upscaler": _CONTROL
     | {"controlnet_inputs": f"[ControlNetInput(image={_IMAGE}, scale=0.7)]", "input_image": _IMAGE}
     | {"denoising_strength": "0.99", "height": "2048", "width": "2048", "tiled": "True"},
+    # The table has a width of 960, which is rounded to that of 1024 in the harness.
+    "flux/FLUX.1-dev-IP-Adapter": COMMON
+    | {"height": "1280", "width": "768", "ipadapter_images": f"[{_IMAGE}]", "ipadapter_scale": "0.7"},
     "flux/FLUX.1-Krea-dev": GUIDED | {"embedded_guidance": "4.5"},
 }
 """Row -> arguments of its call, with the values of DiffSynth-Studio's table."""
@@ -57,7 +60,6 @@ MISSING = {
     "flux/FLEX.2-preview": "ostris/Flex.2-preview",
     "flux/FLUX.1-dev-AttriCtrl": "DiffSynth-Studio/AttriCtrl-FLUX.1-Dev",
     "flux/FLUX.1-dev-EliGen": "DiffSynth-Studio/Eligen",
-    "flux/FLUX.1-dev-IP-Adapter": "InstantX/FLUX.1-dev-IP-Adapter",
     "flux/FLUX.1-dev-InfiniteYou": "ByteDance/InfiniteYou",
     "flux/FLUX.1-dev-LoRA-Encoder": "VoidOc/flux_animal_forest1",
     "flux/FLUX.1-dev-LoRA-Fusion": "cancel13/cxsk",
@@ -78,6 +80,8 @@ UNKNOWN = {
 """Arguments of the unsupported components."""
 
 
+MODELS = ("dev", "krea-dev", "kontext-dev", "fill-dev", "redux-dev", "dev-ip-adapter")
+
 CONTROLNETS = {
     "InstantX/FLUX.1-dev-Controlnet-Union-alpha": {"num_modes": 10},
     "alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Beta": {"num_modes": 0, "control_channels": 68},
@@ -89,7 +93,7 @@ CONTROLNETS = {
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
-    tiny_hub(root, [f"flux.1-{name}" for name in ("dev", "krea-dev", "kontext-dev", "fill-dev", "redux-dev")])
+    tiny_hub(root, [f"flux.1-{name}" for name in MODELS])
     for model_id, fields in CONTROLNETS.items():
         path = root / model_id / "diffusion_pytorch_model.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)

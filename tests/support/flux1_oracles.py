@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from diffsynth import _discovery
 from diffsynth.core.loader import component, pickled, recognize
@@ -19,7 +28,7 @@ from diffsynth.models.flux_autoencoder import FluxAutoencoder
 from diffsynth.sampling.schedule import flux1_sigmas
 from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_flux import FluxImagePipeline
-from diffsynth_flux.flux1.config import FluxBlocksConfig, FluxControlNetConfig, FluxDiTConfig
+from diffsynth_flux.flux1.config import TINY_SIGLIP, FluxBlocksConfig, FluxControlNetConfig, FluxDiTConfig
 from diffsynth_flux.flux1.dit import patchify, unpatchify
 from parity import draw_weights, shapes_of
 
@@ -98,6 +107,33 @@ def oracle_t5(vocab_size: int) -> T5EncoderModel:
     return _drawn(T5EncoderModel(config), seed=3)
 
 
+def oracle_siglip() -> SiglipVisionModel:
+    """Return transformers' image encoder of SigLIP with random weights."""
+    siglip = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=TINY_SIGLIP.hidden_size,
+            intermediate_size=TINY_SIGLIP.intermediate_size,
+            num_hidden_layers=TINY_SIGLIP.num_layers,
+            num_attention_heads=2,
+            image_size=TINY_SIGLIP.image_size,
+            patch_size=TINY_SIGLIP.patch_size,
+            attn_implementation="eager",
+        )
+    ).eval()
+    shapes = {name: tuple(parameter.shape) for name, parameter in siglip.named_parameters()}
+    with torch.no_grad():
+        for name, weight in draw_weights(shapes, seed=5).items():
+            # Sharper attention, in which the bias of the queries has an effect.
+            siglip.get_parameter(name).copy_(3 * weight if "q_proj" in name or "in_proj_weight" in name else weight)
+    return siglip
+
+
+def siglip_tensors(siglip: SiglipVisionModel) -> dict[str, Tensor]:
+    """Return the tensors of a published file: those of transformers' image encoder, and of a text encoder."""
+    tensors = {f"vision_model.{name}": tensor for name, tensor in siglip.named_parameters()}
+    return tensors | {"text_model.head.bias": torch.ones(3), "logit_scale": torch.ones(1)}
+
+
 def _drawn(module: nn.Module, seed: int) -> nn.Module:
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     weights = draw_weights(shapes, seed=seed)
@@ -167,3 +203,71 @@ def random_image(seed: int, mode: str = "RGB", size: Mapping[str, int] = SIZE) -
     """Return an image of random pixels."""
     shape = (size["height"], size["width"]) + ((3,) if mode == "RGB" else ())
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8), mode)
+
+
+class NaiveAttention:
+    """Processor of diffusers' attention with InstantX's attention to an image, written out: the block's queries, after
+    their norm and before RoPE, attend to the image; in blocks over text and image those of the text do, too.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, scale: float) -> None:
+        self.keys, self.values, self.scale = keys, values, scale
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        def heads(x):
+            return x.unflatten(-1, (-1, attn.head_dim))
+
+        q, k, v = (heads(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        seen = self.scale * softmax_attention(q, self.keys.expand(len(q), -1, -1, -1), self.values)
+        length = 0
+        if encoder_hidden_states is not None:
+            length = encoder_hidden_states.shape[1]
+            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text_q, text_k, text_v = (heads(project(encoder_hidden_states)) for project in projections)
+            q = torch.cat((attn.norm_added_q(text_q), q), dim=1)
+            k = torch.cat((attn.norm_added_k(text_k), k), dim=1)
+            v = torch.cat((text_v, v), dim=1)
+        q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+        out = softmax_attention(q, k, v)
+        image = (out[:, length:] + seen).flatten(2)
+        if encoder_hidden_states is None:
+            return image
+        return attn.to_out[0](image), attn.to_add_out(out[:, :length].flatten(2))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return attention over axes `b s n d`, written out."""
+    scores = torch.einsum("bqnd,bknd->bnqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v.expand(len(q), -1, -1, -1))
+
+
+def naive_image_prompt(weights: Mapping[str, Tensor], pooled: Tensor, head_dim: int = 128) -> list[tuple[Tensor, ...]]:
+    """Return keys and values of images for each block, from the weights of an IP-Adapter, formula by formula."""
+    x = pooled @ weights["image_proj.proj.0.weight"].T + weights["image_proj.proj.0.bias"]
+    x = x / 2 * (1 + torch.erf(x / 2**0.5))
+    x = x @ weights["image_proj.proj.2.weight"].T + weights["image_proj.proj.2.bias"]
+    x = x.reshape(len(pooled), -1, len(weights["image_proj.norm.weight"]))
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    x = x * weights["image_proj.norm.weight"] + weights["image_proj.norm.bias"]
+    x = x.flatten(0, 1)[None]
+    blocks = []
+    for index in range(sum(name.endswith("to_k_ip.weight") for name in weights)):
+        keys = (x @ weights[f"ip_adapter.{index}.to_k_ip.weight"].T).unflatten(-1, (-1, head_dim))
+        values = (x @ weights[f"ip_adapter.{index}.to_v_ip.weight"].T).unflatten(-1, (-1, head_dim))
+        blocks.append((keys / (keys.square().mean(-1, keepdim=True) + 1e-5).sqrt(), values))
+    return blocks
+
+
+@contextlib.contextmanager
+def set_image_prompt(
+    oracle: FluxTransformer2DModel, blocks: Sequence[tuple[Tensor, Tensor]], scale: float
+) -> Iterator[None]:
+    """Give each attention of diffusers' transformer the keys and values of an image, in the order of its processors."""
+    before = oracle.attn_processors
+    processors = [NaiveAttention(keys, values, scale) for keys, values in blocks]
+    oracle.set_attn_processor(dict(zip(before, processors, strict=True)))
+    try:
+        yield
+    finally:
+        oracle.set_attn_processor(dict(before))

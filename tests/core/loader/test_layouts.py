@@ -35,7 +35,6 @@ BY_STRUCTURE = {
     "Flex.2-preview--flux_dit": "flux_dit",
     "InfiniteYou--flux_controlnet": "flux_controlnet",
     "Step1X-Edit--step1x_connector+flux_dit": "flux_dit",
-    "siglip-so400m-patch14-384--siglip_vision_model": "siglip_image_encoder",
 }
 """Files whose layout as a whole nothing declares, that hold a network of a known architecture -> that architecture."""
 

@@ -335,7 +335,7 @@ REFUSED = {
         (f"flux_controlnet/{name}" for name in ("inpainting", "depth", "upscaler")),
         r"the sizes of .+ cannot be told from",
     ),
-    "siglip_image_encoder": NOT_KEPT,
+    "siglip_image_encoder/with_text_encoder": NOT_KEPT,
     "flux2_autoencoder/original": r"the shape of [\w.]+ cannot be told from",
     "mistral_text_encoder": NOT_KEPT,
 }

@@ -39,6 +39,7 @@ FILES = {
     "FLUX.1-Redux-dev--flux_redux_image_encoder": ("siglip_image_encoder", {}),
     "siglip-so400m-patch14-384--siglip_vision_model": ("siglip_image_encoder", {"image_size": 384}),
     "FLUX.1-Redux-dev--flux_redux_image_embedder": ("flux_redux_embedder", {}),
+    "FLUX.1-dev-IP-Adapter--flux_ipadapter": ("flux_ip_adapter", {"n_blocks": 57, "num_tokens": 128}),
 }
 """File -> its architecture, and fields of its config."""
 
@@ -46,12 +47,15 @@ WITHOUT_SIGNATURE = {
     "Flex.2-preview--flux_dit",
     "InfiniteYou--flux_controlnet",
     "Step1X-Edit--step1x_connector+flux_dit",
-    "siglip-so400m-patch14-384--siglip_vision_model",
 }
 
 
 def header_of(name: str) -> Header:
-    tensors = json.loads(gzip.decompress((LAYOUTS / f"{name}.json.gz").read_bytes()))["tensors"]
+    facts = json.loads(gzip.decompress((LAYOUTS / f"{name}.json.gz").read_bytes()))
+    tensors = facts["tensors"]
+    if facts["nested"]:
+        flat = {f"{outer}.{key}": shape for outer, inner in tensors.items() for key, shape in inner.items()}
+        return Header({key: TensorInfo("BF16", tuple(shape)) for key, shape in flat.items()}, nested=tensors)
     return Header({key: TensorInfo("BF16", tuple(shape)) for key, shape in tensors.items()})
 
 

@@ -42,6 +42,39 @@ def test_a_residual_is_added_to_the_images_tokens(dit, inputs, stack):
     assert torch.equal(zero, plain)
 
 
+@pytest.mark.parametrize(("stack", "tokens"), [("double_blocks", 15), ("single_blocks", 7 + 15)])
+def test_attention_of_queries_is_added_to_that_of_the_block(dit, inputs, stack, tokens):
+    """The queries are normalised: without RoPE, they do not depend on the positions of the tokens."""
+    seen = []
+
+    def attend(q):
+        seen.append(q)
+        return torch.linspace(-1, 1, q.shape[3]).expand_as(q)
+
+    def extension(net, stream):
+        return stream.with_query_attention(stack, 0, attend)
+
+    def moved(net, stream):
+        return net.set_positions(stream, stream.positions + 3)
+
+    plain = dit(**inputs)
+    assert relative_error(dit(**inputs, extensions=[extension]), plain) > 1e-3
+    assert seen[0].shape == (2, tokens, TINY_DIT.n_heads, TINY_DIT.head_dim)
+    norms = getattr(dit, stack)[0]
+    scale = (norms.img_attn.norm if stack == "double_blocks" else norms.norm).query_norm.scale
+    assert torch.allclose((seen[0] / scale).square().mean(-1), torch.ones(()), atol=1e-3)
+    if stack == "double_blocks":
+        dit(**inputs, extensions=[moved, extension])
+        assert torch.equal(seen[1], seen[0])
+
+    def zero(net, stream):
+        return stream.with_query_attention(stack, 0, torch.zeros_like)
+
+    assert torch.equal(dit(**inputs, extensions=[zero]), plain)
+    twice = dit(**inputs, extensions=[extension, extension])
+    assert relative_error(twice, dit(**inputs, extensions=[extension])) > 1e-3
+
+
 def test_appended_image_tokens_are_attended_and_dropped(dit, inputs):
     patches = patchify(inputs["latents"][:, :, :4])
 
@@ -82,6 +115,7 @@ def test_skipped_blocks(dit, inputs):
         ({"guidance": None}, "takes a guidance, and none is given"),
         ({"extensions": [lambda net, stream: stream.with_residual("double_block", 0, abs)]}, "did you mean"),
         ({"extensions": [lambda net, stream: stream.with_residual("single_blocks", 2, abs)]}, "which has 2 blocks"),
+        ({"extensions": [lambda net, stream: stream.with_query_attention("single_block", 0, abs)]}, "did you mean"),
     ],
 )
 def test_what_does_not_fit_is_refused(dit, inputs, changes, message):

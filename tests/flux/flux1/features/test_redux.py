@@ -6,12 +6,22 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from diffsynth.errors import MissingComponent
 from diffsynth_flux.flux1.config import TINY_SIGLIP
 from diffsynth_flux.flux1.image_encoders import siglip_pixels
-from flux1_oracles import DIT, SIZE, load_tensors, noise, random_image, sigmas, tiny_pipelines, unpacked
+from flux1_oracles import (
+    DIT,
+    SIZE,
+    load_tensors,
+    noise,
+    oracle_siglip,
+    random_image,
+    siglip_tensors,
+    sigmas,
+    tiny_pipelines,
+    unpacked,
+)
 from parity import TOLERANCE, draw_weights, neutral_parameters, relative_error, shapes_of
 
 PHOTO = random_image(1)
@@ -21,22 +31,7 @@ GIVEN = {**SIZE, "num_inference_steps": 4, "seed": 7, "output_type": "latents", 
 @pytest.fixture(scope="module")
 def networks():
     """transformers' image encoder and diffusers' projection, with random weights."""
-    siglip = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=TINY_SIGLIP.hidden_size,
-            intermediate_size=TINY_SIGLIP.intermediate_size,
-            num_hidden_layers=TINY_SIGLIP.num_layers,
-            num_attention_heads=2,
-            image_size=TINY_SIGLIP.image_size,
-            patch_size=TINY_SIGLIP.patch_size,
-            attn_implementation="eager",
-        )
-    ).eval()
-    shapes = {name: tuple(parameter.shape) for name, parameter in siglip.named_parameters()}
-    with torch.no_grad():
-        for name, weight in draw_weights(shapes, seed=5).items():
-            # Sharper attention, in which the bias of the queries has an effect.
-            siglip.get_parameter(name).copy_(3 * weight if "q_proj" in name else weight)
+    siglip = oracle_siglip()
     redux = ReduxImageEncoder(redux_dim=TINY_SIGLIP.hidden_size, txt_in_features=DIT.context_dim).eval()
     redux.load_state_dict(draw_weights(shapes_of(redux), seed=6))
     return siglip, redux
@@ -45,8 +40,7 @@ def networks():
 @pytest.fixture(scope="module")
 def pipelines(networks):
     siglip, redux = networks
-    tensors = {f"vision_model.{name}": tensor for name, tensor in siglip.named_parameters()}
-    found, encoder = load_tensors(tensors | {"text_model.head.bias": torch.ones(3), "logit_scale": torch.ones(1)})
+    found, encoder = load_tensors(siglip_tensors(siglip))
     assert (found.architecture.name, found.config) == ("siglip_image_encoder", TINY_SIGLIP)
     ours, parts = tiny_pipelines(image_encoder=encoder, image_embedder=load_tensors(redux.state_dict())[1])
     oracle = FluxPipeline(**parts)

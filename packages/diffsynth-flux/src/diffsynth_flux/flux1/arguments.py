@@ -8,6 +8,7 @@ from diffsynth.runtime.request import LoopKeywords
 from diffsynth_flux.flux1.features.control import ControlArguments
 from diffsynth_flux.flux1.features.controlnet import ControlNetArguments
 from diffsynth_flux.flux1.features.fill import FillArguments
+from diffsynth_flux.flux1.features.ip_adapter import IPAdapterArguments
 from diffsynth_flux.flux1.features.kontext import KontextArguments
 from diffsynth_flux.flux1.features.redux import ReduxArguments
 
@@ -19,6 +20,7 @@ class FluxArguments(
     ControlArguments,
     ReduxArguments,
     ControlNetArguments,
+    IPAdapterArguments,
     InpaintArguments,
     LoopKeywords,
     total=False,

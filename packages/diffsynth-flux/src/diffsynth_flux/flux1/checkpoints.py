@@ -10,6 +10,7 @@ CLIP = "clip_text_encoder"
 T5 = "t5_text_encoder"
 SIGLIP = "siglip_image_encoder"
 REDUX_EMBEDDER = "flux_redux_embedder"
+IP_ADAPTER = "flux_ip_adapter"
 
 LORA_TARGETS = (
     "img_attn.qkv",
@@ -124,6 +125,8 @@ ARCHITECTURES = (
         ),
         tiny="diffsynth_flux.flux1.config:TINY_SIGLIP",
         tiny_inputs="diffsynth_flux.flux1.tiny:tiny_siglip_inputs",
+        # torch's attention, in the head, reads the weights of its output projection.
+        atomic=("torch.nn:MultiheadAttention",),
         high_precision=("*norm*",),
         repeated_blocks=("vision_model.encoder.layers",),
     ),
@@ -135,6 +138,24 @@ ARCHITECTURES = (
         required=("redux_up.weight", "redux_down.weight"),
         tiny="diffsynth_flux.flux1.config:TINY_REDUX_EMBEDDER",
         tiny_inputs="diffsynth_flux.flux1.tiny:tiny_redux_inputs",
+    ),
+    ArchitectureSpec(
+        name=IP_ADAPTER,
+        module="diffsynth_flux.flux1.ip_adapter:FluxIPAdapter",
+        config="diffsynth_flux.flux1.config:IPAdapterConfig",
+        infer_config="diffsynth_flux.flux1.config:infer_ip_adapter_config",
+        required=(
+            "image_proj.proj.0.weight",
+            "image_proj.proj.2.weight",
+            "image_proj.norm.weight",
+            "ip_adapter.{n}.to_k_ip.weight",
+            "ip_adapter.{n}.to_v_ip.weight",
+        ),
+        tiny="diffsynth_flux.flux1.config:TINY_IP_ADAPTER",
+        tiny_inputs="diffsynth_flux.flux1.tiny:tiny_ip_adapter_inputs",
+        high_precision=("*norm*",),
+        repeated_blocks=("ip_adapter",),
+        lora_targets=("to_k_ip", "to_v_ip"),
     ),
 )
 
@@ -280,6 +301,21 @@ CHECKPOINTS = (
         signature="6bd5343828144a2135d783519c665e2c",
         layout="diffsynth_flux:layouts/redux_image_encoder.json.gz",
         files=("black-forest-labs/FLUX.1-Redux-dev:image_encoder/model.safetensors",),
+    ),
+    CheckpointSpec(
+        name=f"{SIGLIP}/with_text_encoder",
+        architecture=SIGLIP,
+        rules="diffsynth_flux.flux1.convert:SIGLIP",
+        signature="04d8c1e20a1f1b25f7434f111992a33f",
+        layout="diffsynth_flux:layouts/siglip_so400m.json.gz",
+        files=("google/siglip-so400m-patch14-384:model.safetensors",),
+    ),
+    CheckpointSpec(
+        name=IP_ADAPTER,
+        architecture=IP_ADAPTER,
+        signature="4daaa66cc656a8fe369908693dad0a35",
+        layout="diffsynth_flux:layouts/ip_adapter.json.gz",
+        files=("InstantX/FLUX.1-dev-IP-Adapter:ip-adapter.bin",),
     ),
     CheckpointSpec(
         name=REDUX_EMBEDDER,

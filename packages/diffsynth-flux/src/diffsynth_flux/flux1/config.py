@@ -57,6 +57,11 @@ class FluxBlocksConfig:
         return self.dim // self.n_heads
 
     @property
+    def n_blocks(self) -> int:
+        """Number of blocks of both kinds."""
+        return self.n_double_blocks + self.n_single_blocks
+
+    @property
     def ffn_dim(self) -> int:
         """Inner width of the feed-forward, in channels."""
         return 4 * self.dim
@@ -299,6 +304,7 @@ class SiglipImageEncoderConfig:
         intermediate_size: inner width of the feed-forward.
         patch_size: side of a patch in pixels.
         image_size: side of the square that images are resized to, in pixels; a rest after whole patches is not read.
+        pooling_head: whether the network has a head that pools the states of all patches to one vector.
 
     Raises:
         ValueError: the width is no multiple of the head dimension.
@@ -309,6 +315,7 @@ class SiglipImageEncoderConfig:
     intermediate_size: int = 4304
     patch_size: int = 14
     image_size: int = 384
+    pooling_head: bool = True
 
     def __post_init__(self) -> None:
         if self.hidden_size % 72:
@@ -338,6 +345,7 @@ def infer_siglip_config(shapes: Shapes) -> SiglipImageEncoderConfig:
         patch_size=patch_size,
         # Of 384 pixels, 27 patches of 14 cover 378.
         image_size=384 if (side, patch_size) == (27, 14) else side * patch_size,
+        pooling_head="vision_model.head.probe" in shapes,
     )
 
 
@@ -368,3 +376,57 @@ def infer_redux_embedder_config(shapes: Shapes) -> ReduxEmbedderConfig:
     if inner != 3 * context_dim:
         raise ValueError(f"inner width {inner}: expected 3 times the width {context_dim} of the text")
     return ReduxEmbedderConfig(image_dim=image_dim, context_dim=context_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPAdapterConfig:
+    """Config of the IP-Adapter of FLUX.1; the defaults are FLUX.1-dev-IP-Adapter by InstantX.
+
+    Args:
+        image_dim: width of the pooled state of the image encoder.
+        num_tokens: number of tokens of an image.
+        context_dim: width of these tokens.
+        dim: width of the transformer's tokens.
+        n_blocks: number of blocks of the transformer, which have keys and values of their own.
+        head_dim: number of channels of each attention head of the transformer.
+
+    Raises:
+        ValueError: the head dimension does not divide the width.
+    """
+
+    image_dim: int = 1152
+    num_tokens: int = 128
+    context_dim: int = 4096
+    dim: int = 3072
+    n_blocks: int = 57
+    head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        if self.dim % self.head_dim:
+            raise ValueError(f"dim={self.dim}: expected a multiple of the head dimension {self.head_dim}")
+
+
+TINY_IP_ADAPTER = IPAdapterConfig(image_dim=144, num_tokens=3, context_dim=24, dim=128, n_blocks=3)
+
+
+def infer_ip_adapter_config(shapes: Shapes) -> IPAdapterConfig:
+    """Return the `IPAdapterConfig` of the network in a file, from `shapes` (tensor name -> shape).
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a width that is no multiple of the head dimension 128.
+    """
+    inner, image_dim = shapes["image_proj.proj.0.weight"]
+    (context_dim,) = shapes["image_proj.norm.weight"]
+    projected = shapes["image_proj.proj.2.weight"][0]
+    if inner != 2 * image_dim or projected % context_dim:
+        raise ValueError(
+            f"the projection has an inner width of {inner} and {projected} outputs: expected twice the width "
+            f"{image_dim} of the image, and a multiple of the width {context_dim} of a token"
+        )
+    return IPAdapterConfig(
+        image_dim=image_dim,
+        num_tokens=projected // context_dim,
+        context_dim=context_dim,
+        dim=shapes["ip_adapter.0.to_k_ip.weight"][0],
+        n_blocks=count_items(shapes, "ip_adapter"),
+    )

@@ -160,10 +160,5 @@ T5: tuple[Rule, ...] = (Drop("encoder.embed_tokens.weight", "it equals shared.we
 T5_WITHOUT_SHARED: tuple[Rule, ...] = (Rename("encoder.embed_tokens.weight", "shared.weight"), *_T5_UNUSED)
 """T5's encoder with the token embeddings under their other name."""
 
-_SIGLIP_UNUSED = (Drop("text_model.{*}"), Drop("logit_scale"), Drop("logit_bias"))
-
-SIGLIP: tuple[Rule, ...] = (
-    Drop("vision_model.head.{*}", "FLUX.1-Redux takes the states of all patches"),
-    *_SIGLIP_UNUSED,
-)
-"""SigLIP's image encoder under its published names; the pooling head and the text encoder are dropped."""
+SIGLIP: tuple[Rule, ...] = (Drop("text_model.{*}"), Drop("logit_scale"), Drop("logit_bias"))
+"""SigLIP's image encoder under its published names; the text encoder is dropped."""

@@ -20,14 +20,27 @@ from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.models.residuals import check_blocks
 from diffsynth.nn import LayerNorm, gated_residual, rms_norm_rotary, rotary_angles, sinusoidal_embedding
+from diffsynth.nn.rms_norm import rms_norm
 from diffsynth_flux.flux1.config import PATCH_SIZE, FluxBlocksConfig, FluxDiTConfig
-from diffsynth_flux.flux1.extension import STACKS, Extension, Inputs, Residual, Rotary, Stream
+from diffsynth_flux.flux1.extension import (
+    STACKS,
+    BlockIndex,
+    Extension,
+    Inputs,
+    QueryAttention,
+    Residual,
+    Rotary,
+    Stream,
+)
 
 TIME_SCALE = 1000.0
 """Factor from a noise level, and from the guidance, to the input of the sinusoids."""
 
 FREQUENCY_DIM = 256
 """Number of sinusoids of a noise level or of the guidance."""
+
+NORM_EPS = 1e-6
+"""Number that the norms of queries and keys add to the mean square."""
 
 
 class FluxDiT(nn.Module):
@@ -76,7 +89,7 @@ class FluxDiT(nn.Module):
         stream = self.embed(latents, sigma, prompt_embeds, pooled_prompt_embeds, guidance, condition_latents, step=step)
         for extension in extensions:
             stream = extension(self, stream)
-        check_blocks(self, (*stream.residuals, *stream.skip_blocks), STACKS)
+        check_blocks(self, (*stream.residuals, *stream.query_attention, *stream.skip_blocks), STACKS)
         tokens = run_blocks(self, stream, self.gradient_checkpointing)
         height, width = stream.grid
         first = stream.text.shape[1]
@@ -198,16 +211,20 @@ def run_blocks(network: Any, stream: Stream, gradient_checkpointing: bool) -> Fl
     image, text, length = stream.image, stream.text, stream.text.shape[1]
     shared = (stream.modulation, stream.rotary, stream.mask)
     for index, block in enumerate(network.double_blocks):
-        if ("double_blocks", index) in stream.skip_blocks:
+        key: BlockIndex = ("double_blocks", index)
+        if key in stream.skip_blocks:
             continue
-        image, text = gradient_checkpoint_forward(block, gradient_checkpointing, False, image, text, *shared)
-        image = _with_residuals(image, stream.residuals.get(("double_blocks", index), ()))
+        more = stream.query_attention.get(key, ())
+        image, text = gradient_checkpoint_forward(block, gradient_checkpointing, False, image, text, *shared, more)
+        image = _with_residuals(image, stream.residuals.get(key, ()))
     tokens = torch.cat((text, image), dim=1)
     for index, block in enumerate(network.single_blocks):
-        if ("single_blocks", index) in stream.skip_blocks:
+        key = ("single_blocks", index)
+        if key in stream.skip_blocks:
             continue
-        tokens = gradient_checkpoint_forward(block, gradient_checkpointing, False, tokens, *shared)
-        if residuals := stream.residuals.get(("single_blocks", index), ()):
+        more = stream.query_attention.get(key, ())
+        tokens = gradient_checkpoint_forward(block, gradient_checkpointing, False, tokens, *shared, more)
+        if residuals := stream.residuals.get(key, ()):
             tokens = torch.cat((tokens[:, :length], _with_residuals(tokens[:, length:], residuals)), dim=1)
     return tokens
 
@@ -239,15 +256,17 @@ class Modulation(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMS norm of each head, followed by RoPE."""
+    """RMS norm of each head, and RoPE."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, x: Float[Tensor, "b s n d"], rotary: Rotary) -> Float[Tensor, "b s n d"]:
-        """Return queries or keys `b s n d`, normalised and rotated."""
-        return rms_norm_rotary(x, self.scale, *rotary, eps=1e-6)
+    def forward(self, x: Float[Tensor, "b s n d"], rotary: Rotary | None) -> Float[Tensor, "b s n d"]:
+        """Return queries or keys `b s n d`, normalised, and rotated unless `rotary` is None."""
+        if rotary is None:
+            return rms_norm(x, self.scale, eps=NORM_EPS)
+        return rms_norm_rotary(x, self.scale, *rotary, eps=NORM_EPS)
 
 
 class QKNorm(nn.Module):
@@ -276,9 +295,11 @@ class StreamAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Float[Tensor, "b s e"], rotary: Rotary) -> tuple[Float[Tensor, "b s n d"], ...]:
-        """Return (queries, keys, values), each `b s n d`; queries and keys are normalised and rotated."""
+        """Return (queries, keys, values, queries before norm and RoPE), each `b s n d`; queries and keys are normalised
+        and rotated.
+        """
         q, k, v = rearrange(self.qkv(x), "b s (three n d) -> three b s n d", three=3, d=self.head_dim)
-        return (*self.norm(q, k, rotary), v)
+        return (*self.norm(q, k, rotary), v, q)
 
 
 class DoubleBlock(nn.Module):
@@ -304,18 +325,20 @@ class DoubleBlock(nn.Module):
         modulation: Float[Tensor, "b e"],
         rotary: Rotary,
         mask: Bool[Tensor, "b 1 s s"] | None = None,
+        query_attention: tuple[QueryAttention, ...] = (),
     ) -> tuple[Float[Tensor, "b i e"], Float[Tensor, "b t e"]]:
         """Return (image tokens `b i e`, text tokens `b t e`) after this block."""
         length = text.shape[1]
         text_rotary, image_rotary = _split(rotary, length)
         img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = self.img_mod(modulation)
         txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(modulation)
-        of_image = self.img_attn(self.img_norm1(image, scale=img_scale, shift=img_shift), image_rotary)
-        of_text = self.txt_attn(self.txt_norm1(text, scale=txt_scale, shift=txt_shift), text_rotary)
+        *of_image, queries = self.img_attn(self.img_norm1(image, scale=img_scale, shift=img_shift), image_rotary)
+        *of_text, _ = self.txt_attn(self.txt_norm1(text, scale=txt_scale, shift=txt_shift), text_rotary)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
-        out = attention(q, k, v, mask=mask).flatten(2)
-        image = gated_residual(image, self.img_attn.proj(out[:, length:]), img_gate)
-        text = gated_residual(text, self.txt_attn.proj(out[:, :length]), txt_gate)
+        out = attention(q, k, v, mask=mask)
+        out_image = _with_query_attention(out[:, length:], self.img_attn.norm, queries, query_attention)
+        image = gated_residual(image, self.img_attn.proj(out_image.flatten(2)), img_gate)
+        text = gated_residual(text, self.txt_attn.proj(out[:, :length].flatten(2)), txt_gate)
         image_mlp = self.img_mlp(self.img_norm2(image, scale=img_scale2, shift=img_shift2))
         text_mlp = self.txt_mlp(self.txt_norm2(text, scale=txt_scale2, shift=txt_shift2))
         return gated_residual(image, image_mlp, img_gate2), gated_residual(text, text_mlp, txt_gate2)
@@ -339,6 +362,7 @@ class SingleBlock(nn.Module):
         modulation: Float[Tensor, "b e"],
         rotary: Rotary,
         mask: Bool[Tensor, "b 1 s s"] | None = None,
+        query_attention: tuple[QueryAttention, ...] = (),
     ) -> Float[Tensor, "b s e"]:
         """Return the tokens `b s e` after this block."""
         width = tokens.shape[2]
@@ -346,7 +370,8 @@ class SingleBlock(nn.Module):
         h = self.linear1(self.pre_norm(tokens, scale=scale, shift=shift))
         qkv, hidden = h[..., : 3 * width], h[..., 3 * width :]
         q, k, v = rearrange(qkv, "b s (three n d) -> three b s n d", three=3, d=self.head_dim)
-        out = attention(*self.norm(q, k, rotary), v, mask=mask).flatten(2)
+        out = attention(*self.norm(q, k, rotary), v, mask=mask)
+        out = _with_query_attention(out, self.norm, q, query_attention).flatten(2)
         h = self.linear2(torch.cat((out, F.gelu(hidden, approximate="tanh")), dim=2))
         return gated_residual(tokens, h, gate)
 
@@ -411,6 +436,17 @@ def _with_residuals(image: Tensor, residuals: Sequence[Residual]) -> Tensor:
     for residual in residuals:
         image = image + residual(image)
     return image
+
+
+def _with_query_attention(
+    out: Tensor, norm: QKNorm, queries: Tensor, functions: Sequence[QueryAttention]
+) -> Float[Tensor, "b s n d"]:
+    """Return the attention output `out` with the results of `functions` of the normalised queries added."""
+    if functions:
+        queries = norm.query_norm(queries, None)
+    for function in functions:
+        out = out + function(queries)
+    return out
 
 
 def _norm(config: FluxBlocksConfig) -> LayerNorm:

@@ -4,7 +4,8 @@ An extension is a callable `(dit, stream) -> stream`. The transformer runs two s
 separate weights for the tokens of the image and of the text, then `single_blocks`, over both. `FluxDiT.forward` applies
 its extensions in order, after the embedding and before the first block. An extension may change every field of
 `Stream`: append image or text tokens, add to tokens, move them to other positions, mask them, change the modulation,
-skip a block, or register a residual that is added to the image's tokens after a block.
+skip a block, register a residual that is added to the image's tokens after a block, or register an attention of the
+block's queries to something else, such as the tokens of a reference image.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ Rotary: TypeAlias = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half
 
 Residual: TypeAlias = Callable[[Float[Tensor, "b i e"]], Float[Tensor, "b i e"]]
 """Function of the image's tokens after a block; its result is added to them."""
+
+QueryAttention: TypeAlias = Callable[[Float[Tensor, "b s n d"]], Float[Tensor, "b s n d"]]
+"""Function of a block's queries, after their norm and before RoPE; its result is added to the output of the block's
+attention, before the projection. In `double_blocks` the queries are those of the image's tokens; in `single_blocks`,
+those of the text's tokens, then of the image's."""
 
 StackName: TypeAlias = Literal["double_blocks", "single_blocks"]
 """Name of a stack of blocks, which is the name of its `ModuleList` in the transformer."""
@@ -70,6 +76,8 @@ class Stream:
         mask: which tokens attend to which, True for attended, those of the text before those of the image; None is all.
         residuals: stack and index of a block -> functions whose results are added to the image's tokens after it, in
             order.
+        query_attention: stack and index of a block -> functions of its queries whose results are added to the output of
+            its attention, in order.
         skip_blocks: stacks and indices of blocks that are skipped together with their residuals.
         step: context of the sampling step, set by the caller of `FluxDiT.forward`; None outside of a sampling loop.
     """
@@ -83,6 +91,7 @@ class Stream:
     inputs: Inputs
     mask: Bool[Tensor, "b 1 s s"] | None = None
     residuals: Mapping[BlockIndex, tuple[Residual, ...]] = field(default_factory=dict)
+    query_attention: Mapping[BlockIndex, tuple[QueryAttention, ...]] = field(default_factory=dict)
     skip_blocks: frozenset[BlockIndex] = frozenset()
     step: Any = None
 
@@ -97,6 +106,20 @@ class Stream:
         """
         key = (stack, block)
         return replace(self, residuals={**self.residuals, key: (*self.residuals.get(key, ()), residual)})
+
+    def with_query_attention(self, stack: StackName, block: int, function: QueryAttention) -> Stream:
+        """Return a copy of this `Stream` with one more function of a block's queries, whose result is added to the
+        output of its attention.
+
+        Args:
+            stack: the block's stack.
+            block: index of the block in its stack.
+            function: of the queries, see `QueryAttention`. A `functools.partial` of a function and tensors is compiled
+                once for all blocks.
+        """
+        key = (stack, block)
+        functions = (*self.query_attention.get(key, ()), function)
+        return replace(self, query_attention={**self.query_attention, key: functions})
 
 
 class Network(Protocol):

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipMultiheadAttentionPoolingHead
 
 from diffsynth.core.data.color import to_rgb
 from diffsynth.models.transformers_attention import attn_implementation
@@ -18,8 +18,8 @@ from diffsynth_flux.flux1.config import ReduxEmbedderConfig, SiglipImageEncoderC
 
 
 class SiglipImageEncoder(nn.Module):
-    """Image encoder of SigLIP (Zhai et al. 2023, arXiv:2303.15343) without its pooling head. Parameter names are those
-    of the published `image_encoder/model.safetensors` of FLUX.1-Redux.
+    """Image encoder of SigLIP (Zhai et al. 2023, arXiv:2303.15343). Parameter names are those of the published
+    `image_encoder/model.safetensors` of FLUX.1-Redux.
     """
 
     def __init__(self, config: SiglipImageEncoderConfig) -> None:
@@ -37,17 +37,23 @@ class SiglipImageEncoder(nn.Module):
         self.vision_model.encoder = nn.Module()
         self.vision_model.encoder.layers = nn.ModuleList(SiglipEncoderLayer(settings) for _ in range(config.num_layers))
         self.vision_model.post_layernorm = nn.LayerNorm(config.hidden_size, eps=settings.layer_norm_eps)
+        self.vision_model.head = SiglipMultiheadAttentionPoolingHead(settings) if config.pooling_head else None
 
-    def forward(self, image: Float[Tensor, "b 3 side side"]) -> Float[Tensor, "b s e"]:
-        """Return the normalised hidden states `b s e` of the last layer, one for each patch.
+    def forward(
+        self, image: Float[Tensor, "b 3 side side"], *, pooled: bool = False
+    ) -> Float[Tensor, "b s e"] | Float[Tensor, "b e"]:
+        """Return the normalised hidden states `b s e` of the last layer, one for each patch; with `pooled` the vector
+        `b e` that the head makes of them.
 
         Args:
             image: pixels in [-1, 1] of the size in the config, see `siglip_pixels`.
+            pooled: whether the head follows; only for a network with `config.pooling_head`.
         """
         hidden = self.vision_model.embeddings(image)
         for layer in self.vision_model.encoder.layers:
             hidden = layer(hidden, attention_mask=None)
-        return self.vision_model.post_layernorm(hidden)
+        hidden = self.vision_model.post_layernorm(hidden)
+        return self.vision_model.head(hidden) if pooled else hidden
 
 
 class SiglipEmbeddings(nn.Module):

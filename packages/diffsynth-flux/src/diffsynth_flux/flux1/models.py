@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from diffsynth.spec import ModelSpec, TeaCacheSpec, TrainingSpec
@@ -25,6 +26,8 @@ TINY_ENCODERS = {
 
 TINY_REDUX = {"image_embedder": {"context_dim": CONTEXT_DIM}}
 
+TINY_IP_ADAPTER = {"ipadapter": {"context_dim": CONTEXT_DIM}}
+
 TEA_CACHE = TeaCacheSpec(
     coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861), signal="module:img_norm1"
 )
@@ -40,7 +43,7 @@ def _model(
     task: str = "text-to-image",
     defaults: Mapping[str, Any] | None = None,
     license_name: str = LICENSE,
-    tiny: Mapping[str, Any] | None = None,
+    tiny: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     tiny_inputs: str = "",
     more: Mapping[str, str] | None = None,
 ) -> ModelSpec:
@@ -50,9 +53,9 @@ def _model(
         hub_id, description, task, defaults, license_name: fields of `ModelSpec`.
         file: the transformer, in the model's repository, or `REPOSITORY:FILE`.
         encoders: repository of the text encoders, their tokenizers and the autoencoder.
-        tiny: config fields of the tiny transformer.
+        tiny: role -> config fields of the tiny networks that the model does not share with FLUX.1-dev.
         tiny_inputs: name of the function in `diffsynth_flux.flux1.tiny` that makes the inputs that the model needs.
-        more: role -> file in the model's repository, of further networks.
+        more: role -> file in the model's repository, or `REPOSITORY:FILE`, of further networks.
     """
     return ModelSpec(
         name=hub_id.rpartition("/")[2].lower(),
@@ -65,13 +68,13 @@ def _model(
             "text_encoder_1": f"{encoders}:text_encoder/model.safetensors",
             "text_encoder_2": f"{encoders}:text_encoder_2/*.safetensors",
             "vae": f"{encoders}:ae.safetensors",
-            **{role: f"{hub_id}:{path}" for role, path in (more or {}).items()},
+            **{role: path if ":" in path else f"{hub_id}:{path}" for role, path in (more or {}).items()},
         },
         processors={"tokenizer_1": f"{encoders}:tokenizer/", "tokenizer_2": f"{encoders}:tokenizer_2/"},
         defaults=dict(defaults or {}),
         license=license_name,
         description=description,
-        tiny={"dit": TINY_DIT | dict(tiny or {}), **TINY_ENCODERS, **(TINY_REDUX if more else {})},
+        tiny={**TINY_ENCODERS, **tiny, "dit": TINY_DIT | tiny.get("dit", {})},
         tiny_inputs=f"diffsynth_flux.flux1.tiny:{tiny_inputs}" if tiny_inputs else "",
         tea_cache=TEA_CACHE,
     )
@@ -86,7 +89,7 @@ MODELS = (
         encoders="black-forest-labs/FLUX.1-schnell",
         defaults={"num_inference_steps": 4, "sigma_shift": 1.0, "t5_sequence_length": 256},
         license_name="Apache-2.0",
-        tiny={"guidance_embed": False},
+        tiny={"dit": {"guidance_embed": False}},
     ),
     _model(
         "black-forest-labs/FLUX.1-Krea-dev",
@@ -109,7 +112,7 @@ MODELS = (
         encoders="black-forest-labs/FLUX.1-Fill-dev",
         task="image-to-image",
         defaults={"num_inference_steps": 50, "embedded_guidance": 30.0},
-        tiny={"in_channels": 384},
+        tiny={"dit": {"in_channels": 384}},
         tiny_inputs="fill_inputs",
     ),
     _model(
@@ -118,7 +121,7 @@ MODELS = (
         "12B, follows a depth map",
         task="image-to-image",
         defaults={"embedded_guidance": 10.0},
-        tiny={"in_channels": 128},
+        tiny={"dit": {"in_channels": 128}},
         tiny_inputs="control_inputs",
     ),
     _model(
@@ -127,7 +130,7 @@ MODELS = (
         "12B, follows edges",
         task="image-to-image",
         defaults={"num_inference_steps": 50, "embedded_guidance": 30.0},
-        tiny={"in_channels": 128},
+        tiny={"dit": {"in_channels": 128}},
         tiny_inputs="control_inputs",
     ),
     _model(
@@ -141,13 +144,26 @@ MODELS = (
             "image_encoder": "image_encoder/model.safetensors",
             "image_embedder": "image_embedder/diffusion_pytorch_model.safetensors",
         },
+        tiny=TINY_REDUX,
+    ),
+    _model(
+        "InstantX/FLUX.1-dev-IP-Adapter",
+        f"{DEV}:flux1-dev.safetensors",
+        "FLUX.1-dev with an adapter for image prompts",
+        task="image-to-image",
+        tiny_inputs="ip_adapter_inputs",
+        more={
+            "ipadapter": "ip-adapter.bin",
+            "image_encoder": "google/siglip-so400m-patch14-384:model.safetensors",
+        },
+        tiny=TINY_IP_ADAPTER,
     ),
 )
 
 TRAINING = (
     TrainingSpec(
         pipeline=PIPELINE,
-        trainable=("dit", "text_encoder_1", "text_encoder_2", "vae"),
+        trainable=("dit", "text_encoder_1", "text_encoder_2", "vae", "ipadapter"),
         lora_targets={"dit": LORA_TARGETS},
         data={
             "prompt": "prompt",
@@ -156,6 +172,7 @@ TRAINING = (
             "flux_fill_image": "flux_fill_image",
             "flux_fill_mask": "flux_fill_mask",
             "control_image": "control_image",
+            "ipadapter_images": "ipadapter_images",
         },
         schedule="diffsynth.sampling.schedule:flux1_sigmas",
     ),

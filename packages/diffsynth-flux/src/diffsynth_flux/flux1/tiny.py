@@ -10,6 +10,7 @@ from diffsynth_flux.flux1.config import (
     ClipTextEncoderConfig,
     FluxControlNetConfig,
     FluxDiTConfig,
+    IPAdapterConfig,
     ReduxEmbedderConfig,
     SiglipImageEncoderConfig,
     T5TextEncoderConfig,
@@ -73,6 +74,13 @@ def tiny_redux_inputs(config: ReduxEmbedderConfig, generator: torch.Generator) -
     return {"hidden": torch.randn(2, 5, config.image_dim, generator=generator)}
 
 
+def tiny_ip_adapter_inputs(config: IPAdapterConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return a dict of the argument of `FluxIPAdapter.forward`: pooled states of two images, fp32 on the CPU."""
+    import torch
+
+    return {"pooled": torch.randn(2, config.image_dim, generator=generator)}
+
+
 def kontext_inputs(size: Mapping[str, int]) -> dict[str, Any]:
     """Return a dict of call arguments with a reference image, for a result of `size` in pixels."""
     return {"kontext_images": tiny_image(size)}
@@ -91,3 +99,8 @@ def control_inputs(size: Mapping[str, int]) -> dict[str, Any]:
 def redux_inputs(size: Mapping[str, int]) -> dict[str, Any]:
     """Return a dict of call arguments with an image to vary, for a result of `size` in pixels."""
     return {"flux_redux_image": tiny_image(size)}
+
+
+def ip_adapter_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict of call arguments with an image prompt, for a result of `size` in pixels."""
+    return {"ipadapter_images": tiny_image(size)}

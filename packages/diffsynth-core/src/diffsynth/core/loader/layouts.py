@@ -9,8 +9,9 @@ import functools
 import gzip
 import importlib.resources
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from typing import Any
 
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.convert import Shape
@@ -20,9 +21,16 @@ from diffsynth.spec import CheckpointSpec, resolve
 
 def layout_of(checkpoint: CheckpointSpec) -> Mapping[str, Shape]:
     """Return a dict key -> shape of the tensors in a published checkpoint file; empty if the plugin ships no list of
-    them.
+    them. Keys of nested dicts, which some pickles have, are joined by dots.
     """
     return _read(checkpoint.layout) if checkpoint.layout else {}
+
+
+def nested_layout_of(checkpoint: CheckpointSpec) -> Mapping[str, Any]:
+    """Return a dict key -> shape as `layout_of` does, with nested dicts where the file has them: the argument of
+    `header.signature`.
+    """
+    return _tensors(checkpoint.layout) if checkpoint.layout else {}
 
 
 def rules_of(checkpoint: CheckpointSpec) -> Sequence[convert.Rule]:
@@ -47,9 +55,23 @@ def _own_names(rules: tuple[convert.Rule, ...], layout: str) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def _read(layout: str) -> Mapping[str, Shape]:
+    return dict(_flat(_tensors(layout)))
+
+
+def _tensors(layout: str) -> dict[str, Any]:
     package, _, path = layout.partition(":")
     data = importlib.resources.files(package).joinpath(path).read_bytes()
-    return {key: tuple(shape) for key, shape in json.loads(gzip.decompress(data))["tensors"].items()}
+    tensors: dict[str, Any] = json.loads(gzip.decompress(data))["tensors"]
+    return tensors
+
+
+def _flat(tensors: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Shape]]:
+    """Yield (key, shape) of a layout's tensors; keys of nested dicts are joined by dots."""
+    for key, value in tensors.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, tuple(value)
 
 
 def file_shapes(

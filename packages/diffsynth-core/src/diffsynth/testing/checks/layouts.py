@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from diffsynth.core.loader import convert, header, recognize
-from diffsynth.core.loader.layouts import layout_of, rules_of
+from diffsynth.core.loader.layouts import layout_of, nested_layout_of, rules_of
 from diffsynth.errors import Unrecognized
 from diffsynth.spec import CheckpointSpec, resolve
 from diffsynth.testing.checks.architectures import config_inferred
@@ -44,7 +44,7 @@ def recognized_by_structure(name: str) -> str:
 
 
 def _has_signature(fact: CheckpointSpec) -> None:
-    found = header.signature(layout_of(fact))
+    found = header.signature(nested_layout_of(fact))
     assert found == fact.signature, f"{fact.layout} has signature {found}; its CheckpointSpec declares {fact.signature}"
 
 
@@ -73,4 +73,8 @@ def _is_recognized(fact: CheckpointSpec, subject: Subject, tier: str) -> None:
 
 
 def _header(fact: CheckpointSpec) -> header.Header:
-    return header.Header({key: header.TensorInfo("BF16", shape) for key, shape in layout_of(fact).items()})
+    nested = nested_layout_of(fact)
+    return header.Header(
+        {key: header.TensorInfo("BF16", shape) for key, shape in layout_of(fact).items()},
+        nested=nested if any(isinstance(value, Mapping) for value in nested.values()) else None,
+    )

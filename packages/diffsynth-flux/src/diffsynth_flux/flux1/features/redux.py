@@ -18,6 +18,9 @@ from diffsynth_flux.flux1.image_encoders import siglip_pixels
 
 ENCODER, EMBEDDER = "image_encoder", "image_embedder"
 
+ENCODER_ROLE = Role(architectures=("siglip_image_encoder",), optional=True)
+"""The role of the image encoder, which IP-Adapters read, too."""
+
 
 class ReduxArguments(TypedDict, total=False):
     """Image to vary.
@@ -90,7 +93,7 @@ REDUX = Feature(
     "redux",
     arguments=ReduxArguments,
     roles={
-        ENCODER: Role(architectures=("siglip_image_encoder",), optional=True),
+        ENCODER: ENCODER_ROLE,
         EMBEDDER: Role(architectures=("flux_redux_embedder",), optional=True),
     },
     units=(encode_redux_image, append_redux_tokens),
