@@ -166,16 +166,21 @@ def check_low_vram(call: Call, other: Call, *, stored: torch.dtype | None, on_di
 
 
 def round_weights(folder: Path, dtype: torch.dtype) -> None:
-    """Round the weights in all safetensors files below a folder to values that a narrower dtype has, too."""
+    """Round the weights in all weight files below a folder to values that a narrower dtype has, too."""
+
+    def rounded(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            key: tensor.to(dtype).to(tensor.dtype) if tensor.is_floating_point() else tensor
+            for key, tensor in tensors.items()
+        }
+
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             metadata = file.metadata()
-        rounded = {
-            key: tensor.to(dtype).to(tensor.dtype) if tensor.is_floating_point() else tensor
-            for key, tensor in tensors.items()
-        }
-        save_file(rounded, path, metadata)
+        save_file(rounded(tensors), path, metadata)
+    for path in folder.rglob("*.bin"):
+        torch.save(rounded(torch.load(path)), path)
 
 
 def write_data_set(dataset_id: str, local_dir: str, allow_file_pattern: str | list[str], **unread: Any) -> str:
