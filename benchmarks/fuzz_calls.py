@@ -18,13 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-from call_fuzz import ONCE_FAULTY, PIPELINES, FuzzedPipeline, wrong_values
+from call_fuzz import ONCE_FAULTY, FuzzedPipeline, pipelines, wrong_values
 
 
 def main() -> int:
     """Run the calls and print the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(PIPELINES))
+    parser.add_argument("--models", nargs="+", default=pipelines())
     parser.add_argument("--json", type=Path, help="file for the counts")
     options = parser.parse_args()
     logging.disable(logging.WARNING)

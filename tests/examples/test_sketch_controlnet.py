@@ -102,7 +102,8 @@ def test_a_call_uses_one_or_both(pipe):
         assert larger.shape == (1, 3, 128, 96)
         assert torch.equal(larger, pipe.upscaler(image))
     assert pipe(**{**PIXELS, "output_type": "pil"}, **sketch, upscale=2).size == (96, 128)
-    assert torch.equal(pipe(**LATENTS, **sketch, upscale=2), pipe(**LATENTS, **sketch))
+    with pytest.raises(ValueError, match=r"upscale=2 enlarges the decoded image; expected output_type='pil' or"):
+        pipe(**LATENTS, **sketch, upscale=2)
 
 
 def test_sketches_add_up_and_each_has_its_steps(pipe):

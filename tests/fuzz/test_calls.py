@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from call_fuzz import ONCE_FAULTY, PIPELINES, FuzzedPipeline, wrong_values
+from call_fuzz import ONCE_FAULTY, FuzzedPipeline, pipelines, wrong_values
 
 fuzzing = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=pipelines())
 def fuzzed(request):
     return FuzzedPipeline(request.param)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from diffsynth.core.data.audio import Audio
 from diffsynth.errors import NotFinite
-from diffsynth.runtime.images import image_to_tensor, images_to_batch, mask_to_tensor, tensor_to_images
+from diffsynth.runtime.images import check_output, image_to_tensor, images_to_batch, mask_to_tensor, tensor_to_images
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -93,3 +94,13 @@ def test_a_tensor_passes_if_its_size_fits():
 def test_values_outside_are_clipped():
     levels = np.asarray(tensor_to_images(torch.tensor([-7.0, 7.0]).view(1, 1, 1, 2).expand(1, 3, 1, 2))[0])
     assert levels[0, :, 0].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_of_every_kind_are_checked(value):
+    wrong = torch.tensor([0.0, value])
+    for output in (wrong, [wrong], Audio(wrong[None], 8000), [Audio(wrong[None], 8000)]):
+        with pytest.raises(NotFinite, match=r"decoded values hold NaN or infinity \(torch\.float32\)"):
+            check_output(output)
+    check_output([torch.zeros(2), Image.new("RGB", (8, 8)), [Image.new("RGB", (8, 8))], 0.5])
+    check_output(torch.zeros(2, device="meta"))

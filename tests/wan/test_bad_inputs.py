@@ -52,6 +52,7 @@ def pipeline(*, image_encoder=None, dit2=None, vace=None, vace2=None, **config) 
     )
 
 
+TILES = ("tile_size", "tile_stride")
 TEXT = {}
 IMAGE = {"in_channels": 36}
 BOTH_ENDS = {"in_channels": 36, "image_dim": 1280, "image_tokens": 514}
@@ -236,3 +237,30 @@ def test_frames_and_sides_off_the_rule_are_rounded_and_logged(caplog):
 
 def test_one_frame_is_an_image():
     assert pipeline().program.units[0](height=32, width=32, num_frames=1, vae_factor=16, time_factor=4) == (32, 32, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"camera_control_speed": 0.5}, {"camera_control_speed": "camera_control_direction is not given"}),
+        ({"cfg_merge": True, "cfg_scale": 1.0}, {"cfg_merge": "guidance is off (cfg_scale=1.0)"}),
+        ({"cfg_merge": True, "cfg_scale": 2.0}, {}),
+        ({"tiled": False, "tile_size": (8, 8), "tile_stride": (4, 4)}, dict.fromkeys(TILES, "tiled is off")),
+        ({"input_video": [RED] * 9}, {"input_video": "denoising_strength is 1"}),
+        ({"input_video": [RED] * 9, "denoising_strength": 0.5}, {}),
+        ({"animate2_log_scale": 0.0}, {}),
+    ],
+)
+def test_arguments_without_effect(arguments, expected):
+    assert pipeline(**TEXT).arguments_without_effect(prompt="a", **SIZE, **arguments) == expected
+
+
+def test_a_scale_of_vace_without_its_inputs():
+    call, scale = {"prompt": "a", **SIZE, "vace_scale": 0.5}, {"vace_scale": "no input of VACE is given"}
+    assert pipeline(vace=True).arguments_without_effect(**call) == scale
+    assert pipeline(vace=True).arguments_without_effect(**call, vace_reference_image=RED) == {}
+
+
+def test_a_noise_level_needs_a_video():
+    with pytest.raises(ValueError, match=r"denoising_strength=0\.5 is given without input_video"):
+        pipeline(**TEXT).check(prompt="a", **SIZE, denoising_strength=0.5)

@@ -199,3 +199,9 @@ def test_weights_that_are_not_finite(toy, tmp_path, value):
     component.fill_buffers(module)
     with pytest.raises(CorruptFile, match=message):
         wrap(module, Policy.preset("cpu-offload", "cpu"), source=source)
+    module, source = component.open_component(found, tensors, dtype=torch.float32)
+    component.materialize(module, source, device="meta")
+    component.fill_buffers(module)
+    on_disk = wrap(module, Policy.preset("disk", "cpu"), source=source)
+    with pytest.raises(CorruptFile, match=message):
+        on_disk.enter()

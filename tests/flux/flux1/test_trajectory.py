@@ -11,7 +11,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
 from diffsynth_flux.flux1.dit import patchify
-from flux1_oracles import DIT, SIZE, noise, sigmas, tiny_pipelines, unpacked
+from flux1_oracles import DIT, SIZE, noise, random_image, sigmas, tiny_pipelines, unpacked
 from parity import TOLERANCE, relative_error
 
 CALL = {"prompt": "a red apple on a table", "negative_prompt": "blurry", **SIZE}
@@ -138,3 +138,19 @@ def test_a_network_without_guidance_refuses_it():
         ours.check(prompt="a", embedded_guidance=2.0)
     call = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 0, "output_type": "latents"}
     assert torch.isfinite(ours("a", **call)).all()
+
+
+def test_an_input_without_effect_is_said(pipelines):
+    ours, image = pipelines[0], random_image(0)
+    call = {"prompt": "a", **SIZE, "num_inference_steps": 1, "seed": 0, "output_type": "latents"}
+    assert ours.arguments_without_effect(**call, input_image=image) == {"input_image": "denoising_strength is 1"}
+    assert torch.equal(ours(**call, input_image=image), ours(**call))
+    inpainted = {"input_image": image, "inpaint_mask": image.convert("L")}
+    assert ours.arguments_without_effect(**call, **inpainted) == {}
+    assert ours.arguments_without_effect(**call, tile_size=96) == {"tile_size": "output_type is 'latents'"}
+    assert ours.arguments_without_effect(**{**call, "output_type": "pil"}, tile_size=96) == {
+        "tile_size": "tiled is off"
+    }
+    assert ours.arguments_without_effect(**{**call, "output_type": "pil"}, tile_size=96, tiled=True) == {}
+    with pytest.raises(ValueError, match=r"denoising_strength=0\.5 is given without input_image"):
+        ours.check(prompt="a", denoising_strength=0.5)

@@ -157,3 +157,16 @@ def test_inpainting(klein) -> None:
     white = ours("a hat", seed=4, output_type="latents", **arguments, **call)
     arguments["inpaint_mask"] = None
     assert torch.equal(white, ours("a hat", seed=4, output_type="latents", **arguments, **call))
+
+
+def test_noise_that_is_given_takes_the_place_of_the_seed(klein) -> None:
+    ours = klein[0]
+    given = {"prompt": "a", "initial_noise": noise(0), "num_inference_steps": 1, "output_type": "latents", **SIZE}
+    reason = "initial_noise is given"
+    assert ours.arguments_without_effect(**given, seed=1) == {"seed": reason}
+    assert torch.equal(ours(**given, seed=1), ours(**given, seed=2))
+    assert ours.arguments_without_effect(**given, seed=1, solver="euler_ancestral") == {}
+    assert ours.arguments_without_effect(**given, rand_device=torch.device("cpu")) == {"rand_device": reason}
+    ours.check(**given, denoising_strength=0.5)  # the noise may be latents of another call
+    with pytest.raises(ValueError, match=r"denoising_strength=0\.5 is given without input_image"):
+        ours.check(prompt="a", denoising_strength=0.5)

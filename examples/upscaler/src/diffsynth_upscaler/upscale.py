@@ -30,9 +30,13 @@ def enlarge(
 
 
 def check(configs, values):
-    """Raise ValueError for a factor that is not that of the loaded upscaler."""
+    """Raise ValueError for a factor that is not that of the loaded upscaler, or for latents, which are not enlarged."""
     upscale, upscaler = values["upscale"], configs["upscaler"]
-    if upscale is not None and upscale != upscaler.factor:
+    if upscale is None:
+        return
+    if values["output_type"] == "latents":
+        raise ValueError(f"upscale={upscale!r} enlarges the decoded image; expected output_type='pil' or 'tensor'")
+    if upscale != upscaler.factor:
         raise ValueError(f"upscale={upscale!r}: expected {upscaler.factor}, the factor of the loaded upscaler, or None")
 
 

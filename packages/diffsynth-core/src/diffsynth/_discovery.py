@@ -123,6 +123,9 @@ KINDS: dict[str, type] = {
     "guidance": spec.GuidanceSpec,
 }
 
+_UNIQUE = ("architectures", "doors", "guidance", "solvers", "writers")
+"""Kinds of declarations whose names must differ among all plugins."""
+
 
 @dataclass(frozen=True)
 class _Discovered:
@@ -273,8 +276,10 @@ def _discover() -> _Discovered:
         plugins.append(Plugin(plugin.name, plugin.distribution, plugin.version, time.perf_counter() - started))
         for kind, specs in own.items():
             declared[kind] += [Declared(s, plugin.name, plugin.distribution, plugin.version) for s in specs]
-    for kind in ("architectures", "doors", "guidance", "writers"):
-        problems += [Problem(*clash) for clash in duplicates(declared[kind])]
+    clashes = [Problem(*each) for kind in _UNIQUE for each in duplicates(declared[kind])]
+    if clashes and _env.strict_plugins():
+        raise BrokenPlugin("; ".join(map(str, clashes)))
+    problems += clashes
     if problems:
         logger.warning("%s", describe(problems))
     everything = {kind: tuple(specs) for kind, specs in declared.items()}

@@ -33,6 +33,9 @@ _PLAIN = {str: "text", bool: "True or False", int: "an integer", float: "a numbe
 _OVER = 1.01
 """Largest magnitude of a pixel value in [-1, 1] that is not refused: float16 and a decoder round."""
 
+_LARGEST = torch.finfo(torch.float32).max
+"""Largest number that tensors of a call can hold."""
+
 
 class _Unfit(Exception):
     """A value that does not fit a type; `is_type` is False if its type fits, and the value does not."""
@@ -222,6 +225,8 @@ def _check_plain(kind: type, value: Any, bounds: Mapping[str, float]) -> None:
         finite = kind is int
     if not finite:
         raise _Unfit(is_type=False)
+    if kind is float and abs(value) > _LARGEST:
+        raise _Unfit("it is beyond the range of float32", is_type=False)
     if not all(holds(value, bounds[word]) for word, (_, holds) in BOUNDS.items() if word in bounds):
         raise _Unfit(is_type=False)
 
@@ -250,13 +255,13 @@ def _check_items(item: Any, value: Any) -> None:
         raise _Unfit
     if not len(value) and not dataclasses.is_dataclass(item):  # no settings, such as those of ControlNets, are none
         raise _Unfit("it is empty", is_type=False)
-    if isinstance(value, list | tuple):  # another sequence, such as a video, may decode its items
-        for index, one in enumerate(value):
-            try:
-                _check(item, one, {})
-            except _Unfit as error:
-                reason = f": {error}" if str(error) else f", {shown(one)}, is {type(one).__name__}"
-                raise _Unfit(f"entry {index}{reason}", is_type=error.is_type) from None
+    # Another sequence, such as a video, may decode its items: one of them is enough.
+    for index, one in enumerate(value if isinstance(value, list | tuple) else [value[0]]):
+        try:
+            _check(item, one, {})
+        except _Unfit as error:
+            reason = f": {error}" if str(error) else f", {shown(one)}, is {type(one).__name__}"
+            raise _Unfit(f"entry {index}{reason}", is_type=error.is_type) from None
 
 
 def _check_function(value: Any, count: int) -> None:

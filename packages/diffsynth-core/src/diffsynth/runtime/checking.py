@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffsynth.runtime.argument_types import ArgumentType, argument_types
+from diffsynth.runtime.call_size import check_size
 from diffsynth.runtime.effects import without_effect
 from diffsynth.runtime.loop import check_loop
 from diffsynth.runtime.request import Request, check_request
@@ -27,9 +28,10 @@ class CheckMethods:
         """
         request = self.check_arguments(**arguments)
         configs = {role: config_of(part) for role, part in self.components.items()}
+        values = self.known_values(request)
         for feature in self.features:
             if feature.check is not None:
-                feature.check(configs, request.values)
+                feature.check(configs, values)
         return request
 
     def check_arguments(self: Any, **arguments: Any) -> Request:
@@ -44,8 +46,8 @@ class CheckMethods:
             per_image=self.per_image,
             check_value=lambda name, value: self._argument_types[name].check(value),
         )
-        values = {**request.values, "batch_size": request.batch_size, **self.fact_values()}
-        check_values(self.program, self.components, values)
+        check_size(self, request)
+        check_values(self.program, self.components, self.known_values(request))
         if self.has_loop():
             check_loop(self, request)
         elif request.loop.output_type == "latents":
@@ -55,8 +57,10 @@ class CheckMethods:
     def arguments_without_effect(self: Any, **arguments: Any) -> dict[str, str]:
         """Return a dict argument -> reason of a call's arguments that change nothing, such as a negative prompt where
         guidance is off. The call logs each of them, and a record leaves them out. Errors are those of the call.
+
+        Where the pipeline keeps a limit this makes the call's plan, which may turn tiles on.
         """
-        return without_effect(self, self.check(**arguments), arguments)
+        return without_effect(self, self._planned_request(arguments), arguments)
 
     def log_arguments_without_effect(self: Any, request: Request, arguments: Mapping[str, Any]) -> None:
         """Log a warning for each argument of a checked call that changes nothing; see `arguments_without_effect`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffsynth.runtime.interface import PlannablePipeline
 from diffsynth.runtime.request import Request
+from diffsynth.runtime.solvers import find_solver
 from diffsynth.runtime.unit import Unit, equals_default, is_enabled, runs
 
 
@@ -14,30 +15,78 @@ def without_effect(pipe: PlannablePipeline, request: Request, arguments: Mapping
     """Return a dict argument -> reason, for those of the call that differ from their default and change nothing.
 
     They are the arguments that only a branch of guidance reads which the call does not compute, those of units that
-    another argument turns on (`only_with`), and `guidance` where it is off.
+    another argument turns on (`only_with`), those that all units ignore (`Unit.ignores`), those of units that make an
+    output of latents that the call returns as they are, and `guidance` where it is off.
 
     Args:
         pipe: the pipeline.
         request: the checked call.
         arguments: of the call, as the caller passed them.
     """
-    program, defaults = pipe.program, pipe.__signature__.parameters
+    defaults, reads = pipe.__signature__.parameters, _Reads(pipe, request)
     found: dict[str, str] = {}
     # A subclass's `check()` may take arguments that the signature does not have.
     known = {name: value for name, value in arguments.items() if name in defaults}
     given = [name for name, value in known.items() if not equals_default(value, defaults[name].default)]
-    running = [step for step in (*program.units, *program.outputs) if runs(step, pipe.components, request.values)]
     is_off = f"guidance is off (cfg_scale={request.loop.cfg_scale})"
     for name in given:
         if name == "guidance" and request.guidance.is_off(request.loop.cfg_scale):
             found[name] = is_off
-        elif name not in program.arguments or any(name in _names(step, request) for step in running):
+        elif name == "seed" and not find_solver(request.loop.solver).uses_noise:
+            found[name] = reads.ignored("seeds") or ""
+        elif name not in pipe.program.arguments:
             continue
-        elif any(name in names.values() for step in running for names in step.branches.values()):
+        elif reads.of(name):
+            found[name] = reads.ignored(name) or ""
+        elif any(name in names.values() for step in reads.running for names in step.branches.values()):
             found[name] = is_off
-        elif missing := [each.only_with for each in program.owners(name) if not is_enabled(each, request.values)]:
+        elif reads.makes_output(name):
+            found[name] = f"output_type is {request.loop.output_type!r}"
+        elif missing := [each.only_with for each in pipe.program.owners(name) if not is_enabled(each, request.values)]:
             found[name] = f"{missing[0]} is not given"
-    return found
+    return {name: reason for name, reason in found.items() if reason}
+
+
+class _Reads:
+    """The units that read a name in a call, and whether its value changes anything.
+
+    Args:
+        pipe: the pipeline.
+        request: the checked call.
+    """
+
+    def __init__(self, pipe: PlannablePipeline, request: Request) -> None:
+        program, components, values = pipe.program, pipe.components, pipe.known_values(request)
+        self._request, self._conditions = request, pipe.condition_rules
+        self._outputs = [step for step in program.outputs if runs(step, components, values)]
+        self.running = [step for step in program.units if runs(step, components, values)]
+        if request.loop.output_type != "latents":
+            self.running += self._outputs
+        self._ignored = {step.name: step.ignores(values) for step in self.running if step.ignores is not None}
+
+    def of(self, name: str) -> list[Unit]:
+        """Return a list of the units that run and read a name in a branch of the call."""
+        return [step for step in self.running if name in _names(step, self._request)]
+
+    def makes_output(self, name: str) -> bool:
+        """Whether a unit after the loop reads a name, also if it is left out for the call's `output_type`."""
+        return any(name in _names(step, self._request) for step in self._outputs)
+
+    def ignored(self, name: str, seen: tuple[str, ...] = ()) -> str | None:
+        """Return the reason why the value of a name changes nothing: each unit that reads it ignores it, or writes only
+        names that are ignored; None if it has an effect.
+        """
+        readers = self.of(name)
+        if not readers or name in self._conditions or name in seen:
+            return None
+        reasons = [self._reason(step, name, (*seen, name)) for step in readers]
+        return None if None in reasons else reasons[0]
+
+    def _reason(self, step: Unit, name: str, seen: tuple[str, ...]) -> str | None:
+        if name in (ignored := self._ignored.get(step.name, {})):
+            return ignored[name]
+        reasons = [self.ignored(written, seen) for written in step.writes]
+        return None if None in reasons or not reasons else reasons[0]
 
 
 def _names(step: Unit, request: Request) -> set[str]:

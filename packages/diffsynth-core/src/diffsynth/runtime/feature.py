@@ -103,8 +103,8 @@ class Feature:
         conditions: name -> `Condition` of the values that `velocity()` reads. One that is no parameter of `velocity()`
             is an extension: its value is passed in `extensions`, unless it is None.
         per_image: names of arguments that take one value, or a list of one for each result.
-        check: called with the configs of the components and the arguments of a call before anything runs; raises for
-            arguments that do not fit.
+        check: called with the configs of the components and the values of a call, see `Pipeline.known_values`, before
+            anything runs; raises for arguments that do not fit.
         roles_at: function of a `StepContext` and the call's values that returns the roles of the networks that the
             feature calls in the step, at most its `loop_roles`. None is all of `loop_roles` in calls where one of
             the conditions is not None.

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffsynth.models.flux_autoencoder import TILE_SIZE, TILE_STRIDE
 from diffsynth.models.tiles import Tiling, check_tiles
 from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.images import images_to_batch, tensor_to_images
+from diffsynth.runtime.images import check_decoded, images_to_batch, tensor_to_images
 from diffsynth.runtime.unit import Phase, Unit, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.terminal import module_logger
@@ -74,13 +74,18 @@ def check_tiling(values: Mapping[str, Any]) -> None:
     image_tiling(*(values[name] for name in ("tiled", "tile_size", "tile_stride")))
 
 
+def ignored_tiles(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return a dict argument -> reason: the sizes of tiles, in a call without tiles; else it is empty."""
+    return {} if values["tiled"] else dict.fromkeys(("tile_size", "tile_stride"), "tiled is off")
+
+
 def check_input_image(values: Mapping[str, Any]) -> None:
     """Raise ValueError unless a call has as many input images as results, or one, and tiles are valid; the size of a
     tensor is checked when it is encoded.
     """
     check_tiling(values)
     images, batch_size = values["input_image"], values["batch_size"]
-    if images is None or isinstance(images, Image.Image):
+    if isinstance(images, Image.Image):
         return
     if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
         raise ValueError(f"input_image is a tensor of shape {tuple(images.shape)}; expected (b, 3, height, width)")
@@ -88,7 +93,14 @@ def check_input_image(values: Mapping[str, Any]) -> None:
         raise ValueError(f"input_image has {len(images)} images; expected 1 or {batch_size}, one for each result")
 
 
-@unit("input_latents", phase=Phase.ENCODE, switches={"tiled": True}, check=check_input_image)
+@unit(
+    "input_latents",
+    phase=Phase.ENCODE,
+    only_with="input_image",
+    switches={"tiled": True},
+    check=check_input_image,
+    ignores=ignored_tiles,
+)
 def encode_input_image(
     vae: Any,
     *,
@@ -101,13 +113,35 @@ def encode_input_image(
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> Float[Tensor, "b c h w"] | None:
-    """Return the latents of the input image, a tensor `b c h w` with an item for each result; None without an image."""
-    if input_image is None:
-        return None
+) -> Float[Tensor, "b c h w"]:
+    """Return the latents of the input image, a tensor `b c h w` with an item for each result."""
+    assert input_image is not None, "the unit runs only with it"
     pixels = images_to_batch(input_image, height=height, width=width).to(device, dtype)
     tiling = image_tiling(tiled, tile_size, tile_stride)
     return vae.encode(pixels, **tiling).expand(batch_size, -1, -1, -1)
+
+
+def check_strength(values: Mapping[str, Any], start: str = "input_image") -> None:
+    """Raise ValueError if a call begins at a noise level below 1 without something to begin with, which noise alone is
+    not.
+
+    Args:
+        values: of the call.
+        start: the argument for what is raised to the noise level.
+
+    Raises:
+        ValueError: `denoising_strength` is below 1, and the argument `start` is None.
+    """
+    if (strength := values.get("denoising_strength", 1)) != 1 and values.get(start) is None:
+        raise ValueError(
+            f"denoising_strength={strength} is given without {start}: at that noise level the loop begins with "
+            f"{start}, and not with noise alone. Pass {start}, or leave denoising_strength out"
+        )
+
+
+def ignored_input(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return a dict name -> reason: `input_latents`, in a call that begins with noise alone; else it is empty."""
+    return {"input_latents": "denoising_strength is 1"} if values.get("denoising_strength", 1) == 1 else {}
 
 
 def image_latents(factor: int, *, noise_dtype: torch.dtype | None = None) -> Unit:
@@ -136,10 +170,11 @@ def image_latents(factor: int, *, noise_dtype: torch.dtype | None = None) -> Uni
         noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=drawn, device=device).to(dtype)
         return noise if input_latents is None else add_noise(input_latents, noise, sigmas[0])
 
-    return unit("latents", random=True, phase=Phase.LATENTS)(initial_latents)
+    options = {"check": check_strength, "ignores": ignored_input}
+    return unit("latents", random=True, phase=Phase.LATENTS, **options)(initial_latents)
 
 
-@unit("output", switches={"tiled": True}, check=check_tiling)
+@unit("output", switches={"tiled": True}, check=check_tiling, ignores=ignored_tiles)
 def decode_image(
     vae: Any,
     *,
@@ -151,7 +186,10 @@ def decode_image(
 ) -> list[Image.Image] | Float[Tensor, "b 3 height width"]:
     """Return the images of latents: a list of PIL images, or a tensor in [-1, 1] if `output_type` is "tensor"."""
     pixels = vae.decode(latents, **image_tiling(tiled, tile_size, tile_stride))
-    return pixels.clamp(-1, 1) if output_type == "tensor" else tensor_to_images(pixels)
+    if output_type != "tensor":
+        return tensor_to_images(pixels)
+    check_decoded(pixels)  # clamping hides infinity
+    return pixels.clamp(-1, 1)
 
 
 def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride: int | Sequence[int]) -> Tiling:

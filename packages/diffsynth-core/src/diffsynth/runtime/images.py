@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def image_list(images: Images) -> list[Image.Image]:
     """Return the value of an argument for one image or several as a list; empty for None."""
     if images is None:
         return []
-    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
+    return [images] if isinstance(images, Image.Image) else list(images)
 
 
 def images_to_batch(
@@ -85,10 +86,33 @@ def tensor_to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     Raises:
         NotFinite: a value is NaN, which no pixel can show.
     """
-    if not bool(is_finite(pixels)):
-        raise NotFinite(
-            f"the decoded values hold NaN or infinity ({pixels.dtype}), so no image can be made of them. A float16 "
-            f"autoencoder may overflow: use torch.bfloat16 or torch.float32"
-        )
+    check_decoded(pixels)
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return [Image.fromarray(array) for array in rearrange(levels, "b c h w -> b h w c").numpy()]
+
+
+def check_decoded(values: Tensor) -> None:
+    """Raise NotFinite if decoded values hold NaN or infinity, which no pixel can show and no sound can play; do nothing
+    on meta. The host waits for the device.
+
+    Raises:
+        NotFinite: with the dtype.
+    """
+    if not values.is_meta and not bool(is_finite(values)):
+        raise NotFinite(
+            f"the decoded values hold NaN or infinity ({values.dtype}), so no result can be made of them. A float16 "
+            f"autoencoder may overflow: use torch.bfloat16 or torch.float32"
+        )
+
+
+def check_output(output: Any) -> None:
+    """Raise NotFinite if tensors of a call's output hold NaN or infinity: the output itself, the samples of an `Audio`,
+    or those of a list of them. Other outputs, such as PIL images, pass.
+
+    Raises:
+        NotFinite: see `check_decoded`.
+    """
+    for part in output if isinstance(output, list | tuple) else [output]:
+        values = getattr(part, "samples", part)
+        if isinstance(values, Tensor):
+            check_decoded(values)

@@ -63,6 +63,7 @@ class PlannablePipeline(LoopPipeline, Protocol):
     """A pipeline whose calls can be planned; see `diffsynth.runtime.pipeline.Pipeline`."""
 
     per_image: tuple[str, ...]
+    plan_cache: Any
     __signature__: inspect.Signature
 
     def check(self, **arguments: Any) -> Request:
@@ -70,6 +71,9 @@ class PlannablePipeline(LoopPipeline, Protocol):
 
     def call_values(self, request: Request) -> CallValues:
         """Return the `CallValues` (values by name, shared and by branch) that the units of a call start from."""
+
+    def known_values(self, request: Request) -> dict[str, Any]:
+        """Return a dict name -> value of what is known of a call before anything runs."""
 
     def stages(self, request: Request) -> Sequence[Any]:
         """Return the `Stage`s of a call, in running order."""

@@ -101,7 +101,7 @@ class DenoisingLoop:
         steps = range(self.num_steps) if steps is None else steps
         # Latents stay fp32: in bf16, steps near the end of the schedule would round most of their change away.
         latents = self._values.shared["latents"].float()
-        self._step, self._finite = self._steps[steps.start], LateCheck(latents.device)
+        self._step = self._steps[steps.start]
         self._step_cache = _step_cache_session(pipe, request)
         self._experts = pipe.switch_experts(self._roles[steps.start : steps.stop], request.plan)
         self._notify("denoise_started", pipeline=pipe, num_steps=self.num_steps, shape=tuple(latents.shape))

@@ -28,6 +28,7 @@ from diffsynth.runtime.composition import PIPELINE_VALUES, RESERVED, compose, ow
 from diffsynth.runtime.copying import CopyMethods
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.feature import Condition, Feature, StepContext
+from diffsynth.runtime.images import check_output
 from diffsynth.runtime.lora import LoRAMethods
 from diffsynth.runtime.memory_options import MemoryOptions, Policies, choose, choose_before_reading
 from diffsynth.runtime.plan_cache import PlanCache
@@ -247,6 +248,9 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
 
         Returns:
             one result for one prompt, a list (or a tensor `b ...`) for several prompts, images or seeds.
+
+        Raises:
+            NotFinite: latents or decoded values hold NaN or infinity.
         """
         if not (isinstance(prompt, str) and prompt == "") or "prompt" in self.__signature__.parameters:
             arguments["prompt"] = prompt
@@ -265,6 +269,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         if request.loop.output_type == "latents":
             return values.shared["latents"]
         output = values.shared["output"]
+        check_output(output)
         return output[0] if request.single and isinstance(output, list) else output
 
     @classmethod
@@ -486,11 +491,16 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
 
     def call_values(self, request: Request) -> CallValues:
         """Return the `CallValues` that the units of a call start from: its arguments, and what the pipeline sets."""
-        loop = {name: getattr(request.loop, name) for name in LOOP_NAMES}
         seeds = self.mesh.broadcast_seeds(request.seeds)
-        provided = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "seeds": seeds}
-        provided |= {"mesh": self.mesh, **self.fact_values()}
-        return CallValues({**request.values, **loop, **provided}, request.branches)
+        return CallValues({**self.known_values(request), "seeds": seeds}, request.branches)
+
+    def known_values(self, request: Request) -> dict[str, Any]:
+        """Return a dict name -> value of what is known of a call before anything runs: its arguments, those of the loop
+        included, `batch_size`, `device`, `dtype`, `mesh` and the facts of loaded components. Checks of units and
+        features are called with it.
+        """
+        provided = {"device": self.device, "dtype": self.dtype, "batch_size": request.batch_size, "mesh": self.mesh}
+        return {**request.arguments, **provided, **self.fact_values()}
 
     def switch_experts(self, roles: Sequence[tuple[str, ...]], plan: MemoryPlan | None) -> ExpertSwitcher:
         """Return an `ExpertSwitcher` that loads the components of each step of the loop.

@@ -11,9 +11,8 @@ from typing import Any, Literal, TypedDict, get_args
 from torch import Tensor
 
 from diffsynth import _discovery
-from diffsynth.core.device import total_memory
 from diffsynth.core.planning import MemoryPlan
-from diffsynth.errors import Cancelled, MissingComponent, NotEnoughMemory, did_you_mean, shown
+from diffsynth.errors import Cancelled, MissingComponent, did_you_mean, shown
 from diffsynth.runtime.acceleration.step_attention import AttentionArgument, parse_step_attention
 from diffsynth.runtime.acceleration.strategies import StepCacheArgument, parse_step_cache
 from diffsynth.runtime.guidance import Guidance, GuidanceArgument, parse_guidance
@@ -24,7 +23,7 @@ MAX_STEPS = 10_000
 """The most steps that a call may have: a schedule of fp32 noise levels has no use for more."""
 
 MAX_RESULTS = 10_000
-"""The most results that a call may have; see also `check_size`, which refuses sizes beyond the memory."""
+"""The most results that a call may have; see also `call_size`, which refuses sizes beyond the memory."""
 
 OutputType = Literal["pil", "tensor", "latents"]
 
@@ -153,6 +152,11 @@ class Request:
     plan: MemoryPlan | None = None
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """A dict argument -> value of all arguments of the call, those of the loop included."""
+        return {**self.values, **{name: getattr(self.loop, name) for name in LOOP_NAMES}}
+
+    @property
     def batch_size(self) -> int:
         """The number of images of the call: the number of prompts times `num_images`."""
         return len(self.seeds)
@@ -234,7 +238,6 @@ def check_request(
         TypeError: an unknown argument, with the nearest spelling, or a value of a wrong type.
         ValueError: a value out of range, or lists whose lengths do not fit.
         MissingComponent: an argument of a unit whose role is not loaded.
-        NotEnoughMemory: results that the memory of this machine cannot hold.
     """
     reject_unknown(arguments, signature)
     for name, value in arguments.items():
@@ -253,38 +256,8 @@ def check_request(
     for name in per_image:
         if name in values:
             values[name] = _one_per_image(name, values[name], prompts, loop.num_images)
-    check_size(values, prompts * loop.num_images)
     seeds = _seeds(loop.seed, prompts * loop.num_images)
     return Request(loop, values, seeds, single and not isinstance(loop.seed, list | tuple))
-
-
-def check_size(values: Mapping[str, Any], batch_size: int) -> None:
-    """Raise NotEnoughMemory if the images or videos of a call cannot be held by the memory of this machine.
-
-    This is a lower limit, from arithmetic alone: 3 bytes for each pixel of the result, and 16 for each of the frame
-    that is decoded. `Pipeline.plan` returns what a call takes.
-
-    Args:
-        values: arguments of the call; those without `height` and `width` are not checked.
-        batch_size: number of results.
-
-    Raises:
-        NotEnoughMemory: with the bytes needed at least, and those of the machine.
-    """
-    height, width, num_frames = (values.get(name, default) for name, default in _SIZES.items())
-    if not all(isinstance(each, int) for each in (height, width, num_frames)):
-        return
-    pixels = height * width * batch_size
-    needed, there = 3 * pixels * num_frames + 16 * pixels, total_memory("cpu")
-    if there is not None and needed > there:
-        frames = f", num_frames={shown(num_frames)}" if num_frames != 1 else ""
-        raise NotEnoughMemory(
-            f"{shown(batch_size)} result(s) of height={shown(height)}, width={shown(width)}{frames} take at least "
-            f"{needed // 2**30} GiB, and this machine has {there / 2**30:.1f} GiB. Lower the size or the number"
-        )
-
-
-_SIZES = {"height": 0, "width": 0, "num_frames": 1}
 
 
 def refuse_meta(arguments: Mapping[str, Any]) -> None:

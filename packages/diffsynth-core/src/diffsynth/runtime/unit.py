@@ -71,9 +71,11 @@ class Unit:
         phase: when it runs.
         switches: argument -> value that lowers the memory of the unit at some cost. A plan sets it to keep a limit, if
             the argument is None.
-        check: called with the values of a call that uses the unit before anything runs: its arguments, `batch_size`,
-            and the pipeline's facts of loaded components. It raises ValueError or TypeError for values that the unit
-            would refuse. None checks nothing.
+        check: called with the values of a call that uses the unit before anything runs, see `Pipeline.known_values`. It
+            raises ValueError or TypeError for values that the unit would refuse. None checks nothing.
+        ignores: called with the same values; returns name -> reason of those that the unit reads and whose value
+            changes nothing in the call, such as the size of tiles that are off. An argument that all units ignore is
+            said to have no effect. None ignores nothing.
         provider: the plugin that adds the unit to a pipeline of another package; "" for the pipeline's own units.
     """
 
@@ -90,6 +92,7 @@ class Unit:
     phase: Phase = Phase.CONDITION
     switches: Mapping[str, Any] = field(default_factory=dict, hash=False)
     check: Callable[[Mapping[str, Any]], None] | None = field(default=None, repr=False)
+    ignores: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = field(default=None, repr=False)
     provider: str = field(default="", compare=False)
 
     @property
@@ -135,6 +138,7 @@ def unit(
     phase: Phase = Phase.CONDITION,
     switches: Mapping[str, Any] | None = None,
     check: Callable[[Mapping[str, Any]], None] | None = None,
+    ignores: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None,
 ) -> Callable[[Callable[..., Any]], Unit]:
     """Return a decorator that turns a function into a `Unit`.
 
@@ -148,6 +152,7 @@ def unit(
         phase: when the unit runs.
         switches: argument -> value that lowers the memory of the unit, which a plan sets if the argument is None.
         check: function of a call's values that raises for those which the unit would refuse; see `Unit`.
+        ignores: function of a call's values that returns name -> reason of reads that change nothing; see `Unit`.
 
     Raises:
         TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches`, `only_with` or
@@ -185,6 +190,7 @@ def unit(
             phase=phase,
             switches=MappingProxyType(dict(switches or {})),
             check=check,
+            ignores=ignores,
         )
 
     return decorate

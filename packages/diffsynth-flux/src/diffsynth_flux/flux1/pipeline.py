@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
@@ -42,7 +42,7 @@ class FluxImagePipeline(Pipeline):
     }
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=30)
-    facts = {"latent_channels": "dit.latent_channels"}
+    facts = {"latent_channels": "dit.latent_channels", "embeds_guidance": "dit.guidance_embed"}
     agreements = (
         Agreement("width of CLIP's pooled states", ("text_encoder_1.hidden_size", "dit.pooled_dim")),
         Agreement("width of T5's hidden states", ("text_encoder_2.hidden_size", "dit.context_dim")),
@@ -60,7 +60,6 @@ class FluxImagePipeline(Pipeline):
         Errors are those of the call.
         """
         request = super().check(**arguments)
-        self._check_guidance(request.values)
         self._check_network()
         return request
 
@@ -109,12 +108,3 @@ class FluxImagePipeline(Pipeline):
             f"the transformer takes {config.condition_channels} channels beside those of the latents, as Flex.2 does; "
             "this version has no inputs for them. Load FLUX.1-dev, -Fill-dev, -Depth-dev or -Canny-dev"
         )
-
-    def _check_guidance(self, values: Mapping[str, Any]) -> None:
-        guidance = values["embedded_guidance"]
-        default = self.__signature__.parameters["embedded_guidance"].default
-        if self.dit is not None and not self.dit.config.guidance_embed and guidance != default:
-            raise ValueError(
-                f"embedded_guidance={guidance} is given, but this network takes no guidance, as FLUX.1-schnell; leave "
-                "it out"
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ logger = module_logger(__name__)
 
 MAX_T5_TOKENS = 512
 
+EMBEDDED_GUIDANCE = 3.5
+"""Default guidance of the distilled network."""
+
 round_size = image_size(multiple=16)
 
 
@@ -34,8 +37,18 @@ def schedule(
     return flux1_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
 
 
-@unit("embedded_guidance", phase=Phase.SHAPE)
-def set_guidance(*, embedded_guidance: float = 3.5) -> float:
+def check_guidance(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if a call sets a guidance for a network that takes none."""
+    guidance = values["embedded_guidance"]
+    if not values.get("embeds_guidance", True) and guidance != EMBEDDED_GUIDANCE:
+        raise ValueError(
+            f"embedded_guidance={guidance} is given, but this network takes no guidance, as FLUX.1-schnell; leave it "
+            "out"
+        )
+
+
+@unit("embedded_guidance", phase=Phase.SHAPE, check=check_guidance)
+def set_guidance(*, embedded_guidance: float = EMBEDDED_GUIDANCE) -> float:
     """Return `embedded_guidance` as a float."""
     return float(embedded_guidance)
 

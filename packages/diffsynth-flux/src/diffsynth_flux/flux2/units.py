@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.image_units import encode_input_image, image_size, round_up
+from diffsynth.runtime.image_units import check_strength, encode_input_image, ignored_input, image_size, round_up
 from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling import noise
@@ -113,7 +113,7 @@ def _log_cut(tokenizer: Any, texts: Sequence[str]) -> None:
 def check_guidance(values: Mapping[str, Any]) -> None:
     """Raise ValueError if a call sets a guidance scale for a network that takes none."""
     scale = values["embedded_guidance"]
-    if not values["embeds_guidance"] and scale != EMBEDDED_GUIDANCE:
+    if not values.get("embeds_guidance", True) and scale != EMBEDDED_GUIDANCE:
         raise ValueError(
             f"embedded_guidance={scale} is given, but this network takes no guidance scale, as FLUX.2-klein; leave it "
             "out"
@@ -131,9 +131,12 @@ def network_guidance(
 
 
 def check_initial_noise(values: Mapping[str, Any]) -> None:
-    """Raise ValueError if a call's `initial_noise` is not of the shape of its latents."""
+    """Raise ValueError if a call's `initial_noise` is not of the shape of its latents, or if a call without it begins
+    at a noise level below 1 without an input image.
+    """
     given, count = values["initial_noise"], values["batch_size"]
     if given is None:
+        check_strength(values)
         return
     rows, columns = (round_up(values[name], VAE_FACTOR) // VAE_FACTOR for name in ("height", "width"))
     shape = (values["latent_channels"], rows, columns)
@@ -144,7 +147,17 @@ def check_initial_noise(values: Mapping[str, Any]) -> None:
         )
 
 
-@unit("latents", random=True, phase=Phase.LATENTS, check=check_initial_noise)
+def ignored_inputs(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return a dict name -> reason of what does not change the first latents of a call, such as the seeds of noise that
+    is given.
+    """
+    ignored = ignored_input(values)
+    if values["initial_noise"] is not None:
+        ignored |= dict.fromkeys(("seeds", "rand_device"), "initial_noise is given")
+    return ignored
+
+
+@unit("latents", random=True, phase=Phase.LATENTS, check=check_initial_noise, ignores=ignored_inputs)
 def initial_latents(
     *,
     initial_noise: Float[Tensor, "#b c h w"] | None = None,

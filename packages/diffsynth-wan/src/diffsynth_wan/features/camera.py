@@ -81,17 +81,16 @@ class CameraMotion:
         return CameraMotion(window.cut(self.rays))
 
 
-@unit("camera_motion")
+@unit("camera_motion", only_with="camera_control_direction")
 def encode_camera_path(
     *,
     camera_control_direction: Direction | None = None,
     camera_control_speed: float = 1 / 54,
     camera_control_origin: tuple[float, ...] = ORIGIN,
     video_shape: VideoShape,
-) -> CameraMotion | None:
-    """Return a `CameraMotion` with the rays of the call's camera path; None without a direction."""
-    if camera_control_direction is None:
-        return None
+) -> CameraMotion:
+    """Return a `CameraMotion` with the rays of the call's camera path."""
+    assert camera_control_direction is not None, "the unit runs only with it"
     rays = camera_rays(
         camera_control_direction,
         num_frames=video_shape.num_frames,

@@ -71,22 +71,22 @@ class ReferenceFrame:
         return self
 
 
-@unit("control_latents", phase=Phase.ENCODE)
+@unit("control_latents", phase=Phase.ENCODE, only_with="control_video")
 def encode_control_video(
     vae: Any, *, control_video: Clip | None = None, video_shape: VideoShape
-) -> Float[Tensor, "1 c t h w"] | None:
-    """Return the latents `1 c t h w` of the first frames of the control video, as many as the call's video has; None
-    without a control video.
-    """
-    return None if control_video is None else video_shape.encode_clip(vae, "control_video", control_video)
+) -> Float[Tensor, "1 c t h w"]:
+    """Return the latents `1 c t h w` of the first frames of the control video, as many as the call's video has."""
+    assert control_video is not None, "the unit runs only with it"
+    return video_shape.encode_clip(vae, "control_video", control_video)
 
 
-@unit("reference_frame", phase=Phase.ENCODE)
+@unit("reference_frame", phase=Phase.ENCODE, only_with="reference_image")
 def encode_reference_image(
     vae: Any, *, reference_image: Image.Image | None = None, video_shape: VideoShape
-) -> ReferenceFrame | None:
-    """Return a `ReferenceFrame` with the latents of the reference image; None without one."""
-    return None if reference_image is None else ReferenceFrame(video_shape.encode_image(vae, reference_image)[:, :, 0])
+) -> ReferenceFrame:
+    """Return a `ReferenceFrame` with the latents of the reference image."""
+    assert reference_image is not None, "the unit runs only with it"
+    return ReferenceFrame(video_shape.encode_image(vae, reference_image)[:, :, 0])
 
 
 def check(configs: Configs, values: Mapping[str, Any]) -> None:

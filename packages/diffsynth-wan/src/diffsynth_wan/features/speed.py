@@ -23,13 +23,12 @@ class SpeedArguments(TypedDict, total=False):
     motion_bucket_id: float | None
 
 
-@unit("speed_control")
+@unit("speed_control", only_with="motion_bucket_id")
 def encode_speed(
     motion_controller: Any, *, motion_bucket_id: float | None = None, video_shape: VideoShape
-) -> SpeedControl | None:
-    """Return a `SpeedControl` for the call's amount of motion; None if `motion_bucket_id` is None."""
-    if motion_bucket_id is None:
-        return None
+) -> SpeedControl:
+    """Return a `SpeedControl` for the call's amount of motion."""
+    assert motion_bucket_id is not None, "the unit runs only with it"
     bucket = torch.tensor([float(motion_bucket_id)], device=video_shape.device)
     return SpeedControl(motion_controller(bucket))
 

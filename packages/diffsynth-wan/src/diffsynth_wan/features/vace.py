@@ -92,7 +92,12 @@ def encode_vace_references(
     return torch.cat(frames, dim=2), prefix_frames + len(images)
 
 
-@unit("vace_condition", requires=("vace",))
+def _ignored_scale(values: Mapping[str, Any]) -> dict[str, str]:
+    inputs = ("vace_video", "vace_video_mask", "vace_reference_image")
+    return {"vace_scale": "no input of VACE is given"} if all(values[name] is None for name in inputs) else {}
+
+
+@unit("vace_condition", requires=("vace",), ignores=_ignored_scale)
 def encode_vace_condition(
     vae: Any,
     *,

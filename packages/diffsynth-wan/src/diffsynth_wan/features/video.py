@@ -25,14 +25,13 @@ class VideoArguments(TypedDict, total=False):
     input_video: Clip | None
 
 
-@unit("input_latents", phase=Phase.ENCODE)
+@unit("input_latents", phase=Phase.ENCODE, only_with="input_video")
 def encode_input_video(
     vae: Any, *, input_video: Clip | None = None, video_shape: VideoShape
-) -> Float[Tensor, "1 c t h w"] | None:
-    """Return the latents `1 c t h w` of the first frames of the input video, as many as the call's video has; None
-    without an input video.
-    """
-    return None if input_video is None else video_shape.encode_clip(vae, "input_video", input_video)
+) -> Float[Tensor, "1 c t h w"]:
+    """Return the latents `1 c t h w` of the first frames of the input video, as many as the call's video has."""
+    assert input_video is not None, "the unit runs only with it"
+    return video_shape.encode_clip(vae, "input_video", input_video)
 
 
 def check(configs: Configs, values: Mapping[str, Any]) -> None:

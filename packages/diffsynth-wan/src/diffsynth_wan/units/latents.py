@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.runtime import image_units
 from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.images import tensor_to_images
+from diffsynth.runtime.images import check_decoded, tensor_to_images
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
@@ -60,7 +62,12 @@ def generate_noise(
     return noise.roll(prefix_frames, dims=2).to(video_shape.dtype)
 
 
-@unit("latents", phase=Phase.LATENTS)
+def check_strength(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if a call begins at a noise level below 1 without a video to begin with."""
+    image_units.check_strength(values, "input_video")
+
+
+@unit("latents", phase=Phase.LATENTS, check=check_strength, ignores=image_units.ignored_input)
 def initial_latents(
     *,
     noise: Float[Tensor, "b c t h w"],
@@ -92,7 +99,9 @@ def decode_video(
     pieces = list(latents[:, :, prefix_frames:].split(1, dim=2))
     decoded = vae.decode_pieces(progress_bar(pieces, description="decode", total=len(pieces)), **video_shape.tiling)
     if output_type == "tensor":
-        return torch.cat(list(decoded), dim=2).clamp_(-1, 1)
+        whole = torch.cat(list(decoded), dim=2)
+        check_decoded(whole)  # clamping hides infinity
+        return whole.clamp_(-1, 1)
     videos: list[list[Image.Image]] = [[] for _ in latents]
     for piece in decoded:
         # Piece by piece: the pixels of the whole video as floats would take two or four times the memory.

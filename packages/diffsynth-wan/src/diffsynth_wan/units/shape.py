@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.models.tiles import Tiling, cover
+from diffsynth.runtime.image_units import ignored_tiles
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Phase, unit
@@ -117,7 +118,7 @@ def round_shape(
     return rounded
 
 
-@unit("video_shape", "prefix_frames", phase=Phase.SHAPE)
+@unit("video_shape", "prefix_frames", phase=Phase.SHAPE, ignores=ignored_tiles)
 def set_video_shape(
     *,
     height: int,

@@ -22,7 +22,7 @@ from diffsynth.runtime.controlnet import (
     listed,
 )
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
-from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
@@ -55,7 +55,14 @@ class ControlNets(ControlNetContexts):
         return stream
 
 
-@unit("controlnets", phase=Phase.ENCODE, requires=(ROLE,), only_with="controlnet_inputs", switches={"tiled": True})
+@unit(
+    "controlnets",
+    phase=Phase.ENCODE,
+    requires=(ROLE,),
+    only_with="controlnet_inputs",
+    switches={"tiled": True},
+    ignores=ignored_tiles,
+)
 def encode_controlnet_inputs(
     vae: Any,
     *,

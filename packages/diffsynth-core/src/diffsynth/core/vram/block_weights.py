@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.core import device as devices
+from diffsynth.core.loader.component import check_finite
 from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.core.vram.packing import Packing
 from diffsynth.core.vram.policy import Policy
@@ -81,15 +82,21 @@ class DiskWeights:
         self.packing = packing
         self.memory: Tensor | None = None
         self._source = source
+        self._is_checked = False
 
     def fill(self, memory: Tensor) -> None:
         """Read the block's packed weights from their file into the first `stored_bytes` bytes of `memory`, a uint8 host
-        tensor.
+        tensor. They are looked at for NaN and infinity the first time.
 
         Raises:
-            CorruptFile: the file changed since its header was read, or cannot be read.
+            CorruptFile: the file changed since its header was read, or cannot be read; or a weight holds NaN or
+                infinity.
         """
-        self._source.fill(self.packing.stored_views(memory))
+        views = self.packing.stored_views(memory)
+        self._source.fill(views)
+        if not self._is_checked:
+            check_finite(views, self._source.where)
+            self._is_checked = True
 
 
 def check_source(policy: Policy, source: ComponentSource | None, name: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, Configs, Feature, whole
-from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 
@@ -26,7 +26,7 @@ class ControlArguments(TypedDict, total=False):
     control_image: Image.Image | None
 
 
-@unit("control_latents", phase=Phase.ENCODE, only_with="control_image", switches={"tiled": True})
+@unit("control_latents", phase=Phase.ENCODE, only_with="control_image", switches={"tiled": True}, ignores=ignored_tiles)
 def encode_control_image(
     vae: Any,
     *,

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, Configs, Feature, whole
-from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.config import VAE_FACTOR
@@ -33,7 +33,7 @@ class FillArguments(TypedDict, total=False):
     flux_fill_mask: Image.Image | None
 
 
-@unit("fill_latents", phase=Phase.ENCODE, only_with="flux_fill_image", switches={"tiled": True})
+@unit("fill_latents", phase=Phase.ENCODE, only_with="flux_fill_image", switches={"tiled": True}, ignores=ignored_tiles)
 def encode_fill_image(
     vae: Any,
     *,

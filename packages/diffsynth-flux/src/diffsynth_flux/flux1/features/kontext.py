@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, Feature
-from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import Images, image_list, image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.config import VAE_FACTOR
@@ -51,7 +51,7 @@ class References:
         return stream
 
 
-@unit("references", phase=Phase.ENCODE, only_with="kontext_images", switches={"tiled": True})
+@unit("references", phase=Phase.ENCODE, only_with="kontext_images", switches={"tiled": True}, ignores=ignored_tiles)
 def encode_kontext_images(
     vae: Any,
     *,

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.image import center_crop, cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import Images, image_list, image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.config import VAE_FACTOR
@@ -66,7 +66,7 @@ class References:
         return {TIME_STEP * (index + 1): image for index, image in enumerate(self.images)}
 
 
-@unit("references", phase=Phase.ENCODE, only_with="edit_image", switches={"tiled": True})
+@unit("references", phase=Phase.ENCODE, only_with="edit_image", switches={"tiled": True}, ignores=ignored_tiles)
 def encode_edit_images(
     vae: Any,
     *,
