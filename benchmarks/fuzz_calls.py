@@ -28,24 +28,22 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the counts")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    rows, faults = {}, []
-    print(f"{'model':24} {'tried':>6} {'clear':>6} {'accepted':>8} {'faulty':>6}")
+    rows = {}
+    print(f"{'model':24} {'tried':>6} {'clear':>6} {'accepted':>8} {'faulty':>6}", flush=True)
     for model in options.models:
-        fuzzed = FuzzedPipeline(model)
-        verdicts = [
-            fuzzed.verdict({name: value})
-            for name in fuzzed.arguments
-            for value in (*ONCE_FAULTY.get(name, ()), *wrong_values())
-        ]
-        counts = Counter("faulty" if verdict.is_faulty else verdict.kind for verdict in verdicts)
-        rows[model] = {"tried": len(verdicts), **{kind: counts[kind] for kind in ("clear", "accepted", "faulty")}}
-        print(f"{model:24} {len(verdicts):6} {counts['clear']:6} {counts['accepted']:8} {counts['faulty']:6}")
-        faults += [f"{model}: {verdict}" for verdict in verdicts if verdict.is_faulty]
-    print("\n".join(faults))
+        fuzzed, counts = FuzzedPipeline(model), Counter()
+        for name in fuzzed.arguments:
+            for value in (*ONCE_FAULTY.get(name, ()), *wrong_values()):
+                verdict = fuzzed.verdict({name: value})
+                counts["faulty" if verdict.is_faulty else verdict.kind] += 1
+                if verdict.is_faulty:
+                    print(f"{model}: {verdict}", flush=True)
+        rows[model] = {"tried": counts.total(), **{kind: counts[kind] for kind in ("clear", "accepted", "faulty")}}
+        print(f"{model:24} {'{tried:6} {clear:6} {accepted:8} {faulty:6}'.format(**rows[model])}", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=2))
-    return int(bool(faults))
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return int(any(row["faulty"] for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ PRODUCT = ("z-image", "wan2.1-t2v-1.3b")
 GRADIENT = Image.linear_gradient("L").resize((48, 32))
 SAME_NETWORKS = re.compile(
     r"wan2.1-(t2v-14b|i2v-14b-720p|vace-14b|fun-14b-.*|fun-v1.1-14b-.*|fun-v1.1-1.3b-inp)|vace-.*-preview|.*-distilled"
+    r"|flux.1-(krea|canny)-dev|flux.2-klein-(base-4b|9b|base-9b)"
 )
 """Models with fewer cases, because another model has the same networks in miniature."""
 
@@ -90,15 +91,37 @@ CLIP = [IMAGE.rotate(9 * turn) for turn in range(9)]
 MASKS = [GRADIENT.rotate(30 * turn).convert("RGB") for turn in range(9)]
 STEPS = {"num_inference_steps": 4, "seed": 3, "progress_bar_cmd": lambda steps: steps}
 TEXT = {"prompt": "a red puppy", "negative_prompt": "blurred", **STEPS}
-SIZES = {"z-image": {"height": 48, "width": 64}, "wan": {"height": 32, "width": 48, "num_frames": 9}}
+SIZES = {
+    "z-image": {"height": 48, "width": 64},
+    "wan": {"height": 32, "width": 48, "num_frames": 9},
+    "flux-1": {"height": 48, "width": 64},
+    "flux-2": {"height": 48, "width": 64},
+}
 """By family."""
 
 CAMERA = {"camera_control_direction": "LeftUp", "camera_control_speed": 0.1, "input_image": IMAGE}
 FACES = {"animate_pose_video": CLIP, "animate_face_video": CLIP[::-1], "input_image": IMAGE}
 DANCE = {"animate2_reference_image": IMAGE, "animate2_reference_video": CLIP, "animate2_prompt_ref": "a dance"}
+START = {"input_image": IMAGE.resize((64, 48)), "denoising_strength": 0.7}
+EDIT = {"edit_image": [IMAGE, CLIP[5]], "edit_image_auto_resize": False}
 Inputs = Mapping[str, Mapping[str, Any]]
 INPUTS: tuple[tuple[str, Inputs], ...] = (
-    ("z-image.*", {"text": {}, "image": {"input_image": IMAGE.resize((64, 48)), "denoising_strength": 0.7}}),
+    ("z-image.*", {"text": {}, "image": START}),
+    ("flux.1-fill.*", {"fill": {"flux_fill_image": IMAGE, "flux_fill_mask": GRADIENT}}),
+    ("flux.1-(depth|canny).*", {"control": {"control_image": IMAGE}}),
+    ("flux.1-kontext.*", {"references": {"kontext_images": [IMAGE, CLIP[5]]}, "text": {}}),
+    ("flux.1-redux.*", {"variation": {"flux_redux_image": IMAGE}, "text": {}}),
+    ("flux.1.*", {"text": {}, "image": START, "inpaint": {**START, "inpaint_mask": GRADIENT}}),
+    (
+        "flux.2.*",
+        {
+            "text": {},
+            "image": START,
+            "inpaint": {**START, "inpaint_mask": GRADIENT},
+            "edit": EDIT,
+            "cached": {**EDIT, "edit_image_kv_cache": True},
+        },
+    ),
     (".*flf2v.*", {"ends": {"input_image": IMAGE, "end_image": CLIP[5]}}),
     (".*-inp", {"image": {"input_image": IMAGE}, "ends": {"input_image": IMAGE, "end_image": CLIP[5]}}),
     (".*-i2v-.*", {"image": {"input_image": IMAGE}}),
@@ -147,6 +170,9 @@ DOORS = {
 }
 LORA_KEYS = re.compile(
     r"(?:blocks|layers)\.\d+\.(?:block\.)?(?:self_attn\.[qo]|attention\.to_q|attention\.to_out\.0|feed_forward\.w1|ffn\.0)\.weight"
+    r"|double_blocks\.\d+\.img_(?:attn\.(?:qkv|proj)|mlp\.0)\.weight|single_blocks\.\d+\.linear[12]\.weight"
+    r"|transformer_blocks\.\d+\.(?:attn\.(?:to_q|to_out\.0)|ff\.linear_in)\.weight"
+    r"|single_transformer_blocks\.\d+\.attn\.(?:to_qkv_mlp_proj|to_out)\.weight"
 )
 """Published names of the weights that LoRAs change here."""
 

@@ -130,6 +130,12 @@ class Sneaky:
 ONCE_FAULTY = {
     "prompt": (range(3), np.zeros((32, 32, 3)), "\ud800"),
     "negative_prompt": (["\udfff"], 3, []),
+    "embedded_guidance": (1e300, float("nan")),
+    "kontext_images": (range(3), []),
+    "edit_image": (range(3), "sketch.png"),
+    "inpaint_mask": (range(3),),
+    "input_video": (range(9), ["a"] * 9),
+    "denoising_strength": (0.5,),
     "input_image": ("sketch.png", torch.zeros(1, 3, 32, 32, device="meta"), torch.full((1, 3, 32, 32), 255.0)),
     "rand_device": ("cuda:99", "meta", "nowhere", 3),
     "seed": (10**400, 2**64, True, [0.5]),

@@ -34,10 +34,10 @@ def check(configs, values):
     upscale, upscaler = values["upscale"], configs["upscaler"]
     if upscale is None:
         return
-    if values["output_type"] == "latents":
-        raise ValueError(f"upscale={upscale!r} enlarges the decoded image; expected output_type='pil' or 'tensor'")
     if upscale != upscaler.factor:
         raise ValueError(f"upscale={upscale!r}: expected {upscaler.factor}, the factor of the loaded upscaler, or None")
+    if values["output_type"] == "latents":
+        raise ValueError(f"upscale={upscale!r} enlarges the decoded image; expected output_type='pil' or 'tensor'")
 
 
 UPSCALE = Feature(
