@@ -50,8 +50,8 @@ RUN = {
 }
 """Row -> arguments of its call, with the values of DiffSynth-Studio's table."""
 
-NEEDED = {"flux_fill_image", "flux_fill_mask"}
-"""Arguments without which their network does not run."""
+NEEDED = {"flux_fill_image", "flux_fill_mask", "input_image"}
+"""Arguments without which their network does not run, or the call's `denoising_strength` has nothing to begin with."""
 
 DEFAULTS = {"rand_device", "height", "width"}
 """Arguments whose values in the table are our defaults."""

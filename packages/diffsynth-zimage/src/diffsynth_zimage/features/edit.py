@@ -18,7 +18,7 @@ from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.image import center_crop
 from diffsynth.errors import MissingComponent
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import Images, image_list, image_to_tensor
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
@@ -66,7 +66,7 @@ class References:
         return dit.append_references(stream, self.images, self.features)
 
 
-@unit("references", phase=Phase.ENCODE, only_with="edit_image", switches={"tiled": True})
+@unit("references", phase=Phase.ENCODE, only_with="edit_image", switches={"tiled": True}, ignores=ignored_tiles)
 def encode_edit_images(
     vae: Any,
     image_encoder: Any,
