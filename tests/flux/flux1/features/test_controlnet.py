@@ -16,7 +16,6 @@ from diffsynth_flux.flux1.dit import patchify
 from flux1_oracles import (
     DIT,
     SIZE,
-    encode_to_the_mean,
     load_tensors,
     noise,
     oracle_controlnet,
@@ -26,6 +25,7 @@ from flux1_oracles import (
     unpacked,
 )
 from parity import TOLERANCE, relative_error
+from posterior import encode_to_the_mean
 
 SIZES = {name: getattr(DIT, name) for name in ("dim", "n_heads", "context_dim", "pooled_dim")}
 UNION = FluxControlNetConfig(**SIZES, n_double_blocks=1, n_single_blocks=1, num_modes=7)
