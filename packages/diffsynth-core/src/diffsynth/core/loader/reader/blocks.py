@@ -306,13 +306,17 @@ def _blocks(requests: list[ReadRequest]) -> list[list[ReadRequest]]:
     Blocks of different files alternate, so that all files are read at once.
     """
     blocks: list[list[ReadRequest]] = []
+    size = 0
     for request in sorted(requests, key=lambda request: (request.file, request.start)):
         last = blocks[-1] if blocks else []
         joins = last and last[-1].file == request.file and last[-1].end == request.start
-        if joins and sum(part.room for part in last) + request.room <= BLOCK:
+        room = request.room
+        if joins and size + room <= BLOCK:
             last.append(request)
+            size += room
         else:
             blocks.append([request])
+            size = room
     counts: dict[Path, int] = {}
     rounds = []
     for block in blocks:
