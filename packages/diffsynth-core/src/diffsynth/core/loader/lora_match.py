@@ -71,9 +71,15 @@ def without_prefixes(module: str) -> Iterator[str]:
         module: the name in the file.
     """
     yield module
-    while prefix := next((each for each in _PREFIXES if module.startswith(each)), ""):
+    while prefix := _prefix(module):
         module = module.removeprefix(prefix)
         yield module
+
+
+def _prefix(module: str) -> str:
+    if not module.startswith(_PREFIXES):  # nearly all names: a file may have 20,000
+        return ""
+    return next(each for each in _PREFIXES if module.startswith(each))
 
 
 def without_prefix(module: str, names: Container[str], underscored: Mapping[str, str]) -> str | None:
@@ -96,7 +102,7 @@ def without_prefix(module: str, names: Container[str], underscored: Mapping[str,
         if match := _TEXT_ENCODERS.match(module):
             module = module[match.end() :]
             continue
-        prefix = next((each for each in _PREFIXES if module.startswith(each)), "")
+        prefix = _prefix(module)
         if not prefix:
             return None
         module = module.removeprefix(prefix)
