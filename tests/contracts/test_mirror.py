@@ -66,6 +66,7 @@ SCENARIOS: dict[str, str] = {
     "wan/test_flat_memory.py": "host memory over the windows of a video",
     "wan/test_goldens.py": "goldens of whole calls",
     "flux/flux1/test_lora.py": "LoRAs of FLUX.1 against diffusers",
+    "flux/flux2/test_lora.py": "LoRAs of FLUX.2 against diffusers",
     "wan/test_lora.py": "LoRAs of Wan against diffusers",
     "wan/test_memory.py": "Wan's networks under memory policies",
     "wan/test_merged_branches.py": "both branches of guidance in one batch",

@@ -29,7 +29,7 @@ from diffsynth.sampling.schedule import flux1_sigmas
 from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_flux import FluxImagePipeline
 from diffsynth_flux.flux1.config import TINY_SIGLIP, FluxBlocksConfig, FluxControlNetConfig, FluxDiTConfig
-from diffsynth_flux.flux1.dit import patchify, unpatchify
+from diffsynth_flux.flux1.dit import grid_positions, patchify, unpatchify
 from parity import draw_weights, shapes_of
 
 
@@ -61,6 +61,24 @@ def oracle_dit(config: FluxDiTConfig, seed: int = 0) -> FluxTransformer2DModel:
     oracle = FluxTransformer2DModel(out_channels=config.out_channels, **block_sizes(config)).eval()
     oracle.load_state_dict(draw_weights(shapes_of(oracle), seed))
     return oracle
+
+
+def run_oracle(oracle: FluxTransformer2DModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the velocity of diffusers' transformer for the arguments of ours."""
+    latents, condition, prompt = inputs["latents"], inputs["condition_latents"], inputs["prompt_embeds"]
+    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
+    channels = latents if condition is None else torch.cat((latents, condition), dim=1)
+    patches = oracle(
+        patchify(channels),
+        prompt,
+        inputs["pooled_prompt_embeds"],
+        inputs["sigma"],
+        grid_positions(rows, columns),
+        torch.zeros(prompt.shape[1], 3),
+        inputs["guidance"],
+        return_dict=False,
+    )[0]
+    return unpatchify(patches, rows)
 
 
 def oracle_controlnet(config: FluxControlNetConfig, seed: int = 4) -> FluxControlNetModel:

@@ -11,7 +11,7 @@ KINDS = {
     "adapter, no weight": ({"a.lora_A.x": (2, 4), "a.lora_B.x": (6, 2)}, [("a", "weight", "LoRA", (6, 4), 2)]),
     "processor": (
         {"a.processor.to_q_lora.down.weight": (2, 4), "a.processor.to_q_lora.up.weight": (6, 2)},
-        [("a.to_q", "weight", "LoRA", (6, 4), 2)],
+        [("a.processor.to_q_lora", "weight", "LoRA", (6, 4), 2)],
     ),
     "linear layer": (
         {"a.lora_linear_layer.down.weight": (2, 4), "a.lora_linear_layer.up.weight": (6, 2)},
@@ -47,6 +47,10 @@ KINDS = {
         {f"a.hada_w{n}_{side}": (6, 2) if side == "a" else (2, 4) for n in (1, 2) for side in "ab"},
         [("a", "weight", "LoHa", (6, 4), 2)],
     ),
+    "new value of a norm": (
+        {"a.lora_A.weight": (2, 4), "a.lora_B.weight": (6, 2), "a.norm.query_norm.scale": (4,)},
+        [("a", "weight", "LoRA", (6, 4), 2), ("a.norm.query_norm", "weight", "new value", (4,), 0)],
+    ),
     "embedding": (
         {"a.lora_embedding_A": (2, 9), "a.lora_embedding_B": (4, 2)},
         [("a", "weight", "LoRA of an embedding", (9, 4), 2)],
@@ -59,8 +63,19 @@ def test_kinds(name):
     keys, expected = KINDS[name]
     found = lora_keys(keys)
     assert [(each.module, each.part, each.kind, each.shape, each.rank) for each in found.changes] == expected
-    assert (found.broken, found.others, found.modules) == ({}, {}, 1)
+    assert (found.broken, found.others, found.modules) == ({}, {}, len({each.module for each in found.changes}))
     assert lora_share(keys, found)
+
+
+def test_new_values():
+    """A checkpoint has weights of norms, too, and is no LoRA; a matrix is no norm."""
+    (change,) = lora_keys({"a.set_weight": (6, 4)}).changes
+    assert (change.module, change.kind, change.keys) == ("a", "new value", {"new value": "a.set_weight"})
+    checkpoint = {"a.norm.weight": (4,), "a.to_q.weight": (4, 4), "b.norm1.weight": (4,)}
+    assert not lora_share(checkpoint, lora_keys(checkpoint))
+    assert lora_keys({"norm.weight": (4, 4)}).others == {"norm.weight": "no part of a LoRA"}
+    both = {"a.lora_A.weight": (2, 4), "a.lora_B.weight": (6, 2), "a.set_weight": (6, 4)}
+    assert lora_keys(both).broken == {"a": "a is changed as LoRA and by a new value; expected one"}
 
 
 @pytest.mark.parametrize("alpha", ["a.alpha", "a.lora_alpha", "a.lora.alpha", "a.network_alpha"])

@@ -14,7 +14,7 @@ from diffsynth.errors import Unrecognized
 CATALOG = _discovery.catalog()
 ARCHITECTURES = {declared.spec.name: declared.spec for declared in CATALOG.architectures}
 CHECKPOINTS = [declared.spec for declared in CATALOG.checkpoints]
-PUBLISHED = [checkpoint for checkpoint in CHECKPOINTS if checkpoint.layout]
+PUBLISHED = [checkpoint for checkpoint in CHECKPOINTS if checkpoint.layout and not checkpoint.loras_only]
 
 
 def layout_of(checkpoint):

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
 import parity
@@ -16,8 +15,8 @@ from diffsynth.core.loader.reader.ops import apply_rule
 from diffsynth_flux.flux1.checkpoints import CHECKPOINTS
 from diffsynth_flux.flux1.config import TINY_DIT, FluxDiTConfig
 from diffsynth_flux.flux1.convert import DIFFUSERS
-from diffsynth_flux.flux1.dit import FluxDiT, grid_positions, patchify, unpatchify
-from flux1_oracles import load_tensors, oracle_dit
+from diffsynth_flux.flux1.dit import FluxDiT
+from flux1_oracles import load_tensors, oracle_dit, run_oracle
 
 # Config fields, then latent height and width, and the batch size. 6x10 latent pixels are a grid of 3x5 tokens.
 CASES = {
@@ -40,23 +39,6 @@ def draw_inputs(config: FluxDiTConfig, size: tuple[int, int], batch: int) -> dic
         "guidance": torch.linspace(3.5, 2.0, batch) if config.guidance_embed else None,
         "condition_latents": torch.randn(batch, channels, *size, generator=generator) if channels else None,
     }
-
-
-def run_oracle(oracle: FluxTransformer2DModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    latents, condition, prompt = inputs["latents"], inputs["condition_latents"], inputs["prompt_embeds"]
-    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
-    channels = latents if condition is None else torch.cat((latents, condition), dim=1)
-    patches = oracle(
-        patchify(channels),
-        prompt,
-        inputs["pooled_prompt_embeds"],
-        inputs["sigma"],
-        grid_positions(rows, columns),
-        torch.zeros(prompt.shape[1], 3),
-        inputs["guidance"],
-        return_dict=False,
-    )[0]
-    return unpatchify(patches, rows)
 
 
 @pytest.mark.parametrize("case", CASES)

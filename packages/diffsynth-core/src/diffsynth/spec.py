@@ -80,6 +80,45 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRASpelling:
+    """The keys that a program gives the LoRAs of an architecture, for files that are written for it.
+
+    Reading needs none of this: it knows the usual keys, and the module names of every declared layout.
+
+    Args:
+        name: name of the program, `"kohya"`.
+        layout: name of the `CheckpointSpec` whose module names the program uses; empty for the architecture's own.
+        prefix: text before every module name, `"lora_unet_"`.
+        underscores: whether the dots of module names become underscores.
+        down: end of the key of matrix A, which leads from a layer's inputs to the rank.
+        up: end of the key of matrix B, which leads from the rank to the layer's outputs.
+        alpha: end of the key of the number that is divided by the rank; empty for a program without it: the factor is
+            then in matrix B.
+        layers: patterns of the module names that the program knows, `"double_blocks.*"`; empty for all.
+    """
+
+    name: str
+    layout: str = ""
+    prefix: str = ""
+    underscores: bool = False
+    down: str = "lora_A.weight"
+    up: str = "lora_B.weight"
+    alpha: str = ""
+    layers: tuple[str, ...] = ()
+
+    @classmethod
+    def kohya(cls, prefix: str, *, name: str = "kohya", layout: str = "") -> LoRASpelling:
+        """Return a `LoRASpelling` with the keys of kohya's sd-scripts, which other programs use, too: underscores,
+        `lora_down`, `lora_up` and `alpha`.
+
+        Args:
+            prefix, name, layout: see `LoRASpelling`.
+        """
+        ends = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
+        return cls(name=name, layout=layout, prefix=prefix, underscores=True, **ends)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArchitectureSpec:
     """An `nn.Module` class, its config, and the function that infers the config from a file's shapes.
 
@@ -109,6 +148,11 @@ class ArchitectureSpec:
             module has their methods that the role names, and the config their fields that the pipeline reads.
         lora_targets: suffixes of the names of the linear layers that LoRAs usually change (`"to_q"`, `"ffn.0"`). A LoRA
             may change any linear layer; the conformance suite tests these.
+        lora_spellings: how programs spell the keys of LoRAs, where that differs from the usual spellings in
+            `diffsynth.core.lora.spelling`, or a name is missing there.
+        widened_by_loras: names of linear layers to which a LoRA may add inputs, whose weights are zero before the LoRA,
+            as those for control images; `infer_config` gives the config of the widened network. A LoRA with fewer
+            inputs changes the first ones.
     """
 
     name: str
@@ -125,6 +169,8 @@ class ArchitectureSpec:
     cached_blocks: tuple[str, ...] | None = None
     accepted_as: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
+    lora_spellings: tuple[LoRASpelling, ...] = ()
+    widened_by_loras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +188,7 @@ class CheckpointSpec:
         config: config fields that shapes do not determine; they replace those that `infer_config` returns.
         file_stem: beginning of the published file names if a source is a glob such as `transformer/*.safetensors`:
             "model", or "diffusion_pytorch_model".
+        loras_only: whether only LoRAs have these names; no checkpoint is recognised or saved in the layout.
     """
 
     name: str
@@ -152,6 +199,7 @@ class CheckpointSpec:
     files: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     file_stem: str = "model"
+    loras_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

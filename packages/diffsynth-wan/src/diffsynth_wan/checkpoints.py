@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, LoRASpelling
 
 DIT = "wan_dit"
 VACE = "wan_vace"
@@ -110,6 +110,7 @@ ARCHITECTURES = (
         ),
         repeated_blocks=("blocks",),
         lora_targets=LORA_TARGETS,
+        lora_spellings=(LoRASpelling(name="diffusers", layout=f"{DIT}/t2v_14b_diffusers", prefix="transformer."),),
     ),
     ArchitectureSpec(
         name=VACE,

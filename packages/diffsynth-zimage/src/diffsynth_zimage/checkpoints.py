@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, LoRASpelling
 
 DIT = "z_image_dit"
 CONTROLNET = "z_image_controlnet"
@@ -41,6 +41,7 @@ ARCHITECTURES = (
         high_precision=("t_embedder.*", "cap_embedder.*", "*norm*", "*_pad_token"),
         repeated_blocks=("noise_refiner", "context_refiner", "layers"),
         lora_targets=LORA_TARGETS,
+        lora_spellings=(LoRASpelling.kohya("lora_unet_", layout=f"{DIT}/fused"),),
     ),
     ArchitectureSpec(
         name=OMNI_DIT,

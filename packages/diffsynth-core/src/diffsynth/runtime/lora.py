@@ -17,14 +17,16 @@ from diffsynth.core.loader.lora_match import role_hint
 from diffsynth.core.lora import LoRA, add_hot, clear_hot, fit, fuse, read_lora
 from diffsynth.core.lora.applied import is_fused
 from diffsynth.core.lora.fitting import what_fits
-from diffsynth.core.lora.format import subset
+from diffsynth.core.lora.format import subset, write_keys
 from diffsynth.core.lora.fused import check_fused
 from diffsynth.core.lora.hot import check_hot, not_hot
-from diffsynth.core.vram.managed import managed
+from diffsynth.core.lora.spelling import spelled, spelling_of
+from diffsynth.core.lora.widening import widen, wider_layers
+from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.errors import KeyMismatch, shortened
 from diffsynth.runtime.architectures import architecture_of, cuts
 from diffsynth.runtime.plan_cache import PlanCache
-from diffsynth.spec import CheckpointSpec
+from diffsynth.spec import CheckpointSpec, resolve
 from diffsynth.terminal import module_logger
 
 logger = module_logger(__name__)
@@ -58,6 +60,10 @@ class LoRAMethods:
         raise NotImplementedError
 
     plan_cache: PlanCache | None
+
+    def _follow_wrapped(self) -> None:
+        """Move the components that are wrapped now, after one was wrapped anew."""
+        raise NotImplementedError
 
     @property
     def loras(self) -> tuple[LoadedLoRA, ...]:
@@ -120,6 +126,7 @@ class LoRAMethods:
             if ways[role]:
                 add_hot(self.parts[role], part, alpha, atomic=self._atomic(role))
             else:
+                self._widen(role, part)
                 fuse(self.parts[role], part, alpha)
             vars(self).setdefault("_loras", []).append(LoadedLoRA(role, paths, alpha, ways[role]))
             if verbose:
@@ -127,6 +134,42 @@ class LoRAMethods:
                 count = len(part.layers) + len(part.others)
                 logger.info("%s: %d layers of %s changed, %s, alpha=%g", lora.where, count, role, how, alpha)
         self._clear_plans()
+
+    def convert_lora(
+        self,
+        lora_config: ModelConfig | str | Path,
+        path: Path | str,
+        *,
+        spelling: str,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write a LoRA file again, under the keys that another program reads, and return the new file's `Path`.
+
+        The pipeline's components say which layers there are, and are not changed. Layers of text encoders are written
+        to the same file.
+
+        Args:
+            lora_config: a file, a folder with one LoRA, or a `ModelConfig`.
+            path: the new file, a safetensors file; an existing one is replaced.
+            spelling: the program: `"diffusers"`, `"kohya"`, `"comfyui"`, `"peft"` or another that the components'
+                architectures declare.
+            metadata: additional metadata; values must be text.
+
+        Raises:
+            ValueError: an unknown spelling, or a component without an architecture.
+            CheckpointError: as for `load_lora`; `KeyMismatch` also if a change is no plain LoRA, or the program does
+                not know a layer.
+        """
+        lora, _ = _read(lora_config, None, strict=True)
+        tensors: dict[str, Tensor] = {}
+        for role, part in self._fitted(lora, None, strict=True).items():
+            architecture = architecture_of(self.parts[role])
+            if architecture is None:
+                raise ValueError(f"{role} is of no declared architecture, so no spelling of its layers is known")
+            own = {key: tuple(tensor.shape) for key, tensor in self.parts[role].state_dict().items()}
+            known = spelling_of(spelling, architecture)
+            tensors |= spelled(part, known, own, _discovery.catalog().layouts()[1])
+        return write_keys(tensors, path, metadata)
 
     def _fitted(self, lora: LoRA, role: str | None, strict: bool) -> dict[str, LoRA]:
         """Return a dict role -> the layers of `lora` that its component gets, under its names.
@@ -174,6 +217,22 @@ class LoRAMethods:
             logger.info("%s: left to other components: %s", lora.where, shortened(others))
         return {each: self._fit(subset(lora, names[each]), each) for each in roles}
 
+    def _widen(self, role: str, lora: LoRA) -> None:
+        """Give a component's layers the inputs that a LoRA adds to them."""
+        module, architecture = self.parts[role], architecture_of(self.parts[role])
+        if not wider_layers(lora):
+            return
+        assert architecture is not None, "its spec says that the layers may be widened"
+        engine = managed(module)
+        if engine is not None:
+            engine.unwrap()
+        try:
+            widen(module, lora, resolve(architecture.infer_config))
+        finally:
+            if engine is not None:
+                wrap(module, engine.policy, **cuts(architecture))
+                self._follow_wrapped()
+
     def _owners(self, lora: LoRA) -> dict[str, list[str]]:
         """Return a dict name of a change of `lora` -> the roles whose components have it, of those that its prefix
         allows.
@@ -190,8 +249,8 @@ class LoRAMethods:
         return owners
 
     def _fit(self, lora: LoRA, role: str) -> LoRA:
-        checkpoints, architecture = _layouts(self.parts[role])
-        return fit(lora, self.parts[role], checkpoints, architecture=architecture)
+        checkpoints, architecture, widened = _layouts(self.parts[role])
+        return fit(lora, self.parts[role], checkpoints, architecture=architecture, widened=widened)
 
     def _refusal(self, lora: LoRA, owners: Mapping[str, Sequence[str]], role: str | None = None) -> KeyMismatch:
         """Return the KeyMismatch of fitting `lora` to the component of `role`, or to the one that most of it fits."""
@@ -260,10 +319,13 @@ class LoRAMethods:
             self.plan_cache.clear()
 
 
-def _layouts(module: nn.Module) -> tuple[Sequence[CheckpointSpec], str]:
-    """Return a tuple: all published layouts, and the name of the module's architecture, empty if it has none."""
+def _layouts(module: nn.Module) -> tuple[Sequence[CheckpointSpec], str, Sequence[str]]:
+    """Return a tuple: all published layouts, the name of the module's architecture, and the names of the layers that a
+    LoRA may widen; empty without an architecture.
+    """
     architecture = architecture_of(module)
-    return _discovery.catalog().layouts()[1], "" if architecture is None else architecture.name
+    known = ("", ()) if architecture is None else (architecture.name, architecture.widened_by_loras)
+    return _discovery.catalog().layouts()[1], *known
 
 
 def _allowed(name: str, roles: Sequence[str], *, second: bool) -> list[str]:

@@ -153,7 +153,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         )
         self.__signature__ = build_signature(self.program, self.loop, {}, has_loop=self.has_loop())
         choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.parts)
-        self._offloader = StageOffloader(self.parts, self.device)
+        self._follow_wrapped()
         self.plan_cache: PlanCache | None = None
         if vram_limit is not None and self.device.type != "cpu" and self._offloader.is_needed:
             make_plan = functools.partial(plan_call, self, device=self.device, vram_limit=vram_limit)
@@ -212,6 +212,9 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
             if isinstance(part, torch.nn.Module) and managed(part) is None:
                 part.to(pipe.device, torch_dtype)
         return pipe
+
+    def _follow_wrapped(self) -> None:
+        self._offloader = StageOffloader(self.parts, self.device)
 
     @property
     def transfers(self) -> Mapping[str, TransferReport]:

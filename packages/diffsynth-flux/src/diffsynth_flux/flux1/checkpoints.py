@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, LoRASpelling
 
 DIT = "flux_dit"
 CONTROLNET = "flux_controlnet"
@@ -24,6 +24,36 @@ LORA_TARGETS = (
     "linear1",
     "linear2",
 )
+
+# `diffusers` and `peft` wrap the network of diffusers; ai-toolkit and OneTrainer train it. The code of kohya, fal and
+# Black Forest Labs has the original network, whose names are ours.
+LORA_SPELLINGS = (
+    LoRASpelling(name="ai-toolkit", layout=f"{DIT}/diffusers", prefix="transformer."),
+    LoRASpelling(name="bfl"),
+    LoRASpelling(name="diffusers", layout=f"{DIT}/diffusers", prefix="transformer."),
+    LoRASpelling(name="fal", prefix="base_model.model."),
+    LoRASpelling.kohya("lora_transformer_", name="onetrainer", layout=f"{DIT}/diffusers"),
+    LoRASpelling(name="peft", layout=f"{DIT}/diffusers", prefix="base_model.model."),
+    LoRASpelling(
+        name="xlabs", layout=f"{DIT}/xlabs_lora", down="down.weight", up="up.weight", layers=("*.processor.*_lora*",)
+    ),
+)
+
+
+def _text_spellings(diffusers: str, comfyui: str, *, kohya: str, onetrainer: str) -> tuple[LoRASpelling, ...]:
+    return (
+        LoRASpelling(
+            name="comfyui",
+            prefix=f"text_encoders.{comfyui}.transformer.",
+            down="lora_down.weight",
+            up="lora_up.weight",
+            alpha="alpha",
+        ),
+        LoRASpelling(name="diffusers", prefix=f"{diffusers}."),
+        LoRASpelling.kohya(kohya),
+        LoRASpelling.kohya(onetrainer, name="onetrainer"),
+    )
+
 
 ARCHITECTURES = (
     ArchitectureSpec(
@@ -51,6 +81,8 @@ ARCHITECTURES = (
         high_precision=("time_in.*", "vector_in.*", "guidance_in.*", "*norm*"),
         repeated_blocks=("double_blocks", "single_blocks"),
         lora_targets=LORA_TARGETS,
+        lora_spellings=LORA_SPELLINGS,
+        widened_by_loras=("img_in",),
     ),
     ArchitectureSpec(
         name=CONTROLNET,
@@ -90,6 +122,7 @@ ARCHITECTURES = (
         tiny_inputs="diffsynth_flux.flux1.tiny:tiny_text_inputs",
         high_precision=("*norm*",),
         repeated_blocks=("text_model.encoder.layers",),
+        lora_spellings=_text_spellings("text_encoder", "clip_l", kohya="lora_te1_", onetrainer="lora_te1_"),
     ),
     ArchitectureSpec(
         name=T5,
@@ -109,6 +142,8 @@ ARCHITECTURES = (
         # transformers casts the input of `wo` to the dtype of its weight.
         high_precision=("*norm*", "*.wo.weight"),
         repeated_blocks=("encoder.block",),
+        # kohya calls T5 the third text encoder, as in Stable Diffusion 3.
+        lora_spellings=_text_spellings("text_encoder_2", "t5xxl", kohya="lora_te3_", onetrainer="lora_te2_"),
     ),
     ArchitectureSpec(
         name=SIGLIP,
@@ -217,6 +252,13 @@ CHECKPOINTS = (
         name=f"{DIT}/diffsynth_studio",
         architecture=DIT,
         rules="diffsynth_flux.flux1.convert:DIFFSYNTH_STUDIO",
+    ),
+    CheckpointSpec(
+        name=f"{DIT}/xlabs_lora",
+        architecture=DIT,
+        rules="diffsynth_flux.flux1.convert:XLABS_LORA",
+        layout="diffsynth_flux:layouts/flux1_xlabs_lora.json.gz",
+        loras_only=True,
     ),
     CheckpointSpec(
         name=f"{DIT}/nexus_gen",

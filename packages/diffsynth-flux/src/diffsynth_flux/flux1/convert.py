@@ -70,6 +70,27 @@ DIFFUSERS: tuple[Rule, ...] = (
 CONTROLNET: tuple[Rule, ...] = BLOCKS
 """ControlNet under the names of diffusers; those of its own parts are ours."""
 
+_XLABS_DOUBLE = {
+    "processor.qkv_lora1": "img_attn.qkv",
+    "processor.qkv_lora2": "txt_attn.qkv",
+    "processor.proj_lora1": "img_attn.proj",
+    "processor.proj_lora2": "txt_attn.proj",
+}
+
+XLABS_LORA: tuple[Rule, ...] = (
+    *(
+        Rename(f"double_blocks.{{n}}.{theirs}.{{*}}", f"double_blocks.{{n}}.{ours}.{{*}}")
+        for theirs, ours in _XLABS_DOUBLE.items()
+    ),
+    # XLabs changes queries, keys and values alone; the rest of the fused weight has a name here and in no file.
+    Fuse(
+        ("single_blocks.{n}.processor.qkv_lora.{*}", "single_blocks.{n}.mlp.{*}"),
+        "single_blocks.{n}.linear1.{*}",
+    ),
+    Rename("single_blocks.{n}.processor.proj_lora.{*}", "single_blocks.{n}.linear2.{*}"),
+)
+"""Layers of LoRAs that were trained with XLabs' code, which names them after the attention processors."""
+
 _OWN_DOUBLE = {
     "norm1_a.linear": "img_mod.lin",
     "norm1_b.linear": "txt_mod.lin",

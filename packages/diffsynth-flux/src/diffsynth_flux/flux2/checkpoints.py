@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, LoRASpelling
 
 DIT = "flux2_dit"
 AUTOENCODER = "flux2_autoencoder"
@@ -27,6 +27,14 @@ LORA_TARGETS = (
     "linear_out",
     "to_qkv_mlp_proj",
     "attn.to_out",
+)
+
+# Our names are those of diffusers. kohya and ai-toolkit have the network of the original code.
+LORA_SPELLINGS = (
+    LoRASpelling(name="ai-toolkit", layout=f"{DIT}/original", prefix="diffusion_model."),
+    LoRASpelling(name="comfyui", layout=f"{DIT}/original", prefix="diffusion_model."),
+    LoRASpelling.kohya("lora_unet_", layout=f"{DIT}/original"),
+    LoRASpelling.kohya("lora_transformer_", name="onetrainer"),
 )
 
 _CONFIG = "diffsynth_flux.flux2.config"
@@ -57,6 +65,7 @@ ARCHITECTURES = (
         high_precision=("time_guidance_embed.*", "*norm_*q.weight", "*norm_*k.weight"),
         repeated_blocks=("transformer_blocks", "single_transformer_blocks"),
         lora_targets=LORA_TARGETS,
+        lora_spellings=LORA_SPELLINGS,
     ),
     ArchitectureSpec(
         name=AUTOENCODER,
@@ -134,6 +143,12 @@ CHECKPOINTS = (
         architecture=DIT,
         rules=f"{_RULES}:ORIGINAL_DIT",
         files=(f"{DEV}:flux2-dev.safetensors", f"{KLEIN_4B}:flux-2-klein-4b.safetensors"),
+    ),
+    CheckpointSpec(
+        name=f"{DIT}/fused_lora",
+        architecture=DIT,
+        rules=f"{_RULES}:FUSED_LORA",
+        loras_only=True,
     ),
     CheckpointSpec(
         name=AUTOENCODER,

@@ -39,9 +39,11 @@ def _weights(names: dict[str, str], source: str = "", target: str = "", *, endin
     return [Rename(f"{source}{theirs}.{ending}", f"{target}{ours}.weight") for theirs, ours in names.items()]
 
 
-def _fused(part: str, names: tuple[str, str, str]) -> Split:
-    targets = tuple(f"transformer_blocks.{{n}}.attn.{name}.weight" for name in names)
-    return Split(f"double_blocks.{{n}}.{part}.qkv.weight", targets)
+_IMAGE, _TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def _fused(source: str, names: tuple[str, str, str]) -> Split:
+    return Split(source, tuple(f"transformer_blocks.{{n}}.attn.{name}.weight" for name in names))
 
 
 _DOUBLE_BLOCK, _SINGLE_BLOCK = "double_blocks.{n}.", "single_blocks.{n}."
@@ -51,14 +53,22 @@ ORIGINAL_DIT: tuple[Rule, ...] = (
     *_weights(_OUTER),
     # The original has shift, then scale.
     ReorderChunks("final_layer.adaLN_modulation.1.weight", "norm_out.linear.weight", (1, 0)),
-    _fused("img_attn", ("to_q", "to_k", "to_v")),
-    _fused("txt_attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
+    _fused("double_blocks.{n}.img_attn.qkv.weight", _IMAGE),
+    _fused("double_blocks.{n}.txt_attn.qkv.weight", _TEXT),
     *_weights(_DOUBLE, _DOUBLE_BLOCK, _OUR_DOUBLE_BLOCK),
     *_weights(_DOUBLE_NORMS, _DOUBLE_BLOCK, _OUR_DOUBLE_BLOCK, ending="scale"),
     *_weights(_SINGLE, _SINGLE_BLOCK, _OUR_SINGLE_BLOCK),
     *_weights(_SINGLE_NORMS, _SINGLE_BLOCK, _OUR_SINGLE_BLOCK, ending="scale"),
 )
 """Transformer under the names of the original code, as in single files such as `flux2-dev.safetensors`."""
+
+FUSED_LORA: tuple[Rule, ...] = (
+    _fused("transformer_blocks.{n}.attn.to_qkv.weight", _IMAGE),
+    _fused("transformer_blocks.{n}.attn.to_added_qkv.weight", _TEXT),
+    Rename("sformer_blocks.{n}.{*}", "transformer_blocks.{n}.{*}"),
+)
+"""Layers of LoRAs of the network of diffusers with joined projections, as diffusers writes LoKr, and the shortened
+names of blocks in some files."""
 
 ORIGINAL_AUTOENCODER: tuple[Rule, ...] = (
     Rename("encoder.quant_conv.{*}", "quant_conv.{*}"),

@@ -76,7 +76,7 @@ def _nearest(file: UnrecognizedFile) -> str:
     """
     best: tuple[float, CheckpointSpec, str, Mapping[str, Shape]] | None = None
     found = {prefix: {normalized_key(key) for key in shapes} for prefix, shapes in file.views}
-    for checkpoint in file.checkpoints:
+    for checkpoint in [each for each in file.checkpoints if not each.loras_only]:
         published = {normalized_key(key) for key in layout_of(checkpoint)}
         for prefix, shapes in file.views:
             score = len(found[prefix] & published) / max(len(found[prefix] | published), 1)

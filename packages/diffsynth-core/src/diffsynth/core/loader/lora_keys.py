@@ -2,7 +2,8 @@
 
 Known names are those of peft (`X.lora_A.weight`), of kohya (`lora_unet_X_Y.lora_down.weight`, with underscores for
 dots), of diffusers before it used peft (`X.lora.down.weight`, `X.processor.to_q_lora.down.weight`), of LyCORIS
-(`X.lokr_w1`, `X.hada_w1_a`, `X.diff`, `X.w_norm`) and of lightx2v (`X.diff_b`, `X.diff_m`).
+(`X.lokr_w1`, `X.hada_w1_a`, `X.diff`, `X.w_norm`), of lightx2v (`X.diff_b`, `X.diff_m`), and of control LoRAs, which
+have new values of norms beside their matrices (`X.query_norm.scale`, `X.set_weight`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MAX_MODULES = 20_000
 """Number of modules that a LoRA may change; the largest published networks have fewer than 3,000."""
 
 LOW_RANK, DORA, LOHA, LOKR = "LoRA", "DoRA", "LoHa", "LoKr"
-DIFFERENCE, EMBEDDING = "difference", "LoRA of an embedding"
+DIFFERENCE, EMBEDDING, REPLACEMENT = "difference", "LoRA of an embedding", "new value"
 """Kinds of change. A `DORA` is any of the others with a magnitude; `Change.kind` is that of the change inside it."""
 
 _ADAPTER = r"(?:\.(?P<adapter>(?!weight$|bias$)\w+))?(?:\.(?P<what>weight|bias))?"
@@ -46,11 +47,13 @@ _WHOLE = {
 }
 """End of a key that holds the difference of a whole parameter -> the parameter's name in its module."""
 
+_REPLACED = re.compile(r"(?P<module>.+)\.set_weight|(?P<norm>(?:.*\.)?[^.]*norm[^.]*)\.(?:weight|scale)", re.DOTALL)
+"""A key that holds the new value of a whole parameter; without `set_weight` only that of a norm."""
+
 _OTHERS = {
     r".*\.(oft|boft)_.+": "OFT, which rotates the weights",
     r".*\.(a1|a2|b1|b2)\.weight": "GLoRA",
     r".*\.lora_E(\..+)?": "AdaLoRA",
-    r".*\.set_weight": "a weight that replaces the model's",
     r".*\.modules_to_save\..+": "a layer that was trained whole",
     r"(emb_params|string_to_param|bundle_emb)(\..+)?": "a textual inversion",
 }
@@ -149,7 +152,7 @@ def lora_keys(shapes: Mapping[str, Shape]) -> LoRAKeys:
             found.others[key] = kind
             continue
         module, slot, adapter = parsed
-        found.certain = found.certain or slot != "alpha"
+        found.certain = found.certain or slot not in ("alpha", REPLACEMENT)
         held = groups.setdefault(module, {})
         if len(groups) > MAX_MODULES:
             break
@@ -160,7 +163,7 @@ def lora_keys(shapes: Mapping[str, Shape]) -> LoRAKeys:
                 else _several(adapters[module], adapter),
             )  # fmt: skip
         held[slot] = key
-        if slot != "alpha":
+        if slot not in ("alpha", REPLACEMENT):
             adapters.setdefault(module, adapter)
     found.modules = len(groups)
     if found.too_many:
@@ -188,12 +191,12 @@ def _parsed(key: str, shape: Shape) -> tuple[str, str, str] | None:
     """Return a tuple (module name, part of the change, adapter's name) for a key; None for a key of no LoRA."""
     match = _KEY.fullmatch(key)
     if match is None:
-        return None
-    module = match["module"]
-    if (place := match["place"]) == "_lora":
-        module = module.replace(".processor.", ".")
-    elif place:
-        module += place  # XLabs numbers the streams of one processor; a layout's rules know which is which
+        replaced = _REPLACED.fullmatch(key)
+        if replaced is None or (replaced["norm"] and len(shape) != 1):
+            return None
+        return replaced["module"] or replaced["norm"], REPLACEMENT, ""
+    # The names of a processor's layers are `to_q_lora` in diffusers and `qkv_lora1` in XLabs; `lora_match` knows both.
+    module = match["module"] + (match["place"] or "")
     if side := match["side"] or match["dotted"]:
         slot = _SIDES.get(side, side)
         if match["what"] == "bias":
@@ -236,6 +239,11 @@ def _changes(module: str, held: Mapping[str, str], shapes: Mapping[str, Shape]) 
         raise ValueError(f"{module} is changed as {made[0].kind} and as {made[1].kind}; expected one")
     if "magnitude" in side and not made:
         raise ValueError(f"it has a magnitude but no matrices for {module}")
+    if REPLACEMENT in rest:
+        key = rest.pop(REPLACEMENT)
+        if made:
+            raise ValueError(f"{module} is changed as {made[0].kind} and by a new value; expected one")
+        made.append(Change(module, "weight", REPLACEMENT, {REPLACEMENT: key}, shapes[key]))
     if side and not made and not _WHOLE.keys() & rest.keys():
         raise ValueError(f"it has an alpha but no matrices for {module}")
     if "lora_bias" in rest:

@@ -15,7 +15,7 @@ from math import prod
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.convert import Shape
 from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
-from diffsynth.core.loader.lora_keys import Change
+from diffsynth.core.loader.lora_keys import LOW_RANK, REPLACEMENT, Change
 from diffsynth.errors import KeyMismatch
 from diffsynth.spec import CheckpointSpec
 
@@ -96,8 +96,8 @@ def without_prefix(module: str, names: Container[str], underscored: Mapping[str,
     if match := _UNDERSCORED.match(module):
         return _underscored_name(module[match.end() :].replace(".", "_"), underscored)
     while module not in names:
-        for similar in (f"{module}.0" if module.endswith(".to_out") else "", f"model.{module}"):
-            if similar and similar in names:
+        for similar in _similar(module):
+            if similar in names:
                 return similar
         if match := _TEXT_ENCODERS.match(module):
             module = module[match.end() :]
@@ -107,6 +107,15 @@ def without_prefix(module: str, names: Container[str], underscored: Mapping[str,
             return None
         module = module.removeprefix(prefix)
     return module
+
+
+def _similar(module: str) -> Iterator[str]:
+    """Yield other spellings of a LoRA's module name that a module may have in its place."""
+    if module.endswith(".to_out"):
+        yield f"{module}.0"
+    if module.endswith("_lora"):  # of a processor in older versions of diffusers
+        yield module.removesuffix("_lora").replace(".processor.", ".")
+    yield f"model.{module}"
 
 
 def _underscored_name(module: str, underscored: Mapping[str, str]) -> str | None:
@@ -256,7 +265,9 @@ class Match:
         return list(dict.fromkeys(reason for reason in self.left.values() if reason))
 
 
-def match(changes: Sequence[Change], own: Mapping[str, Shape], layouts: Iterable[Layout]) -> Match:
+def match(
+    changes: Sequence[Change], own: Mapping[str, Shape], layouts: Iterable[Layout], widened: Container[str] = ()
+) -> Match:
     """Return the `Match` of a LoRA's changes with a module: in one layout's names, or, if none has all, in those of
     several.
 
@@ -264,10 +275,11 @@ def match(changes: Sequence[Change], own: Mapping[str, Shape], layouts: Iterable
         changes: the changes of a file.
         own: parameter name -> shape of the module.
         layouts: the layouts that the module's weights are published in; see `layouts_of`.
+        widened: names of our weights whose changes may have another number of inputs.
     """
     attempts: list[tuple[Layout, Match]] = []
     for layout in layouts:
-        attempt = _attempt(changes, own, layout)
+        attempt = _attempt(changes, own, layout, widened)
         if attempt.fits:
             return attempt
         attempts.append((layout, attempt))
@@ -277,7 +289,7 @@ def match(changes: Sequence[Change], own: Mapping[str, Shape], layouts: Iterable
         if layout is best_layout or attempt.known == 0 or not best.unknown:
             continue
         missing = set(best.unknown)
-        _merge(best, _attempt([change for change in changes if change.name in missing], own, layout))
+        _merge(best, _attempt([change for change in changes if change.name in missing], own, layout, widened))
     return best
 
 
@@ -290,7 +302,7 @@ def _merge(best: Match, other: Match) -> None:
     best.left |= {name: reason for name, reason in other.left.items() if reason and name in best.left}
 
 
-def _attempt(changes: Sequence[Change], own: Mapping[str, Shape], layout: Layout) -> Match:
+def _attempt(changes: Sequence[Change], own: Mapping[str, Shape], layout: Layout, widened: Container[str]) -> Match:
     result = Match(total=len(changes))
     named: dict[str, list[Change]] = {}
     for change in changes:
@@ -312,16 +324,16 @@ def _attempt(changes: Sequence[Change], own: Mapping[str, Shape], layout: Layout
                 found[level] if level < len(found) else absent.get(source) or found[0].shape
                 for source, found in zip(target.sources, held, strict=True)
             )
-            _add(result, key, Matched(target.rule, target.index, sources, target.shape), own)
+            _add(result, key, Matched(target.rule, target.index, sources, target.shape), own, widened)
     _drop_parts(result)
     return result
 
 
-def _add(result: Match, key: str, matched: Matched, own: Mapping[str, Shape]) -> None:
+def _add(result: Match, key: str, matched: Matched, own: Mapping[str, Shape], widened: Container[str]) -> None:
     reason = None
     if key not in own:
         reason = ""
-    elif not _fits_shape(matched, own[key]):
+    elif not _fits_shape(matched, own[key]) and not (key in widened and _fits_outputs(matched, own[key])):
         reason = f"{key} is {own[key]}, the {matched.changes[0].kind} is for {matched.shape}"
     elif refusal := _refusal(matched):
         reason = f"{key}: {refusal}"
@@ -342,11 +354,19 @@ def _fits_shape(matched: Matched, own: Shape) -> bool:
     )
 
 
+def _fits_outputs(matched: Matched, own: Shape) -> bool:
+    """Whether a LoRA changes a linear layer's weight of as many outputs, with more or fewer inputs than `own`."""
+    plain = all(change.kind == LOW_RANK and not change.is_dora for change in matched.changes)
+    return plain and isinstance(matched.rule, IDENTITIES) and len(matched.shape) == 2 and matched.shape[0] == own[0]
+
+
 def _refusal(matched: Matched) -> str:
     """Return why a rule does not convert a change; empty if it does."""
     rule = matched.rule
     if isinstance(rule, IDENTITIES):
         return ""
+    if any(change.kind == REPLACEMENT for change in matched.changes):
+        return f"it is converted by {type(rule).__name__}, which needs the values of a whole weight"
     linear = convert.Split | convert.Fuse | convert.ReorderChunks | convert.Reshape | convert.Permute
     if not isinstance(rule, linear):
         return f"the file's layout has it under {type(rule).__name__}, which cannot be applied to a LoRA"

@@ -100,6 +100,7 @@ def recognize(
     """
     refusals: _Refusals = {}
     found: list[Recognized] = []
+    known, checkpoints = checkpoints, [checkpoint for checkpoint in checkpoints if not checkpoint.loras_only]
     packed = scaled.packed_format(header.tensors)
     encodings = {} if packed else quantization_notes.encodings(header.where, header.notes, header.tensors)
     rest = header
@@ -117,7 +118,7 @@ def recognize(
             break
     if not found:
         views = tuple(_views(header))
-        raise Unrecognized(explain(UnrecognizedFile(header.where, header.shapes, checkpoints, refusals, views)))
+        raise Unrecognized(explain(UnrecognizedFile(header.where, header.shapes, known, refusals, views)))
     if rest.tensors:
         found[0] = replace(found[0], extra=(*found[0].extra, *rest.tensors))
     return found

@@ -263,7 +263,11 @@ def _published(layout: str | CheckpointSpec, architecture: str) -> CheckpointSpe
     if isinstance(layout, str):
         from diffsynth import _discovery
 
-        known = {one.name: one for one in _discovery.catalog().layouts()[1] if one.architecture == architecture}
+        known = {
+            one.name: one
+            for one in _discovery.catalog().layouts()[1]
+            if one.architecture == architecture and not one.loras_only
+        }
         if layout not in known:
             raise ValueError(
                 f"layout={layout!r}: {architecture} has the layouts {', '.join(known) or 'none'}"

@@ -1,9 +1,9 @@
 """The changes that a LoRA file makes to parameters, as arithmetic on tensors.
 
 Low-rank changes of linear layers are `LoRALayer`s (Hu et al. 2021, arXiv:2106.09685). All others are
-`ParameterChange`s: convolutions, embeddings, biases, plain differences, LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098),
-LoKr (Yeh et al. 2023, arXiv:2309.14859), and any of them with the magnitudes of DoRA (Liu et al. 2024,
-arXiv:2402.09353).
+`ParameterChange`s: convolutions, embeddings, biases, plain differences, new values, LoHa (Hyeon-Woo et al. 2021,
+arXiv:2108.06098), LoKr (Yeh et al. 2023, arXiv:2309.14859), and any of them with the magnitudes of DoRA (Liu et al.
+2024, arXiv:2402.09353).
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from torch import Tensor
 
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.convert import Shape
-from diffsynth.core.loader.lora_keys import DIFFERENCE, DORA, EMBEDDING, LOHA, LOKR, LOW_RANK, Change
+from diffsynth.core.loader.lora_keys import (
+    DIFFERENCE,
+    DORA,
+    EMBEDDING,
+    LOHA,
+    LOKR,
+    LOW_RANK,
+    REPLACEMENT,
+    Change,
+)
 from diffsynth.core.loader.lora_match import IDENTITIES
 from diffsynth.core.loader.reader.ops import apply_rule
 
@@ -79,8 +88,8 @@ class Factors:
         return None if found is None else found.flatten()
 
     def delta(self, device: torch.device) -> Tensor:
-        """Return the difference of the file's weight, without magnitudes, a new fp32 tensor of shape `change.shape` on
-        `device`.
+        """Return the difference of the file's weight, without magnitudes, or the new value of a replacement, as a new
+        fp32 tensor of shape `change.shape` on `device`.
         """
         parts = {name: tensor.to(device, torch.float32) for name, tensor in self.tensors.items()}
         return (_DELTAS[self.change.kind](parts) * self.scale).reshape(self.change.shape)
@@ -112,6 +121,8 @@ class Part:
             for each in self.sources
         )
         delta = self._converted(deltas).reshape(weight.shape)
+        if self.factors[0].change.kind == REPLACEMENT:
+            return delta - weight
         magnitudes = [each.magnitude for each in self.factors]
         if all(magnitude is None for magnitude in magnitudes):
             return delta
@@ -136,13 +147,17 @@ class ParameterChange:
 
     Args:
         parts: the changes that add up.
+        inputs: number of inputs that a linear layer is given first, by `widen`; 0 keeps the layer's own.
     """
 
     parts: tuple[Part, ...]
+    inputs: int = 0
 
     @property
     def kind(self) -> str:
         """The kinds of change, a str such as `"DoRA"`, `"LoKr"` or `"difference"`, for messages."""
+        if self.inputs:
+            return f"{LOW_RANK} with more inputs"
         found = [DORA if each.change.is_dora else each.change.kind for each in self.factors]
         return " and ".join(sorted(set(found)))
 
@@ -222,6 +237,8 @@ _DELTAS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
     LOHA: _loha,
     LOKR: _lokr,
     DIFFERENCE: lambda parts: parts[DIFFERENCE],
+    REPLACEMENT: lambda parts: parts[REPLACEMENT],
     EMBEDDING: lambda parts: (parts["embedding_B"] @ parts["embedding_A"]).T,
 }
-"""Kind of change -> the difference of the weight that its fp32 tensors make, before its factor."""
+"""Kind of change -> the difference of the weight that its fp32 tensors make, before its factor; the new value itself
+for a replacement."""

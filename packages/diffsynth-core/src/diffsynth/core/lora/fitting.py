@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ def fit(
     checkpoints: Sequence[CheckpointSpec] = (),
     *,
     architecture: str = "",
+    widened: Sequence[str] = (),
     strict: bool = True,
 ) -> LoRA:
     """Return a `LoRA` equal to `lora` under the names of the parameters of `module`, which is not changed.
@@ -49,6 +51,8 @@ def fit(
         checkpoints: the known layouts. Those of the module's architecture are tried, the others are used to say what
             the file is for.
         architecture: the module's architecture; empty tries the module's own names only.
+        widened: names of linear layers that the LoRA may give more inputs (`widen` does), or change in their first
+            inputs only.
         strict: False leaves out what the module does not have and lists it in `left`.
 
     Raises:
@@ -61,6 +65,7 @@ def fit(
         [each.change for each in factors],
         own,
         layouts_of(own, [each for each in checkpoints if each.architecture == architecture]),
+        {f"{name}{_WEIGHT}" for name in widened},
     )
     by_change = {id(each.change): each for each in factors}
     _settle_doubles(found, by_change, own, lora.where)
@@ -71,21 +76,27 @@ def fit(
     for key, matched in found.targets.items():
         name = key.removesuffix(_WEIGHT)
         if name in linear and key != name and all(map(_is_low_rank, matched)):
-            layers[name] = stacked(name, [_layer(each, by_change) for each in matched]) if matched[1:] else _layer(
-                matched[0], by_change
-            )  # fmt: skip
+            if matched[0].shape[1] > own[key][1]:
+                parts = tuple(_part(each, by_change) for each in matched)
+                others[key] = ParameterChange(parts, inputs=matched[0].shape[1])
+                continue
+            made = [_padded(converted_layer(each, by_change), own[key][1]) for each in matched]
+            layers[name] = stacked(name, made) if made[1:] else made[0]
         else:
             others[key] = ParameterChange(tuple(_part(each, by_change) for each in matched))
     left = {name: reason or f"{type(module).__name__} does not have it" for name, reason in found.left.items()}
     return replace(lora, layers=layers, others=others, left={**lora.left, **left})
 
 
-def what_fits(lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec], architecture: str) -> set[str]:
+def what_fits(
+    lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec], architecture: str, widened: Sequence[str] = ()
+) -> set[str]:
     """Return a set of the names of those changes of `lora` that fit `module`; arguments as for `fit`."""
     own, _ = _own_shapes(module)
     changes = [each.change for each in lora.factors]
     layouts = layouts_of(own, [each for each in checkpoints if each.architecture == architecture])
-    return {each.name for each in changes} - match(changes, own, layouts).left.keys()
+    found = match(changes, own, layouts, {f"{name}{_WEIGHT}" for name in widened})
+    return {each.name for each in changes} - found.left.keys()
 
 
 def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
@@ -127,7 +138,8 @@ def _settle_doubles(found: Match, by_change: Mapping[int, Factors], own: Mapping
         for matched in found.targets[key]:
             modules = tuple(change.module for change in matched.changes)
             kept.setdefault(modules, []).append(matched)
-            delta = _part(matched, by_change).difference(torch.zeros(own[key]))
+            shape = own[key] if prod(own[key]) == prod(matched.shape) else matched.shape
+            delta = _part(matched, by_change).difference(torch.zeros(shape))
             seen[modules] = seen[modules] + delta if modules in seen else delta
         for modules in list(kept)[1:]:
             if any(_is_close(seen[modules], seen[each]) for each in kept if each != modules):
@@ -165,9 +177,13 @@ def _part(matched: Matched, by_change: Mapping[int, Factors]) -> Part:
     return Part(matched.rule, matched.index, sources)
 
 
-def _layer(matched: Matched, by_change: Mapping[int, Factors]) -> LoRALayer:
-    """Return the `LoRALayer` of one of our weights, converted by the rule of `matched` from the changes of the weights
-    that it is made of.
+def converted_layer(matched: Matched, by_change: Mapping[int, Factors]) -> LoRALayer:
+    """Return the `LoRALayer` of one weight, converted by the rule of `matched` from the changes of the weights that it
+    is made of.
+
+    Args:
+        matched: a rule that keeps, splits, joins or reorders weights, and the changes.
+        by_change: `id` of each of the changes -> its tensors.
     """
     rule = matched.rule
     layers = [
@@ -189,6 +205,12 @@ def _layer(matched: Matched, by_change: Mapping[int, Factors]) -> LoRALayer:
     if rule.dim == 0:
         return LoRALayer(torch.cat(downs), torch.block_diag(*ups))
     return LoRALayer(torch.block_diag(*downs), torch.cat(ups, dim=1))
+
+
+def _padded(layer: LoRALayer, inputs: int) -> LoRALayer:
+    """Return a `LoRALayer` that changes the first of `inputs` inputs as `layer` does."""
+    more = inputs - layer.shape[1]
+    return replace(layer, down=torch.nn.functional.pad(layer.down, (0, more))) if more else layer
 
 
 def _matrices(factors: Factors) -> LoRALayer:

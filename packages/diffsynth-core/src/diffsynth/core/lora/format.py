@@ -18,7 +18,7 @@ from torch import Tensor
 from diffsynth.core.finite import nonfinite
 from diffsynth.core.loader import convert, pickled
 from diffsynth.core.loader.files import WEIGHT_SUFFIXES, only_checkpoint
-from diffsynth.core.loader.lora_keys import DIFFERENCE, LOW_RANK, UNKNOWN, Change, lora_keys
+from diffsynth.core.loader.lora_keys import DIFFERENCE, LOW_RANK, REPLACEMENT, UNKNOWN, Change, lora_keys
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.save import save_source
 from diffsynth.core.loader.state_dict import load_metadata_from_safetensors, load_state_dict
@@ -119,7 +119,21 @@ def save_lora(
     made = lora if isinstance(lora, LoRA) else parse(lora)
     require_plain(made)
     made = LoRA({name.removeprefix(prefix): layer for name, layer in made.layers.items()})
-    tensors = pickled.of_state_dict(to_state_dict(made, prefix))
+    return write_keys(to_state_dict(made, prefix), path, metadata)
+
+
+def write_keys(state_dict: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write tensors under their keys as a safetensors file, atomically, and return the file's `Path`.
+
+    Args:
+        state_dict: key -> tensor.
+        path: the file; an existing one is replaced.
+        metadata: additional metadata; values must be text.
+
+    Raises:
+        ValueError: metadata that is not text, or a dtype that the format does not have.
+    """
+    tensors = pickled.of_state_dict(state_dict)
     targets = convert.plan((), tensors.shapes).targets
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +267,7 @@ def _read(change: Change, tensors: Mapping[str, Tensor], strengths: Strengths, w
     found = {slot: _checked(key, tensors[key], slot, where) for slot, key in change.keys.items()}
     own = found.pop("alpha", None)
     alpha = None if own is None else float(own)
-    if change.kind == DIFFERENCE and not change.rank:
+    if change.kind in (DIFFERENCE, REPLACEMENT) and not change.rank:
         return Factors(change, found)
     declared = strengths.of(change.module)
     if declared is not None and declared.dora and change.kind == LOW_RANK and not change.is_dora:

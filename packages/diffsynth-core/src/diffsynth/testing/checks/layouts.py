@@ -32,6 +32,8 @@ def checks(subject: Subject) -> Iterator[Check]:
             by_signature = functools.partial(_is_recognized, fact, subject, "signature")
             name = f"layout {fact.name} is recognised by signature, as one architecture"
             yield Check(name, by_signature, after=(converted, signed))
+        if fact.loras_only:
+            continue
         by_structure = functools.partial(_is_recognized, fact, subject, "structure")
         yield Check(recognized_by_structure(fact.name), by_structure, after=(converted,))
 

@@ -1,4 +1,5 @@
-"""Checks of `lora_targets`: the layers exist, and a LoRA has the same effect unfused and fused.
+"""Checks of `lora_targets`: the layers exist, and a LoRA has the same effect unfused and fused, and in the spelling of
+every program.
 
 The LoRA is saved to a file and read back first, which must not change it.
 """
@@ -7,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffsynth.spec import ArchitectureSpec
+from diffsynth.errors import KeyMismatch
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, LoRASpelling
 from diffsynth.testing.checks.architectures import differing, no_meta_after_loading, runs, tiny_output, tiny_real
 from diffsynth.testing.checks.check import Check, Subject
 
@@ -27,13 +29,15 @@ TOLERANCE = 1e-3
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield two `Check`s (named tests, not yet run) for each architecture of the plugin that has `lora_targets`."""
+    """Yield three `Check`s (named tests, not yet run) for each architecture of the plugin that has `lora_targets`."""
     for fact in subject.declared("architectures"):
         if not fact.lora_targets:
             continue
         present = f"{fact.name} has the layers in lora_targets"
         yield Check(present, functools.partial(_has_targets, fact), after=(no_meta_after_loading(fact.name),))
         yield Check(supports_lora(fact.name), functools.partial(_supports_lora, fact), after=(present, runs(fact.name)))
+        spelled = f"{fact.name} LoRAs are read as they were written, in every spelling"
+        yield Check(spelled, functools.partial(_reads_spellings, fact, subject), after=(present,))
 
 
 def supports_lora(name: str) -> str:
@@ -75,6 +79,45 @@ def _supports_lora(fact: ArchitectureSpec) -> None:
         f"a LoRA unfused and fused differ by more than {TOLERANCE} of the change it makes in {', '.join(apart)}: "
         "a layer in lora_targets computes more than x W^T + b, or its weight is read without calling the layer"
     )
+
+
+def _reads_spellings(fact: ArchitectureSpec, subject: Subject) -> None:
+    import torch
+
+    from diffsynth.core.lora import fit, parse
+    from diffsynth.core.lora.spelling import SPELLINGS, spelled
+
+    module, checkpoints = tiny_real(fact), subject.catalog.layouts()[1]
+    own = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    lora = random_lora(module, fact.lora_targets)
+    for spelling in {each.name: each for each in (*SPELLINGS, *fact.lora_spellings)}.values():
+        written = _representable(lora, spelling, own, checkpoints) if spelling.layers else lora
+        state_dict = spelled(written, spelling, own, checkpoints)
+        found = fit(parse(state_dict), module, checkpoints, architecture=fact.name).layers
+        assert found.keys() == written.layers.keys(), (
+            f"written as {spelling.name} for {', '.join(written.layers)}, read back for {', '.join(found)}"
+        )
+        for name, layer in written.layers.items():
+            change, read = layer.scaled_up() @ layer.down, found[name].scaled_up() @ found[name].down
+            assert torch.allclose(change, read, atol=1e-5), f"the LoRA of {name} changed, written as {spelling.name}"
+
+
+def _representable(
+    lora: LoRA, spelling: LoRASpelling, own: Mapping[str, tuple[int, ...]], checkpoints: Sequence[CheckpointSpec]
+) -> LoRA:
+    """Return the part of `lora` that a spelling which does not know all layers can have."""
+    from diffsynth.core.lora import LoRA
+    from diffsynth.core.lora.spelling import spelled
+
+    kept = {}
+    for name, layer in lora.layers.items():
+        try:
+            spelled(LoRA({name: layer}), spelling, own, checkpoints)
+        except KeyMismatch:
+            continue
+        kept[name] = layer
+    assert kept, f"the spelling {spelling.name} knows no layer of lora_targets"
+    return LoRA(kept)
 
 
 def random_lora(module: nn.Module, targets: tuple[str, ...]) -> LoRA:
