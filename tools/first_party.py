@@ -52,7 +52,8 @@ def collect(catalog: Catalog, distributions: list[str]) -> dict[str, dict[str, A
 
 
 def _layouts(architecture: ArchitectureSpec, catalog: Catalog) -> list[list[str]]:
-    checkpoints = [one.spec for one in catalog.checkpoints if one.spec.architecture == architecture.name]
+    declared = [one.spec for one in catalog.checkpoints if one.spec.architecture == architecture.name]
+    checkpoints = [checkpoint for checkpoint in declared if not checkpoint.loras_only]
     named = {tuple(sorted(keys)) for checkpoint in checkpoints for keys in _required(architecture, checkpoint)}
     return [list(keys) for keys in sorted(named or {tuple(sorted(map(_own, architecture.required)))})]
 

@@ -67,8 +67,8 @@ def check_spec(declaration: Any) -> None:
 
     Raises:
         TypeError: a field declared as a mapping has another type, or one declared as a tuple is a text.
-        ValueError: a malformed name, suffix, reference or source, a reference to a missing module, a `LayerWrapperSpec`
-            without effect, a `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, or a tiny
+        ValueError: a malformed name, suffix, reference or source, a reference to a missing module, an
+            `ArchitectureSpec` without a module that is not declared `not_runnable`, a `LayerWrapperSpec` without effect, a `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, or a tiny
             config for a component that the model does not have.
     """
     name = getattr(declaration, "name", "-")
@@ -83,6 +83,8 @@ def check_spec(declaration: Any) -> None:
             )
     if isinstance(declaration, spec.ModelSpec):
         _check_tiny(declaration)
+    if isinstance(declaration, spec.ArchitectureSpec) and bool(declaration.module) == bool(declaration.not_runnable):
+        raise ValueError(f"{name!r}: expected a module, or not_runnable, which says what the files are; not both")
     if isinstance(declaration, spec.LayerWrapperSpec) and not declaration.atomic:
         raise ValueError(f"LayerWrapperSpec({declaration.layer!r}) has no effect; expected atomic=True")
     if isinstance(declaration, spec.FeatureSpec) and declaration.pipeline and declaration.family:

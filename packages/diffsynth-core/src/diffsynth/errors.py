@@ -10,6 +10,7 @@ DiffsynthError
 │   ├── DownloadFailed      the hub cannot be reached or refuses the request
 │   ├── CorruptFile         a file is truncated or is not a checkpoint
 │   ├── Unrecognized        no installed architecture matches the file
+│   ├── NotRunnable         the file is recognised, and no installed package has its network
 │   ├── KeyMismatch         keys or shapes do not fit the architecture
 │   └── NotEnoughMemory     the weights would not fit; raised before any tensor is read
 ├── PipelineError
@@ -82,6 +83,10 @@ class CorruptFile(CheckpointError):
 
 class Unrecognized(CheckpointError):
     """Raised when a file is readable but no installed architecture matches it."""
+
+
+class NotRunnable(CheckpointError):
+    """Raised when a file is recognised as one whose network no installed package has."""
 
 
 class KeyMismatch(CheckpointError):

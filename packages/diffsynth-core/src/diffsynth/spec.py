@@ -124,7 +124,7 @@ class ArchitectureSpec:
 
     Args:
         name: name that `recognize` returns and that a pipeline's role accepts, `"z_image_dit"`.
-        module: reference to the class; built as `module(config)`.
+        module: reference to the class; built as `module(config)`. Empty with `not_runnable`.
         config: reference to a frozen dataclass of plain values (a light module).
         infer_config: reference to `f(shapes: Mapping[str, tuple[int, ...]]) -> config` over the architecture's *own*
             parameter names (a light module). It raises `ValueError` with a reason if a constant of the family does
@@ -153,6 +153,9 @@ class ArchitectureSpec:
         widened_by_loras: names of linear layers to which a LoRA may add inputs, whose weights are zero before the LoRA,
             as those for control images; `infer_config` gives the config of the widened network. A LoRA with fewer
             inputs changes the first ones.
+        not_runnable: what the files are, for a network that can only be named so far, `"the
+            transformer of X, which takes ..."`; `module`, `tiny` and `tiny_inputs` are then empty, and `config` and `infer_config`
+            may be. A file that a runnable architecture claims alike is taken by that one.
     """
 
     name: str
@@ -171,6 +174,7 @@ class ArchitectureSpec:
     lora_targets: tuple[str, ...] = ()
     lora_spellings: tuple[LoRASpelling, ...] = ()
     widened_by_loras: tuple[str, ...] = ()
+    not_runnable: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

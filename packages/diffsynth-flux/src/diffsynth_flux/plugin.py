@@ -14,7 +14,7 @@ from diffsynth_flux.flux2 import models as flux2_models
 DIFFSYNTH_API = 2
 
 MODELS = (*flux1_models.MODELS, *flux2_models.MODELS)
-ARCHITECTURES = (*flux1.ARCHITECTURES, *flux2.ARCHITECTURES)
+ARCHITECTURES = (*flux1.ARCHITECTURES, *flux1.NAMED, *flux2.ARCHITECTURES)
 CHECKPOINTS = (*flux1.CHECKPOINTS, *flux2.CHECKPOINTS)
 TRAINING = (
     *flux1_models.TRAINING,

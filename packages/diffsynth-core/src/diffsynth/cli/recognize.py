@@ -40,7 +40,8 @@ def recognize(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None
     ]
     if rows and not as_json:
         show_table(("FILE", "ARCHITECTURE", "CHECKPOINT", "BY"), rows)
-    for line in [line for answer in answers for line in (answer["error"], _extra(answer)) if line]:
+    lines = [line for answer in answers for line in (answer["error"], *_not_runnable(answer), _extra(answer))]
+    for line in filter(None, lines):
         echo(line, err=True)
     kinds = {answer["kind"] for answer in answers} - {None}
     ctx.exit(0 if not kinds else 3 if kinds == {"Unrecognized"} else 2)
@@ -69,9 +70,16 @@ def _component(found: Any) -> dict[str, Any]:
         "checkpoint": found.checkpoint.name if found.checkpoint else None,
         "tier": found.tier,
         "prefix": found.prefix,
-        "config": dataclasses.asdict(found.config),
+        "config": {} if found.config is None else dataclasses.asdict(found.config),
         "extra": list(found.extra),
+        "not_runnable": found.architecture.not_runnable,
     }
+
+
+def _not_runnable(answer: dict[str, Any]) -> list[str]:
+    """Return a list with a line "FILE: recognised, not yet runnable: ..." for each component that is only named."""
+    reasons = [component["not_runnable"] for component in answer["components"]]
+    return [f"{answer['files'][0]}: recognised, not yet runnable: {reason}" for reason in reasons if reason]
 
 
 def _extra(answer: dict[str, Any]) -> str:

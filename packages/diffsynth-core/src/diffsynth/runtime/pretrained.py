@@ -158,9 +158,10 @@ class PretrainedLoader:
             if file is None:
                 read.append(file := _File.open(source))
             tensors, components = file.header, list(file.components)
-            if config.role is not None:
+            if config.role is not None and not any(each.architecture.not_runnable for each in components):
                 components = [self._component_for(config.role, components, tensors)]
             for recognized in components:
+                recognized.require_runnable(_where(tensors))
                 taken = named | {part.role: f"a {part.recognized.architecture.name}" for part in found}
                 role = config.role or self._role_for(recognized, tensors, taken=taken)
                 if self._roles[role].many:

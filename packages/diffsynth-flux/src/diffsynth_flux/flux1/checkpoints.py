@@ -194,6 +194,138 @@ ARCHITECTURES = (
     ),
 )
 
+_DIT_CONFIG, _CONTROLNET_CONFIG = (ARCHITECTURES[number].config for number in (0, 1))
+_NETWORK = (
+    "img_in.weight",
+    "txt_in.weight",
+    "time_in.in_layer.weight",
+    "vector_in.in_layer.weight",
+    "double_blocks.{n}.img_attn.qkv.weight",
+    "double_blocks.{n}.img_attn.norm.query_norm.scale",
+    "double_blocks.{n}.img_mlp.0.weight",
+    "single_blocks.{n}.linear1.weight",
+    "final_layer.linear.weight",
+)
+
+
+def _named(name: str, description: str, *required: str, config: str = "", infer_config: str = "") -> ArchitectureSpec:
+    return ArchitectureSpec(
+        name=name,
+        module="",
+        config=config,
+        infer_config=f"diffsynth_flux.flux1.config:{infer_config}" if infer_config else "",
+        required=required,
+        tiny="",
+        tiny_inputs="",
+        not_runnable=description,
+    )
+
+
+# Files that users have and that this version only names. A plugin that declares a runnable architecture for the same
+# layout takes its place.
+NAMED = (
+    _named(
+        "flex2_dit",
+        "the transformer of Flex.2-preview, which takes an image to inpaint, its mask and a control image at once",
+        *_NETWORK,
+        config=_DIT_CONFIG,
+        infer_config="infer_flex2_config",
+    ),
+    _named(
+        "step1x_dit",
+        "the transformer of Step1X-Edit with its connector to Qwen2.5-VL",
+        *_NETWORK,
+        "connector.scale_factor",
+        "connector.global_proj_out.weight",
+        config=_DIT_CONFIG,
+        infer_config="infer_dit_config",
+    ),
+    _named(
+        "nexus_gen_decoder",
+        "the decoder of Nexus-Gen, a transformer with an adapter from the embeddings of its language model",
+        "pipe.dit.x_embedder.weight",
+        "pipe.dit.blocks.{n}.attn.a_to_qkv.weight",
+        "pipe.dit.single_blocks.{n}.to_qkv_mlp.weight",
+        "adapter.0.weight",
+    ),
+    _named(
+        "nexus_gen_llm",
+        "the language model of Nexus-Gen",
+        "visual.patch_embed.proj.weight",
+        "model.embed_tokens.weight",
+        "model.layers.{n}.self_attn.q_proj.weight",
+        "lm_head.weight",
+        "vision_head.weight",
+        "image_prefill_embeds.weight",
+    ),
+    _named(
+        "infiniteyou_controlnet",
+        "the ControlNet of InfiniteYou, which reads the embedding of a face in place of the text",
+        "controlnet_x_embedder.weight",
+        "controlnet_blocks.{n}.weight",
+        *_NETWORK[:7],
+        config=_CONTROLNET_CONFIG,
+        infer_config="infer_controlnet_config",
+    ),
+    _named(
+        "infiniteyou_image_projector",
+        "the projection of InfiniteYou from the embedding of a face to text tokens",
+        "image_proj.latents",
+        "image_proj.proj_in.weight",
+        "image_proj.proj_out.weight",
+        "image_proj.layers.{n}.0.to_kv.weight",
+        "image_proj.layers.{n}.1.3.weight",
+    ),
+    _named(
+        "flux_value_controller",
+        "an attribute of AttriCtrl, which turns a number into text tokens",
+        "positional_embedding",
+        "prefer_value_embedder.0.weight",
+        "prefer_value_embedder.2.weight",
+    ),
+    _named(
+        "flux_lora_encoder",
+        "the LoRA encoder of FLUX.1, which turns a LoRA into text tokens",
+        "special_embeds",
+        "embedder.model_dict.blocks___{n}___attn___a_to_qkv.x",
+        "embedder.model_dict.single_blocks___{n}___proj_out.x",
+    ),
+    _named(
+        "flux_lora_patcher",
+        "the weights of LoRAFusion, which merge several LoRAs",
+        "model_dict.blocks___{n}___attn___a_to_qkv.weight_lora",
+        "model_dict.single_blocks___{n}___proj_out.weight_lora",
+    ),
+)
+
+_NAMED_FILES = {
+    "flex2_dit": ("d02f41c13549fa5093d3521f62a5570a", "ostris/Flex.2-preview:Flex.2-preview.safetensors"),
+    "step1x_dit": ("d30fb9e02b1dbf4e509142f05cf7dd50", "stepfun-ai/Step1X-Edit:step1x-edit-i1258.safetensors"),
+    "nexus_gen_decoder": ("3e6c61b0f9471135fc9c6d6a98e98b6d", "DiffSynth-Studio/Nexus-GenV2:generation_decoder.bin"),
+    "nexus_gen_llm": ("2bd19e845116e4f875a0a048e27fc219", "DiffSynth-Studio/Nexus-GenV2:model*.safetensors"),
+    "infiniteyou_controlnet": (
+        "7f9583eb8ba86642abb9a21a4b2c9e16",
+        "ByteDance/InfiniteYou:infu_flux_v1.0/aes_stage2/InfuseNetModel/*.safetensors",
+    ),
+    "infiniteyou_image_projector": (
+        "c07c0f04f5ff55e86b4e937c7a40d481",
+        "ByteDance/InfiniteYou:infu_flux_v1.0/aes_stage2/image_proj_model.bin",
+    ),
+    "flux_value_controller": (
+        "0629116fce1472503a66992f96f3eb1a",
+        "DiffSynth-Studio/AttriCtrl-FLUX.1-Dev:models/brightness.safetensors",
+    ),
+    "flux_lora_encoder": (
+        "77c2e4dd2440269eb33bfaa0d004f6ab",
+        "DiffSynth-Studio/LoRA-Encoder-FLUX.1-Dev:model.safetensors",
+    ),
+    "flux_lora_patcher": (
+        "30143afb2dea73d1ac580e0787628f8c",
+        "DiffSynth-Studio/LoRAFusion-preview-FLUX.1-dev:model.safetensors",
+    ),
+}
+"""Name of a network that is only named -> the signature of its published file, and the file."""
+
 _DEV = "black-forest-labs/FLUX.1-dev"
 _SCHNELL = "black-forest-labs/FLUX.1-schnell"
 
@@ -264,7 +396,6 @@ CHECKPOINTS = (
         name=f"{DIT}/nexus_gen",
         architecture=DIT,
         rules="diffsynth_flux.flux1.convert:NEXUS_GEN",
-        signature="3e6c61b0f9471135fc9c6d6a98e98b6d",
     ),
     CheckpointSpec(
         name=CONTROLNET,
@@ -365,5 +496,16 @@ CHECKPOINTS = (
         signature="d8ea4618391460bc831fddaae5fb5288",
         layout="diffsynth_flux:layouts/redux_image_embedder.json.gz",
         files=("black-forest-labs/FLUX.1-Redux-dev:image_embedder/diffusion_pytorch_model.safetensors",),
+    ),
+    *(
+        CheckpointSpec(
+            name=name,
+            architecture=name,
+            # By structure it is a ControlNet like any other of its size.
+            rules="diffsynth_flux.flux1.convert:CONTROLNET" if name == "infiniteyou_controlnet" else "",
+            signature=signature,
+            files=(source,),
+        )
+        for name, (signature, source) in _NAMED_FILES.items()
     ),
 )

@@ -139,9 +139,31 @@ def infer_dit_config(shapes: Shapes) -> FluxDiTConfig:
     """Return the `FluxDiTConfig` of a transformer file, inferred from the shapes of its tensors.
 
     Raises:
-        ValueError: the file has sizes that no FLUX.1 network has.
+        ValueError: the file has sizes that no FLUX.1 network has, or those of Flex.2.
     """
+    config = _dit_config(shapes)
+    if config.condition_channels == 2 * config.latent_channels + 1:
+        raise ValueError(f"{config.condition_channels} channels beside those of the latents: that is Flex.2")
+    return config
+
+
+def _dit_config(shapes: Shapes) -> FluxDiTConfig:
     return FluxDiTConfig(**infer_blocks(shapes), out_channels=shapes["final_layer.linear.weight"][0])
+
+
+def infer_flex2_config(shapes: Shapes) -> FluxDiTConfig:
+    """Return the `FluxDiTConfig` of a transformer file of Flex.2, inferred from the shapes of its tensors.
+
+    Raises:
+        ValueError: the condition channels are not those of an image to inpaint, its mask and a control image.
+    """
+    config = _dit_config(shapes)
+    if config.condition_channels != 2 * config.latent_channels + 1:
+        raise ValueError(
+            f"{config.condition_channels} channels beside those of the latents: expected "
+            f"{2 * config.latent_channels + 1}"
+        )
+    return config
 
 
 TINY_CONTROLNET = FluxControlNetConfig(

@@ -94,6 +94,7 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
             `high_precision` patterns keep the file's dtype.
 
     Raises:
+        NotRunnable: no installed package has the network.
         KeyMismatch: keys or shapes do not fit the module.
         CorruptFile: the file has a dtype that torch does not have.
     """
@@ -101,6 +102,7 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
     keys = recognized.keys or tuple(key for key in header.tensors if key.startswith(prefix))
     # Fused keys become a few parameters each, so a network that the file fits stays far below this.
     where = ", ".join(map(str, header.files)) or "the given state_dict"
+    recognized.require_runnable(where)
     try:
         module = build(architecture, recognized.config, most=16 * len(keys) + 1000)
         plan = convert.plan(recognized.rules, {key.removeprefix(prefix): header.tensors[key].shape for key in keys})

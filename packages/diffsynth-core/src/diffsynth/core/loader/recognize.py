@@ -22,7 +22,7 @@ from diffsynth.core.loader.header import (
 )
 from diffsynth.core.loader.layouts import own_names, rules_of
 from diffsynth.core.loader.quantization_notes import Encoding
-from diffsynth.errors import KeyMismatch, Unrecognized, did_you_mean, shortened
+from diffsynth.errors import KeyMismatch, NotRunnable, Unrecognized, did_you_mean, shortened
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, resolve
 
 TIERS = ("metadata", "signature", "structure")
@@ -62,6 +62,20 @@ class Recognized:
         weights first.
         """
         return (*self.scaling, *(rules_of(self.checkpoint) if self.checkpoint is not None else ()))
+
+    def require_runnable(self, where: str) -> None:
+        """Raise NotRunnable if the component is one that can only be named.
+
+        Args:
+            where: the file's name, for the message.
+
+        Raises:
+            NotRunnable: no installed package has the network.
+        """
+        if reason := self.architecture.not_runnable:
+            raise NotRunnable(
+                f"{where}: recognised, not yet runnable: {reason} ({self.architecture.name}). Load another model"
+            )
 
 
 @dataclass(frozen=True)
@@ -189,7 +203,9 @@ def _by_signature(
         if any(prefix.startswith(other.prefix) for other in found):
             continue
         identity = signature(header.nested if header.nested is not None and not prefix else shapes)
-        for checkpoint in by_signature.get(identity, ()):
+        known = by_signature.get(identity, [])
+        runnable = [each for each in known if not architectures[each.architecture].not_runnable]
+        for checkpoint in runnable or known:
             architecture = architectures[checkpoint.architecture]
             scaling, plan = _plan(rules_of(checkpoint), shapes, _under(prefix, encodings))
             dropped = set(plan.dropped)
@@ -280,23 +296,29 @@ def _plan(
 
 def _weigh(header: Header, candidates: Sequence[_Candidate]) -> list[Recognized]:
     """Return a list of `Recognized`, most keys first, without candidates that claim no key or a key of one before;
-    raise Unrecognized if two architectures claim equal keys.
+    raise Unrecognized if two runnable architectures claim equal keys.
 
     Raises:
-        Unrecognized: two architectures claim exactly the same keys.
+        Unrecognized: two architectures claim exactly the same keys, and both can be run.
     """
     chosen: list[_Candidate] = []
-    for candidate in sorted(candidates, key=lambda each: (-len(each.claimed), -len(each.dropped))):
+    for candidate in sorted(candidates, key=_rank):
         rivals = [other for other in chosen if other.claimed & candidate.claimed]
         for rival in rivals:
             names = {rival.recognized.architecture.name, candidate.recognized.architecture.name}
-            if len(names) == 2 and rival.claimed == candidate.claimed:
+            if len(names) == 2 and rival.claimed == candidate.claimed and _rank(candidate)[1] == _rank(rival)[1]:
                 raise Unrecognized(
                     f"{header.where}: claimed by {' and '.join(sorted(names))} alike; its shapes cannot tell which"
                 )
         if candidate.claimed and not rivals:
             chosen.append(candidate)
     return [_settled(header, candidate, chosen) for candidate in chosen]
+
+
+def _rank(candidate: _Candidate) -> tuple[int, bool, int]:
+    """Return a key that sorts candidates: most claimed keys first, then those that can be run."""
+    architecture = candidate.recognized.architecture
+    return -len(candidate.claimed), bool(architecture.not_runnable), -len(candidate.dropped)
 
 
 def _settled(header: Header, candidate: _Candidate, chosen: Sequence[_Candidate]) -> Recognized:
@@ -346,7 +368,7 @@ def _views(header: Header) -> Iterator[tuple[str, dict[str, Shape]]]:
 
 
 def _config(architecture: ArchitectureSpec, checkpoint: CheckpointSpec, plan: convert.Plan) -> Any:
-    config = resolve(architecture.infer_config)(plan.shapes)
+    config = resolve(architecture.infer_config)(plan.shapes) if architecture.infer_config else None
     return replace(config, **checkpoint.config) if checkpoint.config else config
 
 

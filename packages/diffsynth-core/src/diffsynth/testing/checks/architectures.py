@@ -22,8 +22,10 @@ BLOCK_FIELDS = ("repeated_blocks", "compiled_blocks", "cached_blocks")
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    """Yield five or six `Check` objects (named tests, not yet run) for each architecture of the plugin `subject`."""
-    for fact in subject.declared("architectures"):
+    """Yield five or six `Check` objects (named tests, not yet run) for each runnable architecture of the plugin
+    `subject`.
+    """
+    for fact in subject.runnable_architectures():
         built, loaded, ran = (
             f"{fact.name} builds on meta without allocating memory",
             no_meta_after_loading(fact.name),

@@ -77,6 +77,10 @@ class Subject:
         """
         return [one.spec for one in getattr(self.catalog, kind) if one.distribution == self.distribution]
 
+    def runnable_architectures(self) -> list[Any]:
+        """Return a list of the `ArchitectureSpec`s that this distribution declares, without those that it only names."""
+        return [fact for fact in self.declared("architectures") if not fact.not_runnable]
+
 
 def _canonical(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()

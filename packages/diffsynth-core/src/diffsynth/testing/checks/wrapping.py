@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def checks(subject: Subject) -> Iterator[Check]:
     """Yield two `Check` objects (named tests, not yet run) for each architecture of the plugin."""
-    for fact in subject.declared("architectures"):
+    for fact in subject.runnable_architectures():
         called = f"{fact.name} reads no parameter of a module that it does not call"
         first = (no_meta_after_loading(fact.name), runs(fact.name))
         if any(getattr(fact, field) for field in BLOCK_FIELDS):
