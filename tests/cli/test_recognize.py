@@ -17,8 +17,12 @@ from diffsynth.cli.group import program
 def write_layout(path, layout, skip=0):
     package, _, name = layout.partition(":")
     data = json.loads(gzip.decompress(importlib.resources.files(package).joinpath(name).read_bytes()))
+    write_shapes(path, dict(list(data["tensors"].items())[skip:]))
+
+
+def write_shapes(path, shapes):
     header, end = {}, 0
-    for key, shape in list(data["tensors"].items())[skip:]:
+    for key, shape in shapes.items():
         size = 4
         for extent in shape:
             size *= extent
@@ -49,6 +53,19 @@ def test_a_known_file(tmp_path, layout):
     (answer,) = json.loads(recognize("--json", tmp_path / "a.safetensors").stdout)
     assert answer["components"][0]["checkpoint"] == layout.name
     assert answer["error"] is None
+
+
+def test_a_file_that_cannot_be_run_yet(tmp_path):
+    """It is recognised, so the exit status is that of success, and a line says what it is."""
+    shapes = {"positional_embedding": (32, 8), "prefer_value_embedder.0.weight": (8, 4)}
+    write_shapes(tmp_path / "a.safetensors", shapes | {"prefer_value_embedder.2.weight": (8, 8)})
+    result = recognize(tmp_path / "a.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "flux_value_controller" in result.stdout
+    assert "a.safetensors: recognised, not yet runnable: an attribute of AttriCtrl, which" in result.stderr
+    (answer,) = json.loads(recognize("--json", tmp_path / "a.safetensors").stdout)
+    assert answer["components"][0]["config"] == {}
+    assert answer["components"][0]["not_runnable"].startswith("an attribute of AttriCtrl")
 
 
 def test_a_folder_and_a_file_inside_it(tmp_path, layout):

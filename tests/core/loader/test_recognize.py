@@ -3,13 +3,18 @@
 import gzip
 import importlib.resources
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from diffsynth import _discovery
+from diffsynth._spec_checks import check_spec
+from diffsynth.core.loader.component import open_component
 from diffsynth.core.loader.header import Header, TensorInfo, read, signature
 from diffsynth.core.loader.recognize import recognize
-from diffsynth.errors import Unrecognized
+from diffsynth.errors import NotRunnable, Unrecognized
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec
 
 CATALOG = _discovery.catalog()
 ARCHITECTURES = {declared.spec.name: declared.spec for declared in CATALOG.architectures}
@@ -134,3 +139,50 @@ def test_an_empty_file(tmp_path):
     save_file({}, tmp_path / "x.safetensors")
     with pytest.raises(Unrecognized, match="holds no tensors"):
         recognize(read([tmp_path / "x.safetensors"]), ARCHITECTURES, CHECKPOINTS)
+
+
+def spec(name, *required, not_runnable=""):
+    return ArchitectureSpec(
+        name=name,
+        module="" if not_runnable else "toy:Net",
+        config="",
+        infer_config="",
+        required=required,
+        tiny="",
+        tiny_inputs="",
+        not_runnable=not_runnable,
+    )
+
+
+NAMED_SHAPES = {"a.weight": (4, 4), "b.weight": (4, 4), "extra.weight": (2, 2)}
+
+
+@pytest.mark.parametrize("tier", ["signature", "structure"])
+def test_a_file_that_cannot_be_run_yet_is_named(tier):
+    """It has more keys than a network that runs, which would leave out the rest; a runnable one for all of them, as a
+    plugin may declare, takes its place.
+    """
+    known = [spec("named", *NAMED_SHAPES, not_runnable="an example"), spec("small", "a.weight", "b.weight")]
+    layouts = [CheckpointSpec(name="named", architecture="named", signature=signature(NAMED_SHAPES)),
+               CheckpointSpec(name="small", architecture="small")]  # fmt: skip
+    header = header_of(NAMED_SHAPES)
+    (found,) = recognize(header, {each.name: each for each in known}, layouts, tiers=[tier])
+    assert (found.architecture.name, found.config, found.extra) == ("named", None, ())
+    with pytest.raises(NotRunnable, match=r"x: recognised, not yet runnable: an example \(named\)"):
+        found.require_runnable("x")
+    with pytest.raises(NotRunnable, match="not yet runnable: an example"):
+        open_component(found, header, dtype=torch.float32)
+    whole = CheckpointSpec(name="whole", architecture="whole", signature=signature(NAMED_SHAPES))
+    known.append(spec("whole", *NAMED_SHAPES))
+    for order in ([*layouts, whole], [whole, *layouts]):
+        (found,) = recognize(header, {each.name: each for each in known}, order, tiers=[tier])
+        assert found.architecture.name == "whole"
+        found.require_runnable("x")
+
+
+def test_a_spec_has_a_module_or_says_what_its_files_are():
+    check_spec(spec("a"))
+    check_spec(spec("a", not_runnable="an example"))
+    for wrong in (replace(spec("a"), module=""), replace(spec("a"), not_runnable="an example")):
+        with pytest.raises(ValueError, match="'a': expected a module, or not_runnable"):
+            check_spec(wrong)

@@ -68,8 +68,9 @@ def check_spec(declaration: Any) -> None:
     Raises:
         TypeError: a field declared as a mapping has another type, or one declared as a tuple is a text.
         ValueError: a malformed name, suffix, reference or source, a reference to a missing module, an
-            `ArchitectureSpec` without a module that is not declared `not_runnable`, a `LayerWrapperSpec` without effect, a `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, or a tiny
-            config for a component that the model does not have.
+            `ArchitectureSpec` without a module that is not `not_runnable`, a `LayerWrapperSpec` without effect, a
+            `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, or a tiny config for a
+            component that the model does not have.
     """
     name = getattr(declaration, "name", "-")
     if not name or (isinstance(declaration, spec.ModelSpec | spec.GuidanceSpec) and (":" in name or "/" in name)):

@@ -153,9 +153,9 @@ class ArchitectureSpec:
         widened_by_loras: names of linear layers to which a LoRA may add inputs, whose weights are zero before the LoRA,
             as those for control images; `infer_config` gives the config of the widened network. A LoRA with fewer
             inputs changes the first ones.
-        not_runnable: what the files are, for a network that can only be named so far, `"the
-            transformer of X, which takes ..."`; `module`, `tiny` and `tiny_inputs` are then empty, and `config` and `infer_config`
-            may be. A file that a runnable architecture claims alike is taken by that one.
+        not_runnable: what the files are, `"the transformer of X, which takes ..."`, for a network that can only be
+            named so far; `module`, `tiny` and `tiny_inputs` are then empty, and `config` and `infer_config` may be. A
+            file that a runnable architecture claims alike is taken by that one.
     """
 
     name: str

@@ -105,6 +105,6 @@ class FluxImagePipeline(Pipeline):
         if config is None or config.condition_channels in (0, latents, latents + MASK_CHANNELS):
             return
         raise ValueError(
-            f"the transformer takes {config.condition_channels} channels beside those of the latents, as Flex.2 does; "
+            f"the transformer takes {config.condition_channels} channels beside those of the latents; "
             "this version has no inputs for them. Load FLUX.1-dev, -Fill-dev, -Depth-dev or -Canny-dev"
         )

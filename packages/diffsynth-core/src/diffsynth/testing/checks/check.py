@@ -78,7 +78,7 @@ class Subject:
         return [one.spec for one in getattr(self.catalog, kind) if one.distribution == self.distribution]
 
     def runnable_architectures(self) -> list[Any]:
-        """Return a list of the `ArchitectureSpec`s that this distribution declares, without those that it only names."""
+        """Return a list of the `ArchitectureSpec`s that this distribution declares, without `not_runnable` ones."""
         return [fact for fact in self.declared("architectures") if not fact.not_runnable]
 
 
