@@ -52,6 +52,12 @@ def test_changes_win(write):
         (MINIMAL.replace("architecture", "archtecture"), r"'archtecture' in \[components.dit\]; did you mean"),
         (MINIMAL.replace('architecture = "z_image_dit"', "train = true"), r"\[components.dit\]: .* either source"),
         ("pipeline = ", "is not TOML"),
+        (MINIMAL.replace("steps = 10", "steps = 0"), r"\[loop\]: steps = 0: expected a finite number of at least 1"),
+        (MINIMAL.replace("steps = 10", "steps = 10\nkeep = -1"), r"\[loop\]: keep = -1: .* at least 0"),
+        (MINIMAL + "[optimizer]\nlearning_rate = -1", r"\[optimizer\]: learning_rate = -1.0: .* at least 0"),
+        (MINIMAL + "[optimizer]\nclip = nan", r"\[optimizer\]: clip = nan: expected a finite number"),
+        (MINIMAL + "[optimizer]\nbetas = [0.9, 1.0]", r"\[optimizer\]: betas = \[0.9, 1.0\]: expected numbers in"),
+        (MINIMAL + "[ema]\ndecay = nan", r"\[ema\]: decay = nan: expected a number in \[0, 1\)"),
     ],
 )
 def test_bad_recipes(write, text, message):

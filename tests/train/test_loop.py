@@ -101,7 +101,7 @@ def test_compile_takes_the_blocks_that_the_architecture_declares(autoencoder_rec
 def test_another_seed_gives_other_weights(flow_recipe, workspace):
     flow_recipe["loop"]["steps"] = 2
     first = load_file(loop.train(parsed(flow_recipe))[0])
-    second = load_file(loop.train(parsed({**flow_recipe, "seed": 1}))[0])
+    second = load_file(loop.train(parsed({**flow_recipe, "seed": 1}, output__folder=str(workspace / "second")))[0])
     assert any(not torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
@@ -175,6 +175,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(flow_recip
         (lambda r: r["objective"].update(tabel=3), r"unknown key 'tabel' in \[objective\]"),
         (lambda r: r.update(pipeline="diffsynth_zimage.pipeline:ZImagePipelin"), "no plugin declares training for"),
         (lambda r: r["processors"].update(tokenizer="/nowhere"), "is not a folder"),
+        (lambda r: r["data"].update(height=30), "height = 30, width = 32: ZImagePipeline takes height = 32, width = 32"),
     ],
 )
 def test_unfit_recipes(flow_recipe, change, message):
@@ -190,3 +191,32 @@ def test_unfit_resumes(flow_recipe, workspace):
     other = loop.TrainingRun(parsed({**flow_recipe, "seed": 9}))
     with pytest.raises(TrainingError, match="seed 0, the recipe has 9"):
         other.resume(Path(last_checkpoint(workspace / "flow")))
+
+
+def test_a_run_that_is_not_continued_is_kept(flow_recipe, workspace):
+    """A second run in the folder of a longer one: its first checkpoints counted as the oldest and were deleted."""
+    loop.train(parsed(flow_recipe, loop__steps=4, loop__save_every=2))
+    newest = workspace / "flow" / "step-0000004"
+    with pytest.raises(TrainingError, match="holds checkpoints of another run, up to step-0000004"):
+        loop.train(parsed(flow_recipe, loop__steps=2))
+    with pytest.raises(TrainingError, match="holds later checkpoints, up to step-0000004"):
+        loop.train(parsed(flow_recipe), resume=workspace / "flow" / "step-0000002")
+    with pytest.raises(TrainingError, match="saved after step 4, and loop.steps = 4: there is nothing to train"):
+        loop.train(parsed(flow_recipe, loop__steps=4), resume=newest)
+    assert loop.train(parsed(flow_recipe, loop__steps=5), resume=newest)
+
+
+def test_captions_of_any_length_are_cached(flow_recipe, workspace):
+    """Rows that were encoded with others are padded to other lengths; a batch of both could not be stacked."""
+    with (workspace / "metadata.csv").open("a", encoding="utf-8") as file:
+        file.writelines(f"{number % 5}.png,{'long ' * number}\n" for number in range(16))
+    flow_recipe["components"]["text_encoder"]["train"] = False
+    del flow_recipe["data"]["captions"]
+    run = loop.TrainingRun(parsed(flow_recipe, loop__batch_size=8))
+    rows = run.cache.batch([0, 20, 3])
+    assert rows["prompt_embeds"].shape[:2] == rows["prompt_mask"].shape
+    alone = run.cache.batch([0])
+    length = int(alone["prompt_mask"].sum())
+    assert rows["prompt_mask"].sum(1)[0] == length < rows["prompt_mask"].sum(1)[1]
+    assert torch.equal(rows["prompt_embeds"][0, :length], alone["prompt_embeds"][0, :length])
+    assert all(torch.isfinite(run.step(step)["loss"]) for step in range(3))

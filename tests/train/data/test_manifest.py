@@ -53,6 +53,7 @@ def test_all_missing_files_are_told_at_once(folder):
         ("m.json", "[", "cannot be read as UTF-8 json"),
         ("m.csv", "image,prompt\n", "has no rows"),
         ("m.jsonl", '{"image": "a.png"}', "row 1 lacks 'prompt'; it has image"),
+        ("m.jsonl", '{"prompt": null, "image": "a.png"}', "row 1 lacks 'prompt'; it has image$"),
     ],
 )
 def test_unfit(folder, name, text, message):

@@ -150,6 +150,28 @@ def last_checkpoint(root: Path) -> Path:
     return found[-1]
 
 
+def check_output(root: Path, resume: Path | None) -> None:
+    """Raise TrainingError if the output folder `root` holds checkpoints that a run does not continue: they would be
+    taken for its own, and the run's first ones deleted as the oldest.
+
+    Args:
+        root: the output folder.
+        resume: folder of the checkpoint that the run begins with; None begins anew.
+
+    Raises:
+        TrainingError: there are checkpoints, and `resume` is None, or an earlier one in `root`.
+    """
+    found = _whole_checkpoints(root)
+    if not found or (resume is not None and resume.absolute() == found[-1].absolute()):
+        return
+    is_own = resume is not None and resume.absolute().parent == root.absolute()
+    what = "later checkpoints" if is_own else "checkpoints of another run"
+    raise TrainingError(
+        f"{root} holds {what}, up to {found[-1].name}: continue with --resume last, delete them, or set another "
+        f"output.folder"
+    )
+
+
 def is_whole(folder: Path) -> bool:
     """Whether the `state.pt` of a checkpoint folder is there to its end: an archive's list of contents is its last
     part. The content itself is not read.
@@ -161,10 +183,13 @@ def drop_old(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoint folders (`step-NNNNNNN` with a whole `state.pt`) in `root`; delete
     none if `keep` is 0.
     """
-    found = [folder for folder in sorted(path.parent for path in root.glob(f"step-*/{STATE}")) if is_whole(folder)]
-    for folder in found[:-keep] if keep else []:
+    for folder in _whole_checkpoints(root)[:-keep] if keep else []:
         logger.info("deleting %s", folder)
         shutil.rmtree(folder)
+
+
+def _whole_checkpoints(root: Path) -> list[Path]:
+    return [folder for folder in sorted(path.parent for path in root.glob(f"step-*/{STATE}")) if is_whole(folder)]
 
 
 def _read_state(path: Path, device: torch.device) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -71,7 +72,6 @@ class DataRecipe:
         background: colour below transparent pixels, a name or "#rrggbb".
         captions: variation of captions.
         cache: folder for the results of units that are not trained; empty keeps them in memory.
-        repeat: accepted, but without effect so far.
     """
 
     manifest: str
@@ -80,7 +80,9 @@ class DataRecipe:
     background: str = "white"
     captions: CaptionRecipe = field(default_factory=CaptionRecipe)
     cache: str = ""
-    repeat: int = 1
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, height=(1, None), width=(1, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,13 @@ class OptimizerRecipe:
     warmup_steps: int = 0
     decay_steps: int = 0
 
+    def __post_init__(self) -> None:
+        _check_ranges(
+            self, **dict.fromkeys(("learning_rate", "weight_decay", "clip", "warmup_steps", "decay_steps"), (0, None))
+        )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise TrainingError(f"betas = {list(self.betas)}: expected numbers in [0, 1)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopRecipe:
@@ -132,6 +141,10 @@ class LoopRecipe:
     log_every: int = 10
     keep: int = 2
 
+    def __post_init__(self) -> None:
+        ranges = dict.fromkeys(("steps", "batch_size", "log_every"), (1, None))
+        _check_ranges(self, **ranges, **dict.fromkeys(("micro_batch", "save_every", "keep"), (0, None)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmaRecipe:
@@ -142,6 +155,9 @@ class EmaRecipe:
     """
 
     decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, decay=(0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,3 +292,14 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
             f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}"
         )
     return value
+
+
+def _check_ranges(section: Any, **ranges: tuple[float, float | None]) -> None:
+    """Raise TrainingError for a field of a dataclass that is not a finite number of at least its first limit, and below
+    its second one unless that is None.
+    """
+    for name, (least, below) in ranges.items():
+        value = getattr(section, name)
+        if not (math.isfinite(value) and value >= least and (below is None or value < below)):
+            expected = f"a finite number of at least {least}" if below is None else f"a number in [{least}, {below})"
+            raise TrainingError(f"{name} = {value!r}: expected {expected}")

@@ -49,12 +49,19 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> list[Path]:
         the paths of the final weights, `<output>/<role>.safetensors`.
 
     Raises:
-        TrainingError: the recipe, the manifest or the checkpoint is invalid.
+        TrainingError: the recipe, the manifest or the checkpoint is invalid; the output folder holds checkpoints that
+            the run does not continue; or the checkpoint is at or after the last step.
         Diverged: the loss, a gradient or a weight is not finite.
         CheckpointError: the source of a component is missing or cannot be loaded.
     """
+    checkpoint.check_output(Path(recipe.output.folder), resume)
     run = TrainingRun(recipe)
     start = run.resume(resume) if resume is not None else 0
+    if start >= recipe.loop.steps:
+        raise TrainingError(
+            f"{resume} was saved after step {start}, and loop.steps = {recipe.loop.steps}: there is nothing to train. "
+            f"Set loop.steps to the number of all steps, those done included"
+        )
     run.steps(start)
     return run.finish()
 
@@ -80,6 +87,7 @@ class TrainingRun:
         units = self.objective.units()
         reads = {read.name for step in units for read in step.reads} | set(self.objective.columns)
         columns = {column: argument for column, argument in spec.data.items() if argument in reads}
+        self._check_size()
         self.dataset = Dataset(recipe.data, columns)
         frozen, self.live = split_units(units, trained, self.dataset.varied)
         cache_folder = Path(recipe.data.cache) if recipe.data.cache else None
@@ -201,6 +209,17 @@ class TrainingRun:
         if not self.accelerator.is_main_process:
             return []
         return self._save_weights(self.output, self.recipe.loop.steps)
+
+    def _check_size(self) -> None:
+        """Raise TrainingError for a size that the pipeline rounds: images are read at the recipe's."""
+        size = (self.recipe.data.height, self.recipe.data.width)
+        sizing = [step for step in self.pipe.program.units if {"height", "width"} <= set(step.writes)]
+        values = self.pipe.run_units(sizing, {"height": size[0], "width": size[1]})
+        if (rounded := (values["height"], values["width"])) != size:
+            raise TrainingError(
+                f"[data] height = {size[0]}, width = {size[1]}: {type(self.pipe).__name__} takes height = "
+                f"{rounded[0]}, width = {rounded[1]}"
+            )
 
     def _stop_if(self, step: int | None) -> None:
         """Raise Diverged that names step `step`, counted from 0, as not finite; do nothing for None."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -84,8 +85,11 @@ class UnitCache:
         """Return a dict name -> cached value for some rows (samples): tensors stacked along a batch axis, and numbers
         or texts, which must be equal in all rows; empty if nothing is cached.
 
+        Rows that were encoded with others have different numbers of tokens. Tensors as long as a mask are padded behind
+        the longest row with zeros, which is False in the mask.
+
         Raises:
-            TrainingError: rows of the batch differ in a plain value.
+            TrainingError: rows of the batch differ in a plain value, or in the shape of a tensor without a mask.
         """
         if not self._units:
             return {}
@@ -93,7 +97,7 @@ class UnitCache:
         plain = rows[0][1]
         if any(row[1] != plain for row in rows):
             raise TrainingError(f"rows of one batch differ: {plain} and others; set one height and width in [data]")
-        return {name: torch.stack([row[0][name] for row in rows]) for name in rows[0][0]} | plain
+        return _stacked([row[0] for row in rows]) | plain
 
     @torch.no_grad()
     def _compute(self, values: Mapping[str, Any], size: int) -> list[Row]:
@@ -135,3 +139,24 @@ class UnitCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             save_file(row[0], partial, metadata={"values": json.dumps(row[1])})
+
+
+def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    masks = [name for name, value in rows[0].items() if value.dtype == torch.bool and value.ndim == 1]
+    stacked = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if len({value.shape for value in values}) > 1:
+            is_masked = any(all(len(row[name]) == len(row[mask]) for row in rows) for mask in masks)
+            if not is_masked or len({value.shape[1:] for value in values}) > 1:
+                raise TrainingError(
+                    f"rows of one batch differ: {name} is {' and '.join(map(str, _shapes(values)))}, without a mask"
+                )
+            longest = max(map(len, values))
+            values = [F.pad(value, (0, 0) * (value.ndim - 1) + (0, longest - len(value))) for value in values]
+        stacked[name] = torch.stack(values)
+    return stacked
+
+
+def _shapes(values: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return sorted({tuple(value.shape) for value in values})

@@ -52,8 +52,9 @@ def read_manifest(path: Path, *, columns: Iterable[str], files: Iterable[str]) -
     for number, row in enumerate(rows, start=1):
         absent = [column for column in columns if row.get(column) is None]
         if absent:
+            filled = [name for name, value in row.items() if name is not None and value is not None]
             raise TrainingError(
-                f"manifest {path}, row {number} lacks {', '.join(map(repr, absent))}; it has {', '.join(row)}"
+                f"manifest {path}, row {number} lacks {', '.join(map(repr, absent))}; it has {', '.join(filled)}"
             )
     manifest = Manifest(path, rows)
     wanted = [manifest.file(index, column) for index in range(len(rows)) for column in files]
