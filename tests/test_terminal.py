@@ -188,3 +188,13 @@ def test_the_stream():
     with escaping_output():
         assert isinstance(sys.stderr, EscapingStream)
     assert (sys.stdout, sys.stderr) == before
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("cp1252", "caf\xe9 \\u732b"), ("ascii", "caf\\xe9 \\u732b")])
+def test_characters_that_the_terminal_lacks(encoding, shown):
+    """A prompt in Chinese in the record of an image ended `diffsynth info` on Windows with a UnicodeEncodeError."""
+    written = io.BytesIO()
+    stream = EscapingStream(io.TextIOWrapper(written, encoding=encoding))
+    stream.write("caf\xe9 \u732b\n")
+    stream.flush()
+    assert written.getvalue().decode(encoding).rstrip() == shown

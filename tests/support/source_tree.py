@@ -22,7 +22,7 @@ _LIGHT = {
         *("__init__", "errors", "spec", "hookspecs", "registry", "configs", "metrics", "terminal"),
         *("_discovery", "_env", "_models", "_spec_checks"),
     },
-    "core": {"__init__", "json_cache", "replacing"},
+    "core": {"__init__", "json_cache", "paths", "replacing"},
     "core/loader": {
         *("__init__", "config", "convert", "download", "dtypes", "explain", "file_kinds", "files", "first_party"),
         *(
@@ -51,6 +51,7 @@ _FOLDERS = {
     "core/finite": "tensors",
     "core/forward_chain": "tensors",
     "core/repeats": "tensors",
+    "core/torch_defaults": "tensors",
     "nn": "tensors",
     "sampling": "tensors",
     "models": "models",

@@ -175,7 +175,10 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(flow_recip
         (lambda r: r["objective"].update(tabel=3), r"unknown key 'tabel' in \[objective\]"),
         (lambda r: r.update(pipeline="diffsynth_zimage.pipeline:ZImagePipelin"), "no plugin declares training for"),
         (lambda r: r["processors"].update(tokenizer="/nowhere"), "is not a folder"),
-        (lambda r: r["data"].update(height=30), "height = 30, width = 32: ZImagePipeline takes height = 32, width = 32"),
+        (
+            lambda r: r["data"].update(height=30),
+            "height = 30, width = 32: ZImagePipeline takes height = 32, width = 32",
+        ),
     ],
 )
 def test_unfit_recipes(flow_recipe, change, message):

@@ -125,3 +125,32 @@ def test_an_unknown_model():
 def test_weights_states(hub):
     assert diffsynth.registry.get("z-image-turbo").weights == "present"
     assert diffsynth.registry.get("z-image").weights == "partial"
+
+
+@pytest.mark.parametrize("policy", [None, "cpu-offload", "disk"])
+def test_the_state_of_a_program_does_not_matter(hub, monkeypatch, policy):
+    """Inference mode and other defaults than fp32 on the CPU changed results, or ended in errors of torch; files were
+    looked up again in another folder.
+    """
+    monkeypatch.chdir(hub.parents[1])
+
+    def result():
+        pipe = diffsynth.load("z-image-turbo", device="cpu", torch_dtype=torch.float32, base_path=".", policy=policy)
+        return pipe, pipe(**CALL)
+
+    _, expected = result()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            pipe, found = result()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert not any(parameter.is_inference() for parameter in pipe.dit.parameters())
+    monkeypatch.chdir(hub)
+    assert torch.equal(pipe(**CALL), expected)
+
+
+def test_no_dtype(hub):
+    with pytest.raises(TypeError, match="torch_dtype='bfloat16': expected torch.bfloat16"):
+        diffsynth.load("z-image-turbo", device="cpu", torch_dtype="bfloat16")

@@ -67,6 +67,10 @@ def test_quality_and_encoder_options_reach_the_encoder(tmp_path):
         ([np.zeros((8, 8, 3))], {}, r"frame 0 is an array of float64 and shape \(8, 8, 3\); expected uint8"),
         ([np.zeros((8, 8, 2), np.uint8)], {}, r"shape \(8, 8, 2\); expected uint8 of \(h, w, 3\)"),
         ([Image.new("RGB", (8, 8))], {"fps": 0}, "fps=0: expected a positive number"),
+        ([Image.new("RGB", (8, 8))], {"fps": "16"}, "fps='16': expected a positive number"),
+        ([Image.new("RGB", (8, 8))], {"fps": None}, "fps=None: expected a positive number"),
+        ([Image.new("RGB", (8, 8))], {"fps": float("inf")}, "fps=inf: expected a positive number"),
+        (torch.full((3, 2, 8, 8), float("nan")), {}, "frame 0 has values that are not finite"),
         (torch.zeros(2, 3, 5, 8, 8), {}, r"shape \(2, 3, 5, 8, 8\); expected \(3, t, h, w\)"),
         (torch.zeros(5, 8, 8, 3), {}, r"shape \(5, 8, 8, 3\); expected \(3, t, h, w\)"),
         ([Image.new("RGB", (8, 8))], {"quality": 11}, "quality=11"),
@@ -88,6 +92,23 @@ def test_tensors(tmp_path, frames, levels, kind):
     save_video(tensor, tmp_path / "clip.mp4")
     np.testing.assert_allclose(levels(read_frames(tmp_path / "clip.mp4")), levels(frames), atol=2)
     assert frame_rate_of(tmp_path / "clip.mp4") == 15
+
+
+@pytest.mark.parametrize("fps", [np.float32(12.5), np.float64(12.5), Fraction(25, 2)])
+def test_a_rate_of_any_library(tmp_path, frames, fps):
+    save_video(frames, tmp_path / "clip.mp4", fps=fps)
+    assert frame_rate_of(tmp_path / "clip.mp4") == Fraction(25, 2)
+    assert VideoData(str(tmp_path / "clip.mp4"), fps=fps).frame_rate == Fraction(25, 2)
+
+
+def test_the_home_folder(tmp_path, frames, monkeypatch):
+    """`~` within quotes is not expanded by a shell: it became a folder of this name."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    save_video(frames, "~/clips/a.mp4")
+    save_frames(frames, "~/frames")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert len(list((tmp_path / "home").rglob("*.*"))) == 1 + len(frames)
 
 
 @pytest.mark.parametrize(("frames", "message"), [("a.png", "are str"), (["a.png"], "frame 0 is str"), (3, "are int")])

@@ -109,3 +109,10 @@ def test_names_of_the_reference():
     assert missing == []
     with pytest.raises(AttributeError, match="no attribute 'IS_TPU_AVAILABLE'"):
         _ = devices.IS_TPU_AVAILABLE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn, None, float])
+def test_dtypes_of_activations(dtype):
+    assert devices.check_floating(torch.float16) == torch.float16
+    with pytest.raises(TypeError, match=r"torch_dtype=.*: expected torch\.bfloat16"):
+        devices.check_floating(dtype)

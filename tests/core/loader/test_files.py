@@ -136,6 +136,16 @@ def test_the_field_beats_the_environment(hub, tmp_path, monkeypatch):
     assert ModelConfig("x").offline is True
 
 
+def test_the_home_folder(hub, monkeypatch):
+    """`~` in settings and quotes is not expanded by a shell: models were downloaded to a folder of this name."""
+    monkeypatch.setenv("HOME", str(hub.parents[2]))
+    pattern = "transformer/part-00001-of-00003.safetensors"
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", "~")
+    assert ModelConfig(model_id="owner/model", origin_file_pattern=pattern).root == hub.parents[2]
+    assert ModelConfig(model_id="owner/model", local_model_path="~/x").folder == hub.parents[2] / "x/owner/model"
+    assert len(find(ModelConfig("~/owner/model/transformer"))) == len(find(ModelConfig(str(hub))))
+
+
 def test_nothing_is_fetched_when_all_is_there(hub, monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "false")
     monkeypatch.setattr(download, "download", None)

@@ -15,7 +15,7 @@ from diffsynth.core.loader.state_dict import (
     load_state_dict_from_bin,
     load_state_dict_from_safetensors,
 )
-from diffsynth.errors import CorruptFile, NoFiles
+from diffsynth.errors import CorruptFile, KeyMismatch, NoFiles
 
 TENSORS = {"b.weight": torch.randn(2, 3), "a": torch.arange(4), "half": torch.randn(5).bfloat16()}
 NESTED = {"model": {"x": torch.randn(2), "deep": {"y": torch.randn(1, 3)}}, "z": torch.randn(4)}
@@ -66,6 +66,12 @@ def test_several_files_are_one_checkpoint(files, caplog):
         found = load_state_dict([files / "a.safetensors", files / "c.safetensors"], verbose=1)
     same(found, {**TENSORS, "c": torch.ones(1)})
     assert [record.message.rpartition("/")[2] for record in caplog.records] == ["a.safetensors", "c.safetensors"]
+
+
+def test_two_checkpoints_are_not_one(files):
+    """The second of two LoRAs with equal keys took the place of the first, without a word."""
+    with pytest.raises(KeyMismatch, match=r"'a' is in .*a\.safetensors and in a file before it"):
+        load_state_dict([files / "a.safetensors", files / "a.safetensors"])
 
 
 def test_a_nested_pickle_stays_nested(files):

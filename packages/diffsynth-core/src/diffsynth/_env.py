@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from diffsynth.core.paths import expanded
+
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off", ""})
 _MAX_IMAGE_PIXELS = 178_956_970
@@ -20,7 +22,7 @@ def skip_download() -> bool:
 
 def model_base_path() -> Path:
     """DIFFSYNTH_MODEL_BASE_PATH: folder that files are looked up in and downloaded to. Default `./models`."""
-    return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "./models")
+    return expanded(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "./models")
 
 
 def download_source() -> str:
@@ -63,7 +65,7 @@ def cache_dir() -> Path:
     """
     explicit = os.environ.get("DIFFSYNTH_CACHE_DIR")
     if explicit:
-        return Path(explicit)
+        return expanded(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffsynth"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth import _discovery
+from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import replacing
 from diffsynth.runtime.unit import equals_default
 
@@ -73,7 +74,7 @@ def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -
 
     text = PngInfo()
     text.add_itxt(KEY, _as_text(made_by))
-    with replacing(Path(path)) as unfinished:
+    with replacing(expanded(path)) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=text)
 
 

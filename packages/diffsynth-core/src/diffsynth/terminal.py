@@ -42,7 +42,7 @@ class EscapingStream:
         """Write a text and return its length. A carriage return at the start is written as it is, for progress bars."""
         kept = _MOVES.match(text)
         start = kept.end() if kept else 0
-        self.terminal.write(text[:start] + printable(text[start:]))
+        self.terminal.write(text[:start] + encodable(printable(text[start:]), self.terminal))
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
@@ -63,6 +63,16 @@ def escaping_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def encodable(text: str, stream: TextIO) -> str:
+    """Return a text with escapes for the characters that the encoding of a stream lacks, such as Chinese ones in the
+    code page of a console or a pipe on Windows.
+    """
+    encoding = getattr(stream, "encoding", None)
+    if text.isascii() or not encoding:
+        return text
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def unescaped(stream: TextIO) -> TextIO:

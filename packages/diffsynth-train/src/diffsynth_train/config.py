@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from diffsynth.core.paths import expanded
 from diffsynth.errors import TrainingError, did_you_mean
 
 Section = TypeVar("Section")
@@ -83,6 +84,7 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         _check_ranges(self, height=(1, None), width=(1, None))
+        _expand(self, "manifest", "cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,9 @@ class OutputRecipe:
 
     folder: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _expand(self, "folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +297,13 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
             f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}"
         )
     return value
+
+
+def _expand(section: Any, *names: str) -> None:
+    """Replace `~` at the start of paths, fields of a frozen dataclass, by the home folder; empty ones stay empty."""
+    for name in names:
+        if path := getattr(section, name):
+            object.__setattr__(section, name, str(expanded(path)))
 
 
 def _check_ranges(section: Any, **ranges: tuple[float, float | None]) -> None:

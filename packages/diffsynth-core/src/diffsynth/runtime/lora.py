@@ -22,6 +22,7 @@ from diffsynth.core.lora.fused import check_fused
 from diffsynth.core.lora.hot import check_hot, not_hot
 from diffsynth.core.lora.spelling import spelled, spelling_of
 from diffsynth.core.lora.widening import widen, wider_layers
+from diffsynth.core.torch_defaults import torch_defaults
 from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.errors import KeyMismatch, shortened
 from diffsynth.runtime.architectures import architecture_of, cuts
@@ -70,6 +71,7 @@ class LoRAMethods:
         """The LoRAs that are loaded: a tuple of `LoadedLoRA`, in the order of loading."""
         return tuple(vars(self).get("_loras", ()))
 
+    @torch_defaults()
     def load_lora(
         self,
         module: nn.Module | ModelConfig | str | Path | None = None,

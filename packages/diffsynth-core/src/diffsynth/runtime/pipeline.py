@@ -19,6 +19,7 @@ from diffsynth.core import device as devices
 from diffsynth.core.parallel import ProcessMesh, create_mesh
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.planning.workload import StageKind
+from diffsynth.core.torch_defaults import torch_defaults
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
 from diffsynth.errors import InvalidPipeline, did_you_mean
@@ -132,10 +133,10 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
             InvalidPipeline: units, roles and `velocity()` do not fit, the message names the unit; or components that do
                 not fit each other.
             MissingComponent: a role that is not optional is left out.
-            TypeError: a role that this pipeline does not have.
+            TypeError: a role that this pipeline does not have, or a dtype that is no floating-point `torch.dtype`.
         """
         self.device = torch.device(device) if device is not None else devices.default_device()
-        self.dtype = torch_dtype
+        self.dtype = devices.check_floating(torch_dtype)
         self.mesh = ProcessMesh()
         self.model_name: str | None = None
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
@@ -160,6 +161,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
             self.plan_cache = PlanCache(make_plan, vram_limit, self.per_image)
 
     @classmethod
+    @torch_defaults()
     def from_pretrained(
         cls,
         torch_dtype: torch.dtype = torch.bfloat16,
@@ -187,9 +189,10 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
             CheckpointError: a file is missing, corrupt, unknown, or of a role this pipeline does not have.
             MissingComponent: no file fills a role that the pipeline needs.
             InvalidPipeline: two files that do not fit each other; no weights are read by then.
-            TypeError: an unknown argument.
+            TypeError: an unknown argument, or a dtype that is no floating-point `torch.dtype`.
         """
         device = devices.default_device() if device is None else devices.check_device(device)
+        devices.check_floating(torch_dtype)
         made = compose(cls)
         choose_policy = functools.partial(choose_before_reading, cls._from_some)
         loader = PretrainedLoader(made.roles, cls.__name__, choose_policy, agreements=made.agreements)
@@ -239,6 +242,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         self.__signature__ = build_signature(self.program, self.loop, defaults, has_loop=self.has_loop())
         return self
 
+    @torch_defaults()
     @torch.no_grad()
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Any) -> Any:
         """Generate from a prompt; return an image or video, a list of several, or a tensor, according to `output_type`.
@@ -372,6 +376,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         roles = loaded if compile_models is None else member_roles(compile_models, self.components)
         compile_components(self.parts, roles, **{"mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, **options})
 
+    @torch_defaults()
     def plan(
         self,
         *,

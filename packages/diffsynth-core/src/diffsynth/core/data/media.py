@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from diffsynth.core.data.color import WHITE, Color, rgb_of
 from diffsynth.core.data.content import AUDIO_KINDS, IMAGE_KINDS, VIDEO_KINDS, describe_file, existing_file
 from diffsynth.core.data.image import cover, read_image, size_of
 from diffsynth.core.data.video_frame import image_of
-from diffsynth.errors import CorruptFile, NoFiles, Refused, Unavailable
+from diffsynth.errors import CorruptFile, NoFiles, Refused, Unavailable, shown
 
 Location = str | Path
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
@@ -76,8 +77,9 @@ class VideoData(Sequence[Image.Image]):
             raise ValueError("VideoData takes a video_file or an image_folder, one of them")
         if (height is None) != (width is None):
             raise ValueError(f"height={height} and width={width}: give both, or neither for the frames' own size")
-        if fps is not None and (image_folder is not None or not 0 < fps < math.inf):
-            raise ValueError(f"fps={fps}: expected a positive number, of a video file; images have no times")
+        rate = None if fps is None else frame_rate(fps)
+        if rate is not None and image_folder is not None:
+            raise ValueError(f"fps={fps}: expected a video file; the images of a folder have no times")
         self.height, self.width = height, width
         self.background = rgb_of(background)
         self.frame_rate: Fraction | None = None
@@ -91,8 +93,8 @@ class VideoData(Sequence[Image.Image]):
                 _reject_mixed_sizes(self._images)
         else:
             timeline = known or Timeline.of(self._video)
-            self.frame_rate = timeline.frame_rate if fps is None else Fraction(fps).limit_denominator(1001)
-            self._indices = timeline.every_frame() if fps is None else timeline.at_rate(self.frame_rate)
+            self.frame_rate = timeline.frame_rate if rate is None else rate
+            self._indices = timeline.every_frame() if rate is None else timeline.at_rate(rate)
         self._reader: Iterator[Image.Image] = iter(())
         self._at = -1
         self._frame: Image.Image | None = None
@@ -104,10 +106,9 @@ class VideoData(Sequence[Image.Image]):
         """Return the frame at `index` as an image, or a list of frames for a slice."""
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
+        if not -len(self) <= index < len(self):
             raise IndexError(f"frame {index} of {len(self)}")
+        index %= len(self)
         source = self._indices[index]
         frame = self._decoded(source) if self._video else read_image(self._images[source], background=self.background)
         return frame if self.height is None or self.width is None else cover(frame, self.height, self.width)
@@ -268,6 +269,24 @@ def read_timed_frames(path: Location, *, background: Color = WHITE) -> Iterator[
                 time,
                 image_of(frame, transfer=transfer, primaries=primaries, pixel_aspect=aspect, background=background),
             )
+
+
+def frame_rate(fps: float) -> Fraction:
+    """Return a frame rate, a number of any library, as a `Fraction` with a denominator of at most 1001, as those of
+    videos have.
+
+    Args:
+        fps: frames per second, above 0.
+
+    Raises:
+        ValueError: it is no number, not finite, or not positive.
+    """
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps < math.inf:
+        raise ValueError(f"fps={shown(fps)}: expected a positive number")
+    rate = Fraction(fps if isinstance(fps, Fraction) else float(fps)).limit_denominator(1001)
+    if not rate:
+        raise ValueError(f"fps={shown(fps)}: expected a number of at least 1/1001")
+    return rate
 
 
 def frame_rate_of(path: Location) -> Fraction:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
-from diffsynth.core.data.media import Location, count_frames, frame_rate_of, opened, pyav, read_audio
+from diffsynth.core.data.media import Location, count_frames, frame_rate, frame_rate_of, opened, pyav, read_audio
 from diffsynth.core.data.video_frame import encoded_tags
+from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import replacing
 from diffsynth.terminal import module_logger
 
@@ -67,14 +67,13 @@ def save_video(
 
     Raises:
         TypeError: a frame that is neither an image nor an array.
-        ValueError: no frames, different sizes, an array or a tensor of another shape or dtype, options that are no
-            pairs, or an unknown suffix.
+        ValueError: no frames, different sizes, an array or a tensor of another shape or dtype, values that are not
+            finite, a frame rate that is no positive number, options that are no pairs, or an unknown suffix.
         Unavailable: PyAV is not installed.
     """
     if not 0 <= quality <= 10:
         raise ValueError(f"quality={quality}: expected 0 to 10")
-    if not fps > 0:
-        raise ValueError(f"fps={fps}: expected a positive number")
+    rate = frame_rate(fps)
     options = {"crf": str(round((1 - quality / 10) * 51)), **_encoder_options(ffmpeg_params or ())}
     images = iter(_images(frames))
     first = next(images, None)
@@ -83,7 +82,7 @@ def save_video(
     with _written(save_path) as container:
         if comment is not None:
             container.metadata["comment"] = comment
-        stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream = container.add_stream("h264", rate=rate, options=options)
         stream.width, stream.height = first.size
         stream.pix_fmt = "yuv444p" if first.width % 2 or first.height % 2 else "yuv420p"
         colors = encoded_tags(stream.codec_context, first.height)
@@ -147,10 +146,11 @@ def save_frames(frames: Sequence[Image.Image], save_path: Location) -> None:
     """Write `frames` to the folder `save_path`, which is created if missing, as `0.png`, `1.png`, ...; those of a mode
     that PNG does not have are converted by `color.to_rgb`.
     """
-    Path(save_path).mkdir(parents=True, exist_ok=True)
+    folder = expanded(save_path)
+    folder.mkdir(parents=True, exist_ok=True)
     for index, frame in enumerate(frames):
         image = frame if frame.mode in _PNG_MODES else to_rgb(frame)
-        image.save(Path(save_path) / f"{index}.png")
+        image.save(folder / f"{index}.png")
 
 
 def merge_video_audio(video_path: Location, audio_path: Location) -> None:
@@ -201,7 +201,7 @@ def _written(path: Location, suffixes: Sequence[str] = _CONTAINERS) -> Iterator[
     """Context manager that yields a PyAV container to write to; its temporary file replaces `path` if no error occurs,
     and is deleted else.
     """
-    path, av = Path(path), pyav()
+    path, av = expanded(path), pyav()
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} ends in {path.suffix or 'no suffix'!r}; expected one of {', '.join(suffixes)}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,8 +242,14 @@ def _arrays(video: Tensor) -> Iterator[np.ndarray]:
             "[-1, 1], or uint8 of (t, h, w, 3)"
         )
     frames = video.reshape(video.shape[-4:]).unbind(dim=1)
-    levels = (((frame.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8) for frame in frames)
-    return (rearrange(level, "c h w -> h w c").numpy() for level in levels)
+    return (_levels(index, frame) for index, frame in enumerate(frames))
+
+
+def _levels(index: int, frame: Float[Tensor, "c h w"]) -> np.ndarray:
+    values = frame.detach().float().cpu()
+    if not torch.isfinite(values).all():
+        raise ValueError(f"frame {index} has values that are not finite; expected values in [-1, 1]")
+    return rearrange(((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), "c h w -> h w c").numpy()
 
 
 def _sound_levels(samples: Tensor) -> Int16[Tensor, "channels samples"]:

@@ -84,6 +84,21 @@ def check_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     return dtype
 
 
+def check_floating(dtype: torch.dtype) -> torch.dtype:
+    """Raise TypeError unless `dtype` is a floating-point `torch.dtype` of 16 bits or more, for weights and activations;
+    return it unchanged.
+
+    Raises:
+        TypeError: something else, such as a name or an integer dtype.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(
+            f"torch_dtype={dtype!r}: expected torch.bfloat16, torch.float16 or torch.float32; policy='fp8' stores "
+            "weights in fewer bits"
+        )
+    return dtype
+
+
 def card_name(device: torch.device | str) -> str:
     """Return the name of a device's hardware, such as "NVIDIA H100 80GB HBM3"; for the CPU and MPS that of the
     processor.

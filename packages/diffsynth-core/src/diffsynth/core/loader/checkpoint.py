@@ -29,7 +29,8 @@ def read_config(config: ModelConfig, *, resolve: Callable[[str], list[Path] | No
         from diffsynth.core.loader import pickled
 
         return pickled.of_state_dict(config.state_dict)
-    return read_files(find(config, resolve=resolve))
+    # A policy reads files again later, in whatever folder the process works then.
+    return read_files([path.absolute() for path in find(config, resolve=resolve)])
 
 
 def read_files(files: Iterable[Path]) -> Header:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth import _env
+from diffsynth.core.paths import expanded
 from diffsynth.errors import did_you_mean
 from diffsynth.spec import parse_source
 
@@ -113,7 +114,7 @@ class ModelConfig:
         """`Path` of the folder with one folder for each repository, to which they are downloaded; the environment's if
         `local_model_path` is None.
         """
-        return Path(self.local_model_path) if self.local_model_path is not None else _env.model_base_path()
+        return expanded(self.local_model_path) if self.local_model_path is not None else _env.model_base_path()
 
     @property
     def folder(self) -> Path:

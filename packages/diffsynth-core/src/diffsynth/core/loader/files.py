@@ -14,6 +14,7 @@ from pathlib import Path
 
 from diffsynth.core.loader import download, file_kinds
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import is_unfinished
 from diffsynth.errors import CorruptFile, NoFiles, shortened
 from diffsynth.spec import Source, parse_source
@@ -99,6 +100,7 @@ def checkpoint_at(path: Path) -> list[Path]:
         NoFiles: there is no checkpoint, shards are missing, or the folder holds several.
         CorruptFile: an index of shards does not parse.
     """
+    path = expanded(path)
     if file_kinds.exists(path) and path.is_dir():
         return only_checkpoint(path)
     if match := _SHARD.fullmatch(path.name):
@@ -240,7 +242,7 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _from_paths(path: str | Path | Iterable[str | Path]) -> list[Path]:
-    paths = [Path(path)] if isinstance(path, str | Path) else sorted(Path(each) for each in path)
+    paths = [expanded(path)] if isinstance(path, str | Path) else sorted(map(expanded, path))
     if not paths:
         raise NoFiles("path is an empty list; expected the files of one checkpoint")
     for each in paths:

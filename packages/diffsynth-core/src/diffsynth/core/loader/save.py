@@ -27,6 +27,7 @@ from diffsynth.core.loader.header import (
 )
 from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
 from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import remove_unfinished, replace_files
 from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean
 from diffsynth.spec import CheckpointSpec
@@ -91,7 +92,7 @@ def save_checkpoint(
         ValueError: metadata with a key that this function writes, a parameter on meta, a dtype that the format does not
             have, or a layout that is unknown or cannot be derived from the module.
     """
-    path = Path(path)
+    path = expanded(path)
     notes = _notes(metadata or {}, architecture, config, base)
     entries = _entries(module, dtype)
     if layout is not None:

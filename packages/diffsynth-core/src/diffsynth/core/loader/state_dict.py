@@ -15,6 +15,8 @@ from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.files import PICKLE_SUFFIXES
 from diffsynth.core.loader.header import Header, read_safetensors, signature
 from diffsynth.core.loader.reader.source import read_tensors
+from diffsynth.core.torch_defaults import torch_defaults
+from diffsynth.errors import KeyMismatch
 from diffsynth.terminal import module_logger
 
 logger = module_logger(__name__)
@@ -22,6 +24,7 @@ logger = module_logger(__name__)
 File = str | Path
 
 
+@torch_defaults()
 def load_state_dict(
     file_path: File | Sequence[File],
     torch_dtype: torch.dtype | None = None,
@@ -42,6 +45,7 @@ def load_state_dict(
     Raises:
         NoFiles: there is no such file.
         CorruptFile: a file is truncated, no checkpoint, or a pickle that would run code.
+        KeyMismatch: two files have one key.
     """
     state_dict: dict[str, Any] = {}
     for file in _files(file_path):
@@ -49,7 +53,13 @@ def load_state_dict(
             logger.info("loading %s", file)
         is_pickle = file.suffix.lower() in PICKLE_SUFFIXES
         load = load_state_dict_from_bin if is_pickle else load_state_dict_from_safetensors
-        state_dict |= load(file, torch_dtype, device)
+        part = load(file, torch_dtype, device)
+        if twice := part.keys() & state_dict.keys():
+            raise KeyMismatch(
+                f"{min(twice)!r} is in {file} and in a file before it: these files are no parts of one checkpoint. "
+                f"Load them one by one."
+            )
+        state_dict |= part
     return _pinned(state_dict) if pin_memory else state_dict
 
 

@@ -24,6 +24,7 @@ from diffsynth.core.loader.save import save_source
 from diffsynth.core.loader.state_dict import load_metadata_from_safetensors, load_state_dict
 from diffsynth.core.lora.changes import Factors, LoRALayer, ParameterChange, factors_of, single
 from diffsynth.core.lora.strength import Strengths, read_adapter_config, strengths_of
+from diffsynth.core.paths import expanded
 from diffsynth.errors import CorruptFile, KeyMismatch, shortened
 
 PREFIX = "diffusion_model."
@@ -135,7 +136,7 @@ def write_keys(state_dict: Mapping[str, Tensor], path: Path | str, metadata: Map
     """
     tensors = pickled.of_state_dict(state_dict)
     targets = convert.plan((), tensors.shapes).targets
-    path = Path(path)
+    path = expanded(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if wrong := [key for key, value in (metadata or {}).items() if not isinstance(value, str)]:
         raise ValueError(f"metadata[{wrong[0]!r}] is {(metadata or {})[wrong[0]]!r}; expected text")
