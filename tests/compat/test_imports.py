@@ -38,7 +38,7 @@ ABSENT = {
     "diffsynth.models.qwen_image_text_encoder": {"QwenImageTextEncoder"},
     "diffsynth.models.z_image_text_encoder": {"ZImageTextEncoder"},
     "diffsynth.pipelines.flux2_image": {"model_fn_flux2"},
-    "diffsynth.pipelines.qwen_image": {"FlowMatchScheduler", "QwenImagePipeline"},
+    "diffsynth.pipelines.qwen_image": {"FlowMatchScheduler"},
     "diffsynth.pipelines.wan_video": {"WanVideoUnit_S2V"},
     "diffsynth.utils.data.audio": {"save_audio"},
     "diffsynth.utils.data.audio_video": {"read_video_audio", "write_video_audio"},

@@ -23,6 +23,7 @@ DOORS = {
     "diffsynth.utils",
     "diffsynth.utils.data",
     "diffsynth_flux.doors.flux2_image",
+    "diffsynth_qwen_image.doors.qwen_image",
     "diffsynth_wan.doors.wan_video",
 }
 """Modules under names that older scripts import, and packages that have such names or modules beside their own."""

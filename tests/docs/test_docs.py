@@ -18,6 +18,7 @@ from PIL import Image
 from diffsynth import _env
 from diffsynth.cli.generate import generate
 from diffsynth_flux import Flux2ImagePipeline
+from diffsynth_qwen_image import QwenImagePipeline
 from diffsynth_train.cli import train
 from diffsynth_train.config import Recipe, parse_section
 from diffsynth_zimage import ZImagePipeline
@@ -110,7 +111,10 @@ def test_every_path_in_the_contributing_table_exists():
     assert missing == []
 
 
-@pytest.mark.parametrize(("page", "pipeline"), [("z-image", ZImagePipeline), ("flux-2", Flux2ImagePipeline)])
+@pytest.mark.parametrize(
+    ("page", "pipeline"),
+    [("z-image", ZImagePipeline), ("flux-2", Flux2ImagePipeline), ("qwen-image", QwenImagePipeline)],
+)
 def test_the_arguments_of_a_page_are_those_of_its_pipeline(page, pipeline):
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", section(f"models/{page}.md", "## Arguments"), flags=re.MULTILINE)
     parameters = list(inspect.signature(pipeline.__call__).parameters.values())[1:]
@@ -122,7 +126,13 @@ def test_the_arguments_of_a_page_are_those_of_its_pipeline(page, pipeline):
 
 
 @pytest.mark.parametrize(
-    ("page", "heading"), [("z-image", "ControlNets"), ("flux-2", "Reference images"), ("flux-2", "Extensions")]
+    ("page", "heading"),
+    [
+        ("z-image", "ControlNets"),
+        ("flux-2", "Reference images"),
+        ("flux-2", "Extensions"),
+        ("qwen-image", "Extensions"),
+    ],
 )
 def test_the_blocks_of_a_section_run(page, heading):
     for _, block in FENCED.findall(section(f"models/{page}.md", f"## {heading}")):

@@ -2,9 +2,54 @@
 
 from __future__ import annotations
 
-from diffusers import QwenImageTransformer2DModel
+from typing import Any
 
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import parity
+import wan_vae_oracle
+from diffsynth.models.config import Qwen25VLTextEncoderConfig, WanAutoencoderConfig
+from diffsynth.models.qwen25_vl import Qwen25VLTextEncoder
+from diffsynth.testing.tiny_processors import byte_tokenizer
+from diffsynth_qwen_image import QwenImagePipeline
 from diffsynth_qwen_image.config import QwenImageDiTConfig
+from diffsynth_qwen_image.dit import QwenImageDiT
+
+SIZE = {"height": 80, "width": 48}
+DIT = QwenImageDiTConfig(dim=64, n_heads=2, n_layers=2, prompt_dim=32, ffn_dim=256, axes_dims=(4, 14, 14))
+TEXT = Qwen25VLTextEncoderConfig(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    intermediate_size=48,
+    vocab_size=320,
+    vision_hidden_size=32,
+    vision_layers=2,
+    vision_heads=2,
+    vision_intermediate_size=48,
+    full_attention_layers=(1,),
+)
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+}
+"""Published `scheduler/scheduler_config.json` of Qwen-Image."""
+
+LIGHTNING_SCHEDULER = SCHEDULER | {"base_shift": 1.0986122886681098, "max_shift": 1.0986122886681098,
+                                   "shift_terminal": None}  # fmt: skip
+"""The scheduler of Qwen-Image-Lightning, as its authors' examples configure it: a shift of 3 for every size."""
 
 
 def oracle_dit(config: QwenImageDiTConfig, *, zero_cond_t: bool = False) -> QwenImageTransformer2DModel:
@@ -27,3 +72,102 @@ def oracle_dit(config: QwenImageDiTConfig, *, zero_cond_t: bool = False) -> Qwen
         use_additional_t_cond=config.layered,
         use_layer3d_rope=config.layered,
     ).eval()
+
+
+def oracle_encoder(image_token: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Return transformers' tiny Qwen2.5-VL, with its head."""
+    text = {
+        "hidden_size": TEXT.hidden_size,
+        "num_hidden_layers": TEXT.num_layers,
+        "num_attention_heads": TEXT.num_heads,
+        "num_key_value_heads": TEXT.num_kv_heads,
+        "intermediate_size": TEXT.intermediate_size,
+        "vocab_size": TEXT.vocab_size,
+        "rms_norm_eps": TEXT.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(TEXT.rope_sections)},
+    }
+    vision = {
+        "depth": TEXT.vision_layers,
+        "hidden_size": TEXT.vision_hidden_size,
+        "num_heads": TEXT.vision_heads,
+        "intermediate_size": TEXT.vision_intermediate_size,
+        "out_hidden_size": TEXT.hidden_size,
+        "fullatt_block_indexes": list(TEXT.full_attention_layers),
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image_token)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights of transformers' Qwen2.5-VL under the names of the published files, without the head."""
+    renamed = {name.removeprefix("model."): weight for name, weight in weights.items() if name != "lm_head.weight"}
+    return {name.replace("language_model.", "model.", 1): weight for name, weight in renamed.items()}
+
+
+def tiny_pipelines(
+    *, zero_cond_t: bool = False, scheduler: dict[str, Any] | None = None
+) -> tuple[QwenImagePipeline, dict[str, Any]]:
+    """Return our pipeline, and the components of diffusers' pipelines with the same weights.
+
+    Args:
+        zero_cond_t: see `oracle_dit`.
+        scheduler: config of diffusers' scheduler; None is that of Qwen-Image.
+    """
+    tokenizer = qwen_tokenizer()
+    dit = oracle_dit(DIT, zero_cond_t=zero_cond_t)
+    vae = AutoencoderKLQwenImage(base_dim=8).eval()
+    encoder = oracle_encoder(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    for seed, module in enumerate((dit, encoder)):
+        module.load_state_dict(parity.draw_weights(parity.shapes_of(module), seed=seed))
+    weights = wan_vae_oracle.draw_weights(parity.shapes_of(vae))
+    vae.load_state_dict(weights)
+    ours = {
+        "dit": QwenImageDiT(DIT).eval(),
+        "text_encoder": Qwen25VLTextEncoder(TEXT).eval(),
+        "vae": wan_vae_oracle.loaded(weights, "wan_autoencoder", WanAutoencoderConfig(dim=8)),
+    }
+    ours["dit"].load_state_dict(dit.state_dict())
+    ours["text_encoder"].load_state_dict(published_names(encoder.state_dict()))
+    pipe = QwenImagePipeline.from_components(**ours, tokenizer=tokenizer, device="cpu", torch_dtype=torch.float32)
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(**(scheduler or SCHEDULER)),
+        "vae": vae,
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "transformer": dit,
+    }
+    return pipe, parts
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes with the special tokens of Qwen2.5-VL."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]}
+    )
+    return tokenizer
+
+
+def noise(seed: int, size: dict[str, int] = SIZE) -> Tensor:
+    """Return the noise that our pipeline generates for a seed."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(1, DIT.in_channels, size["height"] // 8, size["width"] // 8, generator=generator)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Return latents `b c h w` as diffusers' tokens."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height * width // 4, channels * 4)
+
+
+def unpacked(tokens: Tensor, size: dict[str, int] = SIZE) -> Tensor:
+    """Return diffusers' tokens as latents `b c h w`."""
+    rows, columns = size["height"] // 16, size["width"] // 16
+    patches = tokens.view(len(tokens), rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(len(tokens), -1, 2 * rows, 2 * columns)
+
+
+def counted_prefix(tokenizer: PreTrainedTokenizerFast, template: str) -> int:
+    """Return the number of tokens before the prompt in a template of diffusers' pipelines."""
+    return len(tokenizer(template.partition("{}")[0])["input_ids"])

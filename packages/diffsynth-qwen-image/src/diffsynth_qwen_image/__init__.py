@@ -1,1 +1,18 @@
-"""Qwen-Image for diffsynth: no models yet; the package is listed by `diffsynth plugins`."""
+"""Qwen-Image for diffsynth: transformer and pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffsynth_qwen_image.pipeline import QwenImagePipeline
+
+__all__ = ["QwenImagePipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from diffsynth.spec import resolve
+
+        return resolve(f"diffsynth_qwen_image.pipeline:{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

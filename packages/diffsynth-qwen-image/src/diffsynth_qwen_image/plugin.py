@@ -1,14 +1,21 @@
-"""Plugin of diffsynth-qwen-image: Qwen-Image's architectures and published files."""
+"""Plugin of diffsynth-qwen-image: Qwen-Image's models, architectures, published files, training and guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, GuidanceSpec, ModelSpec, TrainingSpec
 from diffsynth_qwen_image.checkpoints import ARCHITECTURES, CHECKPOINTS
+from diffsynth_qwen_image.models import MODELS, TRAINING
 
 DIFFSYNTH_API = 2
+
+
+@hookimpl
+def register_models(register: Callable[[ModelSpec], None]) -> None:
+    for model in MODELS:
+        register(model)
 
 
 @hookimpl
@@ -21,3 +28,19 @@ def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None
 def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
     for checkpoint in CHECKPOINTS:
         register(checkpoint)
+
+
+@hookimpl
+def register_training(register: Callable[[TrainingSpec], None]) -> None:
+    for training in TRAINING:
+        register(training)
+
+
+@hookimpl
+def register_guidance(register: Callable[[GuidanceSpec], None]) -> None:
+    register(GuidanceSpec(name="token_norm", guidance="diffsynth_qwen_image.guidance:TokenNorm"))
+
+
+@hookimpl
+def register_doors(register: Callable[[DoorSpec], None]) -> None:
+    register(DoorSpec(name="qwen_image", folder="diffsynth_qwen_image:doors"))

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from diffsynth.compat.doors import door, later
+from diffsynth.compat.doors import door, use
 
-__getattr__ = door(__name__, absent={"QwenImageTextEncoder": later("the Qwen-Image family")})
+__getattr__ = door(__name__, absent={"QwenImageTextEncoder": use("diffsynth.models.qwen25_vl.Qwen25VLTextEncoder")})
