@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from diffsynth_qwen_image.units import MAX_PROMPT_TOKENS, check_schedule, count_prefix, encode_prompt, schedule
+from diffsynth_qwen_image.prompts import count_prefix
+from diffsynth_qwen_image.units import MAX_PROMPT_TOKENS, check_schedule, encode_prompt, schedule
 from qwen_image_oracles import qwen_tokenizer
 
 SQUARE = {"height": 1024, "width": 1024}
@@ -56,7 +57,7 @@ class Recorder(torch.nn.Module):
 
 
 def encode(prompt):
-    return encode_prompt(Recorder(), qwen_tokenizer(), prompt=prompt, device=torch.device("cpu"))
+    return encode_prompt(Recorder(), qwen_tokenizer(), prompt=prompt, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_tokens_before_the_prompt_are_dropped() -> None:

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    BatchFeature,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import parity
 import wan_vae_oracle
@@ -128,7 +135,8 @@ def tiny_pipelines(
     }
     ours["dit"].load_state_dict(dit.state_dict())
     ours["text_encoder"].load_state_dict(published_names(encoder.state_dict()))
-    pipe = QwenImagePipeline.from_components(**ours, tokenizer=tokenizer, device="cpu", torch_dtype=torch.float32)
+    processors = {"tokenizer": tokenizer, "processor": image_processor()}
+    pipe = QwenImagePipeline.from_components(**ours, **processors, device="cpu", torch_dtype=torch.float32)
     parts = {
         "scheduler": FlowMatchEulerDiscreteScheduler(**(scheduler or SCHEDULER)),
         "vae": vae,
@@ -146,6 +154,35 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
         {"additional_special_tokens": ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]}
     )
     return tokenizer
+
+
+def image_processor() -> Qwen2VLImageProcessorPil:
+    """Return transformers' image processor for images of at most 16 tokens; it needs no torchvision."""
+    return Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
+
+
+class OracleProcessor(Qwen2VLProcessor):
+    """The processor of diffusers' pipelines without torchvision, which transformers needs for videos.
+
+    It replaces the token of an image by as many as the image has, as transformers' does.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor()
+
+    def __call__(self, *, text: list[str], images: Any, padding: bool, return_tensors: str) -> BatchFeature:
+        """Return token ids, their mask and token types, and the images' patches and grids."""
+        images = images if isinstance(images, list) else [images]
+        found = self.image_processor(images=images, return_tensors="pt")
+        texts = []
+        for each in text:
+            parts = each.split("<|image_pad|>")
+            counts = [int(grid.prod()) // 4 for grid in found["image_grid_thw"]]
+            joined = [part + "<|image_pad|>" * count for part, count in zip(parts, counts, strict=False)]
+            texts.append("".join([*joined, parts[-1]]))
+        tokens = self.tokenizer(texts, padding=padding, padding_side="right", return_tensors=return_tensors)
+        return BatchFeature({**tokens, **found})
 
 
 def noise(seed: int, size: dict[str, int] = SIZE) -> Tensor:

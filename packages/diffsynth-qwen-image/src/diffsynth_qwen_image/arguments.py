@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from diffsynth.runtime.image_units import ImageArguments
 from diffsynth.runtime.inpainting import InpaintArguments
 from diffsynth.runtime.request import LoopKeywords
+from diffsynth_qwen_image.features.edit import EditArguments
 
 
-class QwenImageArguments(ImageArguments, InpaintArguments, LoopKeywords, total=False):
+class QwenImageArguments(ImageArguments, EditArguments, InpaintArguments, LoopKeywords, total=False):
     """All arguments of a call except the prompt.
 
     Args:

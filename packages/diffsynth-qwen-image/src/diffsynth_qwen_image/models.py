@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffsynth.spec import ModelSpec, TrainingSpec
-from diffsynth_qwen_image.checkpoints import BASE, BASE_2512, DISTILL_FULL, LORA_TARGETS
+from diffsynth_qwen_image.checkpoints import (
+    BASE,
+    BASE_2512,
+    DISTILL_FULL,
+    EDIT,
+    EDIT_2509,
+    EDIT_2511,
+    FIRERED_1_0,
+    FIRERED_1_1,
+    LORA_TARGETS,
+)
 
 PIPELINE = "diffsynth_qwen_image.pipeline:QwenImagePipeline"
 
@@ -17,28 +27,45 @@ TINY = {
 """Config fields of the tiny networks; the transformer's head dimension and RoPE axes are the published ones."""
 
 
+_TINY = "diffsynth_qwen_image.tiny"
+
+
 def _model(
     hub_id: str,
     description: str,
     *,
     file: str = "transformer/diffusion_pytorch_model*.safetensors",
     defaults: Mapping[str, Any] | None = None,
+    edit_inputs: str = "",
 ) -> ModelSpec:
-    """Return the `ModelSpec` of a model with its own transformer `file` and the other components of Qwen-Image."""
+    """Return the `ModelSpec` of a model with the text encoder and autoencoder of Qwen-Image.
+
+    Args:
+        hub_id, description, defaults: fields of `ModelSpec`.
+        file: the transformer, in the model's repository.
+        edit_inputs: for a model that edits images, the name of the function in `diffsynth_qwen_image.tiny` that makes
+            its inputs.
+    """
+    processors = {"tokenizer": f"{BASE}:tokenizer/"}
+    if edit_inputs:
+        processors["processor"] = f"{EDIT}:processor/"
+    writers = {"tokenizer": f"{_TINY}:write_tokenizer", "processor": f"{_TINY}:write_image_processor"}
     return ModelSpec(
         name=hub_id.rpartition("/")[2].lower(),
         hub_id=hub_id,
         family="qwen-image",
-        task="text-to-image",
+        task="image-to-image" if edit_inputs else "text-to-image",
         pipeline=PIPELINE,
         components={
             "dit": f"{hub_id}:{file}",
             "text_encoder": f"{BASE}:text_encoder/model*.safetensors",
             "vae": f"{BASE}:vae/diffusion_pytorch_model.safetensors",
         },
-        processors={"tokenizer": f"{BASE}:tokenizer/"},
+        processors=processors,
         tiny=TINY,
-        defaults=defaults or {"num_inference_steps": 40},
+        tiny_processors={role: writers[role] for role in processors},
+        tiny_inputs=f"{_TINY}:{edit_inputs}" if edit_inputs else "",
+        defaults={"num_inference_steps": 40} | dict(defaults or {}),
         license="Apache-2.0",
         paper="arXiv:2508.02324",
         description=description,
@@ -54,6 +81,16 @@ MODELS = (
         file="diffusion_pytorch_model*.safetensors",
         defaults={"num_inference_steps": 15, "cfg_scale": 1.0},
     ),
+    _model(EDIT, "20B; edits an image", edit_inputs="edit_inputs"),
+    _model(EDIT_2509, "20B; edits one image or several", edit_inputs="edit_list_inputs"),
+    _model(
+        EDIT_2511,
+        "20B; edits one image or several; weights of November 2025",
+        defaults={"zero_cond_t": True},
+        edit_inputs="edit_list_inputs",
+    ),
+    _model(FIRERED_1_0, "20B; edits an image", edit_inputs="edit_inputs"),
+    _model(FIRERED_1_1, "20B; edits an image", edit_inputs="edit_inputs"),
 )
 
 TRAINING = (
@@ -61,7 +98,7 @@ TRAINING = (
         pipeline=PIPELINE,
         trainable=("dit", "text_encoder", "vae"),
         lora_targets={"dit": LORA_TARGETS},
-        data={"prompt": "prompt", "image": "input_image"},
+        data={"prompt": "prompt", "image": "input_image", "edit_image": "edit_image"},
         schedule="diffsynth.sampling.schedule:qwen_image_sigmas",
     ),
 )

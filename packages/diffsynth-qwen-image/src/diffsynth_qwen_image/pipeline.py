@@ -1,4 +1,4 @@
-"""Qwen-Image pipeline: text to image, image to image and inpainting (Qwen-Image team 2025, arXiv:2508.02324)."""
+"""Qwen-Image pipeline: text and image to image, inpainting, editing (Qwen-Image team 2025, arXiv:2508.02324)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LENGTHS_DIFFER = Condition("an image has no frames", batch="separate")
 
 
 class QwenImagePipeline(Pipeline):
-    """Generates images with Qwen-Image and Qwen-Image-2512, and with networks of their architecture."""
+    """Generates and edits images with Qwen-Image, Qwen-Image-Edit and networks of their architecture."""
 
     roles = {
         "dit": Role(architectures=("qwen_image_dit",)),

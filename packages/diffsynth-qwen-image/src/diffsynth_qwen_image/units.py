@@ -16,20 +16,12 @@ from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.schedule import LIGHTNING_MU, qwen_image_lightning_sigmas, qwen_image_sigmas
 from diffsynth_qwen_image.config import TOKEN_FACTOR, VAE_FACTOR
+from diffsynth_qwen_image.prompts import PromptImages, chat_texts, count_prefix
 
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_TOKENS = 1024
-"""Most tokens of a prompt, with what the chat template puts after it."""
-
-SYSTEM_MESSAGE = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
-    "objects and background:"
-)
-"""Message before every prompt, as in training."""
-
-ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
-"""Text after every prompt: the end of the user's message and the start of an answer."""
+"""Most tokens of a prompt, with what the chat template puts after it and without images."""
 
 round_size = image_size(multiple=TOKEN_FACTOR, default=1328)
 
@@ -77,31 +69,29 @@ def schedule(
 
 @unit("prompt_embeds", "prompt_mask", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
 def encode_prompt(
-    text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
+    text_encoder: Any,
+    tokenizer: Any,
+    *,
+    prompt: str | Sequence[str] = "",
+    prompt_images: PromptImages | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "b s e"], Bool[Tensor, "b s"] | None]:
-    """Return (hidden states `b s e` of the prompts, bool mask `b s`, True for text, False for padding to the longest
-    prompt, or None if nothing is padded); prompts over `MAX_PROMPT_TOKENS` are cut with a warning, equal ones encoded
-    once.
+    """Return (hidden states `b s e` of the prompts, with images before them if there are any; bool mask `b s`, True for
+    text, False for padding to the longest prompt, or None if nothing is padded).
+
+    Prompts over `MAX_PROMPT_TOKENS`, besides the images, are cut with a warning; equal ones are encoded once.
     """
     distinct, order = distinct_prompts(prompt, device=device)
-    before = f"<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|>\n<|im_start|>user\n"
-    texts = [f"{before}{cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS)}{ANSWER}" for text in distinct]
+    before, texts = chat_texts([cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS) for text in distinct], prompt_images)
     dropped = count_prefix(tokenizer, before)
     tokens = tokenizer(texts, padding="longest", padding_side="right", return_tensors="pt")
-    input_ids, mask = cut_tokens(tokens["input_ids"], tokens["attention_mask"], most=MAX_PROMPT_TOKENS + dropped)
-    embeds = text_encoder(input_ids.to(device), mask.to(device))
+    most = MAX_PROMPT_TOKENS + dropped + (0 if prompt_images is None else prompt_images.num_tokens)
+    input_ids, mask = cut_tokens(tokens["input_ids"], tokens["attention_mask"], most=most)
+    like = {"device": device, "dtype": dtype}
+    images = {} if prompt_images is None else prompt_images.inputs(tokenizer, input_ids, like=like)
+    embeds = text_encoder(input_ids.to(device), mask.to(device), **images)
     return text_only(embeds, mask, dropped=dropped, order=order)
-
-
-def count_prefix(tokenizer: Any, before: str) -> int:
-    """Return the number of tokens of the text before a prompt, whose hidden states the transformer does not get.
-
-    Args:
-        tokenizer: of the text encoder.
-        before: the text; `ANSWER`, which begins with a special token, may follow it without changing its tokens.
-    """
-    with_prefix, without = (len(tokenizer(text)["input_ids"]) for text in (before + ANSWER, ANSWER))
-    return with_prefix - without
 
 
 def cut_tokens(input_ids: Tensor, mask: Tensor, *, most: int) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ QWEN25_VL_TEXT_ENCODER = ArchitectureSpec(
     ),
     tiny="diffsynth.models.config:TINY_QWEN25_VL_TEXT_ENCODER",
     tiny_inputs="diffsynth.models.config:tiny_qwen25_vl_text_encoder_inputs",
-    high_precision=("*norm*", "*ln_q*"),
+    high_precision=("*norm*", "*ln_q*", "visual.patch_embed.*"),
     repeated_blocks=("model.layers", "visual.blocks"),
 )
 

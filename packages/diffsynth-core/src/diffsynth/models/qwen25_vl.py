@@ -101,9 +101,8 @@ class Qwen25VLTextEncoder(nn.Module):
         order, lengths = window_order(grid, merge_size=config.merge_size, window=self._window())
         squares = config.merge_size**2
         index = (order[:, None] * squares + torch.arange(squares)).flatten()
-        frames = patches.view(-1, 3, config.temporal_patch_size, config.patch_size, config.patch_size)
-        # transformers' module casts its input to the dtype of its weight, which may be one of storage only.
-        hidden = self.visual.patch_embed.proj(frames).flatten(1)[index.to(device)]
+        # The module casts its input to the dtype of its weight, so the architecture keeps that from a dtype of storage.
+        hidden = self.visual.patch_embed(patches)[index.to(device)]
         angles = self._angles(grid)[index].to(device)
         rotary = (angles.cos(), angles.sin())
         windows = torch.cat((torch.zeros(1), lengths.cumsum(0) * squares)).int()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffsynth.runtime.inpainting import INPAINT
+from diffsynth_qwen_image.features.edit import EDIT
 
-FEATURES = (INPAINT,)
+FEATURES = (EDIT, INPAINT)
 """In the order in which their units run within a phase, and in which their extensions change the stream."""

@@ -1,0 +1,180 @@
+"""Images to edit: the text encoder reads them with the prompt, and their tokens follow those of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.core.data.color import to_rgb
+from diffsynth.runtime.feature import Condition, Configs, Feature
+from diffsynth.runtime.image_units import image_tiling
+from diffsynth.runtime.images import image_list, image_to_tensor
+from diffsynth.runtime.role import Processor
+from diffsynth.runtime.unit import Phase, unit
+from diffsynth_qwen_image.config import TOKEN_FACTOR
+from diffsynth_qwen_image.extension import Network, Stream
+from diffsynth_qwen_image.prompts import PromptImages, image_text
+
+AREA = 1024 * 1024
+"""Area, in pixels, that automatic resizing gives an image."""
+
+LISTED_AREA = 384 * 384
+"""Area, in pixels, at which the text encoder gets each image of a list."""
+
+RESIZED_MULTIPLE = 32
+"""Resizing rounds both sides to a multiple of this number of pixels."""
+
+SYSTEM_MESSAGE = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate."
+)
+"""Message before every prompt with images, as in training."""
+
+EditImages = Image.Image | Sequence[Image.Image] | None
+"""The type of the argument `edit_image`."""
+
+
+class EditArguments(TypedDict, total=False):
+    """Images to edit.
+
+    Args:
+        edit_image: Image to edit, for Qwen-Image-Edit, or a list of images, which the prompt may mention as "Picture
+            1", for Qwen-Image-Edit-2509 and later. Every result gets all of them.
+        edit_image_auto_resize: Whether each is resized to an area of about 1024 x 1024 pixels; else it is only cropped
+            to multiples of 16.
+        edit_rope_interpolation: Whether images of another size than the result get positions that are spread over it,
+            for LoRAs that are trained in this way.
+        zero_cond_t: Whether the images are modulated as images without noise, for Qwen-Image-Edit-2511, which is
+            trained in this way.
+    """
+
+    edit_image: EditImages
+    edit_image_auto_resize: bool
+    edit_rope_interpolation: bool
+    zero_cond_t: bool
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """Extension that appends the tokens of images.
+
+    Args:
+        images: scaled latents of each image, `1 c h w`; sizes may differ.
+        clean_time: whether they are modulated by the embedding of noise level 0.
+        spread: whether their positions are spread over those of the first image.
+    """
+
+    images: tuple[Float[Tensor, "1 c h w"], ...]
+    clean_time: bool = False
+    spread: bool = False
+
+    def __call__(self, dit: Network, stream: Stream) -> Stream:
+        """Return the stream with the images' tokens; see `diffsynth_qwen_image.extension.Extension`."""
+        return dit.append_images(stream, self.images, clean_time=self.clean_time, spread=self.spread)
+
+
+@unit("prompt_images", phase=Phase.SHAPE, only_with="edit_image")
+def prepare_prompt_images(
+    processor: Any, *, edit_image: EditImages = None, edit_image_auto_resize: bool = True
+) -> PromptImages:
+    """Return `PromptImages`: what the text encoder gets of the images, at the sizes of training."""
+    listed = not isinstance(edit_image, Image.Image)
+    images = [to_rgb(image) for image in image_list(edit_image)]  # upright, before its sides are read
+    if listed:
+        images = [_resized(image, LISTED_AREA) for image in images]
+    elif edit_image_auto_resize:
+        images = [_resized(image, AREA) for image in images]
+    inputs = processor(images=images, return_tensors="pt")
+    grids = tuple((int(rows), int(columns)) for _, rows, columns in inputs["image_grid_thw"])
+    counts = [rows * columns // processor.merge_size**2 for rows, columns in grids]
+    texts = [
+        f"Picture {number}: {image_text(count)}" if listed else image_text(count)
+        for number, count in enumerate(counts, start=1)
+    ]
+    return PromptImages(SYSTEM_MESSAGE, "".join(texts), inputs["pixel_values"], grids)
+
+
+@unit("references", phase=Phase.ENCODE, only_with="edit_image", requires=("processor",), switches={"tiled": True})
+def encode_edit_images(
+    vae: Any,
+    *,
+    edit_image: EditImages = None,
+    edit_image_auto_resize: bool = True,
+    edit_rope_interpolation: bool = False,
+    zero_cond_t: bool = False,
+    tiled: bool | None,
+    tile_size: int | tuple[int, int],
+    tile_stride: int | tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> References:
+    """Return `References` with the latents of the images."""
+    tiling = image_tiling(tiled, tile_size, tile_stride)
+    latents = []
+    for image in map(to_rgb, image_list(edit_image)):
+        image = _resized(image, AREA) if edit_image_auto_resize else _cropped(image)
+        pixels = image_to_tensor(image, image.height, image.width)
+        latents.append(vae.encode(pixels.to(device, dtype), **tiling))
+    return References(tuple(latents), clean_time=zero_cond_t, spread=edit_rope_interpolation)
+
+
+def resized_size(width: int, height: int, area: int) -> tuple[int, int]:
+    """Return (width, height) in pixels, multiples of 32, of about `area` pixels and the aspect ratio of the arguments.
+
+    Args:
+        width, height: of the image.
+        area: number of pixels.
+    """
+    ratio = width / height
+    wanted = (area * ratio) ** 0.5
+    new_width, new_height = (
+        max(round(side / RESIZED_MULTIPLE), 1) * RESIZED_MULTIPLE for side in (wanted, wanted / ratio)
+    )
+    return new_width, new_height
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error for images that cannot be encoded.
+
+    Raises:
+        ValueError: an image that is smaller than a token, and is not resized.
+    """
+    for image in image_list(values["edit_image"]):
+        if min(image.size) < TOKEN_FACTOR and not values["edit_image_auto_resize"]:
+            raise ValueError(
+                f"edit_image has an image of {image.width}x{image.height} pixels; expected at least {TOKEN_FACTOR} on "
+                "each side, or edit_image_auto_resize=True"
+            )
+
+
+EDIT = Feature(
+    "edit",
+    arguments=EditArguments,
+    roles={
+        "processor": Processor(
+            source="Qwen/Qwen-Image-Edit:processor/",
+            loader="transformers.models.qwen2_vl.image_processing_pil_qwen2_vl:Qwen2VLImageProcessorPil",
+            optional=True,
+        )
+    },
+    units=(prepare_prompt_images, encode_edit_images),
+    conditions={"references": Condition("an image has no frames", batch="separate")},
+    check=check,
+)
+
+
+def _resized(image: Image.Image, area: int) -> Image.Image:
+    return image.resize(resized_size(*image.size, area), Image.Resampling.LANCZOS)
+
+
+def _cropped(image: Image.Image) -> Image.Image:
+    width, height = (side // TOKEN_FACTOR * TOKEN_FACTOR for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,159 @@
+"""Edited images equal those of diffusers' pipelines (0.42), with one image and with several."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+
+from diffsynth.errors import MissingComponent
+from diffsynth_qwen_image.features import edit
+from diffsynth_qwen_image.prompts import chat_texts, count_prefix, text_before
+from parity import TOLERANCE, relative_error
+from qwen_image_oracles import (
+    SIZE,
+    OracleProcessor,
+    counted_prefix,
+    image_processor,
+    noise,
+    packed,
+    tiny_pipelines,
+    unpacked,
+)
+
+STEPS = {"num_inference_steps": 4, **SIZE}
+PROMPTS = {"prompt": "make it red", "negative_prompt": "blurry"}
+SIDES = ((100, 70), (64, 90), (70, 70))
+
+
+@pytest.fixture(autouse=True)
+def _small_areas(monkeypatch):
+    """Sizes of images are a sixteenth of the published ones on each side, and multiples of 32 as those."""
+    area, listed = 64 * 64, 24 * 24
+    monkeypatch.setattr(edit, "AREA", area)
+    monkeypatch.setattr(edit, "LISTED_AREA", listed)
+    exact = pipeline_qwenimage_edit.calculate_dimensions
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda _, ratio: exact(area, ratio))
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", area)
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", listed)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tiny_pipelines()
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return tiny_pipelines(zero_cond_t=True)
+
+
+def oracle_of(kind, parts):
+    oracle = kind(**parts, processor=OracleProcessor(parts["tokenizer"]))
+    oracle.set_progress_bar_config(disable=True)
+    template = oracle.prompt_template_encode.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
+    oracle.prompt_template_encode_start_idx = counted_prefix(parts["tokenizer"], template)
+    encoder = oracle.text_encoder
+
+    def with_types(input_ids, **arguments):
+        """Pass the types, which diffusers leaves out; without them this transformers counts images as text."""
+        types = (input_ids == encoder.config.image_token_id).int()
+        return type(encoder).forward(encoder, input_ids=input_ids, mm_token_type_ids=types, **arguments)
+
+    encoder.forward = with_types
+    return oracle
+
+
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def images(count: int) -> list[Image.Image]:
+    return [random_image(*size, seed=seed) for seed, size in enumerate(SIDES[:count])]
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+def test_one_image(plain, cfg_scale) -> None:
+    ours, parts = plain
+    oracle, image = oracle_of(QwenImageEditPipeline, parts), images(1)[0]
+    start = {"latents": packed(noise(7)), "output_type": "latent", "true_cfg_scale": cfg_scale}
+    expected = unpacked(oracle(image=image, **PROMPTS, **start, **STEPS).images)
+    call = {"seed": 7, "output_type": "latents", "cfg_scale": cfg_scale, "guidance": "token_norm", **PROMPTS, **STEPS}
+    assert relative_error(ours(edit_image=image, **call), expected) < TOLERANCE
+    assert relative_error(ours(edit_image=random_image(100, 70, seed=9), **call), expected) > 1e-2
+    assert relative_error(ours(edit_image=[image], **call), expected) > 1e-3  # another text and size
+    assert relative_error(ours(**call), expected) > 1e-2
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_lists_of_images(plain, clean, count, zero_cond_t) -> None:
+    ours, parts = clean if zero_cond_t else plain
+    oracle = oracle_of(QwenImageEditPlusPipeline, parts)
+    start = {"latents": packed(noise(7)), "output_type": "latent", "true_cfg_scale": 4.0}
+    expected = unpacked(oracle(image=images(count), **PROMPTS, **start, **STEPS).images)
+    call = {"seed": 7, "output_type": "latents", "guidance": "token_norm", **PROMPTS, **STEPS}
+    latents = ours(edit_image=images(count), zero_cond_t=zero_cond_t, **call)
+    assert relative_error(latents, expected) < TOLERANCE
+    assert relative_error(ours(edit_image=images(count), zero_cond_t=not zero_cond_t, **call), expected) > 1e-3
+
+
+def test_prompts_of_different_lengths_with_images(plain) -> None:
+    ours, _ = plain
+    prompts, call = ["a", "make it red and blue"], {"edit_image": images(2), "output_type": "latents", **STEPS}
+    batch = ours(prompts, seed=[1, 2], cfg_scale=1, **call)
+    singles = [ours(prompt, seed=seed, cfg_scale=1, **call) for prompt, seed in zip(prompts, (1, 2), strict=True)]
+    assert relative_error(batch, torch.cat(singles)) < TOLERANCE
+
+
+def test_every_argument_changes_the_result(plain) -> None:
+    ours, _ = plain
+    call = {"prompt": "a", "edit_image": images(1)[0], "seed": 1, "output_type": "latents", "cfg_scale": 1, **STEPS}
+    base = ours(**call)
+    for argument in ("edit_rope_interpolation", "zero_cond_t"):
+        assert not torch.allclose(ours(**call, **{argument: True}), base)
+        assert torch.equal(ours(**call, **{argument: False}), base)
+    assert not torch.allclose(ours(**call, edit_image_auto_resize=False), base)
+    square = call | {"edit_image": random_image(SIZE["width"], SIZE["height"]), "edit_image_auto_resize": False}
+    assert torch.equal(ours(**square, edit_rope_interpolation=True), ours(**square))  # of the size of the result
+
+
+def test_sizes_of_the_reference() -> None:
+    """Sides of about the area, rounded to multiples of 32, up or down."""
+    assert edit.resized_size(1024, 1024, 1024**2) == (1024, 1024)
+    assert edit.resized_size(1328, 1024, 1024**2) == (1152, 896)
+    assert edit.resized_size(300, 9, 384**2) == (2208, 64)
+
+
+def test_texts_are_those_of_training() -> None:
+    for kind, text in ((QwenImageEditPipeline, ""), (QwenImageEditPlusPipeline, "Picture 1: ")):
+        _, parts = tiny_pipelines()
+        theirs = kind(**parts, processor=OracleProcessor(parts["tokenizer"])).prompt_template_encode
+        prepared = edit.prepare_prompt_images.function
+        image = images(1)
+        found = prepared(image_processor(), edit_image=image if text else image[0])
+        before, (ours,) = chat_texts(["a hat"], found)
+        one = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", ours)
+        prompt = f"{text}<|vision_start|><|image_pad|><|vision_end|>a hat" if text else "a hat"
+        assert one == theirs.format(prompt)
+        assert before == text_before(edit.SYSTEM_MESSAGE)
+        assert (
+            ours.count("<|image_pad|>") == found.num_tokens == sum(rows * columns // 4 for rows, columns in found.grids)
+        )
+        assert count_prefix(parts["tokenizer"], before) == counted_prefix(parts["tokenizer"], before + "{}")
+
+
+def test_images_that_do_not_fit_are_refused(plain) -> None:
+    ours, _ = plain
+    with pytest.raises(ValueError, match="edit_image has an image of 12x40 pixels; expected at least 16"):
+        ours.check(prompt="a", edit_image=random_image(12, 40), edit_image_auto_resize=False)
+    with pytest.raises(ValueError, match=r"a prompt must not contain <\|image_pad\|>"):
+        ours("a <|image_pad|>", edit_image=images(1)[0], **STEPS)
+    without = type(ours)(ours.components | {"processor": None}, device="cpu", torch_dtype=torch.float32)
+    with pytest.raises(MissingComponent, match="argument 'edit_image' needs processor, which is not loaded"):
+        without.check(prompt="a", edit_image=images(1)[0])
