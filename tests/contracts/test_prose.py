@@ -59,6 +59,14 @@ EXEMPT: dict[tuple[str, str], str] = {
         "picture",
     ): "a phrase of captions, which the tokenizer is made for",
     ("tests/support/processes.py", "master"): "MASTER_ADDR and MASTER_PORT are torch's names",
+    **{
+        (path, "picture"): "the published text before each image of a list"
+        for path in (
+            "docs/models/qwen-image.md",
+            "packages/diffsynth-qwen-image/src/diffsynth_qwen_image/features/edit.py",
+            "tests/qwen_image/features/test_edit.py",
+        )
+    },
 }
 """(file, matched text in lower case) -> reason why it is the right word there."""
 

@@ -86,8 +86,8 @@ def chat_texts(prompts: Sequence[str], images: PromptImages | None) -> tuple[str
         images: read with each prompt; None for text alone.
     """
     before = text_before(SYSTEM_MESSAGE if images is None else images.system)
-    pictures = "" if images is None else images.text
-    return before, [f"{before}{pictures}{prompt}{ANSWER}" for prompt in prompts]
+    before_prompt = "" if images is None else images.text
+    return before, [f"{before}{before_prompt}{prompt}{ANSWER}" for prompt in prompts]
 
 
 def count_prefix(tokenizer: Any, before: str) -> int:
