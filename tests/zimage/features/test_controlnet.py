@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import (
     ZImageControlNetInpaintPipeline,
     ZImageControlNetModel,
@@ -15,7 +17,10 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from PIL import Image
+from safetensors.torch import save_file
 
+import diffsynth
+from diffsynth.cli import group
 from diffsynth.errors import MissingComponent
 from diffsynth.runtime.controlnet import ControlNetInput
 from diffsynth_zimage.config import ZImageControlNetConfig
@@ -283,3 +288,74 @@ def test_without_a_controlnet_its_argument_is_refused():
     pipe, _ = tiny_pipelines()
     with pytest.raises(MissingComponent, match="'controlnet_inputs' needs controlnet"):
         pipe("a red apple", controlnet_inputs=ControlNetInput(image=EDGES))
+
+
+@pytest.fixture
+def nano_controlnet(tmp_path):
+    """A file with a ControlNet for z-image-nano; the current folder is that of the file."""
+    config = diffsynth.load("z-image-nano", device="cpu").dit.config
+    wanted = ZImageControlNetConfig(
+        dim=config.dim,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        in_channels=65,
+        n_layers=2,
+        n_refiner_layers=1,
+    )
+    network = ZImageControlNet(wanted)
+    save_file(draw_weights(shapes_of(network), 1), tmp_path / "union.safetensors")
+    EDGES.save(tmp_path / "edges.png")
+    return tmp_path / "union.safetensors"
+
+
+def program(*arguments: object):
+    return CliRunner().invoke(group.program, [str(argument) for argument in arguments])
+
+
+def test_the_command_line_adds_controlnets(nano_controlnet, monkeypatch):
+    """Two files of one role, by `--component`, give the image of `components` in Python, and their plan counts both."""
+    monkeypatch.chdir(nano_controlnet.parent)
+    small = ("--height", 64, "--width", 64, "--steps", 1, "--device", "cpu", "--dtype", "float32")
+    inputs = '[{"image": "edges.png"}, {"image": "edges.png", "controlnet_id": 1, "scale": 0.5}]'
+    both = ("--component", f"controlnet={nano_controlnet}", "--component", "controlnet=union.safetensors")
+    call = (*small, "--set", f"controlnet_inputs={inputs}")
+    result = program("generate", "z-image-nano", "a cat", "-o", "a.png", "--seed", 3, *both, *call)
+    assert result.exit_code == 0, result.output
+    components = {"controlnet[0]": nano_controlnet, "controlnet[1]": nano_controlnet}
+    pipe = diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32, components=components)
+    given = [ControlNetInput(image=EDGES), ControlNetInput(image=EDGES, controlnet_id=1, scale=0.5)]
+    image = pipe("a cat", height=64, width=64, num_inference_steps=1, seed=3, controlnet_inputs=given)
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(image))
+    plain, planned = (
+        json.loads(program("plan", "z-image-nano", *small, *extra, "--json").stdout)
+        for extra in ((), (*both, "--set", f"controlnet_inputs={inputs}"))
+    )
+    more = planned["peak_ram"] - plain["peak_ram"]
+    assert more >= 2 * sum(tensor.numel() * 4 for tensor in pipe.controlnet[0].parameters())
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        ("contolnet=union.safetensors", "no role of a module in ZImagePipeline; did you mean 'controlnet'?"),
+        ("controlnet", "expected ROLE=FILE"),
+        ("controlnet=gone.safetensors", "gone.safetensors"),
+        ("vae=union.safetensors", "vae is given union.safetensors, a z_image_controlnet; the role takes"),
+        ("vae[0]=union.safetensors", "no role of a module"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_components_that_do_not_fit_are_told_before_anything_is_loaded(
+    nano_controlnet, monkeypatch, command, component, message
+):
+    monkeypatch.chdir(nano_controlnet.parent)
+    out = ("a cat", "-o", "a.png") if command == "generate" else ()
+    result = program(command, "z-image-nano", *out, "--component", component, "--device", "cpu")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (nano_controlnet.parent / "a.png").exists()
+
+
+def test_a_role_is_given_once(nano_controlnet):
+    twice = ("--component", f"vae={nano_controlnet}", "--component", f"vae={nano_controlnet}")
+    assert "vae is given twice" in program("plan", "z-image-nano", *twice).stderr

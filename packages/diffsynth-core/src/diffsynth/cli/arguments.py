@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from diffsynth.cli.output import Function, UserError, fail
 from diffsynth.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from diffsynth.core.loader.config import ModelConfig
     from diffsynth.registry import ModelRecord
 
 
@@ -28,6 +30,63 @@ def set_option(function: Function) -> Function:
         help="Set any other argument of the pipeline; may be repeated.",
     )
     return option(function)
+
+
+def component_option(function: Function) -> Function:
+    """Return `function`, a command, with the option `--component ROLE=FILE`, whose texts are passed as `files`."""
+    option = click.option(
+        "--component",
+        "files",
+        multiple=True,
+        metavar="ROLE=FILE",
+        help="File of a component, such as a ControlNet, or in place of the model's own; may be repeated.",
+    )
+    return option(function)
+
+
+def given_components(record: ModelRecord, files: Sequence[str]) -> dict[str, ModelConfig]:
+    """Return a dict role -> `ModelConfig` of the texts `ROLE=FILE` of `--component`; a role of many that is given
+    several times has them as "controlnet[0]", "controlnet[1]".
+
+    FILE is a path, or a source: `owner/repository:pattern`, or `scheme://location`. Loads no weights.
+
+    Args:
+        record: of the model.
+        files: the texts.
+
+    Raises:
+        UserError: a text without ROLE=, a role that the pipeline does not have (with the nearest spelling), or one that
+            is given twice and takes one component.
+        CheckpointError: the file does not exist.
+    """
+    if not files:
+        return {}
+    from diffsynth.core.loader.config import ModelConfig
+    from diffsynth.runtime.composition import compose
+    from diffsynth.runtime.role import Role, check_component_names
+    from diffsynth.spec import resolve
+
+    pipeline = resolve(record.pipeline)
+    roles = compose(pipeline).roles
+    found: dict[str, ModelConfig] = {}
+    for text in files:
+        role, equals, file = text.partition("=")
+        if not equals or not file:
+            raise UserError(f"--component {text!r}: expected ROLE=FILE")
+        try:
+            check_component_names([role], roles, pipeline_name=pipeline.__name__)
+        except TypeError as error:
+            raise UserError(f"--component {text}: {error}") from error
+        need = roles.get(role)
+        if isinstance(need, Role) and need.many:
+            role = f"{role}[{sum(name.startswith(f'{role}[') for name in found)}]"
+        if role in found:
+            raise UserError(f"--component {text}: {role} is given twice")
+        is_source = not Path(file).exists() and (
+            "://" in file or re.fullmatch(r"[\w.-]+/[\w.-]+:[^:]+", file) is not None
+        )
+        found[role] = ModelConfig.from_source(file) if is_source else ModelConfig(path=file)
+    return found
 
 
 def call_arguments(record: ModelRecord, options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

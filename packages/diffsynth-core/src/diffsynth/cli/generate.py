@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffsynth.cli.arguments import call_arguments, set_option
+from diffsynth.cli.arguments import call_arguments, component_option, given_components, set_option
 from diffsynth.cli.output import POLICIES, UserError, echo, fail, traceback_option
 from diffsynth.errors import printable
 from diffsynth.terminal import unescaped
@@ -35,6 +35,7 @@ _OPTIONS = (
     click.option("--cfg-scale", type=float, help="Scale of classifier-free guidance; 1 is off."),
     click.option("--num-images", type=int, help="Number of results, at least 1; files OUT-1, OUT-2, ... if several."),
     set_option,
+    component_option,
     click.option("--fps", type=float, help="Frames per second of a video, above 0; the model's own by default."),
     click.option("--sample-rate", type=int, metavar="HZ", help="Sample rate of sound, if the model states none."),
     click.option("--device", help="Device to compute on: cuda, cuda:1, cpu, ...; the first accelerator by default."),
@@ -90,6 +91,7 @@ def generate(
     device: str | None,
     dtype: str | None,
     settings: tuple[str, ...],
+    files: tuple[str, ...],
     verbose: bool,
     fps: float | None,
     sample_rate: int | None,
@@ -105,8 +107,12 @@ def generate(
     write = load_writer(writer)
     set_options = {name: value for name, value in options.items() if value is not None}
     memory: dict[str, Any] = {name: set_options.pop(name) for name in ("vram_limit", "policy") if name in set_options}
+    from diffsynth.runtime.planning import check_before_loading
+
+    components = given_components(record, files)
     arguments = _arguments(record, writer.spec, out, prompt, set_options, settings)
-    pipe = _load(model, device, dtype, memory, arguments)
+    check_before_loading(record, arguments, components=components)
+    pipe = _load(model, device, dtype, memory | ({"components": components} if components else {}), arguments)
     request = pipe.check(**arguments)
     result = pipe(**arguments)
     for role, report in pipe.transfers.items() if verbose else ():
@@ -152,8 +158,7 @@ def _arguments(
     options: Mapping[str, Any],
     settings: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Return the arguments of the call as a dict, checked without loading weights; a seed is drawn if none is given."""
-    from diffsynth.runtime.planning import check_before_loading
+    """Return the arguments of the call as a dict, of known names and types; a seed is drawn if none is given."""
     from diffsynth.runtime.writers import TENSORS
     from diffsynth.spec import resolve
 
@@ -171,7 +176,6 @@ def _arguments(
             )
     if "seed" in parameters and arguments.get("seed") is None:
         arguments["seed"] = secrets.randbelow(2**31)
-    check_before_loading(record, arguments)
     return arguments
 
 

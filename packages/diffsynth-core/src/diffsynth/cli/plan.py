@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffsynth.cli.arguments import call_arguments, set_option, shown_arguments
+from diffsynth.cli.arguments import call_arguments, component_option, given_components, set_option, shown_arguments
 from diffsynth.cli.output import POLICIES, echo, json_option, show_json, show_table, traceback_option
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ GIB = 2**30
 @click.option("--cfg-scale", type=float, help="Scale of classifier-free guidance; 1 is off.")
 @click.option("--num-images", type=int, help="Number of results per call, at least 1.")
 @set_option
+@component_option
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt in tokens."
 )
@@ -50,6 +51,7 @@ def plan(
     dtype: str | None,
     policy: str | None,
     settings: tuple[str, ...],
+    files: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -61,6 +63,7 @@ def plan(
 
     record = registry.get(model)  # before importing torch, so that a wrong name fails at once
     arguments = call_arguments(record, {name: value for name, value in options.items() if value is not None}, settings)
+    components = given_components(record, files)
     from diffsynth.errors import NotEnoughMemory
     from diffsynth.runtime.planning import plan_model
 
@@ -74,6 +77,7 @@ def plan(
             ram_limit=ram_limit,
             policy=policy,
             prompt_tokens=prompt_tokens,
+            **({"components": components} if components else {}),
         )
     except NotEnoughMemory as error:
         if as_json:

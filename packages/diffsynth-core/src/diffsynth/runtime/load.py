@@ -11,11 +11,10 @@ import torch
 
 from diffsynth import registry
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.errors import did_you_mean
 from diffsynth.runtime.composition import compose
 from diffsynth.runtime.memory_options import Policies, for_call
 from diffsynth.runtime.pipeline import Pipeline
-from diffsynth.runtime.role import Role, role_of
+from diffsynth.runtime.role import check_component_names, role_of
 from diffsynth.spec import resolve
 
 
@@ -50,7 +49,9 @@ def load(
     folder: dict[str, Any] = {} if base_path is None else {"local_model_path": str(base_path)}
     cls: type[Pipeline] = resolve(record.pipeline)
     configs = {role: ModelConfig.from_source(source, **folder) for role, source in record.components.items()}
-    configs |= _given(components or {}, compose(cls).roles, pipeline_name=cls.__name__)
+    given = components or {}
+    check_component_names(given, compose(cls).roles, pipeline_name=cls.__name__)
+    configs |= {role: _config(file) for role, file in given.items()}
     pipe = cls.from_pretrained(
         torch_dtype=torch_dtype,
         device=device,
@@ -60,25 +61,6 @@ def load(
         **{f"{role}_config": ModelConfig.from_source(source, **folder) for role, source in record.processors.items()},
     )
     return pipe.named(record.name, record.defaults)
-
-
-def _given(
-    components: Mapping[str, ModelConfig | Path | str], roles: Mapping[str, Any], *, pipeline_name: str
-) -> dict[str, ModelConfig]:
-    """Return a dict role -> `ModelConfig` of the files that a caller gives; a text with "://" is a source, else a path.
-
-    Raises:
-        TypeError: a role that the pipeline does not have, or that holds no module.
-    """
-    known = [name for name, need in roles.items() if isinstance(need, Role)]
-    for name in components:
-        role = role_of(name)
-        if role not in known or (role != name and not roles[role].many):
-            raise TypeError(
-                f"components has {name!r}, no role of a module in {pipeline_name}{did_you_mean(name, known)} "
-                f"Its roles: {', '.join(known)}"
-            )
-    return {name: _config(file) for name, file in components.items()}
 
 
 def _config(file: ModelConfig | Path | str) -> ModelConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from diffsynth.core.loader.checkpoint import read_config
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.layouts import layout_of
 from diffsynth.core.vram.managed import managed
-from diffsynth.errors import Unplannable
+from diffsynth.errors import Unplannable, Unrecognized, shortened
 from diffsynth.runtime.architectures import architecture_of
+from diffsynth.runtime.role import Role, role_of
 
 
 class FixedLengthTokenizer:
@@ -79,23 +81,38 @@ def without_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return built.to(dtype).eval().requires_grad_(False)
 
 
-def declared_components(record: ModelRecord, dtype: torch.dtype) -> dict[str, nn.Module]:
+def declared_components(
+    record: ModelRecord,
+    dtype: torch.dtype,
+    *,
+    given: Mapping[str, ModelConfig] = MappingProxyType({}),
+    roles: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, nn.Module]:
     """Return a dict role -> module on meta for a model, built from its files' headers or else from published layouts.
 
     Args:
         record: of the model.
         dtype: of floating parameters.
+        given: role -> file to use instead of the model's own, or for a role that it has no file for.
+        roles: role -> its `Role`; of a file with several components, or one given, the role takes what it accepts.
 
     Raises:
         Unplannable: a file is not on this machine, and no plugin ships its layout.
-        CheckpointError: a file is corrupt, or of no known architecture.
+        CheckpointError: a file is corrupt, or of no known architecture; `Unrecognized` if its role takes another.
     """
     architectures, checkpoints = _discovery.catalog().layouts()
     made = {}
-    for role, source in record.components.items():
-        tensors = _header(source)
+    for role, source in (dict(record.components) | dict(given)).items():
+        tensors = read_config(source) if isinstance(source, ModelConfig) and source.path else _header(_text(source))
         found = recognize.recognize(tensors, architectures, checkpoints)
-        module, weights = component.open_component(found[0], tensors, dtype=dtype)
+        need = roles.get(role_of(role))
+        fitting = [each for each in found if isinstance(need, Role) and need.accepts(each.architecture)]
+        if role in given and isinstance(need, Role) and not fitting:
+            raise Unrecognized(
+                f"{role} is given {shortened(tensors.files)}, a {found[0].architecture.name}; "
+                f"the role takes {' or '.join(need.architectures)}"
+            )
+        module, weights = component.open_component((fitting or found)[0], tensors, dtype=dtype)
         made[role] = component.materialize(module, weights, device="meta")
     return made
 
@@ -114,6 +131,12 @@ def _header(source: str) -> header.Header:
     raise Unplannable(
         f"{source} is not on this machine, and no installed plugin ships its layout. Download it, or plan another model"
     )
+
+
+def _text(source: ModelConfig | str) -> str:
+    if isinstance(source, str):
+        return source
+    return source.source or f"{source.model_id}:{source.origin_file_pattern}"
 
 
 def _header_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> header.Header:

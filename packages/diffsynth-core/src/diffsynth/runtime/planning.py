@@ -18,6 +18,7 @@ from diffsynth._models import ModelRecord
 from diffsynth.core import device as devices
 from diffsynth.core.device.memory import memory_in_use
 from diffsynth.core.device.speed import compute_speed, disk_speed, link_speed
+from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.planning import BlockCall, MemoryPlan, Speeds, StageCost, StageTrace, Workload, plan_memory
 from diffsynth.core.planning.tracer import MetaTracer
 from diffsynth.core.planning.workload import StageKind
@@ -28,7 +29,7 @@ from diffsynth.runtime.composition import compose
 from diffsynth.runtime.interface import PlannablePipeline
 from diffsynth.runtime.meta_components import FixedLengthTokenizer, declared_components, without_weights
 from diffsynth.runtime.progress import no_progress, progress_bar
-from diffsynth.runtime.role import Processor, Tokenizer, member_roles
+from diffsynth.runtime.role import Processor, Tokenizer, check_component_names, grouped, member_roles
 from diffsynth.runtime.unit import can_run
 from diffsynth.runtime.weight_storage import (
     WeightStorage,
@@ -134,6 +135,7 @@ def plan_model(
     *,
     device: torch.device | str | None = None,
     dtype: str = "bfloat16",
+    components: Mapping[str, ModelConfig] | None = None,
     **limits: Any,
 ) -> MemoryPlan:
     """Return the `MemoryPlan` of one call of a model, from its files' headers or published layouts, without weights.
@@ -143,15 +145,18 @@ def plan_model(
         arguments: of the call.
         device: None is the first accelerator; in a machine without one, the preferred kind of accelerator.
         dtype: name of a torch dtype, of weights and activations.
+        components: role -> file, as in `diffsynth.load`.
         limits: the further arguments of `plan_with_output`, which also lists the errors.
     """
     if device is None:
         device = devices.default_device()
         device = devices.ACCELERATORS[0] if device.type == "cpu" else device
-    return plan_call(_unloaded(record, getattr(torch, dtype)), arguments, device=device, **limits)
+    return plan_call(_unloaded(record, getattr(torch, dtype), components), arguments, device=device, **limits)
 
 
-def check_before_loading(record: ModelRecord, arguments: Mapping[str, Any]) -> None:
+def check_before_loading(
+    record: ModelRecord, arguments: Mapping[str, Any], *, components: Mapping[str, ModelConfig] | None = None
+) -> None:
     """Check the arguments of a call of a model before weights are read; raise the error that the call would raise.
 
     Not checked are what depends on the device, and models whose files are neither here nor declared by a plugin.
@@ -159,12 +164,14 @@ def check_before_loading(record: ModelRecord, arguments: Mapping[str, Any]) -> N
     Args:
         record: of the model.
         arguments: of the call.
+        components: role -> file, as in `diffsynth.load`.
 
     Raises:
+        TypeError: `components` names a role that the pipeline does not have.
         Exception: the error that the call would raise for them.
     """
     try:
-        pipe = _unloaded(record, torch.bfloat16)
+        pipe = _unloaded(record, torch.bfloat16, components)
     except Unplannable:
         return
     for role, need in pipe.roles.items():
@@ -192,14 +199,19 @@ def _storages(
     }
 
 
-def _unloaded(record: ModelRecord, dtype: torch.dtype) -> PlannablePipeline:
+def _unloaded(
+    record: ModelRecord, dtype: torch.dtype, given: Mapping[str, ModelConfig] | None = None
+) -> PlannablePipeline:
     """Return the `Pipeline` of a model with its components on meta (no weights) and without its processors.
 
     Raises:
         Unplannable: a file is neither here nor declared.
+        TypeError: `given` names a role that the pipeline does not have.
     """
     cls = resolve(record.pipeline)
-    components = dict.fromkeys(compose(cls).roles) | declared_components(record, dtype)
+    roles = compose(cls).roles
+    check_component_names(given or {}, roles, pipeline_name=cls.__name__)
+    components = dict.fromkeys(roles) | grouped(declared_components(record, dtype, given=given or {}, roles=roles))
     return cls(components, device="meta", torch_dtype=dtype).named(record.name, record.defaults)
 
 

@@ -253,6 +253,27 @@ def member_roles(roles: Iterable[str], components: Mapping[str, Any]) -> tuple[s
     return tuple(found)
 
 
+def check_component_names(names: Iterable[str], roles: Mapping[str, Role | Processor], *, pipeline_name: str) -> None:
+    """Raise TypeError unless each name is a role of a module, or a member of a role of many, such as "controlnet[0]".
+
+    Args:
+        names: as a caller gives them.
+        roles: all roles of the pipeline.
+        pipeline_name: for messages.
+
+    Raises:
+        TypeError: another name; the message has the nearest.
+    """
+    known = {name: need for name, need in roles.items() if isinstance(need, Role)}
+    for name in names:
+        role = role_of(name)
+        if role not in known or (role != name and not known[role].many):
+            raise TypeError(
+                f"components has {name!r}, no role of a module in {pipeline_name}{did_you_mean(name, known)} "
+                f"Its roles: {', '.join(known)}"
+            )
+
+
 def role_of(member: str) -> str:
     """Return the role of a member of a role of many: "controlnet" for "controlnet[0]"; another role is unchanged."""
     return member.partition("[")[0]
