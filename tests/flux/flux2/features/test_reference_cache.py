@@ -9,7 +9,7 @@ from diffusers import Flux2KleinKVPipeline
 from PIL import Image
 
 from diffsynth_flux.flux2.extension import image_positions, text_positions
-from diffsynth_flux.flux2.features.reference_cache import CachedReferences, RecordReferences
+from diffsynth_flux.flux2.features.reference_cache import MoreKeysValues, RecordReferences
 from flux2_oracles import SIZE, noise, packed, tiny_pipelines
 from parity import TOLERANCE, relative_error
 
@@ -81,6 +81,6 @@ def test_all_blocks_attend_by_the_same_function_of_tensors(pair) -> None:
     assert len({each.func for each in attends}) == 1
     assert [each.args for each in attends] == [([], 1)] * 4
     dit(image, torch.zeros(1), torch.zeros(1, 1, dit.config.prompt_dim), extensions=(record,))
-    attends = [CachedReferences(record.recorded)(dit, stream).attend(block) for block in blocks]
+    attends = [MoreKeysValues(record.recorded)(dit, stream).attend(block) for block in blocks]
     assert len({each.func for each in attends}) == 1
     assert all(isinstance(value, torch.Tensor) for each in attends for value in each.args[1:])

@@ -62,7 +62,7 @@ def merge_conditions(conditions: Mapping[str, Mapping[str, Any]], batch_size: in
         batch_size: of one branch.
 
     Raises:
-        ValueError: a condition that differs is no tensor.
+        ValueError: a condition that differs is no tensor, or has another shape in another branch.
     """
     branches = list(conditions.values())
     merged = {}
@@ -72,6 +72,12 @@ def merge_conditions(conditions: Mapping[str, Mapping[str, Any]], batch_size: in
             repeats = isinstance(first, Tensor) and first.ndim > 0 and first.shape[0] == batch_size > 1
             merged[name] = torch.cat(values) if repeats else first
         elif all(isinstance(value, Tensor) for value in values):
+            if len({tuple(value.shape[1:]) for value in values}) > 1:
+                shapes = {branch: tuple(value.shape) for branch, value in zip(conditions, values, strict=True)}
+                raise ValueError(
+                    f"{name} differs in shape between the branches of guidance and cannot be merged into one batch: "
+                    f"{shapes}"
+                )
             merged[name] = torch.cat([value.expand(batch_size, *value.shape[1:]) for value in values])
         elif all(value == first for value in values):
             merged[name] = first

@@ -10,10 +10,17 @@ from diffsynth.runtime.inpainting import InpaintArguments
 from diffsynth.runtime.request import LoopKeywords
 from diffsynth_flux.flux2.features.edit import EditArguments
 from diffsynth_flux.flux2.features.reference_cache import ReferenceCacheArguments
+from diffsynth_flux.flux2.features.template import TemplateArguments
 
 
 class Flux2Arguments(
-    ImageArguments, EditArguments, ReferenceCacheArguments, InpaintArguments, LoopKeywords, total=False
+    ImageArguments,
+    EditArguments,
+    ReferenceCacheArguments,
+    TemplateArguments,
+    InpaintArguments,
+    LoopKeywords,
+    total=False,
 ):
     """All arguments of a call except the prompt.
 

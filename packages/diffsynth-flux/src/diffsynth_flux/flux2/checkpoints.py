@@ -11,6 +11,7 @@ TEXT_ENCODER = "mistral_text_encoder"
 DEV = "black-forest-labs/FLUX.2-dev"
 KLEIN_4B = "black-forest-labs/FLUX.2-klein-4B"
 KLEIN_9B = "black-forest-labs/FLUX.2-klein-9B"
+KLEIN_9B_KV = "black-forest-labs/FLUX.2-klein-9b-kv"
 KLEIN_BASE_4B = "black-forest-labs/FLUX.2-klein-base-4B"
 KLEIN_BASE_9B = "black-forest-labs/FLUX.2-klein-base-9B"
 
@@ -135,7 +136,7 @@ CHECKPOINTS = (
         architecture=DIT,
         signature="39c6fc48f07bebecedbbaa971ff466c8",
         layout=f"{_LAYOUTS}/flux2_klein_9b_dit.json.gz",
-        files=(f"{KLEIN_9B}:transformer/*.safetensors", f"{KLEIN_BASE_9B}:transformer/*.safetensors"),
+        files=tuple(f"{model}:transformer/*.safetensors" for model in (KLEIN_9B, KLEIN_9B_KV, KLEIN_BASE_9B)),
         file_stem="diffusion_pytorch_model",
     ),
     CheckpointSpec(

@@ -7,6 +7,7 @@ from diffsynth_flux.flux2.checkpoints import (
     DEV,
     KLEIN_4B,
     KLEIN_9B,
+    KLEIN_9B_KV,
     KLEIN_BASE_4B,
     KLEIN_BASE_9B,
     LORA_TARGETS,
@@ -36,6 +37,7 @@ TINY_DEV = {"dit": _TINY_DIT, "text_encoder": _TINY_TEXT}
 
 def _klein(name: str, hub_id: str, shared: str, size: str, *, base: bool, license: str) -> ModelSpec:
     """Return the `ModelSpec` of a FLUX.2-klein; `shared` is the repository of its text encoder and autoencoder."""
+    defaults = {"num_inference_steps": 50, "cfg_scale": 4.0} if base else {"num_inference_steps": 4}
     return ModelSpec(
         name=name,
         hub_id=hub_id,
@@ -49,7 +51,7 @@ def _klein(name: str, hub_id: str, shared: str, size: str, *, base: bool, licens
         },
         processors={"tokenizer": f"{shared}:tokenizer/"},
         tiny=TINY,
-        defaults={"num_inference_steps": 50, "cfg_scale": 4.0} if base else {"num_inference_steps": 4},
+        defaults=defaults | ({"edit_image_kv_cache": True} if name.endswith("-kv") else {}),
         license=license,
         description=f"{size}, {'the undistilled base model' if base else 'distilled to 4 steps without guidance'}",
     )
@@ -77,6 +79,7 @@ MODELS = (
     ),
     _klein("flux.2-klein-4b", KLEIN_4B, KLEIN_4B, "4B", base=False, license="Apache-2.0"),
     _klein("flux.2-klein-9b", KLEIN_9B, KLEIN_9B, "9B", base=False, license=_NON_COMMERCIAL),
+    _klein("flux.2-klein-9b-kv", KLEIN_9B_KV, KLEIN_9B, "9B", base=False, license=_NON_COMMERCIAL),
     _klein("flux.2-klein-base-4b", KLEIN_BASE_4B, KLEIN_4B, "4B", base=True, license="Apache-2.0"),
     _klein("flux.2-klein-base-9b", KLEIN_BASE_9B, KLEIN_9B, "9B", base=True, license=_NON_COMMERCIAL),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Unpack
 
 from jaxtyping import Float
@@ -11,8 +12,9 @@ from torch import Tensor
 from diffsynth.runtime.feature import Condition, StepContext
 from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.inpainting import Inpainting, toward_input
+from diffsynth.runtime.lora import CallLoRA, fit_for_call
 from diffsynth.runtime.pipeline import Pipeline
-from diffsynth.runtime.request import LoopArguments
+from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Agreement, Role, Tokenizer
 from diffsynth_flux.flux2.arguments import Flux2Arguments
 from diffsynth_flux.flux2.extension import Extension
@@ -47,6 +49,17 @@ class Flux2ImagePipeline(Pipeline):
         """Generate one image, or several; see `Pipeline.__call__`."""
         return super().__call__(prompt, **arguments)
 
+    def check(self, **arguments: Any) -> Request:
+        """Check a call's arguments without running it; return them, completed with defaults, as a `Request`.
+
+        Errors are those of the call.
+        """
+        request = super().check(**arguments)
+        for name in ("lora", "negative_lora"):
+            if self.dit is not None and request.values[name] is not None:
+                fit_for_call(self.dit, request.values[name])
+        return request
+
     def velocity(
         self,
         latents: Float[Tensor, "b c h w"],
@@ -54,10 +67,12 @@ class Flux2ImagePipeline(Pipeline):
         *,
         prompt_embeds: Float[Tensor, "b s e"],
         network_guidance: Float[Tensor, "b"] | None = None,
+        call_lora: CallLoRA | None = None,
         inpainting: Inpainting | None = None,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
-        velocity = self.dit(latents, sigma, prompt_embeds, network_guidance, extensions=extensions, step=step)
+        with nullcontext() if call_lora is None else call_lora.of(self.dit):
+            velocity = self.dit(latents, sigma, prompt_embeds, network_guidance, extensions=extensions, step=step)
         return toward_input(velocity, latents, sigma, inpainting)

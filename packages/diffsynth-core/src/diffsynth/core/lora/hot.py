@@ -89,9 +89,16 @@ def check_hot(module: nn.Module, lora: LoRA, *, atomic: tuple[type, ...] = ()) -
     """Return the fingerprint of `lora`; raise ValueError if it cannot be hot. Arguments and errors: see `add_hot`."""
     if reason := not_hot(lora):
         raise ValueError(f"{reason}. Use hotload=False, which fuses it into the weights")
+    check_layers(module, lora, atomic=atomic)
+    return require_new(module, lora)
+
+
+def check_layers(module: nn.Module, lora: LoRA, *, atomic: tuple[type, ...] = ()) -> None:
+    """Raise ValueError if the forward of a layer that `lora` changes is not called, so that nothing can be added to its
+    output. Arguments: see `add_hot`.
+    """
     for name in lora.layers:
         _check(module, name, module.get_submodule(name), atomic)
-    return require_new(module, lora)
 
 
 def not_hot(lora: LoRA) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffsynth.runtime.inpainting import INPAINT
 from diffsynth_flux.flux2.features.edit import EDIT
 from diffsynth_flux.flux2.features.reference_cache import REFERENCE_CACHE
+from diffsynth_flux.flux2.features.template import TEMPLATE
 
-FEATURES = (EDIT, REFERENCE_CACHE, INPAINT)
+FEATURES = (EDIT, REFERENCE_CACHE, TEMPLATE, INPAINT)
 """In the order in which their units run within a phase, and in which their extensions change the stream."""

@@ -6,7 +6,7 @@ values. A network that was not trained in this way gives other images with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypedDict
@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention import attention
-from diffsynth.runtime.feature import Configs, Feature
+from diffsynth.runtime.feature import Feature
 from diffsynth.runtime.images import Images
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth_flux.flux2.extension import Attend, BlockIndex, Extension, Network, Stream
+from diffsynth_flux.flux2.extension import BlockIndex, Extension, MoreKeysValues, Network, Stream
 from diffsynth_flux.flux2.features.edit import References
 
 
@@ -61,22 +61,6 @@ class RecordReferences:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class CachedReferences:
-    """Extension in which every block attends also to recorded keys and values.
-
-    Args:
-        recorded: block -> keys, after norm and RoPE, and values of the references.
-    """
-
-    recorded: Mapping[BlockIndex, Sequence[Float[Tensor, "b s n d"]]]
-
-    def __call__(self, dit: Network, stream: Stream) -> Stream:
-        """Return the stream whose blocks attend to more; see `diffsynth_flux.flux2.extension.Extension`."""
-        attend = stream.attend
-        return replace(stream, attend=lambda block: partial(_attend_also, attend(block), *self.recorded[block]))
-
-
 @unit("references", phase=Phase.NETWORK, requires=("vae",), only_with="edit_image")
 def cache_references(
     dit: Any,
@@ -87,7 +71,7 @@ def cache_references(
     network_guidance: Float[Tensor, "b"] | None,
     device: torch.device,
 ) -> Extension:
-    """Return `CachedReferences` with the keys and values of the reference images; without a cache `references`."""
+    """Return `MoreKeysValues` with the keys and values of the reference images; without a cache `references`."""
     if not edit_image_kv_cache:
         return references
     record, first = RecordReferences(references.placed()), references.images[0]
@@ -98,22 +82,10 @@ def cache_references(
         None if network_guidance is None else network_guidance[:1],
         extensions=(record,),
     )
-    return CachedReferences(record.recorded)
+    return MoreKeysValues(record.recorded)
 
 
-def check(configs: Configs, values: Mapping[str, Any]) -> None:
-    """Raise an error for a cache without reference images.
-
-    Raises:
-        ValueError: `edit_image_kv_cache` is True, and there are no reference images.
-    """
-    if values["edit_image_kv_cache"] and values["edit_image"] is None:
-        raise ValueError("edit_image_kv_cache=True: expected edit_image, whose keys and values are stored")
-
-
-# These two take tensors and lists, and look up nothing by block: a compiled block is then compiled once for all blocks.
-
-
+# It takes tensors and a list, and looks up nothing by block: a compiled block is then compiled once for all blocks.
 def _attend_apart(recorded: list[Tensor], text_len: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return the attention output of text and references, which each attend to themselves; record keys and values of
     the references.
@@ -123,10 +95,4 @@ def _attend_apart(recorded: list[Tensor], text_len: int, q: Tensor, k: Tensor, v
     return torch.cat(tuple(parts), dim=1)
 
 
-def _attend_also(attend: Attend, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the attention output of `q` over `k` and `keys`."""
-    keys, values = (x.expand(len(q), -1, -1, -1) for x in (keys, values))
-    return attend(q, torch.cat((k, keys), dim=1), torch.cat((v, values), dim=1))
-
-
-REFERENCE_CACHE = Feature("reference_cache", arguments=ReferenceCacheArguments, units=(cache_references,), check=check)
+REFERENCE_CACHE = Feature("reference_cache", arguments=ReferenceCacheArguments, units=(cache_references,))
