@@ -101,6 +101,6 @@ def test_a_row_whose_part_is_missing_says_so(name, harness) -> None:
 
 def test_an_argument_of_a_missing_part_is_not_ignored(harness) -> None:
     name = "flux2/FLUX.2-klein-base-4B"
-    row = {**ROWS[name], "call": ["prompt", "seed", "kv_cache"]}
-    with pytest.raises(TypeError, match="kv_cache"):
-        harness.run(script(row, COMMON | {"kv_cache": "{}"}))
+    row = {**ROWS[name], "call": ["prompt", "seed", "template_inputs"]}
+    with pytest.raises(TypeError, match="template_inputs"):
+        harness.run(script(row, COMMON | {"template_inputs": "[]"}))

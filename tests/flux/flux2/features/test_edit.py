@@ -42,7 +42,6 @@ def test_without_resizing_the_sides_are_cut() -> None:
         ({"edit_image": "cat.png"}, "edit_image='cat.png': expected a PIL image"),
         ({"edit_image": blank(64, 8), "edit_image_auto_resize": False}, "64x8 pixels; expected at least 16"),
         ({"edit_image": blank(64, 64), "edit_image_auto_resize": "no"}, "expected True or False"),
-        ({"edit_image_kv_cache": True}, "expected edit_image"),
         ({"edit_image": blank(64, 64), "edit_image_kv_cache": 1}, "edit_image_kv_cache=1: expected True or False"),
         ({"inpaint_mask": blank(64, 64)}, "without input_image"),
         ({"inpaint_mask": [blank(64, 64)] * 2, "input_image": blank(64, 64)}, "inpaint_mask has 2 images; expected 1"),

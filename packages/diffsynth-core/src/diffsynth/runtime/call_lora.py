@@ -1,6 +1,6 @@
-"""LoRAs of one call: added in one branch of guidance, without a change of the pipeline; see `diffsynth.core.lora.scoped`.
+"""LoRAs of one call: added in one branch of guidance, without a change of the pipeline.
 
-LoRAs that stay until they are removed are loaded by `Pipeline.load_lora`.
+`diffsynth.core.lora.scoped` adds them. LoRAs that stay until they are removed are loaded by `Pipeline.load_lora`.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from typing import Any, Unpack
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.runtime.call_lora import CallLoRA, fit_for_call
 from diffsynth.runtime.feature import Condition, StepContext
 from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.inpainting import Inpainting, toward_input
-from diffsynth.runtime.lora import CallLoRA, fit_for_call
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Agreement, Role, Tokenizer

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.errors import did_you_mean
+from diffsynth.runtime.call_lora import CallLoRA
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.lora import CallLoRA
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.config import Flux2DiTConfig
 from diffsynth_flux.flux2.extension import BlockIndex, MoreKeysValues
