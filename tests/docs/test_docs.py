@@ -116,7 +116,9 @@ def test_every_path_in_the_contributing_table_exists():
     [("z-image", ZImagePipeline), ("flux-2", Flux2ImagePipeline), ("qwen-image", QwenImagePipeline)],
 )
 def test_the_arguments_of_a_page_are_those_of_its_pipeline(page, pipeline):
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", section(f"models/{page}.md", "## Arguments"), flags=re.MULTILINE)
+    text = section(f"models/{page}.md", "## Arguments")
+    lines = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.+?) \|", text, flags=re.MULTILINE)
+    rows = [(name, default) for names, default in lines for name in re.findall(r"\w+", names)]
     parameters = list(inspect.signature(pipeline.__call__).parameters.values())[1:]
     assert sorted(name for name, _ in rows) == sorted(parameter.name for parameter in parameters)
     documented = dict(rows)
