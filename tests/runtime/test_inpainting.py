@@ -95,3 +95,16 @@ def test_blurring_keeps_constant_images() -> None:
 def test_bad_arguments(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         check({}, CALL | arguments)
+
+
+def test_a_mask_of_another_shape_is_said(caplog) -> None:
+    """A square mask for a wide photo: both are cropped to the result, and the mask lay beside what it was drawn on."""
+    check({}, CALL | {"inpaint_mask": IMAGE.resize((128, 64))})
+    assert not caplog.records
+    check({}, CALL | {"inpaint_mask": Image.new("L", (64, 64))})
+    assert "input_image is 64x32 and inpaint_mask 64x64" in caplog.text
+    caplog.clear()
+    turned = Image.new("RGB", (32, 64))
+    turned.getexif()[0x0112] = 6
+    check({}, CALL | {"input_image": turned, "inpaint_mask": IMAGE})
+    assert not caplog.records

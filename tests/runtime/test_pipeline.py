@@ -3,6 +3,7 @@ import threading
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,6 +124,7 @@ def test_progress_bar_cmd_wraps_the_steps():
         ({"output_type": "pill"}, ValueError, "output_type='pill'.*did you mean 'pil'"),
         ({"cfg_scale": "high"}, ValueError, "cfg_scale='high'"),
         ({"seed": [1, 2]}, ValueError, "list of 1 integers"),
+        ({"seed": -1}, ValueError, r"seed=-1: expected an integer from 0 to .*; None is a random seed"),
         ({"prompt": ["a", 3]}, ValueError, "prompt=3: expected text"),
         ({"prompt": ["a", "b"], "negative_prompt": ["a"]}, ValueError, "negative_prompt has 1 entries; expected 2"),
         ({"denoising_strength": 0.0}, ValueError, "strength"),
@@ -265,3 +267,14 @@ def test_only_the_expert_in_use_is_on_the_device():
     assert len(set(expected)) == 2
     assert on_device == expected
     assert not any(is_loaded(pipe, role) for role in experts)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """Sizes of arrays and seeds of a NumPy generator were refused: "a int64 of shape (): expected an integer"."""
+    pipe = toy_pipeline()
+    expected = pipe("abc", seed=7, num_inference_steps=3, output_type="latents")
+    found = pipe("abc", seed=np.int64(7), num_inference_steps=np.uint8(3), output_type="latents")
+    assert torch.equal(found, expected)
+    assert torch.equal(pipe("abc", seed=[np.int64(7)], num_inference_steps=3, output_type="latents"), expected)
+    with pytest.raises(ValueError, match="num_inference_steps=3.0: expected an integer"):
+        pipe("abc", num_inference_steps=np.float32(3))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, StepContext, whole
 from diffsynth.runtime.image_units import decode_image
-from diffsynth.runtime.inpainting import Inpainting, toward_input
 from diffsynth.runtime.memory_options import Policies
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments
@@ -85,11 +84,9 @@ class ZImagePipeline(Pipeline):
         *,
         prompt_embeds: Float[Tensor, "b s e"],
         prompt_mask: PromptMask,
-        inpainting: Inpainting | None = None,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
         # Z-Image's network runs time backwards: it takes 1 - sigma and returns -v.
-        velocity = -self.dit(latents, 1 - sigma, prompt_embeds, prompt_mask, extensions=extensions, step=step)
-        return toward_input(velocity, latents, sigma, inpainting)
+        return -self.dit(latents, 1 - sigma, prompt_embeds, prompt_mask, extensions=extensions, step=step)

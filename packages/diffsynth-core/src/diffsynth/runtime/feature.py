@@ -22,6 +22,9 @@ from diffsynth.sampling.windows import Window
 Cut: TypeAlias = Callable[[Any, Window], Any]
 """Function of a condition's value and a window that returns the value for the window."""
 
+Constrain: TypeAlias = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""Function of velocity, latents, noise levels and a condition's value that returns a velocity."""
+
 Configs: TypeAlias = Mapping[str, Any]
 """Role -> the config of its component, None for one that is not loaded; a tuple of configs for a role of many."""
 
@@ -71,6 +74,9 @@ class Condition:
             or a text, the reason why a call with this condition cannot use sliding windows.
         batch: "stack" if values that differ between the branches of guidance are tensors, which can be concatenated to
             one batch; "separate" if no batch can hold them.
+        constrain: function of the guided velocity `b c ...`, the latents, the noise levels `b` and the value, that
+            returns the velocity for the solver, such as one that keeps a part of an image; for what no guidance and no
+            solver may change. `velocity()` does not get the value, and one that names it does the same by itself.
 
     Raises:
         InvalidPipeline: `cut` is an empty text, or `batch` is unknown.
@@ -78,6 +84,7 @@ class Condition:
 
     cut: Cut | str = "it does not declare how it is cut"
     batch: Literal["stack", "separate"] = "stack"
+    constrain: Constrain | None = None
 
     def __post_init__(self) -> None:
         if not self.cut:

@@ -1,13 +1,14 @@
 """Inpainting with a network that was not trained for it: outside of a mask, the velocity leads to the input image.
 
-A pipeline lists the feature `INPAINT`, has a unit that writes `input_latents`, and its `velocity()` reads `inpainting`
-and returns `toward_input(...)`.
+A pipeline lists the feature `INPAINT` and has a unit that writes `input_latents`. The loop applies `toward_input` to
+the guided velocity, so that no guidance changes what is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, TypedDict
 
 import numpy as np
@@ -22,6 +23,12 @@ from diffsynth.core.data.image import cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.unit import unit
+from diffsynth.terminal import module_logger
+
+logger = module_logger(__name__)
+
+_ORIENTATION, _FIRST_TURNED = 0x0112, 5
+"""The EXIF tag of an image's orientation, and its first value with width and height exchanged."""
 
 
 class InpaintArguments(TypedDict, total=False):
@@ -135,13 +142,26 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
         return
     if values["input_image"] is None:
         raise ValueError("inpaint_mask is given without input_image; pass the image to inpaint")
+    pairs = zip(image_list(values["input_image"]), cycle(image_list(mask)), strict=False)
+    for image, one in pairs:
+        if isinstance(image, Image.Image) and not 0.98 < _aspect(image) / _aspect(one) < 1.02:
+            logger.warning(
+                "input_image is %dx%d and inpaint_mask %dx%d: each is scaled to cover the result and cropped, so the "
+                "mask lies elsewhere on the image than where it was drawn",
+                *(*image.size, *one.size),
+            )
+
+
+def _aspect(image: Image.Image) -> float:
+    width, height = image.size
+    return height / width if image.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED else width / height
 
 
 INPAINT = Feature(
     "inpaint",
     arguments=InpaintArguments,
     units=(prepare_inpainting,),
-    conditions={"inpainting": Condition("an image has no frames", batch="separate")},
+    conditions={"inpainting": Condition("an image has no frames", batch="separate", constrain=toward_input)},
     check=check,
 )
 

@@ -67,6 +67,12 @@ class DenoisingLoop:
             branch: {name: value for name, value in values.for_branch(branch).items() if name in pipe.condition_rules}
             for branch in values.branches
         }
+        self._constraints = [
+            (rule.constrain, cond[name])
+            for name, rule in pipe.condition_rules.items()
+            if rule.constrain is not None and cond.get(name) is not None
+            if name not in pipe.velocity_arguments({name: cond[name]}, self._steps[0])
+        ]
         merges = bool(cond.get(MERGES, False))
         self._branches = Branches(conditions, merges=merges, batch_size=request.batch_size, axis=pipe.mesh.branches)
         self._windows: SlidingWindow | None = cond.get(WINDOWS)
@@ -133,6 +139,8 @@ class DenoisingLoop:
         given = latents.to(self._pipe.dtype) if self._pipe.prediction == "velocity" else latents
         predictions = self._branches.predict(self.predict, given, levels)
         guided = self.guide(predictions, latents, levels)
+        for constrain, value in self._constraints:
+            guided = constrain(guided, latents, levels, value)
         self._evaluation += 1
         return guided
 

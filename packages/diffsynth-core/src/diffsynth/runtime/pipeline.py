@@ -448,7 +448,8 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         named = self._velocity_parameters
         arguments = {name: conditions[name] for name in named if name in conditions and name not in RESERVED}
         if "extensions" in named:
-            others = (conditions.get(name) for name in self.condition_rules if name not in named)
+            rules = self.condition_rules.items()
+            others = (conditions.get(name) for name, rule in rules if name not in named and rule.constrain is None)
             arguments["extensions"] = tuple(value for value in others if value is not None)
         if "step" in named and step is not None:
             arguments["step"] = step

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
+import numpy as np
 from torch import Tensor
 
 from diffsynth import _discovery
@@ -240,6 +241,7 @@ def check_request(
         MissingComponent: an argument of a unit whose role is not loaded.
     """
     reject_unknown(arguments, signature)
+    arguments = {name: _plain(value) for name, value in arguments.items()}
     for name, value in arguments.items():
         if check_value is not None and not equals_default(value, signature.parameters[name].default):
             check_value(name, value)
@@ -298,6 +300,15 @@ def _reject_missing_roles(
         )
 
 
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy, or a list or tuple of some, as numbers of Python; anything else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple) and any(isinstance(each, np.generic) for each in value):
+        return type(value)(map(_plain, value))
+    return value
+
+
 def _one_per_image(name: str, value: Any, prompts: int, num_images: int) -> list[Any]:
     entries = list(value) if isinstance(value, list | tuple) else [value] * prompts
     if not entries:
@@ -319,6 +330,6 @@ def _seeds(seed: int | Sequence[int] | None, batch_size: int) -> list[int | None
             f"seed={shown(seed)}: expected None, an integer, or a list of {batch_size} integers, one per image"
         )
     for each in seeds:
-        if not -(2**63) <= each < 2**64:
-            raise ValueError(f"seed={shown(each)}: expected an integer of at most 64 bits")
+        if not 0 <= each < 2**64:
+            raise ValueError(f"seed={shown(each)}: expected an integer from 0 to 2**64 - 1; None is a random seed")
     return list(seeds)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, StepContext, whole
 from diffsynth.runtime.image_units import decode_image
-from diffsynth.runtime.inpainting import Inpainting, toward_input
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Agreement, Role, Tokenizer
@@ -73,7 +72,6 @@ class FluxImagePipeline(Pipeline):
         embedded_guidance: float = 3.5,
         fill_latents: Float[Tensor, "#b c_fill h w"] | None = None,
         control_latents: Float[Tensor, "#b c_control h w"] | None = None,
-        inpainting: Inpainting | None = None,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
@@ -86,7 +84,6 @@ class FluxImagePipeline(Pipeline):
             embedded_guidance: the guidance input; not used for a network without it.
             fill_latents: latents of an image to fill, and its mask.
             control_latents: latents of a control image.
-            inpainting: mask of the part that changes, and the latents of the input image; None changes all of it.
             extensions: extensions of the transformer; see `diffsynth_flux.flux1.extension`.
             step: the step of the loop; None outside of a loop.
         """
@@ -95,8 +92,7 @@ class FluxImagePipeline(Pipeline):
             condition = condition.expand(len(latents), -1, -1, -1)
         guidance = torch.full_like(sigma, embedded_guidance) if self.dit.config.guidance_embed else None
         text = (prompt_embeds, pooled_prompt_embeds)
-        velocity = self.dit(latents, sigma, *text, guidance, condition, extensions=extensions, step=step)
-        return toward_input(velocity, latents, sigma, inpainting)
+        return self.dit(latents, sigma, *text, guidance, condition, extensions=extensions, step=step)
 
     def _check_network(self) -> None:
         """Raise ValueError for a network with condition channels that no feature makes."""

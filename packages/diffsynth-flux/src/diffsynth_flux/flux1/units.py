@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffsynth.errors import shown
 from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size
 from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
@@ -104,9 +105,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: st
     if samples is None or len(samples) == len(texts):
         return input_ids
     first: dict[int, int] = {}
-    for row, sample in enumerate(samples.tolist()):
+    rest: dict[int, list[int]] = {}
+    for row, sample in enumerate(samples.tolist()):  # each row of a text has the tokens that did not fit the row before
         if first.setdefault(sample, row) != row:
-            logger.warning("%s %r", where, tokenizer.decode(input_ids[row], skip_special_tokens=True))
+            rest.setdefault(sample, []).extend(input_ids[row].tolist())
+    for tokens_left in rest.values():
+        logger.warning("%s %s", where, shown(tokenizer.decode(tokens_left, skip_special_tokens=True), 400))
     return input_ids[[first[sample] for sample in range(len(texts))]]
 
 

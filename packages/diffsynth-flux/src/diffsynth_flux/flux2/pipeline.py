@@ -12,7 +12,6 @@ from torch import Tensor
 from diffsynth.runtime.call_lora import CallLoRA, fit_for_call
 from diffsynth.runtime.feature import Condition, StepContext
 from diffsynth.runtime.image_units import decode_image
-from diffsynth.runtime.inpainting import Inpainting, toward_input
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Agreement, Role, Tokenizer
@@ -68,11 +67,9 @@ class Flux2ImagePipeline(Pipeline):
         prompt_embeds: Float[Tensor, "b s e"],
         network_guidance: Float[Tensor, "b"] | None = None,
         call_lora: CallLoRA | None = None,
-        inpainting: Inpainting | None = None,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
         with nullcontext() if call_lora is None else call_lora.of(self.dit):
-            velocity = self.dit(latents, sigma, prompt_embeds, network_guidance, extensions=extensions, step=step)
-        return toward_input(velocity, latents, sigma, inpainting)
+            return self.dit(latents, sigma, prompt_embeds, network_guidance, extensions=extensions, step=step)

@@ -72,16 +72,37 @@ def encode_image_latents(
     return torch.cat([mask, encoded], dim=1)
 
 
-@unit("first_latents", phase=Phase.ENCODE)
+@unit("first_latents", "kept_latents", phase=Phase.ENCODE)
 def encode_first_frame(
     vae: Any, *, input_image: Image.Image | None = None, video_shape: VideoShape, frame_times: bool
-) -> Float[Tensor, "1 c 1 h w"] | None:
-    """Return the latents `1 c 1 h w` of `input_image`, for networks with one noise level per frame; None for other
-    networks or without an image.
+) -> tuple[Float[Tensor, "1 c 1 h w"] | None, Float[Tensor, "1 c 1 h w"] | None]:
+    """Return the latents `1 c 1 h w` of `input_image`, for networks with one noise level per frame, twice: for the
+    network, and for the frame that guidance and solver keep; None for other networks or without an image.
     """
     if input_image is None or not frame_times:
-        return None
-    return video_shape.encode_image(vae, input_image)
+        return None, None
+    latents = video_shape.encode_image(vae, input_image)
+    return latents, latents
+
+
+def keep_first_frames(
+    velocity: Float[Tensor, "b c t h w"],
+    latents: Float[Tensor, "b c t h w"],
+    sigma: Float[Tensor, "b"],
+    kept_latents: Float[Tensor, "#b c t_first h w"],
+) -> Float[Tensor, "b c t h w"]:
+    """Return the velocity; in the first frames it leads to `kept_latents` in a straight line, also from the noise that
+    a solver such as Euler ancestral adds. It is 0 where the latents are these.
+
+    Args:
+        velocity: guided, `noise - x0`.
+        latents: at the noise level.
+        sigma: noise levels, fp32, above 0.
+        kept_latents: clean latents of the first frames.
+    """
+    given = kept_latents.shape[2]
+    first = (latents[:, :, :given].float() - kept_latents.float()) / sigma[:, None, None, None, None]
+    return torch.cat([first.to(velocity.dtype), velocity[:, :, given:]], dim=2)
 
 
 @unit("image_embeds", phase=Phase.ENCODE)
@@ -187,6 +208,7 @@ IMAGE = Feature(
         "image_embeds": Condition(whole),
         "condition_latents": Condition(frames()),
         "first_latents": Condition(frames()),
+        "kept_latents": Condition(whole, constrain=keep_first_frames),
     },
     check=check,
 )
