@@ -10,16 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.errors import NoFiles
 from diffsynth.runtime.controlnet import ControlNetInput
 from diffsynth.testing import tiny_hub
-from diffsynth_flux.flux1.config import TINY_CONTROLNET
-from diffsynth_flux.flux1.controlnet import FluxControlNet
-from diffsynth_flux.flux1.models import TINY_DIT
+from diffsynth_flux.flux1.convert import DIFFSYNTH_STUDIO
+from flux_controlnets import write_controlnets
 from limited import let_blocks_travel
 from row_harness import Harness, check_arguments, check_low_vram, round_weights
-from row_scripts import read_rows, script
+from row_scripts import read_rows, script, trained_file
+from trained_weights import read_weights, write_full, write_lora
 
 ROWS = read_rows("flux")
 PROMPT = '"CG, masterpiece, best quality, solo, long hair, wavy hair, silver hair, blue eyes, blue dress"'
@@ -82,24 +81,12 @@ UNKNOWN = {
 
 MODELS = ("dev", "krea-dev", "kontext-dev", "fill-dev", "redux-dev", "dev-ip-adapter")
 
-CONTROLNETS = {
-    "InstantX/FLUX.1-dev-Controlnet-Union-alpha": {"num_modes": 10},
-    "alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Beta": {"num_modes": 0, "control_channels": 68},
-    "jasperai/Flux.1-dev-Controlnet-Upscaler": {"num_modes": 0},
-}
-"""Repository of a ControlNet -> fields of its config."""
-
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     tiny_hub(root, [f"flux.1-{name}" for name in MODELS])
-    for model_id, fields in CONTROLNETS.items():
-        path = root / model_id / "diffusion_pytorch_model.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        config = replace(TINY_CONTROLNET, **TINY_DIT, **fields)
-        saved = {"architecture": "flux_controlnet", "config": config, "layout": "flux_controlnet"}
-        save_checkpoint(FluxControlNet(config), path, **saved)
+    write_controlnets(root)
     round_weights(root, torch.float8_e4m3fn)
     return root
 
@@ -142,6 +129,47 @@ def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, 
     let_blocks_travel(monkeypatch)
     (call,) = harness.run(script(ROWS[name], RUN[name], low_vram=True))
     check_low_vram(call, plain, stored=torch.float8_e4m3fn, on_disk=False)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_script_that_validates_a_lora_of_a_row_runs(name, harness, hub):
+    """The file has the names of kohya, as `align_to_opensource_format` writes them."""
+    file = dit_of(ROWS[name])
+    before = read_weights(hub / file["model_id"], file["origin_file_pattern"])
+    targets = ["double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.2", "single_blocks.0.linear1"]
+    path = harness.folder / trained_file(ROWS[name], "lora")
+    write_lora(path, before, targets, lambda layer: f"lora_unet_{layer.replace('.', '_')}")
+    harness.steps = 50
+    (call,) = harness.run(script(ROWS[name], RUN[name], trained="lora"))
+    assert isinstance(call.output, Image.Image)
+    now = call.pipe.dit.state_dict()
+    assert {f"{layer}.weight" for layer in targets} == {
+        key for key in now if not torch.equal(now[key], before[key].float())
+    }
+
+
+TRAINED = {name: "controlnet[0]" for name in RUN if "Controlnet" in name} | {"flux/FLUX.1-dev-IP-Adapter": "ipadapter"}
+"""Row -> the component that its script for full training trains, unless that is the transformer."""
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_script_that_validates_all_weights_of_a_row_runs(name, harness):
+    """Those of a transformer have the names of DiffSynth-Studio's own network."""
+    harness.steps = 50
+    role = TRAINED.get(name, "dit")
+    (plain,) = harness.run(script(ROWS[name], RUN[name]))
+    trained = {key: tensor / 2 for key, tensor in plain.pipe.parts[role].state_dict().items()}
+    file = harness.folder / trained_file(ROWS[name], "full")
+    write_full(file, trained, DIFFSYNTH_STUDIO if role == "dit" else ())
+    (call,) = harness.run(script(ROWS[name], RUN[name], trained="full", role=role))
+    assert isinstance(call.output, Image.Image)
+    now = call.pipe.parts[role].state_dict()
+    assert all(torch.equal(now[key], tensor) for key, tensor in trained.items())
+
+
+def dit_of(row: dict[str, Any]) -> dict[str, str]:
+    (file,) = [file for file in row["files"] if file["origin_file_pattern"].startswith("flux1-")]
+    return file
 
 
 @pytest.mark.parametrize("name", MISSING)

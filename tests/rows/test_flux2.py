@@ -13,7 +13,8 @@ from diffsynth.testing import tiny_hub
 from diffsynth_flux.flux2.features import edit
 from limited import let_blocks_travel
 from row_harness import Harness, check_arguments, check_low_vram, differs, round_weights
-from row_scripts import read_rows, script
+from row_scripts import read_rows, script, trained_file
+from trained_weights import read_weights, write_full, write_lora
 
 ROWS = read_rows("flux2")
 COMMON = {"prompt": '"Masterpiece, best quality. A girl in a red coat"', "seed": "1", "rand_device": '"cuda"'}
@@ -90,6 +91,33 @@ def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, 
     let_blocks_travel(monkeypatch)
     (call,) = harness.run(example(name, low_vram=True))
     check_low_vram(call, plain, stored=torch.float8_e4m3fn, on_disk=True)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_script_that_validates_a_lora_of_a_row_runs(name, harness, hub) -> None:
+    before = read_weights(hub / "black-forest-labs" / name.removeprefix("flux2/"), "transformer/*.safetensors")
+    targets = ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.attn.to_qkv_mlp_proj"]
+    write_lora(harness.folder / trained_file(ROWS[name], "lora"), before, targets, str)
+    harness.steps = 50
+    (call,) = harness.run(example(name, edited=False, trained="lora"))
+    assert call.output.size == (64, 64)
+    now = call.pipe.dit.state_dict()
+    assert {f"{layer}.weight" for layer in targets} == {
+        key for key in now if not torch.equal(now[key], before[key].float())
+    }
+
+
+@pytest.mark.parametrize("name", sorted(set(RUN) - {"flux2/FLUX.2-dev"}))
+def test_the_script_that_validates_all_weights_of_a_row_runs(name, harness, hub) -> None:
+    """There is none for FLUX.2-dev."""
+    before = read_weights(hub / "black-forest-labs" / name.removeprefix("flux2/"), "transformer/*.safetensors")
+    trained = {key: tensor / 2 for key, tensor in before.items()}
+    write_full(harness.folder / trained_file(ROWS[name], "full"), trained)
+    harness.steps = 50
+    (call,) = harness.run(example(name, edited=False, trained="full"))
+    assert call.output.size == (64, 64)
+    now = call.pipe.dit.state_dict()
+    assert all(torch.equal(now[key], tensor.float()) for key, tensor in trained.items())
 
 
 @pytest.mark.parametrize("name", MISSING)

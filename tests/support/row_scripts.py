@@ -35,7 +35,9 @@ def read_rows(family: str) -> dict[str, dict[str, Any]]:
     return {row["row"]: row for row in rows}
 
 
-def script(row: Mapping[str, Any], values: Mapping[str, str], *, low_vram: bool = False) -> str:
+def script(
+    row: Mapping[str, Any], values: Mapping[str, str], *, low_vram: bool = False, trained: str = "", role: str = "dit"
+) -> str:
     """Return the script of a row.
 
     Args:
@@ -43,6 +45,8 @@ def script(row: Mapping[str, Any], values: Mapping[str, str], *, low_vram: bool 
         values: call argument -> its text in the script, for every argument of the row.
         low_vram: whether as in the examples for little memory: `LOW_VRAM` for each file, and a limit of all device
             memory except 0.5 GiB.
+        trained: "lora" or "full" as in the examples that validate training: the file `trained_file` is loaded.
+        role: of the component that was trained, in Python.
     """
     (pipeline,) = [name for name in row["pipelines"] if name != "TemplatePipeline"]
     imports = [f"from {DOORS[pipeline]} import {pipeline}, ModelConfig"]
@@ -51,6 +55,14 @@ def script(row: Mapping[str, Any], values: Mapping[str, str], *, low_vram: bool 
         imports += [f"from {DOORS[pipeline]} import ControlNetInput"]
     if any("Image." in value for value in values.values()):
         imports += ["from PIL import Image"]
+    file = trained_file(row, trained)
+    loads = {
+        "": [],
+        "lora": [f'pipe.load_lora(pipe.{role}, "{file}", alpha=1)'],
+        "full": [f'state_dict = load_state_dict("{file}")', f"pipe.{role}.load_state_dict(state_dict)"],
+    }
+    if trained == "full":
+        imports += ["from diffsynth import load_state_dict"]
     tokenizers = [file for file in row["files"] if file.get("origin_file_pattern", "").endswith("tokenizer/")]
     models = [file for file in row["files"] if file not in tokenizers]
     lines = [
@@ -68,10 +80,16 @@ def script(row: Mapping[str, Any], values: Mapping[str, str], *, low_vram: bool 
         *([VRAM_LIMIT] if low_vram else []),
         ")",
         *(f"pipe.{name}(pipe.dit)" for name in row["methods"]),
+        *loads[trained],
         f"image = pipe({', '.join(f'{name}={values[name]}' for name in row['call'])})",
         f'image.save("image_{row["row"].rpartition("/")[2]}.jpg")',
     ]
     return "\n".join(lines) + "\n"
+
+
+def trained_file(row: Mapping[str, Any], trained: str) -> str:
+    """Return the path, below the working directory, of the weights that a training script of a row writes."""
+    return f"models/train/{row['row'].rpartition('/')[2]}_{trained}/epoch-1.safetensors"
 
 
 def video_script(

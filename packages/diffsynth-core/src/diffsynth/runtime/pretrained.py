@@ -22,6 +22,7 @@ from diffsynth.core.vram.block_weights import check_source
 from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
 from diffsynth.runtime.memory_options import MemoryOptions, Policies
+from diffsynth.runtime.published_names import accept_published_names
 from diffsynth.runtime.role import Agreement, Processor, Role, check_agreements, grouped, load_processor, role_of
 from diffsynth.terminal import module_logger
 
@@ -137,6 +138,7 @@ class PretrainedLoader:
             else:
                 with _prefetched(ahead, options.device):
                     components[part.role] = component.materialize(module, source, device=options.device)
+            accept_published_names(components[part.role], part.recognized.architecture)
             sources[part.role] = list(part.header.files)
             _discovery.notify(
                 "component_loaded",
