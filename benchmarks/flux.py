@@ -79,8 +79,8 @@ TINY = {
     "flux.1-dev": Case(
         "flux1",
         4,
-        128,
-        {"dim": 128, "n_heads": 2, "n_double_blocks": 2, "n_single_blocks": 4, "context_dim": 64, "pooled_dim": 64},
+        64,
+        {"dim": 64, "n_heads": 2, "n_double_blocks": 1, "n_single_blocks": 2, "context_dim": 64, "pooled_dim": 64},
         {
             "hidden_size": 64,
             "num_layers": 2,
@@ -95,9 +95,9 @@ TINY = {
     "klein-4b": Case(
         "flux2",
         4,
-        128,
-        {"dim": 128, "n_heads": 2, "n_layers": 2, "n_single_layers": 4, "prompt_dim": 192, "ffn_dim": 384}
-        | {"axes_dims": (16, 16, 16, 16), "embeds_guidance": False},
+        64,
+        {"dim": 64, "n_heads": 2, "n_layers": 1, "n_single_layers": 2, "prompt_dim": 192, "ffn_dim": 192}
+        | {"axes_dims": (8, 8, 8, 8), "embeds_guidance": False},
         {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
         | {"intermediate_size": 96, "vocab_size": 512},
         NARROW | {"decoder_block_out_channels": (8, 8, 16, 16)},

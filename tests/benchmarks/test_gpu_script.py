@@ -32,5 +32,5 @@ def test_one_part_alone_and_no_other_names():
     assert run("--dry-run", "vram-flux").stdout.count("\n") == 1
     result = run("--dry-run", "vram-flax")
     assert result.returncode == 2
-    assert "there is no part vram-flax; expected all, tests" in result.stderr
+    assert "there is no part vram-flax; expected all, flux" in result.stderr
     assert run().returncode == 2

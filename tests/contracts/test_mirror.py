@@ -47,6 +47,7 @@ SCENARIOS: dict[str, str] = {
     "flux/flux1/test_dit_parity.py": "FluxDiT against diffusers",
     "flux/flux1/test_trajectory.py": "whole calls of FLUX.1 against diffusers",
     "flux/flux2/test_dit_parity.py": "Flux2DiT against diffusers",
+    "flux/test_memory.py": "plans and memory policies of both lines of FLUX",
     "flux/flux2/test_trajectory.py": "whole calls against diffusers",
     "nn/triton/test_compile.py": "fused layers under torch.compile",
     "pipelines/test_doors.py": "import lines of existing scripts",

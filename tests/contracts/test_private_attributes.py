@@ -27,6 +27,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("docs/test_hooks.py", "_in_use"): IN_USE,
     ("models/test_wan_autoencoder.py", "_decode_piece"): "one step of the streaming decoder, for the size of its cache",
     ("plugins/test_declared_backends.py", "_in_use"): IN_USE,
+    ("flux/test_memory.py", "_speeds"): SPEEDS,
     ("runtime/test_auto_policy.py", "_speeds"): SPEEDS,
     ("testing/conftest.py", "_in_use"): IN_USE,
     ("zimage/test_plan.py", "_speeds"): SPEEDS,

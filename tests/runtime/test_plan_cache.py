@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import diffsynth
-from diffsynth.core.vram.managed import ManagedModule, managed
+from diffsynth.core.vram.managed import managed
 from diffsynth.errors import NotEnoughMemory
 from diffsynth.runtime.progress import no_progress
-from limited import keep_limit, let_blocks_travel
+from limited import device_bytes, keep_limit, let_blocks_travel
 
 CALL = {
     "num_inference_steps": 2,
@@ -52,23 +51,8 @@ def plan_of(pipe, call):
 
 @pytest.fixture
 def most(monkeypatch):
-    """The most bytes of weights that were on the device at once, by the components in use."""
-    entered, seen = set(), {}
-    enter = ManagedModule.enter
-
-    def watched(self):
-        entered.add(self)
-        enter(self)
-
-    def measure(*_):
-        for component in entered:
-            seen[component] = max(seen.get(component, 0), component.device_bytes)
-
-    monkeypatch.setattr(ManagedModule, "enter", watched)
-    hooks = register_module_forward_pre_hook(measure), register_module_forward_hook(measure)
-    yield seen
-    for hook in hooks:
-        hook.remove()
+    with device_bytes(monkeypatch) as seen:
+        yield seen
 
 
 def whole(pipe):

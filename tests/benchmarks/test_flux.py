@@ -1,0 +1,58 @@
+"""The benchmark of FLUX runs at a tiny size, with our library and with diffusers."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "flux.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_flux", BENCHMARK)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("case", ["flux.1-dev", "klein-4b"])
+def test_both_take_turns(benchmark, case):
+    options = benchmark.arguments(["--tiny", "--repeats", "1", "--warmup", "0"])
+    rows = benchmark.in_turns(case, options)
+    assert [row["contender"] for row in rows] == ["diffsynth", "diffusers"]
+    assert all(0 < row["gap_seconds"] < row["cpu_seconds"] for row in rows)
+    ours, theirs = (row["cpu_seconds"] for row in rows)
+    assert rows[0]["ratio"] == pytest.approx(ours / theirs)
+
+
+@pytest.mark.parametrize("library", ["diffsynth", "diffusers"])
+def test_one_alone(benchmark, library):
+    row = benchmark.run_one("klein-4b", library, benchmark.arguments(["--tiny", "--repeats", "1"]))
+    assert row["seconds"] > row["seconds_per_step"]
+    assert row["memory"] is None or row["memory"] > 0
+
+
+def test_both_have_the_same_networks(benchmark):
+    """Numbers of parameters, counted on meta; diffusers' autoencoder and Qwen3 have parts that ours has, too."""
+    for cases in (benchmark.FULL, benchmark.TINY):
+        for case in cases.values():
+            with torch.device("meta"):
+                ours, theirs = benchmark.our_networks(case), benchmark.their_networks(case)
+            counts = [sorted(sum(p.numel() for p in each.parameters()) for each in parts.values())
+                      for parts in (ours, theirs)]  # fmt: skip
+            assert counts[0] == counts[1]
+
+
+def test_the_goal_stands_below_figures_at_full_size(benchmark):
+    rows = [
+        {"case": "klein-4b", "contender": "diffsynth", "seconds": 0.5, "seconds_per_step": 0.1, "memory": 2**30},
+        {"case": "klein-4b", "contender": "diffusers compiled", "failed": "exit code 1"},
+    ]
+    text = "\n".join(benchmark.show(rows))
+    assert "failed: exit code 1" in text
+    assert "goal on one H200: klein-4b 0.4 s a call" in text
