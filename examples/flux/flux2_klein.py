@@ -2,6 +2,7 @@
 
 flux.2-klein-4b
 flux.2-klein-9b
+flux.2-klein-9b-kv      with edit_image_kv_cache=True, reference images cost no time in the steps
 """
 
 import diffsynth
