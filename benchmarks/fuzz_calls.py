@@ -1,7 +1,7 @@
 """Call each pipeline with every argument at every wrong value; print tried / clear / accepted / faulty.
 
 Run:
-    python benchmarks/fuzz_calls.py [--models z-image-nano wan2.1-t2v-1.3b] [--json results/fuzz_calls.json]
+    python benchmarks/fuzz_calls.py [--models flux.1-dev z-image-nano] [--json benchmarks/results/fuzz_calls.json]
 
 "clear" is refused before the text encoder runs, by an error that names the argument; "accepted" ran to its end. The
 rest is faulty and listed. Exit code 1 if there is any. `tests/fuzz/test_calls.py` is the short form.
