@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from call_fuzz import ONCE_FAULTY, FuzzedPipeline, pipelines, wrong_values
 
-fuzzing = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+fuzzing = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module", params=pipelines())

@@ -9,6 +9,7 @@ from PIL import Image
 from diffsynth.core.data.audio import Audio
 from diffsynth.errors import NotFinite
 from diffsynth.runtime.images import check_output, image_to_tensor, images_to_batch, mask_to_tensor, tensor_to_images
+from tiny_z_image import SMALL, tiny_z_image
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -104,3 +105,12 @@ def test_outputs_of_every_kind_are_checked(value):
             check_output(output)
     check_output([torch.zeros(2), Image.new("RGB", (8, 8)), [Image.new("RGB", (8, 8))], 0.5])
     check_output(torch.zeros(2, device="meta"))
+
+
+@pytest.mark.parametrize("output_type", ["pil", "tensor"])
+def test_a_call_returns_no_pixels_that_are_not_finite(output_type):
+    pipe = tiny_z_image(with_autoencoder=True)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(NotFinite, match="decoded values hold NaN or infinity"):
+        pipe("a", **{**SMALL, "output_type": output_type}, num_inference_steps=1)
