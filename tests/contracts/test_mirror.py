@@ -45,6 +45,7 @@ SCENARIOS: dict[str, str] = {
     "zimage/features/test_inpainting.py": "inpainting with Z-Image against diffusers",
     "flux/flux1/test_controlnet_parity.py": "ControlNets of FLUX.1 against diffusers",
     "flux/flux1/test_dit_parity.py": "FluxDiT against diffusers",
+    "flux/flux1/test_single_files.py": "FLUX.1 in the single files of other programs",
     "flux/flux1/test_trajectory.py": "whole calls of FLUX.1 against diffusers",
     "flux/flux2/test_dit_parity.py": "Flux2DiT against diffusers",
     "flux/test_memory.py": "plans and memory policies of both lines of FLUX",

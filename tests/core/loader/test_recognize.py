@@ -1,8 +1,5 @@
 """Recognition over the architectures that core registers: the FLUX autoencoder and Qwen3."""
 
-import gzip
-import importlib.resources
-import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +9,7 @@ from diffsynth import _discovery
 from diffsynth._spec_checks import check_spec
 from diffsynth.core.loader.component import open_component
 from diffsynth.core.loader.header import Header, TensorInfo, read, signature
+from diffsynth.core.loader.layouts import layout_of, nested_layout_of
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.errors import NotRunnable, Unrecognized
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec
@@ -22,14 +20,8 @@ CHECKPOINTS = [declared.spec for declared in CATALOG.checkpoints]
 PUBLISHED = [checkpoint for checkpoint in CHECKPOINTS if checkpoint.layout and not checkpoint.loras_only]
 
 
-def layout_of(checkpoint):
-    package, _, path = checkpoint.layout.partition(":")
-    facts = json.loads(gzip.decompress(importlib.resources.files(package).joinpath(path).read_bytes()))
-    return {key: tuple(shape) for key, shape in facts["tensors"].items()}
-
-
-def header_of(shapes, metadata=None):
-    return Header({key: TensorInfo("BF16", shape) for key, shape in shapes.items()}, metadata or {})
+def header_of(shapes, metadata=None, nested=None):
+    return Header({key: TensorInfo("BF16", shape) for key, shape in shapes.items()}, metadata or {}, nested=nested)
 
 
 def find(shapes, **options):
@@ -47,7 +39,7 @@ OWN_NAMES = [
 @pytest.mark.parametrize("checkpoint", OWN_NAMES, ids=lambda checkpoint: checkpoint.name)
 def test_a_missing_block_is_not_overlooked(checkpoint):
     required = next(p for p in ARCHITECTURES[checkpoint.architecture].required if "{n}" in p)
-    shapes = layout_of(checkpoint)
+    shapes = dict(layout_of(checkpoint))
     del shapes[required.format(n=0)]
     with pytest.raises(Unrecognized, match=f"it lacks {required.format(n=0)}"):
         find(shapes)
@@ -55,7 +47,9 @@ def test_a_missing_block_is_not_overlooked(checkpoint):
 
 def find_of(checkpoint, shapes, **options):
     """Return the component of a checkpoint's architecture in a file, which may hold several components."""
-    found = recognize(header_of(shapes), ARCHITECTURES, CHECKPOINTS, **options)
+    nested = nested_layout_of(checkpoint) if shapes == layout_of(checkpoint) else shapes
+    header = header_of(shapes, nested=nested if nested != shapes else None)
+    found = recognize(header, ARCHITECTURES, CHECKPOINTS, **options)
     return next(one for one in found if one.architecture.name == checkpoint.architecture)
 
 
@@ -63,7 +57,7 @@ def find_of(checkpoint, shapes, **options):
 class TestPublished:
     def test_by_signature(self, checkpoint):
         shapes = layout_of(checkpoint)
-        assert signature(shapes) == checkpoint.signature
+        assert signature(nested_layout_of(checkpoint)) == checkpoint.signature
         found = find_of(checkpoint, shapes, tiers=("signature",))
         assert (found.architecture.name, found.tier) == (checkpoint.architecture, "signature")
 
@@ -79,7 +73,7 @@ class TestPublished:
         assert (found.architecture.name, found.prefix) == (checkpoint.architecture, "model.diffusion_model.")
 
     def test_with_keys_that_nobody_knows(self, checkpoint):
-        shapes = layout_of(checkpoint) | {"surprise.weight": (3,)}
+        shapes = dict(layout_of(checkpoint)) | {"surprise.weight": (3,)}
         if checkpoint.architecture == "wan_motion_controller":
             # Three layers are too little to be told by if there may be more.
             with pytest.raises(Unrecognized, match="surprise"):

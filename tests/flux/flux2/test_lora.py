@@ -5,8 +5,11 @@ import torch
 from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin
 
 from diffsynth import _discovery
+from diffsynth.core.loader import component
 from diffsynth.core.lora import LoRA, LoRALayer, fit, fuse, parse
 from diffsynth.core.lora.spelling import spelled, spelling_of
+from diffsynth.errors import KeyMismatch
+from diffsynth.spec import resolve
 from diffsynth_flux.flux2.checkpoints import ARCHITECTURES, LORA_TARGETS
 from diffsynth_flux.flux2.config import TINY_DIT
 from diffsynth_flux.flux2.dit import Flux2DiT
@@ -112,3 +115,55 @@ def test_shortened_names_of_blocks(tiny):
     keys = {key.replace("transformer.", "diffusion_model."): tensor for key, tensor in keys.items()}
     assert next(iter(keys)).startswith("diffusion_model.sformer_blocks.1.")
     assert_same(fitted(keys, tiny), lora)
+
+
+def of_size(module, names, prefix):
+    """Return LoRA keys of a few layers of a network, which may have no memory."""
+    keys = {}
+    for name in names:
+        outputs, inputs = module.get_submodule(name).weight.shape
+        keys |= {f"{prefix}{name}.lora_A.weight": torch.zeros(1, inputs)}
+        keys |= {f"{prefix}{name}.lora_B.weight": torch.zeros(outputs, 1)}
+    return keys
+
+
+NETWORKS = {
+    "flux_dit": ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0", "single_blocks.30.linear1"),
+    "flux2_dit": ("transformer_blocks.0.attn.to_q", "transformer_blocks.4.ff.linear_in",
+                  "single_transformer_blocks.19.attn.to_qkv_mlp_proj"),
+    "z_image_dit": ("layers.0.attention.to_q", "layers.29.feed_forward.w1"),
+    "wan_dit": ("blocks.0.self_attn.q", "blocks.29.ffn.0"),
+}  # fmt: skip
+"""Architecture -> layers, in the last blocks, too."""
+CONFIGS = {"flux2_dit": {"dim": 3072, "n_heads": 24, "n_layers": 5, "n_single_layers": 20, "ffn_dim": 9216,
+                         "prompt_dim": 7680, "embeds_guidance": False}}  # fmt: skip
+"""The config of klein-4B, which is as wide as FLUX.1."""
+
+
+NAMES = {"flux_dit": "FLUX.1-dev", "flux2_dit": "FLUX.2-klein-4B", "z_image_dit": "Z-Image", "wan_dit": "Wan2.1-T2V"}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """The networks of the published sizes, without memory."""
+    architectures = _discovery.catalog().layouts()[0]
+    return {name: component.build(architectures[name], resolve(architectures[name].config)(**CONFIGS.get(name, {})))
+            for name in NETWORKS}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", ["own", "kohya"])
+@pytest.mark.parametrize("target", ["flux_dit", "flux2_dit"])
+@pytest.mark.parametrize("source", NETWORKS)
+def test_a_lora_of_another_line_is_refused_and_named(networks, source, target, written):
+    """FLUX.1 and FLUX.2 have blocks of the same names in files of kohya, of other sizes."""
+    if source == target:
+        pytest.skip("its own")
+    architectures, checkpoints = _discovery.catalog().layouts()
+    network = networks[source]
+    keys = of_size(network, NETWORKS[source], "diffusion_model.")
+    if written == "kohya":
+        own = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+        keys = spelled(fit(parse(keys), network), spelling_of("kohya", architectures[source]), own, checkpoints)
+    message = rf"nothing was changed: [01] of its \d layers fit.*It is a LoRA for [^ ]*{NAMES[source]}.* \({source}\)"
+    with pytest.raises(KeyMismatch, match=message):
+        fit(parse(keys), networks[target], checkpoints, architecture=target)

@@ -19,7 +19,7 @@ from diffsynth.core.loader.header import Header
 from diffsynth.core.loader.reader.ops import apply_rule, dequantize
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.recognize import Recognized
-from diffsynth.core.loader.scaled import Scaled
+from diffsynth.core.loader.scaled import Scaled, has_scale_marker
 from diffsynth.errors import CorruptFile, KeyMismatch, NotEnoughMemory, shortened
 from diffsynth.spec import ArchitectureSpec, resolve
 from diffsynth.terminal import module_logger
@@ -231,7 +231,9 @@ def _dtype(
 def _check_numbers(
     targets: Mapping[str, convert.Target], floating: Container[str], header: Header, *, prefix: str, where: str
 ) -> None:
-    """Raise KeyMismatch if numbers of the file that are not floating would be read as parameters that are."""
+    """Raise KeyMismatch if numbers of the file that are not floating would be read as parameters that are, or fp8
+    weights without the scales that they need.
+    """
     wrong = [
         f"{prefix}{target.sources[0]} is {str(stored).removeprefix('torch.')}"
         for key, target in targets.items()
@@ -243,6 +245,31 @@ def _check_numbers(
             f"{where} is quantised in a way that is not read: {shortened(wrong, 3)}, without a scale or a note that "
             f"says what it means. Use a file in bf16, or in fp8 with scales."
         )
+    if bare := _without_scale(targets, header, prefix):
+        raise KeyMismatch(
+            f"{where} is in fp8 with scales, and {len(bare)} of its weights have none: {shortened(bare, 3)}. Use the "
+            f"file as it was published, one in bf16, or one in fp8 without scales."
+        )
+
+
+def _without_scale(targets: Mapping[str, convert.Target], header: Header, prefix: str) -> list[str]:
+    """Return a list of the keys of fp8 matrices without a scale, in a file whose other weights have scales or that is
+    marked as one with scales; a file of fp8 weights alone is a plain cast, and the list is empty.
+    """
+    scaled = [target for target in targets.values() if isinstance(target.rule, convert.Dequantize | Scaled)]
+    if not scaled and not has_scale_marker(key for key in header.tensors if key.startswith(prefix)):
+        return []
+    bare: dict[str, None] = {}
+    for target in targets.values():
+        if isinstance(target.rule, convert.Dequantize):
+            continue
+        scales = target.rule.scales if isinstance(target.rule, Scaled) else ("",) * len(target.sources)
+        for source, scale in zip(target.sources, scales, strict=False):
+            key = prefix + source
+            if not scale and len(header.tensors[key].shape) == 2:
+                stored = stored_dtype(header, key)
+                bare |= {key: None} if stored.is_floating_point and stored.itemsize == 1 else {}
+    return list(bare)
 
 
 def _warn_unused(unused: Sequence[str], recognized: Recognized, where: str) -> None:

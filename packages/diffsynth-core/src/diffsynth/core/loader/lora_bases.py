@@ -6,7 +6,7 @@ what `load_lora` does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -125,8 +125,7 @@ def _answer(changes: Sequence[Change], checkpoints: Sequence[CheckpointSpec]) ->
     if best is None or not text or best.fitting < _ENOUGH:
         return _Answer(text)
     siblings = [each for each in checkpoints if each.architecture == best.checkpoint.architecture]
-    published = layout_of(best.checkpoint) or _by_rules(best.checkpoint, checkpoints)
-    own = convert.plan(rules_of(best.checkpoint), published).shapes
+    own = convert.plan(rules_of(best.checkpoint), layout_of(best.checkpoint)).shapes
     found = match(changes, own, layouts_of(own, siblings))
     return _Answer(text, True, found.left, found.twice)
 
@@ -157,7 +156,7 @@ def _bases(changes: Sequence[Change], checkpoints: Sequence[CheckpointSpec]) -> 
     sample = changes[:: max(len(changes) // _SAMPLE, 1)]
     if not sample:
         return [], None
-    bases = [_compare(sample, checkpoint, _weights(checkpoint, checkpoints)) for checkpoint in checkpoints]
+    bases = [_compare(sample, published, names) for published, names in _names(checkpoints)]
     return bases, max(bases, key=lambda base: (base.named >= _ENOUGH, base.fitting, base.named), default=None)
 
 
@@ -187,17 +186,21 @@ def _compare(changes: Sequence[Change], checkpoint: CheckpointSpec, weights: Map
     return _Base(checkpoint, len(found) / len(changes), fitting)
 
 
-def _weights(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> dict[str, Shape]:
-    """Return a dict module name -> shape of its weight in a layout."""
-    layout = layout_of(checkpoint) or _by_rules(checkpoint, checkpoints)
-    return {key.removesuffix(".weight"): shape for key, shape in layout.items() if key.endswith(".weight")}
-
-
-def _by_rules(checkpoint: CheckpointSpec, checkpoints: Sequence[CheckpointSpec]) -> Mapping[str, Shape]:
-    """Return a dict key -> shape of a layout without a list of keys, derived from another of its architecture; else
-    empty.
-
-    Its rules are undone on a published layout of the same architecture.
+def _names(checkpoints: Sequence[CheckpointSpec]) -> Iterator[tuple[CheckpointSpec, dict[str, Shape]]]:
+    """Yield (layout, dict module name -> shape of its weight): the names of each layout with a list of keys, and the
+    names of each without one for every size of its architecture, with the layout that has the size.
     """
-    siblings = (each for each in checkpoints if each.architecture == checkpoint.architecture and each.layout)
-    return next((found for sibling in siblings if (found := shapes_under(checkpoint, sibling))), {})
+    for checkpoint in checkpoints:
+        if checkpoint.layout:
+            yield checkpoint, _weights(layout_of(checkpoint))
+            continue
+        sizes = [each for each in checkpoints if each.architecture == checkpoint.architecture and each.layout]
+        for sibling in sizes:
+            if shapes := shapes_under(checkpoint, sibling):
+                yield sibling, _weights(shapes)
+        if not sizes:
+            yield checkpoint, {}
+
+
+def _weights(layout: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {key.removesuffix(".weight"): shape for key, shape in layout.items() if key.endswith(".weight")}

@@ -26,6 +26,8 @@ _PACKED = {
     "qweight": "GPTQ or AWQ",
     "absmax": "bitsandbytes",
     "quant_map": "bitsandbytes",
+    "bitsandbytes__nf4": "bitsandbytes",
+    "bitsandbytes__fp4": "bitsandbytes",
     "SCB": "bitsandbytes int8",
     "wcscales": "SVDQuant (Nunchaku)",
 }
@@ -71,6 +73,11 @@ def find(shapes: Mapping[str, Shape], encodings: Mapping[str, Encoding] | None =
         elif last == _MARKER or (last in _UNUSED and f"{layer}.weight" in shapes):
             unused.append(key)
     return Scales(weights, tuple(unused), encodings or {})
+
+
+def has_scale_marker(keys: Iterable[str]) -> bool:
+    """Whether a key says that the file's fp8 weights have scales, as ComfyUI's `scaled_fp8` does."""
+    return any(key.rpartition(".")[2] == _MARKER for key in keys)
 
 
 def packed_format(keys: Iterable[str]) -> str:
