@@ -9,14 +9,20 @@ import pytest
 import torch
 from diffusers import FluxControlPipeline
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import parity
 from diffsynth import _discovery
 from diffsynth.core.loader import component
+from diffsynth.core.loader.checkpoint import read_files
+from diffsynth.core.loader.recognize import recognize
+from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.lora import LoRA, LoRALayer, fit, fuse, parse
 from diffsynth.core.lora.format import to_state_dict
 from diffsynth.core.lora.spelling import spelled, spelling_of
+from diffsynth.core.vram import Policy, wrap
+from diffsynth.core.vram.managed import managed
 from diffsynth.errors import KeyMismatch
 from diffsynth_flux import FluxImagePipeline
 from diffsynth_flux.flux1.checkpoints import ARCHITECTURES, LORA_TARGETS
@@ -193,7 +199,7 @@ def test_dora_of_split_and_of_fused_projections_is_the_same(tiny, magnitude):
 
 def control_lora(tiny):
     """Return the keys of a LoRA for a control image: matrices with biases of every layer, norms, and a wider input."""
-    wide = component.build(DIT, replace(TINY_DIT, in_channels=128))
+    wide = component.build(DIT, replace(tiny.config, in_channels=128))
     lora = random_lora(wide, rank=2)
     keys = written(lora, wide, "bfl")
     for name, layer in lora.layers.items():
@@ -219,6 +225,44 @@ def test_a_control_lora_widens_the_input_and_replaces_norms(tiny):
             torch.testing.assert_close(after[key], expected)
     with pytest.raises(ValueError, match="needs a control image"):
         pipe.check(prompt="a")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_call_with_a_control_lora_is_that_of_the_network_it_makes(wrapped):
+    """Also where the VRAM engine moves the weights, which are packed anew for the wider layer."""
+    pipe = tiny_pipelines()[0]
+    keys = control_lora(pipe.dit)
+    if wrapped:
+        wrap(pipe.dit, Policy.preset("cpu-offload", "cpu"), repeated=DIT.repeated_blocks)
+        pipe = FluxImagePipeline.from_components(**pipe.parts, device="cpu", torch_dtype=torch.float32)
+    pipe.load_lora(state_dict=keys, alpha=0.5)
+    merged = FluxDiT(pipe.dit.config).requires_grad_(False).eval()
+    merged.load_state_dict(pipe.dit.state_dict())
+    parts = {**pipe.parts, "dit": merged}
+    other = FluxImagePipeline.from_components(**parts, device="cpu", torch_dtype=torch.float32)
+    image = Image.linear_gradient("L").convert("RGB")
+    call = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 0, "output_type": "latents"}
+    found = pipe("a", control_image=image, **call)
+    assert torch.equal(found, other("a", control_image=image, **call))
+    assert not torch.equal(found, pipe("a", control_image=image.rotate(90), **call))
+    assert (managed(pipe.dit) is not None) == wrapped
+
+
+def test_a_control_lora_on_weights_on_disk_changes_nothing(tmp_path):
+    """Weights that stay on disk cannot be changed, so the network stays what it is."""
+    tiny = FluxDiT(TINY_DIT).requires_grad_(False).eval()
+    (file,) = save_checkpoint(tiny, tmp_path / "dit.safetensors", architecture=DIT.name, config=TINY_DIT)
+    header = read_files([file])
+    (found,) = recognize(header, *_discovery.catalog().layouts())
+    module, source = component.open_component(found, header, dtype=torch.float32)
+    component.materialize(module, source, device="meta")
+    component.fill_buffers(module)
+    wrap(module, Policy.preset("disk", "cpu"), source=source, repeated=DIT.repeated_blocks)
+    pipe = FluxImagePipeline.from_components(dit=module, device="cpu", torch_dtype=torch.float32)
+    with pytest.raises(ValueError, match="stored on disk, so a LoRA cannot be added to its weight"):
+        pipe.load_lora(state_dict=control_lora(tiny))
+    assert module.config == TINY_DIT
+    assert managed(module) is not None
 
 
 def test_the_network_of_a_control_lora_is_that_of_diffusers(tiny):
