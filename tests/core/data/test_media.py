@@ -146,6 +146,23 @@ def test_a_comment(tmp_path, frames):
     assert (read_comment(tmp_path / "said.mp4"), read_comment(tmp_path / "unsaid.mp4")) == (text, None)
 
 
+def test_a_frame_that_cannot_be_written_leaves_the_earlier_one(tmp_path, frames, monkeypatch):
+    save_frames(frames[:2], tmp_path)
+    save = Image.Image.save
+
+    def cut(image, path):
+        save(image, path)
+        path.write_bytes(path.read_bytes()[:20])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    with pytest.raises(OSError, match="No space left"):
+        save_frames(frames[5:7], tmp_path)
+    monkeypatch.undo()
+    assert Image.open(tmp_path / "0.png").convert("RGB").getpixel((0, 0)) == (0, 0, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png"]
+
+
 def test_a_suffix_of_no_container(tmp_path, frames):
     with pytest.raises(ValueError, match=r"clip.webm ends in '.webm'; expected one of .mp4"):
         save_video(frames, tmp_path / "clip.webm", fps=8)

@@ -1,12 +1,17 @@
 """LoRA files: all usual key names are read, other files are refused by name, and what is saved is read to the bit."""
 
+import json
+import struct
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lora_networks as small
+from diffsynth.core.loader import lora_keys
 from diffsynth.core.lora import fit, parse, read_lora, save_lora
+from diffsynth.core.lora import format as lora_format
 from diffsynth.core.lora.format import to_state_dict
 from diffsynth.errors import CorruptFile, KeyMismatch
 
@@ -147,3 +152,23 @@ def test_metadata_is_text(tmp_path):
     with pytest.raises(ValueError, match=r"metadata\['rank'\] is 3; expected text"):
         save_lora(small.state_dict(), tmp_path / "a.safetensors", metadata={"rank": 3})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lora_of_more_modules_than_any_network_has_is_refused_by_its_header(tmp_path, monkeypatch):
+    """50,000 layers took 16 s, because all their tensors were read before they were counted."""
+    entries, end = {}, 0
+    for index in range(21):
+        for side in "AB":
+            entries[f"layers.{index}.lora_{side}.weight"] = {
+                "dtype": "F32",
+                "shape": [1, 1],
+                "data_offsets": [end, end + 4],
+            }
+            end += 4
+    header = json.dumps(entries).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(end))
+    for module in (lora_keys, lora_format):
+        monkeypatch.setattr(module, "MAX_MODULES", 20)
+    monkeypatch.setattr(lora_format, "load_state_dict", None)
+    with pytest.raises(KeyMismatch, match="changes more than 20 modules, which no network has; it is not read"):
+        read_lora(tmp_path / "a.safetensors")

@@ -150,7 +150,8 @@ def save_frames(frames: Sequence[Image.Image], save_path: Location) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, frame in enumerate(frames):
         image = frame if frame.mode in _PNG_MODES else to_rgb(frame)
-        image.save(folder / f"{index}.png")
+        with replacing(folder / f"{index}.png") as partial:
+            image.save(partial)
 
 
 def merge_video_audio(video_path: Location, audio_path: Location) -> None:

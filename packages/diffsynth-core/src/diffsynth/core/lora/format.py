@@ -18,7 +18,16 @@ from torch import Tensor
 from diffsynth.core.finite import nonfinite
 from diffsynth.core.loader import convert, pickled
 from diffsynth.core.loader.files import WEIGHT_SUFFIXES, only_checkpoint
-from diffsynth.core.loader.lora_keys import DIFFERENCE, LOW_RANK, REPLACEMENT, UNKNOWN, Change, lora_keys
+from diffsynth.core.loader.header import TensorInfo, read_safetensors
+from diffsynth.core.loader.lora_keys import (
+    DIFFERENCE,
+    LOW_RANK,
+    MAX_MODULES,
+    REPLACEMENT,
+    UNKNOWN,
+    Change,
+    lora_keys,
+)
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.save import save_source
 from diffsynth.core.loader.state_dict import load_metadata_from_safetensors, load_state_dict
@@ -79,7 +88,18 @@ def read_lora(source: str | Path | Sequence[Path] | Mapping[str, Tensor], *, str
     metadata = load_metadata_from_safetensors([path for path in paths if path.suffix == ".safetensors"])
     config = read_adapter_config(paths[0]) if paths else None
     where = ", ".join(map(str, paths))
+    for path in paths:
+        if path.suffix == ".safetensors":
+            _reject_too_many(read_safetensors(path).tensors, where)
     return parse(load_state_dict(paths), where, metadata=metadata, config=config, strict=strict)
+
+
+def _reject_too_many(tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """Raise KeyMismatch if a file has more changes than are read; none of its tensors is read before."""
+    if len(tensors) > MAX_MODULES:
+        found = lora_keys({key: info.shape for key, info in tensors.items()})
+        if found.too_many:
+            raise KeyMismatch(f"{where} {found.too_many}")
 
 
 def _files_in(folder: Path) -> list[Path]:
