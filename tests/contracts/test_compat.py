@@ -25,6 +25,7 @@ DOORS = {
     "diffsynth_flux.doors.flux2_image",
     "diffsynth_qwen_image.doors.qwen_image",
     "diffsynth_wan.doors.wan_video",
+    "diffsynth_zimage.doors.z_image",
 }
 """Modules under names that older scripts import, and packages that have such names or modules beside their own."""
 

@@ -30,7 +30,7 @@ RUN = {
     "docs/conformance.md": [1, 2],
     "docs/loading.md": [1],
     "docs/loading-speed.md": [0],
-    "docs/lora.md": [0, 1, 2],
+    "docs/lora.md": [0, 1, 2, 3],
     "docs/plan.md": [0],
     "docs/step-caches.md": [0],
     "docs/tiny-hub.md": [0, 1],

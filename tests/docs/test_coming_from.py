@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from diffsynth import core
-from diffsynth.core.data.annotator import PROCESSORS, Annotator
-from diffsynth.errors import Unavailable
+from diffsynth.core.data.annotator import DETECTORS, PROCESSORS
 from diffsynth.testing import tiny_hub
 
-PAGE = (Path(__file__).parents[2] / "docs" / "coming-from-diffsynth-studio.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "coming-from-diffsynth-studio.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 _, WORKS, NOT_YET = re.split(r"^## (?:Where things are|Not here yet)$", PAGE, flags=re.MULTILINE)
 
@@ -64,13 +64,9 @@ def test_what_the_page_says_is_missing_is_missing(name):
         resolve(name)
 
 
-def test_the_annotators_that_are_missing():
-    (row,) = re.findall(r"^\| `Annotator` of (.+?) \|", NOT_YET, flags=re.MULTILINE)
-    named = set(re.split(r", | and ", row))
-    missing = set()
-    for kind in PROCESSORS:
-        try:
-            Annotator(kind)
-        except Unavailable:
-            missing.add(kind)
-    assert named == missing
+def test_the_annotators_of_the_manual():
+    page = (DOCS / "inputs.md").read_text(encoding="utf-8").partition("## Condition images")[2]
+    named = re.findall(r"^\| (`.+?`) \|", page, flags=re.MULTILINE)
+    kinds = [name for row in named for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(kinds) == sorted(PROCESSORS)
+    assert set(re.findall(r"`(\w+)`", named[-1])) == set(DETECTORS)

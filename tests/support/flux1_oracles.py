@@ -25,10 +25,11 @@ from diffsynth import _discovery
 from diffsynth.core.loader import component, pickled, recognize
 from diffsynth.models.config import FluxAutoencoderConfig
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
+from diffsynth.models.image_config import TINY_SIGLIP
 from diffsynth.sampling.schedule import flux1_sigmas
 from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_flux import FluxImagePipeline
-from diffsynth_flux.flux1.config import TINY_SIGLIP, FluxBlocksConfig, FluxControlNetConfig, FluxDiTConfig
+from diffsynth_flux.flux1.config import FluxBlocksConfig, FluxControlNetConfig, FluxDiTConfig
 from diffsynth_flux.flux1.dit import grid_positions, patchify, unpatchify
 from parity import draw_weights, shapes_of
 

@@ -36,13 +36,20 @@ def read_rows(family: str) -> dict[str, dict[str, Any]]:
 
 
 def script(
-    row: Mapping[str, Any], values: Mapping[str, str], *, low_vram: bool = False, trained: str = "", role: str = "dit"
+    row: Mapping[str, Any],
+    values: Mapping[str, str],
+    *,
+    setup: Sequence[str] = (),
+    low_vram: bool = False,
+    trained: str = "",
+    role: str = "dit",
 ) -> str:
     """Return the script of a row.
 
     Args:
         row: imports, files and arguments of the row.
         values: call argument -> its text in the script, for every argument of the row.
+        setup: lines between the pipeline and its call.
         low_vram: whether as in the examples for little memory: `LOW_VRAM` for each file, and a limit of all device
             memory except 0.5 GiB.
         trained: "lora" or "full" as in the examples that validate training: the file `trained_file` is loaded.
@@ -81,6 +88,7 @@ def script(
         ")",
         *(f"pipe.{name}(pipe.dit)" for name in row["methods"]),
         *loads[trained],
+        *setup,
         f"image = pipe({', '.join(f'{name}={values[name]}' for name in row['call'])})",
         f'image.save("image_{row["row"].rpartition("/")[2]}.jpg")',
     ]

@@ -13,6 +13,7 @@ from diffsynth.core.lora.format import to_state_dict
 from diffsynth.errors import KeyMismatch
 from diffsynth_zimage.checkpoints import ARCHITECTURES
 from diffsynth_zimage.config import TINY_DIT, ZImageDiTConfig
+from tiny_z_image import SMALL, tiny_z_image
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,38 @@ def test_fused_attention_of_kohya(dit):
     assert ours.keys() == theirs.keys() == {f"{block}.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")}
     for name, layer in ours.items():
         torch.testing.assert_close(change(layer), change(theirs[name]))
+
+
+PUBLISHED = {
+    "DiffSynth-Studio/Z-Image-Turbo-DistillPatch": "{}.lora_{side}.default.weight",
+    "ostris/zimage_turbo_training_adapter": "diffusion_model.{}.lora_{side}.weight",
+}
+"""Published LoRA -> the spelling of its keys: that of DiffSynth-Studio, and that of ai-toolkit."""
+
+
+@pytest.mark.parametrize("repository", PUBLISHED)
+def test_published_loras_are_ordinary_ones(repository):
+    """On the linear layers of all blocks and refiners, strength 1 without an alpha; fused and hot are the same."""
+    pipe, dice = tiny_z_image(n_layers=2), torch.Generator().manual_seed(3)
+    targets = target_layers(pipe.dit, ARCHITECTURES[0].lora_targets)
+    assert len(targets) == 7 * 4
+    made = {name: layer_of(*pipe.dit.get_submodule(name).weight.shape, dice) for name in targets}
+    keys = {
+        PUBLISHED[repository].format(name, side=side): getattr(layer, part)
+        for name, layer in made.items()
+        for side, part in (("A", "down"), ("B", "up"))
+    }
+    call = {**SMALL, "num_inference_steps": 2}
+    plain = pipe("a", **call)
+    pipe.load_lora(pipe.dit, state_dict=keys, hotload=True)
+    hot = pipe("a", **call)
+    pipe.clear_lora()
+    weights = {name: pipe.dit.get_submodule(name).weight.detach().clone() for name in targets}
+    pipe.load_lora(pipe.dit, state_dict=keys)
+    for name, layer in made.items():
+        torch.testing.assert_close(pipe.dit.get_submodule(name).weight, weights[name] + layer.up @ layer.down)
+    torch.testing.assert_close(pipe("a", **call), hot, rtol=1e-3, atol=1e-3)
+    assert float((hot - plain).abs().max()) > 1e-2
 
 
 SIZE = ZImageDiTConfig().dim

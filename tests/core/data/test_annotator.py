@@ -1,8 +1,12 @@
+import sys
+import types
+from typing import ClassVar
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
-from diffsynth.core.data.annotator import Annotator, canny
+from diffsynth.core.data.annotator import DETECTORS, Annotator, canny
 from diffsynth.errors import Unavailable
 
 
@@ -64,8 +68,76 @@ def test_annotator(tmp_path):
     assert np.asarray(resized).max() > 0
 
 
-def test_annotators_that_are_not_there():
-    with pytest.raises(Unavailable, match=r"Annotator\('depth'\) needs a network"):
+@pytest.mark.parametrize("blur", [0, 1, 3])
+def test_canny_equals_that_of_opencv(blur):
+    cv2 = pytest.importorskip("cv2", reason="the edges are compared with those of OpenCV")
+    levels = np.random.default_rng(blur).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    image = Image.fromarray(levels).filter(ImageFilter.GaussianBlur(blur))
+    for low, high in ((100, 200), (30, 90), (0, 10)):
+        expected = cv2.Canny(np.ascontiguousarray(np.asarray(image)), low, high) > 0
+        assert np.array_equal(lines(canny(image, low, high)), expected)
+
+
+def test_the_channel_with_the_largest_gradient_counts():
+    """An edge between two colours of one grey level."""
+    array = np.zeros((20, 30, 3))
+    array[:, :15, 0], array[:, 15:, 1] = 200, 102
+    image = of_array(array)
+    assert np.ptp(np.asarray(image.convert("L")).astype(int)) <= 1
+    assert lines(canny(image)).sum() == 20
+
+
+class Detector:
+    """Stands for the networks of `controlnet_aux`: returns the inverted image, half as large, and records its calls."""
+
+    calls: ClassVar[list] = []
+
+    def __init__(self, path):
+        self.path = path
+
+    @classmethod
+    def from_pretrained(cls, path):
+        return cls(path)
+
+    def to(self, device):
+        self.device = device
+
+    def __call__(self, image, **options):
+        self.calls.append((type(self).__name__, self.path, self.device, options))
+        return ImageOps.invert(image).resize((image.width // 2, image.height // 2))
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_networks_are_those_of_the_library(kind, monkeypatch):
+    """The class, its folder, its device, both resolutions, and for poses all of their parts."""
+    module = types.ModuleType("controlnet_aux.processor")
+    for name in DETECTORS.values():
+        setattr(module, name, type(name, (Detector,), {}))
+    monkeypatch.setitem(sys.modules, "controlnet_aux", types.ModuleType("controlnet_aux"))
+    monkeypatch.setitem(sys.modules, "controlnet_aux.processor", module)
+    monkeypatch.setattr(Detector, "calls", [])
+    image = Image.new("RGB", (64, 40), (255, 0, 0))
+    annotator = Annotator(kind, model_path="folder", detect_resolution=20, device="meta")
+    found = annotator(image)
+    assert (found.size, found.mode, found.getpixel((5, 5))) == ((64, 40), "RGB", (0, 255, 255))
+    annotator.to("cpu")
+    Annotator(kind)(image, mask=None)
+    parts = {"include_body": True, "include_hand": True, "include_face": True} if kind == "openpose" else {}
+    assert Detector.calls == [
+        (DETECTORS[kind], "folder", "meta", {"detect_resolution": 20, "image_resolution": 40, **parts}),
+        (DETECTORS[kind], "models/Annotators", "cpu", {"detect_resolution": 40, "image_resolution": 40, **parts}),
+    ]
+    assert annotator.detector.device == "cpu"
+
+
+@pytest.mark.parametrize("broken", [None, types.ModuleType("controlnet_aux.processor")])
+def test_annotators_that_are_not_there(broken, monkeypatch):
+    """Without the library, and with one that lacks the class."""
+    monkeypatch.setitem(sys.modules, "controlnet_aux", types.ModuleType("controlnet_aux"))
+    monkeypatch.setitem(sys.modules, "controlnet_aux.processor", broken)
+    with pytest.raises(Unavailable, match=r"Annotator\('depth'\) needs MidasDetector of the library controlnet_aux"):
         Annotator("depth")
+    with pytest.raises(Unavailable, match=r"pip install 'diffsynth-core\[annotators\]'"):
+        Annotator("openpose")
     with pytest.raises(ValueError, match="'cany' is unknown; did you mean 'canny'"):
         Annotator("cany")

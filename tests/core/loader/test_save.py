@@ -336,6 +336,7 @@ REFUSED = {
         r"the sizes of .+ cannot be told from",
     ),
     "siglip_image_encoder/with_text_encoder": NOT_KEPT,
+    "dinov3_image_encoder": NOT_KEPT,
     "flux2_autoencoder/original": r"the shape of [\w.]+ cannot be told from",
     "mistral_text_encoder": NOT_KEPT,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffsynth.runtime.image_to_lora import ImageToLoRAArguments
 from diffsynth.runtime.image_units import ImageArguments
 from diffsynth.runtime.inpainting import InpaintArguments
 from diffsynth.runtime.request import LoopKeywords
@@ -9,7 +10,15 @@ from diffsynth_zimage.features.controlnet import ControlNetArguments
 from diffsynth_zimage.features.edit import EditArguments
 
 
-class ZImageArguments(ImageArguments, ControlNetArguments, EditArguments, InpaintArguments, LoopKeywords, total=False):
+class ZImageArguments(
+    ImageArguments,
+    ControlNetArguments,
+    EditArguments,
+    InpaintArguments,
+    ImageToLoRAArguments,
+    LoopKeywords,
+    total=False,
+):
     """All arguments of a call except the prompt.
 
     Args:

@@ -6,6 +6,7 @@ from diffsynth.spec import ArchitectureSpec, CheckpointSpec, LoRASpelling
 
 DIT = "z_image_dit"
 CONTROLNET = "z_image_controlnet"
+IMAGE_TO_LORA = "z_image_image_to_lora"
 
 OMNI_DIT = "z_image_omni_dit"
 SIGLIP2 = "siglip2_naflex_image_encoder"
@@ -98,6 +99,21 @@ ARCHITECTURES = (
         repeated_blocks=("control_noise_refiner", "control_layers"),
         lora_targets=LORA_TARGETS,
     ),
+    ArchitectureSpec(
+        name=IMAGE_TO_LORA,
+        module="diffsynth_zimage.image_to_lora:ZImageImageToLoRA",
+        config="diffsynth.models.image_config:ImageToLoRAConfig",
+        infer_config="diffsynth_zimage.image_to_lora_config:infer_style_config",
+        required=tuple(
+            f"{stack}_lora.blocks.{{n}}.layers.0.proj_{matrix}.proj_{end}.weight"
+            for stack in ("layers", "context_refiner", "noise_refiner")
+            for matrix in ("a", "b")
+            for end in ("in", "out")
+        ),
+        tiny="diffsynth_zimage.image_to_lora_config:TINY_STYLE",
+        tiny_inputs="diffsynth.models.image_config:tiny_image_to_lora_inputs",
+        repeated_blocks=("layers_lora.blocks", "context_refiner_lora.blocks", "noise_refiner_lora.blocks"),
+    ),
 )
 
 OMNI_BASE = "Tongyi-MAI/Z-Image-Omni-Base"
@@ -165,5 +181,15 @@ CHECKPOINTS = (
         architecture=CONTROLNET,
         rules="diffsynth_zimage.convert:CONTROLNET",
         files=(f"{_UNION_1_0}:Z-Image-Turbo-Fun-Controlnet-Union.safetensors",),
+    ),
+    CheckpointSpec(
+        name=IMAGE_TO_LORA,
+        architecture=IMAGE_TO_LORA,
+        signature="9510cb8cd1dd34ee0e4f111c24905510",
+        layout="diffsynth_zimage:layouts/image_to_lora.json.gz",
+        files=(
+            "DiffSynth-Studio/Z-Image-i2L:model.safetensors",
+            "DiffSynth-Studio/Z-Image-Omni-Base-i2L:model.safetensors",
+        ),
     ),
 )

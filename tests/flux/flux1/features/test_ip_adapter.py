@@ -10,9 +10,9 @@ import torch
 from diffusers import FluxPipeline
 
 from diffsynth.errors import InvalidPipeline, MissingComponent
+from diffsynth.models.siglip import siglip_pixels
 from diffsynth_flux.flux1.config import TINY_IP_ADAPTER
 from diffsynth_flux.flux1.dit import grid_positions, unpatchify
-from diffsynth_flux.flux1.image_encoders import siglip_pixels
 from diffsynth_flux.flux1.ip_adapter import FluxIPAdapter
 from flux1_oracles import (
     DIT,

@@ -8,8 +8,8 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 
 from diffsynth.errors import MissingComponent
-from diffsynth_flux.flux1.config import TINY_SIGLIP
-from diffsynth_flux.flux1.image_encoders import siglip_pixels
+from diffsynth.models.image_config import TINY_SIGLIP
+from diffsynth.models.siglip import siglip_pixels
 from flux1_oracles import (
     DIT,
     SIZE,

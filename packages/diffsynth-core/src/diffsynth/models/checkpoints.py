@@ -90,7 +90,55 @@ WAN_AUTOENCODER = ArchitectureSpec(
     repeated_blocks=("encoder.downsamples", "decoder.upsamples"),
 )
 
-ARCHITECTURES = (FLUX_AUTOENCODER, QWEN3_TEXT_ENCODER, QWEN25_VL_TEXT_ENCODER, WAN_AUTOENCODER)
+SIGLIP_IMAGE_ENCODER = ArchitectureSpec(
+    name="siglip_image_encoder",
+    module="diffsynth.models.siglip:SiglipImageEncoder",
+    config="diffsynth.models.image_config:SiglipImageEncoderConfig",
+    infer_config="diffsynth.models.image_config:infer_siglip_config",
+    required=(
+        "vision_model.embeddings.patch_embedding.weight",
+        "vision_model.embeddings.patch_embedding.bias",
+        "vision_model.embeddings.position_embedding.weight",
+        "vision_model.encoder.layers.{n}.self_attn.q_proj.weight",
+        "vision_model.encoder.layers.{n}.mlp.fc1.weight",
+        "vision_model.post_layernorm.weight",
+    ),
+    tiny="diffsynth.models.image_config:TINY_SIGLIP",
+    tiny_inputs="diffsynth.models.image_config:tiny_siglip_inputs",
+    # torch's attention, in the head, reads the weights of its output projection.
+    atomic=("torch.nn:MultiheadAttention",),
+    high_precision=("*norm*",),
+    repeated_blocks=("vision_model.encoder.layers",),
+)
+
+DINOV3_IMAGE_ENCODER = ArchitectureSpec(
+    name="dinov3_image_encoder",
+    module="diffsynth.models.dinov3:Dinov3ImageEncoder",
+    config="diffsynth.models.image_config:Dinov3ImageEncoderConfig",
+    infer_config="diffsynth.models.image_config:infer_dinov3_config",
+    required=(
+        "embeddings.cls_token",
+        "embeddings.register_tokens",
+        "embeddings.patch_embeddings.weight",
+        "layer.{n}.attention.q_proj.weight",
+        "layer.{n}.layer_scale1.lambda1",
+        "layer.{n}.mlp.gate_proj.weight",
+        "norm.weight",
+    ),
+    tiny="diffsynth.models.image_config:TINY_DINOV3",
+    tiny_inputs="diffsynth.models.image_config:tiny_dinov3_inputs",
+    high_precision=("*norm*", "*_token", "*_tokens", "*.lambda1"),
+    repeated_blocks=("layer",),
+)
+
+ARCHITECTURES = (
+    FLUX_AUTOENCODER,
+    QWEN3_TEXT_ENCODER,
+    QWEN25_VL_TEXT_ENCODER,
+    WAN_AUTOENCODER,
+    SIGLIP_IMAGE_ENCODER,
+    DINOV3_IMAGE_ENCODER,
+)
 
 CHECKPOINTS = (
     CheckpointSpec(
@@ -185,5 +233,36 @@ CHECKPOINTS = (
                 "Qwen-Image-Edit-2511",
             )
         ),
+    ),
+    CheckpointSpec(
+        name="siglip_image_encoder",
+        architecture="siglip_image_encoder",
+        signature="6bd5343828144a2135d783519c665e2c",
+        layout="diffsynth.models:layouts/siglip_so400m_vision.json.gz",
+        files=("black-forest-labs/FLUX.1-Redux-dev:image_encoder/model.safetensors",),
+    ),
+    CheckpointSpec(
+        name="siglip_image_encoder/with_text_encoder",
+        architecture="siglip_image_encoder",
+        rules="diffsynth.models.convert:SIGLIP",
+        signature="04d8c1e20a1f1b25f7434f111992a33f",
+        layout="diffsynth.models:layouts/siglip_so400m.json.gz",
+        files=("google/siglip-so400m-patch14-384:model.safetensors",),
+    ),
+    CheckpointSpec(
+        name="siglip_image_encoder/vision_only",
+        architecture="siglip_image_encoder",
+        rules="diffsynth.models.convert:SIGLIP_VISION_ONLY",
+        signature="469c78b61e3e31bc9eec0d0af3d3f2f8",
+        layout="diffsynth.models:layouts/siglip2_giant_384.json.gz",
+        files=("DiffSynth-Studio/General-Image-Encoders:SigLIP2-G384/model.safetensors",),
+    ),
+    CheckpointSpec(
+        name="dinov3_image_encoder",
+        architecture="dinov3_image_encoder",
+        rules="diffsynth.models.convert:DINOV3",
+        signature="5722b5c873720009de96422993b15682",
+        layout="diffsynth.models:layouts/dinov3_7b.json.gz",
+        files=("DiffSynth-Studio/General-Image-Encoders:DINOv3-7B/model.safetensors",),
     ),
 )

@@ -130,3 +130,15 @@ WAN_AUTOENCODER_DIFFUSERS: tuple[Rule, ...] = (
     *_wan_up_blocks(),
 )
 """Autoencoder of Qwen-Image and of Wan 2.1 in diffusers' `vae/`."""
+
+SIGLIP: tuple[Rule, ...] = (Drop("text_model.{*}"), Drop("logit_scale"), Drop("logit_bias"))
+"""SigLIP's image encoder in a file of the whole model; the text encoder is dropped."""
+
+SIGLIP_VISION_ONLY: tuple[Rule, ...] = tuple(
+    Rename(f"{part}.{{*}}", f"vision_model.{part}.{{*}}")
+    for part in ("embeddings", "encoder", "post_layernorm", "head")
+)
+"""SigLIP's image encoder in a file of its own, without the prefix that it has in the whole model."""
+
+DINOV3: tuple[Rule, ...] = (Drop("embeddings.mask_token", "only pre-training masks patches"),)
+"""DINOv3's image encoder under its published names."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffsynth.runtime.branch_lora import ARGUMENTS
 from diffsynth.runtime.interface import PlannablePipeline
 from diffsynth.runtime.request import Request
 from diffsynth.runtime.solvers import find_solver
@@ -30,7 +31,7 @@ def without_effect(pipe: PlannablePipeline, request: Request, arguments: Mapping
     given = [name for name, value in known.items() if not equals_default(value, defaults[name].default)]
     is_off = f"guidance is off (cfg_scale={request.loop.cfg_scale})"
     for name in given:
-        if name == "guidance" and request.guidance.is_off(request.loop.cfg_scale):
+        if name in ("guidance", ARGUMENTS[1]) and request.guidance.is_off(request.loop.cfg_scale):
             found[name] = is_off
         elif name == "seed" and not find_solver(request.loop.solver).uses_noise:
             found[name] = reads.ignored("seeds") or ""

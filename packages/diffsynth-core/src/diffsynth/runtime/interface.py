@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from diffsynth.core.lora import LoRA
 from diffsynth.core.parallel import ProcessMesh
 from diffsynth.core.planning import MemoryPlan
+from diffsynth.runtime.branch_lora import BranchLoRASession
 from diffsynth.runtime.feature import Condition, StepContext
 from diffsynth.runtime.request import Request
 from diffsynth.runtime.role import Processor, Role
@@ -54,6 +56,9 @@ class LoopPipeline(Protocol):
 
     def velocity_arguments(self, conditions: Mapping[str, Any], step: StepContext) -> dict[str, Any]:
         """Return a dict of the keyword arguments of `velocity()` for these conditions in a step."""
+
+    def branch_loras(self, loras: Mapping[str, Sequence[LoRA]], branches: Sequence[str]) -> BranchLoRASession:
+        """Return the `BranchLoRASession` of a call with LoRAs of single branches."""
 
     def switch_experts(self, roles: Sequence[tuple[str, ...]], plan: MemoryPlan | None) -> ExpertSwitcher:
         """Return an `ExpertSwitcher` that loads the components of each step of the loop."""

@@ -28,6 +28,7 @@ from diffsynth.core.finite import LateCheck, nonfinite
 from diffsynth.errors import NotFinite, shortened, shown
 from diffsynth.runtime.acceleration.session import StepCacheSession, step_cache_session
 from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
+from diffsynth.runtime.branch_lora import ARGUMENTS, BranchLoRASession
 from diffsynth.runtime.feature import StepContext
 from diffsynth.runtime.guidance import GuidanceStep
 from diffsynth.runtime.guidance_branches import MERGES, Branches
@@ -76,6 +77,12 @@ class DenoisingLoop:
         merges = bool(cond.get(MERGES, False))
         self._branches = Branches(conditions, merges=merges, batch_size=request.batch_size, axis=pipe.mesh.branches)
         self._windows: SlidingWindow | None = cond.get(WINDOWS)
+        self._loras = _branch_loras(pipe, request, cond)
+        if merges and self._loras.is_used:
+            raise ValueError(
+                f"{' and '.join(ARGUMENTS)} need the branches of guidance one by one, and this call computes them as "
+                "one batch"
+            )
         self._call_states: dict[str, dict[str, Any]] = {}
         self._guidance = request.guidance
         self._guidance_state: dict[str, Any] = {}
@@ -113,7 +120,7 @@ class DenoisingLoop:
         self._notify("denoise_started", pipeline=pipe, num_steps=self.num_steps, shape=tuple(latents.shape))
         solver = load_solver(find_solver(request.loop.solver))
         progress = request.loop.progress_bar_cmd if pipe.mesh.is_main_process else no_progress
-        with self._experts, self._step_cache:
+        with self._experts, self._step_cache, self._loras:
             self._values.shared["latents"] = solver(
                 self.velocity,
                 latents,
@@ -172,6 +179,7 @@ class DenoisingLoop:
         with (
             self._step_cache.forward_pass(history, is_last=is_last),
             attention_at(self._request.loop.attention, step.index, self.num_steps),
+            self._loras.in_branch(branch),
         ):
             return velocity_in_windows(self._pipe, latents, levels, conditions, step, self._windows).float()
 
@@ -316,6 +324,7 @@ def check_loop(pipe: LoopPipeline, request: Request) -> None:
                 f"unit of {type(pipe).__name__} reads other values; it has: "
                 f"{', '.join(sorted(pipe.program.branches)) or 'none'}. Turn guidance off with cfg_scale=1"
             )
+    _branch_loras(pipe, request, {name: getattr(loop, name) for name in ARGUMENTS})
     pipe.mesh.check_call(branches=request.branches, step_cache=loop.step_cache, cancel=loop.cancel)
 
 
@@ -325,6 +334,19 @@ def _step_cache_session(pipe: LoopPipeline, request: Request) -> StepCacheSessio
     """
     roles = member_roles(pipe.loop_roles, pipe.components)
     return step_cache_session(request.loop.step_cache, pipe.parts, roles, pipe.model_name)
+
+
+def _branch_loras(pipe: LoopPipeline, request: Request, values: Mapping[str, Any]) -> BranchLoRASession:
+    """Return the LoRAs of the branches of a call.
+
+    Args:
+        pipe: the pipeline.
+        request: the call.
+        values: argument in `ARGUMENTS` -> its LoRAs or None.
+    """
+    named = zip(request.guidance.branches, ARGUMENTS, strict=False)
+    loras = {branch: values[name] for branch, name in named if values.get(name) is not None}
+    return pipe.branch_loras(loras, request.branches)
 
 
 def refuse_windows(pipe: LoopPipeline, values: Mapping[str, Any]) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffsynth import _discovery
-from diffsynth.core.loader import files
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.lora_match import role_hint
 from diffsynth.core.lora import LoRA, add_hot, clear_hot, fit, fuse, read_lora
@@ -26,6 +26,7 @@ from diffsynth.core.torch_defaults import torch_defaults
 from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.errors import KeyMismatch, shortened
 from diffsynth.runtime.architectures import architecture_of, cuts
+from diffsynth.runtime.branch_lora import BranchLoRASession, find_lora
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.spec import CheckpointSpec, resolve
 from diffsynth.terminal import module_logger
@@ -61,6 +62,8 @@ class LoRAMethods:
         raise NotImplementedError
 
     plan_cache: PlanCache | None
+    device: torch.device
+    all_loop_roles: tuple[str, ...]
 
     def _follow_wrapped(self) -> None:
         """Move the components that are wrapped now, after one was wrapped anew."""
@@ -172,6 +175,29 @@ class LoRAMethods:
             known = spelling_of(spelling, architecture)
             tensors |= spelled(part, known, own, _discovery.catalog().layouts()[1])
         return write_keys(tensors, path, metadata)
+
+    def branch_loras(self, loras: Mapping[str, Sequence[LoRA]], branches: Sequence[str]) -> BranchLoRASession:
+        """Return the `BranchLoRASession` of a call.
+
+        Args:
+            loras: branch -> its LoRAs, under the names of their files.
+            branches: those that the call computes; the LoRAs of others are left out.
+
+        Raises:
+            KeyMismatch: a LoRA does not fit the networks of the loop, or fits another component.
+            ValueError: as for `BranchLoRASession`.
+        """
+        fitted: dict[str, dict[str, list[LoRA]]] = {}
+        for branch in branches:
+            for lora in loras.get(branch, ()):
+                for role, part in self._fitted(lora, None, strict=True).items():
+                    if role not in self.all_loop_roles:
+                        raise KeyMismatch(
+                            f"{lora.where} changes {role}, which the branches of guidance do not call; expected "
+                            f"changes of {' and '.join(self.all_loop_roles)} only. Load it with load_lora()"
+                        )
+                    fitted.setdefault(branch, {}).setdefault(role, []).append(part)
+        return BranchLoRASession(fitted, self._networks(), device=self.device, atomic=self._atomic)
 
     def _fitted(self, lora: LoRA, role: str | None, strict: bool) -> dict[str, LoRA]:
         """Return a dict role -> the layers of `lora` that its component gets, under its names.
@@ -362,5 +388,5 @@ def _read(
     if given is not None:
         return read_lora(given, strict=strict), ()
     assert config is not None
-    paths = files.find(config, resolve=lambda source: _discovery.first("resolve_source", source=source))
+    paths = find_lora(config)
     return read_lora(paths, strict=strict), tuple(paths)

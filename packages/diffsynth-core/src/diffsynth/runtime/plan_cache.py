@@ -78,7 +78,7 @@ class PlanCache:
 
 def _size_key(value: Any) -> Any:
     """Return a hashable key of a value: itself if plain, a tuple with the size for an image or tensor, a tuple of keys
-    for a list, a tuple or a dataclass, such as a `ControlNetInput`, else its type's name.
+    for a list, a tuple, a dict or a dataclass, such as a `ControlNetInput`, else its type's name.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -86,6 +86,8 @@ def _size_key(value: Any) -> Any:
         return ("image", value.size)
     if isinstance(value, Tensor):
         return ("tensor", tuple(value.shape), value.dtype)
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(name), _size_key(each)) for name, each in value.items()))
     if isinstance(value, list | tuple):
         return (type(value).__name__, *map(_size_key, value))
     if is_dataclass(value):

@@ -16,6 +16,7 @@ from diffsynth.core.planning import MemoryPlan
 from diffsynth.errors import Cancelled, MissingComponent, did_you_mean, shown
 from diffsynth.runtime.acceleration.step_attention import AttentionArgument, parse_step_attention
 from diffsynth.runtime.acceleration.strategies import StepCacheArgument, parse_step_cache
+from diffsynth.runtime.branch_lora import BranchLoRA, parse_branch_lora
 from diffsynth.runtime.guidance import Guidance, GuidanceArgument, parse_guidance
 from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Program, can_run, equals_default, needed_roles
@@ -67,6 +68,8 @@ class LoopKeywords(TypedDict, total=False):
     attention: AttentionArgument
     solver: str
     guidance: GuidanceArgument
+    positive_only_lora: BranchLoRA
+    negative_only_lora: BranchLoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,9 @@ class LoopArguments:
             one that a plugin adds.
         guidance: how the branches of guidance are combined with `cfg_scale`: a `Guidance`, or a text such as
             "apg:eta=0.5"; None is classifier-free guidance, "cfg".
+        positive_only_lora: LoRA that only the branch of the prompt computes, beside the weights and for this call: a
+            file, or a dict of its tensors, as `image_to_lora` pipelines return it.
+        negative_only_lora: LoRA that only the branch of the negative prompt computes.
     """
 
     num_inference_steps: int = 30
@@ -108,12 +114,16 @@ class LoopArguments:
     attention: AttentionArgument = None
     solver: str = "euler"
     guidance: GuidanceArgument = None
+    positive_only_lora: BranchLoRA = None
+    negative_only_lora: BranchLoRA = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_cache", parse_step_cache(self.step_cache))
         object.__setattr__(self, "attention", parse_step_attention(self.attention))
         if self.guidance is not None:
             object.__setattr__(self, "guidance", parse_guidance(self.guidance))
+        for name in ("positive_only_lora", "negative_only_lora"):
+            object.__setattr__(self, name, parse_branch_lora(name, getattr(self, name)))
         for name, most in (("num_inference_steps", MAX_STEPS), ("num_images", MAX_RESULTS)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
@@ -130,7 +140,12 @@ class LoopArguments:
 
 LOOP_NAMES = tuple(field.name for field in fields(LoopArguments))
 
-LOOP_ONLY = frozenset({"num_inference_steps", "cfg_scale", "on_step", "step_cache", "attention", "solver", "guidance"})
+LOOP_ONLY = frozenset(
+    (
+        *("num_inference_steps", "cfg_scale", "on_step", "step_cache", "attention", "solver", "guidance"),
+        *("positive_only_lora", "negative_only_lora"),
+    )
+)
 """The arguments that a pipeline without a denoising loop does not have."""
 
 

@@ -8,7 +8,6 @@ DIT = "flux_dit"
 CONTROLNET = "flux_controlnet"
 CLIP = "clip_text_encoder"
 T5 = "t5_text_encoder"
-SIGLIP = "siglip_image_encoder"
 REDUX_EMBEDDER = "flux_redux_embedder"
 IP_ADAPTER = "flux_ip_adapter"
 
@@ -144,26 +143,6 @@ ARCHITECTURES = (
         repeated_blocks=("encoder.block",),
         # kohya calls T5 the third text encoder, as in Stable Diffusion 3.
         lora_spellings=_text_spellings("text_encoder_2", "t5xxl", kohya="lora_te3_", onetrainer="lora_te2_"),
-    ),
-    ArchitectureSpec(
-        name=SIGLIP,
-        module="diffsynth_flux.flux1.image_encoders:SiglipImageEncoder",
-        config="diffsynth_flux.flux1.config:SiglipImageEncoderConfig",
-        infer_config="diffsynth_flux.flux1.config:infer_siglip_config",
-        required=(
-            "vision_model.embeddings.patch_embedding.weight",
-            "vision_model.embeddings.patch_embedding.bias",
-            "vision_model.embeddings.position_embedding.weight",
-            "vision_model.encoder.layers.{n}.self_attn.q_proj.weight",
-            "vision_model.encoder.layers.{n}.mlp.fc1.weight",
-            "vision_model.post_layernorm.weight",
-        ),
-        tiny="diffsynth_flux.flux1.config:TINY_SIGLIP",
-        tiny_inputs="diffsynth_flux.flux1.tiny:tiny_siglip_inputs",
-        # torch's attention, in the head, reads the weights of its output projection.
-        atomic=("torch.nn:MultiheadAttention",),
-        high_precision=("*norm*",),
-        repeated_blocks=("vision_model.encoder.layers",),
     ),
     ArchitectureSpec(
         name=REDUX_EMBEDDER,
@@ -470,22 +449,6 @@ CHECKPOINTS = (
         name=f"{T5}/without_shared",
         architecture=T5,
         rules="diffsynth_flux.flux1.convert:T5_WITHOUT_SHARED",
-    ),
-    CheckpointSpec(
-        name=SIGLIP,
-        architecture=SIGLIP,
-        rules="diffsynth_flux.flux1.convert:SIGLIP",
-        signature="6bd5343828144a2135d783519c665e2c",
-        layout="diffsynth_flux:layouts/redux_image_encoder.json.gz",
-        files=("black-forest-labs/FLUX.1-Redux-dev:image_encoder/model.safetensors",),
-    ),
-    CheckpointSpec(
-        name=f"{SIGLIP}/with_text_encoder",
-        architecture=SIGLIP,
-        rules="diffsynth_flux.flux1.convert:SIGLIP",
-        signature="04d8c1e20a1f1b25f7434f111992a33f",
-        layout="diffsynth_flux:layouts/siglip_so400m.json.gz",
-        files=("google/siglip-so400m-patch14-384:model.safetensors",),
     ),
     CheckpointSpec(
         name=IP_ADAPTER,

@@ -317,61 +317,6 @@ def infer_t5_config(shapes: Shapes) -> T5TextEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiglipImageEncoderConfig:
-    """Config of the image encoder of SigLIP (arXiv:2303.15343); the defaults are So400m/14 at 384 pixels.
-
-    Args:
-        hidden_size: width of the hidden states; a head has 72 channels.
-        num_layers: number of layers.
-        intermediate_size: inner width of the feed-forward.
-        patch_size: side of a patch in pixels.
-        image_size: side of the square that images are resized to, in pixels; a rest after whole patches is not read.
-        pooling_head: whether the network has a head that pools the states of all patches to one vector.
-
-    Raises:
-        ValueError: the width is no multiple of the head dimension.
-    """
-
-    hidden_size: int = 1152
-    num_layers: int = 27
-    intermediate_size: int = 4304
-    patch_size: int = 14
-    image_size: int = 384
-    pooling_head: bool = True
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % 72:
-            raise ValueError(f"hidden_size={self.hidden_size}: expected a multiple of the head dimension 72")
-
-    @property
-    def num_patches(self) -> int:
-        """Number of patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
-
-
-TINY_SIGLIP = SiglipImageEncoderConfig(hidden_size=144, num_layers=2, intermediate_size=80, image_size=42)
-
-
-def infer_siglip_config(shapes: Shapes) -> SiglipImageEncoderConfig:
-    """Return the `SiglipImageEncoderConfig` of the network in a file, from `shapes` (tensor name -> shape).
-
-    Raises:
-        ValueError: the width is no multiple of the head dimension.
-    """
-    hidden_size, _, patch_size, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
-    side = round(shapes["vision_model.embeddings.position_embedding.weight"][0] ** 0.5)
-    return SiglipImageEncoderConfig(
-        hidden_size=hidden_size,
-        num_layers=count_items(shapes, "vision_model.encoder.layers"),
-        intermediate_size=shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
-        patch_size=patch_size,
-        # Of 384 pixels, 27 patches of 14 cover 378.
-        image_size=384 if (side, patch_size) == (27, 14) else side * patch_size,
-        pooling_head="vision_model.head.probe" in shapes,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReduxEmbedderConfig:
     """Config of the projection of FLUX.1-Redux from hidden states of SigLIP to text tokens.
 

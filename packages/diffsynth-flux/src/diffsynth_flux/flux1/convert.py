@@ -180,6 +180,3 @@ T5: tuple[Rule, ...] = (Drop("encoder.embed_tokens.weight", "it equals shared.we
 
 T5_WITHOUT_SHARED: tuple[Rule, ...] = (Rename("encoder.embed_tokens.weight", "shared.weight"), *_T5_UNUSED)
 """T5's encoder with the token embeddings under their other name."""
-
-SIGLIP: tuple[Rule, ...] = (Drop("text_model.{*}"), Drop("logit_scale"), Drop("logit_bias"))
-"""SigLIP's image encoder under its published names; the text encoder is dropped."""

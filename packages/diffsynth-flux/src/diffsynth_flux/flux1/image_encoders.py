@@ -1,73 +1,12 @@
-"""Image encoder of SigLIP over transformers' layers, and the projection of FLUX.1-Redux to text tokens."""
+"""Projection of FLUX.1-Redux from the hidden states of SigLIP to text tokens."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipMultiheadAttentionPoolingHead
 
-from diffsynth.core.data.color import to_rgb
-from diffsynth.models.transformers_attention import attn_implementation
-from diffsynth_flux.flux1.config import ReduxEmbedderConfig, SiglipImageEncoderConfig
-
-
-class SiglipImageEncoder(nn.Module):
-    """Image encoder of SigLIP (Zhai et al. 2023, arXiv:2303.15343). Parameter names are those of the published
-    `image_encoder/model.safetensors` of FLUX.1-Redux.
-    """
-
-    def __init__(self, config: SiglipImageEncoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        settings = SiglipVisionConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.hidden_size // 72,
-            intermediate_size=config.intermediate_size,
-            attention_dropout=0.0,
-            attn_implementation=attn_implementation(),
-        )
-        self.vision_model = nn.Module()
-        self.vision_model.embeddings = SiglipEmbeddings(config)
-        self.vision_model.encoder = nn.Module()
-        self.vision_model.encoder.layers = nn.ModuleList(SiglipEncoderLayer(settings) for _ in range(config.num_layers))
-        self.vision_model.post_layernorm = nn.LayerNorm(config.hidden_size, eps=settings.layer_norm_eps)
-        self.vision_model.head = SiglipMultiheadAttentionPoolingHead(settings) if config.pooling_head else None
-
-    def forward(
-        self, image: Float[Tensor, "b 3 side side"], *, pooled: bool = False
-    ) -> Float[Tensor, "b s e"] | Float[Tensor, "b e"]:
-        """Return the normalised hidden states `b s e` of the last layer, one for each patch; with `pooled` the vector
-        `b e` that the head makes of them.
-
-        Args:
-            image: pixels in [-1, 1] of the size in the config, see `siglip_pixels`.
-            pooled: whether the head follows; only for a network with `config.pooling_head`.
-        """
-        hidden = self.vision_model.embeddings(image)
-        for layer in self.vision_model.encoder.layers:
-            hidden = layer(hidden, attention_mask=None)
-        hidden = self.vision_model.post_layernorm(hidden)
-        return self.vision_model.head(hidden) if pooled else hidden
-
-
-class SiglipEmbeddings(nn.Module):
-    """Embeddings of patches and of their positions."""
-
-    def __init__(self, config: SiglipImageEncoderConfig) -> None:
-        super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
-
-    def forward(self, image: Float[Tensor, "b 3 side side"]) -> Float[Tensor, "b s e"]:
-        """Return the sum of both embeddings, a tensor `b s e`, row by row."""
-        patches = rearrange(self.patch_embedding(image), "b e h w -> b (h w) e")
-        return patches + self.position_embedding(torch.arange(patches.shape[1], device=image.device))
+from diffsynth_flux.flux1.config import ReduxEmbedderConfig
 
 
 class ReduxEmbedder(nn.Module):
@@ -82,10 +21,3 @@ class ReduxEmbedder(nn.Module):
     def forward(self, hidden: Float[Tensor, "b s e_image"]) -> Float[Tensor, "b s e_text"]:
         """Return the text tokens `b s e_text`, one for each hidden state of the image encoder."""
         return self.redux_down(F.silu(self.redux_up(hidden)))
-
-
-def siglip_pixels(image: Image.Image, size: int) -> Float[Tensor, "1 3 side side"]:
-    """Return an image as an fp32 tensor `1 3 size size` in [-1, 1], resized without keeping its aspect ratio."""
-    resized = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(resized, dtype=np.float32))
-    return rearrange(pixels / 127.5 - 1.0, "h w c -> 1 c h w")

@@ -12,7 +12,6 @@ from diffsynth_flux.flux1.config import (
     FluxDiTConfig,
     IPAdapterConfig,
     ReduxEmbedderConfig,
-    SiglipImageEncoderConfig,
     T5TextEncoderConfig,
 )
 
@@ -57,14 +56,6 @@ def tiny_text_inputs(config: ClipTextEncoderConfig | T5TextEncoderConfig, genera
     import torch
 
     return {"input_ids": torch.randint(config.vocab_size, (2, 11), generator=generator)}
-
-
-def tiny_siglip_inputs(config: SiglipImageEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return a dict of the argument of `SiglipImageEncoder.forward`: two random images, fp32 on the CPU."""
-    import torch
-
-    side = config.image_size
-    return {"image": torch.rand(2, 3, side, side, generator=generator) * 2 - 1}
 
 
 def tiny_redux_inputs(config: ReduxEmbedderConfig, generator: torch.Generator) -> dict[str, Any]:

@@ -1,7 +1,13 @@
-"""Condition images of a ControlNet: `Annotator`, and Canny's edge detector in numpy."""
+"""Condition images of a ControlNet: `Annotator`, and Canny's edge detector in numpy.
+
+Networks that detect depth, lines and poses are those of the library `controlnet_aux`, which is no dependency.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,25 +16,41 @@ from PIL import Image
 from diffsynth.core.data.color import to_rgb
 from diffsynth.errors import Unavailable, did_you_mean
 
+DETECTORS: Mapping[str, str] = MappingProxyType(
+    {
+        "depth": "MidasDetector",
+        "softedge": "HEDdetector",
+        "lineart": "LineartDetector",
+        "lineart_anime": "LineartAnimeDetector",
+        "openpose": "OpenposeDetector",
+        "normal": "NormalBaeDetector",
+    }
+)
+"""Processor -> its class in `controlnet_aux.processor`."""
+
 _UNCHANGED = ("tile", "none", "inpaint")
-_NEED_MODELS = ("depth", "softedge", "lineart", "lineart_anime", "openpose", "normal")
-PROCESSORS = ("canny", *_UNCHANGED, *_NEED_MODELS)
+PROCESSORS = ("canny", *_UNCHANGED, *DETECTORS)
+_OPTIONS = {"openpose": {"include_body": True, "include_hand": True, "include_face": True}}
 _NEIGHBOURS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
 
 
 class Annotator:
     """Callable that computes the condition image of an image.
 
+    "canny" detects edges, "tile", "none" and "inpaint" return the image unchanged. All others, "depth", "softedge",
+    "lineart", "lineart_anime", "openpose" and "normal", are networks of the library `controlnet_aux`
+    (`pip install "diffsynth-core[annotators]"`), whose weights are read from `model_path`.
+
     Args:
-        processor_id: "canny" detects edges; "tile", "none" and "inpaint" return the image unchanged.
-        model_path: folder of the networks of other processors; unused.
-        detect_resolution: pixels of the shorter side for edge detection; None is the image's own size.
-        device: device of the networks of other processors; unused.
+        processor_id: the processor.
+        model_path: folder or hub id of the networks' weights, as of the repository `lllyasviel/Annotators`.
+        detect_resolution: pixels of the shorter side for the detection; None is the image's own size.
+        device: device of the networks; None is the CPU.
         skip_processor: return the image unchanged, whatever the processor.
 
     Raises:
         ValueError: unknown processor.
-        Unavailable: a processor that needs a network, which this version does not include.
+        Unavailable: a processor that needs `controlnet_aux`, which is not installed or cannot be imported.
     """
 
     def __init__(
@@ -44,71 +66,111 @@ class Annotator:
                 f"processor_id={processor_id!r} is unknown{did_you_mean(processor_id, PROCESSORS)}; "
                 f"expected one of {', '.join(PROCESSORS)}"
             )
-        if processor_id in _NEED_MODELS and not skip_processor:
-            raise Unavailable(
-                f"Annotator({processor_id!r}) needs a network that this version does not include. Compute the "
-                f"condition image with another program and pass it as it is, or use 'canny'."
-            )
         self.processor_id = processor_id
         self.detect_resolution = detect_resolution
         self.skip_processor = skip_processor
+        self.detector: Any = None
+        if processor_id in DETECTORS and not skip_processor:
+            self.detector = _detector_class(processor_id).from_pretrained(model_path)
+            self.to("cpu" if device is None else device)
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the condition image, RGB, of the image's size."""
+    def to(self, device: Any) -> Annotator:
+        """Move the processor's network to `device`, if it has one; return the annotator itself."""
+        if self.detector is not None:
+            self.detector.to(device)
+        return self
+
+    def __call__(self, image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
+        """Return the condition image, RGB, of the image's size.
+
+        Args:
+            image: the image.
+            mask: accepted for scripts for DiffSynth-Studio and not used.
+        """
         image = to_rgb(image)
         if self.skip_processor or self.processor_id in _UNCHANGED:
             return image
-        if self.detect_resolution is None:
+        shorter = min(image.size)
+        detect = shorter if self.detect_resolution is None else self.detect_resolution
+        if self.detector is not None:
+            options = _OPTIONS.get(self.processor_id, {})
+            found = self.detector(image, detect_resolution=detect, image_resolution=shorter, **options)
+            return to_rgb(found).resize(image.size, Image.Resampling.BICUBIC)
+        if detect == shorter:
             return canny(image)
-        scale = self.detect_resolution / min(image.size)
+        scale = detect / shorter
         small = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         return canny(small).resize(image.size, Image.Resampling.BICUBIC)
+
+
+def _detector_class(processor_id: str) -> Any:
+    """Import and return the class of a processor's network; raise Unavailable if that is not possible."""
+    try:
+        return getattr(importlib.import_module("controlnet_aux.processor"), DETECTORS[processor_id])
+    except Exception as error:  # the library imports several others, which raise whatever they do
+        raise Unavailable(
+            f"Annotator({processor_id!r}) needs {DETECTORS[processor_id]} of the library controlnet_aux, which cannot "
+            f"be imported ({type(error).__name__}: {error}). Install it: pip install 'diffsynth-core[annotators]'; or "
+            "compute the condition image with another program and pass it as it is, or use 'canny'"
+        ) from error
 
 
 def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
     """Return an RGB PIL image, of the size of `image`, that shows its edges as white lines, one pixel wide, on black.
 
-    Canny 1986, doi:10.1109/TPAMI.1986.4767851.
+    Canny 1986, doi:10.1109/TPAMI.1986.4767851; pixel for pixel that of `cv2.Canny(rgb, low, high)`, which ControlNets
+    were trained with.
 
     Args:
-        image: the image; its grey levels are not blurred.
-        low: gradients (|dx| + |dy| of 3x3 Sobel sums over levels 0 to 255) of at least this value continue an edge.
-        high: gradients of at least this value start an edge.
+        image: the image; its levels are not blurred.
+        low: gradients (|dx| + |dy| of 3x3 Sobel sums over levels 0 to 255, of the channel where it is largest) above
+            this value continue an edge.
+        high: gradients above this value start an edge.
 
     Raises:
         ValueError: low above high.
     """
     if low > high:
         raise ValueError(f"low={low} is above high={high}")
-    grey = np.asarray(to_rgb(image).convert("L"), dtype=np.float32)
-    dx, dy = _sobel(grey)
+    dx, dy = _sobel(np.asarray(to_rgb(image), dtype=np.int32))
     strength = np.abs(dx) + np.abs(dy)
+    largest = strength.argmax(axis=2, keepdims=True)
+    strength, dx, dy = (np.take_along_axis(each, largest, axis=2)[:, :, 0] for each in (strength, dx, dy))
     ridge = np.where(_is_ridge(strength, dx, dy), strength, 0)
-    edges = _connected(ridge >= high, ridge >= low)
+    edges = _connected(ridge > high, ridge > low)
     return Image.fromarray(np.repeat(edges[:, :, None], 3, axis=2).astype(np.uint8) * 255)
 
 
-def _sobel(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return two float arrays of the shape of `grey`, the gradients along x and along y as 3x3 Sobel sums; border
-    pixels are repeated.
+def _sobel(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two integer arrays of the shape of `levels`, `h w c`: the gradients along x and along y as 3x3 Sobel sums;
+    border pixels are repeated.
     """
-    padded = np.pad(grey, 1, mode="edge")
+    padded = np.pad(levels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     along_y = padded[:-2] + 2 * padded[1:-1] + padded[2:]
     along_x = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
     return along_y[:, 2:] - along_y[:, :-2], along_x[2:] - along_x[:-2]
 
 
+_TAN = 13573
+"""The tangent of 22.5 degrees times 2**15: directions are rounded to multiples of 45 degrees in integers."""
+
+
 def _is_ridge(strength: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Return a bool array: True where `strength` is larger than the one neighbour along the gradient and at least as
-    large as the other; the direction is rounded to a multiple of 45 degrees.
+    """Return a bool array: True where `strength` is larger than the two neighbours along the gradient, whose direction
+    is rounded to a multiple of 45 degrees; of two equal neighbours in a row or column one is True.
     """
-    slope = np.arctan2(dy, dx)
-    direction = np.round(slope / (np.pi / 4)).astype(int) % 4
+    low, x, y = np.abs(dx) * _TAN, np.abs(dx), np.abs(dy) << 15
+    is_across, is_down = y < low, y > low + (x << 16)
+    # The other two are diagonals: from top left to bottom right where both gradients have one sign.
+    is_falling = ~is_across & ~is_down & ((dx < 0) == (dy < 0))
+    is_rising = ~is_across & ~is_down & ~is_falling
     ridge = np.zeros(strength.shape, dtype=bool)
-    for sector, (down, right) in enumerate([(0, 1), (1, 1), (1, 0), (1, -1)]):
+    for sector, down, right in ((is_across, 0, 1), (is_down, 1, 0)):
         # Strict on one side only, so that of two equal neighbours one remains.
-        largest = (strength > _neighbour(strength, -down, -right)) & (strength >= _neighbour(strength, down, right))
-        ridge |= (direction == sector) & largest
+        first, second = _neighbour(strength, -down, -right), _neighbour(strength, down, right)
+        ridge |= sector & (strength > first) & (strength >= second)
+    for sector, right in ((is_falling, 1), (is_rising, -1)):
+        ridge |= sector & (strength > _neighbour(strength, -1, -right)) & (strength > _neighbour(strength, 1, right))
     return ridge
 
 

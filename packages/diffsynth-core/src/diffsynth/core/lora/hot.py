@@ -38,12 +38,20 @@ class LoRAHotLoadMixin:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's own output for `x` plus what the LoRA adds to it, a tensor in the output's dtype."""
         output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return output + self.lora_forward(x).to(output.dtype)
+        return with_change(output, x, self.lora_down, self.lora_up)
 
-    def lora_forward(self, x: Tensor) -> Tensor:
-        """Return the LoRA's share of the layer's output for `x`, a tensor in the dtype of `x`."""
-        inner = functional.linear(x, self.lora_down.to(x.dtype))
-        return functional.linear(inner, self.lora_up.to(x.dtype))
+
+def with_change(output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Return the output of a linear layer for `x` plus what a LoRA adds to it, `(x A^T) B^T`, in the output's dtype.
+
+    Args:
+        output: of the layer alone, `... outputs`.
+        x: the layer's input, `... inputs`.
+        down: matrix A, `rank inputs`.
+        up: matrix B, `outputs rank`.
+    """
+    inner = functional.linear(x, down.to(x.dtype))
+    return output + functional.linear(inner, up.to(x.dtype)).to(output.dtype)
 
 
 def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[type, ...] = ()) -> None:
@@ -68,21 +76,35 @@ def add_hot(module: nn.Module, lora: LoRA, alpha: float = 1.0, *, atomic: tuple[
     if engine is not None:
         engine.leave()
     for name, layer in layers.items():
-        weight = layer.weight
-        device = weight.device if engine is None else torch.device("cpu")
-        dtype = (engine.policy.computation.dtype if engine is not None else None) or weight.dtype
-        if dtype.itemsize < 2:
-            dtype = torch.bfloat16  # fp8 is a storage dtype: matrices of it would lose too much
-        change = lora.layers[name]
+        device = layer.weight.device if engine is None else torch.device("cpu")
         earlier = [LoRALayer(layer.lora_down, layer.lora_up)] if isinstance(layer, LoRAHotLoadMixin) else []
-        new = LoRALayer(change.down.to(device, dtype), change.scaled_up(alpha).to(device, dtype))
-        total = stacked(name, [*earlier, new])
+        total = stacked(name, [*earlier, hot_change(module, layer, lora.layers[name], alpha, device=device)])
         if not earlier:
             _set_class(layer, _with_lora(type(layer)))
         layer.register_buffer("lora_down", total.down, persistent=False)
         layer.register_buffer("lora_up", total.up, persistent=False)
     remember(module, mark, Applied(alpha, hot=True))
     _reset_compiled(module)
+
+
+def hot_change(
+    module: nn.Module, layer: nn.Module, change: LoRALayer, alpha: float = 1.0, *, device: torch.device
+) -> LoRALayer:
+    """Return the matrices of `change` as a layer of `module` computes them beside its weight: on `device`, in the dtype
+    of the layer's computation, all factors in matrix B.
+
+    Args:
+        module: the module, which may be wrapped by the VRAM engine.
+        layer: the linear layer.
+        change: of the layer's weight.
+        alpha: factor of the change.
+        device: of the matrices.
+    """
+    engine = managed(module)
+    dtype = (engine.policy.computation.dtype if engine is not None else None) or layer.weight.dtype
+    if dtype.itemsize < 2:
+        dtype = torch.bfloat16  # fp8 is a storage dtype: matrices of it would lose too much
+    return LoRALayer(change.down.to(device, dtype), change.scaled_up(alpha).to(device, dtype))
 
 
 def check_hot(module: nn.Module, lora: LoRA, *, atomic: tuple[type, ...] = ()) -> Hashable:

@@ -12,12 +12,11 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from diffsynth.core import forward_chain
 from diffsynth.core.lora.changes import LoRALayer
 from diffsynth.core.lora.format import LoRA
-from diffsynth.core.lora.hot import check_layers, not_hot
+from diffsynth.core.lora.hot import check_layers, not_hot, with_change
 
 _ENTERED: ContextVar[tuple[object, ...]] = ContextVar("lora scopes that this thread is in", default=())
 
@@ -70,6 +69,4 @@ def _add(scope: object, down: Tensor, up: Tensor, layer: nn.Module, inputs: tupl
     """Return a layer's output with a LoRA added; None, which leaves it as it is, in a thread that is not in `scope`."""
     if scope not in _ENTERED.get():
         return None
-    x: Tensor = inputs[0]
-    inner = functional.linear(x, down.to(x.dtype))
-    return output + functional.linear(inner, up.to(x.dtype)).to(output.dtype)
+    return with_change(output, inputs[0], down, up)

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.errors import MissingComponent
+from diffsynth.models.siglip import siglip_pixels
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.images import image_list
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.features.redux import ENCODER, ENCODER_ROLE
-from diffsynth_flux.flux1.image_encoders import siglip_pixels
 from diffsynth_flux.flux1.ip_adapter import ImagePrompt
 
 ADAPTER = "ipadapter"

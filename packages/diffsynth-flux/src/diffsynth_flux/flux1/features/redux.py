@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.errors import MissingComponent
+from diffsynth.models.siglip import siglip_pixels
 from diffsynth.runtime.feature import Configs, Feature
 from diffsynth.runtime.role import Role
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth_flux.flux1.image_encoders import siglip_pixels
 
 ENCODER, EMBEDDER = "image_encoder", "image_embedder"
 

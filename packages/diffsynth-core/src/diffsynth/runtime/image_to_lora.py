@@ -1,0 +1,193 @@
+"""Image-to-LoRA: LoRAs made from images, as a feature of a family's pipeline and as a pipeline of its own.
+
+The embeddings of SigLIP 2 and of DINOv3 of an image are joined to one vector; a network of the family
+(`diffsynth.models.image_to_lora`) makes a LoRA of it. The LoRA of several images is the mean of their changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.core.data.color import to_rgb
+from diffsynth.core.data.image import cover
+from diffsynth.core.lora import LoRA
+from diffsynth.core.lora.arithmetic import stacked
+from diffsynth.core.lora.changes import LoRALayer
+from diffsynth.core.lora.format import to_state_dict
+from diffsynth.errors import InvalidPipeline, MissingComponent
+from diffsynth.models.dinov3 import dinov3_pixels
+from diffsynth.models.siglip import siglip_pixels
+from diffsynth.runtime.feature import Configs, Feature
+from diffsynth.runtime.images import image_list
+from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.runtime.role import Processor, Role
+from diffsynth.runtime.unit import Phase, unit
+
+SIGLIP, DINOV3, STYLE = "siglip2_image_encoder", "dinov3_image_encoder", "image2lora_style"
+"""Roles: the two image encoders, and the network that makes a LoRA of the style of images."""
+
+_SIDE = 1024
+"""Pixels of the square that images are scaled to cover and cropped to, before the encoders scale them to their own."""
+
+
+class ImageToLoRAArguments(TypedDict, total=False):
+    """Images to make a LoRA of.
+
+    Args:
+        image2lora_images: Image, or list of images, of a style. The LoRA that is made of them is computed by the branch
+            of the prompt alone, besides that in `positive_only_lora`.
+    """
+
+    image2lora_images: Image.Image | Sequence[Image.Image] | None
+
+
+@unit("image2lora_x", phase=Phase.ENCODE, only_with="image2lora_images")
+def embed_images(
+    siglip2_image_encoder: Any,
+    dinov3_image_encoder: Any,
+    *,
+    image2lora_images: Image.Image | Sequence[Image.Image] | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Float[Tensor, "n e"]:
+    """Return a tensor `n e`: for each image the pooled outputs of SigLIP 2 and of DINOv3, one after the other."""
+    images = [cover(to_rgb(image), _SIDE, _SIDE) for image in image_list(image2lora_images)]
+    size, bilinear = siglip2_image_encoder.config.image_size, Image.Resampling.BILINEAR
+    siglip = torch.cat([siglip_pixels(image, size, resample=bilinear) for image in images])
+    dinov3 = torch.cat([dinov3_pixels(image, dinov3_image_encoder.config.image_size) for image in images])
+    first = siglip2_image_encoder(siglip.to(device, dtype), pooled=True)
+    return torch.cat((first, dinov3_image_encoder(dinov3.to(device, dtype))), dim=1)
+
+
+def mean_lora(changes: Sequence[Mapping[str, tuple[Tensor, Tensor]]], count: int) -> LoRA:
+    """Return a `LoRA`: the sum of all changes, divided by `count`; its rank is the sum of theirs.
+
+    Args:
+        changes: name of a linear layer -> (matrix A, matrix B) of each image and network.
+        count: the number of images.
+    """
+    names = dict.fromkeys(name for each in changes for name in each)
+    layers = {
+        name: stacked(name, [LoRALayer(*each[name]) for each in changes if name in each], 1 / count) for name in names
+    }
+    return LoRA(layers, "the LoRA of image2lora_images")
+
+
+@unit("positive_only_lora", only_with="image2lora_images")
+def add_lora_of_images(
+    image2lora_style: Any,
+    *,
+    image2lora_images: Image.Image | Sequence[Image.Image] | None = None,
+    image2lora_x: Float[Tensor, "n e"],
+    positive_only_lora: tuple[LoRA, ...] | None,
+) -> tuple[LoRA, ...]:
+    """Return the LoRAs of the conditional branch of guidance, a tuple: those of the call, then that of the images."""
+    return (
+        *(positive_only_lora or ()),
+        mean_lora([image2lora_style(each) for each in image2lora_x], len(image2lora_x)),
+    )
+
+
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error for images without all networks, or with networks that do not fit each other.
+
+    Raises:
+        MissingComponent: an image encoder or the network that makes LoRAs is not loaded.
+        InvalidPipeline: the network takes another width than the encoders have together.
+    """
+    if values["image2lora_images"] is None:
+        return
+    if missing := [role for role in (SIGLIP, DINOV3, STYLE) if configs[role] is None]:
+        raise MissingComponent(
+            f"image2lora_images needs {' and '.join(missing)}; add the files of General-Image-Encoders and of the "
+            "model's image-to-LoRA network to model_configs"
+        )
+    _check_width(configs)
+
+
+def _check_width(configs: Configs) -> None:
+    """Raise InvalidPipeline unless the network takes what the two image encoders return together."""
+    found, wanted = configs[SIGLIP].hidden_size + configs[DINOV3].hidden_size, configs[STYLE].image_dim
+    if found != wanted:
+        raise InvalidPipeline(
+            f"{SIGLIP} and {DINOV3} have {found} channels together, and {STYLE} takes {wanted}; these components do "
+            "not fit each other. Use SigLIP2-G384 and DINOv3-7B"
+        )
+
+
+def image_to_lora_roles(architecture: str, *, optional: bool = True) -> dict[str, Role | Processor]:
+    """Return a dict role -> `Role` of the networks that make LoRAs.
+
+    Args:
+        architecture: name of the family's architecture of the network for the style.
+        optional: whether the roles may stay empty.
+    """
+    accepted = {SIGLIP: "siglip_image_encoder", DINOV3: "dinov3_image_encoder", STYLE: architecture}
+    return {role: Role(architectures=(name,), optional=optional) for role, name in accepted.items()}
+
+
+def image_to_lora_feature(architecture: str) -> Feature:
+    """Return the `Feature` of a family's pipeline whose calls take images to make a LoRA of.
+
+    Args:
+        architecture: name of the family's architecture of the network for the style.
+    """
+    return Feature(
+        "image_to_lora",
+        arguments=ImageToLoRAArguments,
+        roles=image_to_lora_roles(architecture),
+        units=(embed_images, add_lora_of_images),
+        check=check,
+    )
+
+
+@unit("output")
+def lora_of_images(image2lora_style: Any, *, image2lora_x: Float[Tensor, "n e"]) -> list[dict[str, Tensor]]:
+    """Return a list of one LoRA, the mean of those of the images: key -> tensor."""
+    lora = mean_lora([image2lora_style(each) for each in image2lora_x], len(image2lora_x))
+    return [to_state_dict(lora)]
+
+
+class ImageToLoRAPipeline(Pipeline):
+    """Makes the LoRA of a style from images; a family subclasses it with its own network.
+
+        pipe = ZImageImageToLoRAPipeline.from_pretrained(model_configs=[...])
+        lora = pipe(image2lora_images=images)
+
+    A call returns a dict key -> tensor, which `load_lora(state_dict=)`, `positive_only_lora=` and `save_lora` take.
+    """
+
+    units = (embed_images,)
+    output_units = (lora_of_images,)
+    loop_roles = ()
+    per_image = ()
+    output_kind = "tensors"
+
+    @classmethod
+    def from_pipeline(cls, pipe: Pipeline) -> ImageToLoRAPipeline:
+        """Return a pipeline with the components that `pipe` has for its roles; they are shared, not copied.
+
+        Raises:
+            MissingComponent: `pipe` has none for a role.
+        """
+        found = {role: pipe.components.get(role) for role in cls.roles}
+        if missing := [role for role, part in found.items() if part is None]:
+            raise MissingComponent(f"{cls.__name__} needs {' and '.join(missing)}; add the files to model_configs")
+        return cls(found, device=pipe.device, torch_dtype=pipe.dtype)  # type: ignore[return-value]
+
+    def check(self, **arguments: Any) -> Any:
+        """Check the arguments of a call; see `Pipeline.check`.
+
+        Raises:
+            ValueError: no image is given.
+        """
+        request = super().check(**arguments)
+        if request.values["image2lora_images"] is None:
+            raise ValueError("image2lora_images=None: expected an image, or a list of images")
+        return request
