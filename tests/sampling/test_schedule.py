@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffsynth.sampling.schedule import (
     BetaSchedule,
+    flux1_mu,
+    flux1_original_sigmas,
     flux1_sigmas,
     flux2_mu,
     flux2_sigmas,
@@ -242,3 +247,29 @@ def assert_is_schedule(sigmas, num_steps):
     assert (sigmas[:-1] > sigmas[1:]).all()
     assert sigmas[0] <= 1
     assert sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("size", [(256, 256), (512, 768), (1024, 1024), (1632, 1232), (2048, 2048)])
+@pytest.mark.parametrize("num_steps", [1, 4, 28, 50])
+def test_schedules_of_flux_are_those_of_diffusers(size, num_steps):
+    """FLUX.1-dev, -Krea-dev and -Kontext-dev, FLUX.1-schnell, and FLUX.2, with the published schedulers' configs."""
+    tokens = (size[0] // 16) * (size[1] // 16)
+    grid = np.linspace(1.0, 1 / num_steps, num_steps)
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+    dev = FlowMatchEulerDiscreteScheduler(base_image_seq_len=256, max_image_seq_len=4096, **dynamic)
+    dev.set_timesteps(sigmas=grid, mu=calculate_shift(tokens, 256, 4096, 0.5, 1.15))
+    torch.testing.assert_close(flux1_original_sigmas(num_steps, num_tokens=tokens), dev.sigmas, rtol=0, atol=1e-6)
+    schnell = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    schnell.set_timesteps(sigmas=grid)
+    torch.testing.assert_close(flux1_original_sigmas(num_steps), schnell.sigmas, rtol=0, atol=1e-6)
+    two = FlowMatchEulerDiscreteScheduler(**dynamic)
+    two.set_timesteps(sigmas=grid, mu=compute_empirical_mu(tokens, num_steps))
+    torch.testing.assert_close(flux2_sigmas(num_steps, num_tokens=tokens), two.sigmas, rtol=0, atol=1e-6)
+
+
+def test_the_original_schedule_of_flux1():
+    assert flux1_original_sigmas(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    torch.testing.assert_close(flux1_original_sigmas(4, shift=3.0)[1:3], torch.tensor([0.9, 0.75]))
+    assert flux1_original_sigmas(4, strength=0.5)[0] == 0.625
+    assert flux1_mu(256) == 0.5
+    assert flux1_mu(4096) == pytest.approx(1.15)

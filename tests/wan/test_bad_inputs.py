@@ -112,7 +112,7 @@ DANCE = {"animate2_reference_image": RED, "animate2_reference_video": [RED] * 9}
             ValueError,
             "switch_DiT_boundary=875: expected a number, at least 0 and at most 1",
         ),
-        (TEXT, {"tea_cache_l1_thresh": 0.1}, TypeError, "unknown argument 'tea_cache_l1_thresh'"),
+        (TEXT, {"tea_cache_l1_thresh": 0.1}, TypeError, "unknown argument 'tea_cache_l1_thresh': step_cache='tea:"),
         (TEXT, {"input_videos": []}, TypeError, "did you mean 'input_video'"),
         (TEXT, {"output_type": "quantised"}, ValueError, "output_type='quantised'"),
         (IMAGE, {}, ValueError, "pass input_image"),

@@ -1,9 +1,14 @@
 """The `TypedDict` of the arguments equals the arguments of the pipeline's units."""
 
 import inspect
+import json
+from pathlib import Path
+
+import pytest
 
 from diffsynth_flux import FluxImagePipeline
-from diffsynth_flux.flux1.arguments import FluxArguments
+from diffsynth_flux.flux1.arguments import OTHER_ARGUMENTS, FluxArguments
+from flux1_oracles import tiny_pipelines
 
 
 def test_typed_dict_equals_the_signature():
@@ -17,26 +22,26 @@ def test_types_equal_those_of_the_units():
     assert typed == {name: parameters[name].annotation for name in typed}
 
 
-def test_names_and_defaults_of_the_reference():
-    """`spec/features.md` A4: names and defaults that existing scripts rely on."""
+TABLE = json.loads((Path(__file__).parents[2] / "data" / "arguments" / "flux.json").read_text(encoding="utf-8"))
+"""Pipeline -> argument of DiffSynth-Studio (`spec/features.md`, A4) -> its default."""
+
+OURS = {"tiled": None, "tile_size": 64, "tile_stride": 48}
+"""Defaults that differ: a tile of 128 latent pixels is all of an image of 1024 pixels, and would save no memory; None
+uses tiles where the plan for a `vram_limit` needs them."""
+
+
+def test_every_argument_of_diffsynth_studio_is_taken_or_says_what_takes_its_place():
     parameters = inspect.signature(FluxImagePipeline.__call__).parameters
-    expected = {
-        "prompt": "",
-        "negative_prompt": "",
-        "cfg_scale": 1.0,
-        "embedded_guidance": 3.5,
-        "t5_sequence_length": 512,
-        "input_image": None,
-        "denoising_strength": 1.0,
-        "height": 1024,
-        "width": 1024,
-        "seed": None,
-        "rand_device": "cpu",
-        "sigma_shift": None,
-        "num_inference_steps": 30,
-    }
-    assert {name: parameters[name].default for name in expected} == expected
-    assert callable(parameters["progress_bar_cmd"].default)
+    taken = {name: default for name, default in TABLE["flux1"].items() if name in parameters}
+    found = {name: parameters[name].default for name in taken}
+    assert callable(found.pop("progress_bar_cmd"))
+    assert found == {name: OURS.get(name, default) for name, default in taken.items() if name in found}
+    others = set(TABLE["flux1"]) - set(taken)
+    assert others == set(OTHER_ARGUMENTS)
+    pipe = tiny_pipelines()[0]
+    for name in others:
+        with pytest.raises(TypeError, match=f"unknown argument '{name}': (this version recognises|step_cache='tea:)"):
+            pipe.check(prompt="a", **{name: TABLE["flux1"][name]})
 
 
 def test_from_pretrained_names():

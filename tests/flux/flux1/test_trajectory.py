@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
 from diffsynth_flux.flux1.dit import patchify
@@ -54,6 +54,22 @@ def test_images(pipelines):
     image = ours(**call, seed=3, num_inference_steps=2, sigma_shift=1.5)
     assert image.size == (SIZE["width"], SIZE["height"])
     assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_original_schedule(guided):
+    """A network without the guidance input, as schnell's, has it by default; sigmas are those that diffusers makes."""
+    ours, parts = tiny_pipelines(replace(DIT, guidance_embed=guided))
+    settings = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256}
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=1.0, **(settings if guided else {}))
+    oracle = FluxPipeline(**parts)
+    oracle.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red apple", "num_inference_steps": 4, **SIZE}
+    expected = oracle(**call, guidance_scale=3.5, latents=noise(7), output_type="latent", max_sequence_length=64).images
+    call |= {"seed": 7, "output_type": "latents", "t5_sequence_length": 64}
+    assert relative_error(ours(**call, original_schedule=True), unpacked(expected)) < TOLERANCE
+    default = relative_error(ours(**call), unpacked(expected))
+    assert default > 1e-3 if guided else default < TOLERANCE
 
 
 def test_image_to_image(pipelines):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
+
+import pytest
 
 from diffsynth_flux import Flux2ImagePipeline
 from diffsynth_flux.flux2.arguments import Flux2Arguments
+from flux2_oracles import tiny_pipelines
 
 PARAMETERS = inspect.signature(Flux2ImagePipeline.__call__).parameters
 
@@ -19,29 +24,18 @@ def test_types_equal_those_of_the_units() -> None:
     assert typed == {name: PARAMETERS[name].annotation for name in typed}
 
 
-def test_names_and_defaults_of_the_reference() -> None:
-    """`spec/features.md` A4: names and defaults that existing scripts rely on."""
-    expected = {
-        "prompt": "",
-        "negative_prompt": "",
-        "cfg_scale": 1.0,
-        "embedded_guidance": 4.0,
-        "input_image": None,
-        "denoising_strength": 1.0,
-        "edit_image": None,
-        "edit_image_auto_resize": True,
-        "height": 1024,
-        "width": 1024,
-        "seed": None,
-        "rand_device": "cpu",
-        "initial_noise": None,
-        "num_inference_steps": 30,
-        "inpaint_mask": None,
-        "inpaint_blur_size": None,
-        "inpaint_blur_sigma": None,
-    }
-    assert {name: PARAMETERS[name].default for name in expected} == expected
-    assert callable(PARAMETERS["progress_bar_cmd"].default)
+def test_every_argument_of_diffsynth_studio_is_taken() -> None:
+    file = Path(__file__).parents[2] / "data" / "arguments" / "flux.json"
+    table = json.loads(file.read_text(encoding="utf-8"))["flux2"]
+    found = {name: PARAMETERS[name].default for name in table}
+    assert callable(found.pop("progress_bar_cmd"))
+    assert found == {name: default for name, default in table.items() if name in found}
+
+
+@pytest.mark.parametrize("name", ["t5_sequence_length", "template_inputs", "negative_template_inputs"])
+def test_an_argument_that_is_not_taken_says_what_takes_its_place(name) -> None:
+    with pytest.raises(TypeError, match=f"unknown argument '{name}': (FLUX.2 has no T5|template models are not run)"):
+        tiny_pipelines(klein=True)[0].check(prompt="a", **{name: None})
 
 
 def test_from_pretrained_names() -> None:

@@ -56,6 +56,10 @@ class WanVideoPipeline(Pipeline):
     loop = LoopArguments(num_inference_steps=50, cfg_scale=5.0)
     conditions = {"prompt_embeds": Condition(whole), "expert_boundary": Condition(whole, batch="separate")}
     shares_tokens = True
+    other_arguments = dict.fromkeys(
+        ("tea_cache_l1_thresh", "tea_cache_model_id"),
+        "step_cache='tea:threshold=0.2,model=wan2.1-t2v-14b' takes its place, with the threshold that it had",
+    )
     output_kind = "video"
     facts = {
         "in_channels": "dit.in_channels",

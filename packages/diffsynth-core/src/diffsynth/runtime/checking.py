@@ -45,6 +45,7 @@ class CheckMethods:
             self.components,
             per_image=self.per_image,
             check_value=lambda name, value: self._argument_types[name].check(value),
+            instead=self.other_arguments,
         )
         check_size(self, request)
         check_values(self.program, self.components, self.known_values(request))

@@ -80,6 +80,10 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
     per_image: tuple[str, ...] = ("prompt", "negative_prompt")
     """The arguments that take one value, or a list of one for each result."""
 
+    other_arguments: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Argument that users of other programs know and this pipeline does not take -> what takes its place, for the
+    error."""
+
     facts: Mapping[str, str] = MappingProxyType({})
     """Name -> "role.field": a field of a component's config that units read without the component being loaded."""
 

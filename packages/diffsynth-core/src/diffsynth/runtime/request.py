@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
@@ -238,6 +239,7 @@ def check_request(
     *,
     per_image: Sequence[str],
     check_value: Callable[[str, Any], None] | None = None,
+    instead: Mapping[str, str] = MappingProxyType({}),
 ) -> Request:
     """Check the arguments of a call and return them, completed by defaults, as a `Request`.
 
@@ -249,13 +251,14 @@ def check_request(
         per_image: names of the arguments that take one value, or a list of one for each result; units get a list.
         check_value: function of an argument's name and a value other than its default, which raises for a value that
             the argument does not take; see `diffsynth.runtime.argument_types`.
+        instead: see `reject_unknown`.
 
     Raises:
         TypeError: an unknown argument, with the nearest spelling, or a value of a wrong type.
         ValueError: a value out of range, or lists whose lengths do not fit.
         MissingComponent: an argument of a unit whose role is not loaded.
     """
-    reject_unknown(arguments, signature)
+    reject_unknown(arguments, signature, instead)
     arguments = {name: _plain(value) for name, value in arguments.items()}
     for name, value in arguments.items():
         if check_value is not None and not equals_default(value, signature.parameters[name].default):
@@ -284,13 +287,22 @@ def refuse_meta(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is a tensor on the device meta; expected a tensor with values")
 
 
-def reject_unknown(arguments: Iterable[str], signature: inspect.Signature) -> None:
+def reject_unknown(
+    arguments: Iterable[str], signature: inspect.Signature, instead: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Raise TypeError for an argument that a signature does not have.
 
+    Args:
+        arguments: names of the arguments.
+        signature: of the call.
+        instead: argument of other programs -> what takes its place, which the error says.
+
     Raises:
-        TypeError: an unknown argument, with the nearest spelling.
+        TypeError: an unknown argument, with what takes its place, or the nearest spelling.
     """
     for name in arguments:
+        if name in instead and name not in signature.parameters:
+            raise TypeError(f"unknown argument {name!r}: {instead[name]}")
         if name not in signature.parameters:
             broken = _discovery.problems()
             raise TypeError(

@@ -77,6 +77,29 @@ def flux1_sigmas(num_steps: int, *, shift: float = 3.0, strength: float = 1.0) -
     return _schedule(shift_sigmas(torch.linspace(start, FLUX1_SIGMA_MIN, num_steps), shift))
 
 
+def flux1_original_sigmas(
+    num_steps: int, *, num_tokens: int | None = None, shift: float | None = None, strength: float = 1.0
+) -> Float[Tensor, "steps_plus_1"]:
+    """Return an fp32 tensor of the `num_steps + 1` noise levels of FLUX.1 in the code of Black Forest Labs, and in
+    diffusers: a uniform grid from 1 (lower with `strength` below 1) to 1/num_steps, shifted, and then 0.
+
+    Args:
+        num_steps: calls of the network, at least 1.
+        num_tokens: image tokens, `(height // 16) * (width // 16)`; their log shift is that of `flux1_mu`.
+        shift: above 0; has precedence over `num_tokens`. Without both there is no shift, as for FLUX.1-schnell.
+        strength: start of the unshifted grid, in (0, 1].
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(num_steps, strength)
+    end = 1 / num_steps
+    levels = torch.linspace(end + (1 - end) * strength, end, num_steps)
+    if shift is None and num_tokens is not None:
+        return _schedule(shift_sigmas_by_mu(levels, flux1_mu(num_tokens)))
+    return _schedule(shift_sigmas(levels, 1.0 if shift is None else shift))
+
+
 def flux2_sigmas(
     num_steps: int, *, num_tokens: int | None = None, mu: float | None = None, strength: float = 1.0
 ) -> Float[Tensor, "steps_plus_1"]:
@@ -299,6 +322,17 @@ def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tens
     if not abs(mu) <= 80:
         raise ValueError(f"mu={mu!r}: expected a number in [-80, 80]; published models use 0.3 to 3")
     return math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
+
+
+def flux1_mu(num_tokens: int) -> float:
+    """Return the log of FLUX.1-dev's shift in the code of Black Forest Labs, a float, linear in `num_tokens`: 0.5 for
+    256 tokens, 1.15 for 4096, not clamped.
+
+    Raises:
+        ValueError: `num_tokens` is not a positive integer.
+    """
+    _check_positive("num_tokens", num_tokens)
+    return 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
 
 
 def flux2_mu(num_tokens: int, *, num_steps: int) -> float:

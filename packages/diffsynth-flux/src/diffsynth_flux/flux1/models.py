@@ -87,7 +87,7 @@ MODELS = (
         "flux1-schnell.safetensors",
         "12B, distilled to 4 steps without guidance",
         encoders="black-forest-labs/FLUX.1-schnell",
-        defaults={"num_inference_steps": 4, "sigma_shift": 1.0, "t5_sequence_length": 256},
+        defaults={"num_inference_steps": 4, "t5_sequence_length": 256},
         license_name="Apache-2.0",
         tiny={"dit": {"guidance_embed": False}},
     ),

@@ -14,7 +14,7 @@ from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Agreement, Role, Tokenizer
-from diffsynth_flux.flux1.arguments import FluxArguments
+from diffsynth_flux.flux1.arguments import OTHER_ARGUMENTS, FluxArguments
 from diffsynth_flux.flux1.extension import Extension
 from diffsynth_flux.flux1.features import FEATURES
 from diffsynth_flux.flux1.features.fill import MASK_CHANNELS
@@ -42,6 +42,7 @@ class FluxImagePipeline(Pipeline):
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=30)
     facts = {"latent_channels": "dit.latent_channels", "embeds_guidance": "dit.guidance_embed"}
+    other_arguments = OTHER_ARGUMENTS
     agreements = (
         Agreement("width of CLIP's pooled states", ("text_encoder_1.hidden_size", "dit.pooled_dim")),
         Agreement("width of T5's hidden states", ("text_encoder_2.hidden_size", "dit.context_dim")),

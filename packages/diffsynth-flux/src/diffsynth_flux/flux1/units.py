@@ -13,9 +13,9 @@ from diffsynth.errors import shown
 from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size
 from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth.sampling.schedule import flux1_sigmas
+from diffsynth.sampling.schedule import flux1_original_sigmas, flux1_sigmas
 from diffsynth.terminal import module_logger
-from diffsynth_flux.flux1.config import VAE_FACTOR
+from diffsynth_flux.flux1.config import PATCH_SIZE, VAE_FACTOR
 
 logger = module_logger(__name__)
 
@@ -24,16 +24,29 @@ MAX_T5_TOKENS = 512
 EMBEDDED_GUIDANCE = 3.5
 """Default guidance of the distilled network."""
 
-round_size = image_size(multiple=16)
+TOKEN_SIDE = PATCH_SIZE * VAE_FACTOR
+"""Side of a token in pixels."""
+
+round_size = image_size(multiple=TOKEN_SIDE)
 
 
 @unit("sigmas", phase=Phase.SHAPE)
 def schedule(
-    *, num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float | None = None
+    *,
+    num_inference_steps: int,
+    denoising_strength: float = 1.0,
+    sigma_shift: float | None = None,
+    original_schedule: bool | None = None,
+    embeds_guidance: bool = True,
+    height: int,
+    width: int,
 ) -> Float[Tensor, "steps_plus_1"]:
-    """Return a tensor `steps_plus_1` of the noise levels (sigmas in [0, 1]) of the steps, falling, and a last 0; a
-    `sigma_shift` of None means 3.
-    """
+    """Return a tensor `steps_plus_1` of the noise levels (sigmas in [0, 1]) of the steps, falling, and a last 0."""
+    if original_schedule or (original_schedule is None and not embeds_guidance):
+        num_tokens = (height // TOKEN_SIDE) * (width // TOKEN_SIDE) if embeds_guidance else None
+        return flux1_original_sigmas(
+            num_inference_steps, num_tokens=num_tokens, shift=sigma_shift, strength=denoising_strength
+        )
     shift = 3.0 if sigma_shift is None else sigma_shift
     return flux1_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
 

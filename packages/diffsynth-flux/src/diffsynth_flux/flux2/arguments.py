@@ -35,3 +35,13 @@ class Flux2Arguments(
 
     embedded_guidance: float
     initial_noise: Float[Tensor, "#b c h w"] | None
+
+
+OTHER_ARGUMENTS = {
+    "t5_sequence_length": "FLUX.2 has no T5; its text encoder reads 512 tokens of every prompt. Leave it out",
+    **dict.fromkeys(
+        ("template_inputs", "negative_template_inputs"),
+        "template models are not run; kv_cache, lora and extra_text_embedding take what they return",
+    ),
+}
+"""Argument of DiffSynth-Studio, or of its manual, that the pipeline does not take -> what takes its place."""

@@ -15,7 +15,7 @@ from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Agreement, Role, Tokenizer
-from diffsynth_flux.flux2.arguments import Flux2Arguments
+from diffsynth_flux.flux2.arguments import OTHER_ARGUMENTS, Flux2Arguments
 from diffsynth_flux.flux2.extension import Extension
 from diffsynth_flux.flux2.features import FEATURES
 from diffsynth_flux.flux2.units import UNITS
@@ -38,6 +38,7 @@ class Flux2ImagePipeline(Pipeline):
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=30)
     facts = {"latent_channels": "dit.in_channels", "embeds_guidance": "dit.embeds_guidance"}
+    other_arguments = OTHER_ARGUMENTS
     output_kind = "image"
     agreements = (
         Agreement("width of the text encoder", ("text_encoder.hidden_size", "dit.text_dim")),
