@@ -43,6 +43,7 @@ SCENARIOS: dict[str, str] = {
     "core/vram/test_stream_on_a_device.py": "the order of copies and kernels on a device with queues",
     "flux/flux1/features/test_inpainting.py": "inpainting with FLUX.1 against diffusers",
     "zimage/features/test_inpainting.py": "inpainting with Z-Image against diffusers",
+    "flux/flux1/test_bad_inputs.py": "inputs of FLUX.1 that are wrong, or of unusual forms",
     "flux/flux1/test_controlnet_parity.py": "ControlNets of FLUX.1 against diffusers",
     "flux/flux1/test_dit_parity.py": "FluxDiT against diffusers",
     "flux/flux1/test_single_files.py": "FLUX.1 in the single files of other programs",

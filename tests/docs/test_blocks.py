@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 1}
 RUN = {
     "README.md": [0],
-    "docs/models/flux-1.md": [0, 1],
+    "docs/models/flux-1.md": [0, 1, 2],
     "docs/models/flux-2.md": [0],
     "docs/models/wan.md": [0],
     "docs/models/z-image.md": [0],
@@ -79,7 +79,7 @@ LORA = {
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    tiny_hub(folder, ["z-image-turbo", "wan2.1-t2v-1.3b", "flux.1-dev", "flux.2-klein-4b"])
+    tiny_hub(folder, ["z-image-turbo", "wan2.1-t2v-1.3b", "flux.1-dev", "flux.1-dev-ip-adapter", "flux.2-klein-4b"])
     return folder
 
 

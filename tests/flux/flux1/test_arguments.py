@@ -2,13 +2,15 @@
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import diffsynth
 from diffsynth_flux import FluxImagePipeline
 from diffsynth_flux.flux1.arguments import OTHER_ARGUMENTS, FluxArguments
-from flux1_oracles import tiny_pipelines
+from flux1_oracles import DIT, tiny_pipelines
 
 
 def test_typed_dict_equals_the_signature():
@@ -42,6 +44,24 @@ def test_every_argument_of_diffsynth_studio_is_taken_or_says_what_takes_its_plac
     for name in others:
         with pytest.raises(TypeError, match=f"unknown argument '{name}': (this version recognises|step_cache='tea:)"):
             pipe.check(prompt="a", **{name: TABLE["flux1"][name]})
+
+
+def test_defaults_of_schnell():
+    """The levels of its four steps follow from its network, which takes no guidance."""
+    defaults = diffsynth.registry.get("flux.1-schnell").defaults
+    assert dict(defaults) == {"num_inference_steps": 4, "t5_sequence_length": 256}
+    ours, _ = tiny_pipelines(replace(DIT, guidance_embed=False))
+    steps = []
+    ours("a", **defaults, height=32, width=32, on_step=lambda step: steps.append((step.sigma, step.sigma_next)))
+    assert steps == [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)]
+
+
+def test_what_schnell_does_not_read_of_a_prompt_is_logged(caplog):
+    ours, _ = tiny_pipelines(replace(DIT, guidance_embed=False))
+    call = {"height": 32, "width": 32, "num_inference_steps": 1, "t5_sequence_length": 256}
+    ours("x" * 300 + "THE END", **call)
+    (text,) = [text for text in caplog.messages if text.startswith("T5 takes t5_sequence_length=256 tokens")]
+    assert text.endswith("THE END'")
 
 
 def test_from_pretrained_names():

@@ -53,9 +53,10 @@ def test_the_texts_are_those_of_training() -> None:
     )
 
 
+@pytest.mark.parametrize(("klein", "side"), [(True, "right"), (False, "left")])
 @torch.no_grad()
-def test_what_is_cut_is_logged(caplog) -> None:
-    tokenizer, ours, _ = encoders(klein=True, side="right")
+def test_what_is_cut_is_logged(caplog, klein, side) -> None:
+    tokenizer, ours, _ = encoders(klein=klein, side=side)
     with caplog.at_level(logging.WARNING):
         long = encode_prompt(ours, tokenizer, prompt="x" * 600 + "THE END", device=CPU)
     assert long.shape == (1, 512, 48)

@@ -114,7 +114,7 @@ def call_arguments(record: ModelRecord, options: Mapping[str, Any], settings: Se
     signature = pipeline.call_signature(record.defaults)
     schema = describe(pipeline, title=record.name, defaults=record.defaults)
     try:
-        reject_unknown([*options, *texts], signature)
+        reject_unknown([*options, *texts], signature, pipeline.other_arguments)
         values = {name: _value(schema, name, text) for name, text in texts.items()}
     except TypeError as error:  # an argument from the command line is the user's error, not a fault of the program
         fail(click.get_current_context(), error)

@@ -72,7 +72,7 @@ class CascadeStage:
         for each in ("inputs", "arguments"):
             object.__setattr__(self, each, MappingProxyType(dict(getattr(self, each))))
         with _noting(self):
-            reject_unknown((*self.inputs, *self.arguments), self.pipeline.__signature__)
+            reject_unknown((*self.inputs, *self.arguments), self.pipeline.__signature__, self.pipeline.other_arguments)
         if both := sorted(set(self.inputs) & set(self.arguments)):
             raise ValueError(f"stage {self.name!r}: {both[0]!r} has an input and a default; leave out one of them")
 

@@ -14,11 +14,17 @@ from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Agreement, Role, Tokenizer
+from diffsynth.terminal import module_logger
 from diffsynth_flux.flux1.arguments import OTHER_ARGUMENTS, FluxArguments
 from diffsynth_flux.flux1.extension import Extension
 from diffsynth_flux.flux1.features import FEATURES
 from diffsynth_flux.flux1.features.fill import MASK_CHANNELS
 from diffsynth_flux.flux1.units import UNITS
+
+logger = module_logger(__name__)
+
+KONTEXT_MODEL = "flux.1-kontext-dev"
+"""Name of the model that is trained with reference images."""
 
 
 class FluxImagePipeline(Pipeline):
@@ -52,6 +58,12 @@ class FluxImagePipeline(Pipeline):
 
     def __call__(self, prompt: str | Sequence[str] = "", **arguments: Unpack[FluxArguments]) -> Any:
         """Generate one image, or several; see `Pipeline.__call__`."""
+        if arguments.get("kontext_images") is not None and self.model_name not in (None, KONTEXT_MODEL):
+            logger.warning(
+                "kontext_images is given, and %s was not trained with reference images; %s was",
+                self.model_name,
+                KONTEXT_MODEL,
+            )
         return super().__call__(prompt, **arguments)
 
     def check(self, **arguments: Any) -> Request:

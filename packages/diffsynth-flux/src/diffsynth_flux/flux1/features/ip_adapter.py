@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from diffsynth.errors import MissingComponent
 from diffsynth.models.siglip import siglip_pixels
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.images import image_list
+from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.features.redux import ENCODER, ENCODER_ROLE
 from diffsynth_flux.flux1.ip_adapter import ImagePrompt
 
 ADAPTER = "ipadapter"
-
-IPAdapterImages = Image.Image | Sequence[Image.Image] | None
-"""The type of the argument `ipadapter_images`."""
 
 
 class IPAdapterArguments(TypedDict, total=False):
@@ -34,13 +30,13 @@ class IPAdapterArguments(TypedDict, total=False):
         ipadapter_scale: Factor of the attention to `ipadapter_images`; 0 is without them.
     """
 
-    ipadapter_images: IPAdapterImages
+    ipadapter_images: Images
     ipadapter_scale: float
 
 
 @unit("image_states", "image_states_of_uncond", phase=Phase.ENCODE, requires=(ADAPTER,), only_with="ipadapter_images")
 def encode_ipadapter_images(
-    image_encoder: Any, *, ipadapter_images: IPAdapterImages = None, device: torch.device, dtype: torch.dtype
+    image_encoder: Any, *, ipadapter_images: Images = None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "i e"], Float[Tensor, "i e"]]:
     """Return (pooled states `i e` of the images for the conditional branch of guidance, zeros of this shape for the
     unconditional).
@@ -60,7 +56,7 @@ def encode_ipadapter_images(
 def project_image_prompt(
     ipadapter: Any,
     *,
-    ipadapter_images: IPAdapterImages = None,
+    ipadapter_images: Images = None,
     ipadapter_scale: float = 1.0,
     image_states: Float[Tensor, "i e"],
 ) -> ImagePrompt:

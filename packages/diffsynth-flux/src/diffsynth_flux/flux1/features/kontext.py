@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.runtime.feature import Condition, Feature
+from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import Images, image_list, image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
@@ -71,9 +72,24 @@ def encode_kontext_images(
     return References(tuple(latents))
 
 
+def check(configs: Configs, values: Mapping[str, Any]) -> None:
+    """Raise an error for reference images with a network whose tokens have further channels.
+
+    Raises:
+        ValueError: the network takes an image to fill or a control image.
+    """
+    config = configs["dit"]
+    if values["kontext_images"] is not None and config is not None and config.condition_channels:
+        raise ValueError(
+            f"kontext_images is given, but this network takes {config.condition_channels} channels beside those of the "
+            "latents, which reference images do not have; load FLUX.1-Kontext-dev"
+        )
+
+
 KONTEXT = Feature(
     "kontext",
     arguments=KontextArguments,
     units=(encode_kontext_images,),
     conditions={"references": Condition("an image has no frames", batch="separate")},
+    check=check,
 )
