@@ -1,6 +1,7 @@
 """The benchmark of FLUX runs at a tiny size, with our library and with diffusers."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def test_both_have_the_same_networks(benchmark):
             counts = [sorted(sum(p.numel() for p in each.parameters()) for each in parts.values())
                       for parts in (ours, theirs)]  # fmt: skip
             assert counts[0] == counts[1]
+
+
+def test_the_recorded_figures_meet_our_bounds(benchmark):
+    """Between two steps at most 1 ms, and no call slower than diffusers'."""
+    report = json.loads((benchmark.RESULTS / "flux-tiny.json").read_text(encoding="utf-8"))
+    ours = [row for row in report["rows"] if row["contender"] == "diffsynth"]
+    assert [row["case"] for row in ours] == list(benchmark.TINY)
+    assert max(row["gap_seconds"] for row in ours) <= 1e-3
+    assert max(row["ratio"] for row in ours) <= 1.0
+    assert report["threads"] == 1
 
 
 def test_the_goal_stands_below_figures_at_full_size(benchmark):
