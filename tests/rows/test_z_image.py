@@ -26,7 +26,8 @@ from diffsynth_zimage.plugin import TINY
 from limited import let_blocks_travel
 from parity import draw_weights, shapes_of
 from row_harness import Harness, check_arguments, check_low_vram, differs, write_data_set
-from row_scripts import read_rows, script
+from row_scripts import read_rows, script, trained_file
+from trained_weights import read_weights, write_full, write_lora
 
 ROWS = read_rows("z_image")
 PROMPT = '"Young Chinese woman in red Hanfu, intricate embroidery. Impeccable makeup, red floral forehead pattern."'
@@ -153,6 +154,25 @@ def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, 
     let_blocks_travel(monkeypatch)
     (call,) = harness.run(script(ROWS[name], RUN[name], low_vram=True))
     check_low_vram(call, plain, stored=torch.float32, on_disk=False)
+
+
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_the_scripts_that_validate_training_run(trained, harness, hub):
+    row = ROWS["z_image/Z-Image"]
+    before = read_weights(hub / "Tongyi-MAI" / "Z-Image", "transformer/*.safetensors")
+    targets = {"layers.0.attention.to_q", "layers.1.feed_forward.w2"}
+    halves = {key: tensor / 2 for key, tensor in before.items()}
+    file = harness.folder / trained_file(row, trained)
+    if trained == "lora":
+        write_lora(file, before, targets, str)
+    else:
+        write_full(file, halves)
+    (call,) = harness.run(script(row, RUN["z_image/Z-Image"], trained=trained))
+    assert call.output.size == (64, 64)
+    now = call.pipe.dit.state_dict()
+    changed = {key for key in now if not torch.equal(now[key], before[key].float())}
+    assert changed == ({f"{layer}.weight" for layer in targets} if trained == "lora" else set(before))
+    assert trained == "lora" or all(torch.equal(now[key], half.float()) for key, half in halves.items())
 
 
 @pytest.mark.parametrize("name", MISSING)
