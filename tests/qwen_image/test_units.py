@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from diffsynth_qwen_image.prompts import count_prefix
-from diffsynth_qwen_image.units import MAX_PROMPT_TOKENS, check_schedule, encode_prompt, schedule
+from diffsynth_qwen_image.prompts import MAX_PROMPT_TOKENS, count_prefix
+from diffsynth_qwen_image.units import check_schedule, encode_prompt, schedule
 from qwen_image_oracles import qwen_tokenizer
 
 SQUARE = {"height": 1024, "width": 1024}

@@ -11,6 +11,7 @@ ROWS_FOLDER = Path(__file__).parents[1] / "data" / "rows"
 DOORS = {
     "Flux2ImagePipeline": "diffsynth.pipelines.flux2_image",
     "FluxImagePipeline": "diffsynth.pipelines.flux_image",
+    "QwenImagePipeline": "diffsynth.pipelines.qwen_image",
     "TemplatePipeline": "diffsynth.diffusion.template",
     "WanVideoPipeline": "diffsynth.pipelines.wan_video",
     "ZImagePipeline": "diffsynth.pipelines.z_image",
@@ -20,6 +21,7 @@ FLOAT8 = "float8_e4m3fn"
 LOW_VRAM = {
     "flux": ((FLOAT8, "cpu"), (FLOAT8, "cpu"), (FLOAT8, "cuda"), ("bfloat16", "cuda")),
     "flux2": (("disk", "disk"), (FLOAT8, "cpu"), (FLOAT8, "cuda"), ("bfloat16", "cuda")),
+    "qwen_image": (("disk", "disk"), (FLOAT8, "cpu"), (FLOAT8, "cuda"), ("bfloat16", "cuda")),
     "wanvideo": (("disk", "disk"), ("bfloat16", "cpu"), ("bfloat16", "cuda"), ("bfloat16", "cuda")),
     "z_image": (("bfloat16", "cpu"), ("bfloat16", "cpu"), ("bfloat16", "cuda"), ("bfloat16", "cuda")),
 }
@@ -71,7 +73,8 @@ def script(
     if trained == "full":
         imports += ["from diffsynth import load_state_dict"]
     tokenizers = [file for file in row["files"] if file.get("origin_file_pattern", "").endswith("tokenizer/")]
-    models = [file for file in row["files"] if file not in tokenizers]
+    processors = [file for file in row["files"] if file.get("origin_file_pattern", "").endswith("processor/")]
+    models = [file for file in row["files"] if file not in (*tokenizers, *processors)]
     lines = [
         *imports,
         "import torch",
@@ -84,6 +87,7 @@ def script(
         *(f"        {_model_config(file, low_vram=low_vram)}," for file in models),
         "    ],",
         *(f"    tokenizer_config={_model_config(tokenizer)}," for tokenizer in tokenizers),
+        *(f"    processor_config={_model_config(processor)}," for processor in processors),
         *([VRAM_LIMIT] if low_vram else []),
         ")",
         *(f"pipe.{name}(pipe.dit)" for name in row["methods"]),

@@ -52,6 +52,20 @@ class Net(nn.Module):
         return image.flatten(2)[:, :, :10]
 
 
+def test_tensors_on_the_cpu_have_their_values_each_time():
+    """The second result of a factory once was a tensor of the same shape without values."""
+    seen = []
+
+    def run():
+        for _ in range(3):
+            positions = torch.arange(5)
+            on_meta(5) + positions.to("meta")
+            seen.append((positions.tolist(), torch.zeros(2, 2).tolist(), torch.full((3,), 7).tolist()))
+
+    trace(run)
+    assert seen == [([0, 1, 2, 3, 4], [[0, 0], [0, 0]], [7, 7, 7])] * 3
+
+
 def test_live_bytes_are_those_of_a_real_run():
     net, x = Net(), torch.randn(2, 256, 64)
     with torch.device("meta"):

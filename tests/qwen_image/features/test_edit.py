@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from PIL import Image
 
 from diffsynth.errors import MissingComponent
 from diffsynth_qwen_image.features import edit
-from diffsynth_qwen_image.prompts import chat_texts, count_prefix, text_before
+from diffsynth_qwen_image.prompts import ANSWER, segments, tokenize
 from parity import TOLERANCE, relative_error
 from qwen_image_oracles import (
     SIZE,
@@ -123,6 +121,15 @@ def test_every_argument_changes_the_result(plain) -> None:
     assert torch.equal(ours(**square, edit_rope_interpolation=True), ours(**square))  # of the size of the result
 
 
+def test_a_call_is_planned_with_its_images(plain) -> None:
+    """The plan of a limit has another tokenizer, and more tokens for more images."""
+    ours, _ = plain
+    call = {"device": "cuda", "vram_limit": 8, **STEPS}
+    none, two = (ours.plan(**call, edit_image=given) for given in (None, images(2)))
+    assert [stage.name for stage in two.stages] == ["encode_prompt", "encode_edit_images", "denoise", "decode_image"]
+    assert two.stages[2].activations > none.stages[1].activations
+
+
 def test_sizes_of_the_reference() -> None:
     """Sides of about the area, rounded to multiples of 32, up or down."""
     assert edit.resized_size(1024, 1024, 1024**2) == (1024, 1024)
@@ -130,30 +137,32 @@ def test_sizes_of_the_reference() -> None:
     assert edit.resized_size(300, 9, 384**2) == (2208, 64)
 
 
-def test_texts_are_those_of_training() -> None:
-    for kind, text in ((QwenImageEditPipeline, ""), (QwenImageEditPlusPipeline, "Picture 1: ")):
-        _, parts = tiny_pipelines()
-        theirs = kind(**parts, processor=OracleProcessor(parts["tokenizer"])).prompt_template_encode
-        prepared = edit.prepare_prompt_images.function
-        image = images(1)
-        found = prepared(image_processor(), edit_image=image if text else image[0])
-        before, (ours,) = chat_texts(["a hat"], found)
-        one = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", ours)
-        prompt = f"{text}<|vision_start|><|image_pad|><|vision_end|>a hat" if text else "a hat"
-        assert one == theirs.format(prompt)
-        assert before == text_before(edit.SYSTEM_MESSAGE)
-        assert (
-            ours.count("<|image_pad|>") == found.num_tokens == sum(rows * columns // 4 for rows, columns in found.grids)
+def test_texts_are_those_of_training(plain) -> None:
+    """The segments around the images are the published template; the token ids are those of the whole text."""
+    _, parts = plain
+    tokenizer, image = parts["tokenizer"], "<|vision_start|><|image_pad|><|vision_end|>"
+    for kind, given in ((QwenImageEditPipeline, images(1)[0]), (QwenImageEditPlusPipeline, images(2))):
+        template = kind(**parts, processor=OracleProcessor(tokenizer)).prompt_template_encode
+        captions = f"Picture 1: {image}Picture 2: {image}" if isinstance(given, list) else ""
+        whole = template.format(f"{captions}a hat")
+        found = edit.prepare_prompt_images.function(image_processor(), edit_image=given)
+        assert "<|image_pad|>".join(segments(found)) + f"a hat{ANSWER}" == whole
+        tokens = tokenize(tokenizer, ["a hat"], found)
+        expanded = "".join(
+            part + "<|image_pad|>" * count
+            for part, count in zip(whole.split("<|image_pad|>"), (*found.counts, 0), strict=True)
         )
-        assert count_prefix(parts["tokenizer"], before) == counted_prefix(parts["tokenizer"], before + "{}")
+        ids = tokenizer(expanded, return_tensors="pt")["input_ids"]
+        pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        assert torch.equal(tokens.image_mask, ids == pad)
+        assert torch.equal(tokens.input_ids, ids.masked_fill(ids == pad, 0))
+        assert tokens.dropped == counted_prefix(tokenizer, template.replace(image, ""))
 
 
 def test_images_that_do_not_fit_are_refused(plain) -> None:
     ours, _ = plain
     with pytest.raises(ValueError, match="edit_image has an image of 12x40 pixels; expected at least 16"):
         ours.check(prompt="a", edit_image=random_image(12, 40), edit_image_auto_resize=False)
-    with pytest.raises(ValueError, match=r"a prompt must not contain <\|image_pad\|>"):
-        ours("a <|image_pad|>", edit_image=images(1)[0], **STEPS)
     without = type(ours)(ours.components | {"processor": None}, device="cpu", torch_dtype=torch.float32)
     with pytest.raises(MissingComponent, match="argument 'edit_image' needs processor, which is not loaded"):
         without.check(prompt="a", edit_image=images(1)[0])

@@ -1,16 +1,22 @@
-"""Texts that the text encoder gets, with images and without."""
+"""Tokens that the text encoder gets of prompts, with images and without."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-IMAGE_TOKEN = "<|image_pad|>"
-"""Token that a merged square of patches of an image takes the place of."""
+from diffsynth.runtime.prompts import cut_prompt
+
+logger = logging.getLogger(__name__)
+
+MAX_PROMPT_TOKENS = 1024
+"""Most tokens of a prompt, with what the chat template puts after it and without images."""
 
 SYSTEM_MESSAGE = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
@@ -21,6 +27,9 @@ SYSTEM_MESSAGE = (
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 """Text after every prompt: the end of the user's message and the start of an answer."""
 
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+"""Special tokens before and after the tokens of an image."""
+
 
 @dataclass(frozen=True, eq=False)
 class PromptImages:
@@ -28,46 +37,34 @@ class PromptImages:
 
     Args:
         system: message before the prompt.
-        text: what is put before the prompt, with `IMAGE_TOKEN` as often as the images have tokens.
+        captions: text before each image.
+        counts: number of tokens of each image.
         patches: pixel values of the patches of all images.
         grids: rows and columns of the patches of each image.
     """
 
     system: str
-    text: str
+    captions: tuple[str, ...]
+    counts: tuple[int, ...]
     patches: Float[Tensor, "p v"]
     grids: tuple[tuple[int, int], ...]
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of the images in one text."""
-        return self.text.count(IMAGE_TOKEN)
 
-    def inputs(self, tokenizer: Any, input_ids: Int[Tensor, "b s"], *, like: dict[str, Any]) -> dict[str, Any]:
-        """Return a dict of the arguments of `Qwen25VLTextEncoder.forward` for texts that each have all images.
+@dataclass(frozen=True, eq=False)
+class PromptTokens:
+    """Tokens of several prompts, on the CPU, padded on the right.
 
-        Args:
-            tokenizer: that made the token ids.
-            input_ids: of the texts, on the CPU.
-            like: device and dtype of the patches, arguments of `Tensor.to`.
+    Args:
+        input_ids: token ids; those of images are 0, as their embeddings are not used.
+        mask: 1 for text and images, 0 for padding.
+        image_mask: True for tokens of images.
+        dropped: number of first tokens whose hidden states the transformer does not get.
+    """
 
-        Raises:
-            ValueError: the tokenizer does not know `IMAGE_TOKEN`, or the texts are cut before the end of the images.
-        """
-        count = len(input_ids)
-        mask = input_ids == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        expected = count * self.num_tokens
-        if int(mask.sum()) != expected:
-            raise ValueError(
-                f"the texts have {int(mask.sum())} tokens {IMAGE_TOKEN}; expected {expected}. The tokenizer must be "
-                f"that of Qwen2.5-VL, and a prompt must not contain {IMAGE_TOKEN}"
-            )
-        return {"patches": self.patches.repeat(count, 1).to(**like), "grids": self.grids * count, "image_mask": mask}
-
-
-def image_text(count: int) -> str:
-    """Return the text that stands for an image of `count` tokens."""
-    return f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>"
+    input_ids: Int[Tensor, "b s"]
+    mask: Int[Tensor, "b s"]
+    image_mask: Bool[Tensor, "b s"]
+    dropped: int
 
 
 def text_before(system: str) -> str:
@@ -75,19 +72,51 @@ def text_before(system: str) -> str:
     return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
 
 
-def chat_texts(prompts: Sequence[str], images: PromptImages | None) -> tuple[str, list[str]]:
-    """Return (the text before the prompts, whose hidden states the transformer does not get; a list of the whole
-    texts).
+def segments(images: PromptImages | None) -> list[str]:
+    """Return the texts before each image, and the text between the last image and the prompt.
 
     The template in the tokenizer's folder is a program, and is not run.
 
     Args:
+        images: read with each prompt; None for text alone, which has one segment.
+    """
+    if images is None:
+        return [text_before(SYSTEM_MESSAGE)]
+    ends = [text_before(images.system), *(VISION_END for _ in images.captions)]
+    return [f"{end}{caption}{VISION_START}" for end, caption in zip(ends, images.captions, strict=False)] + ends[-1:]
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], images: PromptImages | None) -> PromptTokens:
+    """Return the `PromptTokens` of prompts; a prompt over `MAX_PROMPT_TOKENS` is cut with a warning.
+
+    Each segment of the text begins with a special token, so that its tokens are those that it has in the whole text.
+
+    Args:
+        tokenizer: of Qwen2.5-VL.
         prompts: of the user.
         images: read with each prompt; None for text alone.
     """
-    before = text_before(SYSTEM_MESSAGE if images is None else images.system)
-    before_prompt = "" if images is None else images.text
-    return before, [f"{before}{before_prompt}{prompt}{ANSWER}" for prompt in prompts]
+    system = SYSTEM_MESSAGE if images is None else images.system
+    dropped = count_prefix(tokenizer, text_before(system))
+    *before, last = segments(images)
+    head, image_head = [], []
+    for text, count in zip(before, () if images is None else images.counts, strict=True):
+        ids = _ids(tokenizer, text)
+        head += [ids, ids.new_zeros(count)]
+        image_head += [torch.zeros(len(ids), dtype=torch.bool), torch.ones(count, dtype=torch.bool)]
+    texts = [f"{last}{cut_prompt(prompt, max_tokens=MAX_PROMPT_TOKENS)}{ANSWER}" for prompt in prompts]
+    tokens = tokenizer(texts, padding="longest", padding_side="right", return_tensors="pt")
+    most = MAX_PROMPT_TOKENS + (dropped if images is None else 0)
+    if tokens["input_ids"].shape[1] > most:
+        logger.warning("a prompt of %d tokens is cut to %d", tokens["input_ids"].shape[1], most)
+    input_ids, mask = tokens["input_ids"][:, :most], tokens["attention_mask"][:, :most]
+    image_mask = torch.zeros_like(mask, dtype=torch.bool)
+    if head:
+        first, first_images = torch.cat(head), torch.cat(image_head)
+        input_ids = torch.cat((first.expand(len(input_ids), -1), input_ids), dim=1)
+        mask = torch.cat((mask.new_ones(len(mask), len(first)), mask), dim=1)
+        image_mask = torch.cat((first_images.expand(len(image_mask), -1), image_mask), dim=1)
+    return PromptTokens(input_ids, mask, image_mask, dropped)
 
 
 def count_prefix(tokenizer: Any, before: str) -> int:
@@ -97,5 +126,8 @@ def count_prefix(tokenizer: Any, before: str) -> int:
         tokenizer: of the text encoder.
         before: the text; `ANSWER`, which begins with a special token, may follow it without changing its tokens.
     """
-    with_prefix, without = (len(tokenizer(text)["input_ids"]) for text in (before + ANSWER, ANSWER))
-    return with_prefix - without
+    return len(_ids(tokenizer, before + ANSWER)) - len(_ids(tokenizer, ANSWER))
+
+
+def _ids(tokenizer: Any, text: str) -> Int[Tensor, "s"]:
+    return tokenizer([text], return_tensors="pt")["input_ids"][0]

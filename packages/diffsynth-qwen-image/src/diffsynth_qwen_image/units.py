@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,16 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size, round_up
-from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
+from diffsynth.runtime.prompts import distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.schedule import LIGHTNING_MU, qwen_image_lightning_sigmas, qwen_image_sigmas
 from diffsynth_qwen_image.config import TOKEN_FACTOR, VAE_FACTOR
-from diffsynth_qwen_image.prompts import PromptImages, chat_texts, count_prefix
-
-logger = logging.getLogger(__name__)
-
-MAX_PROMPT_TOKENS = 1024
-"""Most tokens of a prompt, with what the chat template puts after it and without images."""
+from diffsynth_qwen_image.prompts import PromptImages, tokenize
 
 round_size = image_size(multiple=TOKEN_FACTOR, default=1328)
 
@@ -83,38 +77,14 @@ def encode_prompt(
     Prompts over `MAX_PROMPT_TOKENS`, besides the images, are cut with a warning; equal ones are encoded once.
     """
     distinct, order = distinct_prompts(prompt, device=device)
-    before, texts = chat_texts([cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS) for text in distinct], prompt_images)
-    dropped = count_prefix(tokenizer, before)
-    tokens = tokenizer(texts, padding="longest", padding_side="right", return_tensors="pt")
-    most = MAX_PROMPT_TOKENS + dropped + (0 if prompt_images is None else prompt_images.num_tokens)
-    input_ids, mask = cut_tokens(tokens["input_ids"], tokens["attention_mask"], most=most)
-    like = {"device": device, "dtype": dtype}
-    images = {} if prompt_images is None else prompt_images.inputs(tokenizer, input_ids, like=like)
-    embeds = text_encoder(input_ids.to(device), mask.to(device), **images)
-    return text_only(embeds, mask, dropped=dropped, order=order)
-
-
-def cut_tokens(input_ids: Tensor, mask: Tensor, *, most: int) -> tuple[Tensor, Tensor]:
-    """Return (token ids, their mask), int tensors `b s`, of at most `most` tokens; a warning says what is cut."""
-    if input_ids.shape[1] > most:
-        logger.warning("a prompt of %d tokens is cut to %d", input_ids.shape[1], most)
-    return input_ids[:, :most], mask[:, :most]
-
-
-def text_only(
-    embeds: Float[Tensor, "b s e"], mask: Tensor, *, dropped: int, order: Tensor
-) -> tuple[Float[Tensor, "p t e"], Bool[Tensor, "p t"] | None]:
-    """Return (hidden states `p t e` without those of the first `dropped` tokens, one for each prompt; their bool mask,
-    or None if nothing is padded).
-
-    Args:
-        embeds: hidden states of the distinct prompts, padded on the right.
-        mask: 1 for text, 0 for padding, on the CPU.
-        dropped: number of first tokens to leave out.
-        order: index of each prompt among the distinct ones.
-    """
-    kept = mask[:, dropped:].bool()
-    return embeds[:, dropped:][order], None if bool(kept.all()) else kept.to(embeds.device)[order]
+    tokens = tokenize(tokenizer, distinct, prompt_images)
+    images: dict[str, Any] = {}
+    if prompt_images is not None:
+        patches = prompt_images.patches.repeat(len(distinct), 1).to(device, dtype)
+        images = {"patches": patches, "grids": prompt_images.grids * len(distinct), "image_mask": tokens.image_mask}
+    embeds = text_encoder(tokens.input_ids.to(device), tokens.mask.to(device), **images)
+    kept = tokens.mask[:, tokens.dropped :].bool()
+    return embeds[:, tokens.dropped :][order], None if bool(kept.all()) else kept.to(device)[order]
 
 
 initial_latents = image_latents(VAE_FACTOR)

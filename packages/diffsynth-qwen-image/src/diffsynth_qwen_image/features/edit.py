@@ -19,7 +19,7 @@ from diffsynth.runtime.role import Processor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_qwen_image.config import TOKEN_FACTOR
 from diffsynth_qwen_image.extension import Network, Stream
-from diffsynth_qwen_image.prompts import PromptImages, image_text
+from diffsynth_qwen_image.prompts import PromptImages
 
 AREA = 1024 * 1024
 """Area, in pixels, that automatic resizing gives an image."""
@@ -93,12 +93,9 @@ def prepare_prompt_images(
         images = [_resized(image, AREA) for image in images]
     inputs = processor(images=images, return_tensors="pt")
     grids = tuple((int(rows), int(columns)) for _, rows, columns in inputs["image_grid_thw"])
-    counts = [rows * columns // processor.merge_size**2 for rows, columns in grids]
-    texts = [
-        f"Picture {number}: {image_text(count)}" if listed else image_text(count)
-        for number, count in enumerate(counts, start=1)
-    ]
-    return PromptImages(SYSTEM_MESSAGE, "".join(texts), inputs["pixel_values"], grids)
+    captions = tuple(f"Picture {number}: " if listed else "" for number in range(1, len(images) + 1))
+    counts = tuple(rows * columns // processor.merge_size**2 for rows, columns in grids)
+    return PromptImages(SYSTEM_MESSAGE, captions, counts, inputs["pixel_values"], grids)
 
 
 @unit("references", phase=Phase.ENCODE, only_with="edit_image", requires=("processor",), switches={"tiled": True})

@@ -36,7 +36,8 @@ def tensors_in(*values: Any) -> list[Tensor]:
 
 
 class MetaResultCache:
-    """Calls operations on meta tensors, and returns a remembered result for arguments of the same shapes and values.
+    """Calls operations on meta tensors, and returns a remembered result for arguments of the same shapes and values;
+    results on the CPU are not remembered.
 
     torch works out most shapes in Python, and the blocks of a network repeat each other.
     """
@@ -56,7 +57,8 @@ class MetaResultCache:
             out = func(*args, **kwargs)
             # The schema of some operations, such as `_unsafe_view`, does not declare that they return a view.
             storages = {id(tensor.untyped_storage()) for tensor in tensors_in(args, kwargs)}
-            if not any(id(tensor.untyped_storage()) in storages for tensor in tensors_in(out)):
+            # A tensor that is made on the CPU, such as positions, has values that later operations may read.
+            if all(tensor.is_meta and id(tensor.untyped_storage()) not in storages for tensor in tensors_in(out)):
                 self._known[key] = _description(out)
             return out
         return _made(self._known[key])

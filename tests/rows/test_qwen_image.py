@@ -1,0 +1,148 @@
+"""Qwen-Image examples of DiffSynth-Studio run on the tiny hub."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth.core.lora import LoRA, LoRALayer, save_lora, target_layers
+from diffsynth.testing import tiny_hub
+from diffsynth_qwen_image.checkpoints import LORA_TARGETS
+from diffsynth_qwen_image.config import TINY_DIT
+from diffsynth_qwen_image.dit import QwenImageDiT
+from diffsynth_qwen_image.features import edit
+from diffsynth_qwen_image.models import TINY
+from limited import let_blocks_travel
+from row_harness import Harness, check_arguments, check_low_vram, differs, round_weights
+from row_scripts import read_rows, script
+
+ROWS = {name.removeprefix("qwen_image/"): row for name, row in read_rows("qwen_image").items()}
+STEPS = 15
+"""Divisor of the number of steps: 40 become 3, 4 become 1."""
+
+COMMON = {"prompt": '"a girl in a red coat"', "seed": "1", "num_inference_steps": "40"}
+IMAGE = 'Image.linear_gradient("L").resize((80, 64)).convert("RGB")'
+LIST = f'[{IMAGE}, Image.radial_gradient("L").convert("RGB")]'
+EDIT = COMMON | {"edit_image": IMAGE, "edit_image_auto_resize": "False", "height": "1328", "width": "1024"}
+EDIT_2511 = EDIT | {"edit_image": LIST, "height": "1152", "width": "896", "zero_cond_t": "True"}
+
+RUN = {
+    "Qwen-Image": COMMON,
+    "Qwen-Image-2512": COMMON,
+    "Qwen-Image-Distill-Full": COMMON | {"num_inference_steps": "15", "cfg_scale": "1"},
+    "Qwen-Image-Distill-LoRA": COMMON | {"num_inference_steps": "15", "cfg_scale": "1"},
+    "Qwen-Image-Distill-DMD2": COMMON
+    | {"num_inference_steps": "30", "cfg_scale": "1", "exponential_shift_mu": "0.9162907"},
+    "Qwen-Image-Edit": EDIT,
+    "Qwen-Image-Edit-2509": EDIT | {"edit_image": LIST},
+    "Qwen-Image-Edit-2511": EDIT_2511,
+    "Qwen-Image-Edit-2511-ICEdit": EDIT_2511 | {"negative_prompt": '"blurry"'},
+    "Qwen-Image-Edit-2511-Lightning": EDIT_2511 | {"num_inference_steps": "4", "cfg_scale": "1.0"},
+    "Qwen-Image-Edit-Lowres-Fix": EDIT | {"height": "1024", "width": "768", "edit_rope_interpolation": "True"},
+    "FireRed-Image-Edit-1.0": EDIT | {"height": "1152", "width": "896"},
+    "FireRed-Image-Edit-1.1": EDIT | {"height": "1152", "width": "896"},
+}
+"""Row -> arguments of its call, with the values of DiffSynth-Studio's table, except that images are not enlarged."""
+
+LORAS = {
+    "Qwen-Image-Distill-LoRA": "DiffSynth-Studio/Qwen-Image-Distill-LoRA:model.safetensors",
+    "Qwen-Image-Distill-DMD2": "MusePublic/Qwen-Image-Distill:dmd2.safetensors",
+    "Qwen-Image-Edit-2511-ICEdit": "DiffSynth-Studio/Qwen-Image-Edit-2511-ICEdit-LoRA:model.safetensors",
+    "Qwen-Image-Edit-2511-Lightning": (
+        "lightx2v/Qwen-Image-Edit-2511-Lightning:Qwen-Image-Edit-2511-Lightning-4steps-V1.0-bf16.safetensors"
+    ),
+    "Qwen-Image-Edit-Lowres-Fix": "DiffSynth-Studio/Qwen-Image-Edit-Lowres-Fix:model.safetensors",
+}
+"""Row -> its LoRA."""
+
+LATER = {
+    *("Qwen-Image-Blockwise-ControlNet-Canny", "Qwen-Image-Blockwise-ControlNet-Depth"),
+    *("Qwen-Image-Blockwise-ControlNet-Inpaint", "Qwen-Image-Blockwise-ControlNet-InpaintCanny"),
+    *("Qwen-Image-EliGen", "Qwen-Image-EliGen-V2", "Qwen-Image-EliGen-Poster"),
+    *("Qwen-Image-Layered", "Qwen-Image-Layered-Control", "Qwen-Image-Layered-Control-V2"),
+    *("Qwen-Image-In-Context-Control-Union", "Qwen-Image-i2L"),
+}
+"""Rows that are not supported yet."""
+
+MODELS = ["qwen-image", "qwen-image-2512", "qwen-image-distill-full", "qwen-image-edit", "qwen-image-edit-2509"]
+MODELS += ["qwen-image-edit-2511", "firered-image-edit-1.0", "firered-image-edit-1.1"]
+
+
+def write_lora(root: Path, source: str, seed: int) -> None:
+    """Write a LoRA with an alpha for each layer, as those of Lightning have."""
+    with torch.device("meta"):
+        dit = QwenImageDiT(replace(TINY_DIT, **TINY["dit"]))
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name in target_layers(dit, LORA_TARGETS):
+        outputs, inputs = dit.get_submodule(name).weight.shape
+        down, up = (torch.randn(shape, generator=generator) / 8 for shape in ((2, inputs), (outputs, 2)))
+        layers[name] = LoRALayer(down, up, alpha=4.0)
+    model, _, file = source.partition(":")
+    (root / model).mkdir(parents=True, exist_ok=True)
+    save_lora(LoRA(layers), root / model / file)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    tiny_hub(root, MODELS)
+    round_weights(root, torch.float8_e4m3fn)
+    for seed, source in enumerate(LORAS.values()):
+        write_lora(root, source, seed)
+    return root
+
+
+@pytest.fixture
+def harness(hub, monkeypatch, tmp_path) -> Harness:
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(hub))
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
+    monkeypatch.setattr(edit, "AREA", 64 * 64)
+    monkeypatch.setattr(edit, "LISTED_AREA", 64 * 64)
+    return Harness(monkeypatch, tmp_path, steps=STEPS, precise=True)
+
+
+def example(name: str, **options: Any) -> str:
+    """Return the script of a row; its prompt is passed by name."""
+    row = ROWS[name]
+    call = ["prompt", *(argument for argument in row["call"] if argument != "prompt")]
+    files, setup = row["files"], []
+    if name in LORAS:
+        model, _, file = LORAS[name].partition(":")
+        files = [each for each in files if each.get("origin_file_pattern") != file]
+        setup = [f'pipe.load_lora(pipe.dit, ModelConfig(model_id="{model}", origin_file_pattern="{file}"))']
+    return script({**row, "call": call, "files": files, "methods": []}, RUN[name], setup=setup, **options)
+
+
+def test_every_row_is_here() -> None:
+    assert len(ROWS) == 25
+    assert set(ROWS) == set(RUN) | LATER
+    assert {name for name in RUN if ROWS[name]["methods"]} == set(LORAS)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_row_runs_and_every_argument_of_it_counts(name, harness) -> None:
+    (call,) = harness.run(example(name))
+    sides = tuple(-(-int(RUN[name].get(side, 1328)) // 16 // 16) * 16 for side in ("width", "height"))
+    assert isinstance(call.output, Image.Image)
+    assert (call.output.mode, call.output.size) == ("RGB", sides)
+    assert set(call.arguments) == {"prompt", *ROWS[name]["call"]}
+    assert not check_arguments(call)
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-2511-Lightning"])
+def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, monkeypatch) -> None:
+    """Its weights are stored in fp8, and those on the hub have values that fp8 has, too."""
+    (plain,) = harness.run(example(name))
+    let_blocks_travel(monkeypatch)
+    (call,) = harness.run(example(name, low_vram=True))
+    if name in LORAS:  # fused into the weights of the one, applied beside those of the other
+        assert call.output.size == plain.output.size
+        assert differs(call.output, harness.run(example("Qwen-Image-Edit-2511", low_vram=True))[0].output)
+    else:
+        check_low_vram(call, plain, stored=torch.float8_e4m3fn, on_disk=True)
