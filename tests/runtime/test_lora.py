@@ -5,10 +5,11 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_networks as small
 from diffsynth import ModelConfig, provenance
+from diffsynth.core.loader.state_dict import load_metadata_from_safetensors
 from diffsynth.core.lora import save_lora
 from diffsynth.core.vram import Policy, wrap
 from diffsynth.errors import KeyMismatch, NoFiles
@@ -288,3 +289,32 @@ def test_a_pickle(wrapper, tmp_path):
     pipe.load_lora(pipe.dit, tmp_path / "lora.ckpt")
     expected.load_lora(expected.dit, state_dict=style(expected.dit))
     assert all(torch.equal(a, b) for a, b in zip(pipe.dit.parameters(), expected.dit.parameters(), strict=True))
+
+
+def test_a_file_for_another_program(tmp_path):
+    """The pipeline's components give the layers; nothing is changed, and the new file makes the same weights."""
+    pipe, other = tiny_z_image(), tiny_z_image()
+    before = {key: tensor.clone() for key, tensor in pipe.dit.state_dict().items()}
+    file = save_lora(style(pipe.dit), tmp_path / "style.safetensors")
+    out = pipe.convert_lora(file, tmp_path / "new" / "kohya.safetensors", spelling="kohya", metadata={"note": "x"})
+    assert out == tmp_path / "new" / "kohya.safetensors"
+    assert all(torch.equal(tensor, before[key]) for key, tensor in pipe.dit.state_dict().items())
+    assert pipe.loras == ()
+    keys = load_file(out)
+    assert "lora_unet_layers_0_attention_qkv.lora_down.weight" in keys
+    assert load_metadata_from_safetensors([out])["note"] == "x"
+    pipe.load_lora(file)
+    other.load_lora(out)
+    for key, tensor in pipe.dit.state_dict().items():
+        torch.testing.assert_close(other.dit.state_dict()[key], tensor)
+
+
+def test_what_cannot_be_written_for_another_program(tmp_path):
+    pipe = tiny_z_image()
+    file = save_lora(style(pipe.dit), tmp_path / "style.safetensors")
+    with pytest.raises(ValueError, match="spelling='kohja': LoRAs of z_image_dit are written as comfyui"):
+        pipe.convert_lora(file, tmp_path / "new.safetensors", spelling="kohja")
+    save_file({"diffusion_model.layers.0.attention_norm1.diff": torch.ones(24)}, tmp_path / "diff.safetensors")
+    with pytest.raises(KeyMismatch, match="changes .*attention_norm1.weight by difference; expected a plain LoRA"):
+        pipe.convert_lora(tmp_path / "diff.safetensors", tmp_path / "new.safetensors", spelling="kohya")
+    assert not (tmp_path / "new.safetensors").exists()

@@ -16,6 +16,7 @@ import parity
 from diffsynth import _discovery
 from diffsynth.core.loader import component
 from diffsynth.core.loader.checkpoint import read_files
+from diffsynth.core.loader.lora_bases import explain
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.lora import LoRA, LoRALayer, fit, fuse, parse
@@ -104,6 +105,16 @@ def test_diffusers_reads_what_we_write_and_we_read_what_it_makes(dit, spelling):
         # diffusers swaps the halves of both matrices, also the ranks of A, for which B has no counterpart.
         ours, lora = without(ours, "final_layer.adaLN_modulation.1"), without(lora, "final_layer.adaLN_modulation.1")
     assert_same(ours, lora)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_what_is_said_of_a_file_is_what_loading_does(dit, spelling):
+    """`diffsynth recognize` reads names and shapes alone."""
+    keys = written(random_lora(dit, SPELLINGS[spelling]), dit, spelling)
+    said = explain("x", {key: tuple(tensor.shape) for key, tensor in keys.items()}, _discovery.catalog().layouts()[1])
+    assert said.startswith("x is a LoRA for "), said
+    assert "(flux_dit)" in said or " flux_dit," in said, said
+    assert said.endswith("Load that model, then add the LoRA to it."), said
 
 
 @pytest.fixture

@@ -109,6 +109,16 @@ def test_lokr_of_the_original_names_and_as_diffusers_converts_it(tiny):
             torch.testing.assert_close(change.difference(torch.zeros(dim, dim)), rows)
 
 
+def test_the_last_modulation_has_its_halves_in_the_order_of_our_network(tiny):
+    """The original code has the shift first. diffusers leaves it so in a LoRA, and swaps it in the weights."""
+    lora = random_lora(tiny, ["norm_out.linear"])
+    keys = written(lora, tiny, "comfyui")
+    assert_same(fitted(keys, tiny), lora)
+    theirs = fitted(Flux2LoraLoaderMixin.lora_state_dict(dict(keys)), tiny).layers["norm_out.linear"]
+    ours = lora.layers["norm_out.linear"]
+    torch.testing.assert_close(theirs.up, torch.cat(ours.up.chunk(2)[::-1]))
+
+
 def test_shortened_names_of_blocks(tiny):
     lora = random_lora(tiny, ["1.attn.to_q"])
     keys = {key.replace("transformer_", "sformer_"): one for key, one in written(lora, tiny, "diffusers").items()}
