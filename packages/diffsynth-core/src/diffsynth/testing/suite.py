@@ -11,7 +11,7 @@ from typing import Any
 from diffsynth.errors import Unavailable
 from diffsynth.testing.checks.check import Check, Subject
 
-CONFORMANCE_VERSION = 4
+CONFORMANCE_VERSION = 5
 """Version of the suite, increased whenever a check is added or becomes stricter."""
 
 
