@@ -113,6 +113,13 @@ BROKEN = {
         "(width, 3 * width)",
         f"{DIT} output is the same with a LoRA",
     ),
+    "a spelling that nothing reads": (
+        "plugin.py",
+        'lora_targets=("qkv", "out")',
+        'lora_targets=("qkv", "out"), '
+        'lora_spellings=(__import__("diffsynth.spec").spec.LoRASpelling(name="odd", down="a", up="b"),)',
+        f"{DIT} LoRAs are read as they were written",
+    ),
     "another signature": ("plugin.py", 'signature="', 'signature="0', f"{LAYOUT} has the declared signature"),
     "rules that lose a key": (
         "convert.py",

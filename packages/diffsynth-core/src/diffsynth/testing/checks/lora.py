@@ -92,8 +92,11 @@ def _reads_spellings(fact: ArchitectureSpec, subject: Subject) -> None:
     lora = random_lora(module, fact.lora_targets)
     for spelling in {each.name: each for each in (*SPELLINGS, *fact.lora_spellings)}.values():
         written = _representable(lora, spelling, own, checkpoints) if spelling.layers else lora
-        state_dict = spelled(written, spelling, own, checkpoints)
-        found = fit(parse(state_dict), module, checkpoints, architecture=fact.name).layers
+        try:
+            state_dict = spelled(written, spelling, own, checkpoints)
+            found = fit(parse(state_dict), module, checkpoints, architecture=fact.name).layers
+        except (KeyMismatch, ValueError) as error:
+            raise AssertionError(f"lora_spellings: a LoRA written as {spelling.name}: {error}") from error
         assert found.keys() == written.layers.keys(), (
             f"written as {spelling.name} for {', '.join(written.layers)}, read back for {', '.join(found)}"
         )
