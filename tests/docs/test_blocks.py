@@ -58,6 +58,7 @@ ELSEWHERE = {
     "docs/hooks/": "test_hooks.py",
     "docs/host-apps.md": "test_host_apps.py",
     "docs/inputs.md": "test_inputs_page.py",
+    "docs/models/flux-1.md": "test_docs.py",
     "docs/models/flux-2.md": "test_docs.py",
     "docs/models/z-image.md": "test_docs.py",
     "docs/other-models.md": "test_other_models_page.py",

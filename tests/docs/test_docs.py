@@ -131,6 +131,7 @@ def test_the_arguments_of_a_page_are_those_of_its_pipeline(page, pipeline):
     ("page", "heading"),
     [
         ("z-image", "ControlNets"),
+        ("flux-1", "Extensions"),
         ("flux-2", "Reference images"),
         ("flux-2", "Extensions"),
         ("qwen-image", "Editing"),
