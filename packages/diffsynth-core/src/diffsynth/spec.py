@@ -114,8 +114,15 @@ class LoRASpelling:
         Args:
             prefix, name, layout: see `LoRASpelling`.
         """
-        ends = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
-        return cls(name=name, layout=layout, prefix=prefix, underscores=True, **ends)
+        return cls(
+            name=name,
+            layout=layout,
+            prefix=prefix,
+            underscores=True,
+            down="lora_down.weight",
+            up="lora_up.weight",
+            alpha="alpha",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

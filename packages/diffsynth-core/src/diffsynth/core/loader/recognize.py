@@ -368,7 +368,7 @@ def _views(header: Header) -> Iterator[tuple[str, dict[str, Shape]]]:
 
 
 def _config(architecture: ArchitectureSpec, checkpoint: CheckpointSpec, plan: convert.Plan) -> Any:
-    config = resolve(architecture.infer_config)(plan.shapes) if architecture.infer_config else None
+    config: Any = resolve(architecture.infer_config)(plan.shapes) if architecture.infer_config else None
     return replace(config, **checkpoint.config) if checkpoint.config else config
 
 
