@@ -10,7 +10,6 @@ from torch import Tensor
 
 from diffsynth.runtime.feature import Condition, StepContext
 from diffsynth.runtime.image_units import decode_image
-from diffsynth.runtime.inpainting import Inpainting, toward_input
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Agreement, Role, Tokenizer
@@ -73,10 +72,8 @@ class QwenImagePipeline(Pipeline):
         *,
         prompt_embeds: Float[Tensor, "b s e"],
         prompt_mask: Bool[Tensor, "b s"] | None = None,
-        inpainting: Inpainting | None = None,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
-        velocity = self.dit(latents, sigma, prompt_embeds, prompt_mask, extensions=extensions, step=step)
-        return toward_input(velocity, latents, sigma, inpainting)
+        return self.dit(latents, sigma, prompt_embeds, prompt_mask, extensions=extensions, step=step)
