@@ -21,6 +21,7 @@ from diffsynth.core.lora.arithmetic import stacked
 from diffsynth.core.lora.changes import LoRALayer
 from diffsynth.core.lora.hot import hot_change
 from diffsynth.core.lora.scoped import check_scoped, scoped
+from diffsynth.errors import CheckpointError
 
 BranchLoRA = str | Path | Mapping[str, Tensor] | None
 """The type of a call's arguments `positive_only_lora` and `negative_only_lora`."""
@@ -42,11 +43,12 @@ def parse_branch_lora(name: str, value: Any) -> tuple[LoRA, ...] | None:
     """
     if value is None or (isinstance(value, tuple) and all(isinstance(each, LoRA) for each in value)):
         return value
-    if isinstance(value, Mapping):
-        return (read_lora(value),)
-    if not isinstance(value, str | Path):
+    if not isinstance(value, str | Path | Mapping):
         raise TypeError(f"{name}={value!r:.80}: expected the path of a LoRA, or a dict of its tensors")
-    return (read_lora(find_lora(ModelConfig(path=value))),)
+    try:
+        return (read_lora(value if isinstance(value, Mapping) else find_lora(ModelConfig(path=value))),)
+    except CheckpointError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def find_lora(config: ModelConfig) -> list[Path]:
