@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from PIL import Image
-
 from diffsynth.runtime.image_to_lora import ImageToLoRAPipeline
+from diffsynth.runtime.images import Images
 
 
 class Image2LoRAEncode:
     """First of the two units. The images are encoded by the second one, which loads the networks that it uses."""
 
-    def process(self, pipe: Any, image2lora_images: Image.Image | Sequence[Image.Image] | None) -> dict[str, Any]:
+    def process(self, pipe: Any, image2lora_images: Images) -> dict[str, Any]:
         """Return what `Image2LoRADecode.process` takes as keyword arguments, a dict with the images; empty for None."""
         return {} if image2lora_images is None else {"image2lora_images": image2lora_images}
 
@@ -23,9 +21,7 @@ class Image2LoRADecode:
 
     pipeline: ClassVar[type[ImageToLoRAPipeline]]
 
-    def process(
-        self, pipe: Any, image2lora_images: Image.Image | Sequence[Image.Image] | None = None
-    ) -> dict[str, Any]:
+    def process(self, pipe: Any, image2lora_images: Images = None) -> dict[str, Any]:
         """Return a dict with the entry "lora", the LoRA of the images, key -> tensor; empty without images.
 
         Args:

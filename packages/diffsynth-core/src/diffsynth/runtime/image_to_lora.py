@@ -24,7 +24,7 @@ from diffsynth.errors import InvalidPipeline, MissingComponent
 from diffsynth.models.dinov3 import dinov3_pixels
 from diffsynth.models.siglip import siglip_pixels
 from diffsynth.runtime.feature import Configs, Feature
-from diffsynth.runtime.images import image_list
+from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.role import Processor, Role
 from diffsynth.runtime.unit import Phase, unit
@@ -44,7 +44,7 @@ class ImageToLoRAArguments(TypedDict, total=False):
             of the prompt alone, besides that in `positive_only_lora`.
     """
 
-    image2lora_images: Image.Image | Sequence[Image.Image] | None
+    image2lora_images: Images
 
 
 @unit("image2lora_x", phase=Phase.ENCODE, only_with="image2lora_images")
@@ -52,7 +52,7 @@ def embed_images(
     siglip2_image_encoder: Any,
     dinov3_image_encoder: Any,
     *,
-    image2lora_images: Image.Image | Sequence[Image.Image] | None = None,
+    image2lora_images: Images = None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "n e"]:
@@ -83,7 +83,7 @@ def mean_lora(changes: Sequence[Mapping[str, tuple[Tensor, Tensor]]], count: int
 def add_lora_of_images(
     image2lora_style: Any,
     *,
-    image2lora_images: Image.Image | Sequence[Image.Image] | None = None,
+    image2lora_images: Images = None,
     image2lora_x: Float[Tensor, "n e"],
     positive_only_lora: tuple[LoRA, ...] | None,
 ) -> tuple[LoRA, ...]:

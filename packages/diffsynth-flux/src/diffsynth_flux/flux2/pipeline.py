@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Unpack
 
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.runtime.call_lora import CallLoRA, fit_for_call
+from diffsynth.runtime.branch_lora import parse_branch_lora
 from diffsynth.runtime.feature import Condition, StepContext
 from diffsynth.runtime.image_units import decode_image
 from diffsynth.runtime.pipeline import Pipeline
@@ -55,9 +54,9 @@ class Flux2ImagePipeline(Pipeline):
         Errors are those of the call.
         """
         request = super().check(**arguments)
-        for name in ("lora", "negative_lora"):
-            if self.dit is not None and request.values[name] is not None:
-                fit_for_call(self.dit, request.values[name])
+        if self.dit is not None:
+            loras = {name: parse_branch_lora(name, request.values[name]) or () for name in ("lora", "negative_lora")}
+            self.branch_loras(loras, tuple(loras))  # raises for one that does not fit
         return request
 
     def velocity(
@@ -67,10 +66,8 @@ class Flux2ImagePipeline(Pipeline):
         *,
         prompt_embeds: Float[Tensor, "b s e"],
         network_guidance: Float[Tensor, "b"] | None = None,
-        call_lora: CallLoRA | None = None,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
-        with nullcontext() if call_lora is None else call_lora.of(self.dit):
-            return self.dit(latents, sigma, prompt_embeds, network_guidance, extensions=extensions, step=step)
+        return self.dit(latents, sigma, prompt_embeds, network_guidance, extensions=extensions, step=step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
+from diffsynth.core.data.image import center_crop
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.image_units import image_tiling
-from diffsynth.runtime.images import image_list, image_to_tensor
+from diffsynth.runtime.images import Images, image_list, image_to_tensor
 from diffsynth.runtime.role import Processor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_qwen_image.config import TOKEN_FACTOR
@@ -37,9 +38,6 @@ SYSTEM_MESSAGE = (
 )
 """Message before every prompt with images, as in training."""
 
-EditImages = Image.Image | Sequence[Image.Image] | None
-"""The type of the argument `edit_image`."""
-
 
 class EditArguments(TypedDict, total=False):
     """Images to edit.
@@ -55,7 +53,7 @@ class EditArguments(TypedDict, total=False):
             trained in this way.
     """
 
-    edit_image: EditImages
+    edit_image: Images
     edit_image_auto_resize: bool
     edit_rope_interpolation: bool
     zero_cond_t: bool
@@ -82,7 +80,7 @@ class References:
 
 @unit("prompt_images", phase=Phase.SHAPE, only_with="edit_image")
 def prepare_prompt_images(
-    processor: Any, *, edit_image: EditImages = None, edit_image_auto_resize: bool = True
+    processor: Any, *, edit_image: Images = None, edit_image_auto_resize: bool = True
 ) -> PromptImages:
     """Return `PromptImages`: what the text encoder gets of the images, at the sizes of training."""
     listed = not isinstance(edit_image, Image.Image)
@@ -102,7 +100,7 @@ def prepare_prompt_images(
 def encode_edit_images(
     vae: Any,
     *,
-    edit_image: EditImages = None,
+    edit_image: Images = None,
     edit_image_auto_resize: bool = True,
     edit_rope_interpolation: bool = False,
     zero_cond_t: bool = False,
@@ -173,5 +171,4 @@ def _resized(image: Image.Image, area: int) -> Image.Image:
 
 def _cropped(image: Image.Image) -> Image.Image:
     width, height = (side // TOKEN_FACTOR * TOKEN_FACTOR for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return center_crop(image, height, width)

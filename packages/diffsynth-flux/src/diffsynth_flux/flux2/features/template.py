@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.core.lora import LoRA
 from diffsynth.errors import did_you_mean
-from diffsynth.runtime.call_lora import CallLoRA
+from diffsynth.runtime.branch_lora import parse_branch_lora
 from diffsynth.runtime.feature import Condition, Configs, Feature
+from diffsynth.runtime.guidance import parse_guidance
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.config import Flux2DiTConfig
 from diffsynth_flux.flux2.extension import BlockIndex, MoreKeysValues
@@ -25,8 +27,6 @@ KVCache = Mapping[str, tuple[Tensor, Tensor]] | None
 LoRATensors = Mapping[str, Tensor] | None
 """The type of the argument `lora`: the tensors of a LoRA, by their names."""
 
-NO_FRAMES = "an image has no frames"
-
 
 class TemplateArguments(TypedDict, total=False):
     """Outputs of template models.
@@ -36,7 +36,7 @@ class TemplateArguments(TypedDict, total=False):
             ... and "single_0", ... to a tuple of two tensors `1 s n d`. Blocks that are not in it attend as before.
         negative_kv_cache: The same for the negative prompt.
         lora: Tensors of a LoRA of the transformer for this call, by the names of any usual file, such as
-            `safetensors.torch.load_file` returns.
+            `safetensors.torch.load_file` returns; `positive_only_lora` takes a path, too, in every pipeline.
         negative_lora: The same for the negative prompt.
         extra_text_embedding: Hidden states `1 s e` that follow those of the prompt.
         negative_extra_text_embedding: The same for the negative prompt.
@@ -60,10 +60,26 @@ def read_kv_cache(*, kv_cache: KVCache = None, device: torch.device, dtype: torc
     )
 
 
-@unit("call_lora", branches={"uncond": {"lora": "negative_lora"}}, phase=Phase.CONDITION)
-def read_call_lora(*, lora: LoRATensors = None, device: torch.device, dtype: torch.dtype) -> CallLoRA | None:
-    """Return the LoRA of the call, a `CallLoRA`; None without."""
-    return None if lora is None else CallLoRA(lora, device, dtype)
+@unit("positive_only_lora", only_with="lora")
+def add_lora(*, lora: LoRATensors = None, positive_only_lora: tuple[LoRA, ...] | None) -> tuple[LoRA, ...]:
+    """Return the LoRAs of the conditional branch of guidance, a tuple: those of `positive_only_lora`, then `lora`."""
+    return (*(positive_only_lora or ()), *(parse_branch_lora("lora", lora) or ()))
+
+
+def ignored_without_guidance(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return a dict with the reason why `negative_lora` changes nothing in a call without guidance, else an empty one;
+    see `Unit.ignores`.
+    """
+    is_off = parse_guidance(values["guidance"]).is_off(values["cfg_scale"])
+    return {"negative_lora": f"guidance is off (cfg_scale={values['cfg_scale']})"} if is_off else {}
+
+
+@unit("negative_only_lora", only_with="negative_lora", ignores=ignored_without_guidance)
+def add_negative_lora(
+    *, negative_lora: LoRATensors = None, negative_only_lora: tuple[LoRA, ...] | None
+) -> tuple[LoRA, ...]:
+    """Return the LoRAs of the unconditional branch, a tuple: those of `negative_only_lora`, then `negative_lora`."""
+    return (*(negative_only_lora or ()), *(parse_branch_lora("negative_lora", negative_lora) or ()))
 
 
 @unit(
@@ -139,10 +155,7 @@ def _check_keys_values(argument: str, name: str, keys_values: Any, config: Flux2
 TEMPLATE = Feature(
     "template",
     arguments=TemplateArguments,
-    units=(read_kv_cache, read_call_lora, append_text_embedding),
-    conditions={
-        "template_keys_values": Condition(NO_FRAMES, batch="separate"),
-        "call_lora": Condition(NO_FRAMES, batch="separate"),
-    },
+    units=(read_kv_cache, add_lora, add_negative_lora, append_text_embedding),
+    conditions={"template_keys_values": Condition("an image has no frames", batch="separate")},
     check=check,
 )
