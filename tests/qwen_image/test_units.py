@@ -78,6 +78,7 @@ def test_equal_prompts_are_encoded_once_and_lengths_differ() -> None:
 
 def test_a_long_prompt_is_cut(caplog) -> None:
     with caplog.at_level(logging.WARNING):
-        embeds, _ = encode("x" * 1100)
+        embeds, _ = encode("x" * 1100 + "THE END")
     assert embeds.shape == (1, MAX_PROMPT_TOKENS, 1)
     assert "is cut to" in caplog.text
+    assert "THE END" in caplog.text

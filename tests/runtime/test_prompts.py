@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
+from diffsynth.runtime.prompts import cut_prompt, distinct_prompts, log_cut
+from diffsynth.testing.tiny_processors import byte_tokenizer
 
 
 def test_a_prompt_of_megabytes_is_cut_before_it_is_tokenized(caplog):
@@ -17,6 +18,16 @@ def test_a_usual_prompt_is_not_changed(caplog):
     text = "a" * 51200
     assert cut_prompt(text, max_tokens=512) is text
     assert not caplog.records
+
+
+def test_what_a_text_encoder_does_not_get_is_logged(caplog):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("a red apple on a table")["input_ids"]
+    with caplog.at_level(logging.WARNING):
+        log_cut(tokenizer, ids, most=12)
+    assert caplog.messages == ["a prompt of 22 tokens is cut to 12; left out: 'on a table'"]
+    log_cut(tokenizer, ids, most=22)
+    assert len(caplog.messages) == 1
 
 
 def test_equal_prompts_are_encoded_once():

@@ -129,3 +129,11 @@ def test_sizes_are_rounded_up(pipelines):
 def test_an_empty_prompt_is_fine(pipelines):
     latents = pipelines[0]("", height=32, width=32, num_inference_steps=1, seed=0, output_type="latents")
     assert torch.isfinite(latents).all()
+
+
+def test_the_end_of_a_long_prompt_is_logged(pipelines, caplog):
+    ours = pipelines[0]
+    with caplog.at_level("WARNING"):
+        ours("x" * 600 + "THE END", height=32, width=32, num_inference_steps=1, seed=0, output_type="latents")
+    assert "is cut to 512; left out: " in caplog.text
+    assert "THE END" in caplog.text

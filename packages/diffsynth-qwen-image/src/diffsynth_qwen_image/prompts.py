@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffsynth.runtime.prompts import cut_prompt
-
-logger = logging.getLogger(__name__)
+from diffsynth.runtime.prompts import cut_prompt, log_cut
 
 MAX_PROMPT_TOKENS = 1024
 """Most tokens of a prompt, with what the chat template puts after it and without images."""
@@ -108,7 +105,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], images: PromptImages | None
     tokens = tokenizer(texts, padding="longest", padding_side="right", return_tensors="pt")
     most = MAX_PROMPT_TOKENS + (dropped if images is None else 0)
     if tokens["input_ids"].shape[1] > most:
-        logger.warning("a prompt of %d tokens is cut to %d", tokens["input_ids"].shape[1], most)
+        for ids, kept in zip(tokens["input_ids"], tokens["attention_mask"].bool(), strict=True):
+            log_cut(tokenizer, ids[kept].tolist(), most=most)
     input_ids, mask = tokens["input_ids"][:, :most], tokens["attention_mask"][:, :most]
     image_mask = torch.zeros_like(mask, dtype=torch.bool)
     if head:

@@ -12,14 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size
 from diffsynth.runtime.images import Images, image_list
-from diffsynth.runtime.prompts import cut_prompt
+from diffsynth.runtime.prompts import cut_prompt, log_cut
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.schedule import z_image_sigmas
-from diffsynth.terminal import module_logger
 from diffsynth_zimage.config import MAX_PROMPT_TOKENS, VAE_FACTOR
 from diffsynth_zimage.tokens import PromptMask
-
-logger = module_logger(__name__)
 
 _IMAGE_BEGIN, _IMAGE_END = "<|vision_start|>", "<|vision_end|>"
 
@@ -63,7 +60,8 @@ def encode_prompt(
     )
     input_ids, mask = tokens["input_ids"], tokens["attention_mask"]
     if input_ids.shape[1] > MAX_PROMPT_TOKENS:
-        logger.warning("a prompt of %d tokens is cut to %d", input_ids.shape[1], MAX_PROMPT_TOKENS)
+        for ids, kept in zip(input_ids, mask.bool(), strict=True):
+            log_cut(tokenizer, ids[kept].tolist(), most=MAX_PROMPT_TOKENS)
         input_ids, mask = input_ids[:, :MAX_PROMPT_TOKENS], mask[:, :MAX_PROMPT_TOKENS]
     embeds = text_encoder(input_ids.to(device), mask.to(device))
     order = torch.tensor([[texts.index(segment) for segment in caption] for caption in captions])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -31,6 +32,19 @@ def cut_prompt(text: str, *, max_tokens: int) -> str:
         return text
     logger.warning("a prompt of %d characters is cut to %d", len(text), most)
     return text[:most]
+
+
+def log_cut(tokenizer: Any, ids: Sequence[int], *, most: int) -> None:
+    """Log a warning with the end of a text that does not fit a text encoder; nothing if it has `most` tokens or fewer.
+
+    Args:
+        tokenizer: that made the tokens.
+        ids: token ids of the whole text, without padding.
+        most: number of tokens that the text encoder takes, the first ones.
+    """
+    if len(ids) > most:
+        cut = shown(tokenizer.decode(ids[most:], skip_special_tokens=True), 400)
+        logger.warning("a prompt of %d tokens is cut to %d; left out: %s", len(ids), most, cut)
 
 
 def distinct_prompts(

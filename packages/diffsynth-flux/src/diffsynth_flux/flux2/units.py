@@ -11,14 +11,11 @@ from torch import Tensor
 
 from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.image_units import check_strength, encode_input_image, ignored_input, image_size, round_up
-from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
+from diffsynth.runtime.prompts import cut_prompt, distinct_prompts, log_cut
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling import noise
 from diffsynth.sampling.schedule import flux2_sigmas
-from diffsynth.terminal import module_logger
 from diffsynth_flux.flux2.config import PROMPT_TOKENS, VAE_FACTOR, MistralTextEncoderConfig
-
-logger = module_logger(__name__)
 
 EMBEDDED_GUIDANCE = 4.0
 """Default guidance scale of the distilled network."""
@@ -104,10 +101,7 @@ def _log_cut(tokenizer: Any, texts: Sequence[str]) -> None:
         # No token stands for less than one byte, so a short text is not tokenized twice.
         if len(text.encode()) <= PROMPT_TOKENS:
             continue
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) > PROMPT_TOKENS:
-            cut = tokenizer.decode(ids[PROMPT_TOKENS:])
-            logger.warning("a prompt of %d tokens is cut to %d; without: %r", len(ids), PROMPT_TOKENS, cut)
+        log_cut(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], most=PROMPT_TOKENS)
 
 
 def check_guidance(values: Mapping[str, Any]) -> None:

@@ -14,12 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.runtime.guidance import parse_guidance
-from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
+from diffsynth.runtime.prompts import cut_prompt, distinct_prompts, log_cut
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth.terminal import module_logger
 from diffsynth_wan.config import MAX_PROMPT_TOKENS
-
-logger = module_logger(__name__)
 
 _QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'" * 4 + '"' * 4)
 _COMPATIBLE = re.compile("[\u3000\uff01-\uffe6\ufb00-\ufb06]+")
@@ -47,7 +44,7 @@ def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.devi
     text = clean_prompt(cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS))
     tokens = tokenizer([text], add_special_tokens=True, return_tensors="pt")["input_ids"]
     if tokens.shape[1] > MAX_PROMPT_TOKENS:
-        logger.warning("a prompt of %d tokens is cut to %d", tokens.shape[1], MAX_PROMPT_TOKENS)
+        log_cut(tokenizer, tokens[0].tolist(), most=MAX_PROMPT_TOKENS)
         # Keep the last token, which marks the end of the text.
         tokens = torch.cat([tokens[:, : MAX_PROMPT_TOKENS - 1], tokens[:, -1:]], dim=1)
     hidden = text_encoder(tokens.to(device))
