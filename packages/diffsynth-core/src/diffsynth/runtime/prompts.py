@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from diffsynth.errors import shown
 from diffsynth.terminal import module_logger
 
 logger = module_logger(__name__)
