@@ -135,6 +135,9 @@ def test_cancelling_leaves_nothing_on_the_device(hub):
         ({"policy": "cpu-ofload"}, "did you mean 'cpu-offload'"),
         ({"policy": {"dot": "disk"}}, "did you mean 'dit'"),
         ({"device": "cuda:7"}, "cuda:7"),
+        ({"vram_limit": -1}, "vram_limit=-1: expected GiB of at least 0"),
+        ({"vram_limit": float("nan")}, "vram_limit=nan: expected GiB of at least 0"),
+        ({"vram_limit": "8"}, "vram_limit='8': expected GiB of at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_loading(hub, memory, message, monkeypatch):

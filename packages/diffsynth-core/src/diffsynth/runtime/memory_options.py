@@ -16,7 +16,7 @@ from torch import nn
 from diffsynth.core.loader import component
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.reader.source import ComponentSource
-from diffsynth.core.planning.workload import GIB
+from diffsynth.core.planning.workload import GIB, check_limit
 from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.core.vram.policy import AUTO, Auto, Policy
 from diffsynth.errors import NotEnoughMemory, Unplannable, did_you_mean
@@ -46,12 +46,18 @@ class MemoryOptions:
         dtype: of parameters and activations.
         vram_limit: GiB of device memory that a call may take; None is no limit.
         policies: see `Policies`; the eight keys of a `ModelConfig` have precedence.
+
+    Raises:
+        ValueError: a limit that is no number of at least 0.
     """
 
     device: torch.device
     dtype: torch.dtype
     vram_limit: float | None = None
     policies: Policies = field(default=None)
+
+    def __post_init__(self) -> None:
+        check_limit("vram_limit", self.vram_limit)
 
     def check_roles(self, roles: Mapping[str, Any]) -> None:
         """Raise ValueError if a policy is given for a role that the pipeline does not have.

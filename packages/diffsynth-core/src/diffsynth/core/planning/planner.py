@@ -24,6 +24,7 @@ from diffsynth.core.planning.workload import (
     StageCost,
     StageKind,
     Workload,
+    check_limit,
 )
 from diffsynth.errors import NotEnoughMemory
 
@@ -66,9 +67,8 @@ def plan_memory(
         NotEnoughMemory: no workload fits; the message has the smallest limit that can be kept.
         ValueError: a limit is below 0.
     """
-    for name, limit in (("vram_limit", vram_limit), ("ram_limit", ram_limit)):
-        if limit is not None and not limit >= 0:
-            raise ValueError(f"{name}={limit!r}: expected GiB of at least 0, or None for no limit")
+    check_limit("vram_limit", vram_limit)
+    check_limit("ram_limit", ram_limit)
     plans: list[MemoryPlan] = []
     options: list[StorageOption] = []
     for workload in workloads:

@@ -8,6 +8,20 @@ from enum import Enum
 from typing import Any
 
 GIB = 2**30
+
+
+def check_limit(name: str, limit: object) -> None:
+    """Raise ValueError unless a limit of memory is None or a number of GiB of at least 0.
+
+    Args:
+        name: of the argument, for the message.
+        limit: its value.
+    """
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if limit is not None and not (is_number and limit >= 0):
+        raise ValueError(f"{name}={limit!r}: expected GiB of at least 0, or None for no limit")
+
+
 """Bytes of a GiB, the unit of `vram_limit` and `ram_limit`."""
 
 
