@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -214,6 +214,18 @@ class ZeroStar(Guidance):
 
 GuidanceArgument = Guidance | str | None
 """The type of a call's argument `guidance`."""
+
+
+def ignored_without_guidance(*names: str) -> Callable[[Mapping[str, Any]], Mapping[str, str]]:
+    """Return a function for `Unit.ignores`: of a call's values, which returns the reason why `names` change nothing in
+    a call without guidance, else an empty dict.
+    """
+
+    def ignored(values: Mapping[str, Any]) -> dict[str, str]:
+        is_off = parse_guidance(values["guidance"]).is_off(values["cfg_scale"])
+        return dict.fromkeys(names, f"guidance is off (cfg_scale={values['cfg_scale']})") if is_off else {}
+
+    return ignored
 
 
 def parse_guidance(value: str | Guidance | None) -> Guidance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.runtime.guidance import parse_guidance
+from diffsynth.runtime.guidance import ignored_without_guidance
 from diffsynth.runtime.prompts import cut_prompt, distinct_prompts, log_cut
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_wan.config import MAX_PROMPT_TOKENS
@@ -68,12 +68,7 @@ def mark_branches() -> tuple[bool, bool]:
     return True, False
 
 
-def _ignored_merging(values: Mapping[str, Any]) -> dict[str, str]:
-    is_off = parse_guidance(values["guidance"]).is_off(values["cfg_scale"])
-    return {"cfg_merge": f"guidance is off (cfg_scale={values['cfg_scale']})"} if is_off else {}
-
-
-@unit("merges_branches", phase=Phase.SHAPE, ignores=_ignored_merging)
+@unit("merges_branches", phase=Phase.SHAPE, ignores=ignored_without_guidance("cfg_merge"))
 def merge_branches(*, cfg_merge: bool = False) -> bool:
     """Return `cfg_merge`: whether prompt and negative prompt go through the network as one batch."""
     return cfg_merge

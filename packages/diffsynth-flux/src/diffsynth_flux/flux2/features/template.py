@@ -16,7 +16,7 @@ from diffsynth.core.lora import LoRA
 from diffsynth.errors import did_you_mean
 from diffsynth.runtime.branch_lora import parse_branch_lora
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.guidance import parse_guidance
+from diffsynth.runtime.guidance import ignored_without_guidance
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.config import Flux2DiTConfig
 from diffsynth_flux.flux2.extension import BlockIndex, MoreKeysValues
@@ -66,15 +66,7 @@ def add_lora(*, lora: LoRATensors = None, positive_only_lora: tuple[LoRA, ...] |
     return (*(positive_only_lora or ()), *(parse_branch_lora("lora", lora) or ()))
 
 
-def ignored_without_guidance(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return a dict with the reason why `negative_lora` changes nothing in a call without guidance, else an empty one;
-    see `Unit.ignores`.
-    """
-    is_off = parse_guidance(values["guidance"]).is_off(values["cfg_scale"])
-    return {"negative_lora": f"guidance is off (cfg_scale={values['cfg_scale']})"} if is_off else {}
-
-
-@unit("negative_only_lora", only_with="negative_lora", ignores=ignored_without_guidance)
+@unit("negative_only_lora", only_with="negative_lora", ignores=ignored_without_guidance("negative_lora"))
 def add_negative_lora(
     *, negative_lora: LoRATensors = None, negative_only_lora: tuple[LoRA, ...] | None
 ) -> tuple[LoRA, ...]:
