@@ -15,6 +15,9 @@ SOURCES = sorted(
     if ".venv" not in path.parts
 )
 OUR_CLASSES = ("Pipeline", "pipeline", "super()", "cls", "resolve(record.pipeline)", "ToyPipeline')")
+WITHOUT_CODE = ("_detector_class(processor_id)",)
+"""Classes of other libraries that have a `from_pretrained` and run no code of a repository: those of controlnet_aux."""
+
 RUNS_CODE = {"from_pretrained", "load_dataset"}
 """Names of functions of transformers and the hubs that run code of a repository if they are allowed to."""
 
@@ -39,7 +42,11 @@ def _is_ours(function: ast.expr) -> bool:
     if not isinstance(function, ast.Attribute):
         return False
     receiver = ast.unparse(function.value)
-    return receiver.endswith(OUR_CLASSES) or "record.pipeline" in receiver or "getattr(importlib" in receiver
+    return (
+        receiver.endswith((*OUR_CLASSES, *WITHOUT_CODE))
+        or "record.pipeline" in receiver
+        or "getattr(importlib" in receiver
+    )
 
 
 @pytest.mark.parametrize(

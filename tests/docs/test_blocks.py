@@ -25,12 +25,13 @@ RUN = {
     "docs/models/flux-1.md": [0, 1, 2],
     "docs/models/flux-2.md": [0],
     "docs/models/wan.md": [0],
-    "docs/models/z-image.md": [0],
+    "docs/models/qwen-image.md": [0, 1, 2, 3],
+    "docs/models/z-image.md": [0, 1],
     "docs/compile.md": [0, 1],
     "docs/conformance.md": [1, 2],
     "docs/loading.md": [1],
     "docs/loading-speed.md": [0],
-    "docs/lora.md": [0, 1, 2, 3],
+    "docs/lora.md": [0, 1, 2, 3, 4],
     "docs/plan.md": [0],
     "docs/step-caches.md": [0],
     "docs/tiny-hub.md": [0, 1],
@@ -44,6 +45,9 @@ EXEMPT = {
     },
     "docs/loading.md": {0: "needs gguf, which is no dependency"},
     "docs/plan.md": {1: "a line of a method, with the reader's own names"},
+    "docs/models/z-image.md": dict.fromkeys(
+        (2, 3), "networks of 1.6 B and more; tests/rows/test_z_image.py runs them tiny"
+    ),
     "docs/models/wan.md": {
         1: "241 frames, tests/wan/test_windows.py has fewer",
         2: "clips of 1280 x 720 of the reader",
@@ -71,6 +75,17 @@ ELSEWHERE = {
 """Page, or folder of pages -> the test beside this one that runs its other Python blocks."""
 
 
+MODELS = (
+    "z-image-turbo",
+    "z-image-omni-base",
+    "wan2.1-t2v-1.3b",
+    "flux.1-dev",
+    "flux.1-dev-ip-adapter",
+    "flux.2-klein-4b",
+    "qwen-image",
+)
+"""Models that the blocks load."""
+
 LORA = {
     f"layers.0.attention.to_q.lora_{side}.weight": torch.randn(*shape)
     for side, shape in (("A", (4, 256)), ("B", (256, 4)))
@@ -80,7 +95,7 @@ LORA = {
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    tiny_hub(folder, ["z-image-turbo", "wan2.1-t2v-1.3b", "flux.1-dev", "flux.1-dev-ip-adapter", "flux.2-klein-4b"])
+    tiny_hub(folder, MODELS)
     return folder
 
 

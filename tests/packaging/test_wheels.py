@@ -42,7 +42,12 @@ def test_core_alone_lists_nothing_and_says_what_to_install(wheels, environment):
 
 def test_core_and_z_image_draw(wheels, environment):
     environment.install(wheel(wheels, "diffsynth_core"), wheel(wheels, "diffsynth_zimage"))
-    assert installed(environment) == {"z-image": "absent", "z-image-turbo": "absent", "z-image-nano": "present"}
+    assert installed(environment) == {
+        "z-image": "absent",
+        "z-image-turbo": "absent",
+        "z-image-omni-base": "absent",
+        "z-image-nano": "present",
+    }
     generate = ("generate", "z-image-nano", "a red apple", "--steps", "2", "--height", "64", "--width", "64")
     environment.run("diffsynth", *generate, "-o", "apple.png")
     with Image.open(environment.folder / "apple.png") as image:

@@ -118,7 +118,7 @@ def test_a_miss_says_what_the_file_is(keys, message):
 
 
 def test_a_miss_names_the_nearest():
-    shapes = layout_of(PUBLISHED[0])
+    shapes = dict(layout_of(PUBLISHED[0]))
     shapes.pop(next(iter(shapes)))
     few = dict(list(shapes.items())[: len(shapes) // 2])
     with pytest.raises(

@@ -340,7 +340,7 @@ def test_the_command_line_adds_controlnets(nano_controlnet, monkeypatch):
         ("contolnet=union.safetensors", "no role of a module in ZImagePipeline; did you mean 'controlnet'?"),
         ("controlnet", "expected ROLE=FILE"),
         ("controlnet=gone.safetensors", "gone.safetensors"),
-        ("vae=union.safetensors", "vae is given union.safetensors, a z_image_controlnet; the role takes"),
+        ("vae=union.safetensors", "union.safetensors, a z_image_controlnet; the role takes flux_autoencoder"),
         ("vae[0]=union.safetensors", "no role of a module"),
     ],
 )

@@ -71,6 +71,7 @@ class Annotator:
         self.skip_processor = skip_processor
         self.detector: Any = None
         if processor_id in DETECTORS and not skip_processor:
+            # A class of controlnet_aux: it reads weights by name, and runs no code of a repository.
             self.detector = _detector_class(processor_id).from_pretrained(model_path)
             self.to("cpu" if device is None else device)
 

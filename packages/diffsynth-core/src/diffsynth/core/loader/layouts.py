@@ -11,6 +11,7 @@ import importlib.resources
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 from diffsynth.core.loader import convert
@@ -55,7 +56,7 @@ def _own_names(rules: tuple[convert.Rule, ...], layout: str) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def _read(layout: str) -> Mapping[str, Shape]:
-    return dict(_flat(_tensors(layout)))
+    return MappingProxyType(dict(_flat(_tensors(layout))))  # all callers share it
 
 
 def _tensors(layout: str) -> dict[str, Any]:
