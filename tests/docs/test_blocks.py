@@ -26,7 +26,7 @@ RUN = {
     "docs/models/flux-2.md": [0],
     "docs/models/wan.md": [0],
     "docs/models/qwen-image.md": [0, 1, 2, 3],
-    "docs/models/z-image.md": [0, 1],
+    "docs/models/z-image.md": [0],
     "docs/compile.md": [0, 1],
     "docs/conformance.md": [1, 2],
     "docs/loading.md": [1],
@@ -77,7 +77,6 @@ ELSEWHERE = {
 
 MODELS = (
     "z-image-turbo",
-    "z-image-omni-base",
     "wan2.1-t2v-1.3b",
     "flux.1-dev",
     "flux.1-dev-ip-adapter",

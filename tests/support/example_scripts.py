@@ -59,5 +59,6 @@ def run(family: str, script: str, hub: Path, folder: Path, monkeypatch: pytest.M
     written = {file.name for file in folder.iterdir()} - set(given)
     assert len(written) == len(calls) > 0
     for call in calls:
-        sides = (call.arguments.get(side, 1024) // 16 for side in ("width", "height"))
+        defaults = call.pipe.__signature__.parameters
+        sides = (call.arguments.get(side, defaults[side].default) // 16 for side in ("width", "height"))
         assert call.output.size == tuple(-(-side // 16) * 16 for side in sides)
