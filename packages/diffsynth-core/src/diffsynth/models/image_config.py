@@ -57,13 +57,13 @@ TINY_SIGLIP = SiglipImageEncoderConfig(hidden_size=144, num_layers=2, intermedia
 
 
 def tiny_siglip_inputs(config: SiglipImageEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return a dict of the arguments of `SiglipImageEncoder.forward`: two random images, fp32 on the CPU, for the
-    pooled vector.
+    """Return a dict of the arguments of `SiglipImageEncoder.forward`: two random images, fp32 on the CPU, for the hidden
+    states; the bits of the pooled vector depend on where the weights of torch's attention lie in memory.
     """
     import torch
 
     side = config.image_size
-    return {"image": torch.rand(2, 3, side, side, generator=generator) * 2 - 1, "pooled": config.pooling_head}
+    return {"image": torch.rand(2, 3, side, side, generator=generator) * 2 - 1}
 
 
 def infer_siglip_config(shapes: Shapes) -> SiglipImageEncoderConfig:
