@@ -57,8 +57,8 @@ TINY_SIGLIP = SiglipImageEncoderConfig(hidden_size=144, num_layers=2, intermedia
 
 
 def tiny_siglip_inputs(config: SiglipImageEncoderConfig, generator: torch.Generator) -> dict[str, Any]:
-    """Return a dict of the arguments of `SiglipImageEncoder.forward`: two random images, fp32 on the CPU, for the hidden
-    states; the bits of the pooled vector depend on where the weights of torch's attention lie in memory.
+    """Return a dict of the arguments of `SiglipImageEncoder.forward`: two random images, fp32 on the CPU, for the
+    hidden states; the bits of the pooled vector depend on where the weights of torch's attention lie in memory.
     """
     import torch
 
