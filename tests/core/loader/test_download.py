@@ -42,7 +42,10 @@ def hub(request, server, tmp_path, monkeypatch):
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "")
     from huggingface_hub import constants
+    from modelscope_hub import config as modelscope_config
 
+    # The first use in a process reads these variables; a test that ran before may have been that use.
+    monkeypatch.setattr(modelscope_config, "_default_config", None)
     # Read from the environment when it is imported, which it was long ago.
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ from diffsynth.diagnosis.finding import Finding
 from diffsynth.diagnosis.machine import GIB, in_gib
 from diffsynth.errors import did_you_mean
 
-HUB_VARIABLES = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "MODELSCOPE_CACHE", "MODELSCOPE_DOMAIN")
+HUB_VARIABLES = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "MODELSCOPE_CACHE", "MODELSCOPE_ENDPOINT")
 """Variables of the download libraries; shown if they are set."""
 
 WEIGHTS_SPACE = 30 * GIB
