@@ -19,12 +19,8 @@ steps. The ratio is the median over rounds of the time of our call over that of 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import reporting
 import torch
 from torch import nn
 
@@ -408,13 +405,10 @@ def _note_gaps(transformer: nn.Module, gaps: list[float], networks: list[float])
 
 def in_a_process(name: str, contender: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the row of one contender, measured in a new process; if that fails, a row with its exit code."""
-    command = [sys.executable, __file__, "--one", contender, "--cases", name, "--device", options.device]
-    command += ["--repeats", str(options.repeats), "--warmup", str(options.warmup)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        return {"case": name, "contender": contender, "failed": f"exit code {result.returncode}"}
-    row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return row
+    given = ["--one", contender, "--cases", name, "--device", options.device]
+    given += ["--repeats", str(options.repeats), "--warmup", str(options.warmup)]
+    row, failure = reporting.run_alone(__file__, *given)
+    return row if failure is None else {"case": name, "contender": contender, "failed": failure}
 
 
 def show(rows: list[dict[str, Any]]) -> list[str]:
@@ -445,16 +439,8 @@ def show(rows: list[dict[str, Any]]) -> list[str]:
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Return the device, versions and options."""
-    names = ("torch", "triton", "diffusers", "transformers", "diffsynth-core", "diffsynth-flux")
-    return {
-        "device": devices.card_name(torch.device(options.device)),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "tiny": options.tiny,
-        "repeats": options.repeats,
-    }
+    facts = reporting.machine(options.device, "diffusers", "transformers", "diffsynth-core", "diffsynth-flux")
+    return {**facts, "tiny": options.tiny, "repeats": options.repeats}
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -487,9 +473,7 @@ def main() -> int:
         for contender in options.contenders[:1] if options.tiny else options.contenders:
             rows += in_turns(name, options) if options.tiny else [in_a_process(name, contender, options)]
             # Written after each row, so that an interrupted run leaves its results.
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            report = {**machine(options), "rows": rows}
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            reporting.write({**machine(options), "rows": rows}, options.json)
     print("\n".join(show(rows)))
     return int(any("failed" in row for row in rows))
 

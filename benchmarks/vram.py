@@ -23,18 +23,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
+import reporting
 import torch
 from offload import contenders, curve
 from offload.networks import NETWORKS, SCALES
@@ -85,16 +80,13 @@ def run_one(name: str, contender: str, options: argparse.Namespace) -> list[dict
 
 def in_a_process(name: str, contender: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time one contender in a process of its own; the row of one that fails has the exit code."""
-    command = [sys.executable, __file__, "--one", contender, "--networks", name, "--device", options.device]
+    given = ["--one", contender, "--networks", name, "--device", options.device]
     for setting in ("scale", "library", "repeats", "warmup"):
-        command += [f"--{setting}", str(getattr(options, setting))]
-    command += ["--warm-cache"] if options.warm_cache else []
-    command += ["--folder", str(options.folder)] if options.folder else []
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        return [{"contender": contender, "network": name, "failed": f"exit code {result.returncode}"}]
-    rows: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
-    return rows
+        given += [f"--{setting}", str(getattr(options, setting))]
+    given += ["--warm-cache"] if options.warm_cache else []
+    given += ["--folder", str(options.folder)] if options.folder else []
+    rows, failure = reporting.run_alone(__file__, *given)
+    return rows if failure is None else [{"contender": contender, "network": name, "failed": failure}]
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,22 +136,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Return the device, the cores and the versions of libraries."""
-    names = ("torch", "triton", "diffusers", "safetensors", "diffsynth-core")
-    return {
-        "device": devices.card_name(torch.device(options.device)),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "repeats": options.repeats,
-        "page_cache": "warm" if options.warm_cache else "cold",
-    }
-
-
-def write(report: dict[str, Any], file: Path | None) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    facts = reporting.machine(options.device, "diffusers", "safetensors", "diffsynth-core")
+    return {**facts, "repeats": options.repeats, "page_cache": "warm" if options.warm_cache else "cold"}
 
 
 def arguments() -> argparse.Namespace:
@@ -201,13 +179,15 @@ def main() -> int:
             rows += in_a_process(name, contender, options)
             # Written after each contender, so that an interrupted run leaves its figures.
             report["rows"] = before + compare(copy.deepcopy(rows))
-            write(report, options.json)
+            if options.json is not None:
+                reporting.write(report, options.json)
             print(f"{name}: {contender} is done", file=sys.stderr)
     show(report["rows"])
     if options.simulate:
         report["simulated"] = curve.simulated(options.scale if options.scale == "tiny" else "full", options.networks)
         print("\n" + "\n".join(curve.show(report["simulated"])))
-    write(report, options.json)
+    if options.json is not None:
+        reporting.write(report, options.json)
     wrong = [row for row in report["rows"] if row["contender"] in EXACT and not row.get("same_bits", True)]
     return int(bool(wrong))
 

@@ -15,12 +15,8 @@ each result to the CPU, as the pipeline does.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import reporting
 import torch
 from torch import Tensor, nn
 
@@ -196,13 +193,10 @@ def run_one(name: str, library: str, options: argparse.Namespace) -> dict[str, A
 
 def in_a_process(name: str, library: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the row of one library, measured in a new process; if that fails, a row with its exit code."""
-    command = [sys.executable, __file__, "--one", library, "--cases", name, "--device", options.device]
-    command += ["--repeats", str(options.repeats), "--warmup", str(options.warmup)] + ["--tiny"] * options.tiny
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        return {"case": name, "library": library, "failed": f"exit code {result.returncode}"}
-    row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return row
+    given = ["--one", library, "--cases", name, "--device", options.device]
+    given += ["--repeats", str(options.repeats), "--warmup", str(options.warmup)] + ["--tiny"] * options.tiny
+    row, failure = reporting.run_alone(__file__, *given)
+    return row if failure is None else {"case": name, "library": library, "failed": failure}
 
 
 def show(rows: list[dict[str, Any]], *, tiny: bool) -> list[str]:
@@ -226,17 +220,8 @@ def show(rows: list[dict[str, Any]], *, tiny: bool) -> list[str]:
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Return the device, versions and options."""
-    names = ("torch", "triton", "diffusers", "diffsynth-core", "diffsynth-wan")
-    return {
-        "device": devices.card_name(torch.device(options.device)),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "tiny": options.tiny,
-        "repeats": options.repeats,
-        "published": PUBLISHED,
-    }
+    facts = reporting.machine(options.device, "diffusers", "diffsynth-core", "diffsynth-wan")
+    return {**facts, "tiny": options.tiny, "repeats": options.repeats, "published": PUBLISHED}
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -267,9 +252,7 @@ def main() -> int:
         for library in options.libraries:
             rows.append(in_a_process(name, library, options))
             # Written after each row, so that an interrupted run leaves its results.
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            report = {**machine(options), "rows": rows}
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            reporting.write({**machine(options), "rows": rows}, options.json)
     print("\n".join(show(rows, tiny=options.tiny)))
     return int(any("failed" in row for row in rows))
 

@@ -1,30 +1,24 @@
 """The attention benchmark runs in Triton's interpreter, and checks results before it times them."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
+from benchmark_scripts import benchmark_script
 from diffsynth.core.device.speed import Speed
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "attention.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_attention", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    module.compute_speed = lambda device, dtype: Speed(1e9, measured=False, source="not measured in a test")
-    return module
+    with benchmark_script("attention") as module:
+        module.compute_speed = lambda device, dtype: Speed(1e9, measured=False, source="not measured in a test")
+        yield module
 
 
 def run(benchmark, monkeypatch, file, *more):
     settings = ["--device", "cpu", "--dtype", "float32", "--tiny", "--repeats", "1", "--warmup", "0"]
-    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), *settings, "--json", str(file), *more])
+    monkeypatch.setattr(sys, "argv", ["attention.py", *settings, "--json", str(file), *more])
     return benchmark.main(), json.loads(file.read_text())
 
 

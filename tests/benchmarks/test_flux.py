@@ -1,24 +1,17 @@
 """The benchmark of FLUX runs at a tiny size, with our library and with diffusers."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "flux.py"
+from benchmark_scripts import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_flux", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with benchmark_script("flux") as module:
+        yield module
 
 
 @pytest.mark.parametrize("case", ["flux.1-dev", "klein-4b"])

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-WITHOUT_A_GPU = {"fuzz_calls.py", "fuzz_files.py", "import_time.py", "recognize.py"}
+WITHOUT_A_GPU = {"fuzz_calls.py", "fuzz_files.py", "import_time.py", "recognize.py", "reporting.py"}
 
 
 def run(*arguments):

@@ -1,24 +1,18 @@
 """The offloading benchmark runs at a tiny size, and computes its figures from the right rows."""
 
 import argparse
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "vram.py"
+from benchmark_scripts import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmark_vram", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+    with benchmark_script("vram") as module:
+        yield module
 
 
 @pytest.fixture

@@ -1,23 +1,14 @@
 """The Wan benchmark runs at a tiny size, with our library and with diffusers."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "wan.py"
+from benchmark_scripts import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    import sys
-
-    spec = importlib.util.spec_from_file_location("benchmark_wan", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with benchmark_script("wan") as module:
+        yield module
 
 
 @pytest.mark.parametrize("library", ["diffsynth", "diffusers"])
