@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import parity
@@ -19,34 +18,13 @@ from diffsynth.core.loader.recognize import recognize
 from diffsynth.models.image_config import TINY_SIGLIP, SiglipImageEncoderConfig, infer_siglip_config
 from diffsynth.models.siglip import SiglipImageEncoder, siglip_pixels
 from published_tensors import load_published
+from siglip_oracles import siglip_oracle
 
 GIANT = SiglipImageEncoderConfig(
     hidden_size=1536, head_dim=96, num_layers=40, intermediate_size=6144, patch_size=16, image_size=384
 )
 TINY_GIANT = dataclasses.replace(GIANT, hidden_size=192, num_layers=2, intermediate_size=80, image_size=64)
 CONFIGS = {"siglip": TINY_SIGLIP, "siglip2": TINY_GIANT}
-
-
-def oracle(config: SiglipImageEncoderConfig) -> SiglipVisionModel:
-    """Return transformers' network with random weights and its own attention."""
-    network = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=2,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            attn_implementation="eager",
-        )
-    ).eval()
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    with torch.no_grad():
-        for name, weight in parity.draw_weights(shapes, seed=5).items():
-            # Sharper attention, in which queries and keys have an effect.
-            sharp = "q_proj" in name or name.endswith("in_proj_weight")
-            network.get_parameter(name).copy_(3 * weight if sharp else weight)
-    return network
 
 
 def images(config: SiglipImageEncoderConfig) -> torch.Tensor:
@@ -59,7 +37,7 @@ def images(config: SiglipImageEncoderConfig) -> torch.Tensor:
 def test_equals_transformers(name):
     """SigLIP 2 is published without the prefix, and SigLIP as a whole model."""
     config = CONFIGS[name]
-    truth, pixels = oracle(config), images(config)
+    truth, pixels = siglip_oracle(config), images(config)
     tensors = {key: tensor.detach() for key, tensor in truth.named_parameters()}
     whole = {f"vision_model.{key}": tensor for key, tensor in tensors.items()}
     whole |= {"text_model.head.bias": torch.ones(3), "logit_scale": torch.ones(1), "logit_bias": torch.ones(1)}
@@ -74,7 +52,7 @@ def test_equals_transformers(name):
 
 def test_every_parameter_matters():
     """But for the keys' biases, which softmax removes; those of the head are a third of one parameter."""
-    truth, pixels = oracle(TINY_GIANT), images(TINY_GIANT)
+    truth, pixels = siglip_oracle(TINY_GIANT), images(TINY_GIANT)
     keys = [name for name, _ in truth.named_parameters() if name.endswith("k_proj.bias")]
     assert parity.neutral_parameters(truth, lambda: truth(pixels).pooler_output, skip=keys) == []
 

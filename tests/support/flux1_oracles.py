@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
-    SiglipVisionConfig,
     SiglipVisionModel,
     T5Config,
     T5EncoderModel,
@@ -25,7 +24,6 @@ from diffsynth import _discovery
 from diffsynth.core.loader import component, pickled, recognize
 from diffsynth.models.config import FluxAutoencoderConfig
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
-from diffsynth.models.image_config import TINY_SIGLIP
 from diffsynth.sampling.schedule import flux1_sigmas
 from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_flux import FluxImagePipeline
@@ -124,27 +122,6 @@ def oracle_t5(vocab_size: int) -> T5EncoderModel:
     sizes = {"d_model": DIT.context_dim, "d_kv": 16, "d_ff": 40, "num_heads": 2, "num_layers": 2}
     config = T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", attn_implementation="eager", **sizes)
     return _drawn(T5EncoderModel(config), seed=3)
-
-
-def oracle_siglip() -> SiglipVisionModel:
-    """Return transformers' image encoder of SigLIP with random weights."""
-    siglip = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=TINY_SIGLIP.hidden_size,
-            intermediate_size=TINY_SIGLIP.intermediate_size,
-            num_hidden_layers=TINY_SIGLIP.num_layers,
-            num_attention_heads=2,
-            image_size=TINY_SIGLIP.image_size,
-            patch_size=TINY_SIGLIP.patch_size,
-            attn_implementation="eager",
-        )
-    ).eval()
-    shapes = {name: tuple(parameter.shape) for name, parameter in siglip.named_parameters()}
-    with torch.no_grad():
-        for name, weight in draw_weights(shapes, seed=5).items():
-            # Sharper attention, in which the bias of the queries has an effect.
-            siglip.get_parameter(name).copy_(3 * weight if "q_proj" in name or "in_proj_weight" in name else weight)
-    return siglip
 
 
 def siglip_tensors(siglip: SiglipVisionModel) -> dict[str, Tensor]:

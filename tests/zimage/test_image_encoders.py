@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Siglip2VisionConfig, Siglip2VisionModel
+from transformers import Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from diffsynth_zimage.config import TINY_SIGLIP2, Siglip2ImageEncoderConfig
 from diffsynth_zimage.image_encoders import Siglip2ImageEncoder, siglip2_grid, siglip2_patches
-from parity import TOLERANCE, draw_weights, neutral_parameters, relative_error
+from parity import TOLERANCE, neutral_parameters, relative_error
+from siglip_oracles import siglip2_oracle
 
 SIZES = [(64, 64), (176, 208), (300, 50), (1000, 37), (16, 16)]
 
@@ -23,26 +24,9 @@ def photo(width: int, height: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Siglip2ImageEncoder, Siglip2VisionModel]:
-    oracle = Siglip2VisionModel(
-        Siglip2VisionConfig(
-            hidden_size=TINY_SIGLIP2.hidden_size,
-            intermediate_size=TINY_SIGLIP2.intermediate_size,
-            num_hidden_layers=TINY_SIGLIP2.num_layers,
-            num_attention_heads=TINY_SIGLIP2.num_heads,
-            num_patches=TINY_SIGLIP2.num_positions,
-            patch_size=TINY_SIGLIP2.patch_size,
-            vision_use_head=False,
-            attn_implementation="eager",
-        )
-    ).eval()
-    shapes = {name: tuple(parameter.shape) for name, parameter in oracle.named_parameters()}
-    # Sharper attention, in which the bias of the queries has an effect.
-    weights = {
-        name: 3 * weight if "q_proj" in name else weight for name, weight in draw_weights(shapes, seed=5).items()
-    }
-    oracle.load_state_dict(weights)
+    oracle = siglip2_oracle(TINY_SIGLIP2)
     ours = Siglip2ImageEncoder(TINY_SIGLIP2).eval()
-    ours.load_state_dict({f"vision_model.{name}": weight for name, weight in weights.items()})
+    ours.load_state_dict({f"vision_model.{name}": weight for name, weight in oracle.named_parameters()})
     return ours, oracle
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxPipeline
 
 from diffsynth.errors import InvalidPipeline, MissingComponent
+from diffsynth.models.image_config import TINY_SIGLIP
 from diffsynth.models.siglip import siglip_pixels
 from diffsynth_flux.flux1.config import TINY_IP_ADAPTER
 from diffsynth_flux.flux1.dit import grid_positions, unpatchify
@@ -20,7 +21,6 @@ from flux1_oracles import (
     load_tensors,
     naive_image_prompt,
     noise,
-    oracle_siglip,
     random_image,
     set_image_prompt,
     siglip_tensors,
@@ -28,6 +28,7 @@ from flux1_oracles import (
     tiny_pipelines,
 )
 from parity import TOLERANCE, draw_weights, neutral_parameters, relative_error, shapes_of
+from siglip_oracles import siglip_oracle
 
 WIDE = replace(DIT, dim=128, n_heads=1)
 """The transformer, with heads of the published 128 channels."""
@@ -41,7 +42,7 @@ SMALL = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 0, "output
 @pytest.fixture(scope="module")
 def pipelines():
     weights = draw_weights(shapes_of(FluxIPAdapter(TINY_IP_ADAPTER)), seed=8)
-    siglip = oracle_siglip()
+    siglip = siglip_oracle(TINY_SIGLIP)
     encoder = load_tensors(siglip_tensors(siglip))[1]
     ours, parts = tiny_pipelines(WIDE, image_encoder=encoder, ipadapter=load_tensors(weights)[1])
     return ours, parts, siglip, weights

@@ -15,7 +15,6 @@ from flux1_oracles import (
     SIZE,
     load_tensors,
     noise,
-    oracle_siglip,
     random_image,
     siglip_tensors,
     sigmas,
@@ -23,6 +22,7 @@ from flux1_oracles import (
     unpacked,
 )
 from parity import TOLERANCE, draw_weights, neutral_parameters, relative_error, shapes_of
+from siglip_oracles import siglip_oracle
 
 PHOTO = random_image(1)
 GIVEN = {**SIZE, "num_inference_steps": 4, "seed": 7, "output_type": "latents", "t5_sequence_length": 64}
@@ -31,7 +31,7 @@ GIVEN = {**SIZE, "num_inference_steps": 4, "seed": 7, "output_type": "latents", 
 @pytest.fixture(scope="module")
 def networks():
     """transformers' image encoder and diffusers' projection, with random weights."""
-    siglip = oracle_siglip()
+    siglip = siglip_oracle(TINY_SIGLIP)
     redux = ReduxImageEncoder(redux_dim=TINY_SIGLIP.hidden_size, txt_in_features=DIT.context_dim).eval()
     redux.load_state_dict(draw_weights(shapes_of(redux), seed=6))
     return siglip, redux
