@@ -143,13 +143,17 @@ class Network(Protocol):
     def set_positions(self, stream: Stream, positions: Int[Tensor, "#b s axes"]) -> Stream:
         """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`."""
 
+
+class OmniNetwork(Network, Protocol):
+    """Members of `ZImageOmniDiT` that extensions use."""
+
     def append_references(
         self,
         stream: Stream,
         images: Sequence[Float[Tensor, "1 c h w"]],
         features: Sequence[Float[Tensor, "rows columns e"]],
     ) -> Stream:
-        """Return a `Stream` with reference images and their features; the network of Omni-Base alone has it."""
+        """Return a `Stream` with reference images and their features, which all items of the batch share."""
 
 
 Extension: TypeAlias = Callable[[Network, Stream], Stream]

@@ -225,7 +225,7 @@ class _Features:
     sizes: tuple[tuple[int, ...], ...]
     ends: tuple[list[int], ...]
 
-    def __call__(self, dit: Any, stream: Stream) -> Stream:
+    def __call__(self, dit: ZImageOmniDiT, stream: Stream) -> Stream:
         positions = torch.stack([self._positions(each) for each in self.ends])
         return dit.append_features(stream, self.features, positions)
 

@@ -4,7 +4,7 @@ and decoding the last ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from diffsynth.models.flux_autoencoder import TILE_SIZE, TILE_STRIDE
 from diffsynth.models.tiles import Tiling, check_tiles
 from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.images import check_decoded, images_to_batch, tensor_to_images
+from diffsynth.runtime.images import check_decoded, image_to_tensor, images_to_batch, tensor_to_images
 from diffsynth.runtime.unit import Phase, Unit, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.terminal import module_logger
@@ -142,6 +142,22 @@ def check_strength(values: Mapping[str, Any], start: str = "input_image") -> Non
 def ignored_input(values: Mapping[str, Any]) -> dict[str, str]:
     """Return a dict name -> reason: `input_latents`, in a call that begins with noise alone; else it is empty."""
     return {"input_latents": "denoising_strength is 1"} if values.get("denoising_strength", 1) == 1 else {}
+
+
+def encode_each(
+    vae: Any, images: Iterable[Image.Image], *, tiling: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> tuple[Float[Tensor, "1 c h w"], ...]:
+    """Return the latents of images, each at its own size, as a tuple of tensors `1 c h w`.
+
+    Args:
+        vae: the autoencoder.
+        images: upright RGB images, whose sides it can encode.
+        tiling: arguments of `vae.encode`, see `image_tiling`.
+        device, dtype: of the pixels and latents.
+    """
+    return tuple(
+        vae.encode(image_to_tensor(image, image.height, image.width).to(device, dtype), **tiling) for image in images
+    )
 
 
 def image_latents(factor: int, *, noise_dtype: torch.dtype | None = None) -> Unit:

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
-from diffsynth.core.data.image import center_crop
+from diffsynth.core.data.image import crop_to_multiple
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import image_tiling
-from diffsynth.runtime.images import Images, image_list, image_to_tensor
+from diffsynth.runtime.image_units import encode_each, ignored_tiles, image_tiling
+from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.role import Processor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_qwen_image.config import TOKEN_FACTOR
@@ -96,7 +96,14 @@ def prepare_prompt_images(
     return PromptImages(SYSTEM_MESSAGE, captions, counts, inputs["pixel_values"], grids)
 
 
-@unit("references", phase=Phase.ENCODE, only_with="edit_image", requires=("processor",), switches={"tiled": True})
+@unit(
+    "references",
+    phase=Phase.ENCODE,
+    only_with="edit_image",
+    requires=("processor",),
+    switches={"tiled": True},
+    ignores=ignored_tiles,
+)
 def encode_edit_images(
     vae: Any,
     *,
@@ -111,13 +118,13 @@ def encode_edit_images(
     dtype: torch.dtype,
 ) -> References:
     """Return `References` with the latents of the images."""
+    images = (
+        _resized(image, AREA) if edit_image_auto_resize else crop_to_multiple(image, TOKEN_FACTOR)
+        for image in map(to_rgb, image_list(edit_image))
+    )
     tiling = image_tiling(tiled, tile_size, tile_stride)
-    latents = []
-    for image in map(to_rgb, image_list(edit_image)):
-        image = _resized(image, AREA) if edit_image_auto_resize else _cropped(image)
-        pixels = image_to_tensor(image, image.height, image.width)
-        latents.append(vae.encode(pixels.to(device, dtype), **tiling))
-    return References(tuple(latents), clean_time=zero_cond_t, spread=edit_rope_interpolation)
+    latents = encode_each(vae, images, tiling=tiling, device=device, dtype=dtype)
+    return References(latents, clean_time=zero_cond_t, spread=edit_rope_interpolation)
 
 
 def resized_size(width: int, height: int, area: int) -> tuple[int, int]:
@@ -167,8 +174,3 @@ EDIT = Feature(
 
 def _resized(image: Image.Image, area: int) -> Image.Image:
     return image.resize(resized_size(*image.size, area), Image.Resampling.LANCZOS)
-
-
-def _cropped(image: Image.Image) -> Image.Image:
-    width, height = (side // TOKEN_FACTOR * TOKEN_FACTOR for side in image.size)
-    return center_crop(image, height, width)

@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
-from diffsynth.core.data.image import center_crop
+from diffsynth.core.data.image import crop_to_multiple
 from diffsynth.errors import MissingComponent
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import ignored_tiles, image_tiling
-from diffsynth.runtime.images import Images, image_list, image_to_tensor
+from diffsynth.runtime.image_units import encode_each, ignored_tiles, image_tiling
+from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_zimage.config import ZImageOmniDiTConfig
-from diffsynth_zimage.extension import Network, Stream
+from diffsynth_zimage.extension import OmniNetwork, Stream
 from diffsynth_zimage.image_encoders import siglip2_patches
 
 ENCODER = "image_encoder"
@@ -61,7 +61,7 @@ class References:
     images: tuple[Float[Tensor, "1 c h w"], ...]
     features: tuple[Float[Tensor, "rows columns e"], ...]
 
-    def __call__(self, dit: Network, stream: Stream) -> Stream:
+    def __call__(self, dit: OmniNetwork, stream: Stream) -> Stream:
         """Return the stream with the references; see `diffsynth_zimage.omni.ZImageOmniDiT.append_references`."""
         return dit.append_references(stream, self.images, self.features)
 
@@ -80,17 +80,16 @@ def encode_edit_images(
     dtype: torch.dtype,
 ) -> References:
     """Return `References` with the latents and the features of the reference images."""
-    tiling = image_tiling(tiled, tile_size, tile_stride)
-    latents, features = [], []
-    for image in map(to_rgb, image_list(edit_image)):  # upright, before its sides are read
-        height, width = edit_size(image, auto_resize=edit_image_auto_resize)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        features.append(image_encoder(siglip2_patches(image, image_encoder.config).to(device, dtype))[0])
-        height, width = height // MULTIPLE * MULTIPLE, width // MULTIPLE * MULTIPLE
-        pixels = image_to_tensor(center_crop(image, height, width), height, width)
-        latents.append(vae.encode(pixels.to(device, dtype), **tiling))
-    return References(tuple(latents), tuple(features))
+    images = [_scaled(image, auto_resize=edit_image_auto_resize) for image in map(to_rgb, image_list(edit_image))]
+    latents = encode_each(
+        vae,
+        (crop_to_multiple(image, MULTIPLE) for image in images),
+        tiling=image_tiling(tiled, tile_size, tile_stride),
+        device=device,
+        dtype=dtype,
+    )
+    patches = (siglip2_patches(image, image_encoder.config).to(device, dtype) for image in images)
+    return References(latents, tuple(image_encoder(each)[0] for each in patches))
 
 
 def edit_size(image: Image.Image, *, auto_resize: bool) -> tuple[int, int]:
@@ -101,6 +100,11 @@ def edit_size(image: Image.Image, *, auto_resize: bool) -> tuple[int, int]:
         return image.height, image.width
     scale = (AREA / (image.height * image.width)) ** 0.5
     return int(image.height * scale), int(image.width * scale)
+
+
+def _scaled(image: Image.Image, *, auto_resize: bool) -> Image.Image:
+    height, width = edit_size(image, auto_resize=auto_resize)
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def check(configs: Configs, values: Mapping[str, Any]) -> None:

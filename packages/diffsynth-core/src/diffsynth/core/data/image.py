@@ -219,6 +219,11 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def crop_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
+    """Return the central part of a PIL image whose sides are the largest multiples of `multiple` pixels, unscaled."""
+    return center_crop(image, image.height // multiple * multiple, image.width // multiple * multiple)
+
+
 def contact_sheet(
     frames: Sequence[Image.Image], *, columns: int = 4, rows: int = 3, width: int = 320, gap: int = 4
 ) -> Image.Image:

@@ -8,11 +8,14 @@ from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.color import to_rgb
+from diffsynth.core.data.image import cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import ignored_tiles, image_tiling
-from diffsynth.runtime.images import Images, image_list, image_to_tensor
+from diffsynth.runtime.image_units import encode_each, ignored_tiles, image_tiling
+from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.config import VAE_FACTOR
 from diffsynth_flux.flux1.dit import grid_positions, patchify
@@ -65,11 +68,13 @@ def encode_kontext_images(
 ) -> References:
     """Return `References` with the latents of the images, each of its own size, rounded down to a multiple of 16."""
     tiling = image_tiling(tiled, tile_size, tile_stride)
-    latents = []
-    for image in image_list(kontext_images):
-        width, height = (max(side // MULTIPLE, 1) * MULTIPLE for side in image.size)
-        latents.append(vae.encode(image_to_tensor(image, height, width).to(device, dtype), **tiling))
-    return References(tuple(latents))
+    images = map(_sized, map(to_rgb, image_list(kontext_images)))  # upright, before their sides are read
+    return References(encode_each(vae, images, tiling=tiling, device=device, dtype=dtype))
+
+
+def _sized(image: Image.Image) -> Image.Image:
+    width, height = (max(side // MULTIPLE, 1) * MULTIPLE for side in image.size)
+    return cover(image, height, width, Image.Resampling.BICUBIC)
 
 
 def check(configs: Configs, values: Mapping[str, Any]) -> None:

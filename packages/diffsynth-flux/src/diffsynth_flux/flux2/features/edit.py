@@ -14,8 +14,8 @@ from torch import Tensor
 from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.image import center_crop, cover
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import ignored_tiles, image_tiling
-from diffsynth.runtime.images import Images, image_list, image_to_tensor
+from diffsynth.runtime.image_units import encode_each, ignored_tiles, image_tiling
+from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.config import VAE_FACTOR
 from diffsynth_flux.flux2.extension import Network, Stream
@@ -79,15 +79,9 @@ def encode_edit_images(
     dtype: torch.dtype,
 ) -> References:
     """Return `References` with the packed latents of the reference images."""
+    images = (_sized(image, auto_resize=edit_image_auto_resize) for image in map(to_rgb, image_list(edit_image)))
     tiling = image_tiling(tiled, tile_size, tile_stride)
-    images = []
-    for image in map(to_rgb, image_list(edit_image)):  # upright, before its sides are read
-        height, width = edit_size(image, auto_resize=edit_image_auto_resize)
-        if edit_image_auto_resize:
-            image = cover(image, height, width, Image.Resampling.LANCZOS)
-        pixels = image_to_tensor(center_crop(image, height, width), height, width)
-        images.append(vae.encode(pixels.to(device, dtype), **tiling))
-    return References(tuple(images))
+    return References(encode_each(vae, images, tiling=tiling, device=device, dtype=dtype))
 
 
 def edit_size(image: Image.Image, *, auto_resize: bool) -> tuple[int, int]:
@@ -105,6 +99,12 @@ def edit_size(image: Image.Image, *, auto_resize: bool) -> tuple[int, int]:
         max(round(side * scale / RESIZED_MULTIPLE), 1) * RESIZED_MULTIPLE for side in (image.height, image.width)
     )
     return height, width
+
+
+def _sized(image: Image.Image, *, auto_resize: bool) -> Image.Image:
+    height, width = edit_size(image, auto_resize=auto_resize)
+    fitted = cover(image, height, width, Image.Resampling.LANCZOS) if auto_resize else image
+    return center_crop(fitted, height, width)
 
 
 def check(configs: Configs, values: Mapping[str, Any]) -> None:
