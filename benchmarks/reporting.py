@@ -1,4 +1,4 @@
-"""The machine's description, a process for each measurement, and the JSON file, for the benchmarks of whole networks."""
+"""Description of the machine, a process for each measurement, and the JSON file: for benchmarks of whole networks."""
 
 from __future__ import annotations
 
