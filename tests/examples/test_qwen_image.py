@@ -9,8 +9,9 @@ import pytest
 from diffsynth.testing import tiny_hub
 from diffsynth_qwen_image.features import edit
 from example_scripts import check_names, loaded, run
+from qwen_image_files import write_lora
 
-SCRIPTS = ("edit", "edit_several", "text_to_image")
+SCRIPTS = ("context", "edit", "edit_several", "text_to_image")
 
 
 def test_every_model_has_its_example() -> None:
@@ -21,6 +22,7 @@ def test_every_model_has_its_example() -> None:
 def hub(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     tiny_hub(root, [loaded("qwen_image", script) for script in SCRIPTS])
+    write_lora(root, "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union:model.safetensors", seed=0)
     return root
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.core.lora import LoRA, LoRALayer, save_lora, target_layers
 from diffsynth.testing import tiny_hub
-from diffsynth_qwen_image.checkpoints import LORA_TARGETS
-from diffsynth_qwen_image.config import TINY_DIT
-from diffsynth_qwen_image.dit import QwenImageDiT
 from diffsynth_qwen_image.features import edit
-from diffsynth_qwen_image.models import TINY
 from limited import let_blocks_travel
+from qwen_image_files import write_lora
 from row_harness import Harness, check_arguments, check_low_vram, differs, round_weights
 from row_scripts import read_rows, script
 
@@ -44,6 +39,8 @@ RUN = {
     "Qwen-Image-Edit-2511-ICEdit": EDIT_2511 | {"negative_prompt": '"blurry"'},
     "Qwen-Image-Edit-2511-Lightning": EDIT_2511 | {"num_inference_steps": "4", "cfg_scale": "1.0"},
     "Qwen-Image-Edit-Lowres-Fix": EDIT | {"height": "1024", "width": "768", "edit_rope_interpolation": "True"},
+    "Qwen-Image-In-Context-Control-Union": COMMON
+    | {"context_image": IMAGE, "negative_prompt": '"blurry"', "height": "1024", "width": "1024"},
     "FireRed-Image-Edit-1.0": EDIT | {"height": "1152", "width": "896"},
     "FireRed-Image-Edit-1.1": EDIT | {"height": "1152", "width": "896"},
 }
@@ -56,6 +53,7 @@ LORAS = {
     "Qwen-Image-Edit-2511-Lightning": (
         "lightx2v/Qwen-Image-Edit-2511-Lightning:Qwen-Image-Edit-2511-Lightning-4steps-V1.0-bf16.safetensors"
     ),
+    "Qwen-Image-In-Context-Control-Union": "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union:model.safetensors",
     "Qwen-Image-Edit-Lowres-Fix": "DiffSynth-Studio/Qwen-Image-Edit-Lowres-Fix:model.safetensors",
 }
 """Row -> its LoRA."""
@@ -65,27 +63,12 @@ LATER = {
     *("Qwen-Image-Blockwise-ControlNet-Inpaint", "Qwen-Image-Blockwise-ControlNet-InpaintCanny"),
     *("Qwen-Image-EliGen", "Qwen-Image-EliGen-V2", "Qwen-Image-EliGen-Poster"),
     *("Qwen-Image-Layered", "Qwen-Image-Layered-Control", "Qwen-Image-Layered-Control-V2"),
-    *("Qwen-Image-In-Context-Control-Union", "Qwen-Image-i2L"),
+    "Qwen-Image-i2L",
 }
 """Rows that are not supported yet."""
 
 MODELS = ["qwen-image", "qwen-image-2512", "qwen-image-distill-full", "qwen-image-edit", "qwen-image-edit-2509"]
 MODELS += ["qwen-image-edit-2511", "firered-image-edit-1.0", "firered-image-edit-1.1"]
-
-
-def write_lora(root: Path, source: str, seed: int) -> None:
-    """Write a LoRA with an alpha for each layer, as those of Lightning have."""
-    with torch.device("meta"):
-        dit = QwenImageDiT(replace(TINY_DIT, **TINY["dit"]))
-    generator = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name in target_layers(dit, LORA_TARGETS):
-        outputs, inputs = dit.get_submodule(name).weight.shape
-        down, up = (torch.randn(shape, generator=generator) / 8 for shape in ((2, inputs), (outputs, 2)))
-        layers[name] = LoRALayer(down, up, alpha=4.0)
-    model, _, file = source.partition(":")
-    (root / model).mkdir(parents=True, exist_ok=True)
-    save_lora(LoRA(layers), root / model / file)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,18 @@ from collections.abc import Sequence
 from diffsynth.runtime.image_units import ImageArguments
 from diffsynth.runtime.inpainting import InpaintArguments
 from diffsynth.runtime.request import LoopKeywords
+from diffsynth_qwen_image.features.context import ContextArguments
 from diffsynth_qwen_image.features.edit import EditArguments
 
 
-class QwenImageArguments(ImageArguments, EditArguments, InpaintArguments, LoopKeywords, total=False):
+class QwenImageArguments(
+    ImageArguments,
+    ContextArguments,
+    EditArguments,
+    InpaintArguments,
+    LoopKeywords,
+    total=False,
+):
     """All arguments of a call except the prompt.
 
     Args:

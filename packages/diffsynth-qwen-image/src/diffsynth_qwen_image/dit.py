@@ -25,6 +25,7 @@ from diffsynth_qwen_image.extension import (
     Attend,
     BlockIndex,
     Extension,
+    Inputs,
     Mask,
     Rotary,
     Stream,
@@ -40,8 +41,8 @@ CONDITION_LAYER = -1
 """Position, on the first axis, of an image that a layered network is given."""
 
 
-class QwenImageDiT(nn.Module):
-    """Transformer of Qwen-Image. Parameter names are those of the published `transformer/*.safetensors`.
+class QwenImageBlocks(nn.Module):
+    """Embedders and blocks of Qwen-Image's transformer, which the ControlNets that copy it have, too.
 
     `gradient_checkpointing` is a plain attribute: if True, blocks recompute their activations in the backward pass.
     """
@@ -55,6 +56,57 @@ class QwenImageDiT(nn.Module):
         self.img_in = nn.Linear(config.patch_dim, config.dim)
         self.txt_in = nn.Linear(config.prompt_dim, config.dim)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+
+    def embed(
+        self,
+        latents: Float[Tensor, "b c *t h w"],
+        sigma: Float[Tensor, "b"],
+        prompt_embeds: Float[Tensor, "b s e"],
+        prompt_mask: Bool[Tensor, "b s"] | None = None,
+        *,
+        step: Any = None,
+    ) -> Stream:
+        """Return a `Stream` (the inputs of the blocks) before extensions change it; arguments and errors are those of
+        `QwenImageDiT.forward`.
+        """
+        images = latents.unsqueeze(2) if latents.ndim == 4 else latents
+        grids = (self._grid(latents),) * images.shape[2]
+        start = text_start(grids, layered=self.config.layered)
+        positions = [text_positions(prompt_embeds.shape[1], start=start)]
+        positions += [image_positions(grid, index=index) for index, grid in enumerate(grids)]
+        joined = torch.cat(positions)[None]
+        padded = prompt_mask is not None and not bool(prompt_mask.all())
+        return Stream(
+            image=torch.cat([self._tokens(image) for image in images.unbind(2)], dim=1),
+            text=self.txt_in(self.txt_norm(prompt_embeds)).to(latents.dtype),
+            grids=grids,
+            num_computed=len(grids),
+            positions=joined,
+            rotary=rotary_embedding(joined, self.config, latents.device),
+            time_embed=self.time_text_embed(sigma, dtype=latents.dtype),
+            text_mask=prompt_mask if padded else None,
+            inputs=Inputs(latents, sigma, prompt_embeds, prompt_mask),
+            step=step,
+        )
+
+    def _grid(self, latents: Tensor) -> tuple[int, int]:
+        height, width = latents.shape[-2:]
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"latents are {height}x{width}; expected multiples of the patch size {patch}")
+        return height // patch, width // patch
+
+    def _tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b s e"]:
+        patches = patchify(latents, self.config.patch_size)
+        # Under autocast a linear layer returns bf16; the tokens stay in the dtype of the latents.
+        return self.img_in(patches).to(latents.dtype)
+
+
+class QwenImageDiT(QwenImageBlocks):
+    """Transformer of Qwen-Image. Parameter names are those of the published `transformer/*.safetensors`."""
+
+    def __init__(self, config: QwenImageDiTConfig) -> None:
+        super().__init__(config)
         self.norm_out = FinalNorm(config)
         self.proj_out = nn.Linear(config.dim, config.patch_dim)
 
@@ -92,37 +144,6 @@ class QwenImageDiT(nn.Module):
         patch, (rows, columns) = self.config.patch_size, stream.grids[0]
         layers = rearrange(velocity, "b (t h w) (c p q) -> b c t (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
         return layers.reshape(latents.shape)
-
-    def embed(
-        self,
-        latents: Float[Tensor, "b c *t h w"],
-        sigma: Float[Tensor, "b"],
-        prompt_embeds: Float[Tensor, "b s e"],
-        prompt_mask: Bool[Tensor, "b s"] | None = None,
-        *,
-        step: Any = None,
-    ) -> Stream:
-        """Return a `Stream` (the inputs of the blocks) before extensions change it; arguments and errors are those of
-        `QwenImageDiT.forward`.
-        """
-        images = latents.unsqueeze(2) if latents.ndim == 4 else latents
-        grids = (self._grid(latents),) * images.shape[2]
-        start = text_start(grids, layered=self.config.layered)
-        positions = [text_positions(prompt_embeds.shape[1], start=start)]
-        positions += [image_positions(grid, index=index) for index, grid in enumerate(grids)]
-        joined = torch.cat(positions)[None]
-        padded = prompt_mask is not None and not bool(prompt_mask.all())
-        return Stream(
-            image=torch.cat([self._tokens(image) for image in images.unbind(2)], dim=1),
-            text=self.txt_in(self.txt_norm(prompt_embeds)).to(latents.dtype),
-            grids=grids,
-            num_computed=len(grids),
-            positions=joined,
-            rotary=rotary_embedding(joined, self.config, latents.device),
-            time_embed=self.time_text_embed(sigma, dtype=latents.dtype),
-            text_mask=prompt_mask if padded else None,
-            step=step,
-        )
 
     def set_positions(self, stream: Stream, positions: Int[Tensor, "#b s axes"]) -> Stream:
         """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`, which are on the
@@ -176,19 +197,6 @@ class QwenImageDiT(nn.Module):
             clean = self.time_text_embed(zero, dtype=stream.image.dtype)
         stream = replace(stream, image=torch.cat((stream.image, *tokens), dim=1), grids=grids, clean_time_embed=clean)
         return self.set_positions(stream, positions)
-
-    def _grid(self, latents: Tensor) -> tuple[int, int]:
-        height, width = latents.shape[-2:]
-        patch = self.config.patch_size
-        if height % patch or width % patch:
-            raise ValueError(f"latents are {height}x{width}; expected multiples of the patch size {patch}")
-        return height // patch, width // patch
-
-    def _tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b s e"]:
-        patch = self.config.patch_size
-        patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
-        # Under autocast a linear layer returns bf16; the tokens stay in the dtype of the latents.
-        return self.img_in(patches).to(latents.dtype)
 
     def _run_blocks(self, stream: Stream) -> Float[Tensor, "b i e"]:
         """Return the tokens `b i e` of the images after all blocks, with the residuals that `stream` has for them."""
@@ -390,6 +398,17 @@ class FinalNorm(nn.Module):
         # Here the scale comes before the shift; in the blocks it comes after it.
         scale, shift = self.linear(F.silu(time_embed))[:, None].chunk(2, dim=-1)
         return self.norm(x, scale=scale, shift=shift)
+
+
+def patchify(latents: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b s v"]:
+    """Return latents as tokens, a tensor `b s v`: row by row, each with the values of its latent pixels, channel by
+    channel.
+
+    Args:
+        latents: height and width are multiples of `patch_size`.
+        patch_size: side of a token in latent pixels.
+    """
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
 def rotary_embedding(positions: Int[Tensor, "#b s axes"], config: QwenImageDiTConfig, device: torch.device) -> Rotary:

@@ -61,6 +61,23 @@ def attend_all(block: BlockIndex) -> Attend:
     return attend_masked
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Arguments of `QwenImageDiT.forward`, for networks of extensions that have embedders of their own.
+
+    Args:
+        latents: noised, scaled latents.
+        sigma: noise levels in [0, 1], fp32.
+        prompt_embeds: hidden states of the text encoder.
+        prompt_mask: True for text and False for padding; None means that all tokens are text.
+    """
+
+    latents: Float[Tensor, "b c *t h w"]
+    sigma: Float[Tensor, "b"]
+    prompt_embeds: Float[Tensor, "b s e"]
+    prompt_mask: Bool[Tensor, "b s"] | None = None
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Stream:
     """Inputs of the blocks.
@@ -75,6 +92,7 @@ class Stream:
             with `QwenImageDiT.set_positions`, which updates `rotary` too.
         rotary: cosine and sine of the rotary angles of the text's tokens, then of the images'.
         time_embed: embedded noise level, which modulates every block.
+        inputs: the arguments of the call.
         clean_time_embed: embedding of noise level 0, which modulates the tokens of appended images in its place; None
             uses `time_embed` for all.
         text_mask: True for text and False for padding; None means that all tokens are text.
@@ -92,6 +110,7 @@ class Stream:
     positions: Int[Tensor, "#b s axes"]
     rotary: Rotary
     time_embed: Float[Tensor, "b e"]
+    inputs: Inputs
     clean_time_embed: Float[Tensor, "b e"] | None = None
     text_mask: Bool[Tensor, "b t"] | None = None
     attend: Callable[[BlockIndex], Attend] = attend_all
