@@ -58,6 +58,9 @@ LIGHTNING_SCHEDULER = SCHEDULER | {"base_shift": 1.0986122886681098, "max_shift"
                                    "shift_terminal": None}  # fmt: skip
 """The scheduler of Qwen-Image-Lightning, as its authors' examples configure it: a shift of 3 for every size."""
 
+IMAGE_PIXELS = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
+"""Arguments of an image processor for images of at most 16 tokens."""
+
 
 def oracle_dit(config: QwenImageDiTConfig, *, zero_cond_t: bool = False) -> QwenImageTransformer2DModel:
     """Return diffusers' network of a config.
@@ -158,7 +161,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
 
 def image_processor() -> Qwen2VLImageProcessorPil:
     """Return transformers' image processor for images of at most 16 tokens; it needs no torchvision."""
-    return Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
+    return Qwen2VLImageProcessorPil(**IMAGE_PIXELS)
 
 
 class OracleProcessor(Qwen2VLProcessor):
