@@ -13,8 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffsynth import ModelConfig
+from diffsynth.core.loader import component, recognize
+from diffsynth.core.loader.header import Header, TensorInfo
+from diffsynth.errors import CorruptFile
 from diffsynth.models import checkpoints as core_checkpoints
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, parse_source, resolve
+from diffsynth_zimage import ZImagePipeline
 from diffsynth_zimage import checkpoints as zimage
 
 ARCHITECTURES = {
@@ -87,3 +92,43 @@ def test_architecture_holds_what_it_declares(architecture: ArchitectureSpec) -> 
 def test_sources_parse_and_architectures_exist() -> None:
     assert all(parse_source(source).pattern for spec in CHECKPOINTS.values() for source in spec.files)
     assert {spec.architecture for spec in CHECKPOINTS.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", WITH_LAYOUT)
+def test_layouts_load_strictly_by_structure(name: str) -> None:
+    """Without the table of signatures: the same layout, its config, and every tensor on meta."""
+    file = head(read_layout(CHECKPOINTS[name]))
+    (found,) = recognize.recognize(file, ARCHITECTURES, list(CHECKPOINTS.values()), tiers=("structure",))
+    assert found.architecture.name == CHECKPOINTS[name].architecture
+    assert found.extra == ()
+    (named,) = recognize.recognize(file, ARCHITECTURES, list(CHECKPOINTS.values()), tiers=("signature",))
+    assert (named.checkpoint.name, named.config) == (name, found.config)
+    component.load_component(found, file, device="meta", dtype=torch.bfloat16)
+
+
+def head(tensors: dict[str, tuple[int, ...]]) -> Header:
+    return Header({name: TensorInfo("BF16", shape) for name, shape in tensors.items()})
+
+
+@pytest.mark.parametrize(
+    ("dit", "vae"), [("z_image_dit", "flux_autoencoder/original"), ("z_image_omni_dit", "flux_autoencoder")]
+)
+def test_all_components_in_one_file(dit: str, vae: str) -> None:
+    """With the prefixes of ComfyUI, and a number of its own."""
+    parts = {"model.diffusion_model.": dit, "text_encoders.qwen3_4b.transformer.": "qwen3_text_encoder", "vae.": vae}
+    tensors = {
+        prefix + key: shape for prefix, name in parts.items() for key, shape in read_layout(CHECKPOINTS[name]).items()
+    }
+    file = head(tensors | {"text_encoders.qwen3_4b.logit_scale": ()})
+    found = recognize.recognize(file, ARCHITECTURES, list(CHECKPOINTS.values()), tiers=("structure",))
+    assert {one.prefix: one.checkpoint.name for one in found} == parts
+    assert [key for one in found for key in one.extra] == ["text_encoders.qwen3_4b.logit_scale"]
+    for one in found:
+        component.load_component(one, file, device="meta", dtype=torch.bfloat16)
+
+
+def test_gguf_is_named(tmp_path) -> None:
+    file = tmp_path / "z_image_turbo-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(600))
+    with pytest.raises(CorruptFile, match="is a GGUF file, quantised for other programs"):
+        ZImagePipeline.from_pretrained(model_configs=[ModelConfig(path=file)])

@@ -32,7 +32,6 @@ def _infos(tensors, prefix=""):
 
 BY_STRUCTURE = {
     "FLUX.1-schnell-type--flux_dit--old": "flux_dit",
-    "Qwen-Video-Edit--qwen_video_edit_dit+qwen_video_edit_adapter": "qwen_image_dit",
 }
 """Files whose layout as a whole nothing declares, that hold a network of a known architecture -> that architecture."""
 

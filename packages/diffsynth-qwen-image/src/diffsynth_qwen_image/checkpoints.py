@@ -48,6 +48,28 @@ ARCHITECTURES = (
     ),
 )
 
+VIDEO_EDIT = "qwen_video_edit_dit"
+
+# Files that users have and that this version only names. A plugin that declares a runnable architecture for the same
+# layout takes its place.
+NAMED = (
+    ArchitectureSpec(
+        name=VIDEO_EDIT,
+        module="",
+        config="",
+        infer_config="",
+        required=(
+            "pipe.dit.img_in.weight",
+            "pipe.dit.transformer_blocks.{n}.img_mod.1.weight",
+            "in_proj.proj.weight",
+            "out_proj.proj.weight",
+        ),
+        tiny="",
+        tiny_inputs="",
+        not_runnable="the transformer of Qwen-Video-Edit with its projections of video latents",
+    ),
+)
+
 BASE = "Qwen/Qwen-Image"
 BASE_2512 = "Qwen/Qwen-Image-2512"
 EDIT = "Qwen/Qwen-Image-Edit"
@@ -83,5 +105,11 @@ CHECKPOINTS = (
         layout="diffsynth_qwen_image:layouts/qwen_image_layered_dit.json.gz",
         files=(f"{LAYERED}:{_TRANSFORMER}", f"{LAYERED_CONTROL}:{_TRANSFORMER}"),
         file_stem="diffusion_pytorch_model",
+    ),
+    CheckpointSpec(
+        name=VIDEO_EDIT,
+        architecture=VIDEO_EDIT,
+        signature="8ae0ca4ab286d00197f08986c7fbbade",
+        files=("yunpeng1998/Qwen-Video-Edit:360P/step-30000.safetensors",),
     ),
 )

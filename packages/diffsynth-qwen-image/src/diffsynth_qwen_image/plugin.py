@@ -7,7 +7,7 @@ from collections.abc import Callable
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, GuidanceSpec, ModelSpec, TrainingSpec
 from diffsynth_qwen_image import image_to_lora_config
-from diffsynth_qwen_image.checkpoints import ARCHITECTURES, CHECKPOINTS
+from diffsynth_qwen_image.checkpoints import ARCHITECTURES, CHECKPOINTS, NAMED
 from diffsynth_qwen_image.models import MODELS, TRAINING
 
 DIFFSYNTH_API = 2
@@ -21,7 +21,7 @@ def register_models(register: Callable[[ModelSpec], None]) -> None:
 
 @hookimpl
 def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
-    for architecture in (*ARCHITECTURES, *image_to_lora_config.ARCHITECTURES):
+    for architecture in (*ARCHITECTURES, *NAMED, *image_to_lora_config.ARCHITECTURES):
         register(architecture)
 
 
