@@ -70,8 +70,8 @@ def test_the_prefix_of_prompts_with_images(kind) -> None:
     """The tokens of images are not dropped, though they stand before the prompt; the text is tested with the edits."""
     oracle, before = oracle_of(kind), text_before(edit.SYSTEM_MESSAGE)
     assert oracle.prompt_template_encode.startswith(before)
-    words = word_tokenizer([before, ANSWER, "Picture 1: "])
-    images = PromptImages(edit.SYSTEM_MESSAGE, ("Picture 1: ",), (3,), torch.zeros(12, 4), ((2, 6),))
+    words = word_tokenizer([before, ANSWER, "Image 1: "])
+    images = PromptImages(edit.SYSTEM_MESSAGE, ("Image 1: ",), (3,), torch.zeros(12, 4), ((2, 6),))
     tokens = tokenize(words, ["a hat"], images)
     assert tokens.dropped == count_prefix(words, before) == oracle.prompt_template_encode_start_idx == 64
     assert tokens.image_mask.sum() == 3
