@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 from diffsynth.runtime.image_units import ImageArguments
 from diffsynth.runtime.inpainting import InpaintArguments
+from diffsynth.runtime.kv_cache import KVCacheArguments
 from diffsynth.runtime.request import LoopKeywords
 from diffsynth_qwen_image.features.context import ContextArguments
 from diffsynth_qwen_image.features.edit import EditArguments
+from diffsynth_qwen_image.features.eligen import EntityArguments
 
 
 class QwenImageArguments(
     ImageArguments,
     ContextArguments,
     EditArguments,
+    EntityArguments,
+    KVCacheArguments,
     InpaintArguments,
     LoopKeywords,
     total=False,

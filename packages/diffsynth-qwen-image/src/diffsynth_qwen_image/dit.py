@@ -30,6 +30,7 @@ from diffsynth_qwen_image.extension import (
     Rotary,
     Stream,
     image_positions,
+    insert_tokens,
     text_positions,
     text_start,
 )
@@ -78,7 +79,7 @@ class QwenImageBlocks(nn.Module):
         padded = prompt_mask is not None and not bool(prompt_mask.all())
         return Stream(
             image=torch.cat([self._tokens(image) for image in images.unbind(2)], dim=1),
-            text=self.txt_in(self.txt_norm(prompt_embeds)).to(latents.dtype),
+            text=self._text_tokens(prompt_embeds).to(latents.dtype),
             grids=grids,
             num_computed=len(grids),
             positions=joined,
@@ -95,6 +96,9 @@ class QwenImageBlocks(nn.Module):
         if height % patch or width % patch:
             raise ValueError(f"latents are {height}x{width}; expected multiples of the patch size {patch}")
         return height // patch, width // patch
+
+    def _text_tokens(self, states: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
+        return self.txt_in(self.txt_norm(states))
 
     def _tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b s e"]:
         patches = patchify(latents, self.config.patch_size)
@@ -195,7 +199,37 @@ class QwenImageDiT(QwenImageBlocks):
         if clean_time and clean is None:
             zero = torch.zeros(batch, device=stream.image.device)
             clean = self.time_text_embed(zero, dtype=stream.image.dtype)
-        stream = replace(stream, image=torch.cat((stream.image, *tokens), dim=1), grids=grids, clean_time_embed=clean)
+        image = torch.cat((stream.image, *tokens), dim=1)
+        count = image.shape[1] - stream.image.shape[1]
+        allowed = insert_tokens(stream.allowed, stream.positions.shape[1], count)
+        stream = replace(stream, image=image, grids=grids, clean_time_embed=clean, allowed=allowed)
+        return self.set_positions(stream, positions)
+
+    def append_texts(
+        self, stream: Stream, texts: Sequence[Float[Tensor, "#b s e"]], masks: Sequence[Bool[Tensor, "#b s"] | None]
+    ) -> Stream:
+        """Return a copy of `stream`, a `Stream`, with the tokens of further texts after its text's tokens. Each text
+        has the positions that it would have as the prompt.
+
+        Args:
+            stream: the stream.
+            texts: hidden states of the text encoder for each text, of one item or one for each of the batch.
+            masks: for each text, True for text and False for padding; None means that all its tokens are text.
+        """
+        batch, device, length = len(stream.image), stream.image.device, stream.text.shape[1]
+        start = text_start(stream.grids, layered=self.config.layered)
+        added = torch.cat([text_positions(text.shape[1], start=start) for text in texts])
+        first, last = stream.positions.tensor_split((length,), dim=1)
+        positions = torch.cat((first, added[None].expand(len(first), -1, -1), last), dim=1)
+        tokens = [self._text_tokens(text).to(stream.text.dtype).expand(batch, -1, -1) for text in texts]
+        kept = stream.text_mask
+        if kept is not None or any(mask is not None for mask in masks):
+            sizes = (length, *(text.shape[1] for text in texts))
+            parts = zip((kept, *masks), sizes, strict=True)
+            whole = (torch.ones(1, size, dtype=torch.bool) if mask is None else mask for mask, size in parts)
+            kept = torch.cat([mask.to(device).expand(batch, -1) for mask in whole], dim=1)
+        allowed = insert_tokens(stream.allowed, length, added.shape[0])
+        stream = replace(stream, text=torch.cat((stream.text, *tokens), dim=1), text_mask=kept, allowed=allowed)
         return self.set_positions(stream, positions)
 
     def _run_blocks(self, stream: Stream) -> Float[Tensor, "b i e"]:

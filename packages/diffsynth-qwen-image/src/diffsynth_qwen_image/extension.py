@@ -1,9 +1,9 @@
 """Extensions: functions that change what enters the blocks of Qwen-Image's transformer, and how the blocks attend.
 
 An extension is a callable `(dit, stream) -> stream`. `QwenImageDiT.forward` applies its extensions in order, after the
-embedding and before the first block. An extension may append the tokens of further images, move tokens to other
-positions, change the time embedding, replace the attention of a block, or register a residual that is added to the
-tokens of the images after a block.
+embedding and before the first block. An extension may append the tokens of further images and texts, move tokens to
+other positions, say which tokens attend to which, change the time embedding, replace the attention of a block, or
+register a residual that is added to the tokens of the images after a block.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Grid: TypeAlias = tuple[int, int]
 
 
 def attend_masked(
-    q: Float[Tensor, "b s n d"], k: Float[Tensor, "b s n d"], v: Float[Tensor, "b s n d"], mask: Mask
+    q: Float[Tensor, "b s n d"], k: Float[Tensor, "b s n d"], v: Float[Tensor, "b s n d"], mask: Mask = None
 ) -> Float[Tensor, "b s n d"]:
     """Return the attention output `b s n d` of a block without extensions: every token attends to all tokens that
     `mask` has.
@@ -85,7 +85,7 @@ class Stream:
     Args:
         image: tokens of the images one after the other, each row by row: first those that are computed (one, or the
             layers of one), then those that extensions append, which are dropped at the end.
-        text: tokens of the prompt, then padding.
+        text: tokens of the prompt, then padding; then, in the same form, those of texts that extensions append.
         grids: rows and columns of the tokens of each image.
         num_computed: number of images, from the first, that are computed.
         positions: RoPE positions (image, row, column) of the text's tokens, then of the images', on the CPU; set them
@@ -96,6 +96,8 @@ class Stream:
         clean_time_embed: embedding of noise level 0, which modulates the tokens of appended images in its place; None
             uses `time_embed` for all.
         text_mask: True for text and False for padding; None means that all tokens are text.
+        allowed: True where a token (row) attends to a token (column), the text's tokens first, then the images'; None
+            means that all attend to all. Padding is in `text_mask`.
         attend: function of a block's stack and index that returns the block's attention.
         residuals: stack and index of a block -> functions whose results are added to the images' tokens after it, in
             order.
@@ -113,6 +115,7 @@ class Stream:
     inputs: Inputs
     clean_time_embed: Float[Tensor, "b e"] | None = None
     text_mask: Bool[Tensor, "b t"] | None = None
+    allowed: Bool[Tensor, "#b 1 s s"] | None = None
     attend: Callable[[BlockIndex], Attend] = attend_all
     residuals: Mapping[BlockIndex, tuple[Residual, ...]] = field(default_factory=dict)
     step: Any = None
@@ -123,10 +126,13 @@ class Stream:
         return sum(rows * columns for rows, columns in self.grids[: self.num_computed])
 
     def mask(self) -> Mask:
-        """Return the bool mask `b 1 1 s` of the tokens that are no padding of the text; None if there is none."""
+        """Return the bool mask of the blocks' attention: `b 1 1 s`, True for tokens that are no padding of the text,
+        or `b 1 s s` where `allowed` is given; None if all tokens attend to all.
+        """
         if self.text_mask is None:
-            return None
-        return F.pad(self.text_mask, (0, self.image.shape[1]), value=True)[:, None, None]
+            return self.allowed
+        kept = F.pad(self.text_mask, (0, self.image.shape[1]), value=True)[:, None, None]
+        return kept if self.allowed is None else kept & self.allowed
 
     def with_residual(self, stack: StackName, block: int, residual: Residual) -> Stream:
         """Return a copy of this `Stream` with one more function for a block, whose result is added to the tokens of the
@@ -157,6 +163,11 @@ class Network(Protocol):
 
     def append_images(self, stream: Stream, images: Sequence[Float[Tensor, "b c h w"]], **options: Any) -> Stream:
         """Return a copy of `stream`, a `Stream`, with the tokens of further latents after its images' tokens."""
+
+    def append_texts(
+        self, stream: Stream, texts: Sequence[Float[Tensor, "#b s e"]], masks: Sequence[Bool[Tensor, "#b s"] | None]
+    ) -> Stream:
+        """Return a copy of `stream`, a `Stream`, with the tokens of further texts after its text's tokens."""
 
 
 Extension: TypeAlias = Callable[[Network, Stream], Stream]
@@ -196,6 +207,22 @@ def text_start(grids: Sequence[Grid], *, layered: bool) -> int:
     """
     behind = max(side // 2 for grid in grids for side in grid)
     return max(behind, len(grids) - 1) if layered else behind
+
+
+def insert_tokens(
+    allowed: Bool[Tensor, "#b 1 s s"] | None, index: int, count: int
+) -> Bool[Tensor, "#b 1 s_new s_new"] | None:
+    """Return a copy of `Stream.allowed`, a bool tensor `#b 1 s_new s_new`, with `count` more tokens before token
+    `index`, which attend to all tokens and are attended by all; None for None.
+    """
+    if allowed is None:
+        return None
+    for dim in (2, 3):
+        before, after = allowed.tensor_split((index,), dim=dim)
+        shape = list(allowed.shape)
+        shape[dim] = count
+        allowed = torch.cat((before, allowed.new_ones(shape), after), dim=dim)
+    return allowed
 
 
 def _centered(count: int, over: int) -> Int[Tensor, "s"]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffsynth.runtime.image_units import ImageArguments
 from diffsynth.runtime.inpainting import InpaintArguments
+from diffsynth.runtime.kv_cache import KVCacheArguments
 from diffsynth.runtime.request import LoopKeywords
 from diffsynth_flux.flux2.features.edit import EditArguments
 from diffsynth_flux.flux2.features.reference_cache import ReferenceCacheArguments
@@ -17,6 +18,7 @@ class Flux2Arguments(
     ImageArguments,
     EditArguments,
     ReferenceCacheArguments,
+    KVCacheArguments,
     TemplateArguments,
     InpaintArguments,
     LoopKeywords,

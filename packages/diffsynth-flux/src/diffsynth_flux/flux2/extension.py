@@ -9,9 +9,8 @@ is added after a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
@@ -112,34 +111,6 @@ class Network(Protocol):
 
 Extension: TypeAlias = Callable[[Network, Stream], Stream]
 """Function that changes the inputs of the blocks; see the module's docstring."""
-
-
-@dataclass(frozen=True)
-class MoreKeysValues:
-    """Extension in which blocks attend also to keys and values that are given.
-
-    Args:
-        blocks: block -> keys, after norm and RoPE, and values, each of one item or of the batch. Blocks that are not in
-            it attend as before.
-    """
-
-    blocks: Mapping[BlockIndex, Sequence[Float[Tensor, "#b s n d"]]]
-
-    def __call__(self, dit: Network, stream: Stream) -> Stream:
-        """Return the stream whose blocks attend to more; see `Extension`."""
-        attend = stream.attend
-
-        def attend_also(block: BlockIndex) -> Attend:
-            return partial(_attend_also, attend(block), *self.blocks[block]) if block in self.blocks else attend(block)
-
-        return replace(stream, attend=attend_also)
-
-
-# It takes tensors, and looks up nothing by block: a compiled block is then compiled once for all blocks.
-def _attend_also(attend: Attend, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the attention output of `q` over `k` and `keys`."""
-    keys, values = (x.expand(len(q), -1, -1, -1) for x in (keys, values))
-    return attend(q, torch.cat((k, keys), dim=1), torch.cat((v, values), dim=1))
 
 
 def image_positions(grid: tuple[int, int], *, time: int = 0) -> Int[Tensor, "s axes"]:

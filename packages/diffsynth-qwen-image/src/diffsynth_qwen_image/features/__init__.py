@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from diffsynth.runtime.inpainting import INPAINT
+from diffsynth.runtime.kv_cache import kv_cache_feature
 from diffsynth_qwen_image.features.context import CONTEXT
 from diffsynth_qwen_image.features.edit import EDIT
+from diffsynth_qwen_image.features.eligen import ELIGEN
 
-FEATURES = (CONTEXT, EDIT, INPAINT)
-"""In the order in which their units run within a phase, and in which their extensions change the stream."""
+KV_CACHE = kv_cache_feature({"block": ("transformer_blocks", "n_layers")})
+
+FEATURES = (CONTEXT, EDIT, ELIGEN, KV_CACHE, INPAINT)
+"""In the order in which their units run within a phase, and in which their extensions change the stream: the regions of
+entities are in the tokens of all images, so those are appended before."""

@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.core.attention import attention
+from diffsynth.models.keys_values import MoreKeysValues
 from diffsynth.runtime.feature import Feature
 from diffsynth.runtime.images import Images
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth_flux.flux2.extension import BlockIndex, Extension, MoreKeysValues, Network, Stream
+from diffsynth_flux.flux2.extension import BlockIndex, Extension, Network, Stream
 from diffsynth_flux.flux2.features.edit import References
 
 
