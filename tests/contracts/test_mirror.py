@@ -53,6 +53,7 @@ SCENARIOS: dict[str, str] = {
     "flux/flux2/test_trajectory.py": "whole calls against diffusers",
     "nn/triton/test_compile.py": "fused layers under torch.compile",
     "pipelines/test_doors.py": "import lines of existing scripts",
+    "qwen_image/features/test_kv_cache.py": "keys and values of templates in Qwen-Image's network and calls",
     "qwen_image/test_dit_parity.py": "QwenImageDiT against diffusers",
     "qwen_image/test_lora.py": "LoRAs of Qwen-Image against diffusers",
     "qwen_image/test_plan.py": "plans of Qwen-Image",

@@ -25,7 +25,7 @@ RUN = {
     "docs/models/flux-1.md": [0, 1, 2],
     "docs/models/flux-2.md": [0],
     "docs/models/wan.md": [0],
-    "docs/models/qwen-image.md": [0, 1, 2, 3],
+    "docs/models/qwen-image.md": [0, 1, 2, 3, 4, 5],
     "docs/models/z-image.md": [0],
     "docs/compile.md": [0, 1],
     "docs/conformance.md": [1, 2],

@@ -11,7 +11,7 @@ from diffsynth_qwen_image.features import edit
 from example_scripts import check_names, loaded, run
 from qwen_image_files import write_lora
 
-SCRIPTS = ("context", "edit", "edit_several", "text_to_image")
+SCRIPTS = ("context", "edit", "edit_several", "entities", "text_to_image")
 
 
 def test_every_model_has_its_example() -> None:
@@ -22,7 +22,8 @@ def test_every_model_has_its_example() -> None:
 def hub(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     tiny_hub(root, [loaded("qwen_image", script) for script in SCRIPTS])
-    write_lora(root, "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union:model.safetensors", seed=0)
+    for model in ("Qwen-Image-In-Context-Control-Union", "Qwen-Image-EliGen-V2"):
+        write_lora(root, f"DiffSynth-Studio/{model}:model.safetensors", seed=0)
     return root
 
 

@@ -36,7 +36,7 @@ def test_names_lead_to_stacks():
     [
         ({"blok_1": ()}, ValueError, "has 'blok_1', .* block_0 to block_1 and last_block_0 .* did you mean 'block_1'"),
         ({"block_0": torch.zeros(1)}, TypeError, r"negative_kv_cache\['block_0'\] is Tensor; expected a tuple"),
-        ({"block_0": (torch.zeros(1, 5, 3, 4, dtype=torch.long),) * 2}, TypeError, "dtypes torch.int64 and"),
+        ({"block_0": (torch.zeros(1, 5, 3, 4, dtype=torch.long),) * 2}, TypeError, "dtypes torch.int64, "),
         ({"block_0": pair(1, 5, 4, 3)}, ValueError, r"\(1, 5, 4, 3\) and .*; expected two of \(1, tokens, 3, 4\)"),
         ({"block_0": pair(3, 5, 3, 4)}, ValueError, "one item for each of 2 results"),
         ({"block_0": (torch.zeros(1, 5, 3, 4), torch.zeros(1, 6, 3, 4))}, ValueError, "shapes"),

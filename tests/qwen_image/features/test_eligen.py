@@ -264,7 +264,7 @@ def test_entities_beside_references() -> None:
 
 
 def test_gradients_stay_in_the_region() -> None:
-    """Of one block; recomputing activations changes none of them."""
+    """Those of a network of one block; recomputing activations changes none of them."""
     dit, text = built(n_layers=1), drawn(4, seed=1).requires_grad_()
     dit.requires_grad_(True)
     made = []

@@ -94,7 +94,7 @@ def check_keys_values(
         raise TypeError(f"{argument}[{name!r}] is {type(keys_values).__name__}; expected a tuple of two tensors")
     dtypes, shapes = [x.dtype for x in keys_values], [tuple(x.shape) for x in keys_values]
     if not all(dtype.is_floating_point for dtype in dtypes):
-        raise TypeError(f"{argument}[{name!r}] has the dtypes {dtypes[0]} and {dtypes[1]}; expected floating-point ones")
+        raise TypeError(f"{argument}[{name!r}] has the dtypes {dtypes[0]}, {dtypes[1]}; expected floating-point ones")
     fit = (len(shape) == 4 and shape[0] in (1, batch_size) and shape[2:] == heads for shape in shapes)
     if not all(fit) or shapes[0] != shapes[1]:
         raise ValueError(
