@@ -226,3 +226,19 @@ def test_split_keeps_the_trained_the_random_and_their_readers_live():
 def test_needed_for_walks_back():
     assert [step.name for step in needed_for(UNITS, {"noise"})] == ["round_size", "draw"]
     assert [step.name for step in needed_for(UNITS, {"doubled"})] == ["encode", "double"]
+
+
+def test_needed_for_includes_what_a_unit_reads_in_another_branch():
+    """The units of a part of a program are checked, too, and miss no value of a branch that they do not run."""
+
+    @unit("masks", branches={"uncond": {"doubled": "noise"}})
+    def place(*, doubled):
+        return doubled
+
+    assert [step.name for step in needed_for((*UNITS, place), {"masks"})] == [
+        "round_size",
+        "encode",
+        "double",
+        "draw",
+        "place",
+    ]

@@ -388,12 +388,14 @@ class CallValues:
 
 
 def needed_for(units: Sequence[Unit], names: Collection[str]) -> tuple[Unit, ...]:
-    """Return a tuple of the units that write one of `names` and those whose results they read, in running order."""
+    """Return a tuple of the units that write one of `names` and those whose results they read, in any branch, in running
+    order.
+    """
     wanted, needed = set(names), []
     for step in reversed(units):
         if wanted & set(step.writes):
             needed.append(step)
-            wanted.update(read.name for read in step.reads)
+            wanted.update(read.name for read in _plain_and_branch_reads(step))
     return tuple(reversed(needed))
 
 
