@@ -388,8 +388,8 @@ class CallValues:
 
 
 def needed_for(units: Sequence[Unit], names: Collection[str]) -> tuple[Unit, ...]:
-    """Return a tuple of the units that write one of `names` and those whose results they read, in any branch, in running
-    order.
+    """Return a tuple of the units that write one of `names` and those whose results they read, in any branch of
+    guidance, in running order.
     """
     wanted, needed = set(names), []
     for step in reversed(units):
