@@ -71,6 +71,23 @@ def test_trajectories(pipelines, images) -> None:
         assert relative_error(fewer, expected) > 1e-2
 
 
+def test_features_are_refined_once_for_each_branch(pipelines, monkeypatch) -> None:
+    """They do not depend on the noise level: to the bit what refining them in every step gives."""
+    ours, _ = pipelines
+    call = {**CALL, "edit_image": photo(80, 48), "height": 64, "width": 48, "seed": 3, "output_type": "latents"}
+    refined = []
+    handle = ours.dit.siglip_refiner[0].register_forward_hook(lambda *_: refined.append(1))
+    latents = ours(**call, cfg_scale=3.5)
+    assert len(refined) == 2
+    assert torch.equal(ours(**call, cfg_scale=3.5, edit_image_auto_resize=False), latents)
+    assert len(refined) == 4
+    velocity = type(ours).velocity
+    monkeypatch.setattr(type(ours), "velocity", lambda *args, step, **given: velocity(*args, **given))
+    assert torch.equal(ours(**call, cfg_scale=3.5), latents)
+    assert len(refined) == 4 + 2 * CALL["num_inference_steps"]
+    handle.remove()
+
+
 def test_a_large_image_is_scaled_down(pipelines, monkeypatch) -> None:
     """The features are those of the scaled image, the latents those of its part whose sides are multiples of 16."""
     ours, _ = pipelines

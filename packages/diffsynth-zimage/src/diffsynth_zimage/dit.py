@@ -108,22 +108,23 @@ class ZImageDiT(nn.Module):
         are those of `ZImageDiT.forward`.
         """
         grid = self._grid(latents)
-        lengths = [sum(each) for each in segment_lengths(prompt_embeds, prompt_mask)]
+        segments = segment_lengths(prompt_embeds, prompt_mask)
         if prompt_mask is not None:
-            prompt_embeds = text_first(prompt_embeds, prompt_mask, max(lengths))
-        padded = [padded_length(length) for length in lengths]
+            prompt_embeds = text_first(prompt_embeds, prompt_mask, max(map(sum, segments)))
+        padded = [self._caption_length(each) for each in segments]
         image_len, caption_len = padded_length(grid[0] * grid[1]), max(padded)
-        positions = joint_positions(padded, grid)
+        positions = self._positions(segments, grid)
         caption_mask, joint_mask = padding_masks(padded, image_len, latents.device)
         return Stream(
             image=self._embed_image(latents, image_len),
-            caption=self._embed_caption(prompt_embeds, lengths, caption_len, latents.dtype),
+            caption=self._embed_caption(prompt_embeds, segments, caption_len, latents.dtype),
             grid=grid,
             positions=positions,
             rotary=rotary_embedding(positions, self.config, latents.device),
             time_embed=self.t_embedder(time * self.config.t_scale, dtype=latents.dtype),
             caption_mask=caption_mask,
             joint_mask=joint_mask,
+            caption_segments=tuple(segments),
             step=step,
         )
 
@@ -168,13 +169,21 @@ class ZImageDiT(nn.Module):
         padding = self.x_pad_token.to(image.dtype).expand(image.shape[0], image_len - image.shape[1], -1)
         return torch.cat((image, padding), dim=1)
 
+    def _caption_length(self, segments: tuple[int, ...]) -> int:
+        """Return the number of tokens of a caption with padding, from the numbers of tokens of its segments."""
+        return padded_length(sum(segments))
+
+    def _positions(self, segments: list[tuple[int, ...]], grid: tuple[int, int]) -> Int[Tensor, "#b s axes"]:
+        """Return an int CPU tensor `#b s axes`: RoPE positions of the tokens of the image, then of the captions."""
+        return joint_positions([self._caption_length(each) for each in segments], grid)
+
     def _embed_caption(
-        self, prompt_embeds: Tensor, lengths: list[int], caption_len: int, dtype: torch.dtype
+        self, prompt_embeds: Tensor, segments: list[tuple[int, ...]], caption_len: int, dtype: torch.dtype
     ) -> Float[Tensor, "b c e"]:
         caption = self.cap_embedder(prompt_embeds).to(dtype)
         caption = F.pad(caption, (0, 0, 0, caption_len - caption.shape[1]))
         index = torch.arange(caption_len, device=caption.device)
-        is_text = index < torch.tensor(lengths, device=caption.device)[:, None]
+        is_text = index < torch.tensor([sum(each) for each in segments], device=caption.device)[:, None]
         return torch.where(is_text[:, :, None], caption, self.cap_pad_token.to(caption.dtype))
 
     def _run(

@@ -58,7 +58,7 @@ class Stream:
         residuals: stack and index of a block -> functions whose results are added to the tokens after it, in order.
         skip_blocks: stacks and indices of blocks that are skipped together with their residuals.
         caption_segments: for each item of the batch, the numbers of tokens of the caption's segments, without padding;
-            empty for networks other than that of Omni-Base.
+            one segment for networks other than that of Omni-Base.
         layers_extensions: extensions that are applied before the first of the layers, in order.
         step: context of the sampling step, set by the caller of `ZImageDiT.forward`; None outside of a sampling loop.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +19,19 @@ from diffsynth.nn import RMSNorm
 from diffsynth_zimage.config import TOKEN_MULTIPLE, ZImageOmniDiTConfig
 from diffsynth_zimage.dit import ContextBlock, ZImageDiT, rotary_embedding
 from diffsynth_zimage.extension import Stream
-from diffsynth_zimage.tokens import (
-    PromptMask,
-    image_positions,
-    padded_length,
-    padding_masks,
-    segment_lengths,
-    text_first,
-)
+from diffsynth_zimage.tokens import image_positions, padded_length
+
+_REFINED = "z_image_omni_refined_features"
+"""Key of a call's state: the features of the reference images and their tokens after the refiner."""
 
 
 class ZImageOmniDiT(ZImageDiT):
-    """Transformer of Z-Image-Omni-Base. Parameter names are those of the published `transformer/*.safetensors`."""
+    """Transformer of Z-Image-Omni-Base. Parameter names are those of the published `transformer/*.safetensors`.
+
+    In `forward`, `prompt_mask` has, with n reference images, the number of the segment of each token, 1 to n + 2, and 0
+    for padding: reference image i follows segment i, the image that is computed follows segment n + 1. Without any, the
+    caption is one segment, which the image follows.
+    """
 
     config: ZImageOmniDiTConfig
 
@@ -42,48 +42,6 @@ class ZImageOmniDiT(ZImageDiT):
         )
         self.siglip_refiner = nn.ModuleList(ContextBlock(config) for _ in range(config.n_refiner_layers))
         self.siglip_pad_token = nn.Parameter(torch.zeros(1, config.dim))
-
-    def embed(
-        self,
-        latents: Float[Tensor, "b c h w"],
-        time: Float[Tensor, "b"],
-        prompt_embeds: Float[Tensor, "b s e"],
-        prompt_mask: PromptMask | None = None,
-        *,
-        step: Any = None,
-    ) -> Stream:
-        """Return a `Stream` before extensions change it; see `ZImageDiT.embed`.
-
-        Args:
-            latents, time, prompt_embeds, step: see `ZImageDiT.forward`.
-            prompt_mask: with n reference images, the number of the segment of each token, 1 to n + 2, and 0 for
-                padding: reference image i follows segment i, the image that is computed follows segment n + 1. Without
-                any, the caption is one segment, which the image follows.
-
-        Raises:
-            ValueError: height or width is no multiple of the patch size.
-        """
-        grid = self._grid(latents)
-        segments = segment_lengths(prompt_embeds, prompt_mask)
-        padded = [sum(map(padded_length, each)) for each in segments]
-        image_len, caption_len = padded_length(grid[0] * grid[1]), max(padded)
-        times = [_end_times(each)[max(len(each) - 2, 0)] for each in segments]
-        image = torch.stack([image_positions(each, grid, image_len) for each in times])
-        caption = torch.stack([_caption_positions(each, caption_len) for each in segments])
-        positions = torch.cat((image, caption), dim=1)
-        caption_mask, joint_mask = padding_masks(padded, image_len, latents.device)
-        return Stream(
-            image=self._embed_image(latents, image_len),
-            caption=self._embed_segments(prompt_embeds, prompt_mask, segments, caption_len, latents.dtype),
-            grid=grid,
-            positions=positions,
-            rotary=rotary_embedding(positions, self.config, latents.device),
-            time_embed=self.t_embedder(time * self.config.t_scale, dtype=latents.dtype),
-            caption_mask=caption_mask,
-            joint_mask=joint_mask,
-            caption_segments=tuple(segments),
-            step=step,
-        )
 
     def append_references(
         self,
@@ -139,24 +97,20 @@ class ZImageOmniDiT(ZImageDiT):
         """Return a `Stream` with the refined features of the reference images after the caption's tokens, and a block
         of padding for the image that is computed, which has no features.
 
+        The refined features do not depend on the noise level: they are computed once in a call and branch of guidance.
+
         Args:
             stream: with refined tokens.
             features: hidden states of the image encoder for each image.
             positions: of the features' tokens, with padding, on the CPU.
         """
-        batch = len(stream.image)
-        parts = []
-        for each in features:
-            # The published code reads the memory of the features with channels first as if it were tokens.
-            flat = each.permute(2, 0, 1).reshape(-1, each.shape[-1])
-            embedded = self.siglip_embedder(flat).to(stream.image.dtype)
-            parts += [embedded, self._feature_padding(padded_length(len(flat)) - len(flat), embedded)]
-        parts.append(self._feature_padding(TOKEN_MULTIPLE, parts[0]))
-        tokens = torch.cat(parts).expand(batch, -1, -1)
-        rotary = rotary_embedding(positions, self.config, tokens.device)
-        for block in self.siglip_refiner:
-            tokens = block(tokens, rotary, None)
+        state = {} if stream.step is None else stream.step.call_state
+        made_of, tokens = state.get(_REFINED, (None, stream.image))
+        if made_of is not features:
+            tokens = self._refine_features(features, positions, stream.image)
+            state[_REFINED] = (features, tokens)
 
+        batch = len(tokens)
         is_clean = torch.ones(batch, tokens.shape[1], dtype=torch.bool)
         is_clean[:, -TOKEN_MULTIPLE:] = False
         joint_mask = stream.joint_mask
@@ -174,18 +128,22 @@ class ZImageOmniDiT(ZImageDiT):
         super().init_weights()
         nn.init.normal_(self.siglip_pad_token, std=0.02)
 
-    def _embed_segments(
-        self,
-        prompt_embeds: Tensor,
-        prompt_mask: PromptMask | None,
-        segments: list[tuple[int, ...]],
-        caption_len: int,
-        dtype: torch.dtype,
+    def _caption_length(self, segments: tuple[int, ...]) -> int:
+        return sum(map(padded_length, segments))
+
+    def _positions(self, segments: list[tuple[int, ...]], grid: tuple[int, int]) -> Int[Tensor, "b s axes"]:
+        image_len, caption_len = padded_length(grid[0] * grid[1]), max(map(self._caption_length, segments))
+        # With n reference images the image follows segment n + 1 of n + 2; without any, the only one.
+        times = [_end_times(each)[max(len(each) - 2, 0)] for each in segments]
+        image = torch.stack([image_positions(each, grid, image_len) for each in times])
+        caption = torch.stack([_caption_positions(each, caption_len) for each in segments])
+        return torch.cat((image, caption), dim=1)
+
+    def _embed_caption(
+        self, prompt_embeds: Tensor, segments: list[tuple[int, ...]], caption_len: int, dtype: torch.dtype
     ) -> Float[Tensor, "b c e"]:
         """Return the caption's tokens, a tensor `b c e`: each segment, followed by its padding."""
         longest = max(map(sum, segments))
-        if prompt_mask is not None:
-            prompt_embeds = text_first(prompt_embeds, prompt_mask, longest)
         text = self.cap_embedder(prompt_embeds).to(dtype)
         padding = self.cap_pad_token.to(dtype).expand(len(text), 1, -1)
         order = torch.full((len(text), caption_len), longest, dtype=torch.long)  # the index of the padding
@@ -195,6 +153,23 @@ class ZImageOmniDiT(ZImageDiT):
                 row[place : place + length] = torch.arange(start, start + length)
                 start, place = start + length, place + padded_length(length)
         return torch.cat((text[:, :longest], padding), dim=1).take_along_dim(order[:, :, None].to(text.device), dim=1)
+
+    def _refine_features(
+        self, features: Sequence[Float[Tensor, "rows columns e"]], positions: Tensor, like: Tensor
+    ) -> Float[Tensor, "b s e"]:
+        """Return the tokens of the features after the refiner, a tensor `b s e`, in the batch and dtype of `like`."""
+        parts = []
+        for each in features:
+            # The published code reads the memory of the features with channels first as if it were tokens.
+            flat = each.permute(2, 0, 1).reshape(-1, each.shape[-1])
+            embedded = self.siglip_embedder(flat).to(like.dtype)
+            parts += [embedded, self._feature_padding(padded_length(len(flat)) - len(flat), embedded)]
+        parts.append(self._feature_padding(TOKEN_MULTIPLE, parts[0]))
+        tokens = torch.cat(parts).expand(len(like), -1, -1)
+        rotary = rotary_embedding(positions, self.config, tokens.device)
+        for block in self.siglip_refiner:
+            tokens = block(tokens, rotary, None)
+        return tokens
 
     def _feature_padding(self, count: int, like: Tensor) -> Float[Tensor, "s e"]:
         return self.siglip_pad_token.to(like.dtype).expand(count, -1)
