@@ -9,9 +9,9 @@ import pytest
 from diffsynth.testing import tiny_hub
 from diffsynth_qwen_image.features import edit
 from example_scripts import check_names, loaded, run
-from qwen_image_files import write_lora
+from qwen_image_files import write_image_to_lora, write_lora
 
-SCRIPTS = ("context", "edit", "edit_several", "entities", "text_to_image")
+SCRIPTS = ("context", "edit", "edit_several", "entities", "image_to_lora", "text_to_image")
 
 
 def test_every_model_has_its_example() -> None:
@@ -24,6 +24,7 @@ def hub(tmp_path_factory) -> Path:
     tiny_hub(root, [loaded("qwen_image", script) for script in SCRIPTS])
     for model in ("Qwen-Image-In-Context-Control-Union", "Qwen-Image-EliGen-V2"):
         write_lora(root, f"DiffSynth-Studio/{model}:model.safetensors", seed=0)
+    write_image_to_lora(root)
     return root
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffsynth.testing import tiny_hub
 from diffsynth_qwen_image.features import edit
 from limited import let_blocks_travel
-from qwen_image_files import write_lora
+from qwen_image_files import write_image_to_lora, write_lora
 from row_harness import Harness, check_arguments, check_low_vram, differs, round_weights
 from row_scripts import read_rows, script
 
@@ -73,11 +74,17 @@ LORAS = {
 }
 """Row -> its LoRA."""
 
+IMAGE_TO_LORA = COMMON | {"height": "1024", "width": "1024", "num_inference_steps": "50"}
+IMAGE_LORAS = {
+    "style": ("SigLIP2-G384/model", "DINOv3-7B/model", "Qwen-Image-i2L-Style"),
+    "content": ("SigLIP2-G384/model", "DINOv3-7B/model", "Qwen-Image-i2L-Coarse", "Qwen-Image-i2L-Fine", "model*"),
+}
+"""Script of the row Qwen-Image-i2L -> the files of the networks that make its LoRA, without their suffix."""
+
 LATER = {
     *("Qwen-Image-Blockwise-ControlNet-Canny", "Qwen-Image-Blockwise-ControlNet-Depth"),
     *("Qwen-Image-Blockwise-ControlNet-Inpaint", "Qwen-Image-Blockwise-ControlNet-InpaintCanny"),
     *("Qwen-Image-Layered", "Qwen-Image-Layered-Control", "Qwen-Image-Layered-Control-V2"),
-    "Qwen-Image-i2L",
 }
 """Rows that are not supported yet."""
 
@@ -92,6 +99,8 @@ def hub(tmp_path_factory) -> Path:
     round_weights(root, torch.float8_e4m3fn)
     for seed, source in enumerate(LORAS.values()):
         write_lora(root, source, seed)
+    write_image_to_lora(root)
+    write_lora(root, "DiffSynth-Studio/Qwen-Image-i2L:Qwen-Image-i2L-Bias.safetensors", seed=9)
     return root
 
 
@@ -116,9 +125,47 @@ def example(name: str, **options: Any) -> str:
     return script({**row, "call": call, "files": files, "methods": []}, RUN[name], setup=setup, **options)
 
 
+def config_text(file: dict[str, str], more: str = "") -> str:
+    return f'ModelConfig(model_id="{file["model_id"]}", origin_file_pattern="{file["origin_file_pattern"]}"{more})'
+
+
+def image_lora_example(kind: str, *, low_vram: bool = False) -> str:
+    """Return the script of the row Qwen-Image-i2L for the style or for the content, which takes the bias LoRA, too."""
+    row, files = ROWS["Qwen-Image-i2L"], []
+    for file in row["files"]:
+        name = file["origin_file_pattern"].removesuffix(".safetensors").rpartition("text_encoder/")[2]
+        if name in IMAGE_LORAS[kind] and file not in files:
+            files.append(file)
+    placed = ", **vram_config" if low_vram else ""
+    configs = [config_text(file, placed) for file in files]
+    setup = f"""
+from diffsynth.pipelines.qwen_image import QwenImageUnit_Image2LoRADecode, QwenImageUnit_Image2LoRAEncode
+from PIL import Image
+from safetensors.torch import save_file
+maker = QwenImagePipeline.from_pretrained(
+    torch_dtype=torch.bfloat16,
+    device="cuda",
+    model_configs=[{", ".join(configs)}],
+    processor_config=ModelConfig(model_id="Qwen/Qwen-Image-Edit", origin_file_pattern="processor/"),
+)
+images = {IMAGE if kind == "content" else LIST}
+with torch.no_grad():
+    embs = QwenImageUnit_Image2LoRAEncode().process(maker, image2lora_images=images)
+    lora = QwenImageUnit_Image2LoRADecode().process(maker, **embs)["lora"]
+save_file(lora, "lora.safetensors")
+pipe.load_lora(pipe.dit, state_dict=lora)
+""".splitlines()
+    if kind == "content":
+        setup.append(f"pipe.load_lora(pipe.dit, {config_text(row['files'][0])})")
+    own = [file for file in row["files"] if file["model_id"] == "Qwen/Qwen-Image"]
+    files = [file for number, file in enumerate(own) if file not in own[:number]]
+    row = {**row, "call": ["prompt", *row["call"]], "files": files, "methods": []}
+    return script(row, IMAGE_TO_LORA, setup=setup, low_vram=low_vram)
+
+
 def test_every_row_is_here() -> None:
     assert len(ROWS) == 25
-    assert set(ROWS) == set(RUN) | LATER
+    assert set(ROWS) == {*RUN, *LATER, "Qwen-Image-i2L"}
     assert {name for name in RUN if ROWS[name]["methods"]} == set(LORAS)
 
 
@@ -145,3 +192,20 @@ def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, 
         assert differs(call.output, harness.run(example("Qwen-Image-Edit-2511", low_vram=True))[0].output)
     else:
         check_low_vram(call, plain, stored=torch.float8_e4m3fn, on_disk=True)
+
+
+@pytest.mark.parametrize("kind", IMAGE_LORAS)
+def test_the_row_with_a_lora_of_images(kind, harness, monkeypatch) -> None:
+    """Every argument counts, and the form for little memory, without fp8, makes the same LoRA to the bit."""
+    (call,) = harness.run(image_lora_example(kind))
+    assert call.output.size == (64, 64)
+    assert set(call.arguments) == {"prompt", *ROWS["Qwen-Image-i2L"]["call"]}
+    if kind == "style":
+        assert not check_arguments(call)
+    lora = load_file(harness.folder / "lora.safetensors")
+    assert len(lora) == 2 * 12 * call.pipe.dit.config.n_layers
+    let_blocks_travel(monkeypatch)
+    (small,) = harness.run(image_lora_example(kind, low_vram=True))
+    assert small.output.size == (64, 64)
+    again = load_file(harness.folder / "lora.safetensors")
+    assert all(torch.equal(again[key], lora[key]) for key in lora)

@@ -1,16 +1,19 @@
 """The role that each file fills, found before any tensor is read."""
 
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
 import torch
 
 from diffsynth import ModelConfig
-from diffsynth.errors import Unrecognized
+from diffsynth.errors import MissingComponent, Unrecognized
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
 from diffsynth.runtime import pretrained
+from diffsynth.runtime.feature import Feature
 from diffsynth.runtime.pretrained import PretrainedLoader
 from diffsynth.runtime.role import Role
+from diffsynth.runtime.unit import unit
 from toy_unet import declare
 
 VAE = files("diffsynth_zimage") / "nano" / "vae.safetensors"
@@ -42,6 +45,25 @@ def test_a_role_of_many_is_named_by_several_configs():
         "many": 2,
         "first": 1,
     }
+
+
+def test_a_feature_that_is_used_alone_needs_no_other_component():
+    @unit("result")
+    def use(second): ...
+
+    feature = Feature("alone", roles={"second": SECOND}, units=(use,), alone=True)
+    roles = {"first": FIRST, "second": SECOND}
+
+    def loaded(config, **changed):
+        loader = PretrainedLoader(roles, "Toy", features=(replace(feature, **changed),))
+        return loader.load([config], {}, dtype=torch.float32, device="cpu")[0]
+
+    found = loaded(ModelConfig(VAE, role="second"))
+    assert (found["first"], type(found["second"])) == (None, FluxAutoencoder)
+    with pytest.raises(MissingComponent, match="Toy needs first"):
+        loaded(ModelConfig(VAE, role="second"), alone=False)
+    with pytest.raises(MissingComponent, match="Toy needs first"):
+        loaded(ModelConfig(VAE, role="second"), units=())
 
 
 def test_a_file_of_several_roles_is_read_once(monkeypatch):

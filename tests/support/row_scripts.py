@@ -27,6 +27,11 @@ LOW_VRAM = {
 }
 """Folder of the examples -> dtype and device of weights in the four states, in its examples for little memory."""
 
+LOW_VRAM_OF_ROWS = {
+    "qwen_image/Qwen-Image-i2L": (("disk", "disk"), ("bfloat16", "cpu"), ("bfloat16", "cuda"), ("bfloat16", "cuda")),
+}
+"""Row -> the same, for those that differ from their folder."""
+
 VRAM_LIMIT = '    vram_limit=torch.cuda.mem_get_info("cuda")[1] / (1024 ** 3) - 0.5,'
 """Line of an example for little memory: a limit of all device memory except 0.5 GiB."""
 
@@ -165,7 +170,7 @@ def video_script(
 
 def _vram_config(row: Mapping[str, Any]) -> list[str]:
     """Return the lines that set `vram_config`: the eight keys of the row's folder."""
-    states = LOW_VRAM[row["row"].partition("/")[0]]
+    states = LOW_VRAM_OF_ROWS.get(row["row"]) or LOW_VRAM[row["row"].partition("/")[0]]
     lines = ["vram_config = {"]
     for state, (dtype, device) in zip(("offload", "onload", "preparing", "computation"), states, strict=True):
         lines.append(f'    "{state}_dtype": ' + ('"disk",' if dtype == "disk" else f"torch.{dtype},"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffsynth.runtime.image_to_lora import ImageToLoRAArguments
 from diffsynth.runtime.image_units import ImageArguments
 from diffsynth.runtime.inpainting import InpaintArguments
 from diffsynth.runtime.kv_cache import KVCacheArguments
@@ -18,6 +19,7 @@ class QwenImageArguments(
     ContextArguments,
     EditArguments,
     EntityArguments,
+    ImageToLoRAArguments,
     KVCacheArguments,
     InpaintArguments,
     LoopKeywords,

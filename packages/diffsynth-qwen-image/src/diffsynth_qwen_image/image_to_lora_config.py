@@ -22,9 +22,12 @@ GROUPS = (
 )
 """The linear layers of a block that the LoRA changes."""
 
-RESIDUAL_LENGTHS = {"style": 0, "coarse": 64 + 7, "fine": 37 * 37 + 7}
+RESIDUAL_SIDES = {"coarse": 224, "fine": 1024}
+"""Kind of network -> side of the square, in pixels, at which the text encoder gets an image."""
+
+RESIDUAL_LENGTHS = {"style": 0, "coarse": 8 * 8 + 7, "fine": 37 * 37 + 7}
 """Kind of network -> number of hidden states of the text encoder that it reads beside the image encoders' outputs: one
-for each patch of an image of 224 pixels (coarse) or 1024 (fine), and 7 of the template."""
+for each token of 28 x 28 pixels of the image, and 7 of the template."""
 
 
 def _config(dim: int, *, num_blocks: int, compress_dim: int, **fields: int) -> ImageToLoRAConfig:

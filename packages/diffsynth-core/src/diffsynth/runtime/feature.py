@@ -7,7 +7,7 @@ plugin adds a feature in the same form to a pipeline of another package (`regist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -115,6 +115,8 @@ class Feature:
         roles_at: function of a `StepContext` and the call's values that returns the roles of the networks that the
             feature calls in the step, at most its `loop_roles`. None is all of `loop_roles` in calls where one of
             the conditions is not None.
+        alone: whether `Pipeline.from_pretrained` loads files for the roles of its units alone, without the pipeline's
+            other components, for a feature that is also used outside of calls.
         provider: the plugin that adds it to a pipeline of another package; "" for the pipeline's own features.
     """
 
@@ -130,6 +132,7 @@ class Feature:
     per_image: tuple[str, ...] = ()
     check: Callable[[Configs, Mapping[str, Any]], None] | None = None
     roles_at: Callable[[StepContext, Mapping[str, Any]], tuple[str, ...]] | None = None
+    alone: bool = False
     provider: str = ""
 
     def __post_init__(self) -> None:
@@ -140,6 +143,11 @@ class Feature:
     def title(self) -> str:
         """The feature's name in messages: `feature 'blur'`, or `feature 'blur' of plugin soft (diffsynth-soft)`."""
         return f"feature {self.name!r}" + (f" of plugin {self.provider}" if self.provider else "")
+
+    def is_alone(self, loaded: Collection[str]) -> bool:
+        """Whether components under the roles `loaded` are for this feature alone, which is declared to be `alone`."""
+        used = {role for step in (*self.units, *self.outputs) for role in (*step.roles, *step.requires)}
+        return self.alone and used.issuperset(loaded) and not self.roles.keys().isdisjoint(loaded)
 
     def roles_in(self, step: StepContext, values: Mapping[str, Any]) -> tuple[str, ...]:
         """Return a tuple of the roles whose networks the feature calls in a step of the loop.

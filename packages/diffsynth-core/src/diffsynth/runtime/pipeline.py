@@ -199,7 +199,8 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         devices.check_floating(torch_dtype)
         made = compose(cls)
         choose_policy = functools.partial(choose_before_reading, cls._from_some)
-        loader = PretrainedLoader(made.roles, cls.__name__, choose_policy, agreements=made.agreements)
+        fitting = {"agreements": made.agreements, "features": made.features}
+        loader = PretrainedLoader(made.roles, cls.__name__, choose_policy, **fitting)
         memory = {"vram_limit": vram_limit, "policy": policy}
         components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device, **memory)
         pipe = cls(components, device=device, torch_dtype=torch_dtype, component_files=files, **memory)

@@ -21,6 +21,7 @@ from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.core.vram.block_weights import check_source
 from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
+from diffsynth.runtime.feature import Feature
 from diffsynth.runtime.memory_options import MemoryOptions, Policies
 from diffsynth.runtime.published_names import accept_published_names
 from diffsynth.runtime.role import Agreement, Processor, Role, check_agreements, grouped, load_processor, role_of
@@ -66,6 +67,7 @@ class PretrainedLoader:
         pipeline_name: for messages.
         choose: replaces the policy "auto", see `choose_before_reading`; None if no policy is "auto".
         agreements: the config fields that must be equal.
+        features: those of the pipeline; files for one that is `alone` need no others.
     """
 
     def __init__(
@@ -75,8 +77,9 @@ class PretrainedLoader:
         choose: Callable[..., MemoryOptions] | None = None,
         *,
         agreements: Sequence[Agreement] = (),
+        features: Sequence[Feature] = (),
     ) -> None:
-        self._agreements = agreements
+        self._agreements, self._features = agreements, features
         self._choose = choose
         self._roles = {name: role for name, role in roles.items() if isinstance(role, Role)}
         self._processors = {name: role for name, role in roles.items() if isinstance(role, Processor)}
@@ -103,18 +106,10 @@ class PretrainedLoader:
         options = MemoryOptions(device, dtype, vram_limit, policy)
         options.check_roles(self._roles)
         found = self._recognize(model_configs)
-        missing = [
-            name
-            for name, role in self._roles.items()
-            if not role.optional and all(role_of(part.role) != name for part in found)
-        ]
-        if missing:
-            raise MissingComponent(
-                f"{self._pipeline_name} needs {' and '.join(missing)}; the files given hold "
-                f"{', '.join(part.role for part in found) or 'nothing'}. Add a ModelConfig for it to model_configs."
-            )
+        missing = self._check_complete(found)
         policies = [options.policy(part.role, part.config) for part in found]
         components, sources = self._load_processors(processor_configs)
+        components |= dict.fromkeys(missing)
         opened = [
             component.open_component(part.recognized, part.header, dtype=_dtype(policy, options))
             for part, policy in zip(found, policies, strict=True)
@@ -148,6 +143,22 @@ class PretrainedLoader:
                 seconds=time.perf_counter() - started,
             )
         return grouped(components), sources
+
+    def _check_complete(self, found: Sequence[_Found]) -> list[str]:
+        """Return a list of the roles that are not optional and stay empty, because what was found is for a feature that
+        is used alone.
+
+        Raises:
+            MissingComponent: no file fills a role that the pipeline needs.
+        """
+        loaded = [role_of(part.role) for part in found]
+        missing = [name for name, role in self._roles.items() if not role.optional and name not in loaded]
+        if missing and not any(feature.is_alone(loaded) for feature in self._features):
+            raise MissingComponent(
+                f"{self._pipeline_name} needs {' and '.join(missing)}; the files given hold "
+                f"{', '.join(part.role for part in found) or 'nothing'}. Add a ModelConfig for it to model_configs."
+            )
+        return missing
 
     def _recognize(self, model_configs: Sequence[ModelConfig]) -> list[_Found]:
         found: list[_Found] = []

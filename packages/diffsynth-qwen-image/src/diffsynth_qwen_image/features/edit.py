@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -89,9 +89,21 @@ def prepare_prompt_images(
         images = [_resized(image, LISTED_AREA) for image in images]
     elif edit_image_auto_resize:
         images = [_resized(image, AREA) for image in images]
+    return as_prompt_images(
+        processor, images, tuple(f"Picture {number}: " if listed else "" for number in range(1, len(images) + 1))
+    )
+
+
+def as_prompt_images(processor: Any, images: Sequence[Image.Image], captions: tuple[str, ...]) -> PromptImages:
+    """Return the `PromptImages` of images before a prompt, after the system message of editing.
+
+    Args:
+        processor: of Qwen2.5-VL.
+        images: in RGB, at the size at which the text encoder gets them.
+        captions: text before each image.
+    """
     inputs = processor(images=images, return_tensors="pt")
     grids = tuple((int(rows), int(columns)) for _, rows, columns in inputs["image_grid_thw"])
-    captions = tuple(f"Picture {number}: " if listed else "" for number in range(1, len(images) + 1))
     counts = tuple(rows * columns // processor.merge_size**2 for rows, columns in grids)
     return PromptImages(SYSTEM_MESSAGE, captions, counts, inputs["pixel_values"], grids)
 
@@ -156,16 +168,17 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
             )
 
 
+PROCESSOR = Processor(
+    source="Qwen/Qwen-Image-Edit:processor/",
+    loader="transformers.models.qwen2_vl.image_processing_pil_qwen2_vl:Qwen2VLImageProcessorPil",
+    optional=True,
+)
+"""Role of the image processor of Qwen2.5-VL."""
+
 EDIT = Feature(
     "edit",
     arguments=EditArguments,
-    roles={
-        "processor": Processor(
-            source="Qwen/Qwen-Image-Edit:processor/",
-            loader="transformers.models.qwen2_vl.image_processing_pil_qwen2_vl:Qwen2VLImageProcessorPil",
-            optional=True,
-        )
-    },
+    roles={"processor": PROCESSOR},
     units=(prepare_prompt_images, encode_edit_images),
     conditions={"references": Condition("an image has no frames", batch="separate")},
     check=check,
