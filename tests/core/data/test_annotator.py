@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from diffsynth.core.data.annotator import DETECTORS, Annotator, canny
-from diffsynth.errors import Unavailable
+from diffsynth.errors import NoFiles, Unavailable
 
 
 def of_array(array: np.ndarray) -> Image.Image:
@@ -107,25 +107,30 @@ class Detector:
         return ImageOps.invert(image).resize((image.width // 2, image.height // 2))
 
 
+def install(monkeypatch, detector: type) -> None:
+    """Put a library `controlnet_aux` in place whose classes all derive from `detector`."""
+    module = types.ModuleType("controlnet_aux.processor")
+    for name in DETECTORS.values():
+        setattr(module, name, type(name, (detector,), {}))
+    monkeypatch.setitem(sys.modules, "controlnet_aux", types.ModuleType("controlnet_aux"))
+    monkeypatch.setitem(sys.modules, "controlnet_aux.processor", module)
+
+
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_networks_are_those_of_the_library(kind, monkeypatch):
     """The class, its folder, its device, both resolutions, and for poses all of their parts."""
-    module = types.ModuleType("controlnet_aux.processor")
-    for name in DETECTORS.values():
-        setattr(module, name, type(name, (Detector,), {}))
-    monkeypatch.setitem(sys.modules, "controlnet_aux", types.ModuleType("controlnet_aux"))
-    monkeypatch.setitem(sys.modules, "controlnet_aux.processor", module)
+    install(monkeypatch, Detector)
     monkeypatch.setattr(Detector, "calls", [])
     image = Image.new("RGB", (64, 40), (255, 0, 0))
-    annotator = Annotator(kind, model_path="folder", detect_resolution=20, device="meta")
+    annotator = Annotator(kind, model_path="folder", detect_resolution=96, device="meta")
     found = annotator(image)
     assert (found.size, found.mode, found.getpixel((5, 5))) == ((64, 40), "RGB", (0, 255, 255))
     annotator.to("cpu")
     Annotator(kind)(image, mask=None)
     parts = {"include_body": True, "include_hand": True, "include_face": True} if kind == "openpose" else {}
     assert Detector.calls == [
-        (DETECTORS[kind], "folder", "meta", {"detect_resolution": 20, "image_resolution": 40, **parts}),
-        (DETECTORS[kind], "models/Annotators", "cpu", {"detect_resolution": 40, "image_resolution": 40, **parts}),
+        (DETECTORS[kind], "folder", "meta", {"detect_resolution": 96, "image_resolution": 64, **parts}),
+        (DETECTORS[kind], "models/Annotators", "cpu", {"detect_resolution": 64, "image_resolution": 64, **parts}),
     ]
     assert annotator.detector.device == "cpu"
 
@@ -141,3 +146,40 @@ def test_annotators_that_are_not_there(broken, monkeypatch):
         Annotator("openpose")
     with pytest.raises(ValueError, match="'cany' is unknown; did you mean 'canny'"):
         Annotator("cany")
+
+
+def test_weights_that_are_not_there(monkeypatch):
+    class Absent(Detector):
+        @classmethod
+        def from_pretrained(cls, path):
+            raise OSError("no such repository")
+
+    install(monkeypatch, Absent)
+    expected = (
+        r"cannot be loaded from model_path='models/Annotators' \(OSError: no such repository\)\. Download the repo"
+    )
+    with pytest.raises(NoFiles, match=expected):
+        Annotator("depth")
+
+
+def test_a_small_image_is_enlarged_for_networks(monkeypatch):
+    """They round the sides to multiples of 64, and one below 32 to 0."""
+    install(monkeypatch, Detector)
+    monkeypatch.setattr(Detector, "calls", [])
+    assert Annotator("normal")(Image.new("RGB", (30, 20))).size == (30, 20)
+    assert Detector.calls[0][3] == {"detect_resolution": 64, "image_resolution": 64}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Annotator(None), TypeError, "processor_id=None: expected the name of a processor"),
+        (lambda: Annotator("canny", detect_resolution=0), ValueError, "detect_resolution=0: expected at least 1 pix"),
+        (lambda: Annotator("depth", detect_resolution=32), ValueError, "=32: expected at least 64 pixels, or None"),
+        (lambda: Annotator("canny", detect_resolution="512"), TypeError, "='512': expected a whole number of pixels"),
+        (lambda: Annotator("canny")("photo.png"), TypeError, r"image='photo.png': expected a PIL image, such as Ima"),
+    ],
+)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

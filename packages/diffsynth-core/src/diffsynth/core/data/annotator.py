@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from diffsynth.core.data.color import to_rgb
-from diffsynth.errors import Unavailable, did_you_mean
+from diffsynth.errors import NoFiles, Unavailable, did_you_mean
 
 DETECTORS: Mapping[str, str] = MappingProxyType(
     {
@@ -31,6 +31,9 @@ DETECTORS: Mapping[str, str] = MappingProxyType(
 _UNCHANGED = ("tile", "none", "inpaint")
 PROCESSORS = ("canny", *_UNCHANGED, *DETECTORS)
 _OPTIONS = {"openpose": {"include_body": True, "include_hand": True, "include_face": True}}
+_SMALLEST = 64
+"""Smallest shorter side, in pixels, that the networks take: they round sides to multiples of it."""
+
 _NEIGHBOURS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
 
 
@@ -44,13 +47,16 @@ class Annotator:
     Args:
         processor_id: the processor.
         model_path: folder or hub id of the networks' weights, as of the repository `lllyasviel/Annotators`.
-        detect_resolution: pixels of the shorter side for the detection; None is the image's own size.
+        detect_resolution: pixels of the shorter side for the detection, at least 1, and at least 64 for networks; None
+            is the image's own size, and for networks 64 if that is smaller.
         device: device of the networks; None is the CPU.
         skip_processor: return the image unchanged, whatever the processor.
 
     Raises:
-        ValueError: unknown processor.
+        TypeError: the processor's name is no text, or the resolution no whole number.
+        ValueError: unknown processor, or a resolution that is too small.
         Unavailable: a processor that needs `controlnet_aux`, which is not installed or cannot be imported.
+        NoFiles: the weights of its network cannot be loaded from `model_path`.
     """
 
     def __init__(
@@ -61,18 +67,21 @@ class Annotator:
         device: Any = None,
         skip_processor: bool = False,
     ) -> None:
+        if not isinstance(processor_id, str):
+            raise TypeError(f"processor_id={processor_id!r}: expected the name of a processor, such as 'canny'")
         if processor_id not in PROCESSORS:
             raise ValueError(
                 f"processor_id={processor_id!r} is unknown{did_you_mean(processor_id, PROCESSORS)}; "
                 f"expected one of {', '.join(PROCESSORS)}"
             )
+        if detect_resolution is not None:
+            _check_resolution(detect_resolution, smallest=_SMALLEST if processor_id in DETECTORS else 1)
         self.processor_id = processor_id
         self.detect_resolution = detect_resolution
         self.skip_processor = skip_processor
         self.detector: Any = None
         if processor_id in DETECTORS and not skip_processor:
-            # A class of controlnet_aux: it reads weights by name, and runs no code of a repository.
-            self.detector = _detector_class(processor_id).from_pretrained(model_path)
+            self.detector = _load_detector(processor_id, model_path)
             self.to("cpu" if device is None else device)
 
     def to(self, device: Any) -> Annotator:
@@ -87,11 +96,17 @@ class Annotator:
         Args:
             image: the image.
             mask: accepted for scripts for DiffSynth-Studio and not used.
+
+        Raises:
+            TypeError: the image is no PIL image.
+            ValueError: an image that cannot be converted, see `diffsynth.core.data.color.to_rgb`.
         """
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"image={image!r:.80}: expected a PIL image, such as Image.open(path)")
         image = to_rgb(image)
         if self.skip_processor or self.processor_id in _UNCHANGED:
             return image
-        shorter = min(image.size)
+        shorter = min(image.size) if self.detector is None else max(min(image.size), _SMALLEST)
         detect = shorter if self.detect_resolution is None else self.detect_resolution
         if self.detector is not None:
             options = _OPTIONS.get(self.processor_id, {})
@@ -102,6 +117,28 @@ class Annotator:
         scale = detect / shorter
         small = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         return canny(small).resize(image.size, Image.Resampling.BICUBIC)
+
+
+def _check_resolution(pixels: Any, *, smallest: int) -> None:
+    if isinstance(pixels, bool) or not isinstance(pixels, int):
+        raise TypeError(f"detect_resolution={pixels!r}: expected a whole number of pixels, or None")
+    if pixels < smallest:
+        raise ValueError(f"detect_resolution={pixels}: expected at least {smallest} pixels, or None")
+
+
+def _load_detector(processor_id: str, model_path: str) -> Any:
+    """Return the network of a processor with the weights of a folder or hub id; raise NoFiles without them."""
+    try:
+        # A class of controlnet_aux: it reads weights by name, and runs no code of a repository.
+        return _detector_class(processor_id).from_pretrained(model_path)
+    except Unavailable:
+        raise
+    except Exception as error:  # those of the hub's client and of reading files
+        raise NoFiles(
+            f"Annotator({processor_id!r}): the weights of {DETECTORS[processor_id]} cannot be loaded from "
+            f"model_path={model_path!r} ({type(error).__name__}: {error!s:.200}). Download the repository "
+            "lllyasviel/Annotators and pass its folder, or model_path='lllyasviel/Annotators'"
+        ) from error
 
 
 def _detector_class(processor_id: str) -> Any:
