@@ -62,7 +62,7 @@ class Clips:
             transformer_wan_animate_2, "create_block_mask", lambda *given, _compile, **named: made(*given, **named)
         )
         monkeypatch.setattr(encoders, "clip_visual_encode", lambda encoder, pixels, *rest: encoder(pixels))
-        noises = iter(drawn_noise(seed) for seed in (7, 8))
+        noises = iter(noise(seed, FRAMES + 4, HEIGHT, WIDTH) for seed in (7, 8))
         monkeypatch.setattr(denoise, "randn_tensor", lambda *given, **named: next(noises)[0])
         self.latents: list[torch.Tensor] = []
         decode = denoise.decode_vae
@@ -106,11 +106,6 @@ class Clips:
 def clip_of(seed: int, frames: int) -> list[Image.Image]:
     pixels = np.random.default_rng(seed).integers(0, 255, (frames, HEIGHT, WIDTH, 3), dtype=np.uint8)
     return [Image.fromarray(frame) for frame in pixels]
-
-
-def drawn_noise(seed: int) -> torch.Tensor:
-    """Return the noise of our pipeline, with that of the character's frame last."""
-    return noise(seed, FRAMES + 4, HEIGHT, WIDTH).roll(1, dims=2)
 
 
 @pytest.fixture(scope="module")

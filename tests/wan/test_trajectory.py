@@ -218,6 +218,7 @@ def test_vace(parts, images, embedded, given):
         reference_images=reference,
         conditioning_scale=0.7,
         guidance_scale=5.0,
+        # We generate the noise of references last, as DiffSynth-Studio does, and diffusers first.
         latents=drawn if reference is None else drawn.roll(1, dims=2),
         output_type="latent",
     ).frames

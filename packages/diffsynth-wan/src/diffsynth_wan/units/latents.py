@@ -50,16 +50,19 @@ def generate_noise(
     prefix_frames: int,
     seeds: list[int | None],
     rand_device: RandDevice = "cpu",
+    vace_references: Float[Tensor, "1 c t_prefix h w"] | None = None,
 ) -> Float[Tensor, "b c t h w"]:
     """Return a tensor of noise `b c t h w`, a video for each of `seeds` with the prefix frames first, generated in fp32
     and cast to the dtype of `video_shape`.
 
-    The noise of prefix frames is generated last, so that the noise of the video does not depend on their number.
+    Frames are generated in their order, but those of `vace_references` last, as in DiffSynth-Studio: so the noise of
+    the video does not depend on the number of references. diffusers generates them first.
     """
     frames, height, width = video_shape.latent_size
     shape = (latent_channels, frames + prefix_frames, height, width)
     noise = initial_noise(shape, seeds, rand_device=rand_device, dtype=torch.float32, device=video_shape.device)
-    return noise.roll(prefix_frames, dims=2).to(video_shape.dtype)
+    generated_last = 0 if vace_references is None else vace_references.shape[2]
+    return noise.roll(generated_last, dims=2).to(video_shape.dtype)
 
 
 def check_strength(values: Mapping[str, Any]) -> None:
