@@ -4,6 +4,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from diffsynth.core.data.audio import Audio
@@ -43,14 +44,30 @@ def test_what_is_no_image_is_refused(images):
         images_to_batch(images, height=4, width=4)
 
 
-def test_another_size_is_covered_and_cropped_about_the_middle(caplog):
+def test_an_image_of_another_aspect_is_stretched_as_by_diffusers(caplog):
+    image = noise(90, 30)
+    processor = VaeImageProcessor(resample="bicubic")
+    with caplog.at_level(logging.INFO, logger="diffsynth"):
+        tensor = image_to_tensor(image, 16, 32)
+    assert torch.allclose(tensor, processor.preprocess(image, 16, 32), atol=1e-6)
+    assert "90x30 is scaled to 32x16 (stretch)" in caplog.text
+
+
+def test_an_image_of_another_aspect_is_cropped_about_the_middle():
     image = Image.new("RGB", (90, 30), "black")
     image.paste("white", (30, 0, 60, 30))
-    with caplog.at_level(logging.INFO, logger="diffsynth"):
-        tensor = image_to_tensor(image, 16, 16)
+    tensor = image_to_tensor(image, 16, 16, resize_mode="crop")
     assert tensor.shape == (1, 3, 16, 16)
     assert (tensor[..., 2:-2] > 0.99).all()
-    assert "90x30 is resized to cover 16x16" in caplog.text
+
+
+def test_an_image_of_another_aspect_is_padded_with_black():
+    tensor = image_to_tensor(Image.new("RGB", (90, 30), "white"), 18, 18, resize_mode="pad")
+    assert (tensor[..., 6:12, :] == 1).all()
+    assert (tensor[..., :6, :] == -1).all()
+    assert (tensor[..., 12:, :] == -1).all()
+    mask = mask_to_tensor(Image.new("L", (30, 90), 255), 18, 18, resize_mode="pad")
+    assert torch.equal(mask[0, 0, 0], torch.tensor([0.0] * 6 + [1.0] * 6 + [0.0] * 6))
 
 
 def test_grey_and_transparent_images_become_rgb():

@@ -10,6 +10,7 @@ from diffsynth.runtime.inpainting import Inpainting, check, check_masks, gaussia
 
 IMAGE = Image.new("RGB", (64, 32))
 CALL = {"inpaint_mask": None, "inpaint_blur_size": None, "inpaint_blur_sigma": None, "input_image": IMAGE}
+CALL["resize_mode"] = "stretch"
 
 
 def half_mask() -> Image.Image:
@@ -98,13 +99,15 @@ def test_bad_arguments(arguments, message) -> None:
 
 
 def test_a_mask_of_another_shape_is_said(caplog) -> None:
-    """A square mask for a wide photo: both are cropped to the result, and the mask lay beside what it was drawn on."""
-    check({}, CALL | {"inpaint_mask": IMAGE.resize((128, 64))})
+    """A square mask for a wide photo: cropped to the result, the mask lies beside what it was drawn on."""
+    cropped = CALL | {"resize_mode": "crop"}
+    check({}, cropped | {"inpaint_mask": IMAGE.resize((128, 64))})
     assert not caplog.records
-    check({}, CALL | {"inpaint_mask": Image.new("L", (64, 64))})
+    check({}, cropped | {"inpaint_mask": Image.new("L", (64, 64))})
     assert "input_image is 64x32 and inpaint_mask 64x64" in caplog.text
     caplog.clear()
     turned = Image.new("RGB", (32, 64))
     turned.getexif()[0x0112] = 6
-    check({}, CALL | {"input_image": turned, "inpaint_mask": IMAGE})
+    check({}, cropped | {"input_image": turned, "inpaint_mask": IMAGE})
+    check({}, CALL | {"inpaint_mask": Image.new("L", (64, 64))})
     assert not caplog.records

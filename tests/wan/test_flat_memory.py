@@ -40,8 +40,8 @@ def windows(stride):
     blend_windows(lambda latents, window: latents + 1, SlidingWindow(4, stride).windows(41), latents)
 
 def clip(frames):
-    shape = VideoShape(num_frames=frames, height=256, width=256, vae_factor=8, time_factor=4, tiling={},
-                    device=torch.device("cpu"), dtype=torch.float32)
+    shape = VideoShape(num_frames=frames, height=256, width=256, vae_factor=8, time_factor=4,
+                    resize_mode="stretch", tiling={}, device=torch.device("cpu"), dtype=torch.float32)
     shape.encode_clip(Shrinks(), "input_video", Clip())
 
 seen = {"windows": [], "clips": []}

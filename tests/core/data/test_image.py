@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsynth.core.data.image import contact_sheet, cover, decode_image, read_image, size_of
+from diffsynth.core.data.image import contact_sheet, cover, decode_image, fit, read_image, size_of
 from diffsynth.core.data.operators import LoadImage
 from diffsynth.errors import CorruptFile, DownloadFailed, NoFiles
 
@@ -138,6 +138,15 @@ def test_a_strip_is_scaled_as_if_whole(size):
     expected = np.asarray(whole.crop((left, top, left + 32, top + 32))).astype(int)
     difference = np.abs(np.asarray(cover(noise, 32, 32, Image.Resampling.BICUBIC)).astype(int) - expected)
     assert difference.max() <= (0 if max(size) < 4 * min(size) else 1)
+
+
+@pytest.mark.parametrize("resize_mode", ["stretch", "crop", "pad"])
+def test_a_strip_of_one_pixel_fits_every_size(resize_mode):
+    strip = Image.new("L", (2000, 1), 255)
+    assert fit(strip, 32, 32, resize_mode=resize_mode).size == (32, 32)
+    assert fit(strip, 1, 2000, resize_mode=resize_mode) is strip
+    with pytest.raises(ValueError, match="0x5 has no pixels"):
+        fit(Image.new("L", (0, 5)), 8, 8, resize_mode=resize_mode)
 
 
 def test_a_long_strip_is_not_scaled_whole():

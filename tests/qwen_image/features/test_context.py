@@ -39,7 +39,7 @@ def latents_of(pipe, image: Image.Image) -> torch.Tensor:
 
 @torch.no_grad()
 def test_a_call_equals_diffusers_transformer_with_the_image_as_a_second_one(pipelines) -> None:
-    """The naive twin: diffusers' transformer gets the tokens and the shape of the control image after those of the
+    """A reference: diffusers' transformer gets the tokens and the shape of the control image after those of the
     result, as for an image to edit, and the first tokens of its output are a step of Euler's method.
     """
     ours, parts = pipelines
@@ -72,7 +72,7 @@ def test_an_image_of_another_size_covers_the_result(pipelines) -> None:
     ours, _ = pipelines
     wide = Image.new("RGB", (2 * SIZE["width"], SIZE["height"]))
     wide.paste(EDGES, (SIZE["width"] // 2, 0))
-    call = CALL | {"num_inference_steps": 1}
+    call = CALL | {"num_inference_steps": 1, "resize_mode": "crop"}
     assert torch.equal(ours(**call, context_image=wide), ours(**call, context_image=EDGES))
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size, round_up
+from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size, round_up, set_tiling
 from diffsynth.runtime.prompts import distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.schedule import LIGHTNING_MU, qwen_image_lightning_sigmas, qwen_image_sigmas
@@ -89,4 +89,4 @@ def encode_prompt(
 
 initial_latents = image_latents(VAE_FACTOR)
 
-UNITS = (round_size, schedule, encode_prompt, encode_input_image, initial_latents)
+UNITS = (round_size, set_tiling, schedule, encode_prompt, encode_input_image, initial_latents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
+from diffsynth.core.data.image import ResizeMode
 from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.request import LoopKeywords
 from diffsynth_wan.features.animate import AnimateArguments
@@ -25,6 +26,9 @@ class ShapeArguments(TypedDict, total=False):
         height, width: Size of the video in pixels, at least 1; rounded up to a multiple of 16, or of 32 with the
             autoencoder of Wan 2.2.
         num_frames: Number of frames of the video, at least 1; rounded up to 4n + 1.
+        resize_mode: How images and frames of another aspect ratio than the video are scaled to its size: "stretch"
+            changes their proportions, as DiffSynth-Studio does; "crop" scales to cover it and cuts off what is outside;
+            "pad" scales to fit into it and adds black.
         rand_device: Device on which the initial noise is generated; "cpu" gives the same noise on every machine.
         sigma_shift: Shift of the noise schedule, above 0 and at most 1000; larger values spend more steps at high noise
             levels.
@@ -43,6 +47,7 @@ class ShapeArguments(TypedDict, total=False):
     height: int
     width: int
     num_frames: int
+    resize_mode: ResizeMode
     rand_device: RandDevice
     sigma_shift: float
     denoising_strength: float

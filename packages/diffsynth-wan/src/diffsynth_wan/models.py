@@ -118,6 +118,7 @@ ANIMATE_2 = replace(
             "num_inference_steps": 40,
             "cfg_scale": 3.0,
             "animate2_offload_kv": True,
+            "resize_mode": "pad",
         },
         paper="",
         tiny_inputs="animate2_inputs",

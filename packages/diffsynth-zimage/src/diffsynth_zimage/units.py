@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size
+from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size, set_tiling
 from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.prompts import cut_prompt, log_cut
 from diffsynth.runtime.unit import Phase, unit
@@ -97,4 +97,4 @@ def chat_segments(prompt: str, *, images: int) -> tuple[str, ...]:
 
 initial_latents = image_latents(VAE_FACTOR)
 
-UNITS = (round_size, schedule, encode_prompt, encode_input_image, initial_latents)
+UNITS = (round_size, set_tiling, schedule, encode_prompt, encode_input_image, initial_latents)

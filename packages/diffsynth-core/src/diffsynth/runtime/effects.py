@@ -17,7 +17,8 @@ def without_effect(pipe: PlannablePipeline, request: Request, arguments: Mapping
 
     They are the arguments that only a branch of guidance reads which the call does not compute, those of units that
     another argument turns on (`only_with`), those that all units ignore (`Unit.ignores`), those of units that make an
-    output of latents that the call returns as they are, and `guidance` where it is off.
+    output of latents that the call returns as they are, those of units whose results only such units read, and
+    `guidance` where it is off.
 
     Args:
         pipe: the pipeline.
@@ -38,13 +39,11 @@ def without_effect(pipe: PlannablePipeline, request: Request, arguments: Mapping
         elif name not in pipe.program.arguments:
             continue
         elif reads.of(name):
-            found[name] = reads.ignored(name) or ""
+            found[name] = reads.unused(name) or reads.ignored(name) or ""
         elif any(name in names.values() for step in reads.running for names in step.branches.values()):
             found[name] = is_off
-        elif reads.makes_output(name):
-            found[name] = f"output_type is {request.loop.output_type!r}"
-        elif missing := [each.only_with for each in pipe.program.owners(name) if not is_enabled(each, request.values)]:
-            found[name] = f"{missing[0]} is not given"
+        else:
+            found[name] = reads.unread(name)
     return {name: reason for name, reason in found.items() if reason}
 
 
@@ -58,7 +57,7 @@ class _Reads:
 
     def __init__(self, pipe: PlannablePipeline, request: Request) -> None:
         program, components, values = pipe.program, pipe.components, pipe.known_values(request)
-        self._request, self._conditions = request, pipe.condition_rules
+        self._program, self._request, self._conditions = program, request, pipe.condition_rules
         self._outputs = [step for step in program.outputs if runs(step, components, values)]
         self.running = [step for step in program.units if runs(step, components, values)]
         if request.loop.output_type != "latents":
@@ -69,9 +68,24 @@ class _Reads:
         """Return a list of the units that run and read a name in a branch of the call."""
         return [step for step in self.running if name in _names(step, self._request)]
 
-    def makes_output(self, name: str) -> bool:
-        """Whether a unit after the loop reads a name, also if it is left out for the call's `output_type`."""
-        return any(name in _names(step, self._request) for step in self._outputs)
+    def unread(self, name: str) -> str:
+        """Return the reason why no unit reads a name in the call, as text; "" if a unit does, or none would in any."""
+        if self.of(name):
+            return ""
+        if any(name in _names(step, self._request) for step in self._outputs):
+            return f"output_type is {self._request.loop.output_type!r}"
+        everything = (*self._program.units, *self._program.outputs)
+        readers = [step for step in everything if name in _names(step, self._request)]
+        missing = [step.only_with for step in readers if not is_enabled(step, self._request.values)]
+        return f"{missing[0]} is not given" if missing else ""
+
+    def unused(self, name: str) -> str:
+        """Return the reason why the results of all units that read a name are not read in the call, as text; "" if one
+        is, or is a condition of the network.
+        """
+        written = [one for step in self.of(name) for one in step.writes]
+        reasons = ["" if one in self._conditions else self.unread(one) for one in written]
+        return reasons[0] if all(reasons) else ""
 
     def ignored(self, name: str, seen: tuple[str, ...] = ()) -> str | None:
         """Return the reason why the value of a name changes nothing: each unit that reads it ignores it, or writes only

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.image import ResizeMode
 from diffsynth.models.flux_autoencoder import TILE_SIZE, TILE_STRIDE
 from diffsynth.models.tiles import Tiling, check_tiles
 from diffsynth.runtime.argument_types import RandDevice
@@ -32,6 +33,9 @@ class ImageArguments(TypedDict, total=False):
         denoising_strength: Noise level that the input image is raised to, in (0, 1]; 1 ignores the input. The number
             of steps stays the same.
         height, width: Size of the image in pixels, at least 1; rounded up to a multiple of 16.
+        resize_mode: How images of another aspect ratio than the result are scaled to its size: "stretch" changes their
+            proportions, as diffusers does; "crop" scales to cover it and cuts off what is outside; "pad" scales to fit
+            into it and adds black.
         tiled: Whether the autoencoder works in overlapping tiles, which takes less memory and gives other pixels. None
             uses tiles only if the memory plan for `vram_limit` needs them.
         tile_size: Height and width of a tile in latent pixels; one number sets both.
@@ -44,6 +48,7 @@ class ImageArguments(TypedDict, total=False):
     denoising_strength: float
     height: int
     width: int
+    resize_mode: ResizeMode
     tiled: bool | None
     tile_size: int | tuple[int, int]
     tile_stride: int | tuple[int, int]
@@ -70,8 +75,8 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def check_tiling(values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the tiling arguments of a call are valid; see `image_tiling`."""
-    image_tiling(*(values[name] for name in ("tiled", "tile_size", "tile_stride")))
+    """Raise ValueError unless the tiling arguments of a call are valid; see `set_tiling`."""
+    set_tiling(**{name: values[name] for name in ("tiled", "tile_size", "tile_stride")})
 
 
 def ignored_tiles(values: Mapping[str, Any]) -> dict[str, str]:
@@ -80,10 +85,9 @@ def ignored_tiles(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_input_image(values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a call has as many input images as results, or one, and tiles are valid; the size of a
-    tensor is checked when it is encoded.
+    """Raise ValueError unless a call has as many input images as results, or one; the size of a tensor is checked when
+    it is encoded.
     """
-    check_tiling(values)
     images, batch_size = values["input_image"], values["batch_size"]
     if isinstance(images, Image.Image):
         return
@@ -93,31 +97,41 @@ def check_input_image(values: Mapping[str, Any]) -> None:
         raise ValueError(f"input_image has {len(images)} images; expected 1 or {batch_size}, one for each result")
 
 
-@unit(
-    "input_latents",
-    phase=Phase.ENCODE,
-    only_with="input_image",
-    switches={"tiled": True},
-    check=check_input_image,
-    ignores=ignored_tiles,
-)
+@unit("tiling", phase=Phase.SHAPE, switches={"tiled": True}, check=check_tiling, ignores=ignored_tiles)
+def set_tiling(
+    *,
+    tiled: bool | None = None,
+    tile_size: int | tuple[int, int] = TILE_SIZE,
+    tile_stride: int | tuple[int, int] = TILE_STRIDE,
+) -> Tiling:
+    """Return the `Tiling` of the autoencoder in a call: `tiled` is False for None, tiles are pairs of ints.
+
+    Raises:
+        ValueError: tiles of no size, or that leave gaps.
+    """
+    if tiled not in (None, True, False):
+        raise ValueError(f"tiled={tiled!r}: expected True, False, or None, which leaves it to the plan")
+    size, stride = (tuple(side) if isinstance(side, Sequence) else (side, side) for side in (tile_size, tile_stride))
+    check_tiles(size, stride)
+    return {"tiled": bool(tiled), "tile_size": size, "tile_stride": stride}
+
+
+@unit("input_latents", phase=Phase.ENCODE, only_with="input_image", check=check_input_image)
 def encode_input_image(
     vae: Any,
     *,
     input_image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
     height: int,
     width: int,
-    tiled: bool | None = None,
-    tile_size: int | tuple[int, int] = TILE_SIZE,
-    tile_stride: int | tuple[int, int] = TILE_STRIDE,
+    resize_mode: ResizeMode = "stretch",
+    tiling: Tiling,
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "b c h w"]:
     """Return the latents of the input image, a tensor `b c h w` with an item for each result."""
     assert input_image is not None, "the unit runs only with it"
-    pixels = images_to_batch(input_image, height=height, width=width).to(device, dtype)
-    tiling = image_tiling(tiled, tile_size, tile_stride)
+    pixels = images_to_batch(input_image, height=height, width=width, resize_mode=resize_mode).to(device, dtype)
     return vae.encode(pixels, **tiling).expand(batch_size, -1, -1, -1)
 
 
@@ -145,14 +159,14 @@ def ignored_input(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def encode_each(
-    vae: Any, images: Iterable[Image.Image], *, tiling: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+    vae: Any, images: Iterable[Image.Image], *, tiling: Tiling, device: torch.device, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "1 c h w"], ...]:
     """Return the latents of images, each at its own size, as a tuple of tensors `1 c h w`.
 
     Args:
         vae: the autoencoder.
         images: upright RGB images, whose sides it can encode.
-        tiling: arguments of `vae.encode`, see `image_tiling`.
+        tiling: tiles of the autoencoder.
         device, dtype: of the pixels and latents.
     """
     return tuple(
@@ -190,41 +204,16 @@ def image_latents(factor: int, *, noise_dtype: torch.dtype | None = None) -> Uni
     return unit("latents", random=True, phase=Phase.LATENTS, **options)(initial_latents)
 
 
-@unit("output", switches={"tiled": True}, check=check_tiling, ignores=ignored_tiles)
+@unit("output")
 def decode_image(
-    vae: Any,
-    *,
-    latents: Float[Tensor, "b c h w"],
-    tiled: bool | None = None,
-    tile_size: int | tuple[int, int] = TILE_SIZE,
-    tile_stride: int | tuple[int, int] = TILE_STRIDE,
-    output_type: str,
+    vae: Any, *, latents: Float[Tensor, "b c h w"], tiling: Tiling, output_type: str
 ) -> list[Image.Image] | Float[Tensor, "b 3 height width"]:
     """Return the images of latents: a list of PIL images, or a tensor in [-1, 1] if `output_type` is "tensor"."""
-    pixels = vae.decode(latents, **image_tiling(tiled, tile_size, tile_stride))
+    pixels = vae.decode(latents, **tiling)
     if output_type != "tensor":
         return tensor_to_images(pixels)
     check_decoded(pixels)  # clamping hides infinity
     return pixels.clamp(-1, 1)
-
-
-def image_tiling(tiled: bool | None, tile_size: int | Sequence[int], tile_stride: int | Sequence[int]) -> Tiling:
-    """Return a dict of tiling arguments: `tiled`, a bool (False for None), `tile_size` and `tile_stride`, pairs of ints
-    in latent pixels.
-
-    Args:
-        tiled: whether it works tile by tile; None is no, unless a memory plan turned it on.
-        tile_size: height and width of a tile, in latent pixels.
-        tile_stride: distance between tiles, in latent pixels.
-
-    Raises:
-        ValueError: tiles of no size, or that leave gaps.
-    """
-    if tiled not in (None, True, False):
-        raise ValueError(f"tiled={tiled!r}: expected True, False, or None, which leaves it to the plan")
-    size, stride = (tuple(side) if isinstance(side, Sequence) else (side, side) for side in (tile_size, tile_stride))
-    check_tiles(size, stride)
-    return {"tiled": bool(tiled), "tile_size": size, "tile_stride": stride}
 
 
 def _check_side(name: str, value: int) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.color import to_mask, to_rgb
-from diffsynth.core.data.image import cover
+from diffsynth.core.data.image import ResizeMode, fit
 from diffsynth.core.finite import is_finite
 from diffsynth.errors import NotFinite
 from diffsynth.terminal import module_logger
@@ -24,8 +24,10 @@ Images = Image.Image | Sequence[Image.Image] | None
 """The type of an argument that takes one image or several."""
 
 
-def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 3 height width"]:
-    """Return an image as an fp32 tensor `1 3 h w` in [-1, 1], scaled to cover h x w and cropped to it if need be;
+def image_to_tensor(
+    image: Image.Image, height: int, width: int, *, resize_mode: ResizeMode = "stretch"
+) -> Float[Tensor, "1 3 height width"]:
+    """Return an image as an fp32 tensor `1 3 h w` in [-1, 1], scaled to h x w as `resize_mode` says, see `ResizeMode`;
     `core.data.color.to_rgb` converts its mode and colours, transparent pixels over white.
 
     Raises:
@@ -33,20 +35,22 @@ def image_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor
     """
     image = to_rgb(image)
     if image.size != (width, height):
-        logger.info("image of %dx%d is resized to cover %dx%d", *image.size, width, height)
-        image = cover(image, height, width, Image.Resampling.BICUBIC)
+        logger.info("image of %dx%d is scaled to %dx%d (%s)", *image.size, width, height, resize_mode)
+        image = fit(image, height, width, resize_mode=resize_mode, resample=Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return rearrange(pixels / 127.5 - 1.0, "h w c -> 1 c h w")
 
 
-def mask_to_tensor(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:
+def mask_to_tensor(
+    image: Image.Image, height: int, width: int, *, resize_mode: ResizeMode = "stretch"
+) -> Float[Tensor, "1 1 height width"]:
     """Return a mask as an fp32 tensor `1 1 h w`: 1 where `image` is at least half white, or, if it has transparency, at
-    least half opaque, else 0; scaled to the nearest pixel to cover h x w, and cropped.
+    least half opaque, else 0; scaled to the nearest pixel as `image_to_tensor` scales, with 0 where it pads.
 
     Raises:
         ValueError: an image that cannot be converted, see `core.data.color.to_mask`.
     """
-    grey = cover(to_mask(image), height, width, Image.Resampling.NEAREST)
+    grey = fit(to_mask(image), height, width, resize_mode=resize_mode, resample=Image.Resampling.NEAREST)
     levels = torch.from_numpy(np.array(grey, dtype=np.float32))
     return rearrange((levels / 255 >= 0.5).float(), "h w -> 1 1 h w")
 
@@ -59,9 +63,14 @@ def image_list(images: Images) -> list[Image.Image]:
 
 
 def images_to_batch(
-    images: Image.Image | Sequence[Image.Image] | Tensor, *, height: int, width: int
+    images: Image.Image | Sequence[Image.Image] | Tensor,
+    *,
+    height: int,
+    width: int,
+    resize_mode: ResizeMode = "stretch",
 ) -> Float[Tensor, "b 3 height width"]:
-    """Return one PIL image or several as one fp32 tensor `b 3 h w` in [-1, 1]; a tensor is returned as it is.
+    """Return one PIL image or several as one fp32 tensor `b 3 h w` in [-1, 1], scaled as by `image_to_tensor`; a tensor
+    is returned as it is.
 
     Raises:
         ValueError: an empty list, or a tensor whose last three sizes are not 3, height, width.
@@ -77,7 +86,7 @@ def images_to_batch(
     for image in several:
         if not isinstance(image, Image.Image):
             raise TypeError(f"an image is {image!r:.80}; expected a PIL image, a list of them, or a tensor b 3 h w")
-    return torch.cat([image_to_tensor(image, height, width) for image in several])
+    return torch.cat([image_to_tensor(image, height, width, resize_mode=resize_mode) for image in several])
 
 
 def tensor_to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.color import to_mask
-from diffsynth.core.data.image import cover
+from diffsynth.core.data.image import ResizeMode, fit
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.unit import unit
@@ -96,10 +96,11 @@ def prepare_inpainting(
     input_latents: Float[Tensor, "b c h w"],
     height: int,
     width: int,
+    resize_mode: ResizeMode = "stretch",
     device: torch.device,
 ) -> Inpainting:
     """Return an `Inpainting` with the mask at the size of the latents, each value the mean of a latent pixel's area."""
-    masks = torch.cat([_mask(mask, height, width) for mask in image_list(inpaint_mask)]).to(device)
+    masks = torch.cat([_mask(mask, height, width, resize_mode) for mask in image_list(inpaint_mask)]).to(device)
     if len(masks) not in (1, len(input_latents)):
         raise ValueError(
             f"inpaint_mask has {len(masks)} images; expected 1 or {len(input_latents)}, one for each result"
@@ -142,13 +143,15 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
         return
     if values["input_image"] is None:
         raise ValueError("inpaint_mask is given without input_image; pass the image to inpaint")
+    if values["resize_mode"] == "stretch":
+        return
     pairs = zip(image_list(values["input_image"]), cycle(image_list(mask)), strict=False)
     for image, one in pairs:
         if isinstance(image, Image.Image) and not 0.98 < _aspect(image) / _aspect(one) < 1.02:
             logger.warning(
-                "input_image is %dx%d and inpaint_mask %dx%d: each is scaled to cover the result and cropped, so the "
-                "mask lies elsewhere on the image than where it was drawn",
-                *(*image.size, *one.size),
+                "input_image is %dx%d and inpaint_mask %dx%d: with resize_mode=%r the mask lies elsewhere on the image "
+                "than where it was drawn",
+                *(*image.size, *one.size, values["resize_mode"]),
             )
 
 
@@ -166,7 +169,7 @@ INPAINT = Feature(
 )
 
 
-def _mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:
-    """Return an fp32 tensor `1 1 height width` of a mask's brightness in [0, 1], scaled to cover the size."""
-    levels = np.array(cover(to_mask(mask), height, width), dtype=np.float32)
+def _mask(mask: Image.Image, height: int, width: int, resize_mode: ResizeMode) -> Float[Tensor, "1 1 height width"]:
+    """Return an fp32 tensor `1 1 height width` of a mask's brightness in [0, 1]."""
+    levels = np.array(fit(to_mask(mask), height, width, resize_mode=resize_mode), dtype=np.float32)
     return torch.from_numpy(levels)[None, None] / 255

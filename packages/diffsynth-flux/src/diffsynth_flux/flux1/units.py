@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffsynth.errors import shown
-from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size
+from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size, set_tiling
 from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.schedule import flux1_original_sigmas, flux1_sigmas
@@ -131,6 +131,7 @@ initial_latents = image_latents(VAE_FACTOR, noise_dtype=torch.float32)
 
 UNITS = (
     round_size,
+    set_tiling,
     schedule,
     set_guidance,
     encode_pooled_prompt,

@@ -10,7 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.image_units import check_strength, encode_input_image, ignored_input, image_size, round_up
+from diffsynth.runtime.image_units import (
+    check_strength,
+    encode_input_image,
+    ignored_input,
+    image_size,
+    round_up,
+    set_tiling,
+)
 from diffsynth.runtime.prompts import cut_prompt, distinct_prompts, log_cut
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling import noise
@@ -176,4 +183,4 @@ def initial_latents(
     return start if input_latents is None else noise.add_noise(input_latents, start, sigmas[0])
 
 
-UNITS = (round_size, schedule, encode_prompt, encode_input_image, network_guidance, initial_latents)
+UNITS = (round_size, set_tiling, schedule, encode_prompt, encode_input_image, network_guidance, initial_latents)

@@ -10,8 +10,9 @@ from typing import Any, TypedDict
 import torch
 from PIL import Image
 
+from diffsynth.core.data.image import ResizeMode
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.feature import Condition, Feature
-from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_qwen_image.features.edit import References
@@ -22,29 +23,28 @@ class ContextArguments(TypedDict, total=False):
 
     Args:
         context_image: Control image, such as edges, depth or a pose, for LoRAs such as In-Context-Control-Union; it is
-            scaled to cover the result. Every result gets it.
+            scaled to the size of the result by `resize_mode`. Every result gets it.
     """
 
     context_image: Image.Image | None
 
 
-@unit("context", phase=Phase.ENCODE, only_with="context_image", switches={"tiled": True}, ignores=ignored_tiles)
+@unit("context", phase=Phase.ENCODE, only_with="context_image")
 def encode_context_image(
     vae: Any,
     *,
     context_image: Image.Image | None = None,
     height: int,
     width: int,
-    tiled: bool | None,
-    tile_size: int | tuple[int, int],
-    tile_stride: int | tuple[int, int],
+    resize_mode: ResizeMode,
+    tiling: Tiling,
     device: torch.device,
     dtype: torch.dtype,
 ) -> References:
     """Return `References` with the latents of the control image."""
     assert context_image is not None, "the unit runs only with it"
-    pixels = image_to_tensor(context_image, height, width).to(device, dtype)
-    return References((vae.encode(pixels, **image_tiling(tiled, tile_size, tile_stride)),))
+    pixels = image_to_tensor(context_image, height, width, resize_mode=resize_mode).to(device, dtype)
+    return References((vae.encode(pixels, **tiling),))
 
 
 CONTEXT = Feature(

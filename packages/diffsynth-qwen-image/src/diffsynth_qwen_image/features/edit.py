@@ -13,8 +13,9 @@ from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.image import crop_to_multiple
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import encode_each, ignored_tiles, image_tiling
+from diffsynth.runtime.image_units import encode_each
 from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.role import Processor
 from diffsynth.runtime.unit import Phase, unit
@@ -113,8 +114,6 @@ def as_prompt_images(processor: Any, images: Sequence[Image.Image], captions: tu
     phase=Phase.ENCODE,
     only_with="edit_image",
     requires=("processor",),
-    switches={"tiled": True},
-    ignores=ignored_tiles,
 )
 def encode_edit_images(
     vae: Any,
@@ -123,9 +122,7 @@ def encode_edit_images(
     edit_image_auto_resize: bool = True,
     edit_rope_interpolation: bool = False,
     zero_cond_t: bool = False,
-    tiled: bool | None,
-    tile_size: int | tuple[int, int],
-    tile_stride: int | tuple[int, int],
+    tiling: Tiling,
     device: torch.device,
     dtype: torch.dtype,
 ) -> References:
@@ -134,7 +131,6 @@ def encode_edit_images(
         _resized(image, AREA) if edit_image_auto_resize else crop_to_multiple(image, TOKEN_FACTOR)
         for image in map(to_rgb, image_list(edit_image))
     )
-    tiling = image_tiling(tiled, tile_size, tile_stride)
     latents = encode_each(vae, images, tiling=tiling, device=device, dtype=dtype)
     return References(latents, clean_time=zero_cond_t, spread=edit_rope_interpolation)
 

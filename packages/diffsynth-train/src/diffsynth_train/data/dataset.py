@@ -104,7 +104,8 @@ class Dataset:
     def _image(self, index: int, column: str) -> UInt8[Tensor, "3 h w"]:
         key = (index, column)
         if key not in self._pixels:
-            pixels = image_to_tensor(self._read(index, column), self.recipe.height, self.recipe.width)[0]
+            image = self._read(index, column)
+            pixels = image_to_tensor(image, self.recipe.height, self.recipe.width, resize_mode="crop")[0]
             levels = ((pixels + 1) * 127.5).round().to(torch.uint8)
             if self._pixel_bytes + levels.numel() > _MEMORY_LIMIT:
                 return levels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from diffsynth.runtime.feature import Condition, Configs, Feature, in_window
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
-from diffsynth_wan.units.clips import Clip, check_clip, check_mask_clip, clip_pieces
+from diffsynth_wan.units.clips import Clip, check_clip, check_mask_clip
 from diffsynth_wan.units.shape import VideoShape
 from diffsynth_wan.units.size import video_size
 from diffsynth_wan.variants.animate import AnimateMotion
@@ -80,8 +81,7 @@ def _kept_mask(mask: Clip | None, shape: VideoShape, frames: int) -> Float[Tenso
     The first frame fills all channels of its latent frame.
     """
     assert mask is not None, "checked before anything was encoded"
-    size = {"num_frames": frames, "height": shape.height, "width": shape.width}
-    pieces = clip_pieces("animate_mask_video", mask, piece=shape.time_factor, is_mask=True, **size)
+    pieces = shape.clip_pieces("animate_mask_video", mask, num_frames=frames, is_mask=True)
     small = [
         F.interpolate(piece[0, :1].transpose(0, 1), size=shape.latent_size[1:], mode="nearest") for piece in pieces
     ]
@@ -112,8 +112,8 @@ def encode_animate_motion(
     face = torch.full((1, 3, frames, side, side), -1.0)
     if is_cond:
         assert animate_face_video is not None, "checked before anything was encoded"
-        size = {"num_frames": frames, "height": side, "width": side}
-        pieces = clip_pieces("animate_face_video", animate_face_video, piece=video_shape.time_factor, **size)
+        faces = replace(video_shape, height=side, width=side)
+        pieces = faces.clip_pieces("animate_face_video", animate_face_video, num_frames=frames)
         face = torch.cat(list(pieces), dim=2)
     motion = animate_adapter(pose, face.to(video_shape.device, video_shape.dtype))
     return AnimateMotion(animate_adapter, *motion)

@@ -18,7 +18,7 @@ from diffsynth.runtime.unit import Phase, equals_default, unit
 from diffsynth.sampling.windows import SlidingWindow, Window
 from diffsynth_wan.extension import FramePositions
 from diffsynth_wan.sharding import with_sharded_tokens
-from diffsynth_wan.units.clips import Clip, check_call_clip, check_clip, clip_length, clip_pieces
+from diffsynth_wan.units.clips import Clip, check_call_clip, check_clip, clip_length
 from diffsynth_wan.units.prompt import encode_text
 from diffsynth_wan.units.shape import VideoShape
 from diffsynth_wan.units.size import video_size
@@ -131,8 +131,7 @@ def _padded_pieces(clip: Clip | None, given: int, shape: VideoShape) -> Iterator
     """
     pieces: Iterator[Tensor] = iter(())
     if clip is not None:
-        size = {"num_frames": given, "height": shape.height, "width": shape.width}
-        pieces = clip_pieces("animate2_refert_images", clip, piece=shape.time_factor, **size)
+        pieces = shape.clip_pieces("animate2_refert_images", clip, num_frames=given)
     for frames in (1, *repeat(shape.time_factor, shape.latent_size[0] - 1)):
         piece = next(pieces, torch.zeros(1, 3, 0, shape.height, shape.width))
         yield F.pad(piece, (0, 0, 0, 0, 0, frames - piece.shape[2]))

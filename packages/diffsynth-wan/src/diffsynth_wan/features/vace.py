@@ -21,7 +21,7 @@ from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.windows import Window
 from diffsynth_wan.extension import Network, Stream, TokenScope
-from diffsynth_wan.units.clips import Clip, check_call_clip, check_mask_clip, clip_pieces
+from diffsynth_wan.units.clips import Clip, check_call_clip, check_mask_clip
 from diffsynth_wan.units.shape import VideoShape
 from diffsynth_wan.variants.vace import VaceControl
 
@@ -139,9 +139,8 @@ def _masked(clip: Clip | None, mask: Clip | None, shape: VideoShape, *, kept: bo
 
 def _pieces(name: str, clip: Clip | None, shape: VideoShape, *, missing: float) -> Iterator[Tensor]:
     """Yield the pixels of `clip` as tensors of a few frames; if it is None, tensors filled with `missing`."""
-    size = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width}
     if clip is not None:
-        yield from clip_pieces(name, clip, piece=shape.time_factor, is_mask=name == "vace_video_mask", **size)
+        yield from shape.clip_pieces(name, clip, num_frames=shape.num_frames, is_mask=name == "vace_video_mask")
         return
     for frames in (1, *repeat(shape.time_factor, shape.latent_size[0] - 1)):
         yield torch.full((1, 3, frames, shape.height, shape.width), missing)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from diffsynth_wan.units.latents import decode_video, generate_noise, initial_latents, schedule, set_boundary
 from diffsynth_wan.units.prompt import encode_prompt, mark_branches, merge_branches
-from diffsynth_wan.units.shape import round_shape, set_sliding_window, set_video_shape
+from diffsynth_wan.units.shape import round_shape, set_sliding_window, set_tiling, set_video_shape
 
 UNITS = (
     round_shape,
+    set_tiling,
     set_video_shape,
     schedule,
     set_boundary,

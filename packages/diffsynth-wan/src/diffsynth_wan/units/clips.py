@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.color import to_mask
+from diffsynth.core.data.image import ResizeMode
 from diffsynth.runtime.feature import Configs
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth.terminal import module_logger
@@ -79,13 +81,21 @@ def check_mask_clip(mask: str, video: str, values: Mapping[str, Any]) -> None:
 
 
 def clip_pieces(
-    name: str, clip: Clip, *, num_frames: int, height: int, width: int, piece: int, is_mask: bool = False
+    name: str,
+    clip: Clip,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    resize_mode: ResizeMode,
+    piece: int,
+    is_mask: bool = False,
 ) -> Iterator[Float[Tensor, "1 3 t height width"]]:
     """Yield the pixels of the first `num_frames` frames of `clip` as fp32 CPU tensors `1 3 t height width` in [-1, 1]:
     the first frame alone, then `piece` frames at a time, the last tensor perhaps fewer.
 
-    Frames of another size are scaled to cover height x width and cropped about their centre. A frame with transparency
-    is over white, or, of a mask, its alpha channel.
+    Frames of another size are scaled to height x width as `resize_mode` says. A frame with transparency is over white,
+    or, of a mask, its alpha channel.
     """
     if (length := clip_length(clip)) > num_frames:
         logger.info("%s has %d frames; the first %d are used", name, length, num_frames)
@@ -97,9 +107,10 @@ def clip_pieces(
     frames = _same_size(name, islice(clip, num_frames))
     if is_mask:
         frames = (to_mask(frame) if frame.has_transparency_data else frame for frame in frames)
-    yield image_to_tensor(next(frames), height, width)[:, :, None]
+    to_tensor = partial(image_to_tensor, height=height, width=width, resize_mode=resize_mode)
+    yield to_tensor(next(frames))[:, :, None]
     while part := list(islice(frames, piece)):
-        yield torch.stack([image_to_tensor(frame, height, width) for frame in part], dim=2)
+        yield torch.stack([to_tensor(frame) for frame in part], dim=2)
 
 
 def _same_size(name: str, frames: Iterator[Image.Image]) -> Iterator[Image.Image]:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.image import ResizeMode
 from diffsynth.models.tiles import Tiling, cover
 from diffsynth.runtime.image_units import ignored_tiles
 from diffsynth.runtime.images import image_to_tensor
@@ -33,6 +34,7 @@ class VideoShape:
         height, width: pixels, multiples of the side of a token.
         vae_factor: pixels per latent pixel, along one side.
         time_factor: frames per latent frame; the first frame is a latent frame by itself.
+        resize_mode: how images and frames of another aspect ratio are scaled to the video's size.
         tiling: tiles of the autoencoder.
         device, dtype: of latents and conditions.
     """
@@ -42,6 +44,7 @@ class VideoShape:
     width: int
     vae_factor: int
     time_factor: int
+    resize_mode: ResizeMode
     tiling: Tiling
     device: torch.device
     dtype: torch.dtype
@@ -53,8 +56,8 @@ class VideoShape:
         return frames, self.height // self.vae_factor, self.width // self.vae_factor
 
     def pixels(self, image: Image.Image) -> Float[Tensor, "1 3 height width"]:
-        """Return an image, scaled and cropped to the video's size, as fp32 `1 3 height width` in [-1, 1] on the CPU."""
-        return image_to_tensor(image, self.height, self.width)
+        """Return an image, scaled to the video's size, as fp32 `1 3 height width` in [-1, 1] on the CPU."""
+        return image_to_tensor(image, self.height, self.width, resize_mode=self.resize_mode)
 
     def encode_image(self, vae: Any, image: Image.Image) -> Float[Tensor, "1 c 1 h w"]:
         """Return the latents `1 c 1 h w` of an image, encoded as a video of one frame."""
@@ -71,10 +74,24 @@ class VideoShape:
             num_frames: number of frames to encode; None means those of the video.
         """
         frames = self.num_frames if num_frames is None else num_frames
-        pieces = clip_pieces(
-            name, clip, num_frames=frames, height=self.height, width=self.width, piece=self.time_factor
+        return self.encode_pieces(vae, self.clip_pieces(name, clip, num_frames=frames), num_frames=frames)
+
+    def clip_pieces(
+        self, name: str, clip: Clip, *, num_frames: int, is_mask: bool = False
+    ) -> Iterator[Float[Tensor, "1 3 t height width"]]:
+        """Return an iterator over the pixels of the first `num_frames` frames of `clip` at the video's size; see
+        `clips.clip_pieces`.
+        """
+        return clip_pieces(
+            name,
+            clip,
+            num_frames=num_frames,
+            height=self.height,
+            width=self.width,
+            resize_mode=self.resize_mode,
+            piece=self.time_factor,
+            is_mask=is_mask,
         )
-        return self.encode_pieces(vae, pieces, num_frames=frames)
 
     def encode_pieces(self, vae: Any, pieces: Iterable[Tensor], *, num_frames: int) -> Tensor:
         """Return the latents `1 c t h w` of a video given as `pieces`, tensors of pixels: the first of one frame, the
@@ -118,15 +135,22 @@ def round_shape(
     return rounded
 
 
-@unit("video_shape", "prefix_frames", phase=Phase.SHAPE, ignores=ignored_tiles)
+@unit("tiling", phase=Phase.SHAPE, ignores=ignored_tiles)
+def set_tiling(
+    *, tiled: bool = True, tile_size: tuple[int, int] = (30, 52), tile_stride: tuple[int, int] = (15, 26)
+) -> Tiling:
+    """Return the `Tiling` of the autoencoder in a call."""
+    return {"tiled": tiled, "tile_size": tuple(tile_size), "tile_stride": tuple(tile_stride)}
+
+
+@unit("video_shape", "prefix_frames", phase=Phase.SHAPE)
 def set_video_shape(
     *,
     height: int,
     width: int,
     num_frames: int,
-    tiled: bool = True,
-    tile_size: tuple[int, int] = (30, 52),
-    tile_stride: tuple[int, int] = (15, 26),
+    resize_mode: ResizeMode = "stretch",
+    tiling: Tiling,
     vae_factor: int,
     time_factor: int,
     device: torch.device,
@@ -144,7 +168,8 @@ def set_video_shape(
         width=width,
         vae_factor=vae_factor,
         time_factor=time_factor,
-        tiling={"tiled": tiled, "tile_size": tuple(tile_size), "tile_stride": tuple(tile_stride)},
+        resize_mode=resize_mode,
+        tiling=tiling,
         device=device,
         dtype=dtype,
     )

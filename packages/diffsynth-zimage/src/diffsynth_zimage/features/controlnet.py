@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffsynth.core.data.image import ResizeMode
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.controlnet import (
     ControlNetContext,
     ControlNetContexts,
@@ -22,7 +24,6 @@ from diffsynth.runtime.controlnet import (
     listed,
 )
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
-from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
@@ -60,8 +61,6 @@ class ControlNets(ControlNetContexts):
     phase=Phase.ENCODE,
     requires=(ROLE,),
     only_with="controlnet_inputs",
-    switches={"tiled": True},
-    ignores=ignored_tiles,
 )
 def encode_controlnet_inputs(
     vae: Any,
@@ -70,9 +69,8 @@ def encode_controlnet_inputs(
     controlnet_channels: tuple[int, ...],
     height: int,
     width: int,
-    tiled: bool | None,
-    tile_size: int | tuple[int, int],
-    tile_stride: int | tuple[int, int],
+    resize_mode: ResizeMode,
+    tiling: Tiling,
     device: torch.device,
     dtype: torch.dtype,
 ) -> ControlNets:
@@ -82,7 +80,6 @@ def encode_controlnet_inputs(
     the image without the changing part. Without an image to inpaint these are 0, as in diffusers; so are the control
     latents without a condition image.
     """
-    tiling = image_tiling(tiled, tile_size, tile_stride)
 
     def encode(pixels: Tensor) -> Tensor:
         return vae.encode(pixels.to(device, dtype), **tiling)
@@ -91,11 +88,12 @@ def encode_controlnet_inputs(
     for each in listed(controlnet_inputs):
         parts = []
         if each.image is not None:
-            parts.append(encode(image_to_tensor(each.image, height, width)))
+            parts.append(encode(image_to_tensor(each.image, height, width, resize_mode=resize_mode)))
         if each.inpaint_image is not None:
             assert each.inpaint_mask is not None, "checked before anything was encoded"
-            changes = mask_to_tensor(each.inpaint_mask, height, width)
-            latents = encode(image_to_tensor(each.inpaint_image, height, width) * (1 - changes))
+            changes = mask_to_tensor(each.inpaint_mask, height, width, resize_mode=resize_mode)
+            pixels = image_to_tensor(each.inpaint_image, height, width, resize_mode=resize_mode)
+            latents = encode(pixels * (1 - changes))
             kept = F.interpolate(1 - changes, size=latents.shape[2:], mode="nearest").to(latents)
             parts = parts or [torch.zeros_like(latents)]
             parts += [kept, latents]

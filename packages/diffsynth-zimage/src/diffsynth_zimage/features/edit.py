@@ -17,8 +17,9 @@ from torch import Tensor
 from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.image import crop_to_multiple
 from diffsynth.errors import MissingComponent
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import encode_each, ignored_tiles, image_tiling
+from diffsynth.runtime.image_units import encode_each
 from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
@@ -66,16 +67,14 @@ class References:
         return dit.append_references(stream, self.images, self.features)
 
 
-@unit("references", phase=Phase.ENCODE, only_with="edit_image", switches={"tiled": True}, ignores=ignored_tiles)
+@unit("references", phase=Phase.ENCODE, only_with="edit_image")
 def encode_edit_images(
     vae: Any,
     image_encoder: Any,
     *,
     edit_image: Images = None,
     edit_image_auto_resize: bool = True,
-    tiled: bool | None,
-    tile_size: int | tuple[int, int],
-    tile_stride: int | tuple[int, int],
+    tiling: Tiling,
     device: torch.device,
     dtype: torch.dtype,
 ) -> References:
@@ -84,7 +83,7 @@ def encode_edit_images(
     latents = encode_each(
         vae,
         (crop_to_multiple(image, MULTIPLE) for image in images),
-        tiling=image_tiling(tiled, tile_size, tile_stride),
+        tiling=tiling,
         device=device,
         dtype=dtype,
     )

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -23,6 +24,11 @@ from diffsynth.errors import CorruptFile, DiffsynthError, DownloadFailed
 from diffsynth.terminal import module_logger
 
 logger = module_logger(__name__)
+
+ResizeMode: TypeAlias = Literal["stretch", "crop", "pad"]
+"""Ways to scale an image of another aspect ratio to a size: "stretch" changes its proportions, "crop" covers the size
+and cuts both ends off, "pad" fits into the size and adds black at both ends.
+"""
 
 _SCALED_WHOLE = 4
 """Largest ratio of the scaled image's area to the area that stays, up to which an image is scaled whole."""
@@ -211,6 +217,38 @@ def cover(
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
         return image.resize((width, height), resample, box=box)
     return center_crop(image.resize(size, resample), height, width)
+
+
+def fit(
+    image: Image.Image,
+    height: int,
+    width: int,
+    *,
+    resize_mode: ResizeMode,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Image.Image:
+    """Return the PIL image at `height` x `width` pixels; `image` itself if it has this size.
+
+    Args:
+        image: a PIL image.
+        height, width: the new size in pixels.
+        resize_mode: what happens if the aspect ratios differ, see `ResizeMode`.
+        resample: PIL's filter.
+
+    Raises:
+        ValueError: an image without pixels.
+    """
+    if resize_mode == "crop" or image.size == (width, height):
+        return cover(image, height, width, resample)
+    if not image.width or not image.height:
+        raise ValueError(f"an image of {image.width}x{image.height} has no pixels")
+    if resize_mode == "stretch":
+        return image.resize((width, height), resample)
+    scale = min(width / image.width, height / image.height)
+    inner = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), resample)
+    padded = Image.new(image.mode, (width, height))
+    padded.paste(inner, ((width - inner.width) // 2, (height - inner.height) // 2))
+    return padded
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.image import ResizeMode
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.feature import Condition, Configs, Feature, whole
-from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import image_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 
@@ -20,29 +21,29 @@ class ControlArguments(TypedDict, total=False):
     """Control image.
 
     Args:
-        control_image: Depth map for FLUX.1-Depth, or edges for FLUX.1-Canny; scaled to cover the size of the result.
+        control_image: Depth map for FLUX.1-Depth, or edges for FLUX.1-Canny; scaled to the size of the result by
+            `resize_mode`.
     """
 
     control_image: Image.Image | None
 
 
-@unit("control_latents", phase=Phase.ENCODE, only_with="control_image", switches={"tiled": True}, ignores=ignored_tiles)
+@unit("control_latents", phase=Phase.ENCODE, only_with="control_image")
 def encode_control_image(
     vae: Any,
     *,
     control_image: Image.Image | None = None,
     height: int,
     width: int,
-    tiled: bool | None,
-    tile_size: int | tuple[int, int],
-    tile_stride: int | tuple[int, int],
+    resize_mode: ResizeMode,
+    tiling: Tiling,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "1 c h w"]:
     """Return the latents `1 c h w` of the control image."""
     assert control_image is not None, "the unit runs only with it"
-    pixels = image_to_tensor(control_image, height, width).to(device, dtype)
-    return vae.encode(pixels, **image_tiling(tiled, tile_size, tile_stride))
+    pixels = image_to_tensor(control_image, height, width, resize_mode=resize_mode).to(device, dtype)
+    return vae.encode(pixels, **tiling)
 
 
 def check(configs: Configs, values: Mapping[str, Any]) -> None:

@@ -11,7 +11,9 @@ from typing import Any, TypedDict
 import torch
 import torch.nn.functional as F
 
+from diffsynth.core.data.image import ResizeMode
 from diffsynth.errors import did_you_mean
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.controlnet import (
     ControlNetContext,
     ControlNetContexts,
@@ -22,7 +24,6 @@ from diffsynth.runtime.controlnet import (
     listed,
 )
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
-from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
@@ -64,8 +65,6 @@ class ControlNets(ControlNetContexts):
     phase=Phase.ENCODE,
     requires=(ROLE,),
     only_with="controlnet_inputs",
-    switches={"tiled": True},
-    ignores=ignored_tiles,
 )
 def encode_controlnet_inputs(
     vae: Any,
@@ -74,9 +73,8 @@ def encode_controlnet_inputs(
     controlnet_modes: tuple[int, ...],
     height: int,
     width: int,
-    tiled: bool | None,
-    tile_size: int | tuple[int, int],
-    tile_stride: int | tuple[int, int],
+    resize_mode: ResizeMode,
+    tiling: Tiling,
     device: torch.device,
     dtype: torch.dtype,
 ) -> ControlNets:
@@ -85,16 +83,15 @@ def encode_controlnet_inputs(
     An image to inpaint is encoded with the masked part in black; the mask is one more channel, 1 where the image is
     kept.
     """
-    tiling = image_tiling(tiled, tile_size, tile_stride)
     contexts = []
     for each in listed(controlnet_inputs):
         image = each.image if each.inpaint_image is None else each.inpaint_image
         assert image is not None, "checked before anything was encoded"
-        pixels = image_to_tensor(image, height, width)
+        pixels = image_to_tensor(image, height, width, resize_mode=resize_mode)
         if each.inpaint_mask is None:
             latents = vae.encode(pixels.to(device, dtype), **tiling)
         else:
-            changes = mask_to_tensor(each.inpaint_mask, height, width)
+            changes = mask_to_tensor(each.inpaint_mask, height, width, resize_mode=resize_mode)
             latents = vae.encode((pixels * (1 - changes) - changes).to(device, dtype), **tiling)
             kept = F.interpolate(1 - changes, size=latents.shape[2:], mode="nearest").to(latents)
             latents = torch.cat((latents, kept), dim=1)

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.image import ResizeMode
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.feature import Condition, Configs, Feature, whole
-from diffsynth.runtime.image_units import ignored_tiles, image_tiling
 from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.config import VAE_FACTOR
@@ -25,7 +26,8 @@ class FillArguments(TypedDict, total=False):
     """Image to fill.
 
     Args:
-        flux_fill_image: Image of which a part is replaced, for FLUX.1-Fill; scaled to cover the size of the result.
+        flux_fill_image: Image of which a part is replaced, for FLUX.1-Fill; scaled to the size of the result by
+            `resize_mode`.
         flux_fill_mask: Image that is white where `flux_fill_image` is replaced.
     """
 
@@ -33,7 +35,7 @@ class FillArguments(TypedDict, total=False):
     flux_fill_mask: Image.Image | None
 
 
-@unit("fill_latents", phase=Phase.ENCODE, only_with="flux_fill_image", switches={"tiled": True}, ignores=ignored_tiles)
+@unit("fill_latents", phase=Phase.ENCODE, only_with="flux_fill_image")
 def encode_fill_image(
     vae: Any,
     *,
@@ -41,9 +43,8 @@ def encode_fill_image(
     flux_fill_mask: Image.Image | None = None,
     height: int,
     width: int,
-    tiled: bool | None,
-    tile_size: int | tuple[int, int],
-    tile_stride: int | tuple[int, int],
+    resize_mode: ResizeMode,
+    tiling: Tiling,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Float[Tensor, "1 c_fill h w"]:
@@ -52,9 +53,9 @@ def encode_fill_image(
     """
     assert flux_fill_image is not None, "the unit runs only with it"
     assert flux_fill_mask is not None, "checked before anything was encoded"
-    mask = mask_to_tensor(flux_fill_mask, height, width)
-    kept = image_to_tensor(flux_fill_image, height, width) * (1 - mask)
-    latents = vae.encode(kept.to(device, dtype), **image_tiling(tiled, tile_size, tile_stride))
+    mask = mask_to_tensor(flux_fill_mask, height, width, resize_mode=resize_mode)
+    kept = image_to_tensor(flux_fill_image, height, width, resize_mode=resize_mode) * (1 - mask)
+    latents = vae.encode(kept.to(device, dtype), **tiling)
     channels = rearrange(mask, "b 1 (h p) (w q) -> b (p q) h w", p=VAE_FACTOR, q=VAE_FACTOR)
     return torch.cat((latents, channels.to(latents)), dim=1)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.image import cover
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import encode_each, ignored_tiles, image_tiling
+from diffsynth.runtime.image_units import encode_each
 from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.config import VAE_FACTOR
@@ -55,19 +56,16 @@ class References:
         return stream
 
 
-@unit("references", phase=Phase.ENCODE, only_with="kontext_images", switches={"tiled": True}, ignores=ignored_tiles)
+@unit("references", phase=Phase.ENCODE, only_with="kontext_images")
 def encode_kontext_images(
     vae: Any,
     *,
     kontext_images: Images = None,
-    tiled: bool | None,
-    tile_size: int | tuple[int, int],
-    tile_stride: int | tuple[int, int],
+    tiling: Tiling,
     device: torch.device,
     dtype: torch.dtype,
 ) -> References:
     """Return `References` with the latents of the images, each of its own size, rounded down to a multiple of 16."""
-    tiling = image_tiling(tiled, tile_size, tile_stride)
     images = map(_sized, map(to_rgb, image_list(kontext_images)))  # upright, before their sides are read
     return References(encode_each(vae, images, tiling=tiling, device=device, dtype=dtype))
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.image import center_crop, cover
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.image_units import encode_each, ignored_tiles, image_tiling
+from diffsynth.runtime.image_units import encode_each
 from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux2.config import VAE_FACTOR
@@ -66,21 +67,18 @@ class References:
         return {TIME_STEP * (index + 1): image for index, image in enumerate(self.images)}
 
 
-@unit("references", phase=Phase.ENCODE, only_with="edit_image", switches={"tiled": True}, ignores=ignored_tiles)
+@unit("references", phase=Phase.ENCODE, only_with="edit_image")
 def encode_edit_images(
     vae: Any,
     *,
     edit_image: Images = None,
     edit_image_auto_resize: bool = True,
-    tiled: bool | None,
-    tile_size: int | tuple[int, int],
-    tile_stride: int | tuple[int, int],
+    tiling: Tiling,
     device: torch.device,
     dtype: torch.dtype,
 ) -> References:
     """Return `References` with the packed latents of the reference images."""
     images = (_sized(image, auto_resize=edit_image_auto_resize) for image in map(to_rgb, image_list(edit_image)))
-    tiling = image_tiling(tiled, tile_size, tile_stride)
     return References(encode_each(vae, images, tiling=tiling, device=device, dtype=dtype))
 
 
