@@ -4,15 +4,17 @@ import pytest
 import torch
 from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin
 
+import lora_files
 from diffsynth import _discovery
 from diffsynth.core.loader import component
-from diffsynth.core.lora import LoRA, LoRALayer, fit, fuse, parse
+from diffsynth.core.lora import fit, fuse, parse
 from diffsynth.core.lora.spelling import spelled, spelling_of
 from diffsynth.errors import KeyMismatch
 from diffsynth.spec import resolve
 from diffsynth_flux.flux2.checkpoints import ARCHITECTURES, LORA_TARGETS
 from diffsynth_flux.flux2.config import TINY_DIT
 from diffsynth_flux.flux2.dit import Flux2DiT
+from lora_files import assert_added, assert_same, random_lora
 
 DIT = ARCHITECTURES[0]
 OUTER = ("embedder", "linear_1", "linear_2", "modulation_img.linear", "modulation_txt.linear", "proj_out")
@@ -36,39 +38,21 @@ def tiny():
     return Flux2DiT(TINY_DIT).requires_grad_(False).eval()
 
 
-def random_lora(module, ends=("",), *, rank=3, alpha=None):
-    dice, layers = torch.Generator().manual_seed(0), {}
-    for name, part in module.named_modules():
-        if isinstance(part, torch.nn.Linear) and name.endswith(tuple(ends)):
-            outputs, inputs = part.weight.shape
-            up = torch.randn(outputs, rank, generator=dice)
-            layers[name] = LoRALayer(torch.randn(rank, inputs, generator=dice), up, alpha)
-    return LoRA(layers)
-
-
 def written(lora, module, spelling):
-    own = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    return spelled(lora, spelling_of(spelling, DIT), own, _discovery.catalog().layouts()[1])
+    return lora_files.written(lora, module, DIT, spelling)
 
 
 def fitted(state_dict, module):
-    return fit(parse(state_dict), module, _discovery.catalog().layouts()[1], architecture=DIT.name)
-
-
-def assert_same(found, expected):
-    assert found.layers.keys() == expected.layers.keys()
-    for name, layer in expected.layers.items():
-        change = found.layers[name].scaled_up() @ found.layers[name].down
-        torch.testing.assert_close(change, layer.scaled_up() @ layer.down, rtol=1e-4, atol=1e-4)
+    return lora_files.fitted(state_dict, module, DIT)
 
 
 @pytest.mark.parametrize("alpha", [None, 1.5])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_diffusers_reads_what_we_write_and_we_read_what_it_makes(tiny, spelling, alpha):
-    every = random_lora(tiny, alpha=alpha)
+    every = random_lora(tiny, alphas=[alpha])
     assert_same(fitted(written(every, tiny, spelling), tiny), every)
     if ends := SPELLINGS[spelling]:
-        lora = random_lora(tiny, ends, alpha=alpha)
+        lora = random_lora(tiny, ends, alphas=[alpha])
         theirs = Flux2LoraLoaderMixin.lora_state_dict(written(lora, tiny, spelling))
         assert_same(fitted(theirs, tiny), lora)
 
@@ -76,12 +60,9 @@ def test_diffusers_reads_what_we_write_and_we_read_what_it_makes(tiny, spelling,
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_file_changes_the_weights_by_its_product(tiny, spelling):
     """Also where q, k and v are one layer of the file."""
-    lora, before = random_lora(tiny, alpha=1.5), {key: one.clone() for key, one in tiny.state_dict().items()}
+    lora, before = random_lora(tiny, alphas=[1.5]), {key: one.clone() for key, one in tiny.state_dict().items()}
     fuse(tiny, fitted(written(lora, tiny, spelling), tiny), 0.5)
-    for key, weight in tiny.state_dict().items():
-        layer = lora.layers.get(key.removesuffix(".weight"))
-        change = 0 if layer is None else 0.5 * layer.alpha / 3 * layer.up @ layer.down
-        torch.testing.assert_close(weight, before[key] + change)
+    assert_added(tiny, before, lora, 0.5)
 
 
 def test_a_lora_of_some_projections_is_a_part_of_a_fused_layer(tiny):
@@ -141,6 +122,8 @@ NETWORKS = {
     "flux_dit": ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0", "single_blocks.30.linear1"),
     "flux2_dit": ("transformer_blocks.0.attn.to_q", "transformer_blocks.4.ff.linear_in",
                   "single_transformer_blocks.19.attn.to_qkv_mlp_proj"),
+    "qwen_image_dit": ("transformer_blocks.0.attn.to_q", "transformer_blocks.4.img_mlp.net.2",
+                       "transformer_blocks.59.txt_mod.1"),
     "z_image_dit": ("layers.0.attention.to_q", "layers.29.feed_forward.w1"),
     "wan_dit": ("blocks.0.self_attn.q", "blocks.29.ffn.0"),
 }  # fmt: skip
@@ -150,7 +133,8 @@ CONFIGS = {"flux2_dit": {"dim": 3072, "n_heads": 24, "n_layers": 5, "n_single_la
 """The config of klein-4B, which is as wide as FLUX.1."""
 
 
-NAMES = {"flux_dit": "FLUX.1-dev", "flux2_dit": "FLUX.2-klein-4B", "z_image_dit": "Z-Image", "wan_dit": "Wan2.1-T2V"}
+NAMES = {"flux_dit": "FLUX.1-dev", "flux2_dit": "FLUX.2-klein-4B", "qwen_image_dit": "Qwen-Image",
+         "z_image_dit": "Z-Image", "wan_dit": "Wan2.1-T2V"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, LoRASpelling
 
 DIT = "qwen_image_dit"
 
@@ -19,6 +19,12 @@ LORA_TARGETS = (
     "txt_mod.1",
     "img_mlp.net.2",
     "txt_mlp.net.2",
+)
+
+# ai-toolkit and lightx2v have the network of diffusers, whose names are ours.
+LORA_SPELLINGS = (
+    LoRASpelling(name="ai-toolkit", prefix="diffusion_model."),
+    LoRASpelling(name="lightx2v", down="lora_down.weight", up="lora_up.weight", alpha="alpha"),
 )
 
 ARCHITECTURES = (
@@ -45,6 +51,7 @@ ARCHITECTURES = (
         high_precision=("time_text_embed.*", "*norm_*q.weight", "*norm_*k.weight", "txt_norm.*"),
         repeated_blocks=("transformer_blocks",),
         lora_targets=LORA_TARGETS,
+        lora_spellings=LORA_SPELLINGS,
     ),
 )
 

@@ -13,6 +13,15 @@ SIGLIP2 = "siglip2_naflex_image_encoder"
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
 
+
+def _spellings(architecture: str) -> tuple[LoRASpelling, ...]:
+    """Return the spellings of an architecture's LoRAs: ai-toolkit has the network of diffusers, whose names are ours;
+    kohya has that of the original code.
+    """
+    kohya = LoRASpelling.kohya("lora_unet_", layout=f"{architecture}/fused")
+    return LoRASpelling(name="ai-toolkit", prefix="diffusion_model."), kohya
+
+
 _REQUIRED = (
     "x_pad_token",
     "cap_pad_token",
@@ -42,7 +51,7 @@ ARCHITECTURES = (
         high_precision=("t_embedder.*", "cap_embedder.*", "*norm*", "*_pad_token"),
         repeated_blocks=("noise_refiner", "context_refiner", "layers"),
         lora_targets=LORA_TARGETS,
-        lora_spellings=(LoRASpelling.kohya("lora_unet_", layout=f"{DIT}/fused"),),
+        lora_spellings=_spellings(DIT),
     ),
     ArchitectureSpec(
         name=OMNI_DIT,
@@ -60,6 +69,7 @@ ARCHITECTURES = (
         high_precision=("t_embedder.*", "cap_embedder.*", "siglip_embedder.*", "*norm*", "*_pad_token"),
         repeated_blocks=("noise_refiner", "context_refiner", "siglip_refiner", "layers"),
         lora_targets=LORA_TARGETS,
+        lora_spellings=_spellings(OMNI_DIT),
     ),
     ArchitectureSpec(
         name=SIGLIP2,
