@@ -187,8 +187,15 @@ def test_a_layer_that_nothing_has(caplog):
             pipe.load_lora(*module, state_dict=keys)
     assert changes(pipe, before) == {"dit": [], "text_encoder": []}
     pipe.load_lora(state_dict=keys, strict=False)
-    assert "left out, because no component has it: lora_te2_a_b" in caplog.text
+    assert "left out: no component has lora_te2_a_b" in caplog.text
     assert len(changes(pipe, before)["dit"]) == len(LAYERS)
+
+
+def test_a_layer_that_a_component_has_in_another_size():
+    pipe, layer = tiny_z_image(), "layers.0.attention.to_k"
+    keys = both(pipe) | small.state_dict(made={f"transformer.{layer}": (torch.ones(1, 3), torch.ones(3, 1))})
+    with pytest.raises(KeyMismatch, match=rf"9 of its 10 layers fit; {layer}.weight is \(.*\), the LoRA is for \(3, 3\)"):
+        pipe.load_lora(state_dict=keys)
 
 
 def test_keys_that_cannot_be_read(caplog):

@@ -86,6 +86,15 @@ def test_networks_of_another_size(two):
         load(two[1], width=4)
 
 
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.RMSprop])
+def test_another_optimizer(two, other):
+    module, _ = network()
+    before, optimizer = module.weight.clone(), other(module.parameters(), lr=0.1)
+    with pytest.raises(TrainingError, match=f"trained with AdamW, the recipe has {other.__name__}: resume with"):
+        load_state(two[1], seed=0, parameters=module.named_parameters(), optimizer=optimizer, device=CPU)
+    assert torch.equal(module.weight, before)
+
+
 def test_a_kill_while_a_state_is_written(two, tmp_path):
     for _ in killed_at_every_write(lambda: save(tmp_path, 2)):
         assert load(last_checkpoint(tmp_path)) == 2

@@ -35,6 +35,17 @@ def test_minimal(write):
     assert (recipe.loop.steps, recipe.optimizer.schedule, recipe.data.captions.drop) == (10, "constant", 0.0)
 
 
+def test_encodings(tmp_path):
+    """A byte order mark is no text; in another encoding than UTF-8 the recipe, the line and the remedy are named."""
+    path, text = tmp_path / "recipe.toml", MINIMAL.replace("x.csv", "данные.csv")
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_recipe(path).data.manifest == "данные.csv"
+    for encoding, line in (("cp1251", 8), ("utf-16", 1)):
+        path.write_text(text, encoding=encoding)
+        with pytest.raises(TrainingError, match=rf"recipe.toml is not in UTF-8: .* in line {line}; save it in UTF-8"):
+            read_recipe(path)
+
+
 def test_changes_win(write):
     recipe = read_recipe(write(MINIMAL), changes=["loop.steps=3", "output.folder=elsewhere", "optimizer.clip=2"])
     assert (recipe.loop.steps, recipe.output.folder, recipe.optimizer.clip) == (3, "elsewhere", 2.0)

@@ -65,6 +65,15 @@ def test_missing_shards_are_named_by_number(hub):
         find(ModelConfig(model_id="owner/model", origin_file_pattern="transformer/*.safetensors"))
 
 
+def test_an_index_with_a_byte_order_mark(tmp_path):
+    for name in ("m-a.safetensors", "m-b.safetensors"):
+        (tmp_path / name).touch()
+    index = {"weight_map": {"x": "m-a.safetensors", "y": "m-b.safetensors"}}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8-sig")
+    found = find(ModelConfig(tmp_path / "m.safetensors.index.json"))
+    assert [file.name for file in found] == ["m-a.safetensors", "m-b.safetensors"]
+
+
 def test_missing_shards_are_named_by_the_index(tmp_path):
     (tmp_path / "m-a.safetensors").touch()
     index = {"weight_map": {"x": "m-a.safetensors", "y": "m-b.safetensors"}}

@@ -28,6 +28,7 @@ from diffsynth.core.loader.dtypes import dtype_names
 from diffsynth.core.loader.files import checkpoint_at
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.core.loader.save import save_checkpoint
+from diffsynth.core.lora import add_hot, clear_hot, fit, parse
 from diffsynth.errors import KeyMismatch
 from diffsynth.spec import CheckpointSpec
 from killed import killed_at_every_write
@@ -225,6 +226,17 @@ def test_bad_arguments(net, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         store(net, tmp_path / "x.safetensors", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hot_lora_is_not_in_the_weights(net, tmp_path):
+    name, layer = next((name, each) for name, each in net.named_modules() if isinstance(each, nn.Linear))
+    pair = {"lora_A": torch.ones(1, layer.in_features), "lora_B": torch.ones(layer.out_features, 1)}
+    add_hot(net, fit(parse({f"{name}.{side}.weight": tensor for side, tensor in pair.items()}), net))
+    with pytest.raises(ValueError, match=rf"{name} of Net has a hot LoRA \(load it with hotload=False, or remove"):
+        store(net, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    clear_hot(net)
+    store(net, tmp_path / "x.safetensors")
 
 
 def test_a_dtype_that_the_format_does_not_have(net, tmp_path):

@@ -6,6 +6,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 
 import lora_networks as small
 from diffsynth.core.lora import add_hot, fit, fuse, parse, read_lora
+from diffsynth.errors import KeyMismatch
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 """fp32; the largest difference seen is 4.8e-7."""
@@ -85,6 +86,32 @@ def test_magnitudes_by_input():
     fuse(module, fit(parse(keys), module))
     expected = (weight + up @ down) * (magnitude / (weight + up @ down).norm(dim=0, keepdim=True))
     torch.testing.assert_close(module.embed.weight, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("sides", [(1, 1, 1), (1, 0, None), (0, 0, 0)])
+def test_magnitudes_of_weights_that_are_joined(sides):
+    """Each part is normalised by its own columns (1), by its rows (0), or not at all, as in its file."""
+    module, dice = small.Turned().requires_grad_(False), torch.Generator().manual_seed(0)
+    parts, keys = dict(zip(("to_q", "to_k", "to_v"), module.qkv.weight.clone().chunk(3), strict=True)), {}
+    for axis, (name, weight) in zip(sides, parts.items(), strict=True):
+        down, up = torch.randn(2, 6, generator=dice), torch.randn(4, 2, generator=dice)
+        changed = weight + up @ down
+        keys |= small.state_dict("lora_transformer_{}.lora_{down,up}.weight", {name: (down, up)})
+        if axis is not None:
+            length = changed.norm(dim=1 - axis, keepdim=True)
+            magnitude = torch.rand(length.shape, generator=dice) + 0.5
+            keys[f"lora_transformer_{name}.dora_scale"] = magnitude
+            changed = changed * (magnitude / length)
+        parts[name] = changed
+    fuse(module, fit(parse(keys), module, small.CHECKPOINTS, architecture="turned"))
+    torch.testing.assert_close(module.qkv.weight, torch.cat(list(parts.values())), **CLOSE)
+
+
+def test_magnitudes_by_input_of_a_weight_that_is_split():
+    down, up = torch.randn(2, 6), torch.randn(12, 2)
+    keys = small.state_dict(made={"fused": (down, up)}) | {"fused.dora_scale": torch.ones(1, 6)}
+    with pytest.raises(KeyMismatch, match="converted by Split, under which the magnitudes of a DoRA have no meaning"):
+        fit(parse(keys), small.Turned(), small.CHECKPOINTS, architecture="turned")
 
 
 def test_a_convolution_of_three_factors():

@@ -132,6 +132,12 @@ def test_a_config_that_does_not_parse(content, tmp_path):
         read_adapter_config(folder_of(tmp_path, config=content) / "adapter_model.safetensors")
 
 
+def test_an_adapter_config_with_a_byte_order_mark(tmp_path):
+    folder = folder_of(tmp_path, config="{}")
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 6, "r": 3}', encoding="utf-8-sig")
+    assert read_adapter_config(folder / "adapter_model.safetensors") == {"lora_alpha": 6, "r": 3}
+
+
 def test_dora_without_magnitudes(tmp_path):
     with pytest.raises(KeyMismatch, match=r"says use_dora, but blocks.0.attn.to_\S+ has no magnitudes"):
         read_lora(folder_of(tmp_path, config='{"r": 3, "lora_alpha": 3, "use_dora": true}'))

@@ -33,8 +33,9 @@ def test_three_formats_hold_the_same(folder, name):
     assert manifest.file(1, "image") == folder / "b.png"
 
 
-def test_byte_order_mark(folder):
-    path = folder / "m.csv"
+@pytest.mark.parametrize("name", ["m.csv", "m.json", "m.jsonl"])
+def test_byte_order_mark(folder, name):
+    path = folder / name
     path.write_bytes(b"\xef\xbb\xbf" + written(path).read_bytes())
     assert len(read_manifest(path, columns=("image",), files=())) == 2
 

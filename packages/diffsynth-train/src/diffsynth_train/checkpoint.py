@@ -79,6 +79,7 @@ def save_state(
         "seed": seed,
         "parameters": {name: parameter.detach() for name, parameter in parameters},
         "optimizer": optimizer.state_dict(),
+        "optimizer_name": type(optimizer).__name__,
         "ema": None if ema is None else dict(ema),
         "random": torch.get_rng_state(),
         "device_type": device.type,
@@ -101,7 +102,8 @@ def load_state(
     weights as a dict name -> tensor, or None if they were not averaged).
 
     Raises:
-        TrainingError: the folder holds no state, a damaged one, or one with another seed or other parameters.
+        TrainingError: the folder holds no state, a damaged one, or one with another seed, other parameters or another
+            optimizer.
     """
     path = folder / STATE
     if not path.is_file():
@@ -118,6 +120,12 @@ def load_state(
         there, here = (tuple(each[differing[0]].shape) for each in (state["parameters"], named))
         raise TrainingError(
             f"{path} and the recipe train networks of other sizes: {differing[0]!r} is {there} there and {here} here"
+        )
+    there, here = state.get("optimizer_name", type(optimizer).__name__), type(optimizer).__name__
+    if there != here:
+        raise TrainingError(
+            f"{path} was trained with {there}, the recipe has {here}: resume with the optimizer of the run, or begin "
+            f"another run from its weights, with source= of the component"
         )
     with torch.no_grad():
         for name, parameter in named.items():

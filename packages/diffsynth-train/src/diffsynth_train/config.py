@@ -210,13 +210,18 @@ def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
         changes: overrides `"section.key=value"`; the value is parsed as TOML, or taken as text if it is not TOML.
 
     Raises:
-        TrainingError: no such file, invalid TOML, an unknown or missing key, or a value of another type; the message
+        TrainingError: no such file, one that is not in UTF-8, invalid TOML, an unknown or missing key, or a value of another type; the message
             names the section and the nearest key.
     """
     if not path.is_file():
         raise TrainingError(f"recipe {path} does not exist")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise TrainingError(
+            f"recipe {path} is not in UTF-8: byte {error.object[error.start]:#x} in line {line}; save it in UTF-8"
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise TrainingError(f"recipe {path} is not TOML: {error}") from error
     for change in changes:

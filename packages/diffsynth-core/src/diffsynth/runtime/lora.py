@@ -16,7 +16,7 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.lora_match import role_hint
 from diffsynth.core.lora import LoRA, add_hot, clear_hot, fit, fuse, read_lora
 from diffsynth.core.lora.applied import is_fused
-from diffsynth.core.lora.fitting import what_fits
+from diffsynth.core.lora.fitting import what_does_not_fit, what_fits
 from diffsynth.core.lora.format import subset, write_keys
 from diffsynth.core.lora.fused import check_fused
 from diffsynth.core.lora.hot import check_hot, not_hot
@@ -229,7 +229,7 @@ class LoRAMethods:
                 raise self._refusal(subset(lora, names[role] | set(lost)), owners, role)
             raise KeyMismatch(
                 f"{lora.where} does not fit this {type(self).__name__}, and nothing was changed: "
-                f"{len(owners) - len(lost)} of its {len(owners)} layers fit; no component has {shortened(lost, 4)}. "
+                f"{len(owners) - len(lost)} of its {len(owners)} layers fit; {self._why_lost(lora, lost)}. "
                 "strict=False adds those that fit"
             )
         double = [name for name, found in owners.items() if len(found) > 1]
@@ -240,7 +240,7 @@ class LoRAMethods:
                 f"load_lora({named[0]}, ...)"
             )
         if lost:
-            logger.warning("%s: left out, because no component has it: %s", lora.where, shortened(lost))
+            logger.warning("%s: left out: %s", lora.where, self._why_lost(lora, lost))
         if others := [name for name, found in owners.items() if found and not set(found) & set(roles)]:
             logger.info("%s: left to other components: %s", lora.where, shortened(others))
         return {each: self._fit(subset(lora, names[each]), each) for each in roles}
@@ -291,6 +291,17 @@ class LoRAMethods:
             return error
         names = shortened([each.change.name for each in lora.factors], 4)
         return KeyMismatch(f"{lora.where}: by their prefix {names} are layers of another component than {role}")
+
+    def _why_lost(self, lora: LoRA, lost: Sequence[str]) -> str:
+        """Return why changes fit no component: a text for messages."""
+        part, reasons = subset(lora, set(lost)), dict[str, str]()
+        for module in self._networks().values():
+            left = what_does_not_fit(part, module, *_layouts(module))
+            reasons |= {name: reason for name, reason in left.items() if reason}
+        texts = [shortened(list(dict.fromkeys(reasons.values())), 2)] if reasons else []
+        if absent := [name for name in lost if name not in reasons]:
+            texts.append(f"no component has {shortened(absent, 4)}")
+        return "; ".join(texts)
 
     def _networks(self) -> dict[str, nn.Module]:
         return {role: part for role, part in self.parts.items() if isinstance(part, nn.Module)}

@@ -9,6 +9,9 @@ from typing import Any
 
 from diffsynth.errors import TrainingError
 
+_ENCODING = "utf-8-sig"
+"""Spreadsheets and editors put a byte order mark before the first character."""
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a csv, json or jsonl table as a list of dicts column -> value; the values of a csv are text,
@@ -35,8 +38,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> Any:
-    # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding=_ENCODING, newline="") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, start=1):
         if None in row:
@@ -45,10 +47,10 @@ def _read_csv(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding=_ENCODING))
 
 
 def _read_jsonl(path: Path) -> Any:
     # Not splitlines(), which also breaks at separators that are allowed within a JSON text, such as U+2028.
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [line for line in path.read_text(encoding=_ENCODING).split("\n") if line.strip()]
     return [json.loads(line) for line in lines]

@@ -234,7 +234,7 @@ def _indexed(index: Path) -> list[str]:
     unreadable.
     """
     try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     # Names that lead out of the folder are ignored: no checkpoint's own index has them.

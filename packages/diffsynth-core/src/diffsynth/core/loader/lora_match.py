@@ -370,8 +370,10 @@ def _refusal(matched: Matched) -> str:
     linear = convert.Split | convert.Fuse | convert.ReorderChunks | convert.Reshape | convert.Permute
     if not isinstance(rule, linear):
         return f"the file's layout has it under {type(rule).__name__}, which cannot be applied to a LoRA"
-    by_rows = isinstance(rule, convert.Split | convert.Fuse | convert.ReorderChunks) and rule.dim == 0
-    if any(change.is_dora and (change.by_inputs or not by_rows) for change in matched.changes):
+    whole = isinstance(rule, convert.Fuse | convert.ReorderChunks) and rule.dim == 0
+    by_rows = whole or (isinstance(rule, convert.Split) and rule.dim == 0)
+    # A column of a weight that is split has a length that no part of it knows.
+    if any(change.is_dora and not (whole if change.by_inputs else by_rows) for change in matched.changes):
         return f"it is converted by {type(rule).__name__}, under which the magnitudes of a DoRA have no meaning"
     return ""
 

@@ -89,8 +89,8 @@ def save_checkpoint(
         The files with tensors, in order.
 
     Raises:
-        ValueError: metadata with a key that this function writes, a parameter on meta, a dtype that the format does not
-            have, or a layout that is unknown or cannot be derived from the module.
+        ValueError: metadata with a key that this function writes, a parameter on meta, a hot LoRA, a dtype that the
+            format does not have, or a layout that is unknown or cannot be derived from the module.
     """
     path = expanded(path)
     notes = _notes(metadata or {}, architecture, config, base)
@@ -243,6 +243,9 @@ def _notes(metadata: Mapping[str, str], architecture: str, config: Any, base: st
 
 
 def _entries(module: nn.Module, dtype: torch.dtype | None) -> dict[str, _Entry]:
+    for name, layer in module.named_modules():
+        if beside := getattr(layer, "beside_weights", ""):
+            raise ValueError(f"{name} of {type(module).__name__} has {beside}, which no file of weights holds")
     entries: dict[str, _Entry] = {}
     for name, tensor in module.state_dict().items():
         if tensor.is_meta:

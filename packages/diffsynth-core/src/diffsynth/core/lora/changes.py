@@ -126,8 +126,8 @@ class Part:
         magnitudes = [each.magnitude for each in self.factors]
         if all(magnitude is None for magnitude in magnitudes):
             return delta
-        if self.factors[0].change.by_inputs:
-            return _with_magnitude(weight + delta, magnitudes[0], axis=1) - weight
+        if any(each.change.by_inputs for each in self.factors):
+            return self._each_with_magnitude(weight + delta) - weight
         rows = tuple(
             torch.full((_outputs(each),), torch.nan, device=weight.device)
             if not isinstance(each, Factors) or each.magnitude is None
@@ -135,6 +135,17 @@ class Part:
             for each in self.sources
         )
         return _with_magnitude(weight + delta, self._converted(rows), axis=0) - weight
+
+    def _each_with_magnitude(self, changed: Tensor) -> Tensor:
+        """Return `changed`, of which the rows of each source have its magnitudes; a column ends with these rows."""
+        sources = [torch.full((_outputs(each),), number) for number, each in enumerate(self.sources)]
+        owners = self._converted(tuple(sources)).to(changed.device)  # of each row
+        for number, each in enumerate(self.sources):
+            if isinstance(each, Factors) and each.magnitude is not None:
+                rows = owners == number
+                axis = 1 if each.change.by_inputs else 0
+                changed[rows] = _with_magnitude(changed[rows], each.magnitude, axis=axis)
+        return changed
 
     def _converted(self, tensors: tuple[Tensor, ...]) -> Tensor:
         # The file's second source of a dequantized weight is its scale, which no LoRA changes.

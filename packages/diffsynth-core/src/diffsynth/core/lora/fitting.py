@@ -92,11 +92,20 @@ def what_fits(
     lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec], architecture: str, widened: Sequence[str] = ()
 ) -> set[str]:
     """Return a set of the names of those changes of `lora` that fit `module`; arguments as for `fit`."""
+    left = what_does_not_fit(lora, module, checkpoints, architecture, widened)
+    return {each.change.name for each in lora.factors} - left.keys()
+
+
+def what_does_not_fit(
+    lora: LoRA, module: nn.Module, checkpoints: Sequence[CheckpointSpec], architecture: str, widened: Sequence[str] = ()
+) -> dict[str, str]:
+    """Return a dict name -> reason of those changes of `lora` that do not fit `module`, an empty text for those of
+    which the module does not have the parameter; arguments as for `fit`.
+    """
     own, _ = _own_shapes(module)
-    changes = [each.change for each in lora.factors]
     layouts = layouts_of(own, [each for each in checkpoints if each.architecture == architecture])
-    found = match(changes, own, layouts, {f"{name}{_WEIGHT}" for name in widened})
-    return {each.name for each in changes} - found.left.keys()
+    changes = [each.change for each in lora.factors]
+    return match(changes, own, layouts, {f"{name}{_WEIGHT}" for name in widened}).left
 
 
 def target_layers(module: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:

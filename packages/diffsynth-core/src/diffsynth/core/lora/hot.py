@@ -30,6 +30,8 @@ class LoRAHotLoadMixin:
     Several LoRAs of one layer are stored as one, whose rank is the sum of theirs.
     """
 
+    beside_weights = "a hot LoRA (load it with hotload=False, or remove it with clear_lora())"
+    """What the layer computes beside its parameters, for `save_checkpoint`, which refuses it."""
     lora_down: Tensor
     """Matrix A, of shape `rank inputs`."""
     lora_up: Tensor

@@ -174,7 +174,7 @@ def read_adapter_config(file: Path) -> dict[str, Any] | None:
     if path.stat().st_size > _CONFIG_LIMIT:
         raise CorruptFile(f"{path} has {path.stat().st_size:,} bytes; expected the JSON of a peft adapter")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{path} is no JSON: {error}. Fetch it again") from None
     if not isinstance(found, dict):
