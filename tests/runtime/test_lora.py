@@ -194,7 +194,9 @@ def test_a_layer_that_nothing_has(caplog):
 def test_a_layer_that_a_component_has_in_another_size():
     pipe, layer = tiny_z_image(), "layers.0.attention.to_k"
     keys = both(pipe) | small.state_dict(made={f"transformer.{layer}": (torch.ones(1, 3), torch.ones(3, 1))})
-    with pytest.raises(KeyMismatch, match=rf"9 of its 10 layers fit; {layer}.weight is \(.*\), the LoRA is for \(3, 3\)"):
+    with pytest.raises(
+        KeyMismatch, match=rf"9 of its 10 layers fit; {layer}.weight is \(.*\), the LoRA is for \(3, 3\)"
+    ):
         pipe.load_lora(state_dict=keys)
 
 
