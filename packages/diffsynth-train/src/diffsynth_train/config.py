@@ -210,8 +210,8 @@ def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
         changes: overrides `"section.key=value"`; the value is parsed as TOML, or taken as text if it is not TOML.
 
     Raises:
-        TrainingError: no such file, one that is not in UTF-8, invalid TOML, an unknown or missing key, or a value of another type; the message
-            names the section and the nearest key.
+        TrainingError: no such file, one that is not in UTF-8, invalid TOML, an unknown or missing key, or a value of
+            another type; the message names the section and the nearest key.
     """
     if not path.is_file():
         raise TrainingError(f"recipe {path} does not exist")

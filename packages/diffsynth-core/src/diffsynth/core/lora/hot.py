@@ -31,7 +31,7 @@ class LoRAHotLoadMixin:
     """
 
     beside_weights = "a hot LoRA (load it with hotload=False, or remove it with clear_lora())"
-    """What the layer computes beside its parameters, for `save_checkpoint`, which refuses it."""
+    """Name of the part that is in no parameter, for `save_checkpoint`, which refuses such a layer."""
     lora_down: Tensor
     """Matrix A, of shape `rank inputs`."""
     lora_up: Tensor
