@@ -113,15 +113,16 @@ def harness(hub, monkeypatch, tmp_path) -> Harness:
     return Harness(monkeypatch, tmp_path, steps=STEPS, precise=True)
 
 
-def example(name: str, **options: Any) -> str:
-    """Return the script of a row; its prompt is passed by name."""
+def example(name: str, *, hotload: bool = False, **options: Any) -> str:
+    """Return the script of a row; its prompt is passed by name, and its LoRA is fused unless `hotload` is True."""
     row = ROWS[name]
     call = ["prompt", *(argument for argument in row["call"] if argument != "prompt")]
     files, setup = row["files"], []
     if name in LORAS:
         model, _, file = LORAS[name].partition(":")
         files = [each for each in files if each.get("origin_file_pattern") != file]
-        setup = [f'pipe.load_lora(pipe.dit, ModelConfig(model_id="{model}", origin_file_pattern="{file}"))']
+        config = f'ModelConfig(model_id="{model}", origin_file_pattern="{file}")'
+        setup = [f"pipe.load_lora(pipe.dit, {config}{', hotload=True' if hotload else ''})"]
     return script({**row, "call": call, "files": files, "methods": []}, RUN[name], setup=setup, **options)
 
 
@@ -181,17 +182,18 @@ def test_a_row_runs_and_every_argument_of_it_counts(name, harness) -> None:
     assert not pair or differs(call.again(**dict.fromkeys(pair, ...)), call.output)
 
 
-@pytest.mark.parametrize("name", ["Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-2511-Lightning"])
+@pytest.mark.parametrize(
+    "name", ["Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-2511-Lightning", "Qwen-Image-EliGen"]
+)
 def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, monkeypatch) -> None:
-    """Its weights are stored in fp8, and those on the hub have values that fp8 has, too."""
-    (plain,) = harness.run(example(name))
+    """Its weights are stored in fp8, and those on the hub have values that fp8 has, too; LoRAs are beside them."""
+    (plain,) = harness.run(example(name, hotload=True))
     let_blocks_travel(monkeypatch)
     (call,) = harness.run(example(name, low_vram=True))
-    if name in LORAS:  # fused into the weights of the one, applied beside those of the other
-        assert call.output.size == plain.output.size
-        assert differs(call.output, harness.run(example("Qwen-Image-Edit-2511", low_vram=True))[0].output)
-    else:
-        check_low_vram(call, plain, stored=torch.float8_e4m3fn, on_disk=True)
+    check_low_vram(call, plain, stored=torch.float8_e4m3fn, on_disk=True)
+    if name in LORAS:
+        call.pipe.clear_lora()
+        assert differs(call.again(), call.output)
 
 
 @pytest.mark.parametrize("kind", IMAGE_LORAS)

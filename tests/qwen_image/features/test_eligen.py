@@ -41,6 +41,9 @@ def painted(box, size=(48, 80)) -> Image.Image:
 
 
 MASKS = [painted((0, 0, 20, 80)), painted((16, 40, 48, 70))]
+WIDE = painted((0, 0, 20, 16), (96, 16))
+"""Mask that covers the first column of tokens where it is stretched, and none where it is cropped."""
+
 ENTITIES = {"eligen_entity_prompts": PROMPTS, "eligen_entity_masks": MASKS}
 
 
@@ -90,6 +93,7 @@ def test_a_token_is_in_a_region_if_a_latent_pixel_of_it_is_white(size) -> None:
     opaque = Image.new("RGBA", size, (9, 9, 9, 0))
     opaque.putalpha(mask)
     assert torch.equal(token_region(opaque, SIZE["height"], SIZE["width"]), found)
+    assert token_region(WIDE, SIZE["height"], SIZE["width"]).tolist() == [[True, False, False]] * 5
 
 
 def test_other_images_have_the_same_regions_scaled() -> None:
@@ -323,6 +327,11 @@ def test_a_call_is_planned_with_its_entities(plain) -> None:
             ENTITIES | {"eligen_entity_masks": [MASKS[0], Image.new("RGB", (9, 9))]},
             ValueError,
             r"eligen_entity_masks\[1\], of 9x9 pixels, covers nothing of the result of 48x80; expected white pixels",
+        ),
+        (
+            ENTITIES | {"eligen_entity_masks": [MASKS[0], WIDE], "resize_mode": "crop"},
+            ValueError,
+            r"eligen_entity_masks\[1\], of 96x16 pixels, covers nothing",
         ),
         (ENTITIES | {"eligen_entity_masks": [np.ones((9, 9))] * 2}, TypeError, "of a PIL image or None .entry 0"),
         (ENTITIES | {"eligen_entity_masks": MASKS[0]}, TypeError, "expected a list of a PIL image .*list of images"),

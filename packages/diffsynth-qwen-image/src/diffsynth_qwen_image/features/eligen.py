@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.core.data.color import to_mask
+from diffsynth.core.data.image import ResizeMode
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.guidance import ignored_without_guidance
 from diffsynth.runtime.image_units import round_up
@@ -35,7 +35,7 @@ class EntityArguments(TypedDict, total=False):
         eligen_entity_prompts: Prompts of the entities of the image, for Qwen-Image-EliGen; `prompt` describes all of
             it. Every result gets all of them.
         eligen_entity_masks: For each entity, an image that is white where its prompt applies; it is scaled to the
-            result's size. Regions may overlap.
+            result's size by `resize_mode`. Regions may overlap.
         eligen_enable_on_negative: Whether the negative prompt is in the regions, too, in place of the entities'
             prompts.
     """
@@ -110,17 +110,18 @@ def regions_of_grids(regions: Bool[Tensor, "n rows columns"], grids: Sequence[Gr
     return torch.cat([level.flatten(1) for level in scaled], dim=1) > 0
 
 
-def token_region(mask: Image.Image, height: int, width: int) -> Bool[Tensor, "rows columns"]:
+def token_region(
+    mask: Image.Image, height: int, width: int, *, resize_mode: ResizeMode = "stretch"
+) -> Bool[Tensor, "rows columns"]:
     """Return a bool CPU tensor `rows columns` of the tokens that a mask covers: those of which a latent pixel (8 x 8
     pixels) is white.
 
     Args:
-        mask: an image, at least half white where it covers, or at least half opaque if it has transparency; scaled to
-            the nearest pixel, whatever its aspect ratio.
+        mask: an image, see `diffsynth.runtime.images.mask_to_tensor`.
         height, width: size of the result in pixels, multiples of 16.
+        resize_mode: how a mask of another aspect ratio is scaled.
     """
-    size = (width // VAE_FACTOR, height // VAE_FACTOR)
-    levels = mask_to_tensor(to_mask(mask).resize(size, Image.Resampling.NEAREST), size[1], size[0])
+    levels = mask_to_tensor(mask, height // VAE_FACTOR, width // VAE_FACTOR, resize_mode=resize_mode)
     return F.max_pool2d(levels, TOKEN_FACTOR // VAE_FACTOR)[0, 0] > 0
 
 
@@ -169,12 +170,14 @@ def place_entities(
     entity_texts: Texts | None,
     height: int,
     width: int,
+    resize_mode: ResizeMode,
     device: torch.device,
 ) -> Entities | None:
     """Return `Entities`, the texts with their regions; None without texts."""
     if entity_texts is None:
         return None
-    regions = [token_region(mask, height, width) for mask in eligen_entity_masks or ()]
+    masks = eligen_entity_masks or ()
+    regions = [token_region(mask, height, width, resize_mode=resize_mode) for mask in masks]
     return Entities(entity_texts, torch.stack(regions).to(device))
 
 
@@ -192,7 +195,7 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
         )
     height, width = (round_up(values[side], TOKEN_FACTOR) for side in ("height", "width"))
     for index, mask in enumerate(masks):
-        if not token_region(mask, height, width).any():
+        if not token_region(mask, height, width, resize_mode=values["resize_mode"]).any():
             raise ValueError(
                 f"eligen_entity_masks[{index}], of {mask.width}x{mask.height} pixels, covers nothing of the result of "
                 f"{width}x{height}; expected white pixels where its prompt applies, an area of at least "
