@@ -9,9 +9,12 @@ import pytest
 from diffsynth.testing import tiny_hub
 from diffsynth_qwen_image.features import edit
 from example_scripts import check_names, loaded, run
-from qwen_image_files import write_image_to_lora, write_lora
+from qwen_image_files import write_controlnets, write_image_to_lora, write_lora
 
-SCRIPTS = ("context", "edit", "edit_several", "entities", "image_to_lora", "text_to_image")
+SCRIPTS = (
+    *("context", "controlnet", "controlnet_union", "inpaint_controlnet"),
+    *("edit", "edit_several", "entities", "image_to_lora", "text_to_image"),
+)
 
 
 def test_every_model_has_its_example() -> None:
@@ -22,6 +25,7 @@ def test_every_model_has_its_example() -> None:
 def hub(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     tiny_hub(root, [loaded("qwen_image", script) for script in SCRIPTS])
+    write_controlnets(root)
     for model in ("Qwen-Image-In-Context-Control-Union", "Qwen-Image-EliGen-V2"):
         write_lora(root, f"DiffSynth-Studio/{model}:model.safetensors", seed=0)
     write_image_to_lora(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from diffsynth.testing import tiny_hub
 from diffsynth_qwen_image.features import edit
 from limited import let_blocks_travel
-from qwen_image_files import write_image_to_lora, write_lora
+from qwen_image_files import write_controlnets, write_image_to_lora, write_lora
 from row_harness import Harness, check_arguments, check_low_vram, differs, round_weights
 from row_scripts import read_rows, script
 
@@ -24,8 +25,11 @@ STEPS = 15
 COMMON = {"prompt": '"a girl in a red coat"', "seed": "1", "num_inference_steps": "40"}
 IMAGE = 'Image.linear_gradient("L").resize((80, 64)).convert("RGB")'
 LIST = f'[{IMAGE}, Image.radial_gradient("L").convert("RGB")]'
-EDIT = COMMON | {"edit_image": IMAGE, "edit_image_auto_resize": "False", "height": "1328", "width": "1024"}
 MASK = 'Image.linear_gradient("L")'
+CONTROLLED = {"prompt": COMMON["prompt"], "seed": "1"}
+CANNY = f"ControlNetInput(image={IMAGE})"
+CHANGED = f"{MASK}.resize((80, 64))"
+INPAINT = COMMON | {"input_image": IMAGE, "inpaint_mask": CHANGED}
 ENTITIES = COMMON | {
     "eligen_entity_prompts": '["a red coat", "snow"]',
     "eligen_entity_masks": f"[{MASK}.rotate(90), {MASK}]",
@@ -34,6 +38,7 @@ ENTITIES = COMMON | {
     "height": "1024",
     "width": "1024",
 }
+EDIT = COMMON | {"edit_image": IMAGE, "edit_image_auto_resize": "False", "height": "1328", "width": "1024"}
 EDIT_2511 = EDIT | {"edit_image": LIST, "height": "1152", "width": "896", "zero_cond_t": "True"}
 
 RUN = {
@@ -49,6 +54,15 @@ RUN = {
     "Qwen-Image-Edit-2511-ICEdit": EDIT_2511 | {"negative_prompt": '"blurry"'},
     "Qwen-Image-Edit-2511-Lightning": EDIT_2511 | {"num_inference_steps": "4", "cfg_scale": "1.0"},
     "Qwen-Image-Edit-Lowres-Fix": EDIT | {"height": "1024", "width": "768", "edit_rope_interpolation": "True"},
+    "Qwen-Image-Blockwise-ControlNet-Canny": CONTROLLED | {"blockwise_controlnet_inputs": f"[{CANNY}]"},
+    "Qwen-Image-Blockwise-ControlNet-Depth": CONTROLLED | {"blockwise_controlnet_inputs": f"[{CANNY}]"},
+    "Qwen-Image-Blockwise-ControlNet-Inpaint": INPAINT
+    | {"blockwise_controlnet_inputs": f"[ControlNetInput(image={IMAGE}, inpaint_mask={CHANGED})]"},
+    "Qwen-Image-Blockwise-ControlNet-InpaintCanny": INPAINT
+    | {
+        "blockwise_controlnet_inputs": f"[ControlNetInput(image={IMAGE}, inpaint_mask={CHANGED}, controlnet_id=0), "
+        f"ControlNetInput(image={IMAGE}, controlnet_id=1)]"
+    },
     "Qwen-Image-In-Context-Control-Union": COMMON
     | {"context_image": IMAGE, "negative_prompt": '"blurry"', "height": "1024", "width": "1024"},
     "Qwen-Image-EliGen": ENTITIES | {"num_inference_steps": "30"},
@@ -58,6 +72,8 @@ RUN = {
     "FireRed-Image-Edit-1.1": EDIT | {"height": "1152", "width": "896"},
 }
 """Row -> arguments of its call, with the values of DiffSynth-Studio's table, except that images are not enlarged."""
+
+CONTROLS = "Qwen-Image-Blockwise-ControlNet-InpaintCanny"
 
 LORAS = {
     "Qwen-Image-Distill-LoRA": "DiffSynth-Studio/Qwen-Image-Distill-LoRA:model.safetensors",
@@ -82,8 +98,6 @@ IMAGE_LORAS = {
 """Script of the row Qwen-Image-i2L -> the files of the networks that make its LoRA, without their suffix."""
 
 LATER = {
-    *("Qwen-Image-Blockwise-ControlNet-Canny", "Qwen-Image-Blockwise-ControlNet-Depth"),
-    *("Qwen-Image-Blockwise-ControlNet-Inpaint", "Qwen-Image-Blockwise-ControlNet-InpaintCanny"),
     *("Qwen-Image-Layered", "Qwen-Image-Layered-Control", "Qwen-Image-Layered-Control-V2"),
 }
 """Rows that are not supported yet."""
@@ -96,6 +110,7 @@ MODELS += ["qwen-image-edit-2511", "firered-image-edit-1.0", "firered-image-edit
 def hub(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     tiny_hub(root, MODELS)
+    write_controlnets(root)
     round_weights(root, torch.float8_e4m3fn)
     for seed, source in enumerate(LORAS.values()):
         write_lora(root, source, seed)
@@ -177,13 +192,15 @@ def test_a_row_runs_and_every_argument_of_it_counts(name, harness) -> None:
     assert isinstance(call.output, Image.Image)
     assert (call.output.mode, call.output.size) == ("RGB", sides)
     assert set(call.arguments) == {"prompt", *ROWS[name]["call"]}
+    inputs = [replace(each, scale=0.0) for each in call.arguments.get("blockwise_controlnet_inputs", ())]
+    refused = check_arguments(call, neutral={"blockwise_controlnet_inputs": [inputs]})
     pair = {argument for argument in call.arguments if argument.startswith("eligen_entity")}
-    assert check_arguments(call) == pair, "each is refused without the other"
+    assert refused == (pair or ({"input_image"} if "inpaint_mask" in call.arguments else set())), "of each pair"
     assert not pair or differs(call.again(**dict.fromkeys(pair, ...)), call.output)
 
 
 @pytest.mark.parametrize(
-    "name", ["Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-2511-Lightning", "Qwen-Image-EliGen"]
+    "name", ["Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-2511-Lightning", "Qwen-Image-EliGen", CONTROLS]
 )
 def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, monkeypatch) -> None:
     """Its weights are stored in fp8, and those on the hub have values that fp8 has, too; LoRAs are beside them."""

@@ -1,12 +1,16 @@
 import pytest
 import torch
+from PIL import Image
 
 from diffsynth.runtime.controlnet import (
     ControlNetContext,
     ControlNetContexts,
     ControlNetInput,
     active_roles,
+    check_image,
+    check_mask,
     config_for,
+    encode_control_image,
     listed,
 )
 from diffsynth.runtime.feature import StepContext
@@ -74,3 +78,43 @@ def test_the_config_that_an_input_names():
     assert config_for(ControlNetInput(1), ["a", "b"], argument="inputs") == "b"
     with pytest.raises(ValueError, match="inputs: controlnet_id=2, and 2 are loaded; expected 0 to 1"):
         config_for(ControlNetInput(2), ["a", "b"], argument="inputs")
+
+
+IMAGE = Image.new("RGB", (16, 8), (255, 0, 0))
+MASK = Image.new("L", (16, 8))
+MASK.paste(255, (8, 0, 16, 8))
+
+
+class Encoder:
+    """An autoencoder whose latents are the pixels of every eighth column and row."""
+
+    def encode(self, pixels, **tiling):
+        assert tiling == {"tiled": False}
+        return pixels[:, :, ::8, ::8]
+
+
+def encoded(**settings):
+    options = {"height": 8, "width": 16, "tiling": {"tiled": False}, "device": "cpu", "dtype": torch.float32}
+    return encode_control_image(Encoder(), ControlNetInput(**settings), **options)[0, :, 0].tolist()
+
+
+def test_an_encoded_control_image():
+    """The part that changes is black, and the last channel is 1 where the image is kept."""
+    assert encoded(image=IMAGE) == encoded(inpaint_image=IMAGE) == [[1, 1], [-1, -1], [-1, -1]]
+    assert encoded(image=IMAGE, inpaint_mask=MASK) == [[1, -1], [-1, -1], [-1, -1], [1, 0]]
+
+
+@pytest.mark.parametrize("images", [{}, {"image": IMAGE, "inpaint_image": IMAGE}])
+def test_an_input_has_one_image(images):
+    with pytest.raises(ValueError, match="inputs: an input needs one of image and inpaint_image"):
+        check_image(ControlNetInput(**images), argument="inputs")
+
+
+def test_a_mask_goes_with_a_controlnet_that_takes_one():
+    without, with_mask = ControlNetInput(1, image=IMAGE), ControlNetInput(image=IMAGE, inpaint_mask=MASK)
+    check_mask(without, inpaints=False, argument="inputs")
+    check_mask(with_mask, inpaints=True, argument="inputs")
+    with pytest.raises(ValueError, match="inputs: ControlNet 1 needs inpaint_mask, and none is given"):
+        check_mask(without, inpaints=True, argument="inputs")
+    with pytest.raises(ValueError, match="inputs: ControlNet 0 takes a control image without a mask"):
+        check_mask(with_mask, inpaints=False, argument="inputs")

@@ -71,6 +71,23 @@ def test_a_unit_before_the_first_branched_one_runs_once_though_both_write_one_na
     assert (cond[1], uncond[1]) == ("a", "b")
 
 
+def test_a_unit_of_one_branch_runs_once_with_its_values_and_all_branches_share_the_result():
+    """ControlNets of Qwen-Image read the prompt in the branch of the negative prompt, too."""
+
+    @unit("kept", of_branch="cond")
+    def keep(*, embeds):
+        return [embeds]
+
+    state = CallValues({"prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
+    run_units((encode, keep), {"text_encoder": object()}, state)
+    cond, uncond = (state.for_branch(branch) for branch in ("cond", "uncond"))
+    assert (cond["embeds"], uncond["embeds"]) == ("<a>", "<b>")
+    assert cond["kept"] is uncond["kept"]
+    assert cond["kept"] == ["<a>"]
+    with pytest.raises(TypeError, match="it has both branches and of_branch; leave out one"):
+        unit("kept", of_branch="cond", branches={"uncond": {"embeds": "others"}})(lambda *, embeds: embeds)
+
+
 def test_branches_run_once_each():
     state = CallValues({"height": 20, "width": 16, "prompt": "a", "negative_prompt": "b"}, ("cond", "uncond"))
     run_units(UNITS, {"text_encoder": object()}, state)

@@ -10,17 +10,42 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.lora import LoRA, LoRALayer, save_lora, target_layers
 from diffsynth.models.dinov3 import Dinov3ImageEncoder
 from diffsynth.models.image_config import TINY_DINOV3, TINY_SIGLIP
 from diffsynth.models.image_to_lora import ImageToLoRA
 from diffsynth.models.siglip import SiglipImageEncoder
 from diffsynth_qwen_image import image_to_lora_config
+from diffsynth_qwen_image.blockwise_controlnet import BlockwiseControlNet
 from diffsynth_qwen_image.checkpoints import LORA_TARGETS
 from diffsynth_qwen_image.config import TINY_DIT
+from diffsynth_qwen_image.controlnet import QwenImageControlNet
+from diffsynth_qwen_image.controlnet_config import TINY_BLOCKWISE, TINY_CONTROLNET
 from diffsynth_qwen_image.dit import QwenImageDiT
 from diffsynth_qwen_image.models import TINY
 from parity import draw_weights, shapes_of
+
+_UNION = replace(TINY_CONTROLNET, **TINY["dit"])
+_PLAIN = replace(TINY_BLOCKWISE, dim=_UNION.dim)
+CONTROLNETS = {
+    "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny:model.safetensors": _PLAIN,
+    "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Depth:model.safetensors": _PLAIN,
+    "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Inpaint:model.safetensors": replace(_PLAIN, additional_in_dim=4),
+    "InstantX/Qwen-Image-ControlNet-Union:diffusion_pytorch_model.safetensors": _UNION,
+}
+"""File of a ControlNet -> its config."""
+
+
+def write_controlnets(root: Path) -> None:
+    """Write the ControlNets of `CONTROLNETS` below the root of a tiny hub."""
+    for seed, (source, config) in enumerate(CONTROLNETS.items()):
+        model, _, file = source.partition(":")
+        kind = "qwen_image_controlnet" if config is _UNION else "qwen_image_blockwise_controlnet"
+        network = (QwenImageControlNet if config is _UNION else BlockwiseControlNet)(config)
+        network.load_state_dict(draw_weights(shapes_of(network), seed))
+        (root / model).mkdir(parents=True, exist_ok=True)
+        save_checkpoint(network, root / model / file, architecture=kind, config=config, layout=kind)
 
 
 def write_lora(root: Path, source: str, seed: int) -> None:

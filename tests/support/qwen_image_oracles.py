@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageControlNetModel,
+    QwenImageTransformer2DModel,
+)
 from torch import Tensor
 from transformers import (
     BatchFeature,
@@ -23,6 +28,7 @@ from diffsynth.models.qwen25_vl import Qwen25VLTextEncoder
 from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_qwen_image import QwenImagePipeline
 from diffsynth_qwen_image.config import QwenImageDiTConfig
+from diffsynth_qwen_image.controlnet_config import QwenImageControlNetConfig
 from diffsynth_qwen_image.dit import QwenImageDiT
 
 SIZE = {"height": 80, "width": 48}
@@ -84,6 +90,23 @@ def oracle_dit(config: QwenImageDiTConfig, *, zero_cond_t: bool = False) -> Qwen
     ).eval()
 
 
+def oracle_controlnet(config: QwenImageControlNetConfig, seed: int = 4) -> QwenImageControlNetModel:
+    """Return diffusers' ControlNet of a config, with random weights."""
+    oracle = QwenImageControlNetModel(
+        patch_size=config.patch_size,
+        in_channels=config.patch_dim,
+        out_channels=config.in_channels,
+        num_layers=config.n_layers,
+        attention_head_dim=config.head_dim,
+        num_attention_heads=config.n_heads,
+        joint_attention_dim=config.prompt_dim,
+        axes_dims_rope=config.axes_dims,
+        extra_condition_channels=config.patch_size**2 if config.inpaints else 0,
+    ).eval()
+    oracle.load_state_dict(parity.draw_weights(parity.shapes_of(oracle), seed))
+    return oracle
+
+
 def oracle_encoder(image_token: int) -> Qwen2_5_VLForConditionalGeneration:
     """Return transformers' tiny Qwen2.5-VL, with its head."""
     text = {
@@ -115,13 +138,14 @@ def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tiny_pipelines(
-    *, zero_cond_t: bool = False, scheduler: dict[str, Any] | None = None
+    *, zero_cond_t: bool = False, scheduler: dict[str, Any] | None = None, **components: Any
 ) -> tuple[QwenImagePipeline, dict[str, Any]]:
     """Return our pipeline, and the components of diffusers' pipelines with the same weights.
 
     Args:
         zero_cond_t: see `oracle_dit`.
         scheduler: config of diffusers' scheduler; None is that of Qwen-Image.
+        components: further components of ours.
     """
     tokenizer = qwen_tokenizer()
     dit = oracle_dit(DIT, zero_cond_t=zero_cond_t)
@@ -139,7 +163,9 @@ def tiny_pipelines(
     ours["dit"].load_state_dict(dit.state_dict())
     ours["text_encoder"].load_state_dict(published_names(encoder.state_dict()))
     processors = {"tokenizer": tokenizer, "processor": image_processor()}
-    pipe = QwenImagePipeline.from_components(**ours, **processors, device="cpu", torch_dtype=torch.float32)
+    pipe = QwenImagePipeline.from_components(
+        **ours, **processors, **components, device="cpu", torch_dtype=torch.float32
+    )
     parts = {
         "scheduler": FlowMatchEulerDiscreteScheduler(**(scheduler or SCHEDULER)),
         "vae": vae,

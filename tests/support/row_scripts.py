@@ -65,7 +65,7 @@ def script(
     (pipeline,) = [name for name in row["pipelines"] if name != "TemplatePipeline"]
     imports = [f"from {DOORS[pipeline]} import {pipeline}, ModelConfig"]
     imports += [f"from {DOORS[name]} import {name}" for name in row["pipelines"] if name != pipeline]
-    if "controlnet_inputs" in row["call"]:
+    if any(name.endswith("controlnet_inputs") for name in row["call"]):
         imports += [f"from {DOORS[pipeline]} import ControlNetInput"]
     if any("Image." in value for value in values.values()):
         imports += ["from PIL import Image"]

@@ -9,7 +9,9 @@ from diffsynth.runtime.image_units import ImageArguments
 from diffsynth.runtime.inpainting import InpaintArguments
 from diffsynth.runtime.kv_cache import KVCacheArguments
 from diffsynth.runtime.request import LoopKeywords
+from diffsynth_qwen_image.features.blockwise_controlnet import BlockwiseControlNetArguments
 from diffsynth_qwen_image.features.context import ContextArguments
+from diffsynth_qwen_image.features.controlnet import ControlNetArguments
 from diffsynth_qwen_image.features.edit import EditArguments
 from diffsynth_qwen_image.features.eligen import EntityArguments
 
@@ -22,6 +24,8 @@ class QwenImageArguments(
     ImageToLoRAArguments,
     KVCacheArguments,
     InpaintArguments,
+    ControlNetArguments,
+    BlockwiseControlNetArguments,
     LoopKeywords,
     total=False,
 ):

@@ -27,6 +27,9 @@ LORA_SPELLINGS = (
     LoRASpelling(name="lightx2v", down="lora_down.weight", up="lora_up.weight", alpha="alpha"),
 )
 
+HIGH_PRECISION = ("time_text_embed.*", "*norm_*q.weight", "*norm_*k.weight", "txt_norm.*")
+"""Names of the parameters that stay in high precision."""
+
 ARCHITECTURES = (
     ArchitectureSpec(
         name=DIT,
@@ -48,7 +51,7 @@ ARCHITECTURES = (
         ),
         tiny="diffsynth_qwen_image.config:TINY_DIT",
         tiny_inputs="diffsynth_qwen_image.config:tiny_dit_inputs",
-        high_precision=("time_text_embed.*", "*norm_*q.weight", "*norm_*k.weight", "txt_norm.*"),
+        high_precision=HIGH_PRECISION,
         repeated_blocks=("transformer_blocks",),
         lora_targets=LORA_TARGETS,
         lora_spellings=LORA_SPELLINGS,

@@ -98,25 +98,34 @@ def infer_dit_config(shapes: Shapes) -> QwenImageDiTConfig:
     Raises:
         ValueError: sizes that no network of Qwen-Image has.
     """
+    values, (outputs, _) = shapes["img_in.weight"][1], shapes["proj_out.weight"]
+    if outputs != values:
+        raise ValueError(f"patches of {values} values at the input and {outputs} at the output: expected one number")
+    return QwenImageDiTConfig(**infer_blocks(shapes), layered="time_text_embed.addition_t_embedding.weight" in shapes)
+
+
+def infer_blocks(shapes: Shapes) -> dict[str, Any]:
+    """Return a dict field of `QwenImageDiTConfig` -> value, of those that the shapes of the embedders and blocks in a
+    file determine.
+
+    Raises:
+        ValueError: sizes that no network of Qwen-Image has.
+    """
     dim, patch_dim = shapes["img_in.weight"]
     (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
     if head_dim % 32 or dim % head_dim:
         raise ValueError(f"head dimension {head_dim}: expected a multiple of 32 that divides the width {dim}")
     patch = QwenImageDiTConfig.patch_size
-    if patch_dim % patch**2 or shapes["proj_out.weight"][0] != patch_dim:
-        raise ValueError(
-            f"patches of {patch_dim} values at the input and {shapes['proj_out.weight'][0]} at the output: expected "
-            f"one number for both, a multiple of the {patch**2} pixels of a patch"
-        )
-    return QwenImageDiTConfig(
-        dim=dim,
-        n_heads=dim // head_dim,
-        n_layers=count_items(shapes, "transformer_blocks"),
-        in_channels=patch_dim // patch**2,
-        prompt_dim=shapes["txt_in.weight"][1],
-        ffn_dim=shapes["transformer_blocks.0.img_mlp.net.2.weight"][1],
-        frequency_dim=shapes["time_text_embed.timestep_embedder.linear_1.weight"][1],
+    if patch_dim % patch**2:
+        raise ValueError(f"patches of {patch_dim} values: expected a multiple of the {patch**2} pixels of a patch")
+    return {
+        "dim": dim,
+        "n_heads": dim // head_dim,
+        "n_layers": count_items(shapes, "transformer_blocks"),
+        "in_channels": patch_dim // patch**2,
+        "prompt_dim": shapes["txt_in.weight"][1],
+        "ffn_dim": shapes["transformer_blocks.0.img_mlp.net.2.weight"][1],
+        "frequency_dim": shapes["time_text_embed.timestep_embedder.linear_1.weight"][1],
         # RoPE uses an eighth of each head for the image and the rest in equal parts for rows and columns.
-        axes_dims=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
-        layered="time_text_embed.addition_t_embedding.weight" in shapes,
-    )
+        "axes_dims": (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
+    }

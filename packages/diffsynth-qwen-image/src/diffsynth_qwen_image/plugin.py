@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, GuidanceSpec, ModelSpec, TrainingSpec
-from diffsynth_qwen_image import image_to_lora_config
+from diffsynth_qwen_image import controlnet_config, image_to_lora_config
 from diffsynth_qwen_image.checkpoints import ARCHITECTURES, CHECKPOINTS, NAMED
 from diffsynth_qwen_image.models import MODELS, TRAINING
 
@@ -21,13 +21,13 @@ def register_models(register: Callable[[ModelSpec], None]) -> None:
 
 @hookimpl
 def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None:
-    for architecture in (*ARCHITECTURES, *NAMED, *image_to_lora_config.ARCHITECTURES):
+    for architecture in (*ARCHITECTURES, *NAMED, *controlnet_config.ARCHITECTURES, *image_to_lora_config.ARCHITECTURES):
         register(architecture)
 
 
 @hookimpl
 def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
-    for checkpoint in (*CHECKPOINTS, *image_to_lora_config.CHECKPOINTS):
+    for checkpoint in (*CHECKPOINTS, *controlnet_config.CHECKPOINTS, *image_to_lora_config.CHECKPOINTS):
         register(checkpoint)
 
 

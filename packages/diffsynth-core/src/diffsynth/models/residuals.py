@@ -28,6 +28,17 @@ class ScaledHint:
         return self.hint * self.scale
 
 
+def hint_of(block: int, blocks: int, hints: int) -> int:
+    """Return the index of the hint that a block of the transformer gets, an int: consecutive blocks share one.
+
+    Args:
+        block: index of the block.
+        blocks: number of blocks in its stack.
+        hints: number of hints for the stack, at least 1.
+    """
+    return block // -(-blocks // hints)
+
+
 def check_blocks(network: nn.Module, named: Iterable[tuple[str, int]], stacks: Sequence[str]) -> None:
     """Raise ValueError if an extension names a block that a transformer does not have.
 

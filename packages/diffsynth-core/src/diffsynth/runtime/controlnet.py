@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data.image import ResizeMode
+from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.feature import StepContext
+from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
 
 
 @dataclass
@@ -131,3 +136,60 @@ def config_for(each: ControlNetInput, networks: Sequence[Any], *, argument: str)
             f"{len(networks) - 1}, in the order of model_configs"
         )
     return networks[each.controlnet_id]
+
+
+def check_image(each: ControlNetInput, *, argument: str) -> None:
+    """Raise ValueError unless an input has one image, as `image` or as `inpaint_image`.
+
+    Args:
+        each: the input.
+        argument: name of the call's argument, for the message.
+    """
+    if (each.image is None) == (each.inpaint_image is None):
+        raise ValueError(f"{argument}: an input needs one of image and inpaint_image")
+
+
+def check_mask(each: ControlNetInput, *, inpaints: bool, argument: str) -> None:
+    """Raise ValueError unless an input has a mask if its ControlNet takes one, and none otherwise.
+
+    Args:
+        each: the input.
+        inpaints: whether the ControlNet takes a mask.
+        argument: name of the call's argument, for the message.
+    """
+    if inpaints != (each.inpaint_mask is not None):
+        needs = "needs inpaint_mask, and none is given" if inpaints else "takes a control image without a mask"
+        raise ValueError(f"{argument}: ControlNet {each.controlnet_id} {needs}")
+
+
+def encode_control_image(
+    vae: Any,
+    each: ControlNetInput,
+    *,
+    height: int,
+    width: int,
+    resize_mode: ResizeMode = "stretch",
+    tiling: Tiling,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Float[Tensor, "1 c h w"]:
+    """Return the latents of an input's image, a tensor `1 c h w`; with a mask, those of the image with the masked part
+    in black, and one more channel that is 1 where the image is kept.
+
+    Args:
+        vae: the autoencoder.
+        each: the input, with one of `image` and `inpaint_image`.
+        height, width: of the result, in pixels.
+        resize_mode: how an image and a mask of another aspect ratio are scaled to it.
+        tiling: arguments of `vae.encode`.
+        device, dtype: of the pixels and latents.
+    """
+    image = each.image if each.inpaint_image is None else each.inpaint_image
+    assert image is not None, "checked before anything was encoded"
+    pixels = image_to_tensor(image, height, width, resize_mode=resize_mode)
+    if each.inpaint_mask is None:
+        return vae.encode(pixels.to(device, dtype), **tiling)
+    changes = mask_to_tensor(each.inpaint_mask, height, width, resize_mode=resize_mode)
+    latents = vae.encode((pixels * (1 - changes) - changes).to(device, dtype), **tiling)
+    kept = F.interpolate(1 - changes, size=latents.shape[2:], mode="nearest").to(latents)
+    return torch.cat((latents, kept), dim=1)

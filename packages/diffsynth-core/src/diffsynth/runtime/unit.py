@@ -76,6 +76,8 @@ class Unit:
         ignores: called with the same values; returns name -> reason of those that the unit reads and whose value
             changes nothing in the call, such as the size of tiles that are off. An argument that all units ignore is
             said to have no effect. None ignores nothing.
+        of_branch: a branch of guidance, such as "cond", whose values it reads; it then runs once, and its results are
+            shared by all branches. "" reads those of the branch that it runs for.
         provider: the plugin that adds the unit to a pipeline of another package; "" for the pipeline's own units.
     """
 
@@ -93,6 +95,7 @@ class Unit:
     switches: Mapping[str, Any] = field(default_factory=dict, hash=False)
     check: Callable[[Mapping[str, Any]], None] | None = field(default=None, repr=False)
     ignores: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = field(default=None, repr=False)
+    of_branch: str = ""
     provider: str = field(default="", compare=False)
 
     @property
@@ -139,6 +142,7 @@ def unit(
     switches: Mapping[str, Any] | None = None,
     check: Callable[[Mapping[str, Any]], None] | None = None,
     ignores: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None,
+    of_branch: str = "",
 ) -> Callable[[Callable[..., Any]], Unit]:
     """Return a decorator that turns a function into a `Unit`.
 
@@ -153,10 +157,11 @@ def unit(
         switches: argument -> value that lowers the memory of the unit, which a plan sets if the argument is None.
         check: function of a call's values that raises for those which the unit would refuse; see `Unit`.
         ignores: function of a call's values that returns name -> reason of reads that change nothing; see `Unit`.
+        of_branch: a branch of guidance whose values the unit reads, once for all branches; see `Unit`.
 
     Raises:
         TypeError: a parameter is neither positional (a role) nor keyword-only (a read), or `branches`, `only_with` or
-            `switches` have a name that the function does not read.
+            `switches` have a name that the function does not read, or both `branches` and `of_branch` are given.
     """
 
     def decorate(function: Callable[..., Any]) -> Unit:
@@ -170,6 +175,8 @@ def unit(
                     optional.add(parameter.name)
             else:
                 raise TypeError(f"unit {function.__name__!r}: *args and **kwargs would hide what it reads")
+        if branches and of_branch:
+            raise TypeError(f"unit {function.__name__!r}: it has both branches and of_branch; leave out one")
         renamed = {name for names in (branches or {}).values() for name in names}
         if unread := renamed - {read.name for read in reads}:
             raise TypeError(f"unit {function.__name__!r}: branches rename {sorted(unread)}, which it does not read")
@@ -191,6 +198,7 @@ def unit(
             switches=MappingProxyType(dict(switches or {})),
             check=check,
             ignores=ignores,
+            of_branch=of_branch,
         )
 
     return decorate
@@ -325,14 +333,16 @@ def run_unit(step: Unit, components: Mapping[str, Any], values: CallValues) -> N
     """
     for branch in values.branches if is_per_branch(step, values.branched) else ("shared",):
         renames = step.branches.get(branch, {})
-        known = values.for_branch(branch)
+        known = values.for_branch(step.of_branch or branch)
         read = known | {plain: known[name] for plain, name in renames.items() if name in known}
         values.write(branch, step.run(components, read))
 
 
 def is_per_branch(step: Unit, branched: Collection[str]) -> bool:
-    """Whether a unit runs once for each branch: it declares `branches`, or reads a value that differs by branch."""
-    return bool(step.branches) or any(read.name in branched for read in step.reads)
+    """Whether a unit runs once for each branch: it declares `branches`, or reads a value that differs by branch and has
+    no `of_branch`.
+    """
+    return bool(step.branches) or (not step.of_branch and any(read.name in branched for read in step.reads))
 
 
 def runs(step: Unit, components: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.core.gradient import gradient_checkpoint_forward
-from diffsynth.models.residuals import ScaledHint
+from diffsynth.models.residuals import ScaledHint, hint_of
 from diffsynth_flux.flux1.config import FluxControlNetConfig
 from diffsynth_flux.flux1.dit import add_blocks, add_embedders, embed_inputs, grid_positions, patchify, rotary_embedding
 from diffsynth_flux.flux1.extension import Inputs, Network, StackName, Stream
@@ -65,17 +65,6 @@ class ControlNetResiduals:
             for block in range(blocks) if each else ():
                 stream = stream.with_residual(stack, block, residuals[hint_of(block, blocks, len(each))])
         return stream
-
-
-def hint_of(block: int, blocks: int, hints: int) -> int:
-    """Return the index of the hint that a block of the transformer gets, an int: consecutive blocks share one.
-
-    Args:
-        block: index of the block.
-        blocks: number of blocks in its stack.
-        hints: number of hints for the stack, at least 1.
-    """
-    return block // -(-blocks // hints)
 
 
 class FluxControlNet(nn.Module):

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 
 from diffsynth.core.data.image import ResizeMode
 from diffsynth.errors import did_you_mean
@@ -20,11 +19,13 @@ from diffsynth.runtime.controlnet import (
     ControlNetInput,
     ControlNetInputs,
     active_roles,
+    check_image,
+    check_mask,
     config_for,
+    encode_control_image,
     listed,
 )
 from diffsynth.runtime.feature import Condition, Configs, Feature, StepContext
-from diffsynth.runtime.images import image_to_tensor, mask_to_tensor
 from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_flux.flux1.controlnet import ControlNetResiduals
@@ -85,16 +86,9 @@ def encode_controlnet_inputs(
     """
     contexts = []
     for each in listed(controlnet_inputs):
-        image = each.image if each.inpaint_image is None else each.inpaint_image
-        assert image is not None, "checked before anything was encoded"
-        pixels = image_to_tensor(image, height, width, resize_mode=resize_mode)
-        if each.inpaint_mask is None:
-            latents = vae.encode(pixels.to(device, dtype), **tiling)
-        else:
-            changes = mask_to_tensor(each.inpaint_mask, height, width, resize_mode=resize_mode)
-            latents = vae.encode((pixels * (1 - changes) - changes).to(device, dtype), **tiling)
-            kept = F.interpolate(1 - changes, size=latents.shape[2:], mode="nearest").to(latents)
-            latents = torch.cat((latents, kept), dim=1)
+        latents = encode_control_image(
+            vae, each, height=height, width=width, resize_mode=resize_mode, tiling=tiling, device=device, dtype=dtype
+        )
         mode = mode_of(each.processor_id) if controlnet_modes[each.controlnet_id] else None
         contexts.append(ControlNetContext(latents, each, mode))
     return ControlNets(tuple(contexts))
@@ -128,17 +122,14 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """
     networks = configs[ROLE]
     for each in listed(values["controlnet_inputs"]):
-        if (each.image is None) == (each.inpaint_image is None):
-            raise ValueError("controlnet_inputs: an input needs one of image and inpaint_image")
+        check_image(each, argument="controlnet_inputs")
         if networks is not None:
             _check_input(each, networks)
 
 
 def _check_input(each: ControlNetInput, networks: Sequence[Any]) -> None:
     index, config = each.controlnet_id, config_for(each, networks, argument="controlnet_inputs")
-    if config.inpaints != (each.inpaint_mask is not None):
-        needs = "needs inpaint_mask, and none is given" if config.inpaints else "takes a control image without a mask"
-        raise ValueError(f"controlnet_inputs: ControlNet {index} {needs}")
+    check_mask(each, inpaints=config.inpaints, argument="controlnet_inputs")
     if config.num_modes:
         if mode_of(each.processor_id) not in range(config.num_modes):
             raise ValueError(
