@@ -102,7 +102,7 @@ CONTROLNET = Feature(
         Agreement("number of latent channels", ("dit.in_channels", f"{ROLE}.in_channels")),
         Agreement("width of the text encoder", ("dit.prompt_dim", f"{ROLE}.prompt_dim")),
     ),
-    units=(encode_controlnet_inputs, add_prompt),
+    units=(encode_controlnet_inputs,),
     conditions={"controlnets": Condition("an image has no frames", batch="separate")},
     check=check,
     roles_at=roles_at,
