@@ -269,7 +269,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         if self.device.type != "meta":
             refuse_meta(arguments)
         request = self._planned_request(arguments)
-        self.log_arguments_without_effect(request, arguments)
+        self.log_warnings(request, arguments)
         values = self.call_values(request)
         try:
             for stage in self.stages(request):
