@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import struct
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from diffsynth._discovery import Declared, Problem
 from diffsynth.cli import main
 from diffsynth.spec import CommandSpec
-from diffsynth.terminal import EscapingStream, escaping_output, module_logger, unescaped
+from diffsynth.terminal import EscapingStream, OutputFailed, escaping_output, module_logger, unescaped
 from image_pipeline import catalog, use
 
 HOSTILE = "\x1b]0;owned\x07a\x9b31m\u202eb\rc"
@@ -198,3 +199,44 @@ def test_characters_that_the_terminal_lacks(encoding, shown):
     stream.write("caf\xe9 \u732b\n")
     stream.flush()
     assert written.getvalue().decode(encoding).rstrip() == shown
+
+
+class Failing(io.StringIO):
+    """A stream whose writes fail."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+def test_output_that_nobody_reads_is_dropped():
+    for stream in (EscapingStream(None, required=True), EscapingStream(Failing(BrokenPipeError()), required=True)):
+        assert stream.write("text") == 4
+        stream.flush()
+        assert stream.write("more") == 4
+    full = OSError(28, "No space left on device")
+    assert EscapingStream(Failing(full)).write("a log") == 5
+    stream = EscapingStream(Failing(full), required=True)
+    for call in (lambda: stream.write("a result"), stream.flush):
+        with pytest.raises(OutputFailed, match="standard output cannot be written: No space left on device"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "error"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("| true", 0, ""),
+        (">/dev/full", 1, "Error: standard output cannot be written: No space left on device\n"),
+    ],
+)
+def test_a_command_of_a_shell(redirection, code, error):
+    program = f"{sys.executable} -c 'from diffsynth.cli import main; main([\"--help\"])'"
+    script = f"set -o pipefail; {program} {redirection}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (code, error)

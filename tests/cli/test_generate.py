@@ -1,6 +1,8 @@
 import dataclasses
 import gzip
 import json
+import re
+import sys
 import wave
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 import diffsynth
 from diffsynth import Pipeline, provenance, registry
 from diffsynth._discovery import Declared
+from diffsynth.cli import main
 from diffsynth.cli.output import POLICIES
 from diffsynth.core.data.media import VideoData
 from diffsynth.core.data.media_writer import save_video
@@ -120,6 +123,52 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(run,
         assert message in result.stderr
         assert len(result.stderr.splitlines()) == 1
     assert loaded == []
+
+
+def test_numbered_outputs_are_tried_before_anything_is_loaded(run, loaded, tmp_path):
+    (tmp_path / "a-2.png").mkdir()
+    (tmp_path / "b-1.png").touch(mode=0o400)
+    for out, message in {"a.png": "a-2.png cannot be written: it is a folder", "b.png": "b-1.png .*read-only"}.items():
+        result = run("generate", "toy-1", "abc", "-o", out, "--num-images", "2")
+        assert result.exit_code == 2
+        assert re.search(message, result.stderr)
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "a-1.png").exists()
+
+
+def test_an_option_by_the_name_of_its_argument(run, loaded):
+    for option, meant in {
+        "--num_inference_steps": "--steps",
+        "--num-inference-steps": "--steps",
+        "--num_images": "--num-images",
+        "--heigth": "--height",
+        "--denoising_strength": "--set denoising_strength=VALUE",
+    }.items():
+        result = run("generate", "toy-1", "abc", "-o", "out.png", option, "1")
+        assert result.exit_code == 2
+        assert f"Did you mean '{meant}'?" in result.stderr, option
+
+
+def test_an_output_that_fails_is_one_line(run, loaded, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffsynth.runtime.builtin_writers.write_image", full)
+    result = run("generate", "toy-1", "abc", "-o", "out.png")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("closed", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_a_closed_stream_ends_no_call(installed, loaded, monkeypatch, tmp_path, closed):
+    """Standard output was closed, and the command ended with a traceback after the image was written."""
+    for name in closed:
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "toy-1", "abc", "-o", "out.png"])
+    assert ended.value.code == 0
+    assert Image.open(tmp_path / "out.png").size
 
 
 def test_an_unknown_model_is_told_before_anything_is_loaded(run, loaded):

@@ -108,3 +108,12 @@ class TestCheckWritable:
     def test_a_folder_of_the_system_that_takes_no_files(self):
         with pytest.raises(ValueError, match="cannot be written"):
             check_writable(__import__("pathlib").Path("/proc/a.txt"))
+
+    def test_what_another_file_must_not_replace(self, tmp_path):
+        """`os.replace` puts a new file in the place of a read-only one, or of a pipe, without an error."""
+        (tmp_path / "a.txt").touch(mode=0o400)
+        with pytest.raises(ValueError, match="it is read-only"):
+            check_writable(tmp_path / "a.txt")
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ValueError, match="it is no regular file"):
+            check_writable(tmp_path / "pipe")

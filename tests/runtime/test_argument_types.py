@@ -28,6 +28,12 @@ def refusal(kind: Any, value: Any, **options: Any) -> str:
     return f"{caught.type.__name__}: {caught.value}"
 
 
+def changed(settings, **fields):
+    for name, value in fields.items():
+        setattr(settings, name, value)
+    return settings
+
+
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
@@ -93,7 +99,7 @@ def test_values_that_fit(kind, values):
         (threading.Event | None, True, "TypeError: x=True: expected a threading.Event or None"),
         (RandDevice, "cuda:99", "ValueError: x='cuda:99': expected text or device (device"),
         (Annotated[int, int.__index__], "a", "expected an integer"),
-        (ControlNetInput, ControlNetInput(scale=float("nan")), "scale=nan: expected a number"),
+        (ControlNetInput, changed(ControlNetInput(), scale=float("nan")), "scale=nan: expected a number"),
     ],
 )
 def test_values_that_do_not_fit(kind, value, message):
@@ -119,6 +125,15 @@ def test_an_entry_for_each_result():
     several.check(["a", "b"])
     with pytest.raises(ValueError, match="x=3: expected text"):
         several.check(["a", 3])
+
+
+@pytest.mark.parametrize("nested", [[["a"], ["b"]], [["a", "b"]], ["a", ["b"]], (("a",),)])
+def test_a_list_of_lists_is_no_entry_for_each_result(nested):
+    """Z-Image once took the two texts of `[["a"], ["b"]]` for something else, and returned an image of neither."""
+    several = ArgumentType("prompt", str | list[str], per_image=True)
+    several.check(["a", "b"])
+    with pytest.raises(ValueError, match=r"prompt=.*: expected text or a list of text \(entry"):
+        several.check(nested)
 
 
 def test_ranges_are_those_of_the_docstrings():

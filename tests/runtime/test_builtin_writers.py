@@ -98,7 +98,12 @@ NO_RATE = "a.wav cannot be written as audio: the output, a tensor of shape (2, 1
         (write_audio, {"samples": SAMPLES}, {}, "as audio: the output is a dict; expected an object with samples"),
         (write_audio, SAMPLES, {}, NO_RATE),
         (write_audio, Audio(SAMPLES, 8000), {"sample_rate": 9}, "as audio: sample_rate=9, and the output has 8000"),
-        (write_audio, Audio(SAMPLES[0], 8000), {}, "as audio: a tensor of torch.float32 and shape (12,); expected"),
+        (
+            write_audio,
+            SAMPLES[0],
+            {"sample_rate": 8000},
+            "as audio: a tensor of torch.float32 and shape (12,); expected",
+        ),
         (write_tensors, {"a": 3}, {}, "as tensors: the output is a dict; expected a tensor, a mapping from names"),
         (write_tensors, {}, {}, "as tensors: the output is an empty mapping"),
         (write_tensors, [SAMPLES], {}, "as tensors: the output is a list of 1 Tensor; expected"),

@@ -118,3 +118,23 @@ def test_a_mask_goes_with_a_controlnet_that_takes_one():
         check_mask(without, inpaints=True, argument="inputs")
     with pytest.raises(ValueError, match="inputs: ControlNet 0 takes a control image without a mask"):
         check_mask(with_mask, inpaints=False, argument="inputs")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"controlnet_id": "0"}, "controlnet_id='0': expected an integer of at least 0"),
+        ({"controlnet_id": None}, "controlnet_id=None: expected an integer"),
+        ({"controlnet_id": 1.0}, "controlnet_id=1.0: expected an integer"),
+        ({"scale": "0.5"}, "scale='0.5': expected a finite number"),
+        ({"scale": float("nan")}, "scale=nan: expected a finite number"),
+        ({"scale": [0.5, 0.8]}, "scale=.*: expected a finite number"),
+        ({"start": "1"}, "start='1': expected a number from 0 to 1"),
+        ({"start": None}, "start=None: expected a number"),
+        ({"end": [0.0]}, "end=.*: expected a number from 0 to 1"),
+        ({"end": True}, "end=True: expected a number"),
+    ],
+)
+def test_settings_of_other_types_are_refused_when_they_are_made(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ControlNetInput(**settings)

@@ -96,10 +96,10 @@ def test_another_type_is_refused(value):
     ("kind", "settings", "message"),
     [
         (RescaledClassifierFree, {"rescale": -0.1}, "rescale=-0.1"),
-        (RescaledClassifierFree, {"rescale": True}, "rescale=True: expected a finite number"),
+        (RescaledClassifierFree, {"rescale": True}, "rescale=True: expected a number from 0 to 1"),
         (AdaptiveProjected, {"eta": math.inf}, "eta=inf: expected a finite number"),
         (AdaptiveProjected, {"momentum": -1}, "momentum=-1: expected a number between -1 and 1"),
-        (AdaptiveProjected, {"norm_threshold": -2.0}, "norm_threshold=-2.0: expected at least 0"),
+        (AdaptiveProjected, {"norm_threshold": -2.0}, "norm_threshold=-2.0: expected a finite number of at least 0"),
         (ZeroStar, {"zero_steps": -1}, "zero_steps=-1"),
         (ZeroStar, {"zero_steps": True}, "zero_steps=True"),
     ],

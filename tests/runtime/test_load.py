@@ -85,3 +85,41 @@ def test_of_a_file_with_several_components_the_one_for_the_role_is_taken(tmp_pat
     assert pipe.component_files["vae"] == [file]
     assert [path.name for path in pipe.component_files["text_encoder"]] == ["text_encoder.safetensors"]
     assert torch.equal(pipe.vae.decoder.conv_in.weight, vae.decoder.conv_in.weight)
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        (["vae.safetensors"], r"components=\['vae.safetensors'\]: expected a dict role -> file"),
+        ({"vae": 3}, r"components\['vae'\] is 3; expected a path, a ModelConfig"),
+        ({"vae": []}, r"components\['vae'\] is \[\]"),
+        ({"vae": torch.nn.Identity()}, r"components\['vae'\] is Identity\(\).*A loaded module goes to from_components"),
+        ({"vae": [ModelConfig("a"), ModelConfig("b")]}, r"components\['vae'\] is \[ModelConfig"),
+    ],
+)
+def test_what_is_no_file_is_refused(components, message):
+    with pytest.raises(TypeError, match=message):
+        diffsynth.load("z-image-nano", components=components, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        (ModelConfig("a"), "model_configs=ModelConfig.*: expected a list of ModelConfigs"),
+        (["a.safetensors"], r"model_configs\[0\] is 'a.safetensors'; expected a ModelConfig; ModelConfig\('a.saf"),
+        ([None], r"model_configs\[0\] is None; expected a ModelConfig"),
+    ],
+)
+def test_what_is_no_config_is_refused(configs, message):
+    with pytest.raises(TypeError, match=message):
+        ZImagePipeline.from_pretrained(device="cpu", model_configs=configs)
+
+
+def test_another_dtype_of_computation_than_the_pipelines_is_refused():
+    """It once ended in the middle of the call: "mat1 and mat2 must have the same dtype"."""
+    keys = {"offload_device": "cpu", "offload_dtype": torch.bfloat16}
+    keys |= {"computation_device": "cpu", "computation_dtype": torch.bfloat16}
+    with pytest.raises(
+        ValueError, match="vae: computation_dtype=torch.bfloat16, and the pipeline computes in torch.fl"
+    ):
+        load(vae=ModelConfig(str(NANO / "vae.safetensors"), **keys))

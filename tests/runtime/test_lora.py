@@ -102,7 +102,7 @@ REFUSED = {
         NoFiles,
         "absent/a.safetensors",
     ),
-    "no number": (lambda pipe: (pipe.dit, {"alpha": float("nan")}), ValueError, "alpha=nan: expected a number"),
+    "no number": (lambda pipe: (pipe.dit, {"alpha": float("nan")}), ValueError, "alpha=nan: expected a finite number"),
     "another component": (lambda pipe: (pipe.text_encoder, {}), KeyMismatch, "0 of its 7 layers fit"),
 }
 

@@ -125,7 +125,7 @@ def test_progress_bar_cmd_wraps_the_steps():
         ({"cfg_scale": "high"}, ValueError, "cfg_scale='high'"),
         ({"seed": [1, 2]}, ValueError, "list of 1 integers"),
         ({"seed": -1}, ValueError, r"seed=-1: expected an integer from 0 to .*; None is a random seed"),
-        ({"prompt": ["a", 3]}, ValueError, "prompt=3: expected text"),
+        ({"prompt": ["a", 3]}, ValueError, r"prompt=\['a', 3\]: expected text or .*entry 1, 3, is int"),
         ({"prompt": ["a", "b"], "negative_prompt": ["a"]}, ValueError, "negative_prompt has 1 entries; expected 2"),
         ({"denoising_strength": 0.0}, ValueError, "strength"),
     ],

@@ -1,19 +1,24 @@
 """Roles of one component and of many: the architectures that they accept, and what a component must have."""
 
 import contextlib
+import copy
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from diffsynth import ModelConfig
+from diffsynth.core.vram import Policy, wrap
 from diffsynth.errors import CorruptFile, InvalidPipeline, MissingComponent
 from diffsynth.runtime.role import (
     Agreement,
     Processor,
     Role,
     check_agreements,
+    check_components,
     fields_read,
     fill_roles,
     grouped,
@@ -24,6 +29,8 @@ from diffsynth.runtime.role import (
 )
 from diffsynth.spec import ArchitectureSpec
 from diffsynth.testing.tiny_processors import byte_tokenizer
+from diffsynth_zimage import ZImagePipeline
+from tiny_z_image import tiny_z_image
 from toy_pipeline import ToyPipeline
 from toy_unet import declare
 
@@ -124,6 +131,60 @@ def test_a_component_that_lacks_what_the_pipeline_needs_is_refused_when_it_is_bu
 def test_a_module_of_no_declared_architecture_is_the_callers_own():
     own = nn.Identity()
     assert build(own).vae is own
+
+
+class TestCheckComponents:
+    """Components that a caller hands over: each can be called, and computes in the dtype of the others."""
+
+    def check(self, dtype=torch.float32, **components):
+        check_components(ZImagePipeline.roles, components, dtype=dtype, pipeline_name="P")
+
+    @pytest.fixture(scope="class")
+    def pipe(self):
+        return tiny_z_image(with_autoencoder=True)
+
+    def test_the_components_of_a_pipeline(self, pipe):
+        self.check(**pipe.components)
+
+    def test_another_dtype(self, pipe):
+        own = copy.deepcopy(pipe.text_encoder).to(torch.bfloat16)
+        message = (
+            r"role 'text_encoder' of P: its weights are torch.bfloat16, and the pipeline computes in torch.float32"
+        )
+        with pytest.raises(InvalidPipeline, match=message):
+            self.check(text_encoder=own)
+        with pytest.raises(
+            InvalidPipeline, match=r"torch_dtype=torch.bfloat16, or the module as module.to\(torch.float32"
+        ):
+            ZImagePipeline({**pipe.components, "text_encoder": own}, device="cpu", torch_dtype=torch.float32)
+        self.check(dtype=torch.bfloat16, text_encoder=own)
+        wrap(own.requires_grad_(False), Policy.preset("cpu-offload", "cpu", torch.float32))
+        self.check(text_encoder=own)
+
+    def test_a_module_of_another_kind(self, pipe):
+        with pytest.raises(InvalidPipeline, match="role 'dit' of P got a qwen3_text_encoder; it takes z_image_dit"):
+            self.check(dit=pipe.text_encoder)
+        with pytest.raises(InvalidPipeline, match=r"got a Linear, which cannot be called as a .* lacks such a forward"):
+            self.check(dit=nn.Linear(2, 2))
+        with pytest.raises(InvalidPipeline, match=r"got a Linear, .*lacks encode\(\) and decode\(\)"):
+            self.check(vae=nn.Linear(2, 2))
+
+    def test_a_module_of_the_callers_own(self, pipe):
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = pipe.dit
+
+            def forward(self, *arguments, **named):
+                return self.inner(*arguments, **named)
+
+        self.check(dit=Own())
+
+    @pytest.mark.parametrize("value", ["vae.safetensors", Path("vae.safetensors"), ModelConfig("x"), {}, 3])
+    @pytest.mark.parametrize("role", ["vae", "tokenizer"])
+    def test_a_file_in_place_of_a_component(self, value, role):
+        with pytest.raises(TypeError, match=f"role {role!r} of P got .*; expected the loaded component"):
+            self.check(**{role: value})
 
 
 class TestLoadProcessor:

@@ -144,7 +144,7 @@ def test_an_eta_of_0_moves_the_denoised_prediction_at_right_angles():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"norm_threshold": -1.0}, "norm_threshold=-1.0: expected a number of at least 0"),
+        ({"norm_threshold": -1.0}, "norm_threshold=-1.0: expected a finite number of at least 0"),
         ({"sigma": torch.ones(2)}, r"sigma is \(2,\); expected \(1,\), one level per entry"),
         ({"latents": torch.ones(1, 3)}, r"velocity_cond is \(1, 2\), latents is \(1, 3\)"),
         ({"average": torch.ones(1, 3)}, r"velocity_cond is \(1, 2\), average is \(1, 3\)"),

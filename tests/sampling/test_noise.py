@@ -55,8 +55,13 @@ def test_it_is_standard_normal():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="seeds is empty"):
         draw([])
-    with pytest.raises(ValueError, match="at most 64 bits"):
+    with pytest.raises(ValueError, match="seed=18446744073709551616: expected an integer from"):
         draw([2**64])
+    for seeds, message in ((["7"], "seed='7': expected an integer"), ([True], "seed=True"), ([0.5], "seed=0.5")):
+        with pytest.raises(ValueError, match=message):
+            draw(seeds)
+    with pytest.raises(TypeError, match="seeds=7: expected a list of integers"):
+        draw(7)
 
 
 def test_add_noise_interpolates_between_data_and_noise():

@@ -130,7 +130,7 @@ def test_mu_follows_the_size():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "num_steps=0: expected an integer of at least 1"),
+        ({"num_steps": 0}, "num_steps=0: expected an integer from 1 to"),
         ({"num_steps": -3}, "num_steps=-3"),
         ({"num_steps": 2.0}, "num_steps=2.0"),
         ({"num_steps": True}, "num_steps=True"),
@@ -153,7 +153,7 @@ def test_a_bad_shift_is_refused(shift):
 
 @pytest.mark.parametrize("mu", [81.0, -81.0, math.inf, math.nan])
 def test_a_bad_mu_is_refused(mu):
-    with pytest.raises(ValueError, match="mu=.*: expected a number in"):
+    with pytest.raises(ValueError, match="mu=.*: expected a number from -80 to 80"):
         flux2_sigmas(4, mu=mu)
 
 
@@ -226,12 +226,11 @@ def test_a_published_table_in_fp32_is_taken_as_it_is():
         (lambda: BetaSchedule(torch.tensor([0.5, -0.1])), "alphas_cumprod goes from 0.5 to -0.1"),
         (lambda: BetaSchedule(torch.tensor([0.5, math.nan])), "alphas_cumprod goes from 0.5 to nan"),
         (lambda: BetaSchedule(torch.tensor([0.5])), r"alphas_cumprod is torch.float32 \(1,\); expected"),
-        (lambda: BetaSchedule(torch.tensor([3, 2])), r"alphas_cumprod is torch.int64 \(2,\)"),
         (lambda: BetaSchedule.linear(1), "train_steps=1: expected an integer of at least 2"),
-        (lambda: BetaSchedule.linear(beta_end=1.0), "betas 0.0001 and 1.0: expected numbers between 0 and 1"),
-        (lambda: BetaSchedule.scaled_linear(beta_start=0.0), "betas 0.0 and 0.012"),
-        (lambda: BetaSchedule.cosine(offset=-1.0), "offset=-1.0: expected a number of at least 0"),
-        (lambda: BetaSchedule.linear().sigmas(0), "num_steps=0: expected an integer of at least 1"),
+        (lambda: BetaSchedule.linear(beta_end=1.0), "beta_end=1.0: expected a number between 0 and 1"),
+        (lambda: BetaSchedule.scaled_linear(beta_start=0.0), "beta_start=0.0"),
+        (lambda: BetaSchedule.cosine(offset=-1.0), "offset=-1.0: expected a finite number of at least 0"),
+        (lambda: BetaSchedule.linear().sigmas(0), "num_steps=0: expected an integer from 1 to"),
         (lambda: BetaSchedule.linear().sigmas(1001), "num_steps=1001: expected at most 1000"),
     ],
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from itertools import pairwise
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -23,6 +25,7 @@ from diffsynth.sampling.solver import (
     heun,
     solve,
     unipc,
+    with_progress,
 )
 from flow_schedulers import flow_scheduler, set_levels
 
@@ -113,6 +116,17 @@ def tolerance(solver, dtype):
     if solver is unipc and dtype == torch.float64:
         return 5e-15
     return 5e-5 if solver is euler_ancestral else 3e-6
+
+
+BARS = {
+    reversed: "reversed",
+    enumerate: "enumerate",
+    (lambda items: items[:1]): "fewer",
+    (lambda items: [*items, *items]): "more",
+    (lambda items: ()): "none",
+    (lambda items: itertools.repeat(None)): "endless",
+}
+"""Progress bars that give other items than they get."""
 
 
 @every_solver
@@ -358,8 +372,54 @@ def test_an_error_of_the_network_passes_through(solver):
 
 @every_solver
 def test_a_schedule_without_a_step_is_refused(solver):
-    with pytest.raises(ValueError, match="sigmas has 1 entries; expected num_steps"):
+    with pytest.raises(ValueError, match=r"sigmas is \(1,\); expected num_steps"):
         run(solver, NET, start(), torch.zeros(1))
+
+
+@every_solver
+@pytest.mark.parametrize("progress", BARS, ids=BARS.get)
+def test_the_items_of_a_progress_bar_are_not_read(solver, progress):
+    """A bar that yielded more, fewer or other items once ended the call, or changed its result."""
+    steps, sigmas = [], z_image_sigmas(4)
+    shown = run(solver, NET, start(), sigmas, progress=progress, on_step=lambda index, x: steps.append(index))
+    assert torch.equal(shown, run(solver, NET, start(), sigmas))
+    assert steps == [0, 1, 2, 3]
+
+
+def test_a_progress_bar_is_advanced_once_for_each_step_and_then_ends():
+    seen = []
+
+    def bar(items):
+        for item in items:
+            seen.append(item)
+            yield item
+        seen.append("closed")
+
+    assert list(with_progress("ab", bar)) == ["a", "b"]
+    assert seen == ["a", "b", "closed"]
+
+
+def test_a_progress_bar_that_is_none():
+    with pytest.raises(TypeError, match="progress_bar_cmd returned None; expected an iterable over the steps"):
+        list(with_progress([1], lambda items: None, name="progress_bar_cmd"))
+
+
+@every_solver
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        ([1.0, 0.5, 0.0], r"sigmas is \[1.0, 0.5, 0.0\], of type list; expected a floating-point tensor"),
+        (torch.tensor([1, 0]), "sigmas is a tensor of torch.int64"),
+        (np.linspace(1, 0, 3), "sigmas is .*of type ndarray"),
+        (torch.tensor([[1.0, 0.0]]), r"sigmas is \(1, 2\)"),
+        (torch.tensor([14.6, 1.0, 0.0]), r"expected levels in \[0, 1\]"),
+        (torch.tensor([1.0, -0.5]), r"expected levels in \[0, 1\]"),
+        (torch.tensor([1.0, float("nan"), 0.0]), "expected strictly descending levels"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(solver, sigmas, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        run(solver, NET, start(), sigmas)
 
 
 @every_solver

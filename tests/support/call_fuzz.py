@@ -120,6 +120,14 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error!s:.300}"
 
 
+def _unchecked(**fields: Any) -> ControlNetInput:
+    """Return a `ControlNetInput` whose fields are changed after it is made."""
+    made = ControlNetInput()
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
 class Sneaky:
     """An object whose text form fails."""
 
@@ -128,8 +136,8 @@ class Sneaky:
 
 
 ONCE_FAULTY = {
-    "prompt": (range(3), np.zeros((32, 32, 3)), "\ud800"),
-    "negative_prompt": (["\udfff"], 3, []),
+    "prompt": (range(3), np.zeros((32, 32, 3)), "\ud800", [["a"], ["b"]], [["a", "b"]]),
+    "negative_prompt": (["\udfff"], 3, [], [["a", "b"]]),
     "embedded_guidance": (1e300, float("nan")),
     "kontext_images": (range(3), []),
     "edit_image": (range(3), "sketch.png"),
@@ -223,6 +231,7 @@ def wrong_values() -> list[Any]:
         ),
         *(Image.new("RGB", (0, 5)), truncated, closed, emptied, [truncated] * 5),
         *(ControlNetInput(), ControlNetInput(image=red), ControlNetInput(image="x"), [ControlNetInput(image=closed)]),
-        *(ControlNetInput(scale=float("nan"), image=red), ClassifierFree(), ClassifierFree),
+        *(_unchecked(image=red, scale=float("nan")), _unchecked(controlnet_id="0"), ClassifierFree(), ClassifierFree),
+        *([["a"], ["b"]], [["a", "b"], "c"]),
         *(torch.device("cpu"), torch.float32, torch.nn.Identity(), NotImplemented, ..., Exception("x")),
     ]

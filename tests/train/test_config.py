@@ -96,3 +96,27 @@ def test_nested_sections_are_dataclasses():
     )
     assert recipe.components["vae"].source == "v.safetensors"
     assert recipe.data.captions.templates == ("{caption}!",)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("warmup_steps = 100", r"\[optimizer\]: warmup_steps = 100 .* do not fit into loop.steps = 10"),
+        ('schedule = "cosine"\nwarmup_steps = 10', "warmup_steps = 10 .* do not fit into loop.steps = 10"),
+        ('schedule = "trapezoid"\ndecay_steps = 11', "decay_steps = 11 .* do not fit into loop.steps = 10"),
+        ('schedule = "trapezoid"\nwarmup_steps = 5\ndecay_steps = 6', "warmup_steps = 5, decay_steps = 6 .* fit"),
+        ('schedule = "trapezoid"', "schedule = 'trapezoid' needs decay_steps"),
+        ('schedule = "cosine"\ndecay_steps = 2', "decay_steps = 2 is for schedule = 'trapezoid'"),
+    ],
+)
+def test_a_schedule_that_the_training_does_not_follow_is_refused(write, optimizer, message):
+    """A warm-up of 100 steps in a training of 4 ended at 4 % of the learning rate, without a word."""
+    with pytest.raises(TrainingError, match=message):
+        read_recipe(write(f"{MINIMAL}\n[optimizer]\n{optimizer}"))
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["warmup_steps = 10", 'schedule = "trapezoid"\nwarmup_steps = 4\ndecay_steps = 6']
+)
+def test_a_schedule_as_long_as_the_training(write, optimizer):
+    assert read_recipe(write(f"{MINIMAL}\n[optimizer]\n{optimizer}")).loop.steps == 10

@@ -99,7 +99,7 @@ def test_compile_takes_the_blocks_that_the_architecture_declares(autoencoder_rec
 
 
 def test_another_seed_gives_other_weights(flow_recipe, workspace):
-    flow_recipe["loop"]["steps"] = 2
+    flow_recipe["loop"]["steps"] = 3
     first = load_file(loop.train(parsed(flow_recipe))[0])
     second = load_file(loop.train(parsed({**flow_recipe, "seed": 1}, output__folder=str(workspace / "second")))[0])
     assert any(not torch.equal(tensor, second[key]) for key, tensor in first.items())
@@ -187,10 +187,23 @@ def test_unfit_recipes(flow_recipe, change, message):
         loop.TrainingRun(parsed(flow_recipe))
 
 
+@pytest.mark.parametrize(("section", "name"), [("output", "loss.csv"), ("output", "dit.safetensors"), ("data", "x")])
+def test_outputs_that_cannot_be_written_are_found_before_the_training(flow_recipe, workspace, section, name):
+    """The folder in the place of the weights was found after the training."""
+    folder = workspace / "taken"
+    flow_recipe[section].update({"output": {"folder": str(folder)}, "data": {"cache": str(folder)}}[section])
+    if section == "data":
+        folder.touch()
+    else:
+        (folder / name).mkdir(parents=True)
+    with pytest.raises(TrainingError, match=rf"^\[{section}\] .*cannot be written"):
+        loop.TrainingRun(parsed(flow_recipe))
+
+
 def test_unfit_resumes(flow_recipe, workspace):
     with pytest.raises(TrainingError, match="holds no checkpoint"):
         last_checkpoint(workspace)
-    loop.train(parsed(flow_recipe, loop__steps=1))
+    loop.train(parsed(flow_recipe, loop__steps=1, optimizer__warmup_steps=0))
     other = loop.TrainingRun(parsed({**flow_recipe, "seed": 9}))
     with pytest.raises(TrainingError, match="seed 0, the recipe has 9"):
         other.resume(Path(last_checkpoint(workspace / "flow")))
@@ -201,7 +214,7 @@ def test_a_run_that_is_not_continued_is_kept(flow_recipe, workspace):
     loop.train(parsed(flow_recipe, loop__steps=4, loop__save_every=2))
     newest = workspace / "flow" / "step-0000004"
     with pytest.raises(TrainingError, match="holds checkpoints of another run, up to step-0000004"):
-        loop.train(parsed(flow_recipe, loop__steps=2))
+        loop.train(parsed(flow_recipe, loop__steps=3))
     with pytest.raises(TrainingError, match="holds later checkpoints, up to step-0000004"):
         loop.train(parsed(flow_recipe), resume=workspace / "flow" / "step-0000002")
     with pytest.raises(TrainingError, match="saved after step 4, and loop.steps = 4: there is nothing to train"):

@@ -208,7 +208,9 @@ def test_video_data_at_another_rate_keeps_its_speed(tmp_path, frames, levels, fp
 def test_mixed_sizes_in_a_folder(tmp_path):
     for index, size in enumerate([(48, 32), (48, 32), (32, 48)]):
         Image.new("RGB", size).save(tmp_path / f"{index}.png")
-    with pytest.raises(ValueError, match=r"images of 2 sizes in .*: 0.png of 48x32, 2.png of 32x48; give a height and"):
+    with pytest.raises(
+        ValueError, match=r"images of 2 sizes in .*: 0.png of 48x32, 2.png of 32x48; make them one size"
+    ):
         VideoData(image_folder=tmp_path)
     assert {frame.size for frame in VideoData(image_folder=tmp_path, height=16, width=16)} == {(16, 16)}
 

@@ -249,7 +249,7 @@ def test_texts() -> None:
         "first_block": "first_block needs threshold",
         "first_block:treshold=1": "did you mean 'threshold'",
         "first_block:threshold=-1": "at least 0",
-        "taylor:order=9": "at most 4",
+        "taylor:order=9": "from 0 to 4",
     }.items():
         with pytest.raises(ValueError, match=message):
             parse_step_cache(text)

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffsynth import _discovery, _env
 from diffsynth._discovery import Declared, Problem
-from diffsynth.errors import AmbiguousModel, UnknownModel, did_you_mean
+from diffsynth.errors import AmbiguousModel, UnknownModel, did_you_mean, shown
 from diffsynth.spec import ModelSpec
 
 
@@ -55,7 +55,12 @@ def models(pattern: str | None = None) -> list[ModelRecord]:
 
     Args:
         pattern: a glob; only models whose name or hub id matches it are returned. Case is ignored.
+
+    Raises:
+        TypeError: `pattern` is no text.
     """
+    if not isinstance(pattern, str | None):
+        raise TypeError(f"pattern={shown(pattern)}: expected a glob such as 'wan*', or None")
     declared = sorted(_discovery.catalog().models, key=lambda one: (one.spec.name.lower(), one.plugin))
     return [_record(one) for one in declared if pattern is None or _matches(one.spec, pattern.lower())]
 
@@ -71,7 +76,10 @@ def get(name: str) -> ModelRecord:
         UnknownModel: no plugin declares the name; the message gives the nearest name or the package to install, and
             lists broken plugins.
         AmbiguousModel: several plugins declare the name; the message gives the exact spellings.
+        TypeError: `name` is no text.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name={shown(name)}: expected the name of a model, such as 'z-image-turbo'")
     wanted = name.strip().lower()
     declared = _discovery.catalog().models
     found = [one for one in declared if wanted in _spellings(one)]

@@ -1,14 +1,17 @@
 """Output to the terminal in which control characters, which may come from a file, are shown as escapes: loggers, and
 the streams of the command line. `errors.DiffsynthError` does the same for messages of errors.
+
+A stream that is closed, or a pipe that nobody reads any more, takes no output and ends no command.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from diffsynth.errors import printable
@@ -28,22 +31,59 @@ def module_logger(name: str) -> logging.Logger:
     return logger
 
 
+class OutputFailed(Exception):
+    """Raised when standard output cannot be written, such as to a full disk."""
+
+
 class EscapingStream:
     """Text stream that writes to another, control characters as escapes; all else is that of the other stream.
 
+    Once a write fails, further output is dropped.
+
     Args:
-        terminal: the other stream, such as `sys.stderr`.
+        terminal: the other stream, such as `sys.stderr`; None is a closed one, whose output is dropped.
+        required: whether the output is the result of a command. A failed write to a disk then raises `OutputFailed`.
     """
 
-    def __init__(self, terminal: TextIO) -> None:
-        self.terminal = terminal
+    def __init__(self, terminal: TextIO | None, *, required: bool = False) -> None:
+        self.terminal = open(os.devnull, "w", encoding="utf-8") if terminal is None else terminal  # noqa: SIM115
+        self._required = required
+        self._failure = ""
 
     def write(self, text: str) -> int:
-        """Write a text and return its length. A carriage return at the start is written as it is, for progress bars."""
+        """Write a text and return its length. A carriage return at the start is written as it is, for progress bars.
+
+        Raises:
+            OutputFailed: the output is required, and cannot be written for another reason than a closed pipe.
+        """
         kept = _MOVES.match(text)
         start = kept.end() if kept else 0
-        self.terminal.write(text[:start] + encodable(printable(text[start:]), self.terminal))
+        with self._dropped_if_it_fails():
+            self.terminal.write(text[:start] + encodable(printable(text[start:]), self.terminal))
         return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered.
+
+        Raises:
+            OutputFailed: as for `write`.
+        """
+        with self._dropped_if_it_fails():
+            self.terminal.flush()
+        if self._failure:  # also where the error of a write was caught by a library
+            raise OutputFailed(self._failure)
+
+    @contextmanager
+    def _dropped_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            failed, self.terminal = self.terminal, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            with suppress(OSError, ValueError):  # the interpreter writes what is buffered there at its end
+                os.dup2(self.terminal.fileno(), failed.fileno())
+            if self._required and not isinstance(error, BrokenPipeError):
+                self._failure = f"standard output cannot be written: {error.strerror or error}"
+                raise OutputFailed(self._failure) from error
 
     def writelines(self, lines: list[str]) -> None:
         """Write each of the texts."""
@@ -58,11 +98,28 @@ class EscapingStream:
 def escaping_output() -> Iterator[None]:
     """Context manager that makes `sys.stdout` and `sys.stderr` an `EscapingStream` of what they were."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (EscapingStream(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (  # type: ignore[assignment]
+        EscapingStream(stream, required=required) for stream, required in zip(before, (True, False), strict=True)
+    )
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def open_closed_descriptors() -> None:
+    """Open the null device as those of standard input, output and error that are closed.
+
+    A file that is opened later would get the number of a closed one, and what a library prints would go into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
 
 
 def encodable(text: str, stream: TextIO) -> str:

@@ -44,7 +44,7 @@ def save_weights(
     for component in components:
         if not component.trained:
             continue
-        path = folder / f"{component.role}.safetensors"
+        path = folder / weights_file(component.role)
         save_checkpoint(
             component.module,
             path,
@@ -57,6 +57,11 @@ def save_weights(
         _discovery.notify("adapter_saved", path=path, step=step)
         paths.append(path)
     return paths
+
+
+def weights_file(role: str) -> str:
+    """Return the name of the file with the weights of a component, by its role."""
+    return f"{role}.safetensors"
 
 
 def save_state(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from diffsynth.core.paths import expanded
-from diffsynth.errors import TrainingError, did_you_mean
+from diffsynth.errors import TrainingError, did_you_mean, shown
 
 Section = TypeVar("Section")
 
@@ -98,8 +98,8 @@ class OptimizerRecipe:
         weight_decay: decay of matrices and convolutions; vectors are not decayed.
         clip: maximum norm of the gradient; 0 disables clipping.
         schedule: after the warm-up: "constant", "cosine" to 0, or "trapezoid", constant and then linear to 0.
-        warmup_steps: steps of linear increase from 0.
-        decay_steps: steps of linear decrease of the trapezoid.
+        warmup_steps: steps of linear increase from 0; fewer than the training has.
+        decay_steps: steps of linear decrease of the trapezoid, which begins after the warm-up.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -117,6 +117,27 @@ class OptimizerRecipe:
         )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"betas = {list(self.betas)}: expected numbers in [0, 1)")
+        if self.decay_steps and self.schedule != "trapezoid":
+            raise TrainingError(
+                f"decay_steps = {self.decay_steps} is for schedule = 'trapezoid', and schedule is {self.schedule!r}; "
+                "leave it out"
+            )
+        if self.schedule == "trapezoid" and not self.decay_steps:
+            raise TrainingError("schedule = 'trapezoid' needs decay_steps; without a decay it is 'constant'")
+
+    def check_length(self, steps: int) -> None:
+        """Raise TrainingError if warm-up and decay are longer than a training of `steps` steps.
+
+        Raises:
+            TrainingError: the maximum learning rate would not be reached, or the decay would not take place.
+        """
+        least = self.warmup_steps + (self.decay_steps if self.schedule == "trapezoid" else 0)
+        if least > steps or (self.schedule == "cosine" and 0 < steps <= self.warmup_steps):
+            decay = f", decay_steps = {self.decay_steps}" if self.decay_steps else ""
+            raise TrainingError(
+                f"warmup_steps = {self.warmup_steps}{decay} (schedule = {self.schedule!r}) do not fit into loop.steps "
+                f"= {steps}: the learning rate would not follow the schedule. Shorten them, or train longer"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +222,14 @@ class Recipe:
     processors: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        try:
+            self.optimizer.check_length(self.loop.steps)
+        except TrainingError as error:
+            raise TrainingError(f"[optimizer]: {error}") from None
 
-def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
+
+def read_recipe(path: str | Path, *, changes: Iterable[str] = ()) -> Recipe:
     """Return the `Recipe` (all settings of a training run) that a TOML file describes, after applying `changes` to it.
 
     Args:
@@ -212,7 +239,11 @@ def read_recipe(path: Path, *, changes: Iterable[str] = ()) -> Recipe:
     Raises:
         TrainingError: no such file, one that is not in UTF-8, invalid TOML, an unknown or missing key, or a value of
             another type; the message names the section and the nearest key.
+        TypeError: `path` is no path.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"path={shown(path)}: expected the path of a recipe, a TOML file")
+    path = expanded(path)
     if not path.is_file():
         raise TrainingError(f"recipe {path} does not exist")
     try:

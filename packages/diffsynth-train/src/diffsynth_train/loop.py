@@ -66,16 +66,31 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> list[Path]:
     return run.finish()
 
 
+def _check_outputs(recipe: Recipe) -> None:
+    """Raise TrainingError if a file that the run will write cannot be written."""
+    trained = [role for role, section in recipe.components.items() if section.train]
+    files = {
+        "[output] folder": [
+            f"{recipe.output.folder}/{name}" for name in ("loss.csv", *map(checkpoint.weights_file, trained))
+        ]
+    }
+    if recipe.data.cache:
+        files["[data] cache"] = [f"{recipe.data.cache}/x"]
+    for where, paths in files.items():
+        try:
+            for path in paths:
+                check_writable(Path(path))
+        except ValueError as error:
+            raise TrainingError(f"{where}: {error}") from None
+
+
 class TrainingRun:
     """State of a training run: pipeline, data, optimizer, weight average."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.output = Path(recipe.output.folder)
-        try:
-            check_writable(self.output / "loss.csv")
-        except ValueError as error:
-            raise TrainingError(f"[output] folder: {error}") from None
+        _check_outputs(recipe)
         self.accelerator = Accelerator(mixed_precision="no")
         self.device = self.accelerator.device
         torch.manual_seed(recipe.seed)

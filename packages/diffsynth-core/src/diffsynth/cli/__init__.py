@@ -9,6 +9,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the `diffsynth` program, then raise SystemExit with its exit code.
 
     All output has control characters as escapes: that of commands, logs, warnings, tracebacks, and other libraries.
+    Output to a closed stream or pipe is dropped, and changes no exit code.
 
     Args:
         arguments: command-line arguments; None for those of the process.
@@ -16,14 +17,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always, with the exit code.
     """
+    import sys
     import traceback
 
     from diffsynth.cli.group import program
-    from diffsynth.terminal import escaping_output
+    from diffsynth.terminal import OutputFailed, escaping_output, open_closed_descriptors
 
+    open_closed_descriptors()
     with escaping_output():
         try:
-            program(args=None if arguments is None else list(arguments), prog_name="diffsynth")
+            try:
+                program(args=None if arguments is None else list(arguments), prog_name="diffsynth")
+            finally:
+                sys.stdout.flush()
+        except OutputFailed as error:
+            sys.stderr.write(f"Error: {error}\n")
+            raise SystemExit(1) from error
         except Exception as error:
             traceback.print_exc()  # here, and not by the interpreter, whose output is not escaped
             raise SystemExit(1) from error

@@ -181,4 +181,5 @@ def _opened(name: str, path: str) -> Any:
     except (CheckpointError, ValueError) as error:
         if Path(path).suffix.lower() in VIDEO_SUFFIXES:
             raise
-        raise ValueError(f"{name}={path}: cannot be opened as an image: {error}") from error
+        what = "a clip" if Path(path).is_dir() else "an image"
+        raise ValueError(f"{name}={path}: cannot be opened as {what}: {error}") from error

@@ -111,9 +111,11 @@ def generate(
 
     components = given_components(record, files)
     arguments = _arguments(record, writer.spec, out, prompt, set_options, settings)
-    check_before_loading(record, arguments, components=components)
+    count = check_before_loading(record, arguments, components=components)
+    _check_outputs(out, writer.spec.suffix, count)
     pipe = _load(model, device, dtype, memory | ({"components": components} if components else {}), arguments)
     request = pipe.check(**arguments)
+    _check_outputs(out, writer.spec.suffix, request.batch_size)
     result = pipe(**arguments)
     for role, report in pipe.transfers.items() if verbose else ():
         echo(f"{role}: {report.settle()}", err=True)
@@ -122,6 +124,8 @@ def generate(
         made_by = provenance.record(pipe, its_arguments)
         try:
             write(one, path, record=made_by, **file_settings)
+        except OSError as error:
+            fail(click.get_current_context(), error)
         except (TypeError, ValueError) as error:
             fail(click.get_current_context(), _with_hint(error, writer.spec, arguments))
         echo(str(path))
@@ -246,6 +250,14 @@ def _numbered(out: Path, suffix: str, count: int) -> list[Path]:
         return [out]
     stem, end = out.name[: -len(suffix)], out.name[-len(suffix) :]
     return [out.with_name(f"{stem}-{index}{end}") for index in range(1, count + 1)]
+
+
+def _check_outputs(out: Path, suffix: str, count: int | None) -> None:
+    """Raise ValueError if a file of a call's results cannot be written; do nothing for a number that is not known."""
+    from diffsynth.core.replacing import check_writable
+
+    for path in _numbered(out, suffix, count) if count is not None else []:
+        check_writable(path)
 
 
 def _arguments_of_result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import click
@@ -74,11 +75,31 @@ class Program(click.Group):
                 formatter.write_dl([(one.spec.name, one.spec.help or f"from {one.distribution}") for one in declared])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command and return its result; a `DiffsynthError` or ValueError becomes a UserError of one line."""
+        """Run a command and return its result; a `DiffsynthError`, ValueError or OSError becomes a UserError of one
+        line. An unknown option is named with the one that is meant.
+        """
         try:
             return super().invoke(ctx)
-        except (DiffsynthError, ValueError) as error:
+        except click.NoSuchOption as error:
+            error.possibilities = _meant(error) or error.possibilities
+            raise
+        except (DiffsynthError, ValueError, OSError) as error:
             fail(ctx, error)
+
+
+def _meant(error: click.NoSuchOption) -> list[str]:
+    """Return the option that an unknown one means: that of an argument's name in Python, `--num_inference_steps`, or
+    the nearest spelling; `--set NAME=VALUE` for any other name if the command has it.
+    """
+    name = error.option_name.lstrip("-").replace("-", "_")
+    options = [each for each in error.ctx.command.params if isinstance(each, click.Option)] if error.ctx else []
+    by_name = {spelled: each for each in options for spelled in (each.name or "", *each.opts)}
+    near = difflib.get_close_matches(name, [key.lstrip("-").replace("-", "_") for key in by_name], n=1, cutoff=0.75)
+    for key, option in by_name.items():
+        if near and key.lstrip("-").replace("-", "_") == near[0]:
+            return [option.opts[-1]]
+    has_set = any("--set" in each.opts for each in options) and name.isidentifier()
+    return [f"--set {name}=VALUE"] if has_set else []
 
 
 def _plugin_command(declared: Declared[CommandSpec]) -> click.Command:

@@ -39,7 +39,10 @@ def new_plugin(name: str, output: Path | None) -> None:
     folder = output if output is not None else Path(f"diffsynth-{name}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; nothing was written. Choose another --output")
+    from diffsynth.core.replacing import check_writable
+
     files = render(name)
+    check_writable(folder / "pyproject.toml")
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)

@@ -51,13 +51,13 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
     """Raise UserError with one line about an error; with `--traceback`, print the error's traceback before.
 
     Raises:
-        RunFailed: the error is `Diverged` or `NotFinite`.
+        RunFailed: the error is `Diverged`, `NotFinite` or an OSError, such as of a full disk.
         UserError: any other error.
     """
     if ctx.find_root().meta.get("diffsynth.traceback"):
         echo(traceback.format_exc(), err=True, nl=False)
     text = str(error)
-    kind = RunFailed if isinstance(error, Diverged | NotFinite) else UserError
+    kind = RunFailed if isinstance(error, Diverged | NotFinite | OSError) else UserError
     raise kind(text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}") from error
 
 

@@ -73,6 +73,7 @@ def load_model(
         KeyMismatch: keys or shapes do not fit the module; without a converter, nothing was read.
         CheckpointError: the file is missing or cannot be read.
         ValueError: neither a path nor a state_dict, an invalid policy, or a converter that cannot be traced.
+        TypeError: a `torch_dtype` that is no floating-point dtype.
     """
     if quantize is not None:
         raise NotImplementedError(f"load_model(quantize={quantize!r}): it comes with quantization, in a later version")
@@ -82,6 +83,8 @@ def load_model(
         )
     if path is None and state_dict is None:
         raise ValueError("load_model got neither a path nor a state_dict")
+    if torch_dtype is not None:
+        devices.check_floating(torch_dtype, stored=vram_config is None)
     source = path if state_dict is None else state_dict
     with skip_model_initialization():
         module = model_class(**(config or {}))

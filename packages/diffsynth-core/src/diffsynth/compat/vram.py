@@ -10,7 +10,7 @@ from torch import nn
 from diffsynth.core import device as devices
 from diffsynth.core.loader.config import VRAM_KEYS
 from diffsynth.core.planning import spread
-from diffsynth.core.planning.workload import GIB
+from diffsynth.core.planning.workload import GIB, check_limit
 from diffsynth.core.vram.disk_map import DiskMap
 from diffsynth.core.vram.managed import DEFAULT_SLOTS, ManagedModule, wrap
 from diffsynth.core.vram.policy import Policy
@@ -194,8 +194,7 @@ def _check(
 ) -> None:
     if quantize is not None:
         raise NotImplementedError(f"quantize={quantize!r}: quantization is not supported in this version")
-    if vram_limit is not None and not vram_limit >= 0:
-        raise ValueError(f"vram_limit={vram_limit!r}: expected GiB of at least 0, or None for no limit")
+    check_limit("vram_limit", vram_limit)
     _check_keys(vram_config)
     known = (AutoWrappedModule, AutoWrappedLinear, AutoWrappedNonRecurseModule)
     for layer, how in module_map.items():

@@ -135,11 +135,16 @@ def check_writable(path: Path) -> None:
         path: the file to be written or replaced.
 
     Raises:
-        ValueError: the path is a folder, its name is too long, or its folder cannot be written to.
+        ValueError: the path is a folder, a device or a read-only file, its name is too long, or its folder cannot be
+            written to.
     """
     try:
         if path.is_dir():
             raise ValueError(f"{path} cannot be written: it is a folder. Name a file in it")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} cannot be written: it is no regular file. Name another path")
+        if path.exists() and not path.stat().st_mode & 0o222:  # renaming another file to it would replace it
+            raise ValueError(f"{path} cannot be written: it is read-only. Name another path, or make it writable")
         folder = path.parent
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent

@@ -72,7 +72,9 @@ class ArgumentType:
         try:
             _check(self.kind, value, self.bounds)
         except _Unfit as error:
-            if self.per_image and isinstance(value, list | tuple) and value:
+            # A list of texts is one of an entry for each result already, so that a list of lists is none.
+            is_listed = _is_plain(self.kind) and _takes_list(self.kind)
+            if self.per_image and not is_listed and isinstance(value, list | tuple) and value:
                 for entry in value:
                     self._check_entry(entry)
                 return
@@ -335,6 +337,14 @@ def _is_plain(kind: Any) -> bool:
         return True
     is_container = origin in (Union, types.UnionType) or (isinstance(origin, type) and issubclass(origin, Iterable))
     return is_container and all(map(_is_plain, arguments))
+
+
+def _takes_list(kind: Any) -> bool:
+    """Whether a type is that of a list, or a union with one."""
+    origin = typing.get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return any(map(_takes_list, typing.get_args(kind)))
+    return isinstance(origin, type) and issubclass(origin, Iterable) and not issubclass(origin, Mapping)
 
 
 def _hint(kind: Any, value: Any) -> str:

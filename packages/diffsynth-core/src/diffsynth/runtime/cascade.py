@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.vram.managed import managed
-from diffsynth.errors import did_you_mean
+from diffsynth.errors import did_you_mean, shown
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.planning import plan_with_output
 from diffsynth.runtime.progress import progress_bar
@@ -55,7 +55,7 @@ class CascadeStage:
 
     Raises:
         TypeError: `pipeline` is no `Pipeline`, or does not have one of the arguments; the message has the nearest
-            spelling.
+            spelling. Or `inputs` or `arguments` are no dict.
         ValueError: the name is no identifier, or an argument has both an input and a default.
     """
 
@@ -67,9 +67,11 @@ class CascadeStage:
     def __post_init__(self) -> None:
         if not isinstance(self.pipeline, Pipeline):
             raise TypeError(f"stage {self.name!r}: pipeline={self.pipeline!r}: expected a Pipeline")
-        if not self.name.isidentifier():
+        if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ValueError(f"stage {self.name!r}: expected a name that can be a keyword of a call, such as 'refine'")
         for each in ("inputs", "arguments"):
+            if not isinstance(given := getattr(self, each), Mapping):
+                raise TypeError(f"stage {self.name!r}: {each}={shown(given)}: expected a dict argument -> value")
             object.__setattr__(self, each, MappingProxyType(dict(getattr(self, each))))
         with _noting(self):
             reject_unknown((*self.inputs, *self.arguments), self.pipeline.__signature__, self.pipeline.other_arguments)

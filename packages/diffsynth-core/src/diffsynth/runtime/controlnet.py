@@ -12,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.arguments import check_integer, check_number
 from diffsynth.core.data.image import ResizeMode
 from diffsynth.models.tiles import Tiling
 from diffsynth.runtime.feature import StepContext
@@ -33,7 +34,8 @@ class ControlNetInput:
         processor_id: kind of condition, for a ControlNet that is trained for several.
 
     Raises:
-        ValueError: a negative id, or not `0 <= end <= start <= 1`.
+        ValueError: an id that is no integer of at least 0, a scale that is no finite number, or not
+            `0 <= end <= start <= 1`.
     """
 
     controlnet_id: int = 0
@@ -46,9 +48,11 @@ class ControlNetInput:
     processor_id: Any = None
 
     def __post_init__(self) -> None:
-        if self.controlnet_id < 0:
-            raise ValueError(f"controlnet_id={self.controlnet_id}: expected 0 or more")
-        if not 0 <= self.end <= self.start <= 1:
+        check_integer("controlnet_id", self.controlnet_id, least=0)
+        check_number("scale", self.scale)
+        for name in ("start", "end"):
+            check_number(name, getattr(self, name), least=0, most=1)
+        if self.end > self.start:
             raise ValueError(
                 f"start={self.start}, end={self.end}: progress falls from 1 to 0, so expected 0 <= end <= start <= 1"
             )

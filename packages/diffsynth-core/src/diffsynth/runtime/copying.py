@@ -16,7 +16,7 @@ _MADE = frozenset(
     (
         *("device", "dtype", "mesh", "model_name", "component_files", "features", "roles", "facts", "per_image"),
         *("program", "condition_rules", "_velocity_parameters", "_all_loop_roles", "components", "__signature__"),
-        *("_offloader", "plan_cache", "_argument_types"),
+        *("_offloader", "plan_cache", "_argument_types", "running_calls"),
     )
 )
 """The attributes that a new pipeline makes itself; others, such as loaded LoRAs, are copied."""

@@ -6,7 +6,6 @@ A guidance makes one velocity of the predictions of several branches. The arithm
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth._discovery import Declared
+from diffsynth.core.arguments import check_integer, check_number
 from diffsynth.errors import did_you_mean
 from diffsynth.runtime.acceleration.settings import parse_settings
 from diffsynth.sampling.guidance import (
@@ -120,8 +120,7 @@ class RescaledClassifierFree(Guidance):
     rescale: float = 0.7
 
     def __post_init__(self) -> None:
-        if not 0 <= _checked_number("rescale", self.rescale) <= 1:
-            raise ValueError(f"rescale={self.rescale!r}: expected a number from 0 to 1; 0 rescales nothing")
+        check_number("rescale", self.rescale, least=0, most=1, note="0 rescales nothing")
 
     def combine(self, predictions: Mapping[str, Tensor], cfg_scale: float, step: GuidanceStep) -> Tensor:
         """Return the guided velocity; see `Guidance.combine`."""
@@ -150,11 +149,9 @@ class AdaptiveProjected(Guidance):
     norm_threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        _checked_number("eta", self.eta)
-        if not -1 < _checked_number("momentum", self.momentum) < 1:
-            raise ValueError(f"momentum={self.momentum!r}: expected a number between -1 and 1; 0 is none")
-        if _checked_number("norm_threshold", self.norm_threshold) < 0:
-            raise ValueError(f"norm_threshold={self.norm_threshold!r}: expected at least 0; 0 is no limit")
+        check_number("eta", self.eta)
+        check_number("momentum", self.momentum, above=-1, below=1, note="0 is none")
+        check_number("norm_threshold", self.norm_threshold, least=0, note="0 is no limit")
 
     def combine(self, predictions: Mapping[str, Tensor], cfg_scale: float, step: GuidanceStep) -> Tensor:
         """Return the guided velocity; see `Guidance.combine`."""
@@ -196,8 +193,7 @@ class ZeroStar(Guidance):
     zero_steps: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.zero_steps, int) or isinstance(self.zero_steps, bool) or self.zero_steps < 0:
-            raise ValueError(f"zero_steps={self.zero_steps!r}: expected an integer of at least 0")
+        check_integer("zero_steps", self.zero_steps, least=0)
 
     def refuses(self, num_steps: int) -> str | None:
         """Return the reason why a call of `num_steps` steps is refused; see `Guidance.refuses`."""
@@ -287,10 +283,3 @@ def _unknown(argument: str, name: str, known: Iterable[str]) -> str:
     names, broken = sorted(known), _discovery.problems()
     text = f"{argument}: {name!r} is unknown{did_you_mean(name, names)}; expected one of {', '.join(names)}"
     return text + (f".  {_discovery.describe(broken)}" if broken else "")
-
-
-def _checked_number(name: str, value: Any) -> float:
-    """Return a setting's value, a float or int; raise ValueError if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r}: expected a finite number")
-    return value

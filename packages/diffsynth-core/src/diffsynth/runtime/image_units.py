@@ -16,7 +16,7 @@ from diffsynth.core.data.image import ResizeMode
 from diffsynth.models.flux_autoencoder import TILE_SIZE, TILE_STRIDE
 from diffsynth.models.tiles import Tiling, check_tiles
 from diffsynth.runtime.argument_types import RandDevice
-from diffsynth.runtime.images import check_decoded, image_to_tensor, images_to_batch, tensor_to_images
+from diffsynth.runtime.images import check_decoded, image_to_tensor, images_expected, images_to_batch, tensor_to_images
 from diffsynth.runtime.unit import Phase, Unit, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.terminal import module_logger
@@ -94,7 +94,7 @@ def check_input_image(values: Mapping[str, Any]) -> None:
     if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
         raise ValueError(f"input_image is a tensor of shape {tuple(images.shape)}; expected (b, 3, height, width)")
     if len(images) not in (1, batch_size):
-        raise ValueError(f"input_image has {len(images)} images; expected 1 or {batch_size}, one for each result")
+        raise ValueError(f"input_image has {len(images)} images; expected {images_expected(batch_size)}")
 
 
 @unit("tiling", phase=Phase.SHAPE, switches={"tiled": True}, check=check_tiling, ignores=ignored_tiles)

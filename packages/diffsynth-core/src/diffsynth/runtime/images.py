@@ -55,6 +55,13 @@ def mask_to_tensor(
     return rearrange((levels / 255 >= 0.5).float(), "h w -> 1 1 h w")
 
 
+def images_expected(batch_size: int) -> str:
+    """Return the number of images that a call of `batch_size` results takes, as text: "1", or "1 or 4, one for each
+    result".
+    """
+    return "1" if batch_size == 1 else f"1 or {batch_size}, one for each result"
+
+
 def image_list(images: Images) -> list[Image.Image]:
     """Return the value of an argument for one image or several as a list; empty for None."""
     if images is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffsynth.core.data.color import to_mask
 from diffsynth.core.data.image import ResizeMode, fit
 from diffsynth.runtime.feature import Condition, Configs, Feature
-from diffsynth.runtime.images import Images, image_list
+from diffsynth.runtime.images import Images, image_list, images_expected
 from diffsynth.runtime.unit import unit
 from diffsynth.terminal import module_logger
 
@@ -84,7 +84,7 @@ def check_masks(values: Mapping[str, Any]) -> None:
     """Raise ValueError unless a call has one mask, or as many as results."""
     count, batch_size = len(image_list(values["inpaint_mask"])), values["batch_size"]
     if count not in (1, batch_size):
-        raise ValueError(f"inpaint_mask has {count} images; expected 1 or {batch_size}, one for each result")
+        raise ValueError(f"inpaint_mask has {count} images; expected {images_expected(batch_size)}")
 
 
 @unit("inpainting", only_with="inpaint_mask", check=check_masks)
@@ -102,9 +102,7 @@ def prepare_inpainting(
     """Return an `Inpainting` with the mask at the size of the latents, each value the mean of a latent pixel's area."""
     masks = torch.cat([_mask(mask, height, width, resize_mode) for mask in image_list(inpaint_mask)]).to(device)
     if len(masks) not in (1, len(input_latents)):
-        raise ValueError(
-            f"inpaint_mask has {len(masks)} images; expected 1 or {len(input_latents)}, one for each result"
-        )
+        raise ValueError(f"inpaint_mask has {len(masks)} images; expected {images_expected(len(input_latents))}")
     masks = F.adaptive_avg_pool2d(masks, tuple(input_latents.shape[2:]))
     if inpaint_blur_size is not None and inpaint_blur_sigma is not None:
         masks = gaussian_blur(masks, radius=inpaint_blur_size, sigma=inpaint_blur_sigma)

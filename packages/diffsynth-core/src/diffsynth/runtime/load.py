@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,18 @@ import torch
 
 from diffsynth import registry
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.errors import shown
 from diffsynth.runtime.composition import compose
 from diffsynth.runtime.memory_options import Policies, for_call
 from diffsynth.runtime.pipeline import Pipeline
-from diffsynth.runtime.role import check_component_names, role_of
+from diffsynth.runtime.role import Processor, Role, check_component_names, role_of
 from diffsynth.spec import resolve
 
 
 def load(
     name: str,
     *,
-    components: Mapping[str, ModelConfig | Path | str] | None = None,
+    components: Mapping[str, ModelConfig | Path | str | Sequence[ModelConfig]] | None = None,
     device: torch.device | str | None = None,
     torch_dtype: torch.dtype = torch.bfloat16,
     vram_limit: float | None = None,
@@ -33,7 +34,8 @@ def load(
     Args:
         name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.
         components: role -> a file to use instead of the model's own, or for a role that it has no file for: a path, a
-            source `scheme://location`, or a `ModelConfig`. The role must accept the architecture of the file.
+            source `scheme://location`, or a `ModelConfig`; of a role of many, such as "controlnet", also a list of
+            `ModelConfig`s. The role must accept the architecture of the file.
         device: the device that computes; None picks the first accelerator, else the CPU.
         torch_dtype: of parameters and activations.
         vram_limit: GiB that a call may take on the device; None is no limit.
@@ -43,15 +45,19 @@ def load(
     Raises:
         UnknownModel: no installed plugin declares the name; the message has the nearest spelling.
         CheckpointError: files are missing, or do not fit their roles.
-        TypeError: `components` names a role that the pipeline does not have, or that holds no module.
+        TypeError: `components` is no dict, names a role that the pipeline does not have or that holds no module, or
+            has another value than a file.
     """
     record = registry.get(name)
     folder: dict[str, Any] = {} if base_path is None else {"local_model_path": str(base_path)}
     cls: type[Pipeline] = resolve(record.pipeline)
     configs = {role: ModelConfig.from_source(source, **folder) for role, source in record.components.items()}
-    given = components or {}
-    check_component_names(given, compose(cls).roles, pipeline_name=cls.__name__)
-    configs |= {role: _config(file) for role, file in given.items()}
+    roles = compose(cls).roles
+    if not isinstance(components, Mapping | None):
+        raise TypeError(f"components={shown(components)}: expected a dict role -> file")
+    given = _members(components or {}, roles)
+    check_component_names(given, roles, pipeline_name=cls.__name__)
+    configs |= {role: _config(role, file) for role, file in given.items()}
     pipe = cls.from_pretrained(
         torch_dtype=torch_dtype,
         device=device,
@@ -63,7 +69,26 @@ def load(
     return pipe.named(record.name, record.defaults)
 
 
-def _config(file: ModelConfig | Path | str) -> ModelConfig:
+def _members(components: Mapping[str, Any], roles: Mapping[str, Role | Processor]) -> dict[str, Any]:
+    """Return `components` with "controlnet[0]", "controlnet[1]" for a role of many that has a list of configs."""
+    found: dict[str, Any] = {}
+    for name, file in components.items():
+        need = roles.get(name)
+        several = isinstance(file, list | tuple) and any(isinstance(each, ModelConfig) for each in file)
+        if several and isinstance(need, Role) and need.many:
+            found |= {f"{name}[{index}]": each for index, each in enumerate(file)}
+        else:
+            found[name] = file
+    return found
+
+
+def _config(role: str, file: Any) -> ModelConfig:
     if isinstance(file, ModelConfig):
         return file
+    paths = file if isinstance(file, list | tuple) else [file]
+    if not paths or not all(isinstance(each, str | Path) for each in paths):
+        raise TypeError(
+            f"components[{role!r}] is {shown(file)}; expected a path, a ModelConfig, or the paths of one checkpoint's "
+            f"files. A loaded module goes to from_components()"
+        )
     return ModelConfig.from_source(file) if isinstance(file, str) and "://" in file else ModelConfig(path=file)

@@ -15,7 +15,7 @@ progress and cancellation are the same for all evaluations of one step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffsynth import _discovery
 from diffsynth.core.finite import LateCheck, nonfinite
-from diffsynth.errors import NotFinite, shortened, shown
+from diffsynth.errors import NotFinite, shortened
 from diffsynth.runtime.acceleration.session import StepCacheSession, step_cache_session
 from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
 from diffsynth.runtime.branch_lora import ARGUMENTS, BranchLoRASession
@@ -39,6 +39,7 @@ from diffsynth.runtime.role import member_roles
 from diffsynth.runtime.solvers import find_solver, load_solver
 from diffsynth.runtime.unit import CallValues, runs
 from diffsynth.sampling.noise import initial_noise
+from diffsynth.sampling.solver import with_progress
 from diffsynth.sampling.windows import SlidingWindow, Window, blend_windows
 
 WINDOWS = "sliding_window"
@@ -127,7 +128,7 @@ class DenoisingLoop:
                 self._sigmas[steps.start : steps.stop + 1],
                 noise=lambda index: self._noise(steps.start + index, latents.shape[1:]),
                 on_step=lambda index, latents: self.end_step(steps.start + index, latents),
-                progress=lambda indices: _progress(progress, list(indices)),
+                progress=lambda indices: with_progress(indices, progress, name="progress_bar_cmd"),
             )
         self.raise_if_not_finite(self._finite.finish())
 
@@ -244,19 +245,6 @@ class DenoisingLoop:
         # Steps on meta belong to a plan, which observers must not take for a call.
         if self._pipe.device.type != "meta":
             _discovery.notify(hook, **facts)
-
-
-def _progress(progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]], steps: list[Any]) -> Iterator[Any]:
-    """Yield the steps as the caller's progress bar gives them; raise an error if it does not give all of them."""
-    wrapped = progress_bar_cmd(steps)
-    if not isinstance(wrapped, Iterable):
-        raise TypeError(f"progress_bar_cmd returned {shown(wrapped)}; expected an iterator over the steps, as of tqdm")
-    count = 0
-    for step in wrapped:
-        count += 1
-        yield step
-    if count != len(steps):
-        raise ValueError(f"progress_bar_cmd gave {count} of {len(steps)} steps; it must give all that it gets")
 
 
 def velocity_in_windows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth import _discovery
+from diffsynth.core.arguments import check_number
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.lora_match import role_hint
 from diffsynth.core.lora import LoRA, add_hot, clear_hot, fit, fuse, read_lora
@@ -22,12 +22,15 @@ from diffsynth.core.lora.fused import check_fused
 from diffsynth.core.lora.hot import check_hot, not_hot
 from diffsynth.core.lora.spelling import spelled, spelling_of
 from diffsynth.core.lora.widening import widen, wider_layers
+from diffsynth.core.paths import expanded
+from diffsynth.core.replacing import check_writable
 from diffsynth.core.torch_defaults import torch_defaults
 from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.errors import KeyMismatch, shortened
 from diffsynth.runtime.architectures import architecture_of, cuts
 from diffsynth.runtime.branch_lora import BranchLoRASession, find_lora
 from diffsynth.runtime.plan_cache import PlanCache
+from diffsynth.runtime.running_calls import RunningCalls
 from diffsynth.spec import CheckpointSpec, resolve
 from diffsynth.terminal import module_logger
 
@@ -54,7 +57,7 @@ class LoadedLoRA:
 
 
 class LoRAMethods:
-    """The methods of `Pipeline` for LoRAs. They must not run during a call of the pipeline."""
+    """The methods of `Pipeline` for LoRAs. Those that change weights refuse to run during a call of the pipeline."""
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -62,6 +65,7 @@ class LoRAMethods:
         raise NotImplementedError
 
     plan_cache: PlanCache | None
+    running_calls: RunningCalls
     device: torch.device
     all_loop_roles: tuple[str, ...]
 
@@ -105,6 +109,7 @@ class LoRAMethods:
             strict: False leaves out what cannot be applied, and logs a warning that lists it.
 
         Raises:
+            PipelineError: a call of this pipeline runs, in this thread or another one.
             TypeError: `module` is no module.
             ValueError: `module` is no component of this pipeline, two sources or none, an `alpha` that is not finite,
                 weights that cannot be changed in this way, a layer that two components have, or this LoRA is loaded
@@ -117,8 +122,8 @@ class LoRAMethods:
         if isinstance(module, str | Path | ModelConfig) and lora_config is None and not is_role:
             module, lora_config = None, module
         role = None if module is None else self._role_of(module)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ValueError(f"alpha={alpha!r}: expected a number")
+        check_number("alpha", alpha)
+        self.running_calls.refuse("load_lora()")
         lora, paths = _read(lora_config, state_dict, strict)
         fitted = self._fitted(lora, role, strict)
         ways = {role: self._is_hot(role, part, hotload) for role, part in fitted.items()}
@@ -161,10 +166,11 @@ class LoRAMethods:
             metadata: additional metadata; values must be text.
 
         Raises:
-            ValueError: an unknown spelling, or a component without an architecture.
+            ValueError: an unknown spelling, a component without an architecture, or a path that cannot be written to.
             CheckpointError: as for `load_lora`; `KeyMismatch` also if a change is no plain LoRA, or the program does
                 not know a layer.
         """
+        check_writable(expanded(path))
         lora, _ = _read(lora_config, None, strict=True)
         tensors: dict[str, Tensor] = {}
         for role, part in self._fitted(lora, None, strict=True).items():
@@ -321,7 +327,12 @@ class LoRAMethods:
         return found
 
     def clear_lora(self) -> None:
-        """Remove all hot LoRAs (computed beside the weights) from all components; fused ones stay in the weights."""
+        """Remove all hot LoRAs (computed beside the weights) from all components; fused ones stay in the weights.
+
+        Raises:
+            PipelineError: a call of this pipeline runs.
+        """
+        self.running_calls.refuse("clear_lora()")
         modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
         cleared = sum(clear_hot(module) for module in modules)
         vars(self)["_loras"] = [lora for lora in self.loras if not lora.hot]

@@ -73,12 +73,13 @@ class MemoryOptions:
         """Return the `Policy` under which a component's weights are offloaded; None if they stay on the device.
 
         Raises:
-            ValueError: an unknown preset, an incomplete set of the eight keys, a device or dtype that is not available.
+            ValueError: an unknown preset, an incomplete set of the eight keys, a device or dtype that is not available,
+                or a dtype of computation other than the pipeline's.
         """
         if config is not None:
             spelled = Policy.from_keys(config.vram_keys, device=self.device, dtype=self.dtype)
             if spelled is not None:
-                return spelled
+                return self._checked(spelled, role)
         wanted = self._wanted(role)
         if wanted is None and self.vram_limit is not None and self.device.type != "cpu":
             wanted = "dynamic"
@@ -86,7 +87,18 @@ class MemoryOptions:
             wanted = "dynamic"  # until a plan has chosen
         if wanted is None or wanted == "none":
             return None
-        return wanted if isinstance(wanted, Policy) else Policy.preset(wanted, self.device, self.dtype)
+        if isinstance(wanted, Policy):
+            return self._checked(wanted, role)
+        return Policy.preset(wanted, self.device, self.dtype)
+
+    def _checked(self, policy: Policy, role: str) -> Policy:
+        if policy.computation.dtype not in (None, self.dtype):
+            raise ValueError(
+                f"{role}: computation_dtype={policy.computation.dtype}, and the pipeline computes in {self.dtype}; one "
+                f"call cannot mix them. Give the pipeline torch_dtype={policy.computation.dtype}, or leave "
+                f"computation_dtype out"
+            )
+        return policy
 
     def is_auto(self, role: str, config: ModelConfig | None = None) -> bool:
         """Whether a plan chooses the dtype of a component's stored weights: policy "auto", and no keys in `config`."""

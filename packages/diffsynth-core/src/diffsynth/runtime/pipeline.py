@@ -36,7 +36,8 @@ from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.pretrained import PretrainedLoader
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, refuse_meta
-from diffsynth.runtime.role import Agreement, Processor, Role, fill_roles, member_roles, members
+from diffsynth.runtime.role import Agreement, Processor, Role, check_components, fill_roles, member_roles, members
+from diffsynth.runtime.running_calls import RunningCalls
 from diffsynth.runtime.schema import SchemaMethod
 from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
 from diffsynth.runtime.stages import Stage, stages_of
@@ -135,13 +136,15 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
 
         Raises:
             InvalidPipeline: units, roles and `velocity()` do not fit, the message names the unit; or components that do
-                not fit each other.
+                not fit each other, their roles or the dtype.
             MissingComponent: a role that is not optional is left out.
-            TypeError: a role that this pipeline does not have, or a dtype that is no floating-point `torch.dtype`.
+            TypeError: a role that this pipeline does not have, a path or config in place of a component, or a dtype
+                that is no floating-point `torch.dtype`.
         """
         self.device = torch.device(device) if device is not None else devices.default_device()
         self.dtype = devices.check_floating(torch_dtype)
         self.mesh = ProcessMesh()
+        self.running_calls = RunningCalls()
         self.model_name: str | None = None
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
         use_declared_backends()
@@ -156,6 +159,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
             agreements=made.agreements,
             pipeline_name=type(self).__name__,
         )
+        check_components(self.roles, self.components, dtype=torch_dtype, pipeline_name=type(self).__name__)
         self.__signature__ = build_signature(self.program, self.loop, {}, has_loop=self.has_loop())
         choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.parts)
         self._follow_wrapped()
@@ -214,12 +218,16 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         """Return a `Pipeline` of components by role; modules, unless wrapped, are moved to `device` and `torch_dtype`.
 
         Roles that are left out stay empty: a pipeline in training may hold an autoencoder alone.
+
+        Raises:
+            InvalidPipeline, TypeError: as for the constructor.
         """
-        pipe = cls._from_some(components, device=device, torch_dtype=torch_dtype)
-        for part in pipe.parts.values():
+        chosen = devices.default_device() if device is None else devices.check_device(device)
+        devices.check_floating(torch_dtype)
+        for part in members(components).values():
             if isinstance(part, torch.nn.Module) and managed(part) is None:
-                part.to(pipe.device, torch_dtype)
-        return pipe
+                part.to(chosen, torch_dtype)
+        return cls._from_some(components, device=chosen, torch_dtype=torch_dtype)
 
     def _follow_wrapped(self) -> None:
         self._offloader = StageOffloader(self.parts, self.device)
@@ -268,8 +276,12 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
             arguments["prompt"] = prompt
         if self.device.type != "meta":
             refuse_meta(arguments)
+        with self.running_calls.entered():
+            return self._run(arguments)
+
+    def _run(self, arguments: Mapping[str, Any]) -> Any:
         request = self._planned_request(arguments)
-        self.log_warnings(request, arguments)
+        self.log_arguments_without_effect(request, arguments)
         values = self.call_values(request)
         try:
             for stage in self.stages(request):

@@ -147,17 +147,22 @@ def plan_model(
         dtype: name of a torch dtype, of weights and activations.
         components: role -> file, as in `diffsynth.load`.
         limits: the further arguments of `plan_with_output`, which also lists the errors.
+
+    Raises:
+        TypeError: a `dtype` that names no floating-point dtype of 16 bits or more.
     """
     if device is None:
         device = devices.default_device()
         device = devices.ACCELERATORS[0] if device.type == "cpu" else device
-    return plan_call(_unloaded(record, getattr(torch, dtype), components), arguments, device=device, **limits)
+    chosen = devices.check_floating(getattr(torch, dtype, dtype), "dtype")
+    return plan_call(_unloaded(record, chosen, components), arguments, device=device, **limits)
 
 
 def check_before_loading(
     record: ModelRecord, arguments: Mapping[str, Any], *, components: Mapping[str, ModelConfig] | None = None
-) -> None:
-    """Check the arguments of a call of a model before weights are read; raise the error that the call would raise.
+) -> int | None:
+    """Check the arguments of a call of a model before weights are read, and return the number of its results; raise
+    the error that the call would raise. None if the call cannot be checked.
 
     Not checked are what depends on the device, and models whose files are neither here nor declared by a plugin.
 
@@ -173,11 +178,11 @@ def check_before_loading(
     try:
         pipe = _unloaded(record, torch.bfloat16, components)
     except Unplannable:
-        return
+        return None
     for role, need in pipe.roles.items():
         if isinstance(need, Processor) and not need.optional:
             pipe.components[role] = FixedLengthTokenizer(PROMPT_TOKENS)
-    pipe.check(**{name: value for name, value in arguments.items() if name != "attention"})
+    return pipe.check(**{name: value for name, value in arguments.items() if name != "attention"}).batch_size
 
 
 def _fits(workload: Workload, limits: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from diffsynth.core.loader.file_prefetcher import FilePrefetcher
 from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.core.vram.block_weights import check_source
 from diffsynth.core.vram.policy import Policy
-from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean
+from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean, shown
 from diffsynth.runtime.feature import Feature
 from diffsynth.runtime.memory_options import MemoryOptions, Policies
 from diffsynth.runtime.published_names import accept_published_names
@@ -32,9 +32,6 @@ logger = module_logger(__name__)
 _PREFETCH_SHARE, _PREFETCH_BYTES = 0.25, 4 * 2**30
 """Limits of reading the next component ahead: it has only the time of one upload, and the upload needs host memory,
 too."""
-
-
-_ARGUMENTS = ("torch_dtype", "device", "model_configs", "vram_limit", "policy")
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class PretrainedLoader:
         No tensor is read before all files are recognised and checked. Arguments and errors are those of
         `Pipeline.from_pretrained`.
         """
-        self._check_processor_names(processor_configs)
+        self._check_configs(model_configs, processor_configs)
         device = devices.default_device() if device is None else devices.check_device(device)
         options = MemoryOptions(device, dtype, vram_limit, policy)
         options.check_roles(self._roles)
@@ -263,10 +260,22 @@ class PretrainedLoader:
         for name in configs:
             if name not in known:
                 raise TypeError(
-                    f"from_pretrained() of {self._pipeline_name} takes no {name!r}"
-                    f"{did_you_mean(name, [*known, *_ARGUMENTS]) or '.'} "
-                    f"It takes {', '.join((*_ARGUMENTS, *known))}; vram_limit and policy are all there is for memory"
+                    f"from_pretrained() of {self._pipeline_name} takes no {name!r}{did_you_mean(name, known)} "
+                    f"Besides torch_dtype, device, model_configs, vram_limit, policy: {', '.join(known) or 'nothing'}"
                 )
+
+    def _check_configs(
+        self, model_configs: Sequence[ModelConfig], processor_configs: Mapping[str, ModelConfig | None]
+    ) -> None:
+        self._check_processor_names(processor_configs)
+        if not isinstance(model_configs, list | tuple):
+            raise TypeError(f"model_configs={shown(model_configs)}: expected a list of ModelConfigs")
+        named = {f"model_configs[{index}]": each for index, each in enumerate(model_configs)}
+        named |= {name: each for name, each in processor_configs.items() if each is not None}
+        for name, config in named.items():
+            if not isinstance(config, ModelConfig):
+                how = f"; ModelConfig({str(config)!r})" if isinstance(config, str | Path) else ""
+                raise TypeError(f"{name} is {shown(config)}; expected a ModelConfig{how}")
 
     def _load_processors(
         self, configs: Mapping[str, ModelConfig | None]

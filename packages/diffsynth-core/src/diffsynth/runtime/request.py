@@ -89,7 +89,8 @@ class LoopArguments:
             `b c n` for sound; or "latents" before decoding.
         on_step: called with a `Step` after each step.
         cancel: checked between units and between steps; when set, `Cancelled` is raised.
-        progress_bar_cmd: wraps the iterator over steps, as `tqdm` does.
+        progress_bar_cmd: wraps the iterator over steps, as `tqdm` does. It is advanced once for each step; the items
+            that it gives are not read.
         step_cache: skips blocks whose results hardly change from step to step: a step cache, or its text
             "first_block:threshold=0.1"; None computes everything.
         attention: the attention backend of the networks that the loop calls: a name, or by step a `StepAttention` or

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
-from diffsynth.errors import CorruptFile, InvalidPipeline, MissingComponent, did_you_mean
+from diffsynth import _discovery
+from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.vram.managed import managed
+from diffsynth.errors import CorruptFile, InvalidPipeline, MissingComponent, did_you_mean, shown
 from diffsynth.runtime.architectures import architecture_of
 from diffsynth.spec import ArchitectureSpec, resolve
 
@@ -208,6 +213,85 @@ def _check_component(role: Role | Processor, component: Any, *, fields: tuple[st
         raise InvalidPipeline(
             f"{where}: {architecture.name} ({type(component).__name__}) lacks {' and '.join(missing)}; the pipeline "
             f"needs {', '.join(needed)}. Add what is missing, or use a component of {' or '.join(role.architectures)}."
+        )
+
+
+def check_components(
+    roles: Mapping[str, Role | Processor], components: Mapping[str, Any], *, dtype: torch.dtype, pipeline_name: str
+) -> None:
+    """Raise an error unless each component can be called by the pipeline and computes in its dtype.
+
+    A module of no declared architecture, such as a caller's own, must have the methods that the pipeline calls, or a
+    `forward()` that takes as many tensors as that of the declared architecture.
+
+    Args:
+        roles: of the pipeline.
+        components: role -> component, a tuple of components, or None.
+        dtype: of the pipeline's activations.
+        pipeline_name: for messages.
+
+    Raises:
+        TypeError: a path, a config, a list or a number in the place of a component.
+        InvalidPipeline: a component that the role cannot hold, or that computes in another dtype.
+    """
+    for name, component in members(components).items():
+        where = f"role {name!r} of {pipeline_name}"
+        if isinstance(component, str | bytes | PurePath | Mapping | list | set | int | float | ModelConfig):
+            raise TypeError(
+                f"{where} got {shown(component)}; expected the loaded component. Files are loaded by diffsynth.load("
+                f"..., components=...) and {pipeline_name}.from_pretrained"
+            )
+        role = roles[role_of(name)]
+        if isinstance(component, nn.Module) and isinstance(role, Role):
+            _check_class(role, component, where=where)
+            _check_dtype(component, dtype, where=where)
+
+
+def _check_class(role: Role, module: nn.Module, *, where: str) -> None:
+    own = architecture_of(module)
+    if own is not None:
+        if not role.accepts(own):
+            raise InvalidPipeline(f"{where} got a {own.name}; it takes {' or '.join(role.architectures)}")
+        return
+    declared = _discovery.catalog().layouts()[0]
+    known = next((declared[name] for name in role.architectures if name in declared), None)
+    if known is None:
+        return
+    if role.methods:
+        lacks = role.lacks(module, None, fields=())
+    else:
+        lacks = [] if _takes_as_many(module.forward, resolve(known.module).forward) else ["such a forward()"]
+    if lacks:
+        raise InvalidPipeline(
+            f"{where} got a {type(module).__name__}, which cannot be called as a {known.name} is: it lacks "
+            f"{' and '.join(lacks)}. Use a component of {' or '.join(role.architectures)}"
+        )
+
+
+def _takes_as_many(forward: Any, expected: Any) -> bool:
+    """Whether a bound `forward` can be called with the required arguments of `expected`, a function of a class."""
+    _, *wanted = inspect.signature(expected).parameters.values()
+    required = [each for each in wanted if each.default is each.empty]
+    positional = [None for each in required if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    try:
+        signature = inspect.signature(forward)
+        signature.bind(*positional, **{each.name: None for each in required if each.kind is each.KEYWORD_ONLY})
+    except TypeError:
+        return False
+    except ValueError:  # a function of C has no signature
+        return True
+    return True
+
+
+def _check_dtype(module: nn.Module, dtype: torch.dtype, *, where: str) -> None:
+    own = {each.dtype for each in module.parameters() if each.is_floating_point() and each.dtype.itemsize >= 2}
+    wrapped = managed(module)
+    computed = own if wrapped is None else {wrapped.policy.computed_dtype(each) for each in own}
+    if computed and dtype not in computed:
+        names = " and ".join(sorted(str(each) for each in computed))
+        raise InvalidPipeline(
+            f"{where}: its weights are {names}, and the pipeline computes in {dtype}; one call cannot mix them. Pass "
+            f"torch_dtype={min(computed, key=str)}, or the module as module.to({dtype})"
         )
 
 

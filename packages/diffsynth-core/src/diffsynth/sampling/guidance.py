@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.core.arguments import check_integer, check_number, check_tensors
+
 
 def classifier_free_guidance(
     velocity_cond: Float[Tensor, "b ..."], velocity_uncond: Float[Tensor, "b ..."], cfg_scale: float
@@ -21,9 +23,10 @@ def classifier_free_guidance(
     then, as `Pipeline` does. 0 is `velocity_uncond`; values below 0 guide away from the prompt.
 
     Raises:
-        ValueError: the two shapes differ.
+        ValueError: the two shapes differ, or `cfg_scale` is no finite number.
+        TypeError: a velocity that is no floating-point tensor.
     """
-    _check_shapes(velocity_cond, velocity_uncond=velocity_uncond)
+    _check(velocity_cond, cfg_scale, velocity_uncond=velocity_uncond)
     return velocity_uncond + cfg_scale * (velocity_cond - velocity_uncond)
 
 
@@ -49,10 +52,10 @@ def rescaled_guidance(
             `velocity_cond`. The paper uses 0.7.
 
     Raises:
-        ValueError: the two shapes differ, or `guidance_rescale` is out of range.
+        ValueError: the two shapes differ, or a number is out of range.
+        TypeError: a velocity that is no floating-point tensor.
     """
-    if not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale={guidance_rescale!r}: expected a number from 0 to 1; 0 rescales nothing")
+    check_number("guidance_rescale", guidance_rescale, least=0, most=1, note="0 rescales nothing")
     guided = classifier_free_guidance(velocity_cond, velocity_uncond, cfg_scale)
     axes = _axes(guided)
     smallest = torch.finfo(guided.dtype).tiny  # a network whose last layer is zero predicts 0 everywhere
@@ -104,11 +107,14 @@ def adaptive_projected_guidance(
         average: second result of the previous step; None in the first step.
 
     Raises:
-        ValueError: shapes differ, or `norm_threshold` is below 0.
+        ValueError: shapes differ, or a number is not finite or out of range.
+        TypeError: an argument that should be a floating-point tensor and is none.
     """
-    if norm_threshold < 0:
-        raise ValueError(f"norm_threshold={norm_threshold!r}: expected a number of at least 0; 0 is no limit")
-    _check_shapes(velocity_cond, velocity_uncond=velocity_uncond, latents=latents, average=average)
+    check_number("norm_threshold", norm_threshold, least=0, note="0 is no limit")
+    check_number("eta", eta)
+    check_number("momentum", momentum)
+    check_tensors(latents=latents, sigma=sigma)
+    _check(velocity_cond, cfg_scale, velocity_uncond=velocity_uncond, latents=latents, average=average)
     if sigma.shape != latents.shape[:1]:
         raise ValueError(f"sigma is {tuple(sigma.shape)}; expected ({len(latents)},), one level per entry of latents")
     level, axes = sigma.view(-1, *[1] * (latents.ndim - 1)), _axes(latents)
@@ -151,11 +157,12 @@ def cfg_zero_star(
             steps.
 
     Raises:
-        ValueError: the two shapes differ, or `zero_steps` is below 0.
+        ValueError: the two shapes differ, or a number is no integer of at least 0, `cfg_scale` aside.
+        TypeError: a velocity that is no floating-point tensor.
     """
-    if zero_steps < 0:
-        raise ValueError(f"zero_steps={zero_steps!r}: expected an integer of at least 0")
-    _check_shapes(velocity_cond, velocity_uncond=velocity_uncond)
+    check_integer("zero_steps", zero_steps, least=0)
+    check_integer("index", index, least=0)
+    _check(velocity_cond, cfg_scale, velocity_uncond=velocity_uncond)
     if index < zero_steps:
         return torch.zeros_like(velocity_cond)
     axes = _axes(velocity_cond)
@@ -170,7 +177,11 @@ def _axes(tensor: Tensor) -> tuple[int, ...]:
     return tuple(range(1, tensor.ndim))
 
 
-def _check_shapes(velocity_cond: Tensor, **others: Tensor | None) -> None:
+def _check(velocity_cond: Tensor, cfg_scale: float, **others: Tensor | None) -> None:
+    check_number("cfg_scale", cfg_scale)
+    check_tensors(velocity_cond=velocity_cond, **{name: each for name, each in others.items() if name != "average"})
+    if others.get("average") is not None:
+        check_tensors(average=others["average"])
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != velocity_cond.shape:
             raise ValueError(

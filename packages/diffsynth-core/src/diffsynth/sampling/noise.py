@@ -8,6 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.core.arguments import check_integer, check_number, check_tensors
+from diffsynth.core.device import check_floating
+from diffsynth.errors import shown
+
 
 def initial_noise(
     shape: Sequence[int],
@@ -30,8 +34,15 @@ def initial_noise(
         device: device of the result.
 
     Raises:
-        ValueError: no seeds, or a seed outside 64 bits.
+        ValueError: no seeds, a seed that is no integer of 64 bits, or an extent that is no integer of at least 0.
+        TypeError: `seeds` is one seed and no list, or `dtype` is not floating-point.
     """
+    check_floating(dtype, "dtype")
+    for name, values in {"shape": shape, "seeds": seeds}.items():
+        if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+            raise TypeError(f"{name}={shown(values)}: expected a list of integers")
+    for extent in shape:
+        check_integer("an extent of shape", extent, least=0)
     if not seeds:
         raise ValueError("seeds is empty; expected one entry per image, None for a random seed")
     images = [
@@ -53,8 +64,12 @@ def add_noise(
             on an accelerator would synchronise with it.
 
     Raises:
-        ValueError: `noise` has another shape than `x0`, or `sigma` another length.
+        ValueError: `noise` has another shape than `x0`, or `sigma` another length; or a number `sigma` is not finite.
+        TypeError: `x0` or `noise` is no floating-point tensor.
     """
+    check_tensors(x0=x0, noise=noise)
+    if not isinstance(sigma, Tensor):
+        check_number("sigma", sigma)
     if noise.shape != x0.shape:
         raise ValueError(f"noise is {tuple(noise.shape)}, x0 is {tuple(x0.shape)}; expected one shape")
     if isinstance(sigma, Tensor) and sigma.ndim:
@@ -68,6 +83,5 @@ def _generator(seed: int | None, device: torch.device | str) -> torch.Generator 
     if seed is None:
         # A new Generator has a constant seed; only the global generator differs between runs.
         return None
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed={seed!r}: expected an integer of at most 64 bits")
-    return torch.Generator(device).manual_seed(seed)
+    check_integer("seed", seed, least=-(2**63), most=2**64 - 1)
+    return torch.Generator(device).manual_seed(int(seed))

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.core.arguments import check_tensors
+
 
 def velocity_from_epsilon(
     latents: Float[Tensor, "b ..."], sigma: Float[Tensor, " b"], epsilon: Float[Tensor, "b ..."]
@@ -36,6 +38,7 @@ def velocity_from_epsilon(
 
     Raises:
         ValueError: shapes differ, or `sigma` has another length.
+        TypeError: an argument that is no floating-point tensor.
     """
     level = _level(latents, sigma, epsilon=epsilon)
     return (epsilon - _widened(latents, sigma)) / (1 - level)
@@ -57,6 +60,7 @@ def velocity_from_x0(
 
     Raises:
         ValueError: shapes differ, or `sigma` has another length.
+        TypeError: an argument that is no floating-point tensor.
     """
     level = _level(latents, sigma, x0=x0)
     return (_widened(latents, sigma) - x0) / level
@@ -78,6 +82,7 @@ def velocity_from_v(
 
     Raises:
         ValueError: shapes differ, or `sigma` has another length.
+        TypeError: an argument that is no floating-point tensor.
     """
     level = _level(latents, sigma, v=v)
     square = _square(level)
@@ -97,6 +102,7 @@ def variance_preserving(latents: Float[Tensor, "b ..."], sigma: Float[Tensor, " 
 
     Raises:
         ValueError: `sigma` has another length than the batch.
+        TypeError: an argument that is no floating-point tensor.
     """
     return (latents / _square(_level(latents, sigma)).sqrt()).to(latents.dtype)
 
@@ -113,6 +119,7 @@ def from_variance_preserving(latents: Float[Tensor, "b ..."], sigma: Float[Tenso
 
     Raises:
         ValueError: `sigma` has another length than the batch.
+        TypeError: an argument that is no floating-point tensor.
     """
     return (latents * _square(_level(latents, sigma)).sqrt()).to(latents.dtype)
 
@@ -156,10 +163,13 @@ PREDICTIONS: Mapping[str, Prediction] = MappingProxyType(
 
 
 def _level(latents: Tensor, sigma: Tensor, **outputs: Tensor) -> Tensor:
-    """Return `sigma` with as many axes as `latents`, after a check of all shapes."""
+    """Return `sigma` with as many axes as `latents`, after a check of all types and shapes."""
+    check_tensors(latents=latents, sigma=sigma, **outputs)
     for name, output in outputs.items():
         if output.shape != latents.shape:
             raise ValueError(f"{name} is {tuple(output.shape)}, latents are {tuple(latents.shape)}; expected one shape")
+    if not latents.ndim:
+        raise ValueError("latents is (), a scalar; expected a batch, (b, ...)")
     if sigma.shape != latents.shape[:1]:
         raise ValueError(f"sigma is {tuple(sigma.shape)}; expected ({len(latents)},), one level per entry of latents")
     return sigma.view(-1, *[1] * (latents.ndim - 1))

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.core.arguments import check_integer, check_number, check_tensors
+
 FLUX1_SIGMA_MIN = 0.003 / 1.002
 """Last level of FLUX.1's grid before the shift; the last step goes from there to 0."""
 
@@ -26,6 +28,9 @@ QWEN_IMAGE_TERMINAL = 0.02
 
 TRAINING_MU = 0.8
 """Shift with which FLUX.2 and Qwen-Image are trained, for every image size."""
+
+_MOST_STEPS, _MOST_TOKENS = 10**6, 10**12
+"""Largest values of arguments; more are a mistake."""
 
 LIGHTNING_MU = math.log(3)
 """Shift with which Qwen-Image-Lightning is distilled, for every image size."""
@@ -93,6 +98,8 @@ def flux1_original_sigmas(
         ValueError: an argument out of range.
     """
     _check(num_steps, strength)
+    if num_tokens is not None:
+        check_integer("num_tokens", num_tokens, least=1, most=_MOST_TOKENS)
     end = 1 / num_steps
     levels = torch.linspace(end + (1 - end) * strength, end, num_steps)
     if shift is None and num_tokens is not None:
@@ -195,6 +202,7 @@ class BetaSchedule:
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
+        check_tensors(alphas_cumprod=table)
         if table.dtype not in (torch.float32, torch.float64) or table.ndim != 1 or len(table) < 2:
             raise ValueError(
                 f"alphas_cumprod is {table.dtype} {tuple(table.shape)}; expected float32 or float64 in one axis, "
@@ -218,7 +226,7 @@ class BetaSchedule:
         Raises:
             ValueError: an argument out of range.
         """
-        _check_betas(train_steps, beta_start, beta_end)
+        _check_betas(train_steps, beta_start=beta_start, beta_end=beta_end)
         return cls(_products(torch.linspace(beta_start, beta_end, train_steps, dtype=torch.float64)))
 
     @classmethod
@@ -230,7 +238,7 @@ class BetaSchedule:
 
         Arguments and errors are those of `linear`.
         """
-        _check_betas(train_steps, beta_start, beta_end)
+        _check_betas(train_steps, beta_start=beta_start, beta_end=beta_end)
         roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), train_steps, dtype=torch.float64)
         return cls(_products(roots.square()))
 
@@ -247,9 +255,8 @@ class BetaSchedule:
         Raises:
             ValueError: an argument out of range.
         """
-        if not offset >= 0:
-            raise ValueError(f"offset={offset!r}: expected a number of at least 0; the paper uses 0.008")
-        _check_betas(train_steps, beta_max, beta_max)
+        check_number("offset", offset, least=0, note="the paper uses 0.008")
+        _check_betas(train_steps, beta_max=beta_max)
         times = torch.linspace(0, 1, train_steps + 1, dtype=torch.float64)
         wanted = ((times + offset) / (1 + offset) * (math.pi / 2)).cos().square()
         return cls(_products((1 - wanted[1:] / wanted[:-1]).clamp(max=beta_max)))
@@ -274,7 +281,7 @@ class BetaSchedule:
         Raises:
             ValueError: `num_steps` out of range.
         """
-        _check_positive("num_steps", num_steps)
+        check_integer("num_steps", num_steps, least=1, most=_MOST_STEPS)
         train_steps = len(self.alphas_cumprod)
         if num_steps > train_steps:
             raise ValueError(f"num_steps={num_steps!r}: expected at most {train_steps}, one per training timestep")
@@ -291,7 +298,14 @@ class BetaSchedule:
 
         Args:
             sigma: noise levels, fp32.
+
+        Raises:
+            TypeError: `sigma` is no floating-point tensor.
+            ValueError: it has more or fewer than one axis.
         """
+        check_tensors(sigma=sigma)
+        if sigma.ndim != 1:
+            raise ValueError(f"sigma is {tuple(sigma.shape)}; expected one axis, (b,)")
         levels = self.levels.to(sigma.device)
         above = (levels < sigma[:, None]).sum(dim=1).clamp(1, len(levels) - 1)
         low, high = levels[above - 1], levels[above]
@@ -306,9 +320,10 @@ def shift_sigmas(sigmas: Float[Tensor, " steps"], shift: float) -> Float[Tensor,
 
     Raises:
         ValueError: `shift` is not a finite number above 0.
+        TypeError: `sigmas` is no floating-point tensor.
     """
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"shift={shift!r}: expected a finite number above 0; 1.0 is no shift")
+    check_number("shift", shift, above=0, note="1.0 is no shift")
+    check_tensors(sigmas=sigmas)
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -318,9 +333,10 @@ def shift_sigmas_by_mu(sigmas: Float[Tensor, " steps"], mu: float) -> Float[Tens
 
     Raises:
         ValueError: `mu` is not a number in [-80, 80], beyond which `exp(mu)` leaves fp32.
+        TypeError: `sigmas` is no floating-point tensor.
     """
-    if not abs(mu) <= 80:
-        raise ValueError(f"mu={mu!r}: expected a number in [-80, 80]; published models use 0.3 to 3")
+    check_number("mu", mu, least=-80, most=80, note="published models use 0.3 to 3")
+    check_tensors(sigmas=sigmas)
     return math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
 
 
@@ -331,7 +347,7 @@ def flux1_mu(num_tokens: int) -> float:
     Raises:
         ValueError: `num_tokens` is not a positive integer.
     """
-    _check_positive("num_tokens", num_tokens)
+    check_integer("num_tokens", num_tokens, least=1, most=_MOST_TOKENS)
     return 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
 
 
@@ -340,9 +356,10 @@ def flux2_mu(num_tokens: int, *, num_steps: int) -> float:
     `num_steps`.
 
     Raises:
-        ValueError: `num_tokens` is not a positive integer.
+        ValueError: `num_tokens` or `num_steps` is not a positive integer.
     """
-    _check_positive("num_tokens", num_tokens)
+    check_integer("num_tokens", num_tokens, least=1, most=_MOST_TOKENS)
+    check_integer("num_steps", num_steps, least=1, most=_MOST_STEPS)
     at_200_steps = 0.00016927 * num_tokens + 0.45666666
     if num_tokens > 4300:
         return at_200_steps
@@ -358,7 +375,7 @@ def qwen_image_mu(num_tokens: int) -> float:
     Raises:
         ValueError: `num_tokens` is not a positive integer.
     """
-    _check_positive("num_tokens", num_tokens)
+    check_integer("num_tokens", num_tokens, least=1, most=_MOST_TOKENS)
     return 0.5 + (0.9 - 0.5) * (num_tokens - 256) / (8192 - 256)
 
 
@@ -399,19 +416,12 @@ def _products(betas: Float[Tensor, " train_steps"]) -> Float[Tensor, " train_ste
     return (1 - betas).cumprod(dim=0)
 
 
-def _check_betas(train_steps: int, *betas: float) -> None:
-    if not isinstance(train_steps, int) or isinstance(train_steps, bool) or train_steps < 2:
-        raise ValueError(f"train_steps={train_steps!r}: expected an integer of at least 2")
-    if not all(0 < beta < 1 for beta in betas):
-        raise ValueError(f"betas {' and '.join(map(repr, betas))}: expected numbers between 0 and 1")
+def _check_betas(train_steps: int, **betas: float) -> None:
+    check_integer("train_steps", train_steps, least=2)
+    for name, beta in betas.items():
+        check_number(name, beta, above=0, below=1)
 
 
 def _check(num_steps: int, strength: float) -> None:
-    _check_positive("num_steps", num_steps)
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength!r}: expected a number above 0 and at most 1")
-
-
-def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
+    check_integer("num_steps", num_steps, least=1, most=_MOST_STEPS)
+    check_number("strength", strength, above=0, most=1)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from diffsynth.errors import shortened
+from diffsynth.core.arguments import check_functions, check_tensors
+from diffsynth.errors import shortened, shown
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """`(latents, sigma) -> noise - x0`; sigma is a 0-dim fp32 tensor."""
@@ -46,6 +47,8 @@ class State(Protocol):
 
 
 StateT = TypeVar("StateT", bound=State)
+
+Item = TypeVar("Item")
 
 
 class SingleStepState(NamedTuple):
@@ -93,6 +96,8 @@ def solve(
     """Return a tensor, the latents at noise level `sigmas[-1]`, after one call of `step` for each pair of neighbouring
     levels.
 
+    The progress bar shows the steps and does not choose them: whatever its items are, all steps run once, in order.
+
     Args:
         step: `(state, sigmas, index) -> state`, from level `sigmas[index]` to `sigmas[index + 1]`.
         state: state at `sigmas[0]`.
@@ -101,17 +106,51 @@ def solve(
         progress: wraps the list of the steps' indices, as `tqdm` does.
 
     Raises:
-        ValueError: `sigmas` has fewer than two levels, or does not descend strictly.
+        TypeError: `sigmas` or the latents are no floating-point tensor, `on_step` or `progress` is no function, or
+            `progress` returns no iterable.
+        ValueError: `sigmas` has fewer than two levels, does not descend strictly, or leaves [0, 1].
     """
-    if len(sigmas) < 2:
-        raise ValueError(f"sigmas has {len(sigmas)} entries; expected num_steps + 1, at least 2")
+    check_tensors(sigmas=sigmas, latents=state.latents)
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(f"sigmas is {tuple(sigmas.shape)}; expected num_steps + 1 entries, at least 2")
     if not (sigmas[1:] < sigmas[:-1]).all():
         raise ValueError(f"sigmas is {shortened(sigmas.tolist())}; expected strictly descending levels")
-    for index in progress(list(range(len(sigmas) - 1))):
+    if on_step is not None:
+        check_functions(on_step=on_step)
+    if not (sigmas[0] <= 1 and sigmas[-1] >= 0):
+        raise ValueError(f"sigmas is {shortened(sigmas.tolist())}; expected levels in [0, 1], 1 for pure noise")
+    for index in with_progress(range(len(sigmas) - 1), progress):
         state = step(state, sigmas, index)
         if on_step is not None:
             on_step(index, state.latents)
     return state.latents
+
+
+def with_progress(items: Iterable[Item], progress: Progress, *, name: str = "progress") -> Iterator[Item]:
+    """Yield the items, each once and in order, and advance a progress bar by one for each.
+
+    What the bar yields is not read: one that yields more, fewer or other items, or none, changes nothing.
+
+    Args:
+        items: the steps.
+        progress: returns an iterable for the list of the items, as `tqdm` does.
+        name: of the argument that `progress` is, for the message.
+
+    Raises:
+        TypeError: `progress` returns something else.
+    """
+    check_functions(**{name: progress})
+    if not isinstance(items, Iterable):
+        raise TypeError(f"items={shown(items)}: expected an iterable")
+    items = list(items)
+    bar = progress(list(items))
+    if not isinstance(bar, Iterable):
+        raise TypeError(f"{name} returned {shown(bar)}; expected an iterable over the steps, as of tqdm")
+    advance = iter(bar)
+    for item in items:
+        next(advance, None)
+        yield item
+    next(advance, None)  # tqdm closes its bar at the end of its items
 
 
 def euler(
@@ -138,8 +177,10 @@ def euler(
         progress: wraps the list of steps, as `tqdm` does.
 
     Raises:
-        ValueError: `sigmas` has fewer than two levels, or does not descend strictly.
+        TypeError: `sigmas` or the latents are no floating-point tensor, or an argument that is no function.
+        ValueError: `sigmas` has fewer than two levels, does not descend strictly, or leaves [0, 1].
     """
+    check_functions(velocity=velocity)
     return solve(
         functools.partial(euler_step, velocity), SingleStepState(latents), sigmas, on_step=on_step, progress=progress
     )
@@ -172,8 +213,10 @@ def heun(
     Arguments and errors are those of `euler`.
 
     Raises:
-        ValueError: `sigmas` has fewer than two levels, or does not descend strictly.
+        TypeError: `sigmas` or the latents are no floating-point tensor, or an argument that is no function.
+        ValueError: `sigmas` has fewer than two levels, does not descend strictly, or leaves [0, 1].
     """
+    check_functions(velocity=velocity)
     return solve(
         functools.partial(heun_step, velocity), SingleStepState(latents), sigmas, on_step=on_step, progress=progress
     )
@@ -215,8 +258,10 @@ def dpmpp_2m(
     Arguments and errors are those of `euler`.
 
     Raises:
-        ValueError: `sigmas` has fewer than two levels, or does not descend strictly.
+        TypeError: `sigmas` or the latents are no floating-point tensor, or an argument that is no function.
+        ValueError: `sigmas` has fewer than two levels, does not descend strictly, or leaves [0, 1].
     """
+    check_functions(velocity=velocity)
     state = MultistepState(latents, x0_before=latents)
     return solve(functools.partial(dpmpp_2m_step, velocity), state, sigmas, on_step=on_step, progress=progress)
 
@@ -259,8 +304,10 @@ def unipc(
     Arguments and errors are those of `euler`.
 
     Raises:
-        ValueError: `sigmas` has fewer than two levels, or does not descend strictly.
+        TypeError: `sigmas` or the latents are no floating-point tensor, or an argument that is no function.
+        ValueError: `sigmas` has fewer than two levels, does not descend strictly, or leaves [0, 1].
     """
+    check_functions(velocity=velocity)
     state = UniPCState(latents, corrected_before=latents, x0_before=latents, x0_two_before=latents)
     return solve(functools.partial(unipc_step, velocity), state, sigmas, on_step=on_step, progress=progress)
 
@@ -311,10 +358,13 @@ def euler_ancestral(
 
     Raises:
         ValueError: `noise` is None or returns another shape than that of `latents`, or `sigmas` has fewer than two
-            levels or does not descend strictly.
+            levels, does not descend strictly, or leaves [0, 1].
+        TypeError: `sigmas` or the latents are no floating-point tensor, or an argument that is no function.
     """
+    check_functions(velocity=velocity)
     if noise is None:
         raise ValueError("euler_ancestral adds noise in each step; pass noise=, a function of the step's index")
+    check_functions(noise=noise)
     return solve(
         functools.partial(euler_ancestral_step, velocity, noise),
         SingleStepState(latents),

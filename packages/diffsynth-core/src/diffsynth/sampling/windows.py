@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.core.arguments import check_integer
+
 
 @dataclass(frozen=True)
 class Window:
@@ -60,11 +62,24 @@ class SlidingWindow:
     Args:
         size, stride: latent frames of a window, and from the start of one to the next; the difference is the overlap.
         prefix_frames: latent frames before the video.
+
+    Raises:
+        ValueError: a size or stride that is no positive integer, a stride that leaves gaps, or a negative number of
+            prefix frames.
     """
 
     size: int
     stride: int
     prefix_frames: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "stride"):
+            check_integer(name, getattr(self, name), least=1)
+        check_integer("prefix_frames", self.prefix_frames, least=0)
+        if self.stride > self.size:
+            raise ValueError(
+                f"sliding_window_stride={self.stride} is larger than sliding_window_size={self.size} and leaves gaps"
+            )
 
     @classmethod
     def from_arguments(cls, size: int | None, stride: int | None, *, prefix_frames: int = 0) -> SlidingWindow | None:
@@ -76,18 +91,11 @@ class SlidingWindow:
         """
         if size is None and stride is None:
             return None
+        note = "it counts latent frames; give both sliding_window_size and sliding_window_stride, or neither"
         for name, value in (("sliding_window_size", size), ("sliding_window_stride", stride)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{name}={value!r}: expected a positive number of latent frames; give both sliding_window_size and "
-                    "sliding_window_stride, or neither"
-                )
+            check_integer(name, value, least=1, note=note)
         assert size is not None
         assert stride is not None
-        if stride > size:
-            raise ValueError(
-                f"sliding_window_stride={stride} is larger than sliding_window_size={size} and leaves gaps"
-            )
         return cls(size, stride, prefix_frames)
 
     def windows(self, frames: int) -> list[Window]:

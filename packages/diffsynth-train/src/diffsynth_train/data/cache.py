@@ -17,6 +17,7 @@ from torch import Tensor
 from diffsynth.core.replacing import replacing
 from diffsynth.errors import TrainingError
 from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.runtime.schema.annotations import as_json
 from diffsynth.runtime.unit import Unit, split
 from diffsynth.terminal import module_logger
 from diffsynth_train.components import Component
@@ -25,7 +26,7 @@ from diffsynth_train.data.dataset import Dataset
 logger = module_logger(__name__)
 
 Row = tuple[dict[str, Tensor], dict[str, Any]]
-"""Cached values of one row: tensors without the batch axis, and plain values."""
+"""Cached values of one row: tensors without the batch axis, and JSON values."""
 
 
 def split_units(units: Sequence[Unit], trained: set[str], varied: frozenset[str]) -> tuple[list[Unit], list[Unit]]:
@@ -106,7 +107,9 @@ class UnitCache:
         # A unit whose role is empty, or whose argument is not given, does not run and writes nothing.
         results = {name: written[name] for name in self._writes if name in written}
         tensors = {name: value.cpu() for name, value in results.items() if isinstance(value, Tensor)}
-        plain = {name: value for name, value in results.items() if isinstance(value, int | float | str)}
+        # As they are read from a file, so that rows of both kinds are equal.
+        plain = {name: as_json(value) for name, value in results.items() if not isinstance(value, Tensor)}
+        plain = {name: value for name, value in plain.items() if value is not NotImplemented}
         if left := set(results) - set(tensors) - set(plain):
             raise TrainingError(
                 f"units {[step.name for step in self._units]} write {sorted(left)}, which cannot be cached"

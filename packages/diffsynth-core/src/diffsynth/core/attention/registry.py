@@ -13,7 +13,7 @@ from diffsynth.core.attention.meta import Workspace
 from diffsynth.core.attention.naive import NaiveAttention
 from diffsynth.core.attention.sdpa import SdpaAttention
 from diffsynth.core.attention.triton.backend import TritonAttention, TritonInt8Attention
-from diffsynth.errors import did_you_mean
+from diffsynth.errors import did_you_mean, shown
 
 ALIASES = {"torch": "sdpa"}
 """Other name -> name of a backend."""
@@ -74,7 +74,10 @@ def find_backend(name: str) -> RegisteredBackend:
 
     Raises:
         ValueError: unknown backend; the message has the nearest spelling.
+        TypeError: `name` is no text.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"attention backend {shown(name)}: expected a name such as 'sdpa'")
     found = BACKENDS.get(ALIASES.get(name, name))
     if found is None:
         known = ("auto", *BACKENDS, *ALIASES)

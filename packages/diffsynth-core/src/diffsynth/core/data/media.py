@@ -20,6 +20,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.arguments import check_integer
 from diffsynth.core.data.animation import Animation, is_animated, is_image
 from diffsynth.core.data.color import WHITE, Color, rgb_of
 from diffsynth.core.data.content import AUDIO_KINDS, IMAGE_KINDS, VIDEO_KINDS, describe_file, existing_file
@@ -57,7 +58,8 @@ class VideoData(Sequence[Image.Image]):
 
     Raises:
         TypeError: a source that is neither a text nor a path.
-        ValueError: no source or two, only one of height and width, an `fps` that is not positive or given for a folder,
+        ValueError: no source or two, only one of height and width or another value than a positive integer, an `fps`
+            that is not positive or given for a folder,
             images of several sizes without a height and a width, or an unknown colour.
         NoFiles: the source does not exist, or a folder has no images.
         CorruptFile: a file has no video, is cut off, or has, without `fps`, a variable frame rate.
@@ -77,6 +79,9 @@ class VideoData(Sequence[Image.Image]):
             raise ValueError("VideoData takes a video_file or an image_folder, one of them")
         if (height is None) != (width is None):
             raise ValueError(f"height={height} and width={width}: give both, or neither for the frames' own size")
+        if height is not None:
+            check_integer("height", height, least=1)
+            check_integer("width", width, least=1)
         rate = None if fps is None else frame_rate(fps)
         if rate is not None and image_folder is not None:
             raise ValueError(f"fps={fps}: expected a video file; the images of a folder have no times")
@@ -468,7 +473,10 @@ def _reject_mixed_sizes(images: Sequence[Path]) -> None:
         sizes.setdefault(size_of(file), file.name)
     if len(sizes) > 1:
         named = ", ".join(f"{name} of {width}x{height}" for (width, height), name in sizes.items())
-        raise ValueError(f"images of {len(sizes)} sizes in {images[0].parent}: {named}; give a height and a width")
+        raise ValueError(
+            f"images of {len(sizes)} sizes in {images[0].parent}: {named}; make them one size, or scale them "
+            "as they are read: VideoData(image_folder=..., height=..., width=...)"
+        )
 
 
 def _natural(file: Path) -> list[tuple[int, int, str]]:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int16
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.arguments import check_number
 from diffsynth.core.data.color import to_rgb
 from diffsynth.core.data.media import Location, count_frames, frame_rate, frame_rate_of, opened, pyav, read_audio
 from diffsynth.core.data.video_frame import encoded_tags
@@ -71,8 +72,7 @@ def save_video(
             finite, a frame rate that is no positive number, options that are no pairs, or an unknown suffix.
         Unavailable: PyAV is not installed.
     """
-    if not 0 <= quality <= 10:
-        raise ValueError(f"quality={quality}: expected 0 to 10")
+    check_number("quality", quality, least=0, most=10)
     rate = frame_rate(fps)
     options = {"crf": str(round((1 - quality / 10) * 51)), **_encoder_options(ffmpeg_params or ())}
     images = iter(_images(frames))

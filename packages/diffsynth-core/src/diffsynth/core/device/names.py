@@ -17,7 +17,7 @@ from diffsynth.core.device.backends import (
     is_available,
     type_and_index,
 )
-from diffsynth.errors import did_you_mean
+from diffsynth.errors import did_you_mean, shown
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -84,18 +84,23 @@ def check_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     return dtype
 
 
-def check_floating(dtype: torch.dtype) -> torch.dtype:
-    """Raise TypeError unless `dtype` is a floating-point `torch.dtype` of 16 bits or more, for weights and activations;
-    return it unchanged.
+def check_floating(dtype: torch.dtype, name: str = "torch_dtype", *, stored: bool = False) -> torch.dtype:
+    """Raise TypeError unless `dtype` is a floating-point `torch.dtype` for weights and activations; return it
+    unchanged.
+
+    Args:
+        dtype: as the caller gave it.
+        name: of the argument, for the message.
+        stored: whether weights are only stored in it, for which the float8 dtypes of `CONVERTIBLE` are accepted, too;
+            computing takes 16 bits or more.
 
     Raises:
         TypeError: something else, such as a name or an integer dtype.
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise TypeError(
-            f"torch_dtype={dtype!r}: expected torch.bfloat16, torch.float16 or torch.float32; policy='fp8' stores "
-            "weights in fewer bits"
-        )
+    is_dtype = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype in CONVERTIBLE
+    if not is_dtype or (dtype.itemsize < 2 and not stored) or dtype == torch.float8_e8m0fnu:  # powers of 2, for scales
+        fewer = " or a float8 dtype" if stored else "; policy='fp8' stores weights in fewer bits"
+        raise TypeError(f"{name}={shown(dtype)}: expected torch.bfloat16, torch.float16 or torch.float32{fewer}")
     return dtype
 
 

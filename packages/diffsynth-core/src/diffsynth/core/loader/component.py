@@ -97,7 +97,9 @@ def open_component(recognized: Recognized, header: Header, *, dtype: torch.dtype
         NotRunnable: no installed package has the network.
         KeyMismatch: keys or shapes do not fit the module.
         CorruptFile: the file has a dtype that torch does not have.
+        TypeError: a `dtype` that is no floating-point dtype.
     """
+    devices.check_floating(dtype, "dtype", stored=True)
     architecture, prefix = recognized.architecture, recognized.prefix
     keys = recognized.keys or tuple(key for key in header.tensors if key.startswith(prefix))
     # Fused keys become a few parameters each, so a network that the file fits stays far below this.

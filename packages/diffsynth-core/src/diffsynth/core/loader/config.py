@@ -9,7 +9,7 @@ from typing import Any
 
 from diffsynth import _env
 from diffsynth.core.paths import expanded
-from diffsynth.errors import did_you_mean
+from diffsynth.errors import did_you_mean, shown
 from diffsynth.spec import parse_source
 
 DOWNLOAD_SOURCES = ("modelscope", "huggingface")
@@ -44,6 +44,7 @@ class ModelConfig:
 
     Raises:
         ValueError: no source or two, an unknown download source, or a setting this version does not have yet.
+        TypeError: a field of another type, such as a `ModelConfig` as path.
     """
 
     path: str | Path | Sequence[str | Path] | None = None
@@ -69,6 +70,7 @@ class ModelConfig:
     role: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         given = [name for name in ("path", "model_id", "state_dict", "source") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -91,6 +93,25 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig got {' and '.join(later)}, which this version does not have yet; leave it out"
             )
+
+    def _check_types(self) -> None:
+        """Raise TypeError for a field of another type."""
+        paths = self.path if isinstance(self.path, list | tuple) else [self.path]
+        if not all(isinstance(each, str | Path | None) for each in paths) or (len(paths) != 1 and None in paths):
+            raise TypeError(f"path={shown(self.path)}: expected a path, or a list of the files of one checkpoint")
+        patterns = self.origin_file_pattern
+        for each in patterns if isinstance(patterns, list | tuple) else [patterns]:
+            if not isinstance(each, str | None):
+                raise TypeError(f"origin_file_pattern={shown(patterns)}: expected a glob, or a list of globs")
+        for name in ("model_id", "download_source", "source", "revision", "token", "role"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                what = "text" if name == "token" else f"text, got {shown(value)}"
+                raise TypeError(f"{name}: expected {what}")
+        if not isinstance(self.local_model_path, str | Path | None):
+            raise TypeError(f"local_model_path={shown(self.local_model_path)}: expected a path")
+        if not isinstance(self.state_dict, Mapping | None):
+            raise TypeError(f"state_dict is a {type(self.state_dict).__name__}; expected a dict key -> tensor")
 
     @classmethod
     def from_source(cls, text: str, **fields: Any) -> ModelConfig:

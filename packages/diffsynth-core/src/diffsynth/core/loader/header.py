@@ -106,6 +106,7 @@ class Header:
         nested: key -> shape, nested as the pickle is; None if it is flat.
         stamps: file -> its stamp when the header was read.
         notes: layer -> what a note in the files says on how its weight is quantised; see `quantization_notes`.
+        prefixes: the prefixes of the dicts in a pickle that hold tensors, such as "params_ema."; empty if it is flat.
     """
 
     tensors: dict[str, TensorInfo]
@@ -115,6 +116,7 @@ class Header:
     nested: Mapping[str, Any] | None = None
     stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    prefixes: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -177,6 +179,7 @@ def read(files: Iterable[Path], read_file: Callable[[Path], Header] | None = Non
     in_memory: dict[str, Any] = {}
     stamps: dict[Path, FileStamp] = {}
     notes: dict[str, Mapping[str, Any]] = {}
+    prefixes: dict[str, None] = {}
     for file, part in zip(files, parts, strict=True):
         _check_same_checkpoint(tensors, metadata, part, file)
         tensors |= part.tensors
@@ -184,7 +187,8 @@ def read(files: Iterable[Path], read_file: Callable[[Path], Header] | None = Non
         in_memory |= part.tensors_in_memory or {}
         stamps |= part.stamps
         notes |= part.notes
-    return Header(tensors, metadata, files, in_memory or None, None, stamps, notes)
+        prefixes |= dict.fromkeys(part.prefixes)
+    return Header(tensors, metadata, files, in_memory or None, None, stamps, notes, tuple(prefixes))
 
 
 def _check_same_checkpoint(
@@ -240,7 +244,7 @@ def _parsed(file: Path, text: bytes, base: int) -> tuple[dict[str, str], dict[st
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
         if not isinstance(entries, dict):
             raise ValueError(f"it is a {type(entries).__name__}")
-        metadata = _metadata(entries.pop("__metadata__", {}), file)
+        metadata = _metadata(entries.pop("__metadata__", {}))
         check_count(len(entries), file)
         return metadata, {key: _tensor_info(key, entry, file, base) for key, entry in entries.items()}
     except (ValueError, RecursionError) as error:
@@ -297,15 +301,9 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON")
 
 
-def _metadata(entry: Any, file: Path) -> dict[str, str]:
-    if not isinstance(entry, dict):
-        raise ValueError(f"its __metadata__ is a {type(entry).__name__}")
-    for key, value in entry.items():
-        if not isinstance(value, str):
-            raise CorruptFile(
-                f"{file}: its metadata has {shortened([repr(value)])} under {shortened([repr(key)])}, and safetensors "
-                "allows only text. Write the file again with texts as values"
-            )
+def _metadata(entry: Any) -> dict[str, str]:
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise ValueError("its __metadata__ is not a mapping of text to text")
     return entry
 
 

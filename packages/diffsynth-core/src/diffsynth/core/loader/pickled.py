@@ -1,10 +1,13 @@
 """Headers of torch pickles (`.pth`, `.pt`, `.bin`, `.ckpt`) and of state dicts in memory.
 
 A pickle is loaded with `weights_only=True`, so that it cannot run code, and mapped, so that its tensors stay on disk.
+Objects of the usual settings classes, which trainers save beside the weights, are left out; none of them is imported.
 """
 
 from __future__ import annotations
 
+import re
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +21,23 @@ from diffsynth.core.loader.header import FileStamp, Header, TensorInfo, check_co
 from diffsynth.errors import CorruptFile
 
 _WRAPPERS = ("state_dict", "module", "model_state")
+"""Keys of a sole dict that is left out; published hashes of nested files are of what is in it."""
+
+_NOT_WEIGHTS = re.compile(r"(?i)(.*_)?(optim(izer)?s?|lr_?schedulers?|schedulers?|scaler|loops|callbacks)(_.*)?")
+"""Names of dicts in a trainer's pickle that hold tensors which are no weights."""
+
+_SETTINGS = (
+    *("argparse", "datetime", "easydict", "enum", "ml_collections", "omegaconf", "pathlib", "typing", "yacs"),
+    *("numpy", "accelerate", "diffusers", "lightning", "lightning_fabric", "peft", "pytorch_lightning", "transformers"),
+    *("torch.optim", "torch.torch_version", "types.SimpleNamespace", "__main__"),
+)
+"""Modules and classes whose objects are settings or numbers of a training run, not tensors."""
+
+_MOST_CLASSES = 64
+"""Largest number of different classes of `_SETTINGS` in one file."""
+
+_loading = threading.Lock()
+"""Held while torch's list of accepted classes is changed, which all threads share."""
 
 _DEPTH = 32
 """Largest number of dicts in dicts."""
@@ -42,15 +62,65 @@ def read(file: Path) -> Header:
         mapped = zipfile.is_zipfile(file)
         if mapped:
             _check_archive(file, stamp.size)
-        loaded = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+        loaded = _loaded(file, mapped)
     except CorruptFile:
         raise
     except Exception as error:  # damaged bytes end anywhere in the unpickler: KeyError, IndexError, struct.error, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CorruptFile(f"{file} is not a torch checkpoint of tensors alone: {reason}") from None
+        raise CorruptFile(f"{file} is not a torch checkpoint of tensors alone: {_reason(error)}") from None
     if not isinstance(loaded, Mapping):
         raise CorruptFile(f"{file} holds a {type(loaded).__name__}; expected a dict of tensors")
     return of_state_dict(loaded, (file,), {file: stamp})
+
+
+class _LeftOut:
+    """Object that takes the place of one of a settings class in a pickle; it keeps nothing of it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _LeftOut:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _loaded(file: Path, mapped: bool) -> Any:
+    """Return what `torch.load` reads, without objects of settings classes; its errors are those of `torch.load`."""
+    classes: list[str] = []
+    while True:
+        try:
+            if not classes:
+                return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+            with _loading, torch.serialization.safe_globals([(_LeftOut, name) for name in classes]):
+                return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+        except Exception as error:
+            name = _unknown_class(error)
+            if not _is_setting(name) or name in classes or len(classes) >= _MOST_CLASSES:
+                raise
+            classes.append(name)
+
+
+def _unknown_class(error: Exception) -> str:
+    """Return the full name of the class or function that torch's unpickler does not accept; "" for another error."""
+    found = re.search(r"Unsupported global: GLOBAL (\S+) was not", str(error))
+    return found[1] if found else ""
+
+
+def _is_setting(name: str) -> bool:
+    return any(name == known or name.startswith(f"{known}.") for known in _SETTINGS)
+
+
+def _reason(error: Exception) -> str:
+    """Return why torch cannot read a file, as one line without its advice to allow code."""
+    if name := _unknown_class(error):
+        return (
+            f"it holds an object of {name}, which could run code. Save the tensors alone, torch.save(net.state_dict(), "
+            f"...), or as safetensors"
+        )
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def of_state_dict(
@@ -90,7 +160,42 @@ def of_state_dict(
         if key.endswith(suffix) and tensor.dtype == torch.uint8
     }
     shapes = _shapes(state_dict) if nested else None
-    return Header(infos, {}, files, tensors, shapes, stamps or {}, notes)
+    return Header(infos, {}, files, tensors, shapes, stamps or {}, notes, tuple(_prefixes(state_dict)))
+
+
+def without_wrappers(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the dict of tensors inside a trainer's dict, however deep; `state_dict` itself if it holds tensors, or if
+    two dicts in it do, an optimizer's aside.
+    """
+    for _ in range(_DEPTH):
+        if any(isinstance(value, torch.Tensor) for value in state_dict.values()):
+            break
+        inside = [value for key, value in state_dict.items() if _is_wrapper(key, value)]
+        if len(inside) != 1:
+            break
+        state_dict = inside[0]
+    return state_dict
+
+
+def _prefixes(state_dict: Mapping[Any, Any], depth: int = 0) -> Iterator[str]:
+    """Yield the prefixes of the dicts, nested at most three deep, that hold tensors, an optimizer's aside:
+    "params_ema.", "model.state_dict.".
+    """
+    for key, value in state_dict.items():
+        if not _is_wrapper(key, value):
+            continue
+        if any(isinstance(each, torch.Tensor) for each in value.values()):
+            yield f"{key}."
+        if depth < 2:
+            yield from (f"{key}.{inner}" for inner in _prefixes(value, depth + 1))
+
+
+def _is_wrapper(key: Any, value: Any) -> bool:
+    """Whether an entry of a trainer's dict is a dict that may hold weights."""
+    is_named = isinstance(key, str) and not _NOT_WEIGHTS.fullmatch(key)
+    return (
+        is_named and isinstance(value, Mapping) and any(isinstance(v, torch.Tensor | Mapping) for v in value.values())
+    )
 
 
 def _flatten(nested: Mapping[Any, Any], where: Path | str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,9 @@ TIERS = ("metadata", "signature", "structure")
 
 _DEPTH = 3
 """Largest number of nested wrapper prefixes."""
+
+_DICTS = 16
+"""Largest number of dicts of a pickle in which components are looked for."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,29 @@ def recognize(
     if not found:
         views = tuple(_views(header))
         raise Unrecognized(explain(UnrecognizedFile(header.where, header.shapes, known, refusals, views)))
+    _reject_twice(header, found)
     if rest.tensors:
         found[0] = replace(found[0], extra=(*found[0].extra, *rest.tensors))
     return found
+
+
+def _reject_twice(header: Header, found: Sequence[Recognized]) -> None:
+    """Raise Unrecognized if two dicts of a trainer's pickle hold the same component, such as its weights and their
+    average.
+    """
+    for one, other in itertools.combinations(found, 2):
+        names = [
+            next((prefix for prefix in header.prefixes if each.prefix.startswith(prefix)), "") for each in (one, other)
+        ]
+        same = {key.removeprefix(one.prefix) for key in one.keys} == {
+            key.removeprefix(other.prefix) for key in other.keys
+        }
+        if all(names) and same and one.architecture is other.architecture:
+            first, second = ("".join(f"[{part!r}]" for part in name[:-1].split(".")) for name in names)
+            raise Unrecognized(
+                f"{header.where} holds a {one.architecture.name} twice, as its {first} and its {second}. Choose one: "
+                f"ModelConfig(state_dict=diffsynth.core.load_state_dict(FILE){second})"
+            )
 
 
 def _without(header: Header, found: Sequence[Recognized]) -> Header:
@@ -351,10 +375,11 @@ class _KnownNames:
 
 
 def _views(header: Header) -> Iterator[tuple[str, dict[str, Shape]]]:
-    """Yield `(prefix, dict key -> shape)`: "" with all keys, then each wrapper prefix, at most three nested, with
-    its keys, the prefix removed.
+    """Yield `(prefix, dict key -> shape)`: "" with all keys, then each wrapper prefix, at most three nested, and each
+    dict of a pickle that holds tensors, with its keys, the prefix removed.
     """
     remaining = [("", header.shapes, 0)]
+    remaining += [(prefix, strip_prefix(header.shapes, prefix), 0) for prefix in header.prefixes[:_DICTS]]
     seen = set()
     while remaining:
         prefix, shapes, depth = remaining.pop(0)

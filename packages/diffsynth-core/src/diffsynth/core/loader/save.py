@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffsynth.core import device as devices
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.component import apply_rule
 from diffsynth.core.loader.dtypes import dtype_names
@@ -91,8 +92,11 @@ def save_checkpoint(
     Raises:
         ValueError: metadata with a key that this function writes, a parameter on meta, a hot LoRA, a dtype that the
             format does not have, or a layout that is unknown or cannot be derived from the module.
+        TypeError: a `dtype` that is no floating-point dtype.
     """
     path = expanded(path)
+    if dtype is not None:
+        devices.check_floating(dtype, "dtype", stored=True)
     notes = _notes(metadata or {}, architecture, config, base)
     entries = _entries(module, dtype)
     if layout is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth.core import device as devices
 from diffsynth.core.loader import pickled
 from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.files import PICKLE_SUFFIXES
@@ -46,7 +47,9 @@ def load_state_dict(
         NoFiles: there is no such file.
         CorruptFile: a file is truncated, no checkpoint, or a pickle that would run code.
         KeyMismatch: two files have one key.
+        TypeError: a `torch_dtype` that is no floating-point dtype.
     """
+    _check_dtype(torch_dtype)
     state_dict: dict[str, Any] = {}
     for file in _files(file_path):
         if verbose:
@@ -71,6 +74,7 @@ def load_state_dict_from_safetensors(
 
     Arguments and errors: see `load_state_dict`.
     """
+    _check_dtype(torch_dtype)
     return read_tensors(read_safetensors(Path(file_path)), device=device, dtype=torch_dtype)
 
 
@@ -83,6 +87,7 @@ def load_state_dict_from_bin(
     A single `state_dict`, `module` or `model_state` around them is removed. Arguments and errors: see
     `load_state_dict`.
     """
+    _check_dtype(torch_dtype)
     header = pickled.read(Path(file_path))
     # The file is mapped: without the copy the tensors would change when the file does.
     tensors = {
@@ -141,6 +146,11 @@ def placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str
     dtype.
     """
     return tensor.to(device, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+
+
+def _check_dtype(torch_dtype: torch.dtype | None) -> None:
+    if torch_dtype is not None:
+        devices.check_floating(torch_dtype, stored=True)
 
 
 def _files(path: File | Sequence[File]) -> list[Path]:

@@ -39,9 +39,6 @@ from diffsynth.errors import CorruptFile, KeyMismatch, shortened
 PREFIX = "diffusion_model."
 """The prefix of a network's names in LoRA files, which ComfyUI and diffusers both look for."""
 
-_WRAPPERS = ("state_dict", "model_state", "model_state_dict", "module", "lora")
-"""Keys under which training programs keep the tensors in a pickle."""
-
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
@@ -214,7 +211,7 @@ def parse(
     """Return the `LoRA` that `state_dict` holds, in the key names of any usual program.
 
     Args:
-        state_dict: key -> tensor; a dict around it, such as `"state_dict"`, is removed. An alpha may be a number.
+        state_dict: key -> tensor; dicts around it, such as `"state_dict"`, are removed. An alpha may be a number.
         where: the file's name, for messages.
         metadata: text entries of the file, which may hold alpha and rank.
         config: contents of the file's `adapter_config.json`.
@@ -260,10 +257,7 @@ def parse(
 
 def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the flat dict key -> tensor of a state dict, without a dict around the LoRA's own."""
-    for name in _WRAPPERS:
-        inside = state_dict.get(name)
-        if isinstance(inside, Mapping) and inside:
-            return _tensors(inside)
+    state_dict = pickled.without_wrappers(state_dict)
     for key, value in state_dict.items():
         if not isinstance(value, Tensor | Mapping) and not pickled.is_alpha(key, value):
             raise TypeError(f"state_dict[{key!r}] is a {type(value).__name__}; expected a tensor")

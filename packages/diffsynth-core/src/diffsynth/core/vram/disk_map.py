@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffsynth.core import device as devices
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.key_differences import key_differences
@@ -34,6 +35,7 @@ class DiskMap(Mapping[str, Tensor]):
     Raises:
         CheckpointError: the file is missing or cannot be read.
         ValueError: the converter reads values of tensors.
+        TypeError: a `torch_dtype` that is no floating-point dtype.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class DiskMap(Mapping[str, Tensor]):
         buffer_size: int = 10**9,
     ) -> None:
         self.device = torch.device(device)
-        self.torch_dtype = torch_dtype
+        self.torch_dtype = None if torch_dtype is None else devices.check_floating(torch_dtype, stored=True)
         self._header = read_files([Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path])
         if state_dict_converter is None:
             self._targets = convert.plan((), self._header.shapes).targets

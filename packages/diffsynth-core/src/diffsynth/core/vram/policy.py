@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffsynth.core import device as devices
-from diffsynth.errors import did_you_mean
+from diffsynth.errors import did_you_mean, shown
 
 DISK = "disk"
 """The device name of weights that are read from their file whenever they are needed."""
@@ -33,9 +33,16 @@ class Auto:
 
     Args:
         call: arguments of the call that the policy is chosen for; the others have their defaults.
+
+    Raises:
+        TypeError: `call` is no mapping.
     """
 
     call: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.call, Mapping):
+            raise TypeError(f"call={shown(self.call)}: expected a dict argument -> value")
 
 
 class BlockState(enum.Enum):
@@ -58,12 +65,22 @@ class Placement:
     Args:
         device: name of the device, or "disk".
         dtype: dtype of floating-point weights; None is each tensor's own.
+
+    Raises:
+        TypeError: a device that is no name, or a dtype that is no floating-point dtype.
+        ValueError: a dtype with "disk".
     """
 
     device: str
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.device, torch.device):
+            object.__setattr__(self, "device", str(self.device))
+        if not isinstance(self.device, str):
+            raise TypeError(f"device={shown(self.device)}: expected the name of a device, or 'disk'")
+        if self.dtype is not None:
+            devices.check_floating(self.dtype, "dtype", stored=True)
         if self.device == DISK and self.dtype is not None:
             raise ValueError(f"a placement on disk has the dtype of its file; got {self.dtype}")
 
@@ -93,6 +110,7 @@ class Policy:
     Raises:
         ValueError: computation on disk, a state that is further from the device than the one before it, a device that
             does not exist, a dtype that a device does not support.
+        TypeError: a state that is no `Placement`, or computation in a dtype of less than 16 bits.
     """
 
     offload: Placement
@@ -101,6 +119,9 @@ class Policy:
     computation: Placement
 
     def __post_init__(self) -> None:
+        for state in BlockState:
+            if not isinstance(given := getattr(self, state.value), Placement):
+                raise TypeError(f"{state.value}={shown(given)}: expected a Placement(device, dtype)")
         if self.computation.on_disk:
             raise ValueError("computation_device='disk': expected a device that computes, such as 'cuda' or 'cpu'")
         device = devices.check_device(self.computation.device)
@@ -114,6 +135,8 @@ class Policy:
         for state in BlockState:
             placement: Placement = getattr(self, state.value)
             if placement.dtype is not None:
+                if state is BlockState.COMPUTATION:
+                    devices.check_floating(placement.dtype, "computation_dtype")
                 devices.check_dtype(placement.dtype, placement.device)
 
     @property
@@ -245,4 +268,5 @@ def _placement(state: BlockState, given: Mapping[str, Any]) -> Placement | None:
         return Placement(DISK)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{dtype_key}={dtype!r}: expected a torch dtype, or 'disk'")
+    devices.check_floating(dtype, dtype_key, stored=state is not BlockState.COMPUTATION)
     return Placement(str(device), dtype)

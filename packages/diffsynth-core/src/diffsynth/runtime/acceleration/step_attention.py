@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from diffsynth.core.arguments import check_integer
 from diffsynth.core.attention.call import AttentionCall
 from diffsynth.core.attention.registry import check_known, refusal
 from diffsynth.core.attention.select import use_attention
-from diffsynth.errors import Refused
+from diffsynth.errors import Refused, shown
 from diffsynth.runtime.acceleration.settings import parse_settings
 from diffsynth.runtime.declared_backends import use_declared_backends
 
@@ -30,6 +31,7 @@ class StepAttention:
 
     Raises:
         ValueError: an unknown backend, or a number of steps out of range.
+        TypeError: a backend that is no name.
     """
 
     backend: str
@@ -39,12 +41,12 @@ class StepAttention:
 
     def __post_init__(self) -> None:
         use_declared_backends()
-        for name in (self.backend, self.otherwise):
+        for field in ("backend", "otherwise"):
+            if not isinstance(name := getattr(self, field), str):
+                raise TypeError(f"attention: {field}={shown(name)}: expected a name such as 'sdpa'")
             check_known(name)
         for name in ("first", "last"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"attention: {name}={value!r}: expected an integer of at least 0")
+            check_integer(f"attention: {name}", getattr(self, name), least=0)
 
     def at(self, index: int, num_steps: int) -> str:
         """Return the attention backend's name for step `index` (from 0): `otherwise` in the first `first` and the

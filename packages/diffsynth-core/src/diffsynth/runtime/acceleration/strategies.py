@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from diffsynth import _discovery, registry
-from diffsynth.errors import did_you_mean
+from diffsynth.core.arguments import check_integer, check_number
+from diffsynth.errors import did_you_mean, shown
 from diffsynth.runtime.acceleration.settings import parse_settings
 from diffsynth.runtime.acceleration.step_cache import (
     CacheStrategy,
@@ -40,12 +41,10 @@ class FirstBlockCache(StepCache):
     max_reused: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ValueError(f"threshold={self.threshold!r}: expected a finite number of at least 0")
-        if self.warmup_steps < 1:
-            raise ValueError(f"warmup_steps={self.warmup_steps!r}: expected at least 1; the first step has no past")
-        if self.max_reused is not None and self.max_reused < 1:
-            raise ValueError(f"max_reused={self.max_reused!r}: expected at least 1, or None")
+        check_number("threshold", self.threshold, least=0)
+        check_integer("warmup_steps", self.warmup_steps, least=1, note="the first step has no past")
+        if self.max_reused is not None:
+            check_integer("max_reused", self.max_reused, least=1, note="None is no limit")
 
     def strategy(self, model: ModelSpec | None) -> CacheStrategy:
         """Return a new `CacheStrategy` with these settings; see `StepCache.strategy`."""
@@ -95,10 +94,7 @@ class TaylorSeer(StepCache):
 
     def __post_init__(self) -> None:
         for name, least, most in (("interval", 1, None), ("order", 0, 4), ("warmup_steps", 1, None)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least or (most is not None and value > most):
-                upper = "" if most is None else f" and at most {most}"
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}{upper}")
+            check_integer(name, getattr(self, name), least=least, most=most)
 
     def strategy(self, model: ModelSpec | None) -> CacheStrategy:
         """Return a new `CacheStrategy` with these settings; see `StepCache.strategy`."""
@@ -152,8 +148,11 @@ class TeaCache(StepCache):
     fitted: TeaCacheSpec | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ValueError(f"threshold={self.threshold!r}: expected a finite number of at least 0")
+        check_number("threshold", self.threshold, least=0)
+        if not isinstance(self.model, str):
+            raise TypeError(f"model={shown(self.model)}: expected a model's name, or '' for the pipeline's own")
+        if not isinstance(self.fitted, TeaCacheSpec | None):
+            raise TypeError(f"fitted={shown(self.fitted)}: expected a TeaCacheSpec, or None")
 
     def refuses(self, model: ModelSpec | None) -> str | None:
         """Return the reason why this step cache cannot serve a model, as text, or None if it can; see `StepCache`."""

@@ -1,0 +1,46 @@
+"""The calls of a pipeline that run at the moment, in all threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffsynth.errors import PipelineError
+
+
+class RunningCalls:
+    """The calls of one pipeline that run now. Methods that change weights refuse to run beside them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: list[str] = []
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Context manager in which a call of this thread runs."""
+        name = threading.current_thread().name
+        with self._lock:
+            self._threads.append(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads.remove(name)
+
+    def refuse(self, what: str) -> None:
+        """Raise PipelineError if a call runs.
+
+        Args:
+            what: the method that must not run beside a call, for the message: "load_lora()".
+
+        Raises:
+            PipelineError: a call runs, in this thread or another one.
+        """
+        with self._lock:
+            threads = sorted(set(self._threads))
+        if threads:
+            raise PipelineError(
+                f"{what} changes the weights, and a call of this pipeline runs in thread {', '.join(threads)}: its "
+                f"result would be made with both. Wait until the call ends"
+            )
