@@ -101,6 +101,10 @@ def test_a_checkpoint_of_another_role(hub, monkeypatch):
 
 
 def test_an_unknown_argument(hub):
+    with pytest.raises(TypeError, match=r"takes no 'vram_limt'; did you mean 'vram_limit'\? It takes torch_dtype, dev"):
+        ZImagePipeline.from_pretrained(vram_limt=3)
+    with pytest.raises(TypeError, match="takes no 'offload_mode'. It takes .* vram_limit and policy are all there is"):
+        ZImagePipeline.from_pretrained(offload_mode="sequential_cpu_offload")
     with pytest.raises(TypeError, match="takes no 'tokeniser_config'; did you mean 'tokenizer_config'"):
         ZImagePipeline.from_pretrained(tokeniser_config=None)
 

@@ -209,6 +209,14 @@ def test_other_files(tmp_path, content, message):
 # What is nearest
 
 
+def test_a_part_of_a_layout_is_none_of_another():
+    """A text encoder without its vision tower shares more of its keys with a smaller text encoder's file."""
+    whole = layout("Qwen-Image--qwen_image_text_encoder")
+    said = explained({key: shape for key, shape in whole.items() if "visual" not in key})
+    assert "nearest is qwen2.5_vl_text_encoder" in said
+    assert "it is refused because it lacks visual." in said
+
+
 def test_the_nearest_is_named_with_its_first_differences():
     shapes = {key: shape for key, shape in layout("FLUX.2-dev--flux2_vae").items() if not key.startswith("bn.")}
     said = explained(shapes | {"encoder.conv_in.weight": (128, 4, 3, 3)})

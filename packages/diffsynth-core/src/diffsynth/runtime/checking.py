@@ -6,13 +6,17 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from diffsynth.runtime.argument_types import ArgumentType, argument_types
 from diffsynth.runtime.call_size import check_size
-from diffsynth.runtime.effects import without_effect
+from diffsynth.runtime.effects import arguments_read, without_effect
 from diffsynth.runtime.loop import check_loop
+from diffsynth.runtime.published_defaults import model_of_files, other_defaults
 from diffsynth.runtime.request import Request, check_request
 from diffsynth.runtime.role import config_of
 from diffsynth.runtime.unit import check_values
+from diffsynth.spec import ModelSpec
 from diffsynth.terminal import module_logger
 
 logger = module_logger(__name__)
@@ -63,10 +67,35 @@ class CheckMethods:
         """
         return without_effect(self, self._planned_request(arguments), arguments)
 
-    def log_arguments_without_effect(self: Any, request: Request, arguments: Mapping[str, Any]) -> None:
-        """Log a warning for each argument of a checked call that changes nothing; see `arguments_without_effect`."""
+    def log_warnings(self: Any, request: Request, arguments: Mapping[str, Any]) -> None:
+        """Log a warning for what a checked call does otherwise than its caller may think: arguments that change
+        nothing, arguments left to a default that is not that of the model, and seeds of more bits than are read.
+        """
         for name, reason in without_effect(self, request, arguments).items():
             logger.warning("%s has no effect: %s", name, reason)
+        if (model := self._model_of_files) is not None:
+            read = sorted(arguments_read(self, request) - arguments.keys())
+            for name, value in other_defaults(self, model, read).items():
+                own = self.__signature__.parameters[name].default
+                logger.warning(
+                    "%s is %r, the default of the pipeline, but the files are those of %s, which has %r: pass %s, or "
+                    "load the model by its name",
+                    *(name, own, model.name, value, name),
+                )
+        on_cpu = torch.device(request.values.get("rand_device", "cpu")).type == "cpu"
+        if on_cpu and (large := [seed for seed in request.seeds if seed is not None and seed >= 2**32]):
+            logger.warning(
+                "seed=%d: the generator of the CPU reads the lowest 32 bits, so the noise is that of seed=%d",
+                *(large[0], large[0] % 2**32),
+            )
+
+    @functools.cached_property
+    def _model_of_files(self: Any) -> ModelSpec | None:
+        if self.model_name is not None:
+            return None
+        return model_of_files(
+            type(self), [file for role in self.all_loop_roles for file in self.component_files.get(role, ())]
+        )
 
     @functools.cached_property
     def _argument_types(self: Any) -> dict[str, ArgumentType]:

@@ -47,6 +47,12 @@ def without_effect(pipe: PlannablePipeline, request: Request, arguments: Mapping
     return {name: reason for name, reason in found.items() if reason}
 
 
+def arguments_read(pipe: PlannablePipeline, request: Request) -> set[str]:
+    """Return the set of the names of arguments that units of a call read and that change its result."""
+    reads = _Reads(pipe, request)
+    return {name for name in pipe.program.arguments if reads.of(name) and not reads.ignored(name)}
+
+
 class _Reads:
     """The units that read a name in a call, and whether its value changes anything.
 

@@ -281,7 +281,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         request = self._planned_request(arguments)
-        self.log_arguments_without_effect(request, arguments)
+        self.log_warnings(request, arguments)
         values = self.call_values(request)
         try:
             for stage in self.stages(request):

@@ -34,6 +34,9 @@ _PREFETCH_SHARE, _PREFETCH_BYTES = 0.25, 4 * 2**30
 too."""
 
 
+_ARGUMENTS = ("torch_dtype", "device", "model_configs", "vram_limit", "policy")
+
+
 @dataclass(frozen=True)
 class _Found:
     """A recognised component that is not loaded yet."""
@@ -260,8 +263,9 @@ class PretrainedLoader:
         for name in configs:
             if name not in known:
                 raise TypeError(
-                    f"from_pretrained() of {self._pipeline_name} takes no {name!r}{did_you_mean(name, known)} "
-                    f"Besides torch_dtype, device, model_configs, vram_limit, policy: {', '.join(known) or 'nothing'}"
+                    f"from_pretrained() of {self._pipeline_name} takes no {name!r}"
+                    f"{did_you_mean(name, [*known, *_ARGUMENTS]) or '.'} "
+                    f"It takes {', '.join((*_ARGUMENTS, *known))}; vram_limit and policy are all there is for memory"
                 )
 
     def _check_configs(

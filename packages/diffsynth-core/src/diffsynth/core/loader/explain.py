@@ -74,13 +74,14 @@ def _nearest(file: UnrecognizedFile) -> str:
     """Return a text that names the layout whose keys, numbers aside, overlap most with the file's, and the differences;
     if none is near, one that names two keys of the file.
     """
-    best: tuple[float, CheckpointSpec, str, Mapping[str, Shape]] | None = None
+    best: tuple[tuple[bool, float], CheckpointSpec, str, Mapping[str, Shape]] | None = None
     found = {prefix: {normalized_key(key) for key in shapes} for prefix, shapes in file.views}
     for checkpoint in [each for each in file.checkpoints if not each.loras_only]:
         published = {normalized_key(key) for key in layout_of(checkpoint)}
         for prefix, shapes in file.views:
-            score = len(found[prefix] & published) / max(len(found[prefix] | published), 1)
-            if score > _NEAR and (best is None or score > best[0]):
+            near = len(found[prefix] & published) / max(len(found[prefix] | published), 1)
+            score = found[prefix] <= published, near  # a file that lacks a part of one layout is none of another
+            if near > _NEAR and (best is None or score > best[0]):
                 best = (score, checkpoint, prefix, shapes)
     if best is None:
         keys = list(file.shapes)

@@ -244,7 +244,7 @@ def _parsed(file: Path, text: bytes, base: int) -> tuple[dict[str, str], dict[st
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
         if not isinstance(entries, dict):
             raise ValueError(f"it is a {type(entries).__name__}")
-        metadata = _metadata(entries.pop("__metadata__", {}))
+        metadata = _metadata(entries.pop("__metadata__", {}), file)
         check_count(len(entries), file)
         return metadata, {key: _tensor_info(key, entry, file, base) for key, entry in entries.items()}
     except (ValueError, RecursionError) as error:
@@ -301,9 +301,15 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON")
 
 
-def _metadata(entry: Any) -> dict[str, str]:
-    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise ValueError("its __metadata__ is not a mapping of text to text")
+def _metadata(entry: Any, file: Path) -> dict[str, str]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"its __metadata__ is a {type(entry).__name__}")
+    for key, value in entry.items():
+        if not isinstance(value, str):
+            raise CorruptFile(
+                f"{file}: its metadata has {shortened([repr(value)])} under {shortened([repr(key)])}, and safetensors "
+                "allows only text. Write the file again with texts as values"
+            )
     return entry
 
 
