@@ -9,7 +9,7 @@ from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 
-from diffsynth.errors import MissingComponent
+from diffsynth.errors import MissingComponent, NotEnoughMemory
 from diffsynth_qwen_image.features import edit
 from diffsynth_qwen_image.prompts import ANSWER, segments, tokenize
 from parity import TOLERANCE, relative_error
@@ -190,10 +190,47 @@ def test_inputs_equal_those_of_the_processor_with_torchvision(plain, listed) -> 
     assert difference.mean() < 0.02
 
 
-def test_images_that_do_not_fit_are_refused(plain) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"edit_image": random_image(12, 40), "edit_image_auto_resize": False},
+            "of 12x40 pixels; expected at least 16",
+        ),
+        (
+            {"edit_image": Image.new("RGB", (7000, 16))},
+            "of 7000x16 pixels; expected a longer side of at most 200 times",
+        ),
+        (
+            {"edit_image": Image.new("RGB", (16, 6000)), "edit_image_auto_resize": False},
+            "of 16x6000 pixels; expected a",
+        ),
+        ({"edit_image": [random_image(40, 40), None]}, "entry 1, None, is NoneType"),
+        ({"edit_image": []}, "it is empty"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(plain, arguments, message) -> None:
+    """Before anything runs."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        plain[0].check(prompt="a", **arguments)
+
+
+def test_what_an_edit_needs(plain) -> None:
+    """The processor is named with its argument of `from_pretrained`."""
     ours, _ = plain
-    with pytest.raises(ValueError, match="edit_image has an image of 12x40 pixels; expected at least 16"):
-        ours.check(prompt="a", edit_image=random_image(12, 40), edit_image_auto_resize=False)
     without = type(ours)(ours.components | {"processor": None}, device="cpu", torch_dtype=torch.float32)
-    with pytest.raises(MissingComponent, match="argument 'edit_image' needs processor, which is not loaded"):
+    remedy = r"pass processor_config=ModelConfig.from_source\('Qwen/Qwen-Image-Edit:processor/'\) to from_pretrained"
+    with pytest.raises(MissingComponent, match=f"'edit_image' needs processor, which is not loaded; {remedy}"):
         without.check(prompt="a", edit_image=images(1)[0])
+
+
+def test_too_many_images_for_a_limit(plain) -> None:
+    ours, _ = plain
+    call = {"device": "cuda", **STEPS, "edit_image": [Image.new("RGB", (64, 64))] * 12}
+    limit = ours.plan(**call, vram_limit=8).smallest_vram / 2**30
+    with pytest.raises(NotEnoughMemory, match="is too small for denoise.* fewer or smaller images, .* take less"):
+        ours.plan(**call, vram_limit=0.9 * limit)
+    assert (
+        ours.plan(**call | {"edit_image": call["edit_image"][:2]}, vram_limit=0.9 * limit).peak_vram
+        <= 0.9 * limit * 2**30
+    )

@@ -14,7 +14,7 @@ from diffsynth.runtime.effects import arguments_read, without_effect
 from diffsynth.runtime.loop import check_loop
 from diffsynth.runtime.published_defaults import model_of_files, other_defaults
 from diffsynth.runtime.request import Request, check_request
-from diffsynth.runtime.role import config_of
+from diffsynth.runtime.role import Processor, config_of
 from diffsynth.runtime.unit import check_values
 from diffsynth.spec import ModelSpec
 from diffsynth.terminal import module_logger
@@ -50,6 +50,7 @@ class CheckMethods:
             per_image=self.per_image,
             check_value=lambda name, value: self._argument_types[name].check(value),
             instead=self.other_arguments,
+            sources={role: need.source for role, need in self.roles.items() if isinstance(need, Processor)},
         )
         check_size(self, request)
         check_values(self.program, self.components, self.known_values(request))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffsynth import _discovery
 from diffsynth.core.finite import LateCheck, nonfinite
-from diffsynth.errors import NotFinite, shortened
+from diffsynth.errors import MissingComponent, NotFinite, shortened
 from diffsynth.runtime.acceleration.session import StepCacheSession, step_cache_session
 from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
 from diffsynth.runtime.branch_lora import ARGUMENTS, BranchLoRASession
@@ -294,10 +294,16 @@ def check_loop(pipe: LoopPipeline, request: Request) -> None:
         request: the call.
 
     Raises:
+        MissingComponent: a network of the loop is not loaded.
         Refused: a step cache or an attention backend cannot serve the networks or the device.
         ValueError: an unknown solver; a guidance that refuses the number of steps, whose branches no unit declares, or
             whose branches are not as many as the processes that share them.
     """
+    for role in pipe.loop_roles:
+        if pipe.components.get(role) is None and not pipe.roles[role].optional:
+            raise MissingComponent(
+                f"the denoising loop needs {role}, which is not loaded; add its file to model_configs"
+            )
     loop = request.loop
     load_solver(find_solver(loop.solver))
     _step_cache_session(pipe, request)

@@ -241,6 +241,7 @@ def check_request(
     per_image: Sequence[str],
     check_value: Callable[[str, Any], None] | None = None,
     instead: Mapping[str, str] = MappingProxyType({}),
+    sources: Mapping[str, str] = MappingProxyType({}),
 ) -> Request:
     """Check the arguments of a call and return them, completed by defaults, as a `Request`.
 
@@ -253,6 +254,7 @@ def check_request(
         check_value: function of an argument's name and a value other than its default, which raises for a value that
             the argument does not take; see `diffsynth.runtime.argument_types`.
         instead: see `reject_unknown`.
+        sources: role of a tokenizer or processor -> the source of its folder, for the error where it is not loaded.
 
     Raises:
         TypeError: an unknown argument, with the nearest spelling, or a value of a wrong type.
@@ -264,7 +266,7 @@ def check_request(
     for name, value in arguments.items():
         if check_value is not None and not equals_default(value, signature.parameters[name].default):
             check_value(name, value)
-    _reject_missing_roles(arguments, signature, program, components)
+    _reject_missing_roles(arguments, signature, program, components, sources)
     values = {name: parameter.default for name, parameter in signature.parameters.items()} | dict(arguments)
     loop = LoopArguments(**{name: values.pop(name) for name in LOOP_NAMES if name in values})
     single = not any(isinstance(values.get(name), list | tuple) for name in per_image) and loop.num_images == 1
@@ -314,7 +316,11 @@ def reject_unknown(
 
 
 def _reject_missing_roles(
-    arguments: Mapping[str, Any], signature: inspect.Signature, program: Program, components: Mapping[str, Any]
+    arguments: Mapping[str, Any],
+    signature: inspect.Signature,
+    program: Program,
+    components: Mapping[str, Any],
+    sources: Mapping[str, str],
 ) -> None:
     for name, value in arguments.items():
         owners = program.owners(name) if name in program.arguments else []
@@ -322,9 +328,15 @@ def _reject_missing_roles(
         if not owners or is_default or any(can_run(owner, components) for owner in owners):
             continue
         missing = [role for role in needed_roles(owners[0]) if components.get(role) is None]
+        ways = [
+            f"pass {role}_config=ModelConfig.from_source({sources[role]!r}) to from_pretrained()"
+            if role in sources
+            else "add its file to model_configs"
+            for role in missing
+        ]
         raise MissingComponent(
             f"argument {name!r} needs {' and '.join(missing)}, which is not loaded; "
-            f"add its file to model_configs, or leave {name!r} out"
+            f"{' and '.join(dict.fromkeys(ways))}, or leave {name!r} out"
         )
 
 

@@ -29,6 +29,9 @@ AREA = 1024 * 1024
 LISTED_AREA = 384 * 384
 """Area, in pixels, at which the text encoder gets each image of a list."""
 
+LONGEST = 200
+"""Most times that the longer side of an image for the text encoder has the shorter; its processor takes no other."""
+
 RESIZED_MULTIPLE = 32
 """Resizing rounds both sides to a multiple of this number of pixels."""
 
@@ -86,10 +89,8 @@ def prepare_prompt_images(
     """Return `PromptImages`: what the text encoder gets of the images, at the sizes of training."""
     listed = not isinstance(edit_image, Image.Image)
     images = [to_rgb(image) for image in image_list(edit_image)]  # upright, before its sides are read
-    if listed:
-        images = [_resized(image, LISTED_AREA) for image in images]
-    elif edit_image_auto_resize:
-        images = [_resized(image, AREA) for image in images]
+    if area := _area(listed=listed, auto_resize=edit_image_auto_resize):
+        images = [_resized(image, area) for image in images]
     return as_prompt_images(
         processor, images, tuple(f"Picture {number}: " if listed else "" for number in range(1, len(images) + 1))
     )
@@ -154,13 +155,21 @@ def check(configs: Configs, values: Mapping[str, Any]) -> None:
     """Raise an error for images that cannot be encoded.
 
     Raises:
-        ValueError: an image that is smaller than a token, and is not resized.
+        ValueError: an image that is smaller than a token, and is not resized, or one that is too long and narrow.
     """
+    listed = not isinstance(values["edit_image"], Image.Image)
+    area = _area(listed=listed, auto_resize=values["edit_image_auto_resize"])
     for image in image_list(values["edit_image"]):
         if min(image.size) < TOKEN_FACTOR and not values["edit_image_auto_resize"]:
             raise ValueError(
                 f"edit_image has an image of {image.width}x{image.height} pixels; expected at least {TOKEN_FACTOR} on "
                 "each side, or edit_image_auto_resize=True"
+            )
+        sides = resized_size(*image.size, area) if area else image.size
+        if max(sides) > LONGEST * min(sides):
+            raise ValueError(
+                f"edit_image has an image of {image.width}x{image.height} pixels; expected a longer side of at most "
+                f"{LONGEST} times the shorter: crop it"
             )
 
 
@@ -179,6 +188,13 @@ EDIT = Feature(
     conditions={"references": Condition("an image has no frames", batch="separate")},
     check=check,
 )
+
+
+def _area(*, listed: bool, auto_resize: bool) -> int | None:
+    """Return the area, in pixels, to which images are resized for the text encoder; None for their own sizes."""
+    if listed:
+        return LISTED_AREA
+    return AREA if auto_resize else None
 
 
 def _resized(image: Image.Image, area: int) -> Image.Image:

@@ -215,7 +215,7 @@ class _Planner:
         return (
             f"{name}={value} GiB is too small for {stage.name}{stored}: its activations alone take "
             f"{stage.activations / GIB:.2f} GiB. The smallest limit that can be kept is "
-            f"{_gib_rounded_up(smallest):.2f} GiB; a smaller image or video takes less"
+            f"{_gib_rounded_up(smallest):.2f} GiB; fewer or smaller images, or a shorter video, take less"
         )
 
     def _minimum(self, workload: Workload) -> int:
