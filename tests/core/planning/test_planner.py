@@ -117,7 +117,7 @@ def test_more_memory_is_never_slower_and_never_moves_more():
 def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can():
     with pytest.raises(NotEnoughMemory, match=r"denoise.* 1\.50 GiB.* 1\.82 GiB") as got:
         plan_memory(workload(), vram_limit=1.0, speeds=SPEEDS)
-    smallest = float(str(got.value).split(" GiB; a smaller")[0].rpartition(" ")[2])
+    smallest = float(str(got.value).split(" GiB; fewer")[0].rpartition(" ")[2])
     plan_memory(workload(), vram_limit=smallest, speeds=SPEEDS)
     with pytest.raises(NotEnoughMemory):
         plan_memory(workload(), vram_limit=smallest - 0.02, speeds=SPEEDS)

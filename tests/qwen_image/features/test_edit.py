@@ -129,6 +129,8 @@ def test_a_call_is_planned_with_its_images(plain) -> None:
     none, two = (ours.plan(**call, edit_image=given) for given in (None, images(2)))
     assert [stage.name for stage in two.stages] == ["encode_prompt", "encode_edit_images", "denoise", "decode_image"]
     assert two.stages[2].activations > none.stages[1].activations
+    with pytest.raises(NotEnoughMemory, match="is too small for denoise.* fewer or smaller images, .* take less"):
+        ours.plan(**call | {"vram_limit": none.smallest_vram / 2**30}, edit_image=images(2))
 
 
 def test_sizes_of_the_reference() -> None:
@@ -215,6 +217,13 @@ def test_images_that_do_not_fit_are_refused(plain, arguments, message) -> None:
         plain[0].check(prompt="a", **arguments)
 
 
+def test_a_long_image_is_refused_by_its_resized_sides(plain, monkeypatch) -> None:
+    monkeypatch.setattr(edit, "AREA", 1024 * 1024)
+    with pytest.raises(ValueError, match="of 7000x16 pixels; expected a longer side of at most 200 times the shorter"):
+        plain[0].check(prompt="a", edit_image=Image.new("RGB", (7000, 16)))
+    plain[0].check(prompt="a", edit_image=[Image.new("RGB", (7000, 16))])  # becomes less narrow
+
+
 def test_what_an_edit_needs(plain) -> None:
     """The processor is named with its argument of `from_pretrained`."""
     ours, _ = plain
@@ -222,15 +231,6 @@ def test_what_an_edit_needs(plain) -> None:
     remedy = r"pass processor_config=ModelConfig.from_source\('Qwen/Qwen-Image-Edit:processor/'\) to from_pretrained"
     with pytest.raises(MissingComponent, match=f"'edit_image' needs processor, which is not loaded; {remedy}"):
         without.check(prompt="a", edit_image=images(1)[0])
-
-
-def test_too_many_images_for_a_limit(plain) -> None:
-    ours, _ = plain
-    call = {"device": "cuda", **STEPS, "edit_image": [Image.new("RGB", (64, 64))] * 12}
-    limit = ours.plan(**call, vram_limit=8).smallest_vram / 2**30
-    with pytest.raises(NotEnoughMemory, match="is too small for denoise.* fewer or smaller images, .* take less"):
-        ours.plan(**call, vram_limit=0.9 * limit)
-    assert (
-        ours.plan(**call | {"edit_image": call["edit_image"][:2]}, vram_limit=0.9 * limit).peak_vram
-        <= 0.9 * limit * 2**30
-    )
+    without = type(ours)(ours.components | {"dit": None}, device="cpu", torch_dtype=torch.float32)
+    with pytest.raises(MissingComponent, match="the denoising loop needs dit, which is not loaded; add its file to mo"):
+        without.check(prompt="a", edit_image=images(1)[0])
