@@ -321,7 +321,7 @@ def test_a_file_for_another_program(tmp_path):
 def test_what_cannot_be_written_for_another_program(tmp_path):
     pipe = tiny_z_image()
     file = save_lora(style(pipe.dit), tmp_path / "style.safetensors")
-    with pytest.raises(ValueError, match="spelling='kohja': LoRAs of z_image_dit are written as comfyui"):
+    with pytest.raises(ValueError, match="spelling='kohja': LoRAs of z_image_dit are written as ai-toolkit, comfyui"):
         pipe.convert_lora(file, tmp_path / "new.safetensors", spelling="kohja")
     save_file({"diffusion_model.layers.0.attention_norm1.diff": torch.ones(24)}, tmp_path / "diff.safetensors")
     with pytest.raises(KeyMismatch, match="changes .*attention_norm1.weight by difference; expected a plain LoRA"):
