@@ -69,8 +69,8 @@ def test_a_role_that_holds_no_module_is_named(role):
 
 
 def test_a_file_of_another_role_is_refused():
-    message = "dit.safetensors: this is a z_image_dit; role vae of ZImagePipeline takes one flux_autoencoder"
-    with pytest.raises(Unrecognized, match=message):
+    message = "dit.safetensors: this is a z_image_dit; role vae of ZImagePipeline takes one flux_autoencoder; give the"
+    with pytest.raises(Unrecognized, match=f"{message} file to role dit"):
         load(vae=NANO / "dit.safetensors")
 
 

@@ -100,6 +100,12 @@ def test_with_images_to_edit_and_in_the_context(two) -> None:
         assert relative_error(two(**CALL, **fewer), both) > 1e-3
 
 
+@pytest.mark.parametrize("cache", ["first_block:threshold=0", "taylor:interval=1"])
+def test_a_step_cache_that_reuses_nothing_changes_no_bit(two, cache) -> None:
+    call = CALL | {"blockwise_controlnet_inputs": ControlNetInput(image=EDGES, end=0.5)}
+    assert torch.equal(two(**call, step_cache=cache), two(**call))
+
+
 @pytest.mark.parametrize("policy", ["cpu-offload", "dynamic"])
 def test_a_policy_changes_no_bit(two, policy) -> None:
     """Its blocks run between those of the transformer."""

@@ -10,13 +10,18 @@ import torch
 from diffusers import QwenImageControlNetInpaintPipeline, QwenImageControlNetPipeline
 from diffusers.models.controlnets.controlnet_qwenimage import QwenImageMultiControlNetModel
 from PIL import Image
+from safetensors.torch import save_file
 
-from diffsynth.errors import InvalidPipeline, MissingComponent
+import diffsynth
+from diffsynth import _discovery
+from diffsynth.errors import InvalidPipeline, MissingComponent, Unrecognized
 from diffsynth.runtime.controlnet import ControlNetInput
+from diffsynth.spec import resolve
+from diffsynth.testing import tiny_hub
 from diffsynth_qwen_image.blockwise_controlnet import BlockwiseControlNet
 from diffsynth_qwen_image.controlnet import QwenImageControlNet
 from diffsynth_qwen_image.controlnet_config import BlockwiseControlNetConfig, QwenImageControlNetConfig
-from parity import TOLERANCE, relative_error
+from parity import TOLERANCE, relative_error, shapes_of
 from posterior import encode_to_the_mean
 from qwen_image_oracles import DIT, SIZE, counted_prefix, noise, oracle_controlnet, packed, tiny_pipelines, unpacked
 
@@ -177,3 +182,19 @@ def test_a_controlnet_of_another_base_is_refused_when_the_pipeline_is_built(sett
     blockwise = BlockwiseControlNet(BlockwiseControlNetConfig(dim=DIT.dim, n_layers=3))
     with pytest.raises(InvalidPipeline, match="number of blocks: dit.n_layers is 2 and blockwise_controlnet"):
         with_controlnets(setting[0], blockwise_controlnet=blockwise)
+
+
+@pytest.mark.parametrize("kind", ["flux_controlnet", "z_image_controlnet", "qwen_image_blockwise_controlnet"])
+def test_a_file_of_another_base_or_kind_is_refused_before_it_is_read(kind, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
+    tiny_hub(tmp_path, "qwen-image")
+    (spec,) = (each.spec for each in _discovery.catalog().architectures if each.spec.name == kind)
+    with torch.device("meta"):
+        shapes = shapes_of(resolve(spec.module)(resolve(spec.tiny)))
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "a.safetensors")
+    role = "blockwise_controlnet" if kind.startswith("qwen") else ""
+    remedy = f"give the file to role {role}" if role else "load a file that is made for it"
+    message = f"this is a {kind}; role controlnet of QwenImagePipeline takes one qwen_image_controlnet; {remedy}"
+    with pytest.raises(Unrecognized, match=message):
+        diffsynth.load("qwen-image", device="cpu", components={"controlnet": tmp_path / "a.safetensors"})

@@ -219,9 +219,15 @@ class PretrainedLoader:
         fitting = [each for each in components if self._roles[role].accepts(each.architecture)]
         if len(fitting) != 1:
             names = " and ".join(f"a {each.architecture.name}" for each in fitting or components)
+            others = [
+                name
+                for name, need in self._roles.items()
+                if name != role and any(need.accepts(each.architecture) for each in components)
+            ]
+            remedy = f"give the file to role {' or '.join(others)}" if others else "load a file that is made for it"
             raise Unrecognized(
                 f"{_where(tensors)}: this is {names}; role {role} of {self._pipeline_name} takes one "
-                f"{' or '.join(self._roles[role].architectures)}"
+                f"{' or '.join(self._roles[role].architectures)}; {remedy}"
             )
         if len(components) > 1:
             logger.info("%s: of it, the %s is loaded, for role %s", _where(tensors), fitting[0].architecture.name, role)
