@@ -26,26 +26,28 @@ site=${SITE:-/tmp/diffsynth-gpu-site}
 out=${OUT:-benchmarks/results}
 
 # Seconds that a part may take: below ten minutes, and thirty together.
-declare -A limit=([flux]=230 [tests]=200 [attention]=180 [accuracy]=60 [kernels]=100 [loading]=120 [plan]=100
-    [vram-flux]=210 [vram-wan]=210 [vram-z-image]=120 [wan]=270)
+declare -A limit=([qwen-image]=190 [z-image]=100 [flux]=200 [tests]=200 [attention]=140 [accuracy]=60 [kernels]=80
+    [loading]=80 [plan]=100 [vram-flux]=160 [vram-wan]=210 [vram-z-image]=80 [wan]=200)
 # The newest first, for a machine that is lent for less than the time of all.
-parts=(flux tests attention accuracy kernels loading plan vram-flux vram-wan vram-z-image wan)
+parts=(qwen-image z-image flux tests attention accuracy kernels loading plan vram-flux vram-wan vram-z-image wan)
 
 # The steps of a part, one a line: name, then the command.
 steps() {
     case $1 in
         # Without the options of pyproject.toml: one process, and no need for pytest-xdist.
         tests) echo "tests $python -m pytest tests/gpu -q -p no:cacheprovider -o addopts=--import-mode=importlib" ;;
-        flux) echo "flux $python benchmarks/flux.py --repeats 3 --json $out/flux-gpu.json" ;;
-        attention) echo "attention $python benchmarks/attention.py --repeats 5 --json $out/attention-gpu.json" ;;
+        qwen-image) echo "$1 $python benchmarks/qwen_image.py --repeats 1 --contenders diffsynth diffusers diffsynth-compiled --json $out/$1-gpu.json" ;;
+        z-image) echo "$1 $python benchmarks/z_image.py --repeats 3 --cases z-image-turbo --contenders diffsynth diffusers diffsynth-compiled --json $out/$1-gpu.json" ;;
+        flux) echo "flux $python benchmarks/flux.py --repeats 2 --json $out/flux-gpu.json" ;;
+        attention) echo "attention $python benchmarks/attention.py --repeats 3 --json $out/attention-gpu.json" ;;
         accuracy) echo "accuracy $python benchmarks/attention_accuracy.py --device cuda --json $out/attention-accuracy-gpu.json" ;;
-        kernels) echo "kernels $python benchmarks/nn_kernels.py --json $out/nn_kernels-gpu.json" ;;
-        loading) echo "loading $python benchmarks/loading.py --size-gb 4 --repeats 2 --contenders load_file diffusers diffsynth --json $out/loading-gpu.json" ;;
+        kernels) echo "kernels $python benchmarks/nn_kernels.py --repeats 10 --json $out/nn_kernels-gpu.json" ;;
+        loading) echo "loading $python benchmarks/loading.py --size-gb 4 --repeats 1 --contenders load_file diffusers diffsynth --json $out/loading-gpu.json" ;;
         plan) echo "plan $python benchmarks/plan.py --json $out/plan-gpu.json" ;;
         # A step takes seconds, and each contender pins 28 GB of memory: fewer steps and contenders.
         vram-wan) echo "$1 $python benchmarks/vram.py --networks wan --warmup 1 --repeats 1 --without fp8 --json $out/$1-gpu.json" ;;
-        wan) echo "wan $python benchmarks/wan.py --cases t2v-1.3b decode --repeats 2 --json $out/wan-gpu.json" ;;
-        vram-*) echo "$1 $python benchmarks/vram.py --networks ${1#vram-} --json $out/$1-gpu.json" ;;
+        wan) echo "wan $python benchmarks/wan.py --cases t2v-1.3b decode --repeats 1 --json $out/wan-gpu.json" ;;
+        vram-*) echo "$1 $python benchmarks/vram.py --networks ${1#vram-} --warmup 1 --repeats 2 --json $out/$1-gpu.json" ;;
     esac
 }
 

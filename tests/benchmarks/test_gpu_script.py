@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-WITHOUT_A_GPU = {"fuzz_calls.py", "fuzz_files.py", "import_time.py", "recognize.py", "reporting.py"}
+WITHOUT_A_GPU = {"fuzz_calls.py", "fuzz_files.py", "image_calls.py", "import_time.py", "recognize.py", "reporting.py"}
 
 
 def run(*arguments):
@@ -32,5 +32,5 @@ def test_one_part_alone_and_no_other_names():
     assert run("--dry-run", "vram-flux").stdout.count("\n") == 1
     result = run("--dry-run", "vram-flax")
     assert result.returncode == 2
-    assert "there is no part vram-flax; expected all, flux" in result.stderr
+    assert "there is no part vram-flax; expected all, qwen-image" in result.stderr
     assert run().returncode == 2

@@ -25,11 +25,11 @@ import parity
 import wan_vae_oracle
 from diffsynth.models.config import Qwen25VLTextEncoderConfig, WanAutoencoderConfig
 from diffsynth.models.qwen25_vl import Qwen25VLTextEncoder
-from diffsynth.testing.tiny_processors import byte_tokenizer
 from diffsynth_qwen_image import QwenImagePipeline
 from diffsynth_qwen_image.config import QwenImageDiTConfig
 from diffsynth_qwen_image.controlnet_config import QwenImageControlNetConfig
 from diffsynth_qwen_image.dit import QwenImageDiT
+from diffsynth_qwen_image.tiny import vision_tokenizer as qwen_tokenizer
 
 SIZE = {"height": 80, "width": 48}
 DIT = QwenImageDiTConfig(dim=64, n_heads=2, n_layers=2, prompt_dim=32, ffn_dim=256, axes_dims=(4, 14, 14))
@@ -174,15 +174,6 @@ def tiny_pipelines(
         "transformer": dit,
     }
     return pipe, parts
-
-
-def qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of bytes with the special tokens of Qwen2.5-VL."""
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]}
-    )
-    return tokenizer
 
 
 def image_processor() -> Qwen2VLImageProcessorPil:

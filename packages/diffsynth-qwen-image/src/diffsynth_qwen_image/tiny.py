@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffsynth.testing.tiny_inputs import tiny_image
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write the files of a tokenizer of bytes, with Qwen2.5-VL's tokens for images, to `folder`."""
+    """Write the files of `vision_tokenizer` to `folder`."""
+    vision_tokenizer().save_pretrained(folder)
+
+
+def vision_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes, a `PreTrainedTokenizerFast`, with Qwen2.5-VL's tokens for images."""
     from diffsynth.testing.tiny_processors import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *VISION_TOKENS]})
-    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def write_image_processor(folder: Path) -> None:
