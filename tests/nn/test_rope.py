@@ -5,7 +5,8 @@ import cmath
 import torch
 
 import parity
-from diffsynth.nn.rope import apply_rotary, rotary_angles
+from diffsynth.nn.rope import apply_rotary, rotary_angles, rotary_table
+from diffsynth.runtime.feature import StepContext
 
 AXES = (4, 6, 6)
 
@@ -48,3 +49,30 @@ def test_one_table_serves_a_batch_and_keeps_bf16() -> None:
     got = apply_rotary(x, angles.cos(), angles.sin())
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, apply_rotary(x.float(), angles.cos(), angles.sin()).bfloat16())
+
+
+def test_a_table_is_kept_for_the_steps_of_a_call() -> None:
+    positions = torch.arange(30).view(2, 5, 3)
+    given = {"axes_dims": AXES, "theta": 256.0, "device": torch.device("cpu")}
+    angles = rotary_angles(positions, axes_dims=AXES, theta=256.0)
+    step = StepContext(0.5)
+    first = rotary_table(positions, **given, step=step)
+    assert torch.equal(first[0], angles.cos())
+    assert torch.equal(first[1], angles.sin())
+    later = StepContext(0.4).in_branch("cond", step.call_state)
+    assert rotary_table(positions.clone(), **given, step=later) is first
+    for changed in (rotary_table(positions + 1, **given, step=later), rotary_table(positions, **given)):
+        assert changed is not first
+    assert rotary_table(positions.to("meta"), **given | {"device": torch.device("meta")}, step=step)[0].is_meta
+
+
+def test_parts_of_a_table_rotate_to_the_bit() -> None:
+    """`apply_rotary` reads a table as complex numbers without a copy, and parts of it too; the bits are those of a copy."""
+    x = torch.randn(2, 5, 3, 16, generator=torch.Generator().manual_seed(0))
+    cos, sin = rotary_table(torch.arange(15).view(1, 5, 3), axes_dims=AXES, theta=256.0, device=torch.device("cpu"))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        expected = apply_rotary(x.to(dtype), cos.contiguous(), sin.contiguous())
+        assert torch.equal(apply_rotary(x.to(dtype), cos, sin), expected)
+        assert torch.equal(apply_rotary(x[:, 2:].to(dtype), cos[:, 2:], sin[:, 2:]), expected[:, 2:])
+        swapped = apply_rotary(x.to(dtype), sin, cos)
+        assert torch.equal(swapped, apply_rotary(x.to(dtype), sin.contiguous(), cos.contiguous()))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.models.residuals import check_blocks
-from diffsynth.nn import LayerNorm, RMSNorm, gated_residual, rotary_angles, sinusoidal_embedding
+from diffsynth.nn import LayerNorm, RMSNorm, gated_residual, rotary_table, sinusoidal_embedding
 from diffsynth_qwen_image.config import QwenImageDiTConfig
 from diffsynth_qwen_image.extension import (
     STACKS,
@@ -83,7 +83,7 @@ class QwenImageBlocks(nn.Module):
             grids=grids,
             num_computed=len(grids),
             positions=joined,
-            rotary=rotary_embedding(joined, self.config, latents.device),
+            rotary=rotary_embedding(joined, self.config, latents.device, step),
             time_embed=self.time_text_embed(sigma, dtype=latents.dtype),
             text_mask=prompt_mask if padded else None,
             inputs=Inputs(latents, sigma, prompt_embeds, prompt_mask),
@@ -153,9 +153,8 @@ class QwenImageDiT(QwenImageBlocks):
         """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`, which are on the
         CPU.
         """
-        return replace(
-            stream, positions=positions, rotary=rotary_embedding(positions, self.config, stream.image.device)
-        )
+        rotary = rotary_embedding(positions, self.config, stream.image.device, stream.step)
+        return replace(stream, positions=positions, rotary=rotary)
 
     def append_images(
         self,
@@ -445,12 +444,13 @@ def patchify(latents: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
-def rotary_embedding(positions: Int[Tensor, "#b s axes"], config: QwenImageDiTConfig, device: torch.device) -> Rotary:
+def rotary_embedding(
+    positions: Int[Tensor, "#b s axes"], config: QwenImageDiTConfig, device: torch.device, step: Any = None
+) -> Rotary:
     """Return (cos, sin), fp32 tensors `#b s half_d` on `device`: cosines and sines of the RoPE angles of tokens at
-    `positions` (image, row, column), which are on the CPU.
+    `positions` (image, row, column), which are on the CPU. `step` keeps them for later steps; see `rotary_table`.
     """
-    angles = rotary_angles(positions, axes_dims=config.axes_dims, theta=config.rope_theta).to(device)
-    return angles.cos(), angles.sin()
+    return rotary_table(positions, axes_dims=config.axes_dims, theta=config.rope_theta, device=device, step=step)
 
 
 def _modulation(config: QwenImageDiTConfig) -> nn.Sequential:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.models.residuals import check_blocks
-from diffsynth.nn import LayerNorm, RMSNorm, TimestepEmbedder, apply_rotary, rotary_angles, swiglu
+from diffsynth.nn import LayerNorm, RMSNorm, TimestepEmbedder, apply_rotary, rotary_table, swiglu
 from diffsynth_zimage.config import ZImageBlockConfig, ZImageDiTConfig
 from diffsynth_zimage.extension import STACKS, BlockIndex, Extension, Rotary, StackName, Stream, TimeEmbed
 from diffsynth_zimage.tokens import (
@@ -120,7 +120,7 @@ class ZImageDiT(nn.Module):
             caption=self._embed_caption(prompt_embeds, segments, caption_len, latents.dtype),
             grid=grid,
             positions=positions,
-            rotary=rotary_embedding(positions, self.config, latents.device),
+            rotary=rotary_embedding(positions, self.config, latents.device, step),
             time_embed=self.t_embedder(time * self.config.t_scale, dtype=latents.dtype),
             caption_mask=caption_mask,
             joint_mask=joint_mask,
@@ -132,7 +132,7 @@ class ZImageDiT(nn.Module):
         """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`, which are on the
         CPU.
         """
-        rotary = rotary_embedding(positions, self.config, stream.image.device)
+        rotary = rotary_embedding(positions, self.config, stream.image.device, stream.step)
         return replace(stream, positions=positions, rotary=rotary)
 
     def init_weights(self) -> None:
@@ -327,12 +327,13 @@ def _of_tokens(modulation: Float[Tensor, "b m"] | Float[Tensor, "b s m"]) -> Flo
     return modulation[:, None] if modulation.dim() == 2 else modulation
 
 
-def rotary_embedding(positions: Int[Tensor, "#b s axes"], config: ZImageDiTConfig, device: torch.device) -> Rotary:
+def rotary_embedding(
+    positions: Int[Tensor, "#b s axes"], config: ZImageDiTConfig, device: torch.device, step: Any = None
+) -> Rotary:
     """Return (cos, sin), fp32 tensors `#b s half_d` on `device`: cosines and sines of the RoPE angles of tokens at
-    `positions` (time, height, width), which are on the CPU.
+    `positions` (time, height, width), which are on the CPU. `step` keeps them for later steps; see `rotary_table`.
     """
-    angles = rotary_angles(positions, axes_dims=config.axes_dims, theta=config.rope_theta).to(device)
-    return angles.cos(), angles.sin()
+    return rotary_table(positions, axes_dims=config.axes_dims, theta=config.rope_theta, device=device, step=step)
 
 
 def _refiner_changes(stream: Stream) -> set[tuple[BlockIndex, object]]:

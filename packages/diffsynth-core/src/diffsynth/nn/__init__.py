@@ -12,7 +12,7 @@ from diffsynth.nn.gated_mlp import geglu, swiglu
 from diffsynth.nn.layer_norm import LayerNorm
 from diffsynth.nn.modulation import gated_residual, modulate
 from diffsynth.nn.rms_norm import RMSNorm, rms_norm_rotary
-from diffsynth.nn.rope import apply_rotary, rotary_angles
+from diffsynth.nn.rope import apply_rotary, rotary_angles, rotary_table
 from diffsynth.nn.timestep import TimestepEmbedder, sinusoidal_embedding
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "modulate",
     "rms_norm_rotary",
     "rotary_angles",
+    "rotary_table",
     "sinusoidal_embedding",
     "swiglu",
     "why_not",

@@ -31,7 +31,7 @@ def layer_norm(
     if out is not None:
         return out
     normed = naive.layer_norm(x, weight, bias, eps=eps)
-    return normed if scale is None else naive.modulate(normed, scale, shift)
+    return normed if scale is None else naive.modulate(normed, scale, shift, overwrite=True)
 
 
 class LayerNorm(nn.LayerNorm):

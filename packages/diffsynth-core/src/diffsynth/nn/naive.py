@@ -32,32 +32,62 @@ def layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Return the tensor `x * (1 + scale) + shift`, in the dtype of `x`; nothing is added if `shift` is None."""
-    modulated = x * (1 + scale)
-    return (modulated if shift is None else modulated + shift).to(x.dtype)
+def modulate(x: Tensor, scale: Tensor, shift: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+    """Return the tensor `x * (1 + scale) + shift`, in the dtype of `x`; nothing is added if `shift` is None. With
+    `overwrite` the memory of `x` may be used for it.
+    """
+    factor = 1 + scale
+    modulated = x.mul_(factor) if overwrite and _fits(x, factor) else x * factor
+    if shift is not None:
+        modulated = modulated.add_(shift) if _fits(modulated, shift) else modulated + shift
+    return modulated.to(x.dtype)
 
 
-def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-    """Return the tensor `x + gate * h`, in the dtype of `x`."""
-    return (x + gate * h).to(x.dtype)
+def gated_residual(x: Tensor, h: Tensor, gate: Tensor, *, overwrite: bool = False) -> Tensor:
+    """Return the tensor `x + gate * h`, in the dtype of `x`. With `overwrite` the memory of `h` may be used for it."""
+    gated = h.mul_(gate) if overwrite and _fits(h, gate) else gate * h
+    return (gated.add_(x) if _fits(gated, x) else x + gated).to(x.dtype)
+
+
+def _fits(x: Tensor, other: Tensor) -> bool:
+    """Whether an operation of `x` and `other` may overwrite `x`: no gradient is recorded, and the result has the shape
+    and dtype of `x`. New memory takes longer to write to.
+    """
+    if torch.is_grad_enabled() or other.dtype != x.dtype or other.ndim > x.ndim:
+        return False
+    return all(size in (1, whole) for size, whole in zip(reversed(other.shape), reversed(x.shape), strict=False))
 
 
 def apply_rotary(
-    x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]
+    x: Float[Tensor, "b s n d"],
+    cos: Float[Tensor, "#b s half_d"],
+    sin: Float[Tensor, "#b s half_d"],
+    *,
+    overwrite: bool = False,
 ) -> Float[Tensor, "b s n d"]:
     """Return `x` (`b s n d`) with channels `(2i, 2i + 1)` rotated as a complex number by the angle of `cos` and `sin`,
-    in the dtype of `x`; computed in fp32 (fp64 for fp64).
+    in the dtype of `x`; computed in fp32 (fp64 for fp64). With `overwrite` the memory of `x` may be used for it.
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # On the CPU one product of complex numbers takes an eighth of the time; the compiler has no complex numbers.
         numbers = torch.view_as_complex(precise.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(numbers * torch.complex(cos, sin)[:, :, None]).flatten(-2).to(x.dtype)
+        angles = _complex(cos, sin)[:, :, None]
+        is_own = overwrite or precise is not x
+        rotated = numbers.mul_(angles) if is_own and _fits(numbers, angles) else numbers * angles
+        return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
     even, odd = rearrange(precise, "b s n (half two) -> two b s n half", two=2)
     cos, sin = cos[:, :, None], sin[:, :, None]
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
+
+
+def _complex(cos: Float[Tensor, "#b s half_d"], sin: Float[Tensor, "#b s half_d"]) -> Tensor:
+    """Return the complex tensor `cos + i sin`; without a copy if they are its parts, as `rotary_table` returns them."""
+    strides = cos.stride()
+    if strides[-1] != 2 or sin.stride() != strides or sin.data_ptr() != cos.data_ptr() + cos.element_size():
+        return torch.complex(cos, sin)
+    return torch.view_as_complex(cos.as_strided((*cos.shape, 2), (*strides, 1)))
 
 
 def rms_norm_rotary(
@@ -73,18 +103,20 @@ def rms_norm_rotary(
     """
     n, d = x.shape[2:]
     if weight.shape[0] == d:
-        return apply_rotary(rms_norm(x, weight, eps=eps), cos, sin)
-    return apply_rotary(rms_norm(x.flatten(2), weight, eps=eps).unflatten(2, (n, d)), cos, sin)
+        return apply_rotary(rms_norm(x, weight, eps=eps), cos, sin, overwrite=True)
+    return apply_rotary(rms_norm(x.flatten(2), weight, eps=eps).unflatten(2, (n, d)), cos, sin, overwrite=True)
 
 
 def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
     """Return the tensor `silu(gate) * up`, of the shape of `up`."""
-    return F.silu(gate) * up
+    activated = F.silu(gate)
+    return activated.mul_(up) if _fits(activated, up) else activated * up
 
 
 def geglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
     """Return the tensor `gelu(gate) * up`, of the shape of `up`, with the tanh approximation of gelu."""
-    return F.gelu(gate, approximate="tanh") * up
+    activated = F.gelu(gate, approximate="tanh")
+    return activated.mul_(up) if _fits(activated, up) else activated * up
 
 
 def sinusoidal_embedding(time: Float[Tensor, "b"], dim: int, *, max_period: float) -> Float[Tensor, "b dim"]:

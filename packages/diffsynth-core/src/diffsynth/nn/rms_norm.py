@@ -7,9 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.nn import fused, naive
-
-Rotary = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
-"""Cosine and sine of the angles of `rotary_angles`."""
+from diffsynth.nn.rope import Rotary
 
 
 def rms_norm(
@@ -37,8 +35,8 @@ def rms_norm(
         return out
     normed = naive.rms_norm(x, weight, eps=eps)
     if scale is not None:
-        normed = naive.modulate(normed, scale, shift)
-    return normed if residual is None or gate is None else naive.gated_residual(residual, normed, gate)
+        normed = naive.modulate(normed, scale, shift, overwrite=True)
+    return normed if residual is None or gate is None else naive.gated_residual(residual, normed, gate, overwrite=True)
 
 
 class RMSNorm(nn.Module):

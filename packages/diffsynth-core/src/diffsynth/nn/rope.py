@@ -7,12 +7,16 @@ are a complex number that is rotated by `position * theta ** (-2i / section)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffsynth.nn import fused, naive
+
+Rotary: TypeAlias = tuple[Float[Tensor, "#b s half_d"], Float[Tensor, "#b s half_d"]]
+"""Cosine and sine of the angles of `rotary_angles`."""
 
 
 def rotary_angles(
@@ -35,6 +39,40 @@ def rotary_angles(
         exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
         sections.append(position_ids[..., axis, None].double() / theta**exponents)
     return torch.cat(sections, dim=-1).float()
+
+
+def rotary_table(
+    positions: Int[Tensor, "#b s axes"],
+    *,
+    axes_dims: Sequence[int],
+    theta: float,
+    device: torch.device,
+    step: Any = None,
+) -> Rotary:
+    """Return (cos, sin), fp32 tensors `#b s half_d` on `device`: cosines and sines of the rotary angles of tokens.
+
+    Args:
+        positions: one integer position per axis, on the CPU.
+        axes_dims, theta: see `rotary_angles`.
+        device: of the result.
+        step: context of the sampling step (`diffsynth.runtime.feature.StepContext`). Its `call_state` keeps the result
+            for later steps with equal positions: the copy to a GPU would wait for the step before. None keeps nothing.
+    """
+    if step is None or positions.is_meta or torch.compiler.is_compiling():
+        return _rotary_table(positions, axes_dims, theta, device)
+    tables: dict[Any, Rotary] = step.call_state.setdefault("rotary_tables", {})
+    key = (positions.shape, positions.contiguous().numpy().tobytes(), tuple(axes_dims), theta, device)
+    if key not in tables:
+        tables[key] = _rotary_table(positions, axes_dims, theta, device)
+    return tables[key]
+
+
+def _rotary_table(positions: Tensor, axes_dims: Sequence[int], theta: float, device: torch.device) -> Rotary:
+    angles = rotary_angles(positions, axes_dims=axes_dims, theta=theta).to(device)
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return angles.cos(), angles.sin()
+    # As parts of complex numbers, which `apply_rotary` multiplies by on the CPU.
+    return torch.view_as_real(torch.complex(angles.cos(), angles.sin())).unbind(-1)
 
 
 def apply_rotary(

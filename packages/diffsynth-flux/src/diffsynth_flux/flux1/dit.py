@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffsynth.core.attention import attention
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.models.residuals import check_blocks
-from diffsynth.nn import LayerNorm, gated_residual, rms_norm_rotary, rotary_angles, sinusoidal_embedding
+from diffsynth.nn import LayerNorm, gated_residual, rms_norm_rotary, rotary_table, sinusoidal_embedding
 from diffsynth.nn.rms_norm import rms_norm
 from diffsynth_flux.flux1.config import PATCH_SIZE, FluxBlocksConfig, FluxDiTConfig
 from diffsynth_flux.flux1.extension import (
@@ -131,7 +131,7 @@ class FluxDiT(nn.Module):
             text=text,
             grid=grid,
             positions=positions,
-            rotary=rotary_embedding(positions, self.config, latents.device),
+            rotary=rotary_embedding(positions, self.config, latents.device, step),
             modulation=modulation,
             inputs=inputs,
             step=step,
@@ -141,7 +141,7 @@ class FluxDiT(nn.Module):
         """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`, which are on the
         CPU.
         """
-        rotary = rotary_embedding(positions, self.config, stream.image.device)
+        rotary = rotary_embedding(positions, self.config, stream.image.device, stream.step)
         return replace(stream, positions=positions, rotary=rotary)
 
     def _check_channels(self, latents: Tensor, condition_latents: Tensor | None) -> None:
@@ -419,12 +419,13 @@ def grid_positions(rows: int, columns: int, *, index: int = 0) -> Int[Tensor, "i
     return positions.view(rows * columns, 3)
 
 
-def rotary_embedding(positions: Int[Tensor, "#b s axes"], config: FluxBlocksConfig, device: torch.device) -> Rotary:
+def rotary_embedding(
+    positions: Int[Tensor, "#b s axes"], config: FluxBlocksConfig, device: torch.device, step: Any = None
+) -> Rotary:
     """Return (cos, sin), fp32 tensors `#b s half_d` on `device`: cosines and sines of the RoPE angles of tokens at
-    `positions`, which are on the CPU.
+    `positions`, which are on the CPU. `step` keeps them for later steps; see `rotary_table`.
     """
-    angles = rotary_angles(positions, axes_dims=config.axes_dims, theta=config.rope_theta).to(device)
-    return angles.cos(), angles.sin()
+    return rotary_table(positions, axes_dims=config.axes_dims, theta=config.rope_theta, device=device, step=step)
 
 
 def _split(rotary: Rotary, length: int) -> tuple[Rotary, Rotary]:

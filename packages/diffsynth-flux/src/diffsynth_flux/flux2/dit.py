@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.models.residuals import check_blocks
-from diffsynth.nn import LayerNorm, RMSNorm, gated_residual, rotary_angles, sinusoidal_embedding, swiglu
+from diffsynth.nn import LayerNorm, RMSNorm, gated_residual, rotary_table, sinusoidal_embedding, swiglu
 from diffsynth_flux.flux2.config import Flux2DiTConfig
 from diffsynth_flux.flux2.extension import (
     STACKS,
@@ -109,7 +109,7 @@ class Flux2DiT(nn.Module):
             text=self.context_embedder(prompt_embeds).to(latents.dtype),
             grid=grid,
             positions=positions,
-            rotary=rotary_embedding(positions, self.config, latents.device),
+            rotary=rotary_embedding(positions, self.config, latents.device, step),
             time_embed=self.time_guidance_embed(sigma, guidance, dtype=latents.dtype),
             step=step,
         )
@@ -118,9 +118,8 @@ class Flux2DiT(nn.Module):
         """Return a copy of `stream`, a `Stream`, with the same tokens at RoPE positions `positions`, which are on the
         CPU.
         """
-        return replace(
-            stream, positions=positions, rotary=rotary_embedding(positions, self.config, stream.image.device)
-        )
+        rotary = rotary_embedding(positions, self.config, stream.image.device, stream.step)
+        return replace(stream, positions=positions, rotary=rotary)
 
     def append_images(self, stream: Stream, images: Mapping[int, Float[Tensor, "b c h w"]]) -> Stream:
         """Return a copy of `stream`, a `Stream`, with the tokens of further latents after its image tokens.
@@ -370,12 +369,14 @@ class FinalNorm(nn.Module):
         return self.norm(x, scale=scale, shift=shift)
 
 
-def rotary_embedding(positions: Int[Tensor, "#b s axes"], config: Flux2DiTConfig, device: torch.device) -> Rotary:
+def rotary_embedding(
+    positions: Int[Tensor, "#b s axes"], config: Flux2DiTConfig, device: torch.device, step: Any = None
+) -> Rotary:
     """Return (cos, sin), fp32 tensors `#b s half_d` on `device`: cosines and sines of the RoPE angles of tokens at
-    `positions` (time, row, column, position in the text), which are on the CPU.
+    `positions` (time, row, column, position in the text), which are on the CPU. `step` keeps them for later steps; see
+    `rotary_table`.
     """
-    angles = rotary_angles(positions, axes_dims=config.axes_dims, theta=config.rope_theta).to(device)
-    return angles.cos(), angles.sin()
+    return rotary_table(positions, axes_dims=config.axes_dims, theta=config.rope_theta, device=device, step=step)
 
 
 def _norm(config: Flux2DiTConfig) -> LayerNorm:
