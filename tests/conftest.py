@@ -1,7 +1,7 @@
 """Fixtures and settings for every test: no network, fixed seeds, default settings, NaN in uninitialised memory.
 
 Tests run in several processes (pytest-xdist, `--dist loadfile`): those of one file in one process, in order, so that a
-fixture of module scope is made once.
+fixture of module scope is made once. Slow files are run first: one that is run last leaves the other processes idle.
 """
 
 from __future__ import annotations
@@ -24,6 +24,27 @@ _ALLOCATORS = ("empty", "empty_like", "empty_strided")
 _OUR_PACKAGES = ("diffsynth", "diffsynth_")
 _MOST_WORKERS = 8
 
+SLOW_FILES = (
+    "packaging/test_wheels.py",
+    "rows/test_wan.py",
+    "rows/test_z_image.py",
+    "contracts/test_conformance.py",
+    "docs/test_host_apps.py",
+    "docs/test_blocks.py",
+    "rows/test_qwen_image.py",
+    "contracts/test_prose.py",
+    "testing/test_hub.py",
+    "runtime/test_auto_policy.py",
+    "qwen_image/test_plan.py",
+    "benchmarks/test_image_calls.py",
+    "benchmarks/test_kernels.py",
+    "zimage/test_nano.py",
+    "zimage/features/test_controlnet.py",
+    "wan/test_flat_calls.py",
+    "wan/test_variants_parity.py",
+)
+"""Files below this folder that take 15 s or more, the slowest first."""
+
 for _name in [name for name in os.environ if name.startswith("DIFFSYNTH_")]:
     del os.environ[_name]  # some tests read the registry while they are collected
 
@@ -39,6 +60,15 @@ if sys.dont_write_bytecode:
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(sys.prefix) / "bytecode")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Put the tests of `SLOW_FILES` first, in that order; others keep theirs. Workers take files in this order, because
+    pyproject.toml has `--no-loadscope-reorder`, without which the files with the fewest tests are run last.
+    """
+    folder = Path(__file__).parent
+    order = {folder / name: index for index, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.hookimpl(optionalhook=True)

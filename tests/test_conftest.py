@@ -2,6 +2,8 @@
 
 import os
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,3 +42,15 @@ def test_seeds_are_fixed():
 
 def test_settings_of_the_caller_are_gone():
     assert [name for name in os.environ if name.startswith("DIFFSYNTH_")] == ["DIFFSYNTH_CACHE_DIR"]
+
+
+def test_slow_files_exist_and_are_run_first(request):
+    conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    folder = Path(__file__).parent
+    slow = [folder / name for name in conftest.SLOW_FILES]
+    assert [path for path in slow if not path.is_file()] == []
+    files = [folder / "cli" / "test_list.py", slow[2], Path(__file__), slow[0]]
+    items = [SimpleNamespace(path=path) for path in files]
+    conftest.pytest_collection_modifyitems(items)
+    assert [item.path for item in items] == [slow[0], slow[2], files[0], files[2]]
+    assert not request.config.option.loadscopereorder

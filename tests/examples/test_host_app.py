@@ -14,6 +14,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
@@ -38,13 +39,13 @@ app = host_app()
 
 @pytest.fixture(scope="module")
 def pipelines():
-    return app.open_models({"nano": "z-image-nano", "again": "z-image-nano"}, device="cpu")
+    return app.open_models({"nano": "z-image-nano", "again": "z-image-nano"}, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def direct():
     """The same model, loaded with `diffsynth.load`."""
-    return diffsynth.load("z-image-nano", device="cpu")
+    return diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32)
 
 
 class Client:
@@ -201,7 +202,7 @@ def test_two_models_share_the_text_encoder(monkeypatch, tmp_path, pipelines):
         installed.setattr(_discovery, "_discovered", dataclasses.replace(current, catalog=changed))
         installed.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
         installed.setattr(_discovery, "notify", lambda hook, **values: loaded.append(values.get("role")))
-        found = app.open_models({"nano": "z-image-nano", "other": "other"}, device="cpu")
+        found = app.open_models({"nano": "z-image-nano", "other": "other"}, device="cpu", dtype=torch.float32)
     assert sorted(filter(None, loaded)) == ["dit", "dit", "text_encoder", "vae"]
     assert found["other"].text_encoder is found["nano"].text_encoder
     assert found["other"].tokenizer is found["nano"].tokenizer

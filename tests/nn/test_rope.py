@@ -67,7 +67,7 @@ def test_a_table_is_kept_for_the_steps_of_a_call() -> None:
 
 
 def test_parts_of_a_table_rotate_to_the_bit() -> None:
-    """`apply_rotary` reads a table as complex numbers without a copy, and parts of it too; the bits are those of a copy."""
+    """`apply_rotary` reads a table as complex numbers without a copy, and parts of it too; bits are the same."""
     x = torch.randn(2, 5, 3, 16, generator=torch.Generator().manual_seed(0))
     cos, sin = rotary_table(torch.arange(15).view(1, 5, 3), axes_dims=AXES, theta=256.0, device=torch.device("cpu"))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):

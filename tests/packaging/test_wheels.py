@@ -49,7 +49,7 @@ def test_core_and_z_image_draw(wheels, environment):
         "z-image-nano": "present",
     }
     generate = ("generate", "z-image-nano", "a red apple", "--steps", "2", "--height", "64", "--width", "64")
-    environment.run("diffsynth", *generate, "-o", "apple.png")
+    environment.run("diffsynth", *generate, "--dtype", "float32", "-o", "apple.png")
     with Image.open(environment.folder / "apple.png") as image:
         assert image.size == (64, 64)
     door = "from diffsynth.pipelines.z_image import ZImagePipeline; print(ZImagePipeline.__module__)"
@@ -72,7 +72,7 @@ def test_a_third_party_unit_is_added_to_z_image(wheels, environment):
     environment.install(*(wheel(wheels, name) for name in ("diffsynth_core", "diffsynth_zimage", TOY)))
     code = """
 import inspect, diffsynth, torch
-pipe = diffsynth.load("z-image-nano", device="cpu")
+pipe = diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32)
 assert inspect.signature(pipe).parameters["mirror"].default is False
 request = dict(prompt="", height=64, width=64, num_inference_steps=1, cfg_scale=1.0, seed=1)
 plain, mirrored = pipe(**request), pipe(**request, mirror=True)

@@ -30,6 +30,7 @@ from row_scripts import read_rows, script, trained_file
 from trained_weights import read_weights, write_full, write_lora
 
 ROWS = read_rows("z_image")
+STEPS = 16
 PROMPT = '"Young Chinese woman in red Hanfu, intricate embroidery. Impeccable makeup, red floral forehead pattern."'
 COMMON = {"prompt": PROMPT, "seed": "42", "rand_device": '"cuda"'}
 GUIDED = {"cfg_scale": "4", "num_inference_steps": "50"}
@@ -124,7 +125,7 @@ def write_style_networks(root: Path) -> None:
 def harness(hub, monkeypatch, tmp_path) -> Harness:
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(hub))
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
-    return Harness(monkeypatch, tmp_path, precise=True)
+    return Harness(monkeypatch, tmp_path, steps=STEPS, precise=True)
 
 
 def test_every_row_is_here():

@@ -16,7 +16,7 @@ CALL = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 0, "cfg_sca
 
 @pytest.fixture(scope="module")
 def pipe():
-    return diffsynth.load("z-image-nano", device="cpu")
+    return diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
@@ -39,7 +39,7 @@ def test_a_shallow_copy_shares_the_components(pipe):
 
 
 def test_a_pipeline_under_a_policy_says_what_to_do_instead():
-    pipe = diffsynth.load("z-image-nano", device="cpu", policy="disk")
+    pipe = diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32, policy="disk")
     for duplicate in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"dit.* is under a memory policy.*ZImagePipeline\.from_components"):
             duplicate(pipe)

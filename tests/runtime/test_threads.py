@@ -23,7 +23,7 @@ CALLS = [
 
 @pytest.fixture(scope="module")
 def pipe():
-    return diffsynth.load("z-image-nano", device="cpu")
+    return diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,16 @@ def test_a_cancelled_call_leaves_the_others_alone(pipe):
 
 def test_two_threads_load_one_model(pipe):
     with ThreadPoolExecutor(2) as threads:
-        loaded = list(threads.map(lambda _: diffsynth.load("z-image-nano", device="cpu"), range(2)))
+        loaded = list(
+            threads.map(lambda _: diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32), range(2))
+        )
     assert loaded[0].dit is not loaded[1].dit
     assert all(torch.equal(generate(one, CALLS[0]), generate(pipe, CALLS[0])) for one in loaded)
 
 
 @pytest.fixture(scope="module", params=PRESETS)
 def offloaded(request):
-    return diffsynth.load("z-image-nano", device="cpu", policy=request.param)
+    return diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32, policy=request.param)
 
 
 def test_every_policy_under_load(offloaded):

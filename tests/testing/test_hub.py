@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import diffsynth
@@ -129,7 +130,7 @@ def test_size_of_all(hub):
 
 @pytest.mark.parametrize("spec", ON_HUB, ids=lambda spec: spec.name)
 def test_a_model_loads_and_generates(spec, offline):
-    pipe = diffsynth.load(spec.hub_id, device="cpu")
+    pipe = diffsynth.load(spec.hub_id, device="cpu", torch_dtype=torch.float32)
     image = pipe("an apple", height=64, width=64, num_inference_steps=2, seed=0)
     assert image.size == (64, 64)
     assert len(image.getcolors(64 * 64)) > 1000
