@@ -56,11 +56,13 @@ def rotary_table(
         axes_dims, theta: see `rotary_angles`.
         device: of the result.
         step: context of the sampling step (`diffsynth.runtime.feature.StepContext`). Its `call_state` keeps the result
-            for later steps with equal positions: the copy to a GPU would wait for the step before. None keeps nothing.
+            for later steps with equal positions: the copy to a GPU would wait for the step before. Another object, or
+            None, keeps nothing.
     """
-    if step is None or positions.is_meta or torch.compiler.is_compiling():
+    state = getattr(step, "call_state", None)
+    if state is None or positions.is_meta or torch.compiler.is_compiling():
         return _rotary_table(positions, axes_dims, theta, device)
-    tables: dict[Any, Rotary] = step.call_state.setdefault("rotary_tables", {})
+    tables: dict[Any, Rotary] = state.setdefault("rotary_tables", {})
     key = (positions.shape, positions.contiguous().numpy().tobytes(), tuple(axes_dims), theta, device)
     if key not in tables:
         tables[key] = _rotary_table(positions, axes_dims, theta, device)
