@@ -29,7 +29,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def second(pipe):
     """Another pipeline of the same components."""
-    return type(pipe).from_components(device="cpu", **pipe.components)
+    return type(pipe).from_components(device="cpu", torch_dtype=pipe.dtype, **pipe.components)
 
 
 def generate(pipe, call, **more):
