@@ -95,6 +95,15 @@ def test_another_optimizer(two, other):
     assert torch.equal(module.weight, before)
 
 
+def test_settings_of_the_optimizer_are_those_of_the_recipe(two):
+    module, _ = network()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.5, weight_decay=0.25, betas=(0.5, 0.75))
+    load_state(two[1], seed=0, parameters=module.named_parameters(), optimizer=optimizer, device=CPU)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.5, 0.25, (0.5, 0.75))
+    assert group["params"] == list(module.parameters())
+
+
 def test_a_kill_while_a_state_is_written(two, tmp_path):
     for _ in killed_at_every_write(lambda: save(tmp_path, 2)):
         assert load(last_checkpoint(tmp_path)) == 2

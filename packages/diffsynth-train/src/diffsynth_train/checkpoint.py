@@ -135,7 +135,10 @@ def load_state(
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(state["parameters"][name])
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # of the recipe, which may have another weight decay than the state
     torch.set_rng_state(state["random"].cpu())
     # The state of another device type cannot be restored, and results would differ there anyway.
     if state["random_device"] is not None and state.get("device_type", device.type) == device.type:
