@@ -22,7 +22,7 @@ from diffsynth.core.vram import TransferReport
 from diffsynth.core.vram.policy import AUTO, PRESETS
 from diffsynth.models.plugin import WRITERS
 from diffsynth.spec import WriterSpec
-from image_pipeline import VideoPipeline, image_pipeline
+from image_pipeline import LayersPipeline, VideoPipeline, image_pipeline
 from label_pipeline import LabelPipeline, MappingPipeline, SoundPipeline, label_pipeline
 
 
@@ -74,6 +74,23 @@ def test_several_images_have_numbers_and_their_own_seeds(run, loaded):
     records = [provenance.read_png(f"out-{i}.png") for i in (1, 2)]
     assert [made_by["seed"] for made_by in records] == [5, 6]
     assert all(made_by["arguments"] == {} for made_by in records)
+
+
+def test_each_of_several_images_of_a_result_has_its_file(run, installed, monkeypatch):
+    """Such as the layers of one; the record says which of them it is."""
+    installed(pipeline="LayersPipeline")
+    monkeypatch.setattr(diffsynth, "load", lambda name, **options: image_pipeline(LayersPipeline))
+    result = run("generate", "toy-1", "abc", "-o", "out.png", "--seed", 5)
+    assert result.stdout == "out-1.png\nout-2.png\nout-3.png\n", result.output
+    assert [Image.open(f"out-{i}.png").getpixel((0, 0))[0] for i in (1, 2, 3)] == [200, 150, 100]
+    records = [provenance.read_png(f"out-{i}.png") for i in (1, 2, 3)]
+    assert [(made_by["seed"], made_by["image"]) for made_by in records] == [(5, 1), (5, 2), (5, 3)]
+    result = run("generate", "toy-1", "abc", "-o", "two.png", "--seed", 5, "--num-images", 2)
+    assert result.stdout.split() == [f"two-{i}-{j}.png" for i in (1, 2) for j in (1, 2, 3)]
+    made_by = provenance.read_png("two-2-3.png")
+    assert (made_by["seed"], made_by["image"]) == (6, 3)
+    assert run("generate", "toy-1", "abc", "-o", "out.safetensors").stdout == "out.safetensors\n"
+    assert load_file("out.safetensors")["images"].shape[0] == 3
 
 
 def test_set_takes_literals_text_and_images(run, loaded, tmp_path):

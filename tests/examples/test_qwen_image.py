@@ -13,7 +13,7 @@ from qwen_image_files import write_controlnets, write_image_to_lora, write_lora
 
 SCRIPTS = (
     *("context", "controlnet", "controlnet_union", "inpaint_controlnet"),
-    *("edit", "edit_several", "entities", "image_to_lora", "text_to_image"),
+    *("edit", "edit_several", "entities", "image_to_lora", "layers", "text_to_image"),
 )
 
 

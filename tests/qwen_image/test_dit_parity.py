@@ -13,6 +13,7 @@ from torch import Tensor
 import parity
 from diffsynth_qwen_image.config import TINY_DIT, QwenImageDiTConfig
 from diffsynth_qwen_image.dit import QwenImageDiT
+from diffsynth_qwen_image.features.layers import LayerInput
 from qwen_image_oracles import oracle_dit
 
 CONFIG = replace(TINY_DIT, in_channels=4, prompt_dim=24)
@@ -104,7 +105,7 @@ def test_layers_equal_diffusers() -> None:
         inputs = draw_inputs(LAYERED, size)
         given = torch.randn(1, 4, *size[1:], generator=torch.Generator().manual_seed(3))
         truth = run_oracle(oracle, inputs, (given,))
-        out = ours(**inputs, extensions=(lambda dit, stream, given=given: dit.append_images(stream, (given,)),))
+        out = ours(**inputs, extensions=(LayerInput(given),))
         assert parity.relative_error(out, truth) <= parity.TOLERANCE
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from diffsynth_qwen_image.dit import QwenImageDiT
-from qwen_image_oracles import DIT, tiny_pipelines
+from qwen_image_oracles import tiny_pipelines
 
 
 def test_calls_that_do_not_fit_are_refused() -> None:
@@ -15,6 +12,3 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="sigmas has 2 noise levels and num_inference_steps is 30; pass num_infer"):
         pipe.check(prompt="a", sigmas=[1.0, 0.5])
     pipe.check(prompt="a", sigmas=[1.0, 0.5], num_inference_steps=2)
-    pipe.dit = QwenImageDiT(replace(DIT, layered=True))
-    with pytest.raises(ValueError, match="the transformer is Qwen-Image-Layered"):
-        pipe.check(prompt="a")

@@ -13,7 +13,8 @@ from diffsynth_qwen_image.units import check_schedule, encode_prompt, schedule
 from qwen_image_oracles import qwen_tokenizer
 
 SQUARE = {"height": 1024, "width": 1024}
-DEFAULTS = {"exponential_shift_mu": None, "lightning_schedule": False, "denoising_strength": 1.0}
+DEFAULTS = {"exponential_shift_mu": None, "lightning_schedule": False, "layered_schedule": False}
+DEFAULTS |= {"denoising_strength": 1.0}
 
 
 def test_noise_levels_of_the_reference() -> None:
@@ -23,12 +24,14 @@ def test_noise_levels_of_the_reference() -> None:
     lightning = schedule(num_inference_steps=4, lightning_schedule=True, **SQUARE)
     assert lightning.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
     assert schedule(num_inference_steps=4, height=1020, width=1010).equal(sigmas)  # sizes are rounded up
+    layered = schedule(num_inference_steps=3, layered_schedule=True, **SQUARE)
+    assert layered.equal(schedule(num_inference_steps=3, exponential_shift_mu=4.0, **SQUARE))
     by_mu = schedule(num_inference_steps=3, exponential_shift_mu=math.log(2.5), **SQUARE)
     assert by_mu.tolist() == pytest.approx([1, 0.6325, 0.02, 0], abs=1e-4)
 
 
 def test_given_noise_levels() -> None:
-    check_schedule({"sigmas": None, "lightning_schedule": True})
+    check_schedule(DEFAULTS | {"sigmas": None, "lightning_schedule": True})
     check_schedule(DEFAULTS | {"sigmas": [1.0, 0.5]})
     assert schedule(num_inference_steps=2, sigmas=[1.0, 0.5], **SQUARE).tolist() == [1, 0.5, 0]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from diffsynth.testing import tiny_hub
@@ -40,6 +39,10 @@ ENTITIES = COMMON | {
 }
 EDIT = COMMON | {"edit_image": IMAGE, "edit_image_auto_resize": "False", "height": "1328", "width": "1024"}
 EDIT_2511 = EDIT | {"edit_image": LIST, "height": "1152", "width": "896", "zero_cond_t": "True"}
+LAYER_IMAGE = 'Image.linear_gradient("L").resize((54, 30)).convert("RGBA")'
+LAYER_MASK = 'Image.merge("LA", (Image.new("L", (64, 64)), Image.linear_gradient("L").resize((64, 64))))'
+LAYERED = COMMON | {"layer_input_image": LAYER_IMAGE, "layer_num": "3"}
+LAYERED_CONTROL = LAYERED | {"layer_num": "0", "num_inference_steps": "30", "height": "1024", "width": "1024"}
 
 RUN = {
     "Qwen-Image": COMMON,
@@ -63,6 +66,9 @@ RUN = {
         "blockwise_controlnet_inputs": f"[ControlNetInput(image={IMAGE}, inpaint_mask={CHANGED}, controlnet_id=0), "
         f"ControlNetInput(image={IMAGE}, controlnet_id=1)]"
     },
+    "Qwen-Image-Layered": LAYERED | {"num_inference_steps": "50", "height": "480", "width": "864"},
+    "Qwen-Image-Layered-Control": LAYERED_CONTROL | {"num_inference_steps": "30", "cfg_scale": "4"},
+    "Qwen-Image-Layered-Control-V2": LAYERED_CONTROL | {"cfg_scale": "1.0", "context_image": LAYER_MASK},
     "Qwen-Image-In-Context-Control-Union": COMMON
     | {"context_image": IMAGE, "negative_prompt": '"blurry"', "height": "1024", "width": "1024"},
     "Qwen-Image-EliGen": ENTITIES | {"num_inference_steps": "30"},
@@ -82,6 +88,7 @@ LORAS = {
     "Qwen-Image-Edit-2511-Lightning": (
         "lightx2v/Qwen-Image-Edit-2511-Lightning:Qwen-Image-Edit-2511-Lightning-4steps-V1.0-bf16.safetensors"
     ),
+    "Qwen-Image-Layered-Control-V2": "DiffSynth-Studio/Qwen-Image-Layered-Control-V2:model.safetensors",
     "Qwen-Image-In-Context-Control-Union": "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union:model.safetensors",
     "Qwen-Image-EliGen": "DiffSynth-Studio/Qwen-Image-EliGen:model.safetensors",
     "Qwen-Image-EliGen-V2": "DiffSynth-Studio/Qwen-Image-EliGen-V2:model.safetensors",
@@ -97,13 +104,9 @@ IMAGE_LORAS = {
 }
 """Script of the row Qwen-Image-i2L -> the files of the networks that make its LoRA, without their suffix."""
 
-LATER = {
-    *("Qwen-Image-Layered", "Qwen-Image-Layered-Control", "Qwen-Image-Layered-Control-V2"),
-}
-"""Rows that are not supported yet."""
-
 MODELS = ["qwen-image", "qwen-image-2512", "qwen-image-distill-full", "qwen-image-edit", "qwen-image-edit-2509"]
 MODELS += ["qwen-image-edit-2511", "firered-image-edit-1.0", "firered-image-edit-1.1"]
+MODELS += ["qwen-image-layered", "qwen-image-layered-control"]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +184,7 @@ pipe.load_lora(pipe.dit, state_dict=lora)
 
 def test_every_row_is_here() -> None:
     assert len(ROWS) == 25
-    assert set(ROWS) == {*RUN, *LATER, "Qwen-Image-i2L"}
+    assert set(ROWS) == {*RUN, "Qwen-Image-i2L"}
     assert {name for name in RUN if ROWS[name]["methods"]} == set(LORAS)
 
 
@@ -189,18 +192,25 @@ def test_every_row_is_here() -> None:
 def test_a_row_runs_and_every_argument_of_it_counts(name, harness) -> None:
     (call,) = harness.run(example(name))
     sides = tuple(-(-int(RUN[name].get(side, 1328)) // 16 // 16) * 16 for side in ("width", "height"))
-    assert isinstance(call.output, Image.Image)
-    assert (call.output.mode, call.output.size) == ("RGB", sides)
+    layers = int(RUN[name].get("layer_num", -1)) + 1
+    images = call.output if layers else [call.output]
+    assert [(image.mode, image.size) for image in images] == [("RGBA" if layers else "RGB", sides)] * (layers or 1)
     assert set(call.arguments) == {"prompt", *ROWS[name]["call"]}
     inputs = [replace(each, scale=0.0) for each in call.arguments.get("blockwise_controlnet_inputs", ())]
     refused = check_arguments(call, neutral={"blockwise_controlnet_inputs": [inputs]})
     pair = {argument for argument in call.arguments if argument.startswith("eligen_entity")}
-    assert refused == (pair or ({"input_image"} if "inpaint_mask" in call.arguments else set())), "of each pair"
+    of_layers = {"layer_input_image", "layer_num"} if layers else set()
+    others = {"input_image"} if "inpaint_mask" in call.arguments else of_layers
+    assert refused == (pair or others), "each is refused without the other"
     assert not pair or differs(call.again(**dict.fromkeys(pair, ...)), call.output)
 
 
 @pytest.mark.parametrize(
-    "name", ["Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-2511-Lightning", "Qwen-Image-EliGen", CONTROLS]
+    "name",
+    [
+        *("Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-2511-Lightning", "Qwen-Image-EliGen"),
+        *("Qwen-Image-Layered", CONTROLS),
+    ],
 )
 def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, monkeypatch) -> None:
     """Its weights are stored in fp8, and those on the hub have values that fp8 has, too; LoRAs are beside them."""

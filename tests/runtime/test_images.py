@@ -9,7 +9,14 @@ from PIL import Image
 
 from diffsynth.core.data.audio import Audio
 from diffsynth.errors import NotFinite
-from diffsynth.runtime.images import check_output, image_to_tensor, images_to_batch, mask_to_tensor, tensor_to_images
+from diffsynth.runtime.images import (
+    check_alpha,
+    check_output,
+    image_to_tensor,
+    images_to_batch,
+    mask_to_tensor,
+    tensor_to_images,
+)
 from tiny_z_image import SMALL, tiny_z_image
 
 
@@ -23,6 +30,30 @@ def test_there_and_back_changes_no_level():
     assert tensor.shape == (1, 3, 12, 20)
     assert (tensor.min() >= -1, tensor.max() <= 1) == (True, True)
     assert np.array_equal(np.asarray(tensor_to_images(tensor)[0]), np.asarray(image))
+
+
+def test_transparency_is_a_fourth_channel_where_it_is_asked_for():
+    image = noise(20, 12)
+    image.putalpha(noise(20, 12).getchannel("G"))
+    tensor = image_to_tensor(image, 12, 20, mode="RGBA")
+    assert tensor.shape == (1, 4, 12, 20)
+    (back,) = tensor_to_images(tensor)
+    assert (back.mode, np.array_equal(np.asarray(back), np.asarray(image))) == ("RGBA", True)
+    assert (image_to_tensor(noise(20, 12), 12, 20, mode="RGBA")[:, 3] == 1).all()
+    batch = images_to_batch([image, image], height=6, width=10, mode="RGBA")
+    assert batch.shape == (2, 4, 6, 10)
+    assert images_to_batch(batch, height=6, width=10, mode="RGBA") is batch
+    with pytest.raises(ValueError, match=r"\(2, 4, 6, 10\); expected \(b, 3, 6, 10\)"):
+        images_to_batch(batch, height=6, width=10)
+
+
+def test_images_without_transparency_are_refused_with_the_remedy():
+    image = noise(4, 4)
+    for none in ([None], image.convert("RGBA"), image.convert("LA"), []):
+        check_alpha("layers", none if none != [None] else None)
+    for wrong in (image, [image.convert("RGBA"), image], image.convert("L")):
+        with pytest.raises(ValueError, match=r"layers has an image of mode (RGB|L), without .* image\.convert\(\"RGBA"):
+            check_alpha("layers", wrong)
 
 
 def test_an_empty_list_is_refused():

@@ -42,6 +42,12 @@ class VideoPipeline(ImagePipeline):
     output_units = (to_videos,)
 
 
+class LayersPipeline(VideoPipeline):
+    """Returns three images for each sample."""
+
+    output_kind = "image"
+
+
 def image_pipeline(kind: type[ImagePipeline] = ImagePipeline, **files) -> ImagePipeline:
     pipe = kind({"dit": ToyNet()}, device="cpu", torch_dtype=torch.float32, component_files=files)
     return pipe.named("toy-1", {"height": 16})

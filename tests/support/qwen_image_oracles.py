@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,27 +139,29 @@ def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tiny_pipelines(
-    *, zero_cond_t: bool = False, scheduler: dict[str, Any] | None = None, **components: Any
+    *, zero_cond_t: bool = False, scheduler: dict[str, Any] | None = None, layered: bool = False, **components: Any
 ) -> tuple[QwenImagePipeline, dict[str, Any]]:
     """Return our pipeline, and the components of diffusers' pipelines with the same weights.
 
     Args:
         zero_cond_t: see `oracle_dit`.
         scheduler: config of diffusers' scheduler; None is that of Qwen-Image.
+        layered: whether they are those of Qwen-Image-Layered, with an autoencoder of four channels.
         components: further components of ours.
     """
     tokenizer = qwen_tokenizer()
-    dit = oracle_dit(DIT, zero_cond_t=zero_cond_t)
-    vae = AutoencoderKLQwenImage(base_dim=8).eval()
+    config, channels = replace(DIT, layered=layered), 4 if layered else 3
+    dit = oracle_dit(config, zero_cond_t=zero_cond_t)
+    vae = AutoencoderKLQwenImage(base_dim=8, input_channels=channels).eval()
     encoder = oracle_encoder(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     for seed, module in enumerate((dit, encoder)):
         module.load_state_dict(parity.draw_weights(parity.shapes_of(module), seed=seed))
     weights = wan_vae_oracle.draw_weights(parity.shapes_of(vae))
     vae.load_state_dict(weights)
     ours = {
-        "dit": QwenImageDiT(DIT).eval(),
+        "dit": QwenImageDiT(config).eval(),
         "text_encoder": Qwen25VLTextEncoder(TEXT).eval(),
-        "vae": wan_vae_oracle.loaded(weights, "wan_autoencoder", WanAutoencoderConfig(dim=8)),
+        "vae": wan_vae_oracle.loaded(weights, "wan_autoencoder", WanAutoencoderConfig(dim=8, in_channels=channels)),
     }
     ours["dit"].load_state_dict(dit.state_dict())
     ours["text_encoder"].load_state_dict(published_names(encoder.state_dict()))

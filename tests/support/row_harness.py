@@ -106,7 +106,7 @@ class Harness:
 def differs(one: Any, other: Any) -> bool:
     """Return whether two images, or two lists of them, differ in size or in any pixel."""
     if isinstance(one, Image.Image):
-        return one.size != other.size or ImageChops.difference(one, other).getbbox() is not None
+        return one.size != other.size or ImageChops.difference(one, other).getbbox(alpha_only=False) is not None
     return len(one) != len(other) or any(differs(a, b) for a, b in zip(one, other, strict=True))
 
 

@@ -99,9 +99,16 @@ def script(
         *loads[trained],
         *setup,
         f"image = pipe({', '.join(f'{name}={values[name]}' for name in row['call'])})",
-        f'image.save("image_{row["row"].rpartition("/")[2]}.jpg")',
+        *_saves(row),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _saves(row: Mapping[str, Any]) -> list[str]:
+    """Return the lines that save an image, or each of its layers."""
+    if "layer_num" in row["call"]:
+        return ["for index, layer in enumerate(image):", '    layer.save(f"image_{index}.png")']
+    return [f'image.save("image_{row["row"].rpartition("/")[2]}.jpg")']
 
 
 def trained_file(row: Mapping[str, Any], trained: str) -> str:

@@ -72,7 +72,7 @@ def test_another_batch_is_a_fault_of_each_step():
 
 TENSORS = {
     "returned a list of 2; expected a tensor b c h w": ([1, 2], SIZE),
-    "returned a tensor (1, 3, 2, 8, 6) of float32; expected a tensor b c h w": (torch.zeros(1, 3, 2, 8, 6), SIZE),
+    "returned a tensor (3, 8, 6) of float32; expected a tensor b c h w": (torch.zeros(3, 8, 6), SIZE),
     "returned 2 results; expected 1": (torch.zeros(2, 3, 8, 6), SIZE),
     "asked for height=8, width=6, got height=6, width=8": (torch.zeros(1, 3, 6, 8), SIZE),
     "asked for height=8, width=6, num_frames=3, got height=8, width=6, num_frames=2": (
@@ -86,7 +86,8 @@ def kind_of(size):
     return "video" if "num_frames" in size else "image"
 
 
-@pytest.mark.parametrize(("tensor", "size"), [(torch.zeros(1, 3, 8, 6), SIZE), (torch.zeros(1, 4, 3, 8, 6), CLIP)])
+@pytest.mark.parametrize(("tensor", "size"), [(torch.zeros(1, 3, 8, 6), SIZE), (torch.zeros(1, 4, 2, 8, 6), SIZE),
+                                              (torch.zeros(1, 4, 3, 8, 6), CLIP)])  # fmt: skip
 def test_correct_tensors(tensor, size):
     assert list(result_faults(tensor, size, kind=kind_of(size))) == []
 
@@ -128,17 +129,19 @@ IMAGE, TURNED = Image.new("RGB", (6, 8)), Image.new("RGB", (8, 6))
 IMAGES = {
     "returned a Image: ": (IMAGE, SIZE),
     "returned a list of 1 for num_images=2; expected a list of 2": ([IMAGE], SIZE),
-    "returned a list of a list of 3; expected PIL images": ([[IMAGE] * 3] * 2, SIZE),
+    "returned a list of a list of 3; expected PIL images or lists of them": ([["a"] * 3] * 2, SIZE),
     "returned a list of a Image: ": ([IMAGE] * 2, CLIP),
     "asked for height=8, width=6, got height=6, width=8": ([IMAGE, TURNED], SIZE),
-    "the frames of one video have the sizes [(6, 8), (8, 6)]; expected one size": (
+    "the images of one video have the sizes [(6, 8), (8, 6)]; expected one size": (
         [[IMAGE] * 3, [IMAGE, TURNED, IMAGE]], CLIP,
     ),
     "got height=8, width=6, num_frames=2": ([[IMAGE] * 3, [IMAGE] * 2], CLIP),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("images", "size"), [([IMAGE, IMAGE], SIZE), ([[IMAGE] * 3] * 2, CLIP)])
+@pytest.mark.parametrize(
+    ("images", "size"), [([IMAGE, IMAGE], SIZE), ([[IMAGE] * 3] * 2, SIZE), ([[IMAGE] * 3] * 2, CLIP)]
+)
 def test_correct_images(images, size):
     assert list(several_faults(images, size, kind=kind_of(size), batch=2)) == []
 

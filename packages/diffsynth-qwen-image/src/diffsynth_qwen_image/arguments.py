@@ -14,6 +14,7 @@ from diffsynth_qwen_image.features.context import ContextArguments
 from diffsynth_qwen_image.features.controlnet import ControlNetArguments
 from diffsynth_qwen_image.features.edit import EditArguments
 from diffsynth_qwen_image.features.eligen import EntityArguments
+from diffsynth_qwen_image.features.layers import LayerArguments
 
 
 class QwenImageArguments(
@@ -23,6 +24,7 @@ class QwenImageArguments(
     EntityArguments,
     ImageToLoRAArguments,
     KVCacheArguments,
+    LayerArguments,
     InpaintArguments,
     ControlNetArguments,
     BlockwiseControlNetArguments,
@@ -36,10 +38,13 @@ class QwenImageArguments(
             at high noise levels. None lets it grow with the size of the image.
         lightning_schedule: Whether the noise levels are those of Qwen-Image-Lightning, for networks and LoRAs that are
             distilled to few steps: the same shift for every size, and a last level that is not lowered to 0.02.
+        layered_schedule: Whether the shift grows with the square root of the number of tokens, as the authors of
+            Qwen-Image-Layered sample it.
         sigmas: Noise levels of the steps in (0, 1], falling, in place of those of the schedule; the last step goes to
             0, which is not listed. None uses the schedule.
     """
 
     exponential_shift_mu: float | None
     lightning_schedule: bool
+    layered_schedule: bool
     sigmas: Sequence[float] | None

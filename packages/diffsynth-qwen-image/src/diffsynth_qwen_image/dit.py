@@ -38,9 +38,6 @@ from diffsynth_qwen_image.extension import (
 TIME_SCALE = 1000.0
 """Factor from a noise level to the number that is embedded."""
 
-CONDITION_LAYER = -1
-"""Position, on the first axis, of an image that a layered network is given."""
-
 
 class QwenImageBlocks(nn.Module):
     """Embedders and blocks of Qwen-Image's transformer, which the ControlNets that copy it have, too.
@@ -163,6 +160,7 @@ class QwenImageDiT(QwenImageBlocks):
         *,
         clean_time: bool = False,
         spread: bool = False,
+        index: int | None = None,
     ) -> Stream:
         """Return a copy of `stream`, a `Stream`, with the tokens of further latents after its images' tokens, and the
         text's tokens moved behind the rows and columns of all images.
@@ -173,6 +171,7 @@ class QwenImageDiT(QwenImageBlocks):
             clean_time: whether the tokens of all appended images are modulated by the embedding of noise level 0, as
                 Qwen-Image-Edit-2511 is trained.
             spread: whether each gets positions that are spread over the rows and columns of the first image.
+            index: position of all of them on the first axis; None counts on from the images that the stream has.
 
         Raises:
             ValueError: height or width of an image is no multiple of the patch size.
@@ -182,15 +181,10 @@ class QwenImageDiT(QwenImageBlocks):
         grids = (*stream.grids, *new)
         moved = text_start(grids, layered=layered) - text_start(stream.grids, layered=layered)
         of_text, of_images = stream.positions[:, :length] + moved, stream.positions[:, length:]
+        over = stream.grids[0] if spread else None
+        places = range(len(stream.grids), len(grids)) if index is None else [index] * len(new)
         added = torch.cat(
-            [
-                image_positions(
-                    grid,
-                    index=CONDITION_LAYER if layered else len(stream.grids) + index,
-                    spread_over=stream.grids[0] if spread else None,
-                )
-                for index, grid in enumerate(new)
-            ]
+            [image_positions(grid, index=place, spread_over=over) for place, grid in zip(places, new, strict=True)]
         )
         positions = torch.cat((of_text, of_images, added[None].expand(len(stream.positions), -1, -1)), dim=1)
         tokens = [self._tokens(image.to(stream.image)).expand(batch, -1, -1) for image in images]

@@ -46,6 +46,9 @@ BlockIndex: TypeAlias = tuple[StackName, int]
 Grid: TypeAlias = tuple[int, int]
 """Rows and columns of the tokens of an image."""
 
+LAYER_INPUT = -1
+"""Position, on the first axis, of the image whose layers a network computes."""
+
 
 def attend_masked(
     q: Float[Tensor, "b s n d"], k: Float[Tensor, "b s n d"], v: Float[Tensor, "b s n d"], mask: Mask = None

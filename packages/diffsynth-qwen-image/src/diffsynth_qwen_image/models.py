@@ -15,6 +15,8 @@ from diffsynth_qwen_image.checkpoints import (
     EDIT_2511,
     FIRERED_1_0,
     FIRERED_1_1,
+    LAYERED,
+    LAYERED_CONTROL,
     LORA_TARGETS,
 )
 
@@ -26,6 +28,8 @@ TINY = {
 }
 """Config fields of the tiny networks; the transformer's head dimension and RoPE axes are the published ones."""
 
+TINY_LAYERED = TINY | {"dit": TINY["dit"] | {"layered": True}, "vae": {"in_channels": 4}}
+"""Those of the models that compute layers."""
 
 _TINY = "diffsynth_qwen_image.tiny"
 
@@ -36,35 +40,36 @@ def _model(
     *,
     file: str = "transformer/diffusion_pytorch_model*.safetensors",
     defaults: Mapping[str, Any] | None = None,
-    edit_inputs: str = "",
+    inputs: str = "",
+    layered: bool = False,
 ) -> ModelSpec:
-    """Return the `ModelSpec` of a model with the text encoder and autoencoder of Qwen-Image.
+    """Return the `ModelSpec` of a model with the text encoder of Qwen-Image.
 
     Args:
         hub_id, description, defaults: fields of `ModelSpec`.
         file: the transformer, in the model's repository.
-        edit_inputs: for a model that edits images, the name of the function in `diffsynth_qwen_image.tiny` that makes
-            its inputs.
+        inputs: for a model that needs images, the name of the function in `diffsynth_qwen_image.tiny` that makes them.
+        layered: whether it computes layers, with an autoencoder for RGBA; others that need images edit them.
     """
     processors = {"tokenizer": f"{BASE}:tokenizer/"}
-    if edit_inputs:
+    if inputs and not layered:
         processors["processor"] = f"{EDIT}:processor/"
     writers = {"tokenizer": f"{_TINY}:write_tokenizer", "processor": f"{_TINY}:write_image_processor"}
     return ModelSpec(
         name=hub_id.rpartition("/")[2].lower(),
         hub_id=hub_id,
         family="qwen-image",
-        task="image-to-image" if edit_inputs else "text-to-image",
+        task="image-to-image" if inputs else "text-to-image",
         pipeline=PIPELINE,
         components={
             "dit": f"{hub_id}:{file}",
             "text_encoder": f"{BASE}:text_encoder/model*.safetensors",
-            "vae": f"{BASE}:vae/diffusion_pytorch_model.safetensors",
+            "vae": f"{LAYERED if layered else BASE}:vae/diffusion_pytorch_model.safetensors",
         },
         processors=processors,
-        tiny=TINY,
+        tiny=TINY_LAYERED if layered else TINY,
         tiny_processors={role: writers[role] for role in processors},
-        tiny_inputs=f"{_TINY}:{edit_inputs}" if edit_inputs else "",
+        tiny_inputs=f"{_TINY}:{inputs}" if inputs else "",
         defaults={"num_inference_steps": 40} | dict(defaults or {}),
         license="Apache-2.0",
         paper="arXiv:2508.02324",
@@ -81,16 +86,30 @@ MODELS = (
         file="diffusion_pytorch_model*.safetensors",
         defaults={"num_inference_steps": 15, "cfg_scale": 1.0},
     ),
-    _model(EDIT, "20B; edits an image", edit_inputs="edit_inputs"),
-    _model(EDIT_2509, "20B; edits one image or several", edit_inputs="edit_list_inputs"),
+    _model(EDIT, "20B; edits an image", inputs="edit_inputs"),
+    _model(EDIT_2509, "20B; edits one image or several", inputs="edit_list_inputs"),
     _model(
         EDIT_2511,
         "20B; edits one image or several; weights of November 2025",
         defaults={"zero_cond_t": True},
-        edit_inputs="edit_list_inputs",
+        inputs="edit_list_inputs",
     ),
-    _model(FIRERED_1_0, "20B; edits an image", edit_inputs="edit_inputs"),
-    _model(FIRERED_1_1, "20B; edits an image", edit_inputs="edit_inputs"),
+    _model(FIRERED_1_0, "20B; edits an image", inputs="edit_inputs"),
+    _model(FIRERED_1_1, "20B; edits an image", inputs="edit_inputs"),
+    _model(
+        LAYERED,
+        "20B; takes an image apart into RGBA layers",
+        defaults={"num_inference_steps": 50, "layer_num": 4, "layered_schedule": True, "height": 640, "width": 640},
+        inputs="layer_inputs",
+        layered=True,
+    ),
+    _model(
+        LAYERED_CONTROL,
+        "20B; takes one RGBA layer out of an image, by a prompt",
+        defaults={"num_inference_steps": 30, "layer_num": 0, "height": 1024, "width": 1024},
+        inputs="layer_input",
+        layered=True,
+    ),
 )
 
 TRAINING = (

@@ -1,4 +1,7 @@
-"""Qwen-Image pipeline: text and image to image, inpainting, editing (Qwen-Image team 2025, arXiv:2508.02324)."""
+"""Qwen-Image pipeline: text and image to image, inpainting, editing, layers.
+
+Qwen-Image team 2025, arXiv:2508.02324.
+"""
 
 from __future__ import annotations
 
@@ -58,22 +61,22 @@ class QwenImagePipeline(Pipeline):
                 f"sigmas has {len(sigmas)} noise levels and num_inference_steps is {steps}; pass "
                 f"num_inference_steps={len(sigmas)}"
             )
-        if self.dit is not None and self.dit.config.layered:
-            raise ValueError(
-                "the transformer is Qwen-Image-Layered, which this version can load but not run; load Qwen-Image or "
-                "Qwen-Image-2512"
-            )
+        for name in ("controlnet_inputs", "blockwise_controlnet_inputs"):
+            if request.values["layer_num"] is not None and request.values[name] is not None:
+                raise ValueError(f"{name} is given with layer_num: ControlNets are for one image; leave out {name}")
         return request
 
     def velocity(
         self,
-        latents: Float[Tensor, "b c h w"],
+        latents: Float[Tensor, "b c *t h w"],
         sigma: Float[Tensor, "b"],
         *,
         prompt_embeds: Float[Tensor, "b s e"],
         prompt_mask: Bool[Tensor, "b s"] | None = None,
         extensions: tuple[Extension, ...] = (),
         step: StepContext | None = None,
-    ) -> Float[Tensor, "b c h w"]:
-        """Return the velocity `noise - x0` of the latents, a tensor `b c h w`; see `Pipeline.velocity`."""
+    ) -> Float[Tensor, "b c *t h w"]:
+        """Return the velocity `noise - x0`, a tensor of the shape of `latents`, those of an image or of the `t` layers
+        of one; see `Pipeline.velocity`.
+        """
         return self.dit(latents, sigma, prompt_embeds, prompt_mask, extensions=extensions, step=step)

@@ -35,6 +35,18 @@ def write_image_processor(folder: Path) -> None:
     Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112).save_pretrained(folder)
 
 
+def layer_input(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict of call arguments with an RGBA image, one of whose layers is computed."""
+    image = tiny_image(size)
+    image.putalpha(tiny_image(size, turn=1).getchannel("R"))
+    return {"layer_input_image": image}
+
+
+def layer_inputs(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return a dict of call arguments with an RGBA image to take apart into two layers."""
+    return layer_input(size) | {"layer_num": 2}
+
+
 def edit_inputs(size: Mapping[str, int]) -> dict[str, Any]:
     """Return a dict of call arguments with an image to edit, for a result of `size` in pixels."""
     return {"edit_image": tiny_image(size), "edit_image_auto_resize": False}

@@ -122,13 +122,14 @@ def generate(
     results = _separate(request, result, arguments, pipe.per_image)
     for (one, its_arguments), path in zip(results, _numbered(out, writer.spec.suffix, len(results)), strict=True):
         made_by = provenance.record(pipe, its_arguments)
-        try:
-            write(one, path, record=made_by, **file_settings)
-        except OSError as error:
-            fail(click.get_current_context(), error)
-        except (TypeError, ValueError) as error:
-            fail(click.get_current_context(), _with_hint(error, writer.spec, arguments))
-        echo(str(path))
+        for image, file, its_record in _images_of(one, path, writer.spec, made_by):
+            try:
+                write(image, file, record=its_record, **file_settings)
+            except OSError as error:
+                fail(click.get_current_context(), error)
+            except (TypeError, ValueError) as error:
+                fail(click.get_current_context(), _with_hint(error, writer.spec, arguments))
+            echo(str(file))
 
 
 def _file_settings(
@@ -234,6 +235,19 @@ def _separate(
         per_entry = request.loop.num_images
         return [(one, _arguments_of_result(arguments, i, per_entry, per_image)) for i, one in enumerate(results)]
     return [(result, arguments)]
+
+
+def _images_of(
+    one: Any, path: Path, spec: WriterSpec, record: Mapping[str, Any]
+) -> list[tuple[Any, Path, Mapping[str, Any]]]:
+    """Return a list of (output, file, record): one for each image of a result that is a list, such as the layers of an
+    image, if the writer writes images; else one, of the result.
+    """
+    if spec.kind != "image" or not isinstance(one, list | tuple) or not one:
+        return [(one, path, record)]
+    files = _numbered(path, spec.suffix, len(one))
+    numbered = enumerate(zip(one, files, strict=True), 1)
+    return [(image, file, {**record, "image": number}) for number, (image, file) in numbered]
 
 
 def _with_hint(error: Exception, spec: WriterSpec, arguments: Mapping[str, Any]) -> ValueError:

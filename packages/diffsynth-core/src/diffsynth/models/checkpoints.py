@@ -235,6 +235,14 @@ CHECKPOINTS = (
         ),
     ),
     CheckpointSpec(
+        name="wan_autoencoder/diffusers_rgba",
+        architecture="wan_autoencoder",
+        rules="diffsynth.models.convert:WAN_AUTOENCODER_DIFFUSERS",
+        signature="44b39ddc499e027cfb24f7878d7416b9",
+        layout="diffsynth.models:layouts/qwen_image_layered_autoencoder.json.gz",
+        files=("Qwen/Qwen-Image-Layered:vae/diffusion_pytorch_model.safetensors",),
+    ),
+    CheckpointSpec(
         name="siglip_image_encoder",
         architecture="siglip_image_encoder",
         signature="6bd5343828144a2135d783519c665e2c",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffsynth.core.loader.shapes import Shapes, count_items
 
@@ -357,6 +357,11 @@ class WanAutoencoderConfig:
     def factor(self) -> int:
         """Number of video pixels per latent pixel along one side, an int (8 by default)."""
         return 1 << len(self.temporal_downsample)
+
+    @property
+    def pixel_mode(self) -> Literal["RGB", "RGBA"]:
+        """The mode of the images that it encodes: "RGBA" if a frame has four channels, the last of them alpha."""
+        return "RGBA" if self.in_channels == 4 else "RGB"
 
     @property
     def time_factor(self) -> int:

@@ -206,14 +206,23 @@ def image_latents(factor: int, *, noise_dtype: torch.dtype | None = None) -> Uni
 
 @unit("output")
 def decode_image(
-    vae: Any, *, latents: Float[Tensor, "b c h w"], tiling: Tiling, output_type: str
-) -> list[Image.Image] | Float[Tensor, "b 3 height width"]:
-    """Return the images of latents: a list of PIL images, or a tensor in [-1, 1] if `output_type` is "tensor"."""
-    pixels = vae.decode(latents, **tiling)
-    if output_type != "tensor":
-        return tensor_to_images(pixels)
-    check_decoded(pixels)  # clamping hides infinity
-    return pixels.clamp(-1, 1)
+    vae: Any, *, latents: Float[Tensor, "b c *t h w"], tiling: Tiling, output_type: str
+) -> list[Image.Image] | list[list[Image.Image]] | Float[Tensor, "b channels *t height width"]:
+    """Return the images of latents: a list of PIL images, or a tensor in [-1, 1] if `output_type` is "tensor".
+
+    Each item of latents `b c t h w` is `t` images, such as the layers of one: they are decoded one by one, and the
+    result has a list of `t` PIL images for each item, or is a tensor `b channels t height width`.
+    """
+    if latents.ndim == 5:
+        pixels = torch.stack([vae.decode(each, **tiling) for each in latents.unbind(2)], dim=2)
+    else:
+        pixels = vae.decode(latents, **tiling)
+    if output_type == "tensor":
+        check_decoded(pixels)  # clamping hides infinity
+        return pixels.clamp(-1, 1)
+    if pixels.ndim == 5:
+        return [tensor_to_images(images) for images in pixels.transpose(1, 2)]
+    return tensor_to_images(pixels)
 
 
 def _check_side(name: str, value: int) -> None:

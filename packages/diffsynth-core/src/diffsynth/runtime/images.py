@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.core.data.color import to_mask, to_rgb
+from diffsynth.core.data.color import to_mask, to_rgb, to_rgba
 from diffsynth.core.data.image import ResizeMode, fit
 from diffsynth.core.finite import is_finite
 from diffsynth.errors import NotFinite
@@ -23,17 +23,27 @@ logger = module_logger(__name__)
 Images = Image.Image | Sequence[Image.Image] | None
 """The type of an argument that takes one image or several."""
 
+PixelMode = Literal["RGB", "RGBA"]
+"""The channels that a network takes of an image: three, or a fourth for transparency."""
+
 
 def image_to_tensor(
-    image: Image.Image, height: int, width: int, *, resize_mode: ResizeMode = "stretch"
-) -> Float[Tensor, "1 3 height width"]:
+    image: Image.Image, height: int, width: int, *, mode: PixelMode = "RGB", resize_mode: ResizeMode = "stretch"
+) -> Float[Tensor, "1 c height width"]:
     """Return an image as an fp32 tensor `1 3 h w` in [-1, 1], scaled to h x w as `resize_mode` says, see `ResizeMode`;
     `core.data.color.to_rgb` converts its mode and colours, transparent pixels over white.
+
+    Args:
+        image: of any mode.
+        height, width: in pixels.
+        mode: "RGB"; or "RGBA" for a tensor `1 4 h w` with alpha, -1 for transparent and 1 for opaque, as
+            `core.data.color.to_rgba` has it.
+        resize_mode: see `ResizeMode`.
 
     Raises:
         ValueError: an image that cannot be converted, see `to_rgb`.
     """
-    image = to_rgb(image)
+    image = to_rgba(image) if mode == "RGBA" else to_rgb(image)
     if image.size != (width, height):
         logger.info("image of %dx%d is scaled to %dx%d (%s)", *image.size, width, height, resize_mode)
         image = fit(image, height, width, resize_mode=resize_mode, resample=Image.Resampling.BICUBIC)
@@ -74,18 +84,27 @@ def images_to_batch(
     *,
     height: int,
     width: int,
+    mode: PixelMode = "RGB",
     resize_mode: ResizeMode = "stretch",
-) -> Float[Tensor, "b 3 height width"]:
-    """Return one PIL image or several as one fp32 tensor `b 3 h w` in [-1, 1], scaled as by `image_to_tensor`; a tensor
+) -> Float[Tensor, "b c height width"]:
+    """Return one PIL image or several as one fp32 tensor `b c h w` in [-1, 1], scaled as by `image_to_tensor`; a tensor
     is returned as it is.
 
+    Args:
+        images: the images.
+        height, width: in pixels.
+        mode: "RGB", three channels, or "RGBA", four; see `image_to_tensor`.
+        resize_mode: see `ResizeMode`.
+
     Raises:
-        ValueError: an empty list, or a tensor whose last three sizes are not 3, height, width.
+        ValueError: an empty list, or a tensor whose last three sizes are not the channels, height and width.
         TypeError: neither a tensor nor PIL images.
     """
     if isinstance(images, Tensor):
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
-            raise ValueError(f"image tensor of shape {tuple(images.shape)}; expected (b, 3, {height}, {width})")
+        if images.ndim != 4 or tuple(images.shape[1:]) != (len(mode), height, width):
+            raise ValueError(
+                f"image tensor of shape {tuple(images.shape)}; expected (b, {len(mode)}, {height}, {width})"
+            )
         return images
     several = [images] if isinstance(images, Image.Image | str) else list(images)
     if not several:
@@ -93,11 +112,12 @@ def images_to_batch(
     for image in several:
         if not isinstance(image, Image.Image):
             raise TypeError(f"an image is {image!r:.80}; expected a PIL image, a list of them, or a tensor b 3 h w")
-    return torch.cat([image_to_tensor(image, height, width, resize_mode=resize_mode) for image in several])
+    return torch.cat([image_to_tensor(image, height, width, mode=mode, resize_mode=resize_mode) for image in several])
 
 
-def tensor_to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
-    """Return a list of PIL images, one for each item of a tensor `b 3 h w`; values are clamped to [-1, 1].
+def tensor_to_images(pixels: Float[Tensor, "b c h w"]) -> list[Image.Image]:
+    """Return a list of PIL images, one for each item of a tensor `b c h w`: of mode RGB for three channels and RGBA for
+    four; values are clamped to [-1, 1].
 
     Raises:
         NotFinite: a value is NaN, which no pixel can show.
@@ -119,6 +139,24 @@ def check_decoded(values: Tensor) -> None:
             f"the decoded values hold NaN or infinity ({values.dtype}), so no result can be made of them. A float16 "
             f"autoencoder may overflow: use torch.bfloat16 or torch.float32"
         )
+
+
+def check_alpha(name: str, images: Images) -> None:
+    """Raise ValueError for an image without transparency, in an argument for a network that takes it.
+
+    Args:
+        name: of the argument.
+        images: its value.
+
+    Raises:
+        ValueError: an image whose mode and info have no transparency; one that is opaque everywhere passes.
+    """
+    for image in image_list(images):
+        if not image.has_transparency_data:
+            raise ValueError(
+                f"{name} has an image of mode {image.mode}, without transparency, and the network takes RGBA. Pass "
+                'image.convert("RGBA"), which is opaque everywhere, or an image file with transparency'
+            )
 
 
 def check_output(output: Any) -> None:

@@ -51,20 +51,21 @@ class Inpainting:
     """The part of an image that changes, and what the rest becomes.
 
     Args:
-        mask: 1 where the image changes, 0 where it is kept; values between blend the two velocities.
-        input_latents: latents of the input image.
+        mask: 1 where the image changes, 0 where it is kept; values between blend the two velocities. It is the same for
+            all layers of an image.
+        input_latents: latents of the input image, or of its layers.
     """
 
     mask: Float[Tensor, "#b 1 h w"]
-    input_latents: Float[Tensor, "b c h w"]
+    input_latents: Float[Tensor, "b c *t h w"]
 
 
 def toward_input(
-    velocity: Float[Tensor, "b c h w"],
-    latents: Float[Tensor, "b c h w"],
+    velocity: Float[Tensor, "b c *t h w"],
+    latents: Float[Tensor, "b c *t h w"],
     sigma: Float[Tensor, "b"],
     inpainting: Inpainting | None,
-) -> Float[Tensor, "b c h w"]:
+) -> Float[Tensor, "b c *t h w"]:
     """Return the velocity, a tensor of the shape of `latents`; outside of the mask it is `(latents - x0) / sigma`,
     which leads to the input latents `x0` in a straight line.
 
@@ -76,8 +77,9 @@ def toward_input(
     """
     if inpainting is None:
         return velocity
-    kept = (latents.float() - inpainting.input_latents.float()) / sigma[:, None, None, None]
-    return torch.lerp(kept, velocity.float(), inpainting.mask.expand_as(kept))
+    kept = (latents.float() - inpainting.input_latents.float()) / sigma.view(-1, *[1] * (latents.ndim - 1))
+    mask = inpainting.mask if latents.ndim == 4 else inpainting.mask[:, :, None]
+    return torch.lerp(kept, velocity.float(), mask.expand_as(kept))
 
 
 def check_masks(values: Mapping[str, Any]) -> None:
@@ -93,7 +95,7 @@ def prepare_inpainting(
     inpaint_mask: Images = None,
     inpaint_blur_size: int | None = None,
     inpaint_blur_sigma: float | None = None,
-    input_latents: Float[Tensor, "b c h w"],
+    input_latents: Float[Tensor, "b c *t h w"],
     height: int,
     width: int,
     resize_mode: ResizeMode = "stretch",
@@ -103,7 +105,7 @@ def prepare_inpainting(
     masks = torch.cat([_mask(mask, height, width, resize_mode) for mask in image_list(inpaint_mask)]).to(device)
     if len(masks) not in (1, len(input_latents)):
         raise ValueError(f"inpaint_mask has {len(masks)} images; expected {images_expected(len(input_latents))}")
-    masks = F.adaptive_avg_pool2d(masks, tuple(input_latents.shape[2:]))
+    masks = F.adaptive_avg_pool2d(masks, tuple(input_latents.shape[-2:]))
     if inpaint_blur_size is not None and inpaint_blur_sigma is not None:
         masks = gaussian_blur(masks, radius=inpaint_blur_size, sigma=inpaint_blur_sigma)
     return Inpainting(masks, input_latents)

@@ -379,6 +379,17 @@ def qwen_image_mu(num_tokens: int) -> float:
     return 0.5 + (0.9 - 0.5) * (num_tokens - 256) / (8192 - 256)
 
 
+def qwen_image_layered_mu(num_tokens: int) -> float:
+    """Return the log of Qwen-Image-Layered's shift, a float, the square root of `num_tokens / 256`: 2.5 for the 1600
+    tokens of 640 x 640 pixels.
+
+    Raises:
+        ValueError: `num_tokens` is not a positive integer.
+    """
+    check_integer("num_tokens", num_tokens, least=1, most=_MOST_TOKENS)
+    return float((num_tokens / 256) ** 0.5)
+
+
 def _uniform(num_steps: int, strength: float) -> Float[Tensor, " steps"]:
     return torch.linspace(strength, 0, num_steps + 1)[:-1]
 

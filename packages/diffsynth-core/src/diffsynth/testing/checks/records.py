@@ -90,8 +90,9 @@ def step_faults(steps: Sequence[Step], *, num_steps: int, batch: int = 1) -> Ite
 def result_faults(output: Any, size: Size, *, kind: str | None) -> Iterator[str]:
     """Yield a text for each fault of a single result of output type "tensor".
 
-    An image must be a tensor `b c h w` and a video one `b c t h w`, of the size that was asked for. A result of another
-    kind must not be None. All tensors in it must be finite.
+    An image must be a tensor `b c h w` and a video one `b c t h w`, of the size that was asked for; several images of
+    one result, such as layers, are `b c t h w`, too. A result of another kind must not be None. All tensors in it must
+    be finite.
 
     Args:
         output: the result.
@@ -99,7 +100,8 @@ def result_faults(output: Any, size: Size, *, kind: str | None) -> Iterator[str]
         kind: "image", "video" or another kind, see `Pipeline.output_kind`; None if it is not known.
     """
     if kind in ("image", "video"):
-        yield from _tensor_faults(output, size, "b c t h w" if kind == "video" else "b c h w")
+        several = kind == "video" or (isinstance(output, Tensor) and output.ndim == 5)
+        yield from _tensor_faults(output, size, "b c t h w" if several else "b c h w")
     elif output is None:
         yield "the result is None"
     if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for tensor in _tensors(output)):
@@ -118,7 +120,8 @@ def _tensor_faults(output: Any, size: Size, axes: str) -> Iterator[str]:
 
 def several_faults(output: Any, size: Size, *, kind: str | None, batch: int) -> Iterator[str]:
     """Yield a text for each fault of the results of a call for several of output type "pil": they are no list of
-    `batch`, or, for the kinds "image" and "video", not PIL images or lists of PIL images of the size asked for.
+    `batch`, or, for the kinds "image" and "video", not PIL images or lists of PIL images of the size asked for, such
+    as frames or layers.
 
     Args:
         output: the results.
@@ -130,14 +133,14 @@ def several_faults(output: Any, size: Size, *, kind: str | None, batch: int) -> 
         yield f"output_type='pil' returned {_shown(output)} for num_images={batch}; expected a list of {batch}"
         return
     for one in output if kind in ("image", "video") else ():
-        frames = one if kind == "video" else [one]
+        frames = one if kind == "video" or isinstance(one, list) else [one]
         if not isinstance(frames, list) or not frames or not all(isinstance(frame, Image.Image) for frame in frames):
-            expected = "lists of PIL images" if kind == "video" else "PIL images"
+            expected = "lists of PIL images" if kind == "video" else "PIL images or lists of them"
             yield f"output_type='pil' returned a list of {_shown(one)}; expected {expected}"
             return
         sides = {frame.size for frame in frames}
         if len(sides) > 1:
-            yield f"the frames of one video have the sizes {sorted(sides)}; expected one size"
+            yield f"the images of one {kind} have the sizes {sorted(sides)}; expected one size"
         width, height = frames[0].size
         yield from _size_faults({"num_frames": len(frames), "height": height, "width": width}, size)
 
