@@ -230,7 +230,7 @@ def test_what_is_refused(tiny, pipe):
         alone("a", **CALL)
     coarse = networks("coarse")
     without = {**tiny[0], **coarse, "processor": None}
-    with pytest.raises(MissingComponent, match="needs processor, through which image2lora_coarse also reads"):
+    with pytest.raises(MissingComponent, match="needs processor, through which the images also reach"):
         pipeline(without)("a", **CALL, image2lora_images=IMAGES)
     with pytest.raises(MissingComponent, match="or load image2lora_style alone"):
         QwenImageImageToLoRAPipeline.from_pipeline(pipeline(without))(image2lora_images=IMAGES)

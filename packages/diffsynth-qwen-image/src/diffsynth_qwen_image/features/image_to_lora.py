@@ -129,9 +129,9 @@ def check_components(configs: Configs) -> None:
     readers = [role for role in (COARSE, FINE) if configs[role] is not None]
     if missing and readers:
         raise MissingComponent(
-            f"image2lora_images needs {' and '.join(missing)}, through which {' and '.join(readers)} also reads the "
-            f"images; add the text encoder of Qwen/Qwen-Image to model_configs, and {PROCESSOR.source} as "
-            f"processor_config, or load {STYLE} alone"
+            f"image2lora_images needs {' and '.join(missing)}, through which the images also reach "
+            f"{' and '.join(readers)}; add the text encoder of Qwen/Qwen-Image to model_configs, and "
+            f"{PROCESSOR.source} as processor_config, or load {STYLE} alone"
         )
 
 
