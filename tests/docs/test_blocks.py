@@ -17,6 +17,7 @@ from diffsynth.testing import tiny_hub
 from diffsynth.utils.data import save_video_with_audio
 from documented import blocks
 from processes import run_together
+from qwen_image_files import write_lora
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 1}
@@ -31,7 +32,7 @@ RUN = {
     "docs/conformance.md": [1, 2],
     "docs/loading.md": [1],
     "docs/loading-speed.md": [0],
-    "docs/lora.md": [0, 1, 2, 3, 4],
+    "docs/lora.md": [0, 1, 2, 3, 4, 5],
     "docs/plan.md": [0],
     "docs/step-caches.md": [0],
     "docs/tiny-hub.md": [0, 1],
@@ -136,6 +137,7 @@ def test_the_blocks_of_a_page_run(page, small_models, hub, monkeypatch):
         names["module"] = small_models("z-image-turbo").dit
         for file in ("style", "first", "second"):
             save_lora(LORA, f"{file}.safetensors")
+        write_lora(hub, "lightx2v/Qwen-Image-Lightning:Qwen-Image-Lightning-4steps-V1.0.safetensors", seed=0)
     if page == "docs/plan.md":  # of a pipeline on an accelerator, which a plan does not need
         names["pipe"] = SimpleNamespace(plan=functools.partial(small_models("z-image-nano").plan, device="cuda"))
     if page == "docs/video.md":

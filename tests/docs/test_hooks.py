@@ -32,6 +32,7 @@ from diffsynth.core.loader.save import save_checkpoint
 from diffsynth.core.vram import DiskMap, Policy, wrap
 from diffsynth.runtime import architectures, declared_backends
 from diffsynth.runtime.guidance import GuidanceStep, parse_guidance
+from diffsynth.runtime.lora_defaults import published_lora
 from diffsynth.runtime.solvers import find_solver, load_solver
 from diffsynth.sampling.schedule import z_image_sigmas
 from diffsynth.sampling.solver import euler
@@ -299,6 +300,13 @@ def test_effect_of_register_guidance(toy):
     predictions = {"cond": torch.full((3, 2), 3.0), "uncond": torch.ones(3, 2)}
     step = GuidanceStep(torch.zeros(3, 2), torch.tensor([0.9, 0.6, 0.3]), 0, 4, True, {})
     assert guidance.combine(predictions, 4.0, step)[:, 0].tolist() == [3, 9, 3]
+
+
+def test_effect_of_register_loras(toy):
+    folder = toy("register_architectures", "register_loras")
+    pipe = resolve("diffsynth_toy.pipeline:ToyPipeline")
+    spec = published_lora(pipe, None, [folder / "toy-fast-4steps-v2.safetensors"])
+    assert spec.defaults == {"num_inference_steps": 4, "cfg_scale": 1.0}
 
 
 def test_effect_of_resolve_source(toy, tmp_path):

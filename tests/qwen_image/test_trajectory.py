@@ -10,6 +10,7 @@ from diffusers import QwenImagePipeline as OraclePipeline
 from PIL import Image
 
 import wan_vae_oracle
+from diffsynth.core.lora import save_lora
 from parity import TOLERANCE, relative_error
 from qwen_image_oracles import (
     LIGHTNING_SCHEDULER,
@@ -80,6 +81,27 @@ def test_prompts_of_different_lengths(pipelines) -> None:
     batch = ours(prompts, seed=[1, 2], **arguments)
     assert relative_error(batch, expected) < TOLERANCE
     assert relative_error(ours(prompts[0], seed=1, **arguments), batch[:1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_the_lora_of_lightning_sets_its_schedule(steps, tmp_path) -> None:
+    """Known by its file's name; the oracle gets the LoRA in its weights, and the schedule by hand."""
+    ours, parts = tiny_pipelines(scheduler=LIGHTNING_SCHEDULER)
+    name = "transformer_blocks.1.attn.to_q"
+    down, up = torch.randn(2, 64, generator=torch.Generator().manual_seed(steps)), torch.ones(64, 2) / 16
+    file = tmp_path / f"Qwen-Image-Lightning-{steps}steps-V1.0.safetensors"
+    save_lora({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, file)
+    plain = ours("a red apple", seed=7, output_type="latents", **STEPS)
+    ours.load_lora(ours.dit, file, hotload=True)
+    with torch.no_grad():
+        parts["transformer"].get_submodule(name).weight += up @ down
+    oracle = oracle_of(OraclePipeline, parts)
+    start = {"latents": packed(noise(7)), "output_type": "latent"}
+    call = {"prompt": "a red apple", **SIZE}
+    expected = unpacked(oracle(**call, num_inference_steps=steps, true_cfg_scale=1, **start).images)
+    assert relative_error(ours(**call, seed=7, output_type="latents"), expected) < TOLERANCE
+    ours.clear_lora()
+    assert torch.equal(ours("a red apple", seed=7, output_type="latents", **STEPS), plain)
 
 
 @pytest.mark.parametrize("steps", [4, 8])

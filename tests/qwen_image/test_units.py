@@ -33,7 +33,12 @@ def test_noise_levels_of_the_reference() -> None:
 def test_given_noise_levels() -> None:
     check_schedule(DEFAULTS | {"sigmas": None, "lightning_schedule": True})
     check_schedule(DEFAULTS | {"sigmas": [1.0, 0.5]})
-    assert schedule(num_inference_steps=2, sigmas=[1.0, 0.5], **SQUARE).tolist() == [1, 0.5, 0]
+    given = {"num_inference_steps": 2, "sigmas": [1.0, 0.5], **SQUARE}
+    assert schedule(**given).tolist() == [1, 0.5, 0]
+    ignored = schedule.ignores(DEFAULTS | given)
+    assert set(ignored) == {"exponential_shift_mu", "lightning_schedule", "layered_schedule"}
+    assert torch.equal(schedule(**given, exponential_shift_mu=1.0, lightning_schedule=True), schedule(**given))
+    assert schedule.ignores(DEFAULTS | {"sigmas": None}) == {}
 
 
 @pytest.mark.parametrize(
@@ -43,8 +48,7 @@ def test_given_noise_levels() -> None:
         ({"sigmas": [0.5, 0.5]}, "each lower than the one before"),
         ({"sigmas": [1.0, 0.0]}, "the last step goes to 0, which is not listed"),
         ({"sigmas": [1.5, 0.5]}, r"in \(0, 1\]"),
-        ({"sigmas": [1.0], "lightning_schedule": True}, "sigmas and lightning_schedule=True are given; leave out one"),
-        ({"sigmas": [1.0], "exponential_shift_mu": 1.0}, "sigmas and exponential_shift_mu=1.0 are given"),
+        ({"sigmas": [1.0], "denoising_strength": 0.5}, "sigmas and denoising_strength=0.5 are given; leave out one"),
     ],
 )
 def test_levels_that_are_no_schedule_are_refused(changes, message) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ RUN = {
     "Qwen-Image-Distill-Full": COMMON | {"num_inference_steps": "15", "cfg_scale": "1"},
     "Qwen-Image-Distill-LoRA": COMMON | {"num_inference_steps": "15", "cfg_scale": "1"},
     "Qwen-Image-Distill-DMD2": COMMON
-    | {"num_inference_steps": "30", "cfg_scale": "1", "exponential_shift_mu": "0.9162907"},
+    | {"num_inference_steps": "30", "cfg_scale": "1", "exponential_shift_mu": str(math.log(2.5))},
     "Qwen-Image-Edit": EDIT,
     "Qwen-Image-Edit-2509": EDIT | {"edit_image": LIST},
     "Qwen-Image-Edit-2511": EDIT_2511,

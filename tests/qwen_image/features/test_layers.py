@@ -199,7 +199,6 @@ def test_a_mask_in_the_context_comes_before_the_image(pipelines) -> None:
         ({"input_image": torch.zeros(3, 4, 80, 48)}, "input_image is a tensor, and layer_num is 2"),
         ({"exponential_shift_mu": 0.5}, "layered_schedule and exponential_shift_mu=0.5 are given; leave out one"),
         ({"lightning_schedule": True}, "layered_schedule and lightning_schedule=True are given"),
-        ({"sigmas": [1.0, 0.7, 0.5, 0.1]}, "sigmas and layered_schedule=True are given"),
     ],
 )
 def test_bad_input_is_refused(pipelines, changes, message) -> None:

@@ -96,6 +96,7 @@ class Catalog:
     writers: tuple[Declared[spec.WriterSpec], ...] = ()
     doors: tuple[Declared[spec.DoorSpec], ...] = ()
     guidance: tuple[Declared[spec.GuidanceSpec], ...] = ()
+    loras: tuple[Declared[spec.LoRASpec], ...] = ()
 
     def layouts(self) -> tuple[dict[str, spec.ArchitectureSpec], list[spec.CheckpointSpec]]:
         """Return a pair of what plugins declare: (dict name -> `ArchitectureSpec`, the first if several plugins declare
@@ -121,6 +122,7 @@ KINDS: dict[str, type] = {
     "writers": spec.WriterSpec,
     "doors": spec.DoorSpec,
     "guidance": spec.GuidanceSpec,
+    "loras": spec.LoRASpec,
 }
 
 _UNIQUE = ("architectures", "doors", "guidance", "solvers", "writers")

@@ -27,6 +27,7 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
     spec.WriterSpec: ("writer",),
     spec.DoorSpec: (),
     spec.GuidanceSpec: ("guidance",),
+    spec.LoRASpec: ("pipeline",),
 }
 
 
@@ -37,12 +38,12 @@ def references(declaration: Any) -> list[str]:
 
 
 def sources(declaration: Any) -> list[str]:
-    """Return a list of the source strings, such as "owner/repo:*.pt", in a `ModelSpec` or a `CheckpointSpec`; empty for
-    other declarations.
+    """Return a list of the source strings, such as "owner/repo:*.pt", in a `ModelSpec`, a `CheckpointSpec` or a
+    `LoRASpec`; empty for other declarations.
     """
     if isinstance(declaration, spec.ModelSpec):
         return [*declaration.components.values(), *declaration.processors.values()]
-    return list(declaration.files) if isinstance(declaration, spec.CheckpointSpec) else []
+    return list(declaration.files) if isinstance(declaration, spec.CheckpointSpec | spec.LoRASpec) else []
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -69,8 +70,8 @@ def check_spec(declaration: Any) -> None:
         TypeError: a field declared as a mapping has another type, or one declared as a tuple is a text.
         ValueError: a malformed name, suffix, reference or source, a reference to a missing module, an
             `ArchitectureSpec` without a module that is not `not_runnable`, a `LayerWrapperSpec` without effect, a
-            `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, or a tiny config for a
-            component that the model does not have.
+            `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, a `LoRASpec` without files or
+            defaults, or a tiny config for a component that the model does not have.
     """
     name = getattr(declaration, "name", "-")
     if not name or (isinstance(declaration, spec.ModelSpec | spec.GuidanceSpec) and (":" in name or "/" in name)):
@@ -92,6 +93,8 @@ def check_spec(declaration: Any) -> None:
         raise ValueError(
             f"FeatureSpec({declaration.feature!r}) names a pipeline and a family; expected one of them, or none"
         )
+    if isinstance(declaration, spec.LoRASpec):
+        _check_lora(declaration)
     if isinstance(declaration, spec.SolverSpec):
         _check_evaluations(declaration)
     if isinstance(declaration, spec.WriterSpec):
@@ -104,6 +107,15 @@ def check_spec(declaration: Any) -> None:
             raise ValueError(f"reference {reference!r}: expected 'package.module:attribute'")
         if not _may_exist(module_name):
             raise ValueError(f"reference {reference!r}: there is no module {module_name!r}")
+
+
+def _check_lora(declaration: spec.LoRASpec) -> None:
+    if not (declaration.files or declaration.names):
+        raise ValueError(f"{declaration.name!r} has neither files nor names; expected one, by which a LoRA is known")
+    if not declaration.defaults:
+        raise ValueError(f"{declaration.name!r} has no defaults; a LoRA that needs none is not declared")
+    if wrong := [file for file in declaration.files if "://" in file]:
+        raise ValueError(f"{declaration.name!r}: files has {wrong[0]!r}; expected 'owner/repository:pattern'")
 
 
 def _check_evaluations(declaration: spec.SolverSpec) -> None:

@@ -92,6 +92,11 @@ def register_guidance(register: Callable[[spec.GuidanceSpec], None]) -> None:
     """Declare guidances: ways to combine the predictions of several branches."""
 
 
+@hookspec
+def register_loras(register: Callable[[spec.LoRASpec], None]) -> None:
+    """Declare published LoRAs with the defaults that calls have while they are loaded."""
+
+
 # Decide: the first result that is not None is used.
 
 

@@ -30,12 +30,14 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         pipe: the pipeline that made it.
         arguments: of the call; those equal to the pipeline's defaults are left out, except prompt, seed and steps, and
-            so are those without effect, such as a negative prompt where guidance is off.
+            so are those without effect, such as a negative prompt where guidance is off. The defaults that loaded LoRAs
+            set are recorded as if they were given.
 
     Returns:
         model, pipeline, prompt, seed and num_inference_steps (those of them that the pipeline takes), arguments,
         not_recorded (names of arguments such as images, which JSON cannot hold), device, dtype, versions, weights (role
-        -> file name -> identity of its content), and if any are loaded, loras (role, alpha, hot, and files likewise).
+        -> file name -> identity of its content), and if any are loaded, loras (role, alpha, hot, files likewise, and
+        the defaults of calls that it sets).
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
     always: dict[str, Any] = {
@@ -44,10 +46,11 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if name in defaults
     }
     unused = pipe.arguments_without_effect(**arguments)
+    set_by_loras = pipe.lora_call_defaults  # without the LoRA the call has others, so they are recorded
     others = {
         name: value
-        for name, value in arguments.items()
-        if name not in (*always, *unused) and not equals_default(value, defaults[name])
+        for name, value in {**set_by_loras, **arguments}.items()
+        if name not in (*always, *unused) and (name in set_by_loras or not equals_default(value, defaults[name]))
     }
     return {
         "model": pipe.model_name,
@@ -220,7 +223,8 @@ def _versions(pipe: Any) -> dict[str, str]:
 
 
 def _lora(lora: Any) -> dict[str, Any]:
-    return {"role": lora.role, "alpha": lora.alpha, "hot": lora.hot, "files": _identities(list(lora.files))}
+    found = {"role": lora.role, "alpha": lora.alpha, "hot": lora.hot, "files": _identities(list(lora.files))}
+    return found | ({"call_defaults": dict(lora.call_defaults)} if lora.call_defaults else {})
 
 
 def _identities(paths: list[Path]) -> dict[str, Any]:

@@ -374,6 +374,27 @@ class GuidanceSpec:
     paper: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoRASpec:
+    """A published LoRA, or several alike, with which calls need other defaults than the model's: fewer steps, no
+    guidance, another schedule.
+
+    Args:
+        name: unique within the plugin, "qwen-image-lightning-4-steps".
+        pipeline: reference to the pipeline class whose calls get the defaults; subclasses are included.
+        defaults: argument -> default of a call while the LoRA is loaded.
+        files: sources `"owner/repository:pattern"` of its files. A file is known by its repository and its name in it.
+        names: patterns of names of files, `"*-Lightning-4steps-*.safetensors"`, that are known in every folder. Case is
+            ignored.
+    """
+
+    name: str
+    pipeline: str
+    defaults: Mapping[str, Any]
+    files: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+
 def resolve(reference: str) -> Any:
     """Import and return the object that a reference `"package.module:attribute"` names.
 

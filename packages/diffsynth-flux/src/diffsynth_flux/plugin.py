@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec, TrainingSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, LoRASpec, ModelSpec, TrainingSpec
 from diffsynth_flux.flux1 import checkpoints as flux1
+from diffsynth_flux.flux1 import loras as flux1_loras
 from diffsynth_flux.flux1 import models as flux1_models
 from diffsynth_flux.flux2 import checkpoints as flux2
 from diffsynth_flux.flux2 import models as flux2_models
@@ -45,6 +46,12 @@ def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
 def register_training(register: Callable[[TrainingSpec], None]) -> None:
     for training in TRAINING:
         register(training)
+
+
+@hookimpl
+def register_loras(register: Callable[[LoRASpec], None]) -> None:
+    for lora in flux1_loras.LORAS:
+        register(lora)
 
 
 @hookimpl

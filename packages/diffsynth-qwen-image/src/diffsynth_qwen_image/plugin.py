@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, GuidanceSpec, ModelSpec, TrainingSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, GuidanceSpec, LoRASpec, ModelSpec, TrainingSpec
 from diffsynth_qwen_image import controlnet_config, image_to_lora_config
 from diffsynth_qwen_image.checkpoints import ARCHITECTURES, CHECKPOINTS, NAMED
+from diffsynth_qwen_image.loras import LORAS
 from diffsynth_qwen_image.models import MODELS, TRAINING
 
 DIFFSYNTH_API = 2
@@ -35,6 +36,12 @@ def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
 def register_training(register: Callable[[TrainingSpec], None]) -> None:
     for training in TRAINING:
         register(training)
+
+
+@hookimpl
+def register_loras(register: Callable[[LoRASpec], None]) -> None:
+    for lora in LORAS:
+        register(lora)
 
 
 @hookimpl

@@ -53,13 +53,24 @@ def check_schedule(values: Mapping[str, Any]) -> None:
             f"sigmas={levels}: expected at least one noise level in (0, 1], each lower than the one before; the last "
             "step goes to 0, which is not listed"
         )
-    others = {"lightning_schedule": False, "layered_schedule": False, "denoising_strength": 1.0}
-    for name, default in {"exponential_shift_mu": None, **others}.items():
-        if values[name] != default:
-            raise ValueError(f"sigmas and {name}={values[name]} are given; leave out one: each sets the noise levels")
+    if values["denoising_strength"] != 1:
+        raise ValueError(
+            f"sigmas and denoising_strength={values['denoising_strength']} are given; leave out one: each sets the "
+            "noise levels"
+        )
 
 
-@unit("sigmas", phase=Phase.SHAPE, check=check_schedule)
+def ignored_shifts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return a dict argument -> reason of those that change no noise level of a call, as `Unit.ignores`; models and
+    LoRAs may set their defaults.
+    """
+    if values["sigmas"] is None:
+        return {}
+    shifts = ("exponential_shift_mu", "lightning_schedule", "layered_schedule")
+    return dict.fromkeys(shifts, "sigmas has the noise levels")
+
+
+@unit("sigmas", phase=Phase.SHAPE, check=check_schedule, ignores=ignored_shifts)
 def schedule(
     *,
     num_inference_steps: int,

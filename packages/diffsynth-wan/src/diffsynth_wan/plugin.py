@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, LoRASpec, ModelSpec
 from diffsynth_wan.checkpoints import ARCHITECTURES, CHECKPOINTS
+from diffsynth_wan.loras import LORAS
 from diffsynth_wan.models import MODELS
 
 DIFFSYNTH_API = 2
@@ -28,6 +29,12 @@ def register_architectures(register: Callable[[ArchitectureSpec], None]) -> None
 def register_checkpoints(register: Callable[[CheckpointSpec], None]) -> None:
     for checkpoint in CHECKPOINTS:
         register(checkpoint)
+
+
+@hookimpl
+def register_loras(register: Callable[[LoRASpec], None]) -> None:
+    for lora in LORAS:
+        register(lora)
 
 
 @hookimpl

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, ModelSpec, TrainingSpec
+from diffsynth.spec import ArchitectureSpec, CheckpointSpec, DoorSpec, LoRASpec, ModelSpec, TrainingSpec
 from diffsynth_zimage.checkpoints import ARCHITECTURES, CHECKPOINTS, LORA_TARGETS, OMNI_BASE
 
 DIFFSYNTH_API = 2
@@ -128,6 +128,18 @@ def register_training(register: Callable[[TrainingSpec], None]) -> None:
             lora_targets={"dit": LORA_TARGETS},
             data={"prompt": "prompt", "image": "input_image"},
             schedule="diffsynth.sampling.schedule:z_image_sigmas",
+        )
+    )
+
+
+@hookimpl
+def register_loras(register: Callable[[LoRASpec], None]) -> None:
+    register(
+        LoRASpec(
+            name="z-image-turbo-distill-patch",
+            pipeline=PIPELINE,
+            defaults={"num_inference_steps": 8, "cfg_scale": 1.0},
+            files=("DiffSynth-Studio/Z-Image-Turbo-DistillPatch:*.safetensors",),
         )
     )
 

@@ -13,7 +13,7 @@ from diffsynth.runtime.call_size import check_size
 from diffsynth.runtime.effects import arguments_read, without_effect
 from diffsynth.runtime.loop import check_loop
 from diffsynth.runtime.published_defaults import model_of_files, other_defaults
-from diffsynth.runtime.request import Request, check_request
+from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, check_request
 from diffsynth.runtime.role import Processor, config_of
 from diffsynth.runtime.unit import check_values
 from diffsynth.spec import ModelSpec
@@ -60,6 +60,17 @@ class CheckMethods:
             raise ValueError(f"output_type='latents': {type(self).__name__} has no denoising loop; expected 'pil'")
         return request
 
+    def check_value(self: Any, name: str, value: Any) -> None:
+        """Raise TypeError or ValueError for a value that an argument of a call does not take by itself.
+
+        Args:
+            name: of the argument.
+            value: the value.
+        """
+        self._argument_types[name].check(value)
+        if name in LOOP_NAMES:
+            LoopArguments(**{name: value})
+
     def arguments_without_effect(self: Any, **arguments: Any) -> dict[str, str]:
         """Return a dict argument -> reason of a call's arguments that change nothing, such as a negative prompt where
         guidance is off. The call logs each of them, and a record leaves them out. Errors are those of the call.
@@ -75,7 +86,7 @@ class CheckMethods:
         for name, reason in without_effect(self, request, arguments).items():
             logger.warning("%s has no effect: %s", name, reason)
         if (model := self._model_of_files) is not None:
-            read = sorted(arguments_read(self, request) - arguments.keys())
+            read = sorted(arguments_read(self, request) - arguments.keys() - self.lora_call_defaults.keys())
             for name, value in other_defaults(self, model, read).items():
                 own = self.__signature__.parameters[name].default
                 logger.warning(

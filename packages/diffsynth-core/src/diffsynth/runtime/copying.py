@@ -9,14 +9,12 @@ from typing import Any
 from torch import nn
 
 from diffsynth.core.vram.managed import managed
-from diffsynth.runtime.request import build_signature
-from diffsynth.runtime.unit import equals_default
 
 _MADE = frozenset(
     (
         *("device", "dtype", "mesh", "model_name", "component_files", "features", "roles", "facts", "per_image"),
         *("program", "condition_rules", "_velocity_parameters", "_all_loop_roles", "components", "__signature__"),
-        *("_offloader", "plan_cache", "_argument_types", "running_calls"),
+        *("_offloader", "plan_cache", "_argument_types", "running_calls", "model_defaults"),
     )
 )
 """The attributes that a new pipeline makes itself; others, such as loaded LoRAs, are copied."""
@@ -52,15 +50,13 @@ class CopyMethods:
 
 
 def _state(pipe: Any) -> dict[str, Any]:
-    plain = build_signature(pipe.program, pipe.loop, {}, has_loop=pipe.has_loop()).parameters
-    defaults = {name: each.default for name, each in pipe.__signature__.parameters.items()}
     return {
         "components": dict(pipe.components),
         "device": str(pipe.device),
         "torch_dtype": pipe.dtype,
         "component_files": pipe.component_files,
         "model_name": pipe.model_name,
-        "defaults": {name: it for name, it in defaults.items() if not equals_default(it, plain[name].default)},
+        "defaults": dict(pipe.model_defaults),
         "others": {name: copy.copy(value) for name, value in vars(pipe).items() if name not in _MADE},
     }
 
@@ -71,6 +67,7 @@ def _rebuilt(cls: Any, state: Mapping[str, Any]) -> Any:
     if state["model_name"] is not None:
         pipe.named(state["model_name"], state["defaults"])
     vars(pipe).update(state["others"])
+    pipe.follow_defaults()  # those of loaded LoRAs
     return pipe
 
 

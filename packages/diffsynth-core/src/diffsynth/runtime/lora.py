@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.lora_match import role_hint
 from diffsynth.core.lora import LoRA, add_hot, clear_hot, fit, fuse, read_lora
 from diffsynth.core.lora.applied import is_fused
+from diffsynth.core.lora.call_defaults import call_defaults_metadata
 from diffsynth.core.lora.fitting import what_does_not_fit, what_fits
 from diffsynth.core.lora.format import subset, write_keys
 from diffsynth.core.lora.fused import check_fused
@@ -29,6 +30,7 @@ from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.errors import KeyMismatch, shortened
 from diffsynth.runtime.architectures import architecture_of, cuts
 from diffsynth.runtime.branch_lora import BranchLoRASession, find_lora
+from diffsynth.runtime.lora_defaults import declared_defaults, defaults_of, joined_defaults
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.running_calls import RunningCalls
 from diffsynth.spec import CheckpointSpec, resolve
@@ -48,12 +50,16 @@ class LoadedLoRA:
         files: that it was read from; empty for a state dict.
         alpha: its strength.
         hot: whether it is computed beside the weights, rather than fused into them.
+        where: the file's name, for messages.
+        call_defaults: argument -> default of calls while it is loaded.
     """
 
     role: str
     files: tuple[Path, ...]
     alpha: float
     hot: bool
+    where: str = "a LoRA"
+    call_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LoRAMethods:
@@ -69,6 +75,10 @@ class LoRAMethods:
     device: torch.device
     all_loop_roles: tuple[str, ...]
 
+    def follow_defaults(self) -> None:
+        """Set the defaults of calls anew, after those of loaded LoRAs changed."""
+        raise NotImplementedError
+
     def _follow_wrapped(self) -> None:
         """Move the components that are wrapped now, after one was wrapped anew."""
         raise NotImplementedError
@@ -77,6 +87,11 @@ class LoRAMethods:
     def loras(self) -> tuple[LoadedLoRA, ...]:
         """The LoRAs that are loaded: a tuple of `LoadedLoRA`, in the order of loading."""
         return tuple(vars(self).get("_loras", ()))
+
+    @property
+    def lora_call_defaults(self) -> dict[str, Any]:
+        """A dict argument -> default of calls that loaded LoRAs set, in place of the model's."""
+        return joined_defaults(self.loras)
 
     @torch_defaults()
     def load_lora(
@@ -89,12 +104,17 @@ class LoRAMethods:
         verbose: int = 1,
         *,
         strict: bool = True,
+        call_defaults: Mapping[str, Any] | None = None,
     ) -> None:
         """Load a LoRA into a component, or each of its layers into the component that has it. After an error nothing is
         changed.
 
         `load_lora(pipe.dit, file)` adds the layers of that component, and leaves those that only another component has
         to it. `load_lora(file)` adds all.
+
+        A LoRA may set defaults of calls, such as four steps without guidance: by its metadata, or as a published one
+        that a plugin declares. They are logged, a call's own arguments have precedence, and `clear_lora` restores the
+        model's defaults.
 
         Args:
             module: a component of this pipeline, `pipe.dit`; a LoRA or None adds each layer to the component that has
@@ -107,13 +127,15 @@ class LoRAMethods:
             state_dict: tensors in memory, in place of `lora_config`.
             verbose: 0 does not log it.
             strict: False leaves out what cannot be applied, and logs a warning that lists it.
+            call_defaults: argument -> default of calls while it is loaded, in place of what the LoRA sets; `{}` is
+                none. A LoRA with an `alpha` of 0 or less sets none by itself.
 
         Raises:
             PipelineError: a call of this pipeline runs, in this thread or another one.
             TypeError: `module` is no module.
             ValueError: `module` is no component of this pipeline, two sources or none, an `alpha` that is not finite,
-                weights that cannot be changed in this way, a layer that two components have, or this LoRA is loaded
-                already.
+                weights that cannot be changed in this way, a layer that two components have, this LoRA is loaded
+                already, defaults that calls refuse, or others than those of a LoRA that is loaded.
             CheckpointError: the file is missing or cannot be read; `KeyMismatch` if it is no LoRA, or, if strict, some
                 of it cannot be applied. The message has the number of layers that fit, and the model that the LoRA is
                 for.
@@ -125,25 +147,38 @@ class LoRAMethods:
         check_number("alpha", alpha)
         self.running_calls.refuse("load_lora()")
         lora, paths = _read(lora_config, state_dict, strict)
+        config = ModelConfig(path=lora_config) if isinstance(lora_config, str | Path) else lora_config
+        given = {} if call_defaults is None and alpha <= 0 else call_defaults
+        defaults = defaults_of(self, lora, given, config=config, paths=paths)
         fitted = self._fitted(lora, role, strict)
         ways = {role: self._is_hot(role, part, hotload) for role, part in fitted.items()}
+        loaded = [LoadedLoRA(role, paths, alpha, ways[role], lora.where, defaults) for role in fitted]
+        joined_defaults([*self.loras, *loaded])
         for role, part in fitted.items():
             if ways[role]:
                 check_hot(self.parts[role], part, atomic=self._atomic(role))
             else:
                 check_fused(self.parts[role], part)
         for role, part in fitted.items():
-            if ways[role]:
-                add_hot(self.parts[role], part, alpha, atomic=self._atomic(role))
-            else:
-                self._widen(role, part)
-                fuse(self.parts[role], part, alpha)
-            vars(self).setdefault("_loras", []).append(LoadedLoRA(role, paths, alpha, ways[role]))
-            if verbose:
-                how = "beside the weights" if ways[role] else "in the weights"
-                count = len(part.layers) + len(part.others)
-                logger.info("%s: %d layers of %s changed, %s, alpha=%g", lora.where, count, role, how, alpha)
+            self._apply(role, part, alpha, hot=ways[role], verbose=verbose)
+        vars(self)["_loras"] = [*self.loras, *loaded]
+        self.follow_defaults()
+        if defaults and verbose:
+            shown = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
+            logger.info("%s sets the defaults of calls: %s", lora.where, shown)
         self._clear_plans()
+
+    def _apply(self, role: str, part: LoRA, alpha: float, *, hot: bool, verbose: int) -> None:
+        """Add the layers of a LoRA to the component of a role, beside its weights or in them, and log it."""
+        if hot:
+            add_hot(self.parts[role], part, alpha, atomic=self._atomic(role))
+        else:
+            self._widen(role, part)
+            fuse(self.parts[role], part, alpha)
+        if verbose:
+            how = "beside the weights" if hot else "in the weights"
+            count = len(part.layers) + len(part.others)
+            logger.info("%s: %d layers of %s changed, %s, alpha=%g", part.where, count, role, how, alpha)
 
     def convert_lora(
         self,
@@ -156,7 +191,7 @@ class LoRAMethods:
         """Write a LoRA file again, under the keys that another program reads, and return the new file's `Path`.
 
         The pipeline's components say which layers there are, and are not changed. Layers of text encoders are written
-        to the same file.
+        to the same file, and so are the defaults of calls that the LoRA sets.
 
         Args:
             lora_config: a file, a folder with one LoRA, or a `ModelConfig`.
@@ -171,7 +206,9 @@ class LoRAMethods:
                 not know a layer.
         """
         check_writable(expanded(path))
-        lora, _ = _read(lora_config, None, strict=True)
+        config = lora_config if isinstance(lora_config, ModelConfig) else ModelConfig(path=lora_config)
+        lora, paths = _read(config, None, strict=True)
+        asked = call_defaults_metadata(declared_defaults(type(self), lora, config=config, paths=paths))
         tensors: dict[str, Tensor] = {}
         for role, part in self._fitted(lora, None, strict=True).items():
             architecture = architecture_of(self.parts[role])
@@ -180,7 +217,7 @@ class LoRAMethods:
             own = {key: tuple(tensor.shape) for key, tensor in self.parts[role].state_dict().items()}
             known = spelling_of(spelling, architecture)
             tensors |= spelled(part, known, own, _discovery.catalog().layouts()[1])
-        return write_keys(tensors, path, metadata)
+        return write_keys(tensors, path, {**asked, **(metadata or {})})
 
     def branch_loras(self, loras: Mapping[str, Sequence[LoRA]], branches: Sequence[str]) -> BranchLoRASession:
         """Return the `BranchLoRASession` of a call.
@@ -327,7 +364,8 @@ class LoRAMethods:
         return found
 
     def clear_lora(self) -> None:
-        """Remove all hot LoRAs (computed beside the weights) from all components; fused ones stay in the weights.
+        """Remove all hot LoRAs (computed beside the weights) from all components, and the defaults of calls that they
+        set; fused ones stay in the weights.
 
         Raises:
             PipelineError: a call of this pipeline runs.
@@ -336,6 +374,7 @@ class LoRAMethods:
         modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
         cleared = sum(clear_hot(module) for module in modules)
         vars(self)["_loras"] = [lora for lora in self.loras if not lora.hot]
+        self.follow_defaults()
         self._clear_plans()
         if not cleared and any(is_fused(module) for module in modules):
             logger.warning(

@@ -146,6 +146,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         self.mesh = ProcessMesh()
         self.running_calls = RunningCalls()
         self.model_name: str | None = None
+        self.model_defaults: Mapping[str, Any] = {}
         self.component_files = {role: list(files) for role, files in (component_files or {}).items()}
         use_declared_backends()
         made = compose(type(self))
@@ -160,7 +161,7 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
             pipeline_name=type(self).__name__,
         )
         check_components(self.roles, self.components, dtype=torch_dtype, pipeline_name=type(self).__name__)
-        self.__signature__ = build_signature(self.program, self.loop, {}, has_loop=self.has_loop())
+        self.follow_defaults()
         choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.parts)
         self._follow_wrapped()
         self.plan_cache: PlanCache | None = None
@@ -251,9 +252,16 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         for argument in defaults:
             if argument not in known:
                 raise TypeError(f"model {name!r} sets default {argument!r}, no argument{did_you_mean(argument, known)}")
-        self.model_name = name
-        self.__signature__ = build_signature(self.program, self.loop, defaults, has_loop=self.has_loop())
+        self.model_name, self.model_defaults = name, dict(defaults)
+        self.follow_defaults()
         return self
+
+    def follow_defaults(self) -> None:
+        """Make `inspect.signature` of the pipeline, whose defaults calls have, anew: of the class, the model, and
+        loaded LoRAs, of which the later ones have precedence.
+        """
+        defaults = {**self.model_defaults, **self.lora_call_defaults}
+        self.__signature__ = build_signature(self.program, self.loop, defaults, has_loop=self.has_loop())
 
     @torch_defaults()
     @torch.no_grad()

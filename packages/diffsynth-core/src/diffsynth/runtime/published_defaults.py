@@ -23,12 +23,12 @@ def model_of_files(pipeline: type, files: Iterable[Path]) -> ModelSpec | None:
         pipeline: the class.
         files: of the networks that the loop calls.
     """
-    reference, texts = f"{pipeline.__module__}:{pipeline.__qualname__}", [f"/{file.as_posix()}" for file in files]
+    reference, paths = f"{pipeline.__module__}:{pipeline.__qualname__}", list(files)
     specs = [declared.spec for declared in _discovery.catalog().models]
     found = [
         spec
         for spec in specs
-        if spec.hub_id and spec.pipeline == reference and any(_is_in(spec.hub_id, text) for text in texts)
+        if spec.hub_id and spec.pipeline == reference and any(is_in_repository(spec.hub_id, path) for path in paths)
     ]
     return found[0] if len(found) == 1 else None
 
@@ -53,6 +53,12 @@ def other_defaults(pipe: PlannablePipeline, model: ModelSpec, read: Iterable[str
     }
 
 
-def _is_in(hub_id: str, path: str) -> bool:
-    cached = f"/models--{hub_id.replace('/', '--')}/"  # a folder of huggingface_hub's cache
-    return f"/{hub_id}/" in path or f"/{hub_id}@" in path or cached in path
+def is_in_repository(hub_id: str, path: Path) -> bool:
+    """Whether a file lies in the folder of a repository of the hub, downloaded here or by huggingface_hub.
+
+    Args:
+        hub_id: "owner/repository".
+        path: of the file.
+    """
+    text, cached = f"/{path.as_posix()}", f"/models--{hub_id.replace('/', '--')}/"
+    return f"/{hub_id}/" in text or f"/{hub_id}@" in text or cached in text

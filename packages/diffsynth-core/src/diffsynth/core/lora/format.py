@@ -31,6 +31,7 @@ from diffsynth.core.loader.lora_keys import (
 from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
 from diffsynth.core.loader.save import save_source
 from diffsynth.core.loader.state_dict import load_metadata_from_safetensors, load_state_dict
+from diffsynth.core.lora.call_defaults import call_defaults_metadata, read_call_defaults
 from diffsynth.core.lora.changes import Factors, LoRALayer, ParameterChange, factors_of, single
 from diffsynth.core.lora.strength import Strengths, read_adapter_config, strengths_of
 from diffsynth.core.paths import expanded
@@ -49,12 +50,14 @@ class LoRA:
         where: the file's name, for messages.
         others: name of a parameter, `"blocks.0.norm.weight"`, -> its change of any other kind.
         left: name -> why it is not in `layers` or `others`; empty unless reading was not strict.
+        call_defaults: argument -> default of a call while it is loaded, if its file says so.
     """
 
     layers: Mapping[str, LoRALayer]
     where: str = "the given state_dict"
     others: Mapping[str, ParameterChange] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+    call_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def factors(self) -> tuple[Factors, ...]:
@@ -114,6 +117,7 @@ def save_lora(
     *,
     prefix: str = PREFIX,
     metadata: Mapping[str, str] | None = None,
+    call_defaults: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `lora` as a safetensors file to `path`, replacing an existing one, and return the file's `Path`.
 
@@ -126,18 +130,22 @@ def save_lora(
         prefix: put before each name that does not start with it. peft reads `"base_model.model."`, and text encoders
             have `"text_encoder."`.
         metadata: additional metadata; values must be text.
+        call_defaults: argument -> default of calls while the LoRA is loaded, such as `{"num_inference_steps": 4}` for
+            one that is distilled to four steps; None keeps those of the LoRA.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: metadata that is not text, or a dtype that the format does not have.
+        ValueError: metadata that is not text, call defaults that JSON does not have, or a dtype that the format does
+            not have.
         KeyMismatch: a state dict that is not a plain LoRA.
     """
     made = lora if isinstance(lora, LoRA) else parse(lora)
     require_plain(made)
+    asked = call_defaults_metadata(made.call_defaults if call_defaults is None else call_defaults)
     made = LoRA({name.removeprefix(prefix): layer for name, layer in made.layers.items()})
-    return write_keys(to_state_dict(made, prefix), path, metadata)
+    return write_keys(to_state_dict(made, prefix), path, {**asked, **(metadata or {})})
 
 
 def write_keys(state_dict: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> Path:
@@ -252,7 +260,8 @@ def parse(
             earlier = others[name].parts if name in others else ()
             others[name] = ParameterChange((*earlier, *single(read).parts))
     strengths.log_differences()
-    return LoRA(layers, where, others, {**found.broken, **found.others})
+    call_defaults = read_call_defaults(metadata or {}, where)
+    return LoRA(layers, where, others, {**found.broken, **found.others}, call_defaults)
 
 
 def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -122,6 +122,7 @@ _EXPECTED: dict[str, dict[str, str]] = {
     "commands": {"command": "a click.Command"},
     "guidance": {"guidance": "a Guidance class"},
     "writers": {"writer": "a function"},
+    "loras": {"pipeline": "a Pipeline class"},
 }
 """Kind of declaration -> its reference fields -> the kind of object that is expected."""
 
