@@ -26,9 +26,9 @@ SETTINGS = (
     *("diffsynth.runtime.acceleration.strategies:FirstBlockCache", "diffsynth.core.vram.policy:Placement"),
     *("diffsynth.runtime.acceleration.strategies:TaylorSeer", "diffsynth.core.vram.policy:Policy"),
     *("diffsynth.runtime.acceleration.step_attention:StepAttention", "diffsynth.core.vram.policy:Auto"),
-    *("diffsynth.core.loader.config:ModelConfig", "diffsynth.core.data.media_writer:save_video"),
+    "diffsynth.core.loader.config:ModelConfig",
 )
-"""Classes of settings that callers make, and other functions."""
+"""Classes of settings that callers make."""
 
 _LEFT_OUT = frozenset(
     {
@@ -103,8 +103,7 @@ def functions() -> dict[str, Callable[..., Any]]:
                 found[own] = function
     for reference in SETTINGS:
         name, _, own = reference.partition(":")
-        if own.istitle() or own[0].isupper():
-            found[own] = getattr(importlib.import_module(name), own)
+        found[own] = getattr(importlib.import_module(name), own)
     return found
 
 

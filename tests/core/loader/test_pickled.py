@@ -13,6 +13,7 @@ from diffsynth.core.loader import pickled
 from diffsynth.core.loader.checkpoint import read_files
 from diffsynth.core.loader.component import load_component
 from diffsynth.core.loader.recognize import recognize
+from diffsynth.core.loader.state_dict import hash_model_file, hash_state_dict_keys, load_state_dict
 from diffsynth.errors import CorruptFile, Unrecognized
 from diffsynth.models.config import FluxAutoencoderConfig
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
@@ -82,12 +83,12 @@ def test_objects_of_settings_are_left_out(legacy, tmp_path, monkeypatch):
         "args": argparse.Namespace(lr=1, path=pathlib.PurePosixPath("/x")),
         "more": [Settings(), SimpleNamespace(a=1)],
     }
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     torch.save(kept, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
     read = read_files([tmp_path / "x.pt"])
     assert read.shapes == {"a": (3,)}
     assert torch.equal(read.tensors_in_memory["a"], kept["a"])
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 class Runs:
@@ -126,3 +127,23 @@ def test_the_dict_of_tensors_inside():
     assert pickled.without_wrappers({"epoch": 1, "optimizer": OPTIMIZER, "x": {"y": inside}}) is inside
     both = {"x": inside, "y": inside}
     assert pickled.without_wrappers(both) is both
+
+
+@pytest.mark.parametrize("value", [3, None, b"x", [torch.ones(1)], "x.pt"])
+def test_what_is_no_state_dict_is_refused(value):
+    for function in (pickled.of_state_dict, pickled.without_wrappers, hash_state_dict_keys):
+        with pytest.raises(TypeError, match="state_dict=.*: expected a dict key -> tensor"):
+            function(value)
+
+
+@pytest.mark.parametrize("value", [3, None, b"x", {}, [3]])
+def test_what_is_no_path_is_refused(value):
+    for function in (load_state_dict, hash_model_file):
+        with pytest.raises(TypeError, match="path=.*: expected a path, or a list of the files of one checkpoint"):
+            function(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e8m0fnu, "bfloat16"])
+def test_a_dtype_that_holds_no_weights_is_refused(dtype, tmp_path):
+    with pytest.raises(TypeError, match="torch_dtype=.*: expected torch.bfloat16, torch.float16 or torch.float32 or a"):
+        load_state_dict(tmp_path / "x.pt", dtype)

@@ -85,3 +85,27 @@ def test_weights_on_another_accelerator_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(devices, "check_device", lambda device: torch.device(device))
     with pytest.raises(ValueError, match="weights on cuda:1 for computation on cuda:0"):
         Policy(Placement("cuda:1"), Placement("cuda:1"), Placement("cuda:0"), Placement("cuda:0"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e8m0fnu])
+def test_a_dtype_that_holds_no_weights_is_refused(dtype):
+    """Weights in int8 were accepted, and the image was wrong by 68 %."""
+    keys = {"offload_device": "cpu", "offload_dtype": dtype}
+    with pytest.raises(TypeError, match=f"offload_dtype={dtype}: expected torch.bfloat16"):
+        Policy.from_keys(keys, device="cpu", dtype=torch.float32)
+    with pytest.raises(TypeError, match="dtype="):
+        Placement("cpu", dtype)
+
+
+def test_a_dtype_that_is_too_narrow_to_compute_in_is_refused():
+    fp8 = Placement("cpu", torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match="computation_dtype=torch.float8_e4m3fn: expected torch.bfloat16"):
+        Policy(fp8, fp8, fp8, fp8)
+
+
+def test_what_is_no_policy_is_refused():
+    with pytest.raises(TypeError, match="offload='cpu': expected a Placement"):
+        Policy("cpu", "cpu", "cpu", "cpu")
+    for name in (3, [], ["fp8"]):
+        with pytest.raises(ValueError, match="policy .* is unknown; Expected none"):
+            Policy.preset(name, "cpu")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffsynth import _discovery
 from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import replacing
+from diffsynth.errors import shown
 from diffsynth.runtime.unit import equals_default
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         -> file name -> identity of its content), and if any are loaded, loras (role, alpha, hot, files likewise, and
         the defaults of calls that it sets).
     """
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"arguments={shown(arguments)}: expected a dict argument -> value")
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
     always: dict[str, Any] = {
         name: arguments.get(name, defaults[name])
@@ -72,9 +75,13 @@ def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -
 
     Raises:
         OSError: the folder does not exist or cannot be written.
+        TypeError: `image` is no PIL image.
     """
+    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"image={shown(image)}: expected a PIL image")
     text = PngInfo()
     text.add_itxt(KEY, _as_text(made_by))
     with replacing(expanded(path)) as unfinished:
@@ -127,7 +134,7 @@ def read(path: Path | str) -> dict[str, Any]:
         Unavailable: PyAV is not installed, which `.wav` and videos need.
     """
     readers = {".png": read_png, ".wav": read_audio, ".safetensors": read_tensors}
-    return readers.get(Path(path).suffix.lower(), read_video)(path)
+    return readers.get(expanded(path).suffix.lower(), read_video)(path)
 
 
 def read_video(path: Path | str) -> dict[str, Any]:

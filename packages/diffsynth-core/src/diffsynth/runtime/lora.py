@@ -132,7 +132,7 @@ class LoRAMethods:
 
         Raises:
             PipelineError: a call of this pipeline runs, in this thread or another one.
-            TypeError: `module` is no module.
+            TypeError: `module` is no module, or `hotload` is neither a bool nor None.
             ValueError: `module` is no component of this pipeline, two sources or none, an `alpha` that is not finite,
                 weights that cannot be changed in this way, a layer that two components have, this LoRA is loaded
                 already, defaults that calls refuse, or others than those of a LoRA that is loaded.
@@ -145,6 +145,8 @@ class LoRAMethods:
             module, lora_config = None, module
         role = None if module is None else self._role_of(module)
         check_number("alpha", alpha)
+        if not isinstance(hotload, bool | None):
+            raise TypeError(f"hotload={hotload!r:.60}: expected True, False or None")
         self.running_calls.refuse("load_lora()")
         lora, paths = _read(lora_config, state_dict, strict)
         config = ModelConfig(path=lora_config) if isinstance(lora_config, str | Path) else lora_config

@@ -23,7 +23,7 @@ from diffsynth.core.planning import BlockCall, MemoryPlan, Speeds, StageCost, St
 from diffsynth.core.planning.tracer import MetaTracer
 from diffsynth.core.planning.workload import StageKind
 from diffsynth.core.vram.managed import ManagedModule, managed
-from diffsynth.errors import NotEnoughMemory, Unplannable
+from diffsynth.errors import NotEnoughMemory, Unplannable, shown
 from diffsynth.runtime.architectures import architecture_of, partition_by
 from diffsynth.runtime.composition import compose
 from diffsynth.runtime.interface import PlannablePipeline
@@ -90,7 +90,10 @@ def plan_with_output(
         NotEnoughMemory: a limit cannot be kept; the message has the smallest that can.
         Unplannable: the pipeline's code asks for values that only a real run has.
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={shown(device)}: expected a name such as 'cuda'") from None
     check_policy(policy, vram_limit, device)
     base = _base_memory(pipe)
     meta_pipe = _on_meta(pipe, arguments, prompt_tokens)

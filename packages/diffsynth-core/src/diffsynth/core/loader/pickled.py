@@ -18,7 +18,7 @@ import torch
 from diffsynth.core.loader import file_kinds, quantization_notes
 from diffsynth.core.loader.dtypes import dtype_names
 from diffsynth.core.loader.header import FileStamp, Header, TensorInfo, check_count
-from diffsynth.errors import CorruptFile
+from diffsynth.errors import CorruptFile, shown
 
 _WRAPPERS = ("state_dict", "module", "model_state")
 """Keys of a sole dict that is left out; published hashes of nested files are of what is in it."""
@@ -137,7 +137,9 @@ def of_state_dict(
     Raises:
         CorruptFile: two tensors get the same name, one is not strided or is larger than its storage, dicts are nested
             too deeply (or hold themselves), or there are more than `header.KEYS_LIMIT` values.
+        TypeError: `state_dict` is no dict.
     """
+    _check_mapping(state_dict)
     where = files[0] if files else "the given state_dict"
     for _ in range(_DEPTH):
         if len(state_dict) != 1 or next(iter(state_dict)) not in _WRAPPERS:
@@ -166,7 +168,11 @@ def of_state_dict(
 def without_wrappers(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the dict of tensors inside a trainer's dict, however deep; `state_dict` itself if it holds tensors, or if
     two dicts in it do, an optimizer's aside.
+
+    Raises:
+        TypeError: `state_dict` is no dict.
     """
+    _check_mapping(state_dict)
     for _ in range(_DEPTH):
         if any(isinstance(value, torch.Tensor) for value in state_dict.values()):
             break
@@ -175,6 +181,11 @@ def without_wrappers(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
             break
         state_dict = inside[0]
     return state_dict
+
+
+def _check_mapping(state_dict: Any) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict={shown(state_dict)}: expected a dict key -> tensor")
 
 
 def _prefixes(state_dict: Mapping[Any, Any], depth: int = 0) -> Iterator[str]:

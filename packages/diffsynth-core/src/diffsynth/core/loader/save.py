@@ -30,7 +30,7 @@ from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
 from diffsynth.core.loader.reader.source import ComponentSource
 from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import remove_unfinished, replace_files
-from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean
+from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean, shown
 from diffsynth.spec import CheckpointSpec
 
 BASE_KEY = "diffsynth.base"
@@ -92,8 +92,10 @@ def save_checkpoint(
     Raises:
         ValueError: metadata with a key that this function writes, a parameter on meta, a hot LoRA, a dtype that the
             format does not have, or a layout that is unknown or cannot be derived from the module.
-        TypeError: a `dtype` that is no floating-point dtype.
+        TypeError: `module` is no module, or a `dtype` that is no floating-point dtype.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module={shown(module)}: expected a module; tensors are written by save_lora or safetensors")
     path = expanded(path)
     if dtype is not None:
         devices.check_floating(dtype, "dtype", stored=True)

@@ -17,7 +17,7 @@ from diffsynth.core.loader.files import PICKLE_SUFFIXES
 from diffsynth.core.loader.header import Header, read_safetensors, signature
 from diffsynth.core.loader.reader.source import read_tensors
 from diffsynth.core.torch_defaults import torch_defaults
-from diffsynth.errors import KeyMismatch
+from diffsynth.errors import KeyMismatch, shown
 from diffsynth.terminal import module_logger
 
 logger = module_logger(__name__)
@@ -154,7 +154,10 @@ def _check_dtype(torch_dtype: torch.dtype | None) -> None:
 
 
 def _files(path: File | Sequence[File]) -> list[Path]:
-    return [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
+    files = [path] if isinstance(path, str | Path) else path
+    if not isinstance(files, Sequence) or not all(isinstance(each, str | Path) for each in files):
+        raise TypeError(f"path={shown(path)}: expected a path, or a list of the files of one checkpoint")
+    return [Path(each) for each in files]
 
 
 def _hash(shapes: Mapping[str, Any], with_shape: bool) -> str:

@@ -244,7 +244,8 @@ def unknown_policy(name: str) -> str:
     hint at it.
     """
     names = (*PRESETS, AUTO)
-    return f"policy {name!r} is unknown{did_you_mean(name, names)} Expected {', '.join(names)}"
+    near = did_you_mean(name, names) if isinstance(name, str) else ";"
+    return f"policy {shown(name)} is unknown{near} Expected {', '.join(names)}"
 
 
 def _same(one: torch.device, other: torch.device) -> bool:
