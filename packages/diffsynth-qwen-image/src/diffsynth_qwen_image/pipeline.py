@@ -61,9 +61,6 @@ class QwenImagePipeline(Pipeline):
                 f"sigmas has {len(sigmas)} noise levels and num_inference_steps is {steps}; pass "
                 f"num_inference_steps={len(sigmas)}"
             )
-        for name in ("controlnet_inputs", "blockwise_controlnet_inputs"):
-            if request.values["layer_num"] is not None and request.values[name] is not None:
-                raise ValueError(f"{name} is given with layer_num: ControlNets are for one image; leave out {name}")
         return request
 
     def velocity(
