@@ -14,6 +14,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+_LARGE = 2**16
+"""Number of elements from which memory is used again."""
+
 
 def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], *, eps: float) -> Float[Tensor, "*b d"]:
     """Return the tensor `x / sqrt(mean(x**2) + eps) * weight`, the mean over the last axis, in the dtype of `x`."""
@@ -51,9 +54,9 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor, *, overwrite: bool = Fals
 
 def _fits(x: Tensor, other: Tensor) -> bool:
     """Whether an operation of `x` and `other` may overwrite `x`: no gradient is recorded, and the result has the shape
-    and dtype of `x`. New memory takes longer to write to.
+    and dtype of `x`. It pays for large tensors, whose new memory takes longer to write to than old.
     """
-    if torch.is_grad_enabled() or other.dtype != x.dtype or other.ndim > x.ndim:
+    if x.numel() < _LARGE or torch.is_grad_enabled() or other.dtype != x.dtype or other.ndim > x.ndim:
         return False
     return all(size in (1, whole) for size, whole in zip(reversed(other.shape), reversed(x.shape), strict=False))
 
