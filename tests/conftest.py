@@ -25,13 +25,13 @@ _OUR_PACKAGES = ("diffsynth", "diffsynth_")
 _MOST_WORKERS = 8
 
 SLOW_FILES = (
+    "rows/test_qwen_image.py",
     "packaging/test_wheels.py",
     "rows/test_wan.py",
     "rows/test_z_image.py",
     "contracts/test_conformance.py",
     "docs/test_host_apps.py",
     "docs/test_blocks.py",
-    "rows/test_qwen_image.py",
     "contracts/test_prose.py",
     "testing/test_hub.py",
     "runtime/test_auto_policy.py",

@@ -205,7 +205,9 @@ def test_a_controlnet_of_another_transformer_is_refused(pipe):
         with pytest.raises(
             ValueError, match=r"ControlNet 0 is for a transformer of width .* has width 192 and 6 layers"
         ):
-            type(pipe)(others, device="cpu").check(**LATENTS, sketches=ControlNetInput(image=SKETCH))
+            type(pipe)(others, device="cpu", torch_dtype=pipe.dtype).check(
+                **LATENTS, sketches=ControlNetInput(image=SKETCH)
+            )
 
 
 def test_the_command_line_lists_their_arguments():

@@ -16,7 +16,9 @@ from diffsynth_qwen_image.features import edit
 from limited import let_blocks_travel
 from qwen_image_files import write_controlnets, write_image_to_lora, write_lora
 from row_harness import Harness, check_arguments, check_low_vram, differs, round_weights
-from row_scripts import read_rows, script
+from row_scripts import read_rows, script, trained_file
+from trained_weights import read_weights, write_full
+from trained_weights import write_lora as write_trained_lora
 
 ROWS = {name.removeprefix("qwen_image/"): row for name, row in read_rows("qwen_image").items()}
 STEPS = 15
@@ -98,6 +100,12 @@ LORAS = {
 }
 """Row -> its LoRA."""
 
+UNTRAINED = {
+    *("Qwen-Image-Distill-DMD2", "Qwen-Image-Edit-2511-ICEdit", "Qwen-Image-Edit-2511-Lightning"),
+    *("Qwen-Image-Edit-Lowres-Fix", CONTROLS),
+}
+"""Rows that DiffSynth-Studio has no training script of."""
+
 IMAGE_TO_LORA = COMMON | {"height": "1024", "width": "1024", "num_inference_steps": "50"}
 IMAGE_LORAS = {
     "style": ("SigLIP2-G384/model", "DINOv3-7B/model", "Qwen-Image-i2L-Style"),
@@ -133,7 +141,9 @@ def harness(hub, monkeypatch, tmp_path) -> Harness:
 
 
 def example(name: str, *, hotload: bool = False, **options: Any) -> str:
-    """Return the script of a row; its prompt is passed by name, and its LoRA is fused unless `hotload` is True."""
+    """Return the script of a row; its prompt is passed by name, and its LoRA is fused unless `hotload` is True. Scripts
+    that validate training do not load it.
+    """
     row = ROWS[name]
     call = ["prompt", *(argument for argument in row["call"] if argument != "prompt")]
     files, setup = row["files"], []
@@ -141,7 +151,8 @@ def example(name: str, *, hotload: bool = False, **options: Any) -> str:
         model, _, file = LORAS[name].partition(":")
         files = [each for each in files if each.get("origin_file_pattern") != file]
         config = f'ModelConfig(model_id="{model}", origin_file_pattern="{file}")'
-        setup = [f"pipe.load_lora(pipe.dit, {config}{', hotload=True' if hotload else ''})"]
+        if "trained" not in options:
+            setup = [f"pipe.load_lora(pipe.dit, {config}{', hotload=True' if hotload else ''})"]
     return script({**row, "call": call, "files": files, "methods": []}, RUN[name], setup=setup, **options)
 
 
@@ -206,15 +217,10 @@ def test_a_row_runs_and_every_argument_of_it_counts(name, harness) -> None:
     assert not pair or differs(call.again(**dict.fromkeys(pair, ...)), call.output)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-2511-Lightning", "Qwen-Image-EliGen"),
-        *("Qwen-Image-Layered", CONTROLS),
-    ],
-)
+@pytest.mark.parametrize("name", RUN)
 def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, monkeypatch) -> None:
     """Its weights are stored in fp8, and those on the hub have values that fp8 has, too; LoRAs are beside them."""
+    harness.steps = 50
     (plain,) = harness.run(example(name, hotload=True))
     let_blocks_travel(monkeypatch)
     (call,) = harness.run(example(name, low_vram=True))
@@ -222,6 +228,38 @@ def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, 
     if name in LORAS:
         call.pipe.clear_lora()
         assert differs(call.again(), call.output)
+
+
+def weights_of(name: str, role: str, hub: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a row's transformer, or of its first block-wise ControlNet."""
+    pattern = "diffusion_pytorch_model*.safetensors" if role == "dit" else "model.safetensors"
+    (file, *_) = [each for each in ROWS[name]["files"] if each.get("origin_file_pattern", "").endswith(pattern)]
+    return read_weights(hub / file["model_id"], file["origin_file_pattern"])
+
+
+@pytest.mark.parametrize("name", [name for name in RUN if name not in UNTRAINED])
+def test_the_script_that_validates_a_lora_of_a_row_runs(name, harness, hub) -> None:
+    before = weights_of(name, "dit", hub)
+    targets = {"transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.net.2"}
+    write_trained_lora(harness.folder / trained_file(ROWS[name], "lora"), before, targets, str)
+    harness.steps = 50
+    (call,) = harness.run(example(name, trained="lora"))
+    now = call.pipe.dit.state_dict()
+    assert {f"{layer}.weight" for layer in targets} == {
+        key for key in now if not torch.equal(now[key], before[key].float())
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in RUN if name not in {*UNTRAINED, *LORAS}])
+def test_the_script_that_validates_all_weights_of_a_row_runs(name, harness, hub) -> None:
+    role = "blockwise_controlnet[0]" if "Blockwise" in name else "dit"
+    trained = {key: tensor / 2 for key, tensor in weights_of(name, role, hub).items()}
+    write_full(harness.folder / trained_file(ROWS[name], "full"), trained)
+    harness.steps = 50
+    (call,) = harness.run(example(name, trained="full", role=role))
+    now = call.pipe.parts[role].state_dict()
+    assert now.keys() == trained.keys()
+    assert all(torch.equal(now[key], tensor.float()) for key, tensor in trained.items())
 
 
 @pytest.mark.parametrize("kind", IMAGE_LORAS)

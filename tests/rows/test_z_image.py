@@ -149,31 +149,46 @@ def without_scale(arguments: dict[str, Any]) -> list[ControlNetInput]:
     return [replace(each, scale=0.0) for each in arguments.get("controlnet_inputs", ())]
 
 
-@pytest.mark.parametrize("name", ["z_image/Z-Image-Turbo", "z_image/Z-Image-Turbo-Fun-Controlnet-Tile-2.1-8steps"])
+@pytest.mark.parametrize("name", RUN)
 def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, monkeypatch):
+    harness.steps = 50
     (plain,) = harness.run(script(ROWS[name], RUN[name]))
     let_blocks_travel(monkeypatch)
     (call,) = harness.run(script(ROWS[name], RUN[name], low_vram=True))
     check_low_vram(call, plain, stored=torch.float32, on_disk=False)
 
 
-@pytest.mark.parametrize("trained", ["lora", "full"])
-def test_the_scripts_that_validate_training_run(trained, harness, hub):
-    row = ROWS["z_image/Z-Image"]
-    before = read_weights(hub / "Tongyi-MAI" / "Z-Image", "transformer/*.safetensors")
+def weights_of(name: str, role: str, hub: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a row's transformer, or of its ControlNet."""
+    files = [file for file in ROWS[name]["files"] if file["model_id"] == _CONTROLNET]
+    if role == "dit":
+        files = [file for file in ROWS[name]["files"] if file["origin_file_pattern"] == "transformer/*.safetensors"]
+    return read_weights(hub / files[0]["model_id"], files[0]["origin_file_pattern"])
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_script_that_validates_a_lora_of_a_row_runs(name, harness, hub):
+    before = weights_of(name, "dit", hub)
     targets = {"layers.0.attention.to_q", "layers.1.feed_forward.w2"}
-    halves = {key: tensor / 2 for key, tensor in before.items()}
-    file = harness.folder / trained_file(row, trained)
-    if trained == "lora":
-        write_lora(file, before, targets, str)
-    else:
-        write_full(file, halves)
-    (call,) = harness.run(script(row, RUN["z_image/Z-Image"], trained=trained))
-    assert call.output.size == (64, 64)
+    write_lora(harness.folder / trained_file(ROWS[name], "lora"), before, targets, str)
+    harness.steps = 50
+    (call,) = harness.run(script(ROWS[name], RUN[name], trained="lora"))
     now = call.pipe.dit.state_dict()
-    changed = {key for key in now if not torch.equal(now[key], before[key].float())}
-    assert changed == ({f"{layer}.weight" for layer in targets} if trained == "lora" else set(before))
-    assert trained == "lora" or all(torch.equal(now[key], half.float()) for key, half in halves.items())
+    assert {f"{layer}.weight" for layer in targets} == {
+        key for key in now if not torch.equal(now[key], before[key].float())
+    }
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_script_that_validates_all_weights_of_a_row_runs(name, harness, hub):
+    role = "controlnet[0]" if "Controlnet" in name else "dit"
+    trained = {key: tensor / 2 for key, tensor in weights_of(name, role, hub).items()}
+    write_full(harness.folder / trained_file(ROWS[name], "full"), trained)
+    harness.steps = 50
+    (call,) = harness.run(script(ROWS[name], RUN[name], trained="full", role=role))
+    now = call.pipe.parts[role].state_dict()
+    assert now.keys() == trained.keys()
+    assert all(torch.equal(now[key], tensor.float()) for key, tensor in trained.items())
 
 
 @pytest.mark.parametrize("name", MISSING)

@@ -87,6 +87,6 @@ def write_image_to_lora(root: Path) -> None:
         save_file(own | ({"embeddings.mask_token": torch.zeros(1, 1, 256)} if "DINO" in name else {}), path)
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 16384)
     processor.save_pretrained(root / "Qwen/Qwen-Image-Edit/processor")
-    tokenizer = AutoTokenizer.from_pretrained(root / "Qwen/Qwen-Image/tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(root / "Qwen/Qwen-Image/tokenizer", trust_remote_code=False)
     tokenizer.add_tokens(["assistant"], special_tokens=True)
     tokenizer.save_pretrained(root / "Qwen/Qwen-Image/tokenizer")

@@ -10,7 +10,7 @@ from typing import Any
 from diffsynth.errors import InvalidPipeline, did_you_mean
 from diffsynth.runtime.added_features import with_added_features
 from diffsynth.runtime.feature import Condition, Feature
-from diffsynth.runtime.request import LOOP_NAMES
+from diffsynth.runtime.request import LOOP_NAMES, LOOP_VALUES
 from diffsynth.runtime.role import Agreement, Processor, Role
 from diffsynth.runtime.unit import Program, check_units, in_phases
 
@@ -169,7 +169,7 @@ def _check_loop(cls: Any, made: Composition) -> None:
         if name not in available:
             raise InvalidPipeline(f"the condition {name!r} of {cls.__name__} is written by no unit")
     required = {name for name, each in parameters.items() if each.default is each.empty} - set(RESERVED)
-    for reader, names in {"velocity()": required, "the loop": {"latents", "sigmas"}}.items():
+    for reader, names in {"velocity()": required, "the loop": LOOP_VALUES}.items():
         for name in sorted(names - available):
             raise InvalidPipeline(
                 f"{reader} of {cls.__name__} reads {name!r}, which no unit writes{did_you_mean(name, available)}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffsynth.runtime.branch_lora import ARGUMENTS
 from diffsynth.runtime.interface import PlannablePipeline
-from diffsynth.runtime.request import Request
+from diffsynth.runtime.request import LOOP_VALUES, Request
 from diffsynth.runtime.solvers import find_solver
 from diffsynth.runtime.unit import Unit, equals_default, is_enabled, runs
 
@@ -87,10 +87,11 @@ class _Reads:
 
     def unused(self, name: str) -> str:
         """Return the reason why the results of all units that read a name are not read in the call, as text; "" if one
-        is, or is a condition of the network.
+        is, or is read by the loop or the network.
         """
         written = [one for step in self.of(name) for one in step.writes]
-        reasons = ["" if one in self._conditions else self.unread(one) for one in written]
+        in_loop = LOOP_VALUES | self._conditions.keys()
+        reasons = ["" if one in in_loop else self.unread(one) for one in written]
         return reasons[0] if all(reasons) else ""
 
     def ignored(self, name: str, seen: tuple[str, ...] = ()) -> str | None:

@@ -142,6 +142,9 @@ class LoopArguments:
 
 LOOP_NAMES = tuple(field.name for field in fields(LoopArguments))
 
+LOOP_VALUES = frozenset({"latents", "sigmas"})
+"""Names that the loop itself reads, besides the conditions of the network."""
+
 LOOP_ONLY = frozenset(
     (
         *("num_inference_steps", "cfg_scale", "on_step", "step_cache", "attention", "solver", "guidance"),
