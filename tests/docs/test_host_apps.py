@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import diffsynth
 from diffsynth import errors, provenance
 from diffsynth.cli.group import program
 from diffsynth.core import device
@@ -35,6 +37,8 @@ def names(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("app"))
         patch.setattr(device, "default_device", lambda: torch.device("cpu"))
+        # Many CPUs convolve bf16 slowly.
+        patch.setattr(diffsynth, "load", functools.partial(diffsynth.load, torch_dtype=torch.float32))
         for title, text in sections(PAGE).items():
             for _, language, code in blocks(text):
                 assert language == "python", f"{title}: only python is run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,8 @@ def test_the_form_for_little_memory_of_a_row_gives_the_same_bits(name, harness, 
 
 def weights_of(name: str, role: str, hub: Path) -> dict[str, torch.Tensor]:
     """Return the weights of a row's transformer, or of its first block-wise ControlNet."""
-    pattern = "diffusion_pytorch_model*.safetensors" if role == "dit" else "model.safetensors"
-    (file, *_) = [each for each in ROWS[name]["files"] if each.get("origin_file_pattern", "").endswith(pattern)]
+    pattern = "*diffusion_pytorch_model[*].safetensors" if role == "dit" else "model.safetensors"
+    (file,) = [each for each in ROWS[name]["files"] if fnmatch(each.get("origin_file_pattern", ""), pattern)]
     return read_weights(hub / file["model_id"], file["origin_file_pattern"])
 
 
