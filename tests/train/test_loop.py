@@ -200,10 +200,17 @@ def test_outputs_that_cannot_be_written_are_found_before_the_training(flow_recip
         loop.TrainingRun(parsed(flow_recipe))
 
 
+def test_a_warmup_longer_than_the_training_is_said(flow_recipe, caplog):
+    """A warm-up of 100 steps in a training of 4 ended at 4 % of the learning rate, without a word."""
+    loop.train(parsed(flow_recipe, loop__steps=1, optimizer__warmup_steps=100))
+    assert "warmup_steps = 100 (schedule = " in caplog.text
+    assert "do not fit into loop.steps = 1" in caplog.text
+
+
 def test_unfit_resumes(flow_recipe, workspace):
     with pytest.raises(TrainingError, match="holds no checkpoint"):
         last_checkpoint(workspace)
-    loop.train(parsed(flow_recipe, loop__steps=1, optimizer__warmup_steps=0))
+    loop.train(parsed(flow_recipe, loop__steps=1))
     other = loop.TrainingRun(parsed({**flow_recipe, "seed": 9}))
     with pytest.raises(TrainingError, match="seed 0, the recipe has 9"):
         other.resume(Path(last_checkpoint(workspace / "flow")))

@@ -98,7 +98,7 @@ class OptimizerRecipe:
         weight_decay: decay of matrices and convolutions; vectors are not decayed.
         clip: maximum norm of the gradient; 0 disables clipping.
         schedule: after the warm-up: "constant", "cosine" to 0, or "trapezoid", constant and then linear to 0.
-        warmup_steps: steps of linear increase from 0; fewer than the training has.
+        warmup_steps: steps of linear increase from 0.
         decay_steps: steps of linear decrease of the trapezoid, which begins after the warm-up.
     """
 
@@ -125,19 +125,18 @@ class OptimizerRecipe:
         if self.schedule == "trapezoid" and not self.decay_steps:
             raise TrainingError("schedule = 'trapezoid' needs decay_steps; without a decay it is 'constant'")
 
-    def check_length(self, steps: int) -> None:
-        """Raise TrainingError if warm-up and decay are longer than a training of `steps` steps.
-
-        Raises:
-            TrainingError: the maximum learning rate would not be reached, or the decay would not take place.
+    def misfit(self, steps: int) -> str:
+        """Return a text that says that warm-up and decay are longer than a training of `steps` steps, so that the
+        maximum learning rate is not reached or the decay does not take place; "" if they fit.
         """
         least = self.warmup_steps + (self.decay_steps if self.schedule == "trapezoid" else 0)
-        if least > steps or (self.schedule == "cosine" and 0 < steps <= self.warmup_steps):
-            decay = f", decay_steps = {self.decay_steps}" if self.decay_steps else ""
-            raise TrainingError(
-                f"warmup_steps = {self.warmup_steps}{decay} (schedule = {self.schedule!r}) do not fit into loop.steps "
-                f"= {steps}: the learning rate would not follow the schedule. Shorten them, or train longer"
-            )
+        if least <= steps and not (self.schedule == "cosine" and 0 < steps <= self.warmup_steps):
+            return ""
+        decay = f", decay_steps = {self.decay_steps}" if self.decay_steps else ""
+        return (
+            f"warmup_steps = {self.warmup_steps}{decay} (schedule = {self.schedule!r}) do not fit into loop.steps = "
+            f"{steps}: the learning rate does not follow the schedule. Shorten them, or train longer"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +220,6 @@ class Recipe:
     ema: EmaRecipe = field(default_factory=EmaRecipe)
     processors: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        try:
-            self.optimizer.check_length(self.loop.steps)
-        except TrainingError as error:
-            raise TrainingError(f"[optimizer]: {error}") from None
 
 
 def read_recipe(path: str | Path, *, changes: Iterable[str] = ()) -> Recipe:

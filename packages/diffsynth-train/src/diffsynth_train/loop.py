@@ -62,6 +62,8 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> list[Path]:
             f"{resume} was saved after step {start}, and loop.steps = {recipe.loop.steps}: there is nothing to train. "
             f"Set loop.steps to the number of all steps, those done included"
         )
+    if misfit := recipe.optimizer.misfit(recipe.loop.steps):  # no error: a short trial of a recipe for a long training
+        logger.warning("[optimizer] %s", misfit)
     run.steps(start)
     return run.finish()
 
