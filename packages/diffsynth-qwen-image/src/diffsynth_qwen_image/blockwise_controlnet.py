@@ -64,9 +64,8 @@ class BlockwiseResiduals:
                 )
         for each in active:
             check_control(each.latents, each.network.config.control_channels, stream.inputs.latents)
-        tokens = [each.network.embed(each.latents.to(stream.image.dtype)) for each in active]
+        parts = [(each, each.network.embed(each.latents.to(stream.image.dtype))) for each in active]
         for index in range(blocks):
-            parts = [(each, control) for each, control in zip(active, tokens, strict=True)]
             stream = stream.with_residual(
                 "transformer_blocks", index, _BlockResidual(index, parts, stream.num_computed_tokens)
             )

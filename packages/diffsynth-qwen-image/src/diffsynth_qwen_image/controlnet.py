@@ -8,12 +8,12 @@ image's tokens after several consecutive blocks of the transformer. The kind of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.models.residuals import ScaledHint, hint_of
 from diffsynth_qwen_image.controlnet_config import QwenImageControlNetConfig
 from diffsynth_qwen_image.dit import QwenImageBlocks, patchify
@@ -47,7 +47,7 @@ class ControlNetResiduals:
         if self.scale == 0:
             return stream
         check_width(self.controlnet.config.dim, dit)
-        hints = self.controlnet(self.inputs or stream.inputs, self.control)
+        hints = self.controlnet(self.inputs or stream.inputs, self.control, step=stream.step)
         # Tokens that another extension appended get no hint.
         appended = stream.image.shape[1] - stream.num_computed_tokens
         residuals = [ScaledHint(F.pad(hint, (0, 0, 0, appended)), self.scale) for hint in hints]
@@ -69,34 +69,27 @@ class QwenImageControlNet(QwenImageBlocks):
         self.controlnet_x_embedder = nn.Linear(config.control_channels * config.patch_size**2, config.dim)
         self.controlnet_blocks = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in self.transformer_blocks)
 
-    def forward(self, inputs: Inputs, control: Float[Tensor, "#b c h w"]) -> tuple[Float[Tensor, "b i e"], ...]:
+    def forward(
+        self, inputs: Inputs, control: Float[Tensor, "#b c h w"], *, step: Any = None
+    ) -> tuple[Float[Tensor, "b i e"], ...]:
         """Return a tuple of the hints, tensors `b i e` that are to be added to the tokens of the image.
 
         Args:
             inputs: arguments of the transformer, for one image.
             control: control latents, see `ControlNetResiduals`.
+            step: context of the sampling step, which keeps the RoPE tables of the call; None computes them.
 
         Raises:
             ValueError: control latents whose channels, size or batch do not fit.
         """
         check_control(control, self.config.control_channels, inputs.latents)
-        stream = self.embed(inputs.latents, inputs.sigma, inputs.prompt_embeds, inputs.prompt_mask)
+        stream = self.embed(inputs.latents, inputs.sigma, inputs.prompt_embeds, inputs.prompt_mask, step=step)
         image, text, mask = stream.image, stream.text, stream.mask()
         dtype = image.dtype
         image = image + self.controlnet_x_embedder(patchify(control.to(dtype), self.config.patch_size)).to(dtype)
         hints = []
-        for index, (block, project) in enumerate(zip(self.transformer_blocks, self.controlnet_blocks, strict=True)):
-            image, text = gradient_checkpoint_forward(
-                block,
-                self.gradient_checkpointing,
-                False,
-                image,
-                text,
-                stream.time_embed,
-                stream.rotary,
-                mask,
-                stream.attend(("transformer_blocks", index)),
-            )
+        for index, project in enumerate(self.controlnet_blocks):
+            image, text = self.run_block(index, image, text, stream, mask)
             hints.append(project(image))
         return tuple(hints)
 

@@ -23,7 +23,6 @@ from diffsynth_qwen_image.config import QwenImageDiTConfig
 from diffsynth_qwen_image.extension import (
     STACKS,
     Attend,
-    BlockIndex,
     Extension,
     Inputs,
     Mask,
@@ -85,6 +84,29 @@ class QwenImageBlocks(nn.Module):
             text_mask=prompt_mask if padded else None,
             inputs=Inputs(latents, sigma, prompt_embeds, prompt_mask),
             step=step,
+        )
+
+    def run_block(self, index: int, image: Tensor, text: Tensor, stream: Stream, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Return (tokens `b i e` of the images, tokens `b t e` of the text) after a block.
+
+        Args:
+            index: of the block.
+            image, text: tokens before it.
+            stream: the other inputs of the blocks.
+            mask: `stream.mask()`, which all blocks share.
+        """
+        return gradient_checkpoint_forward(
+            self.transformer_blocks[index],
+            self.gradient_checkpointing,
+            False,
+            image,
+            text,
+            stream.time_embed,
+            stream.rotary,
+            mask,
+            stream.attend(("transformer_blocks", index)),
+            stream.clean_time_embed,
+            stream.num_computed_tokens,
         )
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
@@ -228,22 +250,9 @@ class QwenImageDiT(QwenImageBlocks):
     def _run_blocks(self, stream: Stream) -> Float[Tensor, "b i e"]:
         """Return the tokens `b i e` of the images after all blocks, with the residuals that `stream` has for them."""
         image, text, mask = stream.image, stream.text, stream.mask()
-        for index, block in enumerate(self.transformer_blocks):
-            key: BlockIndex = ("transformer_blocks", index)
-            image, text = gradient_checkpoint_forward(
-                block,
-                self.gradient_checkpointing,
-                False,
-                image,
-                text,
-                stream.time_embed,
-                stream.rotary,
-                mask,
-                stream.attend(key),
-                stream.clean_time_embed,
-                stream.num_computed_tokens,
-            )
-            for residual in stream.residuals.get(key, ()):
+        for index in range(len(self.transformer_blocks)):
+            image, text = self.run_block(index, image, text, stream, mask)
+            for residual in stream.residuals.get(("transformer_blocks", index), ()):
                 image = image + residual(image)
         return image
 
