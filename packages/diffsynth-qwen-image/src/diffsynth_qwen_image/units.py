@@ -17,6 +17,7 @@ from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.image_units import (
     check_input_image,
     check_strength,
+    encode_input_image,
     ignored_input,
     image_size,
     round_up,
@@ -157,11 +158,11 @@ def encode_input(
     RGBA images `b c t h w`, those of an image and its layers, the same for each result.
     """
     assert input_image is not None, "the unit runs only with it"
-    mode = vae.config.pixel_mode
-    pixels = images_to_batch(input_image, height=height, width=width, mode=mode, resize_mode=resize_mode)
-    pixels = pixels.to(device, dtype)
-    if mode == "RGB":
-        return vae.encode(pixels, **tiling).expand(batch_size, -1, -1, -1)
+    size = {"height": height, "width": width, "resize_mode": resize_mode}
+    if vae.config.pixel_mode == "RGB":
+        given = {"input_image": input_image, "batch_size": batch_size, "device": device, "dtype": dtype}
+        return encode_input_image(vae, **given, **size, tiling=tiling)
+    pixels = images_to_batch(input_image, **size, mode="RGBA").to(device, dtype)
     layers = [vae.encode(layer[None], **tiling) for layer in pixels]
     return torch.stack(layers, dim=2).expand(batch_size, -1, -1, -1, -1)
 
