@@ -114,17 +114,6 @@ def add_lora_of_images(
     return (*(positive_only_lora or ()), mean_lora(image2lora_changes, len(image2lora_x)))
 
 
-def check(configs: Configs, values: Mapping[str, Any]) -> None:
-    """Raise an error for images without all networks, or with networks that do not fit each other.
-
-    Raises:
-        MissingComponent: an image encoder, or every network that makes LoRAs, is not loaded.
-        InvalidPipeline: a network takes another width than the encoders have together.
-    """
-    if values["image2lora_images"] is not None:
-        check_networks(configs)
-
-
 def check_networks(configs: Configs) -> None:
     """Raise an error unless all networks that make a LoRA are there, and fit each other.
 
@@ -132,7 +121,8 @@ def check_networks(configs: Configs) -> None:
         configs: role -> config of its component, None for one that is not loaded.
 
     Raises:
-        MissingComponent, InvalidPipeline: as for `check`.
+        MissingComponent: an image encoder, or every network that makes LoRAs, is not loaded.
+        InvalidPipeline: a network takes another width than the encoders have together.
     """
     networks = [role for role in configs if role.startswith(NETWORK_PREFIX)]
     loaded = [role for role in networks if configs[role] is not None]
@@ -172,7 +162,7 @@ def image_to_lora_feature(
     units: Sequence[Unit] = (style_changes,),
     roles: Mapping[str, Role | Processor] = MappingProxyType({}),
     agreements: Sequence[Agreement] = (),
-    check: Callable[[Configs, Mapping[str, Any]], None] = check,
+    check_components: Callable[[Configs], None] = check_networks,
 ) -> Feature:
     """Return the `Feature` of a family's pipeline whose calls take images to make a LoRA of.
 
@@ -180,8 +170,15 @@ def image_to_lora_feature(
         networks: role -> name of the architecture, see `image_to_lora_roles`.
         units: of the networks; each adds to `image2lora_changes`.
         roles: role -> `Role` of what the units use besides the networks.
-        agreements, check: see `Feature`.
+        agreements: see `Feature`.
+        check_components: raises an error unless the components that make a LoRA are there and fit each other; called
+            for a call with images.
     """
+
+    def check(configs: Configs, values: Mapping[str, Any]) -> None:
+        if values["image2lora_images"] is not None:
+            check_components(configs)
+
     return Feature(
         "image_to_lora",
         arguments=ImageToLoRAArguments,

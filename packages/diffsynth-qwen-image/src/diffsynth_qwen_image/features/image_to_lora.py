@@ -6,7 +6,6 @@ coarse and fine, also the text encoder's hidden states of the image. The LoRA is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -104,17 +103,6 @@ def fine_changes(
     return (*image2lora_changes, *(image2lora_fine(*pair) for pair in pairs))
 
 
-def check(configs: Configs, values: Mapping[str, Any]) -> None:
-    """Raise an error for images without all networks, or with networks that do not fit each other.
-
-    Raises:
-        MissingComponent: what the loaded networks read is not loaded, or none is.
-        InvalidPipeline: a network takes another width than the encoders have together.
-    """
-    if values["image2lora_images"] is not None:
-        check_components(configs)
-
-
 def check_components(configs: Configs) -> None:
     """Raise an error unless all networks that make a LoRA are there, and fit each other.
 
@@ -122,7 +110,8 @@ def check_components(configs: Configs) -> None:
         configs: role -> config of its component, None for one that is not loaded.
 
     Raises:
-        MissingComponent, InvalidPipeline: as for `check`.
+        MissingComponent: what the loaded networks read is not loaded, or none is.
+        InvalidPipeline: a network takes another width than the encoders have together.
     """
     check_networks(configs)
     missing = [role for role in ("text_encoder", "tokenizer", "processor") if configs[role] is None]
@@ -138,7 +127,11 @@ def check_components(configs: Configs) -> None:
 UNITS = (encode_coarse, encode_fine, style_changes, coarse_changes, fine_changes)
 
 IMAGE_TO_LORA = image_to_lora_feature(
-    NETWORKS, units=UNITS, roles={"processor": PROCESSOR}, agreements=AGREEMENTS, check=check
+    NETWORKS,
+    units=UNITS,
+    roles={"processor": PROCESSOR},
+    agreements=AGREEMENTS,
+    check_components=check_components,
 )
 
 
