@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
-from diffsynth.errors import Cancelled, NotFinite, Refused
+from diffsynth.errors import Cancelled, NotFinite, PipelineError, Refused
 from diffsynth.runtime.feature import StepContext
 from diffsynth.runtime.guidance import Guidance, GuidanceStep
+from diffsynth.runtime.pipeline import Pipeline
+from diffsynth.runtime.request import Step
 from diffsynth.runtime.solvers import find_solver, solver_names
 from diffsynth.runtime.unit import unit
 from tiny_z_image import tiny_z_image
@@ -220,3 +224,116 @@ class EpsilonPipeline(ToyPipeline):
 def test_a_prediction_of_noise_is_adapted():
     pipe = EpsilonPipeline({"dit": EpsilonNet()}, device="cpu", torch_dtype=torch.float32)
     assert pipe("x" * 6, seed=0, denoising_strength=0.9) == pytest.approx(0.6, abs=1e-3)
+
+
+class Recording(ToyPipeline):
+    """Records the latents and the velocity of the first evaluation of each step, and weak references to them."""
+
+    first: ClassVar[dict[int, tuple[Tensor, float, Tensor]]] = {}
+    made: ClassVar[list[weakref.ref[Tensor]]] = []
+
+    def velocity(self, latents, sigma, *, colour, step):
+        found = self.dit(latents, sigma, colour).sin()
+        self.first.setdefault(step.index, (latents.clone(), float(sigma[0]), found.clone()))
+        self.made.extend(map(weakref.ref, (latents, found)))
+        return found
+
+
+@pytest.fixture
+def recording():
+    Recording.first.clear()
+    Recording.made.clear()
+    return toy_pipeline(Recording)
+
+
+def midpoint(velocity, latents, sigmas, *, noise=None, on_step=None, progress=iter):
+    """Return the latents at `sigmas[-1]`: a plugin's solver, with two evaluations per step and latents in float64."""
+    for index in progress(range(len(sigmas) - 1)):
+        step = sigmas[index + 1] - sigmas[index]
+        middle = latents.double() + velocity(latents, sigmas[index]) * step / 2
+        latents = (latents + velocity(middle.float(), sigmas[index] + step / 2) * step).float()
+        on_step(index, latents)
+    return latents
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "midpoint"])
+def test_x0_is_the_formula_at_the_first_evaluation_of_each_step(solver, recording, monkeypatch):
+    if solver == "midpoint":
+        monkeypatch.setattr("diffsynth.runtime.loop.load_solver", lambda spec: midpoint)
+        solver = "euler"
+    found = []
+    recording("abc", seed=0, solver=solver, on_step=lambda step: found.append(step.x0))
+    assert len(found) == 4
+    for index, x0 in enumerate(found):
+        latents, sigma, velocity = recording.first[index]
+        assert x0.dtype == torch.float32
+        assert torch.equal(x0, latents - torch.tensor(sigma) * velocity)
+
+
+def test_x0_of_a_last_step_of_euler_is_the_result(recording):
+    found = []
+    result = recording("abc", seed=0, output_type="latents", on_step=lambda step: found.append(step.x0))
+    assert torch.equal(found[-1], result)
+
+
+def test_x0_of_a_guided_call_with_reused_steps():
+    """Euler's step and x0 are on one line: x0 = x - sigma * (x_next - x) / (sigma_next - sigma)."""
+    pipe, seen, before = tiny_z_image(), [], []
+    call = {"height": 32, "width": 32, "num_inference_steps": 4, "cfg_scale": 2.0, "seed": 0, "output_type": "latents"}
+
+    def on_step(step):
+        if before:
+            expected = before[-1] - step.sigma * (step.latents - before[-1]) / (step.sigma_next - step.sigma)
+            assert_close(step.x0, expected, atol=1e-4, rtol=1e-4)
+        seen.append((step.x0, step.reused))
+        before.append(step.latents.clone())
+
+    result = pipe("a red apple", **call, step_cache="first_block:threshold=1000", on_step=on_step)
+    assert [len(reused) for _, reused in seen] == [0, 2, 2, 2]
+    assert torch.equal(seen[-1][0], result)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "epsilon", "v"])
+def test_x0_of_a_network_that_predicts_something_else(prediction):
+    """A network that knows the image: whatever it predicts of it, x0 is the image."""
+
+    class Knowing(ToyPipeline):
+        def predict(self, latents, sigma, *, colour):
+            level = sigma.view(-1, 1, 1, 1)
+            r = ((1 - level).square() + level.square()).sqrt()
+            image = torch.full_like(latents, 0.3)
+            noise = (latents * r - (1 - level) * image) / level
+            made = {"x0": image, "epsilon": noise, "v": ((1 - level) * noise - level * image) / r}
+            return made[self.prediction]
+
+    Knowing.velocity = Pipeline.velocity
+    Knowing.prediction = prediction
+    found = []
+    toy_pipeline(Knowing)("abc", seed=0, denoising_strength=0.9, on_step=lambda step: found.append(step.x0))
+    for x0 in found:
+        assert_close(x0, torch.full_like(x0, 0.3), atol=1e-4, rtol=0)
+
+
+def test_a_kept_step_has_no_x0_and_keeps_no_tensor_of_its_evaluation(recording):
+    steps = []
+    recording("abc", seed=0, on_step=steps.append)
+    assert len(recording.made) == 8
+    results = {id(step.latents) for step in steps}
+    assert all(made() is None or id(made()) in results for made in recording.made)
+    with pytest.raises(PipelineError, match=r"^step.x0 can be read only while on_step runs"):
+        _ = steps[0].x0
+    with pytest.raises(PipelineError, match="made without the evaluation of a loop"):
+        _ = Step(0, 1, 1.0, 0.0, torch.zeros(1)).x0
+
+
+def test_a_solver_that_changes_tensors_in_place_has_no_x0(recording, monkeypatch):
+    def in_place(velocity, latents, sigmas, *, noise=None, on_step=None, progress=iter):
+        for index in progress(range(len(sigmas) - 1)):
+            latents += velocity(latents, sigmas[index]) * (sigmas[index + 1] - sigmas[index])
+            on_step(index, latents)
+        return latents
+
+    monkeypatch.setattr("diffsynth.runtime.loop.load_solver", lambda spec: in_place)
+    recording("abc", seed=0, on_step=lambda step: None)
+    with pytest.raises(PipelineError, match="the solver changed the latents or the velocity of the step in place"):
+        recording("abc", seed=0, on_step=lambda step: step.x0)

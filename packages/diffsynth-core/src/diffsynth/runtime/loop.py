@@ -34,7 +34,7 @@ from diffsynth.runtime.guidance import GuidanceStep
 from diffsynth.runtime.guidance_branches import MERGES, Branches
 from diffsynth.runtime.interface import LoopPipeline
 from diffsynth.runtime.progress import no_progress
-from diffsynth.runtime.request import Request, Step
+from diffsynth.runtime.request import Evaluation, Request, Step
 from diffsynth.runtime.role import member_roles
 from diffsynth.runtime.solvers import find_solver, load_solver
 from diffsynth.runtime.unit import CallValues, runs
@@ -89,6 +89,7 @@ class DenoisingLoop:
         self._guidance_state: dict[str, Any] = {}
         self._step = self._steps[0]
         self._evaluation = 0
+        self._first: Evaluation | None = None
         self._finite = LateCheck(pipe.device)
 
     @property
@@ -149,6 +150,8 @@ class DenoisingLoop:
         guided = self.guide(predictions, latents, levels)
         for constrain, value in self._constraints:
             guided = constrain(guided, latents, levels, value)
+        if self._evaluation == 0 and self._request.loop.on_step is not None:
+            self._first = Evaluation(latents, guided, sigma)
         self._evaluation += 1
         return guided
 
@@ -209,7 +212,12 @@ class DenoisingLoop:
         sigma, sigma_next, reused = self._levels[index], self._levels[index + 1], self._step_cache.take_reused()
         self._notify("step_done", pipeline=self._pipe, step=index, num_steps=self.num_steps, sigma=sigma_next)
         if self._request.loop.on_step is not None:
-            self._request.loop.on_step(Step(index, self.num_steps, sigma, sigma_next, latents, reused))
+            first, self._first = self._first, None
+            try:
+                self._request.loop.on_step(Step(index, self.num_steps, sigma, sigma_next, latents, reused, first))
+            finally:
+                if first is not None:
+                    first.drop()
         self._evaluation = 0
         if index + 1 < self.num_steps:
             self._step = self._steps[index + 1]

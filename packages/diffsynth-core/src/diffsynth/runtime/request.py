@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, get_args
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core.planning import MemoryPlan
-from diffsynth.errors import Cancelled, MissingComponent, did_you_mean, shown
+from diffsynth.errors import Cancelled, MissingComponent, PipelineError, did_you_mean, shown
 from diffsynth.runtime.acceleration.step_attention import AttentionArgument, parse_step_attention
 from diffsynth.runtime.acceleration.strategies import StepCacheArgument, parse_step_cache
 from diffsynth.runtime.branch_lora import BranchLoRA, parse_branch_lora
@@ -31,6 +31,46 @@ MAX_RESULTS = 10_000
 OutputType = Literal["pil", "tensor", "latents"]
 
 
+class Evaluation:
+    """The tensors of the first evaluation of a step, from which `Step.x0` is computed. The loop drops them when
+    `on_step` returns, so that a kept `Step` keeps none of them alive.
+
+    Args:
+        latents: that `velocity()` was called with, at level `sigma`.
+        velocity: guided, `noise - x0`.
+        sigma: a scalar, the noise level.
+    """
+
+    def __init__(self, latents: Tensor, velocity: Tensor, sigma: Tensor) -> None:
+        self._tensors: tuple[Tensor, Tensor, Tensor] | None = (latents, velocity, sigma)
+        self._versions = _versions(latents, velocity)
+
+    def x0(self) -> Tensor:
+        """Return the estimate of the clean latents, `latents - sigma * velocity`, an fp32 tensor of their shape.
+
+        Raises:
+            PipelineError: the tensors were dropped, or the solver changed them in place.
+        """
+        if self._tensors is None:
+            raise PipelineError("step.x0 can be read only while on_step runs: read it there, and keep the tensor")
+        latents, velocity, sigma = self._tensors
+        if _versions(latents, velocity) != self._versions:
+            raise PipelineError(
+                "step.x0 is not known: the solver changed the latents or the velocity of the step in place. Change "
+                "the solver, or use another one"
+            )
+        return latents.float() - velocity.float() * sigma
+
+    def drop(self) -> None:
+        """Drop the tensors."""
+        self._tensors = None
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    """Return the number of changes in place of each tensor; 0 in inference mode, which does not count them."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
 @dataclass(frozen=True)
 class Step:
     """A step of the denoising loop, as `on_step` receives it.
@@ -42,6 +82,7 @@ class Step:
         sigma_next: noise level after the step.
         latents: after the step, `b c h w`, `b c t h w` or of another shape, fp32; not a copy.
         reused: names of the branches in which a step cache skipped blocks.
+        evaluation: what `x0` is computed from; None in a step that no loop made.
     """
 
     index: int
@@ -50,6 +91,20 @@ class Step:
     sigma_next: float
     latents: Tensor
     reused: tuple[str, ...] = ()
+    evaluation: Evaluation | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def x0(self) -> Tensor:
+        """The estimate of the clean latents from the step's first evaluation, a new fp32 tensor of the shape of
+        `latents`: `x - sigma * v` of the latents x before the step and their guided velocity v. It is computed when it
+        is read, which must be while `on_step` runs; `Pipeline.decode_preview` makes images of it.
+
+        Raises:
+            PipelineError: `on_step` has returned, or the solver changed the latents or the velocity in place.
+        """
+        if self.evaluation is None:
+            raise PipelineError("this Step has no x0: it was made without the evaluation of a loop")
+        return self.evaluation.x0()
 
 
 class LoopKeywords(TypedDict, total=False):
