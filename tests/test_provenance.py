@@ -10,6 +10,7 @@ from diffsynth.core.data.media_writer import save_audio
 from diffsynth.errors import CorruptFile, NoFiles
 from image_pipeline import catalog, image_pipeline, use
 from label_pipeline import label_pipeline
+from parameters_reader import read_parameters
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def test_a_record_has_what_it_takes_to_draw_again(pipe):
     assert (made_by["model"], made_by["pipeline"]) == ("toy-1", "image_pipeline:ImagePipeline")
     assert (made_by["prompt"], made_by["seed"], made_by["num_inference_steps"]) == ("äpple 苹果", 7, 4)
     # The model's default height is 16, the class's width 32.
-    assert made_by["arguments"] == {"height": 32, "cfg_scale": 2.0}
+    assert (made_by["cfg_scale"], made_by["solver"]) == (2.0, "euler")
+    assert made_by["arguments"] == {"height": 32}
     assert (made_by["device"], made_by["dtype"]) == ("cpu", "float32")
     assert made_by["versions"]["diffsynth-toy"] == "1.2"
     assert {"torch", "diffsynth-core"} <= set(made_by["versions"])
@@ -116,3 +118,44 @@ def test_sound_and_tensors_without_a_record(tmp_path):
         provenance.read(tmp_path / "text.safetensors")
     with pytest.raises(NoFiles):
         provenance.read(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp"])
+def test_images_have_the_record_and_the_text_of_a1111(pipe, tmp_path, suffix):
+    made_by = provenance.record(pipe, {"prompt": "äpple, 苹果", "negative_prompt": "b", "cfg_scale": 2.0, "seed": 7})
+    image, path = Image.new("RGB", (48, 16), "red"), tmp_path / f"a{suffix}"
+    writer = {".png": provenance.save_png, ".webp": lambda one, *rest: provenance.save_webp([one], *rest)}
+    writer.get(suffix, provenance.save_jpeg)(image, path, made_by)
+    assert provenance.read(path) == made_by
+    with Image.open(path) as written:
+        comment = written.getexif().get_ifd(0x8769).get(0x9286, b"")
+        text = (
+            written.info["parameters"] if suffix == ".png" else comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
+        )
+    found = read_parameters(text)
+    assert (found["Prompt"], found["Negative prompt"]) == ("äpple, 苹果", "b")
+    assert [found[name] for name in ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model")] == [
+        *("4", "Euler", "2.0", "7", "48x16", "toy-1")
+    ]
+
+
+def test_animations_and_frames_have_the_record(tmp_path):
+    frames, made_by = [Image.new("RGB", (16, 16), (level, 0, 0)) for level in (9, 99)], {"seed": 1, "prompt": "苹果"}
+    provenance.save_gif(frames, tmp_path / "a.gif", made_by, fps=8)
+    provenance.save_webp(frames, tmp_path / "a.webp", made_by, fps=8)
+    provenance.save_frames(frames, tmp_path / "a", made_by)
+    assert [provenance.read(tmp_path / name) for name in ("a.gif", "a.webp", "a")] == [made_by] * 3
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["00000.png", "00001.png"]
+    assert provenance.read(tmp_path / "a" / "00001.png") == {**made_by, "frame": 1}
+    with pytest.raises(OSError, match="not empty"):
+        provenance.save_frames(frames, tmp_path / "a", made_by)
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "a.gif", "a.webp"}
+
+
+def test_images_and_folders_without_a_record(tmp_path):
+    for name in ("a.jpg", "a.webp", "a.gif"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        with pytest.raises(ValueError, match="carries no 'diffsynth' record"):
+            provenance.read(tmp_path / name)
+    with pytest.raises(ValueError, match="has no PNG images; expected a folder of frames"):
+        provenance.read(tmp_path)

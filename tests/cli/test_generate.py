@@ -16,7 +16,7 @@ from diffsynth import Pipeline, provenance, registry
 from diffsynth._discovery import Declared
 from diffsynth.cli import main
 from diffsynth.cli.output import POLICIES
-from diffsynth.core.data.media import VideoData
+from diffsynth.core.data.media import VideoData, open_media
 from diffsynth.core.data.media_writer import save_video
 from diffsynth.core.vram import TransferReport
 from diffsynth.core.vram.policy import AUTO, PRESETS
@@ -55,7 +55,7 @@ def test_an_image_with_its_record(run, loaded, tmp_path):
 def test_options_reach_the_pipeline(run, loaded):
     options = ("--cfg-scale", 2, "--negative-prompt", "ab", "--device", "cpu", "--dtype", "float32")
     assert run("generate", "toy-1", "abcde", "-o", "out.png", *options).exit_code == 0
-    assert provenance.read_png("out.png")["arguments"] == {"cfg_scale": 2.0, "negative_prompt": "ab"}
+    assert provenance.read_png("out.png")["arguments"] == {"negative_prompt": "ab"}
     assert loaded == [("toy-1", {"device": "cpu", "torch_dtype": torch.float32})]
 
 
@@ -106,9 +106,15 @@ def test_set_takes_literals_text_and_images(run, loaded, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "out.jpg"], "'out.jpg' ends in '.jpg', which no writer has"),
-        (["-o", "out"], "'out' ends in no suffix, which no writer has. Expected one of .mp4 (video), .png (image)"),
-        (["-o", "out.wav"], "'out.wav': toy-1 returns image, and .wav is for audio; expected a name that ends in .png"),
+        (["-o", "out.bmp"], "'out.bmp' ends in '.bmp', which no writer has"),
+        (
+            ["-o", "out"],
+            "'out' ends in no suffix, which no writer has. Expected one of .gif (video), .jpeg (image)",
+        ),
+        (
+            ["-o", "out.wav"],
+            "'out.wav': toy-1 returns image, and .wav is for audio; expected a name that ends in .jpeg or",
+        ),
         (["--fps", "8"], "--fps 8 is for video, and .png is for image; leave it out"),
         (["-o", "no/where/out.png"], "there is no folder"),
         (["--set", "heigth=5"], "unknown argument 'heigth'; did you mean 'height'?"),
@@ -229,6 +235,19 @@ def test_a_video_has_the_frame_rate_of_its_model_unless_told(run, filming, monke
     assert [VideoData(name).frame_rate for name in ("out.mp4", "told.mp4")] == [24, 8]
 
 
+def test_animations_and_folders_of_frames(run, filming):
+    assert run("generate", "toy-1", "abc", "-o", "new/", "--num-images", 2, "--seed", 5).stdout == "new-1\nnew-2\n"
+    assert [provenance.read(f"new-{index}")["seed"] for index in (1, 2)] == [5, 6]
+    for name, frames in {"a.gif": 3, "a.webp": 3, "frames/": 3}.items():
+        result = run("generate", "toy-1", "abc", "-o", name, "--seed", 5)
+        assert result.exit_code == 0, result.output
+        assert len(open_media(name)) == frames
+        assert provenance.read(name)["seed"] == 5
+    result = run("generate", "toy-1", "abc", "-o", "frames")
+    assert "frames cannot be written: the folder is not empty. Name a new one, or empty it" in result.stderr
+    assert "--fps 8 is for video" not in run("generate", "toy-1", "abc", "-o", "b.webp", "--fps", 8).stderr
+
+
 def test_several_videos_have_numbers(run, filming):
     result = run("generate", "toy-1", "abc", "-o", "out.mp4", "--num-images", 2, "--seed", 5)
     assert result.stdout == "out-1.mp4\nout-2.mp4\n"
@@ -245,7 +264,7 @@ def test_a_clip_is_opened_as_one(run, filming):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "out.png"], "toy-1 returns video, and .png is for image; expected a name that ends in .mp4 or .safet"),
+        (["-o", "out.png"], "toy-1 returns video, and .png is for image; expected a name that ends in .gif or .mp4"),
         (["-o", "out.mp4", "--fps", "0"], "--fps 0: expected a positive number"),
         (["-o", "out.mp4", "--set", "input_image=missing.mp4"], "missing.mp4 does not exist"),
     ],

@@ -7,6 +7,7 @@ from PIL import Image, PngImagePlugin
 from diffsynth import provenance
 from diffsynth._discovery import Declared, Problem
 from diffsynth.cli import group
+from diffsynth.runtime.writers import write
 from diffsynth.spec import CommandSpec, resolve
 
 BROKEN = Problem("flux", "diffsynth-flux", "0.3.1", "No module named 'x'", "Traceback: at line 1\n")
@@ -106,6 +107,16 @@ def test_info_of_an_image(run, tmp_path):
     assert result.exit_code == 0
     assert "äpple" in result.stdout
     assert json.loads(run("info", "a.png", "--json").stdout)["prompt"] == "äpple"
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.gif", "a/"])
+def test_info_of_every_format(run, name):
+    frames, made_by = [Image.new("RGB", (16, 16))] * 2, {"prompt": "äpple"}
+    write(
+        frames if name in ("a.gif", "a/") else frames[0], name, record=made_by, **({"fps": 8} if ".g" in name else {})
+    )
+    assert json.loads(run("info", name, "--json").stdout) == made_by
+    assert "no such" in run("info", f"b{name}").stderr
 
 
 def test_a_record_cannot_command_the_terminal(run, tmp_path):

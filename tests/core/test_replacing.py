@@ -5,7 +5,15 @@ import re
 
 import pytest
 
-from diffsynth.core.replacing import check_writable, is_unfinished, remove_unfinished, replace_files, replacing
+from diffsynth.core.replacing import (
+    check_new_folder,
+    check_writable,
+    is_unfinished,
+    remove_unfinished,
+    replace_files,
+    replacing,
+    replacing_folder,
+)
 from killed import killed_at_every_write
 
 
@@ -117,3 +125,23 @@ class TestCheckWritable:
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(ValueError, match="it is no regular file"):
             check_writable(tmp_path / "pipe")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        check_new_folder(tmp_path / name)
+        with replacing_folder(tmp_path / name) as partial:
+            (partial / "a").write_text("a")
+            assert not (tmp_path / name / "a").exists()
+        assert [file.name for file in (tmp_path / name).iterdir()] == ["a"]
+        with pytest.raises(ValueError, match="the folder is not empty. Name a new one, or empty it"):
+            check_new_folder(tmp_path / name)
+    with pytest.raises(IsADirectoryError), replacing_folder(tmp_path / "failed") as partial:
+        partial.write_text("a")
+    with pytest.raises(OSError, match="not empty"), replacing_folder(tmp_path / "new") as partial:
+        (partial / "b").write_text("b")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="as a folder: a file is there"):
+        check_new_folder(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "a", "empty", "file", "new"]

@@ -10,8 +10,17 @@ from safetensors.torch import load_file
 
 from diffsynth import provenance
 from diffsynth.core.data.audio import Audio
-from diffsynth.core.data.media import VideoData, read_audio
-from diffsynth.runtime.builtin_writers import write_audio, write_image, write_tensors, write_video
+from diffsynth.core.data.media import VideoData, open_media, read_audio
+from diffsynth.runtime.builtin_writers import (
+    write_audio,
+    write_frames,
+    write_gif,
+    write_image,
+    write_jpeg,
+    write_tensors,
+    write_video,
+    write_webp,
+)
 
 RED = Image.new("RGB", (16, 8), "red")
 MADE_BY = {"seed": 7, "prompt": "苹果"}
@@ -38,6 +47,37 @@ def test_a_video_of_arrays_or_a_tensor(tmp_path):
     for name, frames in (("array.mp4", [array, array]), ("tensor.mp4", tensor), ("batch.mp4", tensor[None])):
         write_video(frames, tmp_path / name, record=MADE_BY, fps=8)
         assert [round(frame.getpixel((4, 4))[0], -1) for frame in VideoData(tmp_path / name)] == [200, 200]
+
+
+def test_a_video_of_lower_quality_is_smaller(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    for name, quality in (("low.mp4", 30), ("usual.mp4", 90)):
+        write_video(list(noise), tmp_path / name, record=MADE_BY, fps=8, quality=quality)
+    write_video(list(noise), tmp_path / "default.mp4", record=MADE_BY, fps=8)
+    assert (tmp_path / "low.mp4").stat().st_size < (tmp_path / "usual.mp4").stat().st_size / 2
+    assert (tmp_path / "default.mp4").read_bytes() == (tmp_path / "usual.mp4").read_bytes()
+
+
+def test_images_with_a_quality(tmp_path):
+    for write, name in ((write_jpeg, "a.jpg"), (write_webp, "a.webp")):
+        write(RED, tmp_path / name, record=MADE_BY, quality=100)
+        assert np.abs(np.subtract(Image.open(tmp_path / name).getpixel((3, 3)), (255, 0, 0))).max() <= 2
+        assert provenance.read(tmp_path / name) == MADE_BY
+
+
+@pytest.mark.parametrize("form", ["images", "arrays", "tensor"])
+def test_frames_as_animations_and_as_a_folder(tmp_path, form):
+    levels = [10, 90, 200]
+    images = [Image.new("RGB", (16, 8), (level,) * 3) for level in levels]
+    arrays = [np.asarray(image) for image in images]
+    tensor = torch.from_numpy(np.stack(arrays)).permute(3, 0, 1, 2) / 127.5 - 1
+    frames = {"images": images, "arrays": arrays, "tensor": tensor}[form]
+    write_gif(frames, tmp_path / "a.gif", record=MADE_BY, fps=8)
+    write_webp(frames, tmp_path / "a.webp", record=MADE_BY, fps=8, quality=100)
+    write_frames(frames, tmp_path / "a", record=MADE_BY)
+    for name in ("a.gif", "a.webp", "a"):
+        assert [frame.getpixel((4, 4))[0] for frame in open_media(tmp_path / name)] == levels, name
+        assert provenance.read(tmp_path / name) == MADE_BY
 
 
 @pytest.mark.parametrize(
@@ -104,6 +144,11 @@ NO_RATE = "a.wav cannot be written as audio: the output, a tensor of shape (2, 1
             {"sample_rate": 8000},
             "as audio: a tensor of torch.float32 and shape (12,); expected",
         ),
+        (write_jpeg, SAMPLES, {}, "as image: the output is a tensor of shape (2, 12); expected a PIL image"),
+        (write_jpeg, RED.convert("RGBA"), {}, "JPEG cannot hold transparency"),
+        (write_webp, [SAMPLES], {}, "as image or video: the output is a list of 1 Tensor; expected a list of frames"),
+        (write_gif, RED, {"fps": 8}, "as video: the output is an Image; expected a list of frames"),
+        (write_frames, SAMPLES, {}, "as video: a tensor of torch.float32 and shape (2, 12); expected (3, t, h, w)"),
         (write_tensors, {"a": 3}, {}, "as tensors: the output is a dict; expected a tensor, a mapping from names"),
         (write_tensors, {}, {}, "as tensors: the output is an empty mapping"),
         (write_tensors, [SAMPLES], {}, "as tensors: the output is a list of 1 Tensor; expected"),
@@ -112,8 +157,9 @@ NO_RATE = "a.wav cannot be written as audio: the output, a tensor of shape (2, 1
     ],
 )
 def test_what_a_writer_cannot_write(tmp_path, write, output, settings, message):
-    suffix = {write_image: "png", write_video: "mp4", write_audio: "wav", write_tensors: "safetensors"}[write]
+    others = {write_video: ".mp4", write_audio: ".wav", write_tensors: ".safetensors", write_frames: ""}
+    images = {write_image: ".png", write_jpeg: ".jpg", write_webp: ".webp", write_gif: ".gif"}
     with pytest.raises((TypeError, ValueError)) as caught:
-        write(output, tmp_path / f"a.{suffix}", record={}, **settings)
+        write(output, tmp_path / f"a{(images | others)[write]}", record={}, **settings)
     assert message in str(caught.value)
     assert list(tmp_path.iterdir()) == []

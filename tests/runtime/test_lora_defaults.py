@@ -62,13 +62,13 @@ def test_a_fused_lora_keeps_them(pipe, tmp_path) -> None:
 def test_the_record_has_them_as_if_they_were_given(pipe, tmp_path) -> None:
     pipe.load_lora(pipe.dit, write(pipe, tmp_path / "fast.safetensors", call_defaults=FAST), hotload=True)
     record = provenance.record(pipe, {"prompt": "a", "seed": 0})
-    assert (record["num_inference_steps"], record["arguments"]) == (3, {"cfg_scale": 1.0})
+    assert (record["num_inference_steps"], record["cfg_scale"]) == (3, 1.0)
     assert record["loras"][0]["call_defaults"] == FAST
     record = provenance.record(pipe, {"prompt": "a", "seed": 0, "num_inference_steps": 5, "cfg_scale": 2.0})
-    assert (record["num_inference_steps"], record["arguments"]) == (5, {"cfg_scale": 2.0})
+    assert (record["num_inference_steps"], record["cfg_scale"]) == (5, 2.0)
     pipe.clear_lora()
     record = provenance.record(pipe, {"prompt": "a", "seed": 0, "cfg_scale": 2.0})
-    assert (record["num_inference_steps"], record["arguments"]) == (6, {})
+    assert (record["num_inference_steps"], record["cfg_scale"]) == (6, 2.0)
 
 
 def test_the_caller_has_precedence(pipe, tmp_path) -> None:

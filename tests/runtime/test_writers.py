@@ -29,9 +29,11 @@ def declared(monkeypatch):
     return install
 
 
-def test_core_writes_four_suffixes(declared):
+def test_core_writes_these_suffixes(declared):
     kinds = {suffix: one.spec.kind for suffix, one in declared_writers().items()}
-    assert kinds == {".mp4": "video", ".png": "image", ".safetensors": "tensors", ".wav": "audio"}
+    images = dict.fromkeys((".jpeg", ".jpg", ".png", ".webp"), "image")
+    videos = dict.fromkeys(("/", ".gif", ".mp4"), "video")
+    assert kinds == {**images, **videos, ".safetensors": "tensors", ".wav": "audio"}
     assert all(callable(load_writer(one)) for one in declared_writers().values())
 
 
@@ -43,11 +45,31 @@ def test_the_longest_suffix_is_used(declared, name, suffix):
     assert find_writer(f"folder.wav/{name}").spec.suffix.lower() == suffix
 
 
+def test_a_folder_is_a_name_with_a_slash_or_one_that_is_there(declared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("there", "there.png"):
+        (tmp_path / name).mkdir()
+    found = {name: find_writer(name).spec.suffix for name in ("new/", "new.png/", "there", "there.png")}
+    assert found == {"new/": "/", "new.png/": "/", "there": "/", "there.png": ".png"}
+    with pytest.raises(ValueError, match="ends in no suffix"):
+        find_writer("new")
+
+
+def test_a_writer_of_several_kinds(declared):
+    specs = {suffix: one.spec for suffix, one in declared_writers().items()}
+    for kind in ("image", "video"):
+        check_kind("a.webp", specs[".webp"], kind, name="toy-1")
+    with pytest.raises(
+        ValueError, match=re.escape("expected a name that ends in .gif or .mp4 or .safetensors or .webp or /")
+    ):
+        check_kind("a.png", specs[".png"], "video", name="toy-1")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("out", "'out' ends in no suffix, which no writer has. Expected one of .mp4 (video), .png (image), .safet"),
-        ("out.mpg4", "'out.mpg4' ends in '.mpg4', which no writer has; did you mean '.mp4'? Expected one of .mp4"),
+        ("out", "'out' ends in no suffix, which no writer has. Expected one of .gif (video), .jpeg (image), .jpg (im"),
+        ("out.mpg4", "'out.mpg4' ends in '.mpg4', which no writer has; did you mean '.mp4'? Expected one of .gif"),
         (".wav", "'.wav' ends in no suffix"),
         ("out.wav.xyz", "ends in '.xyz', which no writer has. Expected"),
     ],
@@ -100,7 +122,9 @@ def test_every_kind_can_be_written_as_tensors(declared):
         check_kind("a.safetensors", specs[".safetensors"], kind, name="toy-1")
     check_kind("a.wav", specs[".wav"], None, name="toy-1")
     check_kind("a.wav", specs[".wav"], SoundPipeline.output_kind, name="toy-1")
-    expected = "'a.wav': toy-1 returns image, and .wav is for audio; expected a name that ends in .png or .safetensors"
+    expected = (
+        "'a.wav': toy-1 returns image, and .wav is for audio; expected a name that ends in .jpeg or .jpg or .png or "
+    )
     with pytest.raises(ValueError, match=re.escape(expected)):
         check_kind("a.wav", specs[".wav"], "image", name="toy-1")
 

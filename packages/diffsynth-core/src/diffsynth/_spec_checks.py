@@ -138,8 +138,8 @@ def _check_tiny(declaration: spec.ModelSpec) -> None:
 
 def _check_writer(declaration: spec.WriterSpec) -> None:
     suffix = declaration.suffix
-    if not re.fullmatch(r"(\.[^\s./\\]+)+", suffix):
-        raise ValueError(f"suffix {suffix!r}: expected a dot and a name, such as '.wav'")
+    if suffix != "/" and not re.fullmatch(r"(\.[^\s./\\]+)+", suffix):
+        raise ValueError(f"suffix {suffix!r}: expected a dot and a name, such as '.wav', or '/' for a folder")
     for name in ("kind", "writer"):
         if not getattr(declaration, name):
             raise ValueError(f"writer of {suffix!r}: {name} is empty")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffsynth import _discovery
 from diffsynth.core.paths import expanded
-from diffsynth.core.replacing import replacing
+from diffsynth.core.replacing import replacing, replacing_folder
 from diffsynth.errors import shown
+from diffsynth.parameters_text import parameters_text
 from diffsynth.runtime.unit import equals_default
 
 if TYPE_CHECKING:
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 
 KEY = "diffsynth"
 """The name of the record, which is JSON in UTF-8: of a text chunk of a PNG, of an entry in the metadata of safetensors,
-of the only key of the JSON object in the comment of a video or a WAV file."""
+of the only key of the JSON object in the comment of a JPEG, WebP, GIF, video or WAV file."""
+
+_ALWAYS = ("prompt", "seed", "num_inference_steps", "cfg_scale", "solver")
+"""The arguments that a record has also where they equal the defaults."""
+
+IMAGES = (".jpg", ".jpeg", ".webp", ".gif")
+"""Suffixes of images with a record in a comment."""
 
 
 def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,12 +37,12 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         pipe: the pipeline that made it.
-        arguments: of the call; those equal to the pipeline's defaults are left out, except prompt, seed and steps, and
-            so are those without effect, such as a negative prompt where guidance is off. The defaults that loaded LoRAs
-            set are recorded as if they were given.
+        arguments: of the call; those equal to the pipeline's defaults are left out, except prompt, seed, steps, scale
+            of guidance and solver, and so are those without effect, such as a negative prompt where guidance is off.
+            The defaults that loaded LoRAs set are recorded as if they were given.
 
     Returns:
-        model, pipeline, prompt, seed and num_inference_steps (those of them that the pipeline takes), arguments,
+        model, pipeline, prompt, seed, num_inference_steps, cfg_scale and solver (those that it takes), arguments,
         not_recorded (names of arguments such as images, which JSON cannot hold), device, dtype, versions, weights (role
         -> file name -> identity of its content), and if any are loaded, loras (role, alpha, hot, files likewise, and
         the defaults of calls that it sets).
@@ -43,11 +50,7 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise TypeError(f"arguments={shown(arguments)}: expected a dict argument -> value")
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
-    always: dict[str, Any] = {
-        name: arguments.get(name, defaults[name])
-        for name in ("prompt", "seed", "num_inference_steps")
-        if name in defaults
-    }
+    always: dict[str, Any] = {name: arguments.get(name, defaults[name]) for name in _ALWAYS if name in defaults}
     unused = pipe.arguments_without_effect(**arguments)
     set_by_loras = pipe.lora_call_defaults  # without the LoRA the call has others, so they are recorded
     others = {
@@ -70,8 +73,8 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -> None:
-    """Write `image` to the file `path` as PNG, with the record `made_by` as JSON text inside. An existing file is
-    replaced in one step, so it is never half written.
+    """Write `image` to the file `path` as PNG, with the record `made_by` as JSON text inside, and a text `parameters`
+    in the form of A1111. An existing file is replaced in one step, so it is never half written.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -84,17 +87,67 @@ def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -
         raise TypeError(f"image={shown(image)}: expected a PIL image")
     text = PngInfo()
     text.add_itxt(KEY, _as_text(made_by))
+    text.add_text("parameters", parameters_text(made_by, image.size))
     with replacing(expanded(path)) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=text)
 
 
-def save_video(frames: Sequence[Image.Image], path: Path | str, made_by: Mapping[str, Any], *, fps: float) -> None:
+def save_frames(frames: Sequence[Image.Image], folder: Path | str, made_by: Mapping[str, Any]) -> None:
+    """Write `frames` to a new folder as `00000.png`, `00001.png`, ..., each with the record `made_by` and its number as
+    `frame`, from 0. The folder appears when all are written.
+
+    Raises:
+        OSError: the folder exists and is not empty, or the one above it does not exist or cannot be written.
+        TypeError: a frame is no PIL image.
+    """
+    with replacing_folder(expanded(folder)) as unfinished:
+        for index, frame in enumerate(frames):
+            save_png(frame, unfinished / f"{index:05}.png", {**made_by, "frame": index})
+
+
+def save_jpeg(image: Image.Image, path: Path | str, made_by: Mapping[str, Any], *, quality: float = 95) -> None:
+    """Write `image` to the file `path` as JPEG, with the record `made_by` as JSON in a comment (EXIF), and a text
+    `parameters` in the form of A1111; see `diffsynth.core.data.image_writer.save_jpeg`.
+    """
+    from diffsynth.core.data import image_writer
+
+    image_writer.save_jpeg(image, path, quality=quality, **_texts(made_by, image))
+
+
+def save_webp(
+    images: Sequence[Image.Image],
+    path: Path | str,
+    made_by: Mapping[str, Any],
+    *,
+    fps: float | None = None,
+    quality: float = 95,
+) -> None:
+    """Write an image, or the frames of an animation, to the file `path` as WebP, with texts as `save_jpeg` has them;
+    see `diffsynth.core.data.image_writer.save_webp`.
+    """
+    from diffsynth.core.data import image_writer
+
+    image_writer.save_webp(images, path, fps=fps, quality=quality, **_texts(made_by, images[0]))
+
+
+def save_gif(images: Sequence[Image.Image], path: Path | str, made_by: Mapping[str, Any], *, fps: float) -> None:
+    """Write frames to the file `path` as a GIF animation, with the record `made_by` as JSON in its comment; see
+    `diffsynth.core.data.image_writer.save_gif`.
+    """
+    from diffsynth.core.data import image_writer
+
+    image_writer.save_gif(images, path, fps=fps, comment=_as_text({KEY: made_by}))
+
+
+def save_video(
+    frames: Sequence[Image.Image], path: Path | str, made_by: Mapping[str, Any], *, fps: float, quality: float = 9
+) -> None:
     """Write `frames` to the file `path` as a video of `fps` frames per second, with the record `made_by` as JSON in the
     file's comment; see `diffsynth.core.data.media_writer.save_video`.
     """
     from diffsynth.core.data import media_writer
 
-    media_writer.save_video(frames, path, fps=fps, comment=_as_text({KEY: made_by}))
+    media_writer.save_video(frames, path, fps=fps, quality=quality, comment=_as_text({KEY: made_by}))
 
 
 def save_audio(samples: Tensor, sample_rate: int, path: Path | str, made_by: Mapping[str, Any]) -> None:
@@ -125,16 +178,32 @@ def read(path: Path | str) -> dict[str, Any]:
     """Return the record of the call that made a file, a dict of JSON values; the suffix tells how it is stored.
 
     Args:
-        path: ends in `.png`, `.wav`, `.safetensors`, or the suffix of a video.
+        path: ends in `.png`, `.jpg`, `.webp`, `.gif`, `.wav`, `.safetensors`, or the suffix of a video; or a folder of
+            frames, whose first one is read.
 
     Raises:
-        ValueError: the file has no record of diffsynth, or a PNG cannot be read.
+        ValueError: the file has no record of diffsynth, or a PNG cannot be read; or a folder without PNG images.
         CheckpointError: the file does not exist, or is not what its suffix says.
         OSError: the file cannot be read.
         Unavailable: PyAV is not installed, which `.wav` and videos need.
     """
-    readers = {".png": read_png, ".wav": read_audio, ".safetensors": read_tensors}
+    if expanded(path).is_dir():
+        return _read_frames(expanded(path))
+    readers = {".png": read_png, ".wav": read_audio, ".safetensors": read_tensors, **dict.fromkeys(IMAGES, read_image)}
     return readers.get(expanded(path).suffix.lower(), read_video)(path)
+
+
+def read_image(path: Path | str) -> dict[str, Any]:
+    """Return the record of the call that made a JPEG, WebP or GIF image, a dict of JSON values stored in it; raise
+    ValueError if it has none.
+
+    Raises:
+        ValueError: the image has no record of diffsynth.
+        CheckpointError: the file does not exist, or is no image.
+    """
+    from diffsynth.core.data.image_writer import read_image_comment
+
+    return _record_in(read_image_comment(path), path)
 
 
 def read_video(path: Path | str) -> dict[str, Any]:
@@ -197,10 +266,21 @@ def read_png(path: Path | str) -> dict[str, Any]:
     return _as_object(json.loads(text), path)
 
 
+def _read_frames(folder: Path) -> dict[str, Any]:
+    """Return the record of a folder of frames, without the number of the frame."""
+    frames = sorted(folder.glob("*.png"))
+    if not frames:
+        raise ValueError(f"{folder} has no PNG images; expected a folder of frames, or a file")
+    return {name: value for name, value in read_png(frames[0]).items() if name != "frame"}
+
+
 def _read_comment(path: Path | str, kind: str) -> dict[str, Any]:
     from diffsynth.core.data.media_writer import read_comment
 
-    comment = read_comment(path, kind)
+    return _record_in(read_comment(path, kind), path)
+
+
+def _record_in(comment: str | None, path: Path | str) -> dict[str, Any]:
     try:
         made_by = json.loads(comment or "")[KEY]
     except (ValueError, KeyError, TypeError):
@@ -212,6 +292,13 @@ def _as_object(made_by: Any, path: Path | str) -> dict[str, Any]:
     if not isinstance(made_by, dict):
         raise ValueError(f"{path}: the {KEY!r} record is no JSON object: {str(made_by)[:80]!r}")
     return made_by
+
+
+def _texts(made_by: Mapping[str, Any], image: Any) -> dict[str, str]:
+    """Return the texts of an image file; none of A1111 for what is no image, which the writer refuses."""
+    size = getattr(image, "size", None)
+    texts = {"comment": _as_text({KEY: made_by})}
+    return texts | ({"parameters": parameters_text(made_by, size)} if isinstance(size, tuple) else {})
 
 
 def _as_text(value: Mapping[str, Any]) -> str:

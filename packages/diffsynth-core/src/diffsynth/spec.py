@@ -336,18 +336,23 @@ class WriterSpec:
     """A function that writes results to files whose names end in one suffix.
 
     Args:
-        suffix: end of the file's name, with the dot: `".wav"`, `".nii.gz"`; unique among plugins, case is ignored.
+        suffix: end of the file's name, with the dot: `".wav"`, `".nii.gz"`; unique among plugins, case is ignored. "/"
+            is a folder.
         kind: what it writes: "image", "video", "audio", "tensors" or another name, as in `output_kind` of a pipeline
             class. A writer of the kind "tensors" can be used with every pipeline.
         writer: reference to `f(output, path, *, record, **settings)`, which writes one result and raises TypeError or
             ValueError, with the kind in the message, for an output that it cannot write.
         description: a few words for listings, "WAV, 16-bit PCM".
+        also: other kinds that it writes, too.
+        alpha: whether the format can hold transparency; asked for the kind "image".
     """
 
     suffix: str
     kind: str
     writer: str
     description: str = ""
+    also: tuple[str, ...] = ()
+    alpha: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

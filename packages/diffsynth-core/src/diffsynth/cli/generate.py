@@ -77,17 +77,15 @@ class _Generate(click.Command):
 @click.option(
     "-o",
     "--output",
-    "out",
     required=True,
-    type=click.Path(path_type=Path),
     metavar="OUT",
-    help="File to write; its suffix selects the format.",
+    help="File to write; its suffix selects the format. With / at the end, a folder of frames.",
 )
 @_with_options
 def generate(
     model: str,
     prompt: str | None,
-    out: Path,
+    output: str,
     device: str | None,
     dtype: str | None,
     settings: tuple[str, ...],
@@ -102,7 +100,7 @@ def generate(
     from diffsynth.runtime.writers import find_writer, load_writer
 
     record = registry.get(model)  # before importing torch, so that a wrong name or suffix fails at once
-    writer = find_writer(out)
+    out, writer = Path(output), find_writer(output)
     file_settings = _file_settings(record, out, writer.spec, {"fps": fps, "sample_rate": sample_rate})
     write = load_writer(writer)
     set_options = {name: value for name, value in options.items() if value is not None}
@@ -138,20 +136,21 @@ def _file_settings(
     """Return the settings of the writer as a dict; raise UserError or ValueError if OUT or an option does not fit the
     model.
     """
-    from diffsynth.core.replacing import check_writable
-    from diffsynth.runtime.writers import check_kind, output_kind
+    from diffsynth.core.replacing import check_new_folder, check_writable
+    from diffsynth.runtime.writers import FOLDER, check_kind, output_kind
 
     for name, kind in {"fps": "video", "sample_rate": "audio"}.items():
         value, option = given[name], f"--{name.replace('_', '-')}"
-        if value is not None and spec.kind != kind:
+        if value is not None and kind not in (spec.kind, *spec.also):
             raise UserError(f"{option} {value:g} is for {kind}, and {spec.suffix} is for {spec.kind}; leave it out")
         if value is not None and not value > 0:
             raise UserError(f"{option} {value:g}: expected a positive number")
     if not out.parent.is_dir():
         raise UserError(f"OUT is {str(out)!r}: there is no folder {str(out.parent)!r}")
-    check_writable(out)
+    (check_new_folder if spec.suffix == FOLDER else check_writable)(out)
     check_kind(out, spec, output_kind(record), name=record.name)
-    default = {"fps": record.fps or _FPS} if spec.kind == "video" else {}
+    kinds = (spec.kind, *spec.also)
+    default = {"fps": record.fps or _FPS} if "video" in kinds and spec.suffix != FOLDER else {}
     return default | {name: value for name, value in given.items() if value is not None}
 
 
@@ -262,16 +261,17 @@ def _with_hint(error: Exception, spec: WriterSpec, arguments: Mapping[str, Any])
 def _numbered(out: Path, suffix: str, count: int) -> list[Path]:
     if count == 1:
         return [out]
-    stem, end = out.name[: -len(suffix)], out.name[-len(suffix) :]
+    length = 0 if suffix == "/" else len(suffix)
+    stem, end = out.name[: len(out.name) - length], out.name[len(out.name) - length :]
     return [out.with_name(f"{stem}-{index}{end}") for index in range(1, count + 1)]
 
 
 def _check_outputs(out: Path, suffix: str, count: int | None) -> None:
     """Raise ValueError if a file of a call's results cannot be written; do nothing for a number that is not known."""
-    from diffsynth.core.replacing import check_writable
+    from diffsynth.core.replacing import check_new_folder, check_writable
 
     for path in _numbered(out, suffix, count) if count is not None else []:
-        check_writable(path)
+        (check_new_folder if suffix == "/" else check_writable)(path)
 
 
 def _arguments_of_result(

@@ -11,6 +11,7 @@ import click
 from diffsynth import _discovery, registry
 from diffsynth.cli.output import UserError, echo, json_option, show_json, show_record, show_table, what_to_install
 from diffsynth.cli.output import traceback_option as with_traceback
+from diffsynth.runtime.writers import FOLDER, declared_writers
 
 
 @click.command("list")
@@ -75,15 +76,15 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
 @json_option
 @with_traceback
 def info(subject: str, as_json: bool) -> None:
-    """Show the record of a model, or the record of the call in a .png, .mp4, .wav or .safetensors file.
+    """Show the record of a model, or the record of the call in a file that `generate` wrote, or in FOLDER/ of frames.
 
     With --json, a model's record includes the JSON schema of its call.
     """
-    if subject.lower().endswith((".png", ".mp4", ".wav", ".safetensors")):
+    if subject.lower().endswith(tuple(declared_writers())):
         from diffsynth import provenance
 
-        if not Path(subject).is_file():
-            raise UserError(f"{subject}: no such file")
+        if not Path(subject).exists():
+            raise UserError(f"{subject}: no such {'folder' if subject.endswith(FOLDER) else 'file'}")
         values = provenance.read(subject)
     else:
         values = registry.get(subject).to_dict()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,30 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Context manager that yields a temporary folder to be filled; at the end it becomes the folder `path`, which must
+    not exist or be empty. After an error it is deleted.
+
+    Args:
+        path: the folder, in a folder that exists.
+
+    Raises:
+        OSError: the folder is not empty, or cannot be made.
+    """
+    partial = _partial(path)
+    partial.mkdir()
+    try:
+        yield partial
+        sync_folder(partial)
+        if path.is_dir():
+            path.rmdir()  # raises if it is not empty
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def replace_files(files: Mapping[Path, Callable[[Path], None]]) -> None:
@@ -157,6 +182,25 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}. Name another path") from None
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise ValueError unless a folder can be made at a path, before the work that fills it: nothing is there, or an
+    empty folder.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: a file is there, or a folder that is not empty, or the folder above cannot be written to.
+    """
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise ValueError(f"{path} cannot be written: the folder is not empty. Name a new one, or empty it")
+        path = path / "x"
+    elif path.exists():
+        raise ValueError(f"{path} cannot be written as a folder: a file is there. Name another path")
+    check_writable(path)
 
 
 def _partial(path: Path) -> Path:

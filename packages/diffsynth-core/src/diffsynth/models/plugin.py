@@ -36,7 +36,18 @@ _WRITERS = "diffsynth.runtime.builtin_writers"
 
 WRITERS = (
     WriterSpec(suffix=".png", kind="image", writer=f"{_WRITERS}:write_image", description="PNG"),
+    WriterSpec(suffix=".jpg", kind="image", writer=f"{_WRITERS}:write_jpeg", description="JPEG", alpha=False),
+    WriterSpec(suffix=".jpeg", kind="image", writer=f"{_WRITERS}:write_jpeg", description="JPEG", alpha=False),
+    WriterSpec(
+        suffix=".webp",
+        kind="image",
+        writer=f"{_WRITERS}:write_webp",
+        description="WebP; a video as an animation",
+        also=("video",),
+    ),
     WriterSpec(suffix=".mp4", kind="video", writer=f"{_WRITERS}:write_video", description="MP4, H.264"),
+    WriterSpec(suffix=".gif", kind="video", writer=f"{_WRITERS}:write_gif", description="GIF animation, 256 colours"),
+    WriterSpec(suffix="/", kind="video", writer=f"{_WRITERS}:write_frames", description="a folder of PNG frames"),
     WriterSpec(suffix=".wav", kind="audio", writer=f"{_WRITERS}:write_audio", description="WAV, 16-bit PCM"),
     WriterSpec(
         suffix=".safetensors",

@@ -1,4 +1,4 @@
-"""The writers of core: PNG, MP4, WAV and safetensors files, each with the record of the call inside."""
+"""The writers of core: images, videos, sound and safetensors files, each with the record of the call inside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth import provenance
+from diffsynth.core.data.media_writer import images_of
 
 _MODES = ("L", "LA", "RGB", "RGBA")
 """Modes of PIL whose pixels are bytes, one for each channel."""
@@ -33,7 +34,82 @@ def write_image(output: Image.Image, path: Path, *, record: Mapping[str, Any]) -
     provenance.save_png(output, path, record)
 
 
-def write_video(output: Sequence[Image.Image] | Tensor, path: Path, *, record: Mapping[str, Any], fps: float) -> None:
+def write_jpeg(output: Image.Image, path: Path, *, record: Mapping[str, Any], quality: float = 95) -> None:
+    """Write a PIL image as JPEG.
+
+    Args:
+        output: the image, without transparency.
+        path: the file.
+        record: of the call, stored in EXIF.
+        quality: 1 to 100.
+
+    Raises:
+        TypeError: the output is no image.
+        ValueError: an image with transparency, or a quality out of range.
+    """
+    if not isinstance(output, Image.Image):
+        raise TypeError(_refusal(output, path, "image", "a PIL image"))
+    provenance.save_jpeg(output, path, record, quality=quality)
+
+
+def write_webp(
+    output: Image.Image | Sequence[Image.Image] | Tensor,
+    path: Path,
+    *,
+    record: Mapping[str, Any],
+    fps: float | None = None,
+    quality: float = 95,
+) -> None:
+    """Write a PIL image as WebP, or frames as an animation.
+
+    Args:
+        output: the image; or frames, as `write_video` takes them.
+        path: the file.
+        record: of the call, stored in EXIF.
+        fps: frames per second of an animation, above 0.
+        quality: 1 to 100; 100 is lossless.
+
+    Raises:
+        TypeError: the output is neither.
+        ValueError: frames of several sizes or without `fps`, or a number out of range.
+    """
+    images = [output] if isinstance(output, Image.Image) else _frames_of(output, path, "image or video")
+    provenance.save_webp(images, path, record, fps=fps, quality=quality)
+
+
+def write_gif(output: Sequence[Image.Image] | Tensor, path: Path, *, record: Mapping[str, Any], fps: float) -> None:
+    """Write frames as a GIF animation.
+
+    Args:
+        output: frames, as `write_video` takes them.
+        path: the file.
+        record: of the call, stored in the comment.
+        fps: frames per second, above 0 and at most 50.
+
+    Raises:
+        TypeError: the output is no sequence of frames and no tensor.
+        ValueError: no frames, frames of several sizes, or a frame rate out of range.
+    """
+    provenance.save_gif(_frames_of(output, path, "video"), path, record, fps=fps)
+
+
+def write_frames(output: Sequence[Image.Image] | Tensor, path: Path, *, record: Mapping[str, Any]) -> None:
+    """Write frames to a new folder as `00000.png`, `00001.png`, ...
+
+    Args:
+        output: frames, as `write_video` takes them.
+        path: the folder, which does not exist or is empty.
+        record: of the call, stored in each frame.
+
+    Raises:
+        TypeError: the output is no sequence of frames and no tensor.
+    """
+    provenance.save_frames(_frames_of(output, path, "video"), path, record)
+
+
+def write_video(
+    output: Sequence[Image.Image] | Tensor, path: Path, *, record: Mapping[str, Any], fps: float, quality: float = 90
+) -> None:
     """Write frames as a video in H.264.
 
     Args:
@@ -42,16 +118,15 @@ def write_video(output: Sequence[Image.Image] | Tensor, path: Path, *, record: M
         path: the file.
         record: of the call, stored in the comment.
         fps: frames per second, above 0.
+        quality: 1 to 100, which is crf 50 to 0 of H.264.
 
     Raises:
         TypeError: the output is no sequence of frames and no tensor.
         ValueError: no frames, frames of several sizes, a tensor of another shape, or a wrong frame rate.
     """
-    has_frames = isinstance(output, Sequence) and len(output) > 0 and isinstance(output[0], Image.Image | np.ndarray)
-    if not has_frames and not isinstance(output, Tensor):
-        raise TypeError(_refusal(output, path, "video", "a list of frames, PIL images, or a tensor c t h w in [-1, 1]"))
+    _check_frames(output, path, "video")
     try:
-        provenance.save_video(output, path, record, fps=fps)  # type: ignore[arg-type]
+        provenance.save_video(output, path, record, fps=fps, quality=quality / 10)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{path} cannot be written as video: {error}") from error
 
@@ -106,6 +181,21 @@ def write_tensors(output: Any, path: Path, *, record: Mapping[str, Any]) -> None
         ValueError: an empty mapping or sequence, images of several sizes, or of a mode without bytes for channels.
     """
     provenance.save_tensors(_tensors_of(output, path), path, record)
+
+
+def _check_frames(output: Any, path: Path, kind: str) -> None:
+    has_frames = isinstance(output, Sequence) and len(output) > 0 and isinstance(output[0], Image.Image | np.ndarray)
+    if not has_frames and not isinstance(output, Tensor):
+        raise TypeError(_refusal(output, path, kind, "a list of frames, PIL images, or a tensor c t h w in [-1, 1]"))
+
+
+def _frames_of(output: Any, path: Path, kind: str) -> list[Image.Image]:
+    """Return a list of the PIL images of frames, of arrays or of a tensor."""
+    _check_frames(output, path, kind)
+    try:
+        return list(images_of(output))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be written as {kind}: {error}") from error
 
 
 def _tensors_of(output: Any, path: Path) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Imports no torch; `builtin_writers` has the writers of core.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from diffsynth.spec import WriterSpec, resolve
 TENSORS = "tensors"
 """The kind of the writers that can be used with every pipeline."""
 
+FOLDER = "/"
+"""The suffix of the writer of folders."""
+
 
 def declared_writers() -> dict[str, Declared[WriterSpec]]:
     """Return a dict suffix -> declaration of its writer, sorted; of several plugins that declare one suffix the first,
@@ -28,13 +32,16 @@ def declared_writers() -> dict[str, Declared[WriterSpec]]:
 
 
 def find_writer(path: Path | str) -> Declared[WriterSpec]:
-    """Return the declaration of the writer of a file, by the longest suffix that its name ends in, case ignored.
+    """Return the declaration of the writer of a file, by the longest suffix that its name ends in, case ignored; that
+    of "/" for a text that ends in "/", and for a folder whose name has no suffix of a writer.
 
     Raises:
         ValueError: no writer has the suffix; the message lists all suffixes and broken plugins.
     """
     known, name = declared_writers(), Path(path).name.lower()
     fitting = [suffix for suffix in known if name.endswith(suffix) and name != suffix]
+    if FOLDER in known and (str(path).endswith(("/", os.sep)) or (not fitting and Path(path).is_dir())):
+        return known[FOLDER]
     if fitting:
         return known[max(fitting, key=len)]
     suffix = Path(path).suffix
@@ -93,9 +100,10 @@ def check_kind(path: Path | str, spec: WriterSpec, kind: str | None, *, name: st
     Raises:
         ValueError: another kind; the message lists the suffixes that fit.
     """
-    if kind is None or spec.kind in (kind, TENSORS):
+    if kind is None or {kind, TENSORS} & {spec.kind, *spec.also}:
         return
-    fitting = [suffix for suffix, one in declared_writers().items() if one.spec.kind in (kind, TENSORS)]
+    known = {suffix: {one.spec.kind, *one.spec.also} for suffix, one in declared_writers().items()}
+    fitting = [suffix for suffix, kinds in known.items() if {kind, TENSORS} & kinds]
     raise ValueError(
         f"{str(path)!r}: {name} returns {kind}, and {spec.suffix} is for {spec.kind}; "
         f"expected a name that ends in {' or '.join(fitting)}"
@@ -109,7 +117,7 @@ def write(output: Any, path: Path | str, *, record: Mapping[str, Any], **setting
         output: what the pipeline returned for one result: a PIL image, a list of frames, an `Audio`, tensors, ...
         path: the file; its folder exists.
         record: of the call, see `diffsynth.provenance.record`; stored in the file where its format can hold it.
-        settings: of the writer: `fps` of a video, `sample_rate` of a tensor of sound.
+        settings: of the writer: `fps` of a video, `quality` of 1 to 100, `sample_rate` of a tensor of sound.
 
     Raises:
         TypeError, ValueError: no writer has the suffix, or the writer cannot write this output.

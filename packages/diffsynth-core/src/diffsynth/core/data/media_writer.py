@@ -75,7 +75,7 @@ def save_video(
     check_number("quality", quality, least=0, most=10)
     rate = frame_rate(fps)
     options = {"crf": str(round((1 - quality / 10) * 51)), **_encoder_options(ffmpeg_params or ())}
-    images = iter(_images(frames))
+    images = iter(images_of(frames))
     first = next(images, None)
     if first is None:
         raise ValueError("0 frames; expected at least one")
@@ -213,7 +213,12 @@ def _written(path: Location, suffixes: Sequence[str] = _CONTAINERS) -> Iterator[
         raise ValueError(f"{path} cannot be written: {error}; check ffmpeg_params and the frames' size") from error
 
 
-def _images(frames: Frames) -> Iterator[Image.Image]:
+def images_of(frames: Frames) -> Iterator[Image.Image]:
+    """Return an iterator over the PIL images of frames, in the forms that `save_video` takes.
+
+    Raises:
+        TypeError, ValueError: see `save_video`.
+    """
     if isinstance(frames, Tensor):
         frames = _arrays(frames)
     if isinstance(frames, Image.Image | str | os.PathLike) or not isinstance(frames, Iterable):
