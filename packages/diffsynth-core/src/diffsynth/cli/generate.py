@@ -120,7 +120,8 @@ def generate(
     results = _separate(request, result, arguments, pipe.per_image)
     for (one, its_arguments), path in zip(results, _numbered(out, writer.spec.suffix, len(results)), strict=True):
         made_by = provenance.record(pipe, its_arguments)
-        for image, file, its_record in _images_of(one, path, writer.spec, made_by):
+        files = [(one, path, made_by)] if "fps" in file_settings else _images_of(one, path, writer.spec, made_by)
+        for image, file, its_record in files:
             try:
                 write(image, file, record=its_record, **file_settings)
             except OSError as error:
@@ -149,8 +150,8 @@ def _file_settings(
         raise UserError(f"OUT is {str(out)!r}: there is no folder {str(out.parent)!r}")
     (check_new_folder if spec.suffix == FOLDER else check_writable)(out)
     check_kind(out, spec, output_kind(record), name=record.name)
-    kinds = (spec.kind, *spec.also)
-    default = {"fps": record.fps or _FPS} if "video" in kinds and spec.suffix != FOLDER else {}
+    is_video = "video" in (spec.kind, output_kind(record)) and spec.suffix != FOLDER
+    default = {"fps": record.fps or _FPS} if is_video else {}
     return default | {name: value for name, value in given.items() if value is not None}
 
 
