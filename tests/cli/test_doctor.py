@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 from click.testing import CliRunner
 
-from diffsynth import _discovery, diagnosis
+from diffsynth import _discovery, diagnosis, registry
 from diffsynth._discovery import Declared, Problem
 from diffsynth.cli.group import program
 from diffsynth.core.attention.naive import NaiveAttention
@@ -287,13 +287,23 @@ def test_models_and_how_to_get_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
     found = named(installed.models())
     assert found["zimage:z-image-nano"].seen == "weights present"
-    assert found["zimage:z-image-turbo"].seen == "weights absent"
-    assert "modelscope when it is first loaded" in found["zimage:z-image-turbo"].next_action
+    absent = sum(record.weights == "absent" for record in registry.list())
+    assert absent == len(registry.list()) - 1
+    assert set(found) == {"zimage:z-image-nano", "absent"}
+    assert found["absent"].seen == f"weights of {absent} of {absent + 1} models"
+    assert found["absent"].next_action == (
+        "To see them: diffsynth list; a model is downloaded from modelscope when it is first loaded"
+    )
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
     vae = tmp_path / "Tongyi-MAI" / "Z-Image-Turbo" / "vae" / "diffusion_pytorch_model.safetensors"
     vae.parent.mkdir(parents=True)
     vae.touch()
-    found = named(installed.models())["zimage:z-image-turbo"]
+    found = named(installed.models())
+    fewer = sum(record.weights == "absent" for record in registry.list())
+    assert fewer < absent
+    assert found["absent"].seen == f"weights of {fewer} of {absent + 1} models"
+    assert "unset DIFFSYNTH_SKIP_DOWNLOAD" in found["absent"].next_action
+    found = found["zimage:z-image-turbo"]
     assert found.seen == "weights partial: dit, text_encoder, tokenizer"
     assert found.next_action.count("modelscope download --model Tongyi-MAI/Z-Image-Turbo") == 3
 

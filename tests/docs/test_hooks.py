@@ -197,7 +197,7 @@ def test_effect_of_register_layer_wrappers(toy, tmp_path):
 
 @mock.patch.dict(BACKENDS)
 def test_effect_of_register_attention(toy, monkeypatch):
-    monkeypatch.setattr(declared_backends, "_in_use", set())
+    monkeypatch.setattr(declared_backends, "_in_use", {})
     toy(*MODEL, "register_attention")
     usual = draw(output_type="tensor")
     assert available_backends()[-2:] == ("naive", "averages")

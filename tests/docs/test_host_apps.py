@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ TITLES = [
     "Cancel",
     "Threads",
     "Share components",
+    "Register a plugin in a running program",
     "Errors",
     "Keep the record",
 ]
@@ -33,8 +36,10 @@ TITLES = [
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
     """The names that the page's blocks define, all run in order."""
-    defined: dict = {}
+    script = types.ModuleType("__main__")
+    defined = vars(script)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", script)
         patch.chdir(tmp_path_factory.mktemp("app"))
         patch.setattr(device, "default_device", lambda: torch.device("cpu"))
         # Many CPUs convolve bf16 slowly.
@@ -87,6 +92,16 @@ def test_share_components(names):
     assert other.text_encoder is pipe.text_encoder
     call = {"prompt": "a red apple", "seed": 0, "height": 32, "width": 32, "num_inference_steps": 2}
     assert other(**call).tobytes() == pipe(**call).tobytes()
+
+
+def test_register_a_plugin_in_a_running_program(names):
+    pipe, call = names["pipe"], {**names["call"], "output_type": "latents"}
+    first = {"cfg_scale": 1.0}
+    plain, guided = pipe(**call | first), pipe(**call)
+    assert names["late"].tobytes() not in {pipe(**names["call"] | first).tobytes(), pipe(**names["call"]).tobytes()}
+    assert not torch.equal(plain, guided)
+    with pytest.raises(ValueError, match="guidance='late': 'late' is unknown"):
+        pipe(**call, guidance="late")
 
 
 def test_errors(names):

@@ -8,10 +8,12 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import types
 from contextlib import redirect_stdout
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -119,7 +121,7 @@ def test_it_works_by_the_letter(folder):
         elif language == "sh":
             output = "".join(run(folder, line) for line in text.splitlines())
         elif language == "python":
-            output = captured(lambda code=text: exec(code, {}))
+            output = captured(lambda code=text: run_as_script(code))
         else:
             shown = [" ".join(line.split()) for line in output.splitlines()]
             for line in text.splitlines():
@@ -147,6 +149,13 @@ def run(folder: Path, line: str) -> str:
         assert codes == [0], output
         return output
     return subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout
+
+
+def run_as_script(code: str) -> None:
+    """Run a block as the module `__main__`, as a notebook does."""
+    module = types.ModuleType("__main__")
+    with mock.patch.dict(sys.modules, {"__main__": module}):
+        exec(code, vars(module))
 
 
 def run_script(script: Path) -> None:

@@ -32,7 +32,7 @@ BACKEND = Backend()
 
 @pytest.fixture(autouse=True)
 def _own_backends(monkeypatch):
-    monkeypatch.setattr(declared_backends, "_in_use", set())
+    monkeypatch.setattr(declared_backends, "_in_use", {})
     with mock.patch.dict(BACKENDS):
         yield
 

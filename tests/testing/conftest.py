@@ -17,7 +17,7 @@ def plugin(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("DIFFSYNTH_PLUGINS", NAME)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(declared_backends, "_in_use", set())
+    monkeypatch.setattr(declared_backends, "_in_use", {})
     with mock.patch.dict(BACKENDS):
         yield Plugin(tmp_path)
     for name in [name for name in sys.modules if name.startswith((PACKAGE, "diffsynth.pipelines"))]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from diffsynth import _env, spec
@@ -27,6 +27,8 @@ logger = module_logger(__name__)
 
 GROUP = "diffsynth"
 CORE = ("core", "diffsynth-core")
+REGISTERED = ("registered", "in this program")
+"""Distribution and version of the plugins that `register` added."""
 HEAVY = ("torch", "numpy", "transformers")
 
 SpecT = TypeVar("SpecT")
@@ -136,10 +138,17 @@ class _Discovered:
     reported: set[tuple[str, str]] = field(default_factory=set)
     late: list[Problem] = field(default_factory=list)
 
+    @property
+    def registered(self) -> list[str]:
+        """List of the names of the plugins that `register` added."""
+        return [one.name for one in self.catalog.plugins if (one.distribution, one.version) == REGISTERED]
+
 
 _lock = threading.RLock()
 _discovered: _Discovered | None = None
 _is_loading = False
+_registered: dict[str, Any] = {}
+"""Name -> module or object of each plugin that `register` added; `refresh` adds them again."""
 
 
 class _Rejected(Exception):
@@ -165,6 +174,59 @@ def refresh() -> Catalog:
     with _lock:
         _discovered = None
         return catalog()
+
+
+def register(module: Any, name: str) -> None:
+    """Add a module's declarations and observers to the catalog, in place of those registered under the name before; if
+    the module is refused, nothing changes.
+
+    Args:
+        module: a module or object that states DIFFSYNTH_API and has functions marked `@hookimpl`.
+        name: of the plugin.
+
+    Raises:
+        ValueError: an installed plugin has the name.
+        BrokenPlugin: the module breaks the contract of plugins, or declares a name that another plugin has.
+    """
+    global _discovered
+    with _lock:
+        current = _current()
+        former = current.manager.unregister(name=name) if name in current.registered else None
+        try:
+            _discovered = _joined(_without(current, name), name, module)
+        except BaseException as error:
+            if former is not None:
+                current.manager.register(former, name=name)
+            if isinstance(error, KeyboardInterrupt | ValueError):
+                raise
+            raise BrokenPlugin(f"plugin {name!r} is not registered: {_message(error)}") from error
+        _registered[name] = module
+
+
+def unregister(name: str) -> None:
+    """Remove a plugin that `register` added, with its declarations and observers.
+
+    Raises:
+        ValueError: no plugin was registered under the name.
+    """
+    global _discovered
+    with _lock:
+        current = _current()
+        if name not in _registered:
+            installed = [one for one in current.catalog.plugins if one.name == name]
+            hint = f"; it is installed. Run: pip uninstall {installed[0].distribution}" if installed else ""
+            raise ValueError(f"plugin {name!r} is not registered{hint or did_you_mean(name, _registered)}")
+        del _registered[name]
+        if name in current.registered:
+            current.manager.unregister(name=name)
+            _discovered = _without(current, name)
+
+
+def removal(declared: Declared[Any]) -> str:
+    """Return how to remove the plugin of a declaration: a command, or for one that `register` added a call, as text."""
+    if (declared.distribution, declared.version) == REGISTERED:
+        return f"diffsynth.registry.unregister({declared.plugin!r})"
+    return f"pip uninstall {declared.distribution}"
 
 
 def problems() -> list[Problem]:
@@ -246,7 +308,10 @@ def _current() -> _Discovered:
             raise RuntimeError("a plugin asks for the catalog while discovery runs; ask for it on first use instead")
         _is_loading = True
         try:
-            _discovered = _discover()
+            found = _discover()
+            for name, module in _registered.items():
+                found = _rejoined(found, name, module)
+            _discovered = found
         finally:
             _is_loading = False
         return _discovered
@@ -286,6 +351,47 @@ def _discover() -> _Discovered:
         logger.warning("%s", describe(problems))
     everything = {kind: tuple(specs) for kind, specs in declared.items()}
     return _Discovered(Catalog(plugins=tuple(plugins), problems=tuple(problems), **everything), manager)
+
+
+def _joined(current: _Discovered, name: str, module: Any) -> _Discovered:
+    """Return a `_Discovered` with a plugin of `register` added; raises like `register`, and `_Rejected`."""
+    catalog, started = current.catalog, time.perf_counter()
+    if any(one.name == name for one in catalog.plugins) or any(one.plugin == name for one in catalog.problems):
+        raise ValueError(f"plugin {name!r} is installed; expected another name")
+    own = _adopt(current.manager, module, Plugin(name, *REGISTERED))
+    declared = {kind: [Declared(one, name, *REGISTERED) for one in specs] for kind, specs in own.items()}
+    everything = {kind: (*getattr(catalog, kind), *specs) for kind, specs in declared.items()}
+    for kind in _UNIQUE:
+        for plugin, *_, error in duplicates(everything[kind]):
+            if plugin == name:
+                current.manager.unregister(name=name)
+                raise _Rejected(error)
+    plugins = (*catalog.plugins, Plugin(name, *REGISTERED, time.perf_counter() - started))
+    return replace(current, catalog=replace(catalog, plugins=plugins, **everything))
+
+
+def _rejoined(current: _Discovered, name: str, module: Any) -> _Discovered:
+    """Return what `_joined` returns; a plugin that is refused becomes a problem."""
+    started = time.perf_counter()
+    try:
+        return _joined(current, name, module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        problem = _problem(Plugin(name, *REGISTERED), error, time.perf_counter() - started)
+        return replace(current, catalog=replace(current.catalog, problems=(*current.catalog.problems, problem)))
+
+
+def _without(current: _Discovered, name: str) -> _Discovered:
+    """Return a `_Discovered` without the declarations and problems of a plugin that `register` added."""
+    catalog = current.catalog
+    kept = {
+        kind: tuple(one for one in getattr(catalog, kind) if (one.plugin, one.distribution) != (name, REGISTERED[0]))
+        for kind in ("problems", *KINDS)
+    }
+    plugins = tuple(one for one in catalog.plugins if (one.name, one.distribution) != (name, REGISTERED[0]))
+    late = [one for one in current.late if (one.plugin, one.distribution) != (name, REGISTERED[0])]
+    return replace(current, catalog=replace(catalog, plugins=plugins, **kept), late=late)
 
 
 def describe(problems: Sequence[Problem]) -> str:
@@ -333,6 +439,20 @@ def _provider(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
 def _load(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, plugin: Plugin) -> dict[str, list[Any]]:
     heavy_before = {name for name in HEAVY if name in sys.modules}
     module = entry.load()
+    return _adopt(manager, module, plugin, heavy_before=heavy_before)
+
+
+def _adopt(
+    manager: pluggy.PluginManager, module: Any, plugin: Plugin, heavy_before: Set[str] = frozenset(HEAVY)
+) -> dict[str, list[Any]]:
+    """Register a module's hooks in the manager and return kind -> its declarations.
+
+    Args:
+        manager: of all plugins.
+        module: of the plugin.
+        plugin: its name and distribution.
+        heavy_before: the modules of `HEAVY` that may be imported; all, where a plugin is registered in a program.
+    """
     _check_api(module, plugin)
     try:
         manager.register(module, name=plugin.name)
@@ -342,7 +462,7 @@ def _load(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, p
             if name in sys.modules and name not in heavy_before:
                 raise _Rejected(
                     f"imports {name} at import; name heavy code by string, or import it inside a function. "
-                    f'To see where: python -X importtime -c "import {entry.module}"'
+                    f'To see where: python -X importtime -c "import {module.__name__}"'
                 )
     except BaseException:
         # Unregister before the next plugin loads: check_pending() checks the implementations of all plugins.

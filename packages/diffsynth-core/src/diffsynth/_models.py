@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import inspect
+import re
+import sys
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +102,64 @@ def problems() -> list[Problem]:
 
 
 def refresh() -> None:
-    """Discover plugins again, after one was installed or removed; later calls see the new ones."""
+    """Discover plugins again, after one was installed or removed; later calls see the new ones. Plugins that `register`
+    added stay.
+    """
     _discovery.refresh()
+
+
+def register(plugin: Any, *, name: str | None = None) -> None:
+    """Register a plugin in the running program, for notebooks and applications; its declarations are found at once.
+
+    It is checked like an installed plugin. Registered again under the same name, as when a cell of a notebook runs
+    again, it takes the place of the former one. Pipelines that exist keep what they have. Thread-safe.
+
+    Args:
+        plugin: a module, or any object, that states `DIFFSYNTH_API` and has functions marked `@diffsynth.hookimpl`.
+            Its declarations name code by reference, `"__main__:MyPipeline"` in a notebook or script.
+        name: of the plugin, letters, digits, `_`, `-` and `.`; None is the name of the module, without its packages.
+
+    Raises:
+        TypeError: `plugin` has no function that is marked, or is no module and has no name.
+        ValueError: the name is not one, or is that of an installed plugin.
+        BrokenPlugin: the plugin is refused; the message has the reason. What was registered before stays.
+    """
+    if name is None and not inspect.ismodule(plugin):
+        raise TypeError(f"plugin={shown(plugin)} is no module; expected name= for it")
+    own = plugin.__name__.rpartition(".")[2].strip("_") if name is None else name
+    if not isinstance(own, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", own):
+        raise ValueError(
+            f"name={shown(own)}: expected a name of letters, digits, '_', '-' and '.', such as 'my-models'"
+        )
+    found = {each: getattr(plugin, each, None) for each in dir(plugin)}
+    marked = {each: value for each, value in found.items() if hasattr(value, f"{_discovery.GROUP}_impl")}
+    if not marked:
+        raise TypeError(f"plugin={shown(plugin)} has no function marked @diffsynth.hookimpl; expected at least one")
+    # The functions of now, in a module of their own: those of a notebook change when a cell runs again.
+    module = types.ModuleType(own)
+    vars(module).update(marked, DIFFSYNTH_API=found.get("DIFFSYNTH_API"))
+    _discovery.register(module, own)
+    _follow_catalog()
+
+
+def unregister(name: str) -> None:
+    """Remove a plugin that `register` added; later calls do not find its declarations. Pipelines that exist keep what
+    they have.
+
+    Raises:
+        ValueError: no plugin was registered under the name.
+    """
+    _discovery.unregister(name)
+    _follow_catalog()
+
+
+def _follow_catalog() -> None:
+    """Register the attention backends and doors of the catalog, where some are in use; else the first use does."""
+    # Looked up, not imported: the first of these modules imports torch.
+    if backends := sys.modules.get("diffsynth.runtime.declared_backends"):
+        backends.use_declared_backends()
+    if doors := sys.modules.get("diffsynth.pipelines"):
+        doors.find_doors()
 
 
 def _record(declared: Declared[ModelSpec]) -> ModelRecord:

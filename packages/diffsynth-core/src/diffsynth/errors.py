@@ -4,7 +4,7 @@ DiffsynthError
 ├── RegistryError
 │   ├── UnknownModel        no installed plugin declares the name
 │   ├── AmbiguousModel      several plugins declare the name
-│   └── BrokenPlugin        a plugin failed, and DIFFSYNTH_STRICT_PLUGINS is on
+│   └── BrokenPlugin        a plugin failed in registry.register(), or DIFFSYNTH_STRICT_PLUGINS is on
 ├── CheckpointError
 │   ├── NoFiles             a path or pattern matches no file, or shards are missing
 │   ├── DownloadFailed      the hub cannot be reached or refuses the request
@@ -62,7 +62,9 @@ class AmbiguousModel(RegistryError):
 
 
 class BrokenPlugin(RegistryError):
-    """Raised when a plugin fails while DIFFSYNTH_STRICT_PLUGINS is on; otherwise the failure is only reported."""
+    """Raised when a plugin fails in `registry.register()`, or while DIFFSYNTH_STRICT_PLUGINS is on; otherwise the
+    failure is only reported.
+    """
 
 
 class CheckpointError(DiffsynthError):

@@ -13,6 +13,7 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.files import weights_state
 from diffsynth.diagnosis.finding import Finding
 from diffsynth.registry import ModelRecord
+from diffsynth.spec import parse_source
 
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<bounds>[^;]*)(?:;(?P<marker>.*))?")
 _HOLDS = {
@@ -75,15 +76,33 @@ def plugins() -> Iterator[Finding]:
 
 
 def models() -> Iterator[Finding]:
-    """Yield a `Finding` for each model: its weights are present, or how to get them; one if there are no models."""
+    """Yield a `Finding` for each model with files on this machine, or whose package lacks its files, and one for all
+    models without any; one if no model is installed.
+    """
     records = registry.list()
     if not records:
         yield Finding("models", "note", "none are installed", "Install a model family; see diffsynth list")
+    absent = [record for record in records if record.weights == "absent" and _is_on_a_hub(record)]
     for record in records:
         if record.weights == "present":
             yield Finding(record.exact_name, "ok", "weights present")
-        else:
+        elif record not in absent:
             yield _incomplete(record)
+    if absent:
+        yield _absent(len(absent), len(records))
+
+
+def _is_on_a_hub(record: ModelRecord) -> bool:
+    return any(parse_source(source).model_id for source in (*record.components.values(), *record.processors.values()))
+
+
+def _absent(count: int, total: int) -> Finding:
+    """Return the `Finding` for all models whose weights are absent."""
+    if _env.skip_download():
+        how = "unset DIFFSYNTH_SKIP_DOWNLOAD to download a model when it is first loaded"
+    else:
+        how = f"a model is downloaded from {_env.download_source()} when it is first loaded"
+    return Finding("absent", "note", f"weights of {count} of {total} models", f"To see them: diffsynth list; {how}")
 
 
 def _incomplete(record: ModelRecord) -> Finding:

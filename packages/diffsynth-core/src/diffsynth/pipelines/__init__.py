@@ -23,5 +23,11 @@ def _folders() -> list[str]:
     return found
 
 
-# The families' folders come first, so that their doors replace those for families that are not there yet.
-__path__ = with_doors([*_folders(), *__path__], "pipelines")
+def find_doors() -> None:
+    """Add the folders of the declared doors to this package, as when a plugin was registered; others stay."""
+    global __path__
+    # The families' folders come first, so that their doors replace those for families that are not there yet.
+    __path__ = list(dict.fromkeys(with_doors([*_folders(), *__path__], "pipelines")))
+
+
+find_doors()

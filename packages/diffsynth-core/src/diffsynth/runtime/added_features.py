@@ -109,6 +109,6 @@ def _report(cls: type, declared: Declared[FeatureSpec], error: Exception) -> Non
     _discovery.report(
         declared,
         f"feature {declared.spec.feature!r} is left out of {cls.__name__}: {text.rstrip('.')}. "
-        f"Without the plugin: pip uninstall {declared.distribution}",
+        f"Without the plugin: {_discovery.removal(declared)}",
         cause=error,
     )

@@ -269,7 +269,7 @@ def _guidance_class(declared: Declared[GuidanceSpec], argument: str) -> type[Gui
         _discovery.report(
             declared,
             f"guidance {declared.spec.name!r} cannot be used: {reason}. "
-            f"Without the plugin: pip uninstall {declared.distribution}",
+            f"Without the plugin: {_discovery.removal(declared)}",
             cause=error,
         )
         plugin = f"{declared.plugin} ({declared.distribution} {declared.version})"

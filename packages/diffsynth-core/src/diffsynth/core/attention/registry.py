@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 from diffsynth.core.attention.call import AttentionBackend, AttentionCall
@@ -39,6 +40,8 @@ class RegisteredBackend:
 BACKENDS: dict[str, RegisteredBackend] = {}
 """Name -> backend, in the order in which `auto` tries them."""
 
+_lock = threading.Lock()
+
 
 def register_backend(
     name: str, backend: AttentionBackend, *, priority: int = 0, workspace: Workspace | None = None
@@ -55,12 +58,24 @@ def register_backend(
     Raises:
         ValueError: the name is taken.
     """
-    if name in BACKENDS or name in ALIASES or name == "auto":
-        raise ValueError(f"attention backend {name!r} is already registered")
-    BACKENDS[name] = RegisteredBackend(backend, priority, workspace or getattr(backend, "workspace", None))
-    in_order = sorted(BACKENDS.items(), key=lambda item: -item[1].priority)
-    BACKENDS.clear()
-    BACKENDS.update(in_order)
+    with _lock:
+        if name in BACKENDS or name in ALIASES or name == "auto":
+            raise ValueError(f"attention backend {name!r} is already registered")
+        later = [other for other, registered in BACKENDS.items() if registered.priority < priority]
+        BACKENDS[name] = RegisteredBackend(backend, priority, workspace or getattr(backend, "workspace", None))
+        for other in later:  # moved to the end one by one: calls in other threads read the dict
+            BACKENDS[other] = BACKENDS.pop(other)
+
+
+def unregister_backend(name: str) -> None:
+    """Remove the backend that was registered as `name`.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    find_backend(name)
+    with _lock:
+        BACKENDS.pop(name, None)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -79,6 +94,9 @@ def find_backend(name: str) -> RegisteredBackend:
     if not isinstance(name, str):
         raise TypeError(f"attention backend {shown(name)}: expected a name such as 'sdpa'")
     found = BACKENDS.get(ALIASES.get(name, name))
+    if found is None:
+        with _lock:  # another thread may be changing the order
+            found = BACKENDS.get(ALIASES.get(name, name))
     if found is None:
         known = ("auto", *BACKENDS, *ALIASES)
         raise ValueError(

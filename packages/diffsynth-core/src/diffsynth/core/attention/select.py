@@ -114,7 +114,7 @@ def choose(call: AttentionCall) -> str:
         Refused: every backend refuses the call; the message has all reasons.
     """
     avoiding: str | None = None
-    for name, registered in BACKENDS.items():
+    for name, registered in tuple(BACKENDS.items()):  # a plugin may be registered meanwhile
         reason = registered.backend.refuses(call)
         if reason is None:
             reason = avoidance(name, call)
