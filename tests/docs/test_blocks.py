@@ -23,6 +23,11 @@ ROOT = Path(__file__).parents[2]
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 1}
 RUN = {
     "README.md": [0],
+    "packages/diffsynth-core/README.md": [0],
+    "packages/diffsynth-flux/README.md": [0],
+    "packages/diffsynth-qwen-image/README.md": [0],
+    "packages/diffsynth-wan/README.md": [0],
+    "packages/diffsynth-zimage/README.md": [0],
     "docs/models/flux-1.md": [0, 1, 2],
     "docs/models/flux-2.md": [0],
     "docs/models/wan.md": [0],

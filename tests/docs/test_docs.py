@@ -38,7 +38,13 @@ def test_the_manual_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "site" / "models" / "z-image" / "index.html").is_file()
+    site = tmp_path / "site"
+    page = (site / "models" / "z-image" / "index.html").read_text(encoding="utf-8")
+    assert '<span class="kn">import</span>' in page, "code is highlighted"
+    assert '<table class="docutils">' in page or "<table>" in page
+    assert (site / "css" / "site.css").is_file()
+    loaded = re.findall(r"<(?:script|link|img)\b[^>]*?\b(?:src|href)=\"?(https?://[^\s\">]+)", page)
+    assert loaded == [], "pages load nothing from elsewhere"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,11 @@ def third_party(tmp_path_factory) -> Path:
 
 
 class Environment:
-    """A new virtual environment."""
+    """A new virtual environment of the Python at a path."""
 
-    def __init__(self, folder: Path, third_party: Path) -> None:
+    def __init__(self, folder: Path, third_party: Path, python: str) -> None:
         self.folder = folder
-        subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
+        subprocess.run(["uv", "venv", "--quiet", "--python", python, str(folder)], check=True)
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "third_party.pth").write_text(f"{third_party}\n")
 
@@ -69,8 +70,14 @@ class Environment:
 
 
 @pytest.fixture
-def environment(tmp_path, third_party) -> Environment:
-    return Environment(tmp_path / "venv", third_party)
+def environment_of(tmp_path, third_party) -> Callable[[str], Environment]:
+    """A function that makes an environment of the Python at a path."""
+    return lambda python: Environment(tmp_path / "venv", third_party, python)
+
+
+@pytest.fixture
+def environment(environment_of) -> Environment:
+    return environment_of(sys.executable)
 
 
 def _plain() -> dict[str, str]:
