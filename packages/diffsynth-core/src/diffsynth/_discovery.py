@@ -14,18 +14,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from diffsynth import _env, spec
+from diffsynth._entry_points import GROUP, EntryPoint, normalized, plugin_entries
 from diffsynth._spec_checks import check_spec, duplicates, identity
 from diffsynth.errors import BrokenPlugin, did_you_mean
 from diffsynth.terminal import module_logger
 
 if TYPE_CHECKING:
-    import importlib.metadata
-
     import pluggy
 
 logger = module_logger(__name__)
 
-GROUP = "diffsynth"
 CORE = ("core", "diffsynth-core")
 REGISTERED = ("registered", "in this program")
 """Distribution and version of the plugins that `register` added."""
@@ -45,6 +43,7 @@ class Problem:
         error: message, one line.
         traceback: formatted traceback; empty if no exception was raised.
         seconds: time spent loading the plugin.
+        state: "broken": the plugin, or a part of it, is left out; or "warning": it works.
     """
 
     plugin: str
@@ -53,6 +52,7 @@ class Problem:
     error: str
     traceback: str = ""
     seconds: float = 0.0
+    state: str = "broken"
 
     def __str__(self) -> str:
         return f"{self.plugin} ({self.distribution} {self.version}): {self.error}"
@@ -325,13 +325,14 @@ def _discover() -> _Discovered:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     plugins: list[Plugin] = []
-    problems: list[Problem] = []
     declared: dict[str, list[Declared[Any]]] = {kind: [] for kind in KINDS}
-    for entry, plugin, same_name in _entries():
+    entries, problems = _entries()
+    for entry, refusal in entries:
+        plugin = Plugin(entry.name, entry.distribution, entry.version)
         started = time.perf_counter()
         try:
-            if same_name:
-                raise _Rejected(f"{' and '.join(same_name)} declare a plugin of this name; uninstall all but one")
+            if refusal:
+                raise _Rejected(refusal)
             own = _load(manager, entry, plugin)
         except KeyboardInterrupt:
             raise
@@ -395,49 +396,77 @@ def _without(current: _Discovered, name: str) -> _Discovered:
 
 
 def describe(problems: Sequence[Problem]) -> str:
-    """Return one line for logs: "1 plugin is broken: flux (diffsynth-flux 0.3.1): ... Run: diffsynth plugins"."""
-    count = "1 plugin is broken" if len(problems) == 1 else f"{len(problems)} plugins are broken"
-    return f"{count}: {'; '.join(map(str, problems))}. Run: diffsynth plugins"
+    """Return one line for logs and errors, of the broken ones if any is, else of the warnings, empty if there are none:
+    "1 plugin is broken: flux (diffsynth-flux 0.3.1): ... Run: diffsynth plugins".
+    """
+    shown_ones = [one for one in problems if one.state == "broken"] or list(problems)
+    if not shown_ones:
+        return ""
+    is_one = len(shown_ones) == 1
+    if shown_ones[0].state == "broken":
+        count = "1 plugin is broken" if is_one else f"{len(shown_ones)} plugins are broken"
+    else:
+        count = "1 warning of a plugin" if is_one else f"{len(shown_ones)} warnings of plugins"
+    return f"{count}: {'; '.join(map(str, shown_ones))}. Run: diffsynth plugins"
 
 
-def _entries() -> list[tuple[importlib.metadata.EntryPoint, Plugin, list[str]]]:
-    """Return a list of (entry point, `Plugin`, list of `"distribution version"` of all plugins of its name if several,
-    else empty) for each allowed plugin, core first, then by name.
+def _entries() -> tuple[list[tuple[EntryPoint, str]], list[Problem]]:
+    """Return a pair: (list of (entry point, reason to refuse it, else empty) of each allowed plugin, core first, then
+    by name; list of the `Problem`s of damaged distributions).
 
     DIFFSYNTH_PLUGINS lists the allowed plugins; core is always allowed.
     """
-    import importlib.metadata
-
     allowed = _env.plugins()
-    found = []
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        plugin = Plugin(entry.name, *_provider(entry))
-        # `core` declares the components that families share, so it is loaded whatever the allow-list names.
-        if allowed is None or entry.name in allowed or (plugin.name, plugin.distribution) == CORE:
-            found.append((entry, plugin))
-    found.sort(key=lambda item: (item[1].name != CORE[0], item[1].name, item[1].distribution))
-    providers: dict[str, list[str]] = {}
-    for _, plugin in found:
-        providers.setdefault(plugin.name, []).append(f"{plugin.distribution} {plugin.version}")
-    return [
-        (entry, plugin, providers[plugin.name] if len(providers[plugin.name]) > 1 else []) for entry, plugin in found
+    entries, damaged = plugin_entries()
+    # `core` declares the components that families share, so it is loaded whatever the allow-list names.
+    found = [one for one in entries if allowed is None or one.name in allowed or (one.name, one.distribution) == CORE]
+    found.sort(key=lambda one: ((one.name, one.distribution) != CORE, one.name, one.distribution))
+    refusals = _clashing_entries(found)
+    problems = [
+        Problem(
+            ", ".join(one.plugins) or one.distribution,
+            one.distribution,
+            one.version,
+            one.error,
+            state="broken" if one.plugins else "warning",
+        )
+        for one in damaged
+        if allowed is None or not one.plugins or allowed.intersection(one.plugins)
     ]
+    return [(one, refusals.get(one, "")) for one in found], problems
 
 
-def _provider(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    """Return (name, version) of the distribution of an entry point; ("unknown", "") if it has none.
+def _clashing_entries(entries: list[EntryPoint]) -> dict[EntryPoint, str]:
+    """Return a dict entry point -> reason to refuse it, for those whose name or module another one has, too.
 
-    The header is read line by line because `entry.dist.name` parses the whole METADATA file, which is slow.
+    The plugin `toy` of the distribution `diffsynth-toy`, and so each of ours, is kept; else all that clash are refused.
     """
-    if entry.dist is None:
-        return "unknown", ""
-    text = entry.dist.read_text("METADATA") or entry.dist.read_text("PKG-INFO") or ""
-    fields = dict(line.split(": ", 1) for line in text.partition("\n\n")[0].splitlines() if ": " in line)
-    return fields.get("Name", "unknown"), fields.get("Version", "")
+    refusals: dict[EntryPoint, str] = {}
+    for kind in ("name", "module"):
+        groups: dict[str, list[EntryPoint]] = {}
+        for entry in entries:
+            groups.setdefault(normalized(entry.name) if kind == "name" else entry.module, []).append(entry)
+        for spelling, several in groups.items():
+            owners = [one for one in several if normalized(one.distribution) == f"diffsynth-{normalized(one.name)}"]
+            owner = owners[0] if len(owners) == 1 else None
+            providers = dict.fromkeys(f"{one.distribution} {one.version}" for one in several)
+            for one in several if len(several) > 1 else ():
+                if owner is None:
+                    refusals[one] = f"{' and '.join(providers)} declare a plugin of this {kind}; uninstall all but one"
+                elif one is not owner:
+                    refusals[one] = (
+                        f"the {kind} {spelling!r} is that of {owner.distribution}; rename the entry point "
+                        f"{one.name!r} of {one.distribution}, or run: pip uninstall {one.distribution}"
+                    )
+    return refusals
 
 
-def _load(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, plugin: Plugin) -> dict[str, list[Any]]:
+def _load(manager: pluggy.PluginManager, entry: EntryPoint, plugin: Plugin) -> dict[str, list[Any]]:
     heavy_before = {name for name in HEAVY if name in sys.modules}
+    try:
+        entry.check()
+    except ValueError as error:
+        raise _Rejected(str(error)) from error
     module = entry.load()
     return _adopt(manager, module, plugin, heavy_before=heavy_before)
 
@@ -454,6 +483,8 @@ def _adopt(
         heavy_before: the modules of `HEAVY` that may be imported; all, where a plugin is registered in a program.
     """
     _check_api(module, plugin)
+    if manager.is_registered(module):
+        raise _Rejected(f"{entry.value!r} is the module of another plugin")
     try:
         manager.register(module, name=plugin.name)
         _check_hooks(manager, module)

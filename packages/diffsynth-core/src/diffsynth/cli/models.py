@@ -52,14 +52,15 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
             }
         )
     else:
-        broken = {(problem.plugin, problem.distribution) for problem in problems}
+        # A plugin with a warning and a broken part is broken.
+        states = {(p.plugin, p.distribution): p.state for p in sorted(problems, key=lambda p: p.state != "warning")}
         rows = [
-            (p.name, p.distribution, p.version, "broken" if (p.name, p.distribution) in broken else "ok", _declares(p))
+            (p.name, p.distribution, p.version, states.get((p.name, p.distribution), "ok"), _declares(p))
             for p in catalog.plugins
         ]
         loaded = {(p.name, p.distribution) for p in catalog.plugins}
         rows += [
-            (p.plugin, p.distribution, p.version, "broken", "")
+            (p.plugin, p.distribution, p.version, p.state, "")
             for p in problems
             if (p.plugin, p.distribution) not in loaded
         ]
@@ -68,7 +69,7 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
             echo(f"\n{problem}", err=True)
             if problem.traceback and ctx.find_root().meta.get("diffsynth.traceback"):
                 echo(problem.traceback, err=True, nl=False)
-    ctx.exit(1 if problems else 0)
+    ctx.exit(1 if any(problem.state == "broken" for problem in problems) else 0)
 
 
 @click.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import os
 import re
@@ -11,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from diffsynth import _discovery, _env
+from diffsynth import _env
+from diffsynth._entry_points import plugin_entries
 from diffsynth.diagnosis.finding import Finding
 from diffsynth.diagnosis.machine import GIB, in_gib
 from diffsynth.errors import did_you_mean
@@ -33,7 +33,7 @@ def settings() -> Iterator[Finding]:
     for variable in sorted(name for name in os.environ if name.startswith("DIFFSYNTH_") and name not in ours):
         seen = f"{os.environ[variable]!r}: no such variable{did_you_mean(variable, ours)}"
         yield Finding(variable, "note", seen, f"Correct the name, or: unset {variable}")
-    installed = {entry.name for entry in importlib.metadata.entry_points(group=_discovery.GROUP)}
+    installed = {entry.name for entry in plugin_entries()[0]}
     for name in sorted((_env.plugins() or frozenset()) - installed):
         seen = f"names {name!r}, which is not installed{did_you_mean(name, installed)}"
         yield Finding("DIFFSYNTH_PLUGINS", "note", seen, "Correct the name; diffsynth plugins lists them")

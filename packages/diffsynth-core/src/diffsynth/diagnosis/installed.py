@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from diffsynth import _discovery, _env, registry
+from diffsynth._entry_points import plugin_entries
 from diffsynth.core.loader import first_party
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.files import weights_state
@@ -60,19 +61,20 @@ def absent_packages() -> dict[str, list[str]]:
 def plugins() -> Iterator[Finding]:
     """Yield a `Finding` for each plugin that loaded, and for each problem of a plugin or of the installation."""
     problems = registry.problems()
-    broken = {(problem.plugin, problem.distribution) for problem in problems}
+    named = {(problem.plugin, problem.distribution) for problem in problems}
     for plugin in _discovery.catalog().plugins:
-        if (plugin.name, plugin.distribution) not in broken:
+        if (plugin.name, plugin.distribution) not in named:
             seen = f"{plugin.distribution} {plugin.version}, loaded in {plugin.seconds * 1000:.0f} ms"
             yield Finding(plugin.name, "ok", seen)
     for problem in problems:
-        upstream = problem.distribution == "diffsynth"  # its error text contains the command
+        has_command = problem.distribution == "diffsynth" or problem.state == "warning"
         action = (
             "Run the command in the message"
-            if upstream
+            if has_command
             else f"Run: diffsynth plugins --traceback; or: pip uninstall {problem.distribution}"
         )
-        yield Finding(problem.plugin, "broken", f"{problem.distribution} {problem.version}: {problem.error}", action)
+        state = "note" if problem.state == "warning" else "broken"
+        yield Finding(problem.plugin, state, f"{problem.distribution} {problem.version}: {problem.error}", action)
 
 
 def models() -> Iterator[Finding]:
@@ -124,7 +126,7 @@ def _incomplete(record: ModelRecord) -> Finding:
 
 def _installed() -> list[str]:
     """Return a list of installed distributions' names: diffsynth-core, then our others and those of plugins, sorted."""
-    plugins = {entry.dist.name for entry in importlib.metadata.entry_points(group=_discovery.GROUP) if entry.dist}
+    plugins = {entry.distribution for entry in plugin_entries()[0]}
     others = {name for name in first_party.packages() if _version(name)} | plugins
     return ["diffsynth-core", *sorted(others - {"diffsynth-core"})]
 

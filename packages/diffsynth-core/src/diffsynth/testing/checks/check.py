@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffsynth import _discovery
 from diffsynth._discovery import Catalog, Problem
+from diffsynth._entry_points import GROUP, normalized, plugin_entries
 from diffsynth.errors import did_you_mean
 
 
@@ -47,16 +46,15 @@ class Subject:
         """
         catalog = _discovery.catalog()
         seen = {one.distribution for one in (*catalog.plugins, *catalog.problems)}
-        wanted = _canonical(distribution)
-        names = [name for name in seen if _canonical(name) == wanted]
+        wanted = normalized(distribution)
+        names = [name for name in seen if normalized(name) == wanted]
         if not names:
             raise ValueError(
                 f"{distribution!r} has no plugin{did_you_mean(distribution, seen)} Install it first "
-                f"(pip install -e .); it needs an entry point in the group {_discovery.GROUP!r}, "
+                f"(pip install -e .); it needs an entry point in the group {GROUP!r}, "
                 f"and DIFFSYNTH_PLUGINS, if set, must allow it."
             )
-        entries = importlib.metadata.entry_points(group=_discovery.GROUP)
-        modules = [entry.module for entry in entries if entry.dist is not None and entry.dist.name == names[0]]
+        modules = [entry.module for entry in plugin_entries()[0] if entry.distribution == names[0]]
         return cls(names[0], tuple(modules), catalog)
 
     @property
@@ -80,7 +78,3 @@ class Subject:
     def runnable_architectures(self) -> list[Any]:
         """Return a list of the `ArchitectureSpec`s that this distribution declares, without `not_runnable` ones."""
         return [fact for fact in self.declared("architectures") if not fact.not_runnable]
-
-
-def _canonical(distribution: str) -> str:
-    return re.sub(r"[-_.]+", "-", distribution).lower()
