@@ -484,7 +484,7 @@ def _adopt(
     """
     _check_api(module, plugin)
     if manager.is_registered(module):
-        raise _Rejected(f"{entry.value!r} is the module of another plugin")
+        raise _Rejected(f"its module, {module.__name__!r}, is that of another plugin")
     try:
         manager.register(module, name=plugin.name)
         _check_hooks(manager, module)
