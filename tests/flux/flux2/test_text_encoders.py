@@ -48,7 +48,7 @@ def test_the_texts_are_those_of_training() -> None:
     assert chat_text("an apple", mistral=False) == (
         "<|im_start|>user\nan apple<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
-    assert chat_text("an [IMG]apple", mistral=True) == (
+    assert chat_text("an apple", mistral=True) == (
         f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]an apple[/INST]"
     )
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffsynth.runtime.prompts import cut_prompt, log_cut
+from diffsynth.runtime.prompt_weights import WeightedText, tokenize_weighted
+from diffsynth.runtime.prompts import log_cut
 
 MAX_PROMPT_TOKENS = 1024
 """Most tokens of a prompt, with what the chat template puts after it and without images."""
@@ -55,12 +57,14 @@ class PromptTokens:
         input_ids: token ids; those of images are 0, as their embeddings are not used.
         mask: 1 for text and images, 0 for padding.
         image_mask: True for tokens of images.
+        weights: of the tokens; None if all are 1.
         dropped: number of first tokens whose hidden states the transformer does not get.
     """
 
     input_ids: Int[Tensor, "b s"]
     mask: Int[Tensor, "b s"]
     image_mask: Bool[Tensor, "b s"]
+    weights: Float[Tensor, "b s"] | None
     dropped: int
 
 
@@ -83,7 +87,7 @@ def segments(images: PromptImages | None) -> list[str]:
     return [f"{end}{caption}{VISION_START}" for end, caption in zip(ends, images.captions, strict=False)] + ends[-1:]
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], images: PromptImages | None) -> PromptTokens:
+def tokenize(tokenizer: Any, prompts: Sequence[WeightedText], images: PromptImages | None) -> PromptTokens:
     """Return the `PromptTokens` of prompts; a prompt over `MAX_PROMPT_TOKENS` is cut with a warning.
 
     Each segment of the text begins with a special token, so that its tokens are those that it has in the whole text.
@@ -101,20 +105,22 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], images: PromptImages | None
         ids = _ids(tokenizer, text)
         head += [ids, ids.new_zeros(count)]
         image_head += [torch.zeros(len(ids), dtype=torch.bool), torch.ones(count, dtype=torch.bool)]
-    texts = [f"{last}{cut_prompt(prompt, max_tokens=MAX_PROMPT_TOKENS)}{ANSWER}" for prompt in prompts]
-    tokens = tokenizer(texts, padding="longest", padding_side="right", return_tensors="pt")
+    texts = [prompt.within(lambda text: f"{last}{text}{ANSWER}") for prompt in prompts]
+    tokens, weights = tokenize_weighted(tokenizer, texts, padding="longest", padding_side="right")
     most = MAX_PROMPT_TOKENS + (dropped if images is None else 0)
     if tokens["input_ids"].shape[1] > most:
         for ids, kept in zip(tokens["input_ids"], tokens["attention_mask"].bool(), strict=True):
             log_cut(tokenizer, ids[kept].tolist(), most=most)
     input_ids, mask = tokens["input_ids"][:, :most], tokens["attention_mask"][:, :most]
+    weights = None if weights is None else weights[:, :most]
     image_mask = torch.zeros_like(mask, dtype=torch.bool)
     if head:
         first, first_images = torch.cat(head), torch.cat(image_head)
         input_ids = torch.cat((first.expand(len(input_ids), -1), input_ids), dim=1)
         mask = torch.cat((mask.new_ones(len(mask), len(first)), mask), dim=1)
         image_mask = torch.cat((first_images.expand(len(image_mask), -1), image_mask), dim=1)
-    return PromptTokens(input_ids, mask, image_mask, dropped)
+        weights = None if weights is None else F.pad(weights, (len(first), 0), value=1.0)
+    return PromptTokens(input_ids, mask, image_mask, weights, dropped)
 
 
 def count_prefix(tokenizer: Any, before: str) -> int:

@@ -24,6 +24,7 @@ from diffsynth.runtime.image_units import (
     set_tiling,
 )
 from diffsynth.runtime.images import check_alpha, image_list, images_to_batch
+from diffsynth.runtime.prompt_weights import check_prompt_weights, encode_weighted, weighted_texts
 from diffsynth.runtime.prompts import distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
@@ -34,7 +35,7 @@ from diffsynth.sampling.schedule import (
     qwen_image_sigmas,
 )
 from diffsynth_qwen_image.config import TOKEN_FACTOR, VAE_FACTOR
-from diffsynth_qwen_image.prompts import PromptImages, tokenize
+from diffsynth_qwen_image.prompts import MAX_PROMPT_TOKENS, PromptImages, tokenize
 
 round_size = image_size(multiple=TOKEN_FACTOR, default=1328)
 
@@ -97,12 +98,19 @@ def schedule(
     return qwen_image_sigmas(num_inference_steps, num_tokens=num_tokens, mu=mu, strength=strength)
 
 
-@unit("prompt_embeds", "prompt_mask", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
+@unit(
+    "prompt_embeds",
+    "prompt_mask",
+    branches={"uncond": {"prompt": "negative_prompt"}},
+    phase=Phase.TEXT,
+    check=check_prompt_weights,
+)
 def encode_prompt(
     text_encoder: Any,
     tokenizer: Any,
     *,
     prompt: str | Sequence[str] = "",
+    prompt_weighting: bool = False,
     prompt_images: PromptImages | None = None,
     device: torch.device,
     dtype: torch.dtype,
@@ -113,12 +121,19 @@ def encode_prompt(
     Prompts over `MAX_PROMPT_TOKENS`, besides the images, are cut with a warning; equal ones are encoded once.
     """
     distinct, order = distinct_prompts(prompt, device=device)
-    tokens = tokenize(tokenizer, distinct, prompt_images)
+    texts = weighted_texts(distinct, prompt_weighting=prompt_weighting, max_tokens=MAX_PROMPT_TOKENS)
+    tokens = tokenize(tokenizer, texts, prompt_images)
     images: dict[str, Any] = {}
     if prompt_images is not None:
         patches = prompt_images.patches.repeat(len(distinct), 1).to(device, dtype)
         images = {"patches": patches, "grids": prompt_images.grids * len(distinct), "image_mask": tokens.image_mask}
-    embeds = text_encoder(tokens.input_ids.to(device), tokens.mask.to(device), **images)
+    mask = tokens.mask.to(device)
+    embeds = encode_weighted(
+        lambda ids: text_encoder(ids, mask, **images),
+        tokens.input_ids.to(device),
+        tokens.weights,
+        padding=tokenizer.pad_token_id,
+    )
     kept = tokens.mask[:, tokens.dropped :].bool()
     return embeds[:, tokens.dropped :][order], None if bool(kept.all()) else kept.to(device)[order]
 

@@ -23,6 +23,8 @@ class ShapeArguments(TypedDict, total=False):
 
     Args:
         negative_prompt: Text that guidance steers away from; used only if `cfg_scale` is not 1.
+        prompt_weighting: Whether brackets in prompts are weights of words: `(word:1.4)` raises what a word adds to the
+            text encoder's result, `(word:0.7)` lowers it, `(word)` is 1.1; `\\(` is a bracket of the text.
         height, width: Size of the video in pixels, at least 1; rounded up to a multiple of 16, or of 32 with the
             autoencoder of Wan 2.2.
         num_frames: Number of frames of the video, at least 1; rounded up to 4n + 1.
@@ -44,6 +46,7 @@ class ShapeArguments(TypedDict, total=False):
     """
 
     negative_prompt: str | Sequence[str]
+    prompt_weighting: bool
     height: int
     width: int
     num_frames: int

@@ -12,7 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size, set_tiling
 from diffsynth.runtime.images import Images, image_list
-from diffsynth.runtime.prompts import cut_prompt, log_cut
+from diffsynth.runtime.prompt_weights import (
+    WeightedText,
+    check_prompt_weights,
+    encode_weighted,
+    tokenize_weighted,
+    weighted_texts,
+)
+from diffsynth.runtime.prompts import log_cut
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.schedule import z_image_sigmas
 from diffsynth_zimage.config import MAX_PROMPT_TOKENS, VAE_FACTOR
@@ -34,12 +41,19 @@ def schedule(
     return z_image_sigmas(num_inference_steps, shift=shift, strength=denoising_strength)
 
 
-@unit("prompt_embeds", "prompt_mask", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
+@unit(
+    "prompt_embeds",
+    "prompt_mask",
+    branches={"uncond": {"prompt": "negative_prompt"}},
+    phase=Phase.TEXT,
+    check=check_prompt_weights,
+)
 def encode_prompt(
     text_encoder: Any,
     tokenizer: Any,
     *,
     prompt: str | Sequence[str] = "",
+    prompt_weighting: bool = False,
     edit_image: Images = None,
     device: torch.device,
 ) -> tuple[Float[Tensor, "b s e"], PromptMask]:
@@ -50,20 +64,19 @@ def encode_prompt(
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     count = len(image_list(edit_image))
-    captions = [chat_segments(cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS), images=count) for text in prompts]
+    weighted = weighted_texts(prompts, prompt_weighting=prompt_weighting, max_tokens=MAX_PROMPT_TOKENS)
+    captions = [_segments(text, images=count) for text in weighted]
     texts = list(dict.fromkeys(segment for caption in captions for segment in caption))
-    tokens = tokenizer(
-        texts,
-        padding="longest",
-        padding_side="right",  # with causal attention, padding after the text does not change its hidden states
-        return_tensors="pt",
-    )
+    # With causal attention, padding after the text does not change its hidden states.
+    tokens, weights = tokenize_weighted(tokenizer, texts, padding="longest", padding_side="right")
     input_ids, mask = tokens["input_ids"], tokens["attention_mask"]
     if input_ids.shape[1] > MAX_PROMPT_TOKENS:
         for ids, kept in zip(input_ids, mask.bool(), strict=True):
             log_cut(tokenizer, ids[kept].tolist(), most=MAX_PROMPT_TOKENS)
         input_ids, mask = input_ids[:, :MAX_PROMPT_TOKENS], mask[:, :MAX_PROMPT_TOKENS]
-    embeds = text_encoder(input_ids.to(device), mask.to(device))
+        weights = None if weights is None else weights[:, :MAX_PROMPT_TOKENS]
+    on_device, padding = mask.to(device), tokenizer.pad_token_id
+    embeds = encode_weighted(lambda ids: text_encoder(ids, on_device), input_ids.to(device), weights, padding=padding)
     order = torch.tensor([[texts.index(segment) for segment in caption] for caption in captions])
     if order.shape[1] == 1:
         order = order[:, 0].to(device)
@@ -75,6 +88,14 @@ def encode_prompt(
         for caption in order.tolist()
     ]
     return pad_sequence(rows, batch_first=True), pad_sequence(numbers, batch_first=True).to(device)
+
+
+def _segments(prompt: WeightedText, *, images: int) -> tuple[WeightedText, ...]:
+    """Return a tuple of `WeightedText`s: the `chat_segments` of a prompt, with its weights."""
+    of_prompt = -2 if images else 0
+    segments = [WeightedText(segment) for segment in chat_segments(prompt.text, images=images)]
+    segments[of_prompt] = prompt.within(lambda text: chat_segments(text, images=images)[of_prompt])
+    return tuple(segments)
 
 
 def chat_segments(prompt: str, *, images: int) -> tuple[str, ...]:

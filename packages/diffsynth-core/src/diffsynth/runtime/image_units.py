@@ -29,6 +29,8 @@ class ImageArguments(TypedDict, total=False):
 
     Args:
         negative_prompt: Text that guidance steers away from; used only if `cfg_scale` is not 1.
+        prompt_weighting: Whether brackets in prompts are weights of words: `(word:1.4)` raises what a word adds to the
+            text encoder's result, `(word:0.7)` lowers it, `(word)` is 1.1; `\\(` is a bracket of the text.
         input_image: Image to start from, or a list of one per result; None starts from pure noise.
         denoising_strength: Noise level that the input image is raised to, in (0, 1]; 1 ignores the input. The number
             of steps stays the same.
@@ -44,6 +46,7 @@ class ImageArguments(TypedDict, total=False):
     """
 
     negative_prompt: str | Sequence[str]
+    prompt_weighting: bool
     input_image: Image.Image | Sequence[Image.Image] | Tensor | None
     denoising_strength: float
     height: int

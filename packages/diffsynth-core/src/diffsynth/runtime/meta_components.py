@@ -30,15 +30,22 @@ class FixedLengthTokenizer:
     """
 
     pad_token_id = eos_token_id = 0
+    is_fast = True
 
     def __init__(self, length: int) -> None:
         self.length = length
 
     def __call__(
-        self, text: str | Sequence[str], *, padding: Any = False, max_length: int | None = None, **_: Any
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: Any = False,
+        max_length: int | None = None,
+        return_offsets_mapping: bool = False,
+        **_: Any,
     ) -> Any:
         """Return a `BatchEncoding`: `input_ids` and `attention_mask`, int64 ones `b s`; `s` is fixed, or set by
-        `max_length`.
+        `max_length`. With `return_offsets_mapping` each token is of all characters.
 
         `max_length` cuts, and pads if `padding` is "max_length".
         """
@@ -49,7 +56,11 @@ class FixedLengthTokenizer:
         if padding == "max_length" and max_length is not None:
             length = max_length
         ids = torch.ones(count, length, dtype=torch.long)
-        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if return_offsets_mapping:
+            longest = len(text) if isinstance(text, str) else max(map(len, text))
+            made["offset_mapping"] = torch.tensor([0, longest]).expand(count, length, 2)
+        return BatchEncoding(made)
 
 
 def without_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:

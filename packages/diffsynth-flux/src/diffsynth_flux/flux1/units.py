@@ -11,7 +11,14 @@ from torch import Tensor
 
 from diffsynth.errors import shown
 from diffsynth.runtime.image_units import encode_input_image, image_latents, image_size, set_tiling
-from diffsynth.runtime.prompts import cut_prompt, distinct_prompts
+from diffsynth.runtime.prompt_weights import (
+    WeightedText,
+    check_prompt_weights,
+    encode_weighted,
+    tokenize_weighted,
+    weighted_texts,
+)
+from diffsynth.runtime.prompts import distinct_prompts
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.schedule import flux1_original_sigmas, flux1_sigmas
 from diffsynth.terminal import module_logger
@@ -69,23 +76,35 @@ def set_guidance(*, embedded_guidance: float = EMBEDDED_GUIDANCE) -> float:
 
 @unit("pooled_prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
 def encode_pooled_prompt(
-    text_encoder_1: Any, tokenizer_1: Any, *, prompt: str | Sequence[str] = "", device: torch.device
+    text_encoder_1: Any,
+    tokenizer_1: Any,
+    *,
+    prompt: str | Sequence[str] = "",
+    prompt_weighting: bool = False,
+    device: torch.device,
 ) -> Float[Tensor, "b e"]:
     """Return CLIP's pooled hidden states `b e` of the prompts, which are cut to its number of positions; what is cut is
-    logged.
+    logged. Weights of words have no effect on them.
     """
     distinct, order = distinct_prompts(prompt, device=device)
+    texts = weighted_texts(distinct, prompt_weighting=prompt_weighting, max_tokens=MAX_T5_TOKENS)
     max_tokens = text_encoder_1.config.max_tokens
-    input_ids = tokenize(tokenizer_1, distinct, max_tokens, where=f"CLIP takes {max_tokens} tokens; T5 alone takes")
+    input_ids, _ = tokenize(tokenizer_1, texts, max_tokens, where=f"CLIP takes {max_tokens} tokens; T5 alone takes")
     return text_encoder_1(input_ids.to(device))[order]
 
 
-@unit("prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
+@unit(
+    "prompt_embeds",
+    branches={"uncond": {"prompt": "negative_prompt"}},
+    phase=Phase.TEXT,
+    check=check_prompt_weights,
+)
 def encode_prompt(
     text_encoder_2: Any,
     tokenizer_2: Any,
     *,
     prompt: str | Sequence[str] = "",
+    prompt_weighting: bool = False,
     t5_sequence_length: int = MAX_T5_TOKENS,
     device: torch.device,
 ) -> Float[Tensor, "b t e"]:
@@ -93,12 +112,18 @@ def encode_prompt(
     is logged.
     """
     distinct, order = distinct_prompts(prompt, device=device)
+    texts = weighted_texts(distinct, prompt_weighting=prompt_weighting, max_tokens=MAX_T5_TOKENS)
     where = f"T5 takes t5_sequence_length={t5_sequence_length} tokens; these are not used:"
-    return text_encoder_2(tokenize(tokenizer_2, distinct, t5_sequence_length, where=where).to(device))[order]
+    input_ids, weights = tokenize(tokenizer_2, texts, t5_sequence_length, where=where)
+    padding = tokenizer_2.pad_token_id
+    return encode_weighted(text_encoder_2, input_ids.to(device), weights, padding=padding)[order]
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: str) -> Int[Tensor, "b s"]:
-    """Return the token ids of texts, a CPU tensor `b s` with `s = max_tokens`, padded and cut; log text that is cut.
+def tokenize(
+    tokenizer: Any, texts: Sequence[WeightedText], max_tokens: int, *, where: str
+) -> tuple[Int[Tensor, "b s"], Float[Tensor, "b s"] | None]:
+    """Return (the token ids of texts, a CPU tensor `b s` with `s = max_tokens`, padded and cut; their weights, or None
+    if all are 1); log text that is cut.
 
     Args:
         tokenizer: of transformers.
@@ -106,17 +131,17 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: st
         max_tokens: number of tokens of each text.
         where: beginning of the logged line, before the text that is cut.
     """
-    tokens = tokenizer(
-        [cut_prompt(text, max_tokens=MAX_T5_TOKENS) for text in texts],
+    tokens, weights = tokenize_weighted(
+        tokenizer,
+        texts,
         padding="max_length",
         max_length=max_tokens,
         truncation=True,
         return_overflowing_tokens=True,
-        return_tensors="pt",
     )
     input_ids, samples = tokens["input_ids"], tokens.get("overflow_to_sample_mapping")
     if samples is None or len(samples) == len(texts):
-        return input_ids
+        return input_ids, weights
     first: dict[int, int] = {}
     rest: dict[int, list[int]] = {}
     for row, sample in enumerate(samples.tolist()):  # each row of a text has the tokens that did not fit the row before
@@ -124,7 +149,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: st
             rest.setdefault(sample, []).extend(input_ids[row].tolist())
     for tokens_left in rest.values():
         logger.warning("%s %s", where, shown(tokenizer.decode(tokens_left, skip_special_tokens=True), 400))
-    return input_ids[[first[sample] for sample in range(len(texts))]]
+    rows = [first[sample] for sample in range(len(texts))]
+    return input_ids[rows], None if weights is None else weights[rows]
 
 
 initial_latents = image_latents(VAE_FACTOR, noise_dtype=torch.float32)

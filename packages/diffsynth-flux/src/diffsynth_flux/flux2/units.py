@@ -18,7 +18,8 @@ from diffsynth.runtime.image_units import (
     round_up,
     set_tiling,
 )
-from diffsynth.runtime.prompts import cut_prompt, distinct_prompts, log_cut
+from diffsynth.runtime.prompt_weights import check_prompt_weights, encode_weighted, tokenize_weighted, weighted_texts
+from diffsynth.runtime.prompts import distinct_prompts, log_cut
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling import noise
 from diffsynth.sampling.schedule import flux2_sigmas
@@ -50,32 +51,46 @@ def schedule(
     return flux2_sigmas(num_inference_steps, num_tokens=num_tokens, strength=denoising_strength)
 
 
-@unit("prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
+@unit(
+    "prompt_embeds",
+    branches={"uncond": {"prompt": "negative_prompt"}},
+    phase=Phase.TEXT,
+    check=check_prompt_weights,
+)
 def encode_prompt(
-    text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
+    text_encoder: Any,
+    tokenizer: Any,
+    *,
+    prompt: str | Sequence[str] = "",
+    prompt_weighting: bool = False,
+    device: torch.device,
 ) -> Float[Tensor, "b s e"]:
     """Return the hidden states `b s e` of the prompts, padded or cut to `PROMPT_TOKENS` tokens; what is cut is logged,
     and equal prompts are encoded once.
     """
     distinct, order = distinct_prompts(prompt, device=device)
     mistral = isinstance(text_encoder.config, MistralTextEncoderConfig)
-    texts = [chat_text(cut_prompt(text, max_tokens=PROMPT_TOKENS), mistral=mistral) for text in distinct]
-    _log_cut(tokenizer, texts)
+    if mistral:
+        distinct = [text.replace(IMAGE_TOKEN, "") for text in distinct]
+    prompts = weighted_texts(distinct, prompt_weighting=prompt_weighting, max_tokens=PROMPT_TOKENS)
+    texts = [prompt.within(lambda text: chat_text(text, mistral=mistral)) for prompt in prompts]
+    _log_cut(tokenizer, [text.text for text in texts])
     # The template has its special tokens; padding is on the side on which the tokenizer puts it, as in training.
-    tokens = tokenizer(
+    tokens, weights = tokenize_weighted(
+        tokenizer,
         texts,
         add_special_tokens=False,
         padding="max_length",
         truncation=True,
         max_length=PROMPT_TOKENS,
-        return_tensors="pt",
     )
-    embeds = text_encoder(
+    mask, layers = tokens["attention_mask"].to(device), prompt_layers(text_encoder.config.num_layers)
+    return encode_weighted(
+        lambda ids: text_encoder(ids, mask, layers=layers),
         tokens["input_ids"].to(device),
-        tokens["attention_mask"].to(device),
-        layers=prompt_layers(text_encoder.config.num_layers),
-    )
-    return embeds[order]
+        weights,
+        padding=tokenizer.pad_token_id,
+    )[order]
 
 
 def prompt_layers(num_layers: int) -> tuple[int, int, int]:
@@ -99,7 +114,7 @@ def chat_text(prompt: str, *, mistral: bool) -> str:
     """
     if mistral:
         system = f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT]"
-        return f"{system}[INST]{prompt.replace(IMAGE_TOKEN, '')}[/INST]"
+        return f"{system}[INST]{prompt}[/INST]"
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 

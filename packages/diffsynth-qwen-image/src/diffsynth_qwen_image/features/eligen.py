@@ -131,12 +131,15 @@ def encode_entities(
     tokenizer: Any,
     *,
     eligen_entity_prompts: Sequence[str] | None = None,
+    prompt_weighting: bool = False,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Texts:
     """Return `Texts` of the entities' prompts, which are encoded as prompts without images are."""
-    prompts = list(eligen_entity_prompts or ())
-    embeds, mask = encode_prompt.function(text_encoder, tokenizer, prompt=prompts, device=device, dtype=dtype)
+    prompts, options = list(eligen_entity_prompts or ()), {"device": device, "dtype": dtype}
+    embeds, mask = encode_prompt.function(
+        text_encoder, tokenizer, prompt=prompts, prompt_weighting=prompt_weighting, **options
+    )
     if mask is None:
         return Texts(tuple(embeds.split(1)), (None,) * len(embeds))
     kept = (states[None, of_text] for states, of_text in zip(embeds, mask, strict=True))

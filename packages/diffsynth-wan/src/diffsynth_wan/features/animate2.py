@@ -63,12 +63,14 @@ def encode_reference_prompt(
     *,
     animate2_prompt_ref: str = " ",
     animate2_reference_video: Clip | None = None,
+    prompt_weighting: bool = False,
     device: torch.device,
 ) -> Float[Tensor, "1 s e"]:
     """Return the text encoder's hidden states `1 s e` of the prompt that describes the reference video, cut (with a
     warning) or padded with zeros to 512 tokens.
     """
-    return encode_text(text_encoder, tokenizer, animate2_prompt_ref, device)
+    options = {"prompt_weighting": prompt_weighting, "device": device}
+    return encode_text(text_encoder, tokenizer, animate2_prompt_ref, **options)
 
 
 @unit("reference_image_embeds", only_with=VIDEO, phase=Phase.ENCODE)

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.runtime.guidance import ignored_without_guidance
-from diffsynth.runtime.prompts import cut_prompt, distinct_prompts, log_cut
+from diffsynth.runtime.prompt_weights import check_prompt_weights, encode_weighted, tokenize_weighted, weighted_texts
+from diffsynth.runtime.prompts import distinct_prompts, log_cut
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_wan.config import MAX_PROMPT_TOKENS
 
@@ -25,29 +26,43 @@ _COMPATIBLE = re.compile("[\u3000\uff01-\uffe6\ufb00-\ufb06]+")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]")
 
 
-@unit("prompt_embeds", branches={"uncond": {"prompt": "negative_prompt"}}, phase=Phase.TEXT)
+@unit(
+    "prompt_embeds",
+    branches={"uncond": {"prompt": "negative_prompt"}},
+    phase=Phase.TEXT,
+    check=check_prompt_weights,
+)
 def encode_prompt(
-    text_encoder: Any, tokenizer: Any, *, prompt: str | Sequence[str] = "", device: torch.device
+    text_encoder: Any,
+    tokenizer: Any,
+    *,
+    prompt: str | Sequence[str] = "",
+    prompt_weighting: bool = False,
+    device: torch.device,
 ) -> Float[Tensor, "b s e"]:
     """Return the text encoder's hidden states `b s e` of the prompts, each cut (with a warning) or padded with zeros to
     512 tokens; equal prompts are encoded once.
     """
     distinct, order = distinct_prompts(prompt, device=device)
-    embeds = torch.cat([encode_text(text_encoder, tokenizer, text, device) for text in distinct])
-    return embeds[order]
+    options = {"prompt_weighting": prompt_weighting, "device": device}
+    return torch.cat([encode_text(text_encoder, tokenizer, text, **options) for text in distinct])[order]
 
 
-def encode_text(text_encoder: Any, tokenizer: Any, text: str, device: torch.device) -> Float[Tensor, "1 s e"]:
+def encode_text(
+    text_encoder: Any, tokenizer: Any, text: str, *, prompt_weighting: bool, device: torch.device
+) -> Float[Tensor, "1 s e"]:
     """Return the text encoder's hidden states `1 s e` of one text, cut (with a warning) or padded with zeros to 512
-    tokens.
+    tokens; with `prompt_weighting`, brackets in it are weights.
     """
-    text = clean_prompt(cut_prompt(text, max_tokens=MAX_PROMPT_TOKENS))
-    tokens = tokenizer([text], add_special_tokens=True, return_tensors="pt")["input_ids"]
-    if tokens.shape[1] > MAX_PROMPT_TOKENS:
-        log_cut(tokenizer, tokens[0].tolist(), most=MAX_PROMPT_TOKENS)
+    texts = weighted_texts([clean_prompt(text)], prompt_weighting=prompt_weighting, max_tokens=MAX_PROMPT_TOKENS)
+    tokens, weights = tokenize_weighted(tokenizer, texts, add_special_tokens=True)
+    input_ids = tokens["input_ids"]
+    if input_ids.shape[1] > MAX_PROMPT_TOKENS:
+        log_cut(tokenizer, input_ids[0].tolist(), most=MAX_PROMPT_TOKENS)
         # Keep the last token, which marks the end of the text.
-        tokens = torch.cat([tokens[:, : MAX_PROMPT_TOKENS - 1], tokens[:, -1:]], dim=1)
-    hidden = text_encoder(tokens.to(device))
+        input_ids = torch.cat([input_ids[:, : MAX_PROMPT_TOKENS - 1], input_ids[:, -1:]], dim=1)
+        weights = None if weights is None else F.pad(weights[:, : MAX_PROMPT_TOKENS - 1], (0, 1), value=1.0)
+    hidden = encode_weighted(text_encoder, input_ids.to(device), weights, padding=tokenizer.pad_token_id)
     return F.pad(hidden, (0, 0, 0, MAX_PROMPT_TOKENS - hidden.shape[1]))
 
 
