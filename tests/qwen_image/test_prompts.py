@@ -17,6 +17,7 @@ from diffusers import (
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from diffsynth.runtime.prompt_weights import WeightedText, parse_weights
 from diffsynth_qwen_image.features import edit
 from diffsynth_qwen_image.prompts import ANSWER, PromptImages, count_prefix, segments, text_before, tokenize
 from qwen_image_oracles import counted_prefix, qwen_tokenizer
@@ -58,11 +59,11 @@ def test_prompts_without_images(kind) -> None:
     oracle, tokenizer = oracle_of(kind), qwen_tokenizer()
     (before,), template = segments(None), oracle.prompt_template_encode
     assert f"{before}a hat{ANSWER}" == template.format("a hat")
-    tokens = tokenize(tokenizer, ["a hat"], None)
+    tokens = tokenize(tokenizer, [WeightedText("a hat")], None)
     assert torch.equal(tokens.input_ids, tokenizer([template.format("a hat")], return_tensors="pt")["input_ids"])
     assert tokens.dropped == counted_prefix(tokenizer, template)
     words = word_tokenizer([before, ANSWER])
-    assert tokenize(words, ["a hat"], None).dropped == oracle.prompt_template_encode_start_idx == 34
+    assert tokenize(words, [WeightedText("a hat")], None).dropped == oracle.prompt_template_encode_start_idx == 34
 
 
 @pytest.mark.parametrize("kind", WITH_IMAGES)
@@ -72,7 +73,16 @@ def test_the_prefix_of_prompts_with_images(kind) -> None:
     assert oracle.prompt_template_encode.startswith(before)
     words = word_tokenizer([before, ANSWER, "Image 1: "])
     images = PromptImages(edit.SYSTEM_MESSAGE, ("Image 1: ",), (3,), torch.zeros(12, 4), ((2, 6),))
-    tokens = tokenize(words, ["a hat"], images)
+    tokens = tokenize(words, [WeightedText("a hat")], images)
     assert tokens.dropped == count_prefix(words, before) == oracle.prompt_template_encode_start_idx == 64
     assert tokens.image_mask.sum() == 3
     assert not tokens.image_mask[:, : tokens.dropped].any()
+
+
+def test_words_after_images_have_their_weights() -> None:
+    tokenizer = qwen_tokenizer()
+    images = PromptImages(edit.SYSTEM_MESSAGE, ("Image 1: ",), (3,), torch.zeros(12, 4), ((2, 6),))
+    tokens = tokenize(tokenizer, [parse_weights("a (hat:2)")], images)
+    assert tokens.weights.shape == tokens.input_ids.shape
+    assert tokenizer.decode(tokens.input_ids[tokens.weights == 2]) == "hat"
+    assert (tokens.weights == 1).sum() == tokens.weights.numel() - 3

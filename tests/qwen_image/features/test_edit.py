@@ -10,6 +10,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 
 from diffsynth.errors import MissingComponent, NotEnoughMemory
+from diffsynth.runtime.prompt_weights import WeightedText
 from diffsynth_qwen_image.features import edit
 from diffsynth_qwen_image.prompts import ANSWER, segments, tokenize
 from parity import TOLERANCE, relative_error
@@ -150,7 +151,7 @@ def test_texts_are_those_of_training(plain) -> None:
         whole = template.format(f"{captions}a hat")
         found = edit.prepare_prompt_images.function(image_processor(), edit_image=given)
         assert "<|image_pad|>".join(segments(found)) + f"a hat{ANSWER}" == whole
-        tokens = tokenize(tokenizer, ["a hat"], found)
+        tokens = tokenize(tokenizer, [WeightedText("a hat")], found)
         expanded = "".join(
             part + "<|image_pad|>" * count
             for part, count in zip(whole.split("<|image_pad|>"), (*found.counts, 0), strict=True)
@@ -182,7 +183,7 @@ def test_inputs_equal_those_of_the_processor_with_torchvision(plain, listed) -> 
     scaled = [image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(images(2), sizes, strict=False)]
     text = "<|image_pad|>".join(segments(found)) + f"a hat{ANSWER}"
     expected = processor(text=[text], images=scaled, padding=True, return_tensors="pt")
-    tokens = tokenize(tokenizer, ["a hat"], found)
+    tokens = tokenize(tokenizer, [WeightedText("a hat")], found)
     assert torch.equal(tokens.image_mask, expected["mm_token_type_ids"] == 1)
     assert torch.equal(tokens.input_ids, expected["input_ids"].masked_fill(tokens.image_mask, 0))
     assert torch.equal(tokens.mask, expected["attention_mask"])
