@@ -65,6 +65,7 @@ EXEMPT = {
 ELSEWHERE = {
     "docs/attention.md": "test_attention_page.py",
     "docs/coming-from-diffsynth-studio.md": "test_coming_from.py",
+    "docs/faq.md": "test_faq_page.py",
     "docs/guidance.md": "test_guidance_page.py",
     "docs/hooks/": "test_hooks.py",
     "docs/host-apps.md": "test_host_apps.py",
