@@ -25,6 +25,7 @@ TITLES = [
     "Describe a call",
     "Show progress",
     "Cancel",
+    "asyncio",
     "Threads",
     "Share components",
     "Register a plugin in a running program",
@@ -48,7 +49,7 @@ def names(tmp_path_factory):
             for _, language, code in blocks(text):
                 assert language == "python", f"{title}: only python is run"
                 exec(compile(code, f"host-apps.md: {title}", "exec"), defined)
-        defined["record_in_the_image"] = provenance.read_png("apple.png")
+        defined["record_in_the_image"] = provenance.read_png("apple-1.png")
     return defined
 
 
@@ -77,6 +78,11 @@ def test_show_progress(names):
 
 def test_cancel(names):
     assert names["cancelled"] is True
+
+
+def test_asyncio(names):
+    assert names["apple"].tobytes() == names["image"].tobytes() != names["cat"].tobytes()
+    assert [step.index for step in names["steps"]] == list(range(len(names["steps"])))
 
 
 def test_threads(names):
@@ -117,7 +123,9 @@ def test_errors(names):
 
 def test_keep_the_record(names):
     record = names["record_in_the_image"]
-    assert (record["model"], record["prompt"], record["seed"]) == ("z-image-nano", "a red apple", 0)
+    assert (record["model"], record["prompt"]) == ("z-image-nano", "a red apple")
+    assert record["seed"] == names["made"].seeds[1]
+    assert names["again"].tobytes() == names["made"].output[1].tobytes()
 
 
 def test_every_command_is_in_the_manual():

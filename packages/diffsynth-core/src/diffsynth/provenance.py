@@ -14,6 +14,7 @@ from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import replacing, replacing_folder
 from diffsynth.errors import shown
 from diffsynth.parameters_text import parameters_text
+from diffsynth.runtime.request import HOST_ARGUMENTS
 from diffsynth.runtime.unit import equals_default
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         pipe: the pipeline that made it.
         arguments: of the call; those equal to the pipeline's defaults are left out, except prompt, seed, steps, scale
-            of guidance and solver, and so are those without effect, such as a negative prompt where guidance is off.
-            The defaults that loaded LoRAs set are recorded as if they were given.
+            of guidance and solver, and so are those without effect, such as a negative prompt where guidance is off,
+            and those that only watch the call, such as `on_step`. The defaults that loaded LoRAs set are recorded as if
+            they were given.
 
     Returns:
         model, pipeline, prompt, seed, num_inference_steps, cfg_scale and solver (those that it takes), arguments,
@@ -56,7 +58,8 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     others = {
         name: value
         for name, value in {**set_by_loras, **arguments}.items()
-        if name not in (*always, *unused) and (name in set_by_loras or not equals_default(value, defaults[name]))
+        if name not in (*always, *unused, *HOST_ARGUMENTS)
+        and (name in set_by_loras or not equals_default(value, defaults[name]))
     }
     return {
         "model": pipe.model_name,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     import inspect
 
     from diffsynth.registry import ModelRecord
-    from diffsynth.runtime.request import Request
     from diffsynth.spec import WriterSpec
 
 _FPS = 15
@@ -96,7 +94,7 @@ def generate(
     **options: Any,
 ) -> None:
     """Run MODEL (see `diffsynth list`), with PROMPT if it takes one, and write what it returns to OUT."""
-    from diffsynth import provenance, registry
+    from diffsynth import registry
     from diffsynth.runtime.writers import find_writer, load_writer
 
     record = registry.get(model)  # before importing torch, so that a wrong name or suffix fails at once
@@ -114,20 +112,23 @@ def generate(
     pipe = _load(model, device, dtype, memory | ({"components": components} if components else {}), arguments)
     request = pipe.check(**arguments)
     _check_outputs(out, writer.spec.suffix, request.batch_size)
-    result = pipe(**arguments)
+    made = pipe(**arguments, return_record=True)
     for role, report in pipe.transfers.items() if verbose else ():
         echo(f"{role}: {report.settle()}", err=True)
-    results = _separate(request, result, arguments, pipe.per_image)
-    for (one, its_arguments), path in zip(results, _numbered(out, writer.spec.suffix, len(results)), strict=True):
-        made_by = provenance.record(pipe, its_arguments)
-        files = [(one, path, made_by)] if "fps" in file_settings else _images_of(one, path, writer.spec, made_by)
+    for one, path in zip(made.results, _numbered(out, writer.spec.suffix, len(made.results)), strict=True):
+        made_by = one.record
+        files = (
+            [(one.output, path, made_by)]
+            if "fps" in file_settings
+            else _images_of(one.output, path, writer.spec, made_by)
+        )
         for image, file, its_record in files:
             try:
                 write(image, file, record=its_record, **file_settings)
             except OSError as error:
                 fail(click.get_current_context(), error)
             except (TypeError, ValueError) as error:
-                fail(click.get_current_context(), _with_hint(error, writer.spec, arguments))
+                fail(click.get_current_context(), _with_hint(error, writer.spec, made.record["seed"]))
             echo(str(file))
 
 
@@ -163,7 +164,7 @@ def _arguments(
     options: Mapping[str, Any],
     settings: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Return the arguments of the call as a dict, of known names and types; a seed is drawn if none is given."""
+    """Return the arguments of the call as a dict, of known names and types."""
     from diffsynth.runtime.writers import TENSORS
     from diffsynth.spec import resolve
 
@@ -179,8 +180,6 @@ def _arguments(
                 f"--set output_type={value}: {spec.suffix} files ({spec.kind}) hold the output_type {usual}; "
                 f"write tensors to {out.stem}.safetensors"
             )
-    if "seed" in parameters and arguments.get("seed") is None:
-        arguments["seed"] = secrets.randbelow(2**31)
     return arguments
 
 
@@ -221,22 +220,6 @@ def _status(text: str) -> Iterator[None]:
         yield
 
 
-def _separate(
-    request: Request, result: Any, arguments: Mapping[str, Any], per_image: Sequence[str]
-) -> list[tuple[Any, Mapping[str, Any]]]:
-    """Return a list of (result, arguments that give this result alone): one for each item of a list or of a tensor with
-    an item for each result of the call; else one, of `result` and all `arguments`.
-    """
-    from torch import Tensor
-
-    count = request.batch_size
-    if request.single or (isinstance(result, list | tuple | Tensor) and len(result) == count):
-        results = [result] if request.single else list(result)
-        per_entry = request.loop.num_images
-        return [(one, _arguments_of_result(arguments, i, per_entry, per_image)) for i, one in enumerate(results)]
-    return [(result, arguments)]
-
-
 def _images_of(
     one: Any, path: Path, spec: WriterSpec, record: Mapping[str, Any]
 ) -> list[tuple[Any, Path, Mapping[str, Any]]]:
@@ -250,12 +233,12 @@ def _images_of(
     return [(image, file, {**record, "image": number}) for number, (image, file) in numbered]
 
 
-def _with_hint(error: Exception, spec: WriterSpec, arguments: Mapping[str, Any]) -> ValueError:
+def _with_hint(error: Exception, spec: WriterSpec, seed: Any) -> ValueError:
     """Return the error of a writer that refuses a result, with the command that writes the same result as tensors."""
     from diffsynth.runtime.writers import TENSORS
 
-    seed = f" --seed {arguments['seed']}" if isinstance(arguments.get("seed"), int) else ""
-    hint = "" if spec.kind == TENSORS else f". Tensors can be written with -o NAME.safetensors{seed}"
+    option = f" --seed {seed}" if isinstance(seed, int) else ""
+    hint = "" if spec.kind == TENSORS else f". Tensors can be written with -o NAME.safetensors{option}"
     return ValueError(f"{error}{hint}")
 
 
@@ -273,20 +256,3 @@ def _check_outputs(out: Path, suffix: str, count: int | None) -> None:
 
     for path in _numbered(out, suffix, count) if count is not None else []:
         (check_new_folder if suffix == "/" else check_writable)(path)
-
-
-def _arguments_of_result(
-    arguments: Mapping[str, Any], index: int, per_entry: int, per_image: Sequence[str]
-) -> dict[str, Any]:
-    """Return `arguments` of result `index` alone: no num_images, seed `seed + index` or that item of a list, and of a
-    list of prompts or of another argument in `per_image` the entry that it belongs to; `per_entry` results belong to
-    each.
-    """
-    single = {name: value for name, value in arguments.items() if name != "num_images"}
-    if "seed" in single:
-        seed = single["seed"]
-        single["seed"] = seed[index] if isinstance(seed, list | tuple) else seed + index
-    for name in per_image:
-        if isinstance(single.get(name), list | tuple):
-            single[name] = single[name][index // per_entry]
-    return single

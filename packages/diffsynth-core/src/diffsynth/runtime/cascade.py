@@ -13,10 +13,9 @@ A conversion between two stages, such as a resize of latents, is a stage of its 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -28,14 +27,16 @@ from torch import Tensor, nn
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import did_you_mean, shown
+from diffsynth.runtime.background import BackgroundMethods
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.planning import plan_with_output
 from diffsynth.runtime.progress import progress_bar
+from diffsynth.runtime.recorded import RecordedOutput, draw_seed
 from diffsynth.runtime.request import Request, Step, reject_unknown
 from diffsynth.runtime.stages import Stage
 from diffsynth.runtime.unit import Phase, needed_for
 
-_OPTIONS = ("on_stage", "vram_limit", "ram_limit", "policy", "device")
+_OPTIONS = ("on_stage", "return_record", "vram_limit", "ram_limit", "policy", "device")
 """The arguments of a cascade's own methods."""
 
 _SIZES = ("height", "width", "num_frames")
@@ -75,6 +76,8 @@ class CascadeStage:
             object.__setattr__(self, each, MappingProxyType(dict(getattr(self, each))))
         with _noting(self):
             reject_unknown((*self.inputs, *self.arguments), self.pipeline.__signature__, self.pipeline.other_arguments)
+        if "return_record" in (*self.inputs, *self.arguments):
+            raise TypeError(f"stage {self.name!r}: return_record is an argument of the cascade's call; leave it out")
         if both := sorted(set(self.inputs) & set(self.arguments)):
             raise ValueError(f"stage {self.name!r}: {both[0]!r} has an input and a default; leave out one of them")
 
@@ -151,7 +154,7 @@ class CascadePlan:
         return {"peak_vram": self.peak_vram, "peak_ram": self.peak_ram, "stages": stages}
 
 
-class Cascade:
+class Cascade(BackgroundMethods):
     """Pipelines that run one after the other, each fed by what earlier ones return.
 
     Calls share no state, so that several threads may call one cascade; see `Pipeline`.
@@ -179,6 +182,7 @@ class Cascade:
         prompt: str | Sequence[str] = "",
         *,
         on_stage: Callable[[StageResult], None] | None = None,
+        return_record: bool = False,
         **arguments: Any,
     ) -> Any:
         """Run the stages; return what the last one returns.
@@ -189,13 +193,16 @@ class Cascade:
         Args:
             prompt: of all stages that have a prompt.
             on_stage: called with a `StageResult` after each stage.
+            return_record: whether a `RecordedOutput` of the last stage is returned, whose records have those of all
+                stages under `stages`, each with its `inputs` (argument -> name of the stage that it is taken from).
             arguments: an argument of a pipeline is passed to all stages that have it, except those in which it is an
                 input; `output_type` is that of the last stage. The name of a stage takes a mapping of the arguments of
                 this stage alone: `refine={"denoising_strength": 0.3}`. `on_step` receives a `CascadeStep`. Without a
                 `seed` a random one is used in all stages.
 
         Returns:
-            one result for one prompt, a list (or a tensor `b ...`) for several prompts, images or seeds.
+            one result for one prompt, a list (or a tensor `b ...`) for several prompts, images or seeds; with
+            `return_record` a `RecordedOutput` of it.
 
         Raises:
             TypeError: an argument that no stage has, with the nearest spelling, or one that an earlier stage provides.
@@ -206,17 +213,22 @@ class Cascade:
         calls = self._with_seeds(self._calls(prompt, arguments))
         requests = self._requests(calls)
         outputs: dict[str, Any] = {}
+        records: list[list[Mapping[str, Any]]] = []
         for index, stage in enumerate(self._stages):
             position: dict[str, Any] = {"stage": stage.name, "stage_index": index, "num_stages": len(self._stages)}
             call = _reported(stage, calls[stage.name], position)
             inputs = {argument: outputs[source] for argument, source in stage.inputs.items()}
             with _noting(stage):
-                output = stage.pipeline(**call, **inputs)
+                output = stage.pipeline(**call, **inputs, return_record=return_record)
+            made = output
+            if return_record:
+                records.append([made.record, *(one.record for one in made.results)])
+                output = made.output
             if on_stage is not None:
                 seeds = tuple(seed for seed in requests[stage.name].seeds if seed is not None)
                 on_stage(StageResult(output=output, seeds=seeds, **position))
             outputs = self._held({**outputs, stage.name: output}, index + 1)
-        return output
+        return self._recorded(made, records) if return_record else output
 
     def check(self, prompt: str | Sequence[str] = "", **arguments: Any) -> dict[str, Request]:
         """Check the arguments of a call without making it; return a dict name of a stage -> its `Request`.
@@ -288,6 +300,21 @@ class Cascade:
             beside[stage.name] = weights + held
         return CascadePlan(plans, beside)
 
+    def _recorded(self, made: RecordedOutput, records: Sequence[Sequence[Mapping[str, Any]]]) -> RecordedOutput:
+        """Return the `RecordedOutput` of a call, from that of the last stage and, for each stage, the records of its
+        call and of its results.
+        """
+
+        def at(index: int) -> dict[str, Any]:
+            each = zip(self._stages, records, strict=True)
+            stages = {stage.name: {**own[index], "inputs": dict(stage.inputs)} for stage, own in each}
+            return {"pipeline": f"{type(self).__module__}:{type(self).__qualname__}", "stages": stages}
+
+        # A stage may return another number of results, such as the frames of a video; each then has the record of all.
+        fits = all(len(own) == len(records[-1]) for own in records)
+        results = [replace(one, record=at(index if fits else 0)) for index, one in enumerate(made.results, 1)]
+        return replace(made, record=at(0), results=tuple(results))
+
     def _calls(self, prompt: str | Sequence[str], arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return a dict name of a stage -> the arguments of its call, without inputs."""
         if prompt != "":
@@ -305,6 +332,8 @@ class Cascade:
             for name in own:
                 if name in stage.inputs:
                     raise _is_input(stage, name)
+                if name in _OPTIONS:
+                    raise TypeError(f"{name!r} of stage {stage.name!r}: expected as an argument of the cascade's call")
             calls[stage.name].update(own)
         return calls
 
@@ -314,7 +343,7 @@ class Cascade:
         return tuple(
             stage.name
             for stage in last
-            if argument in stage.pipeline.__signature__.parameters and argument not in stage.inputs
+            if argument in stage.pipeline.__signature__.parameters and argument not in (*stage.inputs, *_OPTIONS)
         )
 
     def _refuse(self, argument: str) -> NoReturn:
@@ -333,7 +362,7 @@ class Cascade:
 
     def _with_seeds(self, calls: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Return `calls` with one random seed in those that have none, so that `on_stage` can record it."""
-        (seed,) = self._stages[0].pipeline.mesh.broadcast_seeds([secrets.randbelow(2**31)])
+        (seed,) = self._stages[0].pipeline.mesh.broadcast_seeds([draw_seed()])
         return {
             name: {**call, "seed": seed} if call.get("seed") is None else dict(call) for name, call in calls.items()
         }

@@ -251,7 +251,7 @@ class DenoisingLoop:
 
     def _notify(self, hook: str, **facts: Any) -> None:
         # Steps on meta belong to a plan, which observers must not take for a call.
-        if self._pipe.device.type != "meta":
+        if self._pipe.device.type != "meta" and not self._request.is_warmup:
             _discovery.notify(hook, **facts)
 
 

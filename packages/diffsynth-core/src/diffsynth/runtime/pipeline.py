@@ -16,25 +16,28 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
-from diffsynth.core.parallel import ProcessMesh, create_mesh
+from diffsynth.core.parallel import ProcessMesh
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.planning.workload import StageKind
 from diffsynth.core.torch_defaults import torch_defaults
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
 from diffsynth.errors import InvalidPipeline, did_you_mean
-from diffsynth.runtime.acceleration.compiling import compile_components
+from diffsynth.runtime.background import BackgroundMethods
 from diffsynth.runtime.checking import CheckMethods
 from diffsynth.runtime.composition import PIPELINE_VALUES, RESERVED, compose, own_program, own_roles
+from diffsynth.runtime.computing import ComputeMethods
 from diffsynth.runtime.copying import CopyMethods
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.feature import Condition, Feature, StepContext
 from diffsynth.runtime.images import check_output
+from diffsynth.runtime.lifetime import LifetimeMethods
 from diffsynth.runtime.lora import LoRAMethods
 from diffsynth.runtime.memory_options import MemoryOptions, Policies, choose, choose_before_reading
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.pretrained import PretrainedLoader
+from diffsynth.runtime.recorded import recorded, with_drawn_seed
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, refuse_meta
 from diffsynth.runtime.role import Agreement, Processor, Role, check_components, fill_roles, member_roles, members
 from diffsynth.runtime.running_calls import RunningCalls
@@ -45,7 +48,7 @@ from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, neede
 from diffsynth.sampling.prediction import PREDICTIONS
 
 
-class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
+class Pipeline(CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, LifetimeMethods, CopyMethods):
     """A pipeline from the arguments of a call to images, videos or any other output; a family subclasses it.
 
     A subclass states its `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and
@@ -275,7 +278,8 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
             arguments: of units and the loop.
 
         Returns:
-            one result for one prompt, a list (or a tensor `b ...`) for several prompts, images or seeds.
+            one result for one prompt, a list (or a tensor `b ...`) for several prompts, images or seeds; with
+            `return_record` a `RecordedOutput` of it.
 
         Raises:
             NotFinite: latents or decoded values hold NaN or infinity.
@@ -285,11 +289,13 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
         if self.device.type != "meta":
             refuse_meta(arguments)
         with self.running_calls.entered():
-            return self._run(arguments)
+            arguments = with_drawn_seed(self, arguments)
+            request = self._planned_request(arguments)
+            self.log_warnings(request, arguments)
+            output = self._run(request)
+            return recorded(self, request, arguments, output) if request.loop.return_record else output
 
-    def _run(self, arguments: Mapping[str, Any]) -> Any:
-        request = self._planned_request(arguments)
-        self.log_warnings(request, arguments)
+    def _run(self, request: Request) -> Any:
         values = self.call_values(request)
         try:
             for stage in self.stages(request):
@@ -352,54 +358,6 @@ class Pipeline(CheckMethods, LoRAMethods, CopyMethods):
             MissingComponent: a role of an output unit is not loaded and not optional, and the call asks for its output.
         """
         return stages_of(self, request)
-
-    def parallel(self, *, cfg: int = 1, sequence: int | None = None) -> Pipeline:
-        """Set up the pipeline to compute calls together with the other processes of `torch.distributed`; return it.
-
-        All processes must make the same calls.
-
-        `docs/parallel.md` has the details.
-
-        Args:
-            cfg: 2 computes each branch of classifier-free guidance in processes of its own; 1 does not.
-            sequence: number of processes that share the tokens of a branch; None is all. Must be 1 for a pipeline
-                without `shares_tokens`.
-
-        Raises:
-            Unavailable: there is no process group.
-            ValueError: sizes whose product is not the number of processes, or tokens that this pipeline cannot share.
-        """
-        mesh = create_mesh(cfg=cfg, sequence=sequence, device=self.device)
-        if mesh.tokens.size > 1 and not self.shares_tokens:
-            raise ValueError(
-                f"{type(self).__name__} cannot share the tokens of a result among {mesh.tokens.size} processes; it can "
-                f"share the two branches of guidance: parallel(cfg=2) with 2 processes"
-            )
-        self.mesh = mesh
-        return self
-
-    def compile_pipeline(
-        self,
-        mode: str | None = "default",
-        dynamic: bool | None = True,
-        fullgraph: bool = False,
-        compile_models: Sequence[str] | None = None,
-        **options: Any,
-    ) -> None:
-        """Set up `torch.compile` for the repeated blocks of the networks; each is compiled at its first call.
-
-        Args:
-            mode, dynamic, fullgraph, options: of `torch.compile`; with `dynamic` all sizes share one compiled code.
-            compile_models: roles to compile; None is the roles that the loop calls. A component without repeated blocks
-                is compiled whole.
-
-        Raises:
-            TypeError: an unknown role, one that holds no module, or an option that `torch.compile` does not have.
-            MissingComponent: an empty role.
-        """
-        loaded = [role for role in self.all_loop_roles if self.parts[role] is not None]
-        roles = loaded if compile_models is None else member_roles(compile_models, self.components)
-        compile_components(self.parts, roles, **{"mode": mode, "dynamic": dynamic, "fullgraph": fullgraph, **options})
 
     @torch_defaults()
     def plan(

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.planning.workload import GIB
-from diffsynth.runtime.request import Request
+from diffsynth.runtime.request import HOST_ARGUMENTS, Request
 from diffsynth.terminal import module_logger
 
 logger = module_logger(__name__)
 
-_SIZE_INDEPENDENT = frozenset({"seed", "on_step", "cancel", "progress_bar_cmd"})
+_SIZE_INDEPENDENT = HOST_ARGUMENTS | {"seed"}
 """Arguments that the memory of a call does not depend on."""
 
 

@@ -126,6 +126,7 @@ class LoopKeywords(TypedDict, total=False):
     guidance: GuidanceArgument
     positive_only_lora: BranchLoRA
     negative_only_lora: BranchLoRA
+    return_record: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,8 @@ class LoopArguments:
         positive_only_lora: LoRA that only the branch of the prompt computes, beside the weights and for this call: a
             file, or a dict of its tensors, as `image_to_lora` pipelines return it.
         negative_only_lora: LoRA that only the branch of the negative prompt computes.
+        return_record: whether the call returns a `RecordedOutput`: what it returns otherwise, its seeds, also those
+            that were random, and the record that a result's file carries.
     """
 
     num_inference_steps: int = 30
@@ -173,6 +176,7 @@ class LoopArguments:
     guidance: GuidanceArgument = None
     positive_only_lora: BranchLoRA = None
     negative_only_lora: BranchLoRA = None
+    return_record: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_cache", parse_step_cache(self.step_cache))
@@ -197,6 +201,10 @@ class LoopArguments:
 
 LOOP_NAMES = tuple(field.name for field in fields(LoopArguments))
 
+HOST_ARGUMENTS = frozenset({"on_step", "cancel", "progress_bar_cmd", "return_record"})
+"""The arguments by which the calling program follows and ends a call: they change no result, are in no record, and JSON
+cannot hold them."""
+
 LOOP_VALUES = frozenset({"latents", "sigmas"})
 """Names that the loop itself reads, besides the conditions of the network."""
 
@@ -219,6 +227,7 @@ class Request:
         seeds: one for each image; None is a random seed.
         single: whether the call returns one result rather than a list.
         plan: the memory plan that keeps `vram_limit`; None without a limit.
+        is_warmup: whether it is no call of a user, so that observers are not notified.
     """
 
     loop: LoopArguments
@@ -226,6 +235,7 @@ class Request:
     seeds: list[int | None]
     single: bool
     plan: MemoryPlan | None = None
+    is_warmup: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:

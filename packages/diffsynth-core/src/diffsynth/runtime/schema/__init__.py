@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from diffsynth.runtime.request import HOST_ARGUMENTS
 from diffsynth.runtime.schema.annotations import as_json, schema_of, type_of
 from diffsynth.runtime.schema.documentation import documented, with_range
 from diffsynth.runtime.schema.values import arguments_from_json
@@ -92,7 +93,7 @@ def describe(subject: Any, *, title: str | None = None, defaults: Mapping[str, A
 
 def _property(parameter: inspect.Parameter, program: Program, text: str) -> dict[str, Any] | None:
     """Return the JSON Schema of an argument as a dict, or None for an argument that JSON cannot hold."""
-    found = schema_of(type_of(parameter, program))
+    found = None if parameter.name in HOST_ARGUMENTS else schema_of(type_of(parameter, program))
     if found is None:
         return None
     found = with_range(found, text)
