@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
 
 import diffsynth
+from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.core.data.media_writer import save_audio
 from diffsynth.core.lora import save_lora
 from diffsynth.testing import tiny_hub
@@ -28,6 +30,12 @@ RUN = {
     "packages/diffsynth-qwen-image/README.md": [0],
     "packages/diffsynth-wan/README.md": [0],
     "packages/diffsynth-zimage/README.md": [0],
+    "docs/api/attention.md": [0, 1, 2],
+    "docs/api/data.md": [0, 1, 2, 3],
+    "docs/api/device.md": [0],
+    "docs/api/gradient.md": [0],
+    "docs/api/loader.md": [0, 1, 2, 3, 4, 5],
+    "docs/api/vram.md": [0, 1, 2],
     "docs/models/flux-1.md": [0, 1, 2],
     "docs/models/flux-2.md": [0],
     "docs/models/wan.md": [0],
@@ -128,6 +136,7 @@ def python_blocks(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", RUN)
+@mock.patch.dict(BACKENDS)
 def test_the_blocks_of_a_page_run(page, small_models, hub, monkeypatch):
     python = python_blocks(page)
     names = {"__name__": "block"}

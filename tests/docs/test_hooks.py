@@ -75,7 +75,7 @@ def test_a_page_has_its_signature_and_its_parts(name):
     title, line, *_ = [line for line in page(name).splitlines() if line]
     assert title == f"# {name}"
     assert line == f"`{signature(name)}`"
-    assert list(sections(page(name))) == ["When", "What may go wrong", "Example"]
+    assert list(sections(page(name))) == ["When", "Arguments", "What may go wrong", "Example"]
     assert all(text.strip() for text in sections(page(name)).values())
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("diffsynth")
 hookimpl = pluggy.HookimplMarker("diffsynth")
+"""Decorator of a plugin's function that implements the hook of the same name."""
 
 # Declare: call `register` once per declaration.
 
@@ -102,7 +103,11 @@ def register_loras(register: Callable[[spec.LoRASpec], None]) -> None:
 
 @hookspec(firstresult=True)
 def resolve_source(source: str) -> list[Path] | None:
-    """Return a list of the local files of a `scheme://` source that core does not know; None for other sources."""
+    """Return a list of the local files of a `scheme://` source that core does not know; None for other sources.
+
+    Args:
+        source: the whole text, such as "store://networks/*.safetensors".
+    """
 
 
 # Observe: return values are ignored; an exception is reported and the call continues.
@@ -110,34 +115,75 @@ def resolve_source(source: str) -> list[Path] | None:
 
 @hookspec
 def checkpoint_recognized(files: list[Path], architecture: str, tier: str) -> None:
-    """Called when a file was recognised, by `tier` "metadata", "signature" or "structure"."""
+    """Called when a file was recognised, by `tier` "metadata", "signature" or "structure".
+
+    Args:
+        files: the files of the checkpoint, in order.
+        architecture: name of the `ArchitectureSpec`.
+        tier: what told the architecture, "metadata", "signature" or "structure".
+    """
 
 
 @hookspec
 def component_loaded(role: str, architecture: str, files: list[Path], seconds: float) -> None:
-    """Called when a component has been loaded; `seconds` is the loading time."""
+    """Called when a component has been loaded; `seconds` is the loading time.
+
+    Args:
+        role: name of the component in its pipeline, "dit".
+        architecture: name of the `ArchitectureSpec`.
+        files: the files that its weights are from; empty for a state dict.
+        seconds: time from the recognised files to the module with its weights.
+    """
 
 
 @hookspec
 def pipeline_ready(pipeline: Any) -> None:
-    """Called when `from_pretrained` has made a pipeline; its optional components may be None."""
+    """Called when `from_pretrained` has made a pipeline; its optional components may be None.
+
+    Args:
+        pipeline: the `diffsynth.Pipeline`.
+    """
 
 
 @hookspec
 def denoise_started(pipeline: Any, num_steps: int, shape: tuple[int, ...]) -> None:
-    """Called before the first denoising step; `shape` is the shape of the latents."""
+    """Called before the first denoising step; `shape` is the shape of the latents.
+
+    Args:
+        pipeline: the `diffsynth.Pipeline` that is called.
+        num_steps: number of steps of the call.
+        shape: shape of the latents, `b c h w`, `b c t h w` or another.
+    """
 
 
 @hookspec
 def step_done(pipeline: Any, step: int, num_steps: int, sigma: float) -> None:
-    """Called after each denoising step; `sigma` is the noise level after it."""
+    """Called after each denoising step; `sigma` is the noise level after it.
+
+    Args:
+        pipeline: the `diffsynth.Pipeline` that is called.
+        step: index of the step, 0 for the first.
+        num_steps: number of steps of the call.
+        sigma: noise level after the step, in [0, 1]; 0 after the last.
+    """
 
 
 @hookspec
 def training_step_done(step: int, loss: float, metrics: Mapping[str, float]) -> None:
-    """Called after optimizer steps; `loss` and `metrics` are means since the last call."""
+    """Called after optimizer steps; `loss` and `metrics` are means since the last call.
+
+    Args:
+        step: number of optimizer steps done, at least 1.
+        loss: mean of the loss since the last call.
+        metrics: name -> mean since the last call of what the objective and the loop report.
+    """
 
 
 @hookspec
 def adapter_saved(path: Path, step: int) -> None:
-    """Called when trained weights were written to a file."""
+    """Called when trained weights were written to a file.
+
+    Args:
+        path: the file.
+        step: number of optimizer steps done, at least 1.
+    """

@@ -267,7 +267,12 @@ class SolverSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSpec:
-    """A quantization backend, by reference. Only `diffsynth doctor` reads it so far; the contract is not settled."""
+    """A quantization backend. Only `diffsynth doctor` reads it so far; the contract is not settled.
+
+    Args:
+        name: unique among quantization backends.
+        backend: reference to the code.
+    """
 
     name: str
     backend: str
@@ -294,7 +299,12 @@ class TrainingSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSpec:
-    """A training objective; `objective` is a reference to a class as `diffsynth_train.objectives.base` describes it."""
+    """A training objective (loss), which a recipe selects by name.
+
+    Args:
+        name: unique among objectives, as in `[objective] name = "flow_match"`.
+        objective: reference to a class as `diffsynth_train.objectives.base` describes it.
+    """
 
     name: str
     objective: str
@@ -324,7 +334,13 @@ class FeatureSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CommandSpec:
-    """A command of the `diffsynth` program; `command` is a reference to a `click.Command`."""
+    """A command of the `diffsynth` program.
+
+    Args:
+        name: of the command, `diffsynth NAME`.
+        command: reference to a `click.Command`.
+        help: one line for `diffsynth --help`, so that the command's module is not imported for it.
+    """
 
     name: str
     command: str
@@ -357,7 +373,12 @@ class WriterSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DoorSpec:
-    """A folder `"package:folder"` of re-exporting modules that is added to the package `diffsynth.pipelines`."""
+    """A folder of re-exporting modules that is added to the package `diffsynth.pipelines`.
+
+    Args:
+        name: unique among folders.
+        folder: `"package:folder"`, whose modules become `diffsynth.pipelines.<module>`.
+    """
 
     name: str
     folder: str
@@ -429,7 +450,15 @@ def resolve(reference: str) -> Any:
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed source string; exactly one of `scheme` and `model_id` is non-empty."""
+    """A parsed source string; exactly one of `scheme` and `model_id` is non-empty.
+
+    Args:
+        text: the whole string.
+        scheme: text before `://`, "package".
+        location: text after it.
+        model_id: repository on the hub, "owner/repository".
+        pattern: glob inside the repository.
+    """
 
     text: str
     scheme: str = ""

@@ -167,6 +167,7 @@ INPAINT = Feature(
     conditions={"inpainting": Condition("an image has no frames", batch="separate", constrain=toward_input)},
     check=check,
 )
+"""The feature that keeps what is outside of a mask as it is in the input image."""
 
 
 def _mask(mask: Image.Image, height: int, width: int, resize_mode: ResizeMode) -> Float[Tensor, "1 1 height width"]:

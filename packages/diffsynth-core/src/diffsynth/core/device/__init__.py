@@ -86,6 +86,12 @@ __all__ = [
     "wait_event",
 ]
 
+IS_CUDA_AVAILABLE: bool
+"""Whether a CUDA or ROCm device can be used; looked up at each access."""
+
+IS_NPU_AVAILABLE: bool
+"""Whether an Ascend NPU can be used; looked up at each access."""
+
 
 def __getattr__(name: str) -> bool:
     if name == "IS_CUDA_AVAILABLE":
