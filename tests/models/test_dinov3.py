@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 import parity
 from diffsynth import _discovery
 from diffsynth.core.loader import layouts
-from diffsynth.models.dinov3 import Dinov3ImageEncoder, dinov3_pixels
+from diffsynth.models.dinov3 import Dinov3ImageEncoder
 from diffsynth.models.image_config import TINY_DINOV3 as CONFIG
 from diffsynth.models.image_config import Dinov3ImageEncoderConfig, infer_dinov3_config
 from published_tensors import load_published
@@ -86,35 +84,3 @@ def test_other_networks_are_refused():
         infer_dinov3_config({"layer.0.attention.q_proj.bias": (384,)})
     with pytest.raises(ValueError, match="hidden_size=384: expected a multiple of the head dimension 256"):
         dataclasses.replace(CONFIG, hidden_size=384, head_dim=256)
-
-
-def random_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    levels = np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(levels).convert(mode)
-
-
-@pytest.mark.parametrize(("width", "height"), [(61, 37), (20, 24), (32, 32)])
-def test_pixels(width, height):
-    """Pillow scales single channels of unrounded levels with the same filter."""
-    image = random_image(width, height)
-    channels = [Image.fromarray(np.asarray(image, dtype=np.float32)[:, :, channel] / 255) for channel in range(3)]
-    scaled = np.stack([np.asarray(each.resize((32, 32), Image.Resampling.BILINEAR)) for each in channels])
-    expected = (scaled - np.array([[[0.485]], [[0.456]], [[0.406]]])) / np.array([[[0.229]], [[0.224]], [[0.225]]])
-    got = dinov3_pixels(image, 32)
-    assert got.shape == (1, 3, 32, 32)
-    assert float((got[0].double() - torch.from_numpy(expected)).abs().max()) < 2e-5
-
-
-def test_pixels_equal_those_of_transformers():
-    pytest.importorskip("torchvision", reason="transformers' image processor of DINOv3 needs torchvision")
-    from transformers import DINOv3ViTImageProcessor
-
-    image = random_image(61, 37)
-    expected = DINOv3ViTImageProcessor()(images=image, return_tensors="pt")["pixel_values"]
-    assert float((dinov3_pixels(image, 224) - expected).abs().max()) < 2e-5
-
-
-def test_pixels_of_other_modes():
-    assert torch.equal(
-        dinov3_pixels(random_image(20, 20, "L"), 16), dinov3_pixels(random_image(20, 20, "L").convert("RGB"), 16)
-    )

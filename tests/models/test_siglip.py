@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import parity
 from diffsynth import _discovery
@@ -16,7 +13,7 @@ from diffsynth.core.loader import layouts
 from diffsynth.core.loader.header import Header, TensorInfo
 from diffsynth.core.loader.recognize import recognize
 from diffsynth.models.image_config import TINY_SIGLIP, SiglipImageEncoderConfig, infer_siglip_config
-from diffsynth.models.siglip import SiglipImageEncoder, siglip_pixels
+from diffsynth.models.siglip import SiglipImageEncoder
 from published_tensors import load_published
 from siglip_oracles import siglip_oracle
 
@@ -87,24 +84,3 @@ def test_a_network_without_its_head():
 def test_widths_of_other_heads_are_refused():
     with pytest.raises(ValueError, match="hidden_size=100: expected a multiple of the head dimension 72"):
         dataclasses.replace(TINY_SIGLIP, hidden_size=100)
-
-
-@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
-def test_pixels_equal_those_of_transformers(resample):
-    levels = np.random.default_rng(5).integers(0, 256, (37, 61, 3), dtype=np.uint8)
-    image = Image.fromarray(levels)
-    processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=resample)
-    expected = processor(images=image, return_tensors="pt")["pixel_values"]
-    assert float((siglip_pixels(image, 32, resample=resample) - expected).abs().max()) < 1e-6
-
-
-def test_pixels_equal_those_of_torchvision():
-    pytest.importorskip("torchvision", reason="transformers' image processor of SigLIP needs torchvision")
-    from transformers import SiglipImageProcessor
-
-    image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (37, 61, 3), dtype=np.uint8))
-    processor = SiglipImageProcessor(size={"height": 32, "width": 32}, resample=Image.Resampling.BILINEAR)
-    expected = processor(images=image, return_tensors="pt")["pixel_values"]
-    got = siglip_pixels(image, 32, resample=Image.Resampling.BILINEAR)
-    # torchvision scales levels with other rounding: by up to one of 255.
-    assert float((got - expected).abs().max()) < 2.1 / 255

@@ -13,13 +13,14 @@ from diffsynth.core.lora import merge_lora, save_lora
 from diffsynth.core.vram import Policy
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import InvalidPipeline, MissingComponent
-from diffsynth.models.dinov3 import Dinov3ImageEncoder, dinov3_pixels
+from diffsynth.models.dinov3 import Dinov3ImageEncoder
 from diffsynth.models.image_config import (
     TINY_DINOV3,
     TINY_SIGLIP,
     ImageToLoRAConfig,
 )
-from diffsynth.models.siglip import SiglipImageEncoder, siglip_pixels
+from diffsynth.models.image_pixels import dinov3_pixels, siglip_pixels
+from diffsynth.models.siglip import SiglipImageEncoder
 from diffsynth_zimage import ZImageImageToLoRAPipeline, ZImagePipeline
 from diffsynth_zimage.image_to_lora import ZImageImageToLoRA
 from diffsynth_zimage.image_to_lora_config import GROUPS

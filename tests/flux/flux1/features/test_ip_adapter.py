@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 
 from diffsynth.errors import InvalidPipeline, MissingComponent
 from diffsynth.models.image_config import TINY_SIGLIP
-from diffsynth.models.siglip import siglip_pixels
+from diffsynth.models.image_pixels import siglip_pixels
 from diffsynth_flux.flux1.config import TINY_IP_ADAPTER
 from diffsynth_flux.flux1.dit import grid_positions, unpatchify
 from diffsynth_flux.flux1.ip_adapter import FluxIPAdapter

@@ -9,7 +9,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 
 from diffsynth.errors import MissingComponent
 from diffsynth.models.image_config import TINY_SIGLIP
-from diffsynth.models.siglip import siglip_pixels
+from diffsynth.models.image_pixels import siglip_pixels
 from flux1_oracles import (
     DIT,
     SIZE,

@@ -210,13 +210,12 @@ def _load(
 
 @contextmanager
 def _status(text: str) -> Iterator[None]:
-    from rich.console import Console
-
-    console = Console(file=unescaped(sys.stderr))
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield
         return
-    with console.status(printable(text)):
+    from rich.console import Console
+
+    with Console(file=unescaped(sys.stderr)).status(printable(text)):
         yield
 
 

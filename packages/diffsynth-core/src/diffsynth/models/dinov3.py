@@ -1,24 +1,18 @@
-"""Image encoder of DINOv3 over transformers' layers, and the pixels that it reads."""
+"""Image encoder of DINOv3 over transformers' layers."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer
 
-from diffsynth.core.data.color import to_rgb
 from diffsynth.models.image_config import Dinov3ImageEncoderConfig
 from diffsynth.models.transformers_attention import attn_implementation
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Dinov3ImageEncoder(nn.Module):
@@ -50,7 +44,7 @@ class Dinov3ImageEncoder(nn.Module):
         """Return the pooled output `b e`: the normalised hidden state of the class token after the last layer.
 
         Args:
-            image: pixels, see `dinov3_pixels`; sides in multiples of the patch size.
+            image: pixels, see `diffsynth.models.image_pixels.dinov3_pixels`; sides in multiples of the patch size.
         """
         rotary = self.rotary(image)
         hidden = self.embeddings(image)
@@ -90,16 +84,3 @@ class Dinov3Embeddings(nn.Module):
         patches = rearrange(self.patch_embeddings(image), "b e h w -> b (h w) e")
         first = torch.cat((self.cls_token, self.register_tokens), dim=1)
         return torch.cat((first.expand(len(patches), -1, -1), patches), dim=1)
-
-
-def dinov3_pixels(image: Image.Image, size: int) -> Float[Tensor, "1 3 side side"]:
-    """Return an image as an fp32 tensor `1 3 size size` with the mean and deviation of ImageNet, resized without
-    keeping its aspect ratio: bilinearly, with antialiasing, on unrounded levels.
-
-    Raises:
-        ValueError: an image that cannot be converted, see `diffsynth.core.data.color.to_rgb`.
-    """
-    levels = rearrange(torch.from_numpy(np.array(to_rgb(image), dtype=np.float32)), "h w c -> 1 c h w") / 255
-    levels = F.interpolate(levels, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (_MEAN, _STD))
-    return (levels - mean) / std

@@ -1,38 +1,122 @@
-"""Hidden states of decoder-only language models of transformers, of which only the needed layers run."""
+"""Decoder-only language models as text encoders, of which only the layers that are read run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from diffsynth.core.attention import attention
 from diffsynth.models.config import LanguageModelConfig
-from diffsynth.models.transformers_attention import attn_implementation
+from diffsynth.nn import RMSNorm, swiglu
 
 
-def transformers_options(config: LanguageModelConfig) -> dict[str, Any]:
-    """Return a dict of the arguments of a config class of transformers, such as `Qwen3Config`."""
-    return {
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attn_implementation": attn_implementation(),
-        "use_cache": False,
-    }
+class Decoder(nn.Module):
+    """Decoder-only language model without its head: Qwen3, Mistral and the text part of Qwen2.5-VL differ in two
+    options. Parameter names are those of the published files.
+
+    The layers are written here, and not taken from transformers, because importing any of its models imports its
+    quantizers, kernels and generation loops, and PyTorch's compiler: four times what `import torch` takes.
+
+    Args:
+        config: sizes.
+        qk_norm: whether queries and keys are normalised for each head, as in Qwen3.
+        qkv_bias: whether the projections to queries, keys and values have a bias, as in Qwen2.5.
+        rotary: rotary embedding of positions; `Rotary` of the config by default.
+    """
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        *,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        rotary: Rotary | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, qk_norm=qk_norm, qkv_bias=qkv_bias) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.rotary_emb = Rotary(config.head_dim, config.rope_theta) if rotary is None else rotary
+
+
+class DecoderLayer(nn.Module):
+    """Layer of a `Decoder`: causal self-attention, then a gated feed-forward, each after an RMS norm."""
+
+    def __init__(self, config: LanguageModelConfig, *, qk_norm: bool, qkv_bias: bool) -> None:
+        super().__init__()
+        self.self_attn = DecoderAttention(config, qk_norm=qk_norm, qkv_bias=qkv_bias)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "b s e"],
+        mask: Bool[Tensor, "b 1 s s"] | None,
+        rotary: tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]],
+    ) -> Float[Tensor, "b s e"]:
+        """Return the hidden states `b s e` after this layer; for the arguments see `DecoderAttention.forward`."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), mask, rotary)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class DecoderAttention(nn.Module):
+    """Causal self-attention with rotary positions, in which several query heads share one head of keys and values."""
+
+    def __init__(self, config: LanguageModelConfig, *, qk_norm: bool, qkv_bias: bool) -> None:
+        super().__init__()
+        width, queries, keys = config.hidden_size, config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(width, queries * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(width, keys * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, keys * self.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(queries * self.head_dim, width, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "b s e"],
+        mask: Bool[Tensor, "b 1 s s"] | None,
+        rotary: tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]],
+    ) -> Float[Tensor, "b s e"]:
+        """Return the output of attention, a tensor `b s e`.
+
+        Args:
+            hidden: hidden states of tokens.
+            mask: True = may attend, causal; None if nothing but causality limits attention.
+            rotary: cosine and sine of the rotary angles, see `Rotary.forward`.
+        """
+        q, k, v = (
+            project(hidden).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = _rotate(self.q_norm(q), *rotary), _rotate(self.k_norm(k), *rotary)
+        causal = mask is None and hidden.shape[1] > 1
+        return self.o_proj(attention(q, k, v, mask=mask, causal=causal).flatten(2))
+
+
+class GatedMLP(nn.Module):
+    """Feed-forward `down(silu(gate(x)) * up(x))` without biases."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, hidden: Float[Tensor, "b s e"]) -> Float[Tensor, "b s e"]:
+        """Return the output of the feed-forward, a tensor `b s e`."""
+        return self.down_proj(swiglu(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 def hidden_states(
-    model: Any,
+    model: Decoder,
     input_ids: Int[Tensor, "b s"],
     attention_mask: Int[Tensor, "b s"] | Bool[Tensor, "b s"] | None = None,
     *,
@@ -44,7 +128,7 @@ def hidden_states(
     order, concatenated along the last axis, in the dtype of the weights.
 
     Args:
-        model: a decoder of transformers, with `embed_tokens`, `layers`, `norm` and `rotary_emb`.
+        model: the language model.
         input_ids: token ids.
         attention_mask: 1 for text and 0 for padding, on either side; None means that all tokens are text. Padding
             attends to the text before it, as in transformers.
@@ -63,11 +147,11 @@ def hidden_states(
     hidden = model.embed_tokens(input_ids) if embeds is None else embeds
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    position_embeddings = model.rotary_emb(hidden, position_ids)
+    rotary = model.rotary_emb(hidden, position_ids)
     mask = causal_mask(attention_mask)
     states = [hidden]
     for layer in model.layers[: max(wanted)]:
-        hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=position_embeddings)
+        hidden = layer(hidden, mask, rotary)
         states.append(hidden)
     if depth in wanted:
         states[depth] = model.norm(states[depth])
@@ -120,6 +204,12 @@ class MultiAxisRotary(Rotary):
             parts = angles.split(self.sections, dim=-1)
             angles = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
         return self._of_angles(angles, hidden.dtype)
+
+
+def _rotate(x: Float[Tensor, "b s n d"], cos: Float[Tensor, "#b s d"], sin: Float[Tensor, "#b s d"]) -> Tensor:
+    """Return `x` (`b s n d`) with channels `(i, i + d / 2)` of each head rotated by the angle of channel `i`."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
 
 
 def init_weights(model: nn.Module) -> None:

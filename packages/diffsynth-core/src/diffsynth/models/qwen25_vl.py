@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as a text encoder that also reads images (arXiv:2502.13923): transformers' layers."""
+"""Qwen2.5-VL as a text encoder that also reads images (arXiv:2502.13923), by transformers' vision encoder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-    Qwen2_5_VLTextModel,
-)
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from diffsynth.models.config import Qwen25VLTextEncoderConfig
-from diffsynth.models.language_model import MultiAxisRotary, hidden_states, init_weights, transformers_options
+from diffsynth.models.language_model import Decoder, MultiAxisRotary, hidden_states, init_weights
 from diffsynth.models.transformers_attention import attn_implementation
 
 Grid = tuple[int, int]
@@ -30,10 +27,8 @@ class Qwen25VLTextEncoder(nn.Module):
     def __init__(self, config: Qwen25VLTextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        options = transformers_options(config)
-        options["rope_parameters"] |= {"mrope_section": list(config.rope_sections)}
-        self.model = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**options))
-        self.model.rotary_emb = MultiAxisRotary(config.head_dim, config.rope_theta, config.rope_sections)
+        rotary = MultiAxisRotary(config.head_dim, config.rope_theta, config.rope_sections)
+        self.model = Decoder(config, qkv_bias=True, rotary=rotary)
         self.visual = Qwen2_5_VisionTransformerPretrainedModel(_vision_options(config))
         # transformers' module has a buffer of frequencies; `encode_images` computes them.
         self.visual.rotary_pos_emb = nn.Identity()

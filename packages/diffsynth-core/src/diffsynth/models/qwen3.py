@@ -1,4 +1,4 @@
-"""Qwen3 as a text encoder: transformers' layers, of which only those up to the requested hidden state run."""
+"""Qwen3 as a text encoder (arXiv:2505.09388), of which only the layers up to the requested hidden state run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3Model
 
 from diffsynth.models.config import Qwen3TextEncoderConfig
-from diffsynth.models.language_model import Rotary, hidden_states, init_weights, transformers_options
+from diffsynth.models.language_model import Decoder, hidden_states, init_weights
 
 
 class Qwen3TextEncoder(nn.Module):
@@ -18,8 +17,7 @@ class Qwen3TextEncoder(nn.Module):
     def __init__(self, config: Qwen3TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Qwen3Model(Qwen3Config(**transformers_options(config)))
-        self.model.rotary_emb = Rotary(config.head_dim, config.rope_theta)
+        self.model = Decoder(config, qk_norm=True)
 
     def forward(
         self,

@@ -1,17 +1,14 @@
-"""Image encoder of SigLIP and SigLIP 2 of one image size over transformers' layers, and the pixels that it reads."""
+"""Image encoder of SigLIP and SigLIP 2 of one image size over transformers' layers."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipMultiheadAttentionPoolingHead
 
-from diffsynth.core.data.color import to_rgb
 from diffsynth.models.image_config import SiglipImageEncoderConfig
 from diffsynth.models.transformers_attention import attn_implementation
 
@@ -45,7 +42,7 @@ class SiglipImageEncoder(nn.Module):
         `b e` that the head makes of them.
 
         Args:
-            image: pixels in [-1, 1] of the size in the config, see `siglip_pixels`.
+            image: pixels in [-1, 1] of the size in the config, see `diffsynth.models.image_pixels.siglip_pixels`.
             pooled: whether the head follows; only for a network with `config.pooling_head`.
         """
         hidden = self.vision_model.embeddings(image)
@@ -67,21 +64,3 @@ class SiglipEmbeddings(nn.Module):
         """Return the sum of both embeddings, a tensor `b s e`, row by row."""
         patches = rearrange(self.patch_embedding(image), "b e h w -> b (h w) e")
         return patches + self.position_embedding(torch.arange(patches.shape[1], device=image.device))
-
-
-def siglip_pixels(
-    image: Image.Image, size: int, *, resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> Float[Tensor, "1 3 side side"]:
-    """Return an image as an fp32 tensor `1 3 size size` in [-1, 1], resized without keeping its aspect ratio.
-
-    Args:
-        image: the image.
-        size: side in pixels.
-        resample: the filter: bicubic for SigLIP, bilinear for SigLIP 2.
-
-    Raises:
-        ValueError: an image that cannot be converted, see `diffsynth.core.data.color.to_rgb`.
-    """
-    resized = to_rgb(image).resize((size, size), resample)
-    pixels = torch.from_numpy(np.array(resized, dtype=np.float32))
-    return rearrange(pixels / 127.5 - 1.0, "h w c -> 1 c h w")

@@ -24,8 +24,7 @@ from diffsynth.core.lora.arithmetic import stacked
 from diffsynth.core.lora.changes import LoRALayer
 from diffsynth.core.lora.format import to_state_dict
 from diffsynth.errors import InvalidPipeline, MissingComponent
-from diffsynth.models.dinov3 import dinov3_pixels
-from diffsynth.models.siglip import siglip_pixels
+from diffsynth.models.image_pixels import dinov3_pixels, siglip_pixels
 from diffsynth.runtime.feature import Configs, Feature
 from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.pipeline import Pipeline

@@ -18,14 +18,16 @@ def progress_bar(items: Iterable[Item], *, description: str = "denoise", total: 
     """
     import sys
 
+    if not sys.stderr.isatty():
+        yield from items
+        return
     from rich.console import Console
     from rich.progress import track
 
     from diffsynth.errors import printable
     from diffsynth.terminal import unescaped
 
-    console = Console(file=unescaped(sys.stderr))
-    bar = {"console": console, "disable": not console.is_terminal, "transient": True}
+    bar = {"console": Console(file=unescaped(sys.stderr)), "transient": True}
     yield from track(items, description=printable(description), total=total, **bar)
 
 

@@ -76,7 +76,13 @@ class Tokenizer(Processor):
 
     A memory plan of a call without a text, or of a pipeline that is not loaded, counts a fixed number of tokens in its
     place, so it must be called as tokenizers of transformers are.
+
+    Args:
+        source, loader, optional: see `Processor`. The default `loader` is that of
+            `diffsynth.runtime.tokenizer.FolderTokenizer`.
     """
+
+    loader: str = "diffsynth.runtime.tokenizer:FolderTokenizer"
 
 
 @dataclass(frozen=True)

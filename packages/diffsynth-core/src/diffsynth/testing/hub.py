@@ -15,7 +15,7 @@ from diffsynth.core.loader import component, convert
 from diffsynth.core.loader.layouts import rules_of
 from diffsynth.errors import did_you_mean
 from diffsynth.runtime.composition import compose
-from diffsynth.runtime.role import Processor, Role, role_of
+from diffsynth.runtime.role import Processor, Role, Tokenizer, role_of
 from diffsynth.spec import ArchitectureSpec, CheckpointSpec, ModelSpec, parse_source, resolve
 from diffsynth.testing.tiny_files import TinyFile, TinyTensor, tiny_shapes, write_weights
 
@@ -25,7 +25,9 @@ MAX_MODEL_BYTES = 40_000_000
 MARK = "tiny-hub.json"
 """File at the root of a tiny hub: lists its models and marks the folder as one that may be overwritten."""
 
-_DEFAULT_PROCESSORS = {"transformers:AutoTokenizer": "diffsynth.testing.tiny_processors:write_byte_tokenizer"}
+_DEFAULT_PROCESSORS = dict.fromkeys(
+    (Processor.loader, Tokenizer.loader), "diffsynth.testing.tiny_processors:write_byte_tokenizer"
+)
 """Loader of a processor -> default writer of a tiny one; `ModelSpec.tiny_processors` has precedence."""
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralModel
 
-from diffsynth.models.language_model import Rotary, hidden_states, init_weights, transformers_options
+from diffsynth.models.language_model import Decoder, hidden_states, init_weights
 from diffsynth_flux.flux2.config import MistralTextEncoderConfig
 
 
@@ -18,9 +17,7 @@ class MistralTextEncoder(nn.Module):
     def __init__(self, config: MistralTextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        model = MistralModel(MistralConfig(**transformers_options(config), sliding_window=None))
-        model.rotary_emb = Rotary(config.head_dim, config.rope_theta)
-        self.language_model = nn.ModuleDict({"model": model})
+        self.language_model = nn.ModuleDict({"model": Decoder(config)})
 
     def forward(
         self,

@@ -25,7 +25,7 @@ from diffsynth.runtime.role import Agreement, Role
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_zimage.config import ZImageOmniDiTConfig
 from diffsynth_zimage.extension import OmniNetwork, Stream
-from diffsynth_zimage.image_encoders import siglip2_patches
+from diffsynth_zimage.image_patches import siglip2_patches
 
 ENCODER = "image_encoder"
 

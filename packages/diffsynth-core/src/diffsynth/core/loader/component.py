@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import init
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from diffsynth.core import device as devices
 from diffsynth.core import finite
@@ -55,7 +57,7 @@ def build(architecture: ArchitectureSpec, config: Any, *, most: int | None = Non
     """
     make = resolve(architecture.module)
     try:
-        with nullcontext() if most is None else _at_most(most), torch.device("meta"):
+        with nullcontext() if most is None else _at_most(most), torch.device("meta"), _WithoutInitialWeights():
             module: nn.Module = make(config)
     except Exception as error:  # a config of impossible sizes ends anywhere in torch
         raise KeyMismatch(
@@ -63,6 +65,19 @@ def build(architecture: ArchitectureSpec, config: Any, *, most: int | None = Non
             f"{config!s:.500}"
         ) from error
     return module
+
+
+class _WithoutInitialWeights(TorchFunctionMode):
+    """Context manager in which the functions of `torch.nn.init` return their tensor as it is.
+
+    On meta there are no weights to draw, and torch imports its compiler for the first that are drawn there.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == init.__name__:
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
 
 
 @contextmanager

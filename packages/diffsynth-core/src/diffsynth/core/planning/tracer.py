@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 from diffsynth.core.attention.meta import MetaCall, meta_call_of_sdpa, observed_meta_calls
 from diffsynth.core.planning.allocations import AllocationTracker, kernel_workspace
@@ -28,6 +27,14 @@ _FACTORIES: tuple[Any, ...] = (torch.tensor, torch.as_tensor, torch.asarray)
 _READERS: tuple[Any, ...] = (Tensor.tolist, Tensor.numpy)
 _NEEDS_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
+
+
+@functools.cache
+def _flop_counts() -> Mapping[Any, Callable[..., int]]:
+    """Return torch's mapping of operations to functions that count their floating-point operations."""
+    from torch.utils.flop_counter import flop_registry  # imports triton, which a call without a plan does not need
+
+    return flop_registry
 
 
 class MetaTracer:
@@ -140,7 +147,7 @@ class _DispatchMode(TorchDispatchMode):
         values.record(func, args, kwargs, out)
         for result in tensors_in(out):
             tracer.allocations.allocated(result)
-        if count := flop_registry.get(func.overloadpacket):
+        if count := _flop_counts().get(func.overloadpacket):
             tracer.count(count(*args, **kwargs, out_val=out))
             tracer.allocations.workspace(kernel_workspace(func, args, out, tracer.device_type))
         return out

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffsynth.errors import MissingComponent
-from diffsynth.models.siglip import siglip_pixels
+from diffsynth.models.image_pixels import siglip_pixels
 from diffsynth.runtime.feature import Condition, Configs, Feature
 from diffsynth.runtime.images import Images, image_list
 from diffsynth.runtime.role import Agreement, Role

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.errors import MissingComponent
-from diffsynth.models.siglip import siglip_pixels
+from diffsynth.models.image_pixels import siglip_pixels
 from diffsynth.runtime.feature import Configs, Feature
 from diffsynth.runtime.role import Role
 from diffsynth.runtime.unit import Phase, unit
