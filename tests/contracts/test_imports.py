@@ -45,6 +45,34 @@ def test_import_budget(code):
     assert set(loaded) & set(HEAVY) == set()
 
 
+UNASKED = {
+    *("accelerate", "av", "diffusers", "huggingface_hub", "kernels", "modelscope", "peft", "rich", "scipy", "sympy"),
+    *("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor", "torchvision"),
+    *("transformers", "triton"),
+}
+"""Modules that a call of a small model on the CPU does not need; each takes longer to import than the call."""
+
+
+def test_a_whole_generate_imports_no_more_than_it_needs(tmp_path):
+    """Modules of `import torch` itself, which change with its version, do not count."""
+    out = tmp_path / "x.png"
+    code = f"""
+import json, sys
+import torch
+before = set(sys.modules)
+from diffsynth.cli import main
+try:
+    main(["generate", "z-image-nano", "a red apple", "--height=32", "--width=32", "--steps=1", "-o", {str(out)!r}])
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    loaded = json.loads(run(code).splitlines()[-1])
+    assert out.stat().st_size > 0
+    assert "diffsynth.models.qwen3" in loaded
+    assert [name for name in loaded if name in UNASKED] == []
+
+
 def test_import_diffsynth_loads_nothing_else_of_ours():
     loaded = json.loads(run("import diffsynth, sys, json; print(json.dumps(sorted(sys.modules)))"))
     assert [name for name in loaded if name.startswith("diffsynth")] == ["diffsynth"]

@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         """Return one tensor `b two_c h w`: the mean, then the log-variance of the images' unscaled latents, stacked
         along the channels.
         """
-        x = self.conv_in(image)
+        x = self.conv_in(_channels_last_on_cpu(image))
         for block in self.down_blocks:
             x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
@@ -138,10 +138,20 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_in h8 w8"]:
         """Return the decoded images of unscaled latents as a tensor `b c_in h8 w8`."""
-        x = self.mid_block(self.conv_in(latents))
+        x = self.mid_block(self.conv_in(_channels_last_on_cpu(latents)))
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def _channels_last_on_cpu(x: Tensor) -> Tensor:
+    """Return `x`, with channels last in memory if it is bf16 or fp16 on a CPU; the layers after it keep that layout.
+
+    On CPUs without instructions for bf16, convolutions of it take a tenth of the time.
+    """
+    if x.device.type != "cpu" or x.dtype.itemsize != 2:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class DownBlock(nn.Module):

@@ -12,7 +12,7 @@ from PIL import Image
 from diffsynth.core.data.color import to_rgb
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the channels of ImageNet's images."""
+"""Mean and standard deviation of the channels of ImageNet's images."""
 
 
 def siglip_pixels(

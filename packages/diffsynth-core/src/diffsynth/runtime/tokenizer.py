@@ -21,7 +21,7 @@ _WITHOUT_EFFECT = {
 
 
 class Tokens(dict[str, Any]):
-    """What a tokenizer returns: a dict whose values are attributes, too."""
+    """Token ids, mask and offsets that a tokenizer returns: a dict whose values are attributes, too."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
