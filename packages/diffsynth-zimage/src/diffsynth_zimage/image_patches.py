@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
 from diffsynth_zimage.config import Siglip2ImageEncoderConfig

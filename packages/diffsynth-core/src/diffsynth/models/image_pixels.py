@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from diffsynth.core.data.color import to_rgb
 
