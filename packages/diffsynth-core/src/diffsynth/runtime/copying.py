@@ -12,7 +12,18 @@ from diffsynth.core.vram.managed import managed
 
 _MADE = frozenset(
     (
-        *("device", "dtype", "mesh", "model_name", "component_files", "features", "roles", "facts", "per_image"),
+        *(
+            "device",
+            "dtype",
+            "vram_limit",
+            "mesh",
+            "model_name",
+            "component_files",
+            "features",
+            "roles",
+            "facts",
+            "per_image",
+        ),
         *("program", "condition_rules", "_velocity_parameters", "_all_loop_roles", "components", "__signature__"),
         *("_offloader", "plan_cache", "_argument_types", "running_calls", "model_defaults"),
     )

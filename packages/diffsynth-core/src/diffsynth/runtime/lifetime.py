@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffsynth.core import device as devices
 from diffsynth.core.torch_defaults import torch_defaults
@@ -47,7 +47,7 @@ class LifetimeMethods:
         dtype = self.dtype if dtype is None else devices.check_dtype(devices.check_floating(dtype, "dtype"), device)
         self.running_calls.refuse("to()")
         _refuse_to_move(self)
-        modules = {id(part): part for part in self.parts.values() if isinstance(part, nn.Module)}.values()
+        modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
         _check_memory(modules, device, dtype)
         for module in modules:
             move(module, device, dtype)
@@ -118,27 +118,20 @@ def move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         device: where its tensors are moved to.
         dtype: of floating-point parameters and of buffers in the state dict.
     """
+    for tensor in module.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            tensor.data = tensor.data.to(device, dtype)  # one by one, so that no second copy of all is in memory
     module.to(device)
-    for tensor in _weights(module):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-
-
-def _weights(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the parameters, and the buffers that the state dict holds."""
-    yield from module.parameters()
-    for owner in module.modules():
-        kept = owner.state_dict(keep_vars=True).keys()
-        yield from (buffer for name, buffer in owner.named_buffers(recurse=False) if name in kept)
 
 
 def _refuse_to_move(pipe: Any) -> None:
     """Raise PipelineError for a pipeline whose components another object moves."""
     wrapped = [role for role, part in pipe.parts.items() if isinstance(part, nn.Module) and managed(part) is not None]
-    if wrapped or pipe.plan_cache is not None:
+    if wrapped or pipe.vram_limit is not None:
+        what = f"has vram_limit={pipe.vram_limit}" if not wrapped else f"has {', '.join(wrapped)} under a memory policy"
         raise PipelineError(
-            f"to(): {', '.join(wrapped)} of this {type(pipe).__name__} is under a memory policy, which moves its "
-            f"weights. Load the pipeline again with device= and torch_dtype="
+            f"to(): this {type(pipe).__name__} {what}, which moves its weights. Load it again with device= and "
+            f"torch_dtype="
         )
     if pipe.mesh.world.size > 1:
         raise PipelineError(
@@ -147,7 +140,7 @@ def _refuse_to_move(pipe: Any) -> None:
         )
 
 
-def _check_memory(modules: Any, device: torch.device, dtype: torch.dtype) -> None:
+def _check_memory(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     """Raise NotEnoughMemory if modules that are not on a device yet do not fit into its free memory."""
     coming = [tensor for module in modules for tensor in module.parameters() if tensor.device != device]
     needed = sum(tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in coming)

@@ -28,6 +28,7 @@ def load(
     vram_limit: float | None = None,
     policy: Policies = None,
     base_path: Path | str | None = None,
+    warmup: bool | Mapping[str, Any] = False,
 ) -> Pipeline:
     """Return the `Pipeline` of a model, loaded from the files that the model names; roles it has no file for are None.
 
@@ -41,6 +42,8 @@ def load(
         vram_limit: GiB that a call may take on the device; None is no limit.
         policy: where and in which dtype weights are offloaded; see `Pipeline.from_pretrained`.
         base_path: folder of model files, also for downloads; None is DIFFSYNTH_MODEL_BASE_PATH, else `./models`.
+        warmup: whether a call of two steps is made before the first request, see `Pipeline.warmup`; a dict has the
+            arguments of that call, such as an image that the model needs.
 
     Raises:
         UnknownModel: no installed plugin declares the name; the message has the nearest spelling.
@@ -53,6 +56,8 @@ def load(
     cls: type[Pipeline] = resolve(record.pipeline)
     configs = {role: ModelConfig.from_source(source, **folder) for role, source in record.components.items()}
     roles = compose(cls).roles
+    if not isinstance(warmup, bool | Mapping):
+        raise TypeError(f"warmup={shown(warmup)}: expected True, False, or a dict argument -> value")
     if not isinstance(components, Mapping | None):
         raise TypeError(f"components={shown(components)}: expected a dict role -> file")
     given = _members(components or {}, roles)
@@ -66,7 +71,10 @@ def load(
         policy=for_call(policy, record.defaults),
         **{f"{role}_config": ModelConfig.from_source(source, **folder) for role, source in record.processors.items()},
     )
-    return pipe.named(record.name, record.defaults)
+    pipe.named(record.name, record.defaults)
+    if warmup is not False:
+        pipe.warmup(**({} if warmup is True else warmup))
+    return pipe
 
 
 def _members(components: Mapping[str, Any], roles: Mapping[str, Role | Processor]) -> dict[str, Any]:

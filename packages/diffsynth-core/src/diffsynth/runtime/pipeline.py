@@ -31,7 +31,7 @@ from diffsynth.runtime.copying import CopyMethods
 from diffsynth.runtime.declared_backends import use_declared_backends
 from diffsynth.runtime.feature import Condition, Feature, StepContext
 from diffsynth.runtime.images import check_output
-from diffsynth.runtime.lifetime import LifetimeMethods
+from diffsynth.runtime.lifetime import LifetimeMethods, move
 from diffsynth.runtime.lora import LoRAMethods
 from diffsynth.runtime.memory_options import MemoryOptions, Policies, choose, choose_before_reading
 from diffsynth.runtime.plan_cache import PlanCache
@@ -146,6 +146,7 @@ class Pipeline(CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, Lif
         """
         self.device = torch.device(device) if device is not None else devices.default_device()
         self.dtype = devices.check_floating(torch_dtype)
+        self.vram_limit = vram_limit
         self.mesh = ProcessMesh()
         self.running_calls = RunningCalls()
         self.model_name: str | None = None
@@ -230,7 +231,7 @@ class Pipeline(CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, Lif
         devices.check_floating(torch_dtype)
         for part in members(components).values():
             if isinstance(part, torch.nn.Module) and managed(part) is None:
-                part.to(chosen, torch_dtype)
+                move(part, chosen, torch_dtype)
         return cls._from_some(components, device=chosen, torch_dtype=torch_dtype)
 
     def _follow_wrapped(self) -> None:
