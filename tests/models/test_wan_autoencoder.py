@@ -14,6 +14,7 @@ import parity
 import wan_vae_oracle
 from diffsynth import _discovery
 from diffsynth.core.loader import component, convert, header, recognize
+from diffsynth.core.progress import reporting, task
 from diffsynth.models.config import WanAutoencoderConfig, infer_wan_autoencoder_config
 from diffsynth.models.wan_autoencoder import WanAutoencoder
 
@@ -250,15 +251,13 @@ def test_memory_of_a_stream_does_not_grow() -> None:
 @torch.no_grad()
 def test_progress_counts_pieces() -> None:
     ours = build(CONFIG)
-    counts = []
-
-    def progress(pieces):
-        counts.append(len(pieces))
-        yield from pieces
-
-    ours.decode(draw_latents(3, 1, 1), progress=progress)
-    ours.encode(draw_video(7, 4, 4), progress=progress, latents_per_piece=2)
-    assert counts == [3, 2]
+    seen = []
+    with reporting(seen.append), task("decode", total=1, unit="units", description="a unit"):
+        ours.decode(draw_latents(3, 1, 1))
+        ours.encode(draw_video(7, 4, 4), latents_per_piece=2)
+    pieces = [(each.done, each.total) for each in seen if each.unit == "pieces"]
+    assert pieces == [(0, 3), (1, 3), (2, 3), (3, 3), (0, 2), (1, 2), (2, 2)]
+    assert {each.description for each in seen} == {"a unit"}
 
 
 class Wrapper(torch.nn.Module):

@@ -15,6 +15,7 @@ from diffsynth.runtime.images import images_to_batch, tensor_to_images
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth_zimage import ZImagePipeline
+from progress_parts import check_parts
 from tiny_z_image import tiny_z_image
 from toy_pipeline import ToyNet, ToyPipeline
 
@@ -392,3 +393,12 @@ def test_a_plan_for_a_limit_takes_other_stages_to_be_offloaded():
     with pytest.raises(NotEnoughMemory) as caught:
         cascade.plan(**call, vram_limit=1e-6)
     assert caught.value.__notes__ == ["raised in stage 'base' of a cascade"]
+
+
+def test_progress_names_the_stage_of_the_cascade():
+    seen = []
+    two()("abc", on_progress=seen.append)
+    stages = list(dict.fromkeys(each.cascade_stage for each in seen))
+    assert stages == ["base", "refine"]
+    for stage in stages:
+        check_parts([each for each in seen if each.cascade_stage == stage])

@@ -1,6 +1,11 @@
 """`diffsynth.load` with files in place of the model's own."""
 
+import gc
+import itertools
+import os
 import re
+import threading
+import weakref
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -11,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import diffsynth
 from diffsynth import ModelConfig
+from diffsynth.core.loader import component
 from diffsynth.core.loader.save import save_checkpoint
-from diffsynth.errors import Unrecognized
+from diffsynth.errors import Cancelled, Unrecognized
 from diffsynth.models.config import TINY_FLUX_AUTOENCODER
 from diffsynth.models.flux_autoencoder import FluxAutoencoder
 from diffsynth_zimage import ZImagePipeline
+from progress_parts import check_parts
 
 NANO = files("diffsynth_zimage") / "nano"
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 1}
@@ -24,6 +31,73 @@ CALL = {"prompt": "a red apple", "seed": 0, "output_type": "tensor", **SIZE}
 
 def load(**components):
     return diffsynth.load("z-image-nano", components=components, device="cpu", torch_dtype=torch.float32)
+
+
+def test_progress_counts_the_bytes_of_all_components():
+    seen = []
+    pipe = diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32, on_progress=seen.append)
+    check_parts(seen)
+    assert {(each.stage, each.unit) for each in seen} == {("load", "bytes")}
+    roles = list(dict.fromkeys(each.description for each in seen))
+    assert sorted(roles) == ["dit", "text_encoder", "vae"]
+    weights = {role: sum(each.nbytes for each in pipe.components[role].state_dict().values()) for role in roles}
+    assert seen[-1].total == sum(weights.values())
+    begins = {role: min(each.done for each in seen if each.description == role) for role in roles}
+    sizes = (weights[role] for role in roles)
+    assert [*begins.values(), seen[-1].done] == list(itertools.accumulate(sizes, initial=0))
+
+
+@pytest.mark.parametrize("policy", ["cpu-offload", "fp8", "disk"])
+def test_progress_of_weights_under_a_policy(policy):
+    seen = []
+    diffsynth.load("z-image-nano", device="cpu", policy=policy, on_progress=seen.append)
+    check_parts(seen)
+    assert (seen[-1].total == 0) == (policy == "disk"), "nothing is read of what stays on disk"
+
+
+@pytest.mark.parametrize("end", ["cancel", "callback"])
+def test_a_load_that_is_ended_leaves_nothing_behind(end, monkeypatch):
+    """It ends when the third component begins; the first two are freed with the error, without the collector."""
+    cancel, made, open_files = threading.Event(), [], len(os.listdir("/proc/self/fd"))
+    materialize = component.materialize
+
+    def recorded(*arguments, **options):
+        module = materialize(*arguments, **options)
+        made.extend(weakref.ref(each) for each in (module, next(module.parameters())))
+        return module
+
+    def on_progress(each):
+        if len(made) == 4:
+            cancel.set()
+            if end == "callback":
+                raise ZeroDivisionError
+
+    monkeypatch.setattr(component, "materialize", recorded)
+    given = {"device": "cpu", "on_progress": on_progress, "cancel": cancel if end == "cancel" else None}
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(Cancelled if end == "cancel" else ZeroDivisionError) as caught:
+            diffsynth.load("z-image-nano", **given)
+        caught.value.__traceback__ = None
+        del caught
+        assert len(made) == 4
+        assert [each() for each in made] == [None] * 4
+    finally:
+        gc.enable()
+    assert len(os.listdir("/proc/self/fd")) == open_files
+    cancel.clear()
+    assert load()(**CALL).isfinite().all()
+
+
+def test_a_load_is_cancelled_before_it_reads_a_file(monkeypatch):
+    cancel = threading.Event()
+    cancel.set()
+    monkeypatch.setattr("diffsynth.runtime.pretrained.read_config", None)
+    with pytest.raises(Cancelled):
+        diffsynth.load("z-image-nano", device="cpu", cancel=cancel)
+    with pytest.raises(TypeError, match="cancel=1: expected a threading.Event"):
+        diffsynth.load("z-image-nano", device="cpu", cancel=1)
 
 
 def test_a_file_replaces_the_models_own(tmp_path):

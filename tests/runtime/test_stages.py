@@ -1,14 +1,23 @@
 """The stages of a call: what the call runs and a memory plan traces."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+
 import pytest
 import torch
 
 from diffsynth.core.planning import StageKind
-from diffsynth.errors import MissingComponent
+from diffsynth.core.progress import reporting, task
+from diffsynth.core.vram.managed import managed
+from diffsynth.core.vram.policy import BlockState
+from diffsynth.errors import Cancelled, MissingComponent
 from diffsynth.runtime.feature import Feature
 from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.role import Role
 from diffsynth.runtime.unit import Phase, unit
+from progress_parts import check_parts
+from tiny_z_image import tiny_z_image
 from toy_pipeline import ToyNet, ToyPipeline
 
 
@@ -130,3 +139,75 @@ def test_parts_of_the_loop_are_runs_of_equal_roles():
     before = values.shared["latents"].clone()
     parts[0].run()
     assert not torch.equal(values.shared["latents"], before)
+
+
+def test_progress_of_a_call_by_stage():
+    seen = []
+    pipe = bright(adapter=ToyNet())
+    assert pipe("abc", seed=0, on_progress=seen.append) == pipe("abc", seed=0)
+    check_parts(seen)
+    assert [stage for stage, _ in groupby(each.stage for each in seen)] == ["encode", "denoise", "decode"]
+    units = ["round_size", "schedule", "encode_colour", "initial_latents"]
+    assert [(each.done, each.total) for each in seen if each.stage == "denoise"] == [(done, 4) for done in range(5)]
+    assert list(dict.fromkeys(each.description for each in seen if each.stage == "encode"))[1:] == units
+    assert {each.unit for each in seen} == {"units", "steps"}
+
+
+def test_progress_of_tiles_and_their_cancellation():
+    seen, cancel = [], threading.Event()
+    pipe = tiny_z_image()
+    size = pipe.vae.config.factor * 4
+    call = {"height": size, "width": size, "num_inference_steps": 1, "seed": 0, "tile_size": 2, "tile_stride": 2}
+    call |= {"tiled": True, "output_type": "tensor"}
+    whole = pipe("a red apple", **call, on_progress=seen.append)
+    check_parts(seen)
+    tiles = [each for each in seen if each.unit == "tiles"]
+    assert [(each.stage, each.description, each.done, each.total) for each in tiles] == [
+        ("decode", "decode_image", done, 4) for done in range(5)
+    ]
+
+    def on_progress(each):
+        if each.unit == "tiles" and each.done == 2:
+            cancel.set()
+
+    with pytest.raises(Cancelled):
+        pipe("a red apple", **call, on_progress=on_progress, cancel=cancel)
+    assert torch.equal(pipe("a red apple", **call), whole)
+
+
+def test_an_exception_of_on_progress_ends_the_call_and_frees_the_device():
+    pipe = ToyPipeline({"dit": ToyNet().requires_grad_(False)}, device="cpu", policy="cpu-offload")
+
+    def on_progress(each):
+        if (each.stage, each.done) == ("denoise", 2):
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        pipe("abc", seed=0, on_progress=on_progress)
+    assert managed(pipe.dit).state is BlockState.OFFLOAD
+    assert pipe("x" * 4, seed=0) == pytest.approx(0.4, abs=1e-2)
+
+
+def test_calls_inside_of_a_call_and_in_threads_report_to_their_own_callback():
+    pipe, outer, inner = bright(), [], []
+
+    def on_step(step):
+        pipe("abc", seed=0)
+        pipe("abc", seed=0, num_inference_steps=2, on_progress=inner.append)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = []
+        beside = pool.submit(pipe, "abc", seed=0, num_inference_steps=7, on_progress=other.append)
+        pipe("abc", seed=0, on_step=on_step, on_progress=outer.append)
+        beside.result()
+    totals = [{each.total for each in seen if each.stage == "denoise"} for seen in (outer, inner, other)]
+    assert totals == [{4}, {2}, {7}]
+    check_parts(outer)
+    check_parts(other)
+
+
+def test_a_plan_reports_nothing():
+    seen = []
+    with reporting(seen.append), task("load", total=1, unit="components"):
+        tiny_z_image().plan(height=32, width=32, num_inference_steps=1, on_progress=seen.append)
+    assert {each.unit for each in seen} == {"components"}

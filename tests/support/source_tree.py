@@ -22,7 +22,7 @@ _LIGHT = {
         *("__init__", "errors", "spec", "hookspecs", "registry", "configs", "metrics", "terminal"),
         *("_discovery", "_entry_points", "_env", "_models", "_spec_checks"),
     },
-    "core": {"__init__", "arguments", "json_cache", "paths", "replacing"},
+    "core": {"__init__", "arguments", "json_cache", "paths", "progress", "replacing"},
     "core/loader": {
         *("__init__", "config", "convert", "download", "dtypes", "explain", "file_kinds", "files", "first_party"),
         *(

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import save
 from diffsynth.core.loader import download, header
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.files import find
-from diffsynth.errors import DownloadFailed, NoFiles
+from diffsynth.core.progress import reporting
+from diffsynth.errors import Cancelled, DownloadFailed, NoFiles
 from hub_server import Hub, serve
 
 HUBS = ("huggingface", "modelscope")
@@ -206,7 +208,7 @@ def test_the_token_is_sent_and_never_shown(hub, monkeypatch, caplog):
 
 
 def test_a_library_that_quotes_the_token_is_not_quoted(hub, monkeypatch):
-    def fetch(config):
+    def fetch(config, task):
         raise ValueError(f"Illegal header value b'Bearer {config.token}'")
 
     monkeypatch.setitem(download._FETCHERS, os.environ["DIFFSYNTH_DOWNLOAD_SOURCE"], fetch)
@@ -222,6 +224,44 @@ def test_a_full_disk_says_so(hub, monkeypatch):
     with pytest.raises(DownloadFailed, match=r"No space left.*Make room on the disk of .*owner/model"):
         find(config("vae/*"))
     monkeypatch.undo()
+
+
+def test_progress_counts_the_bytes_of_all_files(hub):
+    seen = []
+    with reporting(seen.append):
+        find(config())
+        find(config())  # nothing is fetched again
+    assert {(each.stage, each.unit, each.description) for each in seen} == {("download", "bytes", str(config()))}
+    done = [each.done for each in seen]
+    assert done == sorted(done)
+    size = sum(len(data) for path, data in hub.files.items() if path.startswith("transformer/"))
+    assert (seen[0].done, seen[0].total) == (0, None)
+    assert (seen[-1].done, seen[-1].total) == (size, size)
+
+
+@pytest.mark.parametrize("end", ["cancel", "callback"])
+def test_a_download_that_is_ended_resumes(end, hub, monkeypatch):
+    """It ends at its next block. ModelScope's library continues there, Hugging Face's starts that file again."""
+    path, cancel = "transformer/a-00001-of-00002.safetensors", threading.Event()
+    for name in ("huggingface_hub.constants", "modelscope_hub._download"):
+        monkeypatch.setattr(f"{name}.DOWNLOAD_CHUNK_SIZE", 2**14)
+    monkeypatch.setattr("diffsynth.core.progress._INTERVAL", 0)
+
+    def on_progress(each):
+        if each.done >= 100_000:
+            cancel.set()
+            if end == "callback":
+                raise ZeroDivisionError("mine")
+
+    expected = Cancelled if end == "cancel" else ZeroDivisionError
+    with pytest.raises(expected), reporting(on_progress, cancel=cancel if end == "cancel" else None):
+        find(config())
+    assert not (config().folder / path).exists()
+    assert len(hub.asked_for(path)) == 1, "it was tried again"
+    hub.requests.clear()
+    assert find(config())[0].read_bytes() == WEIGHTS
+    (asked,) = hub.asked_for(path)
+    assert bool(asked) == (os.environ["DIFFSYNTH_DOWNLOAD_SOURCE"] == "modelscope")
 
 
 def _everything_printed(error):

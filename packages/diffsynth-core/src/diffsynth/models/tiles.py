@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffsynth.core.progress import track
 from diffsynth.core.repeats import repeated
 
 
@@ -150,7 +151,7 @@ def tile_by_tile(
         return run(x)
     scale_in, scale_out = scales
     blend = None
-    for tile in tiles:
+    for tile in track(tiles, total=len(tiles), unit="tiles"):
         part = repeated(run, tile.cut(x, scale_in))
         blend = blend or Blend(x.shape[-2] // scale_in, x.shape[-1] // scale_in, scale_out, like=part)
         blend.add(tile, part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, Unpack
 
@@ -11,13 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffsynth.core import device as devices
+from diffsynth.core.progress import track
 from diffsynth.core.repeats import repeated
 from diffsynth.models.causal_video import Decoder, Downsample, Encoder, FrameCache, ResidualBlock, Upsample
 from diffsynth.models.config import WanAutoencoderConfig
 from diffsynth.models.tiles import Blend, Tile, Tiling, cover
-
-Progress = Callable[[Sequence[Tensor]], Iterable[Tensor]]
-"""Function that yields its pieces and shows the progress, as `tqdm` does."""
 
 
 class CausalAutoencoder(nn.Module):
@@ -41,7 +39,6 @@ class CausalAutoencoder(nn.Module):
         video: Float[Tensor, "b c_in *t4 h8 w8"],
         *,
         latents_per_piece: int = 1,
-        progress: Progress | None = None,
         **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c *t h w"]:
         """Return the scaled latents of a video, a tensor `(mean - latents_mean) / latents_std` in the dtype of `video`.
@@ -50,16 +47,15 @@ class CausalAutoencoder(nn.Module):
             video: pixels in [-1, 1]; `config.time_factor * k + 1` frames, sides that are multiples of `config.factor`.
                 An image `b c_in h8 w8` is a video of one frame, and so are its latents `b c h w`.
             latents_per_piece: latent frames computed at once. Memory grows with it, and rounding depends on it.
-            progress: progress bar over the pieces; None for none.
             tiling: see `Tiling`.
 
         Raises:
             ValueError: the number of frames or a side does not fit, or tiles would leave gaps.
         """
         if video.ndim == 4:
-            return self.encode(video[:, :, None], progress=progress, **tiling).squeeze(2)
+            return self.encode(video[:, :, None], **tiling).squeeze(2)
         pieces = self.split_video(video, latents_per_piece)
-        encoded = self.encode_pieces(pieces if progress is None else progress(pieces), **tiling)
+        encoded = self.encode_pieces(track(pieces, total=len(pieces), unit="pieces"), **tiling)
         return torch.cat(list(encoded), dim=2)
 
     def decode(
@@ -67,16 +63,15 @@ class CausalAutoencoder(nn.Module):
         latents: Float[Tensor, "b c *t h w"],
         *,
         latents_per_piece: int = 1,
-        progress: Progress | None = None,
         **tiling: Unpack[Tiling],
     ) -> Float[Tensor, "b c_in *t4 h8 w8"]:
         """Return the video of scaled latents, or the image of latents `b c h w`, as a tensor with values about in [-1,
         1], not clamped; other arguments as in `encode`.
         """
         if latents.ndim == 4:
-            return self.decode(latents[:, :, None], progress=progress, **tiling).squeeze(2)
+            return self.decode(latents[:, :, None], **tiling).squeeze(2)
         pieces = latents.split(latents_per_piece, dim=2)
-        decoded = self.decode_pieces(pieces if progress is None else progress(pieces), **tiling)
+        decoded = self.decode_pieces(track(pieces, total=len(pieces), unit="pieces"), **tiling)
         first = next(decoded)
         frames = self.config.time_factor * (latents.shape[2] - 1) + 1
         # Write each piece into its slice: torch.cat at the end would hold the video twice.
@@ -184,7 +179,7 @@ class CausalAutoencoder(nn.Module):
                 tiles = cover(height, width, **tiling)
                 caches = [FrameCache() for _ in tiles]
             blend = None
-            for tile, cache in zip(tiles, caches, strict=True):
+            for tile, cache in track(zip(tiles, caches, strict=True), total=len(tiles), unit="tiles"):
                 cache.is_last = is_last
                 if offload_caches:
                     cache.to(piece.device)

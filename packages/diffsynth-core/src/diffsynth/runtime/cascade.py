@@ -418,13 +418,15 @@ def _is_input(stage: CascadeStage, argument: str) -> TypeError:
 
 
 def _reported(stage: CascadeStage, call: Mapping[str, Any], position: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a stage's call with a progress bar of its name, and an `on_step` that gets the stage."""
+    """Return the arguments of a stage's call with a progress bar of its name, and callbacks that get the stage."""
     reported = dict(call)
     reported.setdefault("progress_bar_cmd", partial(progress_bar, description=stage.name))
     if (on_step := call.get("on_step")) is not None:
         reported["on_step"] = lambda step: on_step(
             CascadeStep(**{each.name: getattr(step, each.name) for each in fields(Step)}, **position)
         )
+    if (on_progress := call.get("on_progress")) is not None:
+        reported["on_progress"] = lambda progress: on_progress(replace(progress, cascade_stage=stage.name))
     return reported
 
 

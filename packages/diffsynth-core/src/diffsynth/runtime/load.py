@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from diffsynth import registry
 from diffsynth.core.loader.config import ModelConfig
+from diffsynth.core.progress import OnProgress
 from diffsynth.errors import shown
 from diffsynth.runtime.composition import compose
 from diffsynth.runtime.memory_options import Policies, for_call
@@ -29,6 +31,8 @@ def load(
     policy: Policies = None,
     base_path: Path | str | None = None,
     warmup: bool | Mapping[str, Any] = False,
+    on_progress: OnProgress | None = None,
+    cancel: threading.Event | None = None,
 ) -> Pipeline:
     """Return the `Pipeline` of a model, loaded from the files that the model names; roles it has no file for are None.
 
@@ -44,10 +48,14 @@ def load(
         base_path: folder of model files, also for downloads; None is DIFFSYNTH_MODEL_BASE_PATH, else `./models`.
         warmup: whether a call of two steps is made before the first request, see `Pipeline.warmup`; a dict has the
             arguments of that call, such as an image that the model needs.
+        on_progress: called with a `diffsynth.core.progress.Progress` while files are downloaded and read.
+        cancel: checked between files and blocks of files; when set, `Cancelled` is raised. Nothing stays in memory, and
+            files that were downloaded completely are kept.
 
     Raises:
         UnknownModel: no installed plugin declares the name; the message has the nearest spelling.
         CheckpointError: files are missing, or do not fit their roles.
+        Cancelled: the caller set `cancel`.
         TypeError: `components` is no dict, names a role that the pipeline does not have or that holds no module, or
             has another value than a file.
     """
@@ -69,11 +77,13 @@ def load(
         model_configs=[replace(config, role=role_of(name)) for name, config in configs.items()],
         vram_limit=vram_limit,
         policy=for_call(policy, record.defaults),
+        on_progress=on_progress,
+        cancel=cancel,
         **{f"{role}_config": ModelConfig.from_source(source, **folder) for role, source in record.processors.items()},
     )
     pipe.named(record.name, record.defaults)
     if warmup is not False:
-        pipe.warmup(**({} if warmup is True else warmup))
+        pipe.warmup(**{"on_progress": on_progress, "cancel": cancel, **({} if warmup is True else warmup)})
     return pipe
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from diffsynth import _discovery
 from diffsynth.core.finite import LateCheck, nonfinite
+from diffsynth.core.progress import current, task
 from diffsynth.errors import MissingComponent, NotFinite, shortened
 from diffsynth.runtime.acceleration.session import StepCacheSession, step_cache_session
 from diffsynth.runtime.acceleration.step_attention import attention_at, check_attention
@@ -122,7 +123,7 @@ class DenoisingLoop:
         self._notify("denoise_started", pipeline=pipe, num_steps=self.num_steps, shape=tuple(latents.shape))
         solver = load_solver(find_solver(request.loop.solver))
         progress = request.loop.progress_bar_cmd if pipe.mesh.is_main_process else no_progress
-        with self._experts, self._step_cache, self._loras:
+        with self._experts, self._step_cache, self._loras, task("denoise", total=len(steps), unit="steps"):
             self._values.shared["latents"] = solver(
                 self.velocity,
                 latents,
@@ -218,6 +219,7 @@ class DenoisingLoop:
             finally:
                 if first is not None:
                     first.drop()
+        current("denoise").advance()
         self._evaluation = 0
         if index + 1 < self.num_steps:
             self._step = self._steps[index + 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from diffsynth.core import device as devices
 from diffsynth.core.parallel import ProcessMesh
 from diffsynth.core.planning import MemoryPlan
 from diffsynth.core.planning.workload import StageKind
+from diffsynth.core.progress import OnProgress, reporting
 from diffsynth.core.torch_defaults import torch_defaults
 from diffsynth.core.vram.managed import managed
 from diffsynth.core.vram.report import TransferReport
@@ -43,7 +45,7 @@ from diffsynth.runtime.role import Agreement, Processor, Role, check_components,
 from diffsynth.runtime.running_calls import RunningCalls
 from diffsynth.runtime.schema import SchemaMethod
 from diffsynth.runtime.stage_offloader import ExpertSwitcher, StageOffloader
-from diffsynth.runtime.stages import Stage, stages_of
+from diffsynth.runtime.stages import Stage, run_stages, stages_of
 from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, needed_for, run_units
 from diffsynth.sampling.prediction import PREDICTIONS
 
@@ -183,6 +185,8 @@ class Pipeline(CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, Lif
         vram_limit: float | None = None,
         *,
         policy: Policies = None,
+        on_progress: OnProgress | None = None,
+        cancel: threading.Event | None = None,
         **processor_configs: Any,
     ) -> Pipeline:
         """Return a `Pipeline` whose components are loaded from files.
@@ -196,12 +200,14 @@ class Pipeline(CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, Lif
                 "disk", or a `diffsynth.core.vram.policy.Policy`, for all components or by role. "auto" chooses the
                 dtype by a plan of the default call, `Auto(arguments)` by a plan of the call with these arguments. The
                 eight keys of a config have precedence.
+            on_progress, cancel: see `diffsynth.load`.
             processor_configs: `<role>_config=ModelConfig(...)` in place of the default source of a processor.
 
         Raises:
             CheckpointError: a file is missing, corrupt, unknown, or of a role this pipeline does not have.
             MissingComponent: no file fills a role that the pipeline needs.
             InvalidPipeline: two files that do not fit each other; no weights are read by then.
+            Cancelled: the caller set `cancel`.
             TypeError: an unknown argument, or a dtype that is no floating-point `torch.dtype`.
         """
         device = devices.default_device() if device is None else devices.check_device(device)
@@ -211,7 +217,10 @@ class Pipeline(CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, Lif
         fitting = {"agreements": made.agreements, "features": made.features}
         loader = PretrainedLoader(made.roles, cls.__name__, choose_policy, **fitting)
         memory = {"vram_limit": vram_limit, "policy": policy}
-        components, files = loader.load(model_configs, processor_configs, dtype=torch_dtype, device=device, **memory)
+        with reporting(on_progress, cancel=cancel):
+            components, files = loader.load(
+                model_configs, processor_configs, dtype=torch_dtype, device=device, **memory
+            )
         pipe = cls(components, device=device, torch_dtype=torch_dtype, component_files=files, **memory)
         _discovery.notify("pipeline_ready", pipeline=pipe)
         return pipe
@@ -299,10 +308,7 @@ class Pipeline(CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, Lif
     def _run(self, request: Request) -> Any:
         values = self.call_values(request)
         try:
-            for stage in self.stages(request):
-                request.raise_if_cancelled()
-                with self._loaded(stage, request):
-                    stage.run(values)
+            run_stages(self.stages(request), values, request, loaded=lambda stage: self._loaded(stage, request))
         finally:
             self._offloader.end_call(request.plan)
         if request.loop.output_type == "latents":

@@ -22,6 +22,7 @@ from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.planning import BlockCall, MemoryPlan, Speeds, StageCost, StageTrace, Workload, plan_memory
 from diffsynth.core.planning.tracer import MetaTracer
 from diffsynth.core.planning.workload import StageKind
+from diffsynth.core.progress import reporting
 from diffsynth.core.vram.managed import ManagedModule, managed
 from diffsynth.errors import NotEnoughMemory, Unplannable, shown
 from diffsynth.runtime.architectures import architecture_of, partition_by
@@ -295,7 +296,7 @@ def _trace(
     request = pipe.check(**{**arguments, **quiet, "output_type": "tensor" if decodes else "latents"})
     costs: list[StageCost] = []
     values = pipe.call_values(request)
-    with MetaTracer(device_type, modules, blocks) as tracer:
+    with MetaTracer(device_type, modules, blocks) as tracer, reporting():
         for stage in pipe.stages(request):
             if stage.kind is StageKind.DENOISE and not loops:
                 values.shared["latents"] = values.shared["latents"].float()  # as the loop leaves them

@@ -13,6 +13,7 @@ import torch
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
+from diffsynth.core import progress
 from diffsynth.core.loader import component, files, header, recognize
 from diffsynth.core.loader.checkpoint import read_config
 from diffsynth.core.loader.config import ModelConfig
@@ -34,7 +35,7 @@ _PREFETCH_SHARE, _PREFETCH_BYTES = 0.25, 4 * 2**30
 too."""
 
 
-_ARGUMENTS = ("torch_dtype", "device", "model_configs", "vram_limit", "policy")
+_ARGUMENTS = ("torch_dtype", "device", "model_configs", "vram_limit", "policy", "on_progress", "cancel")
 
 
 @dataclass(frozen=True)
@@ -127,25 +128,45 @@ class PretrainedLoader:
             if policy is not None:
                 check_source(policy, source, type(module).__name__)
                 options.check_limit(part.role, module, architecture=part.recognized.architecture, policy=policy)
-        sources_ahead = [*(source for _, source in opened[1:]), None]
-        for part, policy, (module, source), ahead in zip(found, policies, opened, sources_ahead, strict=False):
-            started = time.perf_counter()
-            if policy is not None:
-                architecture = part.recognized.architecture
-                components[part.role] = options.read(module, source, architecture=architecture, policy=policy)
-            else:
-                with _prefetched(ahead, options.device):
-                    components[part.role] = component.materialize(module, source, device=options.device)
-            accept_published_names(components[part.role], part.recognized.architecture)
-            sources[part.role] = list(part.header.files)
-            _discovery.notify(
-                "component_loaded",
-                role=part.role,
-                architecture=part.recognized.architecture.name,
-                files=sources[part.role],
-                seconds=time.perf_counter() - started,
-            )
+        self._read(found, policies, opened, options, into=components, sources=sources)
         return grouped(components), sources
+
+    def _read(
+        self,
+        found: Sequence[_Found],
+        policies: Sequence[Policy | None],
+        opened: Sequence[tuple[nn.Module, ComponentSource]],
+        options: MemoryOptions,
+        *,
+        into: dict[str, Any],
+        sources: dict[str, list[Path]],
+    ) -> None:
+        """Read the weights of the components, and write them and their files to `into` and `sources`, by role."""
+        sources_ahead = [*(source for _, source in opened[1:]), None]
+        sizes = [
+            0 if policy is not None and policy.offload.on_disk else source.size()
+            for policy, (_, source) in zip(policies, opened, strict=True)
+        ]
+        with progress.task("load", total=sum(sizes), unit="bytes", description=found[0].role if found else "") as task:
+            for index, (part, policy, (module, source)) in enumerate(zip(found, policies, opened, strict=True)):
+                task.describe(part.role)
+                started = time.perf_counter()
+                if policy is not None:
+                    architecture = part.recognized.architecture
+                    into[part.role] = options.read(module, source, architecture=architecture, policy=policy)
+                else:
+                    with _prefetched(sources_ahead[index], options.device):
+                        into[part.role] = component.materialize(module, source, device=options.device)
+                task.reach(sum(sizes[: index + 1]))
+                accept_published_names(into[part.role], part.recognized.architecture)
+                sources[part.role] = list(part.header.files)
+                _discovery.notify(
+                    "component_loaded",
+                    role=part.role,
+                    architecture=part.recognized.architecture.name,
+                    files=sources[part.role],
+                    seconds=time.perf_counter() - started,
+                )
 
     def _check_complete(self, found: Sequence[_Found]) -> list[str]:
         """Return a list of the roles that are not optional and stay empty, because what was found is for a feature that
@@ -168,6 +189,7 @@ class PretrainedLoader:
         read: list[_File] = []
         named = self._named_roles(model_configs)
         for config in model_configs:
+            progress.raise_if_stopped()
             # A model names a file of several components once for each of its roles.
             source = replace(config, role=None)
             file = next((each for each in read if config.state_dict is None and each.source == source), None)

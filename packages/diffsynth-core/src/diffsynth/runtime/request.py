@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diffsynth import _discovery
 from diffsynth.core.planning import MemoryPlan
-from diffsynth.errors import Cancelled, MissingComponent, PipelineError, did_you_mean, shown
+from diffsynth.core.progress import Progress, raise_if_set
+from diffsynth.errors import MissingComponent, PipelineError, did_you_mean, shown
 from diffsynth.runtime.acceleration.step_attention import AttentionArgument, parse_step_attention
 from diffsynth.runtime.acceleration.strategies import StepCacheArgument, parse_step_cache
 from diffsynth.runtime.branch_lora import BranchLoRA, parse_branch_lora
@@ -118,6 +119,7 @@ class LoopKeywords(TypedDict, total=False):
     num_images: int
     output_type: OutputType
     on_step: Callable[[Step], None] | None
+    on_progress: Callable[[Progress], None] | None
     cancel: threading.Event | None
     progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]]
     step_cache: StepCacheArgument
@@ -144,7 +146,9 @@ class LoopArguments:
         output_type: "pil" images, or what else the pipeline returns, such as an `Audio`; "tensor" `b 3 h w` in [-1, 1],
             `b c n` for sound; or "latents" before decoding.
         on_step: called with a `Step` after each step.
-        cancel: checked between units and between steps; when set, `Cancelled` is raised.
+        on_progress: called with a `Progress` while the call encodes, denoises and decodes; see
+            `diffsynth.core.progress`.
+        cancel: checked between units, steps, tiles and pieces of a video; when set, `Cancelled` is raised.
         progress_bar_cmd: wraps the iterator over steps, as `tqdm` does. It is advanced once for each step; the items
             that it gives are not read.
         step_cache: skips blocks whose results hardly change from step to step: a step cache, or its text
@@ -168,6 +172,7 @@ class LoopArguments:
     num_images: int = 1
     output_type: OutputType = "pil"
     on_step: Callable[[Step], None] | None = None
+    on_progress: Callable[[Progress], None] | None = None
     cancel: threading.Event | None = None
     progress_bar_cmd: Callable[[Iterable[Any]], Iterable[Any]] = progress_bar
     step_cache: StepCacheArgument = None
@@ -263,8 +268,7 @@ class Request:
         Raises:
             Cancelled: the caller set `cancel`.
         """
-        if self.loop.cancel is not None and self.loop.cancel.is_set():
-            raise Cancelled("the caller set `cancel`; no result")
+        raise_if_set(self.loop.cancel)
 
 
 def build_signature(

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from diffsynth.core.planning.workload import StageKind
+from diffsynth.core.progress import NO_TASK, reporting, task
 from diffsynth.errors import MissingComponent
 from diffsynth.runtime.interface import LoopPipeline
 from diffsynth.runtime.loop import DenoisingLoop
@@ -88,6 +91,42 @@ class LoopStage(Stage):
             )
             for roles, steps in runs
         ]
+
+
+_NAMES = {StageKind.PREPARE: "encode", StageKind.OUTPUT: "decode"}
+"""Kind of stages -> the stage of their progress. The loop reports its steps itself."""
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    values: CallValues,
+    request: Request,
+    *,
+    loaded: Callable[[Stage], AbstractContextManager[None]],
+) -> None:
+    """Run the stages of a call, and report the progress to the caller's `on_progress`.
+
+    Args:
+        stages: in running order.
+        values: of the call; changed in place.
+        request: the call.
+        loaded: returns a context manager in which the components of a stage are on the device.
+
+    Raises:
+        Cancelled: the caller set `cancel`.
+    """
+    loop = request.loop
+    with reporting(loop.on_progress, cancel=loop.cancel):
+        for kind, group in groupby(stages, key=lambda stage: stage.kind):
+            run = list(group)
+            name = _NAMES.get(kind, "")
+            with task(name, total=len(run), unit="units") if name else nullcontext(NO_TASK) as units:
+                for stage in run:
+                    request.raise_if_cancelled()
+                    units.describe(stage.name)
+                    with loaded(stage):
+                        stage.run(values)
+                    units.advance()
 
 
 def stages_of(pipe: LoopPipeline, request: Request) -> list[Stage]:

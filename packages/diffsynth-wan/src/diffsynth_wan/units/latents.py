@@ -11,10 +11,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.progress import track
 from diffsynth.runtime import image_units
 from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.images import check_decoded, tensor_to_images
-from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.sampling.schedule import wan_sigmas
@@ -100,7 +100,7 @@ def decode_video(
     in [-1, 1]. Prefix frames are left out.
     """
     pieces = list(latents[:, :, prefix_frames:].split(1, dim=2))
-    decoded = vae.decode_pieces(progress_bar(pieces, description="decode", total=len(pieces)), **video_shape.tiling)
+    decoded = vae.decode_pieces(track(pieces, total=len(pieces), unit="pieces"), **video_shape.tiling)
     if output_type == "tensor":
         whole = torch.cat(list(decoded), dim=2)
         check_decoded(whole)  # clamping hides infinity

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.image import ResizeMode
+from diffsynth.core.progress import track
 from diffsynth.models.tiles import Tiling, cover
 from diffsynth.runtime.image_units import ignored_tiles
 from diffsynth.runtime.images import image_to_tensor
-from diffsynth.runtime.progress import progress_bar
 from diffsynth.runtime.unit import Phase, unit
 from diffsynth.sampling.windows import SlidingWindow
 from diffsynth.terminal import module_logger
@@ -98,8 +98,7 @@ class VideoShape:
         others of `time_factor` frames.
         """
         total = (num_frames - 1) // self.time_factor + 1
-        shown: Iterable[Tensor] = progress_bar(pieces, description="encode", total=total) if total > 1 else pieces
-        moved = (piece.to(self.device, self.dtype) for piece in shown)
+        moved = (piece.to(self.device, self.dtype) for piece in track(pieces, total=total, unit="pieces"))
         return torch.cat(list(vae.encode_pieces(moved, **self.tiling)), dim=2)
 
     def keyframe_pieces(

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from diffsynth.core import device as devices
-from diffsynth.core import finite
+from diffsynth.core import finite, progress
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.header import Header
 from diffsynth.core.loader.reader.ops import apply_rule, dequantize
@@ -160,7 +160,9 @@ def load_component(
         NotEnoughMemory: the weights do not fit into the free memory; nothing was read.
         CorruptFile: a file changed since its header was read, or cannot be read; or a weight holds NaN or infinity.
     """
-    return materialize(*open_component(recognized, header, dtype=dtype), device=device, copy=copy)
+    module, source = open_component(recognized, header, dtype=dtype)
+    with progress.task("load", total=source.size(), unit="bytes", description=source.where):
+        return materialize(module, source, device=device, copy=copy)
 
 
 def materialize(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import shlex
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from diffsynth.core import progress
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.identity import hub_sha256
 from diffsynth.errors import DownloadFailed
@@ -28,10 +32,15 @@ def download(config: ModelConfig) -> None:
         DownloadFailed: the hub could not be reached or refused, the disk is full, or a checksum differs; the message
             says what to do.
     """
+    progress.raise_if_stopped()
     logger.info("downloading %s from %s to %s", config, config.hub, config.folder)
     started = time.time()
     try:
-        _FETCHERS[config.hub](config)
+        with progress.task("download", total=None, unit="bytes", description=str(config)) as task:
+            _FETCHERS[config.hub](config, task)
+    except _Stopped:
+        progress.raise_if_stopped()
+        raise
     except Exception as error:  # each hub library raises its own exceptions, and those of its http client
         # A library may quote the headers that it sent: an error that shows the token is not chained.
         leaks = bool(config.token and config.token in _all_texts(error))
@@ -56,8 +65,40 @@ def _globs(patterns: Sequence[str]) -> list[str]:
     return [f"{pattern}*" if pattern.endswith("/") else pattern for pattern in patterns if pattern != "./"]
 
 
-def _from_modelscope(config: ModelConfig) -> None:
+class _Stopped(BaseException):
+    """Ends a download because the load is to end: no `Exception`, which hub libraries take for a lost connection and
+    try again.
+    """
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Context manager that raises `_Stopped` in place of an exception that ends the load."""
+    try:
+        yield
+    except Exception as error:
+        raise _Stopped(str(error)) from None
+
+
+def _from_modelscope(config: ModelConfig, task: progress.Task) -> None:
     from modelscope import snapshot_download  # type: ignore[import-untyped]
+    from modelscope.hub.callback import ProgressCallback  # type: ignore[import-untyped]
+
+    lock, total = threading.Lock(), 0
+
+    class FileProgress(ProgressCallback):  # type: ignore[misc]
+        """The progress of one file."""
+
+        def __init__(self, filename: str, file_size: int) -> None:
+            nonlocal total
+            super().__init__(filename, file_size)
+            with lock, _stopping():
+                total += file_size
+                task.expect(total)
+
+        def update(self, size: int) -> None:
+            with _stopping():
+                task.advance(size)
 
     snapshot_download(
         config.model_id,
@@ -65,11 +106,31 @@ def _from_modelscope(config: ModelConfig) -> None:
         allow_file_pattern=_globs(config.patterns) or None,
         revision=config.revision,
         token=config.token,
+        **({} if task.is_silent else {"progress_callbacks": [FileProgress]}),
     )
 
 
-def _from_huggingface(config: ModelConfig) -> None:
+def _from_huggingface(config: ModelConfig, task: progress.Task) -> None:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    lock = threading.Lock()
+    bars: list[Any] = []
+
+    class TotalProgress(tqdm):  # type: ignore[misc]
+        """A bar of the bytes of all files, received or written, that is not shown; or one of the files."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            if kwargs.get("unit") == "B":
+                bars.append(self)
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            with lock, _stopping():
+                self.n += n or 0
+                if total := max((bar.total or 0 for bar in bars), default=0):
+                    task.expect(int(total))
+                task.reach(int(max((bar.n for bar in bars), default=0)))
 
     snapshot_download(
         str(config.model_id),
@@ -77,10 +138,11 @@ def _from_huggingface(config: ModelConfig) -> None:
         allow_patterns=_globs(config.patterns) or None,
         revision=config.revision,
         token=config.token,
+        tqdm_class=None if task.is_silent else TotalProgress,
     )
 
 
-_FETCHERS: dict[str, Callable[[ModelConfig], None]] = {
+_FETCHERS: dict[str, Callable[[ModelConfig, progress.Task], None]] = {
     "modelscope": _from_modelscope,
     "huggingface": _from_huggingface,
 }

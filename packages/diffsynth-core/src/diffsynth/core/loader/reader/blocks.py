@@ -19,6 +19,7 @@ from torch import Tensor
 from diffsynth.core.device.upload import UploadRing
 from diffsynth.core.loader.dtypes import torch_dtypes
 from diffsynth.core.loader.header import Header, TensorInfo
+from diffsynth.core.progress import NO_TASK, Task
 from diffsynth.errors import CorruptFile
 
 BLOCK = 8 * 2**20
@@ -104,7 +105,9 @@ class BlockReader:
             self._read(info.file, info.start, [tensor.view(-1)])
         return tensor
 
-    def tasks(self, requests: Iterable[ReadRequest], ring: UploadRing | None) -> list[Callable[[], None]]:
+    def tasks(
+        self, requests: Iterable[ReadRequest], ring: UploadRing | None, progress: Task = NO_TASK
+    ) -> list[Callable[[], None]]:
         """Return a list of functions without arguments, one for each block of at most 8 MiB, that read it into its
         destinations.
 
@@ -114,10 +117,11 @@ class BlockReader:
 
         Args:
             ring: the buffers that take the data to the ring's device; None if the destinations are in host memory.
+            progress: advanced by the bytes of the destinations.
         """
         blocks = _blocks([part for request in requests for part in request.cut()])
         scratch: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        return [functools.partial(self._fill, block, ring, scratch) for block in blocks]
+        return [functools.partial(self._fill, block, ring, scratch, progress) for block in blocks]
 
     def discard(self, file: Path, start: int, end: int) -> None:
         """Read bytes `start` to `end` of a file and drop them, so that the system's page cache holds them."""
@@ -125,7 +129,13 @@ class BlockReader:
         for first in range(start, end, BLOCK):
             self._read(file, first, [scratch[: end - first]])
 
-    def _fill(self, block: Sequence[ReadRequest], ring: UploadRing | None, scratch: queue.SimpleQueue[Tensor]) -> None:
+    def _fill(
+        self,
+        block: Sequence[ReadRequest],
+        ring: UploadRing | None,
+        scratch: queue.SimpleQueue[Tensor],
+        progress: Task,
+    ) -> None:
         with _borrowed(scratch) as stored, ring.buffer() if ring is not None else nullcontext() as buffer:
             finals = [request.into for request in block] if buffer is None else _cut(buffer, block)
             landings = [
@@ -138,6 +148,7 @@ class BlockReader:
                     final.copy_(landing)
             if ring is not None:
                 ring.upload([(final, request.into) for final, request in zip(finals, block, strict=True)])
+        progress.advance(sum(request.into.nbytes for request in block))
 
     def _read(self, file: Path, start: int, landings: Sequence[Tensor]) -> None:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffsynth.core import progress
 from diffsynth.core.device.upload import UploadRing
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.header import Header
@@ -191,6 +192,7 @@ class ComponentSource:
 
     def _run(self, tasks: list[Task], into: Mapping[str, Tensor]) -> None:
         """Run `tasks` together with tasks that fill the tensors of `into`, and wait until all are done."""
+        task = progress.current("load")
         on_device = next((t.device for t in into.values() if t.device.type != "cpu"), None)
         ring = new_ring(on_device) if on_device is not None else None
         budget = ByteBudget(_WORK)
@@ -199,15 +201,15 @@ class ComponentSource:
         for key, tensor in into.items():
             found = self._requests(key, tensor.view(-1))
             if found is None:
-                computed.append(functools.partial(self._make, key, tensor, ring, budget))
+                computed.append(functools.partial(self._make, key, tensor, ring, budget, task))
             else:
                 requests += found
         # Computed targets take longest, so they start first.
-        run_tasks([*computed, *tasks, *self._reader.tasks(requests, ring)])
+        run_tasks([*computed, *tasks, *self._reader.tasks(requests, ring, task)])
         if ring is not None:
             ring.wait()
 
-    def _make(self, key: str, into: Tensor, ring: UploadRing | None, budget: ByteBudget) -> None:
+    def _make(self, key: str, into: Tensor, ring: UploadRing | None, budget: ByteBudget, task: progress.Task) -> None:
         """Compute the tensor `key` from all of its source tensors in memory, and copy it into the tensor `into`."""
         target = self._targets[key]
         with budget.of(self._work(target)), torch.no_grad():
@@ -216,6 +218,7 @@ class ComponentSource:
                 into.copy_(made)
             else:
                 upload(made.reshape(-1), into.view(-1), ring)
+        task.advance(into.nbytes)
 
     def _requests(self, key: str, into: Tensor) -> list[ReadRequest] | None:
         """Return a list of the `ReadRequest`s that read a target from files straight into `into`; None if that is not
@@ -262,6 +265,7 @@ class ComponentSource:
         """Return a tuple: a dict target key -> tensor that maps its file, and a list of functions that read the mapped
         pages.
         """
+        task = progress.current("load")
         mappings: dict[Path, FileMapping] = {}
         ranges: dict[Path, list[tuple[int, int]]] = {}
         made: dict[str, Tensor] = {}
@@ -279,14 +283,15 @@ class ComponentSource:
             for first in range(start, end, BLOCK)
         ]
         return made, [
-            functools.partial(self._populate, mappings[file], file, first, end)
+            functools.partial(self._populate, mappings[file], file, first, end, task)
             for first, file, end in sorted(steps, key=lambda step: step[0])
         ]
 
-    def _populate(self, mapping: FileMapping, file: Path, start: int, end: int) -> None:
+    def _populate(self, mapping: FileMapping, file: Path, start: int, end: int, task: progress.Task) -> None:
         if not mapping.populate(start, end):
             self._reader.discard(file, start, end)
         self._header.check_unchanged(file)
+        task.advance(end - start)
 
     def _is_in_memory(self, key: str) -> bool:
         in_memory = self._header.tensors_in_memory or {}
