@@ -155,7 +155,7 @@ def test_progress_of_a_call_by_stage():
 
 def test_progress_of_tiles_and_their_cancellation():
     seen, cancel = [], threading.Event()
-    pipe = tiny_z_image()
+    pipe = tiny_z_image(with_autoencoder=True)
     size = pipe.vae.config.factor * 4
     call = {"height": size, "width": size, "num_inference_steps": 1, "seed": 0, "tile_size": 2, "tile_stride": 2}
     call |= {"tiled": True, "output_type": "tensor"}
@@ -176,7 +176,9 @@ def test_progress_of_tiles_and_their_cancellation():
 
 
 def test_an_exception_of_on_progress_ends_the_call_and_frees_the_device():
-    pipe = ToyPipeline({"dit": ToyNet().requires_grad_(False)}, device="cpu", policy="cpu-offload")
+    pipe = ToyPipeline(
+        {"dit": ToyNet().requires_grad_(False)}, device="cpu", torch_dtype=torch.float32, policy="cpu-offload"
+    )
 
     def on_progress(each):
         if (each.stage, each.done) == ("denoise", 2):
@@ -185,7 +187,7 @@ def test_an_exception_of_on_progress_ends_the_call_and_frees_the_device():
     with pytest.raises(ZeroDivisionError, match="mine"):
         pipe("abc", seed=0, on_progress=on_progress)
     assert managed(pipe.dit).state is BlockState.OFFLOAD
-    assert pipe("x" * 4, seed=0) == pytest.approx(0.4, abs=1e-2)
+    assert pipe("x" * 4, seed=0) == pytest.approx(0.4, abs=1e-5)
 
 
 def test_calls_inside_of_a_call_and_in_threads_report_to_their_own_callback():
@@ -209,5 +211,5 @@ def test_calls_inside_of_a_call_and_in_threads_report_to_their_own_callback():
 def test_a_plan_reports_nothing():
     seen = []
     with reporting(seen.append), task("load", total=1, unit="components"):
-        tiny_z_image().plan(height=32, width=32, num_inference_steps=1, on_progress=seen.append)
+        tiny_z_image(with_autoencoder=True).plan(height=32, width=32, num_inference_steps=1, on_progress=seen.append)
     assert {each.unit for each in seen} == {"components"}

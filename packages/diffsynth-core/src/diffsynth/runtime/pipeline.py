@@ -159,14 +159,10 @@ class Pipeline(CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, Lif
         self.features, self.roles, self.facts, self.per_image = made.features, made.roles, made.facts, made.per_image
         self.program, self.condition_rules = made.program, made.conditions
         self._velocity_parameters, self._all_loop_roles = made.parameters, made.loop_roles
-        self.components = fill_roles(
-            self.roles,
-            components,
-            facts=self.facts,
-            agreements=made.agreements,
-            pipeline_name=type(self).__name__,
-        )
-        check_components(self.roles, self.components, dtype=torch_dtype, pipeline_name=type(self).__name__)
+        name = type(self).__name__
+        agreeing = {"facts": self.facts, "agreements": made.agreements}
+        self.components = fill_roles(self.roles, components, **agreeing, pipeline_name=name)
+        check_components(self.roles, self.components, dtype=torch_dtype, pipeline_name=name)
         self.follow_defaults()
         choose(self, MemoryOptions(self.device, torch_dtype, vram_limit, policy)).wrap_components(self.parts)
         self._follow_wrapped()

@@ -209,7 +209,14 @@ class ComponentSource:
         if ring is not None:
             ring.wait()
 
-    def _make(self, key: str, into: Tensor, ring: UploadRing | None, budget: ByteBudget, task: progress.Task) -> None:
+    def _make(
+        self,
+        key: str,
+        into: Tensor,
+        ring: UploadRing | None,
+        budget: ByteBudget,
+        task: progress.Task = progress.NO_TASK,
+    ) -> None:
         """Compute the tensor `key` from all of its source tensors in memory, and copy it into the tensor `into`."""
         target = self._targets[key]
         with budget.of(self._work(target)), torch.no_grad():
