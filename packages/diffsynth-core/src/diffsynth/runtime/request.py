@@ -206,7 +206,7 @@ class LoopArguments:
 
 LOOP_NAMES = tuple(field.name for field in fields(LoopArguments))
 
-HOST_ARGUMENTS = frozenset({"on_step", "cancel", "progress_bar_cmd", "return_record"})
+HOST_ARGUMENTS = frozenset({"on_step", "on_progress", "cancel", "progress_bar_cmd", "return_record"})
 """The arguments by which the calling program follows and ends a call: they change no result, are in no record, and JSON
 cannot hold them."""
 
