@@ -1,4 +1,4 @@
-"""Tests of the page on principles: its blocks run in order, and its pictures are those of the tool."""
+"""Tests of the page on principles: its blocks run in order, and its images are those of the tool."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from documented import blocks
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "principles.md").read_text(encoding="utf-8")
-PICTURES = [ROOT / "docs" / name for name in re.findall(r"\]\((images/principles-[\w.-]+)\)", PAGE)]
+IMAGES = [ROOT / "docs" / name for name in re.findall(r"\]\((images/principles-[\w.-]+)\)", PAGE)]
 
 
 def tool():
-    spec = importlib.util.spec_from_file_location("principles_pictures", ROOT / "tools" / "principles_pictures.py")
+    spec = importlib.util.spec_from_file_location("principles_images", ROOT / "tools" / "principles_images.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -32,13 +32,13 @@ def test_the_blocks_run_in_order():
     assert names["loss"] > 0
 
 
-def test_the_pictures_are_there_and_small():
-    assert len(PICTURES) == 4
-    assert sum(picture.stat().st_size for picture in PICTURES) < 150_000
-    assert sorted(PICTURES) == sorted((ROOT / "docs" / "images").glob("principles-*"))
+def test_the_images_are_there_and_small():
+    assert len(IMAGES) == 4
+    assert sum(image.stat().st_size for image in IMAGES) < 150_000
+    assert sorted(IMAGES) == sorted((ROOT / "docs" / "images").glob("principles-*"))
 
 
-def test_the_tool_makes_the_pictures():
+def test_the_tool_makes_the_images():
     """The chart to the letter; the sheets with fewer and smaller images."""
     module = tool()
     assert (ROOT / "docs" / "images" / "principles-schedules.svg").read_text(encoding="utf-8") == module.schedules()

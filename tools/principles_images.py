@@ -1,6 +1,6 @@
-"""Write the pictures of docs/principles.md to docs/images, with z-image-nano on the CPU; takes about a minute.
+"""Write the images of docs/principles.md to docs/images, with z-image-nano on the CPU; takes about a minute.
 
-Run: uv run --all-packages tools/principles_pictures.py
+Run: uv run --all-packages tools/principles_images.py
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def schedules(num_steps: int = 12) -> str:
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Write all pictures to a folder."""
+    """Write all images to a folder."""
     pipe = diffsynth.load("z-image-nano", device="cpu", torch_dtype=torch.float32)
     save(noise_to_image(pipe), folder / "principles-steps.png")
     save(guidance(pipe), folder / "principles-guidance.png")
