@@ -72,14 +72,14 @@ def public_names(module: ModuleType) -> list[str]:
     """
     if "__all__" in vars(module):
         return [name for name in module.__all__ if not name.startswith("__")]
-    constants = [name for name in texts_of_constants(module) if not name.startswith("_")]
+    assigned = [name for name in constants(module) if not name.startswith("_")]
     defined = [
         name
         for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__ and callable(value)
     ]
     order = {name: index for index, name in enumerate(vars(module))}
-    return sorted({*constants, *defined}, key=lambda name: order[name])
+    return sorted({*assigned, *defined}, key=lambda name: order[name])
 
 
 def entries(target: str, names: list[str], kind: str) -> str:
@@ -95,16 +95,17 @@ def entry(module: ModuleType, name: str, kind: str) -> str:
     value = getattr(module, name)
     value = value.function if isinstance(value, Unit) else value
     if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
-        text = inspect.cleandoc(value.__doc__ or "").strip()
+        text, shown = inspect.cleandoc(value.__doc__ or "").strip(), signature(name, value)
     else:
-        text = texts_of_constants(source_of(module, name)).get(name, "")
+        text, assigned = constants(source_of(module, name)).get(name, ("", ""))
+        shown = f"{name} = {assigned}" if assigned else name
     if not text:
         raise ValueError(f"{module.__name__}.{name} has no docstring")
     if kind == "api-list":
-        return f"* `{signature(name, value)}`: {line(text.split(chr(10) * 2)[0])}"
+        return f"* `{shown}`: {line(text.split(chr(10) * 2)[0])}"
     if kind == "arguments":
         return body("\n".join(found[0] for found in SECTION.finditer(text) if found[1] == "Args"))
-    made = f"### {name}\n\n`{signature(name, value)}`\n\n{body(text)}\n"
+    made = f"### {name}\n\n`{shown}`\n\n{body(text)}\n"
     if inspect.isclass(value) and (lines := list(members(value))):
         made += "\nMembers:\n\n" + "\n".join(lines) + "\n"
     return made
@@ -119,18 +120,21 @@ def source_of(module: ModuleType, name: str) -> ModuleType:
 
 
 @functools.cache
-def texts_of_constants(owner: ModuleType | type) -> dict[str, str]:
-    """Return name -> the text below its assignment, for the constants and type aliases of a module, or the attributes
-    of a class.
+def constants(owner: ModuleType | type) -> dict[str, tuple[str, str]]:
+    """Return name -> (the text below its assignment, the assigned code) for the constants and type aliases of a module,
+    or the attributes of a class; no code where it has several lines, or several names are assigned at once.
     """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    source = textwrap.dedent(inspect.getsource(owner))
+    tree = ast.parse(source)
     found, body = {}, tree.body if inspect.ismodule(owner) else tree.body[0].body
     for node, after in pairwise(body):
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         names = [each.id for each in getattr(target, "elts", [target]) if isinstance(each, ast.Name)]
         text = after.value if isinstance(after, ast.Expr) else None
         if isinstance(text, ast.Constant) and isinstance(text.value, str):
-            found |= dict.fromkeys(names, inspect.cleandoc(text.value))
+            value = getattr(node, "value", None) if len(names) == 1 else None
+            code = ast.get_source_segment(source, value) or "" if value is not None else ""
+            found |= dict.fromkeys(names, (inspect.cleandoc(text.value), "" if "\n" in code else code))
     return found
 
 
@@ -200,7 +204,7 @@ def members(cls: type) -> Iterator[str]:
     if issubclass(cls, enum.Enum):
         yield f"* {', '.join(f'`{each.name}`' for each in cls)}"
     for base in (base for base in cls.__mro__ if base.__module__.startswith("diffsynth")):
-        for name, text in texts_of_constants(base).items():
+        for name, (text, _) in constants(base).items():
             if name not in seen and not name.startswith("_"):
                 seen.add(name)
                 yield f"* `{name}`: {line(text)}"
