@@ -19,7 +19,10 @@ MODEL = f"model {NAME}-1"
 
 MORE = f"""
 
-from diffsynth.spec import AttentionSpec, DoorSpec, FeatureSpec, SolverSpec, TrainingSpec
+from diffsynth.spec import (
+    AttentionSpec, CommandSpec, DoorSpec, FeatureSpec, GuidanceSpec, LayerWrapperSpec, LoRASpec, ObjectiveSpec,
+    QuantizationSpec, SolverSpec, TrainingSpec, WriterSpec,
+)
 
 LAYOUT = CheckpointSpec(
     name="{DIT}/published", architecture="{DIT}", rules="{PACKAGE}.convert:RULES", signature="SIGNATURE",
@@ -45,12 +48,99 @@ def register_doors(register):
 
 @hookimpl
 def register_training(register):
-    register(TrainingSpec(pipeline="{PIPELINE}", trainable=("dit",)))
+    register(TrainingSpec(pipeline="{PIPELINE}", trainable=("dit",), schedule="{PACKAGE}.more:schedule"))
 
 
 @hookimpl
 def register_features(register):
     register(FeatureSpec(pipeline="{PIPELINE}", feature="{PACKAGE}.bright:BRIGHT"))
+
+
+@hookimpl
+def register_guidance(register):
+    register(GuidanceSpec(name="made", guidance="{PACKAGE}.more:MadeGuidance"))
+
+
+@hookimpl
+def register_writers(register):
+    register(WriterSpec(suffix=".made", kind="image", writer="{PACKAGE}.more:write"))
+
+
+@hookimpl
+def register_objectives(register):
+    register(ObjectiveSpec(name="made", objective="{PACKAGE}.more:MadeObjective"))
+
+
+@hookimpl
+def register_commands(register):
+    register(CommandSpec(name="made", command="{PACKAGE}.more:command"))
+
+
+@hookimpl
+def register_layer_wrappers(register):
+    register(LayerWrapperSpec(layer="torch.nn:Bilinear", atomic=True))
+
+
+@hookimpl
+def register_quantization(register):
+    register(QuantizationSpec(name="made", backend="{PACKAGE}.more:write"))
+
+
+@hookimpl
+def register_loras(register):
+    register(LoRASpec(name="made", pipeline="{PIPELINE}", defaults={{"num_inference_steps": 2}}, names=("*-made.*",)))
+"""
+
+MORE_CODE = """
+from dataclasses import dataclass
+
+import click
+import torch
+
+from diffsynth.runtime.guidance import Guidance
+from diffsynth.sampling.solver import euler
+
+
+def schedule(num_steps):
+    return torch.linspace(1, 0, num_steps + 1)
+
+
+def backwards(velocity, latents, sigmas, **options):
+    return euler(lambda *arguments: -velocity(*arguments), latents, sigmas, **options)
+
+
+def quiet(velocity, latents, sigmas, *, noise=None, on_step=None, progress=iter):
+    return euler(velocity, latents, sigmas, progress=progress)
+
+
+def eager(velocity, latents, sigmas, **options):
+    velocity(latents, sigmas[0])
+    return euler(velocity, latents, sigmas, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeGuidance(Guidance):
+    def combine(self, predictions, cfg_scale, step):
+        return predictions["cond"] * cfg_scale
+
+
+def write(output, path, *, record):
+    if not hasattr(output, "save"):
+        raise TypeError("expected an image")
+    output.save(path, format="PNG")
+
+
+class MadeObjective:
+    def units(self):
+        return ()
+
+    def loss(self, values, generator):
+        return values
+
+
+@click.command()
+def command():
+    pass
 """
 
 FEATURE = """
@@ -108,6 +198,7 @@ class Plugin:
         self.write("plugin.py", (plugin + MORE).replace("SIGNATURE", header.signature(shapes)).encode())
         self.write("bright.py", FEATURE.encode())
         self.write("attention.py", ATTENTION.encode())
+        self.write("more.py", MORE_CODE.encode())
         self.write("convert.py", RULES.encode())
         self.write("doors/zzz_made.py", f"from {PACKAGE}.pipeline import ZzzMadePipeline\n".encode())
         info = f"{PACKAGE}-0.1.0.dist-info"

@@ -10,7 +10,8 @@ from diffsynth import _discovery
 from diffsynth.core.loader import header
 from diffsynth.testing import CONFORMANCE_VERSION, conformance
 from diffsynth.testing.suite import checks_of
-from made_plugin import DIT, LAYOUT, NAME, PACKAGE
+from made_plugin import DIT, LAYOUT, NAME, PACKAGE, PIPELINE
+from plugin_faults import FAULTS
 
 
 def test_a_correct_plugin_passes(plugin):
@@ -158,7 +159,7 @@ BROKEN = {
         "plugin.py",
         'trainable=("dit",)',
         'trainable=("dit",), data={"caption": "caption"}',
-        "training of",
+        f"training of {PIPELINE} matches",
     ),
     "attention without the mask": (
         "attention.py",
@@ -268,7 +269,11 @@ def test_every_case_is_broken_by_one_of_these(plugin):
     architectures have one signature.
     """
     _discovery.refresh()
-    expected = (*(name for *_, name in BROKEN.values()), *plugin.cases_of_calls())
+    expected = (
+        *(name for *_, name in BROKEN.values()),
+        *(each[3] for each in FAULTS.values()),
+        *plugin.cases_of_calls(),
+    )
     untried = [check.name for check in checks_of(f"diffsynth-{NAME}") if not check.name.startswith(expected)]
     assert untried == [f"{LAYOUT} is recognised by signature, as one architecture"]
 

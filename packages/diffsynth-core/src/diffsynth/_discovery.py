@@ -278,6 +278,11 @@ def notify(hook_name: str, **values: Any) -> None:
                 logger.exception("plugin %r failed in %s; the run goes on", plugin, hook_name)
 
 
+def implements(hook_name: str) -> bool:
+    """Whether a plugin implements a hook."""
+    return bool(getattr(_current().manager.hook, hook_name).get_hookimpls())
+
+
 def first(hook_name: str, **values: Any) -> Any:
     """Call a hook's implementations one by one until one returns a result other than None, and return that result; None
     if none does.

@@ -34,7 +34,7 @@ _REFERENCES: dict[type, tuple[str, ...]] = {
 def references(declaration: Any) -> list[str]:
     """Return a list of the non-empty references to code, texts "package.module:attribute", in a declaration."""
     values = [getattr(declaration, name) for name in _REFERENCES[type(declaration)]]
-    return [text for value in values for text in _texts(value) if text]
+    return [text for value in values for text in texts(value) if text]
 
 
 def sources(declaration: Any) -> list[str]:
@@ -46,7 +46,8 @@ def sources(declaration: Any) -> list[str]:
     return list(declaration.files) if isinstance(declaration, spec.CheckpointSpec | spec.LoRASpec) else []
 
 
-def _texts(value: Any) -> Iterable[str]:
+def texts(value: Any) -> Iterable[str]:
+    """Return the texts of a field of a declaration, which is a text, a tuple of texts or a mapping to texts."""
     if isinstance(value, Mapping):
         return value.values()
     return (value,) if isinstance(value, str) else value

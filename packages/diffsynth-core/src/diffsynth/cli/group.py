@@ -15,7 +15,7 @@ from diffsynth.spec import CommandSpec, resolve
 
 _OWN = {
     "list": ("diffsynth.cli.models:list_models", "Show the installed models."),
-    "plugins": ("diffsynth.cli.models:plugins", "Show the installed plugins; exit 1 if one is broken."),
+    "plugins": ("diffsynth.cli.models:plugins", "Show or check the installed plugins; exit 1 if one is broken."),
     "info": ("diffsynth.cli.models:info", "Show a model's record, or the record in a file of a result."),
     "recognize": ("diffsynth.cli.recognize:recognize", "Identify checkpoint files by their headers."),
     "convert": ("diffsynth.cli.convert:convert", "Write a checkpoint as one safetensors file."),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffsynth import _discovery, registry
 from diffsynth.cli.output import UserError, echo, json_option, show_json, show_record, show_table, what_to_install
 from diffsynth.cli.output import traceback_option as with_traceback
+
+if TYPE_CHECKING:
+    from diffsynth.testing.plugin_faults import PluginReport
 from diffsynth.runtime.writers import FOLDER, declared_writers
 
 
@@ -38,11 +41,21 @@ def list_models(pattern: str | None, as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("name", metavar="[PLUGIN]", required=False)
+@click.option("--check", is_flag=True, help="Build what plugins add, all or PLUGIN, and show what is wrong with it.")
 @json_option
 @with_traceback
 @click.pass_context
-def plugins(ctx: click.Context, as_json: bool) -> None:
-    """Show the installed plugins; exit 1 if one is broken. --traceback prints where it failed."""
+def plugins(ctx: click.Context, name: str | None, check: bool, as_json: bool) -> None:
+    """Show the installed plugins; exit 1 if one is broken. --traceback prints where it failed.
+
+    With --check, what plugins add is imported and built: pipelines, networks on the meta device, solvers on small
+    tensors. Nothing is downloaded and no network is run.
+    """
+    if check:
+        ctx.exit(_check(ctx, name, as_json))
+    if name is not None:
+        raise UserError(f"{name!r}: a plugin is named together with --check. Run: diffsynth plugins --check {name}")
     catalog, problems = _discovery.catalog(), registry.problems()
     if as_json:
         show_json(
@@ -95,6 +108,35 @@ def info(subject: str, as_json: bool) -> None:
         show_json(values)
     else:
         show_record(values)
+
+
+def _check(ctx: click.Context, name: str | None, as_json: bool) -> int:
+    """Check the plugin called `name`, or all for None, print the reports, and return the exit code: 1 for a fault."""
+    from diffsynth.testing.plugin_faults import check_plugin, plugin_names
+
+    reports = []
+    for each in plugin_names() if name is None else [name]:
+        echo(f"checking {each} ...", err=True)  # names the plugin if one ends the process
+        reports += check_plugin(each)
+    faults = [fault for report in reports for fault in report.faults]
+    if as_json:
+        show_json({"plugins": [dataclasses.asdict(report) for report in reports]})
+        return 1 if faults else 0
+    rows = [
+        (r.plugin, r.distribution, r.version, "broken" if r.faults else "ok", _counts(r), f"{r.seconds:.1f}")
+        for r in reports
+    ]
+    show_table(("PLUGIN", "DISTRIBUTION", "VERSION", "STATE", "CHECKS", "SECONDS"), rows)
+    for fault in faults:
+        echo(f"\n{fault}", err=True)
+        if fault.traceback and ctx.find_root().meta.get("diffsynth.traceback"):
+            echo(fault.traceback, err=True, nl=False)
+    return 1 if faults else 0
+
+
+def _counts(report: PluginReport) -> str:
+    counts = {"passed": report.passed, "failed": len(report.faults), "skipped": len(report.skipped)}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
 def _schema(model: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from diffsynth.errors import Unavailable
 from diffsynth.testing.checks.check import Check, Subject
 
-CONFORMANCE_VERSION = 5
+CONFORMANCE_VERSION = 6
 """Version of the suite, increased whenever a check is added or becomes stricter."""
 
 
@@ -54,10 +54,26 @@ def checks_of(distribution: str) -> list[Check]:
     Raises:
         ValueError: no distribution of that name has an allowed plugin.
     """
-    from diffsynth.testing.checks import architectures, attention, calls, layouts, lora, pipelines, plugin, wrapping
+    return checks_of_subject(Subject.find(distribution))
 
-    subject = Subject.find(distribution)
-    modules = (plugin, architectures, wrapping, lora, layouts, pipelines, calls, attention)
+
+def checks_of_subject(subject: Subject) -> list[Check]:
+    """Return a list of the `Check`s (named tests, not yet run) of a distribution or plugin, each after those it depends
+    on.
+    """
+    from diffsynth.testing.checks import (
+        architectures,
+        attention,
+        calls,
+        declarations,
+        layouts,
+        lora,
+        pipelines,
+        plugin,
+        wrapping,
+    )
+
+    modules = (plugin, architectures, wrapping, lora, layouts, pipelines, declarations, calls, attention)
     return [check for module in modules for check in module.checks(subject)]
 
 
@@ -67,26 +83,30 @@ class CheckRunner:
     def __init__(self, checks: Sequence[Check]) -> None:
         self._by_name = {check.name: check for check in checks}
         assert len(self._by_name) == len(checks), "two checks have one name"
-        self._errors: dict[str, Exception | None] = {}
+        self._errors: dict[str, BaseException | None] = {}
 
     def failed_dependency(self, check: Check) -> str | None:
         """Return the name of the first failed check that `check` depends on, directly or not, running those not yet
         run; None if all passed.
         """
         for name in check.after:
-            earlier = self._by_name[name]
+            earlier = self._by_name.get(name)
+            if earlier is None:  # it is not run here
+                continue
             if found := self.failed_dependency(earlier):
                 return found
             if self.error(earlier) is not None:
                 return name
         return None
 
-    def error(self, check: Check) -> Exception | None:
+    def error(self, check: Check) -> BaseException | None:
         """Return the exception that `check` raised, or None if it passed; the check is run at the first call only."""
         if check.name not in self._errors:
             try:
                 check.run()
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # the code of a plugin may raise anything
                 self._errors[check.name] = error
             else:
                 self._errors[check.name] = None

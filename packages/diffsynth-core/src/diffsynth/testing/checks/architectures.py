@@ -35,10 +35,10 @@ def checks(subject: Subject) -> Iterator[Check]:
         if any(getattr(fact, field) for field in BLOCK_FIELDS):
             yield Check(blocks_declared(fact.name), functools.partial(_has_declared_blocks, fact), after=(built,))
         yield Check(loaded, functools.partial(_has_no_meta_after_loading, fact), after=(built,))
-        yield Check(ran, functools.partial(_runs, fact), after=(REFERENCES, NAMES))
+        yield Check(ran, functools.partial(_runs, fact), after=(REFERENCES, NAMES), runs_network=True)
         yield Check(config_inferred(fact.name), functools.partial(_infers_config, fact), after=(built,))
         saved = functools.partial(_saves_and_loads, fact, subject)
-        yield Check(f"{fact.name} is unchanged by saving and loading", saved, after=(loaded, ran))
+        yield Check(f"{fact.name} is unchanged by saving and loading", saved, after=(loaded, ran), runs_network=True)
 
 
 def runs(name: str) -> str:

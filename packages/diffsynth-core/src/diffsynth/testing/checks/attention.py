@@ -50,8 +50,11 @@ def checks(subject: Subject) -> Iterator[Check]:
     """Yield a `Check` (a named test, not yet run) for each attention backend of the plugin and each test case."""
     for fact in subject.declared("attention"):
         for name, case in _CASES.items():
-            equal = functools.partial(_equals_naive, fact, case)
-            yield Check(f"attention {fact.name} equals naive with {name}", equal, after=(REFERENCES,))
+            equal, title = (
+                functools.partial(_equals_naive, fact, case),
+                f"attention {fact.name} equals naive with {name}",
+            )
+            yield Check(title, equal, after=(REFERENCES,), runs_network=case != _Case())
 
 
 def _equals_naive(fact: AttentionSpec, case: _Case) -> None:

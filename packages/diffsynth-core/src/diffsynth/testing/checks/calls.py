@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffsynth._discovery import Declared
-from diffsynth.spec import ModelSpec
+from diffsynth.spec import ModelSpec, resolve
 from diffsynth.testing.checks.architectures import config_inferred, no_meta_after_loading, runs
 from diffsynth.testing.checks.check import Check, Subject
 from diffsynth.testing.checks.layouts import recognized_by_structure
@@ -44,8 +44,12 @@ def checks(subject: Subject) -> Iterator[Check]:
         is_first = {"is_first": used not in networks, "is_first_of_pipeline": is_own and pipeline not in pipelines}
         pipelines.add(pipeline)
         networks.add(used)
+        first = fits(declared.spec.name) if is_own else has_additions(pipeline)
+        obeying = functools.partial(_obeys_schema, declared.spec)
+        yield Check(defaults_obey(declared.spec.name), obeying, after=(first,))
         for title, function, needed in _cases(declared.spec.name, _Requirements.of(declared, subject), **is_first):
-            yield Check(title, functools.partial(_run, function, models, declared), tuple(needed))
+            run = functools.partial(_run, function, models, declared)
+            yield Check(title, run, tuple(needed), runs_network=True)
 
 
 def models_to_call(subject: Subject) -> list[Declared[ModelSpec]]:
@@ -111,9 +115,8 @@ def _cases(
     loaded, called = f"model {name} loads from tiny files", f"model {name} can be called"
     velocity, seeds = f"model {name} velocity() fits its latents", f"model {name} results depend on the seed alone"
     planned, steps = f"model {name} can be planned", f"model {name} steps from noise to data"
-    result, defaults = f"model {name} result is finite and of its size", f"model {name} defaults obey the schema"
+    result, defaults = f"model {name} result is finite and of its size", defaults_obey(name)
     yield loaded, "is_loaded", after.loading
-    yield defaults, "obeys_schema", (called,)
     yield called, "can_be_called", (loaded,)
     yield velocity, "has_correct_velocity", (called,)
     yield steps, "has_correct_steps", (velocity,)
@@ -132,6 +135,22 @@ def _cases(
         yield f"model {name} refuses wrong arguments", "refuses_wrong_arguments", (called,)
         smallest = f"model {name} can be planned with the smallest limit"
         yield smallest, "can_be_planned_with_the_smallest_limit", (planned,)
+
+
+def defaults_obey(name: str) -> str:
+    """Return the name of the check of the defaults of model `name`: `"model {name} defaults obey the schema"`."""
+    return f"model {name} defaults obey the schema"
+
+
+def _obeys_schema(model: ModelSpec) -> None:
+    """Raise AssertionError unless the default of each argument is a value that the argument's own schema allows."""
+    from diffsynth.runtime.schema import describe
+    from diffsynth.testing.checks.records import schema_refusal
+
+    schema = describe(resolve(model.pipeline), title=model.name, defaults=model.defaults)
+    for name, described in schema["properties"].items():
+        if "default" in described and (error := schema_refusal(schema, name, described["default"])) is not None:
+            raise AssertionError(f"the default of {name} does not obey its schema: {error}")
 
 
 def _run(function: str, models: _LoadedModel, declared: Declared[ModelSpec]) -> None:

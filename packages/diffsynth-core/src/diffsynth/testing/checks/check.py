@@ -21,20 +21,30 @@ class Check:
         run: function that raises if the requirement is not met: `AssertionError` with the change to make, an exception
             of the plugin's own code, or `Unavailable` if this machine cannot run the check.
         after: names of the checks that this one depends on.
+        runs_network: whether it runs a network or a whole call; others build and compare only, and are quick.
     """
 
     name: str
     run: Callable[[], None] = field(repr=False)
     after: tuple[str, ...] = ()
+    runs_network: bool = False
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An installed distribution: the modules of its plugins, their declarations and their problems."""
+    """An installed distribution, or one of its plugins: modules, declarations and problems.
+
+    Args:
+        distribution: its name.
+        modules: of its plugins.
+        catalog: of all plugins.
+        plugin: name of the plugin that is tested; "" for all of the distribution.
+    """
 
     distribution: str
     modules: tuple[str, ...]
     catalog: Catalog
+    plugin: str = ""
 
     @classmethod
     def find(cls, distribution: str) -> Subject:
@@ -57,23 +67,37 @@ class Subject:
         modules = [entry.module for entry in plugin_entries()[0] if entry.distribution == names[0]]
         return cls(names[0], tuple(modules), catalog)
 
+    @classmethod
+    def of_plugin(cls, plugin: str, distribution: str) -> Subject:
+        """Return the `Subject` of one plugin of an installed distribution, which may have failed to load."""
+        entries = importlib.metadata.entry_points(group=_discovery.GROUP, name=plugin)
+        modules = [entry.module for entry in entries if entry.dist is not None and entry.dist.name == distribution]
+        return cls(distribution, tuple(modules), _discovery.catalog(), plugin)
+
     @property
     def problems(self) -> list[Problem]:
         """List of the `Problem`s of this distribution: failures of its plugins and faults of its installation; empty if
         none.
         """
-        return [problem for problem in self.catalog.problems if problem.distribution == self.distribution]
+        return [problem for problem in self.catalog.problems if self.owns(problem)]
 
     @property
     def is_loaded(self) -> bool:
         """Whether at least one plugin of this distribution was loaded."""
-        return any(plugin.distribution == self.distribution for plugin in self.catalog.plugins)
+        return any(
+            plugin.distribution == self.distribution and self.plugin in ("", plugin.name)
+            for plugin in self.catalog.plugins
+        )
+
+    def owns(self, one: Any) -> bool:
+        """Whether a `Declared` or a `Problem` is of what is tested."""
+        return one.distribution == self.distribution and self.plugin in ("", one.plugin)
 
     def declared(self, kind: str) -> list[Any]:
         """Return a list of the specs of one kind that this distribution declares; `"architectures"` gives
         `ArchitectureSpec`s.
         """
-        return [one.spec for one in getattr(self.catalog, kind) if one.distribution == self.distribution]
+        return [one.spec for one in getattr(self.catalog, kind) if self.owns(one)]
 
     def runnable_architectures(self) -> list[Any]:
         """Return a list of the `ArchitectureSpec`s that this distribution declares, without `not_runnable` ones."""

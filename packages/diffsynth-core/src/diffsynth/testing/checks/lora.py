@@ -35,9 +35,10 @@ def checks(subject: Subject) -> Iterator[Check]:
             continue
         present = f"{fact.name} has the layers in lora_targets"
         yield Check(present, functools.partial(_has_targets, fact), after=(no_meta_after_loading(fact.name),))
-        yield Check(supports_lora(fact.name), functools.partial(_supports_lora, fact), after=(present, runs(fact.name)))
+        supported, after = functools.partial(_supports_lora, fact), (present, runs(fact.name))
+        yield Check(supports_lora(fact.name), supported, after=after, runs_network=True)
         spelled = f"{fact.name} LoRAs are read as they were written, in every spelling"
-        yield Check(spelled, functools.partial(_reads_spellings, fact, subject), after=(present,))
+        yield Check(spelled, functools.partial(_reads_spellings, fact, subject), after=(present,), runs_network=True)
 
 
 def supports_lora(name: str) -> str:

@@ -15,9 +15,8 @@ from diffsynth.core.planning.workload import GIB
 from diffsynth.errors import Cancelled, MissingComponent
 from diffsynth.runtime.architectures import architecture_of
 from diffsynth.runtime.request import Step
-from diffsynth.runtime.schema import arguments_from_json
 from diffsynth.testing.checks.lora import random_lora
-from diffsynth.testing.checks.records import is_equal, result_faults, several_faults, step_faults
+from diffsynth.testing.checks.records import is_equal, result_faults, schema_refusal, several_faults, step_faults
 from diffsynth.testing.checks.tiny_model import STEPS, TinyModel
 
 _PATIENCE = 1.0
@@ -184,14 +183,6 @@ def supports_loras(model: TinyModel) -> None:
     assert is_equal(model.sample_of(), model.sample), "the LoRAs were removed, and the result differs"
 
 
-def obeys_schema(model: TinyModel) -> None:
-    """Raise AssertionError unless the default of each argument is a value that the argument's own schema allows."""
-    schema = model.pipe.schema()
-    for name, described in schema["properties"].items():
-        if "default" in described and (error := _refusal(schema, name, described["default"])) is not None:
-            raise AssertionError(f"the default of {name} does not obey its schema: {error}")
-
-
 def refuses_wrong_arguments(model: TinyModel) -> None:
     """Raise AssertionError unless the call refuses an unknown argument and, for each argument, a value of a wrong type,
     before `velocity()` runs.
@@ -202,17 +193,9 @@ def refuses_wrong_arguments(model: TinyModel) -> None:
     _assert_none(fault for fault in faults if fault is not None)
 
 
-def _refusal(schema: Mapping[str, Any], name: str, value: Any) -> Exception | None:
-    try:
-        arguments_from_json(schema, {name: value})
-    except (TypeError, ValueError) as error:
-        return error
-    return None
-
-
 def _wrong_value(schema: Mapping[str, Any], name: str) -> Any:
     """Return a value that the schema of an argument refuses; None if it refuses none that is tried."""
-    return next((value for value in _WRONG if _refusal(schema, name, value) is not None), None)
+    return next((value for value in _WRONG if schema_refusal(schema, name, value) is not None), None)
 
 
 def _fault_of(model: TinyModel, name: str, value: Any) -> str | None:

@@ -25,23 +25,23 @@ def checks(subject: Subject) -> Iterator[Check]:
     """
     models, trainings, extended = subject.declared("models"), subject.declared("training"), extended_pipelines(subject)
     for pipeline in dict.fromkeys([fact.pipeline for fact in (*models, *trainings)] + extended):
-        yield Check(_units(pipeline), functools.partial(_is_consistent, pipeline), after=(REFERENCES,))
+        yield Check(units_of(pipeline), functools.partial(_is_consistent, pipeline), after=(REFERENCES,))
     for pipeline in extended:
         added = functools.partial(_has_what_is_added, pipeline, subject)
-        yield Check(has_additions(pipeline), added, after=(_units(pipeline),))
+        yield Check(has_additions(pipeline), added, after=(units_of(pipeline),))
     for fact in subject.declared("features"):
         if fact.is_for_all:
             name = f"feature {fact.feature} fits a pipeline"
             yield Check(name, functools.partial(_fits_a_pipeline, fact, subject), after=(REFERENCES,))
     for model in models:
         fitting = functools.partial(_fits_its_pipeline, model)
-        yield Check(fits(model.name), fitting, after=(_units(model.pipeline),))
+        yield Check(fits(model.name), fitting, after=(units_of(model.pipeline),))
         if any(source.startswith("package://") for source in model.components.values()):
             packaged = functools.partial(_packaged_files_match, model, subject)
             yield Check(packaged_files_match(model.name), packaged, after=(fits(model.name), NAMES))
     for training in trainings:
         name = f"training of {training.pipeline} matches the pipeline"
-        yield Check(name, functools.partial(_training_matches, training), after=(_units(training.pipeline),))
+        yield Check(name, functools.partial(_training_matches, training), after=(units_of(training.pipeline),))
     for fact in subject.declared("architectures"):
         if fact.accepted_as:
             name = f"{fact.name} has what roles of {' and '.join(fact.accepted_as)} need"
@@ -78,7 +78,8 @@ def has_additions(pipeline: str) -> str:
     return f"additions to {pipeline} are there"
 
 
-def _units(pipeline: str) -> str:
+def units_of(pipeline: str) -> str:
+    """Return the name of the check of a pipeline's units: `"units of {pipeline} are consistent"`."""
     return f"units of {pipeline} are consistent"
 
 

@@ -7,11 +7,12 @@ import functools
 import importlib
 import importlib.resources
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from diffsynth import spec
+from diffsynth._spec_checks import texts
 from diffsynth.errors import InvalidPipeline
 from diffsynth.testing.checks import light
 from diffsynth.testing.checks.check import Check, Subject
@@ -56,7 +57,9 @@ def _states_api(subject: Subject) -> None:
 
 def _loads(subject: Subject) -> None:
     for problem in () if subject.is_loaded else subject.problems:
-        raise AssertionError(f"{problem}\n{problem.traceback}")
+        failure = AssertionError(str(problem))
+        failure.add_note(problem.traceback)
+        raise failure
 
 
 def _has_unique_names(subject: Subject) -> None:
@@ -73,21 +76,37 @@ def _resolves(subject: Subject) -> None:
     for fact in subject.declared("checkpoints"):
         if fact.architecture not in known:
             faults.append(f"{fact.name}: no installed plugin declares the architecture {fact.architecture!r}")
-    assert not faults, "\n".join(faults)
+    if faults:
+        raise SeveralFaults(faults)
+
+
+class SeveralFaults(AssertionError):
+    """Faults of one check that have nothing to do with each other; the message has one in each line.
+
+    Args:
+        faults: a text for each, in one line.
+    """
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
 
 
 def _faults(kind: str, fact: Any) -> Iterator[str]:
     for field, expected in _EXPECTED[kind].items():
         value = getattr(fact, field)
-        for reference in (value,) if isinstance(value, str) else value:
+        for reference in texts(value):
             if not reference or (kind == "features" and field == "pipeline" and not is_installed(reference)):
                 continue
             try:
                 found = spec.resolve(reference)
             except InvalidPipeline:
                 continue  # the reference resolves; another check reports what is wrong with the pipeline
-            except (ImportError, ValueError) as error:
-                yield f"{field}: {error}"
+            except (KeyboardInterrupt, GeneratorExit):
+                raise
+            except BaseException as error:  # the code of a plugin may raise anything
+                plain = isinstance(error, ImportError | ValueError)
+                yield f"{field}: {error}" if plain else f"{field}: {reference!r}: {type(error).__name__}: {error}"
                 continue
             if not _is_a(expected, found):
                 yield f"{field}: {reference!r} is {found!r:.60}; expected {expected}"
@@ -102,7 +121,7 @@ def is_installed(reference: str) -> bool:
 
 
 _EXPECTED: dict[str, dict[str, str]] = {
-    "models": {"pipeline": "a Pipeline class", "tiny_inputs": "a function"},
+    "models": {"pipeline": "a Pipeline class", "tiny_inputs": "a function", "tiny_processors": "a function"},
     "architectures": {
         "module": "an nn.Module class",
         "config": "a frozen dataclass",
@@ -113,11 +132,11 @@ _EXPECTED: dict[str, dict[str, str]] = {
     },
     "checkpoints": {"rules": "a tuple of rules"},
     "layer_wrappers": {"layer": "an nn.Module class"},
-    "attention": {"backend": "a function"},
+    "attention": {"backend": "an attention backend", "workspace": "a function"},
     "solvers": {"solver": "a function"},
     "quantization": {"backend": "anything"},
     "training": {"pipeline": "a Pipeline class", "schedule": "a function"},
-    "objectives": {"objective": "anything"},
+    "objectives": {"objective": "a class"},
     "features": {"pipeline": "a Pipeline class", "feature": "a Feature"},
     "commands": {"command": "a click.Command"},
     "guidance": {"guidance": "a Guidance class"},
@@ -146,6 +165,10 @@ def _is_a(expected: str, found: Any) -> bool:
     instances = {"a Feature": Feature, "a click.Command": click.Command}
     if expected in instances:
         return isinstance(found, instances[expected])
+    if expected == "an attention backend":
+        return callable(found) and callable(getattr(found, "refuses", None))
+    if expected == "a class":
+        return isinstance(found, type)
     return callable(found) if expected == "a function" else True
 
 

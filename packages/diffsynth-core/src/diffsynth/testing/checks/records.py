@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.runtime.request import Step
+from diffsynth.runtime.schema import arguments_from_json
 
 Size = Mapping[str, int]
 """Those of "height", "width" (pixels) and "num_frames" that a pipeline takes, which its result must have."""
@@ -150,6 +151,15 @@ def _size_faults(found: Mapping[str, int | None], size: Size) -> Iterator[str]:
     if wrong:
         asked, got = (", ".join(f"{name}={each[name]}" for name in size) for each in (size, found))
         yield f"asked for {asked}, got {got}"
+
+
+def schema_refusal(schema: Mapping[str, Any], name: str, value: Any) -> Exception | None:
+    """Return the error that a call's schema gives for a value of an argument; None if it allows the value."""
+    try:
+        arguments_from_json(schema, {name: value})
+    except (TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def is_equal(first: Any, second: Any) -> bool:

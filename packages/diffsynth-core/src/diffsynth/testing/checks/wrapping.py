@@ -33,8 +33,9 @@ def checks(subject: Subject) -> Iterator[Check]:
         first = (no_meta_after_loading(fact.name), runs(fact.name))
         if any(getattr(fact, field) for field in BLOCK_FIELDS):
             first += (blocks_declared(fact.name),)
-        yield Check(called, functools.partial(_calls_what_it_reads, fact), after=first)
-        yield Check(is_equal_wrapped(fact.name), functools.partial(_is_equal_wrapped, fact), after=(called,))
+        yield Check(called, functools.partial(_calls_what_it_reads, fact), after=first, runs_network=True)
+        equal = functools.partial(_is_equal_wrapped, fact)
+        yield Check(is_equal_wrapped(fact.name), equal, after=(called,), runs_network=True)
 
 
 def is_equal_wrapped(name: str) -> str:
