@@ -70,8 +70,8 @@ class Subject:
     @classmethod
     def of_plugin(cls, plugin: str, distribution: str) -> Subject:
         """Return the `Subject` of one plugin of an installed distribution, which may have failed to load."""
-        entries = importlib.metadata.entry_points(group=_discovery.GROUP, name=plugin)
-        modules = [entry.module for entry in entries if entry.dist is not None and entry.dist.name == distribution]
+        entries = plugin_entries()[0]
+        modules = [each.module for each in entries if (each.distribution, each.name) == (distribution, plugin)]
         return cls(distribution, tuple(modules), _discovery.catalog(), plugin)
 
     @property
