@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth.cli.group import program
 from diffsynth.core.lora import save_lora
+from diffsynth.diagnosis import machine
 from diffsynth.testing import tiny_hub
 from documented import blocks, sections
 
@@ -68,6 +70,13 @@ def test_the_answers_run(hub, monkeypatch, tmp_path):
             assert all(" ".join(line.split()) in shown for line in text.splitlines()), f"{text}is not in\n{output}"
     assert ran >= 12
     assert Path("style-comfyui.safetensors").is_file()
+
+
+def test_the_messages_of_doctor_are_quoted():
+    source = inspect.getsource(machine)
+    for message in ("this torch is CPU-only", "this torch is built for", "and finds no device"):
+        assert message in PAGE
+        assert message in source
 
 
 def test_most_answers_have_a_command_or_a_page():
