@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from diffsynth import registry
-from diffsynth.cli.arguments import call_arguments, shown_arguments
+from diffsynth.cli.arguments import call_arguments, given_loras, shown_arguments
+from diffsynth.cli.output import UserError
 from diffsynth.core.data.media import VideoData
 from diffsynth.core.data.media_writer import save_video
 from diffsynth.errors import NoFiles
@@ -139,3 +140,38 @@ def test_an_argument_given_twice(arguments):
 def test_a_missing_video(arguments):
     with pytest.raises(NoFiles, match=r"gone.mp4 does not exist"):
         arguments("images=gone.mp4")
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "scale"),
+    [
+        ("ink.safetensors", "ink.safetensors", 1.0),
+        ("ink.safetensors:0.8", "ink.safetensors", 0.8),
+        ("ink.safetensors:-1", "ink.safetensors", -1.0),
+        ("ink.safetensors:1e-1", "ink.safetensors", 0.1),
+        ("C:\\loras\\ink.safetensors", "C:\\loras\\ink.safetensors", 1.0),
+        ("C:\\loras\\ink.safetensors:0.5", "C:\\loras\\ink.safetensors", 0.5),
+        ("owner/repo:ink.safetensors", "owner/repo:ink.safetensors", 1.0),
+        ("owner/repo:ink-*.safetensors:0.5", "owner/repo:ink-*.safetensors", 0.5),
+        ("toy://ink:0.5", "toy://ink", 0.5),
+        ("a:2", "a:2", 1.0),  # a file of that name is there
+    ],
+)
+def test_the_last_colon_before_a_number_is_that_of_a_scale(monkeypatch, tmp_path, text, source, scale):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:2").touch()
+    monkeypatch.setattr("diffsynth.runtime.branch_lora.find_lora", lambda config: [])
+    (lora,) = given_loras([text])
+    assert (str(lora.config), lora.scale) == (source, scale)
+
+
+@pytest.mark.parametrize("text", ["", ":0.5", "ink.safetensors:nan", "ink.safetensors:inf"])
+def test_loras_without_a_file_or_a_scale(text):
+    with pytest.raises(UserError, match="expected FILE or FILE:SCALE, with a number such as 0.8"):
+        given_loras([text])
+
+
+def test_a_missing_lora(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NoFiles, match="ink.safetensors does not exist"):
+        given_loras(["ink.safetensors:0.5"])

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from diffsynth.cli import main
 from diffsynth.cli.output import POLICIES
 from diffsynth.core.data.media import VideoData, open_media
 from diffsynth.core.data.media_writer import save_video
+from diffsynth.core.loader.identity import file_identity
 from diffsynth.core.vram import TransferReport
 from diffsynth.core.vram.policy import AUTO, PRESETS
 from diffsynth.models.plugin import WRITERS
@@ -100,7 +102,9 @@ def test_set_takes_literals_text_and_images(run, loaded, tmp_path):
     assert Image.open(tmp_path / "out.png").getpixel((0, 0)) == 200
     made_by = provenance.read_png("out.png")
     assert made_by["arguments"] == {"denoising_strength": 0.5}
-    assert made_by["not_recorded"] == ["input_image"]
+    assert made_by["not_recorded"] == []
+    found = {"value": "in.png", "files": {"in.png": file_identity(Path("in.png"))}}
+    assert made_by["inputs"] == {"input_image": found}
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_code_blocks_parse(page, language, block):
 
 
 def test_environment_variables_are_those_of_the_code():
-    named = re.compile(r"DIFFSYNTH_[A-Z_]+")
+    named = re.compile(r"\bDIFFSYNTH_[A-Z_]+")
     in_code = set(named.findall(inspect.getsource(_env)))
     rows = re.findall(r"^\| `(DIFFSYNTH_[A-Z_]+)` \|", page_text("environment.md"), flags=re.MULTILINE)
     assert len(in_code) >= 7

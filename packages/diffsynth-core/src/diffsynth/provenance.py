@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from diffsynth import _discovery
 from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import replacing, replacing_folder
 from diffsynth.errors import shown
-from diffsynth.parameters_text import parameters_text
+from diffsynth.runtime.parameters_text import parameters_text
 from diffsynth.runtime.request import HOST_ARGUMENTS
 from diffsynth.runtime.unit import equals_default
 
@@ -45,10 +46,12 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         model, pipeline, prompt, seed, num_inference_steps, cfg_scale and solver (those that it takes), arguments,
-        not_recorded (names of arguments such as images, which JSON cannot hold), device, dtype, versions, weights (role
-        -> file name -> identity of its content), and if any are loaded, loras (role, alpha, hot, files likewise, and
-        the defaults of calls that it sets).
+        not_recorded (names of arguments such as images, which JSON cannot hold), device, hardware (the name of the
+        device's), dtype, versions, weights (role -> file name -> identity of its content), and if any are loaded, loras
+        (role, alpha, hot, files likewise, their paths, and the defaults of calls that it sets).
     """
+    from diffsynth.core.device import card_name
+
     if not isinstance(arguments, Mapping):
         raise TypeError(f"arguments={shown(arguments)}: expected a dict argument -> value")
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
@@ -68,11 +71,51 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "arguments": {name: value for name, value in others.items() if _is_json(value)},
         "not_recorded": sorted(name for name, value in others.items() if not _is_json(value)),
         "device": str(pipe.device),
+        "hardware": card_name(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": _versions(pipe),
-        "weights": {role: _identities(paths) for role, paths in pipe.component_files.items()},
+        "weights": {role: identities(paths) for role, paths in pipe.component_files.items()},
         **({"loras": [_lora(lora) for lora in pipe.loras]} if pipe.loras else {}),
     }
+
+
+def recorded_arguments(made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dict argument -> JSON value of the call that a record describes.
+
+    Args:
+        made_by: the record.
+    """
+    return {name: made_by[name] for name in _ALWAYS if name in made_by} | dict(made_by.get("arguments") or {})
+
+
+def input_files(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a record says of arguments that are files, under "inputs": argument -> its text as `value`, and as
+    `files` the identities of the contents of the files that are named in it.
+
+    Args:
+        texts: argument -> path, or JSON or a Python literal with paths in it.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = {name: [Path(each) for each in _strings_in(text) if _exists(each)] for name, text in texts.items()}
+    return {
+        name: {"value": texts[name], "files": {str(path): content_of(path) for path in paths}}
+        for name, paths in found.items()
+    }
+
+
+def content_of(path: Path) -> Any:
+    """Return the identity of a file's content, a text; of a folder a dict name -> identity of its files.
+
+    Args:
+        path: of the file or folder.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = identities([path])
+    return found if path.is_dir() else found[path.name]
 
 
 def save_png(image: Image.Image, path: Path | str, made_by: Mapping[str, Any]) -> None:
@@ -320,15 +363,49 @@ def _versions(pipe: Any) -> dict[str, str]:
 
 
 def _lora(lora: Any) -> dict[str, Any]:
-    found = {"role": lora.role, "alpha": lora.alpha, "hot": lora.hot, "files": _identities(list(lora.files))}
+    paths = {"paths": [str(path) for path in lora.files]} if lora.files else {}
+    found = {"role": lora.role, "alpha": lora.alpha, "hot": lora.hot, "files": identities(lora.files), **paths}
     return found | ({"call_defaults": dict(lora.call_defaults)} if lora.call_defaults else {})
 
 
-def _identities(paths: list[Path]) -> dict[str, Any]:
+def identities(paths: Iterable[Path]) -> dict[str, str]:
+    """Return a dict file name -> identity of its content, of files and of all files in folders.
+
+    Args:
+        paths: files and folders.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     from diffsynth.core.loader.identity import file_identity
 
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     return {file.name: file_identity(file) for file in files if file.is_file()}
+
+
+def _strings_in(text: str) -> list[str]:
+    """Return a list of a text and of all texts in the value that it is in JSON or Python, if it is one."""
+    found = [text]
+    for read in (json.loads, ast.literal_eval):
+        try:
+            values = [read(text)]
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        while values:
+            value = values.pop()
+            if isinstance(value, str):
+                found.append(value)
+            elif isinstance(value, list | tuple | dict):
+                values += value.values() if isinstance(value, dict) else value
+        break
+    return list(dict.fromkeys(found))
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # a text that is no path: too long, or with a zero
+        return False
 
 
 def _is_json(value: Any) -> bool:

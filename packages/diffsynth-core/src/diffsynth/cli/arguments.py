@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,7 +63,6 @@ def given_components(record: ModelRecord, files: Sequence[str]) -> dict[str, Mod
     """
     if not files:
         return {}
-    from diffsynth.core.loader.config import ModelConfig
     from diffsynth.runtime.composition import compose
     from diffsynth.runtime.role import Role, check_component_names
     from diffsynth.spec import resolve
@@ -82,11 +83,97 @@ def given_components(record: ModelRecord, files: Sequence[str]) -> dict[str, Mod
             role = f"{role}[{sum(name.startswith(f'{role}[') for name in found)}]"
         if role in found:
             raise UserError(f"--component {text}: {role} is given twice")
-        is_source = not Path(file).exists() and (
-            "://" in file or re.fullmatch(r"[\w.-]+/[\w.-]+:[^:]+", file) is not None
-        )
-        found[role] = ModelConfig.from_source(file) if is_source else ModelConfig(path=file)
+        found[role] = config_of_file(file)
     return found
+
+
+def config_of_file(text: str) -> ModelConfig:
+    """Return the `ModelConfig` of a path or a source, `owner/repository:pattern` or `scheme://location`; what exists is
+    a path.
+    """
+    from diffsynth.core.loader.config import ModelConfig
+
+    is_source = not Path(text).exists() and ("://" in text or re.fullmatch(r"[\w.-]+/[\w.-]+:[^:]+", text) is not None)
+    return ModelConfig.from_source(text) if is_source else ModelConfig(path=text)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenLoRA:
+    """A LoRA of the command line, or of a record.
+
+    Args:
+        config: its file.
+        scale: its strength.
+        role: of the component that it changes; None is each that has one of its layers.
+        options: further arguments of `load_lora`.
+    """
+
+    config: ModelConfig
+    scale: float = 1.0
+    role: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def load_into(self, pipe: Any) -> None:
+        """Load the LoRA into a pipeline; see `load_lora`.
+
+        Args:
+            pipe: the pipeline.
+
+        Raises:
+            CheckpointError, ValueError: of `load_lora`.
+        """
+        part = None if self.role is None else pipe.parts.get(self.role)
+        pipe.load_lora(part, self.config, alpha=self.scale, **self.options)
+
+    def check(self, pipe: Any) -> None:
+        """Raise the error of `load_lora` for layers that do not fit the components of a pipeline without weights.
+
+        Args:
+            pipe: the pipeline.
+
+        Raises:
+            CheckpointError, ValueError: of `load_lora`.
+        """
+        pipe.check_lora(self.config, None if self.role is None else pipe.parts.get(self.role))
+
+
+def given_loras(texts: Sequence[str]) -> tuple[GivenLoRA, ...]:
+    """Return a tuple of the LoRAs `FILE` or `FILE:SCALE` of `--lora`, whose files are there: those of a hub are
+    downloaded.
+
+    The last colon separates a scale if a number follows it, so that paths of Windows and sources may have colons.
+
+    Args:
+        texts: of the option.
+
+    Raises:
+        UserError: no FILE, or a scale that is not finite.
+        CheckpointError: a file that does not exist, or cannot be downloaded.
+    """
+    found = []
+    for text in texts:
+        file, scale = _split_scale(text)
+        found.append(GivenLoRA(config_of_file(file), scale))
+    if found:
+        from diffsynth.runtime.branch_lora import find_lora
+
+        for lora in found:
+            find_lora(lora.config)
+    return tuple(found)
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    """Return the file and the scale of a text `FILE` or `FILE:SCALE`."""
+    file, colon, end = text.rpartition(":")
+    try:
+        scale = float(end)
+    except ValueError:
+        file, colon, scale = text, "", 1.0
+    if not colon or Path(text).exists():
+        file, scale = text, 1.0
+    if not file or not math.isfinite(scale):
+        raise UserError(f"--lora {text!r}: expected FILE or FILE:SCALE, with a number such as 0.8")
+    return file, scale
 
 
 def call_arguments(record: ModelRecord, options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -123,10 +210,22 @@ def call_arguments(record: ModelRecord, options: Mapping[str, Any], settings: Se
 
 def shown_arguments(arguments: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Return `arguments` as JSON values; a value that JSON cannot hold, such as an image, as its text in `settings`."""
+    return {**arguments, **input_texts(arguments, settings)}
+
+
+def input_texts(arguments: Mapping[str, Any], settings: Sequence[str]) -> dict[str, str]:
+    """Return a dict argument -> its text in `settings`, of those that JSON cannot hold, such as an image.
+
+    Args:
+        arguments: of the call.
+        settings: the texts of `--set`.
+    """
     from diffsynth.runtime.schema.annotations import as_json
 
     texts = dict(setting.split("=", 1) for setting in settings)
-    return {name: texts[name] if as_json(value) is NotImplemented else value for name, value in arguments.items()}
+    return {
+        name: texts[name] for name, value in arguments.items() if name in texts and as_json(value) is NotImplemented
+    }
 
 
 def _texts(settings: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:

@@ -6,11 +6,13 @@ import difflib
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from diffsynth import _discovery
 from diffsynth._discovery import Declared
 from diffsynth.cli.output import UserError, echo, fail, what_to_install
 from diffsynth.errors import DiffsynthError, did_you_mean
+from diffsynth.runtime.synonyms import SYNONYMS
 from diffsynth.spec import CommandSpec, resolve
 
 _OWN = {
@@ -21,6 +23,7 @@ _OWN = {
     "convert": ("diffsynth.cli.convert:convert", "Write a checkpoint as one safetensors file."),
     "doctor": ("diffsynth.cli.doctor:doctor", "Check what works on this machine."),
     "generate": ("diffsynth.cli.generate:generate", "Run a model and write its result to a file."),
+    "replay": ("diffsynth.cli.replay:replay", "Generate a file again from its record, and compare."),
     "plan": ("diffsynth.cli.plan:plan", "Compute memory and time of a call, without weights."),
     "new-plugin": ("diffsynth.cli.new_plugin:new_plugin", "Write a plugin package to start from."),
 }
@@ -74,6 +77,13 @@ class Program(click.Group):
             with formatter.section("Commands of plugins"):
                 formatter.write_dl([(one.spec.name, one.spec.help or f"from {one.distribution}") for one in declared])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return a list of the completions of a command's name, and of options; no command is imported for that."""
+        texts = {name: text for name, (_, text) in _OWN.items()}
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        commands = [CompletionItem(name, help=texts.get(name)) for name in names]
+        return [*commands, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command and return its result; a `DiffsynthError`, ValueError or OSError becomes a UserError of one
         line. An unknown option is named with the one that is meant.
@@ -88,17 +98,23 @@ class Program(click.Group):
 
 
 def _meant(error: click.NoSuchOption) -> list[str]:
-    """Return the option that an unknown one means: that of an argument's name in Python, `--num_inference_steps`, or
-    the nearest spelling; `--set NAME=VALUE` for any other name if the command has it.
+    """Return the option that an unknown one means: that of an argument's name in Python, `--num_inference_steps`, or in
+    other programs, `--guidance-scale`, or the nearest spelling; `--set NAME=VALUE` for any other name if the command
+    has it.
     """
     name = error.option_name.lstrip("-").replace("-", "_")
     options = [each for each in error.ctx.command.params if isinstance(each, click.Option)] if error.ctx else []
     by_name = {spelled: each for each in options for spelled in (each.name or "", *each.opts)}
+    has_set = any("--set" in each.opts for each in options) and name.isidentifier()
+    for each in SYNONYMS.get(name, ()):
+        if option := next((option for option in options if option.name == each), None):
+            return [option.opts[-1]]
+        if has_set:
+            return [f"--set {each}=VALUE"]
     near = difflib.get_close_matches(name, [key.lstrip("-").replace("-", "_") for key in by_name], n=1, cutoff=0.75)
     for key, option in by_name.items():
         if near and key.lstrip("-").replace("-", "_") == near[0]:
             return [option.opts[-1]]
-    has_set = any("--set" in each.opts for each in options) and name.isidentifier()
     return [f"--set {name}=VALUE"] if has_set else []
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffsynth import _discovery, registry
+from diffsynth.cli.completion import ModelName
 from diffsynth.cli.output import UserError, echo, json_option, show_json, show_record, show_table, what_to_install
 from diffsynth.cli.output import traceback_option as with_traceback
 
@@ -86,7 +87,7 @@ def plugins(ctx: click.Context, name: str | None, check: bool, as_json: bool) ->
 
 
 @click.command()
-@click.argument("subject", metavar="MODEL|FILE")
+@click.argument("subject", metavar="MODEL|FILE", type=ModelName(files=True))
 @json_option
 @with_traceback
 def info(subject: str, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffsynth.cli.arguments import call_arguments, component_option, given_components, set_option, shown_arguments
+from diffsynth.cli.completion import ModelName
 from diffsynth.cli.output import POLICIES, echo, json_option, show_json, show_table, traceback_option
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ GIB = 2**30
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=ModelName())
 @click.option(
     "--vram", "vram_limit", type=float, metavar="GIB", help="Limit of device memory in GiB; 0 keeps no block resident."
 )

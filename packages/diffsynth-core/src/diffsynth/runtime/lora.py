@@ -170,6 +170,22 @@ class LoRAMethods:
             logger.info("%s sets the defaults of calls: %s", lora.where, shown)
         self._clear_plans()
 
+    def check_lora(self, lora_config: ModelConfig | str | Path, module: nn.Module | None = None) -> None:
+        """Raise the error of `load_lora` for a LoRA whose layers do not fit the components, also for components without
+        weights; change nothing.
+
+        Args:
+            lora_config: a file, a folder with one LoRA, or a `ModelConfig`.
+            module: a component of this pipeline; None is all.
+
+        Raises:
+            CheckpointError: the file is missing or cannot be read; `KeyMismatch` if it does not fit.
+            ValueError: `module` is no component of this pipeline, or a layer that two components have.
+        """
+        config = lora_config if isinstance(lora_config, ModelConfig) else ModelConfig(path=lora_config)
+        lora, _ = _read(config, None, strict=True)
+        self._fitted(lora, None if module is None else self._role_of(module), strict=True)
+
     def _apply(self, role: str, part: LoRA, alpha: float, *, hot: bool, verbose: int) -> None:
         """Add the layers of a LoRA to the component of a role, beside its weights or in them, and log it."""
         if hot:

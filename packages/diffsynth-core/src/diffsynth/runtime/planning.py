@@ -6,7 +6,7 @@ planner itself is `diffsynth.core.planning`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -163,7 +163,11 @@ def plan_model(
 
 
 def check_before_loading(
-    record: ModelRecord, arguments: Mapping[str, Any], *, components: Mapping[str, ModelConfig] | None = None
+    record: ModelRecord,
+    arguments: Mapping[str, Any],
+    *,
+    components: Mapping[str, ModelConfig] | None = None,
+    prepare: Callable[[Any], None] | None = None,
 ) -> int | None:
     """Check the arguments of a call of a model before weights are read, and return the number of its results; raise
     the error that the call would raise. None if the call cannot be checked.
@@ -174,10 +178,12 @@ def check_before_loading(
         record: of the model.
         arguments: of the call.
         components: role -> file, as in `diffsynth.load`.
+        prepare: function that is called with the pipeline without weights before the call is checked, such as to add
+            LoRAs.
 
     Raises:
         TypeError: `components` names a role that the pipeline does not have.
-        Exception: the error that the call would raise for them.
+        Exception: the error that the call would raise for them, or that of `prepare`.
     """
     try:
         pipe = _unloaded(record, torch.bfloat16, components)
@@ -186,6 +192,8 @@ def check_before_loading(
     for role, need in pipe.roles.items():
         if isinstance(need, Processor) and not need.optional:
             pipe.components[role] = FixedLengthTokenizer(PROMPT_TOKENS)
+    if prepare is not None:
+        prepare(pipe)
     return pipe.check(**{name: value for name, value in arguments.items() if name != "attention"}).batch_size
 
 

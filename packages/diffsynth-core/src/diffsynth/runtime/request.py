@@ -21,6 +21,7 @@ from diffsynth.runtime.acceleration.strategies import StepCacheArgument, parse_s
 from diffsynth.runtime.branch_lora import BranchLoRA, parse_branch_lora
 from diffsynth.runtime.guidance import Guidance, GuidanceArgument, parse_guidance
 from diffsynth.runtime.progress import progress_bar
+from diffsynth.runtime.synonyms import which_is_meant
 from diffsynth.runtime.unit import Program, can_run, equals_default, needed_roles
 
 MAX_STEPS = 10_000
@@ -373,7 +374,8 @@ def reject_unknown(
         instead: argument of other programs -> what takes its place, which the error says.
 
     Raises:
-        TypeError: an unknown argument, with what takes its place, or the nearest spelling.
+        TypeError: an unknown argument, with what takes its place: by `instead`, else the name that is meant by one of
+            other programs, else the nearest spelling.
     """
     for name in arguments:
         if name in instead and name not in signature.parameters:
@@ -381,7 +383,7 @@ def reject_unknown(
         if name not in signature.parameters:
             broken = _discovery.problems()
             raise TypeError(
-                f"unknown argument {name!r}{did_you_mean(name, signature.parameters)} "
+                f"unknown argument {name!r}{which_is_meant(name, signature.parameters)} "
                 f"This pipeline takes: {', '.join(signature.parameters)}"
                 + (f"  {_discovery.describe(broken)}" if broken else "")
             )

@@ -110,6 +110,28 @@ def check_kind(path: Path | str, spec: WriterSpec, kind: str | None, *, name: st
     )
 
 
+def check_alpha(path: Path | str, spec: WriterSpec, pipe: Any) -> None:
+    """Raise ValueError if a pipeline returns images with transparency, and the format of a writer holds none.
+
+    Args:
+        path: the file, for the message.
+        spec: of the writer.
+        pipe: the pipeline, also one without weights.
+
+    Raises:
+        ValueError: it decodes four channels; the message lists the suffixes that fit.
+    """
+    modes = {getattr(getattr(part, "config", None), "pixel_mode", None) for part in pipe.parts.values()}
+    if spec.alpha or "RGBA" not in modes:
+        return
+    known = declared_writers().items()
+    fitting = [suffix for suffix, one in known if one.spec.kind in (spec.kind, TENSORS) and one.spec.alpha]
+    raise ValueError(
+        f"{str(path)!r}: {pipe.model_name or type(pipe).__name__} returns images with transparency, which "
+        f"{spec.suffix} cannot hold; expected a name that ends in {' or '.join(fitting)}"
+    )
+
+
 def write(output: Any, path: Path | str, *, record: Mapping[str, Any], **settings: Any) -> None:
     """Write one result of a pipeline to a file, with the writer that is declared for the file's suffix.
 

@@ -47,6 +47,9 @@ class FluxArguments(
 _ADAPTER = "this version recognises the files of {}, and does not run them"
 
 OTHER_ARGUMENTS = {
+    "guidance_scale": (
+        "embedded_guidance is the scale that a distilled network takes as input, cfg_scale that of two branches"
+    ),
     "tea_cache_l1_thresh": (
         "step_cache='tea:threshold=0.6,model=flux.1-dev' takes its place, with the threshold that it had"
     ),

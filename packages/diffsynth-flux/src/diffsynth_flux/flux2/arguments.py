@@ -40,6 +40,9 @@ class Flux2Arguments(
 
 
 OTHER_ARGUMENTS = {
+    "guidance_scale": (
+        "embedded_guidance is the scale that a distilled network takes as input, cfg_scale that of two branches"
+    ),
     "t5_sequence_length": "FLUX.2 has no T5; its text encoder reads 512 tokens of every prompt. Leave it out",
     **dict.fromkeys(
         ("template_inputs", "negative_template_inputs"),

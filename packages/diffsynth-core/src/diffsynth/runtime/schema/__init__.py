@@ -4,9 +4,10 @@ The schema is made without loading anything: names and defaults come from `inspe
 descriptions and ranges from the "Args:" sections of docstrings; `documentation` lists which docstring documents which
 argument.
 
-Four keywords of ours are in it: `x-diffsynth-type` ("image", or the reference of a dataclass that an object becomes),
+Five keywords of ours are in it: `x-diffsynth-type` ("image", or the reference of a dataclass that an object becomes),
 `x-diffsynth-host-types` (types that this argument takes too, but not from JSON), `x-diffsynth-host-only` (name ->
-description of the arguments that JSON cannot hold, such as `on_step`) and `x-diffsynth-pipeline`.
+description of the arguments that JSON cannot hold, such as `on_step`), `x-diffsynth-other-arguments` (argument of other
+programs -> what takes its place) and `x-diffsynth-pipeline`.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def describe(subject: Any, *, title: str | None = None, defaults: Mapping[str, A
         "required": [name for name in properties if signature.parameters[name].default is inspect.Parameter.empty],
         "additionalProperties": False,
         HOST_ONLY: host_only,
+        "x-diffsynth-other-arguments": dict(cls.other_arguments),
         "x-diffsynth-pipeline": f"{cls.__module__}:{cls.__qualname__}",
     }
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffsynth.core.data.image import decode_image
 from diffsynth.errors import CorruptFile, did_you_mean, shown
+from diffsynth.runtime.synonyms import which_is_meant
 from diffsynth.spec import resolve
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -89,8 +90,10 @@ def bounds_text(schema: Mapping[str, Any]) -> str:
 def _unknown(name: str, schema: Mapping[str, Any]) -> str:
     if name in schema.get("x-diffsynth-host-only", {}):
         return f"argument {name!r} can only be given by a program in the same process, not as JSON. Leave it out"
-    known = schema["properties"]
-    return f"unknown argument {name!r}{did_you_mean(name, known)} {schema['title']} takes: {', '.join(known)}"
+    known, instead = schema["properties"], schema.get("x-diffsynth-other-arguments", {})
+    if name in instead:
+        return f"unknown argument {name!r}: {instead[name]}"
+    return f"unknown argument {name!r}{which_is_meant(name, known)} {schema['title']} takes: {', '.join(known)}"
 
 
 def _parse(schema: Mapping[str, Any], value: Any, open_file: OpenFile | None) -> Any:

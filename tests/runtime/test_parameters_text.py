@@ -1,7 +1,7 @@
 import json
 import re
 
-from diffsynth.parameters_text import parameters_text
+from diffsynth.runtime.parameters_text import parameters_text
 from parameters_reader import read_parameters
 
 RECORD = {
