@@ -172,6 +172,7 @@ def test_load_warms_up(monkeypatch):
     nano()
     nano(warmup=True)
     nano(warmup={"height": 32})
-    assert given == [{}, {"height": 32}]
+    rest = {"on_progress": None, "cancel": None}
+    assert given == [rest, {**rest, "height": 32}]
     with pytest.raises(TypeError, match="warmup=3: expected True, False, or a dict"):
         nano(warmup=3)

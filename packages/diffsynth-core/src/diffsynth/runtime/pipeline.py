@@ -39,6 +39,7 @@ from diffsynth.runtime.memory_options import MemoryOptions, Policies, choose, ch
 from diffsynth.runtime.plan_cache import PlanCache
 from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.pretrained import PretrainedLoader
+from diffsynth.runtime.preview import PreviewMethods
 from diffsynth.runtime.recorded import recorded, with_drawn_seed
 from diffsynth.runtime.request import LOOP_NAMES, LoopArguments, Request, build_signature, refuse_meta
 from diffsynth.runtime.role import Agreement, Processor, Role, check_components, fill_roles, member_roles, members
@@ -50,7 +51,9 @@ from diffsynth.runtime.unit import CallValues, Program, Unit, check_units, neede
 from diffsynth.sampling.prediction import PREDICTIONS
 
 
-class Pipeline(CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, LifetimeMethods, CopyMethods):
+class Pipeline(
+    CheckMethods, LoRAMethods, ComputeMethods, BackgroundMethods, LifetimeMethods, PreviewMethods, CopyMethods
+):
     """A pipeline from the arguments of a call to images, videos or any other output; a family subclasses it.
 
     A subclass states its `roles`, `units`, `output_units`, the `loop_roles` that its `velocity()` calls, and

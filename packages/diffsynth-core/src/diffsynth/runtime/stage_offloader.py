@@ -16,6 +16,7 @@ from diffsynth.core.planning import MemoryPlan, StagePlan
 from diffsynth.core.planning.workload import GIB
 from diffsynth.core.vram.loaded_modules import loaded_modules
 from diffsynth.core.vram.managed import ManagedModule, managed
+from diffsynth.core.vram.policy import BlockState
 from diffsynth.core.vram.report import TransferReport
 
 
@@ -65,6 +66,32 @@ class StageOffloader:
             beside = [] if plan is None else _configure(plan, lines, roles, self._managed)
             with self._loaded.stage(used, keep=beside):
                 yield
+
+    @contextmanager
+    def briefly_on_device(self, roles: Collection[str]) -> Iterator[None]:
+        """Context manager that loads these roles' wrapped components block by block, and offloads them afterwards. In a
+        stage of this thread its components are offloaded meanwhile, and loaded again when they run.
+
+        Args:
+            roles: the roles that are used.
+        """
+        used = [self._managed[role] for role in roles if role in self._managed]
+        if not used:
+            yield
+            return
+        with self._loaded.lock():
+            # Those that the stage around uses may be in the middle of a block.
+            own = [module for module in used if module.state is BlockState.OFFLOAD]
+            settings = [(module.resident, module.slots) for module in own]
+            for module in own:
+                module.configure(resident=(), slots=1)
+            try:
+                with self._loaded.stage(used):
+                    yield
+            finally:
+                for module, (resident, slots) in zip(own, settings, strict=True):
+                    module.leave()
+                    module.configure(resident=resident, slots=slots)
 
     def prepare(self, roles: Collection[str]) -> None:
         """Announce that a later stage uses these roles' wrapped components, so that their files are read ahead."""

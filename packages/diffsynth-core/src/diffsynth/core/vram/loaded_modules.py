@@ -24,6 +24,7 @@ class LoadedModules:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._depth = 0
+        self._stages = 0
         self._present: weakref.WeakSet[ManagedModule] = weakref.WeakSet()
         self._released: weakref.WeakSet[ManagedModule] = weakref.WeakSet()
         self._releasing = threading.Lock()
@@ -70,13 +71,17 @@ class LoadedModules:
         """Context manager that holds the device's lock, first offloads all other wrapped modules that are on the device
         except those in `keep`, then loads the modules in `used`; after an error it offloads these.
 
-        The modules stay afterwards, until another stage needs the memory; after an error they are offloaded.
+        The modules stay afterwards, until another stage needs the memory; after an error they are offloaded. A stage
+        inside of a stage of the same thread, such as one that `on_step` makes, offloads its own at its end, so that
+        those of the stage around it are loaded again when they run and are alone on the device.
 
         Args:
             used: modules that the stage runs.
             keep: modules that may be on the device meanwhile; all others are offloaded first.
         """
         with self.lock():
+            around = set(self._present) if self._stages else set()
+            self._stages += 1
             self.offload_all(keep=(*used, *keep))
             try:
                 for module in used:
@@ -87,6 +92,13 @@ class LoadedModules:
                 for module in used:
                     module.leave()
                 raise
+            finally:
+                self._stages -= 1
+                for module in [*self._present] if self._stages else ():
+                    if module not in around:
+                        module.leave()
+                # Those that were offloaded load themselves when they run, and later stages must know of them.
+                self._present.update(around)
 
     @contextmanager
     def overlapped_swap(
