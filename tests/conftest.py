@@ -103,6 +103,8 @@ def _fixed_seeds():
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("DIFFSYNTH_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+    if discovery := sys.modules.get("diffsynth._discovery"):
+        monkeypatch.setattr(discovery, "SLOW", 60.0)  # on a busy machine every plugin may take seconds
 
 
 @pytest.fixture(autouse=True)

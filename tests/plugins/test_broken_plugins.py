@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 import diffsynth
-from diffsynth import _discovery, registry
+from diffsynth import registry
+from diffsynth._plugin_loading import HEAVY
 from diffsynth.cli.group import program
 from diffsynth.errors import BrokenPlugin, UnknownModel
 from fake_plugins import good, install
@@ -157,12 +158,6 @@ def test_each_alone_in_the_four_places(site, name, caplog):
     assert str(problem) in str(caught.value)
 
 
-def test_keyboard_interrupt_passes(site):
-    site.install("interrupted", "raise KeyboardInterrupt\n")
-    with pytest.raises(KeyboardInterrupt):
-        site.discover()
-
-
 def test_code_that_exits_on_first_use_does_not_end_its_host(site):
     site.install("quitter", good("fake_quitter", "fine"))
     (site.folder / "fake_quitter" / "pipeline.py").write_text("raise SystemExit(3)\n")
@@ -226,7 +221,7 @@ print(json.dumps([problems, models, shown.exit_code, shown.stderr, warnings, loo
 
 def four_places(folder, plugins):
     """Return what a new process reports; heavy packages are empty fakes there, since only their import matters."""
-    for heavy in _discovery.HEAVY:
+    for heavy in HEAVY:
         (folder / f"{heavy}.py").write_text("")
     install(folder, "good", good("fake_good", "fine"))
     settings = {
@@ -238,7 +233,7 @@ def four_places(folder, plugins):
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("heavy", _discovery.HEAVY)
+@pytest.mark.parametrize("heavy", HEAVY)
 def test_a_light_module_that_imports_heavy_code(tmp_path, heavy):
     install(tmp_path, "heavy", f"import {heavy}\n" + good("fake_heavy", "a"))
     problems, models, exit_code, shown, (warning,), lookup = four_places(tmp_path, ["heavy"])

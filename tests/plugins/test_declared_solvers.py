@@ -61,6 +61,7 @@ def test_an_impossible_number_of_evaluations_is_a_problem_of_the_plugin(site, co
     site.discover()
     (problem,) = registry.problems()
     assert problem.plugin == "odd"
-    expected = f"register_solvers: 'odd': evaluations_per_step={count}: expected an integer of at least 1"
-    assert problem.error == expected
+    assert problem.error.startswith("register_solvers: 'odd': evaluations_per_step")
+    assert count in problem.error
+    assert "expected an integer" in problem.error
     assert "odd" not in solver_names()

@@ -20,7 +20,8 @@ _LIGHT_FILES = {"__init__", "plugin", "config", "checkpoints", "convert"}
 _LIGHT = {
     ".": {
         *("__init__", "errors", "spec", "hookspecs", "registry", "configs", "metrics", "terminal"),
-        *("_discovery", "_entry_points", "_env", "_models", "_spec_checks"),
+        *("_discovery", "_entry_points", "_env", "_models"),
+        *("_plain_values", "_plugin_loading", "_process_state", "_spec_checks"),
     },
     "core": {"__init__", "arguments", "json_cache", "paths", "progress", "replacing"},
     "core/loader": {

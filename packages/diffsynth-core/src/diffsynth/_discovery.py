@@ -6,18 +6,20 @@ are defined in `registry`.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from diffsynth import _env, spec
 from diffsynth._entry_points import GROUP, EntryPoint, normalized, plugin_entries
-from diffsynth._spec_checks import check_spec, duplicates, identity
-from diffsynth.errors import BrokenPlugin, did_you_mean
-from diffsynth.terminal import module_logger
+from diffsynth._plugin_loading import KINDS, Plugin, Rejected, adopt, ended, load, message
+from diffsynth._process_state import ProcessState, interrupts
+from diffsynth._spec_checks import duplicates
+from diffsynth.errors import BrokenPlugin, did_you_mean, shortened
+from diffsynth.terminal import module_logger, stdout_to_stderr
 
 if TYPE_CHECKING:
     import pluggy
@@ -25,9 +27,16 @@ if TYPE_CHECKING:
 logger = module_logger(__name__)
 
 CORE = ("core", "diffsynth-core")
+SLOW = 2.0
+"""Seconds that a plugin may take to load; one that takes longer is named."""
+
+LONGEST_WAIT = 60.0
+"""Seconds that a thread waits for discovery in another thread. A plugin that waits for a thread which it started, and
+which waits for the catalog, would wait forever.
+"""
+
 REGISTERED = ("registered", "in this program")
 """Distribution and version of the plugins that `register` added."""
-HEAVY = ("torch", "numpy", "transformers")
 
 SpecT = TypeVar("SpecT")
 
@@ -56,16 +65,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.plugin} ({self.distribution} {self.version}): {self.error}"
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """A plugin that was loaded, and the time that took in seconds."""
-
-    name: str
-    distribution: str
-    version: str
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,24 +108,6 @@ class Catalog:
         return by_name, [one.spec for one in self.checkpoints]
 
 
-KINDS: dict[str, type] = {
-    "models": spec.ModelSpec,
-    "architectures": spec.ArchitectureSpec,
-    "checkpoints": spec.CheckpointSpec,
-    "layer_wrappers": spec.LayerWrapperSpec,
-    "attention": spec.AttentionSpec,
-    "solvers": spec.SolverSpec,
-    "quantization": spec.QuantizationSpec,
-    "training": spec.TrainingSpec,
-    "objectives": spec.ObjectiveSpec,
-    "features": spec.FeatureSpec,
-    "commands": spec.CommandSpec,
-    "writers": spec.WriterSpec,
-    "doors": spec.DoorSpec,
-    "guidance": spec.GuidanceSpec,
-    "loras": spec.LoRASpec,
-}
-
 _UNIQUE = ("architectures", "doors", "guidance", "solvers", "writers")
 """Kinds of declarations whose names must differ among all plugins."""
 
@@ -151,10 +132,6 @@ _registered: dict[str, Any] = {}
 """Name -> module or object of each plugin that `register` added; `refresh` adds them again."""
 
 
-class _Rejected(Exception):
-    """A plugin breaks the contract; the message is shown without the exception's class name."""
-
-
 def catalog() -> Catalog:
     """Return the `Catalog`: declarations of the allowed plugins that load, and `Problem`s of failed plugins and
     clashing names; the first call discovers them. Thread-safe.
@@ -171,7 +148,7 @@ def refresh() -> Catalog:
     import importlib
 
     importlib.invalidate_caches()
-    with _lock:
+    with _locked():
         _discovered = None
         return catalog()
 
@@ -189,7 +166,7 @@ def register(module: Any, name: str) -> None:
         BrokenPlugin: the module breaks the contract of plugins, or declares a name that another plugin has.
     """
     global _discovered
-    with _lock:
+    with _locked():
         current = _current()
         former = current.manager.unregister(name=name) if name in current.registered else None
         try:
@@ -199,7 +176,7 @@ def register(module: Any, name: str) -> None:
                 current.manager.register(former, name=name)
             if isinstance(error, KeyboardInterrupt | ValueError):
                 raise
-            raise BrokenPlugin(f"plugin {name!r} is not registered: {_message(error)}") from error
+            raise BrokenPlugin(f"plugin {name!r} is not registered: {message(error)}") from error
         _registered[name] = module
 
 
@@ -210,7 +187,7 @@ def unregister(name: str) -> None:
         ValueError: no plugin was registered under the name.
     """
     global _discovered
-    with _lock:
+    with _locked():
         current = _current()
         if name not in _registered:
             installed = [one for one in current.catalog.plugins if one.name == name]
@@ -249,7 +226,7 @@ def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None
     if _env.strict_plugins():
         raise BrokenPlugin(str(problem)) from cause
     current = _current()
-    with _lock:
+    with _locked():
         if any(str(problem) == str(known) for known in current.late):
             return
         current.late.append(problem)
@@ -267,15 +244,20 @@ def notify(hook_name: str, **values: Any) -> None:
     """
     current = _current()
     for implementation in getattr(current.manager.hook, hook_name).get_hookimpls():
-        try:
-            implementation.function(*(values[name] for name in implementation.argnames))
-        except (Exception, SystemExit) as error:  # an observer does not end its host
-            plugin = implementation.plugin_name
-            if _env.strict_plugins():
-                raise BrokenPlugin(f"plugin {plugin!r} failed in {hook_name}: {_message(error)}") from error
-            if (plugin, hook_name) not in current.reported:
-                current.reported.add((plugin, hook_name))
-                logger.exception("plugin %r failed in %s; the run goes on", plugin, hook_name)
+        with interrupts() as user:
+            try:
+                implementation.function(*(values[name] for name in implementation.argnames))
+                continue
+            except BaseException as raised:  # an observer does not end its host, whatever it raises
+                if user.pressed and isinstance(raised, KeyboardInterrupt):
+                    raise
+                error = raised
+        plugin = implementation.plugin_name
+        if _env.strict_plugins():
+            raise BrokenPlugin(f"plugin {plugin!r} failed in {hook_name}: {message(error)}") from error
+        if (plugin, hook_name) not in current.reported:
+            current.reported.add((plugin, hook_name))
+            logger.error("plugin %r failed in %s; the run goes on", plugin, hook_name, exc_info=error)
 
 
 def implements(hook_name: str) -> bool:
@@ -287,18 +269,42 @@ def first(hook_name: str, **values: Any) -> Any:
     """Call a hook's implementations one by one until one returns a result other than None, and return that result; None
     if none does.
 
-    An exception raised by an implementation is passed on, with a note that names its plugin.
+    An exception raised by an implementation is passed on, with a note that names its plugin; one that would end the
+    program, such as SystemExit, as BrokenPlugin.
+
+    Raises:
+        BrokenPlugin: an implementation raises something else than an Exception.
     """
     implementations = getattr(_current().manager.hook, hook_name).get_hookimpls()
     for implementation in reversed(implementations):  # pluggy stores the implementation to call first last
-        try:
-            answer = implementation.function(*(values[name] for name in implementation.argnames))
-        except Exception as error:
-            error.add_note(f"raised by plugin {implementation.plugin_name!r} in {hook_name}")
-            raise
+        with interrupts() as user:
+            try:
+                answer = implementation.function(*(values[name] for name in implementation.argnames))
+            except Exception as error:
+                error.add_note(f"raised by plugin {implementation.plugin_name!r} in {hook_name}")
+                raise
+            except BaseException as error:
+                if user.pressed and isinstance(error, KeyboardInterrupt):
+                    raise
+                raise BrokenPlugin(
+                    f"plugin {implementation.plugin_name!r} failed in {hook_name}: {message(error)}"
+                ) from error
         if answer is not None:
             return answer
     return None
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    if not _lock.acquire(timeout=LONGEST_WAIT):
+        raise RuntimeError(
+            f"another thread has been loading plugins for {LONGEST_WAIT:g} s; a plugin must not wait for a thread that "
+            "asks for the catalog. Run: diffsynth plugins"
+        )
+    try:
+        yield
+    finally:
+        _lock.release()
 
 
 def _current() -> _Discovered:
@@ -306,7 +312,7 @@ def _current() -> _Discovered:
     found = _discovered
     if found is not None:
         return found
-    with _lock:
+    with _locked():
         if _discovered is not None:
             return _discovered
         if _is_loading:
@@ -332,23 +338,29 @@ def _discover() -> _Discovered:
     plugins: list[Plugin] = []
     declared: dict[str, list[Declared[Any]]] = {kind: [] for kind in KINDS}
     entries, problems = _entries()
-    for entry, refusal in entries:
-        plugin = Plugin(entry.name, entry.distribution, entry.version)
-        started = time.perf_counter()
-        try:
-            if refusal:
-                raise _Rejected(refusal)
-            own = _load(manager, entry, plugin)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a plugin that raises SystemExit at import is a broken plugin, too
-            if isinstance(error, SystemExit):
-                error = _exited(plugin, error)
-            problems.append(_problem(plugin, error, time.perf_counter() - started))
-            continue
-        plugins.append(Plugin(plugin.name, plugin.distribution, plugin.version, time.perf_counter() - started))
-        for kind, specs in own.items():
-            declared[kind] += [Declared(s, plugin.name, plugin.distribution, plugin.version) for s in specs]
+    with interrupts() as user, stdout_to_stderr():
+        state = ProcessState()
+        for entry, refusal in entries:
+            started = time.perf_counter()
+            plugin, own = Plugin(entry.name, entry.distribution, entry.version), None
+            error: BaseException | None = None
+            try:
+                if refusal:
+                    raise Rejected(refusal)
+                own = load(manager, entry, plugin)
+            except BaseException as raised:  # also SystemExit, or a KeyboardInterrupt that the plugin raises
+                error = raised
+            if user.pressed and (user.raises or isinstance(error, KeyboardInterrupt)):
+                raise KeyboardInterrupt
+            seconds = time.perf_counter() - started
+            problems += _warnings(plugin, state.set_back(), seconds)
+            state.update()
+            if error is not None:
+                problems.append(_problem(plugin, ended(plugin, error), seconds))
+            else:
+                plugins.append(replace(plugin, seconds=seconds))
+            for kind, specs in (own or {}).items():
+                declared[kind] += [Declared(s, plugin.name, plugin.distribution, plugin.version) for s in specs]
     clashes = [Problem(*each) for kind in _UNIQUE for each in duplicates(declared[kind])]
     if clashes and _env.strict_plugins():
         raise BrokenPlugin("; ".join(map(str, clashes)))
@@ -360,18 +372,18 @@ def _discover() -> _Discovered:
 
 
 def _joined(current: _Discovered, name: str, module: Any) -> _Discovered:
-    """Return a `_Discovered` with a plugin of `register` added; raises like `register`, and `_Rejected`."""
+    """Return a `_Discovered` with a plugin of `register` added; raises like `register`, and `Rejected`."""
     catalog, started = current.catalog, time.perf_counter()
     if any(one.name == name for one in catalog.plugins) or any(one.plugin == name for one in catalog.problems):
         raise ValueError(f"plugin {name!r} is installed; expected another name")
-    own = _adopt(current.manager, module, Plugin(name, *REGISTERED))
+    own = adopt(current.manager, module, Plugin(name, *REGISTERED))
     declared = {kind: [Declared(one, name, *REGISTERED) for one in specs] for kind, specs in own.items()}
     everything = {kind: (*getattr(catalog, kind), *specs) for kind, specs in declared.items()}
     for kind in _UNIQUE:
         for plugin, *_, error in duplicates(everything[kind]):
             if plugin == name:
                 current.manager.unregister(name=name)
-                raise _Rejected(error)
+                raise Rejected(error)
     plugins = (*catalog.plugins, Plugin(name, *REGISTERED, time.perf_counter() - started))
     return replace(current, catalog=replace(catalog, plugins=plugins, **everything))
 
@@ -466,123 +478,22 @@ def _clashing_entries(entries: list[EntryPoint]) -> dict[EntryPoint, str]:
     return refusals
 
 
-def _load(manager: pluggy.PluginManager, entry: EntryPoint, plugin: Plugin) -> dict[str, list[Any]]:
-    heavy_before = {name for name in HEAVY if name in sys.modules}
-    try:
-        entry.check()
-    except ValueError as error:
-        raise _Rejected(str(error)) from error
-    module = entry.load()
-    return _adopt(manager, module, plugin, heavy_before=heavy_before)
-
-
-def _adopt(
-    manager: pluggy.PluginManager, module: Any, plugin: Plugin, heavy_before: Set[str] = frozenset(HEAVY)
-) -> dict[str, list[Any]]:
-    """Register a module's hooks in the manager and return kind -> its declarations.
-
-    Args:
-        manager: of all plugins.
-        module: of the plugin.
-        plugin: its name and distribution.
-        heavy_before: the modules of `HEAVY` that may be imported; all, where a plugin is registered in a program.
-    """
-    _check_api(module, plugin)
-    if manager.is_registered(module):
-        raise _Rejected(f"its module, {module.__name__!r}, is that of another plugin")
-    try:
-        manager.register(module, name=plugin.name)
-        _check_hooks(manager, module)
-        own = _declarations(manager, module)
-        for name in HEAVY:
-            if name in sys.modules and name not in heavy_before:
-                raise _Rejected(
-                    f"imports {name} at import; name heavy code by string, or import it inside a function. "
-                    f'To see where: python -X importtime -c "import {module.__name__}"'
-                )
-    except BaseException:
-        # Unregister before the next plugin loads: check_pending() checks the implementations of all plugins.
-        if manager.is_registered(module):
-            manager.unregister(module)
-        raise
-    return own
-
-
-def _check_api(module: Any, plugin: Plugin) -> None:
-    api = getattr(module, "DIFFSYNTH_API", None)
-    if api is None:
-        raise _Rejected(
-            f"states no DIFFSYNTH_API; expected DIFFSYNTH_API = {spec.API_VERSION} at the top of the module"
-        )
-    if api != spec.API_VERSION:
-        older = isinstance(api, int) and api < spec.API_VERSION
-        raise _Rejected(
-            f"written for DIFFSYNTH_API {api!r}, diffsynth-core has {spec.API_VERSION}. "
-            f"Run: pip install -U {plugin.distribution if older else CORE[1]}"
-        )
-
-
-def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
-    known = [name for name, caller in vars(manager.hook).items() if not name.startswith("_") and caller.has_spec()]
-    for caller in manager.get_hookcallers(module) or ():
-        own = next(implementation for implementation in caller.get_hookimpls() if implementation.plugin is module)
-        if not caller.has_spec() and not own.optionalhook:
-            raise _Rejected(f"implements hook {caller.name!r}, which does not exist{did_you_mean(caller.name, known)}")
-        if own.wrapper or own.hookwrapper:
-            raise _Rejected(f"wraps hook {caller.name!r}; hooks are called one by one and cannot be wrapped")
-    manager.check_pending()
-
-
-def _declarations(manager: pluggy.PluginManager, module: Any) -> dict[str, list[Any]]:
-    others = [other for other in manager.get_plugins() if other is not module]
-    own: dict[str, list[Any]] = {kind: [] for kind in KINDS}
-    for caller in manager.get_hookcallers(module) or ():
-        kind = caller.name.removeprefix("register_")
-        if kind != caller.name and kind in own:
-            register = _collector(caller.name, KINDS[kind], own[kind])
-            manager.subset_hook_caller(caller.name, others)(register=register)
-    return own
-
-
-def _collector(hook_name: str, expected: type, into: list[Any]) -> Callable[[Any], None]:
-    """Return a function that raises `_Rejected` for an invalid declaration and else appends it to `into`."""
-
-    def register(declaration: Any) -> None:
-        if not isinstance(declaration, expected):
-            got = f"{type(declaration).__name__}: {declaration!r:.80}"
-            raise _Rejected(f"{hook_name}: expected {expected.__name__}, got {got}")
-        try:
-            check_spec(declaration)
-        except (TypeError, ValueError) as error:
-            raise _Rejected(f"{hook_name}: {error}") from error
-        name = identity(declaration)
-        if name and any(name == identity(other) for other in into):
-            raise _Rejected(f"{hook_name}: {name!r} is declared twice")
-        into.append(declaration)
-
-    return register
-
-
-def _exited(plugin: Plugin, error: SystemExit) -> _Rejected:
-    """Return a `_Rejected` error for a plugin that raised SystemExit while it was loaded; it names a remedy."""
-    rejected = _Rejected(
-        f"ends the program while it is loaded ({_message(error)}); do that inside a function only. "
-        f"Without the plugin: pip uninstall {plugin.distribution}"
-    )
-    rejected.__cause__ = error
-    return rejected
+def _warnings(plugin: Plugin, changes: list[str], seconds: float) -> list[Problem]:
+    """Return a list of a `Problem` for what a plugin changed in the process, and one if it was slow."""
+    errors = []
+    if changes:
+        listed = shortened(changes, 5)
+        errors.append(f"changes the process while it is loaded: {listed}; set back. Do that inside a function only")
+    if seconds > SLOW:
+        errors.append(f"takes {seconds:.1f} s to load; import slow code and read files inside functions only")
+    of = plugin.name, plugin.distribution, plugin.version
+    return [Problem(*of, error, seconds=seconds, state="warning") for error in errors]
 
 
 def _problem(plugin: Plugin, error: BaseException, seconds: float) -> Problem:
     if _env.strict_plugins():
-        raise BrokenPlugin(f"{plugin.name} ({plugin.distribution} {plugin.version}): {_message(error)}") from error
+        raise BrokenPlugin(f"{plugin.name} ({plugin.distribution} {plugin.version}): {message(error)}") from error
     import traceback
 
-    text = "".join(traceback.format_exception(error))
-    return Problem(plugin.name, plugin.distribution, plugin.version, _message(error), text, seconds)
-
-
-def _message(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    plain = isinstance(error, ImportError | _Rejected) and bool(text)
-    return text if plain else f"{type(error).__name__}: {text}".removesuffix(": ")
+    text = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
+    return Problem(plugin.name, plugin.distribution, plugin.version, message(error), text, seconds)

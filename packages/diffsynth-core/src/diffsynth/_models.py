@@ -14,6 +14,7 @@ from typing import Any
 
 from diffsynth import _discovery, _env
 from diffsynth._discovery import Declared, Problem
+from diffsynth._entry_points import GROUP
 from diffsynth.errors import AmbiguousModel, UnknownModel, did_you_mean, shown
 from diffsynth.spec import ModelSpec
 
@@ -132,7 +133,7 @@ def register(plugin: Any, *, name: str | None = None) -> None:
             f"name={shown(own)}: expected a name of letters, digits, '_', '-' and '.', such as 'my-models'"
         )
     found = {each: getattr(plugin, each, None) for each in dir(plugin)}
-    marked = {each: value for each, value in found.items() if hasattr(value, f"{_discovery.GROUP}_impl")}
+    marked = {each: value for each, value in found.items() if hasattr(value, f"{GROUP}_impl")}
     if not marked:
         raise TypeError(f"plugin={shown(plugin)} has no function marked @diffsynth.hookimpl; expected at least one")
     # The functions of now, in a module of their own: those of a notebook change when a cell runs again.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -62,28 +61,23 @@ def identity(declaration: Any) -> str:
 
 
 def check_spec(declaration: Any) -> None:
-    """Raise TypeError or ValueError if a declaration has a malformed name, reference, source, tiny config or number, a
-    field of another type than the declared mapping or tuple, or no effect; nothing that it names is imported.
+    """Raise ValueError if a declaration of plain values (see `plain_copy`) has a malformed name, reference, source,
+    tiny config or number, or no effect; nothing that it names is imported.
 
     A referenced module is looked up only if its top-level package is imported already.
 
     Raises:
-        TypeError: a field declared as a mapping has another type, or one declared as a tuple is a text.
         ValueError: a malformed name, suffix, reference or source, a reference to a missing module, an
             `ArchitectureSpec` without a module that is not `not_runnable`, a `LayerWrapperSpec` without effect, a
             `SolverSpec` without evaluations, a `FeatureSpec` of a pipeline and a family, a `LoRASpec` without files or
             defaults, or a tiny config for a component that the model does not have.
     """
     name = getattr(declaration, "name", "-")
-    if not name or (isinstance(declaration, spec.ModelSpec | spec.GuidanceSpec) and (":" in name or "/" in name)):
-        raise ValueError(f"name {name!r}: expected a plain name, without ':' or '/'")
-    for entry in fields(declaration):
-        if "Mapping" in str(entry.type) and not hasattr(getattr(declaration, entry.name), "items"):
-            raise TypeError(f"{name!r}: {entry.name} is {getattr(declaration, entry.name)!r}, expected a mapping")
-        if "tuple[str" in str(entry.type) and isinstance(getattr(declaration, entry.name), str):
-            raise TypeError(
-                f"{name!r}: {entry.name} is the text {getattr(declaration, entry.name)!r}, expected a tuple"
-            )
+    is_plain = bool(name) and name.isprintable() and name == name.strip()
+    if not is_plain or (isinstance(declaration, spec.ModelSpec | spec.GuidanceSpec) and (":" in name or "/" in name)):
+        raise ValueError(f"name {name!r}: expected a plain name, without ':' or '/', or control characters")
+    if isinstance(declaration, spec.CommandSpec) and not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name {name!r}: expected a command of letters, digits, '_', '-' and '.'")
     if isinstance(declaration, spec.ModelSpec):
         _check_tiny(declaration)
     if isinstance(declaration, spec.ArchitectureSpec) and bool(declaration.module) == bool(declaration.not_runnable):
@@ -121,20 +115,18 @@ def _check_lora(declaration: spec.LoRASpec) -> None:
 
 def _check_evaluations(declaration: spec.SolverSpec) -> None:
     count = declaration.evaluations_per_step
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if count < 1:
         raise ValueError(f"{declaration.name!r}: evaluations_per_step={count!r}: expected an integer of at least 1")
 
 
 def _check_tiny(declaration: spec.ModelSpec) -> None:
-    for role, changed in declaration.tiny.items():
+    for role in declaration.tiny:
         if role not in declaration.components:
             raise ValueError(
                 f"{declaration.name!r}: tiny has {role!r}, no component"
                 f"{did_you_mean(role, declaration.components) or '.'} "
                 f"Its components: {', '.join(declaration.components)}"
             )
-        if not isinstance(changed, Mapping):
-            raise TypeError(f"{declaration.name!r}: tiny[{role!r}] is {changed!r}, expected a mapping of config fields")
 
 
 def _check_writer(declaration: spec.WriterSpec) -> None:

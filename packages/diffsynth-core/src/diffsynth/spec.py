@@ -426,18 +426,23 @@ def resolve(reference: str) -> Any:
 
     Raises:
         ValueError: the reference has no colon.
-        ImportError: the module cannot be imported, raises SystemExit, or lacks the attribute; the message names the
-            reference.
+        ImportError: the module cannot be imported, raises SystemExit or the like, or lacks the attribute; the message
+            names the reference.
     """
     module_name, colon, attribute = reference.partition(":")
     if not colon:
         raise ValueError(f"reference {reference!r} has no ':'; expected 'package.module:attribute'")
     try:
         module = importlib.import_module(module_name)
-    except SystemExit as error:  # a plugin's module must not end the host program
+    except Exception:
+        raise
+    except KeyboardInterrupt as error:  # of the user, for all that is known
+        error.add_note(f"while {module_name!r} was imported, for the reference {reference!r}")
+        raise
+    except BaseException as error:  # SystemExit and others: a plugin's module must not end the host program
         raise ImportError(
             f"reference {reference!r}: module {module_name!r} ends the program when it is imported "
-            f"(SystemExit: {error.code}); do that inside a function only"
+            f"({type(error).__name__}: {error}); do that inside a function only"
         ) from error
     value: Any = module
     for part in attribute.split("."):

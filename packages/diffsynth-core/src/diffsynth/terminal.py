@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -105,6 +106,62 @@ def escaping_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+class ThreadStream:
+    """Text stream that is one stream in the thread that made it, and another one in all others.
+
+    Args:
+        own: stream of this thread.
+        others: stream of the other threads.
+    """
+
+    def __init__(self, own: TextIO, others: TextIO) -> None:
+        self._own, self._others, self._thread = own, others, threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own if threading.get_ident() == self._thread else self._others, name)
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Context manager in which this thread's output to `sys.stdout` goes to `sys.stderr`; that of other threads does
+    not.
+    """
+    before = sys.stdout
+    if before is not None and sys.stderr is not None:
+        sys.stdout = ThreadStream(sys.stderr, before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
+@contextmanager
+def results_on_stdout() -> Iterator[list[str]]:
+    """Context manager for a program whose standard output holds results alone: all that is written to it meanwhile, by
+    C code and child processes too, goes to standard error. It yields a list; its texts are written at the end.
+
+    What the C library buffers is written when the process ends, and so is not caught.
+    """
+    texts: list[str] = []
+    stdout = sys.stdout
+    stdout.flush()
+    kept = None
+    with suppress(OSError):
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield texts
+    finally:
+        sys.stdout = stdout
+        if kept is not None:
+            with suppress(AttributeError, OSError, ValueError):  # a stream that is None or closed
+                sys.__stdout__.flush()  # type: ignore[union-attr]
+            os.dup2(kept, 1)
+            os.close(kept)
+        stdout.writelines(texts)
 
 
 def open_closed_descriptors() -> None:

@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except OutputFailed as error:
             sys.stderr.write(f"Error: {error}\n")
             raise SystemExit(1) from error
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # also one that a plugin's command defines
             traceback.print_exc()  # here, and not by the interpreter, whose output is not escaped
             raise SystemExit(1) from error

@@ -95,6 +95,12 @@ class Program(click.Group):
             raise
         except (DiffsynthError, ValueError, OSError) as error:
             fail(ctx, error)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if ctx.invoked_subcommand not in _OWN:
+                error.add_note(f"raised by the command {ctx.invoked_subcommand!r} of a plugin. Run: diffsynth plugins")
+            raise
 
 
 def _meant(error: click.NoSuchOption) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffsynth import _discovery, registry
+from diffsynth._plugin_loading import KINDS, Plugin
 from diffsynth.cli.completion import ModelName
 from diffsynth.cli.output import UserError, echo, json_option, show_json, show_record, show_table, what_to_install
 from diffsynth.cli.output import traceback_option as with_traceback
@@ -151,10 +152,10 @@ def _schema(model: str) -> dict[str, Any] | None:
         return None
 
 
-def _declares(plugin: _discovery.Plugin) -> str:
+def _declares(plugin: Plugin) -> str:
     counts = {
         kind: sum(one.plugin == plugin.name and one.distribution == plugin.distribution for one in facts)
-        for kind in _discovery.KINDS
+        for kind in KINDS
         if (facts := getattr(_discovery.catalog(), kind))
     }
     return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items() if count) or "nothing yet"

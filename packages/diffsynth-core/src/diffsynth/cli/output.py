@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -12,9 +13,13 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from diffsynth.errors import Diverged, NotFinite, printable
+from diffsynth.terminal import results_on_stdout
 
 POLICIES = ("none", "cpu-offload", "fp8", "dynamic", "disk", "auto")
 """Names of the policies of `diffsynth.core.vram`, copied because that module imports torch; a test compares them."""
+
+_TEXTS = "diffsynth.texts"
+"""Key in the context's `meta` of the texts to print when a command with `--json` ends."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -62,8 +67,21 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
 
 
 def json_option(function: Function) -> Function:
-    """Return `function`, a command, with the option `--json` added, which is passed as `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+    """Return `function`, a command, with the option `--json` added, which is passed as `as_json`.
+
+    With the option, standard output has what `show_json` prints, and nothing else: what plugins and libraries print
+    goes to standard error.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any, as_json: bool, **options: Any) -> Any:
+        if not as_json:
+            return function(*arguments, as_json=as_json, **options)
+        with results_on_stdout() as texts:
+            click.get_current_context().meta[_TEXTS] = texts
+            return function(*arguments, as_json=as_json, **options)
+
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(run)  # type: ignore[return-value]
 
 
 def traceback_option(function: Function) -> Function:
@@ -85,9 +103,10 @@ def traceback_option(function: Function) -> Function:
 
 
 def show_json(value: Any) -> None:
-    """Print a value as JSON on stdout, control characters as escapes of JSON."""
+    """Print a value as JSON on stdout, control characters as escapes of JSON; in a command with `json_option`."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
+    text = printable(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
+    click.get_current_context().meta[_TEXTS].append(f"{text}\n")
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from diffsynth._discovery import HEAVY
+from diffsynth._plugin_loading import HEAVY
 
 
 class _Blocker(importlib.abc.MetaPathFinder):
