@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from diffsynth._discovery import Declared, Problem
 from diffsynth.cli import main
 from diffsynth.spec import CommandSpec
-from diffsynth.terminal import EscapingStream, OutputFailed, escaping_output, module_logger, unescaped
+from diffsynth.terminal import EscapingStream, OutputFailed, escaping_output, module_logger, stdout_to_stderr, unescaped
 from image_pipeline import catalog, use
 
 HOSTILE = "\x1b]0;owned\x07a\x9b31m\u202eb\rc"
@@ -240,3 +241,14 @@ def test_a_command_of_a_shell(redirection, code, error):
     script = f"set -o pipefail; {program} {redirection}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (code, error)
+
+
+def test_output_of_one_thread_goes_to_stderr(capsys):
+    """Discovery must not take the output of the program's other threads."""
+    with stdout_to_stderr():
+        print("own")
+        thread = threading.Thread(target=print, args=("other",))
+        thread.start()
+        thread.join()
+    print("later")
+    assert capsys.readouterr() == ("other\nlater\n", "own\n")

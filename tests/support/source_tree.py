@@ -19,7 +19,7 @@ LAYERS = ("light", "tensors", "models", "loading", "runtime", "top")
 _LIGHT_FILES = {"__init__", "plugin", "config", "checkpoints", "convert"}
 _LIGHT = {
     ".": {
-        *("__init__", "errors", "spec", "hookspecs", "registry", "configs", "metrics", "terminal"),
+        *("__init__", "errors", "spec", "hookspecs", "registry", "configs", "metrics", "terminal", "parameters_text"),
         *("_discovery", "_entry_points", "_env", "_models"),
         *("_plain_values", "_plugin_loading", "_process_state", "_spec_checks"),
     },
