@@ -46,8 +46,7 @@ def test_lists_in_place_of_tuples_and_read_only_mappings():
 
 def test_nested_declarations():
     spelling = spec.LoRASpelling(name="a", layers=("x", 5))
-    given = spec.ArchitectureSpec(
-        name="a", module="m:m", config="m:c", infer_config="m:i", required=(), tiny="m:t", lora_spellings=(spelling,)
-    )
+    one = next(each.spec for each in _discovery.catalog().architectures)
+    given = dataclasses.replace(one, name="a", lora_spellings=(spelling,))
     with pytest.raises(TypeError, match=r"'a': lora_spellings\[0\]\.layers\[1\] is 5, a int; expected a str"):
         plain_copy(given)

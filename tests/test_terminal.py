@@ -246,9 +246,9 @@ def test_a_command_of_a_shell(redirection, code, error):
 def test_output_of_one_thread_goes_to_stderr(capsys):
     """Discovery must not take the output of the program's other threads."""
     with stdout_to_stderr():
-        print("own")
-        thread = threading.Thread(target=print, args=("other",))
+        sys.stdout.write("own\n")
+        thread = threading.Thread(target=lambda: sys.stdout.write("other\n"))
         thread.start()
         thread.join()
-    print("later")
+    sys.stdout.write("later\n")
     assert capsys.readouterr() == ("other\nlater\n", "own\n")
