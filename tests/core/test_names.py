@@ -67,8 +67,8 @@ def test_one_object_by_every_way():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("AutoWrappedQuantizedModule", "quantization"),
-        ("QuantizeConfig", "quantization"),
+        ("AutoWrappedQuantizedModule", "more of quantization"),
+        ("QuantBackend", "more of quantization"),
         ("OffloadTrainingManager", "offloaded training"),
     ],
 )

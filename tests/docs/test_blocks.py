@@ -47,6 +47,7 @@ RUN = {
     "docs/loading-speed.md": [0],
     "docs/lora.md": [0, 1, 2, 3, 4, 5],
     "docs/plan.md": [0],
+    "docs/quantization.md": [0, 1],
     "docs/step-caches.md": [0],
     "docs/tiny-hub.md": [0, 1],
     "docs/video.md": [0, 1, 2],

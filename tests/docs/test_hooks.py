@@ -29,6 +29,9 @@ from diffsynth.core.attention import attention, available_backends
 from diffsynth.core.attention.registry import BACKENDS
 from diffsynth.core.loader import header, recognize
 from diffsynth.core.loader.save import save_checkpoint
+from diffsynth.core.quant.config import QuantizeConfig
+from diffsynth.core.quant.methods import method_of
+from diffsynth.core.quant.modules import quantize_module
 from diffsynth.core.vram import DiskMap, Policy, wrap
 from diffsynth.runtime import architectures, declared_backends
 from diffsynth.runtime.guidance import GuidanceStep, parse_guidance
@@ -229,11 +232,13 @@ def test_effect_of_register_solvers(toy):
 
 def test_effect_of_register_quantization(toy):
     toy("register_quantization")
-    (declared,) = _discovery.catalog().quantization
+    method = method_of("toy_int8", {})
     weight = torch.randn(4, 8)
-    integers, scale = resolve(declared.spec.backend)(weight)
-    assert integers.dtype == torch.int8
-    assert (integers * scale - weight).abs().max() <= scale.max() / 2
+    parts = method.quantize(weight)
+    assert parts["weight"].dtype == torch.int8
+    assert (method.dequantize(parts, torch.float32) - weight).abs().max() <= weight.abs().max() / 127 / 2 * 1.001
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 4)).requires_grad_(False)
+    assert quantize_module(layer, QuantizeConfig("toy_int8")) == ["0"]
 
 
 def test_effect_of_register_training(toy):

@@ -68,7 +68,7 @@ NOT_HERE = {
     "pipelines": """load_models_to_device get_vram get_module freeze_except step split_pipeline_units
         flush_vram_management_device download_and_load_models check_vram_management_state cfg_guided_model_fn
         load_training_template_model FlowMatchScheduler ModelLogger""",
-    "index": "QuantizeConfig",
+    "index": "register_quant_backend QuantBackend",
 }
 """Page -> names of that API that this version does not have; the page says what takes their place."""
 

@@ -108,7 +108,7 @@ class Catalog:
         return by_name, [one.spec for one in self.checkpoints]
 
 
-_UNIQUE = ("architectures", "doors", "guidance", "solvers", "writers")
+_UNIQUE = ("architectures", "doors", "guidance", "quantization", "solvers", "writers")
 """Kinds of declarations whose names must differ among all plugins."""
 
 

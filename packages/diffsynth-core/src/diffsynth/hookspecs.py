@@ -55,7 +55,7 @@ def register_solvers(register: Callable[[spec.SolverSpec], None]) -> None:
 
 @hookspec
 def register_quantization(register: Callable[[spec.QuantizationSpec], None]) -> None:
-    """Declare quantization backends."""
+    """Declare quantization methods of the weights of linear layers."""
 
 
 @hookspec

@@ -267,15 +267,18 @@ class SolverSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSpec:
-    """A quantization backend. Only `diffsynth doctor` reads it so far; the contract is not settled.
+    """A quantization method of the weights of linear layers.
 
     Args:
-        name: unique among quantization backends.
-        backend: reference to the code.
+        name: unique among plugins, "fp8_row".
+        backend: reference to a function of the method's options, all with defaults, that returns a
+            `diffsynth.core.quant.method.QuantMethod`.
+        description: a few words for listings.
     """
 
     name: str
     backend: str
+    description: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

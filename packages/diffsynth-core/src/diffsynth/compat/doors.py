@@ -16,19 +16,17 @@ from typing import Any
 QUANTIZATION = (
     "AutoWrappedQuantizedModule",
     "BackendConfig",
-    "MixedQuantizeConfig",
     "QUANT_BACKENDS",
     "QUANT_METHODS",
     "QuantBackend",
     "QuantMethodSpec",
-    "QuantizeConfig",
     "check_backend_contract",
     "check_differentiable",
     "describe_quant_method",
     "register_quant_backend",
     "register_quant_method",
 )
-"""Names of the quantization interface, which this version does not have."""
+"""Names of the quantization interface that this version does not have."""
 
 
 def later(feature: str) -> str:

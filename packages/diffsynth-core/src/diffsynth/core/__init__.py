@@ -70,6 +70,7 @@ _MODULES = {
         "load_state_dict_from_safetensors",
     ),
     "lora.hot": ("LoRAHotLoadMixin",),
+    "quant.config": ("MixedQuantizeConfig", "QuantizeConfig"),
     "vram.disk_map": ("DiskMap",),
     "compat.vram": (
         "AutoTorchModule",
@@ -86,7 +87,10 @@ _FOUND = {
     for module, names in _MODULES.items()
     for name in names
 }
-_ABSENT = {**dict.fromkeys(QUANTIZATION, later("quantization")), "OffloadTrainingManager": later("offloaded training")}
+_ABSENT = {
+    **dict.fromkeys(QUANTIZATION, later("more of quantization")),
+    "OffloadTrainingManager": later("offloaded training"),
+}
 
 __all__ = sorted(_FOUND)
 __getattr__ = door(__name__, _FOUND, _ABSENT)

@@ -1,4 +1,4 @@
-"""Checks of the machine: Python, devices, attention backends and quantization backends."""
+"""Checks of the machine: Python, devices, attention backends and quantization methods."""
 
 from __future__ import annotations
 
@@ -94,11 +94,8 @@ def _attention_in_use(first: str | None, why_not: dict[str, str], call: Attentio
 
 
 def quantization() -> Iterator[Finding]:
-    """Yield a `Finding` per quantization backend of a plugin: whether it can be imported; one if there are none."""
-    declared = _discovery.catalog().quantization
-    if not declared:
-        yield Finding("backends", "ok", "none: no installed plugin declares one, so weights are used as stored")
-    for one in declared:
+    """Yield a `Finding` per quantization method: whether it can be imported."""
+    for one in _discovery.catalog().quantization:
         try:
             resolve(one.spec.backend)
         except Exception as error:  # a plugin's module may raise anything

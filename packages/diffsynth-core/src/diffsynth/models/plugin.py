@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 from diffsynth.hookspecs import hookimpl
 from diffsynth.models.checkpoints import ARCHITECTURES, CHECKPOINTS
-from diffsynth.spec import ArchitectureSpec, CheckpointSpec, GuidanceSpec, SolverSpec, WriterSpec
+from diffsynth.spec import (
+    ArchitectureSpec,
+    CheckpointSpec,
+    GuidanceSpec,
+    QuantizationSpec,
+    SolverSpec,
+    WriterSpec,
+)
 
 DIFFSYNTH_API = 2
 
@@ -30,6 +37,17 @@ GUIDANCES = (
     ),
     GuidanceSpec(name="apg", guidance="diffsynth.runtime.guidance:AdaptiveProjected", paper="arXiv:2410.02416"),
     GuidanceSpec(name="cfg_zero_star", guidance="diffsynth.runtime.guidance:ZeroStar", paper="arXiv:2503.18886"),
+)
+
+_QUANT = "diffsynth.core.quant.builtin"
+
+QUANTIZATION = (
+    QuantizationSpec(name="fp8_row", backend=f"{_QUANT}:fp8_row", description="fp8, a scale of each output"),
+    QuantizationSpec(name="fp8_tensor", backend=f"{_QUANT}:fp8_tensor", description="fp8, a scale of each weight"),
+    QuantizationSpec(name="fp8_block", backend=f"{_QUANT}:fp8_block", description="fp8, a scale of each 128 inputs"),
+    QuantizationSpec(name="int8_row", backend=f"{_QUANT}:int8_row", description="int8, a scale of each output"),
+    QuantizationSpec(name="int8_tensor", backend=f"{_QUANT}:int8_tensor", description="int8, a scale of each weight"),
+    QuantizationSpec(name="int8_block", backend=f"{_QUANT}:int8_block", description="int8, a scale of each 128 inputs"),
 )
 
 _WRITERS = "diffsynth.runtime.builtin_writers"
@@ -80,6 +98,12 @@ def register_solvers(register: Callable[[SolverSpec], None]) -> None:
 def register_guidance(register: Callable[[GuidanceSpec], None]) -> None:
     for guidance in GUIDANCES:
         register(guidance)
+
+
+@hookimpl
+def register_quantization(register: Callable[[QuantizationSpec], None]) -> None:
+    for method in QUANTIZATION:
+        register(method)
 
 
 @hookimpl

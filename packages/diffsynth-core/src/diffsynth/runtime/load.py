@@ -13,7 +13,7 @@ import torch
 from diffsynth import registry
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.progress import OnProgress
-from diffsynth.errors import shown
+from diffsynth.errors import did_you_mean, shown
 from diffsynth.runtime.composition import compose
 from diffsynth.runtime.memory_options import Policies, for_call
 from diffsynth.runtime.pipeline import Pipeline
@@ -29,6 +29,7 @@ def load(
     torch_dtype: torch.dtype = torch.bfloat16,
     vram_limit: float | None = None,
     policy: Policies = None,
+    quantize: Any = None,
     base_path: Path | str | None = None,
     warmup: bool | Mapping[str, Any] = False,
     on_progress: OnProgress | None = None,
@@ -45,6 +46,8 @@ def load(
         torch_dtype: of parameters and activations.
         vram_limit: GiB that a call may take on the device; None is no limit.
         policy: where and in which dtype weights are offloaded; see `Pipeline.from_pretrained`.
+        quantize: how linear layers are quantized: for the networks of the denoising loop what `ModelConfig(quantize=)`
+            takes, such as "fp8_row"; or a dict role -> that, for these roles.
         base_path: folder of model files, also for downloads; None is DIFFSYNTH_MODEL_BASE_PATH, else `./models`.
         warmup: whether a call of two steps is made before the first request, see `Pipeline.warmup`; a dict has the
             arguments of that call, such as an image that the model needs.
@@ -56,6 +59,7 @@ def load(
         UnknownModel: no installed plugin declares the name; the message has the nearest spelling.
         CheckpointError: files are missing, or do not fit their roles.
         Cancelled: the caller set `cancel`.
+        ValueError: `quantize` names an unknown method, or a role that has no file.
         TypeError: `components` is no dict, names a role that the pipeline does not have or that holds no module, or
             has another value than a file.
     """
@@ -71,6 +75,8 @@ def load(
     given = _members(components or {}, roles)
     check_component_names(given, roles, pipeline_name=cls.__name__)
     configs |= {role: _config(role, file) for role, file in given.items()}
+    by_role = _quantize_by_role(quantize, compose(cls).loop_roles, configs)
+    configs |= {role: replace(configs[role], quantize=wanted) for role, wanted in by_role.items()}
     pipe = cls.from_pretrained(
         torch_dtype=torch_dtype,
         device=device,
@@ -85,6 +91,20 @@ def load(
     if warmup is not False:
         pipe.warmup(**{"on_progress": on_progress, "cancel": cancel, **({} if warmup is True else warmup)})
     return pipe
+
+
+def _quantize_by_role(quantize: Any, loop_roles: Sequence[str], configs: Mapping[str, ModelConfig]) -> dict[str, Any]:
+    """Return a dict role -> `quantize` of its `ModelConfig`; raises like `load`."""
+    if quantize is None:
+        return {}
+    if not isinstance(quantize, Mapping) or "method" in quantize:
+        return {role: quantize for role in configs if role_of(role) in loop_roles}
+    for role in quantize:
+        if role not in configs:
+            raise ValueError(
+                f"quantize for {role!r}, which has no file{did_you_mean(str(role), configs)} {', '.join(configs)}"
+            )
+    return dict(quantize)
 
 
 def _members(components: Mapping[str, Any], roles: Mapping[str, Role | Processor]) -> dict[str, Any]:

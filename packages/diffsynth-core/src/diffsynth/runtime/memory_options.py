@@ -15,7 +15,7 @@ from torch import nn
 
 from diffsynth.core.loader import component
 from diffsynth.core.loader.config import ModelConfig
-from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.loader.reader.source import WeightSource
 from diffsynth.core.planning.workload import GIB, check_limit
 from diffsynth.core.vram.managed import managed, wrap
 from diffsynth.core.vram.policy import AUTO, Auto, Policy
@@ -144,7 +144,7 @@ class MemoryOptions:
             )
 
     def read(
-        self, module: nn.Module, source: ComponentSource, *, architecture: ArchitectureSpec, policy: Policy
+        self, module: nn.Module, source: WeightSource, *, architecture: ArchitectureSpec, policy: Policy
     ) -> nn.Module:
         """Wrap `module` under `policy`, which decides where its weights are read to from `source`, and return it.
 
@@ -184,7 +184,7 @@ def for_call(policies: Policies, call: Mapping[str, Any]) -> Policies:
 def choose_before_reading(
     build: Callable[..., PlannablePipeline],
     options: MemoryOptions,
-    opened: Mapping[str, tuple[nn.Module, ComponentSource]],
+    opened: Mapping[str, tuple[nn.Module, WeightSource]],
     processors: Mapping[str, Any],
     configs: Mapping[str, ModelConfig],
 ) -> MemoryOptions:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffsynth import _discovery
 from diffsynth.core import device as devices
@@ -18,10 +19,12 @@ from diffsynth.core.loader import component, files, header, recognize
 from diffsynth.core.loader.checkpoint import read_config
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.file_prefetcher import FilePrefetcher
-from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.loader.reader.source import WeightSource
+from diffsynth.core.quant.modules import quantized_source
 from diffsynth.core.vram.block_weights import check_source
 from diffsynth.core.vram.policy import Policy
 from diffsynth.errors import MissingComponent, Unrecognized, did_you_mean, shown
+from diffsynth.runtime import architectures
 from diffsynth.runtime.feature import Feature
 from diffsynth.runtime.memory_options import MemoryOptions, Policies
 from diffsynth.runtime.published_names import accept_published_names
@@ -114,10 +117,7 @@ class PretrainedLoader:
         policies = [options.policy(part.role, part.config) for part in found]
         components, sources = self._load_processors(processor_configs)
         components |= dict.fromkeys(missing)
-        opened = [
-            component.open_component(part.recognized, part.header, dtype=_dtype(policy, options))
-            for part, policy in zip(found, policies, strict=True)
-        ]
+        opened = [_open(part, policy, options) for part, policy in zip(found, policies, strict=True)]
         configs = {part.role: getattr(module, "config", None) for part, (module, _) in zip(found, opened, strict=True)}
         check_agreements(self._agreements, configs, pipeline_name=self._pipeline_name)
         if self._choose is not None:
@@ -330,11 +330,28 @@ def _where(tensors: header.Header) -> str:
     return ", ".join(str(file) for file in tensors.files) or "the given state_dict"
 
 
+def _open(part: _Found, policy: Policy | None, options: MemoryOptions) -> tuple[nn.Module, WeightSource]:
+    """Return (module on meta, source of its weights) of a component; both are of quantized layers if its config says
+    so.
+    """
+    module, source = component.open_component(part.recognized, part.header, dtype=_dtype(policy, options))
+    if part.config.quantize is None:
+        return module, source
+    if part.config.role is None and part.recognized.prefix:
+        raise ValueError(
+            f"quantize is set for {_where(part.header)}, which has several components; name the one to quantize: "
+            f"ModelConfig(..., role={part.role!r})"
+        )
+    cut = architectures.cuts(part.recognized.architecture)
+    which = {"atomic": cut["atomic"], "high_precision": cut["high_precision"]}
+    return module, quantized_source(module, source, part.config.quantize, device=options.device, **which)
+
+
 def _dtype(policy: Policy | None, options: MemoryOptions) -> torch.dtype:
     return options.dtype if policy is None else policy.computation.dtype or options.dtype
 
 
-def _prefetched(source: ComponentSource | None, device: torch.device) -> AbstractContextManager[Any]:
+def _prefetched(source: WeightSource | None, device: torch.device) -> AbstractContextManager[Any]:
     """Return a context manager that reads the files of `source` ahead; it does nothing for None or on the CPU.
 
     Loading to the CPU is limited by the disk already, so nothing is read ahead there.

@@ -19,7 +19,7 @@ from diffsynth.core import finite, progress
 from diffsynth.core.loader import convert
 from diffsynth.core.loader.header import Header
 from diffsynth.core.loader.reader.ops import apply_rule, dequantize
-from diffsynth.core.loader.reader.source import ComponentSource, stored_dtype
+from diffsynth.core.loader.reader.source import ComponentSource, WeightSource, stored_dtype
 from diffsynth.core.loader.recognize import Recognized
 from diffsynth.core.loader.scaled import Scaled, has_scale_marker
 from diffsynth.errors import CorruptFile, KeyMismatch, NotEnoughMemory, shortened
@@ -165,9 +165,7 @@ def load_component(
         return materialize(module, source, device=device, copy=copy)
 
 
-def materialize(
-    module: nn.Module, source: ComponentSource, *, device: torch.device | str, copy: bool = True
-) -> nn.Module:
+def materialize(module: nn.Module, source: WeightSource, *, device: torch.device | str, copy: bool = True) -> nn.Module:
     """Read the weights of `source` onto `device` into `module` (nothing for "meta"), and return `module`, in eval mode
     and frozen.
 
@@ -299,7 +297,7 @@ def _warn_unused(unused: Sequence[str], recognized: Recognized, where: str) -> N
         logger.warning("%s: %d %s not used: %s", where, len(every), are, shortened(every))
 
 
-def _check_memory(source: ComponentSource, *, device: torch.device | str, copy: bool) -> None:
+def _check_memory(source: WeightSource, *, device: torch.device | str, copy: bool) -> None:
     needed = {"cpu": source.host_memory(device, copy=copy)}
     if torch.device(device).type != "cpu":
         needed[str(device)] = source.size()

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffsynth import _env
 from diffsynth.core.paths import expanded
+from diffsynth.core.quant.config import quantize_config
 from diffsynth.errors import did_you_mean, shown
 from diffsynth.spec import parse_source
 
@@ -37,7 +38,8 @@ class ModelConfig:
             computation_device, computation_dtype: placements of the VRAM engine.
         clear_parameters: not available in this version.
         state_dict: tensors in memory, in place of files.
-        quantize: not available in this version.
+        quantize: the quantization of the component's linear layers: a `QuantizeConfig` or `MixedQuantizeConfig`, the
+            name of a method such as "fp8_row", a dict of the config's fields, or a JSON file with such a dict.
         source: another source, `scheme://location`; plugins resolve its scheme by the hook `resolve_source`.
         role: the pipeline's role that the file is for; other components in the file are not loaded. None finds the role
             of each component by its architecture.
@@ -88,11 +90,10 @@ class ModelConfig:
         for pattern in self.patterns:
             if pattern.startswith("/") or ".." in pattern.split("/"):
                 raise ValueError(f"origin_file_pattern={pattern!r}: expected a glob inside the repository")
-        later = [name for name in ("quantize", "clear_parameters") if getattr(self, name)]
-        if later:
-            raise ValueError(
-                f"ModelConfig got {' and '.join(later)}, which this version does not have yet; leave it out"
-            )
+        if self.quantize is not None:
+            self.quantize = quantize_config(self.quantize)
+        if self.clear_parameters:
+            raise ValueError("ModelConfig got clear_parameters, which this version does not have yet; leave it out")
 
     def _check_types(self) -> None:
         """Raise TypeError for a field of another type."""

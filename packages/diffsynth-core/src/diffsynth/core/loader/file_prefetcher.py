@@ -6,7 +6,7 @@ import threading
 from types import TracebackType
 
 from diffsynth.core import device as devices
-from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.loader.reader.source import WeightSource
 from diffsynth.errors import CorruptFile
 from diffsynth.terminal import module_logger
 
@@ -26,7 +26,7 @@ class FilePrefetcher:
         most: bytes that are read at most; None sets no limit beside the share.
     """
 
-    def __init__(self, source: ComponentSource, *, share: float = 0.5, most: int | None = None) -> None:
+    def __init__(self, source: WeightSource, *, share: float = 0.5, most: int | None = None) -> None:
         free = devices.available_memory("cpu")
         limit = _LIMIT if free is None else int(free * share)
         self._source = source

@@ -27,7 +27,7 @@ from diffsynth.core.loader.header import (
     read_safetensors,
 )
 from diffsynth.core.loader.layouts import file_shapes, layout_of, rules_of
-from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.loader.reader.source import WeightSource
 from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import remove_unfinished, replace_files
 from diffsynth.errors import CheckpointError, KeyMismatch, did_you_mean, shown
@@ -117,7 +117,7 @@ def save_checkpoint(
 
 
 def save_source(
-    source: ComponentSource,
+    source: WeightSource,
     path: Path,
     *,
     architecture: str = "",

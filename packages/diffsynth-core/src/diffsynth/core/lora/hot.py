@@ -103,7 +103,8 @@ def hot_change(
         device: of the matrices.
     """
     engine = managed(module)
-    dtype = (engine.policy.computation.dtype if engine is not None else None) or layer.weight.dtype
+    own = getattr(layer, "dtype", layer.weight.dtype)  # a quantized layer states the dtype that it had before
+    dtype = (engine.policy.computation.dtype if engine is not None else None) or own
     if dtype.itemsize < 2:
         dtype = torch.bfloat16  # fp8 is a storage dtype: matrices of it would lose too much
     return LoRALayer(change.down.to(device, dtype), change.scaled_up(alpha).to(device, dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffsynth.core import device as devices
 from diffsynth.core.loader.component import check_finite
-from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.loader.reader.source import WeightSource
 from diffsynth.core.vram.packing import Packing
 from diffsynth.core.vram.policy import Policy
 
@@ -78,7 +78,7 @@ class DiskWeights:
         source: reads the component's file; its target keys are the names of the packing.
     """
 
-    def __init__(self, packing: Packing, source: ComponentSource) -> None:
+    def __init__(self, packing: Packing, source: WeightSource) -> None:
         self.packing = packing
         self.memory: Tensor | None = None
         self._source = source
@@ -99,7 +99,7 @@ class DiskWeights:
             self._is_checked = True
 
 
-def check_source(policy: Policy, source: ComponentSource | None, name: str) -> None:
+def check_source(policy: Policy, source: WeightSource | None, name: str) -> None:
     """Raise ValueError if `policy` stores weights on disk, and `source` is None or cannot read its file block by block.
 
     Args:

@@ -18,5 +18,5 @@ __getattr__ = door(
             "fill_vram_config",
         )
     },
-    {"AutoWrappedQuantizedModule": later("quantization")},
+    {"AutoWrappedQuantizedModule": later("more of quantization")},
 )

@@ -17,7 +17,7 @@ from diffsynth.core import device as devices
 from diffsynth.core import forward_chain
 from diffsynth.core.forward_chain import ForwardLayer
 from diffsynth.core.loader.file_prefetcher import FilePrefetcher
-from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.loader.reader.source import WeightSource
 from diffsynth.core.planning.workload import BlockFootprint, ComponentFootprint
 from diffsynth.core.vram.block_weights import BlockWeights, DiskWeights, HostWeights, PinnedPool, check_source
 from diffsynth.core.vram.packing import Packing
@@ -67,7 +67,7 @@ def wrap(
     module: nn.Module,
     policy: Policy,
     *,
-    source: ComponentSource | None = None,
+    source: WeightSource | None = None,
     repeated: Sequence[str] = (),
     atomic: tuple[type, ...] = (),
     whole: tuple[type, ...] = (),
@@ -138,7 +138,7 @@ class ManagedModule:
         policy: Policy,
         *,
         blocks: Sequence[Block],
-        source: ComponentSource | None,
+        source: WeightSource | None,
         high_precision: Sequence[str],
     ) -> None:
         self.module = module

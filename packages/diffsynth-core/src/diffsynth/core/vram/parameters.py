@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from diffsynth.core.loader.reader.source import ComponentSource
+from diffsynth.core.loader.reader.source import WeightSource
 from diffsynth.core.vram.partition import Block
 
 REST = ""
@@ -43,7 +43,7 @@ def buffers_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
                 yield part, key, buffer
 
 
-def read_buffers(module: nn.Module, source: ComponentSource) -> None:
+def read_buffers(module: nn.Module, source: WeightSource) -> None:
     """Replace those buffers of `module` that the file of `source` holds by the file's tensors, in place."""
     locations = {
         f"{prefix}.{key}" if prefix else key: (part, key)

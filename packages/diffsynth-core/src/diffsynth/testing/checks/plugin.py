@@ -134,7 +134,7 @@ _EXPECTED: dict[str, dict[str, str]] = {
     "layer_wrappers": {"layer": "an nn.Module class"},
     "attention": {"backend": "an attention backend", "workspace": "a function"},
     "solvers": {"solver": "a function"},
-    "quantization": {"backend": "anything"},
+    "quantization": {"backend": "a function"},
     "training": {"pipeline": "a Pipeline class", "schedule": "a function"},
     "objectives": {"objective": "a class"},
     "features": {"pipeline": "a Pipeline class", "feature": "a Feature"},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,49 @@ Task = Callable[[], None]
 _WORK = 256 * 2**20
 """Bytes of source tensors that all threads hold together while they convert them; a single larger target may exceed
 it."""
+
+
+class WeightSource(Protocol):
+    """What reads the weights of one component by name: a `ComponentSource`, or one that changes what another reads.
+
+    The members are those of `ComponentSource`.
+    """
+
+    where: str
+    dtypes: dict[str, torch.dtype]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """A tuple of the names of all tensors."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """A dict name -> shape."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """A tuple of the `Path`s of the files that are read."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether reading some tensors takes memory for those only."""
+
+    def size(self, keys: Iterable[str] | None = None) -> int:
+        """Return the size in bytes of the tensors named in `keys` (None: all)."""
+
+    def host_memory(self, device: torch.device | str, *, copy: bool) -> int:
+        """Return the peak host memory, in bytes, to read all tensors onto `device`."""
+
+    def read(
+        self, keys: Iterable[str] | None = None, *, device: torch.device | str = "cpu", copy: bool = True
+    ) -> dict[str, Tensor]:
+        """Return a dict name -> tensor on `device` for `keys` (None: all)."""
+
+    def fill(self, into: Mapping[str, Tensor]) -> None:
+        """Read the tensors named in `into` into the existing tensors of `into`."""
+
+    def read_ahead(self, *, limit: int, stop: Callable[[], bool]) -> None:
+        """Read up to `limit` bytes of the files and drop them."""
 
 
 class ComponentSource:
