@@ -17,7 +17,7 @@ ABSENT = {
     "diffsynth.configs": {"MODEL_CONFIGS"},
     "diffsynth.core": {"OffloadTrainingManager"},
     "diffsynth.core.quant": {
-        *("BackendConfig", "MixedQuantizeConfig", "QUANT_BACKENDS", "QUANT_METHODS", "QuantBackend", "QuantizeConfig"),
+        *("BackendConfig", "QUANT_BACKENDS", "QUANT_METHODS", "QuantBackend"),
         *("backends", "check_backend_contract", "check_differentiable", "describe_quant_method"),
         *("register_quant_backend", "register_quant_method"),
     },

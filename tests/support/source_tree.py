@@ -24,6 +24,7 @@ _LIGHT = {
         *("_plain_values", "_plugin_loading", "_process_state", "_spec_checks"),
     },
     "core": {"__init__", "arguments", "json_cache", "paths", "progress", "replacing"},
+    "core/quant": {"__init__", "config"},
     "core/loader": {
         *("__init__", "config", "convert", "download", "dtypes", "explain", "file_kinds", "files", "first_party"),
         *(

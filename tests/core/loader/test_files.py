@@ -228,7 +228,7 @@ def test_weights_state(hub, tmp_path):
         ({}, "no source"),
         ({"path": "x", "model_id": "a/b"}, "path and model_id; expected one"),
         ({"path": "x", "download_source": "huggingfase"}, "did you mean 'huggingface'"),
-        ({"path": "x", "quantize": object()}, "quantize, which this version does not have yet"),
+        ({"path": "x", "quantize": {"metod": "fp8_row"}}, "quantize has 'metod'; did you mean 'method'"),
         ({"path": "x", "clear_parameters": True}, "clear_parameters"),
     ],
 )

@@ -39,9 +39,8 @@ it."""
 
 
 class WeightSource(Protocol):
-    """What reads the weights of one component by name: a `ComponentSource`, or one that changes what another reads.
-
-    The members are those of `ComponentSource`.
+    """The interface of what reads the weights of one component by name: `ComponentSource`, and sources that change what
+    another one reads. The members are those of `ComponentSource`.
     """
 
     where: str
