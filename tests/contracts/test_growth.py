@@ -23,6 +23,7 @@ EXEMPT: dict[str, str] = {
     "diffsynth.compat.attention:flex_attention": "the arguments that users' code passes it",
     "diffsynth.compat.attention:torch_sdpa_sliding_window": "the arguments that users' code passes it",
     "diffsynth.compat.load_model:load_model": "the arguments that users' code passes it",
+    "diffsynth.runtime.load:load": "the choices of users who load a model, each by its own name",
 }
 """`module` or `module:function` -> reason."""
 
