@@ -10,6 +10,7 @@
     GET    /jobs/ID                state
     GET    /jobs/ID/events         server-sent events: queued, started, step (one each), done | failed | cancelled
     DELETE /jobs/ID                cancel a queued or running job
+    GET    /jobs/ID/preview.png    a small image of the last step
     GET    /jobs/ID/image.png      the image, with the record of the call
 
 Each request is answered in a thread of its own; jobs are queued and run by workers. There is no login, so the server
@@ -39,7 +40,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffsynth import ModelConfig, Pipeline, provenance, registry
 from diffsynth.core.device import default_device
-from diffsynth.errors import Cancelled, DiffsynthError
+from diffsynth.core.progress import OnProgress, Progress, reporting
+from diffsynth.errors import Cancelled, DiffsynthError, PipelineError
 from diffsynth.runtime.pretrained import PretrainedLoader
 from diffsynth.runtime.progress import no_progress
 from diffsynth.runtime.request import Step
@@ -68,7 +70,11 @@ class Refusal(Exception):
 
 
 def open_models(
-    models: Mapping[str, str], *, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
+    models: Mapping[str, str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Pipeline]:
     """Return pipelines by name. A component that several models take from one source is loaded once and shared.
 
@@ -76,6 +82,7 @@ def open_models(
         models: name on this server -> a model's name or hub id.
         device: the device that computes; None picks the first accelerator, else the CPU.
         dtype: of weights and activations.
+        on_progress: called while files are downloaded and read.
     """
     device = default_device() if device is None else device
     components: dict[tuple[str, str], Any] = {}
@@ -90,7 +97,8 @@ def open_models(
             weights = [config for role, config in missing.items() if role in record.components]
             processors = {f"{role}_config": config for role, config in missing.items() if role in record.processors}
             loader = PretrainedLoader({role: cls.roles[role] for role in missing}, cls.__name__)
-            loaded, read = loader.load(weights, processors, dtype=dtype, device=device)
+            with reporting(on_progress):
+                loaded, read = loader.load(weights, processors, dtype=dtype, device=device)
             components |= {keys[role]: part for role, part in loaded.items()}
             files |= {keys[role]: paths for role, paths in read.items()}
         pipelines[name] = cls(
@@ -111,6 +119,7 @@ class Job:
         self.arguments = arguments
         self.cancelled = threading.Event()
         self.png = b""
+        self.preview = b""
         self.events: list[tuple[str, dict[str, Any]]] = []
         self._changed = threading.Condition()
         self.add("queued")
@@ -257,6 +266,10 @@ class Studio:
         pipe = self.pipelines[job.model]
 
         def on_step(step: Step) -> None:
+            try:
+                job.preview = to_png(pipe.decode_preview(step.x0), {})
+            except PipelineError:
+                logger.debug("%s has no previews", job.model, exc_info=True)
             job.add("step", index=step.index + 1, of=step.num_steps)
 
         image = pipe(**job.arguments, on_step=on_step, cancel=job.cancelled, progress_bar_cmd=no_progress)
@@ -284,6 +297,7 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", re.compile(r"/jobs/(\w+)"), "state"),
         ("DELETE", re.compile(r"/jobs/(\w+)"), "cancel"),
         ("GET", re.compile(r"/jobs/(\w+)/events"), "events"),
+        ("GET", re.compile(r"/jobs/(\w+)/preview\.png"), "preview"),
         ("GET", re.compile(r"/jobs/(\w+)/image\.png"), "image"),
     )
 
@@ -347,6 +361,13 @@ class Handler(BaseHTTPRequestHandler):
             text = ": still here\n\n" if event is None else _as_event(*event)
             self.wfile.write(text.encode())
             self.wfile.flush()
+
+    def preview(self, job_id: str) -> None:
+        """Send a small image of the last step."""
+        job = self.server.studio.job(job_id)
+        if not job.preview:
+            raise Refusal(409, f"job {job_id} is {job.state} and has no preview")
+        self._send(job.preview, "image/png")
 
     def image(self, job_id: str) -> None:
         """Send the image of a job that is done."""
@@ -423,6 +444,14 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def print_progress(progress: Progress) -> None:
+    """Print how far loading is, on one line."""
+    total = "?" if progress.total is None else f"{progress.total / 2**20:.0f}"
+    print(f"\r{progress.stage} {progress.description}: {progress.done / 2**20:.0f} of {total} MiB", end="", flush=True)
+    if progress.done == progress.total:
+        print()
+
+
 def main() -> None:
     """Serve until interrupted."""
     parser = argparse.ArgumentParser(description="Generate images over HTTP.")
@@ -433,7 +462,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="number of jobs that run at once")
     options = parser.parse_args()
     models = {name: model or name for name, _, model in (text.partition("=") for text in options.models)}
-    studio = Studio(open_models(models, device=options.device), workers=options.workers)
+    studio = Studio(open_models(models, device=options.device, on_progress=print_progress), workers=options.workers)
     server = Server((options.host, options.port), studio)
     print(f"http://{options.host}:{server.server_address[1]}")
     try:

@@ -75,6 +75,9 @@ def test_describe_a_call(names):
 
 def test_show_progress(names):
     assert names["progress"] == [step / 12 for step in range(1, 13)]
+    assert names["stages"] == ["load", "encode", "denoise", "decode"]
+    assert len(names["previews"]) == 12
+    assert names["previews"][-1].size == names["image"].size
 
 
 def test_cancel(names):

@@ -138,6 +138,9 @@ def test_progress_arrives_in_order_and_then_the_image(client, direct):
     assert events[-1][2] == {"image": f"/jobs/{job}/image.png"}
     assert same(client.image(job), direct("a red apple", **{**SMALL, "seed": 3, "num_inference_steps": 4}))
     assert client.ask("GET", f"/jobs/{job}")[1]["state"] == "done"
+    status, preview = client.ask("GET", f"/jobs/{job}/preview.png?step=4")
+    assert status == 200
+    assert same(preview, Image.open(io.BytesIO(client.image(job)))), "x0 of the last step is the result"
 
 
 def test_a_client_that_reconnects_continues_after_its_last_event(client):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from diffsynth.cli.arguments import GivenLoRA
 from diffsynth.cli.output import echo
 from diffsynth.cli.outputs import Outputs
-from diffsynth.errors import printable
-from diffsynth.terminal import unescaped
+from diffsynth.cli.progress import progress_line
 
 if TYPE_CHECKING:
     from diffsynth.registry import ModelRecord
@@ -70,6 +67,7 @@ def run(
         verbose: print the transfer statistics of weights on stderr.
     """
     from diffsynth.runtime.planning import check_before_loading
+    from diffsynth.runtime.progress import no_progress
     from diffsynth.runtime.writers import check_alpha
 
     def prepare(pipe: Any) -> None:
@@ -83,7 +81,10 @@ def run(
     check_alpha(outputs.path, outputs.spec, pipe)
     request = pipe.check(**call.arguments)
     outputs.check(request.batch_size)
-    made = pipe(**call.arguments, return_record=True)
+    with progress_line(f"running {call.record.name}") as show:
+        # One line for all stages takes the place of the bar of the loop.
+        shown = {} if show is None else {"on_progress": show, "progress_bar_cmd": no_progress}
+        made = pipe(**call.arguments, **shown, return_record=True)
     for role, report in pipe.transfers.items() if verbose else ():
         echo(f"{role}: {report.settle()}", err=True)
     total = len(made.results)
@@ -111,7 +112,7 @@ def load(call: Call) -> Any:
     Args:
         call: the call.
     """
-    with _status(f"loading {call.record.name}"):
+    with progress_line(f"loading {call.record.name}") as show:
         import torch
 
         import diffsynth
@@ -124,18 +125,7 @@ def load(call: Call) -> Any:
             options["policy"] = Auto(call.arguments)
         if call.components:
             options["components"] = call.components
-        pipe = diffsynth.load(call.model, **options)
+        pipe = diffsynth.load(call.model, on_progress=show, **options)
         for lora in call.loras:
             lora.load_into(pipe)
         return pipe
-
-
-@contextmanager
-def _status(text: str) -> Iterator[None]:
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(file=unescaped(sys.stderr)).status(printable(text)):
-        yield
