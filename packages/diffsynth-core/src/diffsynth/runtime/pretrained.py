@@ -135,7 +135,7 @@ class PretrainedLoader:
         self,
         found: Sequence[_Found],
         policies: Sequence[Policy | None],
-        opened: Sequence[tuple[nn.Module, ComponentSource]],
+        opened: Sequence[tuple[nn.Module, WeightSource]],
         options: MemoryOptions,
         *,
         into: dict[str, Any],
