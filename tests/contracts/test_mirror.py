@@ -52,6 +52,7 @@ SCENARIOS: dict[str, str] = {
     "flux/test_memory.py": "plans and memory policies of both lines of FLUX",
     "flux/flux2/test_trajectory.py": "whole calls against diffusers",
     "nn/triton/test_compile.py": "fused layers under torch.compile",
+    "pipelines/test_arguments.py": "arguments of existing scripts",
     "pipelines/test_doors.py": "import lines of existing scripts",
     "qwen_image/features/test_kv_cache.py": "keys and values of templates in Qwen-Image's network and calls",
     "qwen_image/test_dit_parity.py": "QwenImageDiT against diffusers",

@@ -38,6 +38,11 @@ class QwenImagePipeline(Pipeline):
     conditions = {"prompt_embeds": _LENGTHS_DIFFER, "prompt_mask": _LENGTHS_DIFFER}
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=30, cfg_scale=4.0)
+    other_arguments = {
+        "enable_fp8_attention": (
+            "attention='sage_attention' takes its place, whose scores have 8 bits; no call of DiffSynth-Studio took it"
+        ),
+    }
     facts = {"latent_channels": "dit.in_channels"}
     agreements = (
         Agreement("width of the text encoder", ("text_encoder.hidden_size", "dit.prompt_dim")),

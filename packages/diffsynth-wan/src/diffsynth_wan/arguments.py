@@ -77,3 +77,38 @@ class WanArguments(
     total=False,
 ):
     """All arguments of a call except the prompt."""
+
+
+_MODEL = "this version does not run {}"
+
+OTHER_ARGUMENTS = {
+    **dict.fromkeys(
+        ("tea_cache_l1_thresh", "tea_cache_model_id"),
+        "step_cache='tea:threshold=0.2,model=wan2.1-t2v-14b' takes its place, with the threshold that it had",
+    ),
+    **dict.fromkeys(
+        (
+            *("input_audio", "audio_embeds", "audio_sample_rate", "s2v_pose_video", "s2v_pose_latents"),
+            "motion_video",
+        ),
+        _MODEL.format("Wan2.2-S2V; input_image and a prompt make a video without sound"),
+    ),
+    **dict.fromkeys(
+        ("vap_video", "vap_prompt", "negative_vap_prompt"),
+        _MODEL.format("Video-As-Prompt; vace_video and vace_reference_image follow a video with VACE"),
+    ),
+    "longcat_video": _MODEL.format("LongCat-Video; input_image continues a video from its last frame"),
+    **dict.fromkeys(
+        (
+            *("wantodance_music_path", "wantodance_reference_image", "wantodance_fps", "wantodance_keyframes"),
+            *("wantodance_keyframes_mask", "framewise_decoding"),
+        ),
+        _MODEL.format("WanToDance; animate_pose_video moves a person with Wan2.2-Animate"),
+    ),
+    "vace_control_video": "vace_video takes its place; only the manual of DiffSynth-Studio has this name",
+    "control_camera_video": (
+        "camera_control_direction and camera_control_speed take its place; only the manual of DiffSynth-Studio has "
+        "this name"
+    ),
+}
+"""Argument of DiffSynth-Studio, or of its manual, that the pipeline does not take -> what takes its place."""

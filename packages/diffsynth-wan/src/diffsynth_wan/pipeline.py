@@ -21,7 +21,7 @@ from diffsynth.runtime.pipeline import Pipeline
 from diffsynth.runtime.request import LoopArguments, Request
 from diffsynth.runtime.role import Agreement, Role, Tokenizer
 from diffsynth.sampling.windows import SlidingWindow
-from diffsynth_wan.arguments import WanArguments
+from diffsynth_wan.arguments import OTHER_ARGUMENTS, WanArguments
 from diffsynth_wan.checkpoints import CONVERTED, IMAGE_ENCODER_FILE, TEXT_ENCODER_FILE
 from diffsynth_wan.extension import Extension, FramePositions
 from diffsynth_wan.features import FEATURES
@@ -56,10 +56,7 @@ class WanVideoPipeline(Pipeline):
     loop = LoopArguments(num_inference_steps=50, cfg_scale=5.0)
     conditions = {"prompt_embeds": Condition(whole), "expert_boundary": Condition(whole, batch="separate")}
     shares_tokens = True
-    other_arguments = dict.fromkeys(
-        ("tea_cache_l1_thresh", "tea_cache_model_id"),
-        "step_cache='tea:threshold=0.2,model=wan2.1-t2v-14b' takes its place, with the threshold that it had",
-    )
+    other_arguments = OTHER_ARGUMENTS
     output_kind = "video"
     facts = {
         "in_channels": "dit.in_channels",

@@ -38,6 +38,11 @@ class ZImagePipeline(Pipeline):
     conditions = {"prompt_embeds": Condition(whole), "prompt_mask": Condition(whole)}
     output_units = (decode_image,)
     loop = LoopArguments(num_inference_steps=8)
+    other_arguments = {
+        "lora": "positive_only_lora takes its place, with the same tensors; template models are not run for Z-Image",
+        "negative_lora": "negative_only_lora takes its place, with the same tensors; template models are not run for "
+        "Z-Image",
+    }
     facts = {"latent_channels": "dit.in_channels"}
     agreements = (
         Agreement("width of the caption", ("text_encoder.hidden_size", "dit.cap_feat_dim")),
