@@ -32,6 +32,17 @@ def test_there_and_back_changes_no_level():
     assert np.array_equal(np.asarray(tensor_to_images(tensor)[0]), np.asarray(image))
 
 
+def test_levels_are_rounded_where_diffsynth_studio_truncates():
+    """Its images are darker by half a level on average, and by one level at most."""
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    exact = (pixels[0].double() + 1) * 127.5
+    found = torch.from_numpy(np.asarray(tensor_to_images(pixels)[0]).copy()).permute(2, 0, 1).double()
+    assert float((found - exact).abs().max()) <= 0.5 + 1e-4
+    darker = found - exact.to(torch.uint8)
+    assert set(darker.unique().tolist()) == {0, 1}
+    assert 0.48 < float(darker.mean()) < 0.52
+
+
 def test_transparency_is_a_fourth_channel_where_it_is_asked_for():
     image = noise(20, 12)
     image.putalpha(noise(20, 12).getchannel("G"))

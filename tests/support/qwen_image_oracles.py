@@ -229,5 +229,7 @@ def unpacked(tokens: Tensor, size: dict[str, int] = SIZE) -> Tensor:
 
 
 def counted_prefix(tokenizer: PreTrainedTokenizerFast, template: str) -> int:
-    """Return the number of tokens before the prompt in a template of diffusers' pipelines."""
+    """Return the number of tokens before the prompt in a template of diffusers' pipelines, whose own number is that of
+    the published tokenizer, and not of a tiny one.
+    """
     return len(tokenizer(template.partition("{}")[0])["input_ids"])

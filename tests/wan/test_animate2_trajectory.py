@@ -56,15 +56,18 @@ class Clips:
         self.ours = WanVideoPipeline.from_components(
             **ours, dit=our_animate_2(network), image_encoder=eye, device="cpu", torch_dtype=torch.float32
         )
+        # diffusers compiles FlexAttention and the function that builds its mask; both compute the same without.
         monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
         made = functools.partial(transformer_wan_animate_2.create_block_mask)
         monkeypatch.setattr(
             transformer_wan_animate_2, "create_block_mask", lambda *given, _compile, **named: made(*given, **named)
         )
+        # diffusers calls methods of its own CLIP; `Eye` has none of them.
         monkeypatch.setattr(encoders, "clip_visual_encode", lambda encoder, pixels, *rest: encoder(pixels))
+        # Both draw FRAMES + 4 frames in one go, unchanged; ours from a seed for each clip, so the same is given here.
         noises = iter(noise(seed, FRAMES + 4, HEIGHT, WIDTH) for seed in (7, 8))
         monkeypatch.setattr(denoise, "randn_tensor", lambda *given, **named: next(noises)[0])
-        self.latents: list[torch.Tensor] = []
+        self.latents: list[torch.Tensor] = []  # diffusers returns frames only; what it decodes is recorded
         decode = denoise.decode_vae
         monkeypatch.setattr(denoise, "decode_vae", lambda vae, x: self.latents.append(x[None]) or decode(vae, x))
         oracle = WanAnimate2Blocks().init_pipeline()
@@ -72,7 +75,8 @@ class Clips:
             **theirs, transformer=network, image_encoder=eye, guider=ClassifierFreeGuidance(guidance_scale=cfg_scale)
         )
         self.person, self.moves = clip_of(1, 1)[0], clip_of(2, 2 * FRAMES - 1)
-        # Our image encoder gets the first frame of each clip; diffusers' gets that of the first clip for all of them.
+        # A call of ours is one clip, as in DiffSynth-Studio, and its image encoder gets the first frame of that clip. A
+        # call of diffusers makes all clips, and its image encoder gets the first frame of the first: so both are equal.
         self.moves[FRAMES - 1] = self.moves[0]
         self.frames = oracle(
             **TEXTS,

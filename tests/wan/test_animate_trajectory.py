@@ -9,7 +9,10 @@ from diffusers import WanAnimatePipeline
 from PIL import Image
 
 from diffsynth_wan import WanVideoPipeline
+from diffsynth_wan.features.animate import encode_animate_latents
+from diffsynth_wan.features.image import encode_image_latents
 from diffsynth_wan.units.prompt import encode_prompt
+from diffsynth_wan.units.shape import VideoShape
 from parity import TOLERANCE, relative_error
 from wan_oracles import IMAGE_DIM, noise, oracle_animate_dit, our_animate, shared_parts
 
@@ -53,6 +56,21 @@ def pipelines():
 def clip_of(seed, height=32, width=48):
     pixels = np.random.default_rng(seed).integers(0, 255, (FRAMES, height, width, 3), dtype=np.uint8)
     return [Image.fromarray(frame) for frame in pixels]
+
+
+@torch.no_grad()
+def test_a_scene_that_is_not_given_is_encoded_without_the_character(pipelines):
+    """DiffSynth-Studio encodes the image and grey frames as one video, as it does for image to video."""
+    vae = pipelines[0].vae
+    place = {"device": torch.device("cpu"), "dtype": torch.float32}
+    sizes = {"num_frames": FRAMES + 4, "vae_factor": 8, "time_factor": 4, **SIZE}
+    shape = VideoShape(**sizes, resize_mode="stretch", tiling={"tiled": False}, **place)
+    image, pose = clip_of(0)[0], clip_of(1)
+    found = encode_animate_latents.function(vae, input_image=image, animate_pose_video=pose, video_shape=shape)
+    channels = {"in_channels": 36, "latent_channels": 16, "frame_times": False}
+    together = encode_image_latents.function(vae, input_image=image, video_shape=shape, **channels)
+    assert torch.equal(found[:, :, 0], together[:, :, 0])
+    assert relative_error(together[:, :, 1:], found[:, :, 1:]) == pytest.approx(0.89, abs=0.03)
 
 
 def mask():

@@ -160,6 +160,23 @@ def test_image_to_video_with_an_image_branch(parts, images, embedded, both_ends)
     assert relative_error(latents, expected) < TOLERANCE
 
 
+def test_tokens_of_the_last_image_are_no_text(parts, images):
+    """DiffSynth-Studio splits 257 tokens off the context, and reads those of the last image by the text's weights."""
+    dit = our_dit(oracle_dit(in_channels=36, image_dim=IMAGE_DIM, added_kv_proj_dim=256, pos_embed_seq_len=514))
+    embeds = [torch.randn(1, 257, IMAGE_DIM, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    ours = ours_with(parts, dit=dit, image_encoder=SeenImages(embeds))
+    call = CALL | {"input_image": images[0], "end_image": images[1], "seed": 7, "output_type": "latents"}
+    latents = ours(**call)
+
+    def split(module, arguments):
+        x, text, image = arguments
+        return x, torch.cat([image[:, 257:], text], dim=1), image[:, :257]
+
+    for block in dit.blocks:
+        block.cross_attn.register_forward_pre_hook(split)
+    assert relative_error(ours(**call), latents) == pytest.approx(0.134, abs=0.01)
+
+
 @pytest.mark.parametrize("boundary", [0.9, 0.5])
 def test_two_experts(parts, boundary):
     """Noise levels are 1, 0.909 and 0.714; boundaries before the last one, and below all."""

@@ -121,7 +121,9 @@ def several(inner, lengths):
 
 
 def oracle_velocity(oracle, monkeypatch, latents, sigma, texts, mask):
-    """Return the velocity of diffusers' network, whose attention and positions are replaced, for one image."""
+    """Return the velocity of diffusers' network for one image, with attention masked by region and the positions of
+    each text as if it were alone: diffusers has no entity prompts, so both are replaced in its network.
+    """
     lengths, dispatch = [text.shape[1] for text in texts], transformer_qwenimage.dispatch_attention_fn
     with monkeypatch.context() as patch:
         patch.setattr(oracle.pos_embed, "forward", several(oracle.pos_embed.forward, lengths))

@@ -89,7 +89,11 @@ def test_two_at_once(setting, monkeypatch):
 
 
 def test_an_image_to_inpaint(setting, monkeypatch):
-    """Control latents of the image in black where it changes, and the mask of what is kept: given as they are."""
+    """Control latents of the image in black where it changes, and the mask of what is kept: given as they are.
+
+    diffusers' pipeline encodes a control image only, and has no argument for a mask: so the first layer of its
+    ControlNet is called with ours.
+    """
     ours, parts, oracles = setting
     inputs = ControlNetInput(image=PHOTO, inpaint_mask=MASK, controlnet_id=2, scale=0.9)
     found = ours(**CALL, **GIVEN, controlnet_inputs=inputs)
