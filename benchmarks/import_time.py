@@ -95,7 +95,7 @@ def measure(cases: Mapping[str, Case], repeats: int, distributions: int) -> dict
         write_distributions(folder / "site", distributions)
         environment = os.environ | {
             "PYTHONPATH": str(folder / "site"),
-            "PYTHONPYCACHEPREFIX": str(folder / "bytecode"),
+            "PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX", str(folder / "bytecode")),
             "OMP_NUM_THREADS": "1",
         }
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
