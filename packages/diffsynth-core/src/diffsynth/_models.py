@@ -163,17 +163,19 @@ def _follow_catalog() -> None:
         doors.find_doors()
 
 
+_SHARED = tuple(
+    {field.name for field in dataclasses.fields(ModelRecord)} & {f.name for f in dataclasses.fields(ModelSpec)}
+)
+"""Fields of a record that are those of its `ModelSpec`."""
+
+
 def _record(declared: Declared[ModelSpec]) -> ModelRecord:
     from diffsynth.core.loader.files import weights_state
 
     spec = declared.spec
     sources = [*spec.components.values(), *spec.processors.values()]
     return ModelRecord(
-        **{
-            field.name: getattr(spec, field.name)
-            for field in dataclasses.fields(ModelRecord)
-            if hasattr(spec, field.name)
-        },
+        **{name: getattr(spec, name) for name in _SHARED},
         plugin=declared.plugin,
         distribution=declared.distribution,
         version=declared.version,

@@ -159,13 +159,17 @@ def duplicates(declared: Iterable[Any]) -> Iterator[tuple[str, str, str, str]]:
             )
 
 
+_FOUND: set[str] = set()
+"""Modules that exist: most of them are referred to many times."""
+
+
 def _may_exist(module_name: str) -> bool:
     """Whether a module may exist: False only if its top-level package is imported and lacks it.
 
     Nothing is imported, so a module is looked up only if its top-level package is imported already; else True.
     """
     package, *rest = module_name.split(".")
-    if package not in sys.modules:
+    if package not in sys.modules or module_name in _FOUND:
         return True
     path = getattr(sys.modules[package], "__path__", None)
     name = package
@@ -175,4 +179,5 @@ def _may_exist(module_name: str) -> bool:
         if found is None:
             return name in sys.modules
         path = found.submodule_search_locations
+    _FOUND.add(module_name)
     return True

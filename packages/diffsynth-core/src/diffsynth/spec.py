@@ -10,6 +10,7 @@ listing models imports none of them. A *source* names files by string (`parse_so
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -475,6 +476,7 @@ class Source:
     pattern: str = ""
 
 
+@functools.lru_cache(1024)
 def parse_source(text: str) -> Source:
     """Return a `Source` parsed from a text: "owner/repo:*.safetensors" gives `model_id` and `pattern`,
     "package://name/path" gives `scheme` and `location`.

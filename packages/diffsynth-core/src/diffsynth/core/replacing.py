@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +60,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
         sync_folder(path.parent)
     finally:
+        import shutil  # with its archive formats it takes longer than the rest of this module
+
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -204,4 +204,4 @@ def check_new_folder(path: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.stem[:_NAME]}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    return path.with_name(f".{path.stem[:_NAME]}.{os.urandom(4).hex()}.partial{path.suffix}")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 
-from diffsynth.core.loader import download, file_kinds
+from diffsynth.core.loader import file_kinds
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.paths import expanded
 from diffsynth.core.replacing import is_unfinished
@@ -62,6 +62,8 @@ def find(config: ModelConfig, *, resolve: Callable[[str], list[Path] | None] | N
         return _from_source(config.source, resolve)
     found = _in_folder(config.folder, config.patterns)
     if (_unmatched(config) or missing_shards(found)) and not config.offline:
+        from diffsynth.core.loader import download  # a list of models does not need it
+
         download.download(config)
         found = _in_folder(config.folder, config.patterns)
     if unmatched := _unmatched(config):
@@ -89,6 +91,8 @@ def _unmatched(config: ModelConfig) -> list[str]:
 def _how_to_fetch(config: ModelConfig, patterns: Sequence[str] = ()) -> str:
     if not config.offline:
         return f"The repository on {config.hub} has none: check the pattern. "
+    from diffsynth.core.loader import download  # a list of models does not need it
+
     return f"Downloads are off (skip_download or DIFFSYNTH_SKIP_DOWNLOAD). Run: {download.command(config, patterns)}  "
 
 
@@ -293,6 +297,8 @@ def _package_path(source: Source) -> Path:
 def _in_folder(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     if not patterns:
         return [folder] if _has_content(folder) else []
+    if not folder.is_dir():
+        return []
     found: set[Path] = set()
     for pattern in patterns:
         if pattern.endswith("/"):
