@@ -1,6 +1,7 @@
 """The page for users of DiffSynth-Studio: its blocks run, its first table is true, and so is its last."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -62,6 +63,13 @@ def test_what_the_page_says_is_missing_is_missing(name):
     """When it arrives, this fails, and the name moves to the other table."""
     with pytest.raises((AttributeError, ImportError)):
         resolve(name)
+
+
+def test_the_figures_of_rounded_times_are_those_of_the_benchmark():
+    report = json.loads((DOCS.parent / "benchmarks" / "results" / "rounded-times.json").read_text(encoding="utf-8"))
+    for name, figures in report["models"].items():
+        assert f"| {name} | " + " | ".join(f"{100 * value:.2f}" for value in figures.values()) + " |" in PAGE
+    assert f"after {report['steps']} steps" in PAGE
 
 
 def test_the_annotators_of_the_manual():

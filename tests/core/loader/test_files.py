@@ -165,7 +165,7 @@ def test_nothing_is_fetched_when_all_is_there(hub, monkeypatch):
 def test_what_is_missing_is_fetched_from_the_chosen_hub(hub, monkeypatch, hub_name):
     asked = []
 
-    def fetch(config):
+    def fetch(config, task):
         asked.append((config.model_id, download._globs(config.patterns)))
         (hub.parent / "vae").mkdir()
         (hub.parent / "vae" / "x.safetensors").touch()
