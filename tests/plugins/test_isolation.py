@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from diffsynth import _discovery, registry
 from diffsynth.cli.group import program
-from diffsynth.errors import BrokenPlugin
+from diffsynth.errors import BrokenPlugin, RegistryError, UnknownModel
+from diffsynth.runtime import writers
 from diffsynth.spec import ModelSpec, resolve
 from fake_plugins import good, install
 
@@ -476,3 +477,30 @@ def test_code_that_ends_programs_on_first_use(site, line):
     site.discover()
     with pytest.raises(ImportError, match=r"'fake_odd\.pipeline' ends the program when it is imported"):
         resolve("fake_odd.pipeline:ToyPipeline")
+
+
+def test_damaged_metadata_of_the_older_distribution(site):
+    """It has our import name, so its version was asked for, and `problems()` raised."""
+    info = site.folder / "diffsynth-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_bytes(b"Name: \xff")
+    site.discover()
+    assert "pip uninstall diffsynth" in next(each.error for each in registry.problems() if each.plugin == "diffsynth")
+    with pytest.raises(UnknownModel):
+        registry.get("nothing")
+
+
+def test_a_source_that_is_no_list_of_files_names_its_plugin(site):
+    site.install("odd", OBSERVER.format(line="return 'a/path'"))
+    site.discover()
+    with pytest.raises(TypeError, match="plugin 'odd' returned 'a/path' from resolve_source; expected a list, or N"):
+        _discovery.first("resolve_source", source="toy://x")
+
+
+def test_a_writer_that_ends_the_program_names_its_plugin(site, tmp_path):
+    code = HEAD + "@hookimpl\ndef register_writers(register):\n"
+    site.install("odd", code + "    register(WriterSpec(suffix='.odd', kind='image', writer='fake_odd.odd:write'))\n")
+    (site.folder / "fake_odd" / "odd.py").write_text("def write(output, path, *, record): raise SystemExit(3)\n")
+    site.discover()
+    with pytest.raises(RegistryError, match=r"writer '\.odd' of plugin odd \(fake-odd 1\.0\) failed: SystemExit: 3"):
+        writers.write(None, tmp_path / "a.odd", record={})

@@ -18,7 +18,7 @@ from diffsynth._entry_points import GROUP, EntryPoint, normalized, plugin_entrie
 from diffsynth._plugin_loading import KINDS, Plugin, Rejected, adopt, ended, load, message
 from diffsynth._process_state import ProcessState, interrupts
 from diffsynth._spec_checks import duplicates
-from diffsynth.errors import BrokenPlugin, did_you_mean, shortened
+from diffsynth.errors import BrokenPlugin, did_you_mean, shortened, shown
 from diffsynth.terminal import module_logger, stdout_to_stderr
 
 if TYPE_CHECKING:
@@ -266,14 +266,14 @@ def implements(hook_name: str) -> bool:
 
 
 def first(hook_name: str, **values: Any) -> Any:
-    """Call a hook's implementations one by one until one returns a result other than None, and return that result; None
-    if none does.
+    """Call a hook's implementations one by one until one returns a list, and return that; None if all return None.
 
     An exception raised by an implementation is passed on, with a note that names its plugin; one that would end the
     program, such as SystemExit, as BrokenPlugin.
 
     Raises:
         BrokenPlugin: an implementation raises something else than an Exception.
+        TypeError: an implementation returns something else than a list, a tuple or None.
     """
     implementations = getattr(_current().manager.hook, hook_name).get_hookimpls()
     for implementation in reversed(implementations):  # pluggy stores the implementation to call first last
@@ -289,8 +289,13 @@ def first(hook_name: str, **values: Any) -> Any:
                 raise BrokenPlugin(
                     f"plugin {implementation.plugin_name!r} failed in {hook_name}: {message(error)}"
                 ) from error
+        if isinstance(answer, list | tuple):
+            return list(answer)
         if answer is not None:
-            return answer
+            raise TypeError(
+                f"plugin {implementation.plugin_name!r} returned {shown(answer)} from {hook_name}; expected a list, "
+                "or None"
+            )
     return None
 
 

@@ -132,6 +132,18 @@ def plugin_entries() -> tuple[list[EntryPoint], list[DamagedDistribution]]:
     return entries, damaged
 
 
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution; None if it is not installed, "" if its metadata cannot be read."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(distribution) or ""
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    except Exception:  # UnicodeDecodeError, KeyError: whatever its parser raises for a damaged file
+        return ""
+
+
 def normalized(name: str) -> str:
     """Return the form of a distribution's or a plugin's name by which names are compared: lower case, "-" for each
     run of '-', '_' and '.'.

@@ -14,7 +14,7 @@ from typing import Any
 
 from diffsynth import _discovery, _env
 from diffsynth._discovery import Declared, Problem
-from diffsynth._entry_points import GROUP
+from diffsynth._entry_points import GROUP, installed_version
 from diffsynth.errors import AmbiguousModel, UnknownModel, did_you_mean, shown
 from diffsynth.spec import ModelSpec
 
@@ -207,11 +207,7 @@ def _unknown(name: str, declared: tuple[Declared[ModelSpec], ...]) -> str:
 
 def _upstream() -> list[Problem]:
     """Return a list of one `Problem` if DiffSynth-Studio's `diffsynth`, of our import name, is installed; else []."""
-    import importlib.metadata
-
-    try:
-        version = importlib.metadata.version("diffsynth")
-    except importlib.metadata.PackageNotFoundError:
+    if (version := installed_version("diffsynth")) is None:
         return []
     error = (
         "installs the import name that diffsynth-core uses. "

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from diffsynth import _discovery, _env, registry
-from diffsynth._entry_points import plugin_entries
+from diffsynth._entry_points import installed_version, plugin_entries
 from diffsynth.core.loader import first_party
 from diffsynth.core.loader.config import ModelConfig
 from diffsynth.core.loader.files import weights_state
@@ -29,7 +29,7 @@ def distributions() -> Iterator[Finding]:
     installed, the models it adds.
     """
     for name in _installed():
-        yield Finding(name, "ok", _version(name) or "")
+        yield Finding(name, "ok", installed_version(name) or "")
     for name, added in absent_packages().items():
         models = f"; adds {', '.join(added)}" if added else ""
         yield Finding(name, "note", f"not installed{models}", f"Run: pip install {name}")
@@ -42,7 +42,7 @@ def requirements() -> Iterator[Finding]:
     packages = _installed()
     seen = set(packages)
     for package in packages:
-        for text in importlib.metadata.requires(package) or ():
+        for text in _requires(package):
             found = _REQUIREMENT.match(text)
             if found is None or _is_for_others(found["marker"]):
                 continue
@@ -55,7 +55,7 @@ def requirements() -> Iterator[Finding]:
 def absent_packages() -> dict[str, list[str]]:
     """Return a dict name -> list of its models' names, for each package of ours that is not installed."""
     models = first_party.models_by_package()
-    return {name: models.get(name, []) for name in sorted(first_party.packages()) if _version(name) is None}
+    return {name: models.get(name, []) for name in sorted(first_party.packages()) if installed_version(name) is None}
 
 
 def plugins() -> Iterator[Finding]:
@@ -127,25 +127,28 @@ def _incomplete(record: ModelRecord) -> Finding:
 def _installed() -> list[str]:
     """Return a list of installed distributions' names: diffsynth-core, then our others and those of plugins, sorted."""
     plugins = {entry.distribution for entry in plugin_entries()[0]}
-    others = {name for name in first_party.packages() if _version(name)} | plugins
+    others = {name for name in first_party.packages() if installed_version(name)} | plugins
     return ["diffsynth-core", *sorted(others - {"diffsynth-core"})]
 
 
+def _requires(package: str) -> list[str]:
+    try:
+        return importlib.metadata.requires(package) or []
+    except Exception:  # damaged metadata, which `plugins` names
+        return []
+
+
 def _requirement(package: str, name: str, bounds: str) -> Finding:
-    version = _version(name)
+    version = installed_version(name)
     if version is None:
         return Finding(name, "broken", f"not installed; {package} needs it", f'Run: pip install "{name}{bounds}"')
+    if not version:
+        reinstall = f'Run: pip install --force-reinstall "{name}{bounds}"'
+        return Finding(name, "broken", f"its metadata cannot be read; {package} needs it", reinstall)
     if not is_within(version, bounds):
         seen = f"{version}; {package} needs {bounds}"
         return Finding(name, "broken", seen, f'Run: pip install "{name}{bounds}"')
     return Finding(name, "ok", version)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _is_for_others(marker: str | None) -> bool:

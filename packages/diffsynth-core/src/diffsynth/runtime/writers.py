@@ -61,14 +61,18 @@ def load_writer(declared: Declared[WriterSpec]) -> Callable[..., None]:
         RegistryError: it cannot be imported, or is no function; the message names the plugin.
     """
     spec = declared.spec
-    title = f"writer {spec.suffix!r} of plugin {declared.plugin} ({declared.distribution} {declared.version})"
     try:
         function = resolve(spec.writer)
     except Exception as error:
-        raise RegistryError(f"{title} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise RegistryError(f"{_title(declared)} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(function):
-        raise RegistryError(f"{title}: {spec.writer!r} is {function!r:.80}; expected a function")
+        raise RegistryError(f"{_title(declared)}: {spec.writer!r} is {function!r:.80}; expected a function")
     return function  # type: ignore[no-any-return]
+
+
+def _title(declared: Declared[WriterSpec]) -> str:
+    provider = f"{declared.plugin} ({declared.distribution} {declared.version})"
+    return f"writer {declared.spec.suffix!r} of plugin {provider}"
 
 
 def output_kind(record: ModelRecord) -> str | None:
@@ -143,6 +147,13 @@ def write(output: Any, path: Path | str, *, record: Mapping[str, Any], **setting
 
     Raises:
         TypeError, ValueError: no writer has the suffix, or the writer cannot write this output.
-        RegistryError: the writer's code cannot be imported.
+        RegistryError: the writer's code cannot be imported, or raises SystemExit or the like.
     """
-    load_writer(find_writer(path))(output, Path(path), record=record, **settings)
+    declared = find_writer(path)
+    writer = load_writer(declared)
+    try:
+        writer(output, Path(path), record=record, **settings)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a plugin's writer does not end the program
+        raise RegistryError(f"{_title(declared)} failed: {type(error).__name__}: {error}") from error

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib.metadata
 import importlib.resources
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffsynth import _env
+from diffsynth._entry_points import installed_version, plugin_entries
 from diffsynth.core.loader.convert import normalized_key
 
 _ALIKE = 0.6
@@ -144,8 +144,6 @@ def _in_use(distribution: str) -> bool:
 
 def _plugin_names(distribution: str) -> frozenset[str] | None:
     """Return a frozenset of the names of a package's diffsynth plugins; None if the package is not installed."""
-    try:
-        entries = importlib.metadata.distribution(distribution).entry_points
-    except importlib.metadata.PackageNotFoundError:
+    if installed_version(distribution) is None:
         return None
-    return frozenset(entry.name for entry in entries if entry.group == "diffsynth")
+    return frozenset(entry.name for entry in plugin_entries()[0] if entry.distribution == distribution)
