@@ -53,6 +53,16 @@ def test_done_neither_falls_nor_passes_the_total():
     assert [each.done for each in seen] == [0, 4, 10]
 
 
+def test_a_part_that_takes_more_than_it_was_counted_with():
+    seen = []
+    with reporting(seen.append), task("load", total=10, unit="items") as current:
+        for bound in (4, 6):
+            current.bound(bound)
+            current.advance(5)
+            current.advance(5)
+    assert [each.done for each in seen] == [0, 4, 6, 10]
+
+
 def test_an_error_leaves_a_task_unfinished():
     seen = []
     with reporting(seen.append), pytest.raises(ZeroDivisionError), task("load", total=3, unit="items"):

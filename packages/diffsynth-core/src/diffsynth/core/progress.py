@@ -98,6 +98,7 @@ class Task:
         self._reporter, self.parent = reporter, parent
         self._now, self._sent = progress, -1.0
         self._last: Progress | None = None
+        self._most: int | None = None
 
     @property
     def stage(self) -> str:
@@ -127,6 +128,12 @@ class Task:
         """Set the number of finished units, unless it is that or larger already. Errors are those of `advance`."""
         self._change(done=done)
 
+    def bound(self, most: int) -> None:
+        """Set the largest number that units are counted up to, until it is set again or the task finishes: of a part of
+        the task which may take more units than it was counted with.
+        """
+        self._most = most
+
     def expect(self, total: int) -> None:
         """Set the number of all units. Errors are those of `advance`."""
         self._change(total=total)
@@ -137,6 +144,7 @@ class Task:
 
     def finish(self) -> None:
         """Report that all units are finished. Errors are those of `advance`."""
+        self._most = None
         self._change(done=self._now.done if self._now.total is None else self._now.total, at_once=True, is_last=True)
 
     def _change(
@@ -155,8 +163,7 @@ class Task:
             now = self._now
             total = now.total if total is None else total
             done = now.done if done is None else max(done, now.done)
-            if total is not None:
-                done = max(min(done, total), now.done)
+            done = max(min(each for each in (done, total, self._most) if each is not None), now.done)
             if is_last:
                 total = done
             described = now.description if description is None else description

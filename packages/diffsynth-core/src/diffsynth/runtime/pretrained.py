@@ -150,6 +150,8 @@ class PretrainedLoader:
         with progress.task("load", total=sum(sizes), unit="bytes", description=found[0].role if found else "") as task:
             for index, (part, policy, (module, source)) in enumerate(zip(found, policies, opened, strict=True)):
                 task.describe(part.role)
+                # Weights that are quantized while they are read take more bytes of the file than of the module.
+                task.bound(sum(sizes[: index + 1]))
                 started = time.perf_counter()
                 if policy is not None:
                     architecture = part.recognized.architecture
