@@ -272,8 +272,9 @@ class Studio:
                 logger.debug("%s has no previews", job.model, exc_info=True)
             job.add("step", index=step.index + 1, of=step.num_steps)
 
-        image = pipe(**job.arguments, on_step=on_step, cancel=job.cancelled, progress_bar_cmd=no_progress)
-        return to_png(image, provenance.record(pipe, job.arguments))
+        watched = {"on_step": on_step, "cancel": job.cancelled, "progress_bar_cmd": no_progress}
+        made = pipe(**job.arguments, **watched, return_record=True)
+        return to_png(made.output, made.record)
 
 
 def to_png(image: Image.Image, made_by: Mapping[str, Any]) -> bytes:

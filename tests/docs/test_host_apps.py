@@ -84,6 +84,11 @@ def test_cancel(names):
     assert names["cancelled"] is True
 
 
+def test_sizes_that_fit(names):
+    assert names["largest"] > 64 * 64
+    assert "x-diffsynth-size-limits" not in names["schema"]
+
+
 def test_asyncio(names):
     assert names["apple"].tobytes() == names["image"].tobytes() != names["cat"].tobytes()
     assert [step.index for step in names["steps"]] == list(range(len(names["steps"])))
@@ -116,7 +121,7 @@ def test_register_a_plugin_in_a_running_program(names):
 
 def test_errors(names):
     assert names["not_there"] == (404, "'z-image-nan' is not installed; did you mean 'z-image-nano'?")
-    assert names["bad"] == (400, "height=-8: expected an integer, at least 1")
+    assert names["bad"] == (400, "height=-8: expected an integer, at least 1 and at most 32768")
     table = sections(PAGE)["Errors"].partition("| error |")[2]
     named = [
         name for row in re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE) for name in re.findall(r"\w+", row)

@@ -30,7 +30,7 @@ def on_a_device(monkeypatch):
         ({"height": 9600, "width": 9600}, 3 * 9600**2 * 4),
         ({"height": 9600, "width": 9600, "output_type": "tensor"}, 3 * 9600**2 * 4),
         ({"height": 1024, "width": 1024, "num_images": 100}, 3 * 1024**2 * 100 * 4),
-        ({"height": 24000, "width": 24000, "output_type": "latents"}, 16 * 3000**2 * 8),
+        ({"height": 32000, "width": 32000, "output_type": "latents"}, 16 * 4000**2 * 8),
     ],
 )
 def test_the_bound_is_that_of_the_largest_tensors(on_a_device, call, bytes_at_least):

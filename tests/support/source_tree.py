@@ -66,6 +66,7 @@ _FOLDERS = {
     "pipelines": "runtime",
     "utils": "runtime",
     "diffusion": "runtime",
+    "parameters_text": "runtime",
     "provenance": "runtime",
     "cli": "top",
     "compat": "top",

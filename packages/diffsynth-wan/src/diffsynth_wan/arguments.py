@@ -25,9 +25,9 @@ class ShapeArguments(TypedDict, total=False):
         negative_prompt: Text that guidance steers away from; used only if `cfg_scale` is not 1.
         prompt_weighting: Whether brackets in prompts are weights of words: `(word:1.4)` raises what a word adds to the
             text encoder's result, `(word:0.7)` lowers it, `(word)` is 1.1; `\\(` is a bracket of the text.
-        height, width: Size of the video in pixels, at least 1; rounded up to a multiple of 16, or of 32 with the
-            autoencoder of Wan 2.2.
-        num_frames: Number of frames of the video, at least 1; rounded up to 4n + 1.
+        height, width: Size of the video in pixels, at least 1 and at most 32768; rounded up to a multiple of 16, or of
+            32 with the autoencoder of Wan 2.2.
+        num_frames: Number of frames of the video, at least 1 and at most 100000; rounded up to 4n + 1.
         resize_mode: How images and frames of another aspect ratio than the video are scaled to its size: "stretch"
             changes their proportions, as DiffSynth-Studio does; "crop" scales to cover it and cuts off what is outside;
             "pad" scales to fit into it and adds black.

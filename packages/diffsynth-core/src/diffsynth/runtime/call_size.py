@@ -27,7 +27,8 @@ def check_size(pipe: PlannablePipeline, request: Request) -> None:
     Counted in host memory are 3 bytes for each pixel of the results, and 16 for each of one frame; on a device the
     weights that stay there, and with them either latents and velocity in fp32 or the decoded values: all of a tensor,
     one frame of images and videos. Not counted are activations, and what else is in use. A pipeline with a `vram_limit`
-    makes a plan instead, which counts all of it. Nothing is checked of a call without `height` and `width`.
+    makes a plan instead, which counts all of it. Where `schema(fits=True)` has measured the pipeline's `size_limits`,
+    these are checked, too. Nothing is checked of a call without `height` and `width`.
 
     Args:
         pipe: the pipeline.
@@ -36,6 +37,8 @@ def check_size(pipe: PlannablePipeline, request: Request) -> None:
     Raises:
         NotEnoughMemory: with the bytes needed at least, and those that there are.
     """
+    if pipe.size_limits is not None:
+        pipe.size_limits.check(request.values)
     height, width, num_frames = sizes = [request.values.get(name, default) for name, default in _SIZES.items()]
     if not all(isinstance(each, int) and each >= 0 for each in sizes):
         return

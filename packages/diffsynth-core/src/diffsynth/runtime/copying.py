@@ -16,6 +16,7 @@ _MADE = frozenset(
             "device",
             "dtype",
             "vram_limit",
+            "size_limits",
             "mesh",
             "model_name",
             "component_files",

@@ -13,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.core.data.image import ResizeMode
+from diffsynth.errors import shown
 from diffsynth.models.flux_autoencoder import TILE_SIZE, TILE_STRIDE
 from diffsynth.models.tiles import Tiling, check_tiles
 from diffsynth.runtime.argument_types import RandDevice
 from diffsynth.runtime.images import check_decoded, image_to_tensor, images_expected, images_to_batch, tensor_to_images
+from diffsynth.runtime.request import MAX_SIDE
 from diffsynth.runtime.unit import Phase, Unit, unit
 from diffsynth.sampling.noise import add_noise, initial_noise
 from diffsynth.terminal import module_logger
@@ -34,7 +36,7 @@ class ImageArguments(TypedDict, total=False):
         input_image: Image to start from, or a list of one per result; None starts from pure noise.
         denoising_strength: Noise level that the input image is raised to, in (0, 1]; 1 ignores the input. The number
             of steps stays the same.
-        height, width: Size of the image in pixels, at least 1; rounded up to a multiple of 16.
+        height, width: Size of the image in pixels, at least 1 and at most 32768; rounded up to a multiple of 16.
         resize_mode: How images of another aspect ratio than the result are scaled to its size: "stretch" changes their
             proportions, as diffusers does; "crop" scales to cover it and cuts off what is outside; "pad" scales to fit
             into it and adds black.
@@ -229,5 +231,5 @@ def decode_image(
 
 
 def _check_side(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{name}={value!r}: expected a positive integer, in pixels")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIDE:
+        raise ValueError(f"{name}={shown(value)}: expected a positive integer of at most {MAX_SIDE}, in pixels")

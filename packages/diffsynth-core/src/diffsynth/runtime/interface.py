@@ -69,6 +69,8 @@ class PlannablePipeline(LoopPipeline, Protocol):
 
     per_image: tuple[str, ...]
     plan_cache: Any
+    vram_limit: float | None
+    size_limits: Any
     __signature__: inspect.Signature
 
     def check(self, **arguments: Any) -> Request:

@@ -51,7 +51,7 @@ class LifetimeMethods:
         _check_memory(modules, device, dtype)
         for module in modules:
             move(module, device, dtype)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.size_limits = device, dtype, None
         self._follow_wrapped()
         return self
 

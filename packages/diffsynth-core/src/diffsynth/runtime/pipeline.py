@@ -151,7 +151,7 @@ class Pipeline(
         """
         self.device = torch.device(device) if device is not None else devices.default_device()
         self.dtype = devices.check_floating(torch_dtype)
-        self.vram_limit = vram_limit
+        self.vram_limit, self.size_limits = vram_limit, None
         self.mesh = ProcessMesh()
         self.running_calls = RunningCalls()
         self.model_name: str | None = None

@@ -159,7 +159,7 @@ def plan_model(
         device = devices.default_device()
         device = devices.ACCELERATORS[0] if device.type == "cpu" else device
     chosen = devices.check_floating(getattr(torch, dtype, dtype), "dtype")
-    return plan_call(_unloaded(record, chosen, components), arguments, device=device, **limits)
+    return plan_call(unloaded(record, chosen, components), arguments, device=device, **limits)
 
 
 def check_before_loading(
@@ -186,7 +186,7 @@ def check_before_loading(
         Exception: the error that the call would raise for them, or that of `prepare`.
     """
     try:
-        pipe = _unloaded(record, torch.bfloat16, components)
+        pipe = unloaded(record, torch.bfloat16, components)
     except Unplannable:
         return None
     for role, need in pipe.roles.items():
@@ -216,10 +216,15 @@ def _storages(
     }
 
 
-def _unloaded(
-    record: ModelRecord, dtype: torch.dtype, given: Mapping[str, ModelConfig] | None = None
+def unloaded(
+    record: ModelRecord, dtype: torch.dtype = torch.bfloat16, given: Mapping[str, ModelConfig] | None = None
 ) -> PlannablePipeline:
     """Return the `Pipeline` of a model with its components on meta (no weights) and without its processors.
+
+    Args:
+        record: of the model.
+        dtype: of its weights.
+        given: role -> file, as in `diffsynth.load`.
 
     Raises:
         Unplannable: a file is neither here nor declared.

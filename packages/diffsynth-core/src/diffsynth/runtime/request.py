@@ -27,6 +27,9 @@ from diffsynth.runtime.unit import Program, can_run, equals_default, needed_role
 MAX_STEPS = 10_000
 """The most steps that a call may have: a schedule of fp32 noise levels has no use for more."""
 
+MAX_SIDE = 32_768
+"""The largest height or width of a result in pixels; what fits the memory is usually much less, see `size_limits`."""
+
 MAX_RESULTS = 10_000
 """The most results that a call may have; see also `call_size`, which refuses sizes beyond the memory."""
 

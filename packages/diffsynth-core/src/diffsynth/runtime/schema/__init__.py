@@ -4,10 +4,11 @@ The schema is made without loading anything: names and defaults come from `inspe
 descriptions and ranges from the "Args:" sections of docstrings; `documentation` lists which docstring documents which
 argument.
 
-Five keywords of ours are in it: `x-diffsynth-type` ("image", or the reference of a dataclass that an object becomes),
+These keywords of ours are in it: `x-diffsynth-type` ("image", or the reference of a dataclass that an object becomes),
 `x-diffsynth-host-types` (types that this argument takes too, but not from JSON), `x-diffsynth-host-only` (name ->
 description of the arguments that JSON cannot hold, such as `on_step`), `x-diffsynth-other-arguments` (argument of other
-programs -> what takes its place) and `x-diffsynth-pipeline`.
+programs -> what takes its place), `x-diffsynth-pipeline`, and on request the largest sizes that fit:
+`x-diffsynth-max-pixels`, `x-diffsynth-max-frames` and `x-diffsynth-size-limits`.
 """
 
 from __future__ import annotations
@@ -15,42 +16,80 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffsynth.runtime.request import HOST_ARGUMENTS
 from diffsynth.runtime.schema.annotations import as_json, schema_of, type_of
 from diffsynth.runtime.schema.documentation import documented, with_range
-from diffsynth.runtime.schema.values import arguments_from_json
+from diffsynth.runtime.schema.values import SIZE_LIMITS, arguments_from_json
 from diffsynth.runtime.unit import Program
 
-__all__ = ["HOST_ONLY", "SchemaMethod", "arguments_from_json", "describe", "model_schema"]
+__all__ = ["HOST_ONLY", "MAX_FRAMES", "MAX_PIXELS", "SchemaMethod", "arguments_from_json", "describe", "model_schema"]
+
+if TYPE_CHECKING:
+    from diffsynth.runtime.size_limits import SizeLimits
+
+MAX_PIXELS, MAX_FRAMES = "x-diffsynth-max-pixels", "x-diffsynth-max-frames"
+"""The keywords of the largest `height * width` with the default number of frames, and of the largest `num_frames` with
+the default height and width."""
 
 HOST_ONLY = "x-diffsynth-host-only"
 """The keyword under which a schema lists arguments that only a program in the same process can pass."""
 
 
 class SchemaMethod:
-    """The method `schema()` of a pipeline class, with the class's defaults, and of an instance, with its model's."""
+    """The method `schema()` of a pipeline class, with the class's defaults, and of an instance, with its model's.
 
-    def __get__(self, instance: Any, owner: type) -> Callable[[], dict[str, Any]]:
-        return functools.partial(describe, owner if instance is None else instance)
+    That of an instance takes `fits`: True or the arguments of a call measures the largest sizes that its device, or its
+    `vram_limit`, holds, by plans that take some seconds once; `check()` and calls refuse larger ones from then on.
+    """
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., dict[str, Any]]:
+        return functools.partial(describe, owner) if instance is None else functools.partial(_of_instance, instance)
 
 
-def model_schema(name: str) -> dict[str, Any]:
-    """Return the JSON Schema of a model's call as a dict, without reading a file of the model.
+def model_schema(name: str, *, fits: bool | Mapping[str, Any] = False) -> dict[str, Any]:
+    """Return the JSON Schema of a model's call as a dict, without reading a weight of the model.
 
     Args:
         name: a model's name or hub id, any case; `plugin:name` where two plugins declare one name.
+        fits: whether the schema has the largest sizes that the default device of this machine holds in bfloat16
+            without a policy, by plans that take some seconds; a dict has arguments that the model needs.
 
     Raises:
         UnknownModel: no installed plugin declares the name; the message has the nearest spelling.
         ImportError: the code of its pipeline cannot be imported.
+        Unplannable: `fits` of a model whose files are neither here nor declared.
     """
     from diffsynth import registry
     from diffsynth.spec import resolve
 
     record = registry.get(name)
-    return describe(resolve(record.pipeline), title=record.name, defaults=record.defaults)
+    found = describe(resolve(record.pipeline), title=record.name, defaults=record.defaults)
+    if fits is False:
+        return found
+    from diffsynth.core.device import default_device
+    from diffsynth.runtime.planning import unloaded
+    from diffsynth.runtime.size_limits import measure_limits
+
+    return _with_limits(found, measure_limits(unloaded(record), default_device(), {} if fits is True else fits))
+
+
+def _of_instance(pipe: Any, *, fits: bool | Mapping[str, Any] = False) -> dict[str, Any]:
+    """Return the JSON Schema of an instance; see `SchemaMethod`."""
+    from diffsynth.runtime.size_limits import measure_limits
+
+    if fits is not False and pipe.size_limits is None:
+        pipe.size_limits = measure_limits(pipe, pipe.device, {} if fits is True else fits)
+    return _with_limits(describe(pipe), pipe.size_limits)
+
+
+def _with_limits(schema: dict[str, Any], limits: SizeLimits | None) -> dict[str, Any]:
+    """Return `schema` with the keywords of the largest sizes; `schema` itself if they are not known."""
+    if limits is None:
+        return schema
+    found = schema | {MAX_PIXELS: limits.most_pixels(), SIZE_LIMITS: limits.to_json()}
+    return found | ({MAX_FRAMES: limits.most_frames()} if "num_frames" in limits.defaults else {})
 
 
 def describe(subject: Any, *, title: str | None = None, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -41,6 +41,9 @@ BOUNDS = {
 """Keyword of JSON Schema -> words for it, and a function of a value and the limit: whether the value is within."""
 
 
+SIZE_LIMITS = "x-diffsynth-size-limits"
+"""The keyword of the memory of each stage by size, see `diffsynth.runtime.size_limits.SizeLimits`."""
+
 OpenFile = Callable[[str], Any]
 """Function from a path to a PIL image, or to a sequence of images, such as `VideoData`."""
 
@@ -65,6 +68,7 @@ def arguments_from_json(
     Raises:
         TypeError: `values` is no object, or has an argument that is unknown or that JSON cannot hold.
         ValueError: a value of a wrong type or out of range.
+        NotEnoughMemory: a size that does not fit, if the schema has the largest sizes.
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"arguments are {values!r:.80}; expected a JSON object of names and values")
@@ -79,6 +83,10 @@ def arguments_from_json(
             reason = f" ({error})" if str(error) else ""
             image = "a PNG image in base64" if open_file is None else "the path of an image"
             raise ValueError(f"{name}={shown(value)}: expected {_expected(wanted, image)}{reason}") from None
+    if SIZE_LIMITS in schema:
+        from diffsynth.runtime.size_limits import SizeLimits
+
+        SizeLimits.from_json(schema[SIZE_LIMITS]).check(arguments)
     return arguments
 
 
