@@ -244,7 +244,7 @@ BAD = [
     ({"model": "nano", "arguments": {"output_type": "tensor"}}, "'output_type' can only be given by a program"),
     ({"model": "nano", "arguments": {"prompt": ["a", "b"]}}, "a job is one image"),
     ({"model": "nano", "arguments": {"height": 10**6}}, "at most 32768"),
-    ({"model": "nano", "arguments": {"height": 2**15}}, "generates at most"),
+    ({"model": "nano", "arguments": {"height": 2**15, "width": 256}}, "generates at most"),
     ({"model": "nano", "arguments": {"input_image": "?"}}, "expected a PNG image in base64"),
     ({"model": "nano", "arguments": [1]}, "expected a JSON object"),
     ({"model": "nan", "arguments": {}}, "there is no model 'nan' here; there are nano, again"),

@@ -46,13 +46,15 @@ def test_a_limit_counts_what_a_plan_can_lower(two_gib, monkeypatch):
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
     offloaded = type(pipe)(pipe.components, device="cpu", torch_dtype=torch.float32, policy="cpu-offload")
-    limits = measure_limits(offloaded, torch.device("cuda"), SIZES)
-    plan, plans = plan_call(offloaded, {"height": 1024, "width": 1024}, device="cuda", vram_limit=0), []
-    assert limits.needed(1024**2) == pytest.approx(plan.peak_vram, rel=0.05)
+    size = {"height": 1024, "width": 1024}  # as large as a tile
+    limits = measure_limits(offloaded, torch.device("cuda"), size)
+    plan, plans = plan_call(offloaded, {"height": 3072, "width": 3072}, device="cuda", vram_limit=0), []
+    assert plan.switches == {"tiled": True}
+    assert limits.needed(3072**2) == pytest.approx(plan.peak_vram, rel=0.05)
     assert (limits.where, limits.memory) == ("cuda", 2 * GIB)
     offloaded.vram_limit = 0.5
     monkeypatch.setattr(size_limits, "plan_call", lambda *_, **given: plans.append(given) or plan)
-    limits = measure_limits(offloaded, torch.device("cuda"), SIZES)
+    limits = measure_limits(offloaded, torch.device("cuda"), size)
     assert (limits.where, limits.memory) == ("vram_limit=0.5", GIB // 2)
     assert [given["vram_limit"] for given in plans] == [0, 0]
 

@@ -128,7 +128,7 @@ def measure_limits(pipe: PlannablePipeline, device: torch.device, arguments: Map
     Args:
         pipe: the pipeline, on meta too.
         device: the device that computes.
-        arguments: of the call, such as an image that the model needs; sizes among them are the largest that is planned.
+        arguments: of the call, such as an image that the model needs; sizes among them replace the defaults.
 
     Raises:
         TypeError, ValueError: an argument that the call would refuse.
@@ -143,10 +143,16 @@ def measure_limits(pipe: PlannablePipeline, device: torch.device, arguments: Map
         return None
     is_offloaded = any(isinstance(part, nn.Module) and managed(part) is not None for part in pipe.parts.values())
     least = {"vram_limit": 0.0} if is_offloaded and device.type != "cpu" else {}
-    # Sizes that no pipeline rounds up: multiples of 64 pixels, and 4n + 1 frames.
-    calls = [{**defaults, **{name: max(defaults[name] // 128 * 64, 64) for name in ("height", "width")}}, defaults]
+    # Tiles make a stage cheaper above their size only, so plans with tiles are made of larger sizes. All are multiples
+    # of 64 pixels, and 4n + 1 frames, which no pipeline rounds up.
+    height, width = defaults["height"], defaults["width"]
+    if least:
+        sizes = [{"height": 2 * height, "width": 2 * width}, {"height": 3 * height, "width": 2 * width}]
+    else:
+        sizes = [{}, {"height": max(height // 128 * 64, 64), "width": max(width // 128 * 64, 64)}]
+    calls = [{**defaults, **each} for each in sizes]
     if "num_frames" in defaults:
-        calls.append({**defaults, "num_frames": defaults["num_frames"] // 8 * 4 + 1})
+        calls.append({**calls[0], "num_frames": defaults["num_frames"] // 8 * 4 + 1})
     try:
         plans = [plan_call(pipe, {**arguments, **sizes}, device=device, **least) for sizes in calls]
     except Unplannable as error:
@@ -162,23 +168,27 @@ def _name(device: torch.device, limit: float | None) -> str:
 
 
 def _stages(plans: list[MemoryPlan], calls: list[dict[str, int]]) -> tuple[StageMemory, ...]:
-    """Return a tuple of the memory of each stage of the full size (the second plan)."""
+    """Return a tuple of the memory of each stage: from plans of a call, of one with another height and width, and,
+    where there are frames, of the first with fewer.
+    """
     used = [{stage.name: stage.activations for stage in plan.stages} for plan in plans]
     pixels = [call["height"] * call["width"] for call in calls]
     frames = [call.get("num_frames", 1) for call in calls]
+    small, large = sorted((0, 1), key=pixels.__getitem__)
     found = []
-    for stage in plans[1].stages:
-        whole = stage.activations
+    for stage in plans[large].stages:
         # Stages below 16 MiB are left out of a plan; they count as if they grew from nothing.
-        small = used[0].get(stage.name, whole * pixels[0] / pixels[1])
-        per_pixel = max(whole - small, 0) / max(pixels[1] - pixels[0], 1)
+        whole = stage.activations
+        part = used[small].get(stage.name, whole * pixels[small] / pixels[large])
+        slope = max(whole - part, 0) / max(pixels[large] - pixels[small], 1)
         of_frame = 0.0
-        if frames[-1] < frames[1]:
-            change = max(whole - used[2].get(stage.name, whole * frames[2] / frames[1]), 0)
-            of_frame = min(change / (frames[1] - frames[2]) / pixels[1], per_pixel / frames[1])
+        if frames[-1] < frames[0]:
+            usual = used[0].get(stage.name, whole * pixels[0] / pixels[large])
+            change = max(usual - used[2].get(stage.name, usual * frames[2] / frames[0]), 0)
+            of_frame = min(change / (frames[0] - frames[2]) / pixels[0], slope / frames[0])
         beside = (stage.vram or stage.ram) - whole  # weights; on the CPU also what the process has in use
-        fixed = beside + whole - per_pixel * pixels[1]
-        found.append(StageMemory(stage.name, fixed, per_pixel - of_frame * frames[1], of_frame))
+        fixed = beside + whole - slope * pixels[large]
+        found.append(StageMemory(stage.name, fixed, slope - of_frame * frames[0], of_frame))
     return tuple(found)
 
 

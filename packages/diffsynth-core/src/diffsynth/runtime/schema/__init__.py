@@ -24,7 +24,16 @@ from diffsynth.runtime.schema.documentation import documented, with_range
 from diffsynth.runtime.schema.values import SIZE_LIMITS, arguments_from_json
 from diffsynth.runtime.unit import Program
 
-__all__ = ["HOST_ONLY", "MAX_FRAMES", "MAX_PIXELS", "SchemaMethod", "arguments_from_json", "describe", "model_schema"]
+__all__ = [
+    "HOST_ONLY",
+    "MAX_FRAMES",
+    "MAX_PIXELS",
+    "SIZE_LIMITS",
+    "SchemaMethod",
+    "arguments_from_json",
+    "describe",
+    "model_schema",
+]
 
 if TYPE_CHECKING:
     from diffsynth.runtime.size_limits import SizeLimits
