@@ -39,8 +39,12 @@ def test_every_argument_of_diffsynth_studio_is_taken_or_says_what_takes_its_plac
     assert callable(found.pop("progress_bar_cmd"))
     assert found == {name: OURS.get(name, default) for name, default in taken.items() if name in found}
     others = set(TABLE["flux1"]) - set(taken)
-    assert others == set(OTHER_ARGUMENTS)
+    assert others == set(OTHER_ARGUMENTS) - {"guidance_scale"}
     pipe = tiny_pipelines()[0]
+    with pytest.raises(
+        TypeError, match="unknown argument 'guidance_scale': embedded_guidance is the scale that a dist"
+    ):
+        pipe.check(prompt="a", guidance_scale=3.5)
     for name in others:
         with pytest.raises(TypeError, match=f"unknown argument '{name}': (this version recognises|step_cache='tea:)"):
             pipe.check(prompt="a", **{name: TABLE["flux1"][name]})

@@ -32,9 +32,13 @@ def test_every_argument_of_diffsynth_studio_is_taken() -> None:
     assert found == {name: default for name, default in table.items() if name in found}
 
 
-@pytest.mark.parametrize("name", ["t5_sequence_length", "template_inputs", "negative_template_inputs"])
+@pytest.mark.parametrize(
+    "name", ["t5_sequence_length", "template_inputs", "negative_template_inputs", "guidance_scale"]
+)
 def test_an_argument_that_is_not_taken_says_what_takes_its_place(name) -> None:
-    with pytest.raises(TypeError, match=f"unknown argument '{name}': (FLUX.2 has no T5|template models are not run)"):
+    with pytest.raises(
+        TypeError, match=f"unknown argument '{name}': (FLUX.2 has no T5|template models|embedded_guidance is)"
+    ):
         tiny_pipelines(klein=True)[0].check(prompt="a", **{name: None})
 
 

@@ -13,6 +13,7 @@ from einops import rearrange
 from PIL import Image
 
 import wan_vae_oracle
+from diffsynth.runtime.writers import check_alpha, find_writer
 from diffsynth_qwen_image.features.layers import LAYERS
 from parity import TOLERANCE, relative_error
 from qwen_image_oracles import SIZE, OracleProcessor, counted_prefix, tiny_pipelines
@@ -99,6 +100,15 @@ def test_images_have_transparency(pipelines) -> None:
     assert pixels.shape == (1, 4, 3, 80, 48)
     levels = ((pixels[0].transpose(0, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     assert np.array_equal(levels, np.stack([np.asarray(image) for image in images]))
+
+
+def test_files_without_transparency_are_refused(pipelines) -> None:
+    """`diffsynth generate` asks it of the pipeline without weights, before the model is loaded."""
+    check_alpha("a.png", find_writer("a.png").spec, pipelines[0])
+    with pytest.raises(
+        ValueError, match=r"returns images with transparency, which \.jpg cannot hold; expected .* \.png"
+    ):
+        check_alpha("a.jpg", find_writer("a.jpg").spec, pipelines[0])
 
 
 def test_results_of_a_batch_are_those_of_single_calls(pipelines) -> None:
