@@ -16,6 +16,7 @@ from diffsynth.core.replacing import replacing, replacing_folder
 from diffsynth.errors import shown
 from diffsynth.runtime.parameters_text import parameters_text
 from diffsynth.runtime.request import HOST_ARGUMENTS
+from diffsynth.runtime.taking_part import plugins_of_call
 from diffsynth.runtime.unit import equals_default
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         model, pipeline, prompt, seed, num_inference_steps, cfg_scale and solver (those that it takes), arguments,
         not_recorded (names of arguments such as images, which JSON cannot hold), device, hardware (the name of the
-        device's), dtype, versions, weights (role -> file name -> identity of its content), and if any are loaded, loras
-        (role, alpha, hot, files likewise, their paths, and the defaults of calls that it sets).
+        device's), dtype, versions, plugins (distribution -> version of each that took part, see
+        `diffsynth.runtime.taking_part`), weights (role -> file name -> identity of its content), and if any are loaded,
+        loras (role, alpha, hot, files likewise, their paths, and the defaults of calls that it sets).
     """
     from diffsynth.core.device import card_name
 
@@ -74,6 +76,7 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "hardware": card_name(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": _versions(pipe),
+        "plugins": plugins_of_call(pipe, arguments),
         "weights": {role: identities(paths) for role, paths in pipe.component_files.items()},
         **({"loras": [_lora(lora) for lora in pipe.loras]} if pipe.loras else {}),
     }

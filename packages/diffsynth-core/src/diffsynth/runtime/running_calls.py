@@ -5,8 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
+from diffsynth.core.attention.select import served_backends
 from diffsynth.errors import PipelineError
+
+_served: ContextVar[tuple[tuple[int, set[str]], ...]] = ContextVar("diffsynth_served", default=())
+"""(id of the `RunningCalls`, names of backends) of the calls that run in this thread, the innermost last."""
 
 
 class RunningCalls:
@@ -15,6 +20,7 @@ class RunningCalls:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._threads: list[str] = []
+        self._latest: frozenset[str] = frozenset()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -23,10 +29,22 @@ class RunningCalls:
         with self._lock:
             self._threads.append(name)
         try:
-            yield
+            with served_backends() as served:
+                token = _served.set((*_served.get(), (id(self), served)))
+                try:
+                    yield
+                finally:
+                    _served.reset(token)
+                    self._latest = frozenset(served)
         finally:
             with self._lock:
                 self._threads.remove(name)
+
+    @property
+    def backends(self) -> frozenset[str]:
+        """Names of the attention backends that served the call that runs in this thread, else the latest call."""
+        running = [served for calls, served in _served.get() if calls == id(self)]
+        return frozenset(running[-1]) if running else self._latest
 
     def refuse(self, what: str) -> None:
         """Raise PipelineError if a call runs.

@@ -5,6 +5,7 @@ Imports no torch; `builtin_writers` has the writers of core.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,7 +56,7 @@ def find_writer(path: Path | str) -> Declared[WriterSpec]:
 
 
 def load_writer(declared: Declared[WriterSpec]) -> Callable[..., None]:
-    """Import and return the function of a writer.
+    """Import and return the function of a writer; a plugin's is named under `plugins` in the records that it gets.
 
     Raises:
         RegistryError: it cannot be imported, or is no function; the message names the plugin.
@@ -67,7 +68,17 @@ def load_writer(declared: Declared[WriterSpec]) -> Callable[..., None]:
         raise RegistryError(f"{_title(declared)} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise RegistryError(f"{_title(declared)}: {spec.writer!r} is {function!r:.80}; expected a function")
-    return function  # type: ignore[no-any-return]
+    if declared.distribution == _discovery.CORE[1]:
+        return function  # type: ignore[no-any-return]
+
+    @functools.wraps(function)
+    def write_as(output: Any, path: Path, *, record: Mapping[str, Any], **settings: Any) -> None:
+        from diffsynth.runtime.taking_part import named  # it imports torch, as writing does
+
+        plugins = dict(sorted({**record.get("plugins", {}), **named(declared)}.items()))
+        function(output, path, record={**record, "plugins": plugins}, **settings)
+
+    return write_as
 
 
 def _title(declared: Declared[WriterSpec]) -> str:

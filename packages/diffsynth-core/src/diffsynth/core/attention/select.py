@@ -7,6 +7,8 @@ DIFFSYNTH_ATTENTION_IMPLEMENTATION, and `auto`. `use_attention` changes no globa
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from diffsynth import _env
 from diffsynth.core.attention.call import AttentionCall, CuSeqlens, checked_call
 from diffsynth.core.attention.meta import attend_on_meta
-from diffsynth.core.attention.registry import BACKENDS, RegisteredBackend, avoidance, check_known, find_backend
+from diffsynth.core.attention.registry import ALIASES, BACKENDS, RegisteredBackend, avoidance, check_known, find_backend
 from diffsynth.errors import Refused
 from diffsynth.terminal import module_logger
 
@@ -89,7 +91,8 @@ def serve(call: AttentionCall, backend: str | None = None) -> Float[Tensor, "b q
     """
     name = backend or chosen_backend() or _env.attention_implementation()
     if name == "auto":
-        return _attend(BACKENDS[choose(call)], call)
+        name = choose(call)
+        return _attend(name, BACKENDS[name], call)
     registered = find_backend(name)
     # Tensors on meta do not tell on which device the call will run, so a backend selected by name is not checked.
     reason = None if call.q.is_meta else registered.backend.refuses(call)
@@ -97,11 +100,34 @@ def serve(call: AttentionCall, backend: str | None = None) -> Float[Tensor, "b q
         raise Refused(
             f"attention backend {name!r} refuses this call: {reason} ({call.describe()}); select another one, or 'auto'"
         )
-    return _attend(registered, call)
+    return _attend(ALIASES.get(name, name), registered, call)
 
 
-def _attend(registered: RegisteredBackend, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
-    return attend_on_meta(call, registered.workspace) if call.q.is_meta else registered.backend(call)
+def _attend(name: str, registered: RegisteredBackend, call: AttentionCall) -> Float[Tensor, "b q n d_v"]:
+    if call.q.is_meta:
+        return attend_on_meta(call, registered.workspace)
+    # Compiled code, in which a ContextVar may break the graph, does not record what serves it.
+    if not torch.compiler.is_compiling() and (served := _served.get()) is not None:
+        served.add(name)
+    return registered.backend(call)
+
+
+_served: ContextVar[set[str] | None] = ContextVar("diffsynth_attention_served", default=None)
+
+
+@contextmanager
+def served_backends() -> Iterator[set[str]]:
+    """Context manager whose value is a set of the names of the backends that serve calls of `attention()` in it, in
+    this thread or task; compiled code is not seen.
+    """
+    outer, served = _served.get(), set[str]()
+    token = _served.set(served)
+    try:
+        yield served
+    finally:
+        _served.reset(token)
+        if outer is not None:
+            outer |= served
 
 
 def choose(call: AttentionCall) -> str:
