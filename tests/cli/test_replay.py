@@ -51,9 +51,8 @@ def test_it_is_equal_to_the_bit_with_lora_and_input(nano, tmp_path):
 def test_what_differs_is_said_and_refused_before_anything_is_loaded(nano, monkeypatch):
     assert nano("generate", "z-image-nano", "an apple", "-o", "a.png", *CALL).exit_code == 0
     weights = provenance.read("a.png")["weights"]
-    changed(
-        "a.png", weights={**weights, "dit": {"dit.safetensors": "sha256:0"}}, versions={"torch": "1.0", "nothing": "2"}
-    )
+    other = {**weights, "dit": {"dit.safetensors": "sha256:0"}}
+    changed("a.png", weights=other, versions={"torch": "1.0"}, plugins={"nothing": "2"})
     with monkeypatch.context() as context:
         context.setattr(diffsynth, "load", lambda *_, **__: 1 / 0)
         result = nano("replay", "a.png")

@@ -202,7 +202,7 @@ def _loading(made_by: Mapping[str, Any], device: str | None) -> dict[str, Any]:
 
 
 def _differing_versions(made_by: Mapping[str, Any]) -> Iterator[str]:
-    for name, version in (made_by.get("versions") or {}).items():
+    for name, version in {**(made_by.get("versions") or {}), **(made_by.get("plugins") or {})}.items():
         try:
             here = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
