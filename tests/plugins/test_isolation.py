@@ -81,7 +81,7 @@ def test_names_that_cannot_be_used(site, monkeypatch, name):
     assert {"fine", "z-image-turbo"} <= set(listed())
 
 
-def test_a_damaged_distribution_hides_no_other(site):
+def test_a_damaged_distribution_hides_no_other(site, monkeypatch):
     """One undecodable `entry_points.txt` of any installed package made `list()` raise."""
     site.install("good", good("fake_good", "fine"))
     site.install("damaged", good("fake_damaged", "damaged"))
@@ -97,6 +97,11 @@ def test_a_damaged_distribution_hides_no_other(site):
         "fake-other": ("fake-other", "3.1", "warning"),
     }
     assert all("Run: pip install --force-reinstall --no-deps fake-" in each.error for each in registry.problems())
+    monkeypatch.setenv("DIFFSYNTH_STRICT_PLUGINS", "1")
+    with pytest.raises(
+        BrokenPlugin, match=r"^damaged \(fake-damaged 1\.0\): METADATA is no UTF-8 text[^;]*; or delete \S+$"
+    ):
+        site.discover()
 
 
 HEAD = """import os, sys
@@ -379,6 +384,8 @@ def test_a_slow_plugin_works_and_is_named(site, monkeypatch, place):
     assert 0.3 <= problem.seconds < 30
     rows = [line.split() for line in CliRunner().invoke(program, ["plugins"]).stdout.splitlines()]
     assert ["odd", "fake-odd", "1.0", "warning", "1", "models"] in rows
+    with pytest.raises(UnknownModel, match=r"Run: diffsynth list$"):  # it hides no model
+        registry.get("nothing")
 
 
 PRINTS = ("print('noise')", "sys.stdout.write('noise\\n')", "sys.stdout.writelines(['noise\\n'])")

@@ -212,6 +212,11 @@ def problems() -> list[Problem]:
     return [*current.catalog.problems, *current.late]
 
 
+def broken_plugins() -> list[Problem]:
+    """Return a list of the `problems()` by which something is missing, for the error of a failed lookup."""
+    return [one for one in problems() if one.state == "broken"]
+
+
 def report(declared: Declared[Any], error: str, *, cause: BaseException) -> None:
     """Record an error in a declaration's code as a `Problem` of its plugin and log it, both unless it was recorded
     before; raise BrokenPlugin instead if DIFFSYNTH_STRICT_PLUGINS is on.
@@ -367,9 +372,9 @@ def _discover() -> _Discovered:
             for kind, specs in (own or {}).items():
                 declared[kind] += [Declared(s, plugin.name, plugin.distribution, plugin.version) for s in specs]
     clashes = [Problem(*each) for kind in _UNIQUE for each in duplicates(declared[kind])]
-    if clashes and _env.strict_plugins():
-        raise BrokenPlugin("; ".join(map(str, clashes)))
     problems += clashes
+    if _env.strict_plugins() and (broken := [one for one in problems if one.state == "broken"]):
+        raise BrokenPlugin("; ".join(map(str, broken)))
     if problems:
         logger.warning("%s", describe(problems))
     everything = {kind: tuple(specs) for kind, specs in declared.items()}

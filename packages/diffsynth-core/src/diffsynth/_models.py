@@ -201,7 +201,7 @@ def _unknown(name: str, declared: tuple[Declared[ModelSpec], ...]) -> str:
         hint = f". {home}"
     elif not (hint := did_you_mean(name, known)):
         hint = f". {first_party.near_model(bare) or 'Run: diffsynth list'}"
-    broken = _discovery.problems()
+    broken = _discovery.broken_plugins()
     return f"{name!r} is not installed{hint}" + (f"  {_discovery.describe(broken)}" if broken else "")
 
 

@@ -59,7 +59,7 @@ class Program(click.Group):
         """Return click's (name, command, other arguments); for an unknown name raise UserError with the nearest."""
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
-            broken = _discovery.catalog().problems
+            broken = _discovery.broken_plugins()
             notes = f"  {_discovery.describe(broken)}" if broken else ""
             from diffsynth.core.loader import first_party
 

@@ -280,6 +280,6 @@ def _guidance_class(declared: Declared[GuidanceSpec], argument: str) -> type[Gui
 
 
 def _unknown(argument: str, name: str, known: Iterable[str]) -> str:
-    names, broken = sorted(known), _discovery.problems()
+    names, broken = sorted(known), _discovery.broken_plugins()
     text = f"{argument}: {name!r} is unknown{did_you_mean(name, names)}; expected one of {', '.join(names)}"
     return text + (f".  {_discovery.describe(broken)}" if broken else "")

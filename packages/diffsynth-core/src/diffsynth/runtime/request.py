@@ -384,7 +384,7 @@ def reject_unknown(
         if name in instead and name not in signature.parameters:
             raise TypeError(f"unknown argument {name!r}: {instead[name]}")
         if name not in signature.parameters:
-            broken = _discovery.problems()
+            broken = _discovery.broken_plugins()
             raise TypeError(
                 f"unknown argument {name!r}{which_is_meant(name, signature.parameters)} "
                 f"This pipeline takes: {', '.join(signature.parameters)}"

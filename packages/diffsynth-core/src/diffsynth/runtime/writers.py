@@ -46,7 +46,7 @@ def find_writer(path: Path | str) -> Declared[WriterSpec]:
     if fitting:
         return known[max(fitting, key=len)]
     suffix = Path(path).suffix
-    broken = _discovery.problems()
+    broken = _discovery.broken_plugins()
     raise ValueError(
         f"{str(path)!r} ends in {repr(suffix) if suffix else 'no suffix'}, which no writer has"
         f"{did_you_mean(suffix, known) or '.'} Expected one of "
