@@ -33,7 +33,7 @@ def loaded(monkeypatch, installed):
     """Replace `diffsynth.load`; return the list of its calls."""
     calls = []
 
-    def load(name, **options):
+    def load(name, on_progress=None, **options):
         calls.append((name, options))
         return image_pipeline()
 
