@@ -125,7 +125,9 @@ def load(call: Call) -> Any:
             options["policy"] = Auto(call.arguments)
         if call.components:
             options["components"] = call.components
-        pipe = diffsynth.load(call.model, on_progress=show, **options)
+        if show is not None:
+            options["on_progress"] = show
+        pipe = diffsynth.load(call.model, **options)
         for lora in call.loras:
             lora.load_into(pipe)
         return pipe
