@@ -130,7 +130,7 @@ def test_set_takes_literals_text_and_images(run, loaded, tmp_path):
             ["--set", "output_type=latents"],
             "--set output_type=latents: .png files (image) hold the output_type pil; write tensors to out.safetensors",
         ),
-        (["--height", "0"], "height=0: expected a positive integer"),
+        (["--height", "0"], "height=0: expected an integer, at least 1"),
         (["--steps", "0"], "num_inference_steps=0: expected an integer, at least 1 and at most 10000"),
     ],
 )

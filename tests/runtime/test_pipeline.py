@@ -117,7 +117,7 @@ def test_progress_bar_cmd_wraps_the_steps():
             ValueError,
             "num_inference_steps=0: expected an integer, at least 1 and at most 10000",
         ),
-        ({"height": 0}, ValueError, "height=0: expected a positive integer"),
+        ({"height": 0}, ValueError, "height=0: expected an integer, at least 1"),
         ({"width": 12.5}, ValueError, "width=12.5: expected an integer"),
         ({"height": True}, ValueError, "height=True"),
         ({"num_images": 0}, ValueError, "num_images=0"),

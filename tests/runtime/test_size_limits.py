@@ -16,6 +16,7 @@ from diffsynth.runtime.size_limits import SizeLimits, StageMemory, measure_limit
 from diffsynth_wan import WanVideoPipeline
 from label_pipeline import label_pipeline
 from tiny_z_image import tiny_z_image
+from toy_pipeline import ToyPipeline, toy_pipeline
 
 SIZES = {"height": 512, "width": 512}
 
@@ -79,6 +80,7 @@ def test_schema_json_and_check_have_one_bound(two_gib):
 def test_absurd_sizes_are_refused_without_a_plan(pipe):
     for schema, check, names in (
         (pipe.schema(), lambda **call: pipe.check(prompt="a", **call), ("height", "width")),
+        (ToyPipeline.schema(), toy_pipeline().check, ("height", "width")),
         (WanVideoPipeline.schema(), None, ("height", "width", "num_frames")),
     ):
         for name in names:

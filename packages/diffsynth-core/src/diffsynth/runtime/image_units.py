@@ -64,6 +64,11 @@ def image_size(multiple: int, *, default: int = 1024) -> Unit:
     """Return a `Unit` that checks height and width (pixels) and rounds both up to multiples of `multiple`; it warns."""
 
     def round_size(*, height: int = default, width: int = default) -> tuple[int, int]:
+        """Return height and width in pixels, rounded up.
+
+        Args:
+            height, width: Size of the result in pixels, at least 1 and at most 32768.
+        """
         _check_side("height", height)
         _check_side("width", width)
         rounded = (round_up(height, multiple), round_up(width, multiple))
