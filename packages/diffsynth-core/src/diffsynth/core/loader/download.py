@@ -112,18 +112,18 @@ def _from_modelscope(config: ModelConfig, task: progress.Task) -> None:
 
 def _from_huggingface(config: ModelConfig, task: progress.Task) -> None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     lock = threading.Lock()
     bars: list[Any] = []
 
-    class TotalProgress(tqdm):  # type: ignore[misc]
+    class TotalProgress(tqdm):
         """A bar of the bytes of all files, received or written, that is not shown; or one of the files."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             if kwargs.get("unit") == "B":
                 bars.append(self)
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             with lock, _stopping():
