@@ -52,7 +52,8 @@ def test_what_differs_is_said_and_refused_before_anything_is_loaded(nano, monkey
     assert nano("generate", "z-image-nano", "an apple", "-o", "a.png", *CALL).exit_code == 0
     weights = provenance.read("a.png")["weights"]
     other = {**weights, "dit": {"dit.safetensors": "sha256:0"}}
-    changed("a.png", weights=other, versions={"torch": "1.0"}, plugins={"nothing": "2"})
+    quantized = {"dit": {"int8_row": 3}}
+    changed("a.png", weights=other, versions={"torch": "1.0"}, plugins={"nothing": "2"}, quantization=quantized)
     with monkeypatch.context() as context:
         context.setattr(diffsynth, "load", lambda *_, **__: 1 / 0)
         result = nano("replay", "a.png")
@@ -61,7 +62,9 @@ def test_what_differs_is_said_and_refused_before_anything_is_loaded(nano, monkey
     assert lines[0] == f"differs: torch is {importlib.metadata.version('torch')}, and was 1.0"
     assert lines[1] == "differs: nothing is not installed, and was 2"
     assert lines[2].startswith("differs: dit: dit.safetensors is sampled-sha256:")
-    assert "and was sha256:0. To generate nevertheless: --anyway" in lines[3]
+    assert lines[3] == "differs: dit was quantized by int8_row, and is loaded as it is"
+    assert "and was sha256:0" in lines[4]
+    assert lines[4].endswith("To generate nevertheless: --anyway")
     result = nano("replay", "a.png", "--anyway", "-o", "b.png", "--set", "seed=6")
     assert result.exit_code == 1
     assert result.stdout.startswith("b.png\ndifferent: ")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffsynth
-from diffsynth import ModelConfig
+from diffsynth import ModelConfig, provenance
 from diffsynth.core.quant.config import QuantizeConfig
 from diffsynth.core.quant.modules import quantize_module, quantized_layers
 from diffsynth.errors import CorruptFile
@@ -40,6 +40,7 @@ def test_read_and_offloaded_it_is_the_same(expected: torch.Tensor, policy: str |
     pipe = diffsynth.load("z-image-nano", device="cpu", quantize="int8_row", policy=policies)
     assert len(list(quantized_layers(pipe.dit))) > 10
     assert not list(quantized_layers(pipe.text_encoder))
+    assert provenance.record(pipe, CALL)["quantization"] == {"dit": {"int8_row": len(list(quantized_layers(pipe.dit)))}}
     latents = pipe(**CALL)
     if policy == "fp8":  # this policy rounds what is not quantized
         assert 0 < (latents - expected).norm() / expected.norm() < 0.1

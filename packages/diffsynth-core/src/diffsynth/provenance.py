@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsynth import _discovery
 from diffsynth.core.paths import expanded
+from diffsynth.core.quant.modules import quantization_of
 from diffsynth.core.replacing import replacing, replacing_folder
 from diffsynth.errors import shown
 from diffsynth.runtime.parameters_text import parameters_text
@@ -50,7 +51,8 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         not_recorded (names of arguments such as images, which JSON cannot hold), device, hardware (the name of the
         device's), dtype, versions, plugins (distribution -> version of each that took part, see
         `diffsynth.runtime.taking_part`), weights (role -> file name -> identity of its content), and if any are loaded,
-        loras (role, alpha, hot, files likewise, their paths, and the defaults of calls that it sets).
+        loras (role, alpha, hot, files likewise, their paths, and the defaults of calls that it sets), and quantization
+        (role -> method -> number of layers).
     """
     from diffsynth.core.device import card_name
 
@@ -79,6 +81,7 @@ def record(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "plugins": plugins_of_call(pipe, arguments),
         "weights": {role: identities(paths) for role, paths in pipe.component_files.items()},
         **({"loras": [_lora(lora) for lora in pipe.loras]} if pipe.loras else {}),
+        **({"quantization": quantized} if (quantized := _quantization(pipe)) else {}),
     }
 
 
@@ -363,6 +366,12 @@ def _versions(pipe: Any) -> dict[str, str]:
     }
     ours = {name: importlib.metadata.version(name) for name in ("diffsynth-core", "torch")}
     return dict(sorted((ours | providers).items()))
+
+
+def _quantization(pipe: Any) -> dict[str, dict[str, int]]:
+    """Return a dict role -> method -> number of layers, of the components that are quantized."""
+    found = {role: quantization_of(part) for role, part in pipe.parts.items() if part is not None}
+    return {role: methods for role, methods in found.items() if methods}
 
 
 def _lora(lora: Any) -> dict[str, Any]:

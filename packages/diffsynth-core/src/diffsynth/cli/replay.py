@@ -51,6 +51,8 @@ def replay(
     components = {role: config_of_file(text) for role, text in (made_by.get("components") or {}).items()}
     loras = _loras(made_by, Path(file))
     refused += [*_differing_weights(made_by, record, components), *_differing_loras(made_by, loras)]
+    for role, methods in (made_by.get("quantization") or {}).items():
+        refused.append(f"{role} was quantized by {', '.join(methods)}, and is loaded as it is")
     loading = _loading(made_by, device)
     for difference in [*_differing_versions(made_by), *_differing_device(made_by, loading), *refused]:
         echo(f"differs: {difference}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from diffsynth.core.quant.methods import method_of
 from diffsynth.core.quant.source import QuantizedSource
 from diffsynth.core.vram.managed import managed
 from diffsynth.errors import shortened
+
+_ATTRIBUTE = "_diffsynth_quantization"
 
 
 def quantize_module(
@@ -41,6 +44,7 @@ def quantize_module(
     for name, (method, layer) in chosen.items():
         made = QuantizedLinear.of(layer, method)
         _replace(module, name, made if config.mode == "dynamic" else made.dequantized(layer.weight.dtype))
+    _note(module, chosen)
     return list(chosen)
 
 
@@ -60,6 +64,13 @@ def dequantize_module(module: nn.Module, dtype: torch.dtype) -> list[str]:
     for name, layer in found:
         _replace(module, name, layer.dequantized(dtype))
     return [name for name, _ in found]
+
+
+def quantization_of(component: Any) -> dict[str, int]:
+    """Return a dict method -> number of the layers of a component whose weights it stored, also where they were
+    dequantized since; empty for a component that was not quantized.
+    """
+    return dict(getattr(module, _ATTRIBUTE, {}))
 
 
 def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
@@ -94,6 +105,7 @@ def quantized_source(
     rounds_only = config.mode == "dequant_once"
     for name, (method, layer) in chosen.items() if not rounds_only else ():
         _replace(module, name, QuantizedLinear.shell(layer, method))
+    _note(module, chosen)
     return QuantizedSource(source, {name: method for name, (method, _) in chosen.items()}, rounds_only=rounds_only)
 
 
@@ -145,6 +157,10 @@ def linear_layers(module: nn.Module, *, atomic: tuple[type, ...] = ()) -> Iterat
             inside.append(f"{name}." if name else "")
         elif type(part) is nn.Linear and name and not any(name.startswith(prefix) for prefix in inside):
             yield name, part
+
+
+def _note(module: nn.Module, chosen: Mapping[str, tuple[QuantMethod, nn.Linear]]) -> None:
+    vars(module)[_ATTRIBUTE] = Counter(method.name for method, _ in chosen.values())
 
 
 def _refuse_wrapped(module: nn.Module) -> None:
