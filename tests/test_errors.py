@@ -13,6 +13,7 @@ from diffsynth.errors import CorruptFile, did_you_mean, printable, shortened
         ("\x1b]0;owned\x07x", r"\x1b]0;owned\x07x"),
         ("a\rb\x9b31m\x00", r"a\rb\x9b31m\x00"),
         ("abc\u202egpj.exe", r"abc\u202egpj.exe"),
+        ("half \ud83d of a pair", r"half \ud83d of a pair"),
         ("two\nlines\tand a tab", "two\nlines\tand a tab"),
         ("日本語 é 😀", "日本語 é 😀"),
     ],

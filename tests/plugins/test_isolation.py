@@ -295,8 +295,16 @@ def test_what_a_plugin_raises(site, line, place):
         assert FAILS[line] in error
 
 
+@pytest.fixture
+def usual_sigint():
+    """Python's own handler of SIGINT, which a process in the background of a shell does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("code", ["", "\nexcept BaseException: pass"])
-def test_ctrl_c_of_the_user_passes(site, code):
+def test_ctrl_c_of_the_user_passes(site, usual_sigint, code):
     """Also where the plugin catches it."""
     interrupt = "import signal\nsignal.raise_signal(signal.SIGINT)"
     site.install("odd", "try:\n  " + interrupt.replace("\n", "\n  ") + code if code else interrupt)
@@ -430,7 +438,7 @@ def test_an_observer_that_raises_anything_ends_nothing(site, caplog, line):
     assert "resolve_source" in said
 
 
-def test_ctrl_c_in_an_observer_passes(site):
+def test_ctrl_c_in_an_observer_passes(site, usual_sigint):
     site.install("slow", OBSERVER.format(line="import signal; signal.raise_signal(signal.SIGINT)"))
     site.discover()
     with pytest.raises(KeyboardInterrupt):

@@ -76,7 +76,7 @@ def test_equals_transformers(folder, oracle, options):
 
 
 def test_decodes_as_transformers(folder, oracle):
-    ours = FolderTokenizer.from_pretrained(folder)
+    ours = FolderTokenizer.from_pretrained(folder, trust_remote_code=False)
     for text in texts():
         ids = oracle(text)["input_ids"]
         for skip in (False, True):
@@ -88,7 +88,7 @@ def test_decodes_as_transformers(folder, oracle):
 
 
 def test_attributes_are_those_of_transformers(folder, oracle):
-    ours = FolderTokenizer.from_pretrained(folder)
+    ours = FolderTokenizer.from_pretrained(folder, trust_remote_code=False)
     message = [{"role": "user", "content": "an apple"}]
     assert ours.eos_token_id == oracle.eos_token_id
     options = {"tokenize": False, "add_generation_prompt": True}
@@ -98,7 +98,7 @@ def test_attributes_are_those_of_transformers(folder, oracle):
 
 
 def test_what_is_set_is_used_from_then_on(folder):
-    ours = FolderTokenizer.from_pretrained(folder)
+    ours = FolderTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert ours(["a red apple", "a"], padding=True)["attention_mask"][1][0] == 1
     ours.padding_side = "left"
     assert ours(["a red apple", "a"], padding=True)["attention_mask"][1][0] == 0
@@ -109,9 +109,8 @@ def test_what_is_set_is_used_from_then_on(folder):
 
 
 def test_tokens_are_attributes_and_move():
-    tokens = FolderTokenizer.from_pretrained(Path(str(files("diffsynth_zimage"))) / "nano" / "tokenizer")(
-        ["a", "b"], return_tensors="pt"
-    )
+    nano = Path(str(files("diffsynth_zimage"))) / "nano" / "tokenizer"
+    tokens = FolderTokenizer.from_pretrained(nano, trust_remote_code=False)(["a", "b"], return_tensors="pt")
     assert tokens.input_ids is tokens["input_ids"]
     assert tokens.to("meta").attention_mask.is_meta
     with pytest.raises(AttributeError, match="returned input_ids, attention_mask, and no 'offsets'"):
@@ -120,7 +119,7 @@ def test_tokens_are_attributes_and_move():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_copies(folder, copied):
-    ours = FolderTokenizer.from_pretrained(folder)
+    ours = FolderTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert copied(ours)(texts()) == ours(texts())
 
 
@@ -167,8 +166,10 @@ def test_other_folders_are_read_by_transformers(tmp_path, changed):
 
 def test_texts_that_end_with_a_token_are_cut_before_it(tmp_path):
     ends_with_a_token(tmp_path)
-    ours = FolderTokenizer.from_pretrained(tmp_path)
+    ours = FolderTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     assert type(ours) is FolderTokenizer
     oracle = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True, trust_remote_code=False)
     for options in OPTIONS:
-        assert plain(FolderTokenizer.from_pretrained(tmp_path)(texts(), **options)) == plain(oracle(texts(), **options))
+        assert plain(FolderTokenizer.from_pretrained(tmp_path, trust_remote_code=False)(texts(), **options)) == plain(
+            oracle(texts(), **options)
+        )

@@ -35,8 +35,10 @@ import re
 from collections.abc import Iterable
 from itertools import islice
 
-_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
-"""Characters that a terminal may obey instead of showing them."""
+_UNPRINTABLE = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+"""Characters that a terminal may obey instead of showing them, and lone surrogates, which no stream in UTF-8 takes."""
 
 
 class DiffsynthError(Exception):
@@ -157,8 +159,8 @@ def shortened(items: Iterable[object], limit: int = 8) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text that is safe to show on a terminal: control characters and those that reverse the direction of
-    text are replaced by escapes such as `\\x1b`; line ends and tabs are kept.
+    """Return a text that is safe to show on a terminal: control characters, those that reverse the direction of text
+    and lone surrogates are replaced by escapes such as `\\x1b`; line ends and tabs are kept.
     """
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 

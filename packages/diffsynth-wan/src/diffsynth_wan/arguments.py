@@ -106,9 +106,5 @@ OTHER_ARGUMENTS = {
         _MODEL.format("WanToDance; animate_pose_video moves a person with Wan2.2-Animate"),
     ),
     "vace_control_video": "vace_video takes its place; only the manual of DiffSynth-Studio has this name",
-    "control_camera_video": (
-        "camera_control_direction and camera_control_speed take its place; only the manual of DiffSynth-Studio has "
-        "this name"
-    ),
 }
 """Argument of DiffSynth-Studio, or of its manual, that the pipeline does not take -> what takes its place."""

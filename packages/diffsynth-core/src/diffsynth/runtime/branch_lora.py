@@ -38,7 +38,7 @@ def parse_branch_lora(name: str, value: Any) -> tuple[LoRA, ...] | None:
         value: a file or folder, a state dict, None, or a tuple that this function returned.
 
     Raises:
-        TypeError: another type.
+        TypeError: another type, or a dict with a value that is no tensor.
         CheckpointError: the file is missing or cannot be read; `KeyMismatch` if it is no LoRA.
     """
     if value is None or (isinstance(value, tuple) and all(isinstance(each, LoRA) for each in value)):
@@ -47,7 +47,7 @@ def parse_branch_lora(name: str, value: Any) -> tuple[LoRA, ...] | None:
         raise TypeError(f"{name}={value!r:.80}: expected the path of a LoRA, or a dict of its tensors")
     try:
         return (read_lora(value if isinstance(value, Mapping) else find_lora(ModelConfig(path=value))),)
-    except CheckpointError as error:
+    except (CheckpointError, TypeError) as error:
         raise type(error)(f"{name}: {error}") from error
 
 

@@ -117,6 +117,8 @@ class Feature:
             the conditions is not None.
         alone: whether `Pipeline.from_pretrained` loads files for the roles of its units alone, without the pipeline's
             other components, for a feature that is also used outside of calls.
+        other_arguments: argument that users of other programs know and the feature does not take -> what takes its
+            place, for the error.
         provider: the plugin that adds it to a pipeline of another package; "" for the pipeline's own features.
     """
 
@@ -133,10 +135,11 @@ class Feature:
     check: Callable[[Configs, Mapping[str, Any]], None] | None = None
     roles_at: Callable[[StepContext, Mapping[str, Any]], tuple[str, ...]] | None = None
     alone: bool = False
+    other_arguments: Mapping[str, str] = field(default_factory=dict, hash=False)
     provider: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("roles", "facts", "conditions"):
+        for name in ("roles", "facts", "conditions", "other_arguments"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @property

@@ -89,9 +89,9 @@ class Pipeline(
     per_image: tuple[str, ...] = ("prompt", "negative_prompt")
     """The arguments that take one value, or a list of one for each result."""
 
-    other_arguments: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    other_arguments: Mapping[str, str] = MappingProxyType({})
     """Argument that users of other programs know and this pipeline does not take -> what takes its place, for the
-    error."""
+    error; those of features are added."""
 
     facts: Mapping[str, str] = MappingProxyType({})
     """Name -> "role.field": a field of a component's config that units read without the component being loaded."""
@@ -116,6 +116,7 @@ class Pipeline(
                 f"expected one of {', '.join(PREDICTIONS)}"
             )
         cls.roles = MappingProxyType(own_roles(cls))
+        cls.other_arguments = MappingProxyType(_other_arguments(cls.other_arguments, cls.features))
         if "__call__" not in vars(cls):
             cls.__call__ = _copy_of(cls.__call__)
         # inspect.signature(Class.__call__) shows the family's own arguments; instances add those of plugins.
@@ -160,6 +161,7 @@ class Pipeline(
         use_declared_backends()
         made = compose(type(self))
         self.features, self.roles, self.facts, self.per_image = made.features, made.roles, made.facts, made.per_image
+        self.other_arguments = _other_arguments(self.other_arguments, self.features)
         self.program, self.condition_rules = made.program, made.conditions
         self._velocity_parameters, self._all_loop_roles = made.parameters, made.loop_roles
         name = type(self).__name__
@@ -545,6 +547,11 @@ class Pipeline(
             return
         with self._offloader.on_device(member_roles(stage.roles, self.components), stage.name, request.plan):
             yield
+
+
+def _other_arguments(own: Mapping[str, str], features: Sequence[Feature]) -> dict[str, str]:
+    """Return a dict argument -> what takes its place, of a pipeline and its features."""
+    return {**own, **{name: text for feature in features for name, text in feature.other_arguments.items()}}
 
 
 def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -124,6 +124,12 @@ CAMERA = Feature(
     units=(encode_camera_path,),
     conditions={"camera_motion": Condition(in_window, batch="separate")},
     check=check,
+    other_arguments={
+        "control_camera_video": (
+            "camera_control_direction and camera_control_speed take its place; only the manual of DiffSynth-Studio has "
+            "this name"
+        )
+    },
 )
 
 

@@ -70,7 +70,7 @@ def quantization_of(component: Any) -> dict[str, int]:
     """Return a dict method -> number of the layers of a component whose weights it stored, also where they were
     dequantized since; empty for a component that was not quantized.
     """
-    return dict(getattr(module, _ATTRIBUTE, {}))
+    return dict(getattr(component, _ATTRIBUTE, {}))
 
 
 def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
