@@ -9,7 +9,7 @@ import torch
 
 from diffsynth.core.planning.workload import GIB
 from diffsynth.errors import NotEnoughMemory
-from diffsynth.runtime import size_limits
+from diffsynth.runtime import planning, size_limits
 from diffsynth.runtime.planning import plan_call
 from diffsynth.runtime.schema import MAX_FRAMES, MAX_PIXELS, arguments_from_json, model_schema
 from diffsynth.runtime.size_limits import SizeLimits, StageMemory, measure_limits
@@ -23,7 +23,9 @@ SIZES = {"height": 512, "width": 512}
 
 @pytest.fixture
 def two_gib(monkeypatch):
+    """A memory of 2 GiB, of which the tests that ran before in this process take a quarter."""
     monkeypatch.setattr(size_limits.devices, "total_memory", lambda device: 2 * GIB)
+    monkeypatch.setattr(planning, "memory_in_use", lambda device: GIB // 2)
 
 
 @pytest.fixture(scope="module")
