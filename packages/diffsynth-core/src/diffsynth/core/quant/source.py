@@ -30,17 +30,18 @@ class QuantizedSource:
         self._source = source
         self._methods = {f"{name}.weight": method for name, method in methods.items()}
         self._rounds_only = rounds_only
-        self._parts: dict[str, tuple[str, str]] = {}
+        self._weight_of: dict[str, str] = {}
         self.where = source.where
         self.dtypes: dict[str, torch.dtype] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for key, shape in source.shapes.items():
             if key not in self._methods or rounds_only:
                 self.dtypes[key], self.shapes[key] = source.dtypes[key], shape
+                self._weight_of |= {key: key} if key in self._methods else {}
                 continue
             for part, info in self._methods[key].parts(*shape).items():
                 name = f"{key.removesuffix('weight')}{part}"
-                self._parts[name] = (key, part)
+                self._weight_of[name] = key
                 self.dtypes[name], self.shapes[name] = info.stored, info.shape
 
     @property
@@ -80,28 +81,32 @@ class QuantizedSource:
         wanted = self.keys if keys is None else tuple(keys)
         if torch.device(device).type == "meta":
             return {key: torch.empty(self.shapes[key], dtype=self.dtypes[key], device="meta") for key in wanted}
-        plain = [key for key in wanted if key not in self._parts and key not in self._methods]
+        plain, weights = self._plain_and_quantized(wanted)
         made = self._source.read(plain, device=device, copy=copy)
-        for key in dict.fromkeys(self._parts[key][0] if key in self._parts else key for key in wanted):
-            if key in self._methods:
-                made |= self._quantized(key, torch.device(device))
+        for key in weights:
+            made |= self._quantized(key, torch.device(device))
         return {key: made[key] for key in wanted}
 
     def fill(self, into: Mapping[str, Tensor]) -> None:
         """Read the tensors named in `into` into the existing tensors of `into`. Arguments and errors: see
         `ComponentSource.fill`.
         """
-        plain = {key: tensor for key, tensor in into.items() if key not in self._parts and key not in self._methods}
-        self._source.fill(plain)
-        for key in dict.fromkeys(self._parts[key][0] if key in self._parts else key for key in into):
-            if key in self._methods:
-                made = self._quantized(key, next(iter(into.values())).device)
-                for name in made.keys() & into.keys():
-                    into[name].copy_(made[name])
+        plain, weights = self._plain_and_quantized(into)
+        self._source.fill({key: into[key] for key in plain})
+        for key in weights:
+            made = self._quantized(key, next(iter(into.values())).device)
+            for name in made.keys() & into.keys():
+                into[name].copy_(made[name])
 
     def read_ahead(self, *, limit: int, stop: Callable[[], bool]) -> None:
         """Read up to `limit` bytes of the files and drop them; see `ComponentSource.read_ahead`."""
         self._source.read_ahead(limit=limit, stop=stop)
+
+    def _plain_and_quantized(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Return (those of the names that are read as they are, the weights that the others are made of, each once)."""
+        names = list(names)
+        weights = dict.fromkeys(self._weight_of[name] for name in names if name in self._weight_of)
+        return [name for name in names if name not in self._weight_of], list(weights)
 
     def _quantized(self, key: str, device: torch.device) -> dict[str, Tensor]:
         weight = self._source.read([key], device=device)[key]
